@@ -285,7 +285,9 @@ class AppendJournalRequest(_message.Message):
     FENCE_FIELD_NUMBER: _builtins.int
     stream: _builtins.str
     expected_sequence: _builtins.int
-    """Sequence that the first record will get; -1: whatever is next."""
+    """Sequence that the first record will get (the first of a stream gets 0);
+    -1: whatever is next.
+    """
     @_builtins.property
     def records(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     @_builtins.property
@@ -337,6 +339,7 @@ class ReadJournalRequest(_message.Message):
     MAX_RECORDS_FIELD_NUMBER: _builtins.int
     stream: _builtins.str
     from_sequence: _builtins.int
+    """Where truncation dropped it: from the first record that is left."""
     max_records: _builtins.int
     """0: all."""
     def __init__(
@@ -721,6 +724,7 @@ class RaiseTermResponse(_message.Message):
 
     TERM_FIELD_NUMBER: _builtins.int
     term: _builtins.int
+    """The new term, expected_term + 1."""
     def __init__(
         self,
         *,
@@ -893,7 +897,7 @@ class CommitCheckpointRequest(_message.Message):
     """From range 0 only."""
     spec_sha256: _builtins.str
     keep: _builtins.int
-    """How many complete checkpoints to keep for this job; older ones go."""
+    """How many complete checkpoints to keep for this job; older ones go. 0: 3."""
     @_builtins.property
     def part(self) -> Global___CheckpointPart: ...
     def __init__(
@@ -1017,6 +1021,108 @@ class DeleteJobRowResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteJobRowResponse: _TypeAlias = DeleteJobRowResponse  # noqa: Y015
+
+@_typing.final
+class SetPinsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDER_FIELD_NUMBER: _builtins.int
+    PINS_FIELD_NUMBER: _builtins.int
+    FENCE_FIELD_NUMBER: _builtins.int
+    holder: _builtins.str
+    """Usually a job id; DeleteJobRow of that job removes the pins, too."""
+    @_builtins.property
+    def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pin]:
+        """None: the holder needs nothing any more."""
+
+    @_builtins.property
+    def fence(self) -> Global___Fence: ...
+    def __init__(
+        self,
+        *,
+        holder: _builtins.str = ...,
+        pins: _abc.Iterable[Global___Pin] | None = ...,
+        fence: Global___Fence | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "holder", b"holder", "pins", b"pins"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPinsRequest: _TypeAlias = SetPinsRequest  # noqa: Y015
+
+@_typing.final
+class Pin(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    BLOB_FIELD_NUMBER: _builtins.int
+    blob: _builtins.str
+    """Digest of a blob."""
+    @_builtins.property
+    def dataset(self) -> Global___PinnedVersion: ...
+    @_builtins.property
+    def model(self) -> Global___PinnedVersion: ...
+    def __init__(
+        self,
+        *,
+        dataset: Global___PinnedVersion | None = ...,
+        model: Global___PinnedVersion | None = ...,
+        blob: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "dataset", b"dataset", "model", b"model", "target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "dataset", b"dataset", "model", b"model", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["dataset", "model", "blob"]  # noqa: Y015
+    _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_target) -> _WhichOneofReturnType_target | None: ...
+
+Global___Pin: _TypeAlias = Pin  # noqa: Y015
+
+@_typing.final
+class PinnedVersion(_message.Message):
+    """One version of a data set or of a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    name: _builtins.str
+    version: _builtins.int
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "namespace", b"namespace", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinnedVersion: _TypeAlias = PinnedVersion  # noqa: Y015
+
+@_typing.final
+class SetPinsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPinsResponse: _TypeAlias = SetPinsResponse  # noqa: Y015
 
 @_typing.final
 class CollectGarbageRequest(_message.Message):

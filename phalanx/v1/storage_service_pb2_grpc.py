@@ -120,6 +120,11 @@ class StorageServiceStub:
                 request_serializer=phalanx_dot_v1_dot_storage__service__pb2.DeleteJobRowRequest.SerializeToString,
                 response_deserializer=phalanx_dot_v1_dot_storage__service__pb2.DeleteJobRowResponse.FromString,
                 _registered_method=True)
+        self.SetPins = channel.unary_unary(
+                '/phalanx.v1.StorageService/SetPins',
+                request_serializer=phalanx_dot_v1_dot_storage__service__pb2.SetPinsRequest.SerializeToString,
+                response_deserializer=phalanx_dot_v1_dot_storage__service__pb2.SetPinsResponse.FromString,
+                _registered_method=True)
         self.CollectGarbage = channel.unary_unary(
                 '/phalanx.v1.StorageService/CollectGarbage',
                 request_serializer=phalanx_dot_v1_dot_storage__service__pb2.CollectGarbageRequest.SerializeToString,
@@ -238,7 +243,7 @@ class StorageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListCheckpoints(self, request, context):
-        """Complete manifests of a job, newest first.
+        """Complete manifests of a job whose checksums are right, newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -246,6 +251,15 @@ class StorageServiceServicer:
 
     def DeleteJobRow(self, request, context):
         """Removes a job's row and checkpoints.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPins(self, request, context):
+        """Says what a holder (a job) needs, in place of what it said before: data sets
+        and models cannot be deleted and blobs are no garbage while pinned.
+        NOT_FOUND when one of them does not exist; then nothing is changed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -345,6 +359,11 @@ def add_StorageServiceServicer_to_server(servicer, server):
                     servicer.DeleteJobRow,
                     request_deserializer=phalanx_dot_v1_dot_storage__service__pb2.DeleteJobRowRequest.FromString,
                     response_serializer=phalanx_dot_v1_dot_storage__service__pb2.DeleteJobRowResponse.SerializeToString,
+            ),
+            'SetPins': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPins,
+                    request_deserializer=phalanx_dot_v1_dot_storage__service__pb2.SetPinsRequest.FromString,
+                    response_serializer=phalanx_dot_v1_dot_storage__service__pb2.SetPinsResponse.SerializeToString,
             ),
             'CollectGarbage': grpc.unary_unary_rpc_method_handler(
                     servicer.CollectGarbage,
@@ -812,6 +831,33 @@ class StorageService:
             '/phalanx.v1.StorageService/DeleteJobRow',
             phalanx_dot_v1_dot_storage__service__pb2.DeleteJobRowRequest.SerializeToString,
             phalanx_dot_v1_dot_storage__service__pb2.DeleteJobRowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phalanx.v1.StorageService/SetPins',
+            phalanx_dot_v1_dot_storage__service__pb2.SetPinsRequest.SerializeToString,
+            phalanx_dot_v1_dot_storage__service__pb2.SetPinsResponse.FromString,
             options,
             channel_credentials,
             insecure,

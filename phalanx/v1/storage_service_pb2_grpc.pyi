@@ -52,9 +52,14 @@ class StorageServiceStub:
     registers the last part, if the term is current and every blob exists.
     """
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_storage_service_pb2.ListCheckpointsRequest, _storage_service_pb2.ListCheckpointsResponse]
-    """Complete manifests of a job, newest first."""
+    """Complete manifests of a job whose checksums are right, newest first."""
     DeleteJobRow: _aio.UnaryUnaryMultiCallable[_storage_service_pb2.DeleteJobRowRequest, _storage_service_pb2.DeleteJobRowResponse]
     """Removes a job's row and checkpoints."""
+    SetPins: _aio.UnaryUnaryMultiCallable[_storage_service_pb2.SetPinsRequest, _storage_service_pb2.SetPinsResponse]
+    """Says what a holder (a job) needs, in place of what it said before: data sets
+    and models cannot be deleted and blobs are no garbage while pinned.
+    NOT_FOUND when one of them does not exist; then nothing is changed.
+    """
     CollectGarbage: _aio.UnaryUnaryMultiCallable[_storage_service_pb2.CollectGarbageRequest, _storage_service_pb2.CollectGarbageResponse]
     """Mark and sweep of blobs that nothing refers to and that are old enough."""
 
@@ -192,7 +197,7 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _storage_service_pb2.ListCheckpointsRequest,
         context: _aio.ServicerContext[_storage_service_pb2.ListCheckpointsRequest, _abc.Awaitable[_storage_service_pb2.ListCheckpointsResponse]],
     ) -> _abc.Awaitable[_storage_service_pb2.ListCheckpointsResponse]:
-        """Complete manifests of a job, newest first."""
+        """Complete manifests of a job whose checksums are right, newest first."""
 
     @_abc_1.abstractmethod
     def DeleteJobRow(
@@ -201,6 +206,17 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_storage_service_pb2.DeleteJobRowRequest, _abc.Awaitable[_storage_service_pb2.DeleteJobRowResponse]],
     ) -> _abc.Awaitable[_storage_service_pb2.DeleteJobRowResponse]:
         """Removes a job's row and checkpoints."""
+
+    @_abc_1.abstractmethod
+    def SetPins(
+        self,
+        request: _storage_service_pb2.SetPinsRequest,
+        context: _aio.ServicerContext[_storage_service_pb2.SetPinsRequest, _abc.Awaitable[_storage_service_pb2.SetPinsResponse]],
+    ) -> _abc.Awaitable[_storage_service_pb2.SetPinsResponse]:
+        """Says what a holder (a job) needs, in place of what it said before: data sets
+        and models cannot be deleted and blobs are no garbage while pinned.
+        NOT_FOUND when one of them does not exist; then nothing is changed.
+        """
 
     @_abc_1.abstractmethod
     def CollectGarbage(
