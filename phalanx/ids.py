@@ -1,0 +1,72 @@
+"""Names and identifiers: their types, how new ones are made and which are allowed."""
+
+import re
+import secrets
+from typing import NewType
+
+from phalanx.errors import InvalidArgument
+
+JobId = NewType("JobId", str)
+WorkerId = NewType("WorkerId", str)
+AggregatorId = NewType("AggregatorId", str)
+Incarnation = NewType("Incarnation", str)
+"""One start of a process; a new one means that everything it held in memory is gone."""
+BlobId = NewType("BlobId", str)
+"""Lower-case hexadecimal SHA-256 of a blob's bytes."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}", re.ASCII)
+_BLOB_ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
+# No vowels and no look-alikes: ids are read aloud, and must not spell words.
+_ALPHABET = "23456789bcdfghjkmnpqrstvwxz"
+
+
+def new_id(prefix: str, length: int = 8) -> str:
+    """Return ``PREFIX-xxxxxxxx`` with random characters that are allowed in names."""
+    return f"{prefix}-" + "".join(secrets.choice(_ALPHABET) for _ in range(length))
+
+
+def new_request_id() -> str:
+    """Return an id for one mutating request, to be sent again with its retries."""
+    return secrets.token_hex(16)
+
+
+def new_incarnation() -> Incarnation:
+    """Return the id of this start of a process."""
+    return Incarnation(secrets.token_hex(8))
+
+
+def is_name(text: str) -> bool:
+    """Return whether ``text`` is a name: a-z, 0-9 and ``._-``, at most 128, the first a letter or digit."""
+    return _NAME.fullmatch(text) is not None
+
+
+def check_name(text: str, what: str) -> str:
+    """Return ``text`` if it is a name; else raise InvalidArgument saying which ``what`` is wrong."""
+    if is_name(text):
+        return text
+    raise InvalidArgument(
+        f"{what} {text[:140]!r} is not a name: use a-z, 0-9 and . _ - (the first a letter or digit), "
+        "at most 128 characters",
+        reason="BAD_NAME",
+    )
+
+
+def check_name_path(text: str, what: str, parts_max: int = 3) -> str:
+    """Return ``text`` if it is one to ``parts_max`` names joined by ``/``; else raise InvalidArgument."""
+    parts = text.split("/")
+    if len(parts) > parts_max:
+        raise InvalidArgument(
+            f"{what} {text[:140]!r} has more than {parts_max} parts", reason="BAD_NAME"
+        )
+    for part in parts:
+        check_name(part, what)
+    return text
+
+
+def check_blob_id(text: str) -> BlobId:
+    """Return ``text`` if it is a lower-case hexadecimal SHA-256; else raise InvalidArgument."""
+    if _BLOB_ID.fullmatch(text) is None:
+        raise InvalidArgument(
+            f"blob id {text[:80]!r} is not 64 lower-case hexadecimal digits", reason="BAD_BLOB_ID"
+        )
+    return BlobId(text)

@@ -1,0 +1,152 @@
+"""Client side: channels with the project's options, and calls that are retried.
+
+Every call has a deadline. Only ``UNAVAILABLE`` is retried, at most ``attempts`` times within the one
+deadline, with growing, jittered waits or the wait that the server asked for.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from phalanx.errors import InvalidArgument, PhalanxError, Unavailable
+from phalanx.rpc.status import from_rpc_error
+
+MESSAGE_LIMIT_BYTES = 4 * 1024 * 1024
+"""No message of any service is larger; tensors travel in frames below it."""
+
+ATTEMPTS = 4
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 1.0
+
+Options = list[tuple[str, Any]]
+ResponseT = TypeVar("ResponseT")
+
+
+def channel_options(
+    *, own_connection: bool = False, extra: Iterable[tuple[str, Any]] = ()
+) -> Options:
+    """Return the options of every channel.
+
+    With ``own_connection`` the channel never shares its TCP connection with another channel of this process
+    to the same address. ``extra`` options are added last.
+    """
+    return [
+        ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+        ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+        # gRPC's default waits up to two minutes before it dials a restarted server again.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+        # Despite its name this is the least time that one connection attempt is given.
+        ("grpc.min_reconnect_backoff_ms", 5000),
+        # A proxy set for web traffic would hijack even calls to 127.0.0.1.
+        ("grpc.enable_http_proxy", 0),
+        # Only uncompressed: a small compressed message could unfold into a huge one.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        # Reaps sockets whose peer vanished; the failure detector is the application's heartbeat.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.use_local_subchannel_pool", int(own_connection)),
+        *extra,
+    ]
+
+
+def target_of(address: str) -> str:
+    """Return gRPC's target for ``HOST:PORT`` or for several IPv4 addresses ``IP:PORT,IP:PORT``.
+
+    Raises InvalidArgument for anything else.
+    """
+    parts = [part.strip() for part in address.split(",") if part.strip()]
+    for part in parts:
+        host, colon, port = part.rpartition(":")
+        if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise InvalidArgument(f"{part!r} is not an address; write HOST:PORT, as 127.0.0.1:7410")
+    if not parts:
+        raise InvalidArgument("the address is empty; write HOST:PORT, as 127.0.0.1:7410")
+    if len(parts) == 1:
+        return parts[0]
+    if not all(part.rpartition(":")[0].replace(".", "").isdigit() for part in parts):
+        raise InvalidArgument(
+            f"{address!r}: a list of addresses takes IPv4 addresses only; give one host name instead"
+        )
+    return "ipv4:" + ",".join(parts)
+
+
+def open_channel(
+    address: str, *, own_connection: bool = False, extra: Iterable[tuple[str, Any]] = ()
+) -> grpc.aio.Channel:
+    """Open a channel for asyncio; close it with ``await channel.close()``."""
+    options = channel_options(own_connection=own_connection, extra=extra)
+    return grpc.aio.insecure_channel(target_of(address), options=options)
+
+
+def open_sync_channel(address: str) -> grpc.Channel:
+    """Open a channel for blocking callers (SDK and command line)."""
+    return grpc.insecure_channel(target_of(address), options=channel_options())
+
+
+async def call_with_retry(
+    method: Callable[..., Any],
+    request: Any,
+    *,
+    timeout_s: float,
+    attempts: int = ATTEMPTS,
+) -> Any:
+    """Call a unary ``method`` of an asyncio stub; return its response.
+
+    ``timeout_s`` bounds all attempts together. Safe for reads and for calls that carry a request id or are
+    otherwise idempotent. Raises PhalanxError.
+    """
+    retry = _Retry(timeout_s, attempts)
+    while True:
+        try:
+            return await method(request, timeout=retry.remaining_s())
+        except grpc.aio.AioRpcError as error:
+            wait_s = retry.wait_after(from_rpc_error(error))
+        await asyncio.sleep(wait_s)
+
+
+def call_with_retry_sync(
+    method: Callable[..., Any],
+    request: Any,
+    *,
+    timeout_s: float,
+    attempts: int = ATTEMPTS,
+) -> Any:
+    """Do the same as ``call_with_retry`` with a blocking stub."""
+    retry = _Retry(timeout_s, attempts)
+    while True:
+        try:
+            return method(request, timeout=retry.remaining_s())
+        except grpc.RpcError as error:
+            wait_s = retry.wait_after(from_rpc_error(error))
+        time.sleep(wait_s)
+
+
+class _Retry:
+    """The one retry policy: attempts, deadline and waits of one call."""
+
+    def __init__(self, timeout_s: float, attempts: int) -> None:
+        self._deadline = time.monotonic() + timeout_s
+        self._attempts_left = attempts
+        self._wait_s = _FIRST_WAIT_S
+
+    def remaining_s(self) -> float:
+        return max(self._deadline - time.monotonic(), 0.001)
+
+    def wait_after(self, error: PhalanxError) -> float:
+        """Return how long to wait before the next attempt, or raise ``error`` if there is none."""
+        self._attempts_left -= 1
+        if not isinstance(error, Unavailable) or self._attempts_left <= 0:
+            raise error
+        wait_s = self._wait_s * random.uniform(0.8, 1.2)
+        if error.retry_after_s is not None:
+            wait_s = max(wait_s, error.retry_after_s * random.uniform(1.0, 1.2))
+        if time.monotonic() + wait_s >= self._deadline:
+            raise error
+        self._wait_s = min(self._wait_s * 2, _LONGEST_WAIT_S)
+        return wait_s

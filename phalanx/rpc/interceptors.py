@@ -1,0 +1,138 @@
+"""The one server interceptor: errors become rich statuses, calls are counted and timed, defects are logged.
+
+It wraps calls, not messages. Handlers that read and write through their context cost nothing more; handlers
+that are async generators are driven by a plain loop here instead of by the same loop inside gRPC.
+"""
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from phalanx.errors import Internal, PhalanxError
+from phalanx.rpc.status import to_rpc_status
+from phalanx.rpc.types import Handler, ServicerContext
+from phalanx.telemetry.logs import get_logger
+from phalanx.telemetry.metrics import GrpcServerMetrics
+
+Behaviour = Callable[[Any, ServicerContext], Any]
+
+_log = get_logger(__name__)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every asyncio handler of a server; plain (thread pool) handlers pass untouched."""
+
+    def __init__(self, metrics: GrpcServerMetrics) -> None:
+        self._metrics = metrics
+        # Servicers register the same handler object for every call of a method.
+        self._wrapped: dict[str, tuple[Handler, Handler]] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Return the wrapped handler of the method (or none for an unknown method, as gRPC expects)."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = _text(handler_call_details.method)
+        known = self._wrapped.get(method)
+        if known is not None and known[0] is handler:
+            return known[1]
+        wrapped = self._wrap(handler, method)
+        self._wrapped[method] = (handler, wrapped)
+        return wrapped
+
+    def _wrap(self, handler: Handler, method: str) -> Handler:
+        behaviour: Any = (
+            handler.unary_unary
+            or handler.unary_stream
+            or handler.stream_unary
+            or handler.stream_stream
+        )
+        if inspect.isasyncgenfunction(behaviour):
+            behaviour = _written(behaviour)
+        elif not inspect.iscoroutinefunction(behaviour):
+            return handler
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[(bool(handler.request_streaming), bool(handler.response_streaming))]
+        return make(
+            self._guarded(behaviour, method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _guarded(self, behaviour: Behaviour, method: str) -> Behaviour:
+        service, _, name = method.lstrip("/").rpartition("/")
+        metrics = self._metrics
+
+        async def guarded(request: Any, context: ServicerContext) -> Any:
+            started = time.perf_counter()
+            code = grpc.StatusCode.OK
+            try:
+                response = await behaviour(request, context)
+                code = _code_set_by_handler(context)
+                return response
+            except grpc.aio.AbortError:
+                code = _code_set_by_handler(context)
+                raise
+            except asyncio.CancelledError:
+                code = grpc.StatusCode.CANCELLED
+                raise
+            except Exception as error:
+                status = to_rpc_status(_public(error, method))
+                code = status.code
+                await context.abort(*status)
+            finally:
+                metrics.observe(service, name, code.name, time.perf_counter() - started)
+
+        return guarded
+
+
+def _written(generator: Behaviour) -> Behaviour:
+    """Turn an async generator handler into one that writes, so that its errors can be caught."""
+
+    async def write_all(request: Any, context: ServicerContext) -> None:
+        async with aclosing(generator(request, context)) as responses:
+            async for response in responses:
+                await context.write(response)
+
+    return write_all
+
+
+def _public(error: Exception, method: str) -> PhalanxError:
+    """Return what the caller may see of ``error``."""
+    if isinstance(error, PhalanxError):
+        if isinstance(error, Internal):
+            _log.error("internal_error", method=method, exc_info=error)
+        return error
+    _log.error("unexpected_error", method=method, exc_info=error)
+    return Internal(
+        "internal error; it is a defect of Phalanx, and the log of this server has the details",
+        reason="UNEXPECTED",
+    )
+
+
+def _code_set_by_handler(context: ServicerContext) -> grpc.StatusCode:
+    code: object = context.code()
+    if isinstance(code, grpc.StatusCode):
+        return code
+    for status in grpc.StatusCode:
+        if status.value[0] == code:
+            return status
+    return grpc.StatusCode.OK
+
+
+def _text(method: str | bytes) -> str:
+    return method.decode() if isinstance(method, bytes) else method

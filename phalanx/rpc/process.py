@@ -1,0 +1,124 @@
+"""What every service process does around its work: signals, parent, announcement, exit code.
+
+    async def serve(config: StorageConfig, stop: asyncio.Event) -> None:
+        server = Server(...)
+        await server.start()
+        server.set_serving(True)
+        announce(config, role="storage", address=server.address, metrics_address=server.metrics_address)
+        await stop.wait()
+        await server.stop()
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        return run_service(parse(StorageConfig, argv, prog="phalanx storage"), serve, role="storage")
+
+SIGTERM and SIGINT set ``stop``; a second one ends the process at once with 130.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+from phalanx.config import EXIT_USAGE, ServiceConfig
+from phalanx.errors import FailedPrecondition, InvalidArgument
+from phalanx.telemetry.logs import configure_logging, get_logger
+
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+
+ConfigT = TypeVar("ConfigT", bound=ServiceConfig)
+Main = Callable[[ConfigT, asyncio.Event], Awaitable[int | None]]
+
+_PR_SET_PDEATHSIG = 1
+
+_log = get_logger(__name__)
+
+
+def run_service(config: ConfigT, main: Main[ConfigT], *, role: str) -> int:
+    """Run ``main(config, stop)`` and return the exit code of the process.
+
+    ``main`` returns None or an exit code after ``stop`` is set. A wrong setting that shows only at start
+    (a port in use: FailedPrecondition, InvalidArgument) gives 2 with one line on standard error; anything
+    else that escapes is a defect: 70 and a logged traceback.
+    """
+    die_with_parent(config.parent_pid)
+    configure_logging(role, config.id, config.log_level, config.log_format)
+    try:
+        return asyncio.run(_until_stopped(config, main)) or 0
+    except (FailedPrecondition, InvalidArgument) as error:
+        _log.error("cannot_start", reason=error.reason, message=error.message)
+        print(f"phalanx {role}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception:
+        _log.exception("crashed")
+        return EXIT_BUG
+
+
+async def _until_stopped(config: ConfigT, main: Main[ConfigT]) -> int | None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            os._exit(EXIT_INTERRUPTED)
+        _log.info("stopping", signal=signal.Signals(number).name)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return await main(config, stop)
+
+
+def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
+    """Have the kernel send ``signal_number`` to this process when its parent dies (Linux); 0: no parent.
+
+    SIGKILL by default: it also ends a process that is stopped or busy, and every service survives it anyhow.
+    If ``parent_pid`` is not the parent any more, the parent died before this call: exit at once. Beware: for
+    the kernel, "parent" is the *thread* that started this process, so start processes from a thread that
+    lives as long as they should.
+    """
+    if parent_pid == 0:
+        return
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent_pid:
+        os._exit(EXIT_INTERRUPTED)
+
+
+def announce(
+    config: ServiceConfig, *, role: str, address: str = "", metrics_address: str = ""
+) -> None:
+    """Write the ``--announce`` file, if one is wanted: the whole of it or nothing of it is seen."""
+    if config.announce is None:
+        return
+    facts = {
+        "role": role,
+        "id": config.id,
+        "pid": os.getpid(),
+        "address": address,
+        "metrics_address": metrics_address,
+    }
+    _write_atomically(config.announce, json.dumps(facts) + "\n")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise FailedPrecondition(
+            f"cannot write the announcement {path}: {error.strerror}", reason="ANNOUNCE_FAILED"
+        ) from error

@@ -1,0 +1,126 @@
+"""Server side: one ``grpc.aio`` server with health, reflection, limits, metrics and clean errors.
+
+    server = Server(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0",
+                    service_names=["phalanx.v1.JobService"])
+    add_JobServiceServicer_to_server(servicer, server.raw)
+    await server.start()
+    server.set_serving(True)
+    ...
+    await server.stop()
+
+Servicers raise ``PhalanxError``; the interceptor does the rest. Handlers are coroutines (for streams: async
+generators, or coroutines that read and write through their context).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
+from phalanx.addresses import explain_bind_failure, split_address
+from phalanx.rpc import health
+from phalanx.rpc.channel import MESSAGE_LIMIT_BYTES, Options
+from phalanx.rpc.interceptors import CallInterceptor
+from phalanx.telemetry.http import MetricsServer
+from phalanx.telemetry.metrics import GrpcServerMetrics, new_registry
+
+CONCURRENT_STREAMS = 128
+"""Calls that one connection may have open at once."""
+
+HANDSHAKE_TIMEOUT_MS = 3000
+
+
+def server_options(extra: Iterable[tuple[str, Any]] = ()) -> Options:
+    """Return the options of every server; ``extra`` ones are added last."""
+    return [
+        ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+        ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+        # A compressed message is refused before a byte of it is inflated.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        # Connections that never say a word are closed; a bound on calls stops one client starving others.
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
+        ("grpc.max_concurrent_streams", CONCURRENT_STREAMS),
+        # With it a second server on a used port would silently share its connections.
+        ("grpc.so_reuseport", 0),
+        # Must allow what channel_options() of our clients does, or healthy calls die as "too_many_pings".
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        *extra,
+    ]
+
+
+class Server:
+    """A gRPC server and its ``/metrics`` and ``/healthz``.
+
+    ``listen`` and ``metrics_listen`` are HOST:PORT (port 0: a free one); with ``metrics_listen`` None there
+    is no HTTP server. ``service_names`` are the full names of the services that will be added; they get
+    health states and are shown by reflection. ``registry`` is where the metrics of this process live.
+    Make it inside the event loop that runs it.
+    """
+
+    def __init__(
+        self,
+        *,
+        listen: str,
+        metrics_listen: str | None,
+        service_names: Sequence[str],
+        reflection: bool = True,
+        registry: CollectorRegistry | None = None,
+        options: Iterable[tuple[str, Any]] = (),
+    ) -> None:
+        self._listen = listen
+        self._host, _ = split_address(listen)
+        self.registry = registry if registry is not None else new_registry()
+        self.raw: grpc.aio.Server = grpc.aio.server(
+            interceptors=[CallInterceptor(GrpcServerMetrics(self.registry))],
+            options=server_options(options),
+        )
+        self._health = health.HealthServicer(service_names)
+        add_HealthServicer_to_server(self._health, self.raw)
+        if reflection:
+            _add_reflection(self.raw, service_names)
+        self._http: MetricsServer | None = None
+        if metrics_listen is not None:
+            self._http = MetricsServer(metrics_listen, self.registry, self._health.serving)
+        self.address = ""
+
+    @property
+    def metrics_address(self) -> str:
+        """HOST:PORT of ``/metrics``; empty without one or before ``start``."""
+        return self._http.address if self._http is not None else ""
+
+    async def start(self) -> None:
+        """Bind and accept calls; ``address`` is then the real HOST:PORT.
+
+        Raises FailedPrecondition, naming the address, when it cannot be used. Health says "not serving" until
+        ``set_serving``.
+        """
+        try:
+            port = self.raw.add_insecure_port(self._listen)
+        except RuntimeError as error:
+            raise explain_bind_failure(self._listen) from error
+        if self._http is not None:
+            await self._http.start()
+        await self.raw.start()
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        self.address = f"{host}:{port}"
+
+    def set_serving(self, serving: bool, service: str = "") -> None:
+        """Say in health whether a service, or with the empty name everything, can be used."""
+        self._health.set(serving, service)
+
+    async def stop(self, grace_s: float = 2.0) -> None:
+        """Refuse new calls, give open ones ``grace_s`` to end, cancel the rest."""
+        self.set_serving(False)
+        await self.raw.stop(grace_s)
+        if self._http is not None:
+            await self._http.stop()
+
+
+def _add_reflection(server: grpc.aio.Server, service_names: Sequence[str]) -> None:
+    shown = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(shown, server)
