@@ -19,7 +19,8 @@ def bind_error(address: str, error: OSError) -> FailedPrecondition:
     """Return the error of a server that cannot listen on ``address``."""
     if error.errno == errno.EADDRINUSE:
         return FailedPrecondition(
-            f"cannot listen on {address}: the port is in use; stop the other program or choose another port",
+            f"cannot listen on {address}: the port is in use; stop the other program or choose "
+            "another port",
             reason="ADDRESS_IN_USE",
         )
     return FailedPrecondition(

@@ -1,4 +1,5 @@
-"""Configuration of the services: frozen dataclasses, read from flags and environment, checked at start.
+"""Configuration of the services: frozen dataclasses, read from flags and environment, checked at
+start.
 
     @dataclass(frozen=True)
     class StorageConfig(ServiceConfig):
@@ -10,13 +11,15 @@
     config = parse(StorageConfig, argv, os.environ, prog="phalanx storage")
 
 A field ``lease_ttl_s`` of the service ``control`` is the flag ``--lease-ttl-s`` and the variable
-``PHALANX_CONTROL_LEASE_TTL_S``; a field marked ``common`` also listens to ``PHALANX_LEASE_TTL_S``. The flag
-wins over the variable, the longer variable over the shorter, any over the default. All wrong values are
-reported at once, each by the name under which it was given, and the program exits with 2.
+``PHALANX_CONTROL_LEASE_TTL_S``; a field marked ``common`` also listens to ``PHALANX_LEASE_TTL_S``.
+The flag wins over the variable, the longer variable over the shorter, any over the default. All
+wrong values are reported at once, each by the name under which it was given, and the program exits
+with 2.
 """
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import types
@@ -51,8 +54,9 @@ def option(
 ) -> Any:
     """Declare a field of a configuration; ``check`` says what is wrong with a value, if anything.
 
-    A default of ``...`` makes the field required. Types: str, int, float, bool, Path, ``X | None`` (empty text
-    is None) and ``tuple[str, ...]`` (comma separated). Fields named ``*_bytes`` take ``10GiB`` and ``64M``.
+    A default of ``...`` makes the field required. Types: str, int, float, bool, Path, ``X | None``
+    (empty text is None) and ``tuple[str, ...]`` (comma separated). Fields named ``*_bytes`` take
+    ``10GiB`` and ``64M``.
     """
     metadata = {"help": help, "check": check, "common": common, "required": default is ...}
     return field(default=None if default is ... else default, metadata=metadata)
@@ -106,7 +110,7 @@ def _optional_address(value: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class ServiceConfig:
-    """What every service takes. A subclass sets ``service`` and, where it listens, the default port."""
+    """What every service takes; a subclass sets ``service`` and, if it listens, its port."""
 
     service: ClassVar[str] = "service"
 
@@ -133,7 +137,7 @@ class ServiceConfig:
     )
 
     def violations(self) -> Sequence[Violation]:
-        """Return what is wrong between fields; ``field`` is the field's name. Subclasses override it."""
+        """Return what is wrong between fields; each ``field`` is the field's plain name."""
         return ()
 
 
@@ -145,7 +149,8 @@ def parse(
     prog: str,
     description: str | None = None,
 ) -> ConfigT:
-    """Return the configuration; print what is wrong and exit with 2, or print the help and exit with 0.
+    """Return the configuration; print what is wrong and exit with 2, or print the help and exit
+    with 0.
 
     ``argv`` and ``environ`` are those of this process by default.
     """
@@ -279,7 +284,7 @@ def _number(text: str, kind: type[int] | type[float], what: str) -> float:
         value = kind(text)
     except ValueError:
         raise ValueError(f"is not a {what}") from None
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         raise ValueError(f"is not a {what}")
     return value
 

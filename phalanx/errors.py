@@ -16,9 +16,10 @@ PhalanxError
 ├── DataLoss             stored bytes are not the bytes that were written
 └── Internal             a defect in Phalanx
 
-Each class is the gRPC status of the same name (see ``phalanx.rpc.status``), but nothing here imports gRPC,
-so that the pure cores can raise them. A message says what happened, where, and what to do next; it is shown
-to users as it is and therefore holds no secret, no path of a server and no traceback.
+Each class is the gRPC status of the same name (see ``phalanx.rpc.status``), but nothing here
+imports gRPC, so that the pure cores can raise them. A message says what happened, where, and what
+to do next; it is shown to users as it is and therefore holds no secret, no path of a server and no
+traceback.
 """
 
 from collections.abc import Iterable, Mapping
@@ -50,8 +51,8 @@ class Code(StrEnum):
 class Violation:
     """One wrong field of a request.
 
-    ``field`` is its path (``train.optimizer.adam.learning_rate``), ``line`` the line of the file it came
-    from, counted from 1, where there is a file.
+    ``field`` is its path (``train.optimizer.adam.learning_rate``), ``line`` the line of the file it
+    came from, counted from 1, where there is a file.
     """
 
     field: str
@@ -62,9 +63,9 @@ class Violation:
 class PhalanxError(Exception):
     """Base of all errors above; raise one of the subclasses.
 
-    ``reason`` is an UPPER_SNAKE_CASE word for programs (``STALE_TERM``), by default the code itself.
-    ``retry_after_s`` is how long a client should wait before it tries again. ``details`` are further facts
-    for programs (``{"current_term": "3"}``); all of it crosses the wire.
+    ``reason`` is an UPPER_SNAKE_CASE word for programs (``STALE_TERM``), by default the code
+    itself. ``retry_after_s`` is how long a client should wait before it tries again. ``details``
+    are further facts for programs (``{"current_term": "3"}``); all of it crosses the wire.
     """
 
     code: ClassVar[Code] = Code.INTERNAL
@@ -96,7 +97,7 @@ class Cancelled(PhalanxError):
 
 
 class InvalidArgument(PhalanxError):
-    """The request is wrong whatever the state of the cluster; ``violations`` name every wrong field."""
+    """The request is wrong in any state of the cluster; ``violations`` name the wrong fields."""
 
     code = Code.INVALID_ARGUMENT
 

@@ -36,23 +36,23 @@ def new_incarnation() -> Incarnation:
 
 
 def is_name(text: str) -> bool:
-    """Return whether ``text`` is a name: a-z, 0-9 and ``._-``, at most 128, the first a letter or digit."""
+    """Return whether ``text`` is a name: a-z, 0-9, ``._-``; at most 128; first a letter or digit."""
     return _NAME.fullmatch(text) is not None
 
 
 def check_name(text: str, what: str) -> str:
-    """Return ``text`` if it is a name; else raise InvalidArgument saying which ``what`` is wrong."""
+    """Return ``text`` if it is a name; else raise InvalidArgument that calls it ``what``."""
     if is_name(text):
         return text
     raise InvalidArgument(
-        f"{what} {text[:140]!r} is not a name: use a-z, 0-9 and . _ - (the first a letter or digit), "
-        "at most 128 characters",
+        f"{what} {text[:140]!r} is not a name: use a-z, 0-9 and . _ - (the first a letter or "
+        "digit), at most 128 characters",
         reason="BAD_NAME",
     )
 
 
 def check_name_path(text: str, what: str, parts_max: int = 3) -> str:
-    """Return ``text`` if it is one to ``parts_max`` names joined by ``/``; else raise InvalidArgument."""
+    """Return ``text`` if it is names joined by ``/``, ``parts_max`` at most; else raise."""
     parts = text.split("/")
     if len(parts) > parts_max:
         raise InvalidArgument(

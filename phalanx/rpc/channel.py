@@ -1,7 +1,7 @@
 """Client side: channels with the project's options, and calls that are retried.
 
-Every call has a deadline. Only ``UNAVAILABLE`` is retried, at most ``attempts`` times within the one
-deadline, with growing, jittered waits or the wait that the server asked for.
+Every call has a deadline. Only ``UNAVAILABLE`` is retried, at most ``attempts`` times within the
+one deadline, with growing, jittered waits or the wait that the server asked for.
 """
 
 import asyncio
@@ -32,8 +32,8 @@ def channel_options(
 ) -> Options:
     """Return the options of every channel.
 
-    With ``own_connection`` the channel never shares its TCP connection with another channel of this process
-    to the same address. ``extra`` options are added last.
+    With ``own_connection`` the channel never shares its TCP connection with another channel of this
+    process to the same address. ``extra`` options are added last.
     """
     return [
         ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
@@ -71,7 +71,7 @@ def target_of(address: str) -> str:
         return parts[0]
     if not all(part.rpartition(":")[0].replace(".", "").isdigit() for part in parts):
         raise InvalidArgument(
-            f"{address!r}: a list of addresses takes IPv4 addresses only; give one host name instead"
+            f"{address!r}: several addresses must all be IPv4 addresses; or give one host name"
         )
     return "ipv4:" + ",".join(parts)
 
@@ -98,8 +98,8 @@ async def call_with_retry(
 ) -> Any:
     """Call a unary ``method`` of an asyncio stub; return its response.
 
-    ``timeout_s`` bounds all attempts together. Safe for reads and for calls that carry a request id or are
-    otherwise idempotent. Raises PhalanxError.
+    ``timeout_s`` bounds all attempts together. Safe for reads and for calls that carry a request id
+    or are otherwise idempotent. Raises PhalanxError.
     """
     retry = _Retry(timeout_s, attempts)
     while True:

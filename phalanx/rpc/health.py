@@ -18,12 +18,12 @@ _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 class HealthServicer(health_pb2_grpc.HealthServicer):
     """Answers Check and Watch for the given services and for the whole server (the empty name).
 
-    grpcio's own servicer sets states in coroutines only and starts as serving; a Phalanx server serves when
-    it says so.
+    grpcio's own servicer sets states in coroutines only and starts as serving; a Phalanx server
+    serves when it says so.
     """
 
     def __init__(self, service_names: Iterable[str]) -> None:
-        self._states = {name: _NOT_SERVING for name in ("", *service_names)}
+        self._states = dict.fromkeys(("", *service_names), _NOT_SERVING)
         self._changed = asyncio.Event()
 
     def set(self, serving: bool, service: str = "") -> None:

@@ -1,7 +1,9 @@
-"""The one server interceptor: errors become rich statuses, calls are counted and timed, defects are logged.
+"""The one server interceptor: errors become rich statuses, calls are counted and timed, defects are
+logged.
 
-It wraps calls, not messages. Handlers that read and write through their context cost nothing more; handlers
-that are async generators are driven by a plain loop here instead of by the same loop inside gRPC.
+It wraps calls, not messages. Handlers that read and write through their context cost nothing more;
+handlers that are async generators are driven by a plain loop here instead of by the same loop
+inside gRPC.
 """
 
 import asyncio
@@ -38,7 +40,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Return the wrapped handler of the method (or none for an unknown method, as gRPC expects)."""
+        """Return the wrapped handler of the method; None for an unknown one, as gRPC expects."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -90,7 +92,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except asyncio.CancelledError:
                 code = grpc.StatusCode.CANCELLED
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the boundary where defects are told
                 status = to_rpc_status(_public(error, method))
                 code = status.code
                 await context.abort(*status)

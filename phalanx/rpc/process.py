@@ -4,12 +4,13 @@
         server = Server(...)
         await server.start()
         server.set_serving(True)
-        announce(config, role="storage", address=server.address, metrics_address=server.metrics_address)
+        announce(config, role="storage", address=server.address)
         await stop.wait()
         await server.stop()
 
     def main(argv: Sequence[str] | None = None) -> int:
-        return run_service(parse(StorageConfig, argv, prog="phalanx storage"), serve, role="storage")
+        config = parse(StorageConfig, argv, prog="phalanx storage")
+        return run_service(config, serve, role="storage")
 
 SIGTERM and SIGINT set ``stop``; a second one ends the process at once with 130.
 """
@@ -43,9 +44,9 @@ _log = get_logger(__name__)
 def run_service(config: ConfigT, main: Main[ConfigT], *, role: str) -> int:
     """Run ``main(config, stop)`` and return the exit code of the process.
 
-    ``main`` returns None or an exit code after ``stop`` is set. A wrong setting that shows only at start
-    (a port in use: FailedPrecondition, InvalidArgument) gives 2 with one line on standard error; anything
-    else that escapes is a defect: 70 and a logged traceback.
+    ``main`` returns None or an exit code after ``stop`` is set. A wrong setting that shows only at
+    start (a port in use: FailedPrecondition, InvalidArgument) gives 2 with one line on standard
+    error; anything else that escapes is a defect: 70 and a logged traceback.
     """
     die_with_parent(config.parent_pid)
     configure_logging(role, config.id, config.log_level, config.log_format)
@@ -57,7 +58,7 @@ def run_service(config: ConfigT, main: Main[ConfigT], *, role: str) -> int:
         return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except Exception:
+    except Exception:  # noqa: BLE001 - the boundary where defects are told
         _log.exception("crashed")
         return EXIT_BUG
 
@@ -78,12 +79,13 @@ async def _until_stopped(config: ConfigT, main: Main[ConfigT]) -> int | None:
 
 
 def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
-    """Have the kernel send ``signal_number`` to this process when its parent dies (Linux); 0: no parent.
+    """Have the kernel send ``signal_number`` to this process when its parent dies (Linux); 0: no
+    parent.
 
-    SIGKILL by default: it also ends a process that is stopped or busy, and every service survives it anyhow.
-    If ``parent_pid`` is not the parent any more, the parent died before this call: exit at once. Beware: for
-    the kernel, "parent" is the *thread* that started this process, so start processes from a thread that
-    lives as long as they should.
+    SIGKILL by default: it also ends a process that is stopped or busy, and every service survives
+    it anyhow. If ``parent_pid`` is not the parent any more, the parent died before this call: exit
+    at once. Beware: for the kernel, "parent" is the *thread* that started this process, so start
+    processes from a thread that lives as long as they should.
     """
     if parent_pid == 0:
         return

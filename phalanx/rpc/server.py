@@ -8,8 +8,8 @@
     ...
     await server.stop()
 
-Servicers raise ``PhalanxError``; the interceptor does the rest. Handlers are coroutines (for streams: async
-generators, or coroutines that read and write through their context).
+Servicers raise ``PhalanxError``; the interceptor does the rest. Handlers are coroutines (for
+streams: async generators, or coroutines that read and write through their context).
 """
 
 from collections.abc import Iterable, Sequence
@@ -40,12 +40,14 @@ def server_options(extra: Iterable[tuple[str, Any]] = ()) -> Options:
         ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
         # A compressed message is refused before a byte of it is inflated.
         ("grpc.compression_enabled_algorithms_bitset", 1),
-        # Connections that never say a word are closed; a bound on calls stops one client starving others.
+        # Connections that never say a word are closed; a bound on calls stops one client starving
+        # others.
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         ("grpc.max_concurrent_streams", CONCURRENT_STREAMS),
         # With it a second server on a used port would silently share its connections.
         ("grpc.so_reuseport", 0),
-        # Must allow what channel_options() of our clients does, or healthy calls die as "too_many_pings".
+        # Must allow what channel_options() of our clients does, or healthy calls die as
+        # "too_many_pings".
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
@@ -56,10 +58,10 @@ def server_options(extra: Iterable[tuple[str, Any]] = ()) -> Options:
 class Server:
     """A gRPC server and its ``/metrics`` and ``/healthz``.
 
-    ``listen`` and ``metrics_listen`` are HOST:PORT (port 0: a free one); with ``metrics_listen`` None there
-    is no HTTP server. ``service_names`` are the full names of the services that will be added; they get
-    health states and are shown by reflection. ``registry`` is where the metrics of this process live.
-    Make it inside the event loop that runs it.
+    ``listen`` and ``metrics_listen`` are HOST:PORT (port 0: a free one); with ``metrics_listen``
+    None there is no HTTP server. ``service_names`` are the full names of the services that will be
+    added; they get health states and are shown by reflection. ``registry`` is where the metrics of
+    this process live. Make it inside the event loop that runs it.
     """
 
     def __init__(
@@ -96,8 +98,8 @@ class Server:
     async def start(self) -> None:
         """Bind and accept calls; ``address`` is then the real HOST:PORT.
 
-        Raises FailedPrecondition, naming the address, when it cannot be used. Health says "not serving" until
-        ``set_serving``.
+        Raises FailedPrecondition, naming the address, when it cannot be used. Health says "not
+        serving" until ``set_serving``.
         """
         try:
             port = self.raw.add_insecure_port(self._listen)

@@ -1,9 +1,9 @@
 """PhalanxError to google.rpc.Status and back.
 
-On the wire an error is the plain gRPC status plus, in the trailer ``grpc-status-details-bin``, ErrorInfo
-(reason and details, domain ``phalanx``), BadRequest (the violations without their lines, which only the
-reader of a file knows) and RetryInfo. gRPC drops calls whose metadata exceeds 8 KiB, so long lists of
-violations are cut and the cut is said.
+On the wire an error is the plain gRPC status plus, in the trailer ``grpc-status-details-bin``,
+ErrorInfo (reason and details, domain ``phalanx``), BadRequest (the violations without their lines,
+which only the reader of a file knows) and RetryInfo. gRPC drops calls whose metadata exceeds 8 KiB,
+so long lists of violations are cut and the cut is said.
 """
 
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ def to_rpc_status(error: PhalanxError) -> RpcStatus:
 
 
 def from_rpc_error(error: grpc.RpcError) -> PhalanxError:
-    """Return the PhalanxError that the server raised, or the nearest one for an error of gRPC itself."""
+    """Return the PhalanxError that the server raised, or the one nearest to gRPC's own error."""
     code = _code_of(error)
     message = str(_call(error, "details") or code.value)
     status = _rich_status(error)

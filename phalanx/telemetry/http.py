@@ -1,7 +1,8 @@
 """``/metrics`` and ``/healthz`` over HTTP, served by the event loop of the process.
 
-The answer to ``/healthz`` comes from the same loop as the service's own answers: a process whose loop is
-stuck looks unhealthy because it is. Requests are small and bounded in size, time and number.
+The answer to ``/healthz`` comes from the same loop as the service's own answers: a process whose
+loop is stuck looks unhealthy because it is. Requests are small and bounded in size, time and
+number.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ class MetricsServer:
         self.address = ""
 
     async def start(self) -> None:
-        """Bind; afterwards ``address`` is the real HOST:PORT. Raises FailedPrecondition if it is taken."""
+        """Bind; ``address`` is then the real HOST:PORT. Raises FailedPrecondition if it is taken."""
         host, port = split_address(self._listen)
         try:
             self._server = await asyncio.start_server(

@@ -5,9 +5,9 @@
     with bound_contextvars(job_id="fashion-mlp-ab12cd34", step=7):
         log.info("leaf_finished", shard=3, seconds=0.012)
 
-The first argument of a log call is the event, in snake_case; everything else is a named value. ``job_id``,
-``worker_id``, ``step`` and ``shard`` are spelled like this everywhere. Records of the standard library's
-``logging`` (gRPC's, asyncio's) come out in the same form.
+The first argument of a log call is the event, in snake_case; everything else is a named value.
+``job_id``, ``worker_id``, ``step`` and ``shard`` are spelled like this everywhere. Records of the
+standard library's ``logging`` (gRPC's, asyncio's) come out in the same form.
 """
 
 import logging

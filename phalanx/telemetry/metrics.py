@@ -1,13 +1,14 @@
 """Every metric of every service, declared once.
 
-A process makes one registry (``new_registry``) and one of the classes below; an attribute is named as the
-metric is without its prefix and unit suffix rules added by Prometheus. Names and labels are a contract: a
-test holds them.
+A process makes one registry (``new_registry``) and one of the classes below; an attribute is named
+as the metric is without its prefix and unit suffix rules added by Prometheus. Names and labels are
+a contract: a test holds them.
 
     metrics = ControlMetrics(server.registry)
     metrics.redispatches_total.labels(cause="worker_lost").inc()
 
-Per-job metrics go through ``PerJob``, which bounds how many jobs have series and forgets ended ones.
+Per-job metrics go through ``PerJob``, which bounds how many jobs have series and forgets ended
+ones.
 """
 
 from collections.abc import Iterable
@@ -17,8 +18,8 @@ from typing import TypeVar
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    GCCollector,
     Gauge,
+    GCCollector,
     Histogram,
     PlatformCollector,
     ProcessCollector,
@@ -38,7 +39,7 @@ _VERSIONS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)
 
 
 def new_registry() -> CollectorRegistry:
-    """Return a registry with the metrics of the process itself (memory, CPU, files) and ``build_info``."""
+    """Return a registry with ``build_info`` and the process's own metrics (memory, CPU, files)."""
     # They would double the number of series and say little.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry(auto_describe=True)
@@ -51,7 +52,7 @@ def new_registry() -> CollectorRegistry:
 
 
 class GrpcServerMetrics:
-    """Calls answered by a gRPC server; names and labels are those of the gRPC ecosystem, without prefix."""
+    """Calls answered by a gRPC server, under the names that the gRPC ecosystem uses: no prefix."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.handled_total = Counter(
@@ -189,8 +190,9 @@ class StorageMetrics:
 class PerJob:
     """Bounds the series of per-job metrics.
 
-    At most JOB_SERIES_LIMIT jobs have series at once; those of an ended job go after JOB_SERIES_KEPT_S. Ask
-    ``admits`` before touching a metric of a job; call ``expire`` now and then. Times are monotonic seconds.
+    At most JOB_SERIES_LIMIT jobs have series at once; those of an ended job go after
+    JOB_SERIES_KEPT_S. Ask ``admits`` before touching a metric of a job; call ``expire`` now and
+    then. Times are monotonic seconds.
     """
 
     def __init__(self, metrics: Iterable[MetricWrapperBase], limit: int = JOB_SERIES_LIMIT) -> None:
