@@ -1,0 +1,189 @@
+"""Rows of a split, in any order, out of mapped chunks."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import DTypeLike, NDArray
+
+from phalanx.data.chunks import CsrChunk, DenseChunk, open_chunk
+from phalanx.data.manifest import ChunkInfo, DatasetManifest
+from phalanx.errors import DataLoss, InvalidArgument
+from phalanx.models.base import Batch
+
+_ALIGNMENT_BYTES = 64
+
+
+class Selection(Protocol):
+    """Some rows of one chunk of the split, in the order in which they are wanted."""
+
+    @property
+    def chunk_index(self) -> int: ...
+    @property
+    def rows(self) -> NDArray[np.int64]: ...
+
+
+class ChunkReader:
+    """Gathers rows of one split.
+
+    ``fetch`` turns a chunk's digest into a local file that holds it; it is called when a chunk is
+    first needed, and again if it was dropped since. ``dtype`` is what features (and the targets of
+    a regression) are converted to; class indices stay int64. At most ``open_limit`` chunks stay
+    mapped, the least recently used goes first. Rows are always copied into new, equally aligned
+    arrays: what a leaf computes never depends on where its rows were stored.
+
+    Not for use by several threads at once.
+    """
+
+    def __init__(
+        self,
+        manifest: DatasetManifest,
+        split: str,
+        fetch: Callable[[str], Path],
+        *,
+        dtype: DTypeLike = np.float32,
+        open_limit: int = 16,
+    ) -> None:
+        if split not in manifest.splits:
+            known = ", ".join(manifest.splits)
+            raise InvalidArgument(f"the data set has no split {split!r}; it has {known}")
+        if open_limit < 1:
+            raise InvalidArgument("open_limit must be at least 1")
+        self.manifest = manifest
+        self.split = split
+        self.chunks: tuple[ChunkInfo, ...] = tuple(manifest.splits[split])
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self._fetch = fetch
+        self._open_limit = open_limit
+        self._open: OrderedDict[int, DenseChunk | CsrChunk] = OrderedDict()
+
+    @property
+    def chunk_rows(self) -> tuple[int, ...]:
+        """Rows of each chunk in order."""
+        return tuple(chunk.rows for chunk in self.chunks)
+
+    def rows(self, selections: Sequence[Selection]) -> Batch:
+        """The rows of the selections one after another.
+
+        Raises InvalidArgument when a selection reaches outside its chunk and DataLoss when a chunk
+        is not what the manifest says.
+        """
+        total = sum(len(selection.rows) for selection in selections)
+        targets: NDArray[Any] = np.empty(total, dtype=self._targets_dtype())
+        if self.manifest.format == "csr":
+            return Batch(features=self._gather_csr(selections, targets), targets=targets)
+        features = aligned_empty((total, self.manifest.features), self.dtype)
+        position = 0
+        for selection in selections:
+            chunk = self._chunk(selection)
+            assert isinstance(chunk, DenseChunk)
+            stop = position + len(selection.rows)
+            index = _as_slice(selection.rows)
+            features[position:stop] = chunk.features[index]
+            targets[position:stop] = chunk.targets[index]
+            position = stop
+        return Batch(features=features, targets=targets)
+
+    def close(self) -> None:
+        """Lets go of all maps; the reader may be used again."""
+        self._open.clear()
+
+    def _gather_csr(
+        self, selections: Sequence[Selection], targets: NDArray[Any]
+    ) -> scipy.sparse.csr_array:
+        lengths: NDArray[np.int64] = np.empty(len(targets), dtype=np.int64)
+        gathered: list[tuple[NDArray[Any], NDArray[np.int32]]] = []
+        position = 0
+        for selection in selections:
+            chunk = self._chunk(selection)
+            assert isinstance(chunk, CsrChunk)
+            stop = position + len(selection.rows)
+            starts = chunk.indptr[selection.rows].astype(np.int64)
+            row_lengths = chunk.indptr[selection.rows + 1] - starts
+            where = _value_positions(starts, row_lengths)
+            gathered.append((chunk.data[where], chunk.indices[where]))
+            lengths[position:stop] = row_lengths
+            targets[position:stop] = chunk.targets[selection.rows]
+            position = stop
+        count = int(lengths.sum())
+        data = aligned_empty((count,), self.dtype)
+        indices = aligned_empty((count,), np.dtype(np.int32))
+        filled = 0
+        for values, columns in gathered:
+            data[filled : filled + len(values)] = values
+            indices[filled : filled + len(values)] = columns
+            filled += len(values)
+        indptr = np.zeros(len(targets) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=indptr[1:])
+        return scipy.sparse.csr_array(
+            (data, indices, indptr), shape=(len(targets), self.manifest.features)
+        )
+
+    def _chunk(self, selection: Selection) -> DenseChunk | CsrChunk:
+        index = selection.chunk_index
+        if not 0 <= index < len(self.chunks):
+            raise InvalidArgument(
+                f"split {self.split!r} has {len(self.chunks)} chunks, none with index {index}"
+            )
+        chunk = self._open.get(index)
+        if chunk is None:
+            chunk = self._open_verified(self.chunks[index])
+            self._open[index] = chunk
+            if len(self._open) > self._open_limit:
+                self._open.popitem(last=False)
+        self._open.move_to_end(index)
+        rows = selection.rows
+        if len(rows) and (rows.min() < 0 or rows.max() >= chunk.rows):
+            raise InvalidArgument(
+                f"chunk {index} of split {self.split!r} has rows 0 to {chunk.rows - 1}, "
+                f"asked for {rows.min()} to {rows.max()}"
+            )
+        return chunk
+
+    def _open_verified(self, info: ChunkInfo) -> DenseChunk | CsrChunk:
+        chunk = open_chunk(self._fetch(info.digest))
+        expected = DenseChunk if self.manifest.format == "dense" else CsrChunk
+        if not isinstance(chunk, expected) or chunk.rows != info.rows:
+            raise DataLoss(
+                f"chunk {info.digest[:12]} is not the {self.manifest.format} chunk of "
+                f"{info.rows} rows that the manifest names"
+            )
+        if isinstance(chunk, DenseChunk) and chunk.features.shape[1] != self.manifest.features:
+            raise DataLoss(
+                f"chunk {info.digest[:12]} has {chunk.features.shape[1]} features, "
+                f"the manifest says {self.manifest.features}"
+            )
+        return chunk
+
+    def _targets_dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.int64) if self.manifest.task == "classification" else self.dtype
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An uninitialised array that starts on a cache line.
+
+    Vector kernels may treat the first elements of an unaligned array apart; with one alignment
+    everywhere the bits cannot depend on the allocator.
+    """
+    size_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = np.empty(size_bytes + _ALIGNMENT_BYTES, dtype=np.uint8)
+    offset = -buffer.ctypes.data % _ALIGNMENT_BYTES
+    return buffer[offset : offset + size_bytes].view(dtype).reshape(shape)
+
+
+def _as_slice(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """Neighbouring rows as a slice, which is one copy instead of a gather."""
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and bool(np.all(np.diff(rows) == 1)):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
+
+
+def _value_positions(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions of all values of the rows that start and last as given, row after row."""
+    ends = np.cumsum(lengths)
+    shift = np.repeat(starts - (ends - lengths), lengths)
+    positions: NDArray[np.int64] = np.arange(len(shift), dtype=np.int64) + shift
+    return positions
