@@ -36,7 +36,7 @@ def new_incarnation() -> Incarnation:
 
 
 def is_name(text: str) -> bool:
-    """Return whether ``text`` is a name: a-z, 0-9, ``._-``; at most 128; first a letter or digit."""
+    """Return whether ``text`` is a name: a-z, 0-9, ``._-``, not these first; at most 128."""
     return _NAME.fullmatch(text) is not None
 
 

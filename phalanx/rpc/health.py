@@ -10,9 +10,9 @@ from phalanx.rpc.types import ServicerContext
 
 SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+_SERVING: int = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING: int = health_pb2.HealthCheckResponse.NOT_SERVING
+_UNKNOWN: int = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
@@ -23,7 +23,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     """
 
     def __init__(self, service_names: Iterable[str]) -> None:
-        self._states = dict.fromkeys(("", *service_names), _NOT_SERVING)
+        self._states: dict[str, int] = dict.fromkeys(("", *service_names), _NOT_SERVING)
         self._changed = asyncio.Event()
 
     def set(self, serving: bool, service: str = "") -> None:

@@ -32,7 +32,7 @@ class MetricsServer:
         self.address = ""
 
     async def start(self) -> None:
-        """Bind; ``address`` is then the real HOST:PORT. Raises FailedPrecondition if it is taken."""
+        """Bind; ``address`` is then the real HOST:PORT. Raises FailedPrecondition if taken."""
         host, port = split_address(self._listen)
         try:
             self._server = await asyncio.start_server(
