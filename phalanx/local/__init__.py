@@ -1,0 +1,1 @@
+"""Clusters on one machine: real service processes under a small supervisor."""

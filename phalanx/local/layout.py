@@ -1,0 +1,99 @@
+"""Which processes a local cluster has, with their arguments and addresses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from phalanx.local.members import MemberPlan
+from phalanx.local.options import HOST, LocalOptions
+from phalanx.local.ports import check_free, free_ports
+
+CONTROL, AGGREGATOR, WORKER, STORAGE = "control", "aggregator", "worker", "storage"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The plan of one local cluster.
+
+    Addresses are chosen before anything starts, so that all processes can start at once and come back under
+    the same address after a death.
+    """
+
+    options: LocalOptions
+    storage_address: str
+    control_addresses: tuple[str, ...]
+    aggregator_addresses: tuple[str, ...]
+
+    @classmethod
+    def choose(cls, options: LocalOptions) -> "Layout":
+        """Choose free ports for everything but the port that the user gave.
+
+        Raises FailedPrecondition if that one is in use.
+        """
+        if options.port:
+            check_free(options.port)
+        ports = free_ports(1 + options.controls + options.aggregators)
+        if options.port:
+            ports[1] = options.port
+        addresses = [f"{HOST}:{port}" for port in ports]
+        return cls(
+            options=options,
+            storage_address=addresses[0],
+            control_addresses=tuple(addresses[1 : 1 + options.controls]),
+            aggregator_addresses=tuple(addresses[1 + options.controls :]),
+        )
+
+    def members(self) -> list[MemberPlan]:
+        """Return the plans of all members, in the order in which they shall start."""
+        plans = [self._storage()]
+        plans += [self._control(index) for index in range(self.options.controls)]
+        plans += [self._aggregator(index) for index in range(self.options.aggregators)]
+        plans += [self.worker(index) for index in range(self.options.workers)]
+        return plans
+
+    def worker(self, index: int) -> MemberPlan:
+        """Return the plan of one worker, counted from 0."""
+        id = f"worker-{index + 1}"
+        arguments = [
+            *("worker", "--control", ",".join(self.control_addresses)),
+            *("--storage", self.storage_address),
+            *("--slots", str(self.options.slots_per_worker)),
+            *("--cache-dir", str(self._state_dir / "cache" / id)),
+        ]
+        return self._plan(WORKER, id, arguments)
+
+    def _storage(self) -> MemberPlan:
+        arguments = [
+            *("storage", "--listen", self.storage_address),
+            *("--state", str(self._state_dir / "storage")),
+        ]
+        return self._plan(STORAGE, "storage", arguments)
+
+    def _control(self, index: int) -> MemberPlan:
+        arguments = [
+            *("coordinator", "control", "--listen", self.control_addresses[index]),
+            *("--storage", self.storage_address),
+            *("--public-address", self.storage_address),
+        ]
+        return self._plan(CONTROL, f"control-{index + 1}", arguments)
+
+    def _aggregator(self, index: int) -> MemberPlan:
+        arguments = [
+            *("coordinator", "aggregator", "--listen", self.aggregator_addresses[index]),
+            *("--control", ",".join(self.control_addresses)),
+            *("--storage", self.storage_address),
+        ]
+        return self._plan(AGGREGATOR, f"aggregator-{index + 1}", arguments)
+
+    def _plan(self, role: str, id: str, arguments: Sequence[str]) -> MemberPlan:
+        return MemberPlan(
+            role=role,
+            id=id,
+            arguments=(*arguments, "--log-level", self.options.log_level),
+            log=self._state_dir / "logs" / f"{id}.log",
+            announce=self._state_dir / "run" / f"{id}.json",
+        )
+
+    @property
+    def _state_dir(self) -> Path:
+        return self.options.state_dir

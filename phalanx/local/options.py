@@ -1,0 +1,47 @@
+"""What a cluster on one machine consists of."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from phalanx.errors import InvalidArgument
+
+HOST = "127.0.0.1"
+MEMBERS_MAX = 256
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """How many processes of which kind, and where they keep their state.
+
+    ``port`` is control's; 0 takes a free one, as all other processes do. ``slots`` are leaf processes per
+    worker; None shares the cores out. ``environment`` is added to that of every process.
+    """
+
+    state_dir: Path
+    workers: int = 4
+    aggregators: int = 1
+    controls: int = 1
+    port: int = 0
+    slots: int | None = None
+    log_level: str = "info"
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("aggregators", 1), ("controls", 1)):
+            if not least <= getattr(self, name) <= MEMBERS_MAX:
+                raise InvalidArgument(
+                    f"{name} is {getattr(self, name)}; it must be {least} to {MEMBERS_MAX}"
+                )
+        if self.slots is not None and self.slots < 1:
+            raise InvalidArgument(f"slots is {self.slots}; it must be 1 or more")
+        if not 0 <= self.port <= 65535:
+            raise InvalidArgument(f"port is {self.port}; it must be 0 to 65535")
+
+    @property
+    def slots_per_worker(self) -> int:
+        """Leaf processes of each worker: the given number, else an equal share of the cores."""
+        if self.slots is not None:
+            return self.slots
+        return max(1, len(os.sched_getaffinity(0)) // max(1, self.workers))

@@ -1,0 +1,325 @@
+"""Starts the processes of a local cluster, starts again what dies, and ends them all.
+
+One thread owns every process: it starts them (the operating system kills a child when the *thread* that
+started it ends), waits for deaths without polling, and ends them. Other threads only send it commands.
+"""
+
+import os
+import queue
+import random
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import IO, TypeVar
+
+import phalanx
+from phalanx.errors import DeadlineExceeded, FailedPrecondition, NotFound, PhalanxError, Unavailable
+from phalanx.local.layout import WORKER, Layout
+from phalanx.local.members import MemberProcess
+from phalanx.local.options import LocalOptions
+from phalanx.local.state import ClusterState, Member, lock, remove_state, write_state
+
+START_TIMEOUT_S = 60.0
+DRAIN_S = 3.0
+STOP_S = 3.0
+_DEATHS_AT_START_MAX = 3
+_PORT_ROUNDS = 3
+_LOOK_S = 0.02
+_EXIT_USAGE = 2
+_PORT_TAKEN = "PORT_TAKEN"
+
+ResultT = TypeVar("ResultT")
+
+
+class Supervisor:
+    """A cluster on this machine. Call ``start`` once, then ``stop``."""
+
+    def __init__(self, options: LocalOptions) -> None:
+        self.options = options
+        self.layout = Layout.choose(options)
+        self._members: list[MemberProcess] = []
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._ready: Future[None] = Future()
+        self._ended = threading.Event()
+        self._stopping = False
+        self._hurry = threading.Event()
+        self._wake_read, self._wake_write = os.pipe()
+        self._pipe_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="phalanx-supervisor", daemon=True)
+        self._lock_file: IO[bytes] | None = None
+        self._start_unix_s = time.time()
+        self._next_worker = options.workers
+
+    @classmethod
+    def launch(cls, options: LocalOptions, timeout_s: float = START_TIMEOUT_S) -> "Supervisor":
+        """Start a cluster; as ``start``, but again with other ports when another program was quicker."""
+        for _ in range(_PORT_ROUNDS - 1):
+            supervisor = cls(options)
+            try:
+                supervisor.start(timeout_s)
+            except FailedPrecondition as error:
+                if error.reason != _PORT_TAKEN:
+                    raise
+            else:
+                return supervisor
+        supervisor = cls(options)
+        supervisor.start(timeout_s)
+        return supervisor
+
+    @property
+    def address(self) -> str:
+        """Where clients reach the cluster; several control processes are a comma separated list."""
+        return ",".join(self.layout.control_addresses)
+
+    def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Start all processes and return once each has said that it is ready.
+
+        Raises FailedPrecondition when the state folder is taken or a process cannot run, with the end of its
+        log; DeadlineExceeded after ``timeout_s``. Nothing is left behind then.
+        """
+        self._lock_file = lock(self.options.state_dir)
+        for folder in ("logs", "run", "cache"):
+            (self.options.state_dir / folder).mkdir(exist_ok=True)
+        self._thread.start()
+        try:
+            self._ready.result(timeout_s)
+        except TimeoutError:
+            waiting = ", ".join(member.id for member in self.members() if not member.address)
+            self.stop(hurry=True)
+            raise DeadlineExceeded(
+                f"the cluster was not ready after {timeout_s:g} s; still waited for: {waiting}; "
+                f"their logs are in {self.options.state_dir / 'logs'}"
+            ) from None
+        except BaseException:
+            self.stop(hurry=True)
+            raise
+
+    def stop(self, *, hurry: bool = False) -> None:
+        """End all processes: workers finish their leaves first unless in a ``hurry``. Harmless when repeated."""
+        if hurry:
+            self._hurry.set()
+        if self._thread.ident is None:
+            self._release()
+            return
+        self._post(self._begin_stop)
+        try:
+            self._ended.wait()
+        except KeyboardInterrupt:
+            self._hurry.set()
+            self._ended.wait()
+            raise
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block until the cluster has ended; return whether it has."""
+        return self._ended.wait(timeout_s)
+
+    def members(self) -> list[Member]:
+        """Return all processes as they are now."""
+        return [member.describe() for member in list(self._members)]
+
+    def member(self, id: str) -> Member:
+        """Return one process by its id. Raises NotFound."""
+        for member in self.members():
+            if member.id == id:
+                return member
+        raise NotFound(
+            f"this cluster has no process {id!r}; it has "
+            + ", ".join(member.id for member in self.members())
+        )
+
+    def add_worker(self) -> str:
+        """Start one more worker; return its id at once."""
+        return self._ask(self._add_worker)
+
+    # From here on everything runs in the supervisor's own thread.
+
+    def _run(self) -> None:
+        try:
+            self._start_members()
+            while not self._stopping:
+                self._wait_for_something()
+                self._serve_commands()
+                self._collect_deaths()
+                self._start_due()
+                self._note_announcements()
+        except PhalanxError as error:
+            if not self._ready.done():
+                self._ready.set_exception(error)
+        finally:
+            self._end_members()
+            self._release()
+            with self._pipe_lock:
+                os.close(self._wake_read)
+                os.close(self._wake_write)
+                self._ended.set()
+            if not self._ready.done():
+                self._ready.set_exception(
+                    Unavailable("the cluster was stopped before it was ready")
+                )
+
+    def _start_members(self) -> None:
+        environment = {**os.environ, **self.options.environment}
+        self._members = [
+            MemberProcess(plan, environment, self.options.state_dir)
+            for plan in self.layout.members()
+        ]
+        self._start_due()
+
+    def _wait_for_something(self) -> None:
+        """Sleep until a process ends, a command comes, a restart is due, or it is time to look for files."""
+        poller = select.poll()
+        poller.register(self._wake_read, select.POLLIN)
+        handles = []
+        for member in self._members:
+            if member.pid:
+                # The process is our child and not yet collected, so the id cannot mean another one.
+                handles.append(os.pidfd_open(member.pid))
+                poller.register(handles[-1], select.POLLIN)
+        try:
+            timeout_s = self._next_look_s()
+            poller.poll(None if timeout_s is None else timeout_s * 1000)
+        finally:
+            for handle in handles:
+                os.close(handle)
+
+    def _next_look_s(self) -> float | None:
+        if any(member.pid and member.announced is None for member in self._members):
+            return _LOOK_S
+        starts = [member.start_at_s for member in self._members if member.start_at_s is not None]
+        return max(min(starts) - time.monotonic(), 0.0) if starts else None
+
+    def _serve_commands(self) -> None:
+        if select.select([self._wake_read], [], [], 0)[0]:
+            os.read(self._wake_read, 4096)
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _collect_deaths(self) -> None:
+        changed = False
+        for member in list(self._members):
+            code = member.collect()
+            if code is None:
+                continue
+            changed = True
+            if not self._ready.done():
+                self._judge_early_death(member, code)
+            if member.plan.role == WORKER and code == 0:
+                # It was drained, and left: that is what the operator wanted.
+                self._members.remove(member)
+            else:
+                member.plan_restart()
+        if changed:
+            self._write_state()
+
+    def _judge_early_death(self, member: MemberProcess, code: int) -> None:
+        """Give up on a process that cannot run: told at once, not after a minute of restarts."""
+        if code == _EXIT_USAGE or member.restarts + 1 >= _DEATHS_AT_START_MAX:
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            tail = member.log_tail()
+            raise FailedPrecondition(
+                f"{member.plan.id} cannot run ({how}); the end of its log:\n{tail}",
+                reason=_PORT_TAKEN if "in use" in tail else "MEMBER_CANNOT_RUN",
+            )
+
+    def _start_due(self) -> None:
+        now_s = time.monotonic()
+        for member in self._members:
+            if member.start_at_s is not None and member.start_at_s <= now_s:
+                try:
+                    member.start()
+                except OSError as error:
+                    # No memory or no process slot at the moment; others may free some.
+                    member.start_at_s = now_s + random.uniform(0.5, 1.0)
+                    if not self._ready.done():
+                        raise FailedPrecondition(
+                            f"cannot start {member.plan.id}: {error}", reason="MEMBER_CANNOT_RUN"
+                        ) from error
+
+    def _note_announcements(self) -> None:
+        waiting = [member for member in self._members if member.announced is None]
+        if not [member for member in waiting if member.look_for_announcement()]:
+            return
+        everyone = all(member.announced is not None for member in self._members)
+        self._write_state(ready=everyone or self._ready.done())
+        if everyone and not self._ready.done():
+            self._ready.set_result(None)
+
+    def _add_worker(self) -> str:
+        plan = self.layout.worker(self._next_worker)
+        self._next_worker += 1
+        environment = {**os.environ, **self.options.environment}
+        self._members.append(MemberProcess(plan, environment, self.options.state_dir))
+        return plan.id
+
+    def _begin_stop(self) -> None:
+        self._stopping = True
+
+    def _end_members(self) -> None:
+        """End workers first, storage last, so that each can still save what it wants to save."""
+        for roles, grace_s in (
+            ({WORKER}, DRAIN_S),
+            ({"aggregator", "control"}, STOP_S),
+            ({"storage"}, STOP_S),
+        ):
+            self._end([m for m in self._members if m.plan.role in roles], grace_s)
+        self._members.clear()
+
+    def _end(self, members: list[MemberProcess], grace_s: float) -> None:
+        deadline_s = time.monotonic() + grace_s
+        for member in members:
+            member.signal(signal.SIGTERM)
+            # One that is stopped (SIGSTOP) must wake up to hear it.
+            member.signal(signal.SIGCONT)
+        for member in members:
+            while not member.wait(min(time.monotonic() + 0.1, deadline_s)):
+                if self._hurry.is_set() or time.monotonic() >= deadline_s:
+                    member.signal(signal.SIGKILL)
+                    member.wait(time.monotonic() + STOP_S)
+                    break
+
+    def _release(self) -> None:
+        if self._lock_file is not None:
+            remove_state(self.options.state_dir)
+            self._lock_file.close()
+            self._lock_file = None
+
+    def _write_state(self, ready: bool | None = None) -> None:
+        state = ClusterState(
+            pid=os.getpid(),
+            address=self.address,
+            storage_address=self.layout.storage_address,
+            version=phalanx.__version__,
+            start_unix_s=self._start_unix_s,
+            ready=self._ready.done() if ready is None else ready,
+            members=tuple(member.describe() for member in self._members),
+        )
+        try:
+            write_state(self.options.state_dir, state)
+        except OSError:
+            # A full disk must not take the cluster down; the file is for information only.
+            return
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._pipe_lock:
+            if not self._ended.is_set():
+                self._commands.put(command)
+                os.write(self._wake_write, b"\0")
+
+    def _ask(self, command: Callable[[], ResultT]) -> ResultT:
+        answer: Future[ResultT] = Future()
+
+        def run() -> None:
+            answer.set_result(command())
+
+        self._post(run)
+        try:
+            return answer.result(STOP_S)
+        except TimeoutError:
+            raise Unavailable("the cluster has ended or is just ending") from None

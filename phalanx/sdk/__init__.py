@@ -1,0 +1,1 @@
+"""The Python interface: the verbs of the command line as plain, blocking calls."""

@@ -1,0 +1,252 @@
+"""A handle on one job."""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from phalanx.errors import Code, DeadlineExceeded, PhalanxError, Unavailable
+from phalanx.ids import new_request_id
+from phalanx.sdk import methods
+from phalanx.sdk.backend import Backend
+from phalanx.sdk.values import (
+    TERMINAL_STATES,
+    Failure,
+    LogLine,
+    MetricPoint,
+    Result,
+    Update,
+    failure_value,
+    local_time,
+    metric_point_value,
+    result_value,
+    state_name,
+    update_value,
+)
+from phalanx.v1 import job_pb2, job_service_pb2
+
+REATTACH_S = 60.0
+"""How long a watch keeps trying to attach again to a cluster that went away."""
+METRIC_PAGE = 10_000
+
+
+class JobFailed(PhalanxError):
+    """The job ended without a model; ``failures`` name shard, rows and traceback, ``job_id`` the job."""
+
+    code = Code.FAILED_PRECONDITION
+
+    def __init__(self, job: job_pb2.Job) -> None:
+        self.job_id = job.id
+        self.failures: tuple[Failure, ...] = tuple(failure_value(item) for item in job.failures)
+        super().__init__(_story(job), reason=job.reason or "JOB_FAILED")
+
+
+class JobCancelled(JobFailed):
+    """Somebody cancelled the job."""
+
+
+class Job:
+    """One submitted job. Its properties show the state at the last call; ``refresh`` asks again."""
+
+    def __init__(
+        self, backend: Backend, message: job_pb2.Job, plan: job_pb2.Plan | None = None
+    ) -> None:
+        self._backend = backend
+        self.message = message
+        self.plan = plan
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {self.state}>"
+
+    @property
+    def id(self) -> str:
+        """The job's id, NAME-xxxxxxxx."""
+        return self.message.id
+
+    @property
+    def state(self) -> str:
+        """QUEUED, RUNNING, PAUSED, SUCCEEDED, FAILED or CANCELLED."""
+        return state_name(self.message.state)
+
+    @property
+    def reason(self) -> str:
+        """Why it is in this state, as a word (``WAITING_FOR_WORKERS``)."""
+        return self.message.reason
+
+    @property
+    def done(self) -> bool:
+        """True once the state is final."""
+        return self.state in TERMINAL_STATES
+
+    @property
+    def progress(self) -> Update:
+        """Where it was at the last call."""
+        return update_value(self.state, self.message.progress)
+
+    @property
+    def result(self) -> Result | None:
+        """Model, SHA-256 and metrics of a job that succeeded; else None."""
+        return result_value(self.message.result) if self.state == "SUCCEEDED" else None
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """What failed."""
+        return tuple(failure_value(failure) for failure in self.message.failures)
+
+    def refresh(self) -> "Job":
+        """Ask for the present state; returns itself."""
+        request = job_service_pb2.GetJobRequest(job_id=self.id)
+        self.message = self._backend.call(methods.GET_JOB, request).job
+        return self
+
+    def watch(self) -> Iterator[Update]:
+        """Yield an update for each report of progress (at most five a second) and one at the end.
+
+        Reports before the first step is committed are left out. A cluster that goes away for a while is
+        attached to again; no event is lost or repeated. Leaving the loop leaves the job running.
+        """
+        events: list[job_pb2.Event] = []
+        for item in self.watch_messages():
+            kind = item.WhichOneof("update")
+            if kind == "event":
+                events.append(item.event)
+            elif kind == "progress" and item.progress.step > 0:
+                yield update_value(self.state, item.progress, events)
+                events = []
+        yield update_value(self.state, self.message.progress, events)
+
+    def watch_messages(self, after_sequence: int = 0) -> Iterator[job_service_pb2.WatchJobResponse]:
+        """Yield what WatchJob sends, across lost connections, until the job has ended."""
+        sequence = after_sequence
+        give_up_at: float | None = None
+        while True:
+            try:
+                request = job_service_pb2.WatchJobRequest(
+                    job_id=self.id, after_sequence=sequence
+                )
+                for item in self._backend.stream(methods.WATCH_JOB, request):
+                    give_up_at = None
+                    kind = item.WhichOneof("update")
+                    if kind == "event":
+                        sequence = item.event.sequence
+                    elif kind == "job":
+                        self.message = item.job
+                    yield item
+                if self.done:
+                    return
+            except DeadlineExceeded:
+                continue
+            except Unavailable:
+                now = time.monotonic()
+                give_up_at = give_up_at or now + REATTACH_S
+                if now >= give_up_at:
+                    raise
+            time.sleep(random.uniform(0.2, 0.4))
+
+    def wait(self, timeout_s: float | None = None) -> Result:
+        """Block until the job has ended; return its result.
+
+        Raises JobFailed or JobCancelled when it ended without one, and DeadlineExceeded after ``timeout_s``;
+        the job goes on then.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        wait_s = 0.05
+        while not self.done:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise DeadlineExceeded(
+                    f"job {self.id} is still {self.state} after {timeout_s:g} s; it goes on, wait again"
+                )
+            time.sleep(wait_s if deadline is None else min(wait_s, max(deadline - time.monotonic(), 0)))
+            wait_s = min(wait_s * 1.5, 0.5)
+            self.refresh()
+        self.raise_if_failed()
+        return result_value(self.message.result)
+
+    def raise_if_failed(self) -> None:
+        """Raise JobFailed or JobCancelled if the job ended like that."""
+        if self.state == "CANCELLED":
+            _fail(JobCancelled(self.message))
+        if self.state == "FAILED":
+            _fail(JobFailed(self.message))
+
+    def cancel(self, reason: str = "") -> "Job":
+        """End the job at the next step boundary; returns itself."""
+        request = job_service_pb2.CancelJobRequest(
+            job_id=self.id, request_id=new_request_id(), reason=reason
+        )
+        self.message = self._backend.call(methods.CANCEL_JOB, request).job
+        return self
+
+    def pause(self) -> "Job":
+        """Write a checkpoint at the next step boundary and give the workers free; returns itself."""
+        request = job_service_pb2.PauseJobRequest(job_id=self.id, request_id=new_request_id())
+        self.message = self._backend.call(methods.PAUSE_JOB, request).job
+        return self
+
+    def resume(self) -> "Job":
+        """Go on with a paused job; returns itself."""
+        request = job_service_pb2.ResumeJobRequest(job_id=self.id, request_id=new_request_id())
+        self.message = self._backend.call(methods.RESUME_JOB, request).job
+        return self
+
+    def retry(self) -> "Job":
+        """Try a failed job again from its last checkpoint; returns itself."""
+        request = job_service_pb2.RetryJobRequest(job_id=self.id, request_id=new_request_id())
+        self.message = self._backend.call(methods.RETRY_JOB, request).job
+        return self
+
+    def delete(self) -> None:
+        """Forget a job that has ended, with its checkpoints, logs and metrics; its model stays."""
+        request = job_service_pb2.DeleteJobRequest(job_id=self.id, request_id=new_request_id())
+        self._backend.call(methods.DELETE_JOB, request)
+
+    def logs(self, *, follow: bool = False, worker_id: str = "") -> Iterator[LogLine]:
+        """Yield what the job's code wrote; with ``follow`` until the job has ended."""
+        request = job_service_pb2.ReadJobLogsRequest(
+            job_id=self.id, follow=follow, worker_id=worker_id
+        )
+        for line in self._backend.stream(methods.READ_JOB_LOGS, request):
+            yield LogLine(
+                time=local_time(line.time),
+                worker_id=line.worker_id,
+                shard=line.shard if line.HasField("shard") else None,
+                step=line.step if line.HasField("step") else None,
+                level=line.level,
+                text=line.text,
+            )
+
+    def metrics(self, names: Sequence[str] = ()) -> list[MetricPoint]:
+        """Return all points of the named metrics (none named: of all), by step."""
+        return [metric_point_value(point) for point in self.metric_messages(names)]
+
+    def metric_messages(self, names: Sequence[str] = ()) -> list[job_pb2.MetricPoint]:
+        """Return the same as wire messages, page by page."""
+        points: list[job_pb2.MetricPoint] = []
+        after_step = -1
+        while True:
+            request = job_service_pb2.ListJobMetricsRequest(
+                job_id=self.id, names=names, after_step=after_step, max_points=METRIC_PAGE
+            )
+            page = list(self._backend.call(methods.LIST_JOB_METRICS, request).points)
+            if len(page) < METRIC_PAGE:
+                return points + page
+            # The page may end within a step; that step is asked for again.
+            last = page[-1].step
+            whole = [point for point in page if point.step < last] or page
+            points += whole
+            after_step = whole[-1].step
+
+
+def _fail(error: JobFailed) -> NoReturn:
+    raise error
+
+
+def _story(job: job_pb2.Job) -> str:
+    """Tell how a job ended: its own message and the first failure with its place."""
+    text = f"job {job.id} {state_name(job.state).lower()}"
+    if job.message or job.reason:
+        text += f": {job.message or job.reason}"
+    for failure in job.failures[:1]:
+        if failure.message and failure.message not in text:
+            text += f" (shard {failure.shard}, step {failure.step}: {failure.message})"
+    return text

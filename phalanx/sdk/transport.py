@@ -1,0 +1,152 @@
+"""Blocking calls with fail-over over a list of addresses.
+
+A call goes to the address that answered last. When it cannot be reached the next one is tried, round and
+round within a small number of attempts and one deadline. That is safe because every mutating request carries
+a request id, which is the same in all attempts.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from phalanx.errors import PhalanxError, Unavailable
+from phalanx.rpc.channel import open_sync_channel
+from phalanx.rpc.status import from_rpc_error
+from phalanx.sdk.methods import Method, RequestT, ResponseT
+
+CALL_TIMEOUT_S = 30.0
+STREAM_TIMEOUT_S = 3600.0
+"""Longest life of one stream; whoever follows for longer attaches again."""
+ROUNDS = 4
+"""How often each address is tried."""
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 1.0
+
+
+class Transport:
+    """Channels to one service under one or more addresses; threads may share it."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        what: str = "the cluster",
+        hint: str = "",
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> None:
+        self.addresses = tuple(addresses)
+        self.timeout_s = timeout_s
+        self._what = what
+        self._hint = hint
+        self._lock = threading.Lock()
+        self._current = 0
+        self._channels: dict[str, grpc.Channel] = {}
+
+    @property
+    def address(self) -> str:
+        """The address that the next call goes to."""
+        return self.addresses[self._current]
+
+    def call(
+        self,
+        method: Method[RequestT, ResponseT],
+        request: RequestT,
+        *,
+        timeout_s: float | None = None,
+    ) -> ResponseT:
+        """Make a unary call. Raises PhalanxError."""
+        deadline = time.monotonic() + (timeout_s or self.timeout_s)
+        attempts = ROUNDS * len(self.addresses)
+        wait_s = _FIRST_WAIT_S
+        while True:
+            address = self.address
+            remaining_s = max(deadline - time.monotonic(), 0.001)
+            try:
+                response: ResponseT = self._unary(address, method)(request, timeout=remaining_s)
+            except grpc.RpcError as rpc_error:
+                error = self._explain(rpc_error)
+                attempts -= 1
+                if not isinstance(error, Unavailable) or attempts <= 0:
+                    raise error from None
+                self._move_on(address)
+                pause_s = max(wait_s, self._asked_wait_s(error)) * random.uniform(0.8, 1.2)
+                if time.monotonic() + pause_s >= deadline:
+                    raise error from None
+                if self._current == 0 or len(self.addresses) == 1:
+                    time.sleep(pause_s)
+                    wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
+            else:
+                return response
+
+    def stream(
+        self,
+        method: Method[RequestT, ResponseT],
+        request: RequestT,
+        *,
+        timeout_s: float = STREAM_TIMEOUT_S,
+    ) -> Iterator[ResponseT]:
+        """Make one call that answers with a stream; closing the iterator cancels it. Raises PhalanxError.
+
+        It is not retried: only the caller knows where to go on. After ``Unavailable`` the next stream goes to
+        the next address.
+        """
+        address = self.address
+        opener: Any = self._channel(address).unary_stream(
+            method.path,
+            request_serializer=method.request.SerializeToString,
+            response_deserializer=method.response.FromString,
+        )
+        call = opener(request, timeout=timeout_s)
+        try:
+            yield from call
+        except grpc.RpcError as rpc_error:
+            error = self._explain(rpc_error)
+            if isinstance(error, Unavailable):
+                self._move_on(address)
+            raise error from None
+        finally:
+            call.cancel()
+
+    def close(self) -> None:
+        """Close all channels."""
+        with self._lock:
+            channels = list(self._channels.values())
+            self._channels.clear()
+        for channel in channels:
+            channel.close()
+
+    def _unary(self, address: str, method: Method[Any, Any]) -> Any:
+        return self._channel(address).unary_unary(
+            method.path,
+            request_serializer=method.request.SerializeToString,
+            response_deserializer=method.response.FromString,
+        )
+
+    def _channel(self, address: str) -> grpc.Channel:
+        with self._lock:
+            channel = self._channels.get(address)
+            if channel is None:
+                channel = self._channels[address] = open_sync_channel(address)
+            return channel
+
+    def _move_on(self, failed: str) -> None:
+        with self._lock:
+            if self.addresses[self._current] == failed:
+                self._current = (self._current + 1) % len(self.addresses)
+
+    def _explain(self, rpc_error: grpc.RpcError) -> PhalanxError:
+        """Return the server's own error, or say which address gave no answer."""
+        error = from_rpc_error(rpc_error)
+        own_words = error.reason != error.code.value
+        if not isinstance(error, Unavailable) or own_words:
+            return error
+        message = f"cannot reach {self._what} at {', '.join(self.addresses)}"
+        return Unavailable(f"{message}; {self._hint}" if self._hint else message, reason="UNREACHABLE")
+
+    @staticmethod
+    def _asked_wait_s(error: Unavailable) -> float:
+        return 0.0 if error.reason == "UNREACHABLE" else error.retry_after_s or 0.0
