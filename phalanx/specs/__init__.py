@@ -1,0 +1,43 @@
+"""Job specs: loading, defaults, validation, plan. Needs no numeric library.
+
+document = load_document(text, "job.yaml")        # all violations at once, with lines
+spec = prepare(document.spec, dataset)            # every default written, checked
+print(plan(spec, dataset, eligible_workers=4), spec_sha256(spec))
+"""
+
+from phalanx.specs.canonical import canonical_json, spec_sha256, struct_to_python, to_json
+from phalanx.specs.documents import (
+    Document,
+    apply_sets,
+    load_document,
+    load_json,
+    load_yaml,
+    set_value,
+)
+from phalanx.specs.plan import job_plan, plan
+from phalanx.specs.prepare import check_spec, prepare
+from phalanx.specs.resolve import resolve
+from phalanx.specs.unimplemented import refuse_unimplemented, unimplemented
+from phalanx.specs.validate import validate, validate_against
+
+__all__ = [
+    "Document",
+    "apply_sets",
+    "canonical_json",
+    "check_spec",
+    "job_plan",
+    "load_document",
+    "load_json",
+    "load_yaml",
+    "plan",
+    "prepare",
+    "refuse_unimplemented",
+    "resolve",
+    "set_value",
+    "spec_sha256",
+    "struct_to_python",
+    "to_json",
+    "unimplemented",
+    "validate",
+    "validate_against",
+]

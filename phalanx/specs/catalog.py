@@ -1,0 +1,47 @@
+"""Facts about models and metrics that job files are checked against; no numeric library needed."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from phalanx.v1 import job_spec_pb2
+
+CLASSIFICATION = "classification"
+REGRESSION = "regression"
+
+ACTIVATIONS = ("relu", "tanh", "sigmoid")
+MLP_LOSSES = {"cross_entropy": CLASSIFICATION, "squared_error": REGRESSION}
+DTYPES = {"float32": 4, "float64": 8}
+
+_METRICS = {CLASSIFICATION: ("loss", "accuracy"), REGRESSION: ("loss", "rmse", "mae", "r2")}
+_TASKS = {
+    "linear_regression": REGRESSION,
+    "logistic_regression": CLASSIFICATION,
+    "softmax_regression": CLASSIFICATION,
+}
+
+
+def model_task(model: job_spec_pb2.Model, dataset_task: str) -> str:
+    """Return what the model predicts; empty for user code, which may do either."""
+    kind = model.WhichOneof("kind") or ""
+    if kind == "mlp":
+        return MLP_LOSSES.get(model.mlp.loss, dataset_task)
+    return _TASKS.get(kind, "")
+
+
+def metric_names(model: job_spec_pb2.Model, dataset_task: str) -> tuple[str, ...]:
+    """Return the names of the model's evaluation metrics; nothing for user code (unknown here)."""
+    return _METRICS.get(model_task(model, dataset_task), ())
+
+
+def element_count(model: job_spec_pb2.Model, features: int, classes: int) -> int:
+    """Return the number of parameters of a built-in model, 0 for user code."""
+    kind = model.WhichOneof("kind")
+    if kind in ("linear_regression", "logistic_regression"):
+        return features + int(getattr(model, kind).bias)
+    if kind == "softmax_regression":
+        return (features + int(model.softmax_regression.bias)) * classes
+    if kind == "mlp":
+        widths = [features, *model.mlp.hidden, max(classes, 1)]
+        return sum((wide + 1) * narrow for wide, narrow in pairwise(widths))
+    return 0

@@ -1,0 +1,170 @@
+"""What a job will do, told before it runs: the Plan for people, the JobPlan for the data plane."""
+
+from __future__ import annotations
+
+from phalanx.specs import catalog
+from phalanx.specs.canonical import spec_sha256
+from phalanx.specs.resolve import rows_per_leaf, steps_per_epoch, total_steps, train_rows
+from phalanx.v1 import dataset_service_pb2, job_pb2, job_spec_pb2, training_pb2
+
+EVALUATION_SHARD_ROWS = 256
+EVALUATION_SHARDS_MAX = 64
+SMALL_LEAF_ROWS = 64
+
+
+def evaluation_rows(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> int:
+    """Return the rows that each evaluation reads, 0 where the job has none."""
+    if not spec.train.HasField("evaluation"):
+        return 0
+    return dataset.rows.get(spec.train.evaluation.split, 0)
+
+
+def job_plan(
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset, job_id: str
+) -> training_pb2.JobPlan:
+    """Return what aggregators and workers need to know of a resolved job, before it is described.
+
+    Layout, evaluation sums, range count, fingerprint and code digests are filled in later.
+    """
+    rows = train_rows(spec, dataset)
+    held_out = evaluation_rows(spec, dataset)
+    shards = -(-held_out // EVALUATION_SHARD_ROWS)
+    return training_pb2.JobPlan(
+        job_id=job_id,
+        spec=spec.SerializeToString(deterministic=True),
+        spec_sha256=spec_sha256(spec),
+        shards=spec.data.shards,
+        train_rows=rows,
+        rows_per_leaf=rows_per_leaf(spec, rows),
+        steps_per_epoch=steps_per_epoch(spec, rows),
+        total_steps=total_steps(spec, rows),
+        evaluation_shards=min(EVALUATION_SHARDS_MAX, shards),
+        evaluation_rows=held_out,
+        manifest_digest=dataset.manifest_digest,
+        bitwise=spec.reproducibility.WhichOneof("mode") == "bitwise",
+    )
+
+
+def plan(
+    spec: job_spec_pb2.JobSpec,
+    dataset: dataset_service_pb2.Dataset,
+    eligible_workers: int = 0,
+    slots_per_worker: int = 1,
+) -> job_pb2.Plan:
+    """Return the Plan of a resolved spec: numbers and warnings for people.
+
+    `eligible_workers` is how many workers could run it now; 0 with no warning where none is known.
+    """
+    rows = train_rows(spec, dataset)
+    steps = total_steps(spec, rows)
+    every = spec.train.evaluation.every_steps if spec.train.HasField("evaluation") else 0
+    saved = spec.train.checkpoints.every_steps
+    return job_pb2.Plan(
+        steps=steps,
+        rows_per_leaf=rows_per_leaf(spec, rows),
+        evaluations=-(-steps // every) if every else 0,
+        checkpoints=-(-steps // saved) if saved else min(steps, 1),
+        worker_bytes=worker_bytes(spec, dataset, slots_per_worker),
+        eligible_workers=eligible_workers,
+        warnings=_warnings(spec, dataset, eligible_workers),
+    )
+
+
+def worker_bytes(
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset, slots: int = 1
+) -> int:
+    """Return about how much memory a worker needs: two versions, the payload, and its leaves.
+
+    For user code, whose parameters are unknown before a worker has built the model, only the rows
+    are counted.
+    """
+    itemsize = catalog.DTYPES.get(spec.train.dtype, 4)
+    elements = catalog.element_count(spec.train.model, dataset.features, len(dataset.classes))
+    all_rows = max(1, sum(dataset.rows.values()))
+    bytes_per_row = max(itemsize * _activations(spec, dataset), dataset.size_bytes // all_rows)
+    leaf = rows_per_leaf(spec, train_rows(spec, dataset)) * bytes_per_row
+    shared = 3 * elements * itemsize
+    return shared + slots * (2 * elements * itemsize + 3 * leaf)
+
+
+def _activations(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> int:
+    """Numbers held per row while a leaf runs: the dense row and the layers."""
+    dense = dataset.features if dataset.format != "csr" else 0
+    return dense + sum(spec.train.model.mlp.hidden) + len(dataset.classes)
+
+
+def _warnings(
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset, eligible_workers: int
+) -> list[str]:
+    rows = train_rows(spec, dataset)
+    return [
+        *_leaf_warnings(spec, rows, eligible_workers),
+        *_stop_warnings(spec, rows),
+        *_schedule_warnings(spec, rows),
+    ]
+
+
+def _leaf_warnings(spec: job_spec_pb2.JobSpec, rows: int, eligible_workers: int) -> list[str]:
+    shards, batch, leaf = spec.data.shards, spec.train.batch_size, rows_per_leaf(spec, rows)
+    found = []
+    if leaf < SMALL_LEAF_ROWS and shards > 1:
+        found.append(
+            f"a leaf has {leaf} rows, under {SMALL_LEAF_ROWS}: most of the time is overhead; "
+            "use fewer shards or a larger batch"
+        )
+    if batch > rows:
+        found.append(
+            f"batch_size {batch} is more than the {rows} rows: every step uses all of them"
+        )
+    elif batch and batch % shards:
+        found.append(
+            f"batch_size {batch} is no multiple of {shards} shards: a step has {leaf * shards} rows"
+        )
+    if eligible_workers > shards:
+        found.append(
+            f"{shards} shards keep {shards} of {eligible_workers} workers busy; use more shards"
+        )
+    return found
+
+
+def _stop_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
+    stop, steps = spec.train.stop, total_steps(spec, rows)
+    found = []
+    if stop.HasField("steps") and stop.HasField("epochs"):
+        by_epochs = stop.epochs * steps_per_epoch(spec, rows)
+        if by_epochs > stop.steps:
+            found.append(f"stop.epochs never fires: stop.steps comes first, at {stop.steps}")
+        elif by_epochs < stop.steps:
+            found.append(f"stop.steps never fires: stop.epochs comes first, at step {steps}")
+    if steps == 0 and not stop.HasField("wall_time"):
+        found.append("no rule bounds the steps: the job may run until it is cancelled")
+    every = spec.train.evaluation.every_steps if spec.train.HasField("evaluation") else 0
+    watched = [each.metric for each in stop.thresholds if not each.metric.startswith("train/")]
+    if watched and steps and every >= steps:
+        found.append(
+            f"the threshold on {watched[0]} never fires early: the first evaluation is at the end"
+        )
+    patience = stop.plateau.evaluations * every
+    if not stop.plateau.metric.startswith("train/") and 0 < steps <= patience:
+        found.append(
+            f"stop.plateau never fires: {stop.plateau.evaluations} evaluations without change "
+            f"take {patience} steps, the job has {steps}"
+        )
+    if stop.HasField("wall_time"):
+        found.append("stop.wall_time depends on the clock: repeated runs may stop at other steps")
+    return found
+
+
+def _schedule_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
+    steps, schedule = total_steps(spec, rows), spec.train.optimizer.schedule
+    found = []
+    if steps and schedule.warm_up_steps >= steps:
+        found.append(
+            f"the warm-up of {schedule.warm_up_steps} steps never ends: the job has {steps}"
+        )
+    if steps and schedule.WhichOneof("kind") == "step" and schedule.step.every_steps >= steps:
+        found.append("the step schedule never lowers the learning rate within this job")
+    saved = spec.train.checkpoints.every_steps
+    if steps and saved >= steps and not spec.train.checkpoints.HasField("every"):
+        found.append("the only checkpoint is the last one: a lost aggregator starts the job again")
+    return found

@@ -1,0 +1,186 @@
+"""Defaults, written out once: a resolved spec says everything, and nobody guesses later."""
+
+from __future__ import annotations
+
+import math
+
+from phalanx.specs import catalog
+from phalanx.v1 import dataset_service_pb2, job_spec_pb2
+
+ROWS_PER_LEAF = 256
+"""Rows of a leaf by default: splitting a batch this way costs 3 to 20 % of one big call."""
+
+FULL_BATCH_SHARDS = 64
+RETAIN_S = 30 * 86400
+CHECKPOINT_EVERY_S = 60
+CHECKPOINTS_KEPT = 3
+EPOCHS = 10
+PRIORITY = 50
+EVALUATION_SPLITS = ("test", "validation")
+
+_LEARNING_RATES = {"sgd": 0.01, "adagrad": 0.01, "adam": 0.001, "adamw": 0.001}
+
+
+def resolve(
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
+) -> job_spec_pb2.JobSpec:
+    """Return a copy of `spec` with every default and the data set's version written.
+
+    The same spec and data set always give the same result, and resolving it again changes nothing.
+    Two things stay empty because that is their meaning: `data.features` (all of them) and
+    `resources.max_workers` (no limit). Wrong values are left as they are, for validation to name.
+    """
+    result = job_spec_pb2.JobSpec()
+    result.CopyFrom(spec)
+    _general(result)
+    if result.WhichOneof("program") == "train":
+        _data(result, dataset)
+        _model(result.train, dataset)
+        _optimizer(result.train.optimizer)
+        _training(result.train)
+        _evaluation(result, dataset)
+        _checkpoints(result.train.checkpoints)
+    return result
+
+
+def train_rows(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> int:
+    """Return the rows of the split that a resolved spec trains on."""
+    return dataset.rows.get(spec.data.split, 0)
+
+
+def rows_per_leaf(spec: job_spec_pb2.JobSpec, rows: int) -> int:
+    """Return the rows that each shard gives to a step; all of its rows for the full batch."""
+    shards = max(1, spec.data.shards)
+    largest = -(-rows // shards)
+    if spec.train.batch_size == 0:
+        return max(1, largest)
+    return max(1, min(spec.train.batch_size // shards, largest))
+
+
+def steps_per_epoch(spec: job_spec_pb2.JobSpec, rows: int) -> int:
+    """Return the steps in which every row is used once: by the largest shard."""
+    largest = -(-rows // max(1, spec.data.shards))
+    return max(1, -(-largest // rows_per_leaf(spec, rows)))
+
+
+def total_steps(spec: job_spec_pb2.JobSpec, rows: int) -> int:
+    """Return the steps after which the job ends at the latest; 0 where no rule counts steps."""
+    stop = spec.train.stop
+    bounds = []
+    if stop.HasField("steps"):
+        bounds.append(stop.steps)
+    if stop.HasField("epochs"):
+        bounds.append(max(1, math.ceil(stop.epochs * steps_per_epoch(spec, rows))))
+    return min(bounds, default=0)
+
+
+def _general(spec: job_spec_pb2.JobSpec) -> None:
+    spec.namespace = spec.namespace or "default"
+    if not spec.HasField("seed"):
+        spec.seed = 0
+    if not spec.HasField("priority"):
+        spec.priority = PRIORITY
+    if not spec.HasField("retain"):
+        spec.retain.seconds = RETAIN_S
+    if not spec.resources.HasField("min_workers"):
+        spec.resources.min_workers = 1
+    if spec.reproducibility.WhichOneof("mode") is None:
+        spec.reproducibility.bitwise.SetInParent()
+    spec.output.model = spec.output.model or spec.name
+
+
+def _data(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> None:
+    data = spec.data
+    data.name = f"{data.name.partition('@')[0]}@{dataset.version}"
+    data.split = data.split or "train"
+    data.target = data.target or dataset.target
+    if data.WhichOneof("partition") is None:
+        data.rows.SetInParent()
+    if not data.HasField("shards"):
+        rows = dataset.rows.get(data.split, 0)
+        if spec.train.batch_size > 0:
+            wanted = spec.train.batch_size // ROWS_PER_LEAF
+        else:
+            wanted = min(FULL_BATCH_SHARDS, rows // ROWS_PER_LEAF)
+        data.shards = max(1, min(wanted, rows))
+
+
+def _model(train: job_spec_pb2.Train, dataset: dataset_service_pb2.Dataset) -> None:
+    model = train.model
+    if not model.HasField("standardise"):
+        model.standardise = dataset.format != "csr"
+    kind = model.WhichOneof("kind")
+    if kind in ("linear_regression", "logistic_regression", "softmax_regression"):
+        linear = getattr(model, kind)
+        if not linear.HasField("bias"):
+            linear.bias = True
+    elif kind == "mlp":
+        regression = dataset.task == catalog.REGRESSION
+        model.mlp.activation = model.mlp.activation or "relu"
+        model.mlp.loss = model.mlp.loss or ("squared_error" if regression else "cross_entropy")
+
+
+def _optimizer(optimizer: job_spec_pb2.Optimizer) -> None:
+    if optimizer.WhichOneof("kind") is None:
+        optimizer.sgd.SetInParent()
+    kind = optimizer.WhichOneof("kind") or "sgd"
+    chosen = getattr(optimizer, kind)
+    if not chosen.HasField("learning_rate"):
+        chosen.learning_rate = _LEARNING_RATES[kind]
+    if kind == "adagrad" and not chosen.HasField("epsilon"):
+        chosen.epsilon = 1e-10
+    if kind in ("adam", "adamw"):
+        for name, value in (("beta1", 0.9), ("beta2", 0.999), ("epsilon", 1e-8)):
+            if not chosen.HasField(name):
+                setattr(chosen, name, value)
+    if kind == "adamw" and not chosen.HasField("weight_decay"):
+        chosen.weight_decay = 0.01
+    if optimizer.schedule.WhichOneof("kind") is None:
+        optimizer.schedule.constant.SetInParent()
+
+
+def _training(train: job_spec_pb2.Train) -> None:
+    if train.WhichOneof("consistency") is None:
+        train.synchronous.SetInParent()
+    if train.WhichOneof("topology") is None:
+        train.parameter_server.SetInParent()
+    if train.reduction.WhichOneof("kind") is None:
+        train.reduction.weighted_mean.SetInParent()
+    if train.on_nonfinite.WhichOneof("action") is None:
+        train.on_nonfinite.fail.SetInParent()
+    train.dtype = train.dtype or "float32"
+    stop = train.stop
+    limited = any(stop.HasField(name) for name in ("steps", "epochs", "wall_time", "plateau"))
+    if not limited and not stop.thresholds:
+        stop.epochs = EPOCHS
+
+
+def _evaluation(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> None:
+    train = spec.train
+    split = train.evaluation.split or _evaluation_split(train, dataset)
+    if not train.HasField("evaluation") and not split:
+        return  # no held-out rows and nobody asked for any
+    train.evaluation.split = split or EVALUATION_SPLITS[0]
+    if train.evaluation.every_steps == 0:
+        train.evaluation.every_steps = steps_per_epoch(spec, train_rows(spec, dataset))
+    if train.stop.HasField("plateau") and not train.stop.plateau.metric:
+        train.stop.plateau.metric = f"{train.evaluation.split}/loss"
+
+
+def _evaluation_split(train: job_spec_pb2.Train, dataset: dataset_service_pb2.Dataset) -> str:
+    """The split that a stop rule watches, else test, else validation; empty without any."""
+    watched = [threshold.metric for threshold in train.stop.thresholds]
+    watched.append(train.stop.plateau.metric)
+    for metric in watched:
+        split = metric.partition("/")[0]
+        if split in EVALUATION_SPLITS:
+            return split
+    held_out = [split for split in EVALUATION_SPLITS if dataset.rows.get(split, 0)]
+    return held_out[0] if held_out else ""
+
+
+def _checkpoints(checkpoints: job_spec_pb2.Checkpoints) -> None:
+    if not checkpoints.HasField("keep"):
+        checkpoints.keep = CHECKPOINTS_KEPT
+    if checkpoints.every_steps == 0 and not checkpoints.HasField("every"):
+        checkpoints.every.seconds = CHECKPOINT_EVERY_S

@@ -1,0 +1,66 @@
+"""What a job may say but this version does not carry out: refused, never ignored."""
+
+from __future__ import annotations
+
+from phalanx.errors import Unimplemented, Violation
+from phalanx.specs.fields import is_set, unknown_numbers
+from phalanx.v1 import job_spec_pb2
+
+_REFUSED: dict[str, str] = {
+    "forest": "the program forest is not carried out yet; train is",
+    "sweep": "the program sweep is not carried out yet; train is",
+    "evaluate": "the program evaluate is not carried out yet; train is",
+    "predict": "the program predict is not carried out yet; use `phalanx predict`",
+    "cascade": "the program cascade is not carried out yet; train is",
+    "tasks": "the program tasks is not carried out yet; train is",
+    "data.features": "choosing features is not carried out yet; leave it out to use all",
+    "data.rows.stratified": "stratified shards are not carried out yet; leave it out",
+    "data.columns": "vertical partitions are not carried out yet; use rows",
+    "data.class_weights": "class weights are not carried out yet; leave it out",
+    "data.oversample": "oversampling is not carried out yet; leave it out",
+    "resources.gpus": "GPUs are not used yet; leave it out",
+    "output.best": "keeping the best evaluation is not carried out yet; the last version is kept",
+    "train.synchronous.backup_shards": "backup shards are not carried out yet; leave it out",
+    "train.asynchronous": "asynchronous training is not carried out yet; use synchronous",
+    "train.stale": "stale-bounded training is not carried out yet; use synchronous",
+    "train.local": "local steps are not carried out yet; use synchronous",
+    "train.all_reduce": "the topology all_reduce is not carried out yet; use parameter_server",
+    "train.model.linear_svm": "linear_svm is not carried out yet; use logistic_regression",
+    "train.model.torch": "PyTorch modules are not carried out yet; use mlp or custom",
+    "train.optimizer.clip_norm": "gradient clipping is not carried out yet; leave it out",
+    "train.reduction.median": "the reducer median is not carried out yet; use weighted_mean",
+    "train.reduction.trimmed_mean": "trimmed_mean is not carried out yet; use weighted_mean",
+    "train.reduction.krum": "the reducer krum is not carried out yet; use weighted_mean",
+    "train.reduction.clip_norm": "clipping of leaves is not carried out yet; leave it out",
+    "train.compression.cast_to": "compression is not carried out yet; leave it out",
+    "train.compression.int8": "compression is not carried out yet; leave it out",
+    "train.compression.top_k": "compression is not carried out yet; leave it out",
+    "train.compression.sign": "compression is not carried out yet; leave it out",
+    "train.compression.down_cast_to": "compression is not carried out yet; leave it out",
+    "train.verification.replicas": "verification is not carried out yet; leave it out",
+    "train.verification.audit_fraction": "verification is not carried out yet; leave it out",
+    "train.privacy": "differential privacy is not carried out yet; leave it out",
+    "train.start.job": "starting from another job is not carried out yet; use start.model",
+}
+
+
+def unimplemented(spec: job_spec_pb2.JobSpec) -> list[Violation]:
+    """Return every field of `spec` that is not carried out, with what to do instead."""
+    found = [Violation(path, why) for path, why in _REFUSED.items() if is_set(spec, path)]
+    for path, number in unknown_numbers(spec):
+        place = path or "spec"
+        found.append(
+            Violation(path, f"{place} has field number {number}, which this version does not know")
+        )
+    return found
+
+
+def refuse_unimplemented(spec: job_spec_pb2.JobSpec) -> None:
+    """Raise Unimplemented (reason NOT_CARRIED_OUT) if `spec` asks for what is not there yet."""
+    found = unimplemented(spec)
+    if not found:
+        return
+    more = "" if len(found) == 1 else f" (and {len(found) - 1} more)"
+    raise Unimplemented(
+        f"{found[0].field}: {found[0].message}{more}", reason="NOT_CARRIED_OUT", violations=found
+    )

@@ -1,0 +1,355 @@
+"""What a job may say: every wrong field at once, in the order of the spec.
+
+`validate` needs the spec alone and takes raw as well as resolved specs; `validate_against` needs
+the resolved spec and its data set.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from google.protobuf.descriptor import FieldDescriptor
+
+from phalanx.errors import InvalidArgument, Violation
+from phalanx.specs import catalog
+from phalanx.specs.fields import walk
+from phalanx.v1 import dataset_service_pb2, job_spec_pb2
+
+CODE_LIMIT_BYTES = 256 * 1024
+SHARDS_LIMIT = 65_536
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?", re.ASCII)
+_DATASET = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}(@[1-9][0-9]{0,17})?", re.ASCII)
+_KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}", re.ASCII)
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?", re.ASCII)
+_ENTRYPOINT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+_CODE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,7}", re.ASCII)
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_METRIC = re.compile(r"(train|validation|test)/[A-Za-z0-9][A-Za-z0-9_.@-]{0,62}", re.ASCII)
+
+NAME_RULE = "a-z, 0-9 and -, at most 40, first and last a letter or digit"
+
+
+@dataclass(frozen=True)
+class _Range:
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def complaint(self, value: float) -> str:
+        """Return what is wrong with the value, nothing if it is inside."""
+        below = value <= self.low if self.open_low else value < self.low
+        above = value >= self.high if self.open_high else value > self.high
+        if not below and not above:
+            return ""
+        lower = "" if self.low == -math.inf else f"{'above' if self.open_low else 'at least'} "
+        upper = "" if self.high == math.inf else f"{'below' if self.open_high else 'at most'} "
+        bounds = [
+            f"{word}{bound:.16g}" for word, bound in ((lower, self.low), (upper, self.high)) if word
+        ]
+        return f"must be {' and '.join(bounds)}, not {value:.16g}"
+
+
+_EXACT = 2**53 - 1
+_ABOVE_ZERO = _Range(0, open_low=True)
+_NOT_NEGATIVE = _Range(0)
+_BELOW_ONE = _Range(0, 1, open_high=True)
+_WHOLE = _Range(1, _EXACT)
+
+_RANGES: dict[str, _Range] = {
+    "seed": _Range(0, _EXACT),
+    "priority": _Range(0, 100),
+    "data.shards": _Range(1, SHARDS_LIMIT),
+    "resources.min_workers": _Range(1, 100_000),
+    "resources.max_workers": _Range(1, 100_000),
+    "resources.memory_bytes": _WHOLE,
+    "resources.gpus": _Range(0, 1024),
+    "train.batch_size": _NOT_NEGATIVE,
+    "train.l2": _NOT_NEGATIVE,
+    "train.model.mlp.hidden": _Range(1, 2**20),
+    "train.optimizer.sgd.learning_rate": _ABOVE_ZERO,
+    "train.optimizer.sgd.momentum": _BELOW_ONE,
+    "train.optimizer.adagrad.learning_rate": _ABOVE_ZERO,
+    "train.optimizer.adagrad.epsilon": _ABOVE_ZERO,
+    "train.optimizer.adam.learning_rate": _ABOVE_ZERO,
+    "train.optimizer.adam.beta1": _BELOW_ONE,
+    "train.optimizer.adam.beta2": _BELOW_ONE,
+    "train.optimizer.adam.epsilon": _ABOVE_ZERO,
+    "train.optimizer.adamw.learning_rate": _ABOVE_ZERO,
+    "train.optimizer.adamw.beta1": _BELOW_ONE,
+    "train.optimizer.adamw.beta2": _BELOW_ONE,
+    "train.optimizer.adamw.epsilon": _ABOVE_ZERO,
+    "train.optimizer.adamw.weight_decay": _NOT_NEGATIVE,
+    "train.optimizer.schedule.warm_up_steps": _Range(0, _EXACT),
+    "train.optimizer.schedule.cosine.final_fraction": _Range(0, 1),
+    "train.optimizer.schedule.inverse_time.decay": _NOT_NEGATIVE,
+    "train.optimizer.schedule.step.factor": _NOT_NEGATIVE,
+    "train.stop.steps": _WHOLE,
+    "train.stop.epochs": _Range(0, 1e9, open_low=True),
+    "train.stop.plateau.min_change": _NOT_NEGATIVE,
+    "train.evaluation.every_steps": _Range(0, _EXACT),
+    "train.checkpoints.every_steps": _Range(0, _EXACT),
+    "train.checkpoints.keep": _Range(1, 1000),
+    "train.on_nonfinite.skip.max_steps": _NOT_NEGATIVE,
+}
+
+_LOWEST_DURATION: dict[str, tuple[float, str]] = {
+    "retain": (0, "must not be negative"),
+    "reproducibility.bitwise.fall_back_after": (0, "must not be negative"),
+    "train.stop.wall_time": (1e-9, "must be longer than nothing"),
+    "train.checkpoints.every": (1e-9, "must be longer than nothing"),
+}
+_LONGEST_DURATION_S = 315_576_000_000
+
+
+def validate(spec: job_spec_pb2.JobSpec) -> list[Violation]:
+    """Return everything that is wrong with a spec whatever its data set. Empty: nothing."""
+    return [
+        *_names(spec),
+        *_numbers(spec),
+        *_resources(spec),
+        *_code(spec),
+        *_program(spec),
+    ]
+
+
+def validate_against(
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
+) -> list[Violation]:
+    """Return what is wrong between a resolved spec and its data set."""
+    if spec.WhichOneof("program") != "train":
+        return []
+    return [*_data(spec, dataset), *_model_fits(spec, dataset), *_metrics(spec, dataset)]
+
+
+def refuse(violations: list[Violation]) -> None:
+    """Raise InvalidArgument (reason SPEC_INVALID) if there are violations."""
+    if not violations:
+        return
+    first = violations[0]
+    more = "" if len(violations) == 1 else f" (and {len(violations) - 1} more)"
+    raise InvalidArgument(
+        f"{first.field}: {first.message}{more}", reason="SPEC_INVALID", violations=violations
+    )
+
+
+def _names(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
+    if not spec.name:
+        yield Violation("name", f"is missing; give the job a name of {NAME_RULE}")
+    elif not _NAME.fullmatch(spec.name):
+        yield Violation("name", f"{spec.name[:60]!r} is not allowed; use {NAME_RULE}")
+    if spec.namespace and not _NAME.fullmatch(spec.namespace):
+        yield Violation("namespace", f"{spec.namespace[:60]!r} is not allowed; use {NAME_RULE}")
+    if not spec.data.name:
+        yield Violation(
+            "data.name", "is missing; name a data set, as `phalanx data list` shows them"
+        )
+    elif not _DATASET.fullmatch(spec.data.name):
+        rule = "write NAME or NAME@VERSION, as `phalanx data list` shows them"
+        yield Violation("data.name", f"{spec.data.name[:160]!r} is not allowed; {rule}")
+    if spec.data.split and not _KEY.fullmatch(spec.data.split):
+        yield Violation("data.split", f"{spec.data.split[:60]!r} is no name of a split")
+    if spec.output.model and not _KEY.fullmatch(spec.output.model):
+        rule = "use a-z, 0-9 and . _ -, at most 128, the first a letter or digit"
+        yield Violation("output.model", f"{spec.output.model[:60]!r} is not allowed; {rule}")
+    for path, pairs in (
+        ("labels", spec.labels),
+        ("resources.worker_labels", spec.resources.worker_labels),
+        ("output.tags", spec.output.tags),
+    ):
+        if len(pairs) > 64:
+            yield Violation(path, f"{len(pairs)} are given; at most 64 are allowed")
+        for key, value in pairs.items():
+            if not _LABEL.fullmatch(key) or len(value) > 256:
+                rule = "keys are letters, digits, . _ / -, at most 63; values at most 256 long"
+                yield Violation(f"{path}.{key[:63]}", f"is not allowed; {rule}")
+
+
+def _numbers(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
+    for path, field, value in walk(spec):
+        plain = path.partition("[")[0] if path.endswith("]") else path
+        if field.cpp_type == FieldDescriptor.CPPTYPE_DOUBLE and not math.isfinite(value):
+            yield Violation(path, f"must be a finite number, not {value}")
+        elif plain in _RANGES and field.message_type is None:
+            complaint = _RANGES[plain].complaint(value)
+            if complaint:
+                yield Violation(path, complaint)
+        elif plain in _LOWEST_DURATION:
+            seconds = value.seconds + value.nanos * 1e-9
+            lowest, message = _LOWEST_DURATION[plain]
+            mixed = value.seconds * value.nanos < 0 or abs(value.nanos) >= 10**9
+            if mixed or abs(value.seconds) > _LONGEST_DURATION_S:
+                yield Violation(path, "is not a valid duration")
+            elif seconds < lowest:
+                yield Violation(path, f"{message}, and is {seconds:g}s")
+
+
+def _resources(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
+    resources = spec.resources
+    if resources.HasField("max_workers") and resources.min_workers > resources.max_workers:
+        message = f"{resources.min_workers} is above max_workers, {resources.max_workers}"
+        yield Violation("resources.min_workers", message)
+
+
+def _code(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
+    size = sum(len(text.encode()) for text in spec.code.files.values())
+    if size > CODE_LIMIT_BYTES:
+        message = f"{size} bytes of source are above {CODE_LIMIT_BYTES}; add a wheel instead"
+        yield Violation("code.files", message)
+    for path in spec.code.files:
+        if not _CODE_PATH.fullmatch(path) or ".." in path:
+            rule = "write a relative path such as net.py or net/layers.py"
+            yield Violation(f'code.files["{path[:160]}"]', f"is not allowed; {rule}")
+    for index, digest in enumerate(spec.code.wheels):
+        if not _DIGEST.fullmatch(digest):
+            rule = "write the SHA-256 that `phalanx code add` printed"
+            yield Violation(f"code.wheels[{index}]", f"{digest[:80]!r} is no digest; {rule}")
+
+
+def _program(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
+    program = spec.WhichOneof("program")
+    if program is None:
+        yield Violation(
+            "train", "is missing; say what to do, as train: {model: {mlp: {hidden: [64]}}}"
+        )
+    elif program == "train":
+        yield from _model(spec.train.model)
+        yield from _optimizer(spec.train)
+        yield from _stop(spec.train.stop)
+        if spec.train.dtype and spec.train.dtype not in catalog.DTYPES:
+            known = " or ".join(catalog.DTYPES)
+            yield Violation("train.dtype", f"{spec.train.dtype[:40]!r} is not known; use {known}")
+        if spec.train.evaluation.split and not _KEY.fullmatch(spec.train.evaluation.split):
+            yield Violation("train.evaluation.split", "is no name of a split")
+        if spec.train.start.WhichOneof("from") == "model":
+            model = spec.train.start.model
+            if not _DATASET.fullmatch(model):
+                rule = "write NAME or NAME@VERSION, as `phalanx models list` shows them"
+                yield Violation("train.start.model", f"{model[:160]!r} is not allowed; {rule}")
+
+
+def _model(model: job_spec_pb2.Model) -> Iterator[Violation]:
+    kind = model.WhichOneof("kind")
+    if kind is None:
+        choices = "linear_regression, logistic_regression, softmax_regression, mlp or custom"
+        yield Violation("train.model", f"is missing; choose {choices}")
+    elif kind == "mlp":
+        mlp = model.mlp
+        if not mlp.hidden:
+            message = "is missing; give the width of each hidden layer, as [128, 64]"
+            yield Violation("train.model.mlp.hidden", message)
+        if mlp.activation and mlp.activation not in catalog.ACTIVATIONS:
+            known = ", ".join(catalog.ACTIVATIONS)
+            message = f"{mlp.activation[:40]!r} is not known; use one of {known}"
+            yield Violation("train.model.mlp.activation", message)
+        if mlp.loss and mlp.loss not in catalog.MLP_LOSSES:
+            known = ", ".join(catalog.MLP_LOSSES)
+            message = f"{mlp.loss[:40]!r} is not known; use one of {known}"
+            yield Violation("train.model.mlp.loss", message)
+    elif kind == "custom" and not _ENTRYPOINT.fullmatch(model.custom.entrypoint):
+        message = f"{model.custom.entrypoint[:80]!r} is not module:function, as net:build"
+        yield Violation("train.model.custom.entrypoint", message)
+
+
+def _optimizer(train: job_spec_pb2.Train) -> Iterator[Violation]:
+    sgd = train.optimizer.sgd
+    if sgd.nesterov and not sgd.momentum:
+        message = "needs a momentum above 0, as momentum: 0.9"
+        yield Violation("train.optimizer.sgd.nesterov", message)
+    schedule = train.optimizer.schedule
+    kind = schedule.WhichOneof("kind")
+    if kind == "step" and schedule.step.every_steps < 1:
+        message = f"must be at least 1, not {schedule.step.every_steps}"
+        yield Violation("train.optimizer.schedule.step.every_steps", message)
+    if kind == "step" and schedule.step.factor == 0:
+        yield Violation("train.optimizer.schedule.step.factor", "must be above 0")
+    stop = train.stop
+    open_end = stop.HasField("wall_time") or stop.thresholds or stop.HasField("plateau")
+    if kind == "cosine" and open_end and not stop.HasField("steps") and not stop.HasField("epochs"):
+        message = "needs to know the last step; give stop.steps or stop.epochs"
+        yield Violation("train.optimizer.schedule.cosine", message)
+
+
+def _stop(stop: job_spec_pb2.Stop) -> Iterator[Violation]:
+    example = "write SPLIT/NAME, as test/accuracy or train/loss"
+    for index, threshold in enumerate(stop.thresholds):
+        path = f"train.stop.thresholds[{index}]"
+        if not _METRIC.fullmatch(threshold.metric):
+            message = f"{threshold.metric[:60]!r} is no metric; {example}"
+            yield Violation(f"{path}.metric", message)
+        if threshold.WhichOneof("bound") is None:
+            yield Violation(path, "needs a bound: at_least or at_most")
+    if stop.HasField("plateau"):
+        if stop.plateau.metric and not _METRIC.fullmatch(stop.plateau.metric):
+            message = f"{stop.plateau.metric[:60]!r} is no metric; {example}"
+            yield Violation("train.stop.plateau.metric", message)
+        if stop.plateau.evaluations < 1:
+            message = f"must be at least 1, not {stop.plateau.evaluations}"
+            yield Violation("train.stop.plateau.evaluations", message)
+
+
+def _data(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> Iterator[Violation]:
+    known = ", ".join(sorted(dataset.rows)) or "none"
+    rows = dataset.rows.get(spec.data.split, 0)
+    if rows == 0:
+        message = f"{spec.data.name} has no rows in the split {spec.data.split!r}; it has: {known}"
+        yield Violation("data.split", message)
+    elif spec.data.shards > rows:
+        yield Violation("data.shards", f"{spec.data.shards} shards are more than the {rows} rows")
+    if 0 < spec.train.batch_size < spec.data.shards:
+        message = f"{spec.train.batch_size} rows cannot be spread over {spec.data.shards} shards"
+        yield Violation("train.batch_size", f"{message}; each needs at least one")
+    if spec.data.target != dataset.target:
+        message = f"{spec.data.name} was added with the target {dataset.target!r}"
+        yield Violation("data.target", f"{message}; leave it out or add the data set again")
+    split = spec.train.evaluation.split
+    if spec.train.HasField("evaluation") and dataset.rows.get(split, 0) == 0:
+        message = f"{spec.data.name} has no rows in the split {split!r}; it has: {known}"
+        yield Violation("train.evaluation.split", message)
+
+
+def _model_fits(
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
+) -> Iterator[Violation]:
+    model = spec.train.model
+    kind = model.WhichOneof("kind") or ""
+    path = f"train.model.{kind}"
+    task = catalog.model_task(model, dataset.task)
+    if task and dataset.task and task != dataset.task:
+        message = f"is for {task}, and {spec.data.name} is a {dataset.task} data set"
+        yield Violation(f"{path}.loss" if kind == "mlp" else path, message)
+    elif kind == "logistic_regression" and len(dataset.classes) != 2:
+        message = f"needs 2 classes, and {spec.data.name} has {len(dataset.classes)}"
+        yield Violation(path, f"{message}; use softmax_regression")
+    elif task == catalog.CLASSIFICATION and len(dataset.classes) < 2:
+        yield Violation(path, f"needs at least 2 classes, and {spec.data.name} has fewer")
+    if model.standardise and dataset.format == "csr":
+        message = "would make sparse data dense; leave it out or add the data set as dense"
+        yield Violation("train.model.standardise", message)
+
+
+def _metrics(
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
+) -> Iterator[Violation]:
+    stop = spec.train.stop
+    named = [
+        (f"train.stop.thresholds[{index}].metric", each.metric)
+        for index, each in enumerate(stop.thresholds)
+    ]
+    if stop.HasField("plateau"):
+        named.append(("train.stop.plateau.metric", stop.plateau.metric))
+    names = catalog.metric_names(spec.train.model, dataset.task)
+    split = spec.train.evaluation.split if spec.train.HasField("evaluation") else ""
+    known = ["train/loss", *(f"{split}/{name}" for name in names if split)]
+    for path, metric in named:
+        where, _, name = metric.partition("/")
+        fits = metric == "train/loss" or (where == split and (not names or name in names))
+        if not fits:
+            yield Violation(path, f"{metric!r} is never computed; this job has {', '.join(known)}")
+    for index, name in enumerate(spec.train.evaluation.metrics):
+        if names and name not in names:
+            message = f"{name[:40]!r} is not known; this model has {', '.join(names)}"
+            yield Violation(f"train.evaluation.metrics[{index}]", message)
