@@ -1,0 +1,19 @@
+# Each target is one call of scripts/bootstrap, which also works where make is missing.
+# ARGS are handed on: make test ARGS="tests/unit -k journal"
+ARGS =
+
+.PHONY: help demo test check bench lock protos fresh
+help:
+	@sh scripts/bootstrap help
+
+demo test check bench lock:
+	@sh scripts/bootstrap $@ $(ARGS)
+
+# Generates the checked-in stubs in phalanx/v1 from protos/.
+protos:
+	@sh scripts/bootstrap prepare test
+	@PYTHON=.venv-test/bin/python sh scripts/gen_protos.sh
+
+# Tries `make demo` on a fresh machine: a new Debian in a folder (needs root and debootstrap).
+fresh:
+	@sh scripts/try_fresh_machine $(ARGS)
