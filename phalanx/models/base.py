@@ -1,0 +1,121 @@
+"""What a model is: the mathematics of one leaf, and nothing of its distribution.
+
+Vectors are flat: the tensors of the layout one after another, C order. A gradient is the *sum*
+over the rows of a leaf; dividing happens once, at the root of the tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.errors import InvalidArgument
+from phalanx.v1.training_pb2 import Layout, TensorSpec
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+Array = NDArray[Any]
+
+DTYPES = ("float32", "float64")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one leaf.
+
+    Attributes:
+        features: (rows, features) in the dtype of the parameters; dense C order or CSR.
+        targets: (rows,) int64 class indices, or the regression targets in the same dtype.
+        weights: (rows,) row weights; None: all 1.
+    """
+
+    features: Array | csr_array
+    targets: Array
+    weights: Array | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return int(self.targets.shape[0])
+
+
+@dataclass(frozen=True)
+class DataSchema:
+    """What a model needs to know of the data: ``classes`` is 0 for regression."""
+
+    features: int
+    classes: int
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class LeafSums:
+    """Example count and loss sum of one leaf."""
+
+    count: int
+    loss_sum: float
+
+
+class Model(Protocol):
+    """The functions of one job. All are pure: equal arguments give equal bits."""
+
+    @property
+    def layout(self) -> Layout:
+        """Names, shapes and order of the parameters."""
+
+    @property
+    def evaluation_sums(self) -> tuple[str, ...]:
+        """Names of the sums that ``evaluate`` returns; see ``phalanx.training.metrics``."""
+
+    def initial_parameters(self, seed: int) -> Array:
+        """Return version 0, flat, keyed by seed and tensor."""
+
+    def gradient(self, parameters: Array, batch: Batch, out: Array) -> LeafSums:
+        """Write the gradient of the summed loss into ``out`` (all of it); return count and loss sum."""
+
+    def evaluate(self, parameters: Array, batch: Batch) -> NDArray[np.float64]:
+        """Return the sums over the rows, in the order of ``evaluation_sums``."""
+
+    def predict(self, parameters: Array, features: Any) -> Array:
+        """Return (rows, classes) probabilities, or (rows,) values for a regression."""
+
+
+def make_layout(tensors: Sequence[tuple[str, Sequence[int], bool]], dtype: str) -> Layout:
+    """Return the layout of named tensors (name, shape, whether L2 and weight decay apply).
+
+    Raises InvalidArgument for a dtype, name or shape that cannot be.
+    """
+    if dtype not in DTYPES:
+        raise InvalidArgument(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    names = [name for name, _, _ in tensors]
+    if not names or len(set(names)) != len(names) or not all(names):
+        raise InvalidArgument(f"a model needs tensors with distinct names, not {names}")
+    for name, shape, _ in tensors:
+        if any(size < 1 for size in shape):
+            raise InvalidArgument(f"tensor {name!r} has the shape {tuple(shape)}; sizes start at 1")
+    specs = [TensorSpec(name=name, shape=shape, decay=decay) for name, shape, decay in tensors]
+    count = sum(prod(shape) for _, shape, _ in tensors)
+    return Layout(tensors=specs, dtype=dtype, element_count=count)
+
+
+def views(layout: Layout, vector: Array) -> dict[str, Array]:
+    """Return the tensors of a flat vector as views, by name."""
+    tensors: dict[str, Array] = {}
+    first = 0
+    for spec in layout.tensors:
+        count = prod(spec.shape)
+        tensors[spec.name] = vector[first : first + count].reshape(tuple(spec.shape))
+        first += count
+    return tensors
+
+
+def keyed_normal(seed: int, tensor: int, count: int) -> NDArray[np.float64]:
+    """Return standard normal numbers keyed by (seed, tensor index): the same on every machine."""
+    key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, tensor], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).standard_normal(count)

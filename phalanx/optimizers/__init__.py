@@ -1,0 +1,100 @@
+"""Optimizers as root functions: elementwise, and bit-equal however the vector is cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.errors import InvalidArgument
+from phalanx.optimizers.rules import AdagradRule, AdamRule, MomentumRule, Rule, SgdRule
+from phalanx.optimizers.schedules import learning_rate
+from phalanx.v1 import job_spec_pb2
+
+__all__ = ["Optimizer", "build_optimizer", "learning_rate"]
+
+Array = NDArray[Any]
+
+#: Elements per piece: the piece of every vector involved stays in the second-level cache.
+PIECE_ELEMENTS = 16_384
+
+
+class Optimizer:
+    """Turns a gradient sum into new parameters.
+
+    Attributes:
+        state_names: names of the state vectors; each has the length and dtype of the parameters
+            and starts at zero.
+    """
+
+    def __init__(
+        self, rule: Rule, message: job_spec_pb2.Optimizer, l2: float, total_steps: int
+    ) -> None:
+        self._rule = rule
+        self._message = message
+        self._l2 = l2
+        self._total_steps = total_steps
+        self.state_names = rule.state_names
+
+    def apply(
+        self,
+        parameters: Array,
+        gradient_sum: Array,
+        count: int,
+        decay: Array | None,
+        state: dict[str, Array],
+        step: int,
+        out: Array,
+    ) -> None:
+        """Write the parameters of version ``step + 1`` to ``out``; update ``state`` in place.
+
+        Args:
+            parameters: (n,) version ``step``; never written.
+            gradient_sum: (n,) sum over ``count`` examples; never written.
+            count: number of examples, 1 or more; the division happens here and only here.
+            decay: (n,) bool, where L2 λ/2‖w‖² and weight decay act; None: nowhere.
+            state: name → (n,) vector.
+            step: version at which the gradient was taken, from 0.
+            out: (n,), may not overlap the inputs.
+        """
+        if count < 1:
+            raise InvalidArgument(f"a step needs at least 1 example, not {count}")
+        rate = learning_rate(self._message, step, self._total_steps)
+        size = min(PIECE_ELEMENTS, len(parameters))
+        gradient, scratch = np.empty((2, size), parameters.dtype)
+        for first in range(0, len(parameters), size):
+            piece = slice(first, first + size)
+            w = parameters[piece]
+            g, s = gradient[: len(w)], scratch[: len(w)]
+            np.divide(gradient_sum[piece], w.dtype.type(count), out=g)
+            mask = None if decay is None else decay[piece]
+            if self._l2 and mask is not None:
+                np.multiply(w, w.dtype.type(self._l2), out=s)
+                np.add(g, s, out=g, where=mask)
+            pieces = {name: vector[piece] for name, vector in state.items()}
+            self._rule.update(w, g, pieces, rate, step, out[piece], s)
+            if self._rule.decoupled_decay and mask is not None:
+                np.multiply(w, w.dtype.type(rate * self._rule.decoupled_decay), out=s)
+                np.subtract(out[piece], s, out=out[piece], where=mask)
+
+
+def build_optimizer(train: job_spec_pb2.Train, total_steps: int) -> Optimizer:
+    """Return the optimizer of a resolved spec; ``total_steps`` is 0 where the job has no length.
+
+    Raises InvalidArgument where no optimizer is named.
+    """
+    message = train.optimizer
+    rule: Rule
+    match message.WhichOneof("kind"):
+        case "sgd":
+            rule = MomentumRule(message.sgd) if message.sgd.momentum else SgdRule()
+        case "adagrad":
+            rule = AdagradRule(message.adagrad)
+        case "adam":
+            rule = AdamRule(message.adam)
+        case "adamw":
+            rule = AdamRule(message.adamw)
+        case other:
+            raise InvalidArgument(f"train.optimizer: {other!r} is not an optimizer")
+    return Optimizer(rule, message, train.l2, total_steps)
