@@ -77,7 +77,7 @@ class Model(Protocol):
         """Return version 0, flat, keyed by seed and tensor."""
 
     def gradient(self, parameters: Array, batch: Batch, out: Array) -> LeafSums:
-        """Write the gradient of the summed loss into ``out`` (all of it); return count and loss sum."""
+        """Write the gradient of the summed loss into all of ``out``; return count and loss sum."""
 
     def evaluate(self, parameters: Array, batch: Batch) -> NDArray[np.float64]:
         """Return the sums over the rows, in the order of ``evaluation_sums``."""

@@ -71,8 +71,8 @@ class SgdRule(Rule):
 class MomentumRule(Rule):
     """v ← μ v + g; w ← w − η v, or with Nesterov w ← w − η (g + μ v).
 
-    Sutskever et al., "On the importance of initialization and momentum" (2013), in the form with the
-    learning rate outside the velocity.
+    Sutskever et al., "On the importance of initialization and momentum" (2013), in the form with
+    the learning rate outside the velocity.
     """
 
     state_names = ("velocity",)

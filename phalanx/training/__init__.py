@@ -1,0 +1,1 @@
+"""The algorithm itself, without a cluster: sampler, leaves, stop rules, the root's decisions."""

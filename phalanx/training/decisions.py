@@ -1,0 +1,200 @@
+"""What happens next in a job: the decisions of the root, range 0.
+
+At each version the root decides on one or more rounds. The order at a version is fixed: an
+evaluation if one is due, then the record that ends the version (train, pause, stop or fail). A
+checkpoint is ordered by that last record, so that the saved state contains the evaluation. The
+same spec and the same measurements give the same records, also after a restore.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from phalanx.training.metrics import keeps_point, metrics_from_sums
+from phalanx.training.stop import StopRules
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import GoRecord, JobPlan
+
+TRAIN_LOSS = "train/loss"
+
+
+class RootDecider:
+    """The sequence of go records of one job in one term.
+
+    Call ``start`` or ``restore`` once, then ``initialised``, ``committed`` and ``evaluated`` as the
+    rounds end; each returns the next record. Nothing follows a terminal record.
+    """
+
+    def __init__(self, plan: JobPlan, term: int) -> None:
+        self._plan = plan
+        self._term = term
+        self._train = JobSpec.FromString(plan.spec).train
+        self._stop = StopRules(self._train, plan.total_steps)
+        self._version = 0
+        self._round = -1
+        self._evaluated_version = -1
+        self._checkpoint_version = 0
+        self._checkpoint_elapsed_s = 0.0
+        self._earlier_s = 0.0
+        self._elapsed_s = 0.0
+        self._examples = 0
+        self._last_count = 0
+        self._last_loss = 0.0
+        self._pause = False
+        self._fail_reason = ""
+        self.metrics: dict[str, float] = {}
+        self._points: list[tuple[int, str, float]] = []
+
+    @property
+    def version(self) -> int:
+        """The version that the latest record is about."""
+        return self._version
+
+    @property
+    def examples(self) -> int:
+        """Examples that entered the steps so far."""
+        return self._examples
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self._version / max(1, self._plan.steps_per_epoch)
+
+    def start(self) -> GoRecord:
+        """Return the first record of a fresh job."""
+        return self._record(GoRecord.ACTION_INITIALISE)
+
+    def restore(self, version: int, root_state: str) -> GoRecord:
+        """Return the first record after a restore of the checkpoint at ``version``."""
+        state = json.loads(root_state)
+        self._version = version
+        self._evaluated_version = int(state["evaluated_version"])
+        self._checkpoint_version = version
+        self._earlier_s = float(state["elapsed_s"])
+        self._examples = int(state["examples"])
+        self.metrics = {name: float(value) for name, value in state["metrics"].items()}
+        self._stop.restore(state["stop"])
+        self._stop.observe(version, {})
+        return self._next()
+
+    def initialised(self, elapsed_s: float) -> GoRecord:
+        """Version 0 is whole in range 0."""
+        self._observe_time(elapsed_s)
+        return self._next()
+
+    def committed(
+        self, version: int, example_count: int, loss_sum: float, elapsed_s: float
+    ) -> GoRecord:
+        """A train round is done: range 0 holds ``version``, made of so many examples.
+
+        A count of 0 says that every shard was absent: the step counts, the loss is unknown.
+        """
+        self._version, self._round = version, -1
+        self._last_count, self._last_loss = example_count, loss_sum
+        self._examples += example_count
+        measured: dict[str, float] = {}
+        if example_count:
+            measured[TRAIN_LOSS] = loss_sum / example_count
+            self.metrics.update(measured)
+            if keeps_point(version, self._plan.total_steps):
+                self._points.append((version, TRAIN_LOSS, measured[TRAIN_LOSS]))
+        self._stop.observe(version, measured)
+        self._observe_time(elapsed_s)
+        return self._next()
+
+    def evaluated(self, sums: Sequence[float], example_count: int, elapsed_s: float) -> GoRecord:
+        """The evaluation at the current version is done: sums in the order of the plan's names."""
+        split = self._train.evaluation.split
+        measured = metrics_from_sums(split, self._plan.evaluation_sums, sums, example_count)
+        self._evaluated_version = self._version
+        self.metrics.update(measured)
+        self._points += [(self._version, name, value) for name, value in measured.items()]
+        self._stop.observe(self._version, measured)
+        self._observe_time(elapsed_s)
+        return self._next()
+
+    def request_pause(self) -> None:
+        """Pause at the next step boundary."""
+        self._pause = True
+
+    def request_fail(self, reason: str) -> None:
+        """Fail at the next step boundary."""
+        self._fail_reason = self._fail_reason or reason
+
+    def failed(self, reason: str) -> GoRecord:
+        """Return a FAIL record for right now, whatever round is open."""
+        return self._record(GoRecord.ACTION_FAIL, reason=reason)
+
+    def take_points(self) -> list[tuple[int, str, float]]:
+        """Return the metric points (step, name, value) since the last call."""
+        points, self._points = self._points, []
+        return points
+
+    def state(self) -> str:
+        """Return what a checkpoint of the current version must keep, as JSON."""
+        finite = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
+        state: dict[str, Any] = {
+            "version": self._version,
+            "epoch": self.epoch,
+            "evaluated_version": self._evaluated_version,
+            "elapsed_s": self._elapsed_s,
+            "examples": self._examples,
+            "metrics": finite,
+            "stop": self._stop.state(),
+            "spec_sha256": self._plan.spec_sha256,
+        }
+        return json.dumps(state, sort_keys=True)
+
+    def _observe_time(self, elapsed_s: float) -> None:
+        self._elapsed_s = self._earlier_s + elapsed_s
+        self._stop.observe_time(self._elapsed_s)
+
+    def _next(self) -> GoRecord:
+        if self._fail_reason:
+            return self._record(GoRecord.ACTION_FAIL, reason=self._fail_reason)
+        if self._evaluation_due():
+            return self._record(GoRecord.ACTION_EVALUATE)
+        if self._stop.reason:
+            return self._record(GoRecord.ACTION_STOP, checkpoint=True, reason=self._stop.reason)
+        if self._pause:
+            return self._record(GoRecord.ACTION_PAUSE, checkpoint=True)
+        return self._record(GoRecord.ACTION_TRAIN, checkpoint=self._checkpoint_due())
+
+    def _evaluation_due(self) -> bool:
+        if not self._plan.evaluation_shards or self._evaluated_version == self._version:
+            return False
+        if self._stop.reason:
+            return True
+        every = self._train.evaluation.every_steps or self._plan.steps_per_epoch
+        return self._version > 0 and self._version % every == 0
+
+    def _checkpoint_due(self) -> bool:
+        if self._version == self._checkpoint_version:
+            return False
+        rule = self._train.checkpoints
+        due = rule.every_steps > 0 and self._version % rule.every_steps == 0
+        every_s = rule.every.seconds + rule.every.nanos / 1e9
+        if every_s > 0:
+            due = due or self._elapsed_s - self._checkpoint_elapsed_s >= every_s
+        if due:
+            self._checkpoint_version = self._version
+            self._checkpoint_elapsed_s = self._elapsed_s
+        return due
+
+    def _record(
+        self, action: GoRecord.Action.ValueType, *, checkpoint: bool = False, reason: str = ""
+    ) -> GoRecord:
+        self._round += 1
+        return GoRecord(
+            term=self._term,
+            version=self._version,
+            round=self._round,
+            action=action,
+            checkpoint=checkpoint,
+            reason=reason,
+            example_count=self._last_count,
+            loss_sum=self._last_loss,
+        )

@@ -1,0 +1,178 @@
+"""Which rows a leaf reads: a pure function of (seed, shard, epoch, step).
+
+A shard is a contiguous range of rows of its split. Each epoch its rows are read in another order:
+the shard is cut into *pieces* of at most ``PIECE_ROWS`` rows of one chunk, the pieces are permuted,
+and ``WINDOW_PIECES`` of them at a time form a *window* whose rows are permuted together. A leaf
+reads consecutive rows of that order, so it touches a bounded number of chunks however large the
+data set is, and whoever takes a shard over fetches only those.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.errors import InvalidArgument
+
+PIECE_ROWS = 2048
+WINDOW_PIECES = 4
+
+_STREAM = 1
+"""Keeps the sampler's random numbers apart from those of other uses of the seed."""
+
+
+@dataclass(frozen=True)
+class RowSelection:
+    """Some rows of one chunk of the split, in the order in which the leaf uses them."""
+
+    chunk_index: int
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """The rows [first, stop) of a split over its ordered chunks.
+
+    ``chunk_rows`` are the row counts of all chunks of the split.
+    """
+
+    shard: int
+    first: int
+    stop: int
+    chunk_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    chunk_index: int
+    first: int
+    count: int
+
+
+def shard_rows(shard: int, shards: int, chunk_rows: Sequence[int]) -> ShardRows:
+    """Return shard ``shard`` of ``shards``: rows [i·n÷S, (i+1)·n÷S) of the split's n rows."""
+    if not 0 <= shard < shards:
+        raise InvalidArgument(f"there is no shard {shard} among {shards}")
+    rows = sum(chunk_rows)
+    return ShardRows(shard, shard * rows // shards, (shard + 1) * rows // shards, tuple(chunk_rows))
+
+
+def rows_for_leaf(
+    shard: ShardRows, seed: int, epoch: int, step_in_epoch: int, rows_per_leaf: int
+) -> list[RowSelection]:
+    """Return the rows of one leaf in their final order; empty once the shard is exhausted.
+
+    A leaf that takes the whole shard reads it in stored order: there is nothing to shuffle.
+    """
+    rows = shard.stop - shard.first
+    start = step_in_epoch * rows_per_leaf
+    stop = min(start + rows_per_leaf, rows)
+    if start >= stop:
+        return []
+    if stop - start == rows:
+        return rows_in_order(shard)
+    selections: list[RowSelection] = []
+    position = 0
+    for number, window in enumerate(_windows(shard, seed, epoch)):
+        count = sum(piece.count for piece in window)
+        low, high = max(start - position, 0), min(stop - position, count)
+        if low < high:
+            order = _row_order(seed, shard.shard, epoch, number, count)
+            selections += _select(window, order[low:high])
+        position += count
+        if position >= stop:
+            break
+    return selections
+
+
+def rows_in_order(shard: ShardRows) -> list[RowSelection]:
+    """Return all rows of a shard in stored order, as evaluation reads them."""
+    return [
+        RowSelection(piece.chunk_index, np.arange(piece.first, piece.first + piece.count))
+        for piece in _pieces(shard, max(1, shard.stop - shard.first))
+    ]
+
+
+def chunks_for_leaf(
+    shard: ShardRows, seed: int, epoch: int, step_in_epoch: int, rows_per_leaf: int
+) -> list[int]:
+    """Return the indices of the chunks that ``rows_for_leaf`` may read, without its row work."""
+    rows = shard.stop - shard.first
+    start = step_in_epoch * rows_per_leaf
+    stop = min(start + rows_per_leaf, rows)
+    if start >= stop:
+        return []
+    if stop - start == rows:
+        return chunks_in_order(shard)
+    chunks: set[int] = set()
+    position = 0
+    for window in _windows(shard, seed, epoch):
+        count = sum(piece.count for piece in window)
+        if position < stop and position + count > start:
+            chunks.update(piece.chunk_index for piece in window)
+        position += count
+    return sorted(chunks)
+
+
+def chunks_in_order(shard: ShardRows) -> list[int]:
+    """Return the indices of the chunks that hold a row of the shard."""
+    return [piece.chunk_index for piece in _pieces(shard, max(1, shard.stop - shard.first))]
+
+
+def _select(window: Sequence[_Piece], order: NDArray[np.int64]) -> list[RowSelection]:
+    """Turn positions within a window into rows of chunks, keeping the order within each run.
+
+    Rows are grouped by piece: the order among pieces does not matter to a sum of rows, and one
+    selection per piece keeps the gathering of rows to a few vectorised takes.
+    """
+    bounds = np.array([0, *accumulate(piece.count for piece in window)])
+    owners = np.searchsorted(bounds, order, side="right") - 1
+    selections = []
+    for index, piece in enumerate(window):
+        rows = order[owners == index] - bounds[index] + piece.first
+        if len(rows):
+            selections.append(RowSelection(piece.chunk_index, rows))
+    return selections
+
+
+@lru_cache(maxsize=256)
+def _windows(shard: ShardRows, seed: int, epoch: int) -> tuple[tuple[_Piece, ...], ...]:
+    pieces = _pieces(shard, PIECE_ROWS)
+    order = _generator(seed, shard.shard, epoch, 0).permutation(len(pieces))
+    shuffled = [pieces[index] for index in order]
+    return tuple(
+        tuple(shuffled[first : first + WINDOW_PIECES])
+        for first in range(0, len(shuffled), WINDOW_PIECES)
+    )
+
+
+@lru_cache(maxsize=256)
+def _row_order(seed: int, shard: int, epoch: int, window: int, rows: int) -> NDArray[np.int64]:
+    order: NDArray[np.int64] = _generator(seed, shard, epoch, window + 1).permutation(rows)
+    return order
+
+
+def _pieces(shard: ShardRows, piece_rows: int) -> list[_Piece]:
+    """Cut the shard's rows at chunk borders and every ``piece_rows`` rows."""
+    ends = list(accumulate(shard.chunk_rows))
+    pieces = []
+    row = shard.first
+    while row < shard.stop:
+        chunk = bisect_right(ends, row)
+        chunk_first = ends[chunk] - shard.chunk_rows[chunk]
+        count = min(piece_rows, ends[chunk] - row, shard.stop - row)
+        pieces.append(_Piece(chunk, row - chunk_first, count))
+        row += count
+    return pieces
+
+
+def _generator(seed: int, shard: int, epoch: int, window: int) -> np.random.Generator:
+    key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, _STREAM], dtype=np.uint64)
+    counter = np.array([0, window, shard, epoch], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
