@@ -1,0 +1,1 @@
+"""The aggregator: owns ranges of jobs' parameters, reduces contributions, applies the optimizer."""

@@ -1,0 +1,1 @@
+"""Pure decisions of the aggregator: no clock, socket, file or thread inside."""

@@ -1,0 +1,72 @@
+"""What the core asks its runtime to do. Nothing here has to be durable before it is sent: what must
+outlive the process is in checkpoints, and a job that loses its aggregator replays from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from coordinator.aggregation.core.state import Snapshot
+from phalanx.v1 import training_pb2
+
+
+@dataclass(frozen=True)
+class Wake:
+    """Frames or go records became available: let the senders look."""
+
+
+@dataclass(frozen=True)
+class Committed:
+    """Range 0 is whole at `version`: one more step is done."""
+
+    version: int
+    example_count: int
+    #: Examples that the sampler gave to the step; more than the count where shards were absent.
+    expected_count: int
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """New values of the job's metrics at one version."""
+
+    version: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class StartCheckpoint:
+    """Write this range as its part of the checkpoint of one version, in the background."""
+
+    version: int
+    final: bool
+    snapshot: Snapshot
+    #: JSON of range 0's decisions; empty where range 0 is owned elsewhere.
+    root_state: str = ""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A terminal go record is in force; a checkpoint that it asked for was started before."""
+
+    go: training_pb2.GoRecord
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job cannot go on. Range 0 also issued a terminal go record, other ranges cannot."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something for the job's event log."""
+
+    type: str
+    message: str
+    version: int
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
+Effect = Wake | Committed | Metrics | StartCheckpoint | Ended | Failed | Event

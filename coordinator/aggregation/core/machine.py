@@ -1,0 +1,378 @@
+"""The ranges of one job in one term that this aggregator owns.
+
+Theory of operation. Range 0 is the *root*: its owner asks the decider what happens at each version
+and issues go records. Any other range learns of them from workers, who carry them. A go record
+opens a round in a range once the range holds the record's version; frames fill the round's trees;
+each frame whose tree is complete goes through the root function at once, and for a train round
+that publishes one frame of the next version. The last one closes the round. Closing it in range 0
+makes the next go record.
+
+Rules that hold after every call:
+- A range holds at most two versions. The first contribution at version t + 1 shows that its
+  sender had t + 1 whole, from every range, and only then t is dropped.
+- A round is open only under a go record for exactly (version, round), and never for a version
+  that the range does not hold whole.
+- Order is (version, round) within a term; whatever is older than the newest is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.aggregation.core.cursor import Cursor
+from coordinator.aggregation.core.effects import (
+    Committed,
+    Effect,
+    Ended,
+    Failed,
+    Metrics,
+    StartCheckpoint,
+    Wake,
+)
+from coordinator.aggregation.core.golog import GoLog
+from coordinator.aggregation.core.plan import (
+    TERMINAL_ACTIONS,
+    expected_examples,
+    round_spec,
+)
+from coordinator.aggregation.core.decider import Decider
+from coordinator.aggregation.core.roots import (
+    AssignRoot,
+    NonFiniteResult,
+    OptimizerRoot,
+    RootFunction,
+    SumRoot,
+)
+from coordinator.aggregation.core.rounds import Disagreement, Round
+from coordinator.aggregation.core.state import Array, RangeParameters
+from coordinator.aggregation.core.versions import NONE
+from phalanx.errors import Aborted, FailedPrecondition, InvalidArgument
+from phalanx.optimizers import Optimizer
+from phalanx.v1 import aggregation_service_pb2 as pb
+from phalanx.v1 import training_pb2
+from phalanx.v1.training_pb2 import GoRecord
+
+PENDING_GO_RECORDS = 16
+"""Bound of the go records that a range keeps until it holds their version."""
+
+Key = tuple[int, int]
+
+
+@dataclass
+class _Range:
+    parameters: RangeParameters
+    #: (version, round) of the newest go record in force.
+    key: Key = (NONE, NONE)
+    round: Round | None = None
+    root: RootFunction | None = None
+    touched: bool = False
+    ended: bool = False
+    pending: dict[Key, GoRecord] = field(default_factory=dict)
+
+    @property
+    def version(self) -> int:
+        return self.parameters.versions.newest_whole
+
+
+class JobRanges:
+    """State machine of the owned ranges of one job in one term; see the module's text.
+
+    Every method that changes something returns effects for the runtime to perform, in order.
+    `elapsed_s` is the time since the ranges were assigned, for wall-time stops.
+    """
+
+    def __init__(
+        self,
+        plan: training_pb2.JobPlan,
+        term: int,
+        owned: Sequence[training_pb2.ParameterRange],
+        optimizer: Optimizer,
+        decider: Decider | None,
+    ) -> None:
+        """`decider` is given exactly where range 0 is among the `owned`."""
+        self.plan = plan
+        self.term = term
+        self._ranges = {
+            piece.index: _Range(RangeParameters(term, piece, plan.layout, optimizer))
+            for piece in owned
+        }
+        if (0 in self._ranges) != (decider is not None):
+            raise InvalidArgument("the owner of range 0, and only it, needs a decider")
+        self._decider = decider
+        self._go_log = GoLog()
+        self._terminal: GoRecord | None = None
+        self._failed = False
+        self._checkpoint_open = False
+        self._checkpoint_owed = False
+        self.examples_lost = 0
+        self.examples_doubled = 0
+        self.examples = 0
+
+    # -- life cycle
+
+    def begin(self) -> list[Effect]:
+        """Start a fresh job: version 0 is made by an INITIALISE round."""
+        return [] if self._decider is None else self._issue(self._decider.start())
+
+    def begin_restored(
+        self,
+        version: int,
+        vectors: Mapping[int, tuple[Array, Mapping[str, Array]]],
+        root_state: str,
+    ) -> list[Effect]:
+        """Continue at `version` with (parameters, optimizer state) per owned range.
+
+        Raises `DataLoss` where vectors do not fit the ranges.
+        """
+        for index, owned in self._ranges.items():
+            parameters, state = vectors[index]
+            owned.parameters.load(version, parameters, state)
+            owned.key = (version, NONE)
+        if self._decider is None:
+            return []
+        return self._issue(self._decider.restore(version, root_state))
+
+    @property
+    def range_indexes(self) -> list[int]:
+        """Indexes of the owned ranges."""
+        return sorted(self._ranges)
+
+    @property
+    def version(self) -> int:
+        """The newest version that all owned ranges hold whole; -1: none yet."""
+        return min(owned.version for owned in self._ranges.values())
+
+    @property
+    def is_root(self) -> bool:
+        """Range 0 is owned here."""
+        return self._decider is not None
+
+    def cursor(self) -> Cursor:
+        """A new stream's position: the oldest held version and go record first."""
+        stores = [self._ranges[index].parameters.versions for index in self.range_indexes]
+        return Cursor(stores, self._go_log)
+
+    # -- from workers
+
+    def contribute(
+        self, frame: pb.ContributionFrame, payload: memoryview, elapsed_s: float
+    ) -> list[Effect]:
+        """Add one frame. Copies and frames of closed rounds change nothing.
+
+        Raises `Aborted` for another term, `FailedPrecondition` for a round without its go record,
+        `InvalidArgument` for what does not fit; the stream that sent it must end.
+        """
+        self._check_term(frame.term)
+        owned = self._ranges.get(frame.range)
+        if owned is None:
+            raise InvalidArgument(f"range {frame.range} is not owned here")
+        if owned.ended or self._failed:
+            return []
+        current = owned.round
+        if current is None or owned.key != (frame.step, frame.round):
+            if (frame.step, frame.round) <= owned.key:
+                return []
+            raise FailedPrecondition(
+                f"range {frame.range} has no go record for round {frame.round} of version "
+                f"{frame.step}; carry it before the first frame of the round",
+                reason="NO_GO_RECORD",
+            )
+        return self._fill(owned, current, frame, payload, elapsed_s)
+
+    def go_record(self, go: GoRecord) -> list[Effect]:
+        """Take a go record that a worker carried from range 0."""
+        self._check_term(go.term)
+        if self.is_root:
+            return []
+        return self._spread(go)
+
+    # -- from control and the checkpoint writer
+
+    def pause(self, elapsed_s: float) -> list[Effect]:
+        """Pause at the next step boundary; at once where no round has begun to change anything."""
+        if self._decider is None:
+            return []
+        self._decider.request_pause()
+        untouched = all(
+            owned.round is not None and not owned.touched for owned in self._ranges.values()
+        )
+        if untouched and len(self._ranges) == self.plan.range_count and self.version > NONE:
+            return self._issue(self._decider.interrupt(elapsed_s))
+        return []
+
+    def fail(self, reason: str, message: str) -> list[Effect]:
+        """End the term as failed, at once: the open round may never complete."""
+        if self._failed:
+            return []
+        self._failed = True
+        effects: list[Effect] = [Failed(reason, message)]
+        if self._decider is not None and self._terminal is None:
+            effects += self._issue(self._decider.fail(reason))
+        return effects
+
+    def checkpoint_done(self) -> None:
+        """The checkpoint that was ordered last is complete, or given up: the next may come."""
+        self._checkpoint_open = False
+
+    # -- inside
+
+    def _check_term(self, term: int) -> None:
+        if term != self.term:
+            raise Aborted(
+                f"job {self.plan.job_id} is in term {self.term}, not {term}",
+                reason="STALE_TERM",
+                details={"current_term": str(self.term)},
+            )
+
+    def _fill(
+        self,
+        owned: _Range,
+        current: Round,
+        frame: pb.ContributionFrame,
+        payload: memoryview,
+        elapsed_s: float,
+    ) -> list[Effect]:
+        assert owned.root is not None
+        try:
+            index = current.contribute(frame, payload)
+            self._drop_before(owned, frame.step)
+            if index is None:
+                return []
+            owned.touched = True
+            values = current.take(index)
+            made = owned.root.frame_complete(index, values, current.totals)
+        except Disagreement as error:
+            return self.fail("CONTRIBUTIONS_DISAGREE", str(error))
+        except NonFiniteResult as error:
+            return self.fail("PARAMETERS_NON_FINITE", f"at version {frame.step}: {error}")
+        if current.complete:
+            return [Wake(), *self._close(owned, current, elapsed_s)]
+        return [Wake()] if made else []
+
+    def _drop_before(self, owned: _Range, version: int) -> None:
+        """The first contribution to a version shows that every range committed it."""
+        if owned.parameters.versions.oldest < version:
+            owned.parameters.versions.drop_before(version)
+            if self.is_root and owned is self._ranges[0]:
+                self._go_log.drop_before(version)
+
+    def _close(self, owned: _Range, current: Round, elapsed_s: float) -> list[Effect]:
+        owned.round = owned.root = None
+        if self._decider is None or owned is not self._ranges[0]:
+            return self._open_pending(owned)
+        spec, totals = current.spec, current.totals
+        effects: list[Effect] = []
+        if spec.action == GoRecord.ACTION_INITIALISE:
+            go = self._decider.initialised(elapsed_s)
+        elif spec.action == GoRecord.ACTION_EVALUATE:
+            go = self._decider.evaluated(self._sums, totals.example_count, elapsed_s)
+        else:
+            effects.append(self._account(spec.version, totals.example_count))
+            go = self._decider.committed(
+                spec.version + 1, totals.example_count, totals.loss_sum, elapsed_s
+            )
+        values = self._decider.take_metrics()
+        if values:
+            effects.append(Metrics(owned.version, values))
+        return effects + self._issue(go)
+
+    @property
+    def _sums(self) -> NDArray[np.float64]:
+        root = self._ranges[0].root
+        assert isinstance(root, SumRoot)
+        return root.result.astype(np.float64)
+
+    def _account(self, version: int, count: int) -> Committed:
+        expected = expected_examples(self.plan, version)
+        self.examples += count
+        self.examples_lost += max(expected - count, 0)
+        # Each shard fills one place of the tree, so this stays 0; it is counted to be seen to.
+        self.examples_doubled += max(count - expected, 0)
+        return Committed(version + 1, count, expected)
+
+    def _issue(self, go: GoRecord) -> list[Effect]:
+        """Put a go record of the root in force: for our ranges at once, for others by workers."""
+        go.term = self.term
+        if go.action in TERMINAL_ACTIONS:
+            self._terminal = go
+        elif (go.checkpoint or self._checkpoint_owed) and go.version > NONE:
+            # One at a time: a slow checkpoint delays the next one, never the step.
+            wanted = go.action == GoRecord.ACTION_TRAIN or go.checkpoint
+            go.checkpoint = wanted and not self._checkpoint_open
+            self._checkpoint_owed = not go.checkpoint
+        self._go_log.append(go)
+        return [Wake(), *self._spread(go)]
+
+    def _spread(self, go: GoRecord) -> list[Effect]:
+        effects: list[Effect] = []
+        for index in self.range_indexes:
+            effects += self._accept(self._ranges[index], go)
+        return effects
+
+    def _open_pending(self, owned: _Range) -> list[Effect]:
+        effects: list[Effect] = []
+        for key in sorted(owned.pending):
+            effects += self._accept(owned, owned.pending.pop(key))
+        return effects
+
+    def _accept(self, owned: _Range, go: GoRecord) -> list[Effect]:
+        key = (go.version, go.round)
+        if owned.ended or key <= owned.key:
+            return []
+        if go.action == GoRecord.ACTION_FAIL:
+            return self._end(owned, go)
+        version = NONE if go.action == GoRecord.ACTION_INITIALISE else go.version
+        if owned.version < version:
+            if key not in owned.pending and len(owned.pending) >= PENDING_GO_RECORDS:
+                raise FailedPrecondition(
+                    f"range {owned.parameters.piece.index} is at version {owned.version} and "
+                    f"already keeps {PENDING_GO_RECORDS} go records of later ones",
+                    reason="TOO_MANY_GO_RECORDS",
+                )
+            owned.pending[key] = go
+            return []
+        if owned.version > version or (owned.round is not None and owned.touched):
+            return []
+        owned.key = key
+        owned.round = owned.root = None
+        effects = self._checkpoint(owned, go)
+        if go.action in TERMINAL_ACTIONS:
+            return effects + self._end(owned, go)
+        self._open(owned, go)
+        return effects
+
+    def _open(self, owned: _Range, go: GoRecord) -> None:
+        """Start the round of a go record, unless it is none of this range's business."""
+        parameters = owned.parameters
+        spec = round_spec(self.plan, go, parameters.grid)
+        if go.action == GoRecord.ACTION_INITIALISE:
+            owned.root = AssignRoot(parameters, go.version)
+        elif go.action == GoRecord.ACTION_TRAIN:
+            owned.root = OptimizerRoot(parameters, go.version)
+        elif parameters.piece.index == 0:
+            owned.root = SumRoot(spec.grid, spec.dtype, "the evaluation")
+        else:
+            return
+        owned.round = Round(spec)
+        owned.touched = False
+
+    def _checkpoint(self, owned: _Range, go: GoRecord) -> list[Effect]:
+        final = go.action == GoRecord.ACTION_STOP
+        if not (go.checkpoint or final or go.action == GoRecord.ACTION_PAUSE):
+            return []
+        snapshot = owned.parameters.snapshot(go.version)
+        root_state = ""
+        if self._decider is not None:
+            self._checkpoint_open = True
+            root_state = self._decider.state()
+        return [StartCheckpoint(go.version, final, snapshot, root_state)]
+
+    def _end(self, owned: _Range, go: GoRecord) -> list[Effect]:
+        owned.ended = True
+        owned.round = owned.root = None
+        owned.pending.clear()
+        return [Ended(go)] if all(other.ended for other in self._ranges.values()) else []

@@ -1,0 +1,48 @@
+"""What the plan of a job says about its rounds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from coordinator.aggregation.core.rounds import RoundSpec
+from phalanx.v1 import training_pb2
+from phalanx.v1.training_pb2 import GoRecord
+
+EVALUATION_VECTOR = "evaluation"
+GRADIENT_VECTOR = "gradient"
+PARAMETERS_VECTOR = "parameters"
+
+TERMINAL_ACTIONS = (GoRecord.ACTION_PAUSE, GoRecord.ACTION_STOP, GoRecord.ACTION_FAIL)
+
+
+def round_spec(plan: training_pb2.JobPlan, go: GoRecord, grid: list[tuple[int, int]]) -> RoundSpec:
+    """What the round of a go record reduces in a range that is cut as `grid`."""
+    parameters = np.dtype(plan.layout.dtype).newbyteorder("<")
+    if go.action == GoRecord.ACTION_EVALUATE:
+        sums = len(plan.evaluation_sums)
+        return RoundSpec(
+            go.version, go.round, go.action, EVALUATION_VECTOR, np.dtype("<f8"),
+            plan.evaluation_shards, [(0, sums)], plan.bitwise,
+        )  # fmt: skip
+    initialise = go.action == GoRecord.ACTION_INITIALISE
+    return RoundSpec(
+        go.version, go.round, go.action,
+        PARAMETERS_VECTOR if initialise else GRADIENT_VECTOR, parameters,
+        1 if initialise else plan.shards, grid, plan.bitwise,
+    )  # fmt: skip
+
+
+def expected_examples(plan: training_pb2.JobPlan, version: int) -> int:
+    """Examples that the sampler gives to the step at `version`, over all shards.
+
+    Shards differ by one row at most, and each gives `rows_per_leaf` rows until it runs out in the
+    last step of an epoch.
+    """
+    step_in_epoch = version % max(plan.steps_per_epoch, 1)
+    small, larger = divmod(plan.train_rows, plan.shards)
+    skipped = step_in_epoch * plan.rows_per_leaf
+
+    def leaf_rows(shard_rows: int) -> int:
+        return min(max(shard_rows - skipped, 0), plan.rows_per_leaf)
+
+    return larger * leaf_rows(small + 1) + (plan.shards - larger) * leaf_rows(small)

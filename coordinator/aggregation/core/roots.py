@@ -1,0 +1,97 @@
+"""Root functions: what is done with a reduced frame. An optimizer is one kind.
+
+A round reduces a named vector over shards; its root function consumes the frames as they become
+complete, in any order. `OptimizerRoot` and `AssignRoot` turn each into the same frame of the next
+parameter version, at once; `SumRoot` keeps the reduced vector for the root's decision.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.aggregation.core.rounds import Totals
+from coordinator.aggregation.core.state import RangeParameters
+
+
+class NonFiniteResult(Exception):
+    """A reduced frame, or what was made of it, holds NaN or infinity."""
+
+
+class RootFunction(Protocol):
+    """Consumes the reduced frames of one round of one range."""
+
+    def frame_complete(
+        self, index: int, values: NDArray[np.generic] | None, totals: Totals
+    ) -> bool:
+        """Take reduced frame `index` (None: no shard present). True: it made a parameter frame.
+
+        Raises `NonFiniteResult` where finite contributions overflowed.
+        """
+        ...
+
+
+class AssignRoot:
+    """INITIALISE: the reduced vector is version 0."""
+
+    def __init__(self, parameters: RangeParameters, version: int) -> None:
+        self._parameters = parameters
+        self._version = version
+
+    def frame_complete(
+        self, index: int, values: NDArray[np.generic] | None, totals: Totals
+    ) -> bool:
+        """Publish the frame as it came."""
+        if values is None:
+            raise NonFiniteResult("the initial parameters are missing: shard 0 sent none")
+        require_finite(values, "the initial parameters are not finite")
+        self._parameters.versions.publish(self._version, index, values)
+        return True
+
+
+class OptimizerRoot:
+    """TRAIN: the optimizer makes version v + 1 from version v and the mean gradient."""
+
+    def __init__(self, parameters: RangeParameters, version: int) -> None:
+        self._parameters = parameters
+        self._version = version
+
+    def frame_complete(
+        self, index: int, values: NDArray[np.generic] | None, totals: Totals
+    ) -> bool:
+        """Apply the frame; without any example the parameters stay as they are."""
+        if values is None or totals.example_count == 0:
+            self._parameters.keep(index, self._version)
+            return True
+        require_finite(values, "the sum of finite gradients overflowed")
+        updated = self._parameters.apply(index, self._version, values, totals.example_count)
+        require_finite(updated, "the update made parameters that are not finite")
+        self._parameters.versions.publish(self._version + 1, index, updated)
+        return True
+
+
+class SumRoot:
+    """EVALUATE and other statistics: keeps the reduced vector, whole at the round's end."""
+
+    def __init__(self, grid: list[tuple[int, int]], dtype: np.dtype[np.generic], what: str) -> None:
+        self._grid = grid
+        self._what = what
+        self.result: NDArray[np.generic] = np.zeros(sum(count for _, count in grid), dtype)
+
+    def frame_complete(
+        self, index: int, values: NDArray[np.generic] | None, totals: Totals
+    ) -> bool:
+        """Keep the frame; absent shards add nothing."""
+        if values is not None:
+            require_finite(values, f"the sums of {self._what} are not finite")
+            first, count = self._grid[index]
+            self.result[first : first + count] = values
+        return False
+
+
+def require_finite(values: NDArray[np.generic], message: str) -> None:
+    """Raise `NonFiniteResult` with `message` if any element is NaN or infinite."""
+    if not np.isfinite(values).all():
+        raise NonFiniteResult(message)

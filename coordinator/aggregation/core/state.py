@@ -1,0 +1,147 @@
+"""Parameters and optimizer state of one range, and snapshots of both for checkpoints.
+
+State arrays are kept per frame and updated in place. A snapshot shares them: before the next
+update of a frame that a snapshot still needs, the frame's arrays are copied (copy on write), so
+that taking a snapshot costs nothing and never stops a step. Parameter frames are immutable and
+need no copy at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.aggregation.core.versions import VersionStore, payload_of
+from phalanx.errors import DataLoss
+from phalanx.frames import frame_grid
+from phalanx.optimizers import Optimizer
+from phalanx.v1 import training_pb2
+
+Array = NDArray[np.generic]
+
+
+@dataclass
+class Snapshot:
+    """One range at one version; `frames` and `state` are released as they are written."""
+
+    range: training_pb2.ParameterRange
+    version: int
+    dtype: np.dtype[np.generic]
+    grid: list[tuple[int, int]]
+    state_names: tuple[str, ...]
+    frames: list[bytes]
+    #: Per frame the shared state arrays; None once they are not needed any more.
+    state: list[dict[str, Array] | None] = field(default_factory=list)
+
+    def parameters(self, index: int) -> Array:
+        """The elements of parameter frame `index`."""
+        return payload_of(self.frames[index], self.grid[index][1], self.dtype)
+
+    def release(self) -> None:
+        """Nothing of the state is needed any more: the steps stop copying it."""
+        for index in range(len(self.state)):
+            self.state[index] = None
+
+
+class RangeParameters:
+    """One owned range: its versions, its optimizer state and the snapshots that share it."""
+
+    def __init__(
+        self,
+        term: int,
+        piece: training_pb2.ParameterRange,
+        layout: training_pb2.Layout,
+        optimizer: Optimizer,
+    ) -> None:
+        self.piece = piece
+        self.dtype = np.dtype(layout.dtype).newbyteorder("<")
+        self.grid = frame_grid(piece.element_count, self.dtype.itemsize)
+        self.versions = VersionStore(term, piece.index, self.grid, self.dtype)
+        self._optimizer = optimizer
+        self._decay = _decay_frames(layout, piece, self.grid)
+        self._state: list[dict[str, Array]] = [
+            {name: np.zeros(count, self.dtype) for name in optimizer.state_names}
+            for _, count in self.grid
+        ]
+        self._snapshots: list[Snapshot] = []
+        self._scratch = np.empty(max(count for _, count in self.grid), self.dtype)
+
+    def apply(self, index: int, version: int, gradient_sum: Array, example_count: int) -> Array:
+        """New elements of frame `index` at `version + 1`, in scratch memory of this object."""
+        self._keep_snapshots_whole(index)
+        out = self._scratch[: self.grid[index][1]]
+        self._optimizer.apply(
+            self.versions.values(version, index),
+            gradient_sum,
+            example_count,
+            self._decay[index],
+            self._state[index],
+            version,
+            out,
+        )
+        return out
+
+    def keep(self, index: int, version: int) -> None:
+        """Frame `index` of `version + 1` is that of `version`."""
+        self.versions.publish(version + 1, index, self.versions.values(version, index))
+
+    def load(self, version: int, parameters: Array, state: Mapping[str, Array]) -> None:
+        """Start at `version` with these flat vectors; the state is copied, frame by frame.
+
+        Raises `DataLoss` where a vector is missing or has another length or type.
+        """
+        vectors = {"parameters": parameters, **state}
+        for name in ("parameters", *self._optimizer.state_names):
+            vector = vectors.get(name)
+            if vector is None or vector.dtype != self.dtype or len(vector) != self._length:
+                raise DataLoss(f"range {self.piece.index} has no vector {name!r} that fits it")
+        for index, (first, count) in enumerate(self.grid):
+            self.versions.publish(version, index, parameters[first : first + count])
+            for name, array in self._state[index].items():
+                array[:] = state[name][first : first + count]
+
+    def snapshot(self, version: int) -> Snapshot:
+        """The range at `version`, which must be whole and not yet followed by another frame."""
+        held = self.versions.get(version)
+        assert held is not None and held.whole and self.versions.newest_whole == version
+        assert self.versions.following(version) is None, "the state has moved on"
+        snapshot = Snapshot(
+            range=self.piece,
+            version=version,
+            dtype=self.dtype,
+            grid=self.grid,
+            state_names=self._optimizer.state_names,
+            frames=[frame for frame in held.frames if frame is not None],
+            state=list(self._state),
+        )
+        self._snapshots = [kept for kept in self._snapshots if any(kept.state)]
+        if self._optimizer.state_names:
+            self._snapshots.append(snapshot)
+        return snapshot
+
+    @property
+    def _length(self) -> int:
+        return self.piece.element_count
+
+    def _keep_snapshots_whole(self, index: int) -> None:
+        state = self._state[index]
+        if any(snapshot.state[index] is state for snapshot in self._snapshots):
+            self._state[index] = {name: array.copy() for name, array in state.items()}
+
+
+def _decay_frames(
+    layout: training_pb2.Layout, piece: training_pb2.ParameterRange, grid: list[tuple[int, int]]
+) -> list[NDArray[np.bool_] | None]:
+    """Per frame where decay applies: None where it does not apply to any element."""
+    decay = np.zeros(piece.element_count, np.bool_)
+    position = -piece.first_element
+    for tensor in layout.tensors:
+        size = int(np.prod(tensor.shape, dtype=np.int64))
+        if tensor.decay:
+            decay[max(position, 0) : max(position + size, 0)] = True
+        position += size
+    frames = [decay[first : first + count] for first, count in grid]
+    return [frame if frame.any() else None for frame in frames]
