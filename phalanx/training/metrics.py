@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-CLASSIFICATION_SUMS = ("loss", "correct")
-REGRESSION_SUMS = ("loss", "squared_error", "absolute_error", "target", "target_squared")
+CLASSIFICATION_SUMS: tuple[str, ...] = ("loss", "correct")
+REGRESSION_SUMS: tuple[str, ...] = (
+    "loss",
+    "squared_error",
+    "absolute_error",
+    "target",
+    "target_squared",
+)
 
 _RENAMED = {"correct": "accuracy", "absolute_error": "mae"}
 _LOWER_IS_BETTER = ("loss", "rmse", "mae", "error")

@@ -1,0 +1,75 @@
+"""Models: the mathematics of a leaf. ``build_model`` turns a spec into one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from phalanx.errors import InvalidArgument, Unimplemented
+from phalanx.models.base import Batch, DataSchema, LeafSums, Model
+from phalanx.models.custom import UserModel, load_custom
+from phalanx.models.linear import LinearModel
+from phalanx.models.losses import Logistic, OutputLayer, Softmax, SquaredError
+from phalanx.models.mlp import Mlp
+from phalanx.v1 import job_spec_pb2
+
+__all__ = ["Batch", "DataSchema", "LeafSums", "Model", "UserModel", "build_model"]
+
+
+def build_model(
+    spec: job_spec_pb2.JobSpec, schema: DataSchema, code_dir: Path | None = None
+) -> Model:
+    """Return the model of a resolved train spec.
+
+    Args:
+        spec: resolved job.
+        schema: what the data looks like.
+        code_dir: folder with the job's own code, for ``custom``.
+
+    Raises:
+        InvalidArgument: the model does not fit the data.
+        Unimplemented: a kind that is not carried out yet.
+    """
+    model = spec.train.model
+    match model.WhichOneof("kind"):
+        case "linear_regression":
+            _needs_regression(schema, "linear_regression")
+            return LinearModel(schema, 1, SquaredError(), model.linear_regression.bias)
+        case "logistic_regression":
+            if schema.classes != 2:
+                raise InvalidArgument(
+                    f"logistic_regression needs 2 classes, the data has {schema.classes}; "
+                    "softmax_regression takes any number"
+                )
+            return LinearModel(schema, 1, Logistic(), model.logistic_regression.bias)
+        case "softmax_regression":
+            _needs_classes(schema, "softmax_regression")
+            return LinearModel(schema, schema.classes, Softmax(), model.softmax_regression.bias)
+        case "mlp":
+            return _mlp(model.mlp, schema)
+        case "custom":
+            return load_custom(model.custom, schema, code_dir)
+        case None:
+            raise InvalidArgument("train.model: no model is named")
+        case other:
+            raise Unimplemented(f"train.model.{other} is not carried out yet")
+
+
+def _mlp(mlp: job_spec_pb2.Mlp, schema: DataSchema) -> Model:
+    output: OutputLayer
+    if mlp.loss == "squared_error":
+        _needs_regression(schema, "mlp with squared_error")
+        outputs, output = 1, SquaredError()
+    else:
+        _needs_classes(schema, "mlp with cross_entropy")
+        outputs, output = schema.classes, Softmax()
+    return Mlp(schema, list(mlp.hidden), outputs, output, mlp.activation or "relu")
+
+
+def _needs_regression(schema: DataSchema, what: str) -> None:
+    if schema.classes:
+        raise InvalidArgument(f"{what} predicts numbers, but the data has {schema.classes} classes")
+
+
+def _needs_classes(schema: DataSchema, what: str) -> None:
+    if schema.classes < 2:
+        raise InvalidArgument(f"{what} needs 2 classes or more, the data has {schema.classes}")

@@ -1,0 +1,131 @@
+"""Output layers: from scores to loss, derivative, evaluation sums and predictions.
+
+Losses are those of one row, so that a leaf's loss is their sum: ½(z − y)² for regression, the
+negative log likelihood for classification.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.training.metrics import CLASSIFICATION_SUMS, REGRESSION_SUMS
+
+Array = NDArray[Any]
+Float64 = NDArray[np.float64]
+
+
+class OutputLayer(Protocol):
+    """``scores`` are (rows, outputs); ``targets`` (rows,)."""
+
+    sums: tuple[str, ...]
+
+    def residual(self, scores: Array, targets: Array) -> float:
+        """Turn ``scores`` in place into d loss / d scores; return the loss sum."""
+
+    def evaluate(self, scores: Array, targets: Array) -> Float64:
+        """Return the evaluation sums; may overwrite ``scores``."""
+
+    def predict(self, scores: Array) -> Array:
+        """Return (rows, classes) probabilities or (rows,) values; may overwrite ``scores``."""
+
+
+class SquaredError:
+    """Regression: one output."""
+
+    sums: tuple[str, ...] = REGRESSION_SUMS
+
+    def residual(self, scores: Array, targets: Array) -> float:
+        """See ``OutputLayer``."""
+        flat = scores[:, 0]
+        np.subtract(flat, targets, out=flat)
+        return 0.5 * float(np.dot(flat, flat))
+
+    def evaluate(self, scores: Array, targets: Array) -> Float64:
+        """See ``OutputLayer``."""
+        target = targets.astype(np.float64)
+        error = scores[:, 0] - target
+        squared = float(np.dot(error, error))
+        absolute = float(np.abs(error).sum())
+        return np.array(
+            [0.5 * squared, squared, absolute, target.sum(), np.dot(target, target)], np.float64
+        )
+
+    def predict(self, scores: Array) -> Array:
+        """See ``OutputLayer``."""
+        return scores[:, 0]
+
+
+class Logistic:
+    """Two classes, one score: the log odds of class 1."""
+
+    sums: tuple[str, ...] = CLASSIFICATION_SUMS
+
+    def residual(self, scores: Array, targets: Array) -> float:
+        """See ``OutputLayer``."""
+        z = scores[:, 0]
+        loss = _logistic_loss(z, targets)
+        probability = _sigmoid(z)
+        np.subtract(probability, targets, out=z, casting="same_kind")
+        return loss
+
+    def evaluate(self, scores: Array, targets: Array) -> Float64:
+        """See ``OutputLayer``."""
+        z = scores[:, 0]
+        correct = np.count_nonzero((z > 0) == (targets > 0))
+        return np.array([_logistic_loss(z, targets), correct], np.float64)
+
+    def predict(self, scores: Array) -> Array:
+        """See ``OutputLayer``."""
+        probability = _sigmoid(scores[:, 0])
+        return np.stack([1 - probability, probability], axis=1)
+
+
+class Softmax:
+    """Any number of classes, one score each."""
+
+    sums: tuple[str, ...] = CLASSIFICATION_SUMS
+
+    def residual(self, scores: Array, targets: Array) -> float:
+        """See ``OutputLayer``."""
+        loss = _softmax_in_place(scores, targets)
+        scores[np.arange(len(targets)), targets] -= 1
+        return loss
+
+    def evaluate(self, scores: Array, targets: Array) -> Float64:
+        """See ``OutputLayer``."""
+        correct = np.count_nonzero(scores.argmax(axis=1) == targets)
+        return np.array([_softmax_in_place(scores, targets), correct], np.float64)
+
+    def predict(self, scores: Array) -> Array:
+        """See ``OutputLayer``."""
+        scores -= scores.max(axis=1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(axis=1, keepdims=True)
+        return scores
+
+
+def _sigmoid(z: Array) -> Array:
+    """Return 1 / (1 + e^−z) without overflow."""
+    small = np.exp(-np.abs(z))
+    probability: Array = np.where(z >= 0, 1 / (1 + small), small / (1 + small))
+    return probability
+
+
+def _logistic_loss(z: Array, targets: Array) -> float:
+    """Return Σ log(1 + e^z) − y z, computed as max(z, 0) − y z + log(1 + e^−|z|)."""
+    losses = np.maximum(z, 0) - np.where(targets > 0, z, 0) + np.log1p(np.exp(-np.abs(z)))
+    return float(losses.sum(dtype=np.float64))
+
+
+def _softmax_in_place(scores: Array, targets: Array) -> float:
+    """Turn scores into probabilities; return the summed negative log likelihood."""
+    scores -= scores.max(axis=1, keepdims=True)
+    chosen = scores[np.arange(len(targets)), targets]
+    np.exp(scores, out=scores)
+    totals = scores.sum(axis=1, keepdims=True)
+    scores /= totals
+    losses = np.log(totals[:, 0]) - chosen
+    return float(losses.sum(dtype=np.float64))
