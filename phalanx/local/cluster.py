@@ -95,7 +95,9 @@ class LocalCluster(Cluster):
         if self._supervisor is None:
             from phalanx.errors import FailedPrecondition
 
-            raise FailedPrecondition("with workers=0 there are no processes; give workers=1 or more")
+            raise FailedPrecondition(
+                "with workers=0 there are no processes; give workers=1 or more"
+            )
         return self._supervisor
 
 

@@ -98,9 +98,7 @@ class MemberProcess:
     def plan_restart(self) -> None:
         """Set when to start it again after its death."""
         self.restarts += 1
-        self.policy, self.start_at_s = self.policy.after_death(
-            self._started_at_s, time.monotonic()
-        )
+        self.policy, self.start_at_s = self.policy.after_death(self._started_at_s, time.monotonic())
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process, if there is one."""

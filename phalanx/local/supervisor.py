@@ -37,8 +37,11 @@ ResultT = TypeVar("ResultT")
 class Supervisor:
     """A cluster on this machine. Call ``start`` once, then ``stop``."""
 
-    def __init__(self, options: LocalOptions) -> None:
+    def __init__(
+        self, options: LocalOptions, *, on_remark: Callable[[str], None] | None = None
+    ) -> None:
         self.options = options
+        self._on_remark = on_remark
         self.layout = Layout.choose(options)
         self._members: list[MemberProcess] = []
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -54,10 +57,19 @@ class Supervisor:
         self._next_worker = options.workers
 
     @classmethod
-    def launch(cls, options: LocalOptions, timeout_s: float = START_TIMEOUT_S) -> "Supervisor":
-        """Start a cluster; as ``start``, but again with other ports when another program was quicker."""
+    def launch(
+        cls,
+        options: LocalOptions,
+        timeout_s: float = START_TIMEOUT_S,
+        *,
+        on_remark: Callable[[str], None] | None = None,
+    ) -> "Supervisor":
+        """Start a cluster; as ``start``, but again with other ports when another program was quicker.
+
+        ``on_remark`` is told of deaths and restarts, in the supervisor's thread.
+        """
         for _ in range(_PORT_ROUNDS - 1):
-            supervisor = cls(options)
+            supervisor = cls(options, on_remark=on_remark)
             try:
                 supervisor.start(timeout_s)
             except FailedPrecondition as error:
@@ -65,7 +77,7 @@ class Supervisor:
                     raise
             else:
                 return supervisor
-        supervisor = cls(options)
+        supervisor = cls(options, on_remark=on_remark)
         supervisor.start(timeout_s)
         return supervisor
 
@@ -81,6 +93,8 @@ class Supervisor:
         log; DeadlineExceeded after ``timeout_s``. Nothing is left behind then.
         """
         self._lock_file = lock(self.options.state_dir)
+        # The file of a supervisor that was killed; the lock says that nobody runs here any more.
+        remove_state(self.options.state_dir)
         for folder in ("logs", "run", "cache"):
             (self.options.state_dir / folder).mkdir(exist_ok=True)
         self._thread.start()
@@ -111,6 +125,10 @@ class Supervisor:
             self._hurry.set()
             self._ended.wait()
             raise
+
+    def hurry(self) -> None:
+        """Let a stop that is under way kill what has not ended yet."""
+        self._hurry.set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Block until the cluster has ended; return whether it has."""
@@ -213,8 +231,11 @@ class Supervisor:
             if member.plan.role == WORKER and code == 0:
                 # It was drained, and left: that is what the operator wanted.
                 self._members.remove(member)
+                self._remark(f"{member.plan.id} has left")
             else:
                 member.plan_restart()
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+                self._remark(f"{member.plan.id} {how}; it is started again")
         if changed:
             self._write_state()
 
@@ -305,6 +326,10 @@ class Supervisor:
         except OSError:
             # A full disk must not take the cluster down; the file is for information only.
             return
+
+    def _remark(self, text: str) -> None:
+        if self._on_remark is not None and self._ready.done():
+            self._on_remark(text)
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._pipe_lock:

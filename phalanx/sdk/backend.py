@@ -1,11 +1,12 @@
 """What stands behind a ``Cluster``: a remote cluster's services, or the same calls answered in this process."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from phalanx.addresses import split_address
-from phalanx.clients.storage import SyncStorageClient
 from phalanx.sdk.methods import (
     GET_CLUSTER,
     STORAGE_SERVICES,
@@ -16,7 +17,10 @@ from phalanx.sdk.methods import (
 from phalanx.sdk.transport import CALL_TIMEOUT_S, STREAM_TIMEOUT_S, Transport
 from phalanx.v1.cluster_service_pb2 import GetClusterRequest
 
-_ANY_HOST = frozenset({"", "0.0.0.0", "[::]", "::"})
+if TYPE_CHECKING:
+    from phalanx.clients.storage import SyncStorageClient
+
+_ANY_HOST = frozenset({"", "0.0.0.0", "[::]", "::"})  # noqa: S104 - compared, not bound
 _HINT = "start one with `phalanx up`, or name another with --address or PHALANX_ADDRESS"
 
 
@@ -68,6 +72,7 @@ class RemoteBackend:
 
     @property
     def address(self) -> str:
+        """The address that answered last."""
         return self._control.address
 
     def call(
@@ -77,6 +82,7 @@ class RemoteBackend:
         *,
         timeout_s: float | None = None,
     ) -> ResponseT:
+        """Make a unary call, with fail-over and retries."""
         return self._transport(method).call(method, request, timeout_s=timeout_s)
 
     def stream(
@@ -86,18 +92,23 @@ class RemoteBackend:
         *,
         timeout_s: float = STREAM_TIMEOUT_S,
     ) -> Iterator[ResponseT]:
+        """Make one call that answers with a stream."""
         return self._transport(method).stream(method, request, timeout_s=timeout_s)
 
     def put_blob(self, data: bytes) -> str:
+        """Store bytes durably; return their digest."""
         return self._blob_client().put_blob(data)
 
     def get_blob(self, digest: str) -> bytes:
+        """Return a stored blob, checked against its digest."""
         return self._blob_client().get_blob(digest)
 
     def get_blob_to(self, digest: str, path: Path) -> None:
+        """Write a stored blob, checked against its digest, to a file."""
         self._blob_client().get_blob_to(digest, path)
 
     def close(self) -> None:
+        """Close all connections."""
         self._control.close()
         if self._storage is not None:
             self._storage.close()
@@ -121,6 +132,8 @@ class RemoteBackend:
 
     def _blob_client(self) -> SyncStorageClient:
         if self._blobs is None:
+            from phalanx.clients.storage import SyncStorageClient
+
             self._blobs = SyncStorageClient(self._storage_transport().address)
         return self._blobs
 

@@ -9,6 +9,7 @@ from phalanx.errors import Code, DeadlineExceeded, PhalanxError, Unavailable
 from phalanx.ids import new_request_id
 from phalanx.sdk import methods
 from phalanx.sdk.backend import Backend
+from phalanx.sdk.methods import RequestT, ResponseT
 from phalanx.sdk.values import (
     TERMINAL_STATES,
     Failure,
@@ -93,6 +94,12 @@ class Job:
         """What failed."""
         return tuple(failure_value(failure) for failure in self.message.failures)
 
+    def stream(
+        self, method: methods.Method[RequestT, ResponseT], request: RequestT
+    ) -> Iterator[ResponseT]:
+        """Make another streaming call to the job's cluster."""
+        return self._backend.stream(method, request)
+
     def refresh(self) -> "Job":
         """Ask for the present state; returns itself."""
         request = job_service_pb2.GetJobRequest(job_id=self.id)
@@ -121,9 +128,7 @@ class Job:
         give_up_at: float | None = None
         while True:
             try:
-                request = job_service_pb2.WatchJobRequest(
-                    job_id=self.id, after_sequence=sequence
-                )
+                request = job_service_pb2.WatchJobRequest(job_id=self.id, after_sequence=sequence)
                 for item in self._backend.stream(methods.WATCH_JOB, request):
                     give_up_at = None
                     kind = item.WhichOneof("update")
@@ -156,7 +161,9 @@ class Job:
                 raise DeadlineExceeded(
                     f"job {self.id} is still {self.state} after {timeout_s:g} s; it goes on, wait again"
                 )
-            time.sleep(wait_s if deadline is None else min(wait_s, max(deadline - time.monotonic(), 0)))
+            time.sleep(
+                wait_s if deadline is None else min(wait_s, max(deadline - time.monotonic(), 0))
+            )
             wait_s = min(wait_s * 1.5, 0.5)
             self.refresh()
         self.raise_if_failed()

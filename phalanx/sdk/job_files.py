@@ -1,12 +1,18 @@
 """Job files: YAML, or the JSON of ``JobSpec``."""
 
+from __future__ import annotations
+
+import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phalanx.errors import InvalidArgument, NotFound
 from phalanx.v1.job_spec_pb2 import JobSpec
+
+if TYPE_CHECKING:
+    from phalanx.specs import Document
 
 FILE_LIMIT_BYTES = 1024 * 1024
 
@@ -14,9 +20,14 @@ FILE_LIMIT_BYTES = 1024 * 1024
 def load(path: str | PathLike[str], *, sets: Sequence[str] = ()) -> JobSpec:
     """Read a job file (``.json``: JSON, all others: YAML).
 
-    ``sets`` are changes such as ``"train.batch_size=4096"``. Raises NotFound when there is no such file and
-    InvalidArgument with every wrong field and its line.
+    ``sets`` are changes such as ``"train.batch_size=4096"``. Raises NotFound when there is no such
+    file and InvalidArgument with every wrong field and its line.
     """
+    return read_document(path, sets=sets).spec
+
+
+def read_document(path: str | PathLike[str], *, sets: Sequence[str] = ()) -> Document:
+    """Read a job file and keep the lines of its fields, for messages. Raises as ``load``."""
     file = Path(path)
     try:
         if file.stat().st_size > FILE_LIMIT_BYTES:
@@ -26,25 +37,24 @@ def load(path: str | PathLike[str], *, sets: Sequence[str] = ()) -> JobSpec:
         raise NotFound(f"there is no file {file}; give the path of a job file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"cannot read {file}: {error}") from error
-    return parse(text, source=str(file), is_json=file.suffix == ".json", sets=sets)
+    return parse_document(text, str(file), is_json=file.suffix == ".json", sets=sets)
 
 
-def parse(
-    text: str, *, source: str = "the job", is_json: bool = False, sets: Sequence[str] = ()
-) -> JobSpec:
+def parse_document(
+    text: str, source: str, *, is_json: bool = False, sets: Sequence[str] = ()
+) -> Document:
     """Parse the text of a job file; ``source`` is its name in messages. Raises InvalidArgument."""
-    from phalanx.specs import apply_sets, load_json, load_yaml
+    from phalanx.specs import load_document
 
-    spec = load_json(text) if is_json else load_yaml(text, source)
-    return apply_sets(spec, sets) if sets else spec
+    return load_document(text, source, json=is_json, overrides=sets)
 
 
-def as_spec(job: JobSpec | Mapping[str, Any] | str | PathLike[str]) -> JobSpec:
-    """Return the spec of whatever people hand to ``submit``: a spec, a dict of its JSON, or a path."""
+def as_document(job: JobSpec | Mapping[str, Any] | str | PathLike[str]) -> Document:
+    """Return whatever people hand to ``submit``: a spec, a dict of its JSON, or a path."""
+    from phalanx.specs import Document
+
     if isinstance(job, JobSpec):
-        return job
+        return Document(job, "the job")
     if isinstance(job, Mapping):
-        import json
-
-        return parse(json.dumps(job), source="the job", is_json=True)
-    return load(job)
+        return parse_document(json.dumps(job), "the job", is_json=True)
+    return read_document(job)

@@ -145,7 +145,9 @@ class Transport:
         if not isinstance(error, Unavailable) or own_words:
             return error
         message = f"cannot reach {self._what} at {', '.join(self.addresses)}"
-        return Unavailable(f"{message}; {self._hint}" if self._hint else message, reason="UNREACHABLE")
+        return Unavailable(
+            f"{message}; {self._hint}" if self._hint else message, reason="UNREACHABLE"
+        )
 
     @staticmethod
     def _asked_wait_s(error: Unavailable) -> float:

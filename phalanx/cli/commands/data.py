@@ -1,0 +1,267 @@
+"""``phalanx data``: put data sets into the cluster."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from phalanx.cli.context import settings_of
+from phalanx.errors import InvalidArgument
+
+group = typer.Typer(no_args_is_help=True, help="Add and list data sets.")
+PANEL = "Data, jobs and models"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.add_typer(group, name="data", rich_help_panel=PANEL)
+
+
+NAME = Annotated[str, typer.Argument(help="Name of the data set, or NAME@VERSION.")]
+
+
+@group.command()
+def add(
+    context: typer.Context,
+    name: Annotated[
+        str, typer.Argument(help="Name to give it; an existing one gets a new version.")
+    ],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH…",
+            help="csv, parquet, npz, libsvm, safetensors or idx; several files are read one after "
+            "another (idx: images, then labels).",
+        ),
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COL", help="Column to predict, by name or number. Default: the last."
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="classification|regression", help="Default: by the target's values."),
+    ] = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FRACTION|PATH", help="Held out for evaluation: 0.2, or its own file(s)."
+        ),
+    ] = None,
+    validation: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FRACTION|PATH", help="Held out for early stopping."),
+    ] = None,
+    missing: Annotated[
+        str,
+        typer.Option(
+            metavar="error|category|mean",
+            help="Missing values: refuse them, make them a category, or put in the mean.",
+        ),
+    ] = "error",
+    link: Annotated[
+        bool, typer.Option("--link", help="Leave the data where it is (Parquet or S3).")
+    ] = False,
+    format: Annotated[
+        str | None, typer.Option(metavar="F", help="Default: by the file's ending.")
+    ] = None,
+    header: Annotated[
+        bool | None, typer.Option(help="Whether the first line names the columns. Default: look.")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="A,B,…", help="Column names of a file without header.")
+    ] = None,
+    categorical: Annotated[
+        str | None, typer.Option(metavar="A,B,…", help="Columns to take as categories.")
+    ] = None,
+    numeric: Annotated[
+        str | None, typer.Option(metavar="A,B,…", help="Columns to take as numbers.")
+    ] = None,
+    ignore: Annotated[
+        str | None, typer.Option(metavar="A,B,…", help="Columns to leave out.")
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option(metavar="C", help="Default: comma, semicolon or tab.")
+    ] = None,
+    comment: Annotated[
+        str | None, typer.Option(metavar="C", help="Lines that start with it are skipped.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Chooses the rows of a fraction.")] = 0,
+) -> None:
+    """Write a data set into the cluster's storage.
+
+    [bold]Examples[/bold]
+
+    phalanx data add adult adult.csv --target income --missing category --test 0.2
+
+    phalanx data add fashion train-images.gz train-labels.gz --test test-images.gz --test test-labels.gz
+    """
+    options: dict[str, Any] = {
+        "target": _column(target),
+        "task": task,
+        "test": _held_out("--test", test),
+        "validation": _held_out("--validation", validation),
+        "missing": missing,
+        "link": link,
+        "format": format,
+        "header": header,
+        "columns": _names(columns),
+        "categorical": _names(categorical),
+        "numeric": _names(numeric),
+        "ignore": _names(ignore),
+        "delimiter": "\t" if delimiter == "\\t" else delimiter,
+        "comment": comment,
+        "seed": seed,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    add_with_progress(context, name, paths, given)
+
+
+def add_with_progress(
+    context: typer.Context, name: str, paths: list[Path], options: dict[str, Any]
+) -> None:
+    """Add a data set, showing on a terminal how much is stored."""
+    from phalanx.cli.output import bytes_text, console, print_json, say
+
+    settings = settings_of(context)
+    stored_bytes = 0
+    with settings.connect() as cluster:
+        with console(stderr=True).status(f"reading {paths[0]}") as status:
+
+            def on_stored(size_bytes: int) -> None:
+                nonlocal stored_bytes
+                stored_bytes += size_bytes
+                if sys.stderr.isatty():
+                    status.update(f"{name}: {bytes_text(stored_bytes)} stored")
+
+            dataset = cluster.data.add(name, *paths, on_stored=on_stored, **options)
+        if settings.json:
+            print_json(dataset)
+            return
+        manifest = cluster.data.manifest(f"{dataset.name}@{dataset.version}")
+    print(f"{dataset.name}@{dataset.version}")
+    _describe_short(dataset)
+    for note in manifest.notes:
+        say(f"  note: {note}")
+
+
+@group.command("list")
+def list_datasets(context: typer.Context) -> None:
+    """List the data sets."""
+    from phalanx.cli.output import bytes_text, print_json_list, print_table
+    from phalanx.sdk.values import local_time
+
+    settings = settings_of(context)
+    with settings.connect() as cluster:
+        found = cluster.data.list()
+    if settings.json:
+        print_json_list("datasets", found)
+        return
+    print_table(
+        ("NAME", "ROWS", "FEATURES", "TASK", "SIZE", "CREATED"),
+        [
+            (
+                f"{item.name}@{item.version}",
+                sum(item.rows.values()),
+                item.features,
+                item.task,
+                bytes_text(item.size_bytes),
+                local_time(item.create_time),
+            )
+            for item in found
+        ],
+        empty="no data sets yet; add one with `phalanx data add NAME FILE`",
+    )
+
+
+@group.command()
+def show(context: typer.Context, name: NAME) -> None:
+    """Show columns, classes and splits of a data set."""
+    from phalanx.cli.output import bytes_text, print_fields, print_json, print_table
+
+    settings = settings_of(context)
+    with settings.connect() as cluster:
+        dataset = cluster.data.get(name)
+        if settings.json:
+            print_json(dataset)
+            return
+        manifest = cluster.data.manifest(name)
+    print_fields(
+        [
+            ("name", f"{dataset.name}@{dataset.version}"),
+            ("task", dataset.task),
+            ("target", dataset.target),
+            ("classes", ", ".join(dataset.classes[:20]) + (" …" if dataset.classes[20:] else "")),
+            (
+                "rows",
+                ", ".join(f"{split} {rows:,}" for split, rows in sorted(dataset.rows.items())),
+            ),
+            ("features", dataset.features),
+            ("format", f"{dataset.format}, {manifest.dtype}"),
+            ("size", bytes_text(dataset.size_bytes)),
+            ("manifest", dataset.manifest_digest),
+        ]
+    )
+    if manifest.columns:
+        print()
+        print_table(
+            ("COLUMN", "KIND", "CATEGORIES"),
+            [
+                (column.name, column.kind, len(column.vocabulary) or "")
+                for column in manifest.columns
+            ],
+            empty="",
+        )
+
+
+@group.command()
+def delete(context: typer.Context, name: NAME) -> None:
+    """Delete a data set; refused while a job needs it."""
+    from phalanx.cli.output import print_json, say
+
+    settings = settings_of(context)
+    with settings.connect() as cluster:
+        cluster.data.delete(name)
+    if settings.json:
+        print_json({})
+    else:
+        say(f"deleted {name}")
+
+
+def _describe_short(dataset: Any) -> None:
+    from phalanx.cli.output import bytes_text, say
+
+    rows = ", ".join(f"{split} {count:,}" for split, count in sorted(dataset.rows.items()))
+    kind = f"{len(dataset.classes)} classes" if dataset.classes else dataset.task
+    say(
+        f"  {rows} rows · {dataset.features:,} features · {kind} · {bytes_text(dataset.size_bytes)}"
+    )
+
+
+def _column(text: str | None) -> str | int | None:
+    """Return a column's number where one is given: 3, or -1 for the last."""
+    if text is None:
+        return None
+    return int(text) if text.removeprefix("-").isdecimal() else text
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _held_out(option: str, values: list[str] | None) -> float | list[Path] | None:
+    """Return a fraction, or the files of the split."""
+    if not values:
+        return None
+    try:
+        fraction = float(values[0])
+    except ValueError:
+        return [Path(value) for value in values]
+    if len(values) > 1:
+        raise InvalidArgument(f"{option} takes one fraction, or files; {values} is a mixture")
+    return fraction

@@ -1,0 +1,431 @@
+"""Commands on jobs: submit, train, list, follow, steer and verify."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from phalanx.cli.commands.data import PANEL
+from phalanx.cli.context import Settings, settings_of
+from phalanx.errors import InvalidArgument, NotFound, PhalanxError
+
+if TYPE_CHECKING:
+    from phalanx.sdk.cluster import Cluster
+    from phalanx.sdk.job import Job
+    from phalanx.specs import Document
+    from phalanx.v1 import job_pb2
+
+JOB = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job, as `phalanx jobs` shows.")]
+FILE = Annotated[
+    str, typer.Argument(metavar="FILE", help="Job file in YAML or JSON; - reads standard input.")
+]
+SETS = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="path=value", help="Change a field: train.batch_size=4096."),
+]
+PLOT = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.png", help="At the end write the curves, with incidents marked."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    for command in (submit, train, jobs, show, watch, pause, resume, cancel, retry, delete, verify):
+        app.command(rich_help_panel=PANEL)(command)
+
+
+def submit(
+    context: typer.Context,
+    file: FILE,
+    sets: SETS = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check it and show the plan; submit nothing.")
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for the end; exit code 1 if it fails.")
+    ] = False,
+    request_id: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="The same id submits the same job only once."),
+    ] = None,
+) -> None:
+    """Submit a job; its id is written to standard output.
+
+    [bold]Examples[/bold]
+
+    phalanx submit job.yaml --set train.batch_size=4096
+
+    JOB=$(phalanx submit job.yaml) && phalanx watch $JOB
+    """
+    settings = settings_of(context)
+    document = read_job(file, sets or [])
+    with settings.connect() as cluster:
+        if dry_run:
+            _show_dry_run(cluster, document, settings)
+            return
+        job = submit_document(cluster, document, request_id)
+        if settings.json and not wait:
+            _print_submitted(job)
+            return
+        if not settings.json:
+            print(job.id, flush=True)
+            show_plan(job.plan)
+        if not wait:
+            from phalanx.cli.output import say
+
+            say(f"  next: phalanx watch {job.id}")
+            return
+        raise typer.Exit(_wait(job, settings))
+
+
+def train(
+    context: typer.Context,
+    file: FILE,
+    sets: SETS = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Add this file under the job's data name first."),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="COL", help="With --data: the column to predict.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(metavar="FRACTION|PATH", help="With --data: the held-out part.")
+    ] = None,
+    missing: Annotated[
+        str, typer.Option(metavar="error|category|mean", help="With --data: missing values.")
+    ] = "error",
+    workers: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Workers, if a cluster must be started.")
+    ] = 4,
+    state: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="State folder, if one must be started.")
+    ] = None,
+    plot: PLOT = None,
+) -> None:
+    """Submit a job and follow it; starts a cluster if none runs.
+
+    Uses the cluster that --address or PHALANX_ADDRESS name, or the one that `phalanx up` started. Without one
+    it starts one on this machine and stops it at the end; data and models stay in the state folder.
+
+    [bold]Example[/bold]
+
+    phalanx train job.yaml --data adult.csv --target income --test 0.2 --missing category
+    """
+    from phalanx.cli.commands.local import cluster_for_training
+    from phalanx.cli.output import say
+    from phalanx.cli.watch import follow
+
+    settings = settings_of(context)
+    document = read_job(file, sets or [])
+    with cluster_for_training(settings, workers, state) as cluster:
+        if data:
+            _add_data(cluster, document, data, target=target, test=test, missing=missing)
+        job = submit_document(cluster, document, None)
+        if not settings.json:
+            say(f"job {job.id}")
+            show_plan(job.plan)
+        raise typer.Exit(follow(job, settings, plot=plot))
+
+
+def jobs(
+    context: typer.Context,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(metavar="S", help="queued, running, paused, succeeded, failed, cancelled."),
+    ] = None,
+) -> None:
+    """List the jobs, newest first."""
+    from phalanx.cli.output import print_json_list, print_table
+    from phalanx.sdk.values import local_time
+
+    settings = settings_of(context)
+    with settings.connect() as cluster:
+        found = cluster.jobs(*(state or []))
+    if settings.json:
+        print_json_list("jobs", [job.message for job in found])
+        return
+    print_table(
+        ("JOB", "STATE", "STEP", "LOSS", "CREATED"),
+        [
+            (
+                job.id,
+                _state_text(job),
+                _steps_text(job.message.progress),
+                _loss_text(job.message.progress),
+                local_time(job.message.create_time),
+            )
+            for job in found
+        ],
+        empty="no jobs; submit one with `phalanx submit job.yaml`",
+    )
+
+
+def show(context: typer.Context, job_id: JOB) -> None:
+    """Show all about a job: state, result, failures, spec."""
+    from phalanx.cli.output import print_json
+
+    settings = settings_of(context)
+    with settings.connect() as cluster:
+        job = cluster.get(job_id)
+    if settings.json:
+        print_json(job.message)
+    else:
+        _show_job(job)
+
+
+def watch(context: typer.Context, job_id: JOB, plot: PLOT = None) -> None:
+    """Follow a job live; Ctrl-C leaves it running.
+
+    Shows progress, loss, accuracy and speed, which worker has which shards, and what happens: shards that have
+    just moved to another worker are yellow.
+    """
+    from phalanx.cli.watch import follow
+
+    settings = settings_of(context)
+    with settings.connect() as cluster:
+        raise typer.Exit(follow(cluster.get(job_id), settings, plot=plot))
+
+
+def pause(context: typer.Context, job_id: JOB) -> None:
+    """Write a checkpoint at the next step and free the workers."""
+    _act(context, job_id, lambda job: job.pause())
+
+
+def resume(context: typer.Context, job_id: JOB) -> None:
+    """Go on with a paused job."""
+    _act(context, job_id, lambda job: job.resume())
+
+
+def cancel(
+    context: typer.Context,
+    job_id: JOB,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Kept with the job.")] = "",
+) -> None:
+    """End a job at the next step; it leaves no model."""
+    _act(context, job_id, lambda job: job.cancel(reason))
+
+
+def retry(context: typer.Context, job_id: JOB) -> None:
+    """Try a failed job again from its last checkpoint."""
+    _act(context, job_id, lambda job: job.retry())
+
+
+def delete(context: typer.Context, job_id: JOB) -> None:
+    """Forget a job that has ended; its model stays."""
+    from phalanx.cli.output import print_json, say
+
+    settings = settings_of(context)
+    with settings.connect() as cluster:
+        cluster.get(job_id).delete()
+    if settings.json:
+        print_json({})
+    else:
+        say(f"deleted {job_id}")
+
+
+def verify(context: typer.Context, job_id: JOB) -> None:
+    """Compute a finished job again here and compare the SHA-256.
+
+    The same leaves are summed by the same tree without any cluster. Exit code 1 when the hashes differ.
+    """
+    from phalanx.cli.output import print_fields, print_json, say
+    from phalanx.sdk.verification import verify_job
+
+    settings = settings_of(context)
+    with settings.connect() as cluster:
+        if not settings.json:
+            say(f"computing {job_id} again in this process …")
+        outcome = verify_job(cluster, job_id)
+    if settings.json:
+        print_json(outcome.to_json())
+    else:
+        print_fields(
+            [
+                ("job", job_id),
+                ("steps", outcome.steps),
+                ("cluster", outcome.cluster_sha256),
+                ("this process", outcome.local_sha256),
+                ("verdict", "equal" if outcome.equal else "DIFFERENT"),
+            ]
+        )
+        if not outcome.equal:
+            say(outcome.explanation)
+    raise typer.Exit(0 if outcome.equal else 1)
+
+
+def read_job(file: str, sets: list[str]) -> Document:
+    """Read a job file, or standard input for ``-``."""
+    from phalanx.sdk.job_files import parse_document, read_document
+
+    if file != "-":
+        return read_document(file, sets=sets)
+    text = sys.stdin.read()
+    # JSON of an object starts like this; a YAML job file hardly does, and would mean the same.
+    is_json = text.lstrip().startswith("{")
+    return parse_document(text, "standard input", is_json=is_json, sets=sets)
+
+
+def submit_document(cluster: Cluster, document: Document, request_id: str | None) -> Job:
+    """Submit; violations that the server finds get the lines of the file."""
+    try:
+        return cluster.submit(document.spec, request_id=request_id)
+    except PhalanxError as error:
+        raise _with_source(document, error) from None
+
+
+def show_plan(plan: job_pb2.Plan | None) -> None:
+    """Tell what the job is going to do."""
+    from phalanx.cli.output import bytes_text, say
+
+    if plan is None:
+        return
+    parts = [f"{plan.steps:,} steps" if plan.steps else "no fixed number of steps"]
+    parts += [f"{plan.rows_per_leaf:,} rows per leaf"]
+    parts += [f"{plan.evaluations:,} evaluations", f"{plan.checkpoints:,} checkpoints"]
+    parts += [f"{bytes_text(plan.worker_bytes)} per worker", f"{plan.eligible_workers} workers"]
+    say("  " + " · ".join(parts))
+    for warning in plan.warnings:
+        say(f"  warning: {warning}")
+
+
+def _show_dry_run(cluster: Cluster, document: Document, settings: Settings) -> None:
+    from phalanx.cli.output import print_json, say
+
+    try:
+        answer = cluster.plan(document.spec)
+    except PhalanxError as error:
+        raise _with_source(document, error) from None
+    if settings.json:
+        print_json(answer)
+        return
+    say("the job is valid; nothing was submitted")
+    show_plan(answer.plan)
+
+
+def _with_source(document: Document, error: PhalanxError) -> PhalanxError:
+    return document.locate_error(error)
+
+
+def _print_submitted(job: Job) -> None:
+    from phalanx.cli.output import print_json
+    from phalanx.sdk.wire_json import message_to_json
+
+    plan = message_to_json(job.plan) if job.plan is not None else None
+    print_json({"job": message_to_json(job.message), "plan": plan})
+
+
+def _wait(job: Job, settings: Settings) -> int:
+    from phalanx.cli.errors import Exit
+    from phalanx.cli.output import print_json, say
+    from phalanx.cli.watch import conclude
+
+    try:
+        for _ in job.watch():
+            pass
+    except KeyboardInterrupt:
+        say(f"\nthe job goes on; attach again with: phalanx watch {job.id}")
+        return Exit.INTERRUPTED
+    if settings.json:
+        print_json(job.message)
+    return conclude(job, settings)
+
+
+def _add_data(cluster: Cluster, document: Document, paths: list[Path], **options: Any) -> None:
+    """Add the job's data set unless the cluster has one of that name."""
+    from phalanx.cli.commands.data import _column, _held_out
+    from phalanx.cli.output import say
+
+    name = document.spec.data.name.partition("@")[0]
+    if not name:
+        raise InvalidArgument("the job names no data set: give it data.name, or leave --data out")
+    try:
+        known = cluster.data.get(name)
+    except NotFound:
+        target, test = options["target"], options["test"]
+        chosen = {
+            "target": _column(target),
+            "test": _held_out("--test", [test] if test is not None else None),
+            "missing": options["missing"],
+        }
+        given = {key: value for key, value in chosen.items() if value is not None}
+        added = cluster.data.add(name, *paths, **given)
+        say(f"added data set {added.name}@{added.version}")
+    else:
+        say(f"data set {known.name}@{known.version} is there already; --data is not read again")
+
+
+def _act(context: typer.Context, job_id: str, action: Callable[[Job], Job]) -> None:
+    from phalanx.cli.output import print_json, say
+
+    settings = settings_of(context)
+    with settings.connect() as cluster:
+        job = action(cluster.get(job_id))
+    if settings.json:
+        print_json(job.message)
+    else:
+        say(f"{job.id} {_state_text(job)}")
+
+
+def _show_job(job: Job) -> None:
+    from phalanx.cli.output import print_fields, say
+    from phalanx.cli.watch import show_result
+    from phalanx.sdk.values import local_time
+    from phalanx.specs import to_json
+
+    message = job.message
+    print_fields(
+        [
+            ("job", job.id),
+            ("state", _state_text(job)),
+            ("message", message.message),
+            ("submitter", message.submitter),
+            ("created", local_time(message.create_time)),
+            ("started", local_time(message.start_time) if message.HasField("start_time") else ""),
+            ("ended", local_time(message.end_time) if message.HasField("end_time") else ""),
+            ("step", _steps_text(message.progress)),
+            ("checkpoint", message.progress.checkpoint_step or ""),
+            ("spec sha256", message.spec_sha256),
+        ]
+    )
+    show_result(job)
+    for failure in job.failures:
+        place = f"shard {failure.shard}, rows {failure.first_row:,} to "
+        place += f"{failure.first_row + failure.row_count - 1:,}, step {failure.step}"
+        say(f"\nfailure {failure.code}: {failure.message}")
+        say(f"  {place}, {failure.attempts} attempts on {', '.join(failure.worker_ids)}")
+        if failure.traceback:
+            say(failure.traceback.rstrip())
+    print("\nspec:")
+    _print_tree(to_json(message.spec), 2)
+
+
+def _print_tree(value: Any, indent: int) -> None:
+    """Write a spec in the form in which people write one."""
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            print(" " * indent + f"{key}:")
+            _print_tree(item, indent + 2)
+        else:
+            print(" " * indent + f"{key}: {'{}' if item == {} else item}")
+
+
+def _state_text(job: Job) -> str:
+    if job.reason and job.reason != job.state:
+        return f"{job.state} ({job.reason})"
+    return job.state
+
+
+def _steps_text(progress: job_pb2.Progress) -> str:
+    total = f"/{progress.total_steps:,}" if progress.total_steps else ""
+    return f"{progress.step:,}{total}"
+
+
+def _loss_text(progress: job_pb2.Progress) -> str:
+    loss = dict(progress.metrics).get("train/loss")
+    return "" if loss is None else f"{loss:.4f}"

@@ -1,0 +1,204 @@
+"""Running a cluster on this machine from the command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from phalanx.cli.context import Settings
+from phalanx.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
+from phalanx.local.options import LocalOptions
+from phalanx.local.state import ClusterState, is_locked, read_state, wait_unlocked
+from phalanx.local.supervisor import START_TIMEOUT_S, Supervisor
+from phalanx.sdk.discovery import DEFAULT_ADDRESS, default_state_dir
+
+if TYPE_CHECKING:
+    from phalanx.sdk.cluster import Cluster
+
+DOWN_TIMEOUT_S = 20.0
+_PROBE_TIMEOUT_S = 2.0
+
+
+def run_in_foreground(options: LocalOptions, settings: Settings) -> None:
+    """Run a cluster until Ctrl-C or SIGTERM; a second one ends it at once."""
+    from phalanx.cli.output import say
+
+    stop = threading.Event()
+    supervisor: Supervisor | None = None
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        if stop.is_set() and supervisor is not None:
+            supervisor.hurry()
+        if supervisor is None:
+            # Still starting: the start is given up and leaves nothing behind.
+            raise KeyboardInterrupt
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, on_signal)
+    started_at_s = time.monotonic()
+    supervisor = Supervisor.launch(options, on_remark=say)
+    try:
+        state = read_state(options.state_dir)
+        if state is not None:
+            show_started(state, options.state_dir, settings, time.monotonic() - started_at_s)
+        if not settings.json:
+            say("  Ctrl-C stops the cluster; its data stays in the state folder")
+        while not stop.wait(1.0):
+            if supervisor.wait(0):
+                raise FailedPrecondition("the supervisor has ended by itself; see the logs")
+    finally:
+        if not settings.json:
+            say("stopping …")
+        supervisor.stop()
+
+
+def start_in_background(
+    options: LocalOptions, settings: Settings, arguments: Sequence[str]
+) -> None:
+    """Start `phalanx up ARGUMENTS` as a process of its own and wait until it is ready."""
+    if is_locked(options.state_dir):
+        raise FailedPrecondition(
+            f"a cluster already runs with its state in {options.state_dir}; `phalanx status` shows it, "
+            "`phalanx down` stops it",
+            reason="STATE_IN_USE",
+        )
+    started_at_s = time.monotonic()
+    (options.state_dir / "logs").mkdir(parents=True, exist_ok=True, mode=0o700)
+    log_path = options.state_dir / "logs" / "up.log"
+    with open(log_path, "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "phalanx.cli", "up", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        state = _wait_until_ready(process, options.state_dir, log_path)
+    except BaseException:
+        process.terminate()
+        process.wait(DOWN_TIMEOUT_S)
+        raise
+    show_started(state, options.state_dir, settings, time.monotonic() - started_at_s)
+
+
+def _wait_until_ready(
+    process: subprocess.Popen[bytes], state_dir: Path, log_path: Path
+) -> ClusterState:
+    deadline_s = time.monotonic() + START_TIMEOUT_S + 5
+    while time.monotonic() < deadline_s:
+        if process.poll() is not None:
+            said = log_path.read_text(errors="replace").strip().removeprefix("error: ")
+            raise FailedPrecondition(said or f"the cluster did not start; see {log_path}")
+        state = read_state(state_dir)
+        if state is not None and state.ready and state.pid == process.pid:
+            return state
+        time.sleep(0.02)
+    raise DeadlineExceeded(f"the cluster was not ready in time; see {log_path}")
+
+
+def show_started(state: ClusterState, state_dir: Path, settings: Settings, took_s: float) -> None:
+    """Tell that a cluster is ready, and what to do with it."""
+    from phalanx.cli.output import print_json, say
+
+    if settings.json:
+        print_json(state_to_json(state, state_dir))
+        return
+    say(f"the cluster is ready after {took_s:.1f} s")
+    show_members(state)
+    say(f"  state in {state_dir}")
+    if state_dir != default_state_dir() and state.address != DEFAULT_ADDRESS:
+        say(f"  export PHALANX_ADDRESS={state.address}")
+    say("  next: phalanx data add NAME FILE · phalanx submit job.yaml · phalanx watch JOB")
+
+
+def show_members(state: ClusterState) -> None:
+    """Write one line per process."""
+    from phalanx.cli.output import say
+
+    for member in state.members:
+        restarts = f"  restarted {member.restarts}×" if member.restarts else ""
+        where = member.address if member.role != "worker" else ""
+        pid = f"pid {member.pid}" if member.pid else "down"
+        say(f"  {member.id:<14} {pid:<12} {where:<22}{restarts}".rstrip())
+
+
+def state_to_json(state: ClusterState, state_dir: Path) -> dict[str, object]:
+    """Return the JSON of `up` and `status`."""
+    return {
+        "pid": state.pid,
+        "address": state.address,
+        "storage_address": state.storage_address,
+        "state_dir": str(state_dir),
+        "version": state.version,
+        "processes": [
+            {
+                "role": member.role,
+                "id": member.id,
+                "pid": member.pid,
+                "address": member.address,
+                "metrics_address": member.metrics_address,
+                "restarts": member.restarts,
+                "log": member.log,
+            }
+            for member in state.members
+        ],
+    }
+
+
+def stop_cluster(state_dir: Path) -> ClusterState:
+    """End the cluster that runs on a state folder; return what it was. Raises NotFound if none does."""
+    if not is_locked(state_dir):
+        raise NotFound(
+            f"no cluster runs with its state in {state_dir}; start one with `phalanx up`"
+        )
+    state = read_state(state_dir)
+    if state is None:
+        raise Unavailable(f"the cluster in {state_dir} is just starting or stopping; try again")
+    # The lock proves that the process which wrote its id is alive.
+    os.kill(state.pid, signal.SIGTERM)
+    if not wait_unlocked(state_dir, DOWN_TIMEOUT_S):
+        # Its children die with it.
+        os.kill(state.pid, signal.SIGKILL)
+        if not wait_unlocked(state_dir, DOWN_TIMEOUT_S):
+            raise DeadlineExceeded(f"process {state.pid} does not end; its state is in {state_dir}")
+    return state
+
+
+def cluster_for_training(settings: Settings, workers: int, state: Path | None) -> Cluster:
+    """Return the cluster that the user means, else a new one that ends with its ``with`` block."""
+    from phalanx.cli.output import say
+    from phalanx.local.cluster import LocalCluster
+    from phalanx.sdk.cluster import connect
+
+    if settings.address or (os.environ.get("PHALANX_ADDRESS") and state is None):
+        return settings.connect()
+    folder = (state or default_state_dir()).absolute()
+    running = read_state(folder)
+    if running is not None:
+        return connect(running.address, namespace=settings.namespace, timeout_s=settings.timeout_s)
+    if state is None and _answers(DEFAULT_ADDRESS):
+        return settings.connect()
+    if not settings.json:
+        say(f"no cluster runs; starting one with {workers} workers, state in {folder}")
+    return LocalCluster(workers, state=folder, namespace=settings.namespace)
+
+
+def _answers(address: str) -> bool:
+    from phalanx.sdk.cluster import connect
+
+    try:
+        with connect(address, timeout_s=_PROBE_TIMEOUT_S) as cluster:
+            cluster.describe()
+    except (Unavailable, DeadlineExceeded):
+        return False
+    return True

@@ -1,0 +1,186 @@
+"""``phalanx models`` and ``phalanx predict``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phalanx.cli.commands.data import PANEL
+from phalanx.cli.context import settings_of
+
+group = typer.Typer(no_args_is_help=True, help="List, download and delete models.")
+NAME = Annotated[str, typer.Argument(metavar="MODEL", help="NAME (the newest) or NAME@VERSION.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.add_typer(group, name="models", rich_help_panel=PANEL)
+    app.command(rich_help_panel=PANEL)(predict)
+
+
+@group.command("list")
+def list_models(context: typer.Context) -> None:
+    """List the models."""
+    from phalanx.cli.output import print_json_list, print_table
+    from phalanx.sdk.values import local_time
+
+    settings = settings_of(context)
+    with settings.connect() as cluster:
+        found = cluster.models.list()
+    if settings.json:
+        print_json_list("models", found)
+        return
+    print_table(
+        ("MODEL", "JOB", "METRICS", "CREATED"),
+        [
+            (
+                f"{model.name}@{model.version}",
+                model.job_id,
+                _metrics_text(dict(model.metrics)),
+                local_time(model.create_time),
+            )
+            for model in found
+        ],
+        empty="no models yet; a job that succeeds leaves one",
+    )
+
+
+@group.command()
+def show(context: typer.Context, name: NAME) -> None:
+    """Show where a model comes from and how good it is."""
+    from phalanx.cli.output import bytes_text, print_fields, print_json
+    from phalanx.sdk.values import local_time
+
+    settings = settings_of(context)
+    with settings.connect() as cluster:
+        model = cluster.models.describe(name)
+    if settings.json:
+        print_json(model)
+        return
+    print_fields(
+        [
+            ("model", f"{model.name}@{model.version}"),
+            ("job", model.job_id),
+            ("created", local_time(model.create_time)),
+            *((key, f"{value:.5g}") for key, value in sorted(model.metrics.items())),
+            ("sha256", model.parameters_sha256),
+            ("bit-identical", model.bit_identical),
+            *((f"tag {key}", value) for key, value in sorted(model.tags.items())),
+            *((file.path, bytes_text(file.size_bytes)) for file in model.files),
+        ]
+    )
+
+
+@group.command()
+def get(
+    context: typer.Context,
+    name: NAME,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="New folder. Default: NAME-VERSION.")
+    ] = None,
+) -> None:
+    """Download a model's files: model.safetensors, model.json, README.md."""
+    from phalanx.cli.output import print_json
+
+    settings = settings_of(context)
+    with settings.connect() as cluster:
+        model = cluster.models.describe(name)
+        target = folder or Path(f"{model.name}-{model.version}")
+        written = cluster.models.download(f"{model.name}@{model.version}", target)
+    if settings.json:
+        print_json({"model": f"{model.name}@{model.version}", "path": str(written)})
+    else:
+        print(written)
+
+
+@group.command()
+def export(
+    context: typer.Context,
+    name: NAME,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="FILE.zip: everything; FILE.safetensors, FILE.npz: the parameters only.",
+        ),
+    ],
+) -> None:
+    """Write a model to one file, in a format that other programs read."""
+    from phalanx.cli.output import print_json
+    from phalanx.sdk.exporting import export_model
+
+    settings = settings_of(context)
+    with settings.connect() as cluster:
+        export_model(cluster.models.cached(name), file)
+    if settings.json:
+        print_json({"path": str(file)})
+    else:
+        print(file)
+
+
+@group.command()
+def delete(context: typer.Context, name: NAME) -> None:
+    """Delete a model; refused while a job needs it."""
+    from phalanx.cli.output import print_json, say
+
+    settings = settings_of(context)
+    with settings.connect() as cluster:
+        cluster.models.delete(name)
+    if settings.json:
+        print_json({})
+    else:
+        say(f"deleted {name}")
+
+
+def predict(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="NAME, NAME@VERSION, or a downloaded model's folder."),
+    ],
+    input: Annotated[Path, typer.Argument(metavar="INPUT", help="Raw rows: .csv or .parquet.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Write .csv or .parquet here."),
+    ] = None,
+) -> None:
+    """Predict labels for raw rows of a CSV or Parquet file.
+
+    The columns are those of the training data. Adds the column `prediction`, and for classes their probabilities. Without -o it writes CSV to standard
+    output; with a folder for MODEL it needs no cluster.
+
+    [bold]Example[/bold]
+
+    phalanx predict adult new-people.csv -o predictions.csv
+    """
+    from phalanx.cli.output import print_json, say
+    from phalanx.sdk.prediction import predict_file
+
+    settings = settings_of(context)
+    if Path(model).is_dir():
+        folder = Path(model)
+    else:
+        with settings.connect() as cluster:
+            folder = cluster.models.cached(model)
+    if output is None and not settings.json:
+        predict_file(folder, input, sys.stdout.buffer)
+        return
+    if output is None:
+        from phalanx.sdk.prediction import predicted_rows
+
+        for row in predicted_rows(folder, input):
+            print_json(row)
+        return
+    count = predict_file(folder, input, output)
+    if settings.json:
+        print_json({"path": str(output), "rows": count})
+    else:
+        say(f"{count:,} predictions written to {output}")
+
+
+def _metrics_text(metrics: dict[str, float]) -> str:
+    shown = [name for name in sorted(metrics) if name.startswith("test/")] or sorted(metrics)
+    return " ".join(f"{name}={metrics[name]:.4g}" for name in shown[:3])

@@ -1,0 +1,173 @@
+"""The program ``phalanx``: global options, commands, and one place where errors end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from phalanx.cli.commands import (
+    cluster,
+    code,
+    data,
+    insight,
+    jobs,
+    models,
+    services,
+)
+from phalanx.cli.context import Settings
+from phalanx.cli.errors import EXIT_OF_CODE, Exit, show_error
+from phalanx.errors import InvalidArgument, PhalanxError, Unimplemented
+
+EPILOG = "Start with: phalanx up   ·   Help on one command: phalanx COMMAND --help"
+
+app = typer.Typer(
+    name="phalanx",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EPILOG,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import phalanx
+
+        print(f"phalanx {phalanx.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def global_options(
+    context: typer.Context,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="H:P,…",
+            help="The cluster, HOST:PORT; several are tried in turn. "
+            "Default: $PHALANX_ADDRESS, else the cluster of this machine.",
+        ),
+    ] = None,
+    namespace: Annotated[
+        str, typer.Option(metavar="N", help="Keeps jobs, data and models apart.")
+    ] = "default",
+    token_file: Annotated[
+        str | None, typer.Option(metavar="F", help="File with an access token.")
+    ] = None,
+    ca: Annotated[str | None, typer.Option(metavar="F", help="Certificates to trust, PEM.")] = None,
+    timeout: Annotated[
+        float, typer.Option(metavar="S", min=0.1, help="Longest wait for one answer, seconds.")
+    ] = 30.0,
+    json: Annotated[
+        bool, typer.Option("--json", help="Write JSON for programs, errors too.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Train machine-learning models on a cluster of unreliable machines.
+
+    [bold]Try it:[/bold] phalanx up --detach · phalanx data add NAME FILE ·
+    phalanx submit job.yaml · phalanx watch JOB · phalanx down
+    """
+    for option, value in (("--token-file", token_file), ("--ca", ca)):
+        if value is not None:
+            raise Unimplemented(
+                f"{option} is not carried out by this version: connections are neither encrypted nor "
+                "authenticated yet; leave it out and keep the cluster on the loopback interface"
+            )
+    context.obj = Settings(address=address, namespace=namespace, timeout_s=timeout, json=json)
+
+
+cluster.register_start(app)
+data.register(app)
+jobs.register(app)
+models.register(app)
+code.register(app)
+insight.register(app)
+cluster.register(app)
+services.register(app)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; return the exit code. Nothing is raised but SystemExit by ``--help``."""
+    arguments = _hoist_json(arguments)
+    as_json = arguments[:1] == ["--json"]
+    try:
+        code = app(args=arguments, prog_name="phalanx", standalone_mode=False)
+        return code if isinstance(code, int) else Exit.DONE
+    except typer.TyperException as error:
+        show_error(_usage_error(error), as_json=as_json)
+        return Exit.USAGE
+    except PhalanxError as error:
+        show_error(error, as_json=as_json)
+        return _exit_code(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return Exit.INTERRUPTED
+    except SystemExit:
+        # Whoever read our output has seen enough (phalanx jobs | head).
+        return Exit.DONE
+    except Exception as error:  # noqa: BLE001 - the last resort of the program
+        show_error(_bug(error), as_json=as_json)
+        return Exit.BUG
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Else the interpreter complains at exit that it cannot flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _exit_code(error: PhalanxError) -> int:
+    # Asked by name, so that a plain error does not import the SDK.
+    if type(error).__name__ in ("JobFailed", "JobCancelled"):
+        return Exit.JOB_FAILED
+    return EXIT_OF_CODE[error.code]
+
+
+def _usage_error(error: typer.TyperException) -> InvalidArgument:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "phalanx"
+    return InvalidArgument(
+        f"{error.format_message().rstrip('.')}; see {path} --help", reason="USAGE"
+    )
+
+
+def _bug(error: Exception) -> PhalanxError:
+    from phalanx.errors import Internal
+
+    if os.environ.get("PHALANX_TRACEBACK"):
+        import traceback
+
+        traceback.print_exception(error)
+    return Internal(
+        f"{type(error).__name__}: {error}; this is a defect of Phalanx, set PHALANX_TRACEBACK=1 and "
+        "run the command again to see where it is",
+        reason="UNEXPECTED",
+    )
+
+
+def _hoist_json(arguments: Sequence[str]) -> list[str]:
+    """Return the command line with ``--json`` in front.
+
+    It belongs before the command, but who writes it at the end means the same; and errors of a
+    command line that does not parse shall be JSON as well. The services have options of their own.
+    """
+    own = next((i for i, word in enumerate(arguments) if word in services.NAMES), len(arguments))
+    end = next((i for i, word in enumerate(arguments[:own]) if word == "--"), own)
+    if "--json" not in arguments[:end]:
+        return list(arguments)
+    kept = [word for word in arguments[:end] if word != "--json"]
+    return ["--json", *kept, *arguments[end:]]

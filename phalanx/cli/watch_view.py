@@ -1,0 +1,197 @@
+"""How a watched job looks: a live display on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from phalanx.cli.watch_state import WatchState, WorkerRow, ranges_text
+from phalanx.sdk.values import Event
+
+CELLS_MAX = 32
+SPARK = "▁▂▃▄▅▆▇█"
+SPARK_WIDTH = 24
+_STATE_STYLES = {
+    "QUEUED": "yellow",
+    "RUNNING": "green",
+    "PAUSED": "yellow",
+    "SUCCEEDED": "bold green",
+    "FAILED": "bold red",
+    "CANCELLED": "red",
+}
+_BAD_EVENTS = ("LOST", "FAILED", "CORRUPT", "UNAVAILABLE", "REFUSED", "POISON", "QUARANTINED")
+_GOOD_EVENTS = ("RECOVERED", "RESTORED", "SUCCEEDED", "JOINED", "REGISTERED")
+
+
+def render(state: WatchState, now_s: float, width: int) -> RenderableType:
+    """Return the whole display; it fits ``width`` ≥ 60 columns."""
+    parts: list[RenderableType] = [_headline(state), _bar(state, width), _numbers(state)]
+    if state.workers:
+        parts.append(_workers(state, now_s))
+    if state.events:
+        parts.append(Text())
+        parts += [_event_line(event, width) for event in state.events]
+    return Group(*parts)
+
+
+def _headline(state: WatchState) -> Text:
+    line = Text(no_wrap=True, overflow="ellipsis")
+    line.append(state.job.id, style="bold")
+    line.append("  ")
+    line.append(state.state, style=_STATE_STYLES.get(state.state, ""))
+    reason = state.job.reason
+    if reason and (state.state not in ("RUNNING", "SUCCEEDED") or reason.startswith("WAITING")):
+        line.append(f"  {reason}", style="yellow")
+    data = state.job.spec.data.name
+    if data:
+        line.append(f"  {data}, {state.shard_count} shards", style="dim")
+    return line
+
+
+def _bar(state: WatchState, width: int) -> RenderableType:
+    progress = state.progress
+    total = progress.total_steps
+    steps = f"step {progress.step:,}" + (f"/{total:,}" if total else "")
+    text = Text(f"{steps}  epoch {progress.epoch:.2f}", no_wrap=True)
+    if state.state == "SUCCEEDED":
+        # A stop rule may end a job before its last step; the bar is full all the same.
+        total, done = 1, 1
+    else:
+        done = progress.step
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_row(
+        ProgressBar(
+            total=total or None,
+            completed=min(done, total) if total else 0,
+            width=max(10, min(40, width - len(text) - 4)),
+            pulse=not total and state.state == "RUNNING",
+        ),
+        text,
+    )
+    return grid
+
+
+def _numbers(state: WatchState) -> Text:
+    metrics = dict(state.progress.metrics)
+    line = Text(no_wrap=True, overflow="ellipsis")
+    for name in _metric_order(metrics):
+        line.append(f"{name} ", style="dim")
+        line.append(f"{metrics[name]:.4f}  ")
+    line.append("examples/s ", style="dim")
+    line.append(f"{state.progress.examples_per_second:,.0f}  ")
+    line.append(sparkline([loss for _, loss in state.losses], SPARK_WIDTH), style="cyan")
+    return line
+
+
+def _metric_order(metrics: dict[str, float]) -> list[str]:
+    first = ["train/loss", "test/loss", "test/accuracy", "validation/accuracy"]
+    known = [name for name in first if name in metrics]
+    return known + sorted(set(metrics) - set(known))[: max(0, 3 - len(known))]
+
+
+def _workers(state: WatchState, now_s: float) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("worker", no_wrap=True, overflow="ellipsis", max_width=16)
+    cells = min(state.shard_count, CELLS_MAX)
+    table.add_column(f"shards 0-{state.shard_count - 1}", no_wrap=True, min_width=cells)
+    table.add_column("", no_wrap=True, overflow="ellipsis", max_width=14)
+    table.add_column("ex/s", justify="right", no_wrap=True)
+    for worker_id in sorted(state.workers, key=_natural):
+        row = state.workers[worker_id]
+        gone = row.note in ("lost", "left") and not row.shards
+        note = Text(ranges_text(row.shards) or row.note, style="red" if gone else "dim")
+        name = Text(worker_id, style="red strike" if gone else "")
+        rate = f"{row.examples_per_second:,.0f}" if row.shards else ""
+        table.add_row(name, shard_cells(state, row, now_s), note, rate)
+    return table
+
+
+def shard_cells(state: WatchState, row: WorkerRow, now_s: float) -> Text:
+    """Return one cell per shard (or per group of shards when there are many).
+
+    Full where the worker has the shards, yellow where they came from another worker a moment ago.
+    """
+    cells = min(state.shard_count, CELLS_MAX)
+    text = Text()
+    for cell in range(cells):
+        first = cell * state.shard_count // cells
+        stop = (cell + 1) * state.shard_count // cells
+        mine = [shard for shard in range(first, stop) if shard in row.shards]
+        if not mine:
+            text.append("·", style="dim")
+            continue
+        moved = any(state.moved(shard, now_s) for shard in mine)
+        text.append("█" if len(mine) == stop - first else "▒", style="yellow" if moved else "blue")
+    return text
+
+
+def _event_line(event: Event, width: int) -> Text:
+    style = ""
+    if any(word in event.type for word in _BAD_EVENTS):
+        style = "red"
+    elif any(word in event.type for word in _GOOD_EVENTS):
+        style = "green"
+    line = Text(no_wrap=True, overflow="ellipsis")
+    line.append(f"{event.time:%H:%M:%S}.{event.time.microsecond // 1000:03d} ", style="dim")
+    line.append(event.type, style=style)
+    line.append(f" {_without_repetition(event)}")
+    line.truncate(width, overflow="ellipsis")
+    return line
+
+
+def event_text(event: Event) -> str:
+    """Return one event as a plain line."""
+    place = "".join(
+        f" {name}={value}"
+        for name, value in (("step", event.step), ("shard", event.shard))
+        if value is not None
+    )
+    return f"{event.time:%H:%M:%S.%f}"[:-3] + f" {event.type}{place} {_without_repetition(event)}"
+
+
+def _without_repetition(event: Event) -> str:
+    """Return the message, with the worker's name in front unless the message has it."""
+    if event.worker_id and event.worker_id not in event.message:
+        return f"{event.worker_id} {event.message}".strip()
+    return event.message
+
+
+def progress_text(state: WatchState) -> str:
+    """Return the progress as a plain line."""
+    progress = state.progress
+    total = f"/{progress.total_steps}" if progress.total_steps else ""
+    metrics = dict(progress.metrics)
+    shown = " ".join(f"{name}={metrics[name]:.4f}" for name in _metric_order(metrics))
+    owners = " ".join(
+        f"{row.worker_id}:{ranges_text(row.shards).replace(' ', ',')}"
+        for row in state.workers.values()
+        if row.shards
+    )
+    return (
+        f"step {progress.step}{total} epoch {progress.epoch:.2f} {shown} "
+        f"examples/s={progress.examples_per_second:.0f} {owners}"
+    ).rstrip()
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """Return the last course of a curve in one line of text."""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < 2:
+        return ""
+    if len(finite) > width:
+        # The whole course, thinned out; the newest value is always there.
+        step = (len(finite) - 1) / (width - 1)
+        finite = [finite[round(index * step)] for index in range(width)]
+    low, high = min(finite), max(finite)
+    scale = (len(SPARK) - 1) / (high - low) if high > low else 0.0
+    return "".join(SPARK[round((value - low) * scale)] for value in finite)
+
+
+def _natural(worker_id: str) -> tuple[str, int]:
+    """Sort worker-10 after worker-9."""
+    stem, _, number = worker_id.rpartition("-")
+    return (stem, int(number)) if number.isdigit() else (worker_id, 0)

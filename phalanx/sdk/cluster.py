@@ -1,0 +1,209 @@
+"""A cluster as a Python object: submit jobs, add data, get models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from types import TracebackType
+from typing import Any, Self
+
+from phalanx.errors import DeadlineExceeded, InvalidArgument, PhalanxError
+from phalanx.ids import new_request_id
+from phalanx.sdk import methods
+from phalanx.sdk.backend import Backend, RemoteBackend
+from phalanx.sdk.data import DataSets
+from phalanx.sdk.discovery import resolve_addresses
+from phalanx.sdk.job import Job
+from phalanx.sdk.job_files import as_document
+from phalanx.sdk.models import Models
+from phalanx.sdk.transport import CALL_TIMEOUT_S
+from phalanx.sdk.values import Event, event_value
+from phalanx.sdk.wheels import Wheels
+from phalanx.v1 import cluster_service_pb2, job_pb2, job_service_pb2
+from phalanx.v1.job_spec_pb2 import JobSpec
+
+DEFAULT_NAMESPACE = "default"
+PAGE_SIZE = 500
+_DRAIN_LOOK_S = 0.1
+
+
+def connect(
+    address: str | None = None,
+    *,
+    namespace: str = DEFAULT_NAMESPACE,
+    timeout_s: float = CALL_TIMEOUT_S,
+) -> Cluster:
+    """Return a cluster that runs already.
+
+    ``address`` is HOST:PORT or several of them with commas, tried in turn; by default PHALANX_ADDRESS, else
+    the cluster that ``phalanx up`` runs on this machine, else 127.0.0.1:7410. Nothing is dialled before the
+    first call. ``timeout_s`` bounds each call. Raises InvalidArgument for a malformed address.
+    """
+    backend = RemoteBackend(resolve_addresses(address), timeout_s=timeout_s)
+    return Cluster(backend, namespace=namespace)
+
+
+class Cluster:
+    """Use it in a ``with`` block, or call ``close``.
+
+    Every method raises PhalanxError: Unavailable when no address answers, NotFound, InvalidArgument with all
+    wrong fields, and so on.
+    """
+
+    def __init__(self, backend: Backend, *, namespace: str = DEFAULT_NAMESPACE) -> None:
+        self.backend = backend
+        self.namespace = namespace
+        self.data = DataSets(backend, namespace)
+        self.models = Models(backend, namespace)
+        self.code = Wheels(backend)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} at {self.address}>"
+
+    @property
+    def address(self) -> str:
+        """Where it is."""
+        return self.backend.address
+
+    def close(self) -> None:
+        """Close the connections; jobs go on."""
+        self.backend.close()
+
+    def submit(
+        self,
+        job: JobSpec | Mapping[str, Any] | str | PathLike[str],
+        *,
+        request_id: str | None = None,
+        namespace: str | None = None,
+    ) -> Job:
+        """Submit a job: a spec (``phalanx.load``), a dict of its JSON, or the path of a job file.
+
+        With the same ``request_id`` the same job is submitted once, however often this is called; with
+        another spec it raises AlreadyExists. ``job.plan`` says what the job is going to do.
+        """
+        answer = self._submit(job, request_id or new_request_id(), namespace, dry_run=False)
+        return Job(self.backend, answer.job, answer.plan)
+
+    def plan(
+        self, job: JobSpec | Mapping[str, Any] | str | PathLike[str]
+    ) -> job_service_pb2.SubmitJobResponse:
+        """Return the resolved job and its plan without submitting it."""
+        return self._submit(job, new_request_id(), None, dry_run=True)
+
+    def _submit(
+        self,
+        job: JobSpec | Mapping[str, Any] | str | PathLike[str],
+        request_id: str,
+        namespace: str | None,
+        *,
+        dry_run: bool,
+    ) -> job_service_pb2.SubmitJobResponse:
+        document = as_document(job)
+        spec = JobSpec()
+        spec.CopyFrom(document.spec)
+        wanted = namespace or self.namespace
+        if not spec.namespace and wanted != DEFAULT_NAMESPACE:
+            spec.namespace = wanted
+        request = job_service_pb2.SubmitJobRequest(
+            spec=spec, request_id=request_id, validate_only=dry_run
+        )
+        try:
+            return self.backend.call(methods.SUBMIT_JOB, request)
+        except PhalanxError as error:
+            raise document.locate_error(error) from None
+
+    def get(self, job_id: str) -> Job:
+        """Return one job. Raises NotFound."""
+        request = job_service_pb2.GetJobRequest(job_id=job_id)
+        return Job(self.backend, self.backend.call(methods.GET_JOB, request).job)
+
+    def jobs(self, *states: str) -> list[Job]:
+        """Return all jobs, newest first; with ``states`` (``"RUNNING"``) only those in one of them."""
+        numbers = [_state_number(state) for state in states]
+        found: list[Job] = []
+        token = ""
+        while True:
+            request = job_service_pb2.ListJobsRequest(
+                namespace=self.namespace, states=numbers, page_size=PAGE_SIZE, page_token=token
+            )
+            page = self.backend.call(methods.LIST_JOBS, request)
+            found += [Job(self.backend, job) for job in page.jobs]
+            token = page.next_page_token
+            if not token:
+                return found
+
+    def describe(self) -> cluster_service_pb2.GetClusterResponse:
+        """Return version, leader, workers, aggregators and number of jobs."""
+        return self.backend.call(methods.GET_CLUSTER, cluster_service_pb2.GetClusterRequest())
+
+    def workers(self) -> list[cluster_service_pb2.Worker]:
+        """Return all known workers, also lost ones, newest first."""
+        found: list[cluster_service_pb2.Worker] = []
+        token = ""
+        while True:
+            request = cluster_service_pb2.ListWorkersRequest(page_size=PAGE_SIZE, page_token=token)
+            page = self.backend.call(methods.LIST_WORKERS, request)
+            found += page.workers
+            token = page.next_page_token
+            if not token:
+                return found
+
+    def drain(self, worker_id: str, *, timeout_s: float | None = None) -> None:
+        """Move a worker's shards away and let it leave.
+
+        With ``timeout_s`` wait until it has left; raises DeadlineExceeded if it has not.
+        """
+        request = cluster_service_pb2.DrainWorkerRequest(
+            worker_id=worker_id, request_id=new_request_id()
+        )
+        self.backend.call(methods.DRAIN_WORKER, request)
+        if timeout_s is None:
+            return
+        deadline = time.monotonic() + timeout_s
+        while not self._has_left(worker_id):
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded(f"worker {worker_id} has not left after {timeout_s:g} s")
+            time.sleep(_DRAIN_LOOK_S)
+
+    def _has_left(self, worker_id: str) -> bool:
+        gone = (
+            cluster_service_pb2.Worker.STATE_LEFT,
+            cluster_service_pb2.Worker.STATE_LOST,
+        )
+        return all(worker.state in gone for worker in self.workers() if worker.id == worker_id)
+
+    def events(self, job_id: str = "", *, follow: bool = False) -> Iterator[Event]:
+        """Yield what happened, in order; with ``follow`` it does not end."""
+        for message in self.event_messages(job_id, follow=follow):
+            yield event_value(message)
+
+    def event_messages(
+        self, job_id: str = "", *, after_sequence: int = 0, follow: bool = False
+    ) -> Iterator[job_pb2.Event]:
+        """Yield the same as wire messages."""
+        request = cluster_service_pb2.ListEventsRequest(
+            job_id=job_id, after_sequence=after_sequence, follow=follow
+        )
+        for item in self.backend.stream(methods.LIST_EVENTS, request):
+            yield item.event
+
+
+def _state_number(state: str) -> job_pb2.Job.State.ValueType:
+    name = "STATE_" + state.upper().removeprefix("STATE_")
+    known: Sequence[str] = job_pb2.Job.State.keys()[1:]
+    if name not in known:
+        choices = ", ".join(item.removeprefix("STATE_").lower() for item in known)
+        raise InvalidArgument(f"{state!r} is no state of a job; the states are {choices}")
+    return job_pb2.Job.State.Value(name)

@@ -1,0 +1,125 @@
+"""Data sets of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phalanx.errors import InvalidArgument
+from phalanx.ids import new_request_id
+from phalanx.sdk import methods
+from phalanx.sdk.backend import Backend
+from phalanx.v1 import dataset_service_pb2
+from phalanx.v1.dataset_service_pb2 import Dataset
+
+if TYPE_CHECKING:
+    from phalanx.data.manifest import DatasetManifest
+
+PAGE_SIZE = 500
+
+
+class DataSets:
+    """``cluster.data``: add, list, get and delete data sets of one namespace."""
+
+    def __init__(self, backend: Backend, namespace: str) -> None:
+        self._backend = backend
+        self._namespace = namespace
+
+    def add(
+        self,
+        name: str,
+        *source: Any,
+        on_stored: Callable[[int], None] | None = None,
+        **options: Any,
+    ) -> Dataset:
+        """Write a data set, or a new version of it, into storage.
+
+            cluster.data.add("adult", "adult.csv", target="income", missing="category")
+            cluster.data.add("fashion", X, y, test=0.2)
+
+        ``source`` is one or more paths, or the features and the targets as arrays (a SciPy sparse matrix
+        stays sparse). ``options`` are those of ``phalanx.data.options.IngestOptions``. Chunks are stored as
+        they are read, so memory stays small whatever the size; ``on_stored`` is told the bytes of each. Raises InvalidArgument with line and column
+        of what is wrong in a file.
+        """
+        manifest = self._ingest(source, options, _Sink(self._backend, on_stored))
+        return self.register(name, manifest)
+
+    def _ingest(
+        self, source: tuple[Any, ...], options: dict[str, Any], sink: _Sink
+    ) -> DatasetManifest:
+        # NumPy and Arrow are loaded only when data is added.
+        from phalanx.data.ingest import ingest, ingest_arrays
+        from phalanx.data.options import IngestOptions
+
+        chosen = IngestOptions.from_mapping(options)
+        if source and all(isinstance(part, str | PathLike) for part in source):
+            return ingest([Path(path) for path in source], chosen, sink)
+        if len(source) != 2:
+            raise InvalidArgument(
+                f"data.add takes paths, or two arrays (features, targets); it was given {len(source)} "
+                "things of other kinds"
+            )
+        return ingest_arrays(source[0], source[1], chosen, sink)
+
+    def register(self, name: str, manifest: DatasetManifest) -> Dataset:
+        """Make a data set of a manifest whose chunks are stored already."""
+        digest = self._backend.put_blob(manifest.to_json())
+        request = dataset_service_pb2.CreateDatasetRequest(
+            namespace=self._namespace,
+            name=name,
+            manifest_digest=digest,
+            request_id=new_request_id(),
+        )
+        return self._backend.call(methods.CREATE_DATASET, request).dataset
+
+    def list(self) -> list[Dataset]:
+        """Return all data sets."""
+        found: list[Dataset] = []
+        token = ""
+        while True:
+            request = dataset_service_pb2.ListDatasetsRequest(
+                namespace=self._namespace, page_size=PAGE_SIZE, page_token=token
+            )
+            page = self._backend.call(methods.LIST_DATASETS, request)
+            found += page.datasets
+            token = page.next_page_token
+            if not token:
+                return found
+
+    def get(self, name: str) -> Dataset:
+        """Return one data set, NAME or NAME@VERSION. Raises NotFound."""
+        request = dataset_service_pb2.GetDatasetRequest(namespace=self._namespace, name=name)
+        return self._backend.call(methods.GET_DATASET, request).dataset
+
+    def manifest(self, name: str) -> DatasetManifest:
+        """Return columns, classes, chunks and statistics of a data set. Raises NotFound."""
+        from phalanx.data.manifest import DatasetManifest
+
+        return DatasetManifest.from_json(self._backend.get_blob(self.get(name).manifest_digest))
+
+    def delete(self, name: str) -> None:
+        """Delete a data set, NAME (all versions) or NAME@VERSION.
+
+        Raises FailedPrecondition while a job refers to it.
+        """
+        request = dataset_service_pb2.DeleteDatasetRequest(
+            namespace=self._namespace, name=name, request_id=new_request_id()
+        )
+        self._backend.call(methods.DELETE_DATASET, request)
+
+
+class _Sink:
+    """Where ingestion puts its chunks."""
+
+    def __init__(self, backend: Backend, on_stored: Callable[[int], None] | None) -> None:
+        self._backend = backend
+        self._on_stored = on_stored
+
+    def put(self, data: bytes) -> str:
+        digest = self._backend.put_blob(data)
+        if self._on_stored is not None:
+            self._on_stored(len(data))
+        return digest

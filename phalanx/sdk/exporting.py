@@ -1,0 +1,55 @@
+"""Models as one file, for other programs."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from phalanx.errors import AlreadyExists, InvalidArgument
+
+_FIRST_TIME = (1980, 1, 1, 0, 0, 0)
+
+
+def export_model(folder: Path, file: Path) -> None:
+    """Write a downloaded model to ``file``; its ending chooses the format.
+
+    ``.zip`` holds all files of the model, ``.safetensors`` and ``.npz`` the parameters only, by tensor name.
+    Raises AlreadyExists when there is such a file and InvalidArgument for another ending.
+    """
+    writers = {".zip": _write_zip, ".safetensors": _write_safetensors, ".npz": _write_npz}
+    write = writers.get(file.suffix)
+    if write is None:
+        raise InvalidArgument(
+            f"{file} ends in {file.suffix or 'nothing'}; write to one of {', '.join(writers)}"
+        )
+    if file.exists():
+        raise AlreadyExists(f"{file} exists; give a name that is free")
+    temporary = file.with_name(f".{file.name}.partial")
+    try:
+        write(folder, temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_zip(folder: Path, file: Path) -> None:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(item for item in folder.rglob("*") if item.is_file()):
+            # Without times, so that the same model gives the same archive.
+            entry = zipfile.ZipInfo(str(path.relative_to(folder)), _FIRST_TIME)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, path.read_bytes())
+
+
+def _write_safetensors(folder: Path, file: Path) -> None:
+    file.write_bytes((folder / "model.safetensors").read_bytes())
+
+
+def _write_npz(folder: Path, file: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    with file.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, **tensors)

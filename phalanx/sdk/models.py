@@ -1,0 +1,119 @@
+"""Trained models of a cluster."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from os import PathLike
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from phalanx.errors import AlreadyExists, DataLoss
+from phalanx.ids import new_request_id
+from phalanx.sdk import methods
+from phalanx.sdk.backend import Backend
+from phalanx.sdk.discovery import cache_dir
+from phalanx.v1 import model_service_pb2
+from phalanx.v1.model_service_pb2 import ModelVersion
+
+if TYPE_CHECKING:
+    from phalanx.data.model_files import LoadedModel
+
+PAGE_SIZE = 500
+
+
+class Models:
+    """``cluster.models``: list, get, download and delete models of one namespace."""
+
+    def __init__(self, backend: Backend, namespace: str) -> None:
+        self._backend = backend
+        self._namespace = namespace
+
+    def list(self) -> list[ModelVersion]:
+        """Return all versions of all models."""
+        found: list[ModelVersion] = []
+        token = ""
+        while True:
+            request = model_service_pb2.ListModelsRequest(
+                namespace=self._namespace, page_size=PAGE_SIZE, page_token=token
+            )
+            page = self._backend.call(methods.LIST_MODELS, request)
+            found += page.models
+            token = page.next_page_token
+            if not token:
+                return found
+
+    def describe(self, name: str) -> ModelVersion:
+        """Return what is known of a model, NAME or NAME@VERSION. Raises NotFound."""
+        request = model_service_pb2.GetModelRequest(namespace=self._namespace, name=name)
+        return self._backend.call(methods.GET_MODEL, request).model
+
+    def get(self, name: str) -> LoadedModel:
+        """Download a model (once; it is kept in the cache folder) and load it.
+
+        ``model.predict(frame)`` takes raw columns and gives original labels. Raises NotFound.
+        """
+        from phalanx.data.model_files import load_model_directory
+
+        return load_model_directory(self.cached(name))
+
+    def cached(self, name: str) -> Path:
+        """Return the folder of a model in the cache, downloading it if it is not there."""
+        model = self.describe(name)
+        # The parameters' hash keeps models of different clusters apart.
+        folder = (
+            cache_dir()
+            / "models"
+            / model.namespace
+            / model.name
+            / f"{model.version}-{model.parameters_sha256[:16]}"
+        )
+        if not folder.is_dir():
+            self._download(model, folder)
+        return folder
+
+    def download(self, name: str, folder: str | PathLike[str]) -> Path:
+        """Write the files of a model to a new folder; return it. Raises AlreadyExists."""
+        target = Path(folder)
+        if target.exists():
+            raise AlreadyExists(f"{target} exists; give a folder that does not exist yet")
+        self._download(self.describe(name), target)
+        return target
+
+    def delete(self, name: str) -> None:
+        """Delete a model, NAME (all versions) or NAME@VERSION.
+
+        Raises FailedPrecondition while a job refers to it.
+        """
+        request = model_service_pb2.DeleteModelRequest(
+            namespace=self._namespace, name=name, request_id=new_request_id()
+        )
+        self._backend.call(methods.DELETE_MODEL, request)
+
+    def _download(self, model: ModelVersion, target: Path) -> None:
+        """Fetch all files into a folder beside ``target``, then put it in place at once."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            for file in model.files:
+                path = temporary / _safe_path(file.path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._backend.get_blob_to(file.digest, path)
+            temporary.chmod(0o755)
+            try:
+                temporary.rename(target)
+            except OSError:
+                # Somebody else downloaded the same version in the meantime.
+                if not target.is_dir():
+                    raise
+        finally:
+            if temporary.exists():
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _safe_path(text: str) -> Path:
+    """Return a file's path within its model's folder; what leads out of it is refused."""
+    path = PurePosixPath(text)
+    if path.is_absolute() or not path.parts or ".." in path.parts:
+        raise DataLoss(f"the model names a file {text!r}, which lies outside its folder")
+    return Path(*path.parts)
