@@ -1,0 +1,191 @@
+"""Leaves: one shard's work in one step, as pure functions.
+
+Everything that a leaf depends on is in its arguments. Its rows are gathered, standardised with the
+statistics of the train split, and handed to the model in one piece: a leaf is never re-batched,
+since a matrix product of half the rows has other bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import isfinite
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.data.manifest import DatasetManifest
+from phalanx.data.statistics import manifest_mean_and_scale
+from phalanx.models.base import Array, Batch, Model
+from phalanx.training.sampler import (
+    RowSelection,
+    ShardRows,
+    chunks_for_leaf,
+    chunks_in_order,
+    rows_for_leaf,
+    rows_in_order,
+    shard_rows,
+)
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import JobPlan
+
+
+class RowReader(Protocol):
+    """What gathers rows of one split; see ``phalanx.data.reader.ChunkReader``."""
+
+    manifest: DatasetManifest
+    dtype: np.dtype[np.generic]
+
+    @property
+    def chunk_rows(self) -> tuple[int, ...]:
+        """Rows of each chunk of the split, in order."""
+
+    def rows(self, selections: Sequence[RowSelection]) -> Batch:
+        """Return copies of the rows, one selection after another."""
+
+
+@dataclass(frozen=True)
+class LeafOutcome:
+    """What a leaf yields beside its vector.
+
+    ``count`` 0 says that the shard had no rows left; its vector is not written then. ``finite`` is
+    False where the vector or the loss holds a NaN or an infinity: such a leaf enters no sum.
+    """
+
+    count: int
+    loss_sum: float
+    finite: bool
+
+
+@dataclass(frozen=True)
+class _Settings:
+    seed: int
+    standardise: bool
+
+
+def run_leaf(
+    model: Model,
+    parameters: Array,
+    reader: RowReader,
+    plan: JobPlan,
+    shard: int,
+    step: int,
+    out: Array,
+) -> LeafOutcome:
+    """Run one training leaf.
+
+    Args:
+        model: the job's model.
+        parameters: (n,) version ``step``.
+        reader: rows of the split that the job trains on.
+        plan: what the job is.
+        shard: which shard, below ``plan.shards``.
+        step: the version at which the gradient is taken; it fixes epoch and rows.
+        out: (n,) the gradient sum, written whole unless the count is 0.
+    """
+    settings = _settings(plan.spec)
+    epoch, step_in_epoch = divmod(step, max(1, plan.steps_per_epoch))
+    rows = shard_rows(shard, plan.shards, reader.chunk_rows)
+    selections = rows_for_leaf(rows, settings.seed, epoch, step_in_epoch, plan.rows_per_leaf)
+    if not selections:
+        return LeafOutcome(0, 0.0, True)
+    batch = _batch(reader, selections, settings)
+    with np.errstate(all="ignore"):
+        sums = model.gradient(parameters, batch, out)
+        finite = isfinite(sums.loss_sum) and all_finite(out)
+    return LeafOutcome(sums.count, sums.loss_sum, finite)
+
+
+def run_evaluation_leaf(
+    model: Model,
+    parameters: Array,
+    reader: RowReader,
+    plan: JobPlan,
+    shard: int,
+    sums: NDArray[np.float64],
+) -> LeafOutcome:
+    """Run one evaluation leaf: write the metric sums over its rows into ``sums``.
+
+    ``shard`` is one of ``plan.evaluation_shards``, ``reader`` reads the split of the evaluation.
+    Sums that are not finite are a measurement like any other, so the outcome is always finite.
+    """
+    rows = shard_rows(shard, plan.evaluation_shards, reader.chunk_rows)
+    selections = rows_in_order(rows)
+    if not selections:
+        return LeafOutcome(0, 0.0, True)
+    batch = _batch(reader, selections, _settings(plan.spec))
+    with np.errstate(all="ignore"):
+        sums[:] = model.evaluate(parameters, batch)
+    return LeafOutcome(batch.rows, 0.0, True)
+
+
+def leaf_chunks(plan: JobPlan, chunk_rows: Sequence[int], shard: int, step: int) -> list[int]:
+    """Return the indices of the chunks that a training leaf may read."""
+    epoch, step_in_epoch = divmod(step, max(1, plan.steps_per_epoch))
+    rows = shard_rows(shard, plan.shards, chunk_rows)
+    seed = _settings(plan.spec).seed
+    return chunks_for_leaf(rows, seed, epoch, step_in_epoch, plan.rows_per_leaf)
+
+
+def evaluation_leaf_chunks(plan: JobPlan, chunk_rows: Sequence[int], shard: int) -> list[int]:
+    """Return the indices of the chunks that an evaluation leaf reads."""
+    return chunks_in_order(shard_rows(shard, plan.evaluation_shards, chunk_rows))
+
+
+def shard_row_range(plan: JobPlan, shard: int, evaluation: bool) -> ShardRows:
+    """Return the rows of a shard within its split, for messages."""
+    shards = plan.evaluation_shards if evaluation else plan.shards
+    rows = plan.evaluation_rows if evaluation else plan.train_rows
+    return shard_rows(shard, shards, (rows,))
+
+
+def all_finite(vector: Array) -> bool:
+    """Return whether no element is NaN or infinite.
+
+    The sum of squares tells it in one fast pass; only where that overflows is every element looked
+    at.
+    """
+    return isfinite(float(np.dot(vector, vector))) or bool(np.isfinite(vector).all())
+
+
+def standardise(features: Array, manifest: DatasetManifest) -> None:
+    """Standardise dense or CSR features in place with the statistics of the train split.
+
+    CSR features are scaled but not centred, which would make them dense. Data too wide to have
+    statistics stays as it is.
+    """
+    scales = manifest_mean_and_scale(manifest, features.dtype)
+    if scales is not None:
+        _apply(features, *scales)
+
+
+def _apply(features: Array, mean: Array, scale: Array) -> None:
+    if isinstance(features, np.ndarray):
+        np.subtract(features, mean, out=features)
+        np.multiply(features, scale, out=features)
+    else:
+        features.data *= scale[features.indices]
+
+
+_SCALES: WeakKeyDictionary[RowReader, tuple[Array, Array] | None] = WeakKeyDictionary()
+"""Mean and scale of each reader's data set, computed once."""
+
+
+def _batch(reader: RowReader, selections: list[RowSelection], settings: _Settings) -> Batch:
+    batch = reader.rows(selections)
+    if settings.standardise:
+        if reader not in _SCALES:
+            _SCALES[reader] = manifest_mean_and_scale(reader.manifest, reader.dtype)
+        scales = _SCALES[reader]
+        if scales is not None:
+            _apply(batch.features, *scales)  # type: ignore[arg-type]
+    return batch
+
+
+@lru_cache(maxsize=16)
+def _settings(spec: bytes) -> _Settings:
+    message = JobSpec.FromString(spec)
+    return _Settings(message.seed, message.train.model.standardise)
