@@ -33,9 +33,12 @@ def channel_options(
     """Return the options of every channel.
 
     With ``own_connection`` the channel never shares its TCP connection with another channel of this
-    process to the same address. ``extra`` options are added last.
+    process to the same address. An
+    option in ``extra`` replaces the usual one.
     """
     return [
+        # Of two options with one name gRPC takes the first.
+        *extra,
         ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
         ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
         # gRPC's default waits up to two minutes before it dials a restarted server again.
@@ -51,7 +54,6 @@ def channel_options(
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.use_local_subchannel_pool", int(own_connection)),
-        *extra,
     ]
 
 

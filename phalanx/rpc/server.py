@@ -34,8 +34,10 @@ HANDSHAKE_TIMEOUT_MS = 3000
 
 
 def server_options(extra: Iterable[tuple[str, Any]] = ()) -> Options:
-    """Return the options of every server; ``extra`` ones are added last."""
+    """Return the options of every server; one in ``extra`` replaces the usual one."""
     return [
+        # Of two options with one name gRPC takes the first.
+        *extra,
         ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
         ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
         # A compressed message is refused before a byte of it is inflated.
@@ -51,7 +53,6 @@ def server_options(extra: Iterable[tuple[str, Any]] = ()) -> Options:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
-        *extra,
     ]
 
 

@@ -1,0 +1,1 @@
+"""Tools for tests of Phalanx and of what is built on it; the services never import them."""
