@@ -47,7 +47,7 @@ def compute() -> str:
 
 
 def _golden(dtype: str) -> Iterator[Array]:
-    """Yield results of everything that leaves are made of, on shapes that take different kernels."""
+    """Yield results of everything that leaves are made of, in shapes for different kernels."""
     random = np.random.Generator(np.random.Philox(key=7))
     for rows, inner, columns in ((64, 784, 128), (7, 33, 5), (256, 100, 10)):
         left = random.standard_normal((rows, inner)).astype(dtype)
