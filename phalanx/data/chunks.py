@@ -37,6 +37,7 @@ class DenseChunk:
 
     @property
     def rows(self) -> int:
+        """How many rows."""
         return int(self.targets.shape[0])
 
 
@@ -51,6 +52,7 @@ class CsrChunk:
 
     @property
     def rows(self) -> int:
+        """How many rows."""
         return int(self.targets.shape[0])
 
 

@@ -21,9 +21,14 @@ class Selection(Protocol):
     """Some rows of one chunk of the split, in the order in which they are wanted."""
 
     @property
-    def chunk_index(self) -> int: ...
+    def chunk_index(self) -> int:
+        """Which chunk of the split."""
+        ...
+
     @property
-    def rows(self) -> NDArray[np.int64]: ...
+    def rows(self) -> NDArray[np.int64]:
+        """Which rows of the chunk."""
+        ...
 
 
 class ChunkReader:

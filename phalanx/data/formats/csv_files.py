@@ -1,0 +1,232 @@
+"""CSV files: Arrow parses them block by block, the header and all errors come from ``csv_text``."""
+
+import csv
+import functools
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.csv
+
+from phalanx.data.arrow_values import numeric_values, text_values
+from phalanx.data.formats.csv_text import (
+    Dialect,
+    check_width,
+    inspect,
+    is_number,
+    open_bytes,
+    text_rows,
+)
+from phalanx.data.manifest import SourceFile
+from phalanx.data.options import IngestOptions
+from phalanx.data.preprocess import ColumnValues
+from phalanx.data.sources import TableBatch, TableShape
+from phalanx.errors import InvalidArgument, PhalanxError
+
+_BLOCK_BYTES_MINIMUM = 64
+_WIDEST_BLOCK_BYTES = 1 << 30
+
+
+class CsvTable:
+    """One table out of CSV files that have the same columns.
+
+    ``like`` gives the columns where another file has fixed them already (the test file of a train
+    file, a file to predict): this one's header is then matched by name, and a file without header
+    by position.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], options: IngestOptions, like: TableShape | None = None
+    ) -> None:
+        self._options = options
+        self._paths = tuple(paths)
+        self._files: list[tuple[Path, Dialect, tuple[str, ...]]] = []
+        notes: tuple[str, ...] = ()
+        for path in paths:
+            dialect, shape = inspect(path, options)
+            if like is None:
+                like, notes = shape, shape.notes
+            self._files.append((path, dialect, _matched(path, shape, dialect, like)))
+        if like is None:
+            raise InvalidArgument("no CSV file was given")
+        self._shape = TableShape(like.names, like.kinds, notes=notes)
+
+    @property
+    def shape(self) -> TableShape:
+        """The columns."""
+        return self._shape
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Names and sizes."""
+        return tuple(SourceFile(path.name, path.stat().st_size) for path in self._paths)
+
+    def batches(self, wanted: Sequence[str]) -> Iterator[TableBatch]:
+        """All rows in order; InvalidArgument names file, line, column and value of a bad cell."""
+        for path, dialect, names in self._files:
+            missing = [name for name in wanted if name not in names]
+            if missing:
+                raise InvalidArgument(f"{path.name} has no column {missing[0]!r}")
+            yield from self._file_batches(path, dialect, names, wanted)
+
+    def _file_batches(
+        self, path: Path, dialect: Dialect, names: tuple[str, ...], wanted: Sequence[str]
+    ) -> Iterator[TableBatch]:
+        rows = 0
+        try:
+            with open_bytes(path) as file:
+                for batch in self._arrow_batches(file, dialect, names, wanted):
+                    if not batch.num_rows:
+                        continue
+                    where = functools.partial(_where, path, dialect, rows)
+                    rows += batch.num_rows
+                    yield TableBatch(batch.num_rows, self._columns(batch, wanted), where)
+        except (pa.ArrowInvalid, EOFError, OSError) as error:
+            raise self._diagnosis(path, dialect, names, wanted, rows, error) from error
+
+    def _arrow_batches(
+        self, file: IO[bytes], dialect: Dialect, names: tuple[str, ...], wanted: Sequence[str]
+    ) -> Iterator[Any]:
+        kinds = self._shape.kinds
+        markers = self._options.missing_markers
+        types = {
+            name: pa.float64()
+            if kinds[name] == "numeric"
+            else pa.dictionary(pa.int32(), pa.string())
+            for name in wanted
+        }
+        return iter(
+            pa.csv.open_csv(
+                _Body(file, dialect),
+                read_options=pa.csv.ReadOptions(
+                    column_names=list(names), block_size=self._block_bytes(file, dialect)
+                ),
+                parse_options=pa.csv.ParseOptions(
+                    delimiter=dialect.delimiter, newlines_in_values=True
+                ),
+                convert_options=pa.csv.ConvertOptions(
+                    column_types=types,
+                    include_columns=list(wanted),
+                    # Numbers are trimmed when parsed, but not before they are looked up here.
+                    null_values=[blank + marker for marker in markers for blank in ("", " ")],
+                    strings_can_be_null=False,
+                ),
+            )
+        )
+
+    def _columns(self, batch: Any, wanted: Sequence[str]) -> dict[str, ColumnValues]:
+        markers = self._options.missing_markers
+        return {
+            name: numeric_values(batch.column(index))
+            if self._shape.kinds[name] == "numeric"
+            else text_values(batch.column(index), markers)
+            for index, name in enumerate(wanted)
+        }
+
+    def _block_bytes(self, file: IO[bytes], dialect: Dialect) -> int:
+        """A block holds several rows, however long they are."""
+        longest = max(len(file.readline(_WIDEST_BLOCK_BYTES)) for _ in range(100))
+        file.seek(0)
+        block_bytes = max(self._options.block_bytes, _BLOCK_BYTES_MINIMUM, 4 * longest)
+        return min(block_bytes, _WIDEST_BLOCK_BYTES)
+
+    def _diagnosis(
+        self,
+        path: Path,
+        dialect: Dialect,
+        names: tuple[str, ...],
+        wanted: Sequence[str],
+        rows: int,
+        error: Exception,
+    ) -> PhalanxError:
+        """What is wrong in the first bad row after ``rows`` good ones."""
+        markers = set(self._options.missing_markers)
+        numeric = [
+            (index, name)
+            for index, name in enumerate(names)
+            if name in wanted and self._shape.kinds[name] == "numeric"
+        ]
+        try:
+            for number, row in enumerate(_data_rows(path, dialect)):
+                if number < rows:
+                    continue
+                check_width(path, row, len(names))
+                for index, name in numeric:
+                    cell = row.cells[index]
+                    if cell.strip() not in markers and not is_number(cell):
+                        return InvalidArgument(
+                            f"{path.name}, line {row.line}, column {name!r}: {cell.strip()!r} is "
+                            "not a number (if the column holds categories, say --categorical "
+                            f"{name})",
+                            reason="BAD_CELL",
+                        )
+        except PhalanxError as found:
+            return found
+        except (EOFError, OSError) as broken:
+            return InvalidArgument(f"{path.name} is damaged: {broken}")
+        return InvalidArgument(f"{path.name}, after {rows} good rows: {error}")
+
+
+class _Body(io.RawIOBase):
+    """The data rows of a file as bytes: without header and comments."""
+
+    def __init__(self, file: IO[bytes], dialect: Dialect) -> None:
+        super().__init__()
+        self._file = file
+        self._comment = dialect.comment.encode() if dialect.comment else None
+        if dialect.header:
+            # Reads just the lines of one row; a quoted name may span several.
+            lines = (line.decode("utf-8-sig") for line in self._lines())
+            next(csv.reader(lines, delimiter=dialect.delimiter))
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def read(self, size: int = -1, /) -> bytes:
+        """At least one byte and about ``size``, unless the file ends."""
+        if self._comment is None:
+            return self._file.read(size)
+        while lines := self._file.readlines(size):
+            kept = b"".join(line for line in lines if not line.startswith(self._comment))
+            if kept:
+                return kept
+        return b""
+
+    def _lines(self) -> Iterator[bytes]:
+        for line in self._file:
+            skipped = self._comment is not None and line.startswith(self._comment)
+            if not skipped and line.strip(b"\xef\xbb\xbf\r\n"):
+                yield line
+
+
+def _matched(path: Path, shape: TableShape, dialect: Dialect, like: TableShape) -> tuple[str, ...]:
+    """Names of the file's columns, those of ``like`` by position where the file has no header."""
+    if shape.names == like.names:
+        return like.names
+    if dialect.header or set(like.names) <= set(shape.names):
+        return shape.names
+    if len(shape.names) != len(like.names):
+        raise InvalidArgument(
+            f"{path.name} has no header line and {len(shape.names)} columns, "
+            f"expected the {len(like.names)} columns {', '.join(like.names)}"
+        )
+    return like.names
+
+
+def _data_rows(path: Path, dialect: Dialect) -> Iterator[Any]:
+    rows = text_rows(path, dialect.delimiter, dialect.comment)
+    if dialect.header:
+        next(rows, None)
+    return rows
+
+
+def _where(path: Path, dialect: Dialect, first_row: int, row: int, column: str) -> str:
+    """``adult.csv, line 15, column 'age'``; reads the file again up to that row."""
+    wanted = first_row + row
+    for number, text_row in enumerate(_data_rows(path, dialect)):
+        if number == wanted:
+            return f"{path.name}, line {text_row.line}, column {column!r}"
+    return f"{path.name}, row {wanted + 1}, column {column!r}"

@@ -1,0 +1,210 @@
+"""CSV as text: finding columns and header, and the exact place of what is wrong.
+
+Arrow parses the bulk of a file fast but does not say where it stumbled. Whatever needs a line
+number is read again here, slowly, row by row.
+"""
+
+import csv
+import gzip
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+from phalanx.data.manifest import ColumnKind
+from phalanx.data.options import IngestOptions
+from phalanx.data.sources import TableShape
+from phalanx.errors import InvalidArgument, NotFound
+
+SAMPLE_ROWS = 10_000
+"""Kinds of columns are decided by this many rows."""
+
+_SAMPLE_CELLS = 1_000_000
+_DELIMITERS = ",;\t|"
+_NUMBER = re.compile(
+    r"[ \t]*[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|inf(?:inity)?|nan)[ \t]*",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How the text is cut into cells."""
+
+    delimiter: str
+    comment: str | None
+    header: bool
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """The cells of one row, and the number of the line on which it starts."""
+
+    line: int
+    cells: list[str]
+
+
+def is_number(text: str) -> bool:
+    """Whether the text is a number to the parser (``+1.5e3``, ``inf``, ``nan``; no ``1_000``)."""
+    return _NUMBER.fullmatch(text) is not None
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """The bytes of a text file, unpacked when its name ends in .gz; raises NotFound."""
+    try:
+        if path.suffix == ".gz":
+            return cast("IO[bytes]", gzip.open(path, "rb"))
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise NotFound(f"there is no file {path}") from error
+    except OSError as error:
+        raise InvalidArgument(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def text_rows(path: Path, delimiter: str, comment: str | None) -> Iterator[TextRow]:
+    """Rows with cells as they stand; blank lines and comments are skipped.
+
+    Raises InvalidArgument, with the line, for text that is not UTF-8 and quotes that never close.
+    """
+    counter = _Lines(path, comment)
+    with open_bytes(path) as file:
+        reader = csv.reader(counter.read(file), delimiter=delimiter)
+        while True:
+            start = counter.line + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise InvalidArgument(
+                    f"{path.name}, line {start}: {error} (a quote that never closes?)"
+                ) from error
+            if cells:
+                # A quoted cell may span lines; the row starts where its first line does.
+                yield TextRow(counter.line - sum(cell.count("\n") for cell in cells), cells)
+
+
+class _Lines:
+    """Decodes lines and counts them, since skipped ones count too."""
+
+    def __init__(self, path: Path, comment: str | None) -> None:
+        self.line = 0
+        self._name = path.name
+        self._comment = comment
+
+    def read(self, file: IO[bytes]) -> Iterator[str]:
+        comment = self._comment.encode() if self._comment else None
+        for raw in file:
+            self.line += 1
+            if comment and raw.startswith(comment):
+                continue
+            try:
+                text = raw.decode("utf-8-sig" if self.line == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InvalidArgument(
+                    f"{self._name}, line {self.line}: not UTF-8 text (byte {error.start + 1})"
+                ) from error
+            if text.strip("\r\n"):
+                yield text
+
+
+def inspect(path: Path, options: IngestOptions) -> tuple[Dialect, TableShape]:
+    """Delimiter, header, names and kinds, from the first rows of the file.
+
+    Raises InvalidArgument for an empty file, names that occur twice, and options that do not fit.
+    """
+    delimiter = options.delimiter or _delimiter(path, options.comment)
+    rows = text_rows(path, delimiter, options.comment)
+    first = next(rows, None)
+    if first is None:
+        raise InvalidArgument(f"{path.name} has no rows")
+    limit = max(100, min(SAMPLE_ROWS, _SAMPLE_CELLS // len(first.cells)))
+    sample = [first, *itertools.islice(rows, limit)]
+    width = len(first.cells)
+    for row in sample:
+        check_width(path, row, width)
+    missing = set(options.missing_markers)
+    guessed = _kinds(sample[1:], width, missing)
+    header = _is_header(sample, guessed, missing) if options.header is None else options.header
+    if header and len(sample) == 1:
+        raise InvalidArgument(f"{path.name} has a header line and no rows")
+    if not header:
+        guessed = _kinds(sample, width, missing)
+    names = _names(path, first if header else None, width, options)
+    unknown = [name for name in (*options.categorical, *options.numeric) if name not in names]
+    if unknown:
+        raise InvalidArgument(
+            f"{path.name} has no column {unknown[0]!r}; its columns are {', '.join(names)}"
+        )
+    kinds = dict(zip(names, guessed, strict=True))
+    kinds.update(dict.fromkeys(options.categorical, "categorical"))
+    kinds.update(dict.fromkeys(options.numeric, "numeric"))
+    note = "the first line of the file is its header" if header else "the file has no header line"
+    notes = (f"{note} (--header and --no-header overrule)",) if options.header is None else ()
+    return Dialect(delimiter, options.comment, header), TableShape(names, kinds, notes=notes)
+
+
+def check_width(path: Path, row: TextRow, width: int) -> None:
+    """Raises InvalidArgument for a row with more or fewer cells than there are columns."""
+    if len(row.cells) != width:
+        raise InvalidArgument(
+            f"{path.name}, line {row.line}: {len(row.cells)} cells, expected {width}",
+            reason="RAGGED_ROW",
+        )
+
+
+def _delimiter(path: Path, comment: str | None) -> str:
+    if path.name.removesuffix(".gz").endswith((".tsv", ".tab")):
+        return "\t"
+    with open_bytes(path) as file:
+        first = next(_Lines(path, comment).read(file), "")
+    unquoted = re.sub(r'"[^"]*"', "", first)
+    return max(_DELIMITERS, key=unquoted.count)
+
+
+def _kinds(rows: Sequence[TextRow], width: int, missing: set[str]) -> list[ColumnKind]:
+    """Numeric where most cells that are there are numbers; the others are then bad cells."""
+    kinds: list[ColumnKind] = []
+    for column in range(width):
+        present = [
+            cell for row in rows if (cell := row.cells[column].strip()) and cell not in missing
+        ]
+        numbers = sum(map(is_number, present))
+        kinds.append("numeric" if 2 * numbers > len(present) or not present else "categorical")
+    return kinds
+
+
+def _is_header(sample: Sequence[TextRow], kinds: Sequence[ColumnKind], missing: set[str]) -> bool:
+    """A first row of different words, over numbers or over words that it does not share."""
+    first = [cell.strip() for cell in sample[0].cells]
+    words = all(cell not in missing and not is_number(cell) for cell in first)
+    if not words or len(set(first)) != len(first):
+        return False
+    if "numeric" in kinds or len(sample) == 1:
+        return True
+    return all(
+        cell != row.cells[column].strip() for column, cell in enumerate(first) for row in sample[1:]
+    )
+
+
+def _names(
+    path: Path, header: TextRow | None, width: int, options: IngestOptions
+) -> tuple[str, ...]:
+    if options.columns:
+        names = [name.strip() for name in options.columns]
+        if len(names) != width:
+            raise InvalidArgument(
+                f"{len(names)} column names were given, {path.name} has {width} columns"
+            )
+    elif header:
+        names = [cell.strip() for cell in header.cells]
+    else:
+        names = [""] * width
+    names = [name or f"column_{index + 1}" for index, name in enumerate(names)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        place = f"{path.name}, line {header.line}" if header else "--columns"
+        raise InvalidArgument(f"{place}: the column name {twice[0]!r} occurs twice")
+    return tuple(names)

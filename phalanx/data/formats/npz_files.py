@@ -1,0 +1,174 @@
+"""NPZ files, read member by member in pieces, so that neither compression nor size needs memory.
+
+Objects (pickles) are refused.
+"""
+
+import functools
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.data.formats.arrays import (
+    array_where,
+    batch_rows,
+    check_numeric,
+    check_rows,
+    flat_width,
+    is_whole_bytes,
+    target_values,
+)
+from phalanx.data.manifest import SourceFile
+from phalanx.data.options import IngestOptions
+from phalanx.data.sources import ArrayBatch, ArrayShape, Opened
+from phalanx.errors import InvalidArgument, NotFound
+
+_FEATURE_KEYS = ("X", "x", "features", "data", "X_train", "x_train")
+_TARGET_KEYS = ("y", "Y", "target", "targets", "label", "labels", "y_train", "Y_train")
+_TEST_KEYS = {"X_train": ("X_test", "y_test"), "x_train": ("x_test", "y_test")}
+
+
+@dataclass(frozen=True)
+class _Member:
+    """An array of the file: its key and header."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fortran_order: bool
+
+
+class NpzArrays:
+    """One pair of arrays of an NPZ file."""
+
+    def __init__(self, path: Path, features_key: str, target_key: str) -> None:
+        members = _members(path)
+        self._path = path
+        self._features = _member(members, features_key, path)
+        self._targets = _member(members, target_key, path)
+        self._width = flat_width(self._features.shape, path.name, f"{features_key!r}")
+        check_numeric(self._features.dtype, path.name)
+        targets = self._targets.shape[0] if self._targets.shape else 0
+        check_rows(self._features.shape[0], targets, path.name)
+        self._shape = ArrayShape(
+            features=self._width,
+            whole_bytes=is_whole_bytes(self._features.dtype),
+            boolean_target=self._targets.dtype.kind == "b",
+            notes=(f"features are {features_key!r}, targets {target_key!r} of {path.name}",),
+        )
+
+    @property
+    def shape(self) -> ArrayShape:
+        """What the arrays are."""
+        return self._shape
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Name and size."""
+        return (SourceFile(self._path.name, self._path.stat().st_size),)
+
+    def batches(self) -> Iterator[ArrayBatch]:
+        """All rows in order."""
+        step = batch_rows(self._width, self._features.dtype.itemsize)
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                pieces = zip(
+                    _pieces(archive, self._features, step),
+                    _pieces(archive, self._targets, step),
+                    strict=True,
+                )
+                for number, (features, targets) in enumerate(pieces):
+                    yield ArrayBatch(
+                        features=features.reshape(len(features), self._width),
+                        targets=target_values(targets, self._path.name),
+                        where=functools.partial(array_where, self._path.name, number * step),
+                    )
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            raise InvalidArgument(f"{self._path.name} is damaged: {error}") from error
+
+
+def open_npz(path: Path, options: IngestOptions) -> Opened:
+    """The arrays that the options or habit name; ``x_test``, ``y_test`` become the test split."""
+    members = _members(path)
+    features_key = options.features_key or _usual(members, _FEATURE_KEYS, "features", path)
+    target_key = options.target_key or _usual(members, _TARGET_KEYS, "target", path)
+    test = None
+    if features_key in _TEST_KEYS and set(_TEST_KEYS[features_key]) <= set(members):
+        test = NpzArrays(path, *_TEST_KEYS[features_key])
+    return Opened(NpzArrays(path, features_key, target_key), test)
+
+
+def _usual(members: dict[str, _Member], candidates: tuple[str, ...], what: str, path: Path) -> str:
+    found = [key for key in candidates if key in members]
+    if not found:
+        raise InvalidArgument(
+            f"{path.name} has the arrays {', '.join(members) or '(none)'}; say which one "
+            f"holds the {what} with --{what}-key"
+        )
+    return found[0]
+
+
+def _member(members: dict[str, _Member], key: str, path: Path) -> _Member:
+    if key not in members:
+        raise InvalidArgument(f"{path.name} has no array {key!r}; it has {', '.join(members)}")
+    member = members[key]
+    if member.dtype.hasobject:
+        raise InvalidArgument(
+            f"{path.name}: {key!r} holds Python objects (a pickle), which are never loaded; "
+            "save it as numbers or as fixed-width text"
+        )
+    return member
+
+
+def _members(path: Path) -> dict[str, _Member]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {
+                name.removesuffix(".npy"): _header(archive, name)
+                for name in archive.namelist()
+                if name.endswith(".npy")
+            }
+    except FileNotFoundError as error:
+        raise NotFound(f"there is no file {path}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
+        raise InvalidArgument(f"{path.name} is not an NPZ file: {error}") from error
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> _Member:
+    with archive.open(name) as file:
+        shape, fortran_order, dtype = _read_header(file)
+    return _Member(name.removesuffix(".npy"), shape, dtype, fortran_order)
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
+
+
+def _pieces(archive: zipfile.ZipFile, member: _Member, step: int) -> Iterator[NDArray[Any]]:
+    """Rows of an array, ``step`` at a time."""
+    rows = member.shape[0]
+    row_shape = member.shape[1:]
+    with archive.open(f"{member.key}.npy") as file:
+        _read_header(file)
+        if member.fortran_order and row_shape:
+            # Its rows are scattered over the whole file; there is no way around reading all of it.
+            data = file.read()
+            whole = np.frombuffer(data, member.dtype).reshape(member.shape, order="F")
+            for first in range(0, rows, step):
+                yield whole[first : first + step]
+            return
+        row_bytes = member.dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            data = file.read(count * row_bytes)
+            if len(data) != count * row_bytes:
+                raise EOFError(f"{member.key} ends early")
+            yield np.frombuffer(data, member.dtype).reshape((count, *row_shape))

@@ -1,0 +1,126 @@
+"""Safetensors files: a tensor of features and one of targets, mapped and read in pieces."""
+
+import functools
+import json
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.data.formats.arrays import (
+    array_where,
+    batch_rows,
+    check_rows,
+    flat_width,
+    is_whole_bytes,
+    target_values,
+)
+from phalanx.data.manifest import SourceFile
+from phalanx.data.options import IngestOptions
+from phalanx.data.sources import ArrayBatch, ArrayShape
+from phalanx.errors import InvalidArgument, NotFound
+
+_FEATURE_KEYS = ("features", "X", "x", "data")
+_TARGET_KEYS = ("targets", "target", "y", "Y", "labels", "label")
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "u1",
+    "I8": "i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "U64": "<u8",
+    "I64": "<i8",
+    "F16": "<f2",
+    "F32": "<f4",
+    "F64": "<f8",
+}
+
+
+class SafetensorsArrays:
+    """One pair of tensors of a file."""
+
+    def __init__(self, path: Path, options: IngestOptions) -> None:
+        self._path = path
+        tensors = _tensors(path)
+        features_key = options.features_key or _usual(tensors, _FEATURE_KEYS, "features", path)
+        target_key = options.target_key or _usual(tensors, _TARGET_KEYS, "target", path)
+        for key in (features_key, target_key):
+            if key not in tensors:
+                raise InvalidArgument(
+                    f"{path.name} has no tensor {key!r}; it has {', '.join(tensors)}"
+                )
+        features, targets = tensors[features_key], tensors[target_key]
+        width = flat_width(features.shape, path.name, f"{features_key!r}")
+        check_rows(len(features), targets.shape[0] if targets.ndim else 0, path.name)
+        self._features = features.reshape(len(features), width)
+        self._targets = targets
+        self._shape = ArrayShape(
+            features=width,
+            whole_bytes=is_whole_bytes(features.dtype),
+            boolean_target=targets.dtype.kind == "b",
+            notes=(f"features are {features_key!r}, targets {target_key!r} of {path.name}",),
+        )
+
+    @property
+    def shape(self) -> ArrayShape:
+        """What the arrays are."""
+        return self._shape
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Name and size."""
+        return (SourceFile(self._path.name, self._path.stat().st_size),)
+
+    def batches(self) -> Iterator[ArrayBatch]:
+        """All rows in order."""
+        rows, width = self._features.shape
+        step = batch_rows(width, self._features.dtype.itemsize)
+        for first in range(0, rows, step):
+            yield ArrayBatch(
+                features=self._features[first : first + step],
+                targets=target_values(self._targets[first : first + step], self._path.name),
+                where=functools.partial(array_where, self._path.name, first),
+            )
+
+
+def _usual(
+    tensors: dict[str, NDArray[Any]], candidates: tuple[str, ...], what: str, path: Path
+) -> str:
+    found = [key for key in candidates if key in tensors]
+    if not found:
+        raise InvalidArgument(
+            f"{path.name} has the tensors {', '.join(tensors) or '(none)'}; say which one "
+            f"holds the {what} with --{what}-key"
+        )
+    return found[0]
+
+
+def _tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """All tensors of the file, mapped."""
+    try:
+        with path.open("rb") as file:
+            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        header_bytes = int.from_bytes(view[:8], "little")
+        header = json.loads(bytes(view[8 : 8 + header_bytes]))
+        header.pop("__metadata__", None)
+        body = view[8 + header_bytes :]
+        return {key: _tensor(body, key, entry) for key, entry in header.items()}
+    except FileNotFoundError as error:
+        raise NotFound(f"there is no file {path}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InvalidArgument(f"{path.name} is not a safetensors file: {error}") from error
+
+
+def _tensor(body: memoryview, key: str, entry: dict[str, Any]) -> NDArray[Any]:
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise ValueError(f"tensor {key!r} has type {entry['dtype']}, which cannot be read here")
+    first, stop = entry["data_offsets"]
+    if not 0 <= first <= stop <= len(body):
+        raise ValueError(f"tensor {key!r} reaches past the end of the file")
+    return np.frombuffer(body[first:stop], dtype=dtype).reshape(entry["shape"])

@@ -1,0 +1,379 @@
+"""Adding a data set: from files or arrays to chunks and a manifest, in bounded memory.
+
+Two passes over the data: the first learns what an encoding needs (vocabularies, means, classes)
+from the train split alone, the second encodes. A pass that would learn nothing is left out. Which
+row belongs to which split is a function of its number, so both passes agree without remembering
+anything.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.data.manifest import ChunkInfo, Column, DatasetManifest, Format
+from phalanx.data.opening import format_of, open_memory, open_paths
+from phalanx.data.options import IngestOptions
+from phalanx.data.preprocess import Encoder
+from phalanx.data.scan import ArrayEncoder, ArrayScan, ColumnScan, refuse_missing, select
+from phalanx.data.sources import (
+    TARGET,
+    ArrayBatch,
+    ArrayShape,
+    ArraySource,
+    Opened,
+    Source,
+    TableBatch,
+    TableShape,
+    TableSource,
+)
+from phalanx.data.splits import TEST, TRAIN, VALIDATION, Splitter, deal, split_name
+from phalanx.data.statistics import FEATURE_LIMIT
+from phalanx.data.targets import Target, TargetEncoder, TargetScan
+from phalanx.data.writer import BlobSink, DatasetWriter
+from phalanx.errors import InvalidArgument, Unimplemented, Violation
+
+DENSE_FEATURE_LIMIT = 1_000_000
+
+
+def ingest(
+    paths: Sequence[str | Path] | str | Path, options: IngestOptions, sink: BlobSink
+) -> DatasetManifest:
+    """Writes the files' rows as chunks to ``sink``; returns the manifest, which it does not write.
+
+    Memory stays bounded whatever the size of the files (an NPZ array in Fortran order excepted).
+    Raises NotFound for a missing file, and InvalidArgument, with file, line or row, column and
+    value, for anything in the data that has no stated meaning.
+    """
+    if options.link:
+        raise Unimplemented(
+            "registering files in place is not carried out by this version; without --link they "
+            "are copied",
+            violations=(Violation("link", "not carried out by this version"),),
+        )
+    chosen = [paths] if isinstance(paths, str | Path) else paths
+    files = [Path(path) for path in chosen]
+    opened = open_paths(files, options)
+    held_out = _held_out_files(opened, options, options.format or format_of(files))
+    return _ingest(opened.main, held_out, options, sink)
+
+
+def ingest_arrays(
+    features: Any,
+    targets: Any,
+    options: IngestOptions,
+    sink: BlobSink,
+    *,
+    feature_names: Sequence[str] = (),
+    test: tuple[Any, Any] | None = None,
+    validation: tuple[Any, Any] | None = None,
+) -> DatasetManifest:
+    """The same for objects in memory (see ``opening.open_memory``).
+
+    ``test`` and ``validation`` are (features, targets) of a split of their own; fractions are said
+    in the options.
+    """
+    main = open_memory(features, targets, options, feature_names).main
+    held_out = [
+        (code, open_memory(*pair, options, feature_names).main)
+        for code, pair in ((VALIDATION, validation), (TEST, test))
+        if pair is not None
+    ]
+    if test is not None and options.test is not None:
+        raise InvalidArgument("the test split is given twice, as data and in the options")
+    if validation is not None and options.validation is not None:
+        raise InvalidArgument("the validation split is given twice, as data and in the options")
+    return _ingest(main, held_out, options, sink)
+
+
+HeldOut = Sequence[tuple[int, Source]]
+
+
+def _held_out_files(
+    opened: Opened, options: IngestOptions, format_name: str
+) -> list[tuple[int, Source]]:
+    held_out: list[tuple[int, Source]] = []
+    names: tuple[tuple[int, Literal["test", "validation"]], ...] = (
+        (VALIDATION, "validation"),
+        (TEST, "test"),
+    )
+    for code, name in names:
+        paths = options.paths(name)
+        if paths:
+            held_out.append((code, open_paths(paths, options, opened.main, format_name).main))
+    if opened.test is not None:
+        if options.test is not None:
+            raise InvalidArgument("the files hold a test split already; leave out --test")
+        held_out.append((TEST, opened.test))
+    return held_out
+
+
+def _ingest(
+    main: Source, held_out: HeldOut, options: IngestOptions, sink: BlobSink
+) -> DatasetManifest:
+    splitter = Splitter(options.seed, options.fraction("test"), options.fraction("validation"))
+    shape = main.shape
+    for _, source in held_out:
+        if isinstance(source.shape, TableShape) != isinstance(shape, TableShape):
+            raise InvalidArgument("all splits must come as tables, or all as arrays")
+    if isinstance(shape, TableShape):
+        return _TableIngest(main, held_out, options, splitter, sink).run()
+    return _ArrayIngest(main, held_out, options, splitter, sink).run()
+
+
+@dataclass
+class _Ingest:
+    """What tables and arrays have in common."""
+
+    main: Any
+    held_out: Sequence[tuple[int, Any]]
+    options: IngestOptions
+    splitter: Splitter
+    sink: BlobSink
+
+    def _writer(self, features: int, sparse: bool, dtype: str, target_dtype: str) -> DatasetWriter:
+        return DatasetWriter(
+            self.sink,
+            features=features,
+            sparse=sparse,
+            dtype=dtype,
+            target_dtype=target_dtype,
+            chunk_bytes=self.options.chunk_bytes,
+            splits=3,
+        )
+
+    def _manifest(
+        self,
+        writer: DatasetWriter,
+        target: Target,
+        *,
+        features: int,
+        sparse: bool,
+        dtype: str,
+        columns: tuple[Column, ...],
+        notes: Sequence[str],
+    ) -> DatasetManifest:
+        chunks, statistics = writer.finish()
+        splits: dict[str, tuple[ChunkInfo, ...]] = {
+            split_name(code): part for code, part in enumerate(chunks) if part
+        }
+        self._check_splits(splits)
+        layout: Format = "csr" if sparse else "dense"
+        files = [*self.main.files]
+        for _, source in self.held_out:
+            files.extend(source.files)
+        if target.note:
+            notes = (*notes, target.note)
+        return DatasetManifest(
+            format=layout,
+            dtype=dtype,
+            features=features,
+            task=target.task,
+            target=target.name,
+            splits=splits,
+            statistics=statistics,
+            columns=columns,
+            classes=target.classes,
+            class_kind=target.class_kind,
+            source=tuple(files),
+            seed=self.options.seed,
+            notes=tuple(notes),
+        )
+
+    def _check_splits(self, splits: dict[str, tuple[ChunkInfo, ...]]) -> None:
+        if "train" not in splits:
+            raise InvalidArgument("no row is left for the train split")
+        wanted = [split_name(code) for code, _ in self.held_out]
+        wanted += [name for name in ("test", "validation") if getattr(self.options, name)]
+        for name in wanted:
+            if name not in splits:
+                raise InvalidArgument(f"the {name} split has no row; choose a larger fraction")
+
+
+class _TableIngest(_Ingest):
+    """Named columns: CSV, Parquet, frames."""
+
+    main: TableSource
+    held_out: Sequence[tuple[int, TableSource]]
+
+    def run(self) -> DatasetManifest:
+        shape = self.main.shape
+        target_name, notes = self._target(shape)
+        names = tuple(
+            name for name in shape.names if name != target_name and name not in self.options.ignore
+        )
+        if not names:
+            raise InvalidArgument("no column is left to learn from")
+        columns, target = self._scan(shape, names, target_name)
+        encoder = Encoder(columns, self.options.dtype)
+        if encoder.width > DENSE_FEATURE_LIMIT:
+            raise InvalidArgument(f"{encoder.width} features are more than {DENSE_FEATURE_LIMIT}")
+        sparse = self.options.layout == "csr"
+        targets = TargetEncoder(target)
+        writer = self._writer(encoder.width, sparse, self.options.dtype, targets.dtype)
+        for batch, codes in self._all_rows((*names, target_name)):
+            encoded_targets = targets.encode(batch.columns[target_name], batch.where)
+            raw = [batch.columns[name] for name in names]
+            first = 0
+            for features in encoder.encode(raw, batch.where):
+                rows = slice(first, first + len(features))
+                writer.add(features, encoded_targets[rows], codes[rows])
+                first = rows.stop
+        return self._manifest(
+            writer,
+            target,
+            features=encoder.width,
+            sparse=sparse,
+            dtype=self.options.dtype,
+            columns=columns,
+            notes=(*shape.notes, *notes, *encoder.oddities.sentences()),
+        )
+
+    def _target(self, shape: TableShape) -> tuple[str, tuple[str, ...]]:
+        """Name of the target column, and a note where it was assumed."""
+        wanted, names = self.options.target, shape.names
+        unknown = [name for name in self.options.ignore if name not in names]
+        if unknown:
+            raise InvalidArgument(
+                f"there is no column {unknown[0]!r} to ignore; the columns are {', '.join(names)}"
+            )
+        if wanted is None:
+            last = next(name for name in reversed(names) if name not in self.options.ignore)
+            return last, (f"the target is the last column, {last!r} (--target overrules)",)
+        if wanted in names:
+            return str(wanted), ()
+        try:
+            number = int(wanted)
+        except ValueError:
+            number = 0
+        if number == 0 or abs(number) > len(names):
+            raise InvalidArgument(
+                f"there is no target column {wanted!r}; the columns are {', '.join(names)}"
+            )
+        return names[number - 1 if number > 0 else number], ()
+
+    def _scan(
+        self, shape: TableShape, names: tuple[str, ...], target_name: str
+    ) -> tuple[tuple[Column, ...], Target]:
+        options = self.options
+        target = TargetScan(target_name, options.task, target_name in shape.booleans)
+        scans = {
+            name: ColumnScan(name, shape.kinds[name], options.missing, options.max_categories)
+            for name in names
+        }
+        # Without replacement of missing values a numeric column has nothing to teach.
+        studied = [
+            name
+            for name in names
+            if shape.kinds[name] == "categorical" or options.missing != "error"
+        ]
+        if studied or options.task != "regression":
+            for batch, codes in deal(self.main.batches((*studied, target_name)), self.splitter):
+                if options.missing == "error":
+                    refuse_missing({name: batch.columns[name] for name in studied}, batch.where)
+                train = np.flatnonzero(codes == TRAIN)
+                if not len(train):
+                    continue
+                target.add(*select(batch.columns[target_name], batch.where, train))
+                for name in studied:
+                    scans[name].add(*select(batch.columns[name], batch.where, train))
+                if target.settled and not studied:
+                    break
+        return tuple(scan.result() for scan in scans.values()), target.result()
+
+    def _all_rows(self, wanted: Sequence[str]) -> Iterator[tuple[TableBatch, NDArray[np.int8]]]:
+        yield from deal(self.main.batches(wanted), self.splitter)
+        for code, source in self.held_out:
+            for batch in source.batches(wanted):
+                yield batch, np.full(batch.rows, code, dtype=np.int8)
+
+
+class _ArrayIngest(_Ingest):
+    """Arrays: NPZ, safetensors, idx, LIBSVM, NumPy, SciPy."""
+
+    main: ArraySource
+    held_out: Sequence[tuple[int, ArraySource]]
+
+    def run(self) -> DatasetManifest:
+        shape = self.main.shape
+        columns, target, features = self._scan(shape)
+        shapes = [shape, *(source.shape for _, source in self.held_out)]
+        for other in shapes[1:]:
+            if other.features not in {None, features}:
+                raise InvalidArgument(
+                    f"the splits differ in width: {features} and {other.features} features"
+                )
+        sparse = shape.sparse if self.options.layout == "auto" else self.options.layout == "csr"
+        whole_bytes = all(each.whole_bytes for each in shapes) and not sparse and not shape.sparse
+        dtype = "uint8" if whole_bytes else self.options.dtype
+        encoder, targets = ArrayEncoder(columns, dtype), TargetEncoder(target)
+        writer = self._writer(features, sparse, dtype, targets.dtype)
+        for batch, codes in self._all_rows():
+            encoded = encoder.encode(_widened(batch, features), batch.where)
+            writer.add(encoded, targets.encode(batch.targets, batch.where), codes)
+        return self._manifest(
+            writer,
+            target,
+            features=features,
+            sparse=sparse,
+            dtype=dtype,
+            columns=columns,
+            notes=shape.notes,
+        )
+
+    def _scan(self, shape: ArrayShape) -> tuple[tuple[Column, ...], Target, int]:
+        options = self.options
+        task = options.task or ("classification" if shape.labels else None)
+        target = TargetScan(TARGET, task, shape.boolean_target)
+        fills = options.missing != "error" and not shape.sparse
+        if fills and (shape.features or 0) > FEATURE_LIMIT:
+            raise InvalidArgument(
+                f"missing values of more than {FEATURE_LIMIT} features stay errors"
+            )
+        means = ArrayScan(shape.features) if fills and shape.features else None
+        width = shape.features or 0
+        if means or shape.features is None or task != "regression":
+            for batch, codes in deal(self.main.batches(), self.splitter):
+                if shape.features is None:
+                    width = max(width, batch.features.shape[1])
+                train = np.flatnonzero(codes == TRAIN)
+                if not len(train):
+                    continue
+                target.add(*select(batch.targets, batch.where, train))
+                if means:
+                    means.add(batch.features[train])
+                if target.settled and not means and shape.features is not None:
+                    break
+        if not width:
+            raise InvalidArgument("the data has no features")
+        columns: tuple[Column, ...] = ()
+        if means:
+            columns = means.columns(shape.names, options.missing)
+        elif shape.names:
+            columns = tuple(Column(name) for name in shape.names)
+        return columns, target.result(), width
+
+    def _all_rows(self) -> Iterator[tuple[ArrayBatch, NDArray[np.int8]]]:
+        yield from deal(self.main.batches(), self.splitter)
+        for code, source in self.held_out:
+            for batch in source.batches():
+                yield batch, np.full(batch.rows, code, dtype=np.int8)
+
+
+def _widened(batch: ArrayBatch, features: int) -> Any:
+    """The rows at the full width; sparse batches are only as wide as their highest index."""
+    rows = batch.features
+    if rows.shape[1] == features:
+        return rows
+    if rows.shape[1] > features:
+        too_wide = np.flatnonzero(rows.indices >= features)[0]
+        row = int(np.searchsorted(rows.indptr, too_wide, side="right")) - 1
+        index = int(rows.indices[too_wide]) + 1
+        raise InvalidArgument(
+            f"{batch.where(row, f'index {index}')}: the train data has {features} features; say "
+            "--features with the full width"
+        )
+    return type(rows)((rows.data, rows.indices, rows.indptr), shape=(rows.shape[0], features))
