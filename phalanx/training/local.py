@@ -1,0 +1,257 @@
+"""Training inside the calling process: `workers=0`.
+
+The same leaves, the same tree, the same optimizer and the same decisions as on a cluster, one
+after another and without any wire, so the parameters have the same SHA-256. Good for debugging
+(a breakpoint in a user's model stops here) and as the reference that clusters are compared with.
+Nothing is checkpointed: the job lives and dies with the call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.blas import one_blas_thread
+from phalanx.data.manifest import DatasetManifest
+from phalanx.errors import FailedPrecondition, PhalanxError
+from phalanx.models.base import decay_mask
+from phalanx.optimizers import build_optimizer
+from phalanx.reduction import Node, TreeReducer
+from phalanx.training.decisions import RootDecider
+from phalanx.training.leaf import LeafRunner, all_finite, open_leaf_runner
+from phalanx.training.start import load_start_parameters
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import GoRecord, JobPlan, Layout
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job stands after a step or an evaluation."""
+
+    step: int
+    epoch: float
+    examples: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a job leaves behind.
+
+    Attributes:
+        layout: names and shapes of the tensors.
+        parameters: (n,) flat, final version.
+        parameters_sha256: of their little-endian bytes.
+        steps: number of updates.
+        examples: number of examples that entered them.
+        reason: which stop rule ended the job.
+        metrics: last value of each metric.
+        points: (step, name, value) of the curves.
+    """
+
+    layout: Layout
+    parameters: Array
+    parameters_sha256: str
+    steps: int
+    examples: int
+    reason: str
+    metrics: dict[str, float]
+    points: list[tuple[int, str, float]]
+
+
+def train_in_process(
+    plan: JobPlan,
+    manifest: DatasetManifest,
+    fetch: Callable[[str], Path],
+    *,
+    code_dir: Path | None = None,
+    start_model: Path | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> TrainedModel:
+    """Run a job to its end and return the model.
+
+    Args:
+        plan: the job's plan; layout and evaluation sums are filled in here.
+        manifest: its data set.
+        fetch: turns a chunk's digest into a local file.
+        code_dir: folder with the job's own code; it is put on `sys.path`.
+        start_model: safetensors file to start from; None: fresh parameters keyed by the seed.
+        on_progress: called after each step and evaluation; what it raises ends the job.
+        clock: seconds, for the wall-time rule alone.
+
+    Raises:
+        PhalanxError: the job cannot run, or failed; what a user's model raises passes through.
+    """
+    runner = open_leaf_runner(plan, manifest, fetch, code_dir)
+    with one_blas_thread():
+        return run_job(plan, runner, start_model, on_progress, clock)
+
+
+def run_job(
+    plan: JobPlan,
+    runner: LeafRunner,
+    start_model: Path | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> TrainedModel:
+    """Run the rounds of a job over leaves from `runner`; BLAS must use one thread already."""
+    job = _Job(plan, runner, start_model)
+    begin_s = clock()
+    go = job.decider.start()
+    while go.action not in (GoRecord.ACTION_STOP, GoRecord.ACTION_FAIL):
+        go = job.run(go, lambda: clock() - begin_s)
+        if on_progress is not None and job.decider.version > 0:
+            on_progress(job.progress())
+    if go.action == GoRecord.ACTION_FAIL:
+        raise FailedPrecondition(f"the job failed at step {go.version}", reason=go.reason)
+    return job.result(go.reason)
+
+
+class _Job:
+    """Parameters, optimizer state and decider of one run."""
+
+    def __init__(self, plan: JobPlan, runner: LeafRunner, start_model: Path | None) -> None:
+        self._plan = JobPlan()
+        self._plan.CopyFrom(plan)
+        self._plan.layout.CopyFrom(runner.model.layout)
+        self._plan.evaluation_sums[:] = runner.model.evaluation_sums
+        self._spec = JobSpec.FromString(plan.spec)
+        self._runner = runner
+        self._start_model = start_model
+        self._optimizer = build_optimizer(self._spec.train, plan.total_steps)
+        self._decay = decay_mask(runner.model.layout)
+        self.decider = RootDecider(self._plan, term=1)
+        self._skipped_steps: set[int] = set()
+        self._points: list[tuple[int, str, float]] = []
+        count = runner.model.layout.element_count
+        dtype = np.dtype(runner.model.layout.dtype)
+        self._parameters: Array = np.zeros(count, dtype)
+        self._next: Array = np.empty(count, dtype)
+        self._state: dict[str, Array] = {
+            name: np.zeros(count, dtype) for name in self._optimizer.state_names
+        }
+
+    def run(self, go: GoRecord, elapsed_s: Callable[[], float]) -> GoRecord:
+        """Carry out one record and return the next."""
+        if go.action == GoRecord.ACTION_INITIALISE:
+            self._initialise()
+            return self.decider.initialised(elapsed_s())
+        if go.action == GoRecord.ACTION_EVALUATE:
+            sums, count = self._evaluate()
+            return self._observed(self.decider.evaluated(sums.tolist(), count, elapsed_s()))
+        count, loss = self._train(go.version)
+        version = go.version + 1
+        return self._observed(self.decider.committed(version, count, loss, elapsed_s()))
+
+    def progress(self) -> Progress:
+        """Where the job stands."""
+        decider = self.decider
+        return Progress(decider.version, decider.epoch, decider.examples, dict(decider.metrics))
+
+    def result(self, reason: str) -> TrainedModel:
+        """The model at the newest version."""
+        little_endian = self._parameters.astype(self._parameters.dtype.newbyteorder("<"), copy=False)
+        return TrainedModel(
+            layout=self._plan.layout,
+            parameters=self._parameters,
+            parameters_sha256=hashlib.sha256(little_endian.data).hexdigest(),
+            steps=self.decider.version,
+            examples=self.decider.examples,
+            reason=reason,
+            metrics=dict(self.decider.metrics),
+            points=self._points,
+        )
+
+    def _observed(self, go: GoRecord) -> GoRecord:
+        self._points += self.decider.take_points()
+        return go
+
+    def _initialise(self) -> None:
+        if self._start_model is not None:
+            load_start_parameters(self._start_model, self._plan.layout, self._parameters)
+        else:
+            self._parameters[:] = self._runner.model.initial_parameters(self._spec.seed)
+        if not all_finite(self._parameters):
+            raise _failure("the initial parameters are not finite", "PARAMETERS_NON_FINITE")
+
+    def _train(self, version: int) -> tuple[int, float]:
+        tree = _ScalarTree(self._plan.shards)
+        for shard in range(self._plan.shards):
+            out = np.empty_like(self._parameters)
+            outcome = self._runner.train(self._parameters, shard, version, out)
+            if not outcome.finite:
+                self._skip(shard, version)
+            present = outcome.count > 0 and outcome.finite
+            tree.fill(shard, out if present else None, outcome.count, outcome.loss_sum)
+        gradient, count, loss = tree.result()
+        if gradient is not None:
+            self._optimizer.apply(
+                self._parameters, gradient, count, self._decay, self._state, version, self._next
+            )
+            if not all_finite(self._next):
+                message = f"step {version + 1} made parameters that are not finite"
+                raise _failure(message, "PARAMETERS_NON_FINITE")
+            self._parameters, self._next = self._next, self._parameters
+        return count, loss
+
+    def _skip(self, shard: int, version: int) -> None:
+        """Leave a leaf that is not finite out of its step, or fail, as the spec says."""
+        rule = self._spec.train.on_nonfinite
+        rows = self._runner.train_rows(shard)
+        message = (
+            f"the leaf of shard {shard} (rows {rows.first} to {rows.stop - 1}) in step "
+            f"{version + 1} is not finite; lower the learning rate or check the data"
+        )
+        if rule.WhichOneof("action") != "skip":
+            raise _failure(message, "NON_FINITE")
+        self._skipped_steps.add(version)
+        if 0 < rule.skip.max_steps < len(self._skipped_steps):
+            raise _failure(message, "NON_FINITE")
+
+    def _evaluate(self) -> tuple[NDArray[np.float64], int]:
+        tree = _ScalarTree(self._plan.evaluation_shards)
+        for shard in range(self._plan.evaluation_shards):
+            outcome, sums = self._runner.evaluate(self._parameters, shard)
+            if not outcome.finite:
+                raise _failure(
+                    f"the evaluation of step {self.decider.version} is not finite", "NON_FINITE"
+                )
+            present = outcome.count > 0
+            tree.fill(shard, sums if present else None, outcome.count, outcome.loss_sum)
+        total, count, _ = tree.result()
+        return (np.zeros(len(self._plan.evaluation_sums)) if total is None else total), count
+
+
+class _ScalarTree:
+    """The tree of one round with the count and loss of each node beside its vector."""
+
+    def __init__(self, width: int) -> None:
+        self._vectors = TreeReducer(width)
+        self._losses = TreeReducer(width)
+        self._count = 0
+
+    def fill(self, shard: int, vector: Array | None, count: int, loss: float) -> None:
+        node = Node(shard, 1)
+        mask = 0 if vector is None else 1
+        self._vectors.fill(node, vector, mask)
+        self._losses.fill(node, np.array([loss]) if mask else None, mask)
+        self._count += count if mask else 0
+
+    def result(self) -> tuple[Array | None, int, float]:
+        vector, _ = self._vectors.result
+        loss, _ = self._losses.result
+        return vector, self._count, 0.0 if loss is None else float(loss[0])
+
+
+def _failure(message: str, reason: str) -> PhalanxError:
+    return FailedPrecondition(message, reason=reason)
