@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from phalanx.data.formats.arrays import ArraySeries, MemoryArrays
 from phalanx.data.formats.csv_files import CsvTable
+from phalanx.data.formats.csv_text import open_bytes
 from phalanx.data.formats.idx_files import open_idx
 from phalanx.data.formats.libsvm_files import LibsvmArrays
 from phalanx.data.formats.npz_files import open_npz
@@ -120,12 +121,24 @@ def format_of(paths: Sequence[Path], default: str | None = None) -> str:
         path = inside[0]
     if "-idx" in path.name:
         return "idx"
-    found = _FORMAT_OF_ENDING.get(_ending(path), default)
+    found = _FORMAT_OF_ENDING.get(_ending(path)) or _format_by_content(path) or default
     if found is None:
         raise InvalidArgument(
             f"{path.name} does not tell its format; say --format with one of {', '.join(FORMATS)}"
         )
     return found
+
+
+def _format_by_content(path: Path) -> str | None:
+    """What the first bytes say, where they do."""
+    with open_bytes(path) as file:
+        try:
+            start = file.read(4)
+        except (OSError, EOFError):
+            return None
+    if start[:2] == b"\0\0" and len(start) == 4 and 0x08 <= start[2] <= 0x0E:
+        return "idx"
+    return {b"PAR1": "parquet", b"PK\x03\x04": "npz"}.get(start)
 
 
 def _ending(path: Path) -> str:

@@ -3,16 +3,18 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import scipy.sparse
 from numpy.typing import DTypeLike, NDArray
 
 from phalanx.data.chunks import CsrChunk, DenseChunk, open_chunk
 from phalanx.data.manifest import ChunkInfo, DatasetManifest
 from phalanx.errors import DataLoss, InvalidArgument
 from phalanx.models.base import Batch
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 _ALIGNMENT_BYTES = 64
 
@@ -96,9 +98,10 @@ class ChunkReader:
         """Lets go of all maps; the reader may be used again."""
         self._open.clear()
 
-    def _gather_csr(
-        self, selections: Sequence[Selection], targets: NDArray[Any]
-    ) -> scipy.sparse.csr_array:
+    def _gather_csr(self, selections: Sequence[Selection], targets: NDArray[Any]) -> "csr_array":
+        # Imported here, since a leaf process of dense data should not pay for it.
+        from scipy.sparse import csr_array
+
         lengths: NDArray[np.int64] = np.empty(len(targets), dtype=np.int64)
         gathered: list[tuple[NDArray[Any], NDArray[np.int32]]] = []
         position = 0
@@ -123,9 +126,7 @@ class ChunkReader:
             filled += len(values)
         indptr = np.zeros(len(targets) + 1, dtype=np.int32)
         np.cumsum(lengths, out=indptr[1:])
-        return scipy.sparse.csr_array(
-            (data, indices, indptr), shape=(len(targets), self.manifest.features)
-        )
+        return csr_array((data, indices, indptr), shape=(len(targets), self.manifest.features))
 
     def _chunk(self, selection: Selection) -> DenseChunk | CsrChunk:
         index = selection.chunk_index

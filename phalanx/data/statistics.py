@@ -4,13 +4,15 @@ Rows are taken in blocks of a size that depends on the number of features alone,
 merged in order (Chan's formula). The result therefore has the same bits however the rows arrived.
 """
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import scipy.sparse
 from numpy.typing import DTypeLike, NDArray
 
 from phalanx.data.manifest import DatasetManifest, Statistics
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 FEATURE_LIMIT = 100_000
 """Wider data sets keep the count only: nobody standardises them, and the manifest stays small."""
@@ -114,7 +116,7 @@ class CsrStatistics:
         self._minimum: Float64 = np.full(features, np.inf)
         self._maximum: Float64 = np.full(features, -np.inf)
 
-    def add(self, features: scipy.sparse.csr_array) -> None:
+    def add(self, features: "csr_array") -> None:
         """Sparse rows, in order; values are added one after another, so blocks do not matter."""
         values = features.data.astype(np.float64)
         where = features.indices
