@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -162,7 +162,7 @@ def standardise(features: Array, manifest: DatasetManifest) -> None:
         _apply(features, *scales)
 
 
-def _apply(features: Array, mean: Array, scale: Array) -> None:
+def _apply(features: Any, mean: Array, scale: Array) -> None:
     if isinstance(features, np.ndarray):
         np.subtract(features, mean, out=features)
         np.multiply(features, scale, out=features)
@@ -181,7 +181,7 @@ def _batch(reader: RowReader, selections: list[RowSelection], settings: _Setting
             _SCALES[reader] = manifest_mean_and_scale(reader.manifest, reader.dtype)
         scales = _SCALES[reader]
         if scales is not None:
-            _apply(batch.features, *scales)  # type: ignore[arg-type]
+            _apply(batch.features, *scales)
     return batch
 
 
