@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
@@ -28,7 +27,7 @@ def message_to_json(message: Message) -> dict[str, Json]:
     return result
 
 
-def _field(field: FieldDescriptor, value: Any) -> Json:
+def _field(field: Any, value: Any) -> Json:
     if not field.is_repeated:
         return _single(field, value)
     if isinstance(value, Mapping):
@@ -37,7 +36,7 @@ def _field(field: FieldDescriptor, value: Any) -> Json:
     return [_single(field, item) for item in value]
 
 
-def _single(field: FieldDescriptor, value: Any) -> Json:
+def _single(field: Any, value: Any) -> Json:
     if field.message_type is not None:
         if field.message_type.full_name.startswith(_WELL_KNOWN):
             known: Json = MessageToDict(value)  # a string for times, plain values for Struct

@@ -45,7 +45,7 @@ def add(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(metavar="classification|regression", help="Default: by the target's values."),
+        typer.Option(metavar="KIND", help="classification or regression. Default: by the values."),
     ] = None,
     test: Annotated[
         list[str] | None,
@@ -60,8 +60,8 @@ def add(
     missing: Annotated[
         str,
         typer.Option(
-            metavar="error|category|mean",
-            help="Missing values: refuse them, make them a category, or put in the mean.",
+            metavar="HOW",
+            help="Missing values: error, category (of their own) or mean.",
         ),
     ] = "error",
     link: Annotated[

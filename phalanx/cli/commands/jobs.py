@@ -98,7 +98,7 @@ def train(
         str | None, typer.Option(metavar="FRACTION|PATH", help="With --data: the held-out part.")
     ] = None,
     missing: Annotated[
-        str, typer.Option(metavar="error|category|mean", help="With --data: missing values.")
+        str, typer.Option(metavar="HOW", help="With --data: error, category or mean.")
     ] = "error",
     workers: Annotated[
         int, typer.Option(metavar="N", min=1, help="Workers, if a cluster must be started.")

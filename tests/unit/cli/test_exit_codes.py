@@ -1,0 +1,154 @@
+import pytest
+
+from phalanx import errors
+from phalanx.cli.errors import EXIT_OF_CODE, Exit
+from phalanx.local.ports import free_ports
+from phalanx.v1 import job_pb2
+
+CONTRACT = {
+    "DONE": 0,
+    "JOB_FAILED": 1,
+    "USAGE": 2,
+    "NOT_FOUND": 3,
+    "UNREACHABLE": 4,
+    "DENIED": 5,
+    "CONFLICT": 6,
+    "BUG": 70,
+    "INTERRUPTED": 130,
+}
+
+
+def test_the_numbers_are_a_contract():
+    assert {name: int(value) for name, value in Exit.__members__.items()} == CONTRACT
+
+
+def test_every_error_has_an_exit_code():
+    assert set(EXIT_OF_CODE) == set(errors.Code)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.InvalidArgument("wrong"), 2),
+        (errors.Unimplemented("not yet"), 2),
+        (errors.NotFound("where"), 3),
+        (errors.PermissionDenied("no"), 5),
+        (errors.Unauthenticated("who"), 5),
+        (errors.AlreadyExists("twice"), 6),
+        (errors.FailedPrecondition("not now"), 6),
+        (errors.ResourceExhausted("full"), 6),
+        (errors.Aborted("fenced"), 6),
+        (errors.DataLoss("bits"), 70),
+        (errors.DeadlineExceeded("late"), 4),
+    ],
+)
+def test_an_error_of_the_server_gives_its_exit_code(phalanx, cluster, error, code):
+    cluster.fail("ListJobs", error)
+    outcome = phalanx("jobs")
+    assert outcome.code == code
+    assert outcome.err == f"error: {error.message}\n"
+    assert outcome.out == ""
+
+
+def test_a_defect_of_the_server_gives_70(phalanx, cluster):
+    cluster.fail("ListJobs", errors.Internal("oops"))
+    outcome = phalanx("jobs")
+    assert (outcome.code, outcome.err) == (70, "error: oops\n")
+
+
+def test_a_server_that_stays_unavailable_gives_4_after_a_few_attempts(phalanx, cluster):
+    failure = errors.Unavailable("no leader", reason="NO_LEADER", retry_after_s=0.01)
+    cluster.fail("ListJobs", *[failure] * 20)
+    outcome = phalanx("jobs")
+    assert (outcome.code, outcome.err) == (4, "error: no leader\n")
+    assert 1 < len(cluster.requests("ListJobs")) < 10
+
+
+def test_nobody_at_the_address_gives_4_and_says_what_to_do(offline):
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    outcome = offline("--address", address, "--timeout", "5", "jobs")
+    assert outcome.code == 4
+    assert address in outcome.err
+    assert "phalanx up" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("jobs", "--nonsense"),
+        ("show",),
+        ("--timeout", "soon", "jobs"),
+        ("--address", "nowhere", "jobs"),
+        ("--address", "127.0.0.1:0", "jobs"),
+        ("--token-file", "token", "jobs"),
+        ("jobs", "--state", "sleeping"),
+        ("up", "--workers", "-1"),
+    ],
+)
+def test_a_wrong_command_line_gives_2(offline, arguments):
+    outcome = offline(*arguments)
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: ")
+    assert "Traceback" not in outcome.err
+
+
+def test_json_errors_have_the_shape_of_the_contract(phalanx, cluster):
+    cluster.fail(
+        "ListJobs",
+        errors.InvalidArgument(
+            "2 wrong fields", reason="BAD", violations=[errors.Violation("train.l2", "is negative")]
+        ),
+    )
+    outcome = phalanx("--json", "jobs")
+    assert outcome.code == 2
+    assert outcome.error() == {
+        "code": "INVALID_ARGUMENT",
+        "reason": "BAD",
+        "message": "2 wrong fields",
+        "violations": [{"field": "train.l2", "line": None, "message": "is negative"}],
+        "retry_after_s": None,
+    }
+
+
+def test_json_errors_tell_when_to_retry(phalanx, cluster):
+    cluster.fail("GetJob", *[errors.Unavailable("busy", reason="BUSY", retry_after_s=0.05)] * 9)
+    assert phalanx("--json", "show", "x").error()["retry_after_s"] == 0.05
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--json", "nonsense"), ("show", "--json"), ("jobs", "--nonsense", "--json")]
+)
+def test_a_wrong_command_line_is_told_in_json_as_well(offline, arguments):
+    outcome = offline(*arguments)
+    assert outcome.code == 2
+    assert outcome.error()["reason"] == "USAGE"
+
+
+def test_a_defect_gives_70_without_a_traceback(phalanx, cluster, monkeypatch):
+    from phalanx.sdk.cluster import Cluster
+
+    monkeypatch.setattr(Cluster, "jobs", lambda self: 1 / 0)
+    outcome = phalanx("jobs")
+    assert outcome.code == 70
+    assert "ZeroDivisionError" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_a_failed_job_gives_1_and_shows_the_traceback(phalanx, cluster):
+    cluster.jobs["digits-1"] = job_pb2.Job(
+        id="digits-1",
+        state=job_pb2.Job.STATE_FAILED,
+        reason="POISON_SHARD",
+        message="shard 3 failed 3 times",
+        failures=[job_pb2.Failure(code="RAISED", shard=3, traceback="ValueError: bad label")],
+    )
+    outcome = phalanx("watch", "digits-1")
+    assert outcome.code == 1
+    assert "ValueError: bad label" in outcome.err
+    assert "error: job digits-1 failed: shard 3 failed 3 times" in outcome.err
+
+
+def test_a_cancelled_job_gives_1(phalanx, cluster):
+    cluster.jobs["digits-1"] = job_pb2.Job(id="digits-1", state=job_pb2.Job.STATE_CANCELLED)
+    assert phalanx("watch", "digits-1").code == 1

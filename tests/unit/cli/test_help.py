@@ -1,0 +1,69 @@
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = [
+    *("up", "down", "status", "doctor", "submit", "train", "jobs", "show", "watch", "cancel"),
+    *("pause", "resume", "retry", "delete", "verify", "logs", "metrics", "events", "workers"),
+    *("drain", "predict", "gc"),
+]
+GROUPS = {
+    "data": ["add", "list", "show", "delete"],
+    "models": ["list", "show", "get", "export", "delete"],
+    "code": ["add", "list"],
+}
+SERVICES = ["coordinator", "aggregator", "worker", "storage"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(offline, command):
+    outcome = offline(command, "--help")
+    assert outcome.code == 0
+    assert f"phalanx {command}" in outcome.out
+
+
+@pytest.mark.parametrize(("group", "command"), [(g, c) for g, cs in GROUPS.items() for c in cs])
+def test_every_command_of_a_group_explains_itself(offline, group, command):
+    outcome = offline(group, command, "--help")
+    assert outcome.code == 0
+    assert f"phalanx {group} {command}" in outcome.out
+
+
+def test_help_lists_every_command_and_fits_80_columns(offline):
+    outcome = offline("--help")
+    assert outcome.code == 0
+    words = outcome.out.split()
+    for command in [*COMMANDS, *GROUPS, *SERVICES]:
+        assert command in words
+    assert max(map(len, outcome.out.splitlines())) <= 80
+
+
+def test_each_summary_fits_one_line(offline):
+    lines = offline("--help").out.splitlines()
+    for command in [*COMMANDS, *GROUPS, *SERVICES]:
+        summary = next(line for line in lines if line.startswith(f"│ {command} "))
+        assert summary.rstrip(" │").endswith(".")
+
+
+def test_no_command_shows_the_help_and_is_a_usage_error(offline):
+    assert offline().code == 2
+
+
+def test_version(offline):
+    import phalanx
+
+    outcome = offline("--version")
+    assert (outcome.code, outcome.out) == (0, f"phalanx {phalanx.__version__}\n")
+
+
+def test_help_loads_neither_numpy_nor_grpc():
+    program = (
+        "import sys\n"
+        "from phalanx.cli.main import run\n"
+        "run(['--help'])\n"
+        "heavy = {'numpy', 'grpc', 'pyarrow', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
