@@ -1,0 +1,275 @@
+"""Blobs of storage on the worker's disk: named by digest, least recently used go first.
+
+Several workers of one machine may share the folder. A file appears whole (temporary file, then
+rename) and is named by the SHA-256 of its content, so whoever finds it may use it. Who uses one
+holds a shared lock on it; who makes room takes an exclusive one first, and the kernel drops the
+locks of the dead. A file that is removed all the same stays readable for those that mapped it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from phalanx.errors import DataLoss, ResourceExhausted
+from phalanx.ids import check_blob_id
+from phalanx.telemetry.logs import get_logger
+from phalanx.telemetry.metrics import WorkerMetrics
+
+Download = Callable[[str, Path], Awaitable[None]]
+"""(digest, path): writes the blob to the path. Raises PhalanxError."""
+
+_PARALLEL_DOWNLOADS = 4
+_PREFETCHES_MAX = 256
+_ABANDONED_S = 3600.0
+
+_log = get_logger(__name__)
+
+
+@dataclass
+class _Pin:
+    """A lock on a cached file, and how many users it has."""
+
+    fd: int
+    users: int = 0
+
+
+@dataclass(eq=False)
+class Pinned:
+    """A cached file that is kept until `release`."""
+
+    path: Path
+    digest: str
+    _cache: BlobCache | None = field(repr=False, default=None)
+
+    def release(self) -> None:
+        """The file may go when room is needed; harmless when called twice."""
+        cache, self._cache = self._cache, None
+        if cache is not None:
+            cache._unpin(self.digest)
+
+
+class BlobCache:
+    """A folder with a byte limit. One instance per process; use it in one event loop.
+
+    Pinned files are never removed, so the folder may exceed the limit by what is in use.
+    """
+
+    def __init__(
+        self, folder: Path, limit_bytes: int, download: Download, metrics: WorkerMetrics
+    ) -> None:
+        self.limit_bytes = limit_bytes
+        self._blobs = folder / "blobs"
+        self._blobs.mkdir(parents=True, exist_ok=True)
+        self._download = download
+        self._metrics = metrics
+        self._pins: dict[str, _Pin] = {}
+        self._arriving: dict[str, asyncio.Task[None]] = {}
+        self._prefetching: set[asyncio.Task[None]] = set()
+        self._slots = asyncio.Semaphore(_PARALLEL_DOWNLOADS)
+        self._remove_abandoned()
+        metrics.cache_bytes.set(sum(size for _, size, _ in self._files()))
+
+    async def get(self, digest: str, size_bytes: int | None = None) -> Pinned:
+        """The file with this content, downloaded if need be.
+
+        A file of another size than `size_bytes` is damaged and fetched again. Raises PhalanxError.
+        """
+        check_blob_id(digest)
+        outcome = "hit"
+        while True:
+            pinned = self._pin_present(digest, size_bytes)
+            if pinned is not None:
+                self._metrics.cache_requests_total.labels(outcome=outcome).inc()
+                return pinned
+            outcome = "miss"
+            await self._arrival(digest)
+
+    def prefetch(self, digest: str, size_bytes: int | None = None) -> None:
+        """Start to fetch a blob that will be needed; more than a bounded number is ignored."""
+        if self._is_present(digest, size_bytes) or digest in self._arriving:
+            return
+        if len(self._prefetching) >= _PREFETCHES_MAX:
+            return
+
+        async def fetch() -> None:
+            # Whoever needs the blob meets the error again and reports it.
+            with contextlib.suppress(Exception):
+                await self._arrival(digest)
+
+        task = asyncio.create_task(fetch())
+        self._prefetching.add(task)
+        task.add_done_callback(self._prefetching.discard)
+
+    async def close(self) -> None:
+        """Stop downloads and let go of all pins."""
+        tasks = [*self._prefetching, *self._arriving.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for pin in self._pins.values():
+            os.close(pin.fd)
+        self._pins.clear()
+
+    # Present files
+
+    def _path(self, digest: str) -> Path:
+        return self._blobs / digest[:2] / digest
+
+    def _is_present(self, digest: str, size_bytes: int | None) -> bool:
+        try:
+            size = self._path(digest).stat().st_size
+        except OSError:
+            return False
+        return size_bytes is None or size == size_bytes
+
+    def _pin_present(self, digest: str, size_bytes: int | None) -> Pinned | None:
+        path = self._path(digest)
+        pin = self._pins.get(digest)
+        if pin is None or not path.exists():
+            fd = _open_locked(path)
+            if fd is None:
+                return None
+            if size_bytes is not None and os.fstat(fd).st_size != size_bytes:
+                _log.warning("cached_blob_damaged", digest=digest)
+                os.close(fd)
+                path.unlink(missing_ok=True)
+                return None
+            if pin is not None:
+                os.close(pin.fd)
+                pin.fd = fd
+            else:
+                pin = self._pins[digest] = _Pin(fd)
+        os.utime(pin.fd)
+        pin.users += 1
+        return Pinned(path, digest, self)
+
+    def _unpin(self, digest: str) -> None:
+        pin = self._pins.get(digest)
+        if pin is not None:
+            pin.users -= 1
+            if pin.users <= 0:
+                os.close(pin.fd)
+                del self._pins[digest]
+
+    # Arriving files
+
+    async def _arrival(self, digest: str) -> None:
+        """Wait until the blob has arrived; all who want it share one download."""
+        task = self._arriving.get(digest)
+        if task is None:
+            task = asyncio.create_task(self._fetch(digest))
+            self._arriving[digest] = task
+            task.add_done_callback(lambda _: self._arriving.pop(digest, None))
+        await asyncio.shield(task)
+
+    async def _fetch(self, digest: str) -> None:
+        async with self._slots:
+            path = self._path(digest)
+            path.parent.mkdir(exist_ok=True)
+            try:
+                await self._fetch_to(path, digest)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                # The disk is shared: make all the room that we can and try once more.
+                await asyncio.to_thread(self._make_room, 0)
+                await self._fetch_or_say_full(path, digest)
+            await asyncio.to_thread(self._make_room, self.limit_bytes)
+
+    async def _fetch_or_say_full(self, path: Path, digest: str) -> None:
+        try:
+            await self._fetch_to(path, digest)
+        except OSError as error:
+            raise ResourceExhausted(
+                f"the disk of the worker's cache is full ({error.strerror}); "
+                "free space, or point --cache-dir to another disk",
+                reason="CACHE_DISK_FULL",
+            ) from error
+
+    async def _fetch_to(self, path: Path, digest: str) -> None:
+        handle, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            await self._download(digest, partial)
+            if await asyncio.to_thread(_sha256, partial) != digest:
+                raise DataLoss(f"blob {digest[:12]} arrived with another content; check storage")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _make_room(self, limit_bytes: int) -> None:
+        """Remove what was not used for longest until at most `limit_bytes` are left."""
+        files = sorted(self._files())
+        total = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if total <= limit_bytes:
+                break
+            if _remove_unused(path):
+                total -= size
+        self._metrics.cache_bytes.set(total)
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        """(time of last use, size, path) of each file."""
+        files = []
+        for folder in self._blobs.iterdir():
+            for path in folder.glob("[0-9a-f]*"):
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.stat()
+                    files.append((status.st_mtime, status.st_size, path))
+        return files
+
+    def _remove_abandoned(self) -> None:
+        """Remove partial files whose writer is long gone."""
+        for path in self._blobs.glob("*/.partial-*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                    path.unlink()
+
+
+def _open_locked(path: Path) -> int | None:
+    """Open and lock a file for use; None where it is absent or about to be removed."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    if os.fstat(fd).st_nlink == 0:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _remove_unused(path: Path) -> bool:
+    """Remove a file unless someone has it locked."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,69 @@
+"""Settings of a worker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from phalanx.config import ServiceConfig, addresses, at_least, option, positive
+from phalanx.errors import Violation
+
+DEFAULT_CONTROL = "127.0.0.1:7410"
+GIBIBYTE = 2**30
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class WorkerConfig(ServiceConfig):
+    """Computes leaves: one session process, and one leaf process per slot."""
+
+    service: ClassVar[str] = "worker"
+
+    control: tuple[str, ...] = option(
+        (DEFAULT_CONTROL,), "Addresses of control, comma separated.", check=addresses, common=True
+    )
+    storage: tuple[str, ...] = option(
+        (), "Address of storage; empty: as control says.", check=addresses, common=True
+    )
+    slots: int = option(0, "Leaves that run at once; 0: one per core.", check=at_least(0))
+    cache_dir: Path = option(
+        Path.home() / ".cache" / "phalanx", "Folder of cached data; workers may share it."
+    )
+    cache_bytes: int = option(10 * GIBIBYTE, "Size limit of the cache.", check=positive)
+    slot_memory_bytes: int = option(
+        0, "Private memory that a leaf process may use; 0: no limit.", check=at_least(0)
+    )
+    labels: tuple[str, ...] = option((), "Labels of this worker as name=value, comma separated.")
+    leaf_timeout_s: float = option(
+        120.0, "A leaf without an end after this time is killed.", check=positive
+    )
+    drain_timeout_s: float = option(
+        30.0, "Longest time that leaving in good order may take.", check=positive
+    )
+
+    @property
+    def slot_count(self) -> int:
+        """Slots, with the default carried out."""
+        return self.slots or _usable_cores()
+
+    @property
+    def label_map(self) -> dict[str, str]:
+        """Labels by name."""
+        return {name: value for name, _, value in (text.partition("=") for text in self.labels)}
+
+    def violations(self) -> Sequence[Violation]:
+        """Labels need a name and a value; a slot needs room for Python itself."""
+        found = [
+            Violation("labels", f"{text!r} is not of the form name=value")
+            for text in self.labels
+            if not text.partition("=")[0] or "=" not in text
+        ]
+        if 0 < self.slot_memory_bytes < 64 * 2**20:
+            found.append(Violation("slot_memory_bytes", "must be 0 or at least 64Mi"))
+        return found

@@ -1,0 +1,47 @@
+"""How the nodes of a worker are split over its slots.
+
+A worker owes whole nodes of the tree. Its slots compute aligned pieces of them, so that a slot
+reduces as much as it can by itself and the session adds as little as possible, and no slot has
+more shards than an equal share.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+
+from phalanx.reduction import Node, children_present
+
+
+def shard_count(node: Node, width: int) -> int:
+    """Shards below `node` in a tree over `width` shards; its right edge may reach past the last."""
+    return max(0, min(node.first + node.span, width) - node.first)
+
+
+def contains(outer: Node, inner: Node) -> bool:
+    """Whether `inner` is `outer` or below it."""
+    return outer.first <= inner.first and inner.first + inner.span <= outer.first + outer.span
+
+
+def divide(nodes: Iterable[Node], slots: int, width: int, start: int = 0) -> list[list[Node]]:
+    """Split disjoint `nodes` into aligned pieces: one list per slot, in shard order.
+
+    No slot gets more than ceil(shards / slots) shards. Large pieces are kept whole where that
+    bound allows it. `start` rotates the slots, so that a retry meets another process.
+    """
+    heap = [(-shard_count(node, width), node) for node in nodes]
+    total = -sum(size for size, _ in heap)
+    share = -(-total // slots)
+    heapq.heapify(heap)
+    pieces: list[list[Node]] = [[] for _ in range(slots)]
+    loads = [(0, slot) for slot in range(slots)]
+    while heap:
+        size, node = heapq.heappop(heap)
+        load, slot = loads[0]
+        if load - size > share:
+            for child in children_present(node, width):
+                heapq.heappush(heap, (-shard_count(child, width), child))
+            continue
+        pieces[(slot + start) % slots].append(node)
+        heapq.heapreplace(loads, (load - size, slot))
+    return [sorted(piece) for piece in pieces]

@@ -1,0 +1,85 @@
+"""What the decisions ask the session process to do.
+
+None of them has to be durable first: a worker keeps nothing that cannot be computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from phalanx.v1 import coordination_service_pb2, training_pb2
+from worker.core.dispatch import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Fetch what the job needs (manifest, code, start model) and set its leaf processes up.
+
+    `describe`: only to describe the job; no term, no shared buffers.
+    """
+
+    plan: training_pb2.JobPlan
+    describe: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Let everything of the job go: streams, buffers, leaf state."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStreams:
+    """Replace the job's exchange streams by one to each of these aggregators (id, address)."""
+
+    job_id: str
+    term: int
+    owners: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """The stream to this aggregator has something to send."""
+
+    job_id: str
+    aggregator_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Have the slot's leaf process run the task."""
+
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Tell the leaf process that runs the task to stop after its present leaf."""
+
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Send this to control; kept over a broken session while it is about the current term."""
+
+    message: coordination_service_pb2.SessionRequest
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseSession:
+    """Control's generation is lower than one seen before: leave it and try the next address."""
+
+    generation: int
+    highest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """A drain was asked for and nothing is hosted any more."""
+
+
+Effect = (
+    Prepare | Discard | OpenStreams | Wake | Run | Cancel | Report | RefuseSession | Drained
+)

@@ -1,0 +1,361 @@
+"""What the worker decides about one job: versions, rounds, parts, streams.
+
+A round is open for the worker from its go record until the worker holds the next version whole.
+The round that counts is the newest one at the newest whole version, whatever the root has issued
+for later versions: some range may still lack what only this worker can send. INITIALISE is open
+while there is no version at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from phalanx.reduction import Node
+from phalanx.v1 import coordination_service_pb2 as coordination
+from phalanx.v1 import aggregation_service_pb2, training_pb2
+from worker.core.buffers import BufferPool
+from worker.core.dispatch import Dispatcher, Task
+from worker.core.effects import Cancel, Effect, OpenStreams, Report, Wake
+from worker.core.outbox import FrameOut, GoOut, Outbox
+from worker.core.rounds import Part, PartState, Round
+from worker.core.versions import Place, VersionAssembly
+
+GoRecord = training_pb2.GoRecord
+LeafFailed = coordination.LeafFailed
+
+LOSSES_WITHOUT_BLAME_MAX = 3
+"""After so many deaths of a leaf process outside any leaf, the part's first shard is named."""
+
+_WORK = (GoRecord.ACTION_TRAIN, GoRecord.ACTION_EVALUATE)
+
+
+@dataclass(frozen=True, slots=True)
+class LeafFailure:
+    """What a leaf process (or its death) says about one shard."""
+
+    shard: int
+    kind: coordination.LeafFailed.Kind.ValueType
+    message: str
+    traceback: str = ""
+    first_row: int = 0
+    row_count: int = 0
+
+
+class JobCore:
+    """One job on this worker; lives over terms. Every method returns what is to be done."""
+
+    def __init__(
+        self, plan: training_pb2.JobPlan, dispatcher: Dispatcher, new_task_id: Callable[[], int]
+    ) -> None:
+        self.plan = plan
+        self.job_id = plan.job_id
+        self.term = 0
+        self.placement = -1
+        self.prepared = False
+        self.train_nodes: list[Node] = []
+        self.evaluation_nodes: list[Node] = []
+        self.round: Round | None = None
+        self.versions = VersionAssembly((), 4)
+        self._dispatcher = dispatcher
+        self._new_task_id = new_task_id
+        self._outbox = Outbox((), 4, 0)
+        self._buffers = BufferPool()
+        self._go: dict[tuple[int, int], GoRecord] = {}
+        self._absent: dict[int, set[int]] = {}
+        self._tasks: dict[int, Task] = {}
+        self._losses: dict[Node, int] = {}
+
+    # Placement and term
+
+    def assign(self, message: coordination.AssignJob) -> list[Effect]:
+        """Take a placement; a lower term, or no higher placement, is ignored."""
+        if (message.term, message.placement) <= (self.term, self.placement):
+            return []
+        effects: list[Effect] = []
+        if message.term > self.term:
+            effects += self._start_term(message)
+        self.placement = message.placement
+        self.train_nodes = _nodes(message.train_nodes)
+        self.evaluation_nodes = _nodes(message.evaluation_nodes)
+        if self.round is not None:
+            effects += self._owe(self.round)
+        return effects
+
+    def prepare_done(self) -> list[Effect]:
+        """Code and data are here and the leaf processes know the job."""
+        self.prepared = True
+        effects: list[Effect] = [self._ready_report()]
+        return effects + self._turn()
+
+    def leave(self) -> list[Effect]:
+        """The job was revoked: stop computing it."""
+        self.prepared = False
+        self.train_nodes, self.evaluation_nodes = [], []
+        return self._end_round()
+
+    def skip(self, message: coordination.AbsentShards) -> list[Effect]:
+        """Control decided that these shards are left out of one step."""
+        if message.term != self.term:
+            return []
+        self._absent.setdefault(message.step, set()).update(message.shards)
+        round = self.round
+        if round is None or round.is_evaluation or round.go.version != message.step:
+            return []
+        return self._owe(round) if round.skip(message.shards) else []
+
+    # Exchange
+
+    def go_record(self, go: GoRecord) -> list[Effect]:
+        """The root decided; also carries the record to the other ranges."""
+        key = go.version, go.round
+        if go.term != self.term or key in self._go:
+            return []
+        self._go[key] = go
+        self._outbox.carry(go)
+        self._forget_old(go)
+        return [*self._turn(), *self._wake()]
+
+    def frame_place(self, frame: aggregation_service_pb2.VersionFrame) -> Place | None:
+        """Where the payload of a version frame goes; None: not wanted."""
+        if frame.term != self.term:
+            return None
+        return self.versions.place(
+            frame.range, frame.version, frame.first_element, frame.element_count
+        )
+
+    def frame_stored(self, place: Place) -> list[Effect]:
+        """The payload of a version frame is in its buffer."""
+        self.versions.stored(place)
+        return self._turn()
+
+    def stream_opened(self, aggregator_id: str) -> list[Effect]:
+        """An aggregator accepted the stream."""
+        self._outbox.opened(aggregator_id, (self._go[key] for key in sorted(self._go)))
+        return [Wake(self.job_id, aggregator_id)]
+
+    def stream_closed(self, aggregator_id: str) -> None:
+        """A stream broke; it will be opened again."""
+        self._outbox.closed(aggregator_id)
+
+    def next_message(self, aggregator_id: str) -> FrameOut | GoOut | None:
+        """What to send on a stream now; see `Outbox`."""
+        return self._outbox.next(aggregator_id)
+
+    # Leaf processes
+
+    def owns(self, task: Task) -> bool:
+        """Whether this is the hosting that gave the task out (not an earlier one, revoked)."""
+        return self._tasks.get(task.id) is task
+
+    def part_done(
+        self, task: Task, part: Part, count: int, loss: float, mask: int, sums: tuple[float, ...]
+    ) -> list[Effect]:
+        """A leaf process finished a part."""
+        if task.round is not self.round:
+            return []
+        return self._wake() if task.round.done(part, count, loss, mask, sums) else []
+
+    def part_failed(self, task: Task, part: Part, failure: LeafFailure) -> list[Effect]:
+        """A shard of a part failed; control decides what happens, the other parts go on."""
+        round = task.round
+        if round is not self.round or task.cancelled:
+            return []
+        part.state = PartState.FAILED
+        if failure.shard in round.absent and failure.shard not in task.absent:
+            return self._owe(round)
+        return [self._failure_report(round, failure)]
+
+    def task_ended(self, task: Task, lost: bool = False) -> list[Effect]:
+        """A leaf process is through with a task, or died over it (`lost`).
+
+        Parts that are neither done nor failed are given out again where they are still wanted.
+        """
+        self._tasks.pop(task.id, None)
+        round = task.round
+        if round is not self.round:
+            self._give_back(task.parts)
+            return []
+        effects: list[Effect] = []
+        again = []
+        for part in task.parts:
+            if part.state is not PartState.RUNNING:
+                continue
+            part.state = PartState.PENDING
+            if lost and self._blame_without_leaf(part):
+                message = "the leaf process dies again and again before it runs a leaf"
+                failure = LeafFailure(part.node.first, LeafFailed.KIND_CRASHED, message)
+                effects += self.part_failed(task, part, failure)
+            elif round.needs(part):
+                again.append(part)
+            else:
+                del round.parts[part.node]
+                self._give_back([part])
+        self._submit(round, again)
+        return effects
+
+    # Inside
+
+    def _start_term(self, message: coordination.AssignJob) -> list[Effect]:
+        effects = self._end_round()
+        layout = message.plan.layout
+        itemsize = np.dtype(layout.dtype or "float32").itemsize
+        self.plan = message.plan
+        self.term = message.term
+        self.versions = VersionAssembly(message.ranges, itemsize)
+        self._outbox = Outbox(message.ranges, itemsize, len(message.plan.evaluation_sums))
+        self._go.clear()
+        self._absent.clear()
+        self._losses.clear()
+        owners = {piece.aggregator_id: piece.address for piece in message.ranges}
+        effects.append(OpenStreams(self.job_id, self.term, tuple(sorted(owners.items()))))
+        if self.prepared:
+            effects.append(self._ready_report())
+        return effects
+
+    def _target(self) -> GoRecord | None:
+        """The go record of the round that is open for this worker."""
+        if not self.prepared:
+            return None
+        version = self.versions.whole_version
+        if version < 0:
+            first = self._go.get((0, 0))
+            newer = bool(self.versions.held_versions) and self.versions.held_versions[0] > 0
+            initialise = first is not None and first.action == GoRecord.ACTION_INITIALISE
+            return first if initialise and not newer else None
+        rounds = [key for key in self._go if key[0] == version]
+        go = self._go[max(rounds)] if rounds else None
+        return go if go is not None and go.action in _WORK else None
+
+    def _turn(self) -> list[Effect]:
+        """Open the round that counts now, if it is another one."""
+        go = self._target()
+        if (self.round.go if self.round is not None else None) is go:
+            return []
+        effects = self._end_round()
+        if go is None:
+            return effects
+        width = {
+            GoRecord.ACTION_INITIALISE: 1,
+            GoRecord.ACTION_EVALUATE: self.plan.evaluation_shards,
+        }.get(go.action, self.plan.shards)
+        self.round = Round(go, width, self._dispatcher.slots)
+        if go.action == GoRecord.ACTION_TRAIN:
+            self.round.absent = set(self._absent.get(go.version, ()))
+        self._outbox.turn_to(self.round)
+        return effects + self._owe(self.round)
+
+    def _owed(self, round: Round) -> list[Node]:
+        if round.is_evaluation:
+            return self.evaluation_nodes
+        if round.go.action == GoRecord.ACTION_INITIALISE:
+            return [Node(0, 1)] if any(node.first == 0 for node in self.train_nodes) else []
+        return self.train_nodes
+
+    def _owe(self, round: Round) -> list[Effect]:
+        for task in [task for task in self._tasks.values() if task.round is round]:
+            if self._dispatcher.withdraw(task):
+                del self._tasks[task.id]
+        before = list(round.parts.values())
+        new = round.owe(self._owed(round))
+        kept = set(round.parts.values())
+        self._give_back(part for part in before if part not in kept)
+        self._submit(round, new)
+        cancelled = self._cancel(
+            task
+            for task in self._tasks.values()
+            if task.round is round
+            and self._dispatcher.running.get(task.slot) is task
+            and not any(round.needs(part) for part in task.parts)
+        )
+        return [*cancelled, *self._wake()]
+
+    def _end_round(self) -> list[Effect]:
+        round, self.round = self.round, None
+        self._outbox.turn_to(None)
+        if round is None:
+            return []
+        for task in list(self._tasks.values()):
+            if task.round is round and self._dispatcher.withdraw(task):
+                del self._tasks[task.id]
+        running = [task for task in self._tasks.values() if task.round is round]
+        busy = {part for task in running for part in task.parts}
+        self._give_back(part for part in round.parts.values() if part not in busy)
+        return self._cancel(running)
+
+    def _submit(self, round: Round, parts: Iterable[Part]) -> None:
+        by_slot: dict[int, list[Part]] = {}
+        for part in parts:
+            by_slot.setdefault(part.slot, []).append(part)
+            if part.buffer < 0 and not round.is_evaluation:
+                part.buffer = self._buffers.take()
+        initialise = round.go.action == GoRecord.ACTION_INITIALISE
+        buffer = -1 if initialise else self.versions.buffer_of(round.go.version)
+        for slot, owned in sorted(by_slot.items()):
+            task = Task(
+                id=self._new_task_id(),
+                job_id=self.job_id,
+                term=self.term,
+                round=round,
+                parts=owned,
+                slot=slot,
+                parameters=buffer,
+                absent=frozenset(round.absent),
+            )
+            self._tasks[task.id] = task
+            self._dispatcher.submit(task)
+
+    def _give_back(self, parts: Iterable[Part]) -> None:
+        for part in parts:
+            if part.buffer >= 0:
+                self._buffers.give_back(part.buffer)
+                part.buffer = -1
+
+    def _cancel(self, tasks: Iterable[Task]) -> list[Effect]:
+        effects: list[Effect] = []
+        for task in tasks:
+            if not task.cancelled:
+                task.cancelled = True
+                effects.append(Cancel(task))
+        return effects
+
+    def _blame_without_leaf(self, part: Part) -> bool:
+        losses = self._losses.get(part.node, 0) + 1
+        self._losses[part.node] = losses
+        return losses >= LOSSES_WITHOUT_BLAME_MAX
+
+    def _forget_old(self, newest: GoRecord) -> None:
+        """Keep the go records of the versions that ranges may still hold."""
+        for key in [key for key in self._go if key[0] < newest.version - 1]:
+            del self._go[key]
+        for step in [step for step in self._absent if step < newest.version - 1]:
+            del self._absent[step]
+
+    def _wake(self) -> list[Effect]:
+        return [Wake(self.job_id, name) for name in self._outbox.open_streams]
+
+    def _ready_report(self) -> Report:
+        ready = coordination.WorkerJobReady(job_id=self.job_id, term=self.term)
+        return Report(coordination.SessionRequest(worker_job_ready=ready))
+
+    def _failure_report(self, round: Round, failure: LeafFailure) -> Report:
+        failed = coordination.LeafFailed(
+            job_id=self.job_id,
+            term=self.term,
+            step=round.go.version,
+            round=round.go.round,
+            shard=failure.shard,
+            kind=failure.kind,
+            message=failure.message,
+            traceback=failure.traceback,
+            first_row=failure.first_row,
+            row_count=failure.row_count,
+            evaluation=round.is_evaluation,
+        )
+        return Report(coordination.SessionRequest(leaf_failed=failed))
+
+
+def _nodes(messages: Iterable[training_pb2.TreeNode]) -> list[Node]:
+    return sorted(Node(message.first, message.span) for message in messages)

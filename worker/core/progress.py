@@ -1,0 +1,43 @@
+"""What heartbeats say about a job: leaves done, examples per second, leaf times."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+_LEAF_TIMES_KEPT = 128
+_HALF_LIFE_S = 2.0
+
+
+class JobProgress:
+    """Counts of one job on this worker; times are monotonic seconds."""
+
+    def __init__(self) -> None:
+        self.leaves_done = 0
+        self._examples = 0
+        self._rate = 0.0
+        self._last_s: float | None = None
+        self._leaf_seconds: deque[float] = deque(maxlen=_LEAF_TIMES_KEPT)
+
+    def add(self, examples: int, leaf_seconds: Iterable[float]) -> None:
+        """A part was finished."""
+        for seconds in leaf_seconds:
+            self._leaf_seconds.append(seconds)
+            self.leaves_done += 1
+        self._examples += examples
+
+    def examples_per_second(self, now_s: float) -> float:
+        """Smoothed rate; call it once per heartbeat."""
+        if self._last_s is not None and now_s > self._last_s:
+            elapsed_s = now_s - self._last_s
+            keep = 0.5 ** (elapsed_s / _HALF_LIFE_S)
+            self._rate = keep * self._rate + (1 - keep) * self._examples / elapsed_s
+        self._last_s = now_s
+        self._examples = 0
+        return self._rate
+
+    @property
+    def leaf_seconds_p95(self) -> float:
+        """95th percentile of the newest leaf times; 0 before the first."""
+        ordered = sorted(self._leaf_seconds)
+        return ordered[(len(ordered) * 95 + 99) // 100 - 1] if ordered else 0.0

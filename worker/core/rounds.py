@@ -1,0 +1,201 @@
+"""One open round on one worker: which nodes it owes, which pieces compute them, what is done.
+
+The worker owes *wire nodes*: whole nodes whose payload it sends. Each consists of one or more
+*parts*, aligned pieces that one slot computes in one go. A wire node is ready when all of its
+parts are done; its payload is the canonical sum of theirs, made while frames are built.
+
+When the placement changes within a round, finished and running parts are kept and used wherever
+they fit, because a copy of a part is equal to the last bit whoever asked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from phalanx.reduction import Node, children_present, full_mask
+from phalanx.v1 import training_pb2
+from worker.core.division import contains, divide, shard_count
+
+GoRecord = training_pb2.GoRecord
+
+
+class PartState(Enum):
+    """A part is waiting for a slot, in a leaf process, finished, or waiting for control."""
+
+    PENDING = auto()
+    RUNNING = auto()
+    DONE = auto()
+    FAILED = auto()
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """A piece that one slot computes; `mask` has bit i for shard `node.first + i` present."""
+
+    node: Node
+    slot: int
+    buffer: int = -1
+    state: PartState = PartState.PENDING
+    count: int = 0
+    loss: float = 0.0
+    mask: int = 0
+    sums: tuple[float, ...] = ()
+
+
+Fold = Part | tuple["Fold", "Fold"]
+"""The canonical sum of parts: a part, or left plus right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Scalars of a wire node, reduced as its vectors are."""
+
+    count: int
+    loss: float
+    mask: int
+
+
+@dataclass(slots=True)
+class Wire:
+    """A node that the worker sends; `ready` once all of its parts are done."""
+
+    node: Node
+    ready: bool = False
+    fold: Fold | None = None
+    totals: Totals = field(default_factory=lambda: Totals(0, 0.0, 0))
+
+
+class Round:
+    """The worker's share of the round that `go` opened, over a tree of `width` shards."""
+
+    def __init__(self, go: GoRecord, width: int, slots: int) -> None:
+        self.go = go
+        self.width = width
+        self.absent: set[int] = set()
+        self.wires: dict[Node, Wire] = {}
+        self.parts: dict[Node, Part] = {}
+        self._slots = slots
+        self._retries = 0
+
+    @property
+    def is_evaluation(self) -> bool:
+        return self.go.action == GoRecord.ACTION_EVALUATE
+
+    def owe(self, nodes: Iterable[Node]) -> list[Part]:
+        """Owe exactly `nodes` from now on. Return the new parts, in state PENDING.
+
+        Parts that failed are tried again, on another slot where there is one.
+        """
+        failed = self._drop(PartState.FAILED)
+        self._drop(PartState.PENDING)
+        self._retries += 1 if failed else 0
+        kept = {node: wire for node, wire in self.wires.items() if wire.ready}
+        self.wires = kept
+        missing: list[Node] = []
+        for node in nodes:
+            if any(contains(sent, node) for sent in kept):
+                continue
+            around = self._part_around(node)
+            wire = Wire(around.node if around is not None else node)
+            if wire.node not in self.wires:
+                self.wires[wire.node] = wire
+                missing += self._missing(wire.node)
+        pieces = divide(missing, self._slots, self.width, self._retries)
+        new = [Part(node, slot) for slot, owned in enumerate(pieces) for node in owned]
+        self.parts.update((part.node, part) for part in new)
+        self._settle()
+        return new
+
+    def skip(self, shards: Iterable[int]) -> bool:
+        """Leave these shards out. True: a failed part can be tried again without them."""
+        self.absent.update(shards)
+        return any(
+            part.state is PartState.FAILED and self._has_absent(part.node)
+            for part in self.parts.values()
+        )
+
+    def done(
+        self, part: Part, count: int, loss: float, mask: int, sums: tuple[float, ...]
+    ) -> list[Wire]:
+        """A part is finished; return the wire nodes that became ready."""
+        part.count, part.loss, part.mask, part.sums = count, loss, mask, sums
+        part.state = PartState.DONE
+        return self._settle()
+
+    def needs(self, part: Part) -> bool:
+        """Whether a wire node still waits for this part."""
+        return any(contains(wire.node, part.node) for wire in self.wires.values())
+
+    def _settle(self) -> list[Wire]:
+        """Find the wire nodes that became ready."""
+        ready = []
+        for wire in self.wires.values():
+            if not wire.ready and self._whole(wire.node):
+                wire.ready = True
+                wire.fold = self._fold(wire.node)
+                wire.totals = self._totals(wire.node)
+                ready.append(wire)
+        return ready
+
+    def _drop(self, state: PartState) -> list[Part]:
+        dropped = [part for part in self.parts.values() if part.state is state]
+        for part in dropped:
+            del self.parts[part.node]
+        return dropped
+
+    def _part_around(self, node: Node) -> Part | None:
+        return next((part for part in self.parts.values() if contains(part.node, node)), None)
+
+    def _missing(self, node: Node) -> list[Node]:
+        """The largest nodes below `node` that no part covers."""
+        if node in self.parts:
+            return []
+        if not any(contains(node, part.node) for part in self.parts.values()):
+            return [node]
+        return [low for child in children_present(node, self.width) for low in self._missing(child)]
+
+    def _whole(self, node: Node) -> bool:
+        part = self.parts.get(node)
+        if part is not None:
+            return part.state is PartState.DONE
+        if node.span == 1:
+            return False
+        return all(self._whole(child) for child in children_present(node, self.width))
+
+    def _fold(self, node: Node) -> Fold | None:
+        """The sum of a whole node, without what is absent; None: all of it is."""
+        part = self.parts.get(node)
+        if part is not None:
+            return part if part.mask else None
+        folds = [self._fold(child) for child in children_present(node, self.width)]
+        present = [fold for fold in folds if fold is not None]
+        if len(present) == 2:
+            return present[0], present[1]
+        return present[0] if present else None
+
+    def _totals(self, node: Node) -> Totals:
+        part = self.parts.get(node)
+        if part is not None:
+            return Totals(part.count, part.loss, part.mask)
+        totals = [self._totals(child) for child in children_present(node, self.width)]
+        if len(totals) == 1:
+            return totals[0]
+        left, right = totals
+        mask = left.mask | right.mask << node.span // 2
+        if not left.mask or not right.mask:
+            present = left if left.mask else right
+            return Totals(present.count, present.loss, mask)
+        return Totals(left.count + right.count, left.loss + right.loss, mask)
+
+    def _has_absent(self, node: Node) -> bool:
+        stop = node.first + shard_count(node, self.width)
+        return any(node.first <= shard < stop for shard in self.absent)
+
+
+def shard_mask(node: Node, mask: int, width: int) -> bytes:
+    """The mask as a frame carries it: empty where every shard is present."""
+    if mask == full_mask(node, width):
+        return b""
+    return mask.to_bytes(-(-shard_count(node, width) // 8), "little")

@@ -1,0 +1,13 @@
+"""Which rows a shard has, for messages that name it."""
+
+from __future__ import annotations
+
+from phalanx.v1 import training_pb2
+
+
+def rows_of_shard(plan: training_pb2.JobPlan, shard: int, evaluation: bool) -> tuple[int, int]:
+    """First row and number of rows of a shard within its split."""
+    rows = plan.evaluation_rows if evaluation else plan.train_rows
+    shards = max(1, plan.evaluation_shards if evaluation else plan.shards)
+    first = shard * rows // shards
+    return first, (shard + 1) * rows // shards - first

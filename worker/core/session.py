@@ -1,0 +1,130 @@
+"""What the worker decides about its membership: generations, which jobs it hosts, drain.
+
+Also the one place where effects are completed: whatever happened, idle slots get waiting tasks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+from phalanx.reduction import Node
+from phalanx.v1 import coordination_service_pb2 as coordination
+from phalanx.v1 import training_pb2
+from worker.core.dispatch import Dispatcher, Task
+from worker.core.effects import (
+    Discard,
+    Drained,
+    Effect,
+    Prepare,
+    RefuseSession,
+    Report,
+    Run,
+)
+from worker.core.job import JobCore
+
+
+class WorkerCore:
+    """All decisions of one worker with `slots` leaf processes."""
+
+    def __init__(self, slots: int) -> None:
+        self.dispatcher = Dispatcher(slots)
+        self.jobs: dict[str, JobCore] = {}
+        self.generation = 0
+        self.draining = False
+        self._task_ids = itertools.count(1)
+
+    def message(self, message: coordination.SessionResponse) -> list[Effect]:
+        """Control said something."""
+        if message.generation < self.generation:
+            return [RefuseSession(message.generation, self.generation)]
+        self.generation = message.generation
+        match message.WhichOneof("message"):
+            case "describe_job":
+                return [Prepare(message.describe_job.plan, describe=True)]
+            case "assign_job":
+                return self.settle(self._assign(message.assign_job))
+            case "revoke_job":
+                return self.settle(self._revoke(message.revoke_job))
+            case "absent_shards":
+                job = self.jobs.get(message.absent_shards.job_id)
+                return self.settle(job.skip(message.absent_shards) if job is not None else [])
+            case "drain":
+                return self.drain()
+        return []
+
+    def drain(self) -> list[Effect]:
+        """Leave in good order: control is asked to move everything away."""
+        if self.draining:
+            return []
+        self.draining = True
+        return [self.drain_request(), *self._drained()]
+
+    def drain_request(self) -> Report:
+        """The wish to be drained; said again on every new session."""
+        request = coordination.DrainRequested()
+        return Report(coordination.SessionRequest(drain_requested=request))
+
+    def held_jobs(self) -> list[coordination.HeldWorkerJob]:
+        """What the hello says of the jobs that are hosted."""
+        return [
+            coordination.HeldWorkerJob(
+                job_id=job.job_id,
+                term=job.term,
+                placement=job.placement,
+                train_nodes=_messages(job.train_nodes),
+                evaluation_nodes=_messages(job.evaluation_nodes),
+                ready=job.prepared,
+            )
+            for job in self.jobs.values()
+        ]
+
+    def settle(self, effects: list[Effect]) -> list[Effect]:
+        """Add what follows for the slots: call it on the effects of every event of a job."""
+        return effects + [Run(task) for task in self.dispatcher.start()]
+
+    def prepare_done(self, job_id: str) -> list[Effect]:
+        """Everything that the job needs is here."""
+        job = self.jobs.get(job_id)
+        return self.settle(job.prepare_done()) if job is not None else []
+
+    def slot_idle(self, slot: int) -> list[Effect]:
+        """A leaf process is up, or through with a task."""
+        self.dispatcher.slot_idle(slot)
+        return self.settle([])
+
+    def task_ended(self, task: Task, lost: bool) -> list[Effect]:
+        """The leaf process of a task is through with it, or dead (`lost`)."""
+        if lost:
+            self.dispatcher.slot_lost(task.slot)
+        else:
+            self.dispatcher.slot_idle(task.slot)
+        job = self.jobs.get(task.job_id)
+        known = job is not None and job.owns(task)
+        return self.settle(job.task_ended(task, lost) if job is not None and known else [])
+
+    def _assign(self, message: coordination.AssignJob) -> list[Effect]:
+        job = self.jobs.get(message.plan.job_id)
+        if job is not None:
+            return job.assign(message)
+        job = JobCore(message.plan, self.dispatcher, lambda: next(self._task_ids))
+        self.jobs[job.job_id] = job
+        return [Prepare(message.plan), *job.assign(message)]
+
+    def _revoke(self, message: coordination.RevokeJob) -> list[Effect]:
+        job = self.jobs.get(message.job_id)
+        released = coordination.WorkerJobReleased(job_id=message.job_id, term=message.term)
+        report = Report(coordination.SessionRequest(worker_job_released=released))
+        if job is None:
+            return [report]
+        if message.term < job.term:
+            return []
+        del self.jobs[message.job_id]
+        return [*job.leave(), Discard(message.job_id), report, *self._drained()]
+
+    def _drained(self) -> list[Effect]:
+        return [Drained()] if self.draining and not self.jobs else []
+
+
+def _messages(nodes: Iterable[Node]) -> list[training_pb2.TreeNode]:
+    return [training_pb2.TreeNode(first=node.first, span=node.span) for node in nodes]

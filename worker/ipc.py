@@ -1,0 +1,249 @@
+"""Messages between the session process and a leaf process, over a Unix socket pair.
+
+A message is a 5-byte head (length of the body, kind) and a body. What happens every step is packed
+with `struct`; the rest is JSON, with raw bytes behind it where there are some. Descriptors of
+shared memory travel beside the bytes.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import socket
+import struct
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+_HEAD = struct.Struct("<IB")
+_JSON = struct.Struct("<I")
+_RUN = struct.Struct("<QIBqiHH")
+_RUN_PART = struct.Struct("<iii")
+_DONE = struct.Struct("<QHqdHHH")
+_ENDED = struct.Struct("<Q")
+_RECEIVE_BYTES = 256 * 1024
+_FDS_MAX = 4
+
+MESSAGE_LIMIT_BYTES = 64 * 1024 * 1024
+"""A longer message is a defect (plans with all code are below 1 MiB)."""
+
+
+class Kind(IntEnum):
+    """To the leaf process: SETUP … FETCHED; from it: the rest."""
+
+    SETUP = 1
+    DESCRIBE = 2
+    RUN = 3
+    DROP = 4
+    FETCHED = 5
+    FINGERPRINT = 6
+    READY = 16
+    SETUP_DONE = 17
+    DESCRIBED = 18
+    PART_DONE = 19
+    PART_FAILED = 20
+    TASK_ENDED = 21
+    FETCH = 22
+    PREFETCH = 23
+    FINGERPRINTED = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One received message; `fds` are the receiver's to close."""
+
+    kind: Kind
+    body: bytes
+    fds: tuple[int, ...] = ()
+
+
+class ConnectionClosed(Exception):
+    """The other process is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOrder:
+    """Run the parts (first shard, span, payload buffer) of a task."""
+
+    task: int
+    job: int
+    action: int
+    version: int
+    parameters: int
+    parts: tuple[tuple[int, int, int], ...]
+    absent: tuple[int, ...] = ()
+
+    def pack(self) -> bytes:
+        head = _RUN.pack(
+            self.task,
+            self.job,
+            self.action,
+            self.version,
+            self.parameters,
+            len(self.parts),
+            len(self.absent),
+        )
+        parts = b"".join(_RUN_PART.pack(*part) for part in self.parts)
+        return head + parts + struct.pack(f"<{len(self.absent)}i", *self.absent)
+
+    @classmethod
+    def unpack(cls, body: bytes) -> RunOrder:
+        task, job, action, version, parameters, parts, absent = _RUN.unpack_from(body)
+        at = _RUN.size
+        end = at + parts * _RUN_PART.size
+        return cls(
+            task=task,
+            job=job,
+            action=action,
+            version=version,
+            parameters=parameters,
+            parts=tuple(_RUN_PART.iter_unpack(body[at:end])),  # type: ignore[arg-type]
+            absent=struct.unpack_from(f"<{absent}i", body, end),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PartDone:
+    """Part `index` of a task is in its buffer; `seconds` has the time of each of its leaves."""
+
+    task: int
+    index: int
+    count: int
+    loss: float
+    mask: int
+    sums: tuple[float, ...] = ()
+    seconds: tuple[float, ...] = ()
+
+    def pack(self) -> bytes:
+        mask = self.mask.to_bytes(-(-self.mask.bit_length() // 8), "little")
+        head = _DONE.pack(
+            self.task,
+            self.index,
+            self.count,
+            self.loss,
+            len(mask),
+            len(self.sums),
+            len(self.seconds),
+        )
+        floats = struct.pack(f"<{len(self.sums)}d{len(self.seconds)}f", *self.sums, *self.seconds)
+        return head + mask + floats
+
+    @classmethod
+    def unpack(cls, body: bytes) -> PartDone:
+        task, index, count, loss, mask_bytes, sums, seconds = _DONE.unpack_from(body)
+        at = _DONE.size
+        end = at + mask_bytes
+        floats = struct.unpack_from(f"<{sums}d{seconds}f", body, end)
+        mask = int.from_bytes(body[at:end], "little")
+        return cls(task, index, count, loss, mask, floats[:sums], floats[sums:])
+
+
+def pack_ended(task: int) -> bytes:
+    """Body of TASK_ENDED."""
+    return _ENDED.pack(task)
+
+
+def unpack_ended(body: bytes) -> int:
+    """The task of TASK_ENDED."""
+    (task,) = _ENDED.unpack(body)
+    return int(task)
+
+
+def pack_json(document: dict[str, Any], blob: bytes = b"") -> bytes:
+    """Body of the messages that are rare: JSON, then raw bytes."""
+    text = json.dumps(document).encode()
+    return _JSON.pack(len(text)) + text + blob
+
+
+def unpack_json(body: bytes) -> tuple[dict[str, Any], bytes]:
+    """What `pack_json` packed."""
+    (size,) = _JSON.unpack_from(body)
+    end = _JSON.size + size
+    return json.loads(body[_JSON.size : end]), body[end:]
+
+
+class Assembler:
+    """Cuts what a stream socket delivers into messages again."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._fds: list[int] = []
+
+    def feed(self, data: bytes, received: Sequence[int] = ()) -> list[Message]:
+        """Add received bytes and descriptors; return the messages that are complete.
+
+        Only SETUP carries a descriptor: one, or none where it has no arena.
+        """
+        self._buffer += data
+        self._fds += received
+        messages = []
+        at = 0
+        while len(self._buffer) - at >= _HEAD.size:
+            size, kind = _HEAD.unpack_from(self._buffer, at)
+            end = at + _HEAD.size + size
+            if size > MESSAGE_LIMIT_BYTES:
+                raise ConnectionClosed(f"a message of {size} bytes")
+            if len(self._buffer) < end:
+                break
+            body = bytes(self._buffer[at + _HEAD.size : end])
+            # A read may bring descriptors together with messages that were sent before them.
+            fds = (self._fds.pop(0),) if kind == Kind.SETUP and self._fds else ()
+            messages.append(Message(Kind(kind), body, fds))
+            at = end
+        del self._buffer[:at]
+        return messages
+
+
+def frame(kind: Kind, body: bytes = b"") -> bytes:
+    """One message as it is on the socket."""
+    return _HEAD.pack(len(body), kind) + body
+
+
+def receive_some(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """One read of bytes and descriptors. Raises ConnectionClosed at the end of the stream."""
+    ancillary_bytes = socket.CMSG_LEN(_FDS_MAX * array.array("i").itemsize)
+    try:
+        data, ancillary, _, _ = connection.recvmsg(_RECEIVE_BYTES, ancillary_bytes)
+    except ConnectionError as error:
+        raise ConnectionClosed(str(error)) from error
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    if not data:
+        raise ConnectionClosed("the other process is gone")
+    return data, list(fds)
+
+
+class BlockingConnection:
+    """The leaf process's end: one thread, plain calls."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._assembler = Assembler()
+        self._ready: deque[Message] = deque()
+
+    def send(self, kind: Kind, body: bytes = b"") -> None:
+        """Send one message. Raises ConnectionClosed."""
+        try:
+            self._socket.sendall(frame(kind, body))
+        except ConnectionError as error:
+            raise ConnectionClosed(str(error)) from error
+
+    def receive(self) -> Message:
+        """Wait for the next message. Raises ConnectionClosed."""
+        while not self._ready:
+            self._ready.extend(self._assembler.feed(*receive_some(self._socket)))
+        return self._ready.popleft()
+
+    def receive_only(self, kind: Kind) -> Message:
+        """Wait for a message of this kind; others keep their order for later."""
+        early: list[Message] = []
+        while True:
+            message = self.receive()
+            if message.kind == kind:
+                self._ready.extendleft(reversed(early))
+                return message
+            early.append(message)

@@ -1,0 +1,314 @@
+"""The life of a leaf process: take an order, run its leaves, answer; nothing else.
+
+Everything that a job's code can do wrong is turned into a message that names the shard; what
+cannot be caught (a crash, a hang, a kill) is read by the session from the progress page.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phalanx.data.manifest import ChunkInfo
+from phalanx.errors import DataLoss
+from phalanx.reduction import Node
+from phalanx.v1 import coordination_service_pb2, training_pb2
+from worker import ipc
+from worker.ipc import BlockingConnection, Kind
+from worker.leaf import output
+from worker.leaf.reduce import LeafFunction, Scratch, Sums, reduce_node
+from worker.leaf.work import JobWork, Paths
+from worker.memory import Arena, ProgressPage
+
+GoRecord = training_pb2.GoRecord
+LeafFailed = coordination_service_pb2.LeafFailed
+
+TRACEBACK_LIMIT = 16_384
+_MESSAGE_LIMIT = 2_048
+
+
+class DataUnavailable(Exception):
+    """The session could not provide a chunk."""
+
+
+class _Cancelled(Exception):
+    """The session does not want the rest of the task."""
+
+
+class _NotFinite(Exception):
+    """A leaf's payload or loss is NaN or infinite."""
+
+
+class LeafLoop:
+    """Serves one connection until it closes."""
+
+    def __init__(self, connection: BlockingConnection, page: ProgressPage) -> None:
+        self._connection = connection
+        self._page = page
+        self._jobs: dict[int, JobWork | Exception] = {}
+        self._job = -1
+        self._evaluation_scratch: dict[int, Scratch] = {}
+
+    def serve(self) -> None:
+        """Handle messages; raises `ConnectionClosed` when the session process is gone."""
+        output.redirect(lambda: (self._job, self._page.step, self._page.shard))
+        self._connection.send(Kind.READY)
+        while True:
+            message = self._connection.receive()
+            match message.kind:
+                case Kind.RUN:
+                    self._run(ipc.RunOrder.unpack(message.body))
+                case Kind.SETUP:
+                    self._set_up(message)
+                case Kind.DROP:
+                    self._drop(message)
+                case Kind.DESCRIBE:
+                    self._describe(message)
+                case Kind.FINGERPRINT:
+                    self._fingerprint()
+                case Kind.FETCHED:
+                    pass  # An answer to a task that was given up.
+
+    # Orders
+
+    def _set_up(self, message: ipc.Message) -> None:
+        document, plan_bytes = ipc.unpack_json(message.body)
+        job: int = document["job"]
+        self._job = job
+        plan = training_pb2.JobPlan.FromString(plan_bytes)
+        answer: dict[str, Any] = {"job": job, "error": "", "traceback": ""}
+        dtype = np.dtype(plan.layout.dtype or "float32")
+        arena = Arena.attach(message.fds[0], plan.layout.element_count, dtype)
+        try:
+            work = JobWork(plan, _paths(document), self._fetch, arena, document["fits"])
+            self._jobs[job] = work
+            if work.model.layout != plan.layout:
+                raise DataLoss("the model built here has another layout than the job; see its code")
+        except Exception as error:
+            # Told again by every leaf, so that the failure counts as that of its shard.
+            self._jobs[job] = error
+            answer |= {"error": _message(error), "traceback": _traceback(error)}
+        output.flush()
+        self._connection.send(Kind.SETUP_DONE, ipc.pack_json(answer))
+
+    def _drop(self, message: ipc.Message) -> None:
+        document, _ = ipc.unpack_json(message.body)
+        work = self._jobs.pop(document["job"], None)
+        if isinstance(work, JobWork):
+            work.close()
+
+    def _describe(self, message: ipc.Message) -> None:
+        document, plan_bytes = ipc.unpack_json(message.body)
+        self._job = document["job"]
+        plan = training_pb2.JobPlan.FromString(plan_bytes)
+        answer = coordination_service_pb2.JobDescribed(job_id=plan.job_id)
+        try:
+            described = JobWork(plan, _paths(document), self._fetch).describe()
+            answer.layout.CopyFrom(described.layout)
+            answer.evaluation_sums.extend(described.evaluation_sums)
+            answer.leaf_sha256 = described.leaf_sha256
+        except BaseException as error:
+            answer.failure.code = "JOB_CODE" if plan.code_digests else "JOB_DESCRIPTION"
+            answer.failure.message = _message(error)
+            answer.failure.traceback = _traceback(error)
+        output.flush()
+        reply = ipc.pack_json({"job": document["job"]}, answer.SerializeToString())
+        self._connection.send(Kind.DESCRIBED, reply)
+
+    def _fingerprint(self) -> None:
+        from phalanx.numeric_fingerprint import compute
+
+        answer = {"fingerprint": compute()}
+        self._connection.send(Kind.FINGERPRINTED, ipc.pack_json(answer))
+
+    def _run(self, order: ipc.RunOrder) -> None:
+        self._job = order.job
+        self._page.begin_task(order.task, order.version)
+        try:
+            work = self._jobs[order.job]
+            if isinstance(work, JobWork) and order.action == GoRecord.ACTION_TRAIN:
+                self._name_chunks(work, order)
+            for index, (first, span, buffer) in enumerate(order.parts):
+                self._run_part(work, order, index, Node(first, span), buffer)
+        except _Cancelled:
+            pass
+        finally:
+            self._page.end_task()
+        output.flush()
+        self._connection.send(Kind.TASK_ENDED, ipc.pack_ended(order.task))
+
+    # Parts and leaves
+
+    def _run_part(
+        self, work: JobWork | Exception, order: ipc.RunOrder, index: int, node: Node, buffer: int
+    ) -> None:
+        leaf = _LeafRun(self._page, order)
+        try:
+            if isinstance(work, Exception):
+                leaf.shard = node.first
+                raise work
+            done = self._compute(work, order, leaf, index, node, buffer)
+        except _Cancelled:
+            raise
+        except BaseException as error:
+            self._connection.send(Kind.PART_FAILED, _failure(work, order, index, leaf.shard, error))
+        else:
+            self._connection.send(Kind.PART_DONE, done.pack())
+        finally:
+            self._page.begin_leaf(-1)
+
+    def _compute(
+        self,
+        work: JobWork,
+        order: ipc.RunOrder,
+        leaf: _LeafRun,
+        index: int,
+        node: Node,
+        buffer: int,
+    ) -> ipc.PartDone:
+        plan = work.plan
+        sums: tuple[float, ...] = ()
+        if order.action == GoRecord.ACTION_INITIALISE:
+            leaf.timed(node.first, lambda: work.initialise(work.payload(buffer)))
+            total = Sums(0, 0.0, 1)
+        elif order.action == GoRecord.ACTION_EVALUATE:
+            parameters = work.parameters(order.parameters)
+            out = np.zeros(len(work.model.evaluation_sums), np.float64)
+            scratch = Scratch(len(out), out.dtype)
+            run = leaf.evaluation(work, parameters)
+            total = reduce_node(node, plan.evaluation_shards, run, out, scratch)
+            sums = tuple(out.tolist())
+        else:
+            parameters = work.parameters(order.parameters)
+            run = leaf.training(work, parameters, frozenset(order.absent))
+            total = reduce_node(node, plan.shards, run, work.payload(buffer), work.scratch)
+        seconds = tuple(leaf.seconds)
+        return ipc.PartDone(order.task, index, total.count, total.loss, total.mask, sums, seconds)
+
+    # Data
+
+    def _name_chunks(self, work: JobWork, order: ipc.RunOrder) -> None:
+        """Let the session fetch what the leaves will need while the first of them runs."""
+        shards = [
+            shard
+            for first, span, _ in order.parts
+            for shard in range(first, min(first + span, work.plan.shards))
+        ]
+        try:
+            chunks = work.chunks_to_prefetch(shards, order.version)
+        except Exception:
+            # Only a hint: whatever is wrong is reported by the leaf that meets it.
+            return
+        if chunks:
+            named = [[chunk.digest, chunk.size_bytes] for chunk in chunks]
+            self._connection.send(Kind.PREFETCH, ipc.pack_json({"chunks": named}))
+
+    def _fetch(self, chunk: ChunkInfo) -> Path:
+        request = {"digest": chunk.digest, "size_bytes": chunk.size_bytes}
+        self._connection.send(Kind.FETCH, ipc.pack_json(request))
+        while True:
+            answer, _ = ipc.unpack_json(self._connection.receive_only(Kind.FETCHED).body)
+            if answer["digest"] != chunk.digest:
+                continue
+            if answer.get("cancelled"):
+                raise _Cancelled
+            if answer["error"]:
+                raise DataUnavailable(answer["error"])
+            return Path(answer["path"])
+
+
+class _LeafRun:
+    """The leaves of one part: marks them on the progress page and takes their times."""
+
+    def __init__(self, page: ProgressPage, order: ipc.RunOrder) -> None:
+        self.shard = -1
+        self.seconds: list[float] = []
+        self._page = page
+        self._order = order
+
+    def timed(self, shard: int, run: Any) -> Any:
+        """Run one leaf."""
+        if self._page.cancelled_task == self._order.task:
+            raise _Cancelled
+        self.shard = shard
+        self._page.begin_leaf(shard)
+        started = time.perf_counter()
+        result = run()
+        self.seconds.append(time.perf_counter() - started)
+        self._page.end_leaf()
+        return result
+
+    def training(
+        self, work: JobWork, parameters: Any, absent: frozenset[int]
+    ) -> LeafFunction:
+        step = self._order.version
+
+        def leaf(shard: int, out: Any) -> Sums:
+            if shard in absent:
+                return Sums(0, 0.0, 0)
+            outcome = self.timed(shard, lambda: work.train(parameters, shard, step, out))
+            if not outcome.finite:
+                raise _NotFinite("the gradient or the loss of this leaf is not finite")
+            return Sums(outcome.count, outcome.loss_sum, 1 if outcome.count else 0)
+
+        return leaf
+
+    def evaluation(self, work: JobWork, parameters: Any) -> LeafFunction:
+        def leaf(shard: int, out: Any) -> Sums:
+            outcome, sums = self.timed(shard, lambda: work.evaluate(parameters, shard))
+            out[:] = sums
+            return Sums(outcome.count, 0.0, 1 if outcome.count else 0)
+
+        return leaf
+
+
+def _paths(document: dict[str, Any]) -> Paths:
+    return Paths(
+        manifest=Path(document["manifest"]),
+        code=Path(document["code"]) if document["code"] else None,
+        start_model=Path(document["start_model"]) if document["start_model"] else None,
+    )
+
+
+def _failure(
+    work: JobWork | Exception, order: ipc.RunOrder, index: int, shard: int, error: BaseException
+) -> bytes:
+    evaluation = order.action == GoRecord.ACTION_EVALUATE
+    rows = work.rows_of(shard, evaluation) if isinstance(work, JobWork) else (0, 0)
+    return ipc.pack_json(
+        {
+            "task": order.task,
+            "index": index,
+            "shard": shard,
+            "kind": _kind_of(error),
+            "message": _message(error),
+            "traceback": "" if isinstance(error, _NotFinite) else _traceback(error),
+            "rows": rows,
+        }
+    )
+
+
+def _kind_of(error: BaseException) -> int:
+    if isinstance(error, MemoryError):
+        return int(LeafFailed.KIND_OUT_OF_MEMORY)
+    if isinstance(error, _NotFinite):
+        return int(LeafFailed.KIND_NON_FINITE)
+    if isinstance(error, (DataUnavailable, DataLoss)):
+        return int(LeafFailed.KIND_DATA)
+    return int(LeafFailed.KIND_RAISED)
+
+
+def _message(error: BaseException) -> str:
+    text = str(error)
+    name = type(error).__name__
+    if isinstance(error, (_NotFinite, DataUnavailable)):
+        return text[:_MESSAGE_LIMIT]
+    return (f"{name}: {text}" if text else name)[:_MESSAGE_LIMIT]
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))[-TRACEBACK_LIMIT:]

@@ -1,0 +1,191 @@
+"""One job inside a leaf process: its model, its data, its shared buffers, its leaves."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.data.manifest import ChunkInfo, DatasetManifest
+from phalanx.data.reader import ChunkReader
+from phalanx.models import DataSchema, Model, build_model
+from phalanx.training.leaf import LeafOutcome, leaf_chunks, run_evaluation_leaf, run_leaf
+from phalanx.training.start import load_start_parameters
+from phalanx.v1 import job_spec_pb2, training_pb2
+from worker.core.rows import rows_of_shard
+from worker.leaf.reduce import Scratch
+from worker.memory import Arena
+
+Array = NDArray[Any]
+Fetch = Callable[[ChunkInfo], Path]
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Files that the session process has fetched for a job; None where the job has none."""
+
+    manifest: Path
+    code: Path | None = None
+    start_model: Path | None = None
+
+
+@dataclass(frozen=True)
+class Described:
+    """What only the job's own code can tell."""
+
+    layout: training_pb2.Layout
+    evaluation_sums: tuple[str, ...]
+    leaf_sha256: str
+
+
+class JobWork:
+    """Everything of one job in one leaf process; built when it is first needed.
+
+    `fits`: the whole data set fits into the disk cache, so chunks are named to the session once.
+    """
+
+    def __init__(
+        self,
+        plan: training_pb2.JobPlan,
+        paths: Paths,
+        fetch: Fetch,
+        arena: Arena | None = None,
+        fits: bool = True,
+    ) -> None:
+        self.plan = plan
+        self.spec = job_spec_pb2.JobSpec.FromString(plan.spec)
+        self.arena = arena
+        self._paths = paths
+        self._fetch = fetch
+        self._hints = _Hints(fits)
+
+    @cached_property
+    def manifest(self) -> DatasetManifest:
+        """The data set."""
+        return DatasetManifest.from_json(self._paths.manifest.read_bytes())
+
+    @cached_property
+    def model(self) -> Model:
+        """The model; this is where user code is loaded."""
+        manifest = self.manifest
+        schema = DataSchema(
+            features=manifest.features,
+            classes=len(manifest.classes),
+            dtype=self.spec.train.dtype or "float32",
+        )
+        return build_model(self.spec, schema, self._paths.code)
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of parameters and payloads."""
+        return np.dtype(self.model.layout.dtype)
+
+    @cached_property
+    def scratch(self) -> Scratch:
+        """Buffers of the reduction."""
+        return Scratch(self.plan.layout.element_count, self.dtype)
+
+    @cached_property
+    def training_reader(self) -> ChunkReader:
+        """Rows of the training split."""
+        return self._reader(self.spec.data.split or "train")
+
+    @cached_property
+    def evaluation_reader(self) -> ChunkReader:
+        """Rows of the split that evaluations use."""
+        return self._reader(self.spec.train.evaluation.split)
+
+    def parameters(self, buffer: int) -> Array:
+        """A version in shared memory, read-only for the job's code."""
+        assert self.arena is not None
+        array = self.arena.array(buffer)[:]
+        array.flags.writeable = False
+        return array
+
+    def payload(self, buffer: int) -> Array:
+        """A payload buffer in shared memory."""
+        assert self.arena is not None
+        return self.arena.array(buffer)
+
+    def train(self, parameters: Array, shard: int, step: int, out: Array) -> LeafOutcome:
+        """Run one training leaf."""
+        reader = self.training_reader
+        return run_leaf(self.model, parameters, reader, self.plan, shard, step, out)
+
+    def evaluate(self, parameters: Array, shard: int) -> tuple[LeafOutcome, Array]:
+        """Run one evaluation leaf: its sums."""
+        sums = np.zeros(len(self.model.evaluation_sums), np.float64)
+        reader = self.evaluation_reader
+        return run_evaluation_leaf(self.model, parameters, reader, self.plan, shard, sums), sums
+
+    def initialise(self, out: Array) -> None:
+        """Write version 0: the start model, or parameters keyed by the seed."""
+        if self._paths.start_model is not None:
+            load_start_parameters(self._paths.start_model, self.model.layout, out)
+        else:
+            out[:] = self.model.initial_parameters(self.spec.seed)
+
+    def describe(self) -> Described:
+        """Build the model and run one leaf on its initial parameters."""
+        layout = self.model.layout
+        self.plan.layout.CopyFrom(layout)
+        parameters = self.model.initial_parameters(self.spec.seed)
+        out = np.zeros(layout.element_count, self.dtype)
+        outcome = self.train(parameters, 0, 0, out)
+        digest = hashlib.sha256(out.tobytes())
+        digest.update(f"{outcome.count} {outcome.loss_sum!r}".encode())
+        return Described(layout, tuple(self.model.evaluation_sums), digest.hexdigest())
+
+    def chunks_to_prefetch(self, shards: Iterable[int], step: int) -> list[ChunkInfo]:
+        """Chunks of the leaves of this step and the next that were not named before."""
+        reader = self.training_reader
+        if self._hints.complete(len(reader.chunks)):
+            return []
+        indexes: dict[int, None] = {}
+        owned = list(shards)
+        for each in (step, step + 1):
+            for shard in owned:
+                wanted = leaf_chunks(self.plan, reader.chunk_rows, shard, each)
+                indexes.update(dict.fromkeys(int(index) for index in wanted))
+        return [reader.chunks[index] for index in self._hints.new(indexes)]
+
+    def rows_of(self, shard: int, evaluation: bool) -> tuple[int, int]:
+        """First row and number of rows of a shard, for messages."""
+        return rows_of_shard(self.plan, shard, evaluation)
+
+    def close(self) -> None:
+        """Let go of shared memory and maps."""
+        if self.arena is not None:
+            self.arena.close()
+
+    def _reader(self, split: str) -> ChunkReader:
+        infos = {chunk.digest: chunk for chunk in self.manifest.splits.get(split, ())}
+        dtype = self.spec.train.dtype or "float32"
+        return ChunkReader(
+            self.manifest, split, lambda digest: self._fetch(infos[digest]), dtype=dtype
+        )
+
+
+@dataclass
+class _Hints:
+    """Which chunks were named to the session already."""
+
+    fits: bool
+    named: dict[int, None] = field(default_factory=dict)
+
+    def complete(self, chunks: int) -> bool:
+        return self.fits and len(self.named) == chunks
+
+    def new(self, indexes: Iterable[int]) -> list[int]:
+        """Those that the session should fetch; it ignores what it has."""
+        if not self.fits:
+            return list(indexes)
+        fresh = [index for index in indexes if index not in self.named]
+        self.named.update(dict.fromkeys(fresh))
+        return fresh

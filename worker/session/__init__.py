@@ -1,0 +1,1 @@
+"""The session process: talks to control, aggregators and storage, feeds the leaf processes."""

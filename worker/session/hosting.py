@@ -1,0 +1,153 @@
+"""One hosted job in the session process: its streams, its shared memory, its frames."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from phalanx.errors import InvalidArgument
+from phalanx.frames import encode_request
+from phalanx.v1 import aggregation_service_pb2 as exchange
+from phalanx.v1 import training_pb2
+from worker.core.effects import Effect, OpenStreams
+from worker.core.job import JobCore
+from worker.core.outbox import GoOut
+from worker.core.progress import JobProgress
+from worker.session.exchange import ExchangeStream
+from worker.session.payloads import FrameBuilder
+from worker.session.setup import PreparedJob
+
+
+class HostedJob:
+    """Carries out what the job's core decides about the exchange.
+
+    `perform` carries out all other effects and starts waiting tasks.
+    """
+
+    def __init__(
+        self,
+        core: JobCore,
+        worker_id: str,
+        incarnation: str,
+        perform: Callable[[list[Effect]], None],
+    ) -> None:
+        self.core = core
+        self.progress = JobProgress()
+        self.prepared: PreparedJob | None = None
+        self.preparing: asyncio.Task[None] | None = None
+        self._worker_id = worker_id
+        self._incarnation = incarnation
+        self._perform = perform
+        self._streams: dict[str, ExchangeStream] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._builder = FrameBuilder()
+        self._wanted: OpenStreams | None = None
+
+    def became_prepared(self, prepared: PreparedJob) -> None:
+        """The job's files and shared memory are here: the streams may open."""
+        self.prepared = prepared
+        self.open_streams(self._wanted)
+
+    def open_streams(self, wanted: OpenStreams | None) -> None:
+        """Close the streams of the term before and open those of this one."""
+        self._wanted = wanted
+        self._close_streams()
+        if wanted is None or self.prepared is None:
+            return
+        hello = exchange.ExchangeHello(
+            job_id=wanted.job_id,
+            term=wanted.term,
+            worker_id=self._worker_id,
+            incarnation=self._incarnation,
+        )
+        for aggregator_id, address in wanted.owners:
+            events = _TermEvents(self, wanted.term)
+            self._streams[aggregator_id] = ExchangeStream(aggregator_id, address, hello, events)
+
+    def wake(self, aggregator_id: str) -> None:
+        """A stream has something to send."""
+        stream = self._streams.get(aggregator_id)
+        if stream is not None:
+            stream.wake()
+
+    async def close(self) -> None:
+        """End the streams; the caller releases what was prepared."""
+        if self.preparing is not None:
+            self.preparing.cancel()
+            await asyncio.gather(self.preparing, return_exceptions=True)
+        self._close_streams()
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+    def _close_streams(self) -> None:
+        for stream in self._streams.values():
+            task = asyncio.create_task(stream.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        self._streams.clear()
+
+    # Events of the present term's streams
+
+    def _opened(self, aggregator_id: str) -> None:
+        self._perform(self.core.stream_opened(aggregator_id))
+
+    def _go_record(self, go: training_pb2.GoRecord) -> None:
+        self._perform(self.core.go_record(go))
+
+    def _version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None:
+        place = self.core.frame_place(frame)
+        if place is None or self.prepared is None:
+            return
+        arena = self.prepared.arena
+        if len(payload) != place.element_count * arena.dtype.itemsize:
+            raise InvalidArgument(
+                f"{place.element_count} elements of version {place.version} came in "
+                f"{len(payload)} bytes; check that both ends run the same version of Phalanx"
+            )
+        values: Any = np.frombuffer(payload, arena.dtype)
+        first = place.first_element
+        arena.array(place.buffer)[first : first + place.element_count] = values
+        self._perform(self.core.frame_stored(place))
+
+    def _next_message(self, aggregator_id: str) -> bytes | None:
+        out = self.core.next_message(aggregator_id)
+        if out is None:
+            return None
+        if isinstance(out, GoOut):
+            return encode_request(exchange.ExchangeRequestHeader(go_record=out.go))
+        assert self.prepared is not None
+        return self._builder.encode(out, self.prepared.arena)
+
+
+class _TermEvents:
+    """Passes on what streams of the job's present term say; those of older terms are silent."""
+
+    def __init__(self, job: HostedJob, term: int) -> None:
+        self._job = job
+        self._term = term
+
+    @property
+    def _current(self) -> bool:
+        return self._job.core.term == self._term
+
+    def opened(self, aggregator_id: str) -> None:
+        if self._current:
+            self._job._opened(aggregator_id)
+
+    def closed(self, aggregator_id: str) -> None:
+        if self._current:
+            self._job.core.stream_closed(aggregator_id)
+
+    def go_record(self, go: training_pb2.GoRecord) -> None:
+        if self._current:
+            self._job._go_record(go)
+
+    def version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None:
+        if self._current:
+            self._job._version_frame(frame, payload)
+
+    def next_message(self, aggregator_id: str) -> bytes | None:
+        return self._job._next_message(aggregator_id) if self._current else None

@@ -1,0 +1,82 @@
+"""Builds the frames of wire nodes straight from the slots' shared payload buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.frames import encode_request
+from phalanx.v1 import aggregation_service_pb2 as exchange
+from phalanx.v1 import training_pb2
+from worker.core.outbox import FrameOut
+from worker.core.rounds import Fold, Part, shard_mask
+from worker.memory import Arena
+
+GoRecord = training_pb2.GoRecord
+
+_VECTORS = {
+    GoRecord.ACTION_INITIALISE: "parameters",
+    GoRecord.ACTION_TRAIN: "gradient",
+    GoRecord.ACTION_EVALUATE: "evaluation",
+}
+
+
+class FrameBuilder:
+    """Encodes frames of one job; keeps small buffers for sums of parts."""
+
+    def __init__(self) -> None:
+        self._sums: list[NDArray[Any]] = []
+
+    def encode(self, out: FrameOut, arena: Arena) -> bytes:
+        """The message for one frame, with the canonical sum of the node's parts as payload."""
+        round, wire = out.round, out.wire
+        frame = exchange.ContributionFrame(
+            term=round.go.term,
+            step=round.go.version,
+            round=round.go.round,
+            range=out.range_index,
+            node=training_pb2.TreeNode(first=wire.node.first, span=wire.node.span),
+            vector=_VECTORS[round.go.action],
+            first_element=out.first_element,
+            element_count=out.element_count,
+            shard_mask=shard_mask(wire.node, wire.totals.mask, round.width),
+            example_count=wire.totals.count,
+            loss_sum=wire.totals.loss,
+        )
+        header = exchange.ExchangeRequestHeader(frame=frame)
+        if wire.fold is None:
+            return encode_request(header)
+        if round.is_evaluation:
+            payload = _sums(wire.fold)
+        else:
+            first = out.first_vector_element
+            payload = self._piece(wire.fold, arena, first, first + out.element_count, 0)
+        return encode_request(header, memoryview(payload).cast("B"))
+
+    def _piece(
+        self, fold: Fold, arena: Arena, first: int, stop: int, depth: int
+    ) -> NDArray[Any]:
+        """Elements [first, stop) of a sum: a view where there is nothing to add."""
+        if isinstance(fold, Part):
+            return arena.array(fold.buffer)[first:stop]
+        left = self._piece(fold[0], arena, first, stop, depth)
+        right = self._piece(fold[1], arena, first, stop, depth + 1)
+        out = self._buffer(depth, stop - first, arena.dtype)
+        np.add(left, right, out=out)
+        return out
+
+    def _buffer(self, depth: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        while len(self._sums) <= depth:
+            self._sums.append(np.empty(0, dtype))
+        if len(self._sums[depth]) < count:
+            self._sums[depth] = np.empty(count, dtype)
+        return self._sums[depth][:count]
+
+
+def _sums(fold: Fold) -> NDArray[np.float64]:
+    if isinstance(fold, Part):
+        return np.array(fold.sums, np.float64)
+    total: NDArray[np.float64] = _sums(fold[0]) + _sums(fold[1])
+    return total

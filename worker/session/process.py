@@ -1,0 +1,219 @@
+"""One leaf process as the session process sees it: start, talk, watch, kill."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from worker import ipc
+from worker.ipc import ConnectionClosed, Kind, Message
+from worker.memory import ProgressPage
+
+SINGLE_THREAD = {
+    name: "1"
+    for name in (
+        "OPENBLAS_NUM_THREADS",
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "BLIS_NUM_THREADS",
+        "NUMEXPR_NUM_THREADS",
+        "VECLIB_MAXIMUM_THREADS",
+    )
+}
+"""Numeric libraries read these when they are loaded; more threads would give other bits."""
+
+_LOG_READ_BYTES = 65_536
+_OOM_EVENTS = Path("/sys/fs/cgroup/memory.events")
+
+
+class LeafProcess:
+    """A running leaf process. Made in the event loop's thread, which must outlive it.
+
+    `on_message(process, message)` gets what it says, `on_log(process, level, data)` what it prints
+    and `on_exit(process, code)` its end, once and last.
+    """
+
+    def __init__(
+        self,
+        memory_limit_bytes: int,
+        on_message: Callable[[LeafProcess, Message], None],
+        on_log: Callable[[LeafProcess, str, bytes], None],
+        on_exit: Callable[[LeafProcess, int], None],
+    ) -> None:
+        self.page = ProgressPage.create()
+        self.ready = False
+        self.known_jobs: set[int] = set()
+        self.killed_as_hung = False
+        self._on_message = on_message
+        self._on_log = on_log
+        self._on_exit = on_exit
+        self._loop = asyncio.get_running_loop()
+        self._assembler = ipc.Assembler()
+        self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._oom_kills = _oom_kills()
+        self._logs: list[int] = []
+        self._socket, child = socket.socketpair()
+        self._popen = self._spawn(child, memory_limit_bytes)
+        self.pid = self._popen.pid
+        self._pidfd = os.pidfd_open(self.pid)
+        self._socket.setblocking(False)
+        self._loop.add_reader(self._socket, self._readable)
+        self._loop.add_reader(self._pidfd, self._exited)
+
+    def send(self, kind: Kind, body: bytes = b"", fds: tuple[int, ...] = ()) -> None:
+        """Send a message; what the socket does not take at once follows as soon as it does."""
+        self._unsent.append((ipc.frame(kind, body), fds))
+        if len(self._unsent) == 1:
+            self._flush()
+
+    def kill(self) -> None:
+        """End the process and whatever it started, at once; `on_exit` follows."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def hung(self) -> None:
+        """Kill it for not making progress."""
+        self.killed_as_hung = True
+        self.kill()
+
+    def was_out_of_memory(self, code: int) -> bool:
+        """Whether its end was the kernel's way of making room."""
+        return code == -signal.SIGKILL and _oom_kills() > self._oom_kills
+
+    # Inside
+
+    def _spawn(self, child: socket.socket, memory_limit_bytes: int) -> subprocess.Popen[bytes]:
+        outputs = [os.pipe(), os.pipe()]
+        try:
+            with child:
+                popen = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        "worker.leaf",
+                        str(child.fileno()),
+                        str(self.page.fd),
+                        str(os.getpid()),
+                        str(memory_limit_bytes),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=outputs[0][1],
+                    stderr=outputs[1][1],
+                    pass_fds=(child.fileno(), self.page.fd),
+                    env=_environment(os.environ),
+                    start_new_session=True,
+                )
+        finally:
+            for _, writer in outputs:
+                os.close(writer)
+        for (reader, _), level in zip(outputs, ("info", "error"), strict=True):
+            os.set_blocking(reader, False)
+            self._loop.add_reader(reader, self._printed, reader, level)
+            self._logs.append(reader)
+        return popen
+
+    def _readable(self) -> None:
+        try:
+            data, fds = ipc.receive_some(self._socket)
+        except BlockingIOError:
+            return
+        except ConnectionClosed:
+            self._loop.remove_reader(self._socket)
+            return
+        for message in self._assembler.feed(data, fds):
+            self._on_message(self, message)
+
+    def _flush(self) -> None:
+        while self._unsent:
+            data, fds = self._unsent[0]
+            try:
+                if fds:
+                    sent = socket.send_fds(self._socket, [data], fds)
+                else:
+                    sent = self._socket.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                # It is dying; its exit is what counts.
+                self._unsent.clear()
+                break
+            if sent < len(data):
+                self._unsent[0] = (data[sent:], fds if sent == 0 else ())
+                self._loop.add_writer(self._socket, self._flush)
+                return
+            self._unsent.popleft()
+        self._loop.remove_writer(self._socket)
+
+    def _printed(self, reader: int, level: str) -> None:
+        try:
+            data = os.read(reader, _LOG_READ_BYTES)
+        except BlockingIOError:
+            return
+        if data:
+            self._on_log(self, level, data)
+        else:
+            self._close_log(reader)
+
+    def _close_log(self, reader: int) -> None:
+        if reader in self._logs:
+            self._logs.remove(reader)
+            self._loop.remove_reader(reader)
+            os.close(reader)
+
+    def _exited(self) -> None:
+        """Take what it still said and printed, then report its end."""
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        with contextlib.suppress(BlockingIOError, ConnectionClosed):
+            while True:
+                data, fds = ipc.receive_some(self._socket)
+                for message in self._assembler.feed(data, fds):
+                    self._on_message(self, message)
+        self.kill()
+        code = self._popen.wait()
+        for reader, level in zip(list(self._logs), ("info", "error"), strict=False):
+            with contextlib.suppress(BlockingIOError):
+                while data := os.read(reader, _LOG_READ_BYTES):
+                    self._on_log(self, level, data)
+            self._close_log(reader)
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        self._on_exit(self, code)
+        self.page.close()
+
+
+def describe_exit(code: int) -> str:
+    """How a process ended, for people."""
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _environment(parent: Mapping[str, str]) -> dict[str, str]:
+    # Python finds this very code, wherever the session process was started from.
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, [parent.get("PYTHONPATH")])]
+    return {**parent, **SINGLE_THREAD, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _oom_kills() -> int:
+    """Processes of this control group that the kernel killed for memory; 0 where not known."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in _OOM_EVENTS.read_text().splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return 0

@@ -1,0 +1,389 @@
+"""The slots of the worker: which leaf process runs what, and what happens when one dies.
+
+A slot runs one task at a time. It has one process for all jobs without code of their own, started
+in advance, and one for each set of user code, so that the code of two jobs never meets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from phalanx.telemetry.logs import get_logger
+from phalanx.v1 import coordination_service_pb2 as coordination
+from worker import ipc
+from worker.core.dispatch import Task
+from worker.core.job import LeafFailure
+from worker.core.patience import Patience
+from worker.core.restarts import Restarts
+from worker.core.rounds import PartState
+from worker.core.rows import rows_of_shard
+from worker.ipc import Kind, Message
+from worker.session.process import LeafProcess, describe_exit
+from worker.session.setup import PreparedJob
+
+LeafFailed = coordination.LeafFailed
+
+TICK_S = 0.1
+_TICK_MAX_S = 0.5
+
+_log = get_logger(__name__)
+
+
+class SlotEvents(Protocol):
+    """What the session does about the slots."""
+
+    def slot_idle(self, slot: int) -> None: ...
+    def part_done(self, task: Task, done: ipc.PartDone) -> None: ...
+    def part_failed(self, task: Task, index: int, failure: LeafFailure) -> None: ...
+    def task_ended(self, task: Task, lost: bool) -> None: ...
+    def fetch(self, process: LeafProcess, document: dict[str, object]) -> None: ...
+    def prefetch(self, document: dict[str, object]) -> None: ...
+    def printed(self, process: LeafProcess, level: str, data: bytes) -> None: ...
+    def process_gone(self, process: LeafProcess) -> None: ...
+
+
+@dataclass(eq=False)
+class _Place:
+    """A slot's process for one set of code, alive or about to be started again."""
+
+    slot: int
+    code: str
+    process: LeafProcess | None = None
+    restarts: Restarts = field(default_factory=Restarts)
+    task: Task | None = None
+    job: PreparedJob | None = None
+    describing: asyncio.Future[bytes] | None = None
+    setting_up: dict[int, asyncio.Future[None]] = field(default_factory=dict)
+    fetching: int = 0
+
+
+class SlotPool:
+    """Leaf processes of `count` slots. Use it in one event loop."""
+
+    def __init__(
+        self, count: int, memory_limit_bytes: int, leaf_timeout_s: float, events: SlotEvents
+    ) -> None:
+        self._events = events
+        self._memory_limit_bytes = memory_limit_bytes
+        self._patience = [Patience(leaf_timeout_s, _TICK_MAX_S) for _ in range(count)]
+        self._leaf_timeout_s = leaf_timeout_s
+        self._places: dict[tuple[int, str], _Place] = {}
+        self._count = count
+        self._running: dict[int, _Place] = {}
+        self._restarting: set[asyncio.TimerHandle] = set()
+        self._closing = False
+        self._gone: dict[LeafProcess, asyncio.Future[None]] = {}
+        self._fingerprint: asyncio.Future[str] | None = None
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the living leaf processes."""
+        return [process.pid for process in self._gone]
+
+    def start(self) -> None:
+        """Start one process per slot; each says that its slot is idle once it is up."""
+        for slot in range(self._count):
+            self._place(slot, "")
+
+    async def fingerprint(self) -> str:
+        """Have a leaf process compute the numeric fingerprint of this machine."""
+        self._fingerprint = asyncio.get_running_loop().create_future()
+        self._tell(self._place(0, ""), Kind.FINGERPRINT)
+        return await self._fingerprint
+
+    async def set_up(self, job: PreparedJob) -> None:
+        """Have a process of every slot load the job; whatever fails there is told by its leaves."""
+        places = [self._place(slot, job.code_key) for slot in range(self._count)]
+        for place in places:
+            self._introduce(place, job)
+        waits = [place.setting_up[job.number] for place in places if job.number in place.setting_up]
+        if waits:
+            await asyncio.wait(waits, timeout=self._leaf_timeout_s)
+
+    async def describe(self, job: PreparedJob) -> coordination.JobDescribed:
+        """Have a leaf process describe a job; its death or silence is a failure of the job."""
+        place = self._place(0, job.code_key)
+        while place.describing is not None:
+            await asyncio.wait([place.describing])
+        place.describing = asyncio.get_running_loop().create_future()
+        self._tell(place, Kind.DESCRIBE, job.describe_body())
+        try:
+            await self._patiently(place, place.describing)
+            answer = coordination.JobDescribed.FromString(place.describing.result())
+        except TimeoutError:
+            if place.process is not None:
+                place.process.hung()
+            text = f"the job's code was not ready within {self._leaf_timeout_s:g} s and was killed"
+            answer = _not_described(text)
+        except _Died as error:
+            answer = _not_described(f"a leaf process died while it built the model: {error}")
+        finally:
+            place.describing = None
+        answer.job_id = job.plan.job_id
+        return answer
+
+    def run(self, task: Task, job: PreparedJob) -> None:
+        """Run a task on its slot, which must be idle."""
+        place = self._place(task.slot, job.code_key)
+        place.task, place.job = task, job
+        self._running[task.slot] = place
+        if place.process is not None:
+            self._order(place, task, job)
+
+    def _order(self, place: _Place, task: Task, job: PreparedJob) -> None:
+        self._introduce(place, job)
+        for part in task.parts:
+            if part.buffer >= 0:
+                job.arena.reserve(part.buffer)
+        order = ipc.RunOrder(
+            task=task.id,
+            job=job.number,
+            action=task.round.go.action,
+            version=task.round.go.version,
+            parameters=task.parameters,
+            parts=tuple((part.node.first, part.node.span, part.buffer) for part in task.parts),
+            absent=tuple(task.absent),
+        )
+        self._tell(place, Kind.RUN, order.pack())
+
+    def cancel(self, task: Task) -> None:
+        """Have a running task stop after its present leaf."""
+        place = self._running.get(task.slot)
+        if place is not None and place.task is task and place.process is not None:
+            place.process.page.cancel(task.id)
+
+    def fetched(self, process: LeafProcess, body: bytes) -> None:
+        """Answer a leaf process that waits for a chunk."""
+        place = self._place_of(process)
+        if place is not None:
+            place.fetching -= 1
+            process.send(Kind.FETCHED, body)
+
+    def drop(self, job: PreparedJob, code_in_use: bool) -> None:
+        """Have the processes forget a job; those of code that nobody uses any more are ended."""
+        for place in list(self._places.values()):
+            process = place.process
+            if place.code != job.code_key:
+                continue
+            if job.code_key and not code_in_use:
+                self._remove(place)
+            elif process is not None and job.number in process.known_jobs:
+                process.known_jobs.discard(job.number)
+                self._tell(place, Kind.DROP, ipc.pack_json({"job": job.number}))
+
+    def check(self) -> None:
+        """Kill what hangs; call it every `TICK_S`."""
+        now_s = time.monotonic()
+        for slot, patience in enumerate(self._patience):
+            place = self._running.get(slot)
+            process = place.process if place is not None else None
+            progress = None
+            if place is not None and process is not None and not place.fetching:
+                assert place.task is not None
+                page = process.page
+                progress = place.task.id, page.task, page.leaves, page.shard, process.pid
+            if patience.exhausted(progress, now_s) and process is not None:
+                _log.warning("leaf_hung", slot=slot, shard=process.page.shard)
+                process.hung()
+
+    async def close(self) -> None:
+        """End all processes and wait until they are gone."""
+        self._closing = True
+        for handle in self._restarting:
+            handle.cancel()
+        for process in self._gone:
+            process.kill()
+        if self._gone:
+            await asyncio.wait(list(self._gone.values()), timeout=5.0)
+
+    # Inside
+
+    def _place(self, slot: int, code: str) -> _Place:
+        place = self._places.get((slot, code))
+        if place is None:
+            place = self._places[slot, code] = _Place(slot, code)
+            self._start(place)
+        return place
+
+    def _place_of(self, process: LeafProcess) -> _Place | None:
+        return next((each for each in self._places.values() if each.process is process), None)
+
+    def _start(self, place: _Place) -> None:
+        if self._closing or self._places.get((place.slot, place.code)) is not place:
+            return
+        process = LeafProcess(
+            self._memory_limit_bytes, self._on_message, self._events.printed, self._on_exit
+        )
+        place.process = process
+        self._gone[process] = asyncio.get_running_loop().create_future()
+        if place.task is not None and place.job is not None:
+            self._order(place, place.task, place.job)
+
+    def _remove(self, place: _Place) -> None:
+        """End the process of a place for good; its slot is free for others."""
+        del self._places[place.slot, place.code]
+        if place.process is not None:
+            place.process.kill()
+        task = place.task
+        if task is not None:
+            self._leave(place)
+            self._events.task_ended(task, lost=True)
+        if place.slot not in self._running:
+            self._events.slot_idle(place.slot)
+
+    async def _patiently(self, place: _Place, answer: asyncio.Future[bytes]) -> None:
+        """Wait for an answer; time in which the process waits for data does not count."""
+        spent_s = 0.0
+        while not answer.done():
+            await asyncio.wait([answer], timeout=TICK_S)
+            spent_s += 0.0 if place.fetching else TICK_S
+            if spent_s > self._leaf_timeout_s:
+                raise TimeoutError
+
+    def _introduce(self, place: _Place, job: PreparedJob) -> None:
+        process = place.process
+        if process is not None and job.number not in process.known_jobs:
+            process.known_jobs.add(job.number)
+            place.setting_up[job.number] = asyncio.get_running_loop().create_future()
+            self._tell(place, Kind.SETUP, job.setup_body(), (job.arena.fd,))
+
+    def _tell(
+        self, place: _Place, kind: Kind, body: bytes = b"", fds: tuple[int, ...] = ()
+    ) -> None:
+        if place.process is not None:
+            place.process.send(kind, body, fds)
+
+    def _on_message(self, process: LeafProcess, message: Message) -> None:
+        place = self._place_of(process)
+        if place is None:
+            return
+        task = place.task
+        match message.kind:
+            case Kind.PART_DONE:
+                done = ipc.PartDone.unpack(message.body)
+                if task is not None and done.task == task.id:
+                    self._events.part_done(task, done)
+            case Kind.TASK_ENDED:
+                if task is not None and ipc.unpack_ended(message.body) == task.id:
+                    self._leave(place)
+                    self._events.task_ended(task, lost=False)
+            case Kind.PART_FAILED:
+                document, _ = ipc.unpack_json(message.body)
+                if task is not None and document["task"] == task.id:
+                    self._events.part_failed(task, document["index"], _failure(document))
+            case Kind.FETCH:
+                place.fetching += 1
+                self._events.fetch(process, ipc.unpack_json(message.body)[0])
+            case Kind.PREFETCH:
+                self._events.prefetch(ipc.unpack_json(message.body)[0])
+            case Kind.READY:
+                process.ready = True
+                if place.slot not in self._running:
+                    self._events.slot_idle(place.slot)
+            case Kind.SETUP_DONE:
+                self._has_set_up(place, ipc.unpack_json(message.body)[0])
+            case Kind.DESCRIBED:
+                if place.describing is not None and not place.describing.done():
+                    place.describing.set_result(ipc.unpack_json(message.body)[1])
+            case Kind.FINGERPRINTED:
+                if self._fingerprint is not None and not self._fingerprint.done():
+                    self._fingerprint.set_result(ipc.unpack_json(message.body)[0]["fingerprint"])
+
+    def _has_set_up(self, place: _Place, document: dict[str, object]) -> None:
+        if document["error"]:
+            _log.warning("job_set_up_failed", slot=place.slot, message=document["error"])
+        done = place.setting_up.pop(int(str(document["job"])), None)
+        if done is not None:
+            done.set_result(None)
+
+    def _leave(self, place: _Place) -> None:
+        place.task = place.job = None
+        if self._running.get(place.slot) is place:
+            del self._running[place.slot]
+
+    def _on_exit(self, process: LeafProcess, code: int) -> None:
+        gone = self._gone.pop(process)
+        self._events.process_gone(process)
+        place = self._place_of(process)
+        if place is not None and not self._closing:
+            self._died(place, process, code)
+        gone.set_result(None)
+
+    def _died(self, place: _Place, process: LeafProcess, code: int) -> None:
+        how = describe_exit(code)
+        _log.warning("leaf_process_died", slot=place.slot, how=how, shard=process.page.shard)
+        place.process = None
+        place.fetching = 0
+        for done in place.setting_up.values():
+            done.set_result(None)
+        place.setting_up.clear()
+        task, job = place.task, place.job
+        if task is not None:
+            self._leave(place)
+            self._blame(task, job, process, code)
+            self._events.task_ended(task, lost=True)
+        wait_s = place.restarts.wait_after_death(time.monotonic())
+        if wait_s:
+            loop = asyncio.get_running_loop()
+            self._restarting = {each for each in self._restarting if not each.cancelled()}
+            self._restarting.add(loop.call_later(wait_s, self._start, place))
+        else:
+            self._start(place)
+        if place.describing is not None and not place.describing.done():
+            place.describing.set_exception(_Died(how))
+        if self._fingerprint is not None and not self._fingerprint.done():
+            self._tell(place, Kind.FINGERPRINT)
+
+    def _blame(
+        self, task: Task, job: PreparedJob | None, process: LeafProcess, code: int
+    ) -> None:
+        """Name the shard whose leaf was running when the process ended."""
+        shard = process.page.shard
+        if process.page.task != task.id or shard < 0:
+            return
+        for index, part in enumerate(task.parts):
+            inside = part.node.first <= shard < part.node.first + part.node.span
+            if inside and part.state is PartState.RUNNING and job is not None:
+                kind, message = self._cause(process, code)
+                rows = rows_of_shard(job.plan, shard, task.round.is_evaluation)
+                self._events.part_failed(task, index, LeafFailure(shard, kind, message, "", *rows))
+
+    def _cause(
+        self, process: LeafProcess, code: int
+    ) -> tuple[coordination.LeafFailed.Kind.ValueType, str]:
+        if process.killed_as_hung:
+            limit = f"{self._leaf_timeout_s:g} s"
+            text = f"the leaf made no progress for {limit} and was killed; see --leaf-timeout-s"
+            return LeafFailed.KIND_HUNG, text
+        if process.was_out_of_memory(code):
+            return LeafFailed.KIND_OUT_OF_MEMORY, "the kernel killed the leaf process for memory"
+        return LeafFailed.KIND_CRASHED, f"the leaf process died: {describe_exit(code)}"
+
+
+class _Died(Exception):
+    """A leaf process ended while something waited for it."""
+
+
+def _failure(document: dict[str, object]) -> LeafFailure:
+    rows = document["rows"]
+    assert isinstance(rows, list)
+    kind = document["kind"]
+    assert isinstance(kind, int)
+    return LeafFailure(
+        shard=int(str(document["shard"])),
+        kind=LeafFailed.Kind.ValueType(kind),
+        message=str(document["message"]),
+        traceback=str(document["traceback"]),
+        first_row=rows[0],
+        row_count=rows[1],
+    )
+
+
+def _not_described(message: str) -> coordination.JobDescribed:
+    answer = coordination.JobDescribed()
+    answer.failure.code = "JOB_CODE"
+    answer.failure.message = message
+    return answer
