@@ -1,0 +1,190 @@
+import io
+import zipfile
+
+import pytest
+
+from phalanx.errors import InvalidArgument, Violation
+from phalanx.v1 import cluster_service_pb2, job_pb2, job_service_pb2
+
+
+def write(tmp_path, text, name="job.yaml"):
+    file = tmp_path / name
+    file.write_text(text)
+    return str(file)
+
+
+def test_submit_writes_only_the_id_to_standard_output(phalanx, cluster, tmp_path):
+    outcome = phalanx("submit", write(tmp_path, "name: digits\n"))
+    assert outcome.code == 0
+    assert outcome.out.strip() in cluster.jobs
+    assert "phalanx watch" in outcome.err
+    assert "10 steps" in outcome.err
+
+
+def test_submit_reads_standard_input(phalanx, cluster, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"name": "from-json"}'))
+    assert phalanx("submit", "-").code == 0
+    assert cluster.requests("SubmitJob")[0].spec.name == "from-json"
+
+
+def test_submit_sets_fields(phalanx, cluster, tmp_path):
+    file = write(tmp_path, "name: digits\ntrain: {batch_size: 1}\n")
+    assert phalanx("submit", file, "--set", "train.batch_size=64", "--set", "seed=7").code == 0
+    spec = cluster.requests("SubmitJob")[0].spec
+    assert (spec.train.batch_size, spec.seed) == (64, 7)
+
+
+def test_the_same_request_id_submits_once(phalanx, cluster, tmp_path):
+    file = write(tmp_path, "name: digits\n")
+    first = phalanx("submit", file, "--request-id", "nightly")
+    second = phalanx("submit", file, "--request-id", "nightly")
+    assert first.out == second.out
+    assert len(cluster.jobs) == 1
+    other = phalanx("submit", write(tmp_path, "name: other\n"), "--request-id", "nightly")
+    assert other.code == 6
+
+
+def test_namespace_reaches_the_spec(phalanx, cluster, tmp_path):
+    phalanx("--namespace", "team", "submit", write(tmp_path, "name: digits\n"))
+    assert cluster.requests("SubmitJob")[0].spec.namespace == "team"
+
+
+def test_every_wrong_field_of_a_file_is_told_with_its_line(offline, tmp_path):
+    file = write(tmp_path, "name: digits\ntrane: {}\ntrain: {batch_size: many}\n")
+    outcome = offline("submit", file)
+    assert outcome.code == 2
+    assert file in outcome.err
+    assert "line 2" in outcome.err
+    assert "line 3" in outcome.err
+
+
+def test_what_the_server_finds_wrong_gets_the_line_of_the_file(phalanx, cluster, tmp_path):
+    wrong = Violation("train.batch_size", "is negative")
+    cluster.fail("SubmitJob", InvalidArgument("1 wrong field", violations=[wrong]))
+    file = write(tmp_path, "name: digits\n\ntrain:\n  batch_size: -1\n")
+    outcome = phalanx("submit", file)
+    assert outcome.code == 2
+    assert "line 4: train.batch_size  is negative" in outcome.err
+
+
+def test_a_missing_file_gives_3(offline):
+    assert offline("submit", "no-such-file.yaml").code == 3
+
+
+def test_submit_and_wait_gives_the_outcome(phalanx, cluster, tmp_path):
+    file = write(tmp_path, "name: digits\n")
+    failed = job_pb2.Job(id="digits-00000000", state=job_pb2.Job.STATE_FAILED, message="broken")
+    cluster.watch_script.append(job_service_pb2.WatchJobResponse(job=failed))
+    outcome = phalanx("submit", file, "--wait")
+    assert outcome.code == 1
+    assert "broken" in outcome.err
+
+
+def test_train_shows_the_job_to_its_end(phalanx, cluster, tmp_path):
+    done = job_pb2.Job(
+        id="digits-00000000",
+        state=job_pb2.Job.STATE_SUCCEEDED,
+        result=job_pb2.Result(model="digits@1", parameters_sha256="ab" * 32, bit_identical=True),
+    )
+    cluster.watch_script.append(job_service_pb2.WatchJobResponse(job=done))
+    outcome = phalanx("train", write(tmp_path, "name: digits\n"))
+    assert outcome.code == 0
+    assert "digits@1" in outcome.out
+    assert "ab" * 32 in outcome.out
+
+
+def test_ctrl_c_in_watch_says_how_to_attach_again(phalanx, cluster, monkeypatch):
+    from phalanx.sdk.job import Job
+
+    cluster.jobs["digits-1"] = job_pb2.Job(id="digits-1", state=job_pb2.Job.STATE_RUNNING)
+
+    def interrupted(self, after_sequence=0):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(Job, "watch_messages", interrupted)
+    outcome = phalanx("watch", "digits-1")
+    assert outcome.code == 130
+    assert "phalanx watch digits-1" in outcome.err
+
+
+def test_watch_writes_plain_lines_without_a_terminal(phalanx, cluster):
+    running = job_pb2.Job(id="digits-1", state=job_pb2.Job.STATE_RUNNING)
+    cluster.jobs["digits-1"] = running
+    worker = job_pb2.WorkerProgress(
+        worker_id="worker-1", shards=[job_pb2.ShardRange(first=0, count=4)]
+    )
+    progress = job_pb2.Progress(step=3, total_steps=9, metrics={"train/loss": 0.5})
+    progress.workers.append(worker)
+    lost = job_pb2.Event(sequence=1, type="WORKER_LOST", worker_id="worker-2", step=3)
+    done = job_pb2.Job(id="digits-1", state=job_pb2.Job.STATE_SUCCEEDED)
+    cluster.watch_script.extend(
+        [
+            job_service_pb2.WatchJobResponse(progress=progress),
+            job_service_pb2.WatchJobResponse(event=lost),
+            job_service_pb2.WatchJobResponse(job=done),
+        ]
+    )
+    outcome = phalanx("watch", "digits-1")
+    assert outcome.code == 0
+    assert "step 3/9" in outcome.out
+    assert "worker-1:0-3" in outcome.out
+    assert "WORKER_LOST step=3 worker-2" in outcome.out
+    assert "digits-1 SUCCEEDED" in outcome.out
+
+
+@pytest.mark.parametrize("state", ["running", "RUNNING", "STATE_RUNNING"])
+def test_jobs_by_state(phalanx, cluster, state):
+    cluster.jobs["a"] = job_pb2.Job(id="a", state=job_pb2.Job.STATE_RUNNING)
+    cluster.jobs["b"] = job_pb2.Job(id="b", state=job_pb2.Job.STATE_FAILED)
+    outcome = phalanx("jobs", "--state", state)
+    assert "a " in outcome.out
+    assert "FAILED" not in outcome.out
+
+
+def test_a_job_id_is_never_cut(phalanx, cluster):
+    name = "a-name-of-forty-characters-" + "x" * 13 + "-abcd2345"
+    cluster.jobs[name] = job_pb2.Job(id=name, state=job_pb2.Job.STATE_RUNNING)
+    assert name in phalanx("jobs").out
+
+
+def test_drain_waits_until_the_worker_has_left(phalanx, cluster):
+    cluster.cluster.workers.append(cluster_service_pb2.Worker(id="worker-1"))
+    assert "has left" in phalanx("drain", "worker-1", "--wait").err
+    assert phalanx("drain", "worker-9").code == 3
+
+
+def test_logs_name_worker_shard_and_step(phalanx, cluster):
+    cluster.jobs["digits-1"] = job_pb2.Job(id="digits-1")
+    cluster.logs = [
+        job_service_pb2.ReadJobLogsResponse(worker_id="worker-1", shard=3, step=5, text="hello"),
+        job_service_pb2.ReadJobLogsResponse(worker_id="worker-2", text="other"),
+    ]
+    outcome = phalanx("logs", "digits-1", "--worker", "worker-1")
+    assert "worker-1 shard 3 step 5  hello" in outcome.out
+    assert "other" not in outcome.out
+
+
+def test_code_travels_as_a_pinned_blob(phalanx, cluster, tmp_path):
+    wheel = tmp_path / "mine-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("mine.py", "answer = 42\n")
+    digest = phalanx("code", "add", str(wheel)).out.strip()
+    assert cluster.blobs[digest] == wheel.read_bytes()
+    assert cluster.requests("SetPins")[0].pins[0].blob == digest
+    phalanx("code", "add", str(wheel))
+    listed = phalanx("--json", "code", "list").json()["wheels"]
+    assert [item["file_name"] for item in listed] == [wheel.name]
+
+
+@pytest.mark.parametrize("name", ["mine-1.0-py3-none-any.whl", "mine.zip"])
+def test_code_refuses_what_is_no_wheel(phalanx, tmp_path, name):
+    (tmp_path / name).write_text("no archive")
+    assert phalanx("code", "add", str(tmp_path / name)).code == 2
+
+
+def test_code_refuses_a_wheel_for_one_kind_of_machine(phalanx, tmp_path):
+    wheel = tmp_path / "mine-1.0-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("mine.py", "")
+    assert phalanx("code", "add", str(wheel)).code == 2
