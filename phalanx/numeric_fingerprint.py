@@ -65,7 +65,7 @@ def _numbers(count: int, dtype: str, stream: int) -> Array:
 
 
 def _add(digest: _Hash, values: Array) -> None:
-    digest.update(np.ascontiguousarray(values).view(np.uint8))
+    digest.update(values.tobytes())
 
 
 def _add_products(digest: _Hash, dtype: str) -> None:

@@ -24,6 +24,9 @@ Array = NDArray[Any]
 
 DTYPES = ("float32", "float64")
 
+_STREAM = 2
+"""Keeps the numbers of initial parameters apart from those of other uses of the seed."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -115,7 +118,18 @@ def views(layout: Layout, vector: Array) -> dict[str, Array]:
     return tensors
 
 
+def decay_mask(layout: Layout) -> NDArray[np.bool_] | None:
+    """Return (n,) where L2 and weight decay act; None where they act nowhere."""
+    if not any(spec.decay for spec in layout.tensors):
+        return None
+    mask = np.zeros(layout.element_count, np.bool_)
+    for spec, tensor in zip(layout.tensors, views(layout, mask).values(), strict=True):
+        tensor[...] = spec.decay
+    return mask
+
+
 def keyed_normal(seed: int, tensor: int, count: int) -> NDArray[np.float64]:
     """Return standard normal numbers keyed by (seed, tensor index): the same on every machine."""
-    key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, tensor], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).standard_normal(count)
+    key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, _STREAM], dtype=np.uint64)
+    counter = np.array([0, 0, tensor, 0], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter)).standard_normal(count)

@@ -21,11 +21,19 @@ from numpy.typing import NDArray
 from phalanx.blas import one_blas_thread
 from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import FailedPrecondition, PhalanxError
+from phalanx.models import DataSchema, Model, build_model
 from phalanx.models.base import decay_mask
 from phalanx.optimizers import build_optimizer
 from phalanx.reduction import Node, TreeReducer
 from phalanx.training.decisions import RootDecider
-from phalanx.training.leaf import LeafRunner, all_finite, open_leaf_runner
+from phalanx.training.leaf import (
+    LeafOutcome,
+    RowReader,
+    all_finite,
+    run_evaluation_leaf,
+    run_leaf,
+    shard_row_range,
+)
 from phalanx.training.start import load_start_parameters
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import GoRecord, JobPlan, Layout
@@ -92,20 +100,44 @@ def train_in_process(
     Raises:
         PhalanxError: the job cannot run, or failed; what a user's model raises passes through.
     """
-    runner = open_leaf_runner(plan, manifest, fetch, code_dir)
+    from phalanx.data.reader import ChunkReader
+
+    spec = JobSpec.FromString(plan.spec)
+    dtype = spec.train.dtype or "float32"
+    schema = DataSchema(manifest.features, len(manifest.classes), dtype)
+    model = build_model(spec, schema, code_dir)
+    reader = ChunkReader(manifest, spec.data.split, fetch, dtype=dtype)
+    evaluation_reader = None
+    if plan.evaluation_shards:
+        evaluation_reader = ChunkReader(manifest, spec.train.evaluation.split, fetch, dtype=dtype)
     with one_blas_thread():
-        return run_job(plan, runner, start_model, on_progress, clock)
+        return run_job(
+            plan,
+            model,
+            reader,
+            evaluation_reader,
+            start_model=start_model,
+            on_progress=on_progress,
+            clock=clock,
+        )
 
 
 def run_job(
     plan: JobPlan,
-    runner: LeafRunner,
+    model: Model,
+    reader: RowReader,
+    evaluation_reader: RowReader | None = None,
+    *,
     start_model: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainedModel:
-    """Run the rounds of a job over leaves from `runner`; BLAS must use one thread already."""
-    job = _Job(plan, runner, start_model)
+    """Run the rounds of a job whose model and readers are there; see `train_in_process`.
+
+    BLAS must use one thread already. `evaluation_reader` may be None only where the plan has no
+    evaluation shards.
+    """
+    job = _Job(plan, model, reader, evaluation_reader, start_model)
     begin_s = clock()
     go = job.decider.start()
     while go.action not in (GoRecord.ACTION_STOP, GoRecord.ACTION_FAIL):
@@ -120,21 +152,30 @@ def run_job(
 class _Job:
     """Parameters, optimizer state and decider of one run."""
 
-    def __init__(self, plan: JobPlan, runner: LeafRunner, start_model: Path | None) -> None:
+    def __init__(
+        self,
+        plan: JobPlan,
+        model: Model,
+        reader: RowReader,
+        evaluation_reader: RowReader | None,
+        start_model: Path | None,
+    ) -> None:
         self._plan = JobPlan()
         self._plan.CopyFrom(plan)
-        self._plan.layout.CopyFrom(runner.model.layout)
-        self._plan.evaluation_sums[:] = runner.model.evaluation_sums
+        self._plan.layout.CopyFrom(model.layout)
+        self._plan.evaluation_sums[:] = model.evaluation_sums
         self._spec = JobSpec.FromString(plan.spec)
-        self._runner = runner
+        self._model = model
+        self._reader = reader
+        self._evaluation_reader = evaluation_reader
         self._start_model = start_model
         self._optimizer = build_optimizer(self._spec.train, plan.total_steps)
-        self._decay = decay_mask(runner.model.layout)
+        self._decay = decay_mask(model.layout)
         self.decider = RootDecider(self._plan, term=1)
         self._skipped_steps: set[int] = set()
         self._points: list[tuple[int, str, float]] = []
-        count = runner.model.layout.element_count
-        dtype = np.dtype(runner.model.layout.dtype)
+        count = model.layout.element_count
+        dtype = np.dtype(model.layout.dtype)
         self._parameters: Array = np.zeros(count, dtype)
         self._next: Array = np.empty(count, dtype)
         self._state: dict[str, Array] = {
@@ -160,7 +201,9 @@ class _Job:
 
     def result(self, reason: str) -> TrainedModel:
         """The model at the newest version."""
-        little_endian = self._parameters.astype(self._parameters.dtype.newbyteorder("<"), copy=False)
+        little_endian = self._parameters.astype(
+            self._parameters.dtype.newbyteorder("<"), copy=False
+        )
         return TrainedModel(
             layout=self._plan.layout,
             parameters=self._parameters,
@@ -180,19 +223,20 @@ class _Job:
         if self._start_model is not None:
             load_start_parameters(self._start_model, self._plan.layout, self._parameters)
         else:
-            self._parameters[:] = self._runner.model.initial_parameters(self._spec.seed)
+            self._parameters[:] = self._model.initial_parameters(self._spec.seed)
         if not all_finite(self._parameters):
             raise _failure("the initial parameters are not finite", "PARAMETERS_NON_FINITE")
 
     def _train(self, version: int) -> tuple[int, float]:
-        tree = _ScalarTree(self._plan.shards)
+        tree = _Tree(self._plan.shards)
         for shard in range(self._plan.shards):
             out = np.empty_like(self._parameters)
-            outcome = self._runner.train(self._parameters, shard, version, out)
+            outcome = run_leaf(
+                self._model, self._parameters, self._reader, self._plan, shard, version, out
+            )
             if not outcome.finite:
                 self._skip(shard, version)
-            present = outcome.count > 0 and outcome.finite
-            tree.fill(shard, out if present else None, outcome.count, outcome.loss_sum)
+            tree.fill(shard, out, outcome)
         gradient, count, loss = tree.result()
         if gradient is not None:
             self._optimizer.apply(
@@ -207,7 +251,7 @@ class _Job:
     def _skip(self, shard: int, version: int) -> None:
         """Leave a leaf that is not finite out of its step, or fail, as the spec says."""
         rule = self._spec.train.on_nonfinite
-        rows = self._runner.train_rows(shard)
+        rows = shard_row_range(self._plan, shard, evaluation=False)
         message = (
             f"the leaf of shard {shard} (rows {rows.first} to {rows.stop - 1}) in step "
             f"{version + 1} is not finite; lower the learning rate or check the data"
@@ -219,33 +263,41 @@ class _Job:
             raise _failure(message, "NON_FINITE")
 
     def _evaluate(self) -> tuple[NDArray[np.float64], int]:
-        tree = _ScalarTree(self._plan.evaluation_shards)
+        assert self._evaluation_reader is not None, "the plan evaluates, and there is no reader"
+        tree = _Tree(self._plan.evaluation_shards)
         for shard in range(self._plan.evaluation_shards):
-            outcome, sums = self._runner.evaluate(self._parameters, shard)
-            if not outcome.finite:
-                raise _failure(
-                    f"the evaluation of step {self.decider.version} is not finite", "NON_FINITE"
-                )
-            present = outcome.count > 0
-            tree.fill(shard, sums if present else None, outcome.count, outcome.loss_sum)
+            sums = np.zeros(len(self._plan.evaluation_sums))
+            outcome = run_evaluation_leaf(
+                self._model, self._parameters, self._evaluation_reader, self._plan, shard, sums
+            )
+            tree.fill(shard, sums, outcome)
         total, count, _ = tree.result()
-        return (np.zeros(len(self._plan.evaluation_sums)) if total is None else total), count
+        if total is None:
+            return np.zeros(len(self._plan.evaluation_sums)), 0
+        if not np.isfinite(total).all():
+            message = f"the evaluation after step {self.decider.version} is not finite"
+            raise _failure(message, "PARAMETERS_NON_FINITE")
+        return total, count
 
 
-class _ScalarTree:
-    """The tree of one round with the count and loss of each node beside its vector."""
+class _Tree:
+    """The tree of one round: the vector, and count and loss beside it."""
 
     def __init__(self, width: int) -> None:
         self._vectors = TreeReducer(width)
         self._losses = TreeReducer(width)
         self._count = 0
 
-    def fill(self, shard: int, vector: Array | None, count: int, loss: float) -> None:
+    def fill(self, shard: int, vector: Array, outcome: LeafOutcome) -> None:
+        """Fill a leaf; an empty one, or one that is not finite, is an absent child."""
         node = Node(shard, 1)
-        mask = 0 if vector is None else 1
-        self._vectors.fill(node, vector, mask)
-        self._losses.fill(node, np.array([loss]) if mask else None, mask)
-        self._count += count if mask else 0
+        if outcome.count == 0 or not outcome.finite:
+            self._vectors.fill(node, None, 0)
+            self._losses.fill(node, None, 0)
+            return
+        self._vectors.fill(node, vector, 1)
+        self._losses.fill(node, np.array([outcome.loss_sum]), 1)
+        self._count += outcome.count
 
     def result(self) -> tuple[Array | None, int, float]:
         vector, _ = self._vectors.result
