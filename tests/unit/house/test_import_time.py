@@ -1,0 +1,41 @@
+"""`import phalanx` is light, and control never loads what only tensors need."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+HEAVY = {"grpc", "google.protobuf", "matplotlib", "numpy", "pyarrow", "scipy", "torch", "typer"}
+
+
+def _loaded_by(statement: str) -> set[str]:
+    program = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    ("statement", "refused"),
+    [
+        ("import phalanx", HEAVY),
+        ("import phalanx.errors, phalanx.config, phalanx.ids", HEAVY),
+        ("import coordinator.control", {"numpy", "pyarrow", "scipy"}),
+        ("import phalanx.rpc.server, phalanx.rpc.process", {"numpy", "pyarrow", "scipy"}),
+    ],
+)
+def test_heavy_modules_are_not_loaded(statement: str, refused: set[str]) -> None:
+    assert _loaded_by(statement) & refused == set()
+
+
+def test_a_heavy_module_would_be_seen() -> None:
+    assert "numpy" in _loaded_by("import numpy") & HEAVY

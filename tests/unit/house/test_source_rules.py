@@ -1,0 +1,181 @@
+"""Rules of the house that no linter knows, checked on the source itself."""
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PACKAGES = ("phalanx", "coordinator", "worker", "storage")
+
+SERIALISERS_THAT_RUN_CODE = {
+    "cloudpickle",
+    "cPickle",
+    "dill",
+    "joblib",
+    "jsonpickle",
+    "marshal",
+    "pickle",
+    "shelve",
+}
+CODE_RUNNERS = {"compile", "eval", "exec", "pandas.read_pickle", "torch.load"}
+# multiprocessing pickles whatever crosses its processes; these parts of it do not.
+MULTIPROCESSING_ALLOWED = {"shared_memory", "resource_tracker"}
+
+# These calls are open as long as a member or a watcher lives; they are ended by it, not by a clock.
+STREAMS = {"Exchange", "ReadJobLogs", "Session", "WatchJob"}
+
+
+def _sources(*folders: str) -> list[Path]:
+    found = [
+        path
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if "phalanx/v1" not in path.as_posix()
+    ]
+    assert found
+    return found
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _found(rule: Callable[[Iterator[ast.AST]], Iterator[str]], *folders: str) -> list[str]:
+    """Return what ``rule`` finds in the sources of some folders."""
+    return [
+        f"{_name(path)}: {finding}"
+        for path in _sources(*folders)
+        for finding in rule(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    ]
+
+
+def _dangers(tree: Iterator[ast.AST]) -> Iterator[str]:
+    """Say what in a module could run code out of data."""
+    for node in tree:
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            modules = []
+        for module in modules:
+            first, _, rest = module.partition(".")
+            if first in SERIALISERS_THAT_RUN_CODE:
+                yield f"line {node.lineno}: imports {module}"  # type: ignore[attr-defined]
+            if first == "multiprocessing" and rest.partition(".")[0] not in MULTIPROCESSING_ALLOWED:
+                yield f"line {node.lineno}: imports {module}"  # type: ignore[attr-defined]
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in CODE_RUNNERS:
+                yield f"line {node.lineno}: calls {called}"
+            if any(
+                keyword.arg == "allow_pickle"
+                and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+                for keyword in node.keywords
+            ):
+                yield f"line {node.lineno}: allows pickle"
+
+
+def test_no_data_is_ever_run_as_code() -> None:
+    assert _found(_dangers, *PACKAGES) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "from joblib import load",
+        "import multiprocessing",
+        "from multiprocessing import Queue",
+        "import multiprocessing.connection",
+        "eval('1')",
+        "exec(text)",
+        "torch.load(path)",
+        "numpy.load(path, allow_pickle=True)",
+        "numpy.load(path, allow_pickle=flag)",
+    ],
+)
+def test_each_danger_is_seen(source: str) -> None:
+    assert list(_dangers(ast.walk(ast.parse(source)))) != []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from multiprocessing import shared_memory",
+        "numpy.load(path, allow_pickle=False)",
+        "re.compile('x')",
+        "model.eval()",
+    ],
+)
+def test_harmless_look_alikes_pass(source: str) -> None:
+    assert list(_dangers(ast.walk(ast.parse(source)))) == []
+
+
+def _rpc_methods() -> set[str]:
+    import importlib
+
+    names = set()
+    for path in sorted((ROOT / "phalanx/v1").glob("*_service_pb2.py")):
+        module = importlib.import_module(f"phalanx.v1.{path.stem}")
+        for service in module.DESCRIPTOR.services_by_name.values():
+            names.update(method.name for method in service.methods)
+    return names
+
+
+RPC_METHODS = _rpc_methods()
+
+
+def _calls_without_deadline(tree: Iterator[ast.AST]) -> Iterator[str]:
+    """Say which calls of a stub's methods have no ``timeout``.
+
+    A method that is handed to a helper (``call_with_retry(stub.GetJob, …)``) is not called here. Two
+    positional arguments are a servicer calling a servicer: a request and a context.
+    """
+    for node in tree:
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in RPC_METHODS - STREAMS
+            and len(node.args) < 2
+            and not any(keyword.arg in ("timeout", None) for keyword in node.keywords)
+        ):
+            yield f"line {node.lineno}: {ast.unparse(node.func)}"
+
+
+def test_every_call_has_a_deadline() -> None:
+    assert _found(_calls_without_deadline, *PACKAGES, "bench", "examples") == []
+
+
+def test_a_call_without_deadline_is_seen() -> None:
+    wrong = "stub.GetJob(request)"
+    right = "stub.GetJob(request, timeout=5); call_with_retry(stub.GetJob, request, timeout_s=1)"
+    assert list(_calls_without_deadline(ast.walk(ast.parse(wrong)))) != []
+    assert list(_calls_without_deadline(ast.walk(ast.parse(right)))) == []
+
+
+def test_streams_without_deadline_are_methods_that_exist() -> None:
+    assert STREAMS <= RPC_METHODS
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    sources = _sources(*PACKAGES, "tests", "bench", "examples")
+    lengths = {_name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in sources}
+    assert {name: length for name, length in lengths.items() if length > 600} == {}
+
+
+def test_no_package_in_tests_hides_a_shipped_one() -> None:
+    assert list((ROOT / "tests").rglob("__init__.py")) == []
+
+
+def test_every_package_is_one() -> None:
+    folders = {path.parent for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    assert [_name(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_tells_type_checkers_that_it_is_typed(package: str) -> None:
+    assert (ROOT / package / "py.typed").exists()
