@@ -1,0 +1,1 @@
+"""Control and aggregation: the two kinds of coordinator process."""

@@ -1,0 +1,1 @@
+"""The control process: membership, placement, life of jobs; decisions in `core`."""

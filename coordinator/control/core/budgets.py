@@ -1,0 +1,149 @@
+"""Leaves that fail: tried elsewhere, then the shard is named and the job fails (or skips it).
+
+Only what a leaf's own process did counts. A worker's death never gets here.
+"""
+
+from __future__ import annotations
+
+from coordinator.control.core import ending, hosting, terms
+from coordinator.control.core.lifecycle import RUNNING
+from coordinator.control.core.state import Core, FailedLeaf, JobRuntime, Worker
+from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1.job_pb2 import Failure
+
+WORKERS_MAX = 2
+ATTEMPTS_MAX = 3
+CONFIRMATIONS = 2
+"""Computations of a non-finite leaf before it is believed: the first and one elsewhere."""
+
+
+def leaf_failed(core: Core, worker: Worker, message: pb.LeafFailed) -> None:
+    """Count a failed leaf and decide: try elsewhere, skip the shard, or fail the job."""
+    job = core.jobs.get(message.job_id)
+    if job is None or job.ending is not None:
+        return
+    facts = core.facts_of(job)
+    tree = job.evaluation if message.evaluation else job.train
+    if facts.state != RUNNING or facts.term != message.term or not 0 <= message.shard < tree.width:
+        return
+    failures = job.failed_leaves.setdefault((message.evaluation, message.shard), [])
+    # Another step is another try: the shard got through in between.
+    failures[:] = [each for each in failures if each.step == message.step]
+    failures.append(
+        FailedLeaf(
+            worker.id,
+            message.step,
+            message.kind,
+            message.message,
+            message.traceback,
+            message.first_row,
+            message.row_count,
+        )
+    )
+    if message.kind == pb.LeafFailed.KIND_NON_FINITE:
+        _non_finite(core, job, message, failures)
+    elif len({each.worker_id for each in failures}) >= WORKERS_MAX or len(failures) >= ATTEMPTS_MAX:
+        _poisoned(core, job, message, failures)
+    else:
+        _try_elsewhere(core, job, message, failures)
+
+
+def _non_finite(
+    core: Core, job: JobRuntime, message: pb.LeafFailed, failures: list[FailedLeaf]
+) -> None:
+    bad = [each for each in failures if each.kind == pb.LeafFailed.KIND_NON_FINITE]
+    if len(bad) < CONFIRMATIONS:
+        _try_elsewhere(core, job, message, failures)
+        return
+    action = core.facts_of(job).spec.train.on_nonfinite
+    limit = action.skip.max_steps
+    if action.WhichOneof("action") == "skip" and not message.evaluation:
+        job.skipped_steps.add(message.step)
+        if limit == 0 or len(job.skipped_steps) <= limit:
+            _skip(core, job, message)
+            return
+    where = "evaluation shard" if message.evaluation else "shard"
+    text = f"the leaf of {where} {message.shard} at step {message.step} is not finite, twice"
+    failure = _failure(message, failures, "NON_FINITE", text)
+    core.emit("NON_FINITE_REFUSED", text, job_id=job.job_id, shard=message.shard, step=message.step)
+    ending.fail(core, job, "NON_FINITE", text, [failure])
+    terms.advance(core, job)
+
+
+def _skip(core: Core, job: JobRuntime, message: pb.LeafFailed) -> None:
+    absent = pb.AbsentShards(
+        job_id=job.job_id, term=message.term, step=message.step, shards=[message.shard]
+    )
+    for worker_id in sorted(job.hosts):
+        worker = core.workers[worker_id]
+        if message.shard in job.hosts[worker_id].train:
+            core.send(worker.session, pb.SessionResponse(absent_shards=absent), job.after)
+    core.emit(
+        "NON_FINITE_REFUSED",
+        f"shard {message.shard} is left out of step {message.step}: its leaf is not finite",
+        job_id=job.job_id,
+        shard=message.shard,
+        step=message.step,
+        details={"skipped_steps": len(job.skipped_steps)},
+    )
+
+
+def _poisoned(
+    core: Core, job: JobRuntime, message: pb.LeafFailed, failures: list[FailedLeaf]
+) -> None:
+    workers = sorted({each.worker_id for each in failures})
+    kind = pb.LeafFailed.Kind.Name(message.kind).removeprefix("KIND_").lower().replace("_", " ")
+    where = "evaluation shard" if message.evaluation else "shard"
+    last = message.first_row + max(0, message.row_count - 1)
+    text = (
+        f"the leaf of {where} {message.shard} (rows {message.first_row} to {last}) failed "
+        f"{len(failures)} times at step {message.step} on {', '.join(workers)}: {kind}: "
+        f"{message.message}"
+    )
+    core.emit(
+        "POISON_SHARD",
+        text,
+        job_id=job.job_id,
+        worker_id=failures[-1].worker_id,
+        shard=message.shard,
+        step=message.step,
+    )
+    failure = _failure(message, failures, "POISON_SHARD", text)
+    ending.fail(core, job, "POISON_SHARD", text, [failure])
+    terms.advance(core, job)
+
+
+def _try_elsewhere(
+    core: Core, job: JobRuntime, message: pb.LeafFailed, failures: list[FailedLeaf]
+) -> None:
+    """Give the shard to a worker that has not failed at it, or again to the only one there is."""
+    tree = job.evaluation if message.evaluation else job.train
+    failed = frozenset(each.worker_id for each in failures)
+    before = tree.owners.pop(message.shard, "")
+    tree.keepers.pop(message.shard, None)
+    hosting.sync(
+        core,
+        job,
+        cause="leaf_failed",
+        freed=() if message.evaluation else (message.shard,),
+        freed_evaluation=(message.shard,) if message.evaluation else (),
+        avoided=failed,
+    )
+    after = tree.owners.get(message.shard, "")
+    if after and after == before:
+        core.observe("redispatches_total", 1, cause="leaf_failed")
+        hosting.resend(core, job, after)
+
+
+def _failure(message: pb.LeafFailed, failures: list[FailedLeaf], code: str, text: str) -> Failure:
+    return Failure(
+        code=code,
+        message=text,
+        shard=message.shard,
+        first_row=message.first_row,
+        row_count=message.row_count,
+        step=message.step,
+        attempts=len(failures),
+        worker_ids=sorted({each.worker_id for each in failures}),
+        traceback=next((each.traceback for each in reversed(failures) if each.traceback), ""),
+    )

@@ -1,0 +1,130 @@
+"""Which workers may host a job, and for each of the others why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from coordinator.control.core.facts import JobFacts
+from coordinator.control.core.state import Core, JobRuntime, Worker
+from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
+
+TAKES_WORK = frozenset((WorkerView.STATE_READY, WorkerView.STATE_SUSPECTED))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Workers that may host a job; `excluded` says why each of the others may not."""
+
+    fingerprint: str
+    workers: tuple[Worker, ...]
+    excluded: dict[str, str] = field(default_factory=dict)
+    unmatched: tuple[str, ...] = ()
+    """Those excluded by nothing but their fingerprint."""
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """Slots by worker id."""
+        return {worker.id: worker.slots for worker in self.workers}
+
+
+def misfit(facts: JobFacts, worker: Worker) -> str:
+    """Return why a worker cannot host a job whatever its fingerprint; empty if it can."""
+    hello, resources = worker.hello, facts.spec.resources
+    for key, value in sorted(resources.worker_labels.items()):
+        if hello.labels.get(key) != value:
+            return f"its label {key} is not {value!r}"
+    needed = facts.kept.submitted.worker_bytes
+    if 0 < hello.memory_bytes < needed:
+        return f"it has {hello.memory_bytes} bytes of memory, the job needs {needed}"
+    per_slot = hello.slot_memory_bytes or hello.memory_bytes // worker.slots
+    wanted = max(resources.memory_bytes, needed if hello.slot_memory_bytes else 0)
+    if 0 < per_slot < wanted:
+        return f"a slot has {per_slot} bytes of memory, the job needs {wanted}"
+    return ""
+
+
+def group_of(core: Core, job: JobRuntime) -> Group:
+    """Return the workers that may host a job now.
+
+    A reproducible job takes one numeric fingerprint: the one it started with, else that of the
+    group with most slots.
+    """
+    facts = core.facts_of(job)
+    fitting: list[Worker] = []
+    excluded: dict[str, str] = {}
+    for worker in core.workers.values():
+        if not worker.connected or worker.state not in TAKES_WORK:
+            continue
+        why = misfit(facts, worker)
+        if why:
+            excluded[worker.id] = why
+        else:
+            fitting.append(worker)
+    if not facts.plan.bitwise:
+        return Group("", tuple(fitting), excluded)
+    fingerprint = facts.fingerprint or largest_fingerprint(fitting)
+    chosen: list[Worker] = []
+    unmatched: list[str] = []
+    for worker in fitting:
+        if worker.hello.fingerprint == fingerprint:
+            chosen.append(worker)
+        else:
+            unmatched.append(worker.id)
+            excluded[worker.id] = "its processor or libraries give other bits (fingerprint)"
+    return Group(fingerprint, tuple(chosen), excluded, tuple(unmatched))
+
+
+def largest_fingerprint(workers: list[Worker]) -> str:
+    """Return the fingerprint of the group with most slots, the smaller name among equals."""
+    slots: dict[str, int] = {}
+    for worker in workers:
+        slots[worker.hello.fingerprint] = slots.get(worker.hello.fingerprint, 0) + worker.slots
+    return min(slots, key=lambda each: (-slots[each], each), default="")
+
+
+def choose_hosts(core: Core, job: JobRuntime, group: Group) -> dict[str, Worker]:
+    """Return the workers of the group that host the job: those that do already, then the largest.
+
+    At most `max_workers`. A suspected worker keeps what it has and gets nothing new.
+    """
+    limit = core.facts_of(job).spec.resources.max_workers or len(group.workers)
+    wanted = [
+        worker
+        for worker in group.workers
+        if worker.id in job.hosts or worker.state == WorkerView.STATE_READY
+    ]
+    wanted.sort(key=lambda worker: (worker.id not in job.hosts, -worker.slots, worker.id))
+    return {worker.id: worker for worker in sorted(wanted[:limit], key=lambda each: each.id)}
+
+
+def explain_waiting(core: Core, job: JobRuntime, group: Group) -> tuple[str, str]:
+    """Return (reason, message) for a job that has too few workers."""
+    wanted = core.facts_of(job).spec.resources.min_workers
+    if group.unmatched and not group.workers:
+        message = (
+            f"no worker gives the bits that the job started with; {', '.join(group.unmatched)} "
+            "would give others (set reproducibility.bitwise.fall_back_after to go on there)"
+        )
+        return "WAITING_FOR_FINGERPRINT", message
+    message = f"{len(group.workers)} of {max(1, wanted)} workers are there"
+    if group.excluded:
+        worker_id, why = next(iter(sorted(group.excluded.items())))
+        more = len(group.excluded) - 1
+        message += f"; {worker_id} is left out: {why}" + (f" (and {more} more)" if more else "")
+    return "WAITING_FOR_WORKERS", message
+
+
+def announce_ineligible(core: Core, job: JobRuntime, group: Group) -> None:
+    """Tell once per job and worker that its fingerprint keeps it out."""
+    for worker_id in group.unmatched:
+        if worker_id in job.told_ineligible:
+            continue
+        job.told_ineligible.add(worker_id)
+        core.emit(
+            "WORKER_INELIGIBLE",
+            f"{worker_id} does not take part: {group.excluded[worker_id]}",
+            job_id=job.job_id,
+            worker_id=worker_id,
+            after=job.after,
+            details={"fingerprint": core.workers[worker_id].hello.fingerprint},
+        )

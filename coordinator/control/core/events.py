@@ -1,0 +1,187 @@
+"""What happens to control. Each event is handed to `machine.handle` with the time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from phalanx.v1 import coordination_service_pb2, job_pb2, storage_service_pb2
+from phalanx.v1.control_journal_pb2 import JobSubmitted, RememberedRequest
+
+
+@dataclass(frozen=True)
+class WorkerConnected:
+    """A worker opened a session and said hello."""
+
+    session: int
+    hello: coordination_service_pb2.WorkerHello
+
+
+@dataclass(frozen=True)
+class AggregatorConnected:
+    """An aggregator opened a session and said hello."""
+
+    session: int
+    hello: coordination_service_pb2.AggregatorHello
+
+
+@dataclass(frozen=True)
+class SessionBroken:
+    """The stream of a session ended, for whatever reason."""
+
+    session: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class MemberSaid:
+    """A message other than hello arrived on a session."""
+
+    session: int
+    message: coordination_service_pb2.SessionRequest
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time went on; deadlines are checked."""
+
+
+@dataclass(frozen=True)
+class Led:
+    """This process has just become the leader; its facts are replayed."""
+
+    control_id: str
+
+
+@dataclass(frozen=True)
+class SubmitJob:
+    """A checked, resolved job; `token` names the caller in the answer."""
+
+    token: int
+    submitted: JobSubmitted
+    request: RememberedRequest
+
+
+@dataclass(frozen=True)
+class CancelJob:
+    """A caller wants the job to end."""
+
+    token: int
+    job_id: str
+    request: RememberedRequest
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class PauseJob:
+    """A caller wants the job to pause at its next step boundary."""
+
+    token: int
+    job_id: str
+    request: RememberedRequest
+
+
+@dataclass(frozen=True)
+class ResumeJob:
+    """A caller wants a paused job to go on."""
+
+    token: int
+    job_id: str
+    request: RememberedRequest
+
+
+@dataclass(frozen=True)
+class RetryJob:
+    """A caller wants a failed job to be tried again from its last checkpoint."""
+
+    token: int
+    job_id: str
+    request: RememberedRequest
+
+
+@dataclass(frozen=True)
+class DeleteJob:
+    """A caller wants an ended job to be forgotten."""
+
+    token: int
+    job_id: str
+    request: RememberedRequest
+
+
+@dataclass(frozen=True)
+class DrainWorker:
+    """An operator wants a worker to finish and leave."""
+
+    token: int
+    worker_id: str
+    request: RememberedRequest
+
+
+@dataclass(frozen=True)
+class TermRaised:
+    """Storage raised the job's term; `checkpoints` are its complete manifests, newest first."""
+
+    job_id: str
+    operation: int
+    term: int
+    checkpoints: tuple[storage_service_pb2.CheckpointManifest, ...] = ()
+
+
+@dataclass(frozen=True)
+class TermRefused:
+    """Storage holds another term than expected; nothing was changed."""
+
+    job_id: str
+    operation: int
+    current_term: int
+
+
+@dataclass(frozen=True)
+class RowRead:
+    """The job's row in storage, read or met while raising the term."""
+
+    job_id: str
+    operation: int
+    term: int
+    final: storage_service_pb2.CheckpointManifest | None = None
+
+
+@dataclass(frozen=True)
+class ModelWritten:
+    """The model of a finished job is registered; `result` is what storage knows of it."""
+
+    job_id: str
+    operation: int
+    result: job_pb2.Result
+
+
+@dataclass(frozen=True)
+class OperationFailed:
+    """A storage operation failed for good (storage being away is retried, not reported)."""
+
+    job_id: str
+    operation: int
+    code: str
+    message: str
+    details: dict[str, str] = field(default_factory=dict)
+
+
+Event = (
+    WorkerConnected
+    | AggregatorConnected
+    | SessionBroken
+    | MemberSaid
+    | Tick
+    | Led
+    | SubmitJob
+    | CancelJob
+    | PauseJob
+    | ResumeJob
+    | RetryJob
+    | DeleteJob
+    | DrainWorker
+    | TermRaised
+    | TermRefused
+    | RowRead
+    | ModelWritten
+    | OperationFailed
+)

@@ -1,0 +1,239 @@
+"""Keeping the shards of a running job on workers: who hosts, who gets what, who lets go.
+
+`sync` compares what should be with what each worker was last told and sends the difference; it may
+be called at any time. Shards move make-before-break: the old host keeps a shard until the new one
+works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from coordinator.control.core import placement
+from coordinator.control.core.eligibility import (
+    announce_ineligible,
+    choose_hosts,
+    explain_waiting,
+    group_of,
+)
+from coordinator.control.core.lifecycle import RUNNING
+from coordinator.control.core.state import Core, Hosting, JobRuntime, TreePlacement, Worker
+from coordinator.control.core.tree import nodes_of
+from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1.training_pb2 import JobPlan
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What a caller wants of the placement of one tree."""
+
+    freed: frozenset[int]
+    avoided: frozenset[str]
+    balance: bool
+
+
+WAITS = frozenset(("WAITING_FOR_WORKERS", "WAITING_FOR_FINGERPRINT"))
+
+
+def sync(
+    core: Core,
+    job: JobRuntime,
+    *,
+    cause: str = "",
+    freed: Iterable[int] = (),
+    freed_evaluation: Iterable[int] = (),
+    avoided: frozenset[str] = frozenset(),
+    incident_id: str = "",
+    balance: bool = False,
+) -> None:
+    """Bring the placement of a running job in line with the workers that are there.
+
+    `freed` are shards known to have no host any more (others may still be claimed by a worker that
+    has not reconnected after a take-over); workers in `avoided` get them only if there is no other.
+    `cause` names the re-dispatch in metrics and events.
+    """
+    facts = core.facts_of(job)
+    if facts.state != RUNNING or facts.resuming or job.ending is not None:
+        return
+    group = group_of(core, job)
+    announce_ineligible(core, job, group)
+    hosts = choose_hosts(core, job, group)
+    _wait_or_not(core, job, bool(hosts))
+    moved: list[str] = []
+    for tree, known in ((job.train, freed), (job.evaluation, freed_evaluation)):
+        moved += _place(core, job, tree, hosts, _Wish(frozenset(known), avoided, balance))
+    _send_differences(core, job, hosts)
+    _revoke_strangers(core, job, hosts)
+    if moved and cause:
+        _tell(core, job, moved, cause, incident_id)
+
+
+def job_plan(core: Core, job: JobRuntime) -> JobPlan:
+    """Return the plan as members get it: with the spec, which the journal keeps only once."""
+    facts = core.facts_of(job)
+    plan = JobPlan()
+    plan.CopyFrom(facts.plan)
+    plan.spec = facts.spec.SerializeToString(deterministic=True)
+    return plan
+
+
+def release_keepers(core: Core, job: JobRuntime) -> None:
+    """Let old hosts go once their successors have worked through a step, or a lease has passed."""
+    if not job.train.keepers and not job.evaluation.keepers:
+        return
+    if job.step >= job.keep_step + 2 or core.now.monotonic_s >= job.keep_until_s:
+        job.train.keepers.clear()
+        job.evaluation.keepers.clear()
+        sync(core, job)
+
+
+def revoke(core: Core, job: JobRuntime, worker_id: str, term: int, reason: str, after: int) -> None:
+    """Tell a worker to let the job go."""
+    worker = core.workers.get(worker_id)
+    if worker is not None and worker.connected:
+        message = pb.SessionResponse(
+            revoke_job=pb.RevokeJob(job_id=job.job_id, term=term, reason=reason)
+        )
+        core.send(worker.session, message, after)
+
+
+def resend(core: Core, job: JobRuntime, worker_id: str) -> None:
+    """Tell a worker its nodes again under a new placement: it computes the open round anew."""
+    hosting, worker = job.hosts.get(worker_id), core.workers.get(worker_id)
+    if hosting is not None and worker is not None:
+        job.placement += 1
+        _send(core, job, worker, hosting)
+
+
+def _wait_or_not(core: Core, job: JobRuntime, hosted: bool) -> None:
+    if hosted and job.reason in WAITS:
+        core.set_reason(job, "")
+    elif not hosted and core.now.monotonic_s >= job.adopt_until_s:
+        core.set_reason(job, *explain_waiting(core, job, group_of(core, job)))
+
+
+def _place(
+    core: Core, job: JobRuntime, tree: TreePlacement, hosts: dict[str, Worker], wish: _Wish
+) -> list[str]:
+    """Place one tree; return the new host of every shard that had none."""
+    staying = {key: worker.slots for key, worker in hosts.items()}
+    ready = {key: staying[key] for key in staying if key in job.hosts and job.hosts[key].ready}
+    adopting = core.now.monotonic_s < job.adopt_until_s
+    _hand_over(core, job, tree, staying)
+    orphans = set(range(tree.width)) - set(tree.owners)
+    if adopting:
+        orphans &= wish.freed
+    takers = ready or staying
+    if len(orphans) == tree.width and not tree.keepers and not wish.avoided:
+        result = placement.place_first(tree.width, staying)
+    else:
+        avoided = dict.fromkeys(wish.freed, wish.avoided)
+        result = placement.place_orphans(
+            tree.owners, orphans, tree.width, takers, tree.keepers, avoided
+        )
+    tree.owners = result.owners
+    if wish.balance and not adopting and not result.moved:
+        _balance(core, job, tree, staying, takers)
+    return [result.owners[shard] for shard in sorted(result.moved)]
+
+
+def _hand_over(core: Core, job: JobRuntime, tree: TreePlacement, staying: dict[str, int]) -> None:
+    """Free the shards of workers that may not host any more; one that lives keeps them for now."""
+    for shard, owner in list(tree.owners.items()):
+        if owner in staying:
+            continue
+        del tree.owners[shard]
+        if staying and core.workers[owner].connected and owner in job.hosts:
+            tree.keepers[shard] = owner
+            _keep(core, job)
+    if not staying:
+        tree.keepers.clear()
+
+
+def _balance(
+    core: Core,
+    job: JobRuntime,
+    tree: TreePlacement,
+    staying: dict[str, int],
+    takers: dict[str, int],
+) -> None:
+    result = placement.rebalance(tree.owners, tree.width, staying, takers)
+    for shard in result.moved:
+        tree.keepers[shard] = tree.owners[shard]
+    if result.moved:
+        _keep(core, job)
+        core.emit(
+            "SHARDS_MOVED",
+            result.reason,
+            job_id=job.job_id,
+            after=job.after,
+            details={"shards": len(result.moved), "cause": "balance"},
+        )
+    tree.owners = result.owners
+
+
+def _keep(core: Core, job: JobRuntime) -> None:
+    job.keep_step = job.step
+    job.keep_until_s = core.now.monotonic_s + core.lease_ttl_s()
+
+
+def _send_differences(core: Core, job: JobRuntime, hosts: dict[str, Worker]) -> None:
+    """Tell every host whose shards, or term, differ from what it was last told; takers first."""
+    term = core.facts_of(job).term
+    changed: list[tuple[bool, Worker, Hosting]] = []
+    for worker_id in {**hosts, **_keeping(core, job)}:
+        train, evaluation = job.train.held_by(worker_id), job.evaluation.held_by(worker_id)
+        hosting = job.hosts.get(worker_id)
+        if hosting is None:
+            hosting = job.hosts[worker_id] = Hosting(term=0)
+        if (hosting.term, hosting.train, hosting.evaluation) == (term, train, evaluation):
+            continue
+        gains = bool(train - hosting.train)
+        hosting.term, hosting.train, hosting.evaluation = term, train, evaluation
+        changed.append((not gains, core.workers[worker_id], hosting))
+    if changed:
+        job.placement += 1
+    for _, worker, hosting in sorted(changed, key=lambda each: (each[0], each[1].id)):
+        _send(core, job, worker, hosting)
+
+
+def _keeping(core: Core, job: JobRuntime) -> dict[str, Worker]:
+    keepers = {*job.train.keepers.values(), *job.evaluation.keepers.values()}
+    return {key: core.workers[key] for key in sorted(keepers) if core.workers[key].connected}
+
+
+def _send(core: Core, job: JobRuntime, worker: Worker, hosting: Hosting) -> None:
+    facts = core.facts_of(job)
+    assign = pb.AssignJob(
+        plan=job_plan(core, job),
+        term=hosting.term,
+        ranges=facts.ranges,
+        placement=job.placement,
+        train_nodes=nodes_of(hosting.train, job.train.width),
+        evaluation_nodes=nodes_of(hosting.evaluation, job.evaluation.width),
+    )
+    core.send(worker.session, pb.SessionResponse(assign_job=assign), job.after)
+
+
+def _revoke_strangers(core: Core, job: JobRuntime, hosts: dict[str, Worker]) -> None:
+    """Let go of workers that host the job and neither should nor keep anything for others."""
+    keeping = _keeping(core, job)
+    for worker_id in list(job.hosts):
+        if worker_id not in hosts and worker_id not in keeping:
+            hosting = job.hosts.pop(worker_id)
+            revoke(core, job, worker_id, hosting.term, "the worker does not host this job", 0)
+
+
+def _tell(core: Core, job: JobRuntime, moved: list[str], cause: str, incident_id: str) -> None:
+    takers = ", ".join(sorted(set(moved)))
+    core.observe("redispatches_total", len(moved), cause=cause)
+    core.emit(
+        "SHARDS_MOVED",
+        f"{len(moved)} shards moved to {takers}",
+        job_id=job.job_id,
+        after=job.after,
+        incident_id=incident_id,
+        step=job.step,
+        details={"shards": len(moved), "workers": takers, "cause": cause},
+    )

@@ -1,0 +1,230 @@
+"""The machine: one event and the time in, effects out."""
+
+from __future__ import annotations
+
+from coordinator.control.core import budgets, ending, hosting, membership, reports, terms, verbs
+from coordinator.control.core.clock import Instant
+from coordinator.control.core.effects import Effect
+from coordinator.control.core.eligibility import group_of
+from coordinator.control.core.events import (
+    AggregatorConnected,
+    CancelJob,
+    DeleteJob,
+    DrainWorker,
+    Event,
+    Led,
+    MemberSaid,
+    ModelWritten,
+    OperationFailed,
+    PauseJob,
+    ResumeJob,
+    RetryJob,
+    RowRead,
+    SessionBroken,
+    SubmitJob,
+    TermRaised,
+    TermRefused,
+    Tick,
+    WorkerConnected,
+)
+from coordinator.control.core.lifecycle import RUNNING
+from coordinator.control.core.ownership import lost_owners
+from coordinator.control.core.state import Aggregator, Core, JobRuntime, Worker, new_runtime
+from phalanx.errors import PhalanxError
+from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
+from phalanx.v1.control_journal_pb2 import ControlRecord, ControlStarted, FingerprintChanged
+
+EXPIRE_EVERY_S = 10.0
+
+_Request = SubmitJob | CancelJob | PauseJob | ResumeJob | RetryJob | DeleteJob | DrainWorker
+_Answered = TermRaised | TermRefused | RowRead | ModelWritten | OperationFailed
+
+
+def handle(core: Core, event: Event, now: Instant) -> list[Effect]:
+    """Decide what one event means. The effects are to be performed in order, see `effects`."""
+    core.now = now
+    match event:
+        case Tick():
+            _tick(core)
+        case MemberSaid():
+            _member_said(core, event)
+        case WorkerConnected():
+            membership.worker_connected(core, event.session, event.hello)
+        case AggregatorConnected():
+            membership.aggregator_connected(core, event.session, event.hello)
+        case SessionBroken():
+            membership.session_broken(core, event.session, event.reason)
+        case Led():
+            _led(core, event)
+        case (
+            TermRaised()
+            | TermRefused()
+            | RowRead()
+            | ModelWritten()
+            | OperationFailed() as answered
+        ):
+            _operation_answered(core, answered)
+        case request:
+            _requested(core, request)
+    return core.take_effects()
+
+
+def _led(core: Core, event: Led) -> None:
+    """Begin to lead: rebuild what is soft from the facts, and find out what ended meanwhile."""
+    core.led_s = core.now.monotonic_s
+    core.persist(ControlRecord(control_started=ControlStarted(control_id=event.control_id)))
+    core.emit("CONTROL_TOOK_OVER", f"{event.control_id} leads generation {core.generation}")
+    for facts in core.facts.jobs.values():
+        if facts.ended:
+            continue
+        job = core.jobs[facts.job_id] = new_runtime(facts)
+        if facts.state == RUNNING:
+            job.row_known = False
+            job.adopt_until_s = core.led_s + core.lease_ttl_s()
+        if facts.resuming:
+            job.lost_owners.update(each.aggregator_id for each in facts.ranges)
+    for job in list(core.jobs.values()):
+        terms.advance(core, job)
+
+
+def _tick(core: Core) -> None:
+    membership.check_silence(core)
+    now = core.now.monotonic_s
+    for job in list(core.jobs.values()):
+        terms.check_describe_deadline(core, job)
+    for job in core.running():
+        if job.adopt_until_s and now >= job.adopt_until_s:
+            job.adopt_until_s = 0.0
+            hosting.sync(core, job, cause="take_over")
+        hosting.release_keepers(core, job)
+        _watch_owners(core, job)
+        _watch_fingerprint(core, job)
+    for worker in core.workers.values():
+        if worker.state == WorkerView.STATE_DRAINING and worker.connected:
+            membership.finish_drain(core, worker)
+    if now - core.expired_s >= EXPIRE_EVERY_S:
+        core.expired_s = now
+        verbs.expire(core)
+
+
+def _watch_owners(core: Core, job: JobRuntime) -> None:
+    """Take ranges whose owner has been silent for too long."""
+    for owner in sorted(lost_owners(core, job) - job.lost_owners):
+        job.lost_owners.add(owner)
+        membership.tell_aggregator_lost(core, job, owner, "no sign of life for a lease")
+    terms.advance(core, job)
+
+
+def _watch_fingerprint(core: Core, job: JobRuntime) -> None:
+    """After `fall_back_after` without a worker of the right fingerprint, go on with others."""
+    if job.reason != "WAITING_FOR_FINGERPRINT":
+        job.unmatched_since_s = None
+        return
+    now = core.now.monotonic_s
+    if job.unmatched_since_s is None:
+        job.unmatched_since_s = now
+    bitwise = core.facts_of(job).spec.reproducibility.bitwise
+    if not bitwise.HasField("fall_back_after"):
+        return
+    patience = bitwise.fall_back_after.seconds + bitwise.fall_back_after.nanos * 1e-9
+    group = group_of(core, job)
+    if now - job.unmatched_since_s < patience or not group.unmatched or group.workers:
+        return
+    fingerprint = core.workers[group.unmatched[0]].hello.fingerprint
+    changed = FingerprintChanged(job_id=job.job_id, fingerprint=fingerprint)
+    job.after = core.persist(ControlRecord(fingerprint_changed=changed))
+    core.emit(
+        "BIT_IDENTITY_LOST",
+        "the job goes on on workers that may give other bits",
+        job_id=job.job_id,
+        after=job.after,
+        step=job.step,
+        details={"fingerprint": fingerprint},
+    )
+    job.told_ineligible.clear()
+    hosting.sync(core, job, cause="fall_back")
+
+
+def _member_said(core: Core, event: MemberSaid) -> None:
+    member = core.sessions.get(event.session)
+    if member is None:
+        return  # the session was closed meanwhile
+    membership.heard(core, member)
+    kind = event.message.WhichOneof("message")
+    if kind == "heartbeat":
+        membership.heartbeat(core, member, event.message.heartbeat)
+    elif isinstance(member, Worker):
+        _worker_said(core, member, kind, event)
+    else:
+        _aggregator_said(core, member, kind, event)
+
+
+def _worker_said(core: Core, worker: Worker, kind: str | None, event: MemberSaid) -> None:
+    message = event.message
+    if kind == "job_described":
+        job = core.jobs.get(message.job_described.job_id)
+        if job is not None:
+            terms.described(core, job, worker, message.job_described)
+    elif kind == "worker_job_ready":
+        membership.worker_ready(core, worker, message.worker_job_ready)
+    elif kind == "leaf_failed":
+        budgets.leaf_failed(core, worker, message.leaf_failed)
+    elif kind == "drain_requested":
+        membership.start_drain(core, worker, "it is being stopped")
+    elif kind == "worker_job_released":
+        membership.finish_drain(core, worker)
+
+
+def _aggregator_said(
+    core: Core, aggregator: Aggregator, kind: str | None, event: MemberSaid
+) -> None:
+    if kind == "job_report":
+        reports.job_report(core, aggregator, event.message.job_report)
+    elif kind == "ranges_ready":
+        reports.ranges_ready(core, aggregator, event.message.ranges_ready)
+
+
+def _operation_answered(core: Core, event: _Answered) -> None:
+    job = core.jobs.get(event.job_id)
+    if job is None or job.operation is None or job.operation.number != event.operation:
+        return  # late: the job ended, or another operation took its place
+    job.operation = None
+    match event:
+        case TermRaised():
+            terms.term_raised(core, job, event)
+        case TermRefused():
+            terms.term_refused(core, job, event)
+        case RowRead():
+            terms.row_read(core, job, event)
+        case ModelWritten():
+            ending.succeed(core, job, event.result)
+            terms.advance_queue(core)
+        case OperationFailed():
+            terms.operation_failed(core, job, event)
+
+
+def _requested(core: Core, event: _Request) -> None:
+    """Carry a call out, or answer as the first time, or refuse it."""
+    try:
+        answer = verbs.first_answer(core, event.request)
+        if answer is not None:
+            # The first call's fact may still be on its way to the journal.
+            core.answer(event.token, answer, core.last_record)
+            return
+        match event:
+            case SubmitJob():
+                verbs.submit(core, event)
+            case CancelJob():
+                verbs.cancel(core, event)
+            case PauseJob():
+                verbs.pause(core, event)
+            case ResumeJob():
+                verbs.resume(core, event)
+            case RetryJob():
+                verbs.retry(core, event)
+            case DeleteJob():
+                verbs.delete(core, event)
+            case DrainWorker():
+                verbs.drain(core, event)
+    except PhalanxError as error:
+        core.answer(event.token, error)

@@ -1,0 +1,208 @@
+"""Which worker hosts which shards: pure functions, each with the reason of its result.
+
+A worker gets few contiguous runs, so that few vectors cross the wire; runs are proportional to
+slots. Placement is stable: a death moves only the shards of the dead, a join as few as balance
+needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from coordinator.control.core.tree import cover, node_count, runs
+
+Owners = dict[int, str]
+"""Worker by shard; a shard without an owner is missing."""
+
+UNEVEN_ACCEPTED = 1.1
+"""A placement this much slower is taken if it sends fewer vectors."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A placement of one tree and why it is so; `moved` are the shards with a new owner."""
+
+    owners: Owners
+    moved: frozenset[int]
+    reason: str
+
+
+def loads(owners: Owners, slots: Mapping[str, int]) -> dict[str, int]:
+    """Return the number of shards of each worker in `slots`."""
+    counted = dict.fromkeys(slots, 0)
+    for worker in owners.values():
+        if worker in counted:
+            counted[worker] += 1
+    return counted
+
+
+def place_first(width: int, slots: Mapping[str, int]) -> Placement:
+    """Place all shards of a tree on workers that hold nothing of it yet."""
+    if not slots or width == 0:
+        return Placement({}, frozenset(), "no worker to place shards on")
+    candidates = []
+    grain = 1
+    while grain <= width:
+        owners = _contiguous(width, slots, grain)
+        slowest = _slowest(owners, slots)
+        vectors = sum(node_count(_shards(owners, worker), width) for worker in slots)
+        candidates.append((slowest, vectors, grain, owners))
+        grain *= 2
+    limit = min(each[0] for each in candidates) * UNEVEN_ACCEPTED
+    fitting = [each for each in candidates if each[0] <= limit]
+    _, vectors, grain, owners = min(fitting, key=lambda each: (each[1], each[0]))
+    reason = (
+        f"{width} shards on {len(slots)} workers by slots, in runs of {grain}: {vectors} vectors"
+    )
+    return Placement(owners, frozenset(owners), reason)
+
+
+def place_orphans(
+    owners: Owners,
+    orphans: Iterable[int],
+    width: int,
+    takers: Mapping[str, int],
+    preferred: Mapping[int, str] | None = None,
+    avoided: Mapping[int, frozenset[str]] | None = None,
+) -> Placement:
+    """Give `orphans` to workers in `takers` (slots by worker); all other shards stay.
+
+    `preferred` names who still holds a shard; `avoided` those that failed at it, who get it only if
+    there is nobody else. Whole nodes go to the worker with the least load, a neighbour if equal.
+    """
+    result, wanted = dict(owners), sorted(orphans)
+    if not wanted or not takers:
+        return Placement(result, frozenset(), "nothing to place")
+    counted, single = loads(result, takers), []
+    for shard in wanted:
+        holder = (preferred or {}).get(shard, "")
+        if holder in takers:
+            result[shard] = holder
+            counted[holder] += 1
+        else:
+            single.append(shard)
+    largest = max(1, len(single) // len(takers))
+    for first, span in _pieces(single, width, largest):
+        piece = list(range(first, min(first + span, width)))
+        chosen = _least_loaded(piece, result, counted, takers, avoided or {})
+        result.update(dict.fromkeys(piece, chosen))
+        counted[chosen] += len(piece)
+    names = ", ".join(sorted({result[shard] for shard in wanted}))
+    reason = f"{len(wanted)} shards without a host go to {names}, who had the least load"
+    return Placement(result, frozenset(wanted), reason)
+
+
+def rebalance(
+    owners: Owners, width: int, slots: Mapping[str, int], takers: Collection[str]
+) -> Placement:
+    """Move whole nodes from the slowest worker to the fastest of `takers` while that helps.
+
+    Nothing moves unless the slowest gets clearly faster: each move cuts runs into pieces.
+    """
+    result, moved = dict(owners), set[int]()
+    counted = loads(result, slots)
+    for _ in range(width if takers else 0):
+        donor = max(slots, key=lambda worker: (counted[worker] / slots[worker], worker))
+        taker = min(takers, key=lambda worker: (counted[worker] / slots[worker], worker))
+        node = _movable(result, width, donor, taker, counted, slots)
+        if node is None:
+            break
+        result.update(dict.fromkeys(node, taker))
+        moved.update(node)
+        counted[donor] -= len(node)
+        counted[taker] += len(node)
+    moved = {shard for shard in moved if result[shard] != owners.get(shard)}
+    if not moved or _slowest(result, slots) * UNEVEN_ACCEPTED > _slowest(owners, slots):
+        return Placement(dict(owners), frozenset(), "already balanced")
+    reason = f"{len(moved)} shards move so that no worker has much more per slot than another"
+    return Placement(result, frozenset(moved), reason)
+
+
+def _contiguous(width: int, slots: Mapping[str, int], grain: int) -> Owners:
+    """Cut [0, width) into one run per worker, proportional to slots, at multiples of the grain."""
+    total, passed, first, owners = sum(slots.values()), 0, 0, Owners()
+    for worker, count in slots.items():
+        passed += count
+        stop = min(width, round(width * passed / total / grain) * grain)
+        if passed == total:
+            stop = width
+        owners.update(dict.fromkeys(range(first, stop), worker))
+        first = max(first, stop)
+    return owners
+
+
+def _slowest(owners: Owners, slots: Mapping[str, int]) -> float:
+    return max(count / slots[worker] for worker, count in loads(owners, slots).items())
+
+
+def _shards(owners: Owners, worker: str) -> list[int]:
+    return [shard for shard, owner in owners.items() if owner == worker]
+
+
+def _pieces(shards: Sequence[int], width: int, largest: int) -> list[tuple[int, int]]:
+    """Nodes that make up the shards, split until none is larger than `largest` shards."""
+    pieces = []
+    stack = [
+        node
+        for first, stop in reversed(runs(shards))
+        for node in reversed(cover(first, stop, width))
+    ]
+    while stack:
+        first, span = stack.pop()
+        if min(span, width - first) > largest and span > 1:
+            half = span // 2
+            if first + half < width:
+                stack.append((first + half, half))
+            stack.append((first, half))
+        else:
+            pieces.append((first, span))
+    return pieces
+
+
+def _least_loaded(
+    shards: Sequence[int],
+    owners: Owners,
+    counted: Mapping[str, int],
+    slots: Mapping[str, int],
+    avoided: Mapping[int, frozenset[str]],
+) -> str:
+    failed = frozenset[str]().union(*(avoided.get(shard, frozenset()) for shard in shards))
+    candidates = [worker for worker in slots if worker not in failed] or list(slots)
+    neighbours = {owners.get(shards[0] - 1), owners.get(shards[-1] + 1)}
+
+    def cost(worker: str) -> tuple[float, bool, str]:
+        load = (counted[worker] + len(shards)) / slots[worker]
+        return load, worker not in neighbours, worker
+
+    return min(candidates, key=cost)
+
+
+def _movable(
+    owners: Owners,
+    width: int,
+    donor: str,
+    taker: str,
+    counted: Mapping[str, int],
+    slots: Mapping[str, int],
+) -> list[int] | None:
+    """The largest node of the donor that makes the slower of both faster when it moves."""
+    before = counted[donor] / slots[donor]
+    allowed = 0
+    while (counted[taker] + allowed + 1) / slots[taker] < before:
+        allowed += 1
+        if (counted[taker] + allowed) / slots[taker] >= (counted[donor] - allowed) / slots[donor]:
+            break
+    if allowed == 0:
+        return None
+    pieces = _pieces(_shards(owners, donor), width, allowed)
+    neighbours = {shard for shard, worker in owners.items() if worker == taker}
+
+    def worth(piece: tuple[int, int]) -> tuple[int, bool, int]:
+        first, span = piece
+        size = min(first + span, width) - first
+        adjacent = first - 1 in neighbours or first + size in neighbours
+        return size, adjacent, first
+
+    first, span = max(pieces, key=worth)
+    return list(range(first, min(first + span, width)))

@@ -1,0 +1,92 @@
+"""What aggregators say of their jobs: ranges ready or not, progress, pause, stop, failure."""
+
+from __future__ import annotations
+
+from coordinator.control.core import ending, hosting, incidents, terms
+from coordinator.control.core.lifecycle import RUNNING
+from coordinator.control.core.state import Aggregator, Core, JobRuntime
+from phalanx.v1 import coordination_service_pb2 as pb
+
+
+def ranges_ready(core: Core, aggregator: Aggregator, message: pb.RangesReady) -> None:
+    """Note that an aggregator serves its ranges, or take the checkpoint before if it could not."""
+    job = _current(core, aggregator, message.job_id, message.term)
+    if job is None:
+        return
+    if not message.HasField("failure"):
+        job.ready_aggregators.add(aggregator.id)
+        return
+    failure = message.failure
+    if job.restore is None:
+        text = f"{aggregator.id} cannot hold the ranges: {failure.message}"
+        ending.fail(core, job, failure.code or "RANGES_NOT_LOADED", text, [failure])
+    else:
+        job.bad_checkpoints.add(job.restore.manifest_sha256)
+        job.lost_owners.add(aggregator.id)
+        core.emit(
+            "CHECKPOINT_CORRUPT",
+            f"the checkpoint at step {job.restore.step} cannot be used: {failure.message}; "
+            "the one before it is taken",
+            job_id=job.job_id,
+            step=job.restore.step,
+            details={"aggregator": aggregator.id, "code": failure.code},
+        )
+    terms.advance(core, job)
+
+
+def job_report(core: Core, aggregator: Aggregator, report: pb.JobReport) -> None:
+    """Take in the root's report; only the root of the current term is believed."""
+    job = _current(core, aggregator, report.job_id, report.term)
+    if job is None or core.facts_of(job).ranges[0].aggregator_id != aggregator.id:
+        return
+    previous = job.report
+    job.report, job.report_s = report, core.now.monotonic_s
+    incidents.committed(core, job, report)
+    _announce_checkpoint(core, job, previous, report)
+    if report.outcome == pb.JobReport.OUTCOME_PAUSED:
+        if core.facts_of(job).kept.changed.pause_requested and job.ending is None:
+            ending.paused(core, job, report)
+    elif report.outcome == pb.JobReport.OUTCOME_STOPPED:
+        job.stopped = True
+        terms.advance(core, job)
+    elif report.outcome == pb.JobReport.OUTCOME_FAILED:
+        failures = [report.failure] if report.HasField("failure") else []
+        ending.fail(core, job, report.reason or "FAILED", report.message, failures)
+        terms.advance(core, job)
+    else:
+        _forget_past_failures(job, report.step)
+        hosting.release_keepers(core, job)
+        core.publish(job.job_id, job.after, progress_only=True)
+
+
+def _current(core: Core, aggregator: Aggregator, job_id: str, term: int) -> JobRuntime | None:
+    """The running job if the sender speaks of its current term; else the sender must let it go."""
+    job = core.jobs.get(job_id)
+    if job is not None:
+        facts = core.facts_of(job)
+        owns = any(each.aggregator_id == aggregator.id for each in facts.ranges)
+        if facts.state == RUNNING and facts.term == term and owns:
+            return job
+    message = pb.ReleaseRanges(job_id=job_id, term=term)
+    core.send(aggregator.session, pb.SessionResponse(release_ranges=message))
+    return None
+
+
+def _announce_checkpoint(
+    core: Core, job: JobRuntime, previous: pb.JobReport | None, report: pb.JobReport
+) -> None:
+    known = previous.checkpoint_step if previous is not None else 0
+    if report.checkpoint_step > known:
+        core.emit(
+            "CHECKPOINT_COMMITTED",
+            f"step {report.checkpoint_step} is durable",
+            job_id=job.job_id,
+            step=report.checkpoint_step,
+        )
+
+
+def _forget_past_failures(job: JobRuntime, step: int) -> None:
+    """A shard whose step has been committed has proved itself."""
+    for key, failures in list(job.failed_leaves.items()):
+        if all(each.step < step for each in failures):
+            del job.failed_leaves[key]

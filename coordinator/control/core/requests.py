@@ -1,0 +1,53 @@
+"""Memory of mutating calls: the same id and request gives the first answer, another is refused.
+
+Remembered for 24 hours, in the journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from phalanx.errors import AlreadyExists
+from phalanx.v1.control_journal_pb2 import RememberedRequest
+
+REMEMBERED_NANOS = 24 * 3600 * 1_000_000_000
+
+
+class RequestMemory:
+    """Requests by id, oldest first."""
+
+    def __init__(self, requests: Iterable[RememberedRequest] = ()) -> None:
+        self._by_id: dict[str, RememberedRequest] = {each.request_id: each for each in requests}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[RememberedRequest]:
+        return iter(self._by_id.values())
+
+    def remember(self, request: RememberedRequest, now_nanos: int) -> None:
+        """Keep a request and forget those older than 24 hours."""
+        self._by_id.pop(request.request_id, None)
+        self._by_id[request.request_id] = request
+        while self._by_id:
+            oldest = next(iter(self._by_id.values()))
+            if now_nanos - oldest.time_unix_nanos <= REMEMBERED_NANOS:
+                break
+            del self._by_id[oldest.request_id]
+
+    def find(self, request: RememberedRequest, now_nanos: int) -> RememberedRequest | None:
+        """Return the first call with this id, None if there is none (or the id is empty).
+
+        Raises AlreadyExists (reason REQUEST_ID_REUSED) if that call asked for something else.
+        """
+        first = self._by_id.get(request.request_id) if request.request_id else None
+        if first is None or now_nanos - first.time_unix_nanos > REMEMBERED_NANOS:
+            return None
+        if (first.method, first.digest) != (request.method, request.digest):
+            raise AlreadyExists(
+                f"request id {request.request_id!r} was used for another {first.method}, on "
+                f"{first.subject}; use a new id for a new request",
+                reason="REQUEST_ID_REUSED",
+                details={"subject": first.subject},
+            )
+        return first

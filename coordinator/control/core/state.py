@@ -1,0 +1,397 @@
+"""Everything that control knows, and the outbox into which decisions are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from google.protobuf.message import Message
+
+from coordinator.control.core.clock import NANOS, Instant
+from coordinator.control.core.effects import (
+    Answer,
+    Close,
+    Effect,
+    Emit,
+    Observe,
+    Persist,
+    Publish,
+    Send,
+    SuspectSelf,
+)
+from coordinator.control.core.facts import Facts, JobFacts
+from coordinator.control.core.lifecycle import RUNNING
+from phalanx.errors import PhalanxError
+from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1 import job_pb2, storage_service_pb2
+from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
+from phalanx.v1.control_journal_pb2 import ControlRecord, RememberedRequest
+
+MEBIBYTE = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class CoreConfig:
+    """What an operator may set of the core."""
+
+    heartbeat_interval_s: float = 0.5
+    lease_ttl_s: float = 2.0
+    range_min_bytes: int = 8 * MEBIBYTE
+    storage_address: str = ""
+    describe_timeout_s: float = 300.0
+    running_jobs_max: int = 64
+    """Jobs that share the workers at once; more wait in the queue."""
+
+
+@dataclass
+class Progress:
+    """What a worker says of one job in its heartbeats."""
+
+    step: int = 0
+    leaves_done: int = 0
+    examples_per_second: float = 0.0
+    changed_s: float = 0.0
+
+
+@dataclass
+class Hosting:
+    """What one worker was told to host of one job: shards by tree, as last sent."""
+
+    term: int
+    ready: bool = False
+    train: set[int] = field(default_factory=set)
+    evaluation: set[int] = field(default_factory=set)
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass
+class Worker:
+    """A worker of this leadership, connected or not."""
+
+    hello: pb.WorkerHello
+    session: int
+    state: WorkerView.State.ValueType
+    join_unix_nanos: int
+    heard_s: float
+    reason: str = ""
+    resident_bytes: int = 0
+    cpu_fraction: float = 0.0
+    released: bool = False
+    """Whether a draining worker was told that it may leave."""
+
+    @property
+    def id(self) -> str:
+        """The worker's stable name."""
+        return self.hello.worker_id
+
+    @property
+    def slots(self) -> int:
+        """Leaf processes; what placement is proportional to."""
+        return max(1, self.hello.slots)
+
+    @property
+    def connected(self) -> bool:
+        """Whether it has a session."""
+        return self.session != 0
+
+
+@dataclass
+class Aggregator:
+    """An aggregator of this leadership, connected or not."""
+
+    hello: pb.AggregatorHello
+    session: int
+    heard_s: float
+    suspected: bool = False
+
+    @property
+    def id(self) -> str:
+        """The aggregator's stable name."""
+        return self.hello.aggregator_id
+
+    @property
+    def connected(self) -> bool:
+        """Whether it has a session."""
+        return self.session != 0
+
+
+class OperationKind(StrEnum):
+    """Storage operations that a job waits for, one at a time."""
+
+    READ_ROW = "read row"
+    RAISE_TERM = "raise term"
+    END = "raise term to end"
+    WRITE_MODEL = "write model"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A storage operation under way; answers with another number are late and ignored."""
+
+    number: int
+    kind: OperationKind
+
+
+@dataclass
+class Ending:
+    """A wish to end the job (cancel or fail), carried out once its term is fenced off."""
+
+    state: job_pb2.Job.State.ValueType
+    reason: str
+    message: str
+    failures: tuple[job_pb2.Failure, ...] = ()
+    tokens: list[int] = field(default_factory=list)
+    request: RememberedRequest | None = None
+
+
+@dataclass
+class TreePlacement:
+    """Who hosts the shards of one tree, and who still keeps some until their new host works."""
+
+    width: int
+    owners: dict[int, str] = field(default_factory=dict)
+    keepers: dict[int, str] = field(default_factory=dict)
+
+    def held_by(self, worker_id: str) -> set[int]:
+        """Return the shards that a worker owns or still keeps."""
+        owned = {shard for shard, owner in self.owners.items() if owner == worker_id}
+        return owned | {shard for shard, keeper in self.keepers.items() if keeper == worker_id}
+
+    def forget(self, worker_id: str) -> set[int]:
+        """Take a worker out; return the shards that it owned."""
+        lost = {shard for shard, owner in self.owners.items() if owner == worker_id}
+        for shard in lost:
+            del self.owners[shard]
+        self.keepers = {
+            shard: keeper for shard, keeper in self.keepers.items() if keeper != worker_id
+        }
+        return lost
+
+
+@dataclass
+class JobRuntime:
+    """What is soft of one job that has not ended: rebuilt after a restart, never journalled."""
+
+    job_id: str
+    train: TreePlacement
+    evaluation: TreePlacement
+    hosts: dict[str, Hosting] = field(default_factory=dict)
+    placement: int = 0
+    reason: str = ""
+    message: str = ""
+    after: int = 0
+    """Index of the record that commands about this job depend on."""
+    operation: Operation | None = None
+    ending: Ending | None = None
+    storage_term: int = 0
+    row_known: bool = True
+    """False for a running job of an earlier leadership until its row in storage was read."""
+    adopt_until_s: float = 0.0
+    """Until then shards without a known host may have one that has not reconnected."""
+    describing: str = ""
+    describe_deadline_s: float = 0.0
+    describe_attempts: int = 0
+    described: pb.JobDescribed | None = None
+    owner_incarnations: dict[str, str] = field(default_factory=dict)
+    """Aggregators known to hold their ranges of the current term."""
+    lost_owners: set[str] = field(default_factory=set)
+    ready_aggregators: set[str] = field(default_factory=set)
+    restore: storage_service_pb2.CheckpointManifest | None = None
+    bad_checkpoints: set[str] = field(default_factory=set)
+    report: pb.JobReport | None = None
+    report_s: float = 0.0
+    stopped: bool = False
+    final: storage_service_pb2.CheckpointManifest | None = None
+    failed_leaves: dict[tuple[bool, int], list[FailedLeaf]] = field(default_factory=dict)
+    skipped_steps: set[int] = field(default_factory=set)
+    keep_until_s: float = 0.0
+    keep_step: int = 0
+    unmatched_since_s: float | None = None
+    told_ineligible: set[str] = field(default_factory=set)
+
+    @property
+    def step(self) -> int:
+        """The newest step that the root reported."""
+        return self.report.step if self.report is not None else 0
+
+
+@dataclass(frozen=True)
+class FailedLeaf:
+    """One failure of a shard's leaf."""
+
+    worker_id: str
+    step: int
+    kind: pb.LeafFailed.Kind.ValueType
+    message: str
+    traceback: str
+    first_row: int
+    row_count: int
+
+
+@dataclass
+class Incident:
+    """One death and what followed, for the time line."""
+
+    id: str
+    cause: str
+    member_id: str
+    suspected_s: float
+    detected: Instant
+    jobs: dict[str, int] = field(default_factory=dict)
+    """Step of each job that it touched, as known at the time."""
+    moved_s: float = 0.0
+
+
+class Core:
+    """The state of control. The modules beside this one are its decisions; `machine` calls them."""
+
+    def __init__(self, config: CoreConfig, generation: int, facts: Facts) -> None:
+        self.config = config
+        self.generation = generation
+        self.facts = facts
+        self.workers: dict[str, Worker] = {}
+        self.aggregators: dict[str, Aggregator] = {}
+        self.sessions: dict[int, Worker | Aggregator] = {}
+        self.jobs: dict[str, JobRuntime] = {}
+        self.incidents: dict[str, Incident] = {}
+        self.now = Instant(0.0, 0)
+        self.led_s = 0.0
+        self.ticked_s: float | None = None
+        self.expired_s = 0.0
+        self.mass_silence_since_s: float | None = None
+        self._effects: list[Effect] = []
+        self._records = 0
+        self._operations = 0
+        self._incidents = 0
+
+    def take_effects(self) -> list[Effect]:
+        """Return what was decided since the last call."""
+        effects, self._effects = self._effects, []
+        return effects
+
+    @property
+    def last_record(self) -> int:
+        """Index of the newest record."""
+        return self._records
+
+    def persist(self, record: ControlRecord, request: RememberedRequest | None = None) -> int:
+        """Decide a fact: it holds now for the core, for others once durable. Return its index."""
+        record.time_unix_nanos = self.now.unix_nanos
+        record.generation = self.generation
+        if request is not None and request.request_id:
+            record.request.CopyFrom(request)
+            record.request.time_unix_nanos = self.now.unix_nanos
+        self.facts.apply(record)
+        self._records += 1
+        self._effects.append(Persist(self._records, record))
+        return self._records
+
+    def send(self, session: int, message: pb.SessionResponse, after: int = 0) -> None:
+        """Send a message to a member; a member without a session hears it when it reconnects."""
+        if session:
+            message.generation = self.generation
+            self._effects.append(Send(session, message, after))
+
+    def close(self, session: int, error: PhalanxError) -> None:
+        """End a session."""
+        self._effects.append(Close(session, error))
+
+    def answer(self, token: int, response: Message | PhalanxError, after: int = 0) -> None:
+        """Answer a caller."""
+        self._effects.append(Answer(token, response, after))
+
+    def emit(
+        self, type_: str, message: str, *, job_id: str = "", after: int = 0, **fields: object
+    ) -> None:
+        """Write an event; further fields are those of Event, `details` a mapping of texts."""
+        event = job_pb2.Event(
+            type=type_, message=message, job_id=job_id, generation=self.generation
+        )
+        event.time.FromNanoseconds(self.now.unix_nanos)
+        details = fields.pop("details", {})
+        assert isinstance(details, dict)
+        event.details.update({key: str(value) for key, value in details.items()})
+        for name, value in fields.items():
+            setattr(event, name, value)
+        self._effects.append(Emit(event, after))
+
+    def publish(self, job_id: str, after: int = 0, *, progress_only: bool = False) -> None:
+        """Show watchers of the job what is new."""
+        self._effects.append(Publish(job_id, after, progress_only))
+
+    def observe(self, metric: str, value: float, **labels: str) -> None:
+        """Add to a metric."""
+        self._effects.append(Observe(metric, value, tuple(sorted(labels.items()))))
+
+    def effect(self, effect: Effect) -> None:
+        """Decide any other effect."""
+        self._effects.append(effect)
+
+    def suspect_self(self, generation: int) -> None:
+        """Somebody knows a higher generation than ours."""
+        self._effects.append(SuspectSelf(generation))
+
+    def operation(self, job: JobRuntime, kind: OperationKind) -> int:
+        """Note that a storage operation of the job starts; return its number."""
+        self._operations += 1
+        job.operation = Operation(self._operations, kind)
+        return self._operations
+
+    def new_incident(self, cause: str, member_id: str, suspected_s: float) -> Incident:
+        """Open an incident; the name says which leadership saw it."""
+        self._incidents += 1
+        incident = Incident(
+            f"incident-{self.generation}-{self._incidents}", cause, member_id, suspected_s, self.now
+        )
+        self.incidents[incident.id] = incident
+        return incident
+
+    def lease_ttl_s(self) -> float:
+        """Return the lease, which grows with the size of the cluster, as heartbeats do."""
+        return self.config.lease_ttl_s * self.crowding()
+
+    def crowding(self) -> float:
+        """Return by how much intervals are stretched: 1 up to 100 members."""
+        return max(1.0, len(self.sessions) / 100)
+
+    def facts_of(self, job: JobRuntime) -> JobFacts:
+        """Return the durable part of a job."""
+        return self.facts.jobs[job.job_id]
+
+    def running(self) -> Iterator[JobRuntime]:
+        """Yield the jobs that run, oldest first."""
+        for job in list(self.jobs.values()):
+            if job.job_id in self.facts.jobs and self.facts_of(job).state == RUNNING:
+                yield job
+
+    def set_reason(self, job: JobRuntime, reason: str, message: str = "") -> None:
+        """Say why a job is as it is; an event tells when it begins to wait."""
+        if (job.reason, job.message) == (reason, message):
+            return
+        begins = reason.startswith("WAITING") and job.reason != reason
+        job.reason, job.message = reason, message
+        if begins:
+            self.emit(
+                "JOB_WAITING",
+                message,
+                job_id=job.job_id,
+                details={"reason": reason},
+                after=job.after,
+            )
+        self.publish(job.job_id, job.after)
+
+
+def new_runtime(facts: JobFacts) -> JobRuntime:
+    """Return the soft state of a job about which nothing is known yet."""
+    return JobRuntime(
+        job_id=facts.job_id,
+        train=TreePlacement(facts.plan.shards),
+        evaluation=TreePlacement(facts.plan.evaluation_shards),
+        storage_term=facts.term,
+    )
+
+
+def seconds_between(earlier: Instant, later_unix_nanos: int) -> float:
+    """Return the seconds from an instant to a wall-clock time, never negative."""
+    return max(0.0, (later_unix_nanos - earlier.unix_nanos) / NANOS)

@@ -1,0 +1,307 @@
+"""From queue to a running term: describing a job, raising its term, giving its ranges away.
+
+`advance` looks at what a job is and wants and takes the next step; it may be called at any time. At
+most one storage operation per job is under way; what must wait for it is taken up when it answers.
+"""
+
+from __future__ import annotations
+
+from coordinator.control.core import ending, hosting
+from coordinator.control.core.effects import RaiseTerm, ReadRow
+from coordinator.control.core.eligibility import announce_ineligible, explain_waiting, group_of
+from coordinator.control.core.events import OperationFailed, RowRead, TermRaised, TermRefused
+from coordinator.control.core.lifecycle import QUEUED, RUNNING
+from coordinator.control.core.ownership import choose_owners, live_aggregators, lost_owners
+from coordinator.control.core.state import Core, JobRuntime, OperationKind, Worker
+from phalanx.errors import Internal
+from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1 import storage_service_pb2 as storage_pb
+from phalanx.v1.control_journal_pb2 import ControlRecord, TermStarted
+from phalanx.v1.job_pb2 import Failure
+from phalanx.v1.training_pb2 import JobPlan
+
+DESCRIBE_ATTEMPTS_MAX = 3
+DTYPE_BYTES = {"float32": 4, "float64": 8}
+
+
+def advance(core: Core, job: JobRuntime) -> None:
+    """Take the next step of a job's life, if there is one to take now."""
+    if core.jobs.get(job.job_id) is not job or job.operation is not None:
+        return
+    facts = core.facts_of(job)
+    if job.ending is not None:
+        _end(core, job)
+    elif not job.row_known:
+        number = core.operation(job, OperationKind.READ_ROW)
+        core.effect(ReadRow(job.job_id, number, job.after))
+    elif job.stopped:
+        ending.write_model(core, job)
+    elif facts.state == QUEUED:
+        _dispatch(core, job)
+    elif facts.state == RUNNING and lost_owners(core, job):
+        _raise_when_possible(core, job)
+
+
+def advance_queue(core: Core) -> None:
+    """Advance every queued job, by priority and then age."""
+    waiting = [job for job in core.jobs.values() if core.facts_of(job).state == QUEUED]
+    for job in sorted(waiting, key=lambda each: -core.facts_of(each).spec.priority):
+        advance(core, job)
+
+
+def row_read(core: Core, job: JobRuntime, event: RowRead) -> None:
+    """Take in the job's row in storage: a final manifest is success, a higher term a broken one."""
+    job.row_known = True
+    job.storage_term = max(job.storage_term, event.term)
+    facts = core.facts_of(job)
+    if event.final is not None:
+        job.stopped, job.final = True, event.final
+        ending.refuse_ending(core, job)
+    elif facts.state == RUNNING and event.term > facts.term:
+        # The leader before us raised the term and died before it gave the ranges away.
+        job.lost_owners.update(each.aggregator_id for each in facts.ranges)
+    advance(core, job)
+
+
+def term_refused(core: Core, job: JobRuntime, event: TermRefused) -> None:
+    """Try again from the term that storage holds."""
+    if event.current_term <= job.storage_term and event.current_term > 0:
+        message = f"storage refused term {job.storage_term} and says it is {event.current_term}"
+        raise Internal(f"job {job.job_id}: {message}")
+    job.storage_term = event.current_term
+    advance(core, job)
+
+
+def term_raised(core: Core, job: JobRuntime, event: TermRaised) -> None:
+    """Storage fenced the old term off: end the job, or give its ranges to aggregators."""
+    job.storage_term = event.term
+    if job.ending is not None:
+        ending.carry_out(core, job, job.ending)
+        advance_queue(core)
+        return
+    _start(core, job, event)
+
+
+def operation_failed(core: Core, job: JobRuntime, event: OperationFailed) -> None:
+    """A storage operation cannot succeed: the job fails with what storage said."""
+    job.stopped = False
+    failure = Failure(code=event.code, message=event.message, shard=-1)
+    ending.fail(core, job, event.code, event.message, [failure])
+    advance(core, job)
+
+
+def described(core: Core, job: JobRuntime, worker: Worker, message: pb.JobDescribed) -> None:
+    """Take in what a worker found out about the job by building its model."""
+    if job.describing != worker.id or core.facts_of(job).state != QUEUED:
+        return
+    job.describing = ""
+    if message.HasField("failure"):
+        failure = message.failure
+        ending.fail(core, job, failure.code or "DESCRIBE_FAILED", failure.message, [failure])
+    elif message.layout.element_count <= 0 or message.layout.dtype not in DTYPE_BYTES:
+        text = f"{worker.id} described a model without parameters or of an unknown dtype"
+        ending.fail(core, job, "DESCRIBE_FAILED", text)
+    else:
+        job.described = message
+    advance(core, job)
+
+
+def describing_worker_gone(core: Core, job: JobRuntime) -> None:
+    """Ask another worker; a worker's death is nothing that the job did."""
+    job.describing = ""
+    advance(core, job)
+
+
+def check_describe_deadline(core: Core, job: JobRuntime) -> None:
+    """Ask another worker if one takes too long; after a few the job fails."""
+    if not job.describing or core.now.monotonic_s < job.describe_deadline_s:
+        return
+    job.describe_attempts += 1
+    if job.describe_attempts >= DESCRIBE_ATTEMPTS_MAX:
+        text = (
+            f"{job.describe_attempts} workers did not build the model within "
+            f"{core.config.describe_timeout_s:g} s each, the last was {job.describing}"
+        )
+        ending.fail(core, job, "DESCRIBE_TIMEOUT", text)
+    job.describing = ""
+    advance(core, job)
+
+
+def assign_ranges(core: Core, job: JobRuntime, aggregator_id: str) -> None:
+    """Tell an aggregator which ranges of the current term are its own."""
+    facts = core.facts_of(job)
+    message = pb.AssignRanges(
+        plan=hosting.job_plan(core, job), term=facts.term, ranges=facts.ranges
+    )
+    if job.restore is not None:
+        message.restore.CopyFrom(job.restore)
+    aggregator = core.aggregators[aggregator_id]
+    core.send(aggregator.session, pb.SessionResponse(assign_ranges=message), job.after)
+    job.owner_incarnations[aggregator_id] = aggregator.hello.incarnation
+
+
+def command_pause(core: Core, job: JobRuntime) -> None:
+    """Tell the root to pause at the next step boundary; it may be told more than once."""
+    facts = core.facts_of(job)
+    root = core.aggregators.get(facts.ranges[0].aggregator_id) if facts.ranges else None
+    if root is not None and root.connected and facts.kept.changed.pause_requested:
+        command = pb.JobCommand(
+            job_id=job.job_id,
+            term=facts.term,
+            kind=pb.JobCommand.KIND_PAUSE,
+            reason="PAUSE_REQUESTED",
+        )
+        core.send(root.session, pb.SessionResponse(job_command=command), job.after)
+
+
+def _end(core: Core, job: JobRuntime) -> None:
+    assert job.ending is not None
+    if max(job.storage_term, core.facts_of(job).term) == 0:
+        ending.carry_out(core, job, job.ending)
+        advance_queue(core)
+    else:
+        _raise(core, job, OperationKind.END)
+
+
+def _raise(core: Core, job: JobRuntime, kind: OperationKind) -> None:
+    number = core.operation(job, kind)
+    core.effect(RaiseTerm(job.job_id, number, job.storage_term, job.after))
+
+
+def _raise_when_possible(core: Core, job: JobRuntime) -> None:
+    if live_aggregators(core):
+        core.set_reason(job, "RECOVERING", "the ranges of its parameters get a new owner")
+        _raise(core, job, OperationKind.RAISE_TERM)
+    else:
+        core.set_reason(job, "WAITING_FOR_AGGREGATORS", "no aggregator is there to own its ranges")
+
+
+def _dispatch(core: Core, job: JobRuntime) -> None:
+    facts = core.facts_of(job)
+    running = sum(1 for _ in core.running())
+    if running >= core.config.running_jobs_max:
+        core.set_reason(job, "QUEUED_BEHIND_OTHERS", f"{running} jobs are running")
+        return
+    group = group_of(core, job)
+    announce_ineligible(core, job, group)
+    if len(group.workers) < max(1, facts.spec.resources.min_workers):
+        core.set_reason(job, *explain_waiting(core, job, group))
+    elif not live_aggregators(core):
+        core.set_reason(job, "WAITING_FOR_AGGREGATORS", "no aggregator is there to own its ranges")
+    elif job.described is not None or facts.plan.layout.element_count > 0:
+        core.set_reason(job, "STARTING")
+        _raise(core, job, OperationKind.RAISE_TERM)
+    elif not job.describing:
+        core.set_reason(job, "DESCRIBING")
+        _describe(core, job, group.workers)
+
+
+def _describe(core: Core, job: JobRuntime, workers: tuple[Worker, ...]) -> None:
+    """Have the least busy worker build the model; attempts go round."""
+
+    def busy(worker: Worker) -> tuple[int, int, str]:
+        hosted = sum(worker.id in each.hosts for each in core.jobs.values())
+        return hosted, -worker.slots, worker.id
+
+    ordered = sorted(workers, key=busy)
+    worker = ordered[job.describe_attempts % len(ordered)]
+    job.describing = worker.id
+    job.describe_deadline_s = core.now.monotonic_s + core.config.describe_timeout_s
+    message = pb.DescribeJob(plan=hosting.job_plan(core, job))
+    core.send(worker.session, pb.SessionResponse(describe_job=message), job.after)
+
+
+def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
+    """Journal the new term with its owners, then tell everybody."""
+    facts = core.facts_of(job)
+    plan = _complete_plan(core, job)
+    owners = choose_owners(core, job, plan)
+    if owners is None:
+        return  # the reason is set; an aggregator that joins raises the term once more
+    restore = _newest_good(job, event.checkpoints)
+    started = TermStarted(
+        job_id=job.job_id,
+        term=event.term,
+        plan=plan,
+        ranges=owners.ranges,
+        aggregator_fingerprint=owners.fingerprint,
+        restore_step=restore.step if restore is not None else -1,
+        leaf_sha256=job.described.leaf_sha256
+        if job.described
+        else facts.kept.term_started.leaf_sha256,
+    )
+    before, old_term, first = job.step, facts.term, facts.state == QUEUED
+    resumed = facts.resuming
+    former = {each.aggregator_id for each in facts.ranges}
+    if first and not facts.kept.start_unix_nanos:
+        queued_s = (core.now.unix_nanos - facts.kept.submit_unix_nanos) / 1e9
+        core.observe("job_queue_seconds", max(0.0, queued_s))
+    job.after = core.persist(ControlRecord(term_started=started))
+    job.restore, job.lost_owners = restore, set()
+    job.owner_incarnations, job.ready_aggregators, job.failed_leaves = {}, set(), {}
+    core.set_reason(job, "")
+    core.publish(job.job_id, job.after)
+    _tell_start(core, job, first=first, resumed=resumed, before=before)
+    new_owners = {each.aggregator_id for each in owners.ranges}
+    for owner in sorted(former - new_owners):
+        _release(core, job, owner, old_term)
+    for owner in sorted(new_owners):
+        assign_ranges(core, job, owner)
+    command_pause(core, job)
+    hosting.sync(core, job)
+
+
+def _tell_start(core: Core, job: JobRuntime, *, first: bool, resumed: bool, before: int) -> None:
+    facts = core.facts_of(job)
+    step = job.restore.step if job.restore is not None else 0
+    origin = f"from the checkpoint at step {step}" if job.restore is not None else "from the start"
+    if first or resumed:
+        type_ = "JOB_RESUMED" if resumed else "JOB_STARTED"
+        owners = sorted({each.aggregator_id for each in facts.ranges})
+        core.emit(
+            type_,
+            f"term {facts.term} {origin}, {len(facts.ranges)} ranges on {', '.join(owners)}",
+            job_id=job.job_id,
+            after=job.after,
+            step=step,
+            details={"term": facts.term, "fingerprint": facts.fingerprint},
+        )
+    elif before > step:
+        core.emit(
+            "STEPS_REPLAYED",
+            f"{before - step} steps are computed again {origin}, in term {facts.term}",
+            job_id=job.job_id,
+            after=job.after,
+            step=step,
+            details={"steps": before - step, "term": facts.term},
+        )
+
+
+def _release(core: Core, job: JobRuntime, owner: str, term: int) -> None:
+    aggregator = core.aggregators.get(owner)
+    if aggregator is not None and aggregator.connected:
+        message = pb.ReleaseRanges(job_id=job.job_id, term=term)
+        core.send(aggregator.session, pb.SessionResponse(release_ranges=message), job.after)
+
+
+def _newest_good(
+    job: JobRuntime, checkpoints: tuple[storage_pb.CheckpointManifest, ...]
+) -> storage_pb.CheckpointManifest | None:
+    for manifest in checkpoints:
+        if manifest.manifest_sha256 not in job.bad_checkpoints:
+            return manifest
+    return None
+
+
+def _complete_plan(core: Core, job: JobRuntime) -> JobPlan:
+    """The plan with what only a worker could tell and what is chosen at first dispatch."""
+    facts = core.facts_of(job)
+    plan = JobPlan()
+    plan.CopyFrom(facts.plan)
+    if job.described is not None:
+        plan.layout.CopyFrom(job.described.layout)
+        del plan.evaluation_sums[:]
+        plan.evaluation_sums.extend(job.described.evaluation_sums)
+    if plan.bitwise and not plan.fingerprint:
+        plan.fingerprint = group_of(core, job).fingerprint
+    return plan
