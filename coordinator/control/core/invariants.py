@@ -101,11 +101,9 @@ def _tree(job: JobRuntime, tree: TreePlacement) -> None:
 
 def _coverage(core: Core, job: JobRuntime) -> None:
     """Every shard has a host that was told so, unless nobody is there or somebody may be back."""
-    if (
-        job.adopt_until_s > 0
-        or job.ending is not None
-        or not choose_hosts(core, job, group_of(core, job))
-    ):
+    if core.facts_of(job).resuming or job.adopt_until_s > 0 or job.ending is not None:
+        return
+    if not choose_hosts(core, job, group_of(core, job)):
         return
     for tree, name in ((job.train, "train"), (job.evaluation, "evaluation")):
         missing = set(range(tree.width)) - set(tree.owners)
