@@ -10,8 +10,8 @@ done
 PATH="$(dirname -- "$python"):$PATH"
 cd "$root/protos"
 "$python" -m grpc_tools.protoc -I . \
-  --python_out="$out" --mypy_out="$out" \
+  --python_out="$out" --mypy_out="quiet:$out" \
   phalanx/v1/*.proto
 "$python" -m grpc_tools.protoc -I . \
-  --grpc_python_out="$out" --mypy_grpc_out=only_async:"$out" \
+  --grpc_python_out="$out" --mypy_grpc_out="only_async,quiet:$out" \
   phalanx/v1/*_service.proto

@@ -23,6 +23,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Job(_message.Message):
+    """A submitted job: what was asked for, where it stands and what came of it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     class _State:
@@ -32,21 +34,37 @@ class Job(_message.Message):
     class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Job._State.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATE_UNSPECIFIED: Job._State.ValueType  # 0
+        """Never sent."""
         STATE_QUEUED: Job._State.ValueType  # 1
+        """Accepted and durable; waits for workers."""
         STATE_RUNNING: Job._State.ValueType  # 2
+        """Has started. A running job without workers stays running, with reason WAITING_FOR_WORKERS."""
         STATE_PAUSED: Job._State.ValueType  # 3
+        """Checkpointed and off the cluster until it is resumed."""
         STATE_SUCCEEDED: Job._State.ValueType  # 4
+        """Done: result is set and the model is registered."""
         STATE_FAILED: Job._State.ValueType  # 5
+        """Given up: failures says why."""
         STATE_CANCELLED: Job._State.ValueType  # 6
+        """Ended by request."""
 
-    class State(_State, metaclass=_StateEnumTypeWrapper): ...
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """QUEUED → RUNNING ⇄ PAUSED; RUNNING → SUCCEEDED, FAILED, CANCELLED; PAUSED → CANCELLED, FAILED."""
+
     STATE_UNSPECIFIED: Job.State.ValueType  # 0
+    """Never sent."""
     STATE_QUEUED: Job.State.ValueType  # 1
+    """Accepted and durable; waits for workers."""
     STATE_RUNNING: Job.State.ValueType  # 2
+    """Has started. A running job without workers stays running, with reason WAITING_FOR_WORKERS."""
     STATE_PAUSED: Job.State.ValueType  # 3
+    """Checkpointed and off the cluster until it is resumed."""
     STATE_SUCCEEDED: Job.State.ValueType  # 4
+    """Done: result is set and the model is registered."""
     STATE_FAILED: Job.State.ValueType  # 5
+    """Given up: failures says why."""
     STATE_CANCELLED: Job.State.ValueType  # 6
+    """Ended by request."""
 
     ID_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
@@ -62,32 +80,42 @@ class Job(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """NAME-xxxxxxxx"""
+    """The name of the spec and eight random characters, as fashion-mlp-k3v9x2qd."""
     spec_sha256: _builtins.str
-    """of RFC 8785 JSON of resolved spec"""
+    """Lower-case hexadecimal SHA-256 of the resolved spec as RFC 8785 JSON."""
     state: Global___Job.State.ValueType
     reason: _builtins.str
-    """WAITING_FOR_WORKERS, STOP_THRESHOLD, POISON_SHARD…"""
+    """Why it is in this state, for programs: WAITING_FOR_WORKERS, STOP_THRESHOLD, POISON_SHARD, …"""
     message: _builtins.str
+    """The same for people."""
     submitter: _builtins.str
+    """Who submitted it."""
     @_builtins.property
     def spec(self) -> _job_spec_pb2.JobSpec:
-        """resolved: every default and version written"""
+        """The resolved spec: every default and every version is written in it."""
 
     @_builtins.property
     def progress(self) -> Global___Progress: ...
     @_builtins.property
-    def result(self) -> Global___Result: ...
-    @_builtins.property
-    def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___Failure]:
-        """dead letters"""
+    def result(self) -> Global___Result:
+        """Set when the job has succeeded."""
 
     @_builtins.property
-    def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___Failure]:
+        """What made the job fail, or would have: shards whose leaf failed for good."""
+
     @_builtins.property
-    def start_time(self) -> _timestamp_pb2.Timestamp: ...
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When the submission became durable."""
+
     @_builtins.property
-    def end_time(self) -> _timestamp_pb2.Timestamp: ...
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When it first ran."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it succeeded, failed or was cancelled."""
+
     def __init__(
         self,
         *,
@@ -115,6 +143,8 @@ Global___Job: _TypeAlias = Job  # noqa: Y015
 
 @_typing.final
 class Plan(_message.Message):
+    """What a spec amounts to on a data set, computed before anything runs."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STEPS_FIELD_NUMBER: _builtins.int
@@ -125,13 +155,20 @@ class Plan(_message.Message):
     ELIGIBLE_WORKERS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
+    """Steps after which the job ends at the latest; 0 when no stop rule counts steps."""
     rows_per_leaf: _builtins.int
+    """Rows that each shard gives to a step."""
     evaluations: _builtins.int
+    """Evaluations and checkpoints within these steps."""
     checkpoints: _builtins.int
     worker_bytes: _builtins.int
+    """Memory that one worker needs for parameters and payloads, in bytes."""
     eligible_workers: _builtins.int
+    """Workers of the cluster that could take part at this moment."""
     @_builtins.property
-    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sentences about what is allowed and probably not meant."""
+
     def __init__(
         self,
         *,
@@ -153,6 +190,8 @@ Global___Plan: _TypeAlias = Plan  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
+    """How far a job is."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -184,15 +223,25 @@ class Progress(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     CHECKPOINT_STEP_FIELD_NUMBER: _builtins.int
     step: _builtins.int
+    """Newest committed step."""
     total_steps: _builtins.int
+    """Steps after which the job ends at the latest; 0 when no stop rule counts steps."""
     epoch: _builtins.float
+    """Passes over the data up to the newest step."""
     examples: _builtins.int
+    """Examples in the committed steps."""
     examples_per_second: _builtins.float
+    """Recent speed."""
     checkpoint_step: _builtins.int
+    """Step of the newest complete checkpoint."""
     @_builtins.property
-    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Newest value of each metric, by name: train/loss, test/accuracy."""
+
     @_builtins.property
-    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerProgress]: ...
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerProgress]:
+        """The workers that host shards of the job now."""
+
     def __init__(
         self,
         *,
@@ -215,6 +264,8 @@ Global___Progress: _TypeAlias = Progress  # noqa: Y015
 
 @_typing.final
 class WorkerProgress(_message.Message):
+    """One worker's part in a job."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
@@ -222,8 +273,11 @@ class WorkerProgress(_message.Message):
     EXAMPLES_PER_SECOND_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     examples_per_second: _builtins.float
+    """Its recent speed in this job."""
     @_builtins.property
-    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardRange]: ...
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardRange]:
+        """The shards that it hosts."""
+
     def __init__(
         self,
         *,
@@ -241,6 +295,8 @@ Global___WorkerProgress: _TypeAlias = WorkerProgress  # noqa: Y015
 
 @_typing.final
 class ShardRange(_message.Message):
+    """Shards [first, first + count)."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     FIRST_FIELD_NUMBER: _builtins.int
@@ -263,6 +319,8 @@ Global___ShardRange: _TypeAlias = ShardRange  # noqa: Y015
 
 @_typing.final
 class Result(_message.Message):
+    """What came of a job that succeeded."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -293,13 +351,20 @@ class Result(_message.Message):
     EXAMPLES_LOST_FIELD_NUMBER: _builtins.int
     EXAMPLES_DOUBLED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """The registered model, as NAME@VERSION."""
     parameters_sha256: _builtins.str
+    """Lower-case hexadecimal SHA-256 of the parameters as one flat little-endian vector."""
     bit_identical: _builtins.bool
+    """Whether all leaves were computed on one numeric fingerprint, so that the hash can be reproduced."""
     steps: _builtins.int
+    """Committed steps."""
     examples_lost: _builtins.int
+    """Examples missing from committed steps, and counted twice in them. Both are 0 unless the spec allows more."""
     examples_doubled: _builtins.int
     @_builtins.property
-    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Newest value of each metric at the end."""
+
     def __init__(
         self,
         *,
@@ -321,6 +386,8 @@ Global___Result: _TypeAlias = Result  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):
+    """A shard whose leaf failed for good."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CODE_FIELD_NUMBER: _builtins.int
@@ -333,13 +400,18 @@ class Failure(_message.Message):
     WORKER_IDS_FIELD_NUMBER: _builtins.int
     TRACEBACK_FIELD_NUMBER: _builtins.int
     code: _builtins.str
+    """RAISED, CRASHED, HUNG, OUT_OF_MEMORY, NON_FINITE, …"""
     message: _builtins.str
     shard: _builtins.int
     first_row: _builtins.int
+    """The rows of the split that the shard holds: [first_row, first_row + row_count)."""
     row_count: _builtins.int
     step: _builtins.int
+    """The step that could not be computed."""
     attempts: _builtins.int
+    """Tries that were made, and where."""
     traceback: _builtins.str
+    """Traceback of the last try, if there was one."""
     @_builtins.property
     def worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -365,6 +437,8 @@ Global___Failure: _TypeAlias = Failure  # noqa: Y015
 
 @_typing.final
 class Event(_message.Message):
+    """One thing that happened in the cluster."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -399,18 +473,26 @@ class Event(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     DETAILS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
+    """Rises by one from event to event, without gaps, whichever control process leads."""
     type: _builtins.str
+    """JOB_STARTED, WORKER_LOST, SHARDS_MOVED, RECOVERED, …"""
     job_id: _builtins.str
+    """What it is about, where it is about a job or a worker."""
     worker_id: _builtins.str
     incident_id: _builtins.str
+    """Ties together what belongs to one incident, from the failure to the recovery."""
     shard: _builtins.int
     step: _builtins.int
     generation: _builtins.int
+    """Generation of the control process that saw it."""
     message: _builtins.str
+    """A sentence for people."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
-    def details(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def details(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Facts for programs."""
+
     def __init__(
         self,
         *,
@@ -443,6 +525,8 @@ Global___Event: _TypeAlias = Event  # noqa: Y015
 
 @_typing.final
 class MetricPoint(_message.Message):
+    """One value of one metric of a job; (step, name) is written once, however often a step is replayed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
@@ -451,6 +535,7 @@ class MetricPoint(_message.Message):
     VALUE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     name: _builtins.str
+    """SPLIT/NAME, as test/accuracy."""
     value: _builtins.float
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp: ...

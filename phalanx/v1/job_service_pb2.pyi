@@ -23,17 +23,20 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class SubmitJobRequest(_message.Message):
+    """Asks for a job."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """same id+spec: first answer; other spec: ALREADY_EXISTS"""
+    """The same id and spec give the first answer for 24 hours; the same id and another spec ALREADY_EXISTS."""
     validate_only: _builtins.bool
+    """Only check and plan; nothing is stored and the job of the answer has no id."""
     @_builtins.property
     def spec(self) -> _job_spec_pb2.JobSpec:
-        """the YAML file is exactly this message"""
+        """A job file is the YAML or JSON of exactly this message."""
 
     def __init__(
         self,
@@ -52,6 +55,8 @@ Global___SubmitJobRequest: _TypeAlias = SubmitJobRequest  # noqa: Y015
 
 @_typing.final
 class SubmitJobResponse(_message.Message):
+    """The accepted job and what it amounts to."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
@@ -76,6 +81,8 @@ Global___SubmitJobResponse: _TypeAlias = SubmitJobResponse  # noqa: Y015
 
 @_typing.final
 class GetJobRequest(_message.Message):
+    """Asks for one job."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -95,6 +102,8 @@ Global___GetJobRequest: _TypeAlias = GetJobRequest  # noqa: Y015
 
 @_typing.final
 class GetJobResponse(_message.Message):
+    """The job."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
@@ -115,6 +124,8 @@ Global___GetJobResponse: _TypeAlias = GetJobResponse  # noqa: Y015
 
 @_typing.final
 class ListJobsRequest(_message.Message):
+    """Asks for the jobs that match everything given."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -143,12 +154,19 @@ class ListJobsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
+    """Empty: all namespaces."""
     page_size: _builtins.int
+    """At most this many; 0 for the server's choice."""
     page_token: _builtins.str
+    """next_page_token of the answer before."""
     @_builtins.property
-    def states(self) -> _containers.RepeatedScalarFieldContainer[_job_pb2.Job.State.ValueType]: ...
+    def states(self) -> _containers.RepeatedScalarFieldContainer[_job_pb2.Job.State.ValueType]:
+        """Empty: all states."""
+
     @_builtins.property
-    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Jobs that carry all of these labels."""
+
     def __init__(
         self,
         *,
@@ -168,11 +186,14 @@ Global___ListJobsRequest: _TypeAlias = ListJobsRequest  # noqa: Y015
 
 @_typing.final
 class ListJobsResponse(_message.Message):
+    """One page of jobs."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOBS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """Empty on the last page."""
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.Job]: ...
     def __init__(
@@ -191,6 +212,8 @@ Global___ListJobsResponse: _TypeAlias = ListJobsResponse  # noqa: Y015
 
 @_typing.final
 class CancelJobRequest(_message.Message):
+    """Asks to end a job."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -199,6 +222,7 @@ class CancelJobRequest(_message.Message):
     job_id: _builtins.str
     request_id: _builtins.str
     reason: _builtins.str
+    """For the event log."""
     def __init__(
         self,
         *,
@@ -216,6 +240,8 @@ Global___CancelJobRequest: _TypeAlias = CancelJobRequest  # noqa: Y015
 
 @_typing.final
 class CancelJobResponse(_message.Message):
+    """The job after the request; it may still be running towards its next step boundary."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
@@ -236,6 +262,8 @@ Global___CancelJobResponse: _TypeAlias = CancelJobResponse  # noqa: Y015
 
 @_typing.final
 class PauseJobRequest(_message.Message):
+    """Asks to pause a running job."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -258,6 +286,8 @@ Global___PauseJobRequest: _TypeAlias = PauseJobRequest  # noqa: Y015
 
 @_typing.final
 class PauseJobResponse(_message.Message):
+    """The job after the request; it may still be running towards its next step boundary."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
@@ -278,6 +308,8 @@ Global___PauseJobResponse: _TypeAlias = PauseJobResponse  # noqa: Y015
 
 @_typing.final
 class ResumeJobRequest(_message.Message):
+    """Asks to continue a paused job."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -300,6 +332,8 @@ Global___ResumeJobRequest: _TypeAlias = ResumeJobRequest  # noqa: Y015
 
 @_typing.final
 class ResumeJobResponse(_message.Message):
+    """The job after the request."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
@@ -320,6 +354,8 @@ Global___ResumeJobResponse: _TypeAlias = ResumeJobResponse  # noqa: Y015
 
 @_typing.final
 class RetryJobRequest(_message.Message):
+    """Asks to run a failed job again."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -342,6 +378,8 @@ Global___RetryJobRequest: _TypeAlias = RetryJobRequest  # noqa: Y015
 
 @_typing.final
 class RetryJobResponse(_message.Message):
+    """The job after the request."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
@@ -362,6 +400,8 @@ Global___RetryJobResponse: _TypeAlias = RetryJobResponse  # noqa: Y015
 
 @_typing.final
 class DeleteJobRequest(_message.Message):
+    """Asks to delete an ended job."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -384,6 +424,8 @@ Global___DeleteJobRequest: _TypeAlias = DeleteJobRequest  # noqa: Y015
 
 @_typing.final
 class DeleteJobResponse(_message.Message):
+    """The job is gone."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -399,12 +441,15 @@ Global___DeleteJobResponse: _TypeAlias = DeleteJobResponse  # noqa: Y015
 
 @_typing.final
 class WatchJobRequest(_message.Message):
+    """Asks to follow a job."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     after_sequence: _builtins.int
+    """Only events after this sequence: the last one seen, to go on after a broken stream without a gap."""
     def __init__(
         self,
         *,
@@ -421,6 +466,8 @@ Global___WatchJobRequest: _TypeAlias = WatchJobRequest  # noqa: Y015
 
 @_typing.final
 class WatchJobResponse(_message.Message):
+    """One piece of news."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
@@ -428,15 +475,15 @@ class WatchJobResponse(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> _job_pb2.Job:
-        """first, every state change, last; then OK"""
+        """First, on every change of state, and last."""
 
     @_builtins.property
     def event(self) -> _job_pb2.Event:
-        """gapless"""
+        """Every event of the job, in order and without gaps."""
 
     @_builtins.property
     def progress(self) -> _job_pb2.Progress:
-        """latest wins, ≤5/s"""
+        """The latest progress; older news that was not sent in time is left out."""
 
     def __init__(
         self,
@@ -457,6 +504,8 @@ Global___WatchJobResponse: _TypeAlias = WatchJobResponse  # noqa: Y015
 
 @_typing.final
 class ReadJobLogsRequest(_message.Message):
+    """Asks for log lines."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -465,9 +514,13 @@ class ReadJobLogsRequest(_message.Message):
     AFTER_TIME_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     follow: _builtins.bool
+    """Wait for further lines until the job ends."""
     worker_id: _builtins.str
+    """Only lines of this worker; empty for all."""
     @_builtins.property
-    def after_time(self) -> _timestamp_pb2.Timestamp: ...
+    def after_time(self) -> _timestamp_pb2.Timestamp:
+        """Only lines after this time."""
+
     def __init__(
         self,
         *,
@@ -486,6 +539,8 @@ Global___ReadJobLogsRequest: _TypeAlias = ReadJobLogsRequest  # noqa: Y015
 
 @_typing.final
 class ReadJobLogsResponse(_message.Message):
+    """One piece of output."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TIME_FIELD_NUMBER: _builtins.int
@@ -496,8 +551,10 @@ class ReadJobLogsResponse(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     shard: _builtins.int
+    """The leaf that wrote it, where one did."""
     step: _builtins.int
     level: _builtins.str
+    """stdout, stderr, or a level of importance: info, warning, error."""
     text: _builtins.str
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp: ...
@@ -528,6 +585,8 @@ Global___ReadJobLogsResponse: _TypeAlias = ReadJobLogsResponse  # noqa: Y015
 
 @_typing.final
 class ListJobMetricsRequest(_message.Message):
+    """Asks for metric values."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -536,9 +595,13 @@ class ListJobMetricsRequest(_message.Message):
     MAX_POINTS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     after_step: _builtins.int
+    """Only steps after this one."""
     max_points: _builtins.int
+    """At most this many points, 0 for the server's choice."""
     @_builtins.property
-    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only these metrics; empty for all."""
+
     def __init__(
         self,
         *,
@@ -557,6 +620,8 @@ Global___ListJobMetricsRequest: _TypeAlias = ListJobMetricsRequest  # noqa: Y015
 
 @_typing.final
 class ListJobMetricsResponse(_message.Message):
+    """The values."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     POINTS_FIELD_NUMBER: _builtins.int

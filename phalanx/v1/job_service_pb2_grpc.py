@@ -26,7 +26,12 @@ if _version_not_supported:
 
 
 class JobServiceStub:
-    """Missing associated documentation comment in .proto file."""
+    """What people and programs do with jobs. Served by control; a control process that does not lead forwards to the
+    one that does. Errors are google.rpc.Status with BadRequest (every wrong field), ErrorInfo or RetryInfo.
+
+    A mutating call carries a request_id of the caller's choice: sent again, it gives the first answer. Without one
+    each call is a new request.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -92,70 +97,87 @@ class JobServiceStub:
 
 
 class JobServiceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """What people and programs do with jobs. Served by control; a control process that does not lead forwards to the
+    one that does. Errors are google.rpc.Status with BadRequest (every wrong field), ErrorInfo or RetryInfo.
+
+    A mutating call carries a request_id of the caller's choice: sent again, it gives the first answer. Without one
+    each call is a new request.
+    """
 
     def SubmitJob(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Checks, resolves and queues a job; the job is durable when the call returns.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetJob(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns one job.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns jobs, page by page.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Ends a job at its next step boundary. FAILED_PRECONDITION when it has ended, or its result is already final.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PauseJob(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Checkpoints a running job at its next step boundary and takes it off the cluster.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeJob(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Continues a paused job from its checkpoint.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RetryJob(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Runs a failed job again from its last checkpoint, its dead letters with it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteJob(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Deletes an ended job, its checkpoints, logs and metrics. Its model stays.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchJob(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Tells everything about a job until it ends: the job first, on every change of state and last; each event;
+        progress at most five times a second. Ends with OK after a terminal state.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReadJobLogs(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns what the job's code wrote, and tracebacks; up to 10 MiB are kept for a job.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListJobMetrics(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns values of the job's metrics, oldest first.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -227,7 +249,12 @@ def add_JobServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class JobService:
-    """Missing associated documentation comment in .proto file."""
+    """What people and programs do with jobs. Served by control; a control process that does not lead forwards to the
+    one that does. Errors are google.rpc.Status with BadRequest (every wrong field), ErrorInfo or RetryInfo.
+
+    A mutating call carries a request_id of the caller's choice: sent again, it gives the first answer. Without one
+    each call is a new request.
+    """
 
     @staticmethod
     def SubmitJob(request,

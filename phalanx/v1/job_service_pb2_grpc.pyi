@@ -13,95 +13,135 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class JobServiceStub:
+    """What people and programs do with jobs. Served by control; a control process that does not lead forwards to the
+    one that does. Errors are google.rpc.Status with BadRequest (every wrong field), ErrorInfo or RetryInfo.
+
+    A mutating call carries a request_id of the caller's choice: sent again, it gives the first answer. Without one
+    each call is a new request.
+    """
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     SubmitJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.SubmitJobRequest, _job_service_pb2.SubmitJobResponse]
+    """Checks, resolves and queues a job; the job is durable when the call returns."""
     GetJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]
+    """Returns one job."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ListJobsRequest, _job_service_pb2.ListJobsResponse]
+    """Returns jobs, page by page."""
     CancelJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.CancelJobRequest, _job_service_pb2.CancelJobResponse]
+    """Ends a job at its next step boundary. FAILED_PRECONDITION when it has ended, or its result is already final."""
     PauseJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.PauseJobRequest, _job_service_pb2.PauseJobResponse]
+    """Checkpoints a running job at its next step boundary and takes it off the cluster."""
     ResumeJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ResumeJobRequest, _job_service_pb2.ResumeJobResponse]
+    """Continues a paused job from its checkpoint."""
     RetryJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.RetryJobRequest, _job_service_pb2.RetryJobResponse]
+    """Runs a failed job again from its last checkpoint, its dead letters with it."""
     DeleteJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]
+    """Deletes an ended job, its checkpoints, logs and metrics. Its model stays."""
     WatchJob: _aio.UnaryStreamMultiCallable[_job_service_pb2.WatchJobRequest, _job_service_pb2.WatchJobResponse]
+    """Tells everything about a job until it ends: the job first, on every change of state and last; each event;
+    progress at most five times a second. Ends with OK after a terminal state.
+    """
     ReadJobLogs: _aio.UnaryStreamMultiCallable[_job_service_pb2.ReadJobLogsRequest, _job_service_pb2.ReadJobLogsResponse]
+    """Returns what the job's code wrote, and tracebacks; up to 10 MiB are kept for a job."""
     ListJobMetrics: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ListJobMetricsRequest, _job_service_pb2.ListJobMetricsResponse]
+    """Returns values of the job's metrics, oldest first."""
 
 class JobServiceServicer(metaclass=_abc_1.ABCMeta):
+    """What people and programs do with jobs. Served by control; a control process that does not lead forwards to the
+    one that does. Errors are google.rpc.Status with BadRequest (every wrong field), ErrorInfo or RetryInfo.
+
+    A mutating call carries a request_id of the caller's choice: sent again, it gives the first answer. Without one
+    each call is a new request.
+    """
+
     @_abc_1.abstractmethod
     def SubmitJob(
         self,
         request: _job_service_pb2.SubmitJobRequest,
         context: _aio.ServicerContext[_job_service_pb2.SubmitJobRequest, _abc.Awaitable[_job_service_pb2.SubmitJobResponse]],
-    ) -> _abc.Awaitable[_job_service_pb2.SubmitJobResponse]: ...
+    ) -> _abc.Awaitable[_job_service_pb2.SubmitJobResponse]:
+        """Checks, resolves and queues a job; the job is durable when the call returns."""
 
     @_abc_1.abstractmethod
     def GetJob(
         self,
         request: _job_service_pb2.GetJobRequest,
         context: _aio.ServicerContext[_job_service_pb2.GetJobRequest, _abc.Awaitable[_job_service_pb2.GetJobResponse]],
-    ) -> _abc.Awaitable[_job_service_pb2.GetJobResponse]: ...
+    ) -> _abc.Awaitable[_job_service_pb2.GetJobResponse]:
+        """Returns one job."""
 
     @_abc_1.abstractmethod
     def ListJobs(
         self,
         request: _job_service_pb2.ListJobsRequest,
         context: _aio.ServicerContext[_job_service_pb2.ListJobsRequest, _abc.Awaitable[_job_service_pb2.ListJobsResponse]],
-    ) -> _abc.Awaitable[_job_service_pb2.ListJobsResponse]: ...
+    ) -> _abc.Awaitable[_job_service_pb2.ListJobsResponse]:
+        """Returns jobs, page by page."""
 
     @_abc_1.abstractmethod
     def CancelJob(
         self,
         request: _job_service_pb2.CancelJobRequest,
         context: _aio.ServicerContext[_job_service_pb2.CancelJobRequest, _abc.Awaitable[_job_service_pb2.CancelJobResponse]],
-    ) -> _abc.Awaitable[_job_service_pb2.CancelJobResponse]: ...
+    ) -> _abc.Awaitable[_job_service_pb2.CancelJobResponse]:
+        """Ends a job at its next step boundary. FAILED_PRECONDITION when it has ended, or its result is already final."""
 
     @_abc_1.abstractmethod
     def PauseJob(
         self,
         request: _job_service_pb2.PauseJobRequest,
         context: _aio.ServicerContext[_job_service_pb2.PauseJobRequest, _abc.Awaitable[_job_service_pb2.PauseJobResponse]],
-    ) -> _abc.Awaitable[_job_service_pb2.PauseJobResponse]: ...
+    ) -> _abc.Awaitable[_job_service_pb2.PauseJobResponse]:
+        """Checkpoints a running job at its next step boundary and takes it off the cluster."""
 
     @_abc_1.abstractmethod
     def ResumeJob(
         self,
         request: _job_service_pb2.ResumeJobRequest,
         context: _aio.ServicerContext[_job_service_pb2.ResumeJobRequest, _abc.Awaitable[_job_service_pb2.ResumeJobResponse]],
-    ) -> _abc.Awaitable[_job_service_pb2.ResumeJobResponse]: ...
+    ) -> _abc.Awaitable[_job_service_pb2.ResumeJobResponse]:
+        """Continues a paused job from its checkpoint."""
 
     @_abc_1.abstractmethod
     def RetryJob(
         self,
         request: _job_service_pb2.RetryJobRequest,
         context: _aio.ServicerContext[_job_service_pb2.RetryJobRequest, _abc.Awaitable[_job_service_pb2.RetryJobResponse]],
-    ) -> _abc.Awaitable[_job_service_pb2.RetryJobResponse]: ...
+    ) -> _abc.Awaitable[_job_service_pb2.RetryJobResponse]:
+        """Runs a failed job again from its last checkpoint, its dead letters with it."""
 
     @_abc_1.abstractmethod
     def DeleteJob(
         self,
         request: _job_service_pb2.DeleteJobRequest,
         context: _aio.ServicerContext[_job_service_pb2.DeleteJobRequest, _abc.Awaitable[_job_service_pb2.DeleteJobResponse]],
-    ) -> _abc.Awaitable[_job_service_pb2.DeleteJobResponse]: ...
+    ) -> _abc.Awaitable[_job_service_pb2.DeleteJobResponse]:
+        """Deletes an ended job, its checkpoints, logs and metrics. Its model stays."""
 
     @_abc_1.abstractmethod
     def WatchJob(
         self,
         request: _job_service_pb2.WatchJobRequest,
         context: _aio.ServicerContext[_job_service_pb2.WatchJobRequest, _abc.AsyncIterator[_job_service_pb2.WatchJobResponse]],
-    ) -> _abc.AsyncIterator[_job_service_pb2.WatchJobResponse]: ...
+    ) -> _abc.AsyncIterator[_job_service_pb2.WatchJobResponse]:
+        """Tells everything about a job until it ends: the job first, on every change of state and last; each event;
+        progress at most five times a second. Ends with OK after a terminal state.
+        """
 
     @_abc_1.abstractmethod
     def ReadJobLogs(
         self,
         request: _job_service_pb2.ReadJobLogsRequest,
         context: _aio.ServicerContext[_job_service_pb2.ReadJobLogsRequest, _abc.AsyncIterator[_job_service_pb2.ReadJobLogsResponse]],
-    ) -> _abc.AsyncIterator[_job_service_pb2.ReadJobLogsResponse]: ...
+    ) -> _abc.AsyncIterator[_job_service_pb2.ReadJobLogsResponse]:
+        """Returns what the job's code wrote, and tracebacks; up to 10 MiB are kept for a job."""
 
     @_abc_1.abstractmethod
     def ListJobMetrics(
         self,
         request: _job_service_pb2.ListJobMetricsRequest,
         context: _aio.ServicerContext[_job_service_pb2.ListJobMetricsRequest, _abc.Awaitable[_job_service_pb2.ListJobMetricsResponse]],
-    ) -> _abc.Awaitable[_job_service_pb2.ListJobMetricsResponse]: ...
+    ) -> _abc.Awaitable[_job_service_pb2.ListJobMetricsResponse]:
+        """Returns values of the job's metrics, oldest first."""
 
 def add_JobServiceServicer_to_server(servicer: JobServiceServicer, server: _aio.Server) -> None: ...

@@ -22,6 +22,14 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class JobSpec(_message.Message):
+    """Everything about a job. A job file is the YAML or JSON of exactly this message.
+
+    Defaults are given in brackets; they are written into the spec once, at submission, and nothing else is ever
+    assumed. Of a choice (oneof) the first member is the default, except for the program, the model and a bound,
+    which must be chosen, and for balance, start, compression and verification, which are off when left out.
+    A field that the server does not carry out is refused with UNIMPLEMENTED and its path; nothing is ignored.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -63,15 +71,17 @@ class JobSpec(_message.Message):
     CASCADE_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?, not unique"""
+    """[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?; jobs may share it."""
     namespace: _builtins.str
-    """default"""
+    """[default] Same form as the name."""
     seed: _builtins.int
-    """0"""
+    """[0] Start of all randomness: initial parameters and the order of examples."""
     priority: _builtins.int
-    """50"""
+    """[50] 0 to 100; jobs of higher priority run first."""
     @_builtins.property
-    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Free words to find the job by."""
+
     @_builtins.property
     def data(self) -> Global___Data: ...
     @_builtins.property
@@ -84,7 +94,7 @@ class JobSpec(_message.Message):
     def output(self) -> Global___Output: ...
     @_builtins.property
     def retain(self) -> _duration_pb2.Duration:
-        """30 days after end"""
+        """[30 days] How long the job, its checkpoints, logs and metrics are kept after its end."""
 
     @_builtins.property
     def train(self) -> Global___Train: ...
@@ -143,6 +153,8 @@ Global___JobSpec: _TypeAlias = JobSpec  # noqa: Y015
 
 @_typing.final
 class Data(_message.Message):
+    """Which data, and how it is cut into shards."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -155,16 +167,18 @@ class Data(_message.Message):
     CLASS_WEIGHTS_FIELD_NUMBER: _builtins.int
     OVERSAMPLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """NAME[@VERSION]"""
+    """NAME or NAME@VERSION [the newest version]."""
     shards: _builtins.int
-    """max(1, batch_size/256)"""
+    """[batch_size / 256, at least 1; for a full batch rows / 256, from 1 to 64] Fixed slices of the data. The result
+    depends on their number, and not on the number of workers.
+    """
     split: _builtins.str
-    """train"""
+    """[train] The split to train on."""
     target: _builtins.str
-    """manifest's"""
+    """[that of the data set] The column to predict."""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """all"""
+        """[all] The features to use."""
 
     @_builtins.property
     def rows(self) -> Global___Rows: ...
@@ -208,10 +222,13 @@ Global___Data: _TypeAlias = Data  # noqa: Y015
 
 @_typing.final
 class Rows(_message.Message):
+    """Each shard is a range of rows."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STRATIFIED_FIELD_NUMBER: _builtins.int
     stratified: _builtins.bool
+    """Every shard gets its share of each class."""
     def __init__(
         self,
         *,
@@ -227,6 +244,8 @@ Global___Rows: _TypeAlias = Rows  # noqa: Y015
 
 @_typing.final
 class Columns(_message.Message):
+    """Each shard is a group of columns."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     GROUPS_FIELD_NUMBER: _builtins.int
@@ -247,6 +266,8 @@ Global___Columns: _TypeAlias = Columns  # noqa: Y015
 
 @_typing.final
 class ClassWeights(_message.Message):
+    """Examples count by the weight of their class."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -271,7 +292,9 @@ class ClassWeights(_message.Message):
 
     WEIGHTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    def weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """By class label; empty: rows / (classes · rows of the class)."""
+
     def __init__(
         self,
         *,
@@ -287,6 +310,8 @@ Global___ClassWeights: _TypeAlias = ClassWeights  # noqa: Y015
 
 @_typing.final
 class Oversample(_message.Message):
+    """Examples of small classes are drawn more often."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -302,6 +327,8 @@ Global___Oversample: _TypeAlias = Oversample  # noqa: Y015
 
 @_typing.final
 class Code(_message.Message):
+    """Code of the user's own. It is stored and hashed with the job, and runs in leaf processes only."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -327,9 +354,13 @@ class Code(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     WHEELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def files(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def files(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Source text by relative path, as net.py; at most 256 KiB in all."""
+
     @_builtins.property
-    def wheels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def wheels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Lower-case hexadecimal SHA-256 of wheels that were added with `phalanx code add`."""
+
     def __init__(
         self,
         *,
@@ -346,6 +377,8 @@ Global___Code: _TypeAlias = Code  # noqa: Y015
 
 @_typing.final
 class Resources(_message.Message):
+    """What the job needs."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -374,11 +407,17 @@ class Resources(_message.Message):
     GPUS_FIELD_NUMBER: _builtins.int
     WORKER_LABELS_FIELD_NUMBER: _builtins.int
     min_workers: _builtins.int
+    """[1] Wait until this many workers are there."""
     max_workers: _builtins.int
+    """[no limit]"""
     memory_bytes: _builtins.int
+    """[no demand] Memory of each slot, in bytes."""
     gpus: _builtins.int
+    """GPUs of each slot."""
     @_builtins.property
-    def worker_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def worker_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Only workers that carry all of these labels."""
+
     def __init__(
         self,
         *,
@@ -409,14 +448,20 @@ Global___Resources: _TypeAlias = Resources  # noqa: Y015
 
 @_typing.final
 class Reproducibility(_message.Message):
+    """Whether the result must be the same to the last bit, whatever happens to the workers."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     BITWISE_FIELD_NUMBER: _builtins.int
     TOLERANT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def bitwise(self) -> Global___Bitwise: ...
+    def bitwise(self) -> Global___Bitwise:
+        """Workers of one numeric fingerprint only: CPUs and libraries that compute the same bits."""
+
     @_builtins.property
-    def tolerant(self) -> Global___Tolerant: ...
+    def tolerant(self) -> Global___Tolerant:
+        """All workers; results differ in the last bits."""
+
     def __init__(
         self,
         *,
@@ -435,11 +480,17 @@ Global___Reproducibility: _TypeAlias = Reproducibility  # noqa: Y015
 
 @_typing.final
 class Bitwise(_message.Message):
+    """Runs on the largest group of workers with equal fingerprints."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     FALL_BACK_AFTER_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def fall_back_after(self) -> _duration_pb2.Duration: ...
+    def fall_back_after(self) -> _duration_pb2.Duration:
+        """When no such worker is left for so long, go on with the others and say so: BIT_IDENTITY_LOST.
+        [wait for ever]
+        """
+
     def __init__(
         self,
         *,
@@ -455,6 +506,8 @@ Global___Bitwise: _TypeAlias = Bitwise  # noqa: Y015
 
 @_typing.final
 class Tolerant(_message.Message):
+    """Takes every worker."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -470,6 +523,8 @@ Global___Tolerant: _TypeAlias = Tolerant  # noqa: Y015
 
 @_typing.final
 class Output(_message.Message):
+    """The model that comes of the job."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -496,10 +551,15 @@ class Output(_message.Message):
     BEST_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """[name of the job] Name of the model; each job adds a version."""
     @_builtins.property
-    def best(self) -> Global___Threshold: ...
+    def best(self) -> Global___Threshold:
+        """Keep the parameters of the best evaluation instead of the last ones."""
+
     @_builtins.property
-    def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Free words stored with the model."""
+
     def __init__(
         self,
         *,
@@ -517,6 +577,8 @@ Global___Output: _TypeAlias = Output  # noqa: Y015
 
 @_typing.final
 class Train(_message.Message):
+    """Iterative training: each step every shard contributes, and the parameters are updated."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
@@ -540,15 +602,17 @@ class Train(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     L2_FIELD_NUMBER: _builtins.int
     batch_size: _builtins.int
-    """per step, all shards; 0: full batch"""
+    """Examples of a step, over all shards; 0: the full batch, so that an epoch is one step."""
     dtype: _builtins.str
-    """float32"""
+    """[float32] float32 or float64: type of parameters, gradients and arithmetic."""
     l2: _builtins.float
-    """λ/2‖w‖², no biases"""
+    """λ of the penalty λ/2·‖w‖² on the mean loss; biases are left out."""
     @_builtins.property
     def model(self) -> Global___Model: ...
     @_builtins.property
-    def optimizer(self) -> Global___Optimizer: ...
+    def optimizer(self) -> Global___Optimizer:
+        """[sgd]"""
+
     @_builtins.property
     def synchronous(self) -> Global___Synchronous: ...
     @_builtins.property
@@ -562,7 +626,9 @@ class Train(_message.Message):
     @_builtins.property
     def all_reduce(self) -> Global___AllReduce: ...
     @_builtins.property
-    def stop(self) -> Global___Stop: ...
+    def stop(self) -> Global___Stop:
+        """[10 epochs]"""
+
     @_builtins.property
     def evaluation(self) -> Global___Evaluation: ...
     @_builtins.property
@@ -620,10 +686,13 @@ Global___Train: _TypeAlias = Train  # noqa: Y015
 
 @_typing.final
 class Synchronous(_message.Message):
+    """A step commits when all shards have contributed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     BACKUP_SHARDS_FIELD_NUMBER: _builtins.int
     backup_shards: _builtins.int
+    """Commit without the slowest so many shards."""
     def __init__(
         self,
         *,
@@ -639,6 +708,8 @@ Global___Synchronous: _TypeAlias = Synchronous  # noqa: Y015
 
 @_typing.final
 class Asynchronous(_message.Message):
+    """Each contribution commits by itself."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SCALED_FIELD_NUMBER: _builtins.int
@@ -647,7 +718,9 @@ class Asynchronous(_message.Message):
     BARRIER_EVERY_CLOCKS_FIELD_NUMBER: _builtins.int
     REPLAY_LOG_FIELD_NUMBER: _builtins.int
     barrier_every_clocks: _builtins.int
+    """Let all shards meet after so many of their steps; 0: never."""
     replay_log: _builtins.bool
+    """Write down (version, shard, order), so that the run can be replayed bit for bit."""
     @_builtins.property
     def scaled(self) -> Global___Scaled: ...
     @_builtins.property
@@ -675,6 +748,8 @@ Global___Asynchronous: _TypeAlias = Asynchronous  # noqa: Y015
 
 @_typing.final
 class Scaled(_message.Message):
+    """The learning rate is divided by the staleness."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -690,6 +765,8 @@ Global___Scaled: _TypeAlias = Scaled  # noqa: Y015
 
 @_typing.final
 class DelayCompensated(_message.Message):
+    """Zheng et al., "Asynchronous SGD with delay compensation" (2017), adaptive form."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STRENGTH_FIELD_NUMBER: _builtins.int
@@ -711,6 +788,8 @@ Global___DelayCompensated: _TypeAlias = DelayCompensated  # noqa: Y015
 
 @_typing.final
 class Plain(_message.Message):
+    """Applied as they are."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -726,10 +805,13 @@ Global___Plain: _TypeAlias = Plain  # noqa: Y015
 
 @_typing.final
 class Stale(_message.Message):
+    """Each contribution commits by itself, but no shard runs ahead of the slowest by more than the bound."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     BOUND_FIELD_NUMBER: _builtins.int
     bound: _builtins.int
+    """In steps; 0 is synchronous."""
     def __init__(
         self,
         *,
@@ -745,15 +827,21 @@ Global___Stale: _TypeAlias = Stale  # noqa: Y015
 
 @_typing.final
 class Local(_message.Message):
+    """Shards take steps of their own and contribute the difference."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STEPS_FIELD_NUMBER: _builtins.int
     OUTER_FIELD_NUMBER: _builtins.int
     FRAGMENTS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
+    """Steps of a shard between two commits."""
     fragments: _builtins.int
+    """Send the parameters in so many parts, one at a time."""
     @_builtins.property
-    def outer(self) -> Global___Optimizer: ...
+    def outer(self) -> Global___Optimizer:
+        """Applies the mean difference."""
+
     def __init__(
         self,
         *,
@@ -773,6 +861,8 @@ Global___Local: _TypeAlias = Local  # noqa: Y015
 
 @_typing.final
 class ParameterServer(_message.Message):
+    """Aggregators own the parameters."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -788,6 +878,8 @@ Global___ParameterServer: _TypeAlias = ParameterServer  # noqa: Y015
 
 @_typing.final
 class AllReduce(_message.Message):
+    """Workers own the parameters."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -803,6 +895,8 @@ Global___AllReduce: _TypeAlias = AllReduce  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
+    """What is trained. Built-in models fit the data set's task: regression or classification."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LINEAR_REGRESSION_FIELD_NUMBER: _builtins.int
@@ -814,7 +908,7 @@ class Model(_message.Message):
     CUSTOM_FIELD_NUMBER: _builtins.int
     STANDARDISE_FIELD_NUMBER: _builtins.int
     standardise: _builtins.bool
-    """true if dense; train-split statistics"""
+    """[true for dense data, false for sparse] Scale each feature to mean 0 and deviation 1 of the train split."""
     @_builtins.property
     def linear_regression(self) -> Global___LinearRegression: ...
     @_builtins.property
@@ -858,10 +952,13 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
 class LinearRegression(_message.Message):
+    """Squared error."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     BIAS_FIELD_NUMBER: _builtins.int
     bias: _builtins.bool
+    """[true]"""
     def __init__(
         self,
         *,
@@ -879,10 +976,13 @@ Global___LinearRegression: _TypeAlias = LinearRegression  # noqa: Y015
 
 @_typing.final
 class LogisticRegression(_message.Message):
+    """Two classes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     BIAS_FIELD_NUMBER: _builtins.int
     bias: _builtins.bool
+    """[true]"""
     def __init__(
         self,
         *,
@@ -900,10 +1000,13 @@ Global___LogisticRegression: _TypeAlias = LogisticRegression  # noqa: Y015
 
 @_typing.final
 class SoftmaxRegression(_message.Message):
+    """Two or more classes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     BIAS_FIELD_NUMBER: _builtins.int
     bias: _builtins.bool
+    """[true]"""
     def __init__(
         self,
         *,
@@ -921,12 +1024,16 @@ Global___SoftmaxRegression: _TypeAlias = SoftmaxRegression  # noqa: Y015
 
 @_typing.final
 class LinearSvm(_message.Message):
+    """Two classes, largest margin."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     BIAS_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     bias: _builtins.bool
+    """[true]"""
     loss: _builtins.str
+    """[hinge] hinge or squared_hinge."""
     def __init__(
         self,
         *,
@@ -945,15 +1052,21 @@ Global___LinearSvm: _TypeAlias = LinearSvm  # noqa: Y015
 
 @_typing.final
 class Mlp(_message.Message):
+    """Layers of neurons, each fully connected to the next."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     HIDDEN_FIELD_NUMBER: _builtins.int
     ACTIVATION_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     activation: _builtins.str
+    """[relu]"""
     loss: _builtins.str
+    """[cross_entropy for classes, squared_error for numbers]"""
     @_builtins.property
-    def hidden(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def hidden(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Width of each hidden layer, as [128, 64]."""
+
     def __init__(
         self,
         *,
@@ -971,15 +1084,20 @@ Global___Mlp: _TypeAlias = Mlp  # noqa: Y015
 
 @_typing.final
 class Torch(_message.Message):
+    """A PyTorch module, built by the user's code."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODULE_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     module: _builtins.str
+    """MODULE:FUNCTION, as net:build."""
     loss: _builtins.str
     @_builtins.property
-    def arguments(self) -> _struct_pb2.Struct: ...
+    def arguments(self) -> _struct_pb2.Struct:
+        """Given to the function by name; whole numbers arrive as int."""
+
     def __init__(
         self,
         *,
@@ -997,13 +1115,18 @@ Global___Torch: _TypeAlias = Torch  # noqa: Y015
 
 @_typing.final
 class Custom(_message.Message):
+    """A model of the user's own."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ENTRYPOINT_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     entrypoint: _builtins.str
+    """MODULE:FUNCTION, as net:build; the function returns the model."""
     @_builtins.property
-    def arguments(self) -> _struct_pb2.Struct: ...
+    def arguments(self) -> _struct_pb2.Struct:
+        """Given to the function by name; whole numbers arrive as int."""
+
     def __init__(
         self,
         *,
@@ -1020,6 +1143,8 @@ Global___Custom: _TypeAlias = Custom  # noqa: Y015
 
 @_typing.final
 class Optimizer(_message.Message):
+    """How the mean gradient changes the parameters."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SGD_FIELD_NUMBER: _builtins.int
@@ -1029,6 +1154,7 @@ class Optimizer(_message.Message):
     SCHEDULE_FIELD_NUMBER: _builtins.int
     CLIP_NORM_FIELD_NUMBER: _builtins.int
     clip_norm: _builtins.float
+    """[no limit] Shorten the mean gradient to this Euclidean norm."""
     @_builtins.property
     def sgd(self) -> Global___Sgd: ...
     @_builtins.property
@@ -1038,7 +1164,9 @@ class Optimizer(_message.Message):
     @_builtins.property
     def adamw(self) -> Global___AdamW: ...
     @_builtins.property
-    def schedule(self) -> Global___Schedule: ...
+    def schedule(self) -> Global___Schedule:
+        """[constant] How the learning rate changes with the steps."""
+
     def __init__(
         self,
         *,
@@ -1066,14 +1194,19 @@ Global___Optimizer: _TypeAlias = Optimizer  # noqa: Y015
 
 @_typing.final
 class Sgd(_message.Message):
+    """Stochastic gradient descent."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
     MOMENTUM_FIELD_NUMBER: _builtins.int
     NESTEROV_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
+    """[0.01]"""
     momentum: _builtins.float
+    """0 to below 1; 0: none."""
     nesterov: _builtins.bool
+    """Nesterov's form of momentum."""
     def __init__(
         self,
         *,
@@ -1093,12 +1226,16 @@ Global___Sgd: _TypeAlias = Sgd  # noqa: Y015
 
 @_typing.final
 class Adagrad(_message.Message):
+    """Duchi, Hazan, Singer (2011), diagonal form."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
     EPSILON_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
+    """[0.01]"""
     epsilon: _builtins.float
+    """[1e-10]"""
     def __init__(
         self,
         *,
@@ -1122,6 +1259,8 @@ Global___Adagrad: _TypeAlias = Adagrad  # noqa: Y015
 
 @_typing.final
 class Adam(_message.Message):
+    """Kingma, Ba (2015)."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
@@ -1129,9 +1268,13 @@ class Adam(_message.Message):
     BETA2_FIELD_NUMBER: _builtins.int
     EPSILON_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
+    """[0.001]"""
     beta1: _builtins.float
+    """[0.9]"""
     beta2: _builtins.float
+    """[0.999]"""
     epsilon: _builtins.float
+    """[1e-8]"""
     def __init__(
         self,
         *,
@@ -1165,6 +1308,8 @@ Global___Adam: _TypeAlias = Adam  # noqa: Y015
 
 @_typing.final
 class AdamW(_message.Message):
+    """Loshchilov, Hutter (2019): Adam with decoupled weight decay."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
@@ -1173,10 +1318,15 @@ class AdamW(_message.Message):
     EPSILON_FIELD_NUMBER: _builtins.int
     WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
+    """[0.001]"""
     beta1: _builtins.float
+    """[0.9]"""
     beta2: _builtins.float
+    """[0.999]"""
     epsilon: _builtins.float
+    """[1e-8]"""
     weight_decay: _builtins.float
+    """[0.01] Biases are left out."""
     def __init__(
         self,
         *,
@@ -1215,6 +1365,8 @@ Global___AdamW: _TypeAlias = AdamW  # noqa: Y015
 
 @_typing.final
 class Schedule(_message.Message):
+    """Factor of the learning rate, by step."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONSTANT_FIELD_NUMBER: _builtins.int
@@ -1223,6 +1375,7 @@ class Schedule(_message.Message):
     INVERSE_TIME_FIELD_NUMBER: _builtins.int
     WARM_UP_STEPS_FIELD_NUMBER: _builtins.int
     warm_up_steps: _builtins.int
+    """Rise linearly to the full rate within the first so many steps; the schedule counts from there."""
     @_builtins.property
     def constant(self) -> Global___Constant: ...
     @_builtins.property
@@ -1252,6 +1405,8 @@ Global___Schedule: _TypeAlias = Schedule  # noqa: Y015
 
 @_typing.final
 class Constant(_message.Message):
+    """1."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -1267,6 +1422,8 @@ Global___Constant: _TypeAlias = Constant  # noqa: Y015
 
 @_typing.final
 class StepDecay(_message.Message):
+    """Multiplied by the factor every so many steps."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EVERY_STEPS_FIELD_NUMBER: _builtins.int
@@ -1289,6 +1446,8 @@ Global___StepDecay: _TypeAlias = StepDecay  # noqa: Y015
 
 @_typing.final
 class Cosine(_message.Message):
+    """Half a cosine from 1 down to the final fraction at the last step."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     FINAL_FRACTION_FIELD_NUMBER: _builtins.int
@@ -1308,6 +1467,8 @@ Global___Cosine: _TypeAlias = Cosine  # noqa: Y015
 
 @_typing.final
 class InverseTime(_message.Message):
+    """1 / (1 + decay · step)."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DECAY_FIELD_NUMBER: _builtins.int
@@ -1327,6 +1488,8 @@ Global___InverseTime: _TypeAlias = InverseTime  # noqa: Y015
 
 @_typing.final
 class Stop(_message.Message):
+    """When training ends: at the first rule that is met."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STEPS_FIELD_NUMBER: _builtins.int
@@ -1335,13 +1498,21 @@ class Stop(_message.Message):
     PLATEAU_FIELD_NUMBER: _builtins.int
     WALL_TIME_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
+    """After so many steps."""
     epochs: _builtins.float
+    """After so many passes over the data."""
     @_builtins.property
-    def thresholds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Threshold]: ...
+    def thresholds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Threshold]:
+        """When a metric reaches a bound."""
+
     @_builtins.property
-    def plateau(self) -> Global___Plateau: ...
+    def plateau(self) -> Global___Plateau:
+        """When a metric no longer improves."""
+
     @_builtins.property
-    def wall_time(self) -> _duration_pb2.Duration: ...
+    def wall_time(self) -> _duration_pb2.Duration:
+        """After so long a time of running. The only rule that can make equal jobs end at different steps."""
+
     def __init__(
         self,
         *,
@@ -1368,12 +1539,15 @@ Global___Stop: _TypeAlias = Stop  # noqa: Y015
 
 @_typing.final
 class Threshold(_message.Message):
+    """A bound of a metric."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     METRIC_FIELD_NUMBER: _builtins.int
     AT_LEAST_FIELD_NUMBER: _builtins.int
     AT_MOST_FIELD_NUMBER: _builtins.int
     metric: _builtins.str
+    """SPLIT/NAME, as test/accuracy or train/loss."""
     at_least: _builtins.float
     at_most: _builtins.float
     def __init__(
@@ -1395,14 +1569,19 @@ Global___Threshold: _TypeAlias = Threshold  # noqa: Y015
 
 @_typing.final
 class Plateau(_message.Message):
+    """A metric that stands still."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     METRIC_FIELD_NUMBER: _builtins.int
     EVALUATIONS_FIELD_NUMBER: _builtins.int
     MIN_CHANGE_FIELD_NUMBER: _builtins.int
     metric: _builtins.str
+    """[loss of the evaluation's split] SPLIT/NAME."""
     evaluations: _builtins.int
+    """Evaluations in a row without improvement."""
     min_change: _builtins.float
+    """Less than this is no improvement."""
     def __init__(
         self,
         *,
@@ -1420,15 +1599,21 @@ Global___Plateau: _TypeAlias = Plateau  # noqa: Y015
 
 @_typing.final
 class Evaluation(_message.Message):
+    """Measuring on held-out rows, by the workers, on a whole version. Left out: evaluates where there are such rows."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SPLIT_FIELD_NUMBER: _builtins.int
     EVERY_STEPS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     split: _builtins.str
+    """[the split that a stop rule watches, else test, else validation]"""
     every_steps: _builtins.int
+    """[each epoch]"""
     @_builtins.property
-    def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """[all of the model's] Names without the split."""
+
     def __init__(
         self,
         *,
@@ -1446,15 +1631,21 @@ Global___Evaluation: _TypeAlias = Evaluation  # noqa: Y015
 
 @_typing.final
 class Checkpoints(_message.Message):
+    """When parameters and all other state become durable, besides the end and a pause."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EVERY_STEPS_FIELD_NUMBER: _builtins.int
     EVERY_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
+    """After every so many steps; 0: by time."""
     keep: _builtins.int
+    """[3] Newest checkpoints that are kept."""
     @_builtins.property
-    def every(self) -> _duration_pb2.Duration: ...
+    def every(self) -> _duration_pb2.Duration:
+        """[60 s, without every_steps]"""
+
     def __init__(
         self,
         *,
@@ -1474,12 +1665,16 @@ Global___Checkpoints: _TypeAlias = Checkpoints  # noqa: Y015
 
 @_typing.final
 class Start(_message.Message):
+    """Where the parameters come from; from the seed when left out."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """NAME[@VERSION] of a model: its parameters only."""
     job: _builtins.str
+    """JOB[@STEP]: all state of another job."""
     def __init__(
         self,
         *,
@@ -1498,6 +1693,8 @@ Global___Start: _TypeAlias = Start  # noqa: Y015
 
 @_typing.final
 class Reduction(_message.Message):
+    """How the contributions of the shards become one gradient."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     WEIGHTED_MEAN_FIELD_NUMBER: _builtins.int
@@ -1506,6 +1703,7 @@ class Reduction(_message.Message):
     KRUM_FIELD_NUMBER: _builtins.int
     CLIP_NORM_FIELD_NUMBER: _builtins.int
     clip_norm: _builtins.float
+    """[no limit] Shorten each contribution to this Euclidean norm."""
     @_builtins.property
     def weighted_mean(self) -> Global___WeightedMean: ...
     @_builtins.property
@@ -1540,6 +1738,8 @@ Global___Reduction: _TypeAlias = Reduction  # noqa: Y015
 
 @_typing.final
 class WeightedMean(_message.Message):
+    """Sum over all examples, divided by their number."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -1555,6 +1755,8 @@ Global___WeightedMean: _TypeAlias = WeightedMean  # noqa: Y015
 
 @_typing.final
 class Median(_message.Message):
+    """Of each element."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -1570,10 +1772,13 @@ Global___Median: _TypeAlias = Median  # noqa: Y015
 
 @_typing.final
 class TrimmedMean(_message.Message):
+    """Mean of each element without the largest and the smallest."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TRIM_FIELD_NUMBER: _builtins.int
     trim: _builtins.int
+    """So many on either side."""
     def __init__(
         self,
         *,
@@ -1589,12 +1794,16 @@ Global___TrimmedMean: _TypeAlias = TrimmedMean  # noqa: Y015
 
 @_typing.final
 class Krum(_message.Message):
+    """The contributions nearest to the others."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     FAULTY_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
     faulty: _builtins.int
+    """So many may be arbitrarily wrong."""
     keep: _builtins.int
+    """Mean of so many of the best."""
     def __init__(
         self,
         *,
@@ -1613,6 +1822,8 @@ Global___Krum: _TypeAlias = Krum  # noqa: Y015
 
 @_typing.final
 class Compression(_message.Message):
+    """Fewer bytes on the wire, for less precision."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CAST_TO_FIELD_NUMBER: _builtins.int
@@ -1621,7 +1832,9 @@ class Compression(_message.Message):
     SIGN_FIELD_NUMBER: _builtins.int
     DOWN_CAST_TO_FIELD_NUMBER: _builtins.int
     cast_to: _builtins.str
+    """bfloat16 or float16."""
     down_cast_to: _builtins.str
+    """To the workers: bfloat16 or float16; empty: as it is."""
     @_builtins.property
     def int8(self) -> Global___Int8: ...
     @_builtins.property
@@ -1649,10 +1862,13 @@ Global___Compression: _TypeAlias = Compression  # noqa: Y015
 
 @_typing.final
 class Int8(_message.Message):
+    """One byte for each element and one scale for each bucket."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     BUCKET_FIELD_NUMBER: _builtins.int
     bucket: _builtins.int
+    """Elements that share a scale."""
     def __init__(
         self,
         *,
@@ -1670,10 +1886,13 @@ Global___Int8: _TypeAlias = Int8  # noqa: Y015
 
 @_typing.final
 class TopK(_message.Message):
+    """Only the largest elements; what is left is added to the next step."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     FRACTION_FIELD_NUMBER: _builtins.int
     fraction: _builtins.float
+    """Part of the elements that is sent."""
     def __init__(
         self,
         *,
@@ -1689,6 +1908,8 @@ Global___TopK: _TypeAlias = TopK  # noqa: Y015
 
 @_typing.final
 class Sign(_message.Message):
+    """One bit for each element; the error is added to the next step."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -1704,12 +1925,16 @@ Global___Sign: _TypeAlias = Sign  # noqa: Y015
 
 @_typing.final
 class Verification(_message.Message):
+    """Whether leaves are computed more than once and compared."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REPLICAS_FIELD_NUMBER: _builtins.int
     AUDIT_FRACTION_FIELD_NUMBER: _builtins.int
     replicas: _builtins.int
+    """Each leaf on so many workers."""
     audit_fraction: _builtins.float
+    """This part of the leaves once more, at random."""
     def __init__(
         self,
         *,
@@ -1728,6 +1953,8 @@ Global___Verification: _TypeAlias = Verification  # noqa: Y015
 
 @_typing.final
 class Privacy(_message.Message):
+    """Differential privacy of single examples."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CLIP_NORM_FIELD_NUMBER: _builtins.int
@@ -1738,6 +1965,7 @@ class Privacy(_message.Message):
     noise_multiplier: _builtins.float
     delta: _builtins.float
     max_epsilon: _builtins.float
+    """Stop before this is exceeded."""
     def __init__(
         self,
         *,
@@ -1758,6 +1986,8 @@ Global___Privacy: _TypeAlias = Privacy  # noqa: Y015
 
 @_typing.final
 class NonFinite(_message.Message):
+    """What to do about a leaf whose result is not finite, once another worker has confirmed it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     FAIL_FIELD_NUMBER: _builtins.int
@@ -1784,6 +2014,8 @@ Global___NonFinite: _TypeAlias = NonFinite  # noqa: Y015
 
 @_typing.final
 class Fail(_message.Message):
+    """The job fails and names the shard."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -1799,10 +2031,13 @@ Global___Fail: _TypeAlias = Fail  # noqa: Y015
 
 @_typing.final
 class Skip(_message.Message):
+    """The step commits without the leaf."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MAX_STEPS_FIELD_NUMBER: _builtins.int
     max_steps: _builtins.int
+    """In so many steps at most; 0: without limit."""
     def __init__(
         self,
         *,
@@ -1818,6 +2053,8 @@ Global___Skip: _TypeAlias = Skip  # noqa: Y015
 
 @_typing.final
 class Forest(_message.Message):
+    """Decision trees."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TREES_FIELD_NUMBER: _builtins.int
@@ -1844,6 +2081,8 @@ Global___Forest: _TypeAlias = Forest  # noqa: Y015
 
 @_typing.final
 class Sweep(_message.Message):
+    """Many jobs that differ in some fields."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -1874,13 +2113,19 @@ class Sweep(_message.Message):
     OBJECTIVE_FIELD_NUMBER: _builtins.int
     ASHA_FIELD_NUMBER: _builtins.int
     random_trials: _builtins.int
+    """Draw so many combinations instead of trying all."""
     folds: _builtins.int
+    """Cross-validation."""
     @_builtins.property
     def base(self) -> Global___JobSpec: ...
     @_builtins.property
-    def grid(self) -> _containers.MessageMap[_builtins.str, _struct_pb2.ListValue]: ...
+    def grid(self) -> _containers.MessageMap[_builtins.str, _struct_pb2.ListValue]:
+        """Values by field path, as train.l2: [0, 0.1]."""
+
     @_builtins.property
-    def objective(self) -> Global___Threshold: ...
+    def objective(self) -> Global___Threshold:
+        """What is best."""
+
     @_builtins.property
     def asha(self) -> Global___Asha: ...
     def __init__(
@@ -1903,6 +2148,8 @@ Global___Sweep: _TypeAlias = Sweep  # noqa: Y015
 
 @_typing.final
 class Asha(_message.Message):
+    """Li et al., "A system for massively parallel hyperparameter tuning" (2020)."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MIN_STEPS_FIELD_NUMBER: _builtins.int
@@ -1927,6 +2174,8 @@ Global___Asha: _TypeAlias = Asha  # noqa: Y015
 
 @_typing.final
 class Evaluate(_message.Message):
+    """Metrics of a model on a split."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
@@ -1950,6 +2199,8 @@ Global___Evaluate: _TypeAlias = Evaluate  # noqa: Y015
 
 @_typing.final
 class Predict(_message.Message):
+    """A model's predictions for a data set."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
@@ -1972,6 +2223,8 @@ Global___Predict: _TypeAlias = Predict  # noqa: Y015
 
 @_typing.final
 class Cascade(_message.Message):
+    """A kernel support vector machine, by a cascade of partial ones."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     C_FIELD_NUMBER: _builtins.int
@@ -1997,13 +2250,18 @@ Global___Cascade: _TypeAlias = Cascade  # noqa: Y015
 
 @_typing.final
 class Tasks(_message.Message):
+    """Independent calls of the user's own function."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ENTRYPOINT_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     entrypoint: _builtins.str
+    """MODULE:FUNCTION."""
     @_builtins.property
-    def arguments(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Struct]: ...
+    def arguments(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Struct]:
+        """One call for each."""
+
     def __init__(
         self,
         *,

@@ -132,7 +132,7 @@ RPC_METHODS = _rpc_methods()
 def _calls_without_deadline(tree: Iterator[ast.AST]) -> Iterator[str]:
     """Say which calls of a stub's methods have no ``timeout``.
 
-    A method that is handed to a helper (``call_with_retry(stub.GetJob, …)``) is not called here. Two
+    A method handed to a helper (``call_with_retry(stub.GetJob, …)``) is not called here. Two
     positional arguments are a servicer calling a servicer: a request and a context.
     """
     for node in tree:
