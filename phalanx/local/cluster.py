@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
+from phalanx.errors import FailedPrecondition, InvalidArgument
 from phalanx.local.options import LocalOptions
 from phalanx.local.state import Member
 from phalanx.local.supervisor import START_TIMEOUT_S, Supervisor
@@ -44,6 +45,8 @@ class LocalCluster(Cluster):
         environment: Mapping[str, str] | None = None,
         timeout_s: float = START_TIMEOUT_S,
     ) -> None:
+        if not workers and (state is not None or port):
+            raise InvalidArgument("workers=0 has no processes: it takes neither state nor port")
         temporary = Path(tempfile.mkdtemp(prefix="phalanx-")) if state is None else None
         self.state_dir = temporary or Path(state or "").resolve()
         self._supervisor: Supervisor | None = None
@@ -93,8 +96,6 @@ class LocalCluster(Cluster):
 
     def _require_supervisor(self) -> Supervisor:
         if self._supervisor is None:
-            from phalanx.errors import FailedPrecondition
-
             raise FailedPrecondition(
                 "with workers=0 there are no processes; give workers=1 or more"
             )

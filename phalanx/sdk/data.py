@@ -37,10 +37,12 @@ class DataSets:
         """Write a data set, or a new version of it, into storage.
 
             cluster.data.add("adult", "adult.csv", target="income", missing="category")
-            cluster.data.add("fashion", X, y, test=0.2)
+            cluster.data.add("adult", frame, target="income", test=0.2)
+            cluster.data.add("fashion", X, y, test=(X_test, y_test))
 
-        ``source`` is one or more paths, or the features and the targets as arrays (a SciPy sparse matrix
-        stays sparse). ``options`` are those of ``phalanx.data.options.IngestOptions``. Chunks are stored as
+        ``source`` is one or more paths, or a table with its target column, or features and targets (a SciPy
+        sparse matrix stays sparse). ``test`` and ``validation`` are a fraction, files, or a pair of
+        features and targets; ``feature_names`` names the columns of an array. ``options`` are those of ``phalanx.data.options.IngestOptions``. Chunks are stored as
         they are read, so memory stays small whatever the size; ``on_stored`` is told the bytes of each. Raises InvalidArgument with line and column
         of what is wrong in a file.
         """
@@ -54,15 +56,23 @@ class DataSets:
         from phalanx.data.ingest import ingest, ingest_arrays
         from phalanx.data.options import IngestOptions
 
-        chosen = IngestOptions.from_mapping(options)
         if source and all(isinstance(part, str | PathLike) for part in source):
+            chosen = IngestOptions.from_mapping(options)
             return ingest([Path(path) for path in source], chosen, sink)
-        if len(source) != 2:
+        if not 1 <= len(source) <= 2:
             raise InvalidArgument(
-                f"data.add takes paths, or two arrays (features, targets); it was given {len(source)} "
-                "things of other kinds"
+                "data.add takes paths, or a table, or features and targets; "
+                f"it was given {len(source)} things of other kinds"
             )
-        return ingest_arrays(source[0], source[1], chosen, sink)
+        features, targets = source[0], source[1] if len(source) == 2 else None
+        names = options.pop("feature_names", ())
+        held_out = {
+            split: options.pop(split)
+            for split in ("test", "validation")
+            if _is_pair(options.get(split))
+        }
+        chosen = IngestOptions.from_mapping(options)
+        return ingest_arrays(features, targets, chosen, sink, feature_names=names, **held_out)
 
     def register(self, name: str, manifest: DatasetManifest) -> Dataset:
         """Make a data set of a manifest whose chunks are stored already."""
@@ -109,6 +119,13 @@ class DataSets:
             namespace=self._namespace, name=name, request_id=new_request_id()
         )
         self._backend.call(methods.DELETE_DATASET, request)
+
+
+def _is_pair(value: Any) -> bool:
+    """Return whether a split is given as features and targets rather than as a fraction or files."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        return False
+    return not any(isinstance(part, str | PathLike) for part in value)
 
 
 class _Sink:

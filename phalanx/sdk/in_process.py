@@ -1,0 +1,396 @@
+"""A cluster without processes: the public services answered inside the calling process.
+
+For debugging, for small data and as the reference that real clusters are compared with. It keeps blobs in
+a folder and everything else in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from google.protobuf.message import Message
+
+import phalanx
+from phalanx.errors import FailedPrecondition, NotFound, Unimplemented
+from phalanx.ids import check_blob_id
+from phalanx.sdk import methods
+from phalanx.sdk.in_process_jobs import InProcessJobs, now
+from phalanx.sdk.methods import Method, RequestT, ResponseT
+from phalanx.sdk.transport import STREAM_TIMEOUT_S
+from phalanx.v1 import (
+    cluster_service_pb2,
+    dataset_service_pb2,
+    job_pb2,
+    job_service_pb2,
+    model_service_pb2,
+)
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import JobPlan
+
+if TYPE_CHECKING:
+    from phalanx.data.manifest import DatasetManifest
+    from phalanx.training.local import Progress, TrainedModel
+
+VersionT = TypeVar("VersionT", dataset_service_pb2.Dataset, model_service_pb2.ModelVersion)
+_NONE: Iterator[Any] = iter(())
+
+
+class Catalog(dict[tuple[str, str], list[VersionT]]):
+    """Versions by (namespace, name); ``what`` is said in errors."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def register(self, item: VersionT) -> VersionT:
+        """Add a new version."""
+        versions = self.setdefault((item.namespace, item.name), [])
+        item.version = versions[-1].version + 1 if versions else 1
+        item.create_time.CopyFrom(now())
+        versions.append(item)
+        return item
+
+    def find(self, namespace: str, name: str) -> VersionT:
+        """Return NAME (the newest) or NAME@VERSION. Raises NotFound."""
+        stem, at, version = name.partition("@")
+        for item in reversed(self.get((namespace or "default", stem), [])):
+            if not at or str(item.version) == version:
+                return item
+        raise NotFound(f"there is no {self.what} {name!r}")
+
+    def remove(self, namespace: str, name: str) -> None:
+        """Remove NAME (all versions) or NAME@VERSION. Raises NotFound."""
+        found = self.find(namespace, name)
+        key = (found.namespace, found.name)
+        self[key] = [item for item in self[key] if "@" in name and item is not found]
+
+    def in_namespace(self, namespace: str) -> list[VersionT]:
+        """Return all versions of all names."""
+        return [
+            item
+            for (space, _), items in sorted(self.items())
+            if space == (namespace or "default")
+            for item in items
+        ]
+
+
+class InProcessBackend:
+    """Answers the public services; see ``phalanx.sdk.backend.Backend``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._blobs = folder / "blobs"
+        self._code = folder / "code"
+        self._blobs.mkdir(parents=True, exist_ok=True)
+        self._datasets: Catalog[dataset_service_pb2.Dataset] = Catalog("data set")
+        self._models: Catalog[model_service_pb2.ModelVersion] = Catalog("model")
+        self._jobs = InProcessJobs(self._train, self._register)
+        self._calls: dict[str, Callable[[Any], Message]] = {
+            methods.SUBMIT_JOB.path: self._submit,
+            methods.GET_JOB.path: self._get_job,
+            methods.LIST_JOBS.path: self._list_jobs,
+            methods.CANCEL_JOB.path: self._cancel,
+            methods.PAUSE_JOB.path: self._pause,
+            methods.RESUME_JOB.path: self._resume,
+            methods.RETRY_JOB.path: self._retry,
+            methods.DELETE_JOB.path: self._delete_job,
+            methods.LIST_JOB_METRICS.path: self._list_metrics,
+            methods.GET_CLUSTER.path: self._get_cluster,
+            methods.LIST_WORKERS.path: self._list_workers,
+            methods.CREATE_DATASET.path: self._create_dataset,
+            methods.GET_DATASET.path: self._get_dataset,
+            methods.LIST_DATASETS.path: self._list_datasets,
+            methods.DELETE_DATASET.path: self._delete_dataset,
+            methods.GET_MODEL.path: self._get_model,
+            methods.LIST_MODELS.path: self._list_models,
+            methods.DELETE_MODEL.path: self._delete_model,
+        }
+        self._streams: dict[str, Callable[[Any], Iterator[Message]]] = {
+            methods.WATCH_JOB.path: self._watch,
+            methods.READ_JOB_LOGS.path: self._read_logs,
+            methods.LIST_EVENTS.path: self._list_events,
+        }
+
+    @property
+    def address(self) -> str:
+        """Not an address: there is nothing to dial."""
+        return "in-process"
+
+    def call(
+        self,
+        method: Method[RequestT, ResponseT],
+        request: RequestT,
+        *,
+        timeout_s: float | None = None,
+    ) -> ResponseT:
+        """Answer a unary call."""
+        answer = self._calls.get(method.path)
+        if answer is None:
+            raise Unimplemented(f"{method.name} needs a cluster with processes; this one has none")
+        return cast(ResponseT, answer(request))
+
+    def stream(
+        self,
+        method: Method[RequestT, ResponseT],
+        request: RequestT,
+        *,
+        timeout_s: float = STREAM_TIMEOUT_S,
+    ) -> Iterator[ResponseT]:
+        """Answer a call with a stream."""
+        answer = self._streams.get(method.path)
+        if answer is None:
+            raise Unimplemented(f"{method.name} needs a cluster with processes; this one has none")
+        return cast("Iterator[ResponseT]", answer(request))
+
+    def put_blob(self, data: bytes) -> str:
+        """Keep bytes; return their digest."""
+        digest = hashlib.sha256(data).hexdigest()
+        path = self._blobs / digest
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(data)
+            partial.replace(path)
+        return digest
+
+    def get_blob(self, digest: str) -> bytes:
+        """Return kept bytes. Raises NotFound."""
+        return self._blob_path(digest).read_bytes()
+
+    def get_blob_to(self, digest: str, path: Path) -> None:
+        """Copy kept bytes to a file. Raises NotFound."""
+        shutil.copyfile(self._blob_path(digest), path)
+
+    def close(self) -> None:
+        """Cancel what runs."""
+        self._jobs.close()
+
+    def _blob_path(self, digest: str) -> Path:
+        path = self._blobs / check_blob_id(digest)
+        if not path.exists():
+            raise NotFound(f"there is no blob {digest}")
+        return path
+
+    def _submit(
+        self, request: job_service_pb2.SubmitJobRequest
+    ) -> job_service_pb2.SubmitJobResponse:
+        from phalanx.specs import check_spec, job_plan, plan, prepare, spec_sha256
+
+        check_spec(request.spec)
+        dataset = self._datasets.find(request.spec.namespace, request.spec.data.name)
+        spec = prepare(request.spec, dataset)
+        shown = plan(spec, dataset)
+        digest = spec_sha256(spec)
+        if request.validate_only:
+            job = job_pb2.Job(spec=spec, spec_sha256=digest)
+        else:
+            todo = job_plan(spec, dataset, "")
+            job = self._jobs.submit(spec, digest, todo, shown.steps, request.request_id)
+        return job_service_pb2.SubmitJobResponse(job=job, plan=shown)
+
+    def _get_job(self, request: job_service_pb2.GetJobRequest) -> Message:
+        return job_service_pb2.GetJobResponse(job=self._jobs.get(request.job_id))
+
+    def _list_jobs(self, request: job_service_pb2.ListJobsRequest) -> Message:
+        namespace = request.namespace or "default"
+        found = [
+            job
+            for job in self._jobs.list()
+            if job.spec.namespace == namespace
+            and (not request.states or job.state in request.states)
+        ]
+        return job_service_pb2.ListJobsResponse(jobs=found)
+
+    def _cancel(self, request: job_service_pb2.CancelJobRequest) -> Message:
+        job = self._jobs.cancel(request.job_id, request.reason)
+        return job_service_pb2.CancelJobResponse(job=job)
+
+    def _pause(self, request: job_service_pb2.PauseJobRequest) -> Message:
+        return job_service_pb2.PauseJobResponse(job=self._jobs.pause(request.job_id))
+
+    def _resume(self, request: job_service_pb2.ResumeJobRequest) -> Message:
+        return job_service_pb2.ResumeJobResponse(job=self._jobs.resume(request.job_id))
+
+    def _retry(self, request: job_service_pb2.RetryJobRequest) -> Message:
+        return job_service_pb2.RetryJobResponse(job=self._jobs.retry(request.job_id))
+
+    def _delete_job(self, request: job_service_pb2.DeleteJobRequest) -> Message:
+        self._jobs.delete(request.job_id)
+        return job_service_pb2.DeleteJobResponse()
+
+    def _list_metrics(self, request: job_service_pb2.ListJobMetricsRequest) -> Message:
+        points = [
+            point
+            for point in self._jobs.points(request.job_id)
+            if point.step > request.after_step
+            and (not request.names or point.name in request.names)
+        ]
+        return job_service_pb2.ListJobMetricsResponse(points=points[: request.max_points or None])
+
+    def _watch(self, request: job_service_pb2.WatchJobRequest) -> Iterator[Message]:
+        return self._jobs.watch(request.job_id, request.after_sequence)
+
+    def _read_logs(self, request: job_service_pb2.ReadJobLogsRequest) -> Iterator[Message]:
+        # What the job's code prints goes to the standard output of this very process.
+        self._jobs.get(request.job_id)
+        return _NONE
+
+    def _list_events(self, request: cluster_service_pb2.ListEventsRequest) -> Iterator[Message]:
+        if request.follow:
+            raise Unimplemented("following all events needs a cluster with processes; watch a job")
+        for event in self._jobs.events(request.job_id, request.after_sequence):
+            yield cluster_service_pb2.ListEventsResponse(event=event)
+
+    def _get_cluster(self, request: cluster_service_pb2.GetClusterRequest) -> Message:
+        answer = cluster_service_pb2.GetClusterResponse(
+            version=phalanx.__version__, leader="in-process", storage_available=True
+        )
+        for job in self._jobs.list():
+            answer.jobs[job_pb2.Job.State.Name(job.state).removeprefix("STATE_")] += 1
+        return answer
+
+    def _list_workers(self, request: cluster_service_pb2.ListWorkersRequest) -> Message:
+        return cluster_service_pb2.ListWorkersResponse()
+
+    def _create_dataset(self, request: dataset_service_pb2.CreateDatasetRequest) -> Message:
+        manifest = self._manifest(request.manifest_digest)
+        dataset = dataset_service_pb2.Dataset(
+            namespace=request.namespace or "default",
+            name=request.name,
+            manifest_digest=request.manifest_digest,
+            rows=manifest.rows_by_split(),
+            features=manifest.features,
+            task=manifest.task,
+            classes=manifest.classes,
+            format=manifest.format,
+            size_bytes=manifest.size_bytes,
+            target=manifest.target,
+        )
+        registered = self._datasets.register(dataset)
+        return dataset_service_pb2.CreateDatasetResponse(dataset=registered)
+
+    def _get_dataset(self, request: dataset_service_pb2.GetDatasetRequest) -> Message:
+        dataset = self._datasets.find(request.namespace, request.name)
+        return dataset_service_pb2.GetDatasetResponse(dataset=dataset)
+
+    def _list_datasets(self, request: dataset_service_pb2.ListDatasetsRequest) -> Message:
+        found = self._datasets.in_namespace(request.namespace)
+        return dataset_service_pb2.ListDatasetsResponse(datasets=found)
+
+    def _delete_dataset(self, request: dataset_service_pb2.DeleteDatasetRequest) -> Message:
+        stem = request.name.partition("@")[0]
+        for job in self._jobs.list():
+            in_use = (
+                job.spec.data.name == request.name
+                if "@" in request.name
+                else (job.spec.data.name.partition("@")[0] == stem)
+            )
+            if in_use:
+                raise FailedPrecondition(
+                    f"job {job.id} refers to data set {request.name}; delete the job first",
+                    reason="IN_USE",
+                )
+        self._datasets.remove(request.namespace, request.name)
+        return dataset_service_pb2.DeleteDatasetResponse()
+
+    def _get_model(self, request: model_service_pb2.GetModelRequest) -> Message:
+        model = self._models.find(request.namespace, request.name)
+        return model_service_pb2.GetModelResponse(model=model)
+
+    def _list_models(self, request: model_service_pb2.ListModelsRequest) -> Message:
+        found = self._models.in_namespace(request.namespace)
+        return model_service_pb2.ListModelsResponse(models=found)
+
+    def _delete_model(self, request: model_service_pb2.DeleteModelRequest) -> Message:
+        self._models.remove(request.namespace, request.name)
+        return model_service_pb2.DeleteModelResponse()
+
+    def _manifest(self, digest: str) -> DatasetManifest:
+        from phalanx.data.manifest import DatasetManifest
+
+        return DatasetManifest.from_json(self.get_blob(digest))
+
+    def _train(self, plan: JobPlan, on_progress: Callable[[Progress], None]) -> TrainedModel:
+        from phalanx.training.local import train_in_process
+
+        spec = JobSpec.FromString(plan.spec)
+        start_model = None
+        if spec.train.start.model:
+            model = self._models.find(spec.namespace, spec.train.start.model)
+            digest = next(file.digest for file in model.files if file.path == "model.safetensors")
+            start_model = self._blob_path(digest)
+        return train_in_process(
+            plan,
+            self._manifest(plan.manifest_digest),
+            self._blob_path,
+            code_dir=write_code(spec, self._code / plan.job_id),
+            start_model=start_model,
+            on_progress=on_progress,
+        )
+
+    def _register(self, job: job_pb2.Job, plan: JobPlan, trained: TrainedModel) -> str:
+        from phalanx.data.model_files import (
+            PARAMETERS_FILE,
+            ModelDescription,
+            description_files,
+            safetensors_header,
+        )
+
+        spec = job.spec
+        flat = trained.parameters.astype(trained.parameters.dtype.newbyteorder("<"), copy=False)
+        description = ModelDescription(
+            name=spec.output.model,
+            job_id=job.id,
+            manifest=self._manifest(plan.manifest_digest),
+            manifest_digest=plan.manifest_digest,
+            spec=spec,
+            spec_sha256=job.spec_sha256,
+            layout=trained.layout,
+            parameters_sha256=trained.parameters_sha256,
+            steps=trained.steps,
+            bit_identical=True,
+            fingerprint="",
+            dataset=spec.data.name,
+            metrics=trained.metrics,
+            tags=dict(spec.output.tags),
+        )
+        contents = description_files(description)
+        contents[PARAMETERS_FILE] = safetensors_header(trained.layout) + flat.tobytes()
+        for path, text in spec.code.files.items():
+            contents[f"code/{path}"] = text.encode()
+        files = [
+            model_service_pb2.ModelFile(path=path, digest=self.put_blob(data), size_bytes=len(data))
+            for path, data in sorted(contents.items())
+        ]
+        model = self._models.register(
+            model_service_pb2.ModelVersion(
+                namespace=spec.namespace,
+                name=spec.output.model,
+                files=files,
+                job_id=job.id,
+                parameters_sha256=trained.parameters_sha256,
+                bit_identical=True,
+                metrics=trained.metrics,
+                tags=dict(spec.output.tags),
+            )
+        )
+        return f"{model.name}@{model.version}"
+
+
+def write_code(spec: JobSpec, folder: Path) -> Path | None:
+    """Write the job's own source files to a folder; return it, or None where the job has none."""
+    if spec.code.wheels:
+        raise Unimplemented("wheels need a cluster with processes; give the code as code.files")
+    if not spec.code.files:
+        return None
+    for name, text in spec.code.files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise FailedPrecondition(
+                f"code.files names {name!r}, which lies outside the job's code"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder

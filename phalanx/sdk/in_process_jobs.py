@@ -1,0 +1,318 @@
+"""Jobs that run inside this process: the same leaves and the same tree, one job after another."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from phalanx.errors import AlreadyExists, Cancelled, FailedPrecondition, NotFound, PhalanxError
+from phalanx.ids import new_id
+from phalanx.v1 import job_pb2, job_service_pb2
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import JobPlan
+
+if TYPE_CHECKING:
+    from phalanx.training.local import Progress, TrainedModel
+
+State = job_pb2.Job.State
+ENDED = frozenset({State.STATE_SUCCEEDED, State.STATE_FAILED, State.STATE_CANCELLED})
+
+Train = Callable[[JobPlan, Callable[["Progress"], None]], "TrainedModel"]
+Register = Callable[[job_pb2.Job, JobPlan, "TrainedModel"], str]
+"""Stores the model of a job; returns its name."""
+
+
+class InProcessJobs:
+    """The jobs of one process; they run in one thread, in the order of their submission.
+
+    ``train`` computes a job and ``register`` stores its model. All public methods may be called from any
+    thread.
+    """
+
+    def __init__(self, train: Train, register: Register) -> None:
+        self._train = train
+        self._register = register
+        self._changed = threading.Condition()
+        self._jobs: dict[str, _Run] = {}
+        self._answers: dict[str, tuple[bytes, str]] = {}
+        self._events: list[job_pb2.Event] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="phalanx-in-process")
+
+    def submit(
+        self, spec: JobSpec, spec_sha256: str, plan: JobPlan, total_steps: int, request_id: str
+    ) -> job_pb2.Job:
+        """Queue a job; the same request id and spec give the first answer."""
+        content = spec.SerializeToString(deterministic=True)
+        with self._changed:
+            known = self._answers.get(request_id) if request_id else None
+            if known is not None:
+                if known[0] != content:
+                    raise AlreadyExists(f"request id {request_id!r} stands for another job already")
+                return self._copy(known[1])
+            job = job_pb2.Job(
+                id=new_id(spec.name),
+                spec=spec,
+                spec_sha256=spec_sha256,
+                state=State.STATE_QUEUED,
+                submitter="in-process",
+                create_time=now(),
+            )
+            job.progress.total_steps = total_steps
+            plan.job_id = job.id
+            run = self._jobs[job.id] = _Run(job, plan)
+            self._answers[request_id or job.id] = (content, job.id)
+            self._event(run, "JOB_QUEUED", "")
+        self._thread.submit(self._run, run)
+        return self._copy(job.id)
+
+    def get(self, job_id: str) -> job_pb2.Job:
+        """Return a copy of a job. Raises NotFound."""
+        with self._changed:
+            return self._copy(job_id)
+
+    def list(self) -> list[job_pb2.Job]:
+        """Return copies of all jobs, newest first."""
+        with self._changed:
+            return [self._copy(job_id) for job_id in reversed(self._jobs)]
+
+    def points(self, job_id: str) -> list[job_pb2.MetricPoint]:
+        """Return what was measured, by step."""
+        with self._changed:
+            return list(self._find(job_id).points)
+
+    def events(self, job_id: str, after_sequence: int) -> list[job_pb2.Event]:
+        """Return what happened; an empty id means all jobs."""
+        with self._changed:
+            return [
+                event
+                for event in self._events
+                if event.sequence > after_sequence and job_id in ("", event.job_id)
+            ]
+
+    def watch(self, job_id: str, after_sequence: int) -> Iterator[job_service_pb2.WatchJobResponse]:
+        """Yield what WatchJob does: the job first, on every change and last."""
+        sequence, revision, state = after_sequence, -1, None
+        while True:
+            with self._changed:
+                run = self._find(job_id)
+                while (
+                    run.job.state == state
+                    and run.revision == revision
+                    and not self.events(job_id, sequence)
+                ):
+                    self._changed.wait()
+                job, events = self._copy(job_id), self.events(job_id, sequence)
+                seen, revision = revision, run.revision
+            if state is None:
+                yield job_service_pb2.WatchJobResponse(job=job)
+            for event in events:
+                sequence = event.sequence
+                yield job_service_pb2.WatchJobResponse(event=event)
+            if revision != seen:
+                yield job_service_pb2.WatchJobResponse(progress=job.progress)
+            if state is not None and job.state != state:
+                yield job_service_pb2.WatchJobResponse(job=job)
+            state = job.state
+            if state in ENDED:
+                return
+
+    def cancel(self, job_id: str, reason: str) -> job_pb2.Job:
+        """End a job at its next step."""
+        with self._changed:
+            run = self._find(job_id)
+            self._require(
+                run, "cancelled", State.STATE_QUEUED, State.STATE_RUNNING, State.STATE_PAUSED
+            )
+            run.cancel_reason = reason or "cancelled by its user"
+            if run.job.state == State.STATE_QUEUED:
+                self._end(run, State.STATE_CANCELLED, "CANCELLED", run.cancel_reason)
+            run.paused = False
+            self._changed.notify_all()
+            return self._copy(job_id)
+
+    def pause(self, job_id: str) -> job_pb2.Job:
+        """Hold a job at its next step."""
+        with self._changed:
+            run = self._find(job_id)
+            self._require(run, "paused", State.STATE_RUNNING)
+            run.paused = True
+            return self._copy(job_id)
+
+    def resume(self, job_id: str) -> job_pb2.Job:
+        """Go on with a paused job."""
+        with self._changed:
+            run = self._find(job_id)
+            self._require(run, "resumed", State.STATE_PAUSED)
+            run.paused = False
+            self._changed.notify_all()
+            return self._copy(job_id)
+
+    def retry(self, job_id: str) -> job_pb2.Job:
+        """Run a failed job again, from its beginning: in one process nothing is checkpointed."""
+        with self._changed:
+            run = self._find(job_id)
+            self._require(run, "retried", State.STATE_FAILED)
+            run.restart()
+        self._thread.submit(self._run, run)
+        return self.get(job_id)
+
+    def delete(self, job_id: str) -> None:
+        """Forget a job that has ended."""
+        with self._changed:
+            run = self._find(job_id)
+            self._require(run, "deleted", *ENDED)
+            del self._jobs[job_id]
+
+    def close(self) -> None:
+        """Cancel what runs and wait for the end of its present step."""
+        with self._changed:
+            for run in self._jobs.values():
+                if run.job.state not in ENDED:
+                    run.cancel_reason = "its process ended"
+                    run.paused = False
+            self._changed.notify_all()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, run: _Run) -> None:
+        with self._changed:
+            if run.job.state in ENDED:
+                return
+            run.job.start_time.CopyFrom(now())
+            self._set_state(run, State.STATE_RUNNING, "JOB_STARTED")
+        try:
+            trained = self._train(run.plan, lambda progress: self._progress(run, progress))
+            model = self._register(self.get(run.job.id), run.plan, trained)
+        except Cancelled:
+            with self._changed:
+                self._end(run, State.STATE_CANCELLED, "CANCELLED", run.cancel_reason)
+        except Exception as error:  # noqa: BLE001 - user code may raise anything
+            with self._changed:
+                self._fail(run, error)
+        else:
+            with self._changed:
+                self._succeed(run, model, trained)
+
+    def _progress(self, run: _Run, progress: Progress) -> None:
+        """Note a step; wait here while the job is paused, leave the training when it is cancelled."""
+        with self._changed:
+            run.take(progress)
+            self._changed.notify_all()
+            if run.paused and not run.cancel_reason:
+                self._set_state(run, State.STATE_PAUSED, "JOB_PAUSED")
+                while run.paused and not run.cancel_reason:
+                    self._changed.wait()
+                if not run.cancel_reason:
+                    self._set_state(run, State.STATE_RUNNING, "JOB_RESUMED")
+            if run.cancel_reason:
+                raise Cancelled(run.cancel_reason)
+
+    def _succeed(self, run: _Run, model: str, trained: TrainedModel) -> None:
+        run.job.result.CopyFrom(
+            job_pb2.Result(
+                model=model,
+                parameters_sha256=trained.parameters_sha256,
+                bit_identical=True,
+                metrics=trained.metrics,
+                steps=trained.steps,
+            )
+        )
+        self._event(run, "MODEL_REGISTERED", model)
+        self._end(run, State.STATE_SUCCEEDED, trained.reason, "")
+
+    def _fail(self, run: _Run, error: Exception) -> None:
+        known = isinstance(error, PhalanxError)
+        reason = error.reason if isinstance(error, PhalanxError) else "RAISED"
+        failure = job_pb2.Failure(
+            code=reason,
+            message=str(error) if known else f"{type(error).__name__}: {error}",
+            step=run.job.progress.step,
+            attempts=1,
+            worker_ids=["in-process"],
+            traceback="" if known else "".join(traceback.format_exception(error)),
+        )
+        run.job.failures.append(failure)
+        self._end(run, State.STATE_FAILED, reason, failure.message)
+
+    def _end(self, run: _Run, state: State.ValueType, reason: str, message: str) -> None:
+        run.job.reason, run.job.message = reason, message
+        run.job.end_time.CopyFrom(now())
+        self._set_state(run, state, "JOB_" + State.Name(state).removeprefix("STATE_"))
+
+    def _set_state(self, run: _Run, state: State.ValueType, event_type: str) -> None:
+        run.job.state = state
+        self._event(run, event_type, run.job.message)
+        self._changed.notify_all()
+
+    def _event(self, run: _Run, event_type: str, message: str) -> None:
+        event = job_pb2.Event(
+            sequence=len(self._events) + 1,
+            time=now(),
+            type=event_type,
+            job_id=run.job.id,
+            step=run.job.progress.step,
+            message=message,
+        )
+        self._events.append(event)
+
+    def _require(self, run: _Run, verb: str, *states: State.ValueType) -> None:
+        if run.job.state not in states:
+            state = State.Name(run.job.state).removeprefix("STATE_")
+            raise FailedPrecondition(f"job {run.job.id} is {state} and cannot be {verb}")
+
+    def _find(self, job_id: str) -> _Run:
+        if job_id not in self._jobs:
+            raise NotFound(f"there is no job {job_id!r}")
+        return self._jobs[job_id]
+
+    def _copy(self, job_id: str) -> job_pb2.Job:
+        copy = job_pb2.Job()
+        copy.CopyFrom(self._find(job_id).job)
+        return copy
+
+
+class _Run:
+    """One job and what its thread is told."""
+
+    def __init__(self, job: job_pb2.Job, plan: JobPlan) -> None:
+        self.job = job
+        self.plan = plan
+        self.points: list[job_pb2.MetricPoint] = []
+        self.revision = 0
+        self.paused = False
+        self.cancel_reason = ""
+
+    def take(self, progress: Progress) -> None:
+        """Note a step or an evaluation."""
+        self.revision += 1
+        evaluated = progress.step == self.job.progress.step
+        for name, value in progress.metrics.items():
+            # An evaluation reports at the step of the update before it.
+            if name.startswith("train/") != evaluated:
+                point = job_pb2.MetricPoint(step=progress.step, time=now(), name=name, value=value)
+                self.points.append(point)
+        shown = self.job.progress
+        shown.step, shown.epoch, shown.examples = progress.step, progress.epoch, progress.examples
+        shown.metrics.clear()
+        for name, value in progress.metrics.items():
+            shown.metrics[name] = value
+
+    def restart(self) -> None:
+        """Be as new."""
+        self.points.clear()
+        self.job.ClearField("failures")
+        self.job.ClearField("end_time")
+        self.job.progress.step = 0
+        self.job.reason = self.job.message = self.cancel_reason = ""
+        self.job.state = State.STATE_QUEUED
+
+
+def now() -> Timestamp:
+    """Return the present time."""
+    timestamp = Timestamp()
+    timestamp.GetCurrentTime()
+    return timestamp

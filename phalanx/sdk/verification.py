@@ -1,0 +1,94 @@
+"""Computing a finished job again, without its cluster."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from phalanx.errors import FailedPrecondition
+from phalanx.sdk.cluster import Cluster
+from phalanx.sdk.in_process import write_code
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Both hashes of the parameters."""
+
+    job_id: str
+    steps: int
+    cluster_sha256: str
+    local_sha256: str
+    bit_identical: bool
+
+    @property
+    def equal(self) -> bool:
+        """Whether this process computed the same bits."""
+        return self.cluster_sha256 == self.local_sha256
+
+    @property
+    def explanation(self) -> str:
+        """Why the hashes may differ."""
+        if not self.bit_identical:
+            return "the job ran on workers with different numeric fingerprints; that was told in its model"
+        return (
+            "either this machine's processor or library versions have another numeric fingerprint "
+            "(`phalanx workers --json` shows those of the workers), or the job's code is not a pure "
+            "function of its arguments, or something is broken"
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Return the JSON of ``--json``."""
+        return {
+            "job_id": self.job_id,
+            "steps": self.steps,
+            "cluster_sha256": self.cluster_sha256,
+            "local_sha256": self.local_sha256,
+            "equal": self.equal,
+        }
+
+
+def verify_job(cluster: Cluster, job_id: str) -> Verdict:
+    """Compute a job again in this process and return both hashes.
+
+    Downloads the chunks that the job reads. Raises FailedPrecondition unless the job has succeeded.
+    """
+    from phalanx.data.manifest import DatasetManifest
+    from phalanx.specs import job_plan
+    from phalanx.training.local import train_in_process
+
+    job = cluster.get(job_id)
+    if job.result is None:
+        raise FailedPrecondition(
+            f"job {job_id} is {job.state}; only a job that has succeeded can be verified"
+        )
+    spec = job.message.spec
+    dataset = cluster.data.get(spec.data.name)
+    plan = job_plan(spec, dataset, job_id)
+    manifest = DatasetManifest.from_json(cluster.backend.get_blob(plan.manifest_digest))
+    with tempfile.TemporaryDirectory(prefix="phalanx-verify-") as name:
+        folder = Path(name)
+
+        def fetch(digest: str) -> Path:
+            path = folder / digest
+            if not path.exists():
+                cluster.backend.get_blob_to(digest, path)
+            return path
+
+        start_model = None
+        if spec.train.start.model:
+            start_model = cluster.models.cached(spec.train.start.model) / "model.safetensors"
+        trained = train_in_process(
+            plan,
+            manifest,
+            fetch,
+            code_dir=write_code(spec, folder / "code"),
+            start_model=start_model,
+        )
+    return Verdict(
+        job_id=job_id,
+        steps=trained.steps,
+        cluster_sha256=job.result.parameters_sha256,
+        local_sha256=trained.parameters_sha256,
+        bit_identical=job.result.bit_identical,
+    )
