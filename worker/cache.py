@@ -55,7 +55,7 @@ class Pinned:
         """The file may go when room is needed; harmless when called twice."""
         cache, self._cache = self._cache, None
         if cache is not None:
-            cache._unpin(self.digest)
+            cache.unpin(self.digest)
 
 
 class BlobCache:
@@ -153,7 +153,8 @@ class BlobCache:
         pin.users += 1
         return Pinned(path, digest, self)
 
-    def _unpin(self, digest: str) -> None:
+    def unpin(self, digest: str) -> None:
+        """One user less; `Pinned.release` calls it."""
         pin = self._pins.get(digest)
         if pin is not None:
             pin.users -= 1
@@ -204,9 +205,10 @@ class BlobCache:
             await self._download(digest, partial)
             if await asyncio.to_thread(_sha256, partial) != digest:
                 raise DataLoss(f"blob {digest[:12]} arrived with another content; check storage")
-            partial.replace(path)
+            os.replace(partial, path)
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
 
     def _make_room(self, limit_bytes: int) -> None:
         """Remove what was not used for longest until at most `limit_bytes` are left."""

@@ -76,6 +76,7 @@ class RunOrder:
     absent: tuple[int, ...] = ()
 
     def pack(self) -> bytes:
+        """Body of RUN."""
         head = _RUN.pack(
             self.task,
             self.job,
@@ -90,6 +91,7 @@ class RunOrder:
 
     @classmethod
     def unpack(cls, body: bytes) -> RunOrder:
+        """What `pack` packed."""
         task, job, action, version, parameters, parts, absent = _RUN.unpack_from(body)
         at = _RUN.size
         end = at + parts * _RUN_PART.size
@@ -99,7 +101,7 @@ class RunOrder:
             action=action,
             version=version,
             parameters=parameters,
-            parts=tuple(_RUN_PART.iter_unpack(body[at:end])),  # type: ignore[arg-type]
+            parts=tuple(_RUN_PART.iter_unpack(body[at:end])),
             absent=struct.unpack_from(f"<{absent}i", body, end),
         )
 
@@ -117,6 +119,7 @@ class PartDone:
     seconds: tuple[float, ...] = ()
 
     def pack(self) -> bytes:
+        """Body of PART_DONE."""
         mask = self.mask.to_bytes(-(-self.mask.bit_length() // 8), "little")
         head = _DONE.pack(
             self.task,
@@ -132,6 +135,7 @@ class PartDone:
 
     @classmethod
     def unpack(cls, body: bytes) -> PartDone:
+        """What `pack` packed."""
         task, index, count, loss, mask_bytes, sums, seconds = _DONE.unpack_from(body)
         at = _DONE.size
         end = at + mask_bytes

@@ -18,7 +18,7 @@ _PAGE = mmap.ALLOCATIONGRANULARITY
 
 
 class Arena:
-    """Numbered buffers of `element_count` elements; both sides map a buffer when they first use it."""
+    """Numbered buffers of `element_count` elements, mapped on each side when first used."""
 
     def __init__(self, fd: int, element_count: int, dtype: np.dtype[Any], grow: bool) -> None:
         self.fd = fd
@@ -107,16 +107,20 @@ class ProgressPage:
         return int(self._words[self._LEAVES])
 
     def begin_task(self, task: int, step: int) -> None:
+        """A task starts."""
         self._words[self._STEP] = step
         self._words[self._TASK] = task
 
     def end_task(self) -> None:
+        """The task is over."""
         self._words[self._TASK] = 0
 
     def begin_leaf(self, shard: int) -> None:
+        """The leaf of this shard starts; -1: none runs."""
         self._words[self._SHARD] = shard
 
     def end_leaf(self) -> None:
+        """The leaf is finished."""
         self._words[self._SHARD] = -1
         self._words[self._LEAVES] += 1
 
@@ -130,6 +134,7 @@ class ProgressPage:
         return int(self._words[self._CANCEL])
 
     def close(self) -> None:
+        """Close the descriptor; harmless when called twice."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -80,6 +80,4 @@ class Drained:
     """A drain was asked for and nothing is hosted any more."""
 
 
-Effect = (
-    Prepare | Discard | OpenStreams | Wake | Run | Cancel | Report | RefuseSession | Drained
-)
+Effect = Prepare | Discard | OpenStreams | Wake | Run | Cancel | Report | RefuseSession | Drained

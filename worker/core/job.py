@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from phalanx.reduction import Node
-from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import aggregation_service_pb2, training_pb2
+from phalanx.v1 import coordination_service_pb2 as coordination
 from worker.core.buffers import BufferPool
 from worker.core.dispatch import Dispatcher, Task
 from worker.core.effects import Cancel, Effect, OpenStreams, Report, Wake

@@ -20,7 +20,7 @@ GoRecord = training_pb2.GoRecord
 
 @dataclass(frozen=True, slots=True)
 class FrameOut:
-    """Send elements of a wire node's vector; `first_vector_element` counts from the vector's start."""
+    """Send elements of a wire node's vector; `first_element` counts from the start of the range."""
 
     round: Round
     wire: Wire
@@ -65,6 +65,7 @@ class Outbox:
 
     @property
     def open_streams(self) -> list[str]:
+        """Aggregators that accepted a stream."""
         return [name for name, stream in self._streams.items() if stream.open]
 
     def opened(self, aggregator_id: str, go_records: Iterable[GoRecord]) -> None:

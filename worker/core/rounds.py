@@ -81,6 +81,7 @@ class Round:
 
     @property
     def is_evaluation(self) -> bool:
+        """Whether the shards are those of the evaluation split."""
         return self.go.action == GoRecord.ACTION_EVALUATE
 
     def owe(self, nodes: Iterable[Node]) -> list[Part]:

@@ -6,6 +6,7 @@ environment, since they are read when NumPy is first imported.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -30,10 +31,8 @@ def main() -> int:
 
     limits.limit_memory(memory_limit_bytes)
     connection = socket.socket(fileno=socket_fd)
-    try:
+    with contextlib.suppress(ConnectionClosed):
         LeafLoop(BlockingConnection(connection), ProgressPage(progress_fd)).serve()
-    except ConnectionClosed:
-        pass
     # Threads and exit hooks of user code do not keep a process that has no work any more.
     os._exit(0)
 

@@ -88,7 +88,7 @@ class LeafLoop:
             self._jobs[job] = work
             if work.model.layout != plan.layout:
                 raise DataLoss("the model built here has another layout than the job; see its code")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # Told again by every leaf, so that the failure counts as that of its shard.
             self._jobs[job] = error
             answer |= {"error": _message(error), "traceback": _traceback(error)}
@@ -111,7 +111,7 @@ class LeafLoop:
             answer.layout.CopyFrom(described.layout)
             answer.evaluation_sums.extend(described.evaluation_sums)
             answer.leaf_sha256 = described.leaf_sha256
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - user code raises what it likes
             answer.failure.code = "JOB_CODE" if plan.code_digests else "JOB_DESCRIPTION"
             answer.failure.message = _message(error)
             answer.failure.traceback = _traceback(error)
@@ -154,7 +154,7 @@ class LeafLoop:
             done = self._compute(work, order, leaf, index, node, buffer)
         except _Cancelled:
             raise
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - user code raises what it likes
             self._connection.send(Kind.PART_FAILED, _failure(work, order, index, leaf.shard, error))
         else:
             self._connection.send(Kind.PART_DONE, done.pack())
@@ -200,7 +200,7 @@ class LeafLoop:
         ]
         try:
             chunks = work.chunks_to_prefetch(shards, order.version)
-        except Exception:
+        except Exception:  # noqa: BLE001
             # Only a hint: whatever is wrong is reported by the leaf that meets it.
             return
         if chunks:
@@ -242,9 +242,7 @@ class _LeafRun:
         self._page.end_leaf()
         return result
 
-    def training(
-        self, work: JobWork, parameters: Any, absent: frozenset[int]
-    ) -> LeafFunction:
+    def training(self, work: JobWork, parameters: Any, absent: frozenset[int]) -> LeafFunction:
         step = self._order.version
 
         def leaf(shard: int, out: Any) -> Sums:

@@ -16,6 +16,7 @@ from phalanx.data.manifest import ChunkInfo, DatasetManifest
 from phalanx.data.reader import ChunkReader
 from phalanx.models import DataSchema, Model, build_model
 from phalanx.training.leaf import LeafOutcome, leaf_chunks, run_evaluation_leaf, run_leaf
+from phalanx.training.sampler import chunks_in_order, shard_rows
 from phalanx.training.start import load_start_parameters
 from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.core.rows import rows_of_shard
@@ -144,16 +145,19 @@ class JobWork:
 
     def chunks_to_prefetch(self, shards: Iterable[int], step: int) -> list[ChunkInfo]:
         """Chunks of the leaves of this step and the next that were not named before."""
-        reader = self.training_reader
-        if self._hints.complete(len(reader.chunks)):
+        plan, reader = self.plan, self.training_reader
+        incomplete = [shard for shard in shards if not self._hints.complete(shard)]
+        if not incomplete:
             return []
-        indexes: dict[int, None] = {}
-        owned = list(shards)
+        wanted: dict[int, None] = {}
         for each in (step, step + 1):
-            for shard in owned:
-                wanted = leaf_chunks(self.plan, reader.chunk_rows, shard, each)
-                indexes.update(dict.fromkeys(int(index) for index in wanted))
-        return [reader.chunks[index] for index in self._hints.new(indexes)]
+            for shard in incomplete:
+                wanted.update(dict.fromkeys(leaf_chunks(plan, reader.chunk_rows, shard, each)))
+        fresh = self._hints.new(wanted)
+        for shard in incomplete:
+            all_rows = shard_rows(shard, plan.shards, reader.chunk_rows)
+            self._hints.check(shard, chunks_in_order(all_rows))
+        return [reader.chunks[index] for index in fresh]
 
     def rows_of(self, shard: int, evaluation: bool) -> tuple[int, int]:
         """First row and number of rows of a shard, for messages."""
@@ -174,18 +178,25 @@ class JobWork:
 
 @dataclass
 class _Hints:
-    """Which chunks were named to the session already."""
+    """Which chunks were named to the session already, and which shards need no more naming."""
 
     fits: bool
-    named: dict[int, None] = field(default_factory=dict)
+    named: set[int] = field(default_factory=set)
+    shards: set[int] = field(default_factory=set)
 
-    def complete(self, chunks: int) -> bool:
-        return self.fits and len(self.named) == chunks
+    def complete(self, shard: int) -> bool:
+        """Whether all chunks of the shard were named and will stay cached."""
+        return shard in self.shards
 
-    def new(self, indexes: Iterable[int]) -> list[int]:
+    def new(self, wanted: Iterable[int]) -> list[int]:
         """Those that the session should fetch; it ignores what it has."""
         if not self.fits:
-            return list(indexes)
-        fresh = [index for index in indexes if index not in self.named]
-        self.named.update(dict.fromkeys(fresh))
+            return list(wanted)
+        fresh = [index for index in wanted if index not in self.named]
+        self.named.update(fresh)
         return fresh
+
+    def check(self, shard: int, chunks: Iterable[int]) -> None:
+        """Note that a shard is complete once all of its chunks were named."""
+        if self.fits and self.named.issuperset(chunks):
+            self.shards.add(shard)

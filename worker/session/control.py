@@ -57,6 +57,7 @@ class ControlSession:
         self._on_open = on_open
         self._reports: deque[coordination.SessionRequest] = deque()
         self._something = asyncio.Event()
+        self._all_sent = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.connected = False
         self.dropped_reports = 0
@@ -71,14 +72,15 @@ class ControlSession:
             self._reports.popleft()
             self.dropped_reports += 1
         self._reports.append(message)
+        self._all_sent.clear()
         self._something.set()
 
     async def flush(self, timeout_s: float) -> None:
         """Wait until everything was handed to the stream, or the time is over."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while self._reports and self.connected:
-                    await asyncio.sleep(0.005)
+        if self.connected:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._all_sent.wait()
 
     async def close(self) -> None:
         """End the session."""
@@ -167,6 +169,7 @@ class ControlSession:
     async def _send(self, call: Any) -> None:
         while True:
             if not self._reports:
+                self._all_sent.set()
                 self._something.clear()
                 await self._something.wait()
                 continue

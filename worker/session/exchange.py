@@ -38,11 +38,20 @@ _log = get_logger(__name__)
 class StreamEvents(Protocol):
     """What the job does with a stream."""
 
-    def opened(self, aggregator_id: str) -> None: ...
-    def closed(self, aggregator_id: str) -> None: ...
-    def go_record(self, go: training_pb2.GoRecord) -> None: ...
-    def version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None: ...
-    def next_message(self, aggregator_id: str) -> bytes | None: ...
+    def opened(self, aggregator_id: str) -> None:
+        """The stream was accepted."""
+
+    def closed(self, aggregator_id: str) -> None:
+        """The stream broke."""
+
+    def go_record(self, go: training_pb2.GoRecord) -> None:
+        """A go record arrived."""
+
+    def version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None:
+        """A part of a version arrived."""
+
+    def next_message(self, aggregator_id: str) -> bytes | None:
+        """What to send next, encoded; None: nothing now."""
 
 
 class ExchangeStream:
@@ -137,9 +146,7 @@ class ExchangeStream:
         sender = asyncio.create_task(self._send(call))
         receiver = asyncio.create_task(self._receive(call))
         try:
-            done, _ = await asyncio.wait(
-                (sender, receiver), return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait((sender, receiver), return_when=asyncio.FIRST_COMPLETED)
             # The receiver knows why a stream ended; a failed write only says that it did.
             if sender in done and receiver not in done:
                 with contextlib.suppress(TimeoutError):

@@ -91,13 +91,16 @@ class HostedJob:
 
     # Events of the present term's streams
 
-    def _opened(self, aggregator_id: str) -> None:
+    def opened(self, aggregator_id: str) -> None:
+        """An aggregator accepted its stream."""
         self._perform(self.core.stream_opened(aggregator_id))
 
-    def _go_record(self, go: training_pb2.GoRecord) -> None:
+    def go_record(self, go: training_pb2.GoRecord) -> None:
+        """The root decided."""
         self._perform(self.core.go_record(go))
 
-    def _version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None:
+    def version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None:
+        """Copy a part of a version into its shared buffer."""
         place = self.core.frame_place(frame)
         if place is None or self.prepared is None:
             return
@@ -112,7 +115,8 @@ class HostedJob:
         arena.array(place.buffer)[first : first + place.element_count] = values
         self._perform(self.core.frame_stored(place))
 
-    def _next_message(self, aggregator_id: str) -> bytes | None:
+    def next_message(self, aggregator_id: str) -> bytes | None:
+        """The next message of a stream, encoded."""
         out = self.core.next_message(aggregator_id)
         if out is None:
             return None
@@ -135,7 +139,7 @@ class _TermEvents:
 
     def opened(self, aggregator_id: str) -> None:
         if self._current:
-            self._job._opened(aggregator_id)
+            self._job.opened(aggregator_id)
 
     def closed(self, aggregator_id: str) -> None:
         if self._current:
@@ -143,11 +147,11 @@ class _TermEvents:
 
     def go_record(self, go: training_pb2.GoRecord) -> None:
         if self._current:
-            self._job._go_record(go)
+            self._job.go_record(go)
 
     def version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None:
         if self._current:
-            self._job._version_frame(frame, payload)
+            self._job.version_frame(frame, payload)
 
     def next_message(self, aggregator_id: str) -> bytes | None:
-        return self._job._next_message(aggregator_id) if self._current else None
+        return self._job.next_message(aggregator_id) if self._current else None

@@ -53,11 +53,9 @@ class FrameBuilder:
         else:
             first = out.first_vector_element
             payload = self._piece(wire.fold, arena, first, first + out.element_count, 0)
-        return encode_request(header, memoryview(payload).cast("B"))
+        return encode_request(header, payload.data)
 
-    def _piece(
-        self, fold: Fold, arena: Arena, first: int, stop: int, depth: int
-    ) -> NDArray[Any]:
+    def _piece(self, fold: Fold, arena: Arena, first: int, stop: int, depth: int) -> NDArray[Any]:
         """Elements [first, stop) of a sum: a view where there is nothing to add."""
         if isinstance(fold, Part):
             return arena.array(fold.buffer)[first:stop]

@@ -66,9 +66,7 @@ class PreparedJob:
         }
 
 
-async def prepare(
-    plan: training_pb2.JobPlan, cache: BlobCache, code_root: Path
-) -> PreparedJob:
+async def prepare(plan: training_pb2.JobPlan, cache: BlobCache, code_root: Path) -> PreparedJob:
     """Fetch everything that `plan` names. Raises PhalanxError where something cannot be had."""
     pinned: list[Pinned] = []
     try:

@@ -35,14 +35,29 @@ _log = get_logger(__name__)
 class SlotEvents(Protocol):
     """What the session does about the slots."""
 
-    def slot_idle(self, slot: int) -> None: ...
-    def part_done(self, task: Task, done: ipc.PartDone) -> None: ...
-    def part_failed(self, task: Task, index: int, failure: LeafFailure) -> None: ...
-    def task_ended(self, task: Task, lost: bool) -> None: ...
-    def fetch(self, process: LeafProcess, document: dict[str, object]) -> None: ...
-    def prefetch(self, document: dict[str, object]) -> None: ...
-    def printed(self, process: LeafProcess, level: str, data: bytes) -> None: ...
-    def process_gone(self, process: LeafProcess) -> None: ...
+    def slot_idle(self, slot: int) -> None:
+        """The leaf process of a slot waits for work."""
+
+    def part_done(self, task: Task, done: ipc.PartDone) -> None:
+        """A part is in its buffer."""
+
+    def part_failed(self, task: Task, index: int, failure: LeafFailure) -> None:
+        """A leaf of a part failed."""
+
+    def task_ended(self, task: Task, lost: bool) -> None:
+        """The process is through with a task, or died over it."""
+
+    def fetch(self, process: LeafProcess, task: Task | None, document: dict[str, object]) -> None:
+        """A leaf waits for a chunk."""
+
+    def prefetch(self, document: dict[str, object]) -> None:
+        """Chunks will be needed."""
+
+    def printed(self, process: LeafProcess, level: str, data: bytes) -> None:
+        """A process printed something."""
+
+    def process_gone(self, process: LeafProcess) -> None:
+        """A process has ended."""
 
 
 @dataclass(eq=False)
@@ -276,7 +291,7 @@ class SlotPool:
                     self._events.part_failed(task, document["index"], _failure(document))
             case Kind.FETCH:
                 place.fetching += 1
-                self._events.fetch(process, ipc.unpack_json(message.body)[0])
+                self._events.fetch(process, task, ipc.unpack_json(message.body)[0])
             case Kind.PREFETCH:
                 self._events.prefetch(ipc.unpack_json(message.body)[0])
             case Kind.READY:
@@ -337,9 +352,7 @@ class SlotPool:
         if self._fingerprint is not None and not self._fingerprint.done():
             self._tell(place, Kind.FINGERPRINT)
 
-    def _blame(
-        self, task: Task, job: PreparedJob | None, process: LeafProcess, code: int
-    ) -> None:
+    def _blame(self, task: Task, job: PreparedJob | None, process: LeafProcess, code: int) -> None:
         """Name the shard whose leaf was running when the process ended."""
         shard = process.page.shard
         if process.page.task != task.id or shard < 0:

@@ -1,0 +1,395 @@
+"""The session process: brings decisions, leaf processes, streams and cache together.
+
+Everything runs in one event loop and nothing here computes. Each thing that happens is told to the
+core, whose effects are performed at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from phalanx.errors import PhalanxError
+from phalanx.ids import new_incarnation
+from phalanx.telemetry.logs import get_logger
+from phalanx.telemetry.metrics import WorkerMetrics
+from phalanx.v1 import coordination_service_pb2 as coordination
+from phalanx.v1 import training_pb2
+from worker import ipc
+from worker.cache import BlobCache, Download
+from worker.config import WorkerConfig
+from worker.core import effects as do
+from worker.core.dispatch import Task
+from worker.core.job import LeafFailure
+from worker.core.session import WorkerCore
+from worker.session.chunks import ChunkServer
+from worker.session.control import ControlSession, Refused
+from worker.session.fingerprint import stored_fingerprint
+from worker.session.hosting import HostedJob
+from worker.session.logs import LogCollector
+from worker.session.process import LeafProcess
+from worker.session.setup import prepare
+from worker.session.slots import TICK_S, SlotPool
+
+GoRecord = training_pb2.GoRecord
+LeafFailed = coordination.LeafFailed
+
+_LOG_FLUSH_S = 0.25
+_PREPARE_RETRY_S = 2.0
+_PROGRAM = "train"
+_LEAVE_WITHOUT_CONTROL_S = 1.0
+
+_log = get_logger(__name__)
+
+
+class Session:
+    """One worker. `download` gets blobs from storage; `storage_found` learns its address."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        metrics: WorkerMetrics,
+        download: Download,
+        storage_found: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._storage_found = storage_found
+        self._incarnation = new_incarnation()
+        self._core = WorkerCore(config.slot_count)
+        self._cache = BlobCache(config.cache_dir, config.cache_bytes, download, metrics)
+        self._slots = SlotPool(
+            config.slot_count, config.slot_memory_bytes, config.leaf_timeout_s, self
+        )
+        self._chunks = ChunkServer(self._cache, self._slots.fetched)
+        self._control = ControlSession(
+            config.control, self._hello, self._heartbeat, self._on_message, self._on_open
+        )
+        self._logs = LogCollector(config.id, self._control.report)
+        self._jobs: dict[str, HostedJob] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._fingerprint = ""
+        self._drained = asyncio.Event()
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a session with control."""
+        return self._control.connected
+
+    @property
+    def leaf_pids(self) -> list[int]:
+        """Process ids of the leaf processes."""
+        return self._slots.pids
+
+    async def start(self) -> None:
+        """Start the leaf processes, find out the fingerprint, begin to connect."""
+        self._slots.start()
+        self._fingerprint = await stored_fingerprint(
+            self._config.cache_dir, self._slots.fingerprint
+        )
+        self._control.start()
+        self._spawn(self._every(TICK_S, self._slots.check))
+        self._spawn(self._every(_LOG_FLUSH_S, self._logs.flush))
+
+    async def leave(self) -> None:
+        """Leave in good order: have the work moved away, then let go; bounded in time."""
+        self._perform(self._core.drain())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.drain_timeout_s):
+                while not self._drained.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_LEAVE_WITHOUT_CONTROL_S):
+                            await self._drained.wait()
+                    if not self._control.connected:
+                        _log.info("left_without_control")
+                        break
+        self._logs.flush()
+        await self._control.flush(1.0)
+
+    async def wait_drained(self) -> None:
+        """Return once control has drained this worker."""
+        await self._drained.wait()
+
+    async def close(self) -> None:
+        """End streams, leaf processes and downloads."""
+        await self._control.close()
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await asyncio.gather(*(job.close() for job in self._jobs.values()))
+        await self._chunks.close()
+        await self._slots.close()
+        await self._cache.close()
+        for job in self._jobs.values():
+            if job.prepared is not None:
+                job.prepared.release()
+
+    # Control
+
+    def _hello(self) -> coordination.WorkerHello:
+        return coordination.WorkerHello(
+            worker_id=self._config.id,
+            incarnation=self._incarnation,
+            fingerprint=self._fingerprint,
+            slots=self._config.slot_count,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            labels=self._config.label_map,
+            memory_bytes=_memory_bytes(),
+            slot_memory_bytes=self._config.slot_memory_bytes,
+            held_jobs=self._core.held_jobs(),
+            generation=self._core.generation,
+            version=_version(),
+        )
+
+    def _heartbeat(self) -> coordination.Heartbeat:
+        now_s = time.monotonic()
+        jobs = [
+            coordination.WorkerJobProgress(
+                job_id=job.core.job_id,
+                term=job.core.term,
+                step=max(0, job.core.versions.whole_version),
+                leaves_done=job.progress.leaves_done,
+                examples_per_second=job.progress.examples_per_second(now_s),
+                leaf_seconds_p95=job.progress.leaf_seconds_p95,
+            )
+            for job in self._jobs.values()
+        ]
+        return coordination.Heartbeat(
+            jobs=jobs, resident_bytes=_resident_bytes([os.getpid(), *self._slots.pids])
+        )
+
+    def _on_open(self, welcome: coordination.Welcome) -> None:
+        if welcome.storage_address:
+            self._storage_found(welcome.storage_address)
+        if self._core.draining:
+            self._perform([self._core.drain_request()])
+
+    def _on_message(self, message: coordination.SessionResponse) -> None:
+        effects = self._core.message(message)
+        for effect in effects:
+            if isinstance(effect, do.RefuseSession):
+                raise Refused(
+                    f"control has generation {effect.generation}, "
+                    f"generation {effect.highest} was seen before"
+                )
+        self._perform(effects)
+
+    # What the core wants
+
+    def _perform(self, effects: list[do.Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case do.Wake():
+                    self._jobs[effect.job_id].wake(effect.aggregator_id)
+                case do.Run():
+                    self._run(effect.task)
+                case do.Cancel():
+                    self._slots.cancel(effect.task)
+                    self._chunks.cancel(effect.task)
+                case do.Report():
+                    self._report(effect.message)
+                case do.Prepare():
+                    self._prepare(effect)
+                case do.OpenStreams():
+                    self._jobs[effect.job_id].open_streams(effect)
+                case do.Discard():
+                    self._discard(effect.job_id)
+                case do.Drained():
+                    self._drained.set()
+                case do.RefuseSession():
+                    raise AssertionError("refusals are handled where messages arrive")
+
+    def _settle(self, effects: list[do.Effect]) -> None:
+        self._perform(self._core.settle(effects))
+
+    def _run(self, task: Task) -> None:
+        prepared = self._jobs[task.job_id].prepared
+        assert prepared is not None
+        self._slots.run(task, prepared)
+
+    def _report(self, message: coordination.SessionRequest) -> None:
+        if message.HasField("leaf_failed"):
+            failed = message.leaf_failed
+            outcome = LeafFailed.Kind.Name(failed.kind).removeprefix("KIND_").lower()
+            self._metrics.leaf_seconds.labels(program=_PROGRAM, outcome=outcome).observe(0.0)
+            _log.warning(
+                "leaf_failed",
+                job_id=failed.job_id,
+                step=failed.step,
+                shard=failed.shard,
+                kind=outcome,
+                message=failed.message,
+            )
+            job = self._jobs.get(failed.job_id)
+            if job is not None and job.prepared is not None and failed.traceback:
+                number, text = job.prepared.number, failed.traceback
+                self._logs.add(number, failed.step, failed.shard, "error", text)
+        self._control.report(message)
+
+    def _prepare(self, effect: do.Prepare) -> None:
+        if effect.describe:
+            self._spawn(self._describe(effect.plan))
+            return
+        job_id = effect.plan.job_id
+        core = self._core.jobs[job_id]
+        job = HostedJob(core, self._config.id, self._incarnation, self._settle)
+        self._jobs[job_id] = job
+        job.preparing = asyncio.create_task(self._host(job))
+
+    async def _host(self, job: HostedJob) -> None:
+        """Fetch what the job needs, however long storage is away, and set it up in all slots."""
+        plan = job.core.plan
+        told = False
+        while True:
+            try:
+                prepared = await prepare(plan, self._cache, self._code_root)
+                break
+            except (PhalanxError, OSError) as error:
+                _log.warning("job_not_prepared", job_id=plan.job_id, message=str(error))
+                if not told:
+                    self._report(_not_prepared(job, error))
+                    told = True
+                await asyncio.sleep(_PREPARE_RETRY_S)
+        job.became_prepared(prepared)
+        self._logs.hosted(prepared.number, plan.job_id)
+        await self._slots.set_up(prepared)
+        self._perform(self._core.prepare_done(plan.job_id))
+
+    async def _describe(self, plan: training_pb2.JobPlan) -> None:
+        try:
+            prepared = await prepare(plan, self._cache, self._code_root)
+        except (PhalanxError, OSError) as error:
+            answer = coordination.JobDescribed(job_id=plan.job_id)
+            answer.failure.code = "JOB_DATA"
+            answer.failure.message = str(error)
+        else:
+            self._logs.hosted(prepared.number, plan.job_id)
+            answer = await self._slots.describe(prepared)
+            self._logs.released(prepared.number)
+            prepared.release()
+        self._control.report(coordination.SessionRequest(job_described=answer))
+
+    def _discard(self, job_id: str) -> None:
+        job = self._jobs.pop(job_id)
+        self._spawn(self._let_go(job))
+
+    async def _let_go(self, job: HostedJob) -> None:
+        await job.close()
+        prepared = job.prepared
+        if prepared is not None:
+            keys = {other.prepared.code_key for other in self._jobs.values() if other.prepared}
+            self._slots.drop(prepared, prepared.code_key in keys)
+            self._logs.released(prepared.number)
+            prepared.release()
+
+    @property
+    def _code_root(self) -> Path:
+        return self._config.cache_dir / "code"
+
+    # What the slots say
+
+    def slot_idle(self, slot: int) -> None:
+        """A leaf process is up."""
+        self._perform(self._core.slot_idle(slot))
+
+    def part_done(self, task: Task, done: ipc.PartDone) -> None:
+        """A part of a task is in its buffer."""
+        observe = self._metrics.leaf_seconds.labels(program=_PROGRAM, outcome="done").observe
+        for seconds in done.seconds:
+            observe(seconds)
+        job = self._jobs.get(task.job_id)
+        if job is None or not job.core.owns(task):
+            return
+        examples = done.count if task.round.go.action == GoRecord.ACTION_TRAIN else 0
+        job.progress.add(examples, done.seconds)
+        part = task.parts[done.index]
+        self._settle(job.core.part_done(task, part, done.count, done.loss, done.mask, done.sums))
+
+    def part_failed(self, task: Task, index: int, failure: LeafFailure) -> None:
+        """A leaf failed."""
+        job = self._jobs.get(task.job_id)
+        if job is not None and job.core.owns(task):
+            self._settle(job.core.part_failed(task, task.parts[index], failure))
+
+    def task_ended(self, task: Task, lost: bool) -> None:
+        """A leaf process is through with a task, or died over it."""
+        self._chunks.ended(task)
+        self._perform(self._core.task_ended(task, lost))
+
+    def fetch(self, process: LeafProcess, task: Task | None, document: dict[str, object]) -> None:
+        """A leaf waits for a chunk."""
+        self._chunks.fetch(process, task, document)
+
+    def prefetch(self, document: dict[str, object]) -> None:
+        """A leaf process names the chunks of this step and the next."""
+        self._chunks.prefetch(document)
+
+    def printed(self, process: LeafProcess, level: str, data: bytes) -> None:
+        """A leaf process printed something."""
+        self._logs.printed(process, level, data)
+
+    def process_gone(self, process: LeafProcess) -> None:
+        """A leaf process has ended."""
+        self._chunks.process_gone(process)
+        self._logs.process_gone(process)
+
+    # Helpers
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        async def run() -> None:
+            await work
+
+        task = asyncio.create_task(run())
+        self._background.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("background_task_failed", exc_info=task.exception())
+
+    async def _every(self, interval_s: float, act: Callable[[], None]) -> None:
+        while True:
+            await asyncio.sleep(interval_s)
+            act()
+
+
+def _not_prepared(job: HostedJob, error: Exception) -> coordination.SessionRequest:
+    """A job whose files cannot be had fails at its first shard here."""
+    nodes = job.core.train_nodes or job.core.evaluation_nodes
+    failed = LeafFailed(
+        job_id=job.core.job_id,
+        term=job.core.term,
+        shard=nodes[0].first if nodes else 0,
+        kind=LeafFailed.KIND_DATA,
+        message=str(error),
+    )
+    return coordination.SessionRequest(leaf_failed=failed)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _resident_bytes(pids: list[int]) -> int:
+    """Resident memory of these processes; shared pages count in each."""
+    pages = 0
+    for pid in pids:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("phalanx")
+    except PackageNotFoundError:
+        return "unknown"
