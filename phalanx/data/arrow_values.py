@@ -1,7 +1,9 @@
 """Arrow columns as raw values."""
 
 import math
+import re
 from collections.abc import Collection
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from phalanx.data.manifest import ColumnKind
-from phalanx.data.preprocess import MISSING, NumericValues, TextValues
+from phalanx.data.preprocess import MISSING, NumericValues, TextValues, Whereabouts
+from phalanx.errors import InvalidArgument
+
+_NUMBER = re.compile(
+    r"[ \t]*[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|inf(?:inity)?|nan)[ \t]*",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 def kind_of(arrow_type: pa.DataType) -> ColumnKind | None:
@@ -62,14 +70,37 @@ def text_values(array: Any, markers: Collection[str]) -> TextValues:
     return TextValues(codes=table[indices], words=words)
 
 
+def parsed_numbers(
+    array: Any, markers: Collection[str], where: Whereabouts, column: str
+) -> NumericValues:
+    """Text as numbers; raises InvalidArgument, with its place, for text that is none."""
+    text = text_values(array, markers)
+    table: NDArray[np.float64] = np.full(len(text.words) + 1, np.nan)
+    for index, word in enumerate(text.words):
+        if not is_number(word):
+            row = int((text.codes == index).argmax())
+            raise InvalidArgument(
+                f"{where(row, column)}: {word!r} is not a number", reason="BAD_CELL"
+            )
+        table[index] = float(word)
+    return NumericValues(table[text.codes])
+
+
+def is_number(text: str) -> bool:
+    """Whether the text is a number (``+1.5e3``, ``inf``, ``nan``; no ``1_000``, no ``0x10``)."""
+    return _NUMBER.fullmatch(text) is not None
+
+
+def as_word(cell: Any) -> str:
+    """A cell as a category: whole numbers without a point, so that 3 and 3.0 are one."""
+    if isinstance(cell, float | Decimal) and math.isfinite(cell) and cell == int(cell):
+        return str(int(cell))
+    return str(cell)
+
+
 def _as_text(array: Any) -> Any:
-    """Numbers as words: whole ones without a point, so that 3 and 3.0 are one category."""
     if pa.types.is_floating(array.type) or pa.types.is_decimal(array.type):
-        words = [
-            None
-            if value is None or math.isnan(value)
-            else (str(int(value)) if value == int(value) else repr(float(value)))
-            for value in array.to_pylist()
-        ]
+        cells = array.to_pylist()
+        words = [None if cell is None or math.isnan(cell) else as_word(cell) for cell in cells]
         return pa.array(words, pa.string())
     return array.cast(pa.string())

@@ -6,7 +6,7 @@ row belongs to which split is a function of its number, so both passes agree wit
 anything.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.data.manifest import ChunkInfo, Column, DatasetManifest, Format
+from phalanx.data.manifest import ChunkInfo, Column, ColumnKind, DatasetManifest, Format
 from phalanx.data.opening import format_of, open_memory, open_paths
 from phalanx.data.options import IngestOptions
 from phalanx.data.preprocess import Encoder
@@ -178,6 +178,7 @@ class _Ingest:
             columns=columns,
             classes=target.classes,
             class_kind=target.class_kind,
+            missing_markers=self.options.missing_markers if columns else (),
             source=tuple(files),
             seed=self.options.seed,
             notes=tuple(notes),
@@ -214,7 +215,8 @@ class _TableIngest(_Ingest):
         sparse = self.options.layout == "csr"
         targets = TargetEncoder(target)
         writer = self._writer(encoder.width, sparse, self.options.dtype, targets.dtype)
-        for batch, codes in self._all_rows((*names, target_name)):
+        kinds = {name: shape.kinds[name] for name in (*names, target_name)}
+        for batch, codes in self._all_rows(kinds):
             encoded_targets = targets.encode(batch.columns[target_name], batch.where)
             raw = [batch.columns[name] for name in names]
             first = 0
@@ -265,13 +267,14 @@ class _TableIngest(_Ingest):
             for name in names
         }
         # Without replacement of missing values a numeric column has nothing to teach.
-        studied = [
-            name
+        studied = {
+            name: shape.kinds[name]
             for name in names
             if shape.kinds[name] == "categorical" or options.missing != "error"
-        ]
+        }
+        wanted = {**studied, target_name: shape.kinds[target_name]}
         if studied or options.task != "regression":
-            for batch, codes in deal(self.main.batches((*studied, target_name)), self.splitter):
+            for batch, codes in deal(self.main.batches(wanted), self.splitter):
                 if options.missing == "error":
                     refuse_missing({name: batch.columns[name] for name in studied}, batch.where)
                 train = np.flatnonzero(codes == TRAIN)
@@ -284,7 +287,9 @@ class _TableIngest(_Ingest):
                     break
         return tuple(scan.result() for scan in scans.values()), target.result()
 
-    def _all_rows(self, wanted: Sequence[str]) -> Iterator[tuple[TableBatch, NDArray[np.int8]]]:
+    def _all_rows(
+        self, wanted: Mapping[str, ColumnKind]
+    ) -> Iterator[tuple[TableBatch, NDArray[np.int8]]]:
         yield from deal(self.main.batches(wanted), self.splitter)
         for code, source in self.held_out:
             for batch in source.batches(wanted):

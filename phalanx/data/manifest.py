@@ -98,8 +98,8 @@ class DatasetManifest:
     for data without column names (images, LIBSVM, plain arrays), whose features are taken by
     position and called ``x1`` … ``xN``. ``dtype`` is that of the stored features (``uint8``,
     ``float32`` or ``float64``); a leaf converts to its own. ``classes`` are the labels in the order
-    of their indices, written as text; ``class_kind`` says what they were. ``notes`` tell a person
-    what was assumed.
+    of their indices, written as text; ``class_kind`` says what they were. Cells that read like one
+    of ``missing_markers`` are missing values. ``notes`` tell a person what was assumed.
     """
 
     format: Format
@@ -112,6 +112,7 @@ class DatasetManifest:
     columns: tuple[Column, ...] = ()
     classes: tuple[str, ...] = ()
     class_kind: ClassKind = "text"
+    missing_markers: tuple[str, ...] = ()
     source: tuple[SourceFile, ...] = ()
     seed: int = 0
     notes: tuple[str, ...] = field(default=())
@@ -215,6 +216,7 @@ def _manifest_from(document: Mapping[str, Any]) -> DatasetManifest:
         for split, chunks in document["splits"].items()
     }
     known["source"] = tuple(SourceFile(**source) for source in document["source"])
+    known["missing_markers"] = tuple(document["missing_markers"])
     known["classes"] = tuple(document["classes"])
     known["notes"] = tuple(document["notes"])
     return DatasetManifest(**known)

@@ -57,12 +57,12 @@ def open_paths(
     if format_name == "idx":
         return open_idx(paths)
     files = [file for path in paths for file in _files(path, format_name)]
-    shape = getattr(like, "shape", None)
-    like_table = shape if isinstance(shape, TableShape) else None
     if format_name == "csv":
-        return Opened(CsvTable(files, options, like_table))
+        shape = like.shape if like else None
+        names = shape.names if isinstance(shape, TableShape) else None
+        return Opened(CsvTable(files, options, names))
     if format_name == "parquet":
-        return Opened(ParquetTable(files, options, like_table))
+        return Opened(ParquetTable(files, options))
     if format_name == "libsvm":
         return Opened(LibsvmArrays(files, options))
     if format_name == "safetensors":

@@ -1,6 +1,6 @@
 """What a file format gives to ingestion: passes over batches of named columns or of arrays."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,12 +53,21 @@ class TableSource(Protocol):
         ...
 
     @property
+    def present(self) -> tuple[str, ...]:
+        """Names of all columns that are there, wanted or not."""
+        ...
+
+    @property
     def files(self) -> tuple[SourceFile, ...]:
         """Where it comes from."""
         ...
 
-    def batches(self, wanted: Sequence[str]) -> Iterator[TableBatch]:
-        """All rows in order, the wanted columns; raises InvalidArgument naming file and place."""
+    def batches(self, wanted: Mapping[str, ColumnKind]) -> Iterator[TableBatch]:
+        """All rows in order, the wanted columns as what they are wanted as.
+
+        Raises InvalidArgument, naming file and place, for a column that is not there and a cell
+        that is not what it should be.
+        """
         ...
 
 

@@ -169,6 +169,18 @@ def mean_and_scale(statistics: Statistics, dtype: DTypeLike) -> tuple[NDArray[An
     return mean.astype(dtype), scale.astype(dtype)
 
 
+def standardise(features: Any, mean: NDArray[Any], scale: NDArray[Any]) -> None:
+    """Standardises rows in place. Elementwise: a row's bits depend on no other row.
+
+    Sparse rows are scaled and not centred, which would make them dense.
+    """
+    if isinstance(features, np.ndarray):
+        np.subtract(features, mean, out=features)
+        np.multiply(features, scale, out=features)
+    else:
+        features.data *= scale[features.indices]
+
+
 def manifest_mean_and_scale(
     manifest: DatasetManifest, dtype: DTypeLike
 ) -> tuple[NDArray[Any], NDArray[Any]] | None:

@@ -3,23 +3,22 @@
 import csv
 import functools
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.csv
 
-from phalanx.data.arrow_values import numeric_values, text_values
+from phalanx.data.arrow_values import is_number, numeric_values, text_values
 from phalanx.data.formats.csv_text import (
     Dialect,
     check_width,
     inspect,
-    is_number,
     open_bytes,
     text_rows,
 )
-from phalanx.data.manifest import SourceFile
+from phalanx.data.manifest import ColumnKind, SourceFile
 from phalanx.data.options import IngestOptions
 from phalanx.data.preprocess import ColumnValues
 from phalanx.data.sources import TableBatch, TableShape
@@ -32,38 +31,42 @@ _WIDEST_BLOCK_BYTES = 1 << 30
 class CsvTable:
     """One table out of CSV files that have the same columns.
 
-    ``like`` gives the columns where another file has fixed them already (the test file of a train
-    file, a file to predict): this one's header is then matched by name, and a file without header
-    by position.
+    ``like`` names the columns that are expected, where another file has fixed them already (the
+    test file of a train file, a file to predict): a header is then matched by name, a file without
+    one by position.
     """
 
     def __init__(
-        self, paths: Sequence[Path], options: IngestOptions, like: TableShape | None = None
+        self, paths: Sequence[Path], options: IngestOptions, like: Sequence[str] | None = None
     ) -> None:
         self._options = options
         self._paths = tuple(paths)
         self._files: list[tuple[Path, Dialect, tuple[str, ...]]] = []
-        notes: tuple[str, ...] = ()
+        self._shape: TableShape | None = None
         for path in paths:
             dialect, shape = inspect(path, options)
-            if like is None:
-                like, notes = shape, shape.notes
-            self._files.append((path, dialect, _matched(path, shape, dialect, like)))
-        if like is None:
-            raise InvalidArgument("no CSV file was given")
-        self._shape = TableShape(like.names, like.kinds, notes=notes)
+            self._shape = self._shape or shape
+            names = _matched(path, shape, dialect, like or self._shape.names)
+            self._files.append((path, dialect, names))
 
     @property
     def shape(self) -> TableShape:
-        """The columns."""
+        """The columns of the first file."""
+        if self._shape is None:
+            raise InvalidArgument("no CSV file was given")
         return self._shape
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Names of all columns of all files."""
+        return tuple(dict.fromkeys(name for _, _, names in self._files for name in names))
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
         """Names and sizes."""
         return tuple(SourceFile(path.name, path.stat().st_size) for path in self._paths)
 
-    def batches(self, wanted: Sequence[str]) -> Iterator[TableBatch]:
+    def batches(self, wanted: Mapping[str, ColumnKind]) -> Iterator[TableBatch]:
         """All rows in order; InvalidArgument names file, line, column and value of a bad cell."""
         for path, dialect, names in self._files:
             missing = [name for name in wanted if name not in names]
@@ -72,7 +75,7 @@ class CsvTable:
             yield from self._file_batches(path, dialect, names, wanted)
 
     def _file_batches(
-        self, path: Path, dialect: Dialect, names: tuple[str, ...], wanted: Sequence[str]
+        self, path: Path, dialect: Dialect, names: tuple[str, ...], wanted: Mapping[str, ColumnKind]
     ) -> Iterator[TableBatch]:
         rows = 0
         try:
@@ -87,22 +90,23 @@ class CsvTable:
             raise self._diagnosis(path, dialect, names, wanted, rows, error) from error
 
     def _arrow_batches(
-        self, file: IO[bytes], dialect: Dialect, names: tuple[str, ...], wanted: Sequence[str]
+        self,
+        file: IO[bytes],
+        dialect: Dialect,
+        names: tuple[str, ...],
+        wanted: Mapping[str, ColumnKind],
     ) -> Iterator[Any]:
-        kinds = self._shape.kinds
         markers = self._options.missing_markers
         types = {
-            name: pa.float64()
-            if kinds[name] == "numeric"
-            else pa.dictionary(pa.int32(), pa.string())
-            for name in wanted
+            name: pa.float64() if kind == "numeric" else pa.dictionary(pa.int32(), pa.string())
+            for name, kind in wanted.items()
         }
+        # Looks at the file before the body reads on from behind the header.
+        block_bytes = self._block_bytes(file)
         return iter(
             pa.csv.open_csv(
                 _Body(file, dialect),
-                read_options=pa.csv.ReadOptions(
-                    column_names=list(names), block_size=self._block_bytes(file, dialect)
-                ),
+                read_options=pa.csv.ReadOptions(column_names=list(names), block_size=block_bytes),
                 parse_options=pa.csv.ParseOptions(
                     delimiter=dialect.delimiter, newlines_in_values=True
                 ),
@@ -116,16 +120,16 @@ class CsvTable:
             )
         )
 
-    def _columns(self, batch: Any, wanted: Sequence[str]) -> dict[str, ColumnValues]:
+    def _columns(self, batch: Any, wanted: Mapping[str, ColumnKind]) -> dict[str, ColumnValues]:
         markers = self._options.missing_markers
         return {
             name: numeric_values(batch.column(index))
-            if self._shape.kinds[name] == "numeric"
+            if kind == "numeric"
             else text_values(batch.column(index), markers)
-            for index, name in enumerate(wanted)
+            for index, (name, kind) in enumerate(wanted.items())
         }
 
-    def _block_bytes(self, file: IO[bytes], dialect: Dialect) -> int:
+    def _block_bytes(self, file: IO[bytes]) -> int:
         """A block holds several rows, however long they are."""
         longest = max(len(file.readline(_WIDEST_BLOCK_BYTES)) for _ in range(100))
         file.seek(0)
@@ -137,16 +141,14 @@ class CsvTable:
         path: Path,
         dialect: Dialect,
         names: tuple[str, ...],
-        wanted: Sequence[str],
+        wanted: Mapping[str, ColumnKind],
         rows: int,
         error: Exception,
     ) -> PhalanxError:
         """What is wrong in the first bad row after ``rows`` good ones."""
         markers = set(self._options.missing_markers)
         numeric = [
-            (index, name)
-            for index, name in enumerate(names)
-            if name in wanted and self._shape.kinds[name] == "numeric"
+            (index, name) for index, name in enumerate(names) if wanted.get(name) == "numeric"
         ]
         try:
             for number, row in enumerate(_data_rows(path, dialect)):
@@ -202,18 +204,18 @@ class _Body(io.RawIOBase):
                 yield line
 
 
-def _matched(path: Path, shape: TableShape, dialect: Dialect, like: TableShape) -> tuple[str, ...]:
-    """Names of the file's columns, those of ``like`` by position where the file has no header."""
-    if shape.names == like.names:
-        return like.names
-    if dialect.header or set(like.names) <= set(shape.names):
+def _matched(
+    path: Path, shape: TableShape, dialect: Dialect, like: Sequence[str]
+) -> tuple[str, ...]:
+    """Names of the file's columns, the expected ones by position where it has no header."""
+    if dialect.header or set(like) <= set(shape.names):
         return shape.names
-    if len(shape.names) != len(like.names):
+    if len(shape.names) != len(like):
         raise InvalidArgument(
             f"{path.name} has no header line and {len(shape.names)} columns, "
-            f"expected the {len(like.names)} columns {', '.join(like.names)}"
+            f"expected the {len(like)} columns {', '.join(like)}"
         )
-    return like.names
+    return tuple(like)
 
 
 def _data_rows(path: Path, dialect: Dialect) -> Iterator[Any]:

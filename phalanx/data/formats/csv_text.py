@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
+from phalanx.data.arrow_values import is_number
 from phalanx.data.manifest import ColumnKind
 from phalanx.data.options import IngestOptions
 from phalanx.data.sources import TableShape
@@ -23,10 +24,6 @@ SAMPLE_ROWS = 10_000
 
 _SAMPLE_CELLS = 1_000_000
 _DELIMITERS = ",;\t|"
-_NUMBER = re.compile(
-    r"[ \t]*[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|inf(?:inity)?|nan)[ \t]*",
-    re.ASCII | re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,6 @@ class TextRow:
 
     line: int
     cells: list[str]
-
-
-def is_number(text: str) -> bool:
-    """Whether the text is a number to the parser (``+1.5e3``, ``inf``, ``nan``; no ``1_000``)."""
-    return _NUMBER.fullmatch(text) is not None
 
 
 def open_bytes(path: Path) -> IO[bytes]:

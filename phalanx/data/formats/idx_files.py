@@ -91,6 +91,19 @@ def open_idx(paths: Sequence[Path]) -> Opened:
     return Opened(_pair(paths))
 
 
+def idx_features(images: Path) -> Iterator[ArrayBatch]:
+    """The images alone, with zeros for labels."""
+    header = _header_of(images)
+    width = flat_width(header.shape, images.name)
+    step = batch_rows(width, header.dtype.itemsize)
+    for number, piece in enumerate(_pieces(images, header, step)):
+        yield ArrayBatch(
+            features=piece.reshape(len(piece), width),
+            targets=NumericValues(np.zeros(len(piece))),
+            where=functools.partial(array_where, images.name, number * step),
+        )
+
+
 def _pair(paths: Sequence[Path]) -> IdxArrays:
     if len(paths) == 1:
         images = paths[0]

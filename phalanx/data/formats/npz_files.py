@@ -3,6 +3,7 @@
 Objects (pickles) are refused.
 """
 
+import contextlib
 import functools
 import zipfile
 import zlib
@@ -25,6 +26,7 @@ from phalanx.data.formats.arrays import (
 )
 from phalanx.data.manifest import SourceFile
 from phalanx.data.options import IngestOptions
+from phalanx.data.preprocess import NumericValues
 from phalanx.data.sources import ArrayBatch, ArrayShape, Opened
 from phalanx.errors import InvalidArgument, NotFound
 
@@ -75,21 +77,27 @@ class NpzArrays:
     def batches(self) -> Iterator[ArrayBatch]:
         """All rows in order."""
         step = batch_rows(self._width, self._features.dtype.itemsize)
-        try:
-            with zipfile.ZipFile(self._path) as archive:
-                pieces = zip(
-                    _pieces(archive, self._features, step),
-                    _pieces(archive, self._targets, step),
-                    strict=True,
+        with _reading(self._path) as archive:
+            pieces = zip(
+                _pieces(archive, self._features, step),
+                _pieces(archive, self._targets, step),
+                strict=True,
+            )
+            for number, (features, targets) in enumerate(pieces):
+                yield ArrayBatch(
+                    features=features.reshape(len(features), self._width),
+                    targets=target_values(targets, self._path.name),
+                    where=functools.partial(array_where, self._path.name, number * step),
                 )
-                for number, (features, targets) in enumerate(pieces):
-                    yield ArrayBatch(
-                        features=features.reshape(len(features), self._width),
-                        targets=target_values(targets, self._path.name),
-                        where=functools.partial(array_where, self._path.name, number * step),
-                    )
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-            raise InvalidArgument(f"{self._path.name} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise InvalidArgument(f"{path.name} is damaged: {error}") from error
 
 
 def open_npz(path: Path, options: IngestOptions) -> Opened:
@@ -101,6 +109,25 @@ def open_npz(path: Path, options: IngestOptions) -> Opened:
     if features_key in _TEST_KEYS and set(_TEST_KEYS[features_key]) <= set(members):
         test = NpzArrays(path, *_TEST_KEYS[features_key])
     return Opened(NpzArrays(path, features_key, target_key), test)
+
+
+def npz_features(path: Path, features_key: str | None = None) -> Iterator[ArrayBatch]:
+    """The features alone, with zeros for targets: the usual array, or the only one."""
+    members = _members(path)
+    if features_key is None:
+        only = next(iter(members)) if len(members) == 1 else None
+        features_key = only or _usual(members, _FEATURE_KEYS, "features", path)
+    member = _member(members, features_key, path)
+    width = flat_width(member.shape, path.name, f"{features_key!r}")
+    check_numeric(member.dtype, path.name)
+    step = batch_rows(width, member.dtype.itemsize)
+    with _reading(path) as archive:
+        for number, piece in enumerate(_pieces(archive, member, step)):
+            yield ArrayBatch(
+                features=piece.reshape(len(piece), width),
+                targets=NumericValues(np.zeros(len(piece))),
+                where=functools.partial(array_where, path.name, number * step),
+            )
 
 
 def _usual(members: dict[str, _Member], candidates: tuple[str, ...], what: str, path: Path) -> str:

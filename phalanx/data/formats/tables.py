@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from phalanx.data.arrow_values import kind_of, numeric_values, text_values
+from phalanx.data.arrow_values import (
+    as_word,
+    kind_of,
+    numeric_values,
+    parsed_numbers,
+    text_values,
+)
 from phalanx.data.manifest import ColumnKind, SourceFile
 from phalanx.data.options import IngestOptions
-from phalanx.data.preprocess import ColumnValues
+from phalanx.data.preprocess import ColumnValues, Whereabouts
 from phalanx.data.sources import TableBatch, TableShape
 from phalanx.errors import InvalidArgument, NotFound
 
@@ -24,47 +30,37 @@ _BATCH_ROWS = 1 << 16
 class ParquetTable:
     """One table out of Parquet files of the same columns; row groups are read in pieces."""
 
-    def __init__(
-        self, paths: Sequence[Path], options: IngestOptions, like: TableShape | None = None
-    ) -> None:
+    def __init__(self, paths: Sequence[Path], options: IngestOptions) -> None:
         self._options = options
         self._paths = tuple(paths)
-        for path in paths:
-            schema = _parquet(path).schema_arrow
-            if like is None:
-                like = shape_of(path.name, schema, options)
-        if like is None:
+        if not paths:
             raise InvalidArgument("no Parquet file was given")
-        self._shape = like
+        self._schemas = [_schema(path) for path in paths]
 
     @property
     def shape(self) -> TableShape:
-        """The columns."""
-        return self._shape
+        """The columns of the first file."""
+        return shape_of(self._paths[0].name, self._schemas[0], self._options)
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Names of all columns of all files."""
+        return tuple(dict.fromkeys(name for schema in self._schemas for name in schema.names))
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
         """Names and sizes."""
         return tuple(SourceFile(path.name, path.stat().st_size) for path in self._paths)
 
-    def batches(self, wanted: Sequence[str]) -> Iterator[TableBatch]:
+    def batches(self, wanted: Mapping[str, ColumnKind]) -> Iterator[TableBatch]:
         """All rows in order."""
-        batch_rows = max(1, min(_BATCH_ROWS, _BATCH_CELLS // max(1, len(wanted))))
         for path in self._paths:
-            rows = 0
             with _parquet(path) as file:
                 _check_present(path.name, wanted, file.schema_arrow.names)
-                batches = file.iter_batches(batch_rows, columns=list(wanted), use_threads=False)
-                try:
-                    for batch in batches:
-                        where = functools.partial(_where, path.name, rows)
-                        rows += batch.num_rows
-                        columns = _columns(batch, wanted, self._shape, self._options)
-                        yield TableBatch(batch.num_rows, columns, where)
-                except (pa.ArrowInvalid, OSError) as error:
-                    raise InvalidArgument(
-                        f"{path.name} is damaged after row {rows}: {error}"
-                    ) from error
+                batches = file.iter_batches(
+                    _batch_rows(wanted), columns=list(wanted), use_threads=False
+                )
+                yield from _table_batches(path.name, batches, wanted, self._options)
 
 
 class MemoryTable:
@@ -74,43 +70,53 @@ class MemoryTable:
     decides whether it is numeric.
     """
 
-    def __init__(
-        self,
-        frame: Any,
-        options: IngestOptions,
-        like: TableShape | None = None,
-        name: str = "table",
-    ) -> None:
+    def __init__(self, frame: Any, options: IngestOptions, name: str = "the table") -> None:
         self._options = options
         self._name = name
         self._table = arrow_table(frame, name)
-        self._shape = like or shape_of(name, self._table.schema, options)
 
     @property
     def shape(self) -> TableShape:
         """The columns."""
-        return self._shape
+        return shape_of(self._name, self._table.schema, self._options)
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Names of all columns."""
+        return tuple(self._table.column_names)
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
         """None; it comes from memory."""
         return ()
 
-    def batches(self, wanted: Sequence[str]) -> Iterator[TableBatch]:
+    def batches(self, wanted: Mapping[str, ColumnKind]) -> Iterator[TableBatch]:
         """All rows in order."""
         _check_present(self._name, wanted, self._table.column_names)
-        rows = 0
-        batch_rows = max(1, min(_BATCH_ROWS, _BATCH_CELLS // max(1, len(wanted))))
         # Dictionaries of the parts of a column may differ; a batch needs one.
         table = self._table.select(list(wanted)).unify_dictionaries()
-        for batch in table.to_batches(max_chunksize=batch_rows):
-            where = functools.partial(_where, self._name, rows)
+        batches = table.to_batches(max_chunksize=_batch_rows(wanted))
+        yield from _table_batches(self._name, batches, wanted, self._options)
+
+
+def _batch_rows(wanted: Sized) -> int:
+    return max(1, min(_BATCH_ROWS, _BATCH_CELLS // max(1, len(wanted))))
+
+
+def _table_batches(
+    name: str, batches: Iterable[Any], wanted: Mapping[str, ColumnKind], options: IngestOptions
+) -> Iterator[TableBatch]:
+    rows = 0
+    try:
+        for batch in batches:
+            where = functools.partial(_where, name, rows)
             rows += batch.num_rows
-            columns = _columns(batch, wanted, self._shape, self._options)
-            yield TableBatch(batch.num_rows, columns, where)
+            yield TableBatch(batch.num_rows, _columns(batch, wanted, options, where), where)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InvalidArgument(f"{name} is damaged after row {rows}: {error}") from error
 
 
-def _check_present(name: str, wanted: Sequence[str], present: Sequence[str]) -> None:
+def _check_present(name: str, wanted: Iterable[str], present: Sequence[str]) -> None:
     absent = [column for column in wanted if column not in present]
     if absent:
         raise InvalidArgument(f"{name} has no column {absent[0]!r}")
@@ -129,9 +135,11 @@ def shape_of(name: str, schema: pa.Schema, options: IngestOptions) -> TableShape
                 f"{name}, column {field.name!r}: values of type {field.type} cannot be features; "
                 f"leave the column out with --ignore {field.name}"
             )
-        if kind == "categorical" and field.name in options.numeric:
-            raise InvalidArgument(f"{name}, column {field.name!r} is text, it cannot be numeric")
-        kinds[field.name] = "categorical" if field.name in options.categorical else kind
+        if field.name in options.categorical:
+            kind = "categorical"
+        elif field.name in options.numeric:
+            kind = "numeric"
+        kinds[field.name] = kind
     unknown = [column for column in (*options.categorical, *options.numeric) if column not in kinds]
     if unknown:
         raise InvalidArgument(
@@ -175,7 +183,7 @@ def arrow_column(values: Any, name: str, column: str) -> pa.Array:
             f"{name}, row {row + 1}, column {column!r}: a {type(odd[0]).__name__} cannot be "
             "a feature"
         )
-    return pa.array([None if cell is None else str(cell) for cell in cells], pa.string())
+    return pa.array([None if cell is None else as_word(cell) for cell in cells], pa.string())
 
 
 def _is_null(cell: Any) -> bool:
@@ -185,14 +193,27 @@ def _is_null(cell: Any) -> bool:
 
 
 def _columns(
-    batch: Any, wanted: Sequence[str], shape: TableShape, options: IngestOptions
+    batch: Any, wanted: Mapping[str, ColumnKind], options: IngestOptions, where: Whereabouts
 ) -> dict[str, ColumnValues]:
-    return {
-        name: numeric_values(batch.column(index))
-        if shape.kinds[name] == "numeric"
-        else text_values(batch.column(index), options.missing_markers)
-        for index, name in enumerate(wanted)
-    }
+    columns: dict[str, ColumnValues] = {}
+    for index, (name, kind) in enumerate(wanted.items()):
+        array = batch.column(index)
+        if kind == "categorical":
+            columns[name] = text_values(array, options.missing_markers)
+        elif kind_of(array.type) == "categorical":
+            columns[name] = parsed_numbers(array, options.missing_markers, where, name)
+        elif kind_of(array.type) is None and not pa.types.is_null(array.type):
+            raise InvalidArgument(
+                f"{where(0, name)}: a {array.type} is not a number", reason="BAD_CELL"
+            )
+        else:
+            columns[name] = numeric_values(array)
+    return columns
+
+
+def _schema(path: Path) -> pa.Schema:
+    with _parquet(path) as file:
+        return file.schema_arrow
 
 
 def _parquet(path: Path) -> Any:

@@ -1,0 +1,253 @@
+"""The files of a trained model: what is in them, how they are built, how they are loaded.
+
+``model.safetensors`` holds the parameters: a header from the layout, then the flat vector as it is,
+so that storage can compose it of slices and its digest is that of the job. ``model.json`` says how
+raw rows become features and outputs become labels, and where the model comes from. ``README.md``
+says it to a person.
+
+Building needs no arrays: the services that build models stay light.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.json_format import MessageToDict
+
+from phalanx.data.manifest import Column, DatasetManifest
+from phalanx.errors import InvalidArgument
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import Layout
+
+if TYPE_CHECKING:
+    from phalanx.data.predict import LoadedModel
+
+MODEL_FORMAT = "phalanx.model/1"
+PARAMETERS_FILE = "model.safetensors"
+DESCRIPTION_FILE = "model.json"
+README_FILE = "README.md"
+
+_ALIGNMENT_BYTES = 64
+_ITEM_BYTES = {"float32": 4, "float64": 8}
+_SAFETENSORS_NAME = {"float32": "F32", "float64": "F64"}
+_README_COLUMNS = 50
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """All that is written about a model.
+
+    ``spec`` is resolved. ``dataset`` is NAME@VERSION. ``libraries`` are the versions that computed
+    it, by package; ``code_digests`` the hashes of the job's own code, by path. ``metrics`` are
+    those of the parameters that were kept.
+    """
+
+    name: str
+    job_id: str
+    manifest: DatasetManifest
+    manifest_digest: str
+    spec: JobSpec
+    spec_sha256: str
+    layout: Layout
+    parameters_sha256: str
+    steps: int
+    bit_identical: bool
+    fingerprint: str
+    dataset: str = ""
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    code_digests: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def safetensors_header(layout: Layout) -> bytes:
+    """The first bytes of ``model.safetensors``; the flat vector, little endian, follows.
+
+    Raises InvalidArgument for a layout whose sizes do not add up.
+    """
+    item_bytes = _ITEM_BYTES.get(layout.dtype)
+    if item_bytes is None:
+        raise InvalidArgument(f"parameters are float32 or float64, not {layout.dtype!r}")
+    header: dict[str, Any] = {"__metadata__": {"format": MODEL_FORMAT}}
+    offset = 0
+    for tensor in layout.tensors:
+        size_bytes = math.prod(tensor.shape) * item_bytes
+        header[tensor.name] = {
+            "dtype": _SAFETENSORS_NAME[layout.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size_bytes],
+        }
+        offset += size_bytes
+    if offset != layout.element_count * item_bytes:
+        raise InvalidArgument(
+            f"the tensors have {offset // item_bytes} elements, "
+            f"the layout says {layout.element_count}"
+        )
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT_BYTES)
+    return len(text).to_bytes(8, "little") + text
+
+
+def description_files(description: ModelDescription) -> dict[str, bytes]:
+    """``model.json`` and ``README.md`` by name; equal descriptions give equal bytes."""
+    return {
+        DESCRIPTION_FILE: model_json(description),
+        README_FILE: readme(description).encode(),
+    }
+
+
+def model_json(description: ModelDescription) -> bytes:
+    """What a program needs to know of the model."""
+    manifest, layout = description.manifest, description.layout
+    document = {
+        "format": MODEL_FORMAT,
+        "name": description.name,
+        "job_id": description.job_id,
+        "task": manifest.task,
+        "target": manifest.target,
+        "classes": manifest.classes,
+        "class_kind": manifest.class_kind,
+        "features": manifest.features,
+        "feature_format": manifest.format,
+        "feature_dtype": manifest.dtype,
+        "columns": [asdict(column) for column in manifest.columns],
+        "missing_markers": manifest.missing_markers,
+        "standardisation": _standardisation(description),
+        "layout": MessageToDict(layout, preserving_proto_field_name=True),
+        "parameters_sha256": description.parameters_sha256,
+        "steps": description.steps,
+        "bit_identical": description.bit_identical,
+        "fingerprint": description.fingerprint,
+        "libraries": dict(description.libraries),
+        "data": {"name": description.dataset, "manifest_digest": description.manifest_digest},
+        "code": dict(description.code_digests),
+        "spec": MessageToDict(description.spec, preserving_proto_field_name=True),
+        "spec_sha256": description.spec_sha256,
+        "metrics": {
+            name: value if math.isfinite(value) else None
+            for name, value in description.metrics.items()
+        },
+        "tags": dict(description.tags),
+    }
+    text = json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode()
+
+
+def readme(description: ModelDescription) -> str:
+    """What a person needs to know of the model, in Markdown."""
+    manifest = description.manifest
+    kind = description.spec.train.model.WhichOneof("kind") or "model"
+    what = (
+        f"tells {len(manifest.classes)} classes of `{manifest.target}` apart"
+        if manifest.task == "classification"
+        else f"predicts the number `{manifest.target}`"
+    )
+    rows = ", ".join(f"{count:,} {split}" for split, count in manifest.rows_by_split().items())
+    identical = (
+        "The same job gives the same SHA-256 again, on any number of workers."
+        if description.bit_identical
+        else "The same job may give other last bits: it did not run on equal processors only."
+    )
+    origin = (
+        f"A `{kind}` that {what}. Trained by Phalanx in {description.steps:,} steps "
+        f"(job `{description.job_id}`) on `{description.dataset or 'data'}`: {rows} rows, "
+        f"{manifest.features:,} features."
+    )
+    parameters = (
+        f"`{PARAMETERS_FILE}`: {description.layout.element_count:,} of type "
+        f"{description.layout.dtype}, SHA-256 `{description.parameters_sha256}`."
+    )
+    lines = [
+        f"# {description.name}",
+        "",
+        origin,
+        "",
+        *_metric_lines(description),
+        "## Use it",
+        "",
+        "```sh",
+        "phalanx predict DIRECTORY rows.csv -o predictions.csv",
+        "```",
+        "",
+        "```python",
+        "from phalanx.data.model_files import load_model_directory",
+        "",
+        'model = load_model_directory("DIRECTORY")',
+        "labels = model.predict(frame)  # raw columns, original labels",
+        "```",
+        "",
+        *_column_lines(manifest),
+        "## Parameters",
+        "",
+        f"{parameters} {identical}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def load_model_directory(path: str | Path, *, allow_code: bool = False) -> "LoadedModel":
+    """A model from its folder, checked against its hash.
+
+    A model that brings code of its own is loaded only with ``allow_code``: predicting runs that
+    code in this process. Raises NotFound for a missing folder or file, DataLoss for damaged ones
+    and FailedPrecondition for code that was not allowed.
+    """
+    from phalanx.data.predict import LoadedModel
+
+    return LoadedModel.load(Path(path), allow_code=allow_code)
+
+
+def _standardisation(description: ModelDescription) -> dict[str, Any] | None:
+    statistics = description.manifest.statistics
+    if not description.spec.train.model.standardise:
+        return None
+    return {"mean": statistics.mean, "std": statistics.std}
+
+
+def _metric_lines(description: ModelDescription) -> list[str]:
+    if not description.metrics:
+        return []
+    values = [f"| {name} | {value:.6g} |" for name, value in sorted(description.metrics.items())]
+    return ["| metric | value |", "| --- | --- |", *values, ""]
+
+
+def _column_lines(manifest: DatasetManifest) -> list[str]:
+    if not manifest.columns:
+        return [
+            "## Input",
+            "",
+            f"Arrays of {manifest.features:,} numbers per row, in the order of the training data.",
+            "",
+        ]
+    shown = [_column_line(column) for column in manifest.columns[:_README_COLUMNS]]
+    hidden = len(manifest.columns) - len(shown)
+    more = [f"| … and {hidden:,} more, in `{DESCRIPTION_FILE}` | | |"] if hidden else []
+    return [
+        "## Input columns",
+        "",
+        "Columns go by name, others are ignored. An unknown category counts as none of them.",
+        "",
+        "| column | kind | a missing value |",
+        "| --- | --- | --- |",
+        *shown,
+        *more,
+        "",
+    ]
+
+
+def _column_line(column: Column) -> str:
+    kind = "number" if column.kind == "numeric" else f"one of {len(column.vocabulary):,} categories"
+    if column.missing == "error":
+        missing = "is an error"
+    elif column.kind == "numeric":
+        missing = f"becomes {column.fill[0]:.6g}"
+    elif column.missing_category:
+        missing = "is a category"
+    elif column.missing == "category":
+        missing = "is no category"
+    else:
+        missing = "becomes the mean"
+    return f"| {column.name} | {kind} | {missing} |"

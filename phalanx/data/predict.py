@@ -1,0 +1,275 @@
+"""Predicting with a trained model: raw rows in, original labels out.
+
+Rows go through the model in blocks of ``BLOCK_ROWS``, the last one filled up with zeros, and with
+one BLAS thread. Matrix products of other heights have other bits; with one height a row's
+prediction depends neither on how many rows were asked for, nor on whether they came raw or
+prepared.
+"""
+
+import hashlib
+import json
+import mmap
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from google.protobuf.json_format import ParseDict, ParseError
+from numpy.typing import NDArray
+
+from phalanx.blas import one_blas_thread
+from phalanx.data.manifest import Statistics, columns_from, label_from_text
+from phalanx.data.model_files import (
+    DESCRIPTION_FILE,
+    MODEL_FORMAT,
+    PARAMETERS_FILE,
+    safetensors_header,
+)
+from phalanx.data.raw_rows import RawRows, Remarks
+from phalanx.data.reader import aligned_empty
+from phalanx.data.statistics import mean_and_scale, standardise
+from phalanx.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from phalanx.models import DataSchema, Model, build_model
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import Layout
+
+BLOCK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of some rows, in order.
+
+    ``labels`` are original labels, or numbers for a regression. ``probabilities`` is rows by
+    classes, in the order of the model's classes; None for a regression.
+    """
+
+    labels: NDArray[Any]
+    probabilities: NDArray[Any] | None
+
+    @property
+    def rows(self) -> int:
+        """How many rows."""
+        return len(self.labels)
+
+
+class LoadedModel:
+    """A model in memory.
+
+    ``document`` is ``model.json``. ``classes`` are the original labels in the order of the columns
+    of ``predict_probabilities``; empty for a regression. Rows of any kind are taken: the path of a
+    file, a frame (pandas, polars, Arrow), a mapping of columns, a list of rows by column name, or
+    an array.
+
+    An unknown category counts as none of the known ones, a missing column is an error, another
+    column is ignored, and a missing value does what it did in training; ``remarks`` tells of the
+    last prediction.
+    """
+
+    def __init__(self, document: dict[str, Any], parameters: NDArray[Any], model: Model) -> None:
+        self.document = document
+        self.parameters = parameters
+        self.model = model
+        self.name: str = document["name"]
+        self.task: str = document["task"]
+        self.target: str = document["target"]
+        self.parameters_sha256: str = document["parameters_sha256"]
+        self.metrics: dict[str, float] = document["metrics"]
+        self.remarks = Remarks()
+        labels = [label_from_text(text, document["class_kind"]) for text in document["classes"]]
+        self.classes: NDArray[Any] = np.array(labels)
+        self._raw = RawRows(
+            columns=columns_from(document["columns"]),
+            features=document["features"],
+            # Bytes are exact in float32, and raw rows may hold what is not a byte.
+            dtype="float64" if document["feature_dtype"] == "float64" else "float32",
+            sparse=document["feature_format"] == "csr",
+            target=self.target,
+            missing_markers=tuple(document["missing_markers"]),
+        )
+        self._scales = _scales(document, parameters.dtype)
+
+    @staticmethod
+    def load(folder: Path, *, allow_code: bool = False) -> "LoadedModel":
+        """See ``phalanx.data.model_files.load_model_directory``."""
+        document = _read_description(folder)
+        spec, layout = JobSpec(), Layout()
+        try:
+            ParseDict(document["spec"], spec)
+            ParseDict(document["layout"], layout)
+        except (ParseError, KeyError) as error:
+            raise DataLoss(f"{folder / DESCRIPTION_FILE} is damaged: {error}") from error
+        parameters = _read_parameters(folder / PARAMETERS_FILE, layout, document)
+        schema = DataSchema(document["features"], len(document["classes"]), layout.dtype)
+        code_dir = _write_code(spec, allow_code)
+        try:
+            model = build_model(spec, schema, code_dir)
+            if model.layout != layout:
+                raise DataLoss(f"{folder}: parameters and {DESCRIPTION_FILE} do not fit each other")
+        except BaseException:
+            _remove(code_dir)
+            raise
+        loaded = LoadedModel(document, parameters, model)
+        # Code may import more of itself later, as long as the model is in use.
+        weakref.finalize(loaded, _remove, code_dir)
+        return loaded
+
+    def predict(self, data: Any) -> NDArray[Any]:
+        """Original labels, or numbers for a regression, one per row.
+
+        Raises InvalidArgument for a missing column, a missing value where training had none, and a
+        cell without meaning, with its place.
+        """
+        return self._all(self.predict_batches(data)).labels
+
+    def predict_probabilities(self, data: Any) -> NDArray[Any]:
+        """Rows by classes; raises InvalidArgument for a regression."""
+        if self.task != "classification":
+            raise InvalidArgument(f"{self.name} predicts a number, it has no probabilities")
+        probabilities = self._all(self.predict_batches(data)).probabilities
+        assert probabilities is not None
+        return probabilities
+
+    def predict_batches(self, data: Any) -> Iterator[Predictions]:
+        """Predictions block by block, in memory that does not grow with the rows."""
+        pieces, self.remarks = self._raw.encode(data)
+        return self._predictions(pieces)
+
+    def prepare(self, data: Any) -> Any:
+        """Features of raw rows as the model's chunks would hold them: an array, or a CSR matrix."""
+        pieces, self.remarks = self._raw.encode(data)
+        parts = list(pieces)
+        if self._raw.sparse:
+            empty = scipy.sparse.csr_array((0, self._raw.features), dtype=self._raw.dtype)
+            return scipy.sparse.csr_array(scipy.sparse.vstack([empty, *parts]))
+        return np.concatenate([np.empty((0, self._raw.features), self._raw.dtype), *parts])
+
+    def predict_prepared(self, features: Any) -> Predictions:
+        """Predictions for rows that ``prepare`` returned, or that were read from chunks."""
+        return self._all(self._predictions(self._raw.prepared(features)))
+
+    def _predictions(self, pieces: Iterable[Any]) -> Iterator[Predictions]:
+        for block, rows in self._blocks(pieces):
+            if self._scales is not None:
+                standardise(block, *self._scales)
+            with one_blas_thread():
+                outputs = self.model.predict(self.parameters, block)[:rows]
+            if self.task == "classification":
+                yield Predictions(self.classes[outputs.argmax(axis=1)], outputs)
+            else:
+                yield Predictions(outputs, None)
+
+    def _blocks(self, pieces: Iterable[Any]) -> Iterator[tuple[Any, int]]:
+        """Blocks of ``BLOCK_ROWS`` rows in the parameters' type, and how many of them count."""
+        waiting: list[Any] = []
+        count = 0
+        for piece in pieces:
+            first = 0
+            while first < piece.shape[0]:
+                part = piece[first : first + BLOCK_ROWS - count]
+                waiting.append(part)
+                count += part.shape[0]
+                first += part.shape[0]
+                if count == BLOCK_ROWS:
+                    yield self._block(waiting), count
+                    waiting, count = [], 0
+        if count:
+            yield self._block(waiting), count
+
+    def _block(self, parts: list[Any]) -> Any:
+        shape, dtype = (BLOCK_ROWS, self._raw.features), self.parameters.dtype
+        rows = sum(part.shape[0] for part in parts)
+        if self._raw.sparse:
+            empty = scipy.sparse.csr_array((BLOCK_ROWS - rows, shape[1]), dtype=dtype)
+            stacked = scipy.sparse.vstack([*parts, empty], format="csr", dtype=dtype)
+            return scipy.sparse.csr_array(stacked)
+        block = aligned_empty(shape, dtype)
+        first = 0
+        for part in parts:
+            block[first : first + len(part)] = part
+            first += len(part)
+        block[rows:] = 0
+        return block
+
+    def _all(self, batches: Iterable[Predictions]) -> Predictions:
+        parts = list(batches)
+        if not parts:
+            classification = self.task == "classification"
+            probabilities = np.empty((0, len(self.classes))) if classification else None
+            return Predictions(self.classes[:0] if classification else np.empty(0), probabilities)
+        labels = np.concatenate([part.labels for part in parts])
+        outputs = [part.probabilities for part in parts if part.probabilities is not None]
+        return Predictions(labels, np.concatenate(outputs) if outputs else None)
+
+
+def _write_code(spec: JobSpec, allowed: bool) -> Path | None:
+    """The job's own code as files of a new folder; None where it brings none."""
+    files = spec.code.files
+    if not files:
+        return None
+    if not allowed:
+        raise FailedPrecondition(
+            f"the model {spec.train.model.custom.entrypoint} runs code of its own "
+            f"({', '.join(sorted(files))}); if you trust it, pass allow_code=True",
+            reason="CODE_NOT_ALLOWED",
+        )
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DataLoss(f"the model's code names a file {name!r} outside its folder")
+    folder = Path(tempfile.mkdtemp(prefix="phalanx-model-"))
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def _remove(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION_FILE
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise NotFound(f"{folder} is no model: it has no {DESCRIPTION_FILE}") from error
+    except ValueError as error:
+        raise DataLoss(f"{path} is damaged: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != MODEL_FORMAT:
+        raise DataLoss(f"{path} does not describe a model of format {MODEL_FORMAT}")
+    return document
+
+
+def _read_parameters(path: Path, layout: Layout, document: dict[str, Any]) -> NDArray[Any]:
+    """The flat vector, mapped; raises DataLoss unless the file is what the description says."""
+    header = safetensors_header(layout)
+    dtype: np.dtype[Any] = np.dtype(layout.dtype).newbyteorder("<")
+    try:
+        with path.open("rb") as file:
+            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except FileNotFoundError as error:
+        raise NotFound(f"{path.parent} is no model: it has no {path.name}") from error
+    except ValueError as error:
+        raise DataLoss(f"{path} is empty") from error
+    body = view[len(header) :]
+    if view[: len(header)] != header or len(body) != layout.element_count * dtype.itemsize:
+        raise DataLoss(f"{path} does not hold the tensors that {DESCRIPTION_FILE} names")
+    if hashlib.sha256(body).hexdigest() != document["parameters_sha256"]:
+        raise DataLoss(f"{path} is damaged: its parameters have another SHA-256")
+    return np.frombuffer(body, dtype=dtype)
+
+
+def _scales(
+    document: dict[str, Any], dtype: np.dtype[Any]
+) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    standardisation = document["standardisation"]
+    if standardisation is None or len(standardisation["mean"]) != document["features"]:
+        return None
+    statistics = Statistics(0, tuple(standardisation["mean"]), tuple(standardisation["std"]))
+    return mean_and_scale(statistics, dtype)

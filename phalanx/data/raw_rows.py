@@ -1,0 +1,188 @@
+"""Raw rows of any kind as the features that a model was trained on."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+
+from phalanx.data.formats.arrays import MemoryArrays
+from phalanx.data.formats.csv_files import CsvTable
+from phalanx.data.formats.idx_files import idx_features
+from phalanx.data.formats.libsvm_files import LibsvmArrays
+from phalanx.data.formats.npz_files import npz_features
+from phalanx.data.formats.tables import MemoryTable, ParquetTable
+from phalanx.data.manifest import Column
+from phalanx.data.opening import format_of, frame_of_objects, is_frame
+from phalanx.data.options import MISSING_MARKERS, IngestOptions
+from phalanx.data.preprocess import Encoder
+from phalanx.data.scan import ArrayEncoder
+from phalanx.data.sources import ArrayBatch, TableSource
+from phalanx.errors import InvalidArgument, NotFound
+
+
+@dataclass
+class Remarks:
+    """What was met in raw rows and has a stated behaviour instead of an error.
+
+    ``ignored_columns`` were not in the training data. ``sentences`` tell of unknown categories and
+    of missing values that were replaced; they are complete once all rows have been read.
+    """
+
+    ignored_columns: tuple[str, ...] = ()
+    _encoder: Encoder | None = field(default=None, repr=False)
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """One sentence per column with something to tell."""
+        ignored = (f"column {name!r} is not known, it is ignored" for name in self.ignored_columns)
+        return (*ignored, *(self._encoder.oddities.sentences() if self._encoder else ()))
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """What a model expects of raw rows, and how they become features.
+
+    ``columns`` are those of the training data, empty where its features had no names. ``dtype`` is
+    the type in which features were stored; raw values are rounded to it as they were for training.
+    """
+
+    columns: tuple[Column, ...]
+    features: int
+    dtype: str
+    sparse: bool
+    target: str
+    missing_markers: tuple[str, ...] = MISSING_MARKERS
+
+    def encode(self, data: Any) -> tuple[Iterator[Any], Remarks]:
+        """Pieces of features (rows by features, dense or CSR) in order, and the remarks on them.
+
+        ``data`` is the path of a file, a frame, a mapping of columns, a list of rows by column
+        name, or an array. Raises InvalidArgument for a missing column, a value without meaning or a
+        wrong width.
+        """
+        if isinstance(data, str | Path):
+            return self._file(Path(data))
+        if isinstance(data, list | tuple) and data and all(isinstance(row, dict) for row in data):
+            data = _frame_of_rows(data)
+        if is_frame(data):
+            return self._table(MemoryTable(data, self._options()))
+        if not hasattr(data, "tocsr"):
+            data = np.asarray(data)
+            categorical = any(column.kind == "categorical" for column in self.columns)
+            if categorical or data.dtype.kind not in "biuf":
+                return self.encode(self._frame_by_position(data))
+        if data.ndim < 2:
+            raise InvalidArgument(
+                f"rows by features are needed, not an array of shape {data.shape}; a single row is "
+                "[row]"
+            )
+        source = MemoryArrays(data, np.zeros(data.shape[0]))
+        return self._arrays(source.batches()), Remarks()
+
+    def prepared(self, features: Any) -> Iterator[Any]:
+        """Features that are encoded already; raises InvalidArgument for another width."""
+        if features.ndim != 2 or features.shape[1] != self.features:
+            raise InvalidArgument(
+                f"prepared rows have {self.features} features, not the shape {features.shape}"
+            )
+        yield self._stored(features.astype(self.dtype, copy=False))
+
+    def _file(self, path: Path) -> tuple[Iterator[Any], Remarks]:
+        if not path.exists():
+            raise NotFound(f"there is no file {path}")
+        format_name = format_of([path], "csv")
+        if format_name == "csv":
+            names = [column.name for column in self.columns] or None
+            return self._table(CsvTable([path], self._options(), names))
+        if format_name == "parquet":
+            return self._table(ParquetTable([path], self._options()))
+        if format_name == "npz":
+            return self._arrays(npz_features(path)), Remarks()
+        if format_name == "idx":
+            return self._arrays(idx_features(path)), Remarks()
+        if format_name == "libsvm":
+            return self._arrays(LibsvmArrays([path], self._options()).batches()), Remarks()
+        raise InvalidArgument(
+            f"{path.name} is {format_name}; predict reads csv, parquet, npz, libsvm and idx"
+        )
+
+    def _table(self, source: TableSource) -> tuple[Iterator[Any], Remarks]:
+        present = source.present
+        columns = self.columns or tuple(Column(f"x{index + 1}") for index in range(self.features))
+        names = self._names(columns, present)
+        encoder = Encoder(columns, self.dtype)
+        ignored = tuple(name for name in present if name not in names and name != self.target)
+        wanted = {name: column.kind for name, column in zip(names, columns, strict=True)}
+
+        def pieces() -> Iterator[Any]:
+            for batch in source.batches(wanted):
+                values = [batch.columns[name] for name in names]
+                for features in encoder.encode(values, batch.where):
+                    yield self._stored(features)
+
+        return pieces(), Remarks(ignored, encoder)
+
+    def _names(self, columns: tuple[Column, ...], present: tuple[str, ...]) -> list[str]:
+        """Which of the columns that are there hold the expected ones."""
+        expected = [column.name for column in columns]
+        absent = [name for name in expected if name not in present]
+        if not absent:
+            return expected
+        rest = [name for name in present if name != self.target]
+        # Features without names are taken by position.
+        if not self.columns and len(rest) == len(columns):
+            return rest
+        raise InvalidArgument(
+            f"column {absent[0]!r} is missing; the model needs {_listed(expected)}",
+            reason="MISSING_COLUMN",
+        )
+
+    def _arrays(self, batches: Iterable[ArrayBatch]) -> Iterator[Any]:
+        if any(column.kind == "categorical" for column in self.columns):
+            names = _listed([column.name for column in self.columns])
+            raise InvalidArgument(f"the model needs the columns {names}, not numbers alone")
+        encoder = ArrayEncoder(self.columns, self.dtype)
+        for batch in batches:
+            features = batch.features
+            if scipy.sparse.issparse(features) and features.shape[1] < self.features:
+                features = scipy.sparse.csr_array(
+                    (features.data, features.indices, features.indptr),
+                    shape=(features.shape[0], self.features),
+                )
+            if features.shape[1] != self.features:
+                raise InvalidArgument(
+                    f"rows have {features.shape[1]} features, the model needs {self.features}"
+                )
+            yield self._stored(encoder.encode(features, batch.where))
+
+    def _stored(self, features: Any) -> Any:
+        """Dense or CSR, as the training data was."""
+        if self.sparse:
+            return scipy.sparse.csr_array(features)
+        return features.toarray() if scipy.sparse.issparse(features) else features
+
+    def _frame_by_position(self, array: Any) -> dict[str, Any]:
+        names = [column.name for column in self.columns]
+        if names and array.ndim == 2 and array.shape[1] == self.features != len(names):
+            raise InvalidArgument(
+                f"rows have {array.shape[1]} values, the model needs the {len(names)} columns "
+                f"{_listed(names)}; rows that are encoded already go to predict_prepared"
+            )
+        return frame_of_objects(array, names)
+
+    def _options(self) -> IngestOptions:
+        return IngestOptions(missing_markers=self.missing_markers)
+
+
+def _frame_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows by column name as columns; what a row lacks is a missing value."""
+    names = dict.fromkeys(str(name) for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:20])
+    return f"{shown}, … ({len(names)} in all)" if len(names) > 20 else shown
