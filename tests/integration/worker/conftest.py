@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from phalanx.blas import one_blas_thread
 from phalanx.data.chunks import encode_dense
 from phalanx.data.manifest import ChunkInfo, DatasetManifest, Statistics
 from phalanx.data.reader import ChunkReader
@@ -253,6 +254,7 @@ class Bench:
 
         return model, ChunkReader(manifest, split, fetch, dtype=np.float32)
 
+    @one_blas_thread()
     def gradient(
         self, node: Node, version: int, absent: set[int] = frozenset()  # type: ignore[assignment]
     ) -> tuple[NDArray[np.float32] | None, int]:
@@ -271,6 +273,7 @@ class Bench:
             count += outcome.count
         return reduce_leaves(payloads, self.plan.shards), count
 
+    @one_blas_thread()
     def evaluation(self, version: int) -> NDArray[np.float64] | None:
         """Sums of the whole evaluation."""
         model, reader = self._parts("test")
