@@ -75,6 +75,13 @@ def with_a_death(plot: Path) -> tuple[str, float]:
         return result.parameters_sha256, result.metrics[ACCURACY]
 
 
+def without_a_death() -> str:
+    """Train the same job on one worker that nobody disturbs; return the hash."""
+    with phalanx.LocalCluster(workers=1) as cluster:
+        cluster.data.add("fashion", str(DATA))
+        return cluster.submit(JOB).wait(timeout_s=300).parameters_sha256
+
+
 def kill_half_way(cluster: phalanx.Cluster, job_id: str, kill: Kill) -> None:
     """Kill a worker that holds shards with SIGKILL once half of the steps are done."""
     for update in cluster.get(job_id).watch():
