@@ -51,7 +51,7 @@ class WatchState:
         kind = item.WhichOneof("update")
         if kind == "job":
             self.job = item.job
-            if item.job.HasField("progress") and item.job.progress.step >= self.progress.step:
+            if item.job.HasField("progress"):
                 self._take_progress(item.job.progress, now_s)
         elif kind == "event":
             self._take_event(event_value(item.event))

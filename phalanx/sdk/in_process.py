@@ -358,8 +358,6 @@ class InProcessBackend:
         )
         contents = description_files(description)
         contents[PARAMETERS_FILE] = safetensors_header(trained.layout) + flat.tobytes()
-        for path, text in spec.code.files.items():
-            contents[f"code/{path}"] = text.encode()
         files = [
             model_service_pb2.ModelFile(path=path, digest=self.put_blob(data), size_bytes=len(data))
             for path, data in sorted(contents.items())

@@ -107,20 +107,28 @@ class Job:
         return self
 
     def watch(self) -> Iterator[Update]:
-        """Yield an update for each report of progress (at most five a second) and one at the end.
+        """Yield an update for each report of progress (at most five a second) and change of state.
 
-        Reports before the first step is committed are left out. A cluster that goes away for a while is
-        attached to again; no event is lost or repeated. Leaving the loop leaves the job running.
+        Reports before the first step is committed are left out; the last update has the final state. A
+        cluster that goes away for a while is attached to again; no event is lost or repeated. Leaving the
+        loop leaves the job running.
         """
         events: list[job_pb2.Event] = []
+        progress, shown_state = self.message.progress, self.state
         for item in self.watch_messages():
             kind = item.WhichOneof("update")
             if kind == "event":
                 events.append(item.event)
-            elif kind == "progress" and item.progress.step > 0:
-                yield update_value(self.state, item.progress, events)
-                events = []
-        yield update_value(self.state, self.message.progress, events)
+                continue
+            if kind == "progress":
+                progress = item.progress
+            elif item.job.HasField("progress"):
+                progress = item.job.progress
+            news = kind == "progress" or self.state != shown_state
+            if news and progress.step > 0 and not self.done:
+                yield update_value(self.state, progress, events)
+                events, shown_state = [], self.state
+        yield update_value(self.state, progress, events)
 
     def watch_messages(self, after_sequence: int = 0) -> Iterator[job_service_pb2.WatchJobResponse]:
         """Yield what WatchJob sends, across lost connections, until the job has ended."""

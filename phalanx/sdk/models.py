@@ -17,7 +17,7 @@ from phalanx.v1 import model_service_pb2
 from phalanx.v1.model_service_pb2 import ModelVersion
 
 if TYPE_CHECKING:
-    from phalanx.data.model_files import LoadedModel
+    from phalanx.data.predict import LoadedModel
 
 PAGE_SIZE = 500
 
@@ -48,14 +48,15 @@ class Models:
         request = model_service_pb2.GetModelRequest(namespace=self._namespace, name=name)
         return self._backend.call(methods.GET_MODEL, request).model
 
-    def get(self, name: str) -> LoadedModel:
+    def get(self, name: str, *, allow_code: bool = False) -> LoadedModel:
         """Download a model (once; it is kept in the cache folder) and load it.
 
-        ``model.predict(frame)`` takes raw columns and gives original labels. Raises NotFound.
+        ``model.predict(frame)`` takes raw columns and gives original labels. A model that
+        brings code of its own runs it in this process, and is loaded only with ``allow_code``. Raises NotFound.
         """
         from phalanx.data.model_files import load_model_directory
 
-        return load_model_directory(self.cached(name))
+        return load_model_directory(self.cached(name), allow_code=allow_code)
 
     def cached(self, name: str) -> Path:
         """Return the folder of a model in the cache, downloading it if it is not there."""

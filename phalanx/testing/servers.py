@@ -91,7 +91,11 @@ class ScriptedCluster:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._loop is not None and self._stop is not None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End all calls and free the port; harmless when repeated."""
+        if self._thread.is_alive() and self._loop is not None and self._stop is not None:
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(GUARD_S)
 

@@ -141,23 +141,32 @@ def predict(
         str,
         typer.Argument(metavar="MODEL", help="NAME, NAME@VERSION, or a downloaded model's folder."),
     ],
-    input: Annotated[Path, typer.Argument(metavar="INPUT", help="Raw rows: .csv or .parquet.")],
+    input: Annotated[
+        Path,
+        typer.Argument(metavar="INPUT", help="Raw rows, in any format that `data add` reads."),
+    ],
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="FILE", help="Write .csv or .parquet here."),
     ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option("--allow-code", help="Run the code that the model brings; trust it first."),
+    ] = False,
 ) -> None:
     """Predict labels for raw rows of a CSV or Parquet file.
 
-    The columns are those of the training data. Adds the column `prediction`, and for classes their probabilities. Without -o it writes CSV to standard
-    output; with a folder for MODEL it needs no cluster.
+    Columns are found by name, as in the training data; others are ignored. Writes the column
+    `prediction` and the probability of each class; without -o as CSV to standard output. With a folder
+    for MODEL it needs no cluster.
 
     [bold]Example[/bold]
 
     phalanx predict adult new-people.csv -o predictions.csv
     """
     from phalanx.cli.output import print_json, say
-    from phalanx.sdk.prediction import predict_file
+    from phalanx.data.model_files import load_model_directory
+    from phalanx.sdk.prediction import predict_file, predicted_rows
 
     settings = settings_of(context)
     if Path(model).is_dir():
@@ -165,20 +174,20 @@ def predict(
     else:
         with settings.connect() as cluster:
             folder = cluster.models.cached(model)
-    if output is None and not settings.json:
-        predict_file(folder, input, sys.stdout.buffer)
-        return
-    if output is None:
-        from phalanx.sdk.prediction import predicted_rows
-
-        for row in predicted_rows(folder, input):
+    loaded = load_model_directory(folder, allow_code=allow_code)
+    if output is None and settings.json:
+        for row in predicted_rows(loaded, input):
             print_json(row)
         return
-    count = predict_file(folder, input, output)
-    if settings.json:
-        print_json({"path": str(output), "rows": count})
+    predicted = predict_file(loaded, input, output or sys.stdout.buffer)
+    for remark in predicted.remarks:
+        say(f"note: {remark}")
+    if output is None:
+        sys.stdout.flush()
+    elif settings.json:
+        print_json({"path": str(output), "rows": predicted.rows})
     else:
-        say(f"{count:,} predictions written to {output}")
+        say(f"{predicted.rows:,} predictions written to {output}")
 
 
 def _metrics_text(metrics: dict[str, float]) -> str:

@@ -1,0 +1,130 @@
+"""Predictions for a file of raw rows, block by block: memory does not grow with the file."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from phalanx.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from phalanx.data.predict import LoadedModel, Predictions
+
+PROBABILITY = "probability of "
+ROWS_PER_WRITE = 8192
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """How many rows were predicted, and what was odd about them, a sentence per column."""
+
+    rows: int
+    remarks: tuple[str, ...]
+
+
+Write = Callable[["Predictions"], None]
+
+
+def predict_file(model: LoadedModel, input: Path, output: Path | BinaryIO) -> Predicted:
+    """Predict all rows of a file; write one row for each, in order.
+
+    The columns are ``prediction`` and, for classes, ``probability of CLASS`` for each. A path ending in
+    .parquet gets Parquet, all else is CSV. A file appears only when it is complete. Raises
+    InvalidArgument for a wrong row, with its place.
+    """
+    if not isinstance(output, Path):
+        return _predict(model, input, _csv_writer(model, output))
+    if output.suffix not in (".csv", ".parquet"):
+        raise InvalidArgument(f"{output} ends in neither .csv nor .parquet")
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        with ExitStack() as stack:
+            if output.suffix == ".parquet":
+                write = stack.enter_context(_ParquetWriter(model, partial))
+            else:
+                write = _csv_writer(model, stack.enter_context(partial.open("wb")))
+            predicted = _predict(model, input, write)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return predicted
+
+
+def predicted_rows(model: LoadedModel, input: Path) -> Iterator[dict[str, Any]]:
+    """Yield a JSON object for each row of a file."""
+    classes = [str(label) for label in model.classes.tolist()]
+    for block in model.predict_batches(input):
+        labels = block.labels.tolist()
+        if block.probabilities is None:
+            yield from ({"prediction": label} for label in labels)
+            continue
+        for label, row in zip(labels, block.probabilities.tolist(), strict=True):
+            yield {"prediction": label, "probabilities": dict(zip(classes, row, strict=True))}
+
+
+def _predict(model: LoadedModel, input: Path, write: Write) -> Predicted:
+    rows = 0
+    for block in model.predict_batches(input):
+        write(block)
+        rows += block.rows
+    return Predicted(rows, model.remarks.sentences)
+
+
+def _headings(model: LoadedModel) -> list[str]:
+    return ["prediction", *(f"{PROBABILITY}{label}" for label in model.classes.tolist())]
+
+
+def _columns(block: Predictions) -> Sequence[list[Any]]:
+    labels = block.labels.tolist()
+    if block.probabilities is None:
+        return [labels]
+    return [labels, *block.probabilities.T.tolist()]
+
+
+def _csv_writer(model: LoadedModel, stream: BinaryIO) -> Write:
+    def write_rows(rows: Any) -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        stream.write(text.getvalue().encode())
+
+    def write(block: Predictions) -> None:
+        write_rows(zip(*_columns(block), strict=True))
+
+    write_rows([_headings(model)])
+    return write
+
+
+class _ParquetWriter(AbstractContextManager["_ParquetWriter"]):
+    """Gathers blocks to row groups of a sensible size."""
+
+    def __init__(self, model: LoadedModel, path: Path) -> None:
+        self._headings = _headings(model)
+        self._path = path
+        self._writer: Any = None
+        self._waiting: list[list[Any]] = [[] for _ in self._headings]
+
+    def __call__(self, block: Predictions) -> None:
+        for waiting, values in zip(self._waiting, _columns(block), strict=True):
+            waiting.extend(values)
+        if len(self._waiting[0]) >= ROWS_PER_WRITE:
+            self._flush()
+
+    def __exit__(self, *_error: object) -> None:
+        if self._waiting[0] or self._writer is None:
+            self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        import pyarrow
+        from pyarrow import parquet
+
+        table = pyarrow.table(dict(zip(self._headings, self._waiting, strict=True)))
+        if self._writer is None:
+            self._writer = parquet.ParquetWriter(self._path, table.schema)
+        self._writer.write_table(table)
+        self._waiting = [[] for _ in self._headings]

@@ -1,0 +1,162 @@
+import numpy as np
+import pytest
+
+import phalanx
+from phalanx.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unimplemented,
+)
+
+SPEC = {
+    "name": "toy",
+    "data": {"name": "toy", "shards": 4},
+    "train": {
+        "model": {"softmax_regression": {}},
+        "optimizer": {"sgd": {"learning_rate": 0.5}},
+        "batch_size": 64,
+        "stop": {"steps": 8},
+        "evaluation": {"every_steps": 4},
+    },
+}
+
+
+def with_train(**changes):
+    return {**SPEC, "train": {**SPEC["train"], **changes}}
+
+
+@pytest.fixture
+def data():
+    generator = np.random.default_rng(7)
+    features = generator.normal(size=(400, 3))
+    return features, np.where(features[:, 0] > 0, "yes", "no")
+
+
+@pytest.fixture
+def cluster(data, monkeypatch, tmp_path):
+    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path))
+    with phalanx.LocalCluster(workers=0) as local:
+        local.data.add("toy", *data, test=0.25)
+        yield local
+
+
+def test_trains_and_predicts_original_labels(cluster, data):
+    job = cluster.submit(SPEC)
+    updates = list(job.watch())
+    result = job.wait(timeout_s=60)
+    assert [update.step for update in updates if update.state == "RUNNING"][0] == 1
+    assert updates[-1].state == "SUCCEEDED"
+    assert result.steps == 8
+    assert result.metrics["test/accuracy"] > 0.9
+    model = cluster.models.get(result.model)
+    assert np.mean(model.predict(data[0]) == data[1]) > 0.9
+    assert model.parameters_sha256 == result.parameters_sha256
+
+
+def test_the_same_job_gives_the_same_bits(cluster):
+    first, second = cluster.submit(SPEC).wait(60), cluster.submit(SPEC).wait(60)
+    assert first.parameters_sha256 == second.parameters_sha256
+    assert (first.model, second.model) == ("toy@1", "toy@2")
+
+
+def test_the_plan_comes_with_the_job_and_without_one(cluster):
+    assert cluster.submit(SPEC).plan.steps == 8
+    assert cluster.plan(SPEC).plan.steps == 8
+    assert len(cluster.jobs()) == 1
+
+
+def test_events_and_metrics_are_complete(cluster):
+    job = cluster.submit(SPEC)
+    job.wait(60)
+    types = [event.type for event in cluster.events(job.id)]
+    assert types == ["JOB_QUEUED", "JOB_STARTED", "MODEL_REGISTERED", "JOB_SUCCEEDED"]
+    losses = [point.step for point in job.metrics(["train/loss"])]
+    assert losses == list(range(1, 9))
+    assert [point.step for point in job.metrics(["test/accuracy"])] == [4, 8]
+
+
+def test_a_request_id_submits_once(cluster):
+    first = cluster.submit(SPEC, request_id="nightly-1")
+    assert cluster.submit(SPEC, request_id="nightly-1").id == first.id
+    with pytest.raises(AlreadyExists):
+        cluster.submit(with_train(batch_size=32), request_id="nightly-1")
+
+
+def test_a_job_can_be_paused_resumed_and_cancelled(cluster):
+    job = cluster.submit(with_train(stop={"steps": 1_000_000}))
+    updates = job.watch()
+    next(updates)
+    job.pause()
+    assert next(update for update in updates if update.state == "PAUSED")
+    with pytest.raises(FailedPrecondition):
+        job.pause()
+    job.resume()
+    job.cancel("enough")
+    with pytest.raises(phalanx.JobCancelled, match="enough"):
+        job.wait(60)
+
+
+def test_code_that_raises_fails_the_job_with_its_traceback(cluster):
+    code = "def build(schema):\n    raise RuntimeError('broken model')\n"
+    spec = with_train(model={"custom": {"entrypoint": "mine:build"}})
+    job = cluster.submit({**spec, "code": {"files": {"mine.py": code}}})
+    with pytest.raises(phalanx.JobFailed) as failed:
+        job.wait(60)
+    assert "broken model" in str(failed.value)
+    assert failed.value.job_id == job.id
+    assert failed.value.failures[0].message
+
+
+def test_a_wrong_spec_names_every_field(cluster):
+    with pytest.raises(InvalidArgument) as wrong:
+        cluster.submit(with_train(batch_size=-1, l2=-2))
+    fields = {violation.field for violation in wrong.value.violations}
+    assert fields == {"train.batch_size", "train.l2"}
+
+
+def test_what_a_cluster_without_processes_cannot_do_says_so(cluster):
+    with pytest.raises(Unimplemented):
+        cluster.drain("worker-1")
+    with pytest.raises(FailedPrecondition):
+        cluster.add_worker()
+    assert cluster.processes() == []
+    with pytest.raises(InvalidArgument):
+        phalanx.LocalCluster(workers=0, state="somewhere")
+
+
+def test_data_and_models_by_version(cluster, data):
+    cluster.data.add("toy", *data, test=0.5)
+    assert [item.version for item in cluster.data.list()] == [1, 2]
+    assert cluster.data.get("toy").version == 2
+    assert cluster.data.get("toy@1").rows["test"] < cluster.data.get("toy@2").rows["test"]
+    cluster.data.delete("toy@2")
+    assert cluster.data.get("toy").version == 1
+    cluster.submit(SPEC).wait(60)
+    with pytest.raises(FailedPrecondition):
+        cluster.data.delete("toy")
+    cluster.models.delete("toy")
+    with pytest.raises(NotFound):
+        cluster.models.get("toy")
+
+
+def test_data_may_be_a_table_or_have_its_own_test_split(cluster, data):
+    features, labels = data
+    added = cluster.data.add("pair", features, labels, test=(features[:10], labels[:10]))
+    assert dict(added.rows) == {"train": 400, "test": 10}
+    table = cluster.data.add("table", {"a": [1.0, 2.0, 3.0], "b": [0, 1, 0]}, target="b")
+    assert (table.features, table.target) == (1, "b")
+    with pytest.raises(InvalidArgument):
+        cluster.data.add("three", features, labels, labels)
+    with pytest.raises(InvalidArgument, match="unknown option"):
+        cluster.data.add("typo", features, labels, tset=0.2)
+
+
+def test_nothing_is_left_behind(data):
+    cluster = phalanx.LocalCluster(workers=0)
+    cluster.data.add("toy", *data)
+    folder = cluster.state_dir
+    assert folder.exists()
+    cluster.close()
+    assert not folder.exists()

@@ -1,0 +1,226 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+import phalanx
+from phalanx.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
+from phalanx.local.ports import free_ports
+from phalanx.sdk.backend import reachable_address
+from phalanx.sdk.discovery import resolve_addresses
+from phalanx.testing.servers import ScriptedCluster
+from phalanx.v1 import job_pb2, job_service_pb2
+
+Watch = job_service_pb2.WatchJobResponse
+
+
+@pytest.fixture
+def script():
+    with ScriptedCluster() as scripted:
+        yield scripted
+
+
+@pytest.fixture
+def cluster(script):
+    with phalanx.connect(script.address, timeout_s=10) as connected:
+        yield connected
+
+
+def job_in(script, state=job_pb2.Job.STATE_RUNNING, **fields):
+    job = job_pb2.Job(id="digits-1", state=state, **fields)
+    script.jobs[job.id] = job
+    return job
+
+
+def test_import_is_light():
+    program = (
+        "import sys, phalanx\n"
+        "heavy = {'numpy', 'grpc', 'google.protobuf', 'typer', 'rich'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_exists():
+    for name in phalanx.__all__:
+        assert getattr(phalanx, name) is not None
+    assert set(phalanx.__all__) <= set(dir(phalanx))
+    with pytest.raises(AttributeError):
+        phalanx.nonsense
+
+
+def test_a_call_moves_on_to_the_next_address(script):
+    dead = f"127.0.0.1:{free_ports(1)[0]}"
+    with phalanx.connect(f"{dead},{script.address}") as cluster:
+        assert cluster.describe().leader == "control-1"
+        assert cluster.address == script.address
+
+
+def test_a_retry_carries_the_same_request_id(script, cluster):
+    script.fail("SubmitJob", Unavailable("no leader", reason="NO_LEADER", retry_after_s=0.01))
+    cluster.submit({"name": "digits"})
+    first, second = script.requests("SubmitJob")
+    assert first.request_id == second.request_id
+    assert first.request_id
+    cluster.submit({"name": "digits"})
+    assert script.requests("SubmitJob")[2].request_id != first.request_id
+
+
+@pytest.mark.parametrize("verb", ["cancel", "pause", "resume", "retry", "delete"])
+def test_every_change_of_a_job_carries_a_request_id(script, cluster, verb):
+    job_in(script)
+    getattr(cluster.get("digits-1"), verb)()
+    assert script.requests(f"{verb.title()}Job")[0].request_id
+
+
+def test_what_is_wrong_is_not_retried(script, cluster):
+    with pytest.raises(NotFound):
+        cluster.get("nobody")
+    assert len(script.requests("GetJob")) == 1
+
+
+def test_watch_yields_progress_with_the_events_before_it(script, cluster):
+    job_in(script)
+    done = job_pb2.Job(id="digits-1", state=job_pb2.Job.STATE_SUCCEEDED)
+    done.progress.step = 2
+    script.watch_script.extend(
+        [
+            Watch(event=job_pb2.Event(sequence=1, type="JOB_STARTED")),
+            Watch(progress=job_pb2.Progress(step=0)),
+            Watch(progress=job_pb2.Progress(step=1, metrics={"train/loss": 0.5})),
+            Watch(event=job_pb2.Event(sequence=2, type="WORKER_LOST", shard=0)),
+            Watch(job=done),
+        ]
+    )
+    first, last = cluster.get("digits-1").watch()
+    assert (first.step, first.metrics["train/loss"]) == (1, 0.5)
+    assert first.metrics["test/accuracy"] != first.metrics["test/accuracy"]
+    assert [event.type for event in first.events] == ["JOB_STARTED"]
+    assert (last.step, last.state) == (2, "SUCCEEDED")
+    assert [(event.type, event.shard, event.step) for event in last.events] == [
+        ("WORKER_LOST", 0, None)
+    ]
+
+
+def test_watch_attaches_again_after_the_last_event_it_saw(script, cluster):
+    job_in(script)
+    script.watch_script.extend(
+        [
+            Watch(event=job_pb2.Event(sequence=7, type="JOB_STARTED")),
+            Unavailable("going down", reason="SHUTTING_DOWN", retry_after_s=0.01),
+            Watch(event=job_pb2.Event(sequence=8, type="RECOVERED")),
+            Watch(job=job_pb2.Job(id="digits-1", state=job_pb2.Job.STATE_SUCCEEDED)),
+        ]
+    )
+    messages = list(cluster.get("digits-1").watch_messages())
+    seen = [item.event.sequence for item in messages if item.HasField("event")]
+    assert seen == [7, 8]
+    assert [request.after_sequence for request in script.requests("WatchJob")] == [0, 7]
+
+
+def test_watch_survives_a_restart_of_the_server(script):
+    job_in(script)
+    with phalanx.connect(script.address) as cluster:
+        job = cluster.get("digits-1")
+        script.stop()
+        with ScriptedCluster(listen=script.address) as again:
+            again.jobs["digits-1"] = job_pb2.Job(
+                id="digits-1", state=job_pb2.Job.STATE_SUCCEEDED
+            )
+            assert [update.state for update in job.watch()] == ["SUCCEEDED"]
+
+
+def test_wait_gives_the_result(script, cluster):
+    job_in(
+        script,
+        job_pb2.Job.STATE_SUCCEEDED,
+        result=job_pb2.Result(model="digits@3", parameters_sha256="ff", metrics={"x": 1.0}),
+    )
+    result = cluster.get("digits-1").wait()
+    assert (result.model, result.parameters_sha256, result.metrics) == ("digits@3", "ff", {"x": 1.0})
+
+
+def test_wait_raises_with_the_failures(script, cluster):
+    failure = job_pb2.Failure(code="RAISED", message="bad label", shard=3, step=4)
+    job_in(script, job_pb2.Job.STATE_FAILED, reason="POISON_SHARD", failures=[failure])
+    with pytest.raises(phalanx.JobFailed, match="shard 3, step 4: bad label") as failed:
+        cluster.get("digits-1").wait()
+    assert failed.value.reason == "POISON_SHARD"
+    assert failed.value.failures[0].shard == 3
+
+
+def test_wait_ends_at_its_deadline_and_the_job_goes_on(script, cluster):
+    job_in(script)
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match="goes on"):
+        cluster.get("digits-1").wait(timeout_s=0.05)
+    assert time.monotonic() - began < 10
+    assert not script.requests("CancelJob")
+
+
+def test_metrics_are_fetched_page_by_page(script, cluster, monkeypatch):
+    monkeypatch.setattr("phalanx.sdk.job.METRIC_PAGE", 4)
+    job_in(script)
+    script.points = [
+        job_pb2.MetricPoint(step=step, name=name) for step in range(5) for name in "abc"
+    ]
+    points = cluster.get("digits-1").metrics()
+    assert [(point.step, point.name) for point in points] == [
+        (step, name) for step in range(5) for name in "abc"
+    ]
+
+
+def test_load_reads_yaml_and_json(tmp_path):
+    (tmp_path / "job.yaml").write_text("name: a\ntrain: {batch_size: 5}\n")
+    (tmp_path / "job.json").write_text('{"name": "a", "train": {"batchSize": 5}}')
+    spec = phalanx.load(tmp_path / "job.yaml")
+    assert spec == phalanx.load(tmp_path / "job.json")
+    assert phalanx.load(tmp_path / "job.yaml", sets=["name=b"]).name == "b"
+    with pytest.raises(NotFound):
+        phalanx.load(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "expected"),
+    [
+        ("a:1,b:2", {}, ("a:1", "b:2")),
+        ("a:1", {"PHALANX_ADDRESS": "b:2"}, ("a:1",)),
+        (None, {"PHALANX_ADDRESS": "b:2, c:3"}, ("b:2", "c:3")),
+        (None, {}, ("127.0.0.1:7410",)),
+    ],
+)
+def test_which_cluster_is_meant(tmp_path, given, environ, expected):
+    assert resolve_addresses(given, {"PHALANX_STATE": str(tmp_path), **environ}) == expected
+
+
+@pytest.mark.parametrize(
+    ("advertised", "dialled", "expected"),
+    [
+        ("10.0.0.9:7420", "host:7410", "10.0.0.9:7420"),
+        ("0.0.0.0:7420", "host:7410", "host:7420"),
+        (":7420", "host:7410", "host:7420"),
+        ("[::]:7420", "[::1]:7410", "[::1]:7420"),
+    ],
+)
+def test_storage_without_a_host_is_at_the_dialled_host(advertised, dialled, expected):
+    assert reachable_address(advertised, dialled) == expected
+
+
+def test_works_inside_a_running_event_loop(script):
+    import asyncio
+
+    async def notebook_cell():
+        with phalanx.connect(script.address) as cluster:
+            return cluster.describe().leader
+
+    assert asyncio.run(notebook_cell()) == "control-1"
+
+
+def test_a_refused_call_keeps_its_class_and_reason(script, cluster):
+    script.fail("PauseJob", FailedPrecondition("not running", reason="WRONG_STATE"))
+    job_in(script)
+    with pytest.raises(FailedPrecondition) as refused:
+        cluster.get("digits-1").pause()
+    assert refused.value.reason == "WRONG_STATE"
