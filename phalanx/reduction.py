@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -102,41 +103,37 @@ def full_mask(node: Node, width: int) -> int:
     return (1 << max(0, min(node.span, width - node.first))) - 1
 
 
-@dataclass
-class _Filled:
-    value: Array | None
-    mask: int
-    #: Whether the array is the reducer's own and may be written to.
-    owned: bool
-
-
 class TreeReducer:
     """Reduces one vector piece over `width` shards; see the module's theory of operation.
 
-    Values are arrays of one shape and dtype. They are never written to and may be read-only views;
-    they are held until their sum is formed.
+    Values are arrays of one shape and dtype, or plain numbers. They are never written to and may
+    be read-only views; they are held until their sum is formed.
     """
+
+    # Nodes are numbered as in a binary heap: the root is 1, the children of i are 2 i and 2 i + 1.
+    # A filled node maps to its value, its mask, and whether the value is an array of our own.
 
     def __init__(self, width: int) -> None:
         self._width = width
-        self._root = root(width)
-        self._filled: dict[Node, _Filled] = {}
+        self._top = root(width).span
+        self._filled: dict[int, tuple[Any, int, bool]] = {}
+        self._form: tuple[Any, ...] | None = None
 
     @property
     def complete(self) -> bool:
         """Whether the whole tree is filled."""
-        return self._root in self._filled
+        return 1 in self._filled
 
     @property
-    def result(self) -> tuple[Array | None, int]:
+    def result(self) -> tuple[Any, int]:
         """The sum, None where no shard was present, and the mask of the shards present.
 
         Only once complete. The array may be the caller's own input where only one was present.
         """
-        filled = self._filled[self._root]
-        return filled.value, filled.mask
+        value, mask, _ = self._filled[1]
+        return value, mask
 
-    def fill(self, node: Node, value: Array | None, mask: int) -> bool:
+    def fill(self, node: Node, value: Any, mask: int) -> bool:
         """Fill `node`; return False where it, or a node above it, was filled before.
 
         Args:
@@ -145,66 +142,85 @@ class TreeReducer:
             mask: bit i tells that shard `node.first + i` is present.
 
         Raises:
-            InvalidArgument: the node lies outside the tree, or mask and value do not fit it.
+            InvalidArgument: the node lies outside the tree, or mask or value do not fit it.
         """
         self._check(node, value, mask)
-        if self._is_covered(node):
-            return False
-        self._free_below(node)
-        self._put(node, _Filled(value, mask, owned=False))
+        filled = self._filled
+        index = (self._top + node.first) // node.span
+        above = index
+        while above:
+            if above in filled:
+                return False
+            above >>= 1
+        if node.span > 1 and filled:
+            self._free_below(index)
+        self._put(index, node, (value, mask, False))
         return True
 
-    def _check(self, node: Node, value: Array | None, mask: int) -> None:
-        if node.first >= self._width or node.span > self._root.span:
+    def _check(self, node: Node, value: Any, mask: int) -> None:
+        if node.first >= self._width or node.span > self._top:
             raise InvalidArgument(f"{node} lies outside a tree over {self._width} shards")
-        if mask < 0 or mask & ~full_mask(node, self._width):
+        if mask < 0 or mask >> min(node.span, self._width - node.first):
             raise InvalidArgument(f"the shard mask {mask:#x} names shards outside {node}")
         if (value is None) != (mask == 0):
             raise InvalidArgument(f"{node} must have a value exactly if a shard is present")
+        if isinstance(value, np.ndarray):
+            form = (value.dtype, value.shape)
+            if self._form is None:
+                self._form = form
+            elif form != self._form:
+                raise InvalidArgument(
+                    f"{node} has {_described(form)}, the nodes before it {_described(self._form)}"
+                )
 
-    def _is_covered(self, node: Node) -> bool:
-        while node != self._root:
-            if node in self._filled:
-                return True
-            node = node.parent
-        return node in self._filled
+    def _free_below(self, index: int) -> None:
+        depth = index.bit_length()
+        for other in list(self._filled):
+            levels = other.bit_length() - depth
+            if levels > 0 and other >> levels == index:
+                del self._filled[other]
 
-    def _free_below(self, node: Node) -> None:
-        if node.is_leaf:
-            return
-        stop = node.first + node.span
-        for other in [o for o in self._filled if node.first <= o.first < stop]:
-            del self._filled[other]
-
-    def _put(self, node: Node, filled: _Filled) -> None:
-        while node != self._root:
-            parent = node.parent
-            present = children_present(parent, self._width)
-            if len(present) == 2:
-                sibling = present[1] if node == present[0] else present[0]
-                other = self._filled.pop(sibling, None)
+    def _put(self, index: int, node: Node, entry: tuple[Any, int, bool]) -> None:
+        filled, width = self._filled, self._width
+        first, span = node.first, node.span
+        while index > 1:
+            if index & 1:
+                other = filled.pop(index - 1, None)
                 if other is None:
                     break
-                left, right = (filled, other) if node == present[0] else (other, filled)
-                filled = _add(left, right, parent.span // 2)
-            node = parent
-        self._filled[node] = filled
+                entry = _sum(other, entry, span)
+                first -= span
+            elif first + span < width:
+                other = filled.pop(index + 1, None)
+                if other is None:
+                    break
+                entry = _sum(entry, other, span)
+            index >>= 1
+            span *= 2
+        filled[index] = entry
 
 
-def _add(left: _Filled, right: _Filled, half: int) -> _Filled:
-    """Return left + right, in this order, into an array that the reducer owns."""
-    mask = left.mask | right.mask << half
-    if left.value is None or right.value is None:
-        kept = right if left.value is None else left
-        return _Filled(kept.value, mask, kept.owned)
-    if left.owned:
-        out = left.value
-    elif right.owned:
-        out = right.value
-    else:
-        out = np.empty_like(left.value)
-    np.add(left.value, right.value, out=out)
-    return _Filled(out, mask, owned=True)
+def _sum(
+    left: tuple[Any, int, bool], right: tuple[Any, int, bool], half: int
+) -> tuple[Any, int, bool]:
+    """Return left + right, in this order, in an array of our own where there is one."""
+    mask = left[1] | right[1] << half
+    if left[0] is None:
+        return right[0], mask, right[2]
+    if right[0] is None:
+        return left[0], mask, left[2]
+    if left[2]:
+        np.add(left[0], right[0], out=left[0])
+        return left[0], mask, True
+    if right[2]:
+        np.add(left[0], right[0], out=right[0])
+        return right[0], mask, True
+    total = left[0] + right[0]
+    return total, mask, isinstance(total, np.ndarray)
+
+
+def _described(form: tuple[Any, ...]) -> str:
+    return f"{form[0]} of shape {form[1]}"
 
 
 def reduce_leaves(payloads: Mapping[int, Array | None], width: int) -> Array | None:
@@ -227,3 +243,14 @@ def reduce_leaves(payloads: Mapping[int, Array | None], width: int) -> Array | N
         return total
 
     return reduce(root(width))
+
+
+def all_finite(vector: Array) -> bool:
+    """Return whether no element of a vector is NaN or infinite; fast, and without memory.
+
+    The sum of squares tells it in one pass. It may overflow where all elements are finite, so only
+    then they are looked at one by one.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = float(np.dot(vector, vector))
+    return isfinite(squares) or bool(np.isfinite(vector).all())

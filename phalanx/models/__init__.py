@@ -6,10 +6,11 @@ from pathlib import Path
 
 from phalanx.errors import InvalidArgument, Unimplemented
 from phalanx.models.base import Batch, DataSchema, LeafSums, Model
-from phalanx.models.custom import UserModel, load_custom
+from phalanx.models.custom import load_custom
 from phalanx.models.linear import LinearModel
 from phalanx.models.losses import Logistic, OutputLayer, Softmax, SquaredError
 from phalanx.models.mlp import Mlp
+from phalanx.models.user import UserModel
 from phalanx.v1 import job_spec_pb2
 
 __all__ = ["Batch", "DataSchema", "LeafSums", "Model", "UserModel", "build_model"]

@@ -107,15 +107,30 @@ def make_layout(tensors: Sequence[tuple[str, Sequence[int], bool]], dtype: str) 
     return Layout(tensors=specs, dtype=dtype, element_count=count)
 
 
+def tensor_size(tensor: TensorSpec) -> int:
+    """Return the number of elements of a tensor."""
+    return prod(tensor.shape)
+
+
+class TensorViews:
+    """Cuts flat vectors of one layout into named tensors, without copies."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._cuts: list[tuple[str, slice, tuple[int, ...]]] = []
+        first = 0
+        for tensor in layout.tensors:
+            stop = first + tensor_size(tensor)
+            self._cuts.append((tensor.name, slice(first, stop), tuple(tensor.shape)))
+            first = stop
+
+    def __call__(self, vector: Array) -> dict[str, Array]:
+        """Return the tensors of a vector as views, by name."""
+        return {name: vector[cut].reshape(shape) for name, cut, shape in self._cuts}
+
+
 def views(layout: Layout, vector: Array) -> dict[str, Array]:
-    """Return the tensors of a flat vector as views, by name."""
-    tensors: dict[str, Array] = {}
-    first = 0
-    for spec in layout.tensors:
-        count = prod(spec.shape)
-        tensors[spec.name] = vector[first : first + count].reshape(tuple(spec.shape))
-        first += count
-    return tensors
+    """Return the tensors of a flat vector as views, by name; `TensorViews` is for many vectors."""
+    return TensorViews(layout)(vector)
 
 
 def decay_mask(layout: Layout) -> NDArray[np.bool_] | None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.models.base import Array, Batch, DataSchema, LeafSums, make_layout, views
+from phalanx.models.base import Array, Batch, DataSchema, LeafSums, TensorViews, make_layout
 from phalanx.models.losses import OutputLayer
 
 WEIGHTS = "weights"
@@ -31,6 +31,7 @@ class LinearModel:
         self._outputs = outputs
         self._bias = bias
         self._dtype = np.dtype(schema.dtype)
+        self._views = TensorViews(self.layout)
 
     def initial_parameters(self, seed: int) -> Array:
         """Return zeros."""
@@ -40,7 +41,7 @@ class LinearModel:
         """See ``Model``."""
         scores = self._scores(parameters, batch.features)
         loss = self._output.residual(scores, batch.targets)
-        tensors = views(self.layout, out)
+        tensors = self._views(out)
         residual = scores[:, 0] if self._outputs == 1 else scores
         if isinstance(batch.features, np.ndarray):
             np.dot(batch.features.T, np.ascontiguousarray(residual), out=tensors[WEIGHTS])
@@ -59,7 +60,7 @@ class LinearModel:
         return self._output.predict(self._scores(parameters, features))
 
     def _scores(self, parameters: Array, features: Any) -> Array:
-        tensors = views(self.layout, parameters)
+        tensors = self._views(parameters)
         scores: Array = features @ tensors[WEIGHTS]
         if self._outputs == 1:
             scores = scores[:, np.newaxis]

@@ -15,9 +15,9 @@ from phalanx.models.base import (
     Batch,
     DataSchema,
     LeafSums,
+    TensorViews,
     keyed_normal,
     make_layout,
-    views,
 )
 from phalanx.models.losses import OutputLayer
 
@@ -89,12 +89,13 @@ class Mlp:
         self._activate, self._slope = ACTIVATIONS[activation]
         self._gain = 2.0 if activation == "relu" else 1.0
         self._dtype = np.dtype(schema.dtype)
+        self._views = TensorViews(self.layout)
         self._buffers: dict[int, list[Array]] = {}
 
     def initial_parameters(self, seed: int) -> Array:
         """See ``Model``."""
         parameters = np.zeros(self.layout.element_count, self._dtype)
-        for index, tensor in enumerate(views(self.layout, parameters).values()):
+        for index, tensor in enumerate(self._views(parameters).values()):
             if tensor.ndim == 2:
                 scale = math.sqrt(self._gain / tensor.shape[0])
                 normal = keyed_normal(seed, index, tensor.size)
@@ -128,7 +129,7 @@ class Mlp:
         return self._output.predict(self._forward(self._layers(parameters), features)[-1].copy())
 
     def _layers(self, vector: Array) -> list[tuple[Array, Array]]:
-        tensors = list(views(self.layout, vector).values())
+        tensors = list(self._views(vector).values())
         return list(zip(tensors[0::2], tensors[1::2], strict=True))
 
     def _forward(self, layers: list[tuple[Array, Array]], features: Any) -> list[Array]:

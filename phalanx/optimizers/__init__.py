@@ -16,12 +16,13 @@ __all__ = ["Optimizer", "build_optimizer", "learning_rate"]
 
 Array = NDArray[Any]
 
-#: Elements per piece: the piece of every vector involved stays in the second-level cache.
-PIECE_ELEMENTS = 16_384
+#: Elements per piece. Small enough that the pieces of all vectors involved stay in cache between
+#: the passes over them, large enough that the calls cost nothing; measured for SGD and Adam.
+PIECE_ELEMENTS = 65_536
 
 
 class Optimizer:
-    """Turns a gradient sum into new parameters.
+    """Turns a gradient sum into new parameters; for one thread at a time.
 
     Attributes:
         state_names: names of the state vectors; each has the length and dtype of the parameters
@@ -35,6 +36,7 @@ class Optimizer:
         self._message = message
         self._l2 = l2
         self._total_steps = total_steps
+        self._scratch: Array = np.empty((2, 0))
         self.state_names = rule.state_names
 
     def apply(
@@ -61,22 +63,35 @@ class Optimizer:
         if count < 1:
             raise InvalidArgument(f"a step needs at least 1 example, not {count}")
         rate = learning_rate(self._message, step, self._total_steps)
-        size = min(PIECE_ELEMENTS, len(parameters))
-        gradient, scratch = np.empty((2, size), parameters.dtype)
-        for first in range(0, len(parameters), size):
-            piece = slice(first, first + size)
-            w = parameters[piece]
-            g, s = gradient[: len(w)], scratch[: len(w)]
-            np.divide(gradient_sum[piece], w.dtype.type(count), out=g)
-            mask = None if decay is None else decay[piece]
-            if self._l2 and mask is not None:
-                np.multiply(w, w.dtype.type(self._l2), out=s)
-                np.add(g, s, out=g, where=mask)
-            pieces = {name: vector[piece] for name, vector in state.items()}
-            self._rule.update(w, g, pieces, rate, step, out[piece], s)
-            if self._rule.decoupled_decay and mask is not None:
-                np.multiply(w, w.dtype.type(rate * self._rule.decoupled_decay), out=s)
-                np.subtract(out[piece], s, out=out[piece], where=mask)
+        gradient, scratch = self._buffers(min(PIECE_ELEMENTS, len(parameters)), parameters.dtype)
+        with np.errstate(all="ignore"):  # the caller looks whether the result is finite
+            for first in range(0, len(parameters), PIECE_ELEMENTS):
+                piece = slice(first, first + PIECE_ELEMENTS)
+                w = parameters[piece]
+                g, s = gradient[: len(w)], scratch[: len(w)]
+                np.divide(gradient_sum[piece], w.dtype.type(count), out=g)
+                where = None if decay is None else _where(decay[piece])
+                if self._l2 and where is not None:
+                    np.multiply(w, w.dtype.type(self._l2), out=s)
+                    np.add(g, s, out=g, where=where)
+                pieces = {name: vector[piece] for name, vector in state.items()}
+                self._rule.update(w, g, pieces, rate, step, out[piece], s)
+                if self._rule.decoupled_decay and where is not None:
+                    np.multiply(w, w.dtype.type(rate * self._rule.decoupled_decay), out=s)
+                    np.subtract(out[piece], s, out=out[piece], where=where)
+
+    def _buffers(self, size: int, dtype: np.dtype[Any]) -> Array:
+        """Two vectors of scratch memory, kept from call to call."""
+        if self._scratch.shape[1] < size or self._scratch.dtype != dtype:
+            self._scratch = np.empty((2, size), dtype)
+        return self._scratch
+
+
+def _where(decay: Array) -> Array | bool | None:
+    """The mask of one piece: None where nothing decays, True where everything does (faster)."""
+    if decay.all():
+        return True
+    return decay if decay.any() else None
 
 
 def build_optimizer(train: job_spec_pb2.Train, total_steps: int) -> Optimizer:

@@ -7,12 +7,12 @@ NumPy float64 scalar would silently widen the arithmetic.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import override
 
 from phalanx.v1.job_spec_pb2 import Adagrad, Adam, AdamW, Sgd
 
@@ -53,7 +53,6 @@ class Rule(ABC):
 class SgdRule(Rule):
     """w ← w − η g."""
 
-    @override
     def update(
         self,
         w: Array,
@@ -64,6 +63,7 @@ class SgdRule(Rule):
         out: Array,
         scratch: Array,
     ) -> None:
+        """See ``Rule``."""
         np.multiply(g, g.dtype.type(rate), out=g)
         np.subtract(w, g, out=out)
 
@@ -81,7 +81,6 @@ class MomentumRule(Rule):
         self._momentum = sgd.momentum
         self._nesterov = sgd.nesterov
 
-    @override
     def update(
         self,
         w: Array,
@@ -92,6 +91,7 @@ class MomentumRule(Rule):
         out: Array,
         scratch: Array,
     ) -> None:
+        """See ``Rule``."""
         real = g.dtype.type
         velocity = state["velocity"]
         np.multiply(velocity, real(self._momentum), out=velocity)
@@ -113,7 +113,6 @@ class AdagradRule(Rule):
     def __init__(self, adagrad: Adagrad) -> None:
         self._epsilon = adagrad.epsilon
 
-    @override
     def update(
         self,
         w: Array,
@@ -124,6 +123,7 @@ class AdagradRule(Rule):
         out: Array,
         scratch: Array,
     ) -> None:
+        """See ``Rule``."""
         real = g.dtype.type
         squares = state["sum_of_squares"]
         np.multiply(g, g, out=scratch)
@@ -149,7 +149,6 @@ class AdamRule(Rule):
         self._epsilon = adam.epsilon
         self.decoupled_decay = adam.weight_decay if isinstance(adam, AdamW) else 0.0
 
-    @override
     def update(
         self,
         w: Array,
@@ -160,6 +159,7 @@ class AdamRule(Rule):
         out: Array,
         scratch: Array,
     ) -> None:
+        """See ``Rule``."""
         real = g.dtype.type
         m, v = state["m"], state["v"]
         np.subtract(g, m, out=scratch)
@@ -169,11 +169,12 @@ class AdamRule(Rule):
         np.subtract(g, v, out=g)
         np.multiply(g, real(1.0 - self._beta2), out=g)
         np.add(v, g, out=v)
+        # m̂ / (√v̂ + ε) with the corrections c₁ and c₂ of the means' bias towards zero pulled out:
+        # (√c₂ / c₁) · m / (√v + ε √c₂), two passes less.
         correction1 = 1.0 - self._beta1 ** (step + 1)
-        correction2 = 1.0 - self._beta2 ** (step + 1)
-        np.multiply(v, real(1.0 / correction2), out=g)
-        np.sqrt(g, out=g)
-        np.add(g, real(self._epsilon), out=g)
+        root2 = math.sqrt(1.0 - self._beta2 ** (step + 1))
+        np.sqrt(v, out=g)
+        np.add(g, real(self._epsilon * root2), out=g)
         np.divide(m, g, out=g)
-        np.multiply(g, real(rate / correction1), out=g)
+        np.multiply(g, real(rate * root2 / correction1), out=g)
         np.subtract(w, g, out=out)

@@ -43,6 +43,8 @@ class RootDecider:
         self._examples = 0
         self._last_count = 0
         self._last_loss = 0.0
+        self._interval_count = 0
+        self._interval_loss = 0.0
         self._pause = False
         self._fail_reason = ""
         self.metrics: dict[str, float] = {}
@@ -68,13 +70,22 @@ class RootDecider:
         return self._record(GoRecord.ACTION_INITIALISE)
 
     def restore(self, version: int, root_state: str) -> GoRecord:
-        """Return the first record after a restore of the checkpoint at ``version``."""
+        """Return the first record after a restore of the checkpoint at ``version``.
+
+        It is the record that ended that version before, less its checkpoint; whatever follows is
+        what would have followed.
+        """
         state = json.loads(root_state)
         self._version = version
         self._evaluated_version = int(state["evaluated_version"])
         self._checkpoint_version = version
-        self._earlier_s = float(state["elapsed_s"])
+        self._earlier_s = self._elapsed_s = float(state["elapsed_s"])
+        self._checkpoint_elapsed_s = self._earlier_s
         self._examples = int(state["examples"])
+        self._last_count = int(state["last_count"])
+        self._last_loss = float(state["last_loss"])
+        self._interval_count = int(state["interval_count"])
+        self._interval_loss = float(state["interval_loss"])
         self.metrics = {name: float(value) for name, value in state["metrics"].items()}
         self._stop.restore(state["stop"])
         self._stop.observe(version, {})
@@ -95,13 +106,18 @@ class RootDecider:
         self._version, self._round = version, -1
         self._last_count, self._last_loss = example_count, loss_sum
         self._examples += example_count
-        measured: dict[str, float] = {}
         if example_count:
-            measured[TRAIN_LOSS] = loss_sum / example_count
+            self._interval_count += example_count
+            self._interval_loss += loss_sum
+            measured = {TRAIN_LOSS: loss_sum / example_count}
             self.metrics.update(measured)
             if keeps_point(version, self._plan.total_steps):
                 self._points.append((version, TRAIN_LOSS, measured[TRAIN_LOSS]))
-        self._stop.observe(version, measured)
+            self._stop.observe(version, measured)
+        else:
+            self._stop.observe(version, {})
+        if version % self._evaluation_interval == 0:
+            self._end_interval()
         self._observe_time(elapsed_s)
         return self._next()
 
@@ -109,10 +125,18 @@ class RootDecider:
         """The evaluation at the current version is done: sums in the order of the plan's names."""
         split = self._train.evaluation.split
         measured = metrics_from_sums(split, self._plan.evaluation_sums, sums, example_count)
+        wanted = self._train.evaluation.metrics
         self._evaluated_version = self._version
-        self.metrics.update(measured)
-        self._points += [(self._version, name, value) for name, value in measured.items()]
         self._stop.observe(self._version, measured)
+        self._stop.observe_evaluation(measured)
+        shown = {
+            name: value
+            for name, value in measured.items()
+            if not wanted or name.partition("/")[2] in wanted
+        }
+        self.metrics.update(shown)
+        if self._keeps_evaluation():
+            self._points += [(self._version, name, value) for name, value in shown.items()]
         self._observe_time(elapsed_s)
         return self._next()
 
@@ -142,11 +166,34 @@ class RootDecider:
             "evaluated_version": self._evaluated_version,
             "elapsed_s": self._elapsed_s,
             "examples": self._examples,
+            "last_count": self._last_count,
+            "last_loss": self._last_loss,
+            "interval_count": self._interval_count,
+            "interval_loss": self._interval_loss,
             "metrics": finite,
             "stop": self._stop.state(),
             "spec_sha256": self._plan.spec_sha256,
         }
         return json.dumps(state, sort_keys=True)
+
+    @property
+    def _evaluation_interval(self) -> int:
+        """Steps from one evaluation to the next; each epoch where the spec does not say."""
+        every = self._train.evaluation.every_steps
+        return max(1, every or self._plan.steps_per_epoch)
+
+    def _end_interval(self) -> None:
+        """A plateau of the training loss looks at its mean since the last evaluation."""
+        if self._interval_count:
+            mean = self._interval_loss / self._interval_count
+            self._stop.observe_evaluation({TRAIN_LOSS: mean})
+        self._interval_count, self._interval_loss = 0, 0.0
+
+    def _keeps_evaluation(self) -> bool:
+        """The last evaluation is always kept: a curve should end where the job does."""
+        every = self._evaluation_interval
+        total = self._plan.total_steps // every
+        return bool(self._stop.reason) or keeps_point(self._version // every, total)
 
     def _observe_time(self, elapsed_s: float) -> None:
         self._elapsed_s = self._earlier_s + elapsed_s
@@ -168,8 +215,7 @@ class RootDecider:
             return False
         if self._stop.reason:
             return True
-        every = self._train.evaluation.every_steps or self._plan.steps_per_epoch
-        return self._version > 0 and self._version % every == 0
+        return self._version > 0 and self._version % self._evaluation_interval == 0
 
     def _checkpoint_due(self) -> bool:
         if self._version == self._checkpoint_version:

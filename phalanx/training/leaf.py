@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from phalanx.data.manifest import DatasetManifest
 from phalanx.data.statistics import manifest_mean_and_scale
 from phalanx.models.base import Array, Batch, Model
+from phalanx.reduction import all_finite
 from phalanx.training.sampler import (
     RowSelection,
     ShardRows,
@@ -140,15 +141,6 @@ def shard_row_range(plan: JobPlan, shard: int, evaluation: bool) -> ShardRows:
     shards = plan.evaluation_shards if evaluation else plan.shards
     rows = plan.evaluation_rows if evaluation else plan.train_rows
     return shard_rows(shard, shards, (rows,))
-
-
-def all_finite(vector: Array) -> bool:
-    """Return whether no element is NaN or infinite.
-
-    The sum of squares tells it in one fast pass; only where that overflows is every element looked
-    at.
-    """
-    return isfinite(float(np.dot(vector, vector))) or bool(np.isfinite(vector).all())
 
 
 def standardise(features: Array, manifest: DatasetManifest) -> None:

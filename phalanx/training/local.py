@@ -23,13 +23,13 @@ from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import FailedPrecondition, PhalanxError
 from phalanx.models import DataSchema, Model, build_model
 from phalanx.models.base import decay_mask
+from phalanx.models.code import deactivate_user_code
 from phalanx.optimizers import build_optimizer
-from phalanx.reduction import Node, TreeReducer
+from phalanx.reduction import Node, TreeReducer, all_finite
 from phalanx.training.decisions import RootDecider
 from phalanx.training.leaf import (
     LeafOutcome,
     RowReader,
-    all_finite,
     run_evaluation_leaf,
     run_leaf,
     shard_row_range,
@@ -92,7 +92,7 @@ def train_in_process(
         plan: the job's plan; layout and evaluation sums are filled in here.
         manifest: its data set.
         fetch: turns a chunk's digest into a local file.
-        code_dir: folder with the job's own code; it is put on `sys.path`.
+        code_dir: folder with the job's own code; importable while the job runs.
         start_model: safetensors file to start from; None: fresh parameters keyed by the seed.
         on_progress: called after each step and evaluation; what it raises ends the job.
         clock: seconds, for the wall-time rule alone.
@@ -105,21 +105,24 @@ def train_in_process(
     spec = JobSpec.FromString(plan.spec)
     dtype = spec.train.dtype or "float32"
     schema = DataSchema(manifest.features, len(manifest.classes), dtype)
-    model = build_model(spec, schema, code_dir)
     reader = ChunkReader(manifest, spec.data.split, fetch, dtype=dtype)
     evaluation_reader = None
     if plan.evaluation_shards:
         evaluation_reader = ChunkReader(manifest, spec.train.evaluation.split, fetch, dtype=dtype)
-    with one_blas_thread():
-        return run_job(
-            plan,
-            model,
-            reader,
-            evaluation_reader,
-            start_model=start_model,
-            on_progress=on_progress,
-            clock=clock,
-        )
+    try:
+        model = build_model(spec, schema, code_dir)
+        with one_blas_thread():
+            return run_job(
+                plan,
+                model,
+                reader,
+                evaluation_reader,
+                start_model=start_model,
+                on_progress=on_progress,
+                clock=clock,
+            )
+    finally:
+        deactivate_user_code()
 
 
 def run_job(
@@ -296,13 +299,13 @@ class _Tree:
             self._losses.fill(node, None, 0)
             return
         self._vectors.fill(node, vector, 1)
-        self._losses.fill(node, np.array([outcome.loss_sum]), 1)
+        self._losses.fill(node, outcome.loss_sum, 1)
         self._count += outcome.count
 
     def result(self) -> tuple[Array | None, int, float]:
         vector, _ = self._vectors.result
         loss, _ = self._losses.result
-        return vector, self._count, 0.0 if loss is None else float(loss[0])
+        return vector, self._count, 0.0 if loss is None else loss
 
 
 def _failure(message: str, reason: str) -> PhalanxError:

@@ -16,6 +16,10 @@ REGRESSION_SUMS: tuple[str, ...] = (
 
 _RENAMED = {"correct": "accuracy", "absolute_error": "mae"}
 _LOWER_IS_BETTER = ("loss", "rmse", "mae", "error")
+_HIGHER_IS_BETTER = ("accuracy", "r2", "auc", "f1", "precision", "recall", "score")
+
+POINTS_MAX = 10_000
+"""A curve is thinned so that it has about as many points as this."""
 
 
 def metrics_from_sums(
@@ -47,19 +51,28 @@ def _r2(sums: Mapping[str, float], rows: int) -> float:
     return 1.0 - sums["squared_error"] / total if total > 0 else 0.0
 
 
-def lower_is_better(metric: str) -> bool:
-    """Return whether a metric improves by falling, judged by its name."""
-    return metric.rpartition("/")[2].endswith(_LOWER_IS_BETTER)
+def direction(metric: str) -> int:
+    """Return +1 where a metric improves by rising, -1 by falling, 0 where its name does not tell.
 
-
-def keeps_point(step: int, total_steps: int = 0, points_max: int = 10_000) -> bool:
-    """Return whether the training metrics of a step are kept as a point.
-
-    A pure function of the step, so that a replay keeps the same points. The stride doubles each
-    time the number of steps does beyond ``points_max``; a curve has at most about twice that many.
+    The name after the split is looked at: whether it ends in loss, rmse, mae or error, or in
+    accuracy, r2, auc, f1, precision, recall or score.
     """
-    reach = max(step, total_steps)
+    name = metric.rpartition("/")[2]
+    if name.endswith(_LOWER_IS_BETTER):
+        return -1
+    return 1 if name.endswith(_HIGHER_IS_BETTER) else 0
+
+
+def keeps_point(number: int, total: int = 0) -> bool:
+    """Return whether measurement `number` (from 1) of a curve is kept as a point.
+
+    A pure function of its arguments, so that a replay keeps the same points. Where the `total` is
+    known the points are evenly spaced. Where it is not (0) they thin out as the curve grows: the
+    stride doubles whenever the number does beyond a sixth of `POINTS_MAX`, which makes at most
+    `POINTS_MAX` points in a hundred thousand measurements and twice that in a hundred million.
+    """
+    reach, dense = (total, POINTS_MAX) if total else (number, POINTS_MAX // 6)
     stride = 1
-    while reach > points_max * stride:
+    while reach > dense * stride:
         stride *= 2
-    return step % stride == 0
+    return number % stride == 0

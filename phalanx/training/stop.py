@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from phalanx.training.metrics import lower_is_better
+from phalanx.training.metrics import direction
 from phalanx.v1.job_spec_pb2 import Plateau, Threshold, Train
 
 STOP_STEPS = "STOP_STEPS"
@@ -26,7 +26,7 @@ class StopRules:
     def __init__(self, train: Train, total_steps: int) -> None:
         self._stop = train.stop
         self._total_steps = total_steps
-        self._plateau: list[float] = []
+        self._plateau = _Plateau(train.stop.plateau) if train.stop.HasField("plateau") else None
         self.reason = ""
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -35,13 +35,16 @@ class StopRules:
             value = metrics.get(threshold.metric)
             if value is not None and _holds(threshold, value):
                 self._end(STOP_THRESHOLD)
-        if self._stop.HasField("plateau") and self._stop.plateau.metric in metrics:
-            self._plateau.append(metrics[self._stop.plateau.metric])
-            if _is_flat(self._stop.plateau, self._plateau):
-                self._end(STOP_PLATEAU)
         if self._total_steps and step >= self._total_steps:
             by_steps = self._stop.HasField("steps") and self._stop.steps <= self._total_steps
             self._end(STOP_STEPS if by_steps else STOP_EPOCHS)
+
+    def observe_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Take in the metrics of one evaluation, which a plateau is counted in."""
+        if self._plateau is not None and self._plateau.metric in metrics:
+            self._plateau.add(metrics[self._plateau.metric])
+            if self._plateau.is_flat:
+                self._end(STOP_PLATEAU)
 
     def observe_time(self, elapsed_s: float) -> None:
         """Take in how long the job has run; the only rule that depends on a clock."""
@@ -55,28 +58,66 @@ class StopRules:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must keep, as plain JSON values."""
-        return {"plateau": self._plateau, "reason": self.reason}
+        return {} if self._plateau is None else {"plateau": self._plateau.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over the state of a checkpoint.
 
         The reason is found again rather than restored: a resumed job may have other stop rules.
         """
-        self._plateau = [float(value) for value in state["plateau"]]
+        if self._plateau is not None and "plateau" in state:
+            self._plateau.restore(state["plateau"])
+
+
+class _Plateau:
+    """Counts evaluations without change.
+
+    A metric whose name tells what is better must beat its best value by more than ``min_change``
+    within the last ``evaluations``; another must move by more than that, either way.
+    """
+
+    def __init__(self, rule: Plateau) -> None:
+        self.metric = rule.metric
+        self._patience = max(1, rule.evaluations)
+        self._min_change = rule.min_change
+        self._direction = direction(rule.metric)
+        self._best: float | None = None
+        self._recent: list[float] = []
+
+    def add(self, value: float) -> None:
+        """Take in the next value."""
+        self._push(value * self._direction if self._direction else value)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the last ``evaluations`` values brought no change."""
+        if self._best is None:
+            return False
+        if self._direction:
+            return max(self._recent) <= self._best + self._min_change
+        values = [self._best, *self._recent]
+        return max(values) - min(values) <= self._min_change
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"best": self._best, "recent": self._recent}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over another's state, keeping as many values as this rule looks at."""
+        best, values = state["best"], [float(value) for value in state["recent"]]
+        self._best, self._recent = None if best is None else float(best), []
+        for value in values:
+            self._push(value)
+
+    def _push(self, value: float) -> None:
+        self._recent.append(value)
+        if len(self._recent) > self._patience:
+            oldest = self._recent.pop(0)
+            if self._best is None or not self._direction or oldest > self._best:
+                self._best = oldest
 
 
 def _holds(threshold: Threshold, value: float) -> bool:
     if threshold.WhichOneof("bound") == "at_least":
         return value >= threshold.at_least
     return value <= threshold.at_most
-
-
-def _is_flat(plateau: Plateau, values: list[float]) -> bool:
-    """Whether the last evaluations did not improve the best value by more than ``min_change``."""
-    patience = max(1, plateau.evaluations)
-    if len(values) <= patience:
-        return False
-    sign = -1.0 if lower_is_better(plateau.metric) else 1.0
-    before = max(sign * value for value in values[:-patience])
-    recent = max(sign * value for value in values[-patience:])
-    return recent <= before + plateau.min_change

@@ -155,7 +155,7 @@ class Scaled(UserModel):
     """A user's model: one weight per feature, absolute loss."""
 
     def __init__(self, schema: DataSchema, gain: int = 1) -> None:
-        super().__init__({"w": (schema.features, 1)}, schema.dtype)
+        super().__init__(schema, {"w": (schema.features, 1)})
         self.gain = gain
 
     def initial(self, seed: int) -> Mapping[str, Any]:
@@ -175,7 +175,7 @@ def test_a_user_model_comes_from_a_file_and_gets_whole_numbers(tmp_path: Path) -
         "class Net(UserModel):\n"
         "    def __init__(self, schema, gain):\n"
         "        assert type(gain) is int\n"
-        "        super().__init__({'w': (schema.features,)}, schema.dtype)\n"
+        "        super().__init__(schema, {'w': (schema.features,)})\n"
         "    def initial(self, seed):\n"
         "        return {'w': np.ones(4)}\n"
         "    def loss_and_gradients(self, p, x, y):\n"

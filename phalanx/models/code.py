@@ -1,0 +1,120 @@
+"""User code: loading an entrypoint from a job's own folder.
+
+One process may run the jobs of several people, each with its own ``net.py``. The modules of a
+folder are therefore *active* only while that folder's code runs; switching takes the modules of the
+one out of ``sys.modules`` and ``sys.path`` and puts those of the other in.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+from phalanx.errors import InvalidArgument
+
+
+class UserCode:
+    """The modules of one folder."""
+
+    active: ClassVar[UserCode | None] = None
+    """The folder whose modules imports find now."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
+        self._modules: dict[str, ModuleType] = {}
+
+    def activate(self) -> None:
+        """Let imports find this folder's modules, and no other folder's."""
+        if UserCode.active is self:
+            return
+        deactivate_user_code()
+        sys.modules.update(self._modules)
+        sys.path.insert(0, str(self._folder))
+        importlib.invalidate_caches()
+        UserCode.active = self
+
+    def deactivate(self) -> None:
+        """Take this folder's modules away; they stay alive for when they are needed again."""
+        if UserCode.active is not self:
+            return
+        self._modules = {
+            name: module for name, module in sys.modules.items() if self._holds(module)
+        }
+        for name in self._modules:
+            del sys.modules[name]
+        if str(self._folder) in sys.path:
+            sys.path.remove(str(self._folder))
+        UserCode.active = None
+
+    def refuse_taken_names(self) -> None:
+        """Raise InvalidArgument where a file would hide, or be hidden by, another module."""
+        for entry in sorted(self._folder.iterdir()):
+            name = entry.stem if entry.suffix == ".py" else entry.name
+            loaded = sys.modules.get(name)
+            taken = loaded is not None and not self._holds(loaded)
+            if taken or (name in sys.stdlib_module_names and entry.suffix in {".py", ""}):
+                raise InvalidArgument(
+                    f"code.files: {entry.name!r} has the name of a module that is in use already; "
+                    "rename it",
+                    reason="MODULE_NAME_TAKEN",
+                )
+
+    def _holds(self, module: ModuleType) -> bool:
+        paths = [getattr(module, "__file__", None), *list(getattr(module, "__path__", []))]
+        return any(path is not None and Path(path).is_relative_to(self._folder) for path in paths)
+
+
+def deactivate_user_code() -> None:
+    """Leave no job's modules importable in this process."""
+    if UserCode.active is not None:
+        UserCode.active.deactivate()
+
+
+def load_entrypoint(entrypoint: str, code: UserCode | None) -> Callable[..., Any]:
+    """Return the function that ``module:function`` names.
+
+    Args:
+        entrypoint: as the spec has it.
+        code: the job's own folder; None: the module must be installed.
+
+    Raises:
+        InvalidArgument: it is not of that form, or is not there. What the module raises while it
+            is imported passes through, with its traceback.
+    """
+    module_name, _, function_name = entrypoint.partition(":")
+    if not module_name or not function_name:
+        raise InvalidArgument(
+            f"the entrypoint {entrypoint!r} is not of the form module:function, such as net:build"
+        )
+    if code is not None:
+        code.refuse_taken_names()
+        code.activate()
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if missing != module_name and not module_name.startswith(f"{missing}."):
+            raise InvalidArgument(
+                f"{module_name} imports {missing!r}, which is not there: add it to code.files or "
+                "install it on the workers",
+                reason="MODULE_NOT_FOUND",
+            ) from error
+        raise InvalidArgument(
+            f"there is no module {module_name!r}: add it to code.files or install it on the "
+            "workers",
+            reason="MODULE_NOT_FOUND",
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        known = [name for name in vars(module) if callable(getattr(module, name))]
+        listed = ", ".join(name for name in known if not name.startswith("_")) or "none"
+        raise InvalidArgument(
+            f"module {module_name!r} has no function {function_name!r}; it has: {listed}",
+            reason="ENTRYPOINT_NOT_FOUND",
+        )
+    result: Callable[..., Any] = function
+    return result
