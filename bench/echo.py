@@ -36,7 +36,7 @@ class _Handlers(grpc.GenericRpcHandler):
 
 
 def _serve_threads(pipe: multiprocessing.connection.Connection) -> None:
-    def echo(requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+    def echo(requests: Iterator[bytes], _: Any) -> Iterator[bytes]:
         yield from requests
 
     server = grpc.server(futures.ThreadPoolExecutor(8), options=OPTIONS)

@@ -1,0 +1,132 @@
+"""How much of the cores' arithmetic reaches the model: one worker, two workers, checkpoints."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bench.clusters import FASHION, cluster, fashion_job, median, step_seconds
+from bench.results import Measurement
+from phalanx.blas import ENVIRONMENT
+from phalanx.data.ingest import ingest
+from phalanx.data.options import IngestOptions
+
+STEPS = 120
+WARM_UP = 20
+ROUNDS = 5
+BATCH = 4096
+
+
+def run(command: str) -> list[Measurement]:
+    """`worker_efficiency_1`, `scaling_2_workers` and `checkpoint_overhead`, rounds interleaved."""
+    with tempfile.TemporaryDirectory() as folder:
+        loop = NumpyLoop(Path(folder))
+        one_loop, two_loops = [], []
+        rates: dict[tuple[int, int], list[float]] = {(1, 0): [], (2, 0): [], (1, 10): []}
+        for _ in range(ROUNDS):
+            one_loop.append(loop.examples_per_s(1))
+            for (workers, every), values in rates.items():
+                values.append(_examples_per_s(workers, every))
+            two_loops.append(loop.examples_per_s(2))
+    plain, alone, pair = median(one_loop), median(rates[1, 0]), median(rates[2, 0])
+    efficiency = alone / plain
+    ideal = median(two_loops) / plain
+    scaling = pair / alone / ideal
+    overhead = statistics.median(
+        without / with_ - 1 for without, with_ in zip(rates[1, 0], rates[1, 10], strict=True)
+    )
+    return [
+        Measurement(
+            "worker_efficiency_1",
+            alone,
+            "rows/s",
+            plain,
+            efficiency,
+            ">= 0.90",
+            efficiency >= 0.9,
+            command,
+        ),
+        Measurement(
+            "scaling_2_workers",
+            pair / alone,
+            "ratio",
+            ideal,
+            scaling,
+            ">= 0.9",
+            scaling >= 0.9,
+            command,
+        ),
+        Measurement(
+            "checkpoint_overhead",
+            overhead,
+            "ratio",
+            None,
+            overhead,
+            "<= 0.05",
+            overhead <= 0.05,
+            command,
+        ),
+    ]
+
+
+def _examples_per_s(workers: int, checkpoint_every: int) -> float:
+    with cluster(workers=workers) as running:
+        running.data.add("fashion", str(FASHION))
+        job = running.submit(fashion_job("efficiency", STEPS, checkpoint_every))
+        result = job.wait(timeout_s=300)
+        assert result.steps == STEPS
+        seconds = step_seconds(job, WARM_UP)
+        rows = _rows_per_step(job.message.spec.data.shards)
+        return rows / statistics.fmean(seconds)
+
+
+def _rows_per_step(shards: int) -> float:
+    """Mean rows of a step over an epoch of the 10,000 training rows."""
+    rows_per_leaf = BATCH // shards
+    largest = -(-10_000 // shards)
+    return 10_000 / -(-largest // rows_per_leaf)
+
+
+class NumpyLoop:
+    """The plain loop over the same leaves, in processes of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        blobs = folder / "blobs"
+        blobs.mkdir()
+        manifest = ingest([FASHION], IngestOptions(), _Folder(blobs))
+        (folder / "manifest.json").write_bytes(manifest.to_json())
+
+    def examples_per_s(self, processes: int) -> float:
+        """Sum over so many loops at once."""
+        command = [sys.executable, "-m", "bench.numpy_loop", str(self._folder / "blobs")]
+        command += [str(self._folder / "manifest.json"), str(STEPS)]
+        running = [
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT}
+            )
+            for _ in range(processes)
+        ]
+        total = 0.0
+        for process in running:
+            output, _ = process.communicate(timeout=300)
+            total += float(output)
+        return total
+
+
+class _Folder:
+    """A blob sink that is a folder of files named by digest."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, data: bytes) -> str:
+        import hashlib
+
+        digest = hashlib.sha256(data).hexdigest()
+        (self._folder / digest).write_bytes(data)
+        return digest
