@@ -9,7 +9,8 @@
         model = cluster.models.get(result.model)
     labels = model.predict(frame)
 
-Importing this package loads neither NumPy nor gRPC; each name below is loaded when it is first used.
+Importing this package loads neither NumPy nor gRPC; each name below is loaded when it is first
+used.
 """
 
 from importlib import import_module
@@ -42,7 +43,19 @@ _HOME_OF_NAME = {
     "load": "phalanx.sdk.job_files",
 }
 
-__all__ = [*sorted(_HOME_OF_NAME), "__version__"]
+__all__ = [
+    "Cluster",
+    "Job",
+    "JobCancelled",
+    "JobFailed",
+    "LocalCluster",
+    "PhalanxError",
+    "Result",
+    "Update",
+    "__version__",
+    "connect",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -76,8 +76,8 @@ def plot_curves(
 ) -> None:
     """Draw losses above and the other metrics below, by step, and write them to ``file``.
 
-    Incidents are vertical lines with numbers; what the numbers mean stands below the curves, so that texts
-    never lie on each other or on a curve. Raises FailedPrecondition without matplotlib.
+    Incidents are vertical lines with numbers; what the numbers mean stands below the curves, so
+    that texts never lie on each other or on a curve. Raises FailedPrecondition without matplotlib.
     """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg

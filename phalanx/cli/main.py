@@ -67,7 +67,7 @@ def global_options(
     json: Annotated[
         bool, typer.Option("--json", help="Write JSON for programs, errors too.")
     ] = False,
-    version: Annotated[
+    _version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
@@ -80,8 +80,8 @@ def global_options(
     for option, value in (("--token-file", token_file), ("--ca", ca)):
         if value is not None:
             raise Unimplemented(
-                f"{option} is not carried out by this version: connections are neither encrypted nor "
-                "authenticated yet; leave it out and keep the cluster on the loopback interface"
+                f"{option} is not carried out by this version: connections are neither encrypted "
+                "nor authenticated yet; leave it out and keep the cluster on the loopback interface"
             )
     context.obj = Settings(address=address, namespace=namespace, timeout_s=timeout, json=json)
 
@@ -97,7 +97,8 @@ services.register(app)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line; return the exit code. Nothing is raised but SystemExit by ``--help``."""
+    """Run one command line; return the exit code. Nothing is raised but SystemExit by
+    ``--help``."""
     arguments = _hoist_json(arguments)
     as_json = arguments[:1] == ["--json"]
     try:
@@ -153,8 +154,8 @@ def _bug(error: Exception) -> PhalanxError:
 
         traceback.print_exception(error)
     return Internal(
-        f"{type(error).__name__}: {error}; this is a defect of Phalanx, set PHALANX_TRACEBACK=1 and "
-        "run the command again to see where it is",
+        f"{type(error).__name__}: {error}; this is a defect of Phalanx, "
+        "set PHALANX_TRACEBACK=1 and run the command again to see where it is",
         reason="UNEXPECTED",
     )
 

@@ -16,7 +16,8 @@ LOSSES_KEPT = 2000
 
 @dataclass
 class WorkerRow:
-    """One worker as seen by the watcher: ``note`` says why it has no shards (lost, draining, left)."""
+    """One worker as seen by the watcher: ``note`` says why it has no shards (lost, draining,
+    left)."""
 
     worker_id: str
     shards: frozenset[int] = frozenset()

@@ -22,14 +22,14 @@ class LocalCluster(Cluster):
         with phalanx.LocalCluster(workers=4) as cluster:
             job = cluster.submit("job.yaml")
 
-    It is ready when the constructor returns and ends with the ``with`` block, with ``close`` or with this
-    process. ``workers=0`` starts no process: the same leaves and the same tree run inside this one, with the
-    same SHA-256, which is slower and good for debugging.
+    It is ready when the constructor returns and ends with the ``with`` block, with ``close`` or
+    with this process. ``workers=0`` starts no process: the same leaves and the same tree run inside
+    this one, with the same SHA-256, which is slower and good for debugging.
 
-    ``state`` is a folder that outlives the cluster; without it everything is gone at the end, models
-    included. ``port`` is control's, by default a free one. ``slots`` are leaf processes per worker.
-    ``environment`` is added to that of all processes. Raises FailedPrecondition when a port or the folder is
-    taken, and DeadlineExceeded when it is not ready after ``timeout_s``.
+    ``state`` is a folder that outlives the cluster; without it everything is gone at the end,
+    models included. ``port`` is control's, by default a free one. ``slots`` are leaf processes per
+    worker. ``environment`` is added to that of all processes. Raises FailedPrecondition when a port
+    or the folder is taken, and DeadlineExceeded when it is not ready after ``timeout_s``.
     """
 
     def __init__(

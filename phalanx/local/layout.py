@@ -15,8 +15,8 @@ CONTROL, AGGREGATOR, WORKER, STORAGE = "control", "aggregator", "worker", "stora
 class Layout:
     """The plan of one local cluster.
 
-    Addresses are chosen before anything starts, so that all processes can start at once and come back under
-    the same address after a death.
+    Addresses are chosen before anything starts, so that all processes can start at once and come
+    back under the same address after a death.
     """
 
     options: LocalOptions

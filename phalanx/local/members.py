@@ -51,8 +51,8 @@ class MemberProcess:
     def start(self) -> None:
         """Start the process.
 
-        It gets a session of its own, so that a Ctrl-C in the terminal reaches the supervisor only, and dies
-        when this process dies.
+        It gets a session of its own, so that a Ctrl-C in the terminal reaches the supervisor only,
+        and dies when this process dies.
         """
         _bound_log(self.plan.log)
         self.plan.announce.unlink(missing_ok=True)
@@ -107,7 +107,8 @@ class MemberProcess:
             self.process.send_signal(number)
 
     def wait(self, deadline_s: float) -> bool:
-        """Wait for the end of the process until a time of the monotonic clock; return whether it ended."""
+        """Wait for the end of the process until a time of the monotonic clock; return whether it
+        ended."""
         if self.process is not None:
             try:
                 self.process.wait(timeout=max(deadline_s - time.monotonic(), 0.0))

@@ -15,8 +15,9 @@ MEMBERS_MAX = 256
 class LocalOptions:
     """How many processes of which kind, and where they keep their state.
 
-    ``port`` is control's; 0 takes a free one, as all other processes do. ``slots`` are leaf processes per
-    worker; None shares the cores out. ``environment`` is added to that of every process.
+    ``port`` is control's; 0 takes a free one, as all other processes do. ``slots`` are leaf
+    processes per worker; None shares the cores out. ``environment`` is added to that of every
+    process.
     """
 
     state_dir: Path

@@ -10,7 +10,8 @@ from phalanx.local.options import HOST
 def free_ports(count: int) -> list[int]:
     """Return ports that nobody listens on, all different.
 
-    Another program may take one before it is used; whoever starts a server there must be ready for that.
+    Another program may take one before it is used; whoever starts a server there must be ready for
+    that.
     """
     with ExitStack() as stack:
         ports = []
@@ -31,12 +32,13 @@ def check_free(port: int) -> None:
             probe.listen(1)
         except PermissionError:
             raise FailedPrecondition(
-                f"port {port} needs more rights than this user has; give --port 0 or one above 1023",
+                f"port {port} needs more rights than this user has; "
+                "give --port 0 or one above 1023",
                 reason="PORT_DENIED",
             ) from None
         except OSError:
             raise FailedPrecondition(
-                f"port {port} is in use; give --port 0 or another, or stop the cluster that uses it "
-                "with `phalanx down`",
+                f"port {port} is in use; give --port 0 or another, "
+                "or stop the cluster that uses it with `phalanx down`",
                 reason="PORT_IN_USE",
             ) from None

@@ -12,8 +12,8 @@ STEADY_S = 10.0
 class RestartPolicy:
     """State of one member's restarts; ``after_death`` returns the next one and when to start again.
 
-    The first restart is immediate, because most deaths are single events and everyone waits for this
-    process. A process that dies again soon is started after 0.2, 0.4, … up to 5 seconds.
+    The first restart is immediate, because most deaths are single events and everyone waits for
+    this process. A process that dies again soon is started after 0.2, 0.4, … up to 5 seconds.
     """
 
     deaths: int = 0

@@ -1,8 +1,8 @@
 """The state folder of a local cluster: who runs it, and where its processes are.
 
-The supervisor holds a lock on the folder as long as it lives, so that two never share one; the operating
-system releases it even when the supervisor is killed. ``cluster.json`` is for other programs to read and is
-replaced whole at each change.
+The supervisor holds a lock on the folder as long as it lives, so that two never share one; the
+operating system releases it even when the supervisor is killed. ``cluster.json`` is for other
+programs to read and is replaced whole at each change.
 """
 
 import fcntl
@@ -101,7 +101,8 @@ def lock(state_dir: Path) -> IO[bytes]:
     """
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock_file = open(state_dir / _LOCK_FILE, "ab")  # noqa: SIM115 - held for the cluster's life
-    # Whoever reads the state holds the lock for an instant; that must not look like a second supervisor.
+    # Whoever reads the state holds the lock for an instant; that must not look like a second
+    # supervisor.
     for _ in range(_LOCK_ATTEMPTS):
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,8 @@
 """Starts the processes of a local cluster, starts again what dies, and ends them all.
 
-One thread owns every process: it starts them (the operating system kills a child when the *thread* that
-started it ends), waits for deaths without polling, and ends them. Other threads only send it commands.
+One thread owns every process: it starts them (the operating system kills a child when the *thread*
+that started it ends), waits for deaths without polling, and ends them. Other threads only send it
+commands.
 """
 
 import os
@@ -64,7 +65,8 @@ class Supervisor:
         *,
         on_remark: Callable[[str], None] | None = None,
     ) -> "Supervisor":
-        """Start a cluster; as ``start``, but again with other ports when another program was quicker.
+        """Start a cluster; as ``start``, but again with other ports when another program was
+        quicker.
 
         ``on_remark`` is told of deaths and restarts, in the supervisor's thread.
         """
@@ -89,8 +91,8 @@ class Supervisor:
     def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Start all processes and return once each has said that it is ready.
 
-        Raises FailedPrecondition when the state folder is taken or a process cannot run, with the end of its
-        log; DeadlineExceeded after ``timeout_s``. Nothing is left behind then.
+        Raises FailedPrecondition when the state folder is taken or a process cannot run, with the
+        end of its log; DeadlineExceeded after ``timeout_s``. Nothing is left behind then.
         """
         self._lock_file = lock(self.options.state_dir)
         # The file of a supervisor that was killed; the lock says that nobody runs here any more.
@@ -112,7 +114,8 @@ class Supervisor:
             raise
 
     def stop(self, *, hurry: bool = False) -> None:
-        """End all processes: workers finish their leaves first unless in a ``hurry``. Harmless when repeated."""
+        """End all processes: workers finish their leaves first unless in a ``hurry``. Harmless when
+        repeated."""
         if hurry:
             self._hurry.set()
         if self._thread.ident is None:
@@ -187,7 +190,8 @@ class Supervisor:
         self._start_due()
 
     def _wait_for_something(self) -> None:
-        """Sleep until a process ends, a command comes, a restart is due, or it is time to look for files."""
+        """Sleep until a process ends, a command comes, a restart is due, or it is time to look for
+        files."""
         poller = select.poll()
         poller.register(self._wake_read, select.POLLIN)
         handles = []

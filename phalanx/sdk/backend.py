@@ -1,4 +1,5 @@
-"""What stands behind a ``Cluster``: a remote cluster's services, or the same calls answered in this process."""
+"""What stands behind a ``Cluster``: a remote cluster's services, or the same calls answered in this
+process."""
 
 from __future__ import annotations
 
@@ -139,7 +140,8 @@ class RemoteBackend:
 
 
 def reachable_address(advertised: str, dialled: str) -> str:
-    """Return where clients reach storage: an advertised address without a host means the host they dialled.
+    """Return where clients reach storage: an advertised address without a host means the host they
+    dialled.
 
     >>> reachable_address("0.0.0.0:7420", "train.example:7410")
     'train.example:7420'

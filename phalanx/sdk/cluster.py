@@ -36,9 +36,10 @@ def connect(
 ) -> Cluster:
     """Return a cluster that runs already.
 
-    ``address`` is HOST:PORT or several of them with commas, tried in turn; by default PHALANX_ADDRESS, else
-    the cluster that ``phalanx up`` runs on this machine, else 127.0.0.1:7410. Nothing is dialled before the
-    first call. ``timeout_s`` bounds each call. Raises InvalidArgument for a malformed address.
+    ``address`` is HOST:PORT or several of them with commas, tried in turn; by default
+    PHALANX_ADDRESS, else the cluster that ``phalanx up`` runs on this machine, else 127.0.0.1:7410.
+    Nothing is dialled before the first call. ``timeout_s`` bounds each call. Raises InvalidArgument
+    for a malformed address.
     """
     backend = RemoteBackend(resolve_addresses(address), timeout_s=timeout_s)
     return Cluster(backend, namespace=namespace)
@@ -47,8 +48,8 @@ def connect(
 class Cluster:
     """Use it in a ``with`` block, or call ``close``.
 
-    Every method raises PhalanxError: Unavailable when no address answers, NotFound, InvalidArgument with all
-    wrong fields, and so on.
+    Every method raises PhalanxError: Unavailable when no address answers, NotFound, InvalidArgument
+    with all wrong fields, and so on.
     """
 
     def __init__(self, backend: Backend, *, namespace: str = DEFAULT_NAMESPACE) -> None:
@@ -90,8 +91,8 @@ class Cluster:
     ) -> Job:
         """Submit a job: a spec (``phalanx.load``), a dict of its JSON, or the path of a job file.
 
-        With the same ``request_id`` the same job is submitted once, however often this is called; with
-        another spec it raises AlreadyExists. ``job.plan`` says what the job is going to do.
+        With the same ``request_id`` the same job is submitted once, however often this is called;
+        with another spec it raises AlreadyExists. ``job.plan`` says what the job is going to do.
         """
         answer = self._submit(job, request_id or new_request_id(), namespace, dry_run=False)
         return Job(self.backend, answer.job, answer.plan)
@@ -130,7 +131,8 @@ class Cluster:
         return Job(self.backend, self.backend.call(methods.GET_JOB, request).job)
 
     def jobs(self, *states: str) -> list[Job]:
-        """Return all jobs, newest first; with ``states`` (``"RUNNING"``) only those in one of them."""
+        """Return all jobs, newest first; with ``states`` (``"RUNNING"``) only those in one of
+        them."""
         numbers = [_state_number(state) for state in states]
         found: list[Job] = []
         token = ""

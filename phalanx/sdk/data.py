@@ -40,11 +40,12 @@ class DataSets:
             cluster.data.add("adult", frame, target="income", test=0.2)
             cluster.data.add("fashion", X, y, test=(X_test, y_test))
 
-        ``source`` is one or more paths, or a table with its target column, or features and targets (a SciPy
-        sparse matrix stays sparse). ``test`` and ``validation`` are a fraction, files, or a pair of
-        features and targets; ``feature_names`` names the columns of an array. ``options`` are those of ``phalanx.data.options.IngestOptions``. Chunks are stored as
-        they are read, so memory stays small whatever the size; ``on_stored`` is told the bytes of each. Raises InvalidArgument with line and column
-        of what is wrong in a file.
+        ``source`` is one or more paths, or a table with its target column, or features and targets
+        (a SciPy sparse matrix stays sparse). ``test`` and ``validation`` are a fraction, files, or
+        a pair of features and targets; ``feature_names`` names the columns of an array. ``options``
+        are those of ``phalanx.data.options.IngestOptions``. Chunks are stored as they are read, so
+        memory stays small whatever the size; ``on_stored`` is told the bytes of each. Raises
+        InvalidArgument with line and column of what is wrong in a file.
         """
         manifest = self._ingest(source, options, _Sink(self._backend, on_stored))
         return self.register(name, manifest)
@@ -122,7 +123,8 @@ class DataSets:
 
 
 def _is_pair(value: Any) -> bool:
-    """Return whether a split is given as features and targets rather than as a fraction or files."""
+    """Return whether a split is given as features and targets rather than as a fraction or
+    files."""
     if not isinstance(value, tuple) or len(value) != 2:
         return False
     return not any(isinstance(part, str | PathLike) for part in value)

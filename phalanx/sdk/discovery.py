@@ -13,7 +13,8 @@ STATE_FILE = "cluster.json"
 
 
 def default_state_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder of ``phalanx up`` without ``--state``: PHALANX_STATE, else one in the home folder."""
+    """Return the folder of ``phalanx up`` without ``--state``: PHALANX_STATE, else one in the home
+    folder."""
     if named := environ.get("PHALANX_STATE"):
         return Path(named)
     home = environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
@@ -21,7 +22,8 @@ def default_state_dir(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder for downloaded models and data: PHALANX_CACHE, else one in the home folder."""
+    """Return the folder for downloaded models and data: PHALANX_CACHE, else one in the home
+    folder."""
     if named := environ.get("PHALANX_CACHE"):
         return Path(named)
     home = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -31,8 +33,8 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
 def resolve_addresses(
     given: str | None = None, environ: Mapping[str, str] = os.environ
 ) -> tuple[str, ...]:
-    """Return the addresses to dial: ``given``, else PHALANX_ADDRESS, else the cluster that ``phalanx up``
-    runs on this machine, else the default port. Raises InvalidArgument."""
+    """Return the addresses to dial: ``given``, else PHALANX_ADDRESS, else the cluster that
+    ``phalanx up`` runs on this machine, else the default port. Raises InvalidArgument."""
     text = given if given is not None else environ.get("PHALANX_ADDRESS", "")
     if text.strip():
         return parse_addresses(text)

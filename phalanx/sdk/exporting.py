@@ -13,8 +13,9 @@ _FIRST_TIME = (1980, 1, 1, 0, 0, 0)
 def export_model(folder: Path, file: Path) -> None:
     """Write a downloaded model to ``file``; its ending chooses the format.
 
-    ``.zip`` holds all files of the model, ``.safetensors`` and ``.npz`` the parameters only, by tensor name.
-    Raises AlreadyExists when there is such a file and InvalidArgument for another ending.
+    ``.zip`` holds all files of the model, ``.safetensors`` and ``.npz`` the parameters only, by
+    tensor name. Raises AlreadyExists when there is such a file and InvalidArgument for another
+    ending.
     """
     writers = {".zip": _write_zip, ".safetensors": _write_safetensors, ".npz": _write_npz}
     write = writers.get(file.suffix)

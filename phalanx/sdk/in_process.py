@@ -1,7 +1,7 @@
 """A cluster without processes: the public services answered inside the calling process.
 
-For debugging, for small data and as the reference that real clusters are compared with. It keeps blobs in
-a folder and everything else in memory.
+For debugging, for small data and as the reference that real clusters are compared with. It keeps
+blobs in a folder and everything else in memory.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class InProcessBackend:
         namespace = request.namespace or "default"
         found = [
             job
-            for job in self._jobs.list()
+            for job in self._jobs.all()
             if job.spec.namespace == namespace
             and (not request.states or job.state in request.states)
         ]
@@ -247,7 +247,7 @@ class InProcessBackend:
         answer = cluster_service_pb2.GetClusterResponse(
             version=phalanx.__version__, leader="in-process", storage_available=True
         )
-        for job in self._jobs.list():
+        for job in self._jobs.all():
             answer.jobs[job_pb2.Job.State.Name(job.state).removeprefix("STATE_")] += 1
         return answer
 
@@ -281,7 +281,7 @@ class InProcessBackend:
 
     def _delete_dataset(self, request: dataset_service_pb2.DeleteDatasetRequest) -> Message:
         stem = request.name.partition("@")[0]
-        for job in self._jobs.list():
+        for job in self._jobs.all():
             in_use = (
                 job.spec.data.name == request.name
                 if "@" in request.name

@@ -30,8 +30,8 @@ Register = Callable[[job_pb2.Job, JobPlan, "TrainedModel"], str]
 class InProcessJobs:
     """The jobs of one process; they run in one thread, in the order of their submission.
 
-    ``train`` computes a job and ``register`` stores its model. All public methods may be called from any
-    thread.
+    ``train`` computes a job and ``register`` stores its model. All public methods may be called
+    from any thread.
     """
 
     def __init__(self, train: Train, register: Register) -> None:
@@ -75,7 +75,7 @@ class InProcessJobs:
         with self._changed:
             return self._copy(job_id)
 
-    def list(self) -> list[job_pb2.Job]:
+    def all(self) -> list[job_pb2.Job]:
         """Return copies of all jobs, newest first."""
         with self._changed:
             return [self._copy(job_id) for job_id in reversed(self._jobs)]
@@ -198,13 +198,13 @@ class InProcessJobs:
                 self._succeed(run, model, trained)
 
     def _progress(self, run: _Run, progress: Progress) -> None:
-        """Note a step; wait here while the job is paused, leave the training when it is cancelled."""
+        """Note a step; wait here while the job is paused, raise Cancelled when it shall end."""
         with self._changed:
             run.take(progress)
             self._changed.notify_all()
-            if run.paused and not run.cancel_reason:
+            if run.held():
                 self._set_state(run, State.STATE_PAUSED, "JOB_PAUSED")
-                while run.paused and not run.cancel_reason:
+                while run.held():
                     self._changed.wait()
                 if not run.cancel_reason:
                     self._set_state(run, State.STATE_RUNNING, "JOB_RESUMED")
@@ -285,6 +285,10 @@ class _Run:
         self.revision = 0
         self.paused = False
         self.cancel_reason = ""
+
+    def held(self) -> bool:
+        """Return whether the training shall wait."""
+        return self.paused and not self.cancel_reason
 
     def take(self, progress: Progress) -> None:
         """Note a step or an evaluation."""

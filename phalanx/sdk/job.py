@@ -32,7 +32,8 @@ METRIC_PAGE = 10_000
 
 
 class JobFailed(PhalanxError):
-    """The job ended without a model; ``failures`` name shard, rows and traceback, ``job_id`` the job."""
+    """The job ended without a model; ``failures`` name shard, rows and traceback, ``job_id`` the
+    job."""
 
     code = Code.FAILED_PRECONDITION
 
@@ -109,9 +110,9 @@ class Job:
     def watch(self) -> Iterator[Update]:
         """Yield an update for each report of progress (at most five a second) and change of state.
 
-        Reports before the first step is committed are left out; the last update has the final state. A
-        cluster that goes away for a while is attached to again; no event is lost or repeated. Leaving the
-        loop leaves the job running.
+        Reports before the first step is committed are left out; the last update has the final
+        state. A cluster that goes away for a while is attached to again; no event is lost or
+        repeated. Leaving the loop leaves the job running.
         """
         events: list[job_pb2.Event] = []
         progress, shown_state = self.message.progress, self.state
@@ -159,15 +160,16 @@ class Job:
     def wait(self, timeout_s: float | None = None) -> Result:
         """Block until the job has ended; return its result.
 
-        Raises JobFailed or JobCancelled when it ended without one, and DeadlineExceeded after ``timeout_s``;
-        the job goes on then.
+        Raises JobFailed or JobCancelled when it ended without one, and DeadlineExceeded after
+        ``timeout_s``; the job goes on then.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         wait_s = 0.05
         while not self.done:
             if deadline is not None and time.monotonic() >= deadline:
                 raise DeadlineExceeded(
-                    f"job {self.id} is still {self.state} after {timeout_s:g} s; it goes on, wait again"
+                    f"job {self.id} is still {self.state} after {timeout_s:g} s; "
+                    "it goes on, wait again"
                 )
             time.sleep(
                 wait_s if deadline is None else min(wait_s, max(deadline - time.monotonic(), 0))
@@ -193,7 +195,8 @@ class Job:
         return self
 
     def pause(self) -> "Job":
-        """Write a checkpoint at the next step boundary and give the workers free; returns itself."""
+        """Write a checkpoint at the next step boundary and give the workers free; returns
+        itself."""
         request = job_service_pb2.PauseJobRequest(job_id=self.id, request_id=new_request_id())
         self.message = self._backend.call(methods.PAUSE_JOB, request).job
         return self

@@ -51,8 +51,9 @@ class Models:
     def get(self, name: str, *, allow_code: bool = False) -> LoadedModel:
         """Download a model (once; it is kept in the cache folder) and load it.
 
-        ``model.predict(frame)`` takes raw columns and gives original labels. A model that
-        brings code of its own runs it in this process, and is loaded only with ``allow_code``. Raises NotFound.
+        ``model.predict(frame)`` takes raw columns and gives original labels. A model that brings
+        code of its own runs it in this process, and is loaded only with ``allow_code``. Raises
+        NotFound.
         """
         from phalanx.data.model_files import load_model_directory
 

@@ -33,9 +33,9 @@ Write = Callable[["Predictions"], None]
 def predict_file(model: LoadedModel, input: Path, output: Path | BinaryIO) -> Predicted:
     """Predict all rows of a file; write one row for each, in order.
 
-    The columns are ``prediction`` and, for classes, ``probability of CLASS`` for each. A path ending in
-    .parquet gets Parquet, all else is CSV. A file appears only when it is complete. Raises
-    InvalidArgument for a wrong row, with its place.
+    The columns are ``prediction`` and, for classes, ``probability of CLASS`` for each. A path
+    ending in .parquet gets Parquet, all else is CSV. A file appears only when it is complete.
+    Raises InvalidArgument for a wrong row, with its place.
     """
     if not isinstance(output, Path):
         return _predict(model, input, _csv_writer(model, output))
@@ -44,6 +44,7 @@ def predict_file(model: LoadedModel, input: Path, output: Path | BinaryIO) -> Pr
     partial = output.with_name(f".{output.name}.partial")
     try:
         with ExitStack() as stack:
+            write: Write
             if output.suffix == ".parquet":
                 write = stack.enter_context(_ParquetWriter(model, partial))
             else:
@@ -120,10 +121,10 @@ class _ParquetWriter(AbstractContextManager["_ParquetWriter"]):
         self._writer.close()
 
     def _flush(self) -> None:
-        import pyarrow
+        import pyarrow as pa
         from pyarrow import parquet
 
-        table = pyarrow.table(dict(zip(self._headings, self._waiting, strict=True)))
+        table = pa.table(dict(zip(self._headings, self._waiting, strict=True)))
         if self._writer is None:
             self._writer = parquet.ParquetWriter(self._path, table.schema)
         self._writer.write_table(table)

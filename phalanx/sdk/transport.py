@@ -1,8 +1,8 @@
 """Blocking calls with fail-over over a list of addresses.
 
-A call goes to the address that answered last. When it cannot be reached the next one is tried, round and
-round within a small number of attempts and one deadline. That is safe because every mutating request carries
-a request id, which is the same in all attempts.
+A call goes to the address that answered last. When it cannot be reached the next one is tried,
+round and round within a small number of attempts and one deadline. That is safe because every
+mutating request carries a request id, which is the same in all attempts.
 """
 
 import random
@@ -89,10 +89,11 @@ class Transport:
         *,
         timeout_s: float = STREAM_TIMEOUT_S,
     ) -> Iterator[ResponseT]:
-        """Make one call that answers with a stream; closing the iterator cancels it. Raises PhalanxError.
+        """Make one call that answers with a stream; closing the iterator cancels it. Raises
+        PhalanxError.
 
-        It is not retried: only the caller knows where to go on. After ``Unavailable`` the next stream goes to
-        the next address.
+        It is not retried: only the caller knows where to go on. After ``Unavailable`` the next
+        stream goes to the next address.
         """
         address = self.address
         opener: Any = self._channel(address).unary_stream(

@@ -21,7 +21,8 @@ class Metrics(dict[str, float]):
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened in the cluster; ``type`` is one of the names in the manual (``WORKER_LOST``)."""
+    """Something that happened in the cluster; ``type`` is one of the names in the manual
+    (``WORKER_LOST``)."""
 
     sequence: int
     time: datetime
@@ -65,7 +66,8 @@ class Update:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job failed: the shard, its rows and the traceback of the user's code where there is one."""
+    """Why a job failed: the shard, its rows and the traceback of the user's code where there is
+    one."""
 
     code: str
     message: str

@@ -30,10 +30,10 @@ class Verdict:
     def explanation(self) -> str:
         """Why the hashes may differ."""
         if not self.bit_identical:
-            return "the job ran on workers with different numeric fingerprints; that was told in its model"
+            return "the job ran on workers with different numeric fingerprints, as its model says"
         return (
             "either this machine's processor or library versions have another numeric fingerprint "
-            "(`phalanx workers --json` shows those of the workers), or the job's code is not a pure "
+            "(`phalanx workers --json` shows the workers'), or the job's code is not a pure "
             "function of its arguments, or something is broken"
         )
 

@@ -39,7 +39,8 @@ class Wheels:
     def add(self, path: str | PathLike[str]) -> Wheel:
         """Store a wheel; the same file again changes nothing.
 
-        Raises NotFound when there is no such file and InvalidArgument when it is no wheel in pure Python.
+        Raises NotFound when there is no such file and InvalidArgument when it is no wheel in pure
+        Python.
         """
         file = Path(path)
         data = _read_wheel(file)

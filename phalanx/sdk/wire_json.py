@@ -1,8 +1,9 @@
 """Messages as the JSON of ``--json``: protobuf's JSON with two differences.
 
-Names are snake_case and 64-bit integers are numbers. As in protobuf's JSON enums are their names, times are
-RFC 3339, durations ``1.5s``, and numbers that JSON cannot write are ``"NaN"`` and ``"Infinity"``. Plain
-fields are always there; messages, members of a oneof and optional fields only when set.
+Names are snake_case and 64-bit integers are numbers. As in protobuf's JSON enums are their names,
+times are RFC 3339, durations ``1.5s``, and numbers that JSON cannot write are ``"NaN"`` and
+``"Infinity"``. Plain fields are always there; messages, members of a oneof and optional fields only
+when set.
 """
 
 import base64

@@ -50,8 +50,9 @@ MessageT = TypeVar("MessageT", bound=Message)
 class ScriptedCluster:
     """Everything that is public on this class may be set by a test before or between calls.
 
-    ``watch_script`` is what WatchJob sends; an error in it ends the stream there, and the next call goes on
-    after it. ``events``, ``logs`` and ``points`` are what the streams and lists of that kind give.
+    ``watch_script`` is what WatchJob sends; an error in it ends the stream there, and the next call
+    goes on after it. ``events``, ``logs`` and ``points`` are what the streams and lists of that
+    kind give.
     """
 
     def __init__(self, listen: str = "127.0.0.1:0") -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from phalanx.errors import DeadlineExceeded, FailedPrecondition
+from phalanx.errors import DeadlineExceeded, FailedPrecondition, PhalanxError
 from phalanx.local.layout import Layout
 from phalanx.local.members import MemberPlan
 from phalanx.local.options import LocalOptions
@@ -194,7 +194,7 @@ def test_a_stop_during_the_start_leaves_nothing(idle):
     def start():
         try:
             supervisor.start()
-        except Exception as error:
+        except PhalanxError as error:
             failures.append(error)
 
     thread = threading.Thread(target=start)

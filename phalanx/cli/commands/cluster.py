@@ -145,7 +145,8 @@ def status(context: typer.Context, state: STATE = None) -> None:
 def doctor(context: typer.Context, state: STATE = None) -> None:
     """Check that this machine can run Phalanx.
 
-    Looks at Python, libraries, ports, disk, memory and whether a cluster answers. Exit code 6 when something keeps Phalanx from working.
+    Looks at Python, libraries, ports, disk, memory and whether a cluster answers. Exit code 6 when
+    something keeps Phalanx from working.
     """
     from phalanx.cli.doctor import PROBLEM, examine
     from phalanx.cli.output import print_json

@@ -99,7 +99,8 @@ def add(
 
     phalanx data add adult adult.csv --target income --missing category --test 0.2
 
-    phalanx data add fashion train-images.gz train-labels.gz --test test-images.gz --test test-labels.gz
+    phalanx data add fashion train-images.gz train-labels.gz --test test-images.gz --test
+    test-labels.gz
     """
     options: dict[str, Any] = {
         "target": _column(target),

@@ -110,8 +110,9 @@ def train(
 ) -> None:
     """Submit a job and follow it; starts a cluster if none runs.
 
-    Uses the cluster that --address or PHALANX_ADDRESS name, or the one that `phalanx up` started. Without one
-    it starts one on this machine and stops it at the end; data and models stay in the state folder.
+    Uses the cluster that --address or PHALANX_ADDRESS name, or the one that `phalanx up` started.
+    Without one it starts one on this machine and stops it at the end; data and models stay in the
+    state folder.
 
     [bold]Example[/bold]
 
@@ -182,8 +183,8 @@ def show(context: typer.Context, job_id: JOB) -> None:
 def watch(context: typer.Context, job_id: JOB, plot: PLOT = None) -> None:
     """Follow a job live; Ctrl-C leaves it running.
 
-    Shows progress, loss, accuracy and speed, which worker has which shards, and what happens: shards that have
-    just moved to another worker are yellow.
+    Shows progress, loss, accuracy and speed, which worker has which shards, and what happens:
+    shards that have just moved to another worker are yellow.
     """
     from phalanx.cli.watch import follow
 
@@ -232,7 +233,8 @@ def delete(context: typer.Context, job_id: JOB) -> None:
 def verify(context: typer.Context, job_id: JOB) -> None:
     """Compute a finished job again here and compare the SHA-256.
 
-    The same leaves are summed by the same tree without any cluster. Exit code 1 when the hashes differ.
+    The same leaves are summed by the same tree without any cluster. Exit code 1 when the hashes
+    differ.
     """
     from phalanx.cli.output import print_fields, print_json, say
     from phalanx.sdk.verification import verify_job

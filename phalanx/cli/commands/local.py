@@ -67,8 +67,8 @@ def start_in_background(
     """Start `phalanx up ARGUMENTS` as a process of its own and wait until it is ready."""
     if is_locked(options.state_dir):
         raise FailedPrecondition(
-            f"a cluster already runs with its state in {options.state_dir}; `phalanx status` shows it, "
-            "`phalanx down` stops it",
+            f"a cluster already runs with its state in {options.state_dir}; "
+            "`phalanx status` shows it, `phalanx down` stops it",
             reason="STATE_IN_USE",
         )
     started_at_s = time.monotonic()
@@ -156,7 +156,8 @@ def state_to_json(state: ClusterState, state_dir: Path) -> dict[str, object]:
 
 
 def stop_cluster(state_dir: Path) -> ClusterState:
-    """End the cluster that runs on a state folder; return what it was. Raises NotFound if none does."""
+    """End the cluster that runs on a state folder; return what it was. Raises NotFound if none
+    does."""
     if not is_locked(state_dir):
         raise NotFound(
             f"no cluster runs with its state in {state_dir}; start one with `phalanx up`"

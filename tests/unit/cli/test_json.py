@@ -4,9 +4,15 @@ import re
 import pytest
 
 from phalanx.sdk.wire_json import message_to_json
-from phalanx.v1 import cluster_service_pb2, dataset_service_pb2, job_pb2, job_service_pb2
+from phalanx.v1 import (
+    cluster_service_pb2,
+    dataset_service_pb2,
+    job_pb2,
+    job_service_pb2,
+    model_service_pb2,
+    storage_service_pb2,
+)
 from phalanx.v1 import job_spec_pb2 as specs
-from phalanx.v1 import model_service_pb2, storage_service_pb2
 
 BIG = 2**53 - 1
 SNAKE = re.compile(r"[a-z0-9_]+")

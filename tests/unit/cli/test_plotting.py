@@ -1,4 +1,4 @@
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -7,7 +7,7 @@ from phalanx.errors import FailedPrecondition
 from phalanx.plotting import DEATH, RECOVERY, Incident, incidents_of, plot_curves
 from phalanx.sdk.values import Event, MetricPoint
 
-START = datetime(2030, 1, 1, tzinfo=timezone.utc)
+START = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 def point(step, name="train/loss", value=1.0):

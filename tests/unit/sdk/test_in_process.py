@@ -46,7 +46,7 @@ def test_trains_and_predicts_original_labels(cluster, data):
     job = cluster.submit(SPEC)
     updates = list(job.watch())
     result = job.wait(timeout_s=60)
-    assert [update.step for update in updates if update.state == "RUNNING"][0] == 1
+    assert updates[0].step == 1
     assert updates[-1].state == "SUCCEEDED"
     assert result.steps == 8
     assert result.metrics["test/accuracy"] > 0.9

@@ -39,7 +39,9 @@ def test_import_is_light():
         "heavy = {'numpy', 'grpc', 'google.protobuf', 'typer', 'rich'} & set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -48,7 +50,7 @@ def test_every_public_name_exists():
         assert getattr(phalanx, name) is not None
     assert set(phalanx.__all__) <= set(dir(phalanx))
     with pytest.raises(AttributeError):
-        phalanx.nonsense
+        _ = phalanx.nonsense
 
 
 def test_a_call_moves_on_to_the_next_address(script):
@@ -126,9 +128,7 @@ def test_watch_survives_a_restart_of_the_server(script):
         job = cluster.get("digits-1")
         script.stop()
         with ScriptedCluster(listen=script.address) as again:
-            again.jobs["digits-1"] = job_pb2.Job(
-                id="digits-1", state=job_pb2.Job.STATE_SUCCEEDED
-            )
+            again.jobs["digits-1"] = job_pb2.Job(id="digits-1", state=job_pb2.Job.STATE_SUCCEEDED)
             assert [update.state for update in job.watch()] == ["SUCCEEDED"]
 
 
@@ -139,7 +139,11 @@ def test_wait_gives_the_result(script, cluster):
         result=job_pb2.Result(model="digits@3", parameters_sha256="ff", metrics={"x": 1.0}),
     )
     result = cluster.get("digits-1").wait()
-    assert (result.model, result.parameters_sha256, result.metrics) == ("digits@3", "ff", {"x": 1.0})
+    assert (result.model, result.parameters_sha256, result.metrics) == (
+        "digits@3",
+        "ff",
+        {"x": 1.0},
+    )
 
 
 def test_wait_raises_with_the_failures(script, cluster):
