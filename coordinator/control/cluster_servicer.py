@@ -1,0 +1,101 @@
+"""ClusterService: what operators ask about members and events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from coordinator.control.config import client_storage_address
+from coordinator.control.core import events as ev
+from coordinator.control.core.views import cluster_view, worker_view
+from coordinator.control.job_servicer import remember
+from coordinator.control.paging import Page
+from phalanx.errors import InvalidArgument, Violation
+from phalanx.rpc.types import ServicerContext
+from phalanx.v1 import cluster_service_pb2 as pb
+from phalanx.v1 import cluster_service_pb2_grpc as pb_grpc
+
+if TYPE_CHECKING:
+    from coordinator.control.process import ControlProcess
+
+FOLLOW_POLL_S = 5.0
+
+
+class ClusterServicer(pb_grpc.ClusterServiceServicer):
+    """Shows the cluster as the leader sees it."""
+
+    def __init__(self, process: ControlProcess) -> None:
+        self._process = process
+
+    async def GetCluster(
+        self, request: pb.GetClusterRequest, context: ServicerContext
+    ) -> pb.GetClusterResponse:
+        """Return the cluster at a glance."""
+        leader = self._process.leading()
+        view = cluster_view(leader.core)
+        view.version = _version()
+        view.leader = self._process.config.id
+        view.storage_address = client_storage_address(self._process.config)
+        view.storage_available = self._process.store.available
+        return view
+
+    async def ListWorkers(
+        self, request: pb.ListWorkersRequest, context: ServicerContext
+    ) -> pb.ListWorkersResponse:
+        """List the workers, newest first."""
+        core = self._process.leading().core
+        page = Page(request.page_size, request.page_token)
+        taken, following = page.take(
+            core.workers.values(), lambda worker: (-worker.join_unix_nanos, worker.id)
+        )
+        workers = [worker_view(core, worker) for worker in taken]
+        return pb.ListWorkersResponse(workers=workers, next_page_token=following)
+
+    async def DrainWorker(
+        self, request: pb.DrainWorkerRequest, context: ServicerContext
+    ) -> pb.DrainWorkerResponse:
+        """Have a worker finish and leave."""
+        leader, remembered = self._process.leading(), remember("DrainWorker", request)
+        answer = await leader.request(
+            lambda token: ev.DrainWorker(token, request.worker_id, remembered)
+        )
+        assert isinstance(answer, pb.DrainWorkerResponse)
+        return answer
+
+    async def ListEvents(
+        self, request: pb.ListEventsRequest, context: ServicerContext
+    ) -> AsyncIterator[pb.ListEventsResponse]:
+        """Show the events in order; with `follow` for as long as the caller listens."""
+        if request.after_sequence < 0:
+            message = "must not be negative"
+            raise InvalidArgument(
+                f"after_sequence {message}", violations=[Violation("after_sequence", message)]
+            )
+        leader = self._process.leading()
+        wake, position = asyncio.Event(), request.after_sequence
+        leader.event_log.subscribe(wake)
+        try:
+            while True:
+                leader.watchers.check_open()
+                wake.clear()
+                async for event in leader.event_log.read(position):
+                    position = event.sequence
+                    if not request.job_id or event.job_id == request.job_id:
+                        yield pb.ListEventsResponse(event=event)
+                if not request.follow:
+                    return
+                try:
+                    await asyncio.wait_for(wake.wait(), FOLLOW_POLL_S)
+                except TimeoutError:
+                    continue
+        finally:
+            leader.event_log.unsubscribe(wake)
+
+
+def _version() -> str:
+    try:
+        return version("phalanx")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,87 @@
+"""Settings of a control process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from coordinator.control.core.state import CoreConfig
+from phalanx.config import ServiceConfig, address, at_least, option, positive
+from phalanx.errors import InvalidArgument, Violation
+
+
+def _optional_address(value: str) -> str | None:
+    return None if value == "" else address(value)
+
+
+@dataclass(frozen=True)
+class ControlConfig(ServiceConfig):
+    """Leads the cluster: who is in it, who does what, what became of each job."""
+
+    service: ClassVar[str] = "control"
+
+    listen: str = option("127.0.0.1:7410", "Address to serve gRPC on.", check=address)
+    storage: str = option("127.0.0.1:7420", "Address of the storage service.", check=address)
+    public_address: str = option(
+        "",
+        "Address under which clients reach storage; empty: the host that they dialled.",
+        check=_optional_address,
+    )
+    heartbeat_interval_s: float = option(
+        0.5, "Time between heartbeats of a member.", check=positive, common=True
+    )
+    lease_ttl_s: float = option(
+        2.0, "Silence after which a member counts as lost.", check=positive, common=True
+    )
+    range_min_bytes: int = option(
+        8 * 1024 * 1024,
+        "Parameters per aggregator from which a job is cut into ranges.",
+        check=at_least(1024),
+    )
+    snapshot_every_records: int = option(
+        2000, "Journal records after which a snapshot replaces them.", check=at_least(10)
+    )
+    collect_garbage_every_s: float = option(
+        3600.0, "Time between collections of unused blobs in storage.", check=positive
+    )
+    running_jobs_max: int = option(64, "Jobs that run at once; others wait.", check=at_least(1))
+
+    def violations(self) -> Sequence[Violation]:
+        """Check that a lease covers a few heartbeats."""
+        if self.lease_ttl_s < 2 * self.heartbeat_interval_s:
+            shortest = 2 * self.heartbeat_interval_s
+            return (Violation("lease_ttl_s", f"must be at least two heartbeats, {shortest:g} s"),)
+        return ()
+
+    def core(self) -> CoreConfig:
+        """Return what the core needs to know."""
+        return CoreConfig(
+            heartbeat_interval_s=self.heartbeat_interval_s,
+            lease_ttl_s=self.lease_ttl_s,
+            range_min_bytes=self.range_min_bytes,
+            running_jobs_max=self.running_jobs_max,
+        )
+
+    def code_allowed(self) -> bool:
+        """Whether jobs may bring their own code: only where nobody else can reach this process."""
+        host = self.listen.rpartition(":")[0].strip("[]")
+        return host in {"localhost", "::1"} or host.startswith("127.")
+
+
+def client_storage_address(config: ControlConfig) -> str:
+    """Return where clients reach storage; an address of this machine alone is left to them."""
+    if config.public_address:
+        return config.public_address
+    return config.storage
+
+
+def checked_request_id(request_id: str) -> str:
+    """Return a caller's request id. Raises InvalidArgument if it is no such thing."""
+    if len(request_id) > 128 or any(not 33 <= ord(each) <= 126 for each in request_id):
+        message = "use up to 128 printable ASCII characters without spaces"
+        raise InvalidArgument(
+            f"request_id {request_id[:60]!r} is not allowed; {message}",
+            violations=(Violation("request_id", message),),
+        )
+    return request_id

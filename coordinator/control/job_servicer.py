@@ -1,0 +1,256 @@
+"""JobService: what people and programs ask about jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from google.protobuf.message import Message
+
+from coordinator.control.config import checked_request_id
+from coordinator.control.core import events as ev
+from coordinator.control.core.facts import JobFacts
+from coordinator.control.core.lifecycle import ENDED
+from coordinator.control.core.views import job_view
+from coordinator.control.paging import Page
+from coordinator.control.submission import Submissions
+from coordinator.control.watching import watch
+from phalanx.errors import InvalidArgument, PhalanxError, Violation
+from phalanx.rpc.types import ServicerContext
+from phalanx.v1 import job_pb2
+from phalanx.v1 import job_service_pb2 as pb
+from phalanx.v1 import job_service_pb2_grpc as pb_grpc
+from phalanx.v1.control_journal_pb2 import JobSnapshot, RememberedRequest
+from phalanx.v1.coordination_service_pb2 import JobLogLine
+
+if TYPE_CHECKING:
+    from coordinator.control.process import ControlProcess
+
+FOLLOW_POLL_S = 5.0
+MAX_POINTS = 10_000
+
+ResponseT = TypeVar("ResponseT", bound=Message)
+
+
+class JobServicer(pb_grpc.JobServiceServicer):
+    """Checks requests, hands them to the leadership, shows what is durable."""
+
+    def __init__(self, process: ControlProcess, submissions: Submissions) -> None:
+        self._process = process
+        self._submissions = submissions
+
+    async def SubmitJob(
+        self, request: pb.SubmitJobRequest, context: ServicerContext
+    ) -> pb.SubmitJobResponse:
+        """Check, resolve and queue a job; with `validate_only` nothing is kept."""
+        leader = self._process.leading()
+        if not request.HasField("spec"):
+            message = "is missing; send the job as the field spec"
+            raise InvalidArgument(f"spec {message}", violations=[Violation("spec", message)])
+        remembered = remember("SubmitJob", request)
+        if not request.validate_only:
+            before = await leader.answered_before(remembered)
+            if isinstance(before, pb.SubmitJobResponse):
+                return before
+        leader.check_storage()
+        submitted, dataset = await self._submissions.prepare(
+            request.spec, leader.core, _submitter(context)
+        )
+        if request.validate_only:
+            view = job_view(JobFacts(JobSnapshot(submitted=submitted)), None)
+            view.id = ""
+            view.ClearField("create_time")
+            view.state = job_pb2.Job.STATE_UNSPECIFIED
+            return pb.SubmitJobResponse(job=view, plan=submitted.announced_plan)
+        await self._submissions.store(submitted, dataset)
+        try:
+            answer = await leader.request(lambda token: ev.SubmitJob(token, submitted, remembered))
+        except PhalanxError:
+            if submitted.job_id not in leader.core.facts.jobs:
+                await self._submissions.discard(submitted.job_id)
+            raise
+        return _of_type(answer, pb.SubmitJobResponse)
+
+    async def GetJob(
+        self, request: pb.GetJobRequest, context: ServicerContext
+    ) -> pb.GetJobResponse:
+        """Return one job."""
+        return pb.GetJobResponse(job=self._process.leading().job_view(request.job_id))
+
+    async def ListJobs(
+        self, request: pb.ListJobsRequest, context: ServicerContext
+    ) -> pb.ListJobsResponse:
+        """List jobs, newest first."""
+        leader = self._process.leading()
+        page = Page(request.page_size, request.page_token)
+        chosen = [
+            facts
+            for facts in leader.durable.jobs.values()
+            if (not request.namespace or facts.spec.namespace == request.namespace)
+            and (not request.states or facts.state in request.states)
+            and all(facts.spec.labels.get(key) == request.labels[key] for key in request.labels)
+        ]
+        taken, following = page.take(
+            chosen, lambda facts: (-facts.kept.submit_unix_nanos, facts.job_id)
+        )
+        jobs = [job_view(facts, leader.core.jobs.get(facts.job_id)) for facts in taken]
+        return pb.ListJobsResponse(jobs=jobs, next_page_token=following)
+
+    async def CancelJob(
+        self, request: pb.CancelJobRequest, context: ServicerContext
+    ) -> pb.CancelJobResponse:
+        """End a job."""
+        answer = await self._call(
+            "CancelJob",
+            request,
+            lambda token, remembered: ev.CancelJob(
+                token, request.job_id, remembered, request.reason[:1000]
+            ),
+        )
+        return _of_type(answer, pb.CancelJobResponse)
+
+    async def PauseJob(
+        self, request: pb.PauseJobRequest, context: ServicerContext
+    ) -> pb.PauseJobResponse:
+        """Pause a job at its next step boundary."""
+        answer = await self._call(
+            "PauseJob",
+            request,
+            lambda token, remembered: ev.PauseJob(token, request.job_id, remembered),
+        )
+        return _of_type(answer, pb.PauseJobResponse)
+
+    async def ResumeJob(
+        self, request: pb.ResumeJobRequest, context: ServicerContext
+    ) -> pb.ResumeJobResponse:
+        """Let a paused job go on."""
+        answer = await self._call(
+            "ResumeJob",
+            request,
+            lambda token, remembered: ev.ResumeJob(token, request.job_id, remembered),
+        )
+        return _of_type(answer, pb.ResumeJobResponse)
+
+    async def RetryJob(
+        self, request: pb.RetryJobRequest, context: ServicerContext
+    ) -> pb.RetryJobResponse:
+        """Try a failed job again from its last checkpoint."""
+        answer = await self._call(
+            "RetryJob",
+            request,
+            lambda token, remembered: ev.RetryJob(token, request.job_id, remembered),
+        )
+        return _of_type(answer, pb.RetryJobResponse)
+
+    async def DeleteJob(
+        self, request: pb.DeleteJobRequest, context: ServicerContext
+    ) -> pb.DeleteJobResponse:
+        """Forget an ended job."""
+        answer = await self._call(
+            "DeleteJob",
+            request,
+            lambda token, remembered: ev.DeleteJob(token, request.job_id, remembered),
+        )
+        return _of_type(answer, pb.DeleteJobResponse)
+
+    async def WatchJob(
+        self, request: pb.WatchJobRequest, context: ServicerContext
+    ) -> AsyncIterator[pb.WatchJobResponse]:
+        """Show a job until it has ended."""
+        if request.after_sequence < 0:
+            raise _negative("after_sequence")
+        leader = self._process.leading()
+        async for update in watch(leader, request.job_id, request.after_sequence):
+            yield update
+
+    async def ReadJobLogs(
+        self, request: pb.ReadJobLogsRequest, context: ServicerContext
+    ) -> AsyncIterator[pb.ReadJobLogsResponse]:
+        """Show the log of a job; with `follow` until it has ended."""
+        leader = self._process.leading()
+        leader.job_view(request.job_id)
+        after_nanos = request.after_time.ToNanoseconds() if request.HasField("after_time") else 0
+        wake, position = asyncio.Event(), 0
+        leader.streams.subscribe(request.job_id, wake)
+        try:
+            while True:
+                leader.watchers.check_open()
+                ended = leader.job_view(request.job_id).state in ENDED
+                wake.clear()
+                async for following, line in leader.streams.lines(request.job_id, position):
+                    position = following
+                    chosen = not request.worker_id or line.worker_id == request.worker_id
+                    if chosen and line.time_unix_nanos > after_nanos:
+                        yield _log_response(line)
+                if ended or not request.follow:
+                    return
+                try:
+                    await asyncio.wait_for(wake.wait(), FOLLOW_POLL_S)
+                except TimeoutError:
+                    continue
+        finally:
+            leader.streams.unsubscribe(request.job_id, wake)
+
+    async def ListJobMetrics(
+        self, request: pb.ListJobMetricsRequest, context: ServicerContext
+    ) -> pb.ListJobMetricsResponse:
+        """Return the points of a job's metrics."""
+        leader = self._process.leading()
+        leader.job_view(request.job_id)
+        if request.max_points < 0:
+            raise _negative("max_points")
+        points = await leader.streams.points(
+            request.job_id,
+            request.names,
+            request.after_step or -1,
+            min(request.max_points or MAX_POINTS, MAX_POINTS),
+        )
+        return pb.ListJobMetricsResponse(points=points)
+
+    async def _call(
+        self,
+        method: str,
+        request: Any,
+        make: Callable[[int, RememberedRequest], ev.Event],
+    ) -> Message:
+        leader = self._process.leading()
+        remembered = remember(method, request)
+        return await leader.request(lambda token: make(token, remembered))
+
+
+def remember(method: str, request: Message) -> RememberedRequest:
+    """Return what is remembered of a mutating call: its id and the hash of the rest of it."""
+    bare = type(request)()
+    bare.CopyFrom(request)
+    request_id = checked_request_id(getattr(request, "request_id", ""))
+    bare.ClearField("request_id")
+    digest = hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
+    return RememberedRequest(request_id=request_id, method=method, digest=digest)
+
+
+def _of_type(answer: Message, kind: type[ResponseT]) -> ResponseT:
+    assert isinstance(answer, kind), f"{type(answer).__name__} instead of {kind.__name__}"
+    return answer
+
+
+def _negative(field: str) -> InvalidArgument:
+    message = "must not be negative"
+    return InvalidArgument(f"{field} {message}", violations=[Violation(field, message)])
+
+
+def _submitter(context: ServicerContext) -> str:
+    """The host that a call came from; names come with authentication."""
+    kind, _, rest = context.peer().partition(":")
+    return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else kind
+
+
+def _log_response(line: JobLogLine) -> pb.ReadJobLogsResponse:
+    response = pb.ReadJobLogsResponse(worker_id=line.worker_id, level=line.level, text=line.text)
+    response.time.FromNanoseconds(line.time_unix_nanos)
+    if line.HasField("shard"):
+        response.shard = line.shard
+    if line.HasField("step"):
+        response.step = line.step
+    return response

@@ -1,0 +1,383 @@
+"""One leadership: the core with everything that performs its effects.
+
+Effects are performed in order, each after the record that it depends on is durable (see
+`core.effects`). Everything here runs in one event loop; `dispatch` never waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from google.protobuf.message import Message
+
+from coordinator.control.config import ControlConfig
+from coordinator.control.core import effects as fx
+from coordinator.control.core import events as ev
+from coordinator.control.core import verbs
+from coordinator.control.core.clock import Instant
+from coordinator.control.core.facts import Facts
+from coordinator.control.core.lifecycle import CANCELLED, SUCCEEDED
+from coordinator.control.core.machine import handle
+from coordinator.control.core.state import Core
+from coordinator.control.core.views import job_view, progress_view
+from coordinator.control.event_log import EventLog
+from coordinator.control.gauges import Gauges
+from coordinator.control.job_streams import JobStreams
+from coordinator.control.journal import JournalWriter
+from coordinator.control.operations import Operations
+from coordinator.control.sessions import MemberSession, Sessions
+from coordinator.control.store import Store
+from coordinator.control.watching import WatchHub
+from phalanx.errors import NotFound, PhalanxError, Unavailable
+from phalanx.telemetry.logs import get_logger
+from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1 import storage_service_pb2 as storage_pb
+from phalanx.v1.control_journal_pb2 import ControlRecord, RememberedRequest
+from phalanx.v1.job_pb2 import Event, Job, Progress
+
+TICK_S = 0.1
+ANSWER_TIMEOUT_S = 60.0
+MEMBER_EVENTS = frozenset(
+    (
+        "CHECKPOINT_CORRUPT",
+        "NON_FINITE_REFUSED",
+        "SPECULATION_STARTED",
+        "STEPS_REPLAYED",
+        "STORAGE_UNAVAILABLE",
+        "STORAGE_RESTORED",
+    )
+)
+
+_log = get_logger(__name__)
+
+
+def now() -> Instant:
+    """Read both clocks."""
+    return Instant(time.monotonic(), time.time_ns())
+
+
+class Leader:
+    """The state and the tasks of one leadership; `failed` is set when it cannot go on."""
+
+    def __init__(
+        self,
+        config: ControlConfig,
+        store: Store,
+        gauges: Gauges,
+        *,
+        generation: int,
+        replayed: tuple[Facts, Facts],
+        control_sequence: tuple[int, int],
+        event_sequence: int,
+    ) -> None:
+        live, self.durable = replayed
+        self._config = config
+        self._store = store
+        self._gauges = gauges
+        self.core = Core(config.core(), generation, live)
+        self.sessions = Sessions()
+        self.watchers = WatchHub()
+        self.event_log = EventLog(store, event_sequence)
+        self.streams = JobStreams(store)
+        self.failed: asyncio.Future[PhalanxError] = asyncio.get_running_loop().create_future()
+        self._journal = JournalWriter(
+            store,
+            generation=generation,
+            next_sequence=control_sequence[0],
+            records_read=control_sequence[1],
+            durable=self.durable,
+            snapshot_every=config.snapshot_every_records,
+            on_durable=self._on_durable,
+            observe_append_s=gauges.observe_append,
+        )
+        self._operations = Operations(store, self.durable)
+        self._durable_index = 0
+        self._waiting: deque[fx.Effect] = deque()
+        self._answers: dict[int, asyncio.Future[Message]] = {}
+        self._tokens = itertools.count(1)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._storage_lost: Instant | None = None
+
+    # -- life -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to lead."""
+        for work in (self._journal.run, self.event_log.run, self.streams.run):
+            self._spawn(work(), vital=True)
+        self._spawn(self._tick(), vital=True)
+        self._spawn(self._collect_garbage(), vital=False)
+        self._store.on_change = self._storage_changed
+        self.dispatch(ev.Led(self._config.id))
+
+    async def stop(self, error: PhalanxError) -> None:
+        """Stop leading: members and callers are sent away, what is not durable is forgotten."""
+        self._store.on_change = lambda _: None
+        self.watchers.close(error)
+        self.sessions.end_all(error)
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(error)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def settle(self, timeout_s: float) -> None:
+        """Give what is decided and observed a little time to become durable."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._journal.drained()
+                await self.event_log.flushed(timeout_s)
+                await self.streams.flush()
+        except (TimeoutError, PhalanxError):
+            _log.warning("stopped_before_all_was_written", records=self._journal.lag)
+
+    # -- events in --------------------------------------------------------------------------
+
+    def dispatch(self, event: ev.Event) -> None:
+        """Hand one event to the core and perform what follows as far as it may be performed."""
+        if self.failed.done():
+            return
+        try:
+            effects = handle(self.core, event, now())
+        except Exception as error:  # noqa: BLE001 - a defect must not leave half a decision behind
+            _log.exception("core_failed", event_type=type(event).__name__)
+            self._fail(Unavailable(f"control restarts after a defect: {type(error).__name__}"))
+            return
+        for effect in effects:
+            if isinstance(effect, fx.Persist):
+                self._journal.append(effect.index, effect.record)
+            elif effect.after <= self._durable_index:
+                self._perform(effect)
+            else:
+                self._waiting.append(effect)
+
+    async def request(self, make: Callable[[int], ev.Event]) -> Message:
+        """Hand a caller's event to the core; return the answer once it is durable.
+
+        Raises PhalanxError: the core's refusal, or Unavailable while storage is away.
+        """
+        self.check_storage()
+        token = next(self._tokens)
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._answers[token] = answer
+        try:
+            self.dispatch(make(token))
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await answer
+        except TimeoutError:
+            raise Unavailable(
+                "storage does not take the decision; call again with the same request_id"
+            ) from None
+        finally:
+            del self._answers[token]
+
+    async def answered_before(self, request: RememberedRequest) -> Message | None:
+        """Return the answer to an earlier call with this request id, once that call is durable.
+
+        Raises AlreadyExists if the id stands for another request.
+        """
+        self.core.now = now()
+        answer = verbs.first_answer(self.core, request)
+        if answer is not None:
+            self.check_storage()
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await self._journal.drained()
+        return answer
+
+    async def member_said(self, session: MemberSession, message: pb.SessionRequest) -> None:
+        """Take in a message of a member; logs and points go past the core."""
+        kind = message.WhichOneof("message")
+        if kind == "job_log_lines":
+            if message.job_log_lines.job_id in self.durable.jobs:
+                self.streams.add_lines(message.job_log_lines, session.member_id)
+        elif kind == "metric_points":
+            if message.metric_points.job_id in self.durable.jobs:
+                await self._store.insist(lambda: self.streams.add_points(message.metric_points))
+        elif kind == "member_event":
+            self._member_event(session.member_id, message.member_event)
+        if kind is not None:
+            self.dispatch(ev.MemberSaid(session.number, message))
+
+    # -- looking ----------------------------------------------------------------------------
+
+    def job_view(self, job_id: str) -> Job:
+        """Return a job as far as it is durable. Raises NotFound."""
+        facts = self.durable.jobs.get(job_id)
+        if facts is None:
+            raise NotFound(f"there is no job {job_id[:100]!r}", reason="JOB_NOT_FOUND")
+        return job_view(facts, self.core.jobs.get(job_id))
+
+    def progress(self, job_id: str) -> Progress:
+        """Return the progress of a job."""
+        facts, runtime = self.durable.jobs.get(job_id), self.core.jobs.get(job_id)
+        if facts is None or runtime is None:
+            return Progress()
+        return progress_view(facts, runtime)
+
+    def check_storage(self) -> None:
+        """Raise Unavailable while nothing can be made durable."""
+        if not self._store.available or self._journal.full:
+            raise Unavailable(
+                "storage does not answer, so nothing new can be decided; try again soon",
+                reason="STORAGE_UNAVAILABLE",
+                retry_after_s=1.0,
+            )
+
+    # -- effects out ------------------------------------------------------------------------
+
+    def _on_durable(self, index: int, record: ControlRecord) -> None:
+        """A record is safe: perform what waited for it, in order."""
+        self._durable_index = index
+        self._after_record(record)
+        kept: deque[fx.Effect] = deque()
+        waiting, self._waiting = self._waiting, kept
+        for effect in waiting:
+            assert not isinstance(effect, fx.Persist)
+            if effect.after <= index:
+                self._perform(effect)
+            else:
+                kept.append(effect)
+
+    def _perform(self, effect: fx.Effect) -> None:
+        match effect:
+            case fx.Send():
+                self.sessions.send(effect.session, effect.message)
+            case fx.Close():
+                self.sessions.end(effect.session, effect.error)
+            case fx.Answer():
+                self._answer(effect)
+            case fx.Emit():
+                self.event_log.append(effect.event)
+                _log.info(
+                    "event",
+                    type=effect.event.type,
+                    job_id=effect.event.job_id,
+                    worker_id=effect.event.worker_id,
+                    text=effect.event.message,
+                )
+            case fx.Publish():
+                self._publish(effect)
+            case fx.RaiseTerm() | fx.ReadRow() | fx.WriteModel():
+                self._spawn(self._operate(effect), vital=True)
+            case fx.RemoveJob():
+                self.streams.forget(effect.job_id)
+                self._spawn(self._operations.remove(effect.job_id), vital=False)
+            case fx.Observe():
+                self._gauges.observe(effect)
+            case fx.SuspectSelf():
+                self._fail(Unavailable(f"a member knows generation {effect.generation}"))
+
+    def _answer(self, effect: fx.Answer) -> None:
+        answer = self._answers.get(effect.token)
+        if answer is None or answer.done():
+            return
+        if isinstance(effect.response, PhalanxError):
+            answer.set_exception(effect.response)
+        else:
+            answer.set_result(effect.response)
+
+    def _publish(self, effect: fx.Publish) -> None:
+        if not self.watchers.watched(effect.job_id):
+            return
+        if effect.progress_only:
+            self.watchers.progressed(effect.job_id)
+        elif effect.job_id in self.durable.jobs:
+            self.watchers.changed(effect.job_id, self.job_view(effect.job_id))
+        else:
+            self.watchers.changed(effect.job_id, None)
+
+    def _after_record(self, record: ControlRecord) -> None:
+        """What follows from a durable fact whoever decided it."""
+        changed = record.job_changed
+        if record.WhichOneof("fact") == "job_changed":
+            self._gauges.job_changed(changed)
+            if changed.state in (SUCCEEDED, CANCELLED):
+                self._spawn(self._operations.release_pins(changed.job_id), vital=False)
+
+    async def _operate(self, effect: fx.RaiseTerm | fx.ReadRow | fx.WriteModel) -> None:
+        self.dispatch(await self._operations.perform(effect))
+
+    def _member_event(self, member_id: str, message: pb.MemberEvent) -> None:
+        if message.type not in MEMBER_EVENTS:
+            return
+        event = Event(
+            type=message.type,
+            job_id=message.job_id,
+            message=message.message,
+            generation=self.core.generation,
+            details={**message.details, "member": member_id},
+        )
+        event.time.FromNanoseconds(time.time_ns())
+        if message.HasField("shard"):
+            event.shard = message.shard
+        if message.HasField("step"):
+            event.step = message.step
+        self.event_log.append(event)
+
+    # -- tasks ------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        ticks = 0
+        while True:
+            await asyncio.sleep(min(TICK_S, self._config.heartbeat_interval_s / 4))
+            self.dispatch(ev.Tick())
+            ticks += 1
+            if ticks % 5 == 0:
+                self._gauges.show(self.core, self.durable, self._journal.lag)
+
+    async def _collect_garbage(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.collect_garbage_every_s)
+            request = storage_pb.CollectGarbageRequest(grace_s=-1)
+            try:
+                done = await self._store.call(
+                    self._store.storage.CollectGarbage, request, timeout_s=600.0
+                )
+            except PhalanxError as error:
+                _log.warning("garbage_not_collected", message=error.message)
+            else:
+                _log.info("garbage_collected", blobs=done.blobs_removed, bytes=done.bytes_removed)
+
+    def _storage_changed(self, available: bool) -> None:
+        event = Event(generation=self.core.generation)
+        moment = now()
+        if not available:
+            self._storage_lost = moment
+            event.type = "STORAGE_UNAVAILABLE"
+            event.message = "storage does not answer; training goes on, decisions wait"
+        else:
+            lost, self._storage_lost = self._storage_lost or moment, None
+            event.type = "STORAGE_RESTORED"
+            away_s = moment.monotonic_s - lost.monotonic_s
+            event.message = f"storage answers again after {away_s:.1f} s"
+            event.details["dropped_events"] = str(self.event_log.dropped)
+        event.time.FromNanoseconds(moment.unix_nanos)
+        self.event_log.append(event)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any], *, vital: bool) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(lambda done: self._ended(done, vital))
+
+    def _ended(self, task: asyncio.Task[Any], vital: bool) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or task.exception() is None:
+            return
+        error = task.exception()
+        if not isinstance(error, PhalanxError):
+            _log.error("task_failed", exc_info=error)
+            error = Unavailable(f"control restarts after a defect: {type(error).__name__}")
+        if vital:
+            self._fail(error)
+        else:
+            _log.warning("task_failed", message=error.message)
+
+    def _fail(self, error: PhalanxError) -> None:
+        if not self.failed.done():
+            _log.warning("leadership_ends", reason=error.reason, message=error.message)
+            self.failed.set_result(error)

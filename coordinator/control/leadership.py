@@ -1,0 +1,62 @@
+"""Who leads: a lease in storage with a rising token, the generation.
+
+A challenger that saw (token, counter) unchanged for a lease on its own monotonic clock takes over
+by compare-and-set; no wall clock decides. A leader that cannot reach storage goes on: nobody else
+can take over without storage, and storage and members refuse whoever has the lower generation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from coordinator.control.store import LEASE, Store
+from phalanx.errors import Aborted, DeadlineExceeded, NotFound, PhalanxError, Unavailable
+from phalanx.telemetry.logs import get_logger
+from phalanx.v1 import storage_service_pb2 as pb
+
+_log = get_logger(__name__)
+
+
+async def acquire(store: Store, holder: str, lease_ttl_s: float) -> int:
+    """Wait until this process leads; return its generation."""
+    seen, since_s = (0, 0), time.monotonic()
+    challenge = (0, 0)
+    while True:
+        request = pb.AcquireLeaseRequest(
+            name=LEASE, holder=holder, seen_token=challenge[0], seen_counter=challenge[1]
+        )
+        answer = await store.insist_call(store.storage.AcquireLease, request)
+        if answer.acquired:
+            _log.info("leads", generation=answer.lease.token)
+            return int(answer.lease.token)
+        held = (answer.lease.token, answer.lease.counter)
+        if held != seen:
+            seen, since_s = held, time.monotonic()
+            _log.info("follows", leader=answer.lease.holder, generation=answer.lease.token)
+        waited_s = time.monotonic() - since_s
+        challenge = seen if waited_s >= lease_ttl_s else (0, 0)
+        if challenge == (0, 0):
+            await asyncio.sleep(min(lease_ttl_s / 4, lease_ttl_s - waited_s))
+
+
+async def keep(store: Store, holder: str, generation: int, lease_ttl_s: float) -> PhalanxError:
+    """Renew the lease until it is lost; return why."""
+    request = pb.RenewLeaseRequest(name=LEASE, holder=holder, token=generation)
+    while True:
+        await asyncio.sleep(lease_ttl_s / 4)
+        try:
+            await store.call(store.storage.RenewLease, request, timeout_s=max(1.0, lease_ttl_s))
+        except (Unavailable, DeadlineExceeded) as error:
+            _log.info("lease_not_renewed", message=error.message)
+        except (Aborted, NotFound) as error:
+            return error
+
+
+async def release(store: Store, holder: str, generation: int) -> None:
+    """Let the next one lead at once. Gives up where storage does not answer."""
+    request = pb.ReleaseLeaseRequest(name=LEASE, holder=holder, token=generation)
+    try:
+        await store.call(store.storage.ReleaseLease, request, timeout_s=1.0)
+    except PhalanxError as error:
+        _log.info("lease_not_released", message=error.message)

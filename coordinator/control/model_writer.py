@@ -1,0 +1,133 @@
+"""From a final checkpoint to a registered model: storage composes it, no tensor comes here.
+
+Every part can be repeated after a crash: blobs are named by their content, and the model is created
+under a request id made from the job's id.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from coordinator.control.core.facts import JobFacts
+from coordinator.control.store import COMPOSE_TIMEOUT_S, Store
+from phalanx.data.manifest import DatasetManifest
+from phalanx.data.model_files import (
+    PARAMETERS_FILE,
+    ModelDescription,
+    description_files,
+    safetensors_header,
+)
+from phalanx.v1 import model_service_pb2
+from phalanx.v1 import storage_service_pb2 as pb
+from phalanx.v1.job_pb2 import Result
+
+LIBRARIES = ("numpy", "phalanx", "scipy")
+
+
+class ModelWriter:
+    """Writes the model of one finished job after another."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def write(
+        self, facts: JobFacts, final: pb.CheckpointManifest, *, bit_identical: bool
+    ) -> Result:
+        """Compose and register the model. Raises PhalanxError; may be called again."""
+        spec, plan = facts.spec, facts.plan
+        slices = [
+            pb.BlobPiece(
+                slice=pb.BlobSlice(
+                    digest=part.digest,
+                    offset=part.parameters_offset,
+                    length=part.parameters_length,
+                )
+            )
+            for part in sorted(final.parts, key=lambda each: each.range)
+        ]
+        parameters = await self._compose(slices)
+        header = pb.BlobPiece(inline=safetensors_header(plan.layout))
+        composed = await self._compose([header, *slices])
+        manifest_json = await self._store.get_blob(plan.manifest_digest)
+        metrics = _metrics(final.root_state)
+        description = ModelDescription(
+            name=spec.output.model,
+            job_id=facts.job_id,
+            manifest=DatasetManifest.from_json(manifest_json),
+            manifest_digest=plan.manifest_digest,
+            spec=spec,
+            spec_sha256=plan.spec_sha256,
+            layout=plan.layout,
+            parameters_sha256=parameters.digest,
+            steps=final.step,
+            bit_identical=bit_identical,
+            fingerprint=facts.fingerprint,
+            dataset=spec.data.name,
+            libraries=_versions(),
+            code_digests=dict(plan.code_digests),
+            metrics=metrics,
+            tags=dict(spec.output.tags),
+        )
+        model = model_service_pb2.ModelVersion(
+            namespace=spec.namespace,
+            name=spec.output.model,
+            job_id=facts.job_id,
+            parameters_sha256=parameters.digest,
+            bit_identical=bit_identical,
+            metrics=metrics,
+            tags=spec.output.tags,
+        )
+        model.files.add(
+            path=PARAMETERS_FILE, digest=composed.digest, size_bytes=composed.size_bytes
+        )
+        for path, content in sorted(description_files(description).items()):
+            digest, size = await self._store.put_blob(content)
+            model.files.add(path=path, digest=digest, size_bytes=size)
+        created = await self._create(model)
+        return Result(
+            model=f"{created.name}@{created.version}",
+            parameters_sha256=parameters.digest,
+            bit_identical=bit_identical,
+            metrics=metrics,
+            steps=final.step,
+        )
+
+    async def _compose(self, pieces: list[pb.BlobPiece]) -> pb.ComposeBlobResponse:
+        request = pb.ComposeBlobRequest(pieces=pieces)
+        answer = await self._store.call(
+            self._store.storage.ComposeBlob, request, timeout_s=COMPOSE_TIMEOUT_S
+        )
+        assert isinstance(answer, pb.ComposeBlobResponse)
+        return answer
+
+    async def _create(
+        self, model: model_service_pb2.ModelVersion
+    ) -> model_service_pb2.ModelVersion:
+        request = model_service_pb2.CreateModelRequest(
+            model=model, request_id=f"model-of-{model.job_id}"
+        )
+        answer = await self._store.call(self._store.models.CreateModel, request)
+        assert isinstance(answer, model_service_pb2.CreateModelResponse)
+        return answer.model
+
+
+def _metrics(root_state: str) -> dict[str, float]:
+    """The metrics that the root kept with the checkpoint."""
+    try:
+        state: Any = json.loads(root_state)
+    except ValueError:
+        return {}
+    metrics = state.get("metrics", {}) if isinstance(state, dict) else {}
+    return {str(name): float(metrics[name]) for name in metrics}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,104 @@
+"""Storage operations that the core asks for: terms, rows, models, clearing up.
+
+Each ends with one event to the core. While storage is away they wait, as the core expects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+
+from coordinator.control.core import effects as fx
+from coordinator.control.core import events as ev
+from coordinator.control.core.facts import Facts
+from coordinator.control.model_writer import ModelWriter
+from coordinator.control.store import Store
+from phalanx.errors import Aborted, FailedPrecondition, NotFound, PhalanxError
+from phalanx.v1 import storage_service_pb2 as pb
+
+Operation = fx.RaiseTerm | fx.ReadRow | fx.WriteModel
+
+
+class Operations:
+    """Performs operations; `durable` is the state that is safe in the journal."""
+
+    def __init__(self, store: Store, durable: Facts) -> None:
+        self._store = store
+        self._durable = durable
+        self._writer = ModelWriter(store)
+
+    async def perform(self, effect: Operation) -> ev.Event:
+        """Return what came of an operation. Raises Aborted (STALE_GENERATION) if another leads."""
+        handler: Callable[[], Awaitable[ev.Event]]
+        match effect:
+            case fx.RaiseTerm():
+                handler = lambda: self._raise_term(effect)  # noqa: E731
+            case fx.ReadRow():
+                handler = lambda: self._read_row(effect.job_id, effect.operation)  # noqa: E731
+            case fx.WriteModel():
+                handler = lambda: self._write_model(effect)  # noqa: E731
+        try:
+            return await self._store.insist(handler)
+        except PhalanxError as error:
+            if isinstance(error, Aborted) and error.reason == "STALE_GENERATION":
+                raise
+            return ev.OperationFailed(effect.job_id, effect.operation, error.reason, error.message)
+
+    async def remove(self, job_id: str) -> None:
+        """Remove what storage keeps of a deleted job. Idempotent."""
+        storage, fence = self._store.storage, self._store.fence
+        row = pb.DeleteJobRowRequest(job_id=job_id, fence=fence)
+        with contextlib.suppress(NotFound):  # it may never have had a term
+            await self._store.insist_call(storage.DeleteJobRow, row)
+        for stream in (f"logs/{job_id}", f"metrics/{job_id}"):
+            request = pb.DeleteJournalRequest(stream=stream, fence=fence)
+            with contextlib.suppress(NotFound):
+                await self._store.insist_call(storage.DeleteJournal, request)
+
+    async def release_pins(self, job_id: str) -> None:
+        """Let go of the data set, the model and the code that an ended job needed."""
+        request = pb.SetPinsRequest(holder=job_id, fence=self._store.fence)
+        await self._store.insist_call(self._store.storage.SetPins, request)
+
+    async def _raise_term(self, effect: fx.RaiseTerm) -> ev.Event:
+        storage = self._store.storage
+        request = pb.RaiseTermRequest(
+            job_id=effect.job_id, expected_term=effect.expected_term, fence=self._store.fence
+        )
+        try:
+            raised = await self._store.call(storage.RaiseTerm, request)
+        except (FailedPrecondition, Aborted) as error:
+            if error.reason == "STALE_GENERATION":
+                raise
+            row = await self._read_row(effect.job_id, effect.operation)
+            if row.final is not None:
+                return row
+            return ev.TermRefused(effect.job_id, effect.operation, row.term)
+        listing = pb.ListCheckpointsRequest(job_id=effect.job_id)
+        listed = await self._store.insist_call(storage.ListCheckpoints, listing)
+        return ev.TermRaised(
+            effect.job_id, effect.operation, raised.term, tuple(listed.checkpoints)
+        )
+
+    async def _read_row(self, job_id: str, operation: int) -> ev.RowRead:
+        request = pb.GetJobRowRequest(job_id=job_id)
+        try:
+            row = await self._store.call(self._store.storage.GetJobRow, request)
+        except NotFound:
+            return ev.RowRead(job_id, operation, 0)
+        final = row.final_checkpoint if row.HasField("final_checkpoint") else None
+        return ev.RowRead(job_id, operation, row.term, final)
+
+    async def _write_model(self, effect: fx.WriteModel) -> ev.Event:
+        final = effect.final
+        if final is None:
+            row = await self._read_row(effect.job_id, effect.operation)
+            final = row.final
+        if final is None:
+            message = "the root reported the end of the job, and storage has no final checkpoint"
+            return ev.OperationFailed(
+                effect.job_id, effect.operation, "FINAL_CHECKPOINT_MISSING", message
+            )
+        facts = self._durable.job(effect.job_id)
+        result = await self._writer.write(facts, final, bit_identical=effect.bit_identical)
+        return ev.ModelWritten(effect.job_id, effect.operation, result)

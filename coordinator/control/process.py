@@ -1,0 +1,187 @@
+"""One control process: the gRPC server, and leading whenever the lease is ours."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from coordinator.control import leadership
+from coordinator.control.cluster_servicer import ClusterServicer
+from coordinator.control.config import ControlConfig
+from coordinator.control.core.facts import Facts
+from coordinator.control.event_log import STREAM as EVENTS
+from coordinator.control.gauges import Gauges
+from coordinator.control.job_servicer import JobServicer
+from coordinator.control.journal import replay
+from coordinator.control.leader import Leader
+from coordinator.control.sessions import CoordinationServicer
+from coordinator.control.store import Store
+from coordinator.control.submission import Submissions
+from phalanx.errors import Aborted, PhalanxError, Unavailable
+from phalanx.rpc.process import announce
+from phalanx.rpc.server import Server
+from phalanx.telemetry.logs import get_logger
+from phalanx.telemetry.metrics import ControlMetrics, new_registry
+from phalanx.v1 import (
+    cluster_service_pb2,
+    cluster_service_pb2_grpc,
+    coordination_service_pb2,
+    coordination_service_pb2_grpc,
+    job_service_pb2,
+    job_service_pb2_grpc,
+)
+from phalanx.v1 import storage_service_pb2 as storage_pb
+
+SERVICE_NAMES = (
+    job_service_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
+    cluster_service_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
+    coordination_service_pb2.DESCRIPTOR.services_by_name["CoordinationService"].full_name,
+)
+SETTLE_S = 1.0
+
+_log = get_logger(__name__)
+
+
+class ControlProcess:
+    """Serves while it leads; a follower tells callers to try again."""
+
+    def __init__(self, config: ControlConfig) -> None:
+        self.config = config
+        registry = new_registry()
+        self.gauges = Gauges(ControlMetrics(registry))
+        self.server = Server(
+            listen=config.listen,
+            metrics_listen=config.metrics_listen,
+            service_names=SERVICE_NAMES,
+            registry=registry,
+        )
+        self.store = Store(config.storage)
+        self._leader: Leader | None = None
+        submissions = Submissions(config, self.store)
+        job_service_pb2_grpc.add_JobServiceServicer_to_server(
+            JobServicer(self, submissions), self.server.raw
+        )
+        cluster_service_pb2_grpc.add_ClusterServiceServicer_to_server(
+            ClusterServicer(self), self.server.raw
+        )
+        coordination_service_pb2_grpc.add_CoordinationServiceServicer_to_server(
+            CoordinationServicer(self), self.server.raw
+        )
+
+    def leading(self) -> Leader:
+        """Return the leadership of this process. Raises Unavailable while it has none."""
+        if self._leader is None:
+            raise Unavailable(
+                f"control process {self.config.id} does not lead (yet); try again",
+                reason="NOT_LEADER",
+                retry_after_s=0.2,
+            )
+        return self._leader
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set."""
+        await self.server.start()
+        leading = asyncio.create_task(self._lead_again_and_again())
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((leading, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if leading.done():
+                leading.result()
+        finally:
+            stopped.cancel()
+            leading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await leading
+            await self.server.stop()
+            await self.store.close()
+
+    async def _lead_again_and_again(self) -> None:
+        self.gauges.leads(0)
+        announced = False
+        while True:
+            lease_ttl_s = self.config.lease_ttl_s
+            generation = await leadership.acquire(self.store, self.config.id, lease_ttl_s)
+            self.store.fence = storage_pb.Fence(lease="leader", token=generation)
+            keeper = asyncio.create_task(
+                leadership.keep(self.store, self.config.id, generation, lease_ttl_s)
+            )
+            try:
+                leader = await self._replay(generation)
+                leader.start()
+                self._leader = leader
+                self.gauges.leads(generation)
+                self._set_serving(serving=True)
+                if not announced:
+                    announced = True
+                    announce(
+                        self.config,
+                        role="control",
+                        address=self.server.address,
+                        metrics_address=self.server.metrics_address,
+                    )
+                await asyncio.wait((keeper, leader.failed), return_when=asyncio.FIRST_COMPLETED)
+                error = keeper.result() if keeper.done() else leader.failed.result()
+                await self._step_down(error)
+            except asyncio.CancelledError:
+                await self._hand_over(generation)
+                raise
+            except PhalanxError as error:
+                if not isinstance(error, Aborted | Unavailable):
+                    raise  # a damaged journal: a person must look
+                await self._step_down(error)
+            finally:
+                keeper.cancel()
+
+    async def _replay(self, generation: int) -> Leader:
+        """Rebuild the durable state, twice: one copy for decisions, one for what is safe."""
+        facts, following, count = await self.store.insist(lambda: replay(self.store))
+        durable = Facts()
+        for record in facts.snapshot():
+            durable.apply(record)
+        durable.generation = facts.generation
+        events = await self.store.insist(lambda: self.store.next_sequence(EVENTS))
+        _log.info("journal_replayed", records=count, jobs=len(facts.jobs))
+        return Leader(
+            self.config,
+            self.store,
+            self.gauges,
+            generation=generation,
+            replayed=(facts, durable),
+            control_sequence=(following, count),
+            event_sequence=events,
+        )
+
+    async def _step_down(self, error: PhalanxError) -> None:
+        """Stop leading; what callers and members were told stays true."""
+        _log.warning("steps_down", reason=error.reason, message=error.message)
+        self._set_serving(serving=False)
+        self.gauges.leads(0)
+        leader, self._leader = self._leader, None
+        if leader is not None:
+            await leader.stop(_elsewhere())
+
+    async def _hand_over(self, generation: int) -> None:
+        """End in good order: write what is left, release the lease."""
+        self._set_serving(serving=False)
+        leader, self._leader = self._leader, None
+        if leader is not None:
+            leader.sessions.end_all(_elsewhere())
+            await leader.settle(SETTLE_S)
+            await leader.stop(_elsewhere())
+        await leadership.release(self.store, self.config.id, generation)
+
+    def _set_serving(self, *, serving: bool) -> None:
+        self.server.set_serving(serving)
+        for name in SERVICE_NAMES:
+            self.server.set_serving(serving, name)
+
+
+def _elsewhere() -> Unavailable:
+    return Unavailable(
+        "this control process leads no more; try again", reason="NOT_LEADER", retry_after_s=0.2
+    )
+
+
+async def serve(config: ControlConfig, stop: asyncio.Event) -> None:
+    """Run one control process until `stop` is set."""
+    await ControlProcess(config).run(stop)

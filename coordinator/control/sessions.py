@@ -1,0 +1,147 @@
+"""Sessions with members: one reader and one bounded outbound queue each."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from coordinator.control.core import events as ev
+from phalanx.errors import DeadlineExceeded, InvalidArgument, PhalanxError, ResourceExhausted
+from phalanx.rpc.types import ServicerContext
+from phalanx.telemetry.logs import get_logger
+from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1 import coordination_service_pb2_grpc as pb_grpc
+
+if TYPE_CHECKING:
+    from coordinator.control.leader import Leader
+    from coordinator.control.process import ControlProcess
+
+HELLO_TIMEOUT_S = 5.0
+QUEUE_MAX = 2000
+SESSIONS_MAX = 5000
+
+_log = get_logger(__name__)
+
+
+class MemberSession:
+    """The sending half of one member's stream; an error in the queue ends the stream with it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.queue: asyncio.Queue[pb.SessionResponse | PhalanxError | None] = asyncio.Queue()
+        self.member_id = ""
+
+    def send(self, message: pb.SessionResponse) -> bool:
+        """Queue a message; False if the member reads so slowly that the queue is full."""
+        if self.queue.qsize() >= QUEUE_MAX:
+            return False
+        self.queue.put_nowait(message)
+        return True
+
+    def end(self, error: PhalanxError | None) -> None:
+        """End the stream after what is queued, with an error or cleanly."""
+        self.queue.put_nowait(error)
+
+
+class Sessions:
+    """The open sessions of one leadership."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._open: dict[int, MemberSession] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(self) -> MemberSession:
+        """Make room for a new session. Raises ResourceExhausted."""
+        if len(self._open) >= SESSIONS_MAX:
+            raise ResourceExhausted(f"there are {SESSIONS_MAX} sessions already; try again later")
+        session = MemberSession(next(self._numbers))
+        self._open[session.number] = session
+        return session
+
+    def send(self, number: int, message: pb.SessionResponse) -> None:
+        """Send to a member, if its session is still open; a member that does not read is closed."""
+        session = self._open.get(number)
+        if session is not None and not session.send(message):
+            _log.warning("member_reads_too_slowly", member_id=session.member_id)
+            self.end(number, ResourceExhausted("the member does not read what it is sent"))
+
+    def end(self, number: int, error: PhalanxError | None) -> None:
+        """End a session."""
+        session = self._open.pop(number, None)
+        if session is not None:
+            session.end(error)
+
+    def end_all(self, error: PhalanxError) -> None:
+        """End every session: this process leads no more."""
+        for number in list(self._open):
+            self.end(number, error)
+
+
+class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
+    """The front door for workers and aggregators."""
+
+    def __init__(self, process: ControlProcess) -> None:
+        self._process = process
+
+    async def Session(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.SessionRequest], context: ServicerContext
+    ) -> AsyncIterator[pb.SessionResponse]:
+        """Serve one member until its stream breaks or it is sent away."""
+        leader = self._process.leading()
+        event_of, member_id = await _hello(request_iterator)
+        session = leader.sessions.open()
+        session.member_id = member_id
+        reader = asyncio.create_task(self._read(leader, session, request_iterator))
+        leader.dispatch(event_of(session.number))
+        try:
+            while True:
+                message = await session.queue.get()
+                if message is None:
+                    return
+                if isinstance(message, PhalanxError):
+                    raise message
+                yield message
+        finally:
+            reader.cancel()
+            leader.sessions.end(session.number, None)
+            leader.dispatch(ev.SessionBroken(session.number, "its session broke"))
+
+    async def _read(
+        self,
+        leader: Leader,
+        session: MemberSession,
+        request_iterator: AsyncIterator[pb.SessionRequest],
+    ) -> None:
+        """Hand what a member says to the core; when it says no more, end the session."""
+        try:
+            async for message in request_iterator:
+                await leader.member_said(session, message)
+        except asyncio.CancelledError:
+            raise
+        except Exception:  # noqa: BLE001 - a broken stream surfaces as many kinds of error
+            _log.debug("session_broken", member_id=session.member_id, exc_info=True)
+        session.end(None)
+
+
+async def _hello(request_iterator: AsyncIterator[pb.SessionRequest]):  # type: ignore[no-untyped-def]
+    """Return (function from session to event, member id) of the first message."""
+    try:
+        first = await asyncio.wait_for(anext(request_iterator), HELLO_TIMEOUT_S)
+    except TimeoutError:
+        raise DeadlineExceeded(f"no hello within {HELLO_TIMEOUT_S:g} s") from None
+    except StopAsyncIteration:
+        raise InvalidArgument("the stream ended before the hello") from None
+    if first.HasField("worker_hello"):
+        worker = first.worker_hello
+        return (lambda session: ev.WorkerConnected(session, worker)), worker.worker_id
+    if first.HasField("aggregator_hello"):
+        aggregator = first.aggregator_hello
+        return (
+            lambda session: ev.AggregatorConnected(session, aggregator)
+        ), aggregator.aggregator_id
+    raise InvalidArgument("the first message must be the hello of a worker or an aggregator")

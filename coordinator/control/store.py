@@ -1,0 +1,161 @@
+"""Control's way to storage: one channel, deadlines, patience while storage is away.
+
+`call` tries a few times and raises. `insist` tries until storage answers: for what must happen and
+may wait. The first failure and the return of storage are told to `on_change`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import grpc.aio
+
+from phalanx.errors import Aborted, DeadlineExceeded, PhalanxError, Unavailable
+from phalanx.rpc.channel import call_with_retry, open_channel
+from phalanx.rpc.status import from_rpc_error
+from phalanx.telemetry.logs import get_logger
+from phalanx.v1 import dataset_service_pb2_grpc, model_service_pb2_grpc, storage_service_pb2_grpc
+from phalanx.v1 import storage_service_pb2 as pb
+
+CALL_TIMEOUT_S = 5.0
+COMPOSE_TIMEOUT_S = 600.0
+LEASE = "leader"
+_CHUNK_BYTES = 1024 * 1024
+_WAIT_S = 0.05
+_WAIT_LONGEST_S = 1.0
+
+ResultT = TypeVar("ResultT")
+_log = get_logger(__name__)
+
+
+class Store:
+    """Storage as control uses it. `fence` is set while this process leads."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = open_channel(address)
+        self.storage = storage_service_pb2_grpc.StorageServiceStub(self._channel)
+        self.datasets = dataset_service_pb2_grpc.DatasetServiceStub(self._channel)
+        self.models = model_service_pb2_grpc.ModelServiceStub(self._channel)
+        self.fence: pb.Fence | None = None
+        self.available = True
+        self.on_change: Callable[[bool], None] = lambda _: None
+
+    async def close(self) -> None:
+        """Close the channel; calls under way are cancelled."""
+        await self._channel.close()
+
+    async def call(self, method: Any, request: Any, *, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """Make one call. Raises PhalanxError; Unavailable after a few attempts."""
+        try:
+            response = await call_with_retry(method, request, timeout_s=timeout_s)
+        except (Unavailable, DeadlineExceeded):
+            self._note(available=False)
+            raise
+        except PhalanxError:
+            self._note(available=True)
+            raise
+        self._note(available=True)
+        return response
+
+    async def insist(self, attempt: Callable[[], Awaitable[ResultT]]) -> ResultT:
+        """Repeat `attempt` until storage answers it, with growing jittered waits.
+
+        Raises what is neither Unavailable nor DeadlineExceeded; ends by cancellation.
+        """
+        wait_s = _WAIT_S
+        while True:
+            try:
+                return await attempt()
+            except (Unavailable, DeadlineExceeded) as error:
+                _log.info("storage_away", message=error.message)
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+            wait_s = min(wait_s * 2, _WAIT_LONGEST_S)
+
+    async def insist_call(
+        self, method: Any, request: Any, *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> Any:
+        """Make one call and repeat it until storage answers. The call must be idempotent."""
+
+        async def attempt() -> Any:
+            return await self.call(method, request, timeout_s=timeout_s)
+
+        return await self.insist(attempt)
+
+    async def append_exactly(self, stream: str, expected: int, payloads: Sequence[bytes]) -> int:
+        """Append records at a known place, fenced; wait while storage is away.
+
+        If an answer got lost and the records are there already, that is success. Returns the next
+        sequence. Raises Aborted when somebody else wrote, or leads.
+        """
+        request = pb.AppendJournalRequest(
+            stream=stream, expected_sequence=expected, records=payloads, fence=self.fence
+        )
+        try:
+            response = await self.insist_call(self.storage.AppendJournal, request)
+        except Aborted as error:
+            if error.reason != "SEQUENCE_MISMATCH":
+                raise
+            there = [each async for each in self.read(stream, expected, len(payloads))]
+            if [each.payload for each in there] != list(payloads):
+                raise
+            return expected + len(payloads)
+        return int(response.next_sequence)
+
+    async def read(
+        self, stream: str, from_sequence: int, max_records: int = 0
+    ) -> AsyncIterator[pb.JournalRecord]:
+        """Yield the records of a stream in order. Raises PhalanxError."""
+        async for response in self._read(stream, from_sequence, max_records):
+            for record in response.records:
+                yield record
+
+    async def next_sequence(self, stream: str) -> int:
+        """Return the sequence that the next record of a stream will get."""
+        last = 0
+        # A read far past the end brings no records, only where the end is.
+        async for response in self._read(stream, 2**62, 1):
+            last = response.next_sequence
+        return last
+
+    async def put_blob(self, content: bytes) -> tuple[str, int]:
+        """Store a small blob; return its digest and size."""
+
+        async def chunks() -> AsyncIterator[pb.PutBlobRequest]:
+            yield pb.PutBlobRequest(expected_bytes=len(content), chunk=content[:_CHUNK_BYTES])
+            for first in range(_CHUNK_BYTES, len(content), _CHUNK_BYTES):
+                yield pb.PutBlobRequest(chunk=content[first : first + _CHUNK_BYTES])
+
+        try:
+            answer = await self.storage.PutBlob(chunks(), timeout=CALL_TIMEOUT_S * 4)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        return answer.digest, answer.size_bytes
+
+    async def get_blob(self, digest: str) -> bytes:
+        """Return a small blob."""
+        request = pb.GetBlobRequest(digest=digest)
+        try:
+            call = self.storage.GetBlob(request, timeout=CALL_TIMEOUT_S * 4)
+            return b"".join([response.chunk async for response in call])
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def _read(
+        self, stream: str, from_sequence: int, max_records: int
+    ) -> AsyncIterator[pb.ReadJournalResponse]:
+        request = pb.ReadJournalRequest(
+            stream=stream, from_sequence=from_sequence, max_records=max_records
+        )
+        try:
+            async for response in self.storage.ReadJournal(request, timeout=CALL_TIMEOUT_S * 12):
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    def _note(self, *, available: bool) -> None:
+        if available != self.available:
+            self.available = available
+            self.on_change(available)

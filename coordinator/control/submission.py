@@ -1,0 +1,157 @@
+"""From a caller's spec to a job: checked, resolved, planned; its code stored, its data pinned."""
+
+from __future__ import annotations
+
+from coordinator.control.config import ControlConfig
+from coordinator.control.core.eligibility import misfit
+from coordinator.control.core.facts import JobFacts
+from coordinator.control.core.state import Core
+from coordinator.control.store import Store
+from phalanx import specs
+from phalanx.errors import InvalidArgument, NotFound, PermissionDenied, Violation
+from phalanx.ids import new_id
+from phalanx.v1 import (
+    dataset_service_pb2,
+    job_pb2,
+    job_spec_pb2,
+    model_service_pb2,
+)
+from phalanx.v1 import storage_service_pb2 as pb
+from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
+from phalanx.v1.control_journal_pb2 import JobSnapshot, JobSubmitted
+
+MODEL_FILE = "model.safetensors"
+
+
+class Submissions:
+    """Prepares submissions against storage."""
+
+    def __init__(self, config: ControlConfig, store: Store) -> None:
+        self._config = config
+        self._store = store
+
+    async def prepare(
+        self, spec: job_spec_pb2.JobSpec, core: Core, submitter: str
+    ) -> tuple[JobSubmitted, dataset_service_pb2.Dataset]:
+        """Return what is journalled of a new job, and its data set.
+
+        Raises InvalidArgument (every wrong field), Unimplemented, NotFound, PermissionDenied,
+        Unavailable.
+        """
+        specs.check_spec(spec)
+        if (spec.code.files or spec.code.wheels) and not self._config.code_allowed():
+            raise PermissionDenied(
+                "this cluster listens beyond this machine and takes no code with jobs; install the "
+                "code on the workers, or use a cluster that listens on 127.0.0.1",
+                reason="CODE_NOT_ALLOWED",
+                violations=[Violation("code", "is not allowed on this cluster")],
+            )
+        dataset = await self._dataset(spec)
+        resolved = specs.prepare(spec, dataset)
+        job_id = new_id(resolved.name)
+        plan = specs.job_plan(resolved, dataset, job_id)
+        plan.spec = b""  # the journal keeps the spec once, beside the plan
+        if resolved.train.start.WhichOneof("from") == "model":
+            plan.start_model_digest = await self._start_model(resolved)
+        announced = specs.plan(resolved, dataset)
+        submitted = JobSubmitted(
+            job_id=job_id,
+            spec=resolved,
+            plan=plan,
+            announced_plan=announced,
+            submitter=submitter,
+            worker_bytes=announced.worker_bytes,
+        )
+        eligible = count_eligible(core, submitted)
+        submitted.announced_plan.CopyFrom(specs.plan(resolved, dataset, eligible))
+        return submitted, dataset
+
+    async def store(self, submitted: JobSubmitted, dataset: dataset_service_pb2.Dataset) -> None:
+        """Store the job's code and pin everything that it needs. Raises PhalanxError."""
+        plan, code = submitted.plan, submitted.spec.code
+        for path, source in sorted(code.files.items()):
+            digest, _ = await self._store.put_blob(source.encode())
+            plan.code_digests[path] = digest
+        missing = await self._missing(list(code.wheels))
+        if missing:
+            violations = [
+                Violation(f"code.wheels[{index}]", f"{digest} is not stored; add it first")
+                for index, digest in enumerate(code.wheels)
+                if digest in missing
+            ]
+            raise NotFound(violations[0].message, reason="WHEEL_NOT_FOUND", violations=violations)
+        for digest in code.wheels:
+            plan.code_digests[digest] = digest
+        version = pb.PinnedVersion(
+            namespace=dataset.namespace, name=dataset.name, version=dataset.version
+        )
+        pins = [pb.Pin(dataset=version)]
+        pins += [pb.Pin(blob=digest) for digest in sorted(set(plan.code_digests.values()))]
+        if plan.start_model_digest:
+            pins.append(pb.Pin(blob=plan.start_model_digest))
+        request = pb.SetPinsRequest(holder=submitted.job_id, pins=pins, fence=self._store.fence)
+        await self._store.call(self._store.storage.SetPins, request)
+
+    async def discard(self, job_id: str) -> None:
+        """Let go of what was pinned for a job that was not taken."""
+        request = pb.SetPinsRequest(holder=job_id, fence=self._store.fence)
+        await self._store.call(self._store.storage.SetPins, request)
+
+    async def _missing(self, digests: list[str]) -> set[str]:
+        if not digests:
+            return set()
+        request = pb.CheckBlobsRequest(digests=digests)
+        answer = await self._store.call(self._store.storage.CheckBlobs, request)
+        return set(answer.missing)
+
+    async def _dataset(self, spec: job_spec_pb2.JobSpec) -> dataset_service_pb2.Dataset:
+        namespace = spec.namespace or "default"
+        request = dataset_service_pb2.GetDatasetRequest(namespace=namespace, name=spec.data.name)
+        try:
+            answer = await self._store.call(self._store.datasets.GetDataset, request)
+        except NotFound as error:
+            message = (
+                f"there is no data set {spec.data.name!r} in the namespace {namespace!r}; "
+                "`phalanx data list` shows what there is"
+            )
+            raise NotFound(
+                message, reason="DATASET_NOT_FOUND", violations=[Violation("data.name", message)]
+            ) from error
+        assert isinstance(answer, dataset_service_pb2.GetDatasetResponse)
+        return answer.dataset
+
+    async def _start_model(self, spec: job_spec_pb2.JobSpec) -> str:
+        name = spec.train.start.model
+        request = model_service_pb2.GetModelRequest(namespace=spec.namespace, name=name)
+        try:
+            answer = await self._store.call(self._store.models.GetModel, request)
+        except NotFound as error:
+            message = f"there is no model {name!r} in the namespace {spec.namespace!r}"
+            raise NotFound(
+                message,
+                reason="MODEL_NOT_FOUND",
+                violations=[Violation("train.start.model", message)],
+            ) from error
+        for file in answer.model.files:
+            if file.path == MODEL_FILE:
+                return str(file.digest)
+        raise InvalidArgument(
+            f"model {name!r} has no {MODEL_FILE}",
+            violations=[Violation("train.start.model", "holds no parameters")],
+        )
+
+
+def count_eligible(core: Core, submitted: JobSubmitted) -> int:
+    """Return how many of the workers that are there could run a job."""
+    facts = JobFacts(JobSnapshot(submitted=submitted))
+    fitting: dict[str, int] = {}
+    for worker in core.workers.values():
+        if worker.state == WorkerView.STATE_READY and not misfit(facts, worker):
+            fingerprint = worker.hello.fingerprint if submitted.plan.bitwise else ""
+            fitting[fingerprint] = fitting.get(fingerprint, 0) + 1
+    return max(fitting.values(), default=0)
+
+
+def announced(submitted: JobSubmitted) -> job_pb2.Plan:
+    """Return the plan that the caller is told."""
+    return submitted.announced_plan
