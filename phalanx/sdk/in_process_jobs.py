@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -183,6 +184,7 @@ class InProcessJobs:
             if run.job.state in ENDED:
                 return
             run.job.start_time.CopyFrom(now())
+            run.begin_s = time.monotonic()
             self._set_state(run, State.STATE_RUNNING, "JOB_STARTED")
         try:
             trained = self._train(run.plan, lambda progress: self._progress(run, progress))
@@ -282,6 +284,7 @@ class _Run:
         self.job = job
         self.plan = plan
         self.points: list[job_pb2.MetricPoint] = []
+        self.begin_s = time.monotonic()
         self.revision = 0
         self.paused = False
         self.cancel_reason = ""
@@ -301,6 +304,7 @@ class _Run:
                 self.points.append(point)
         shown = self.job.progress
         shown.step, shown.epoch, shown.examples = progress.step, progress.epoch, progress.examples
+        shown.examples_per_second = progress.examples / (time.monotonic() - self.begin_s)
         shown.metrics.clear()
         for name, value in progress.metrics.items():
             shown.metrics[name] = value

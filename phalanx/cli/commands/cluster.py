@@ -79,8 +79,7 @@ def up(
         log_level=log_level,
     )
     if not detach:
-        run_in_foreground(options, settings)
-        return
+        raise typer.Exit(run_in_foreground(options, settings))
     arguments = [f"--workers={workers}", f"--port={port}", f"--state={options.state_dir}"]
     arguments += [f"--aggregators={aggregators}", f"--controls={controls}"]
     arguments += [f"--log-level={log_level}"] + ([f"--slots={slots}"] if slots else [])

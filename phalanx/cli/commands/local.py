@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from phalanx.cli.context import Settings
+from phalanx.cli.errors import Exit
 from phalanx.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
 from phalanx.local.options import LocalOptions
 from phalanx.local.state import ClusterState, is_locked, read_state, wait_unlocked
@@ -27,14 +28,18 @@ DOWN_TIMEOUT_S = 20.0
 _PROBE_TIMEOUT_S = 2.0
 
 
-def run_in_foreground(options: LocalOptions, settings: Settings) -> None:
-    """Run a cluster until Ctrl-C or SIGTERM; a second one ends it at once."""
+def run_in_foreground(options: LocalOptions, settings: Settings) -> int:
+    """Run a cluster until Ctrl-C or SIGTERM (a second one ends it at once); return the exit code."""
     from phalanx.cli.output import say
 
     stop = threading.Event()
     supervisor: Supervisor | None = None
 
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
+    code = Exit.DONE
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        nonlocal code
+        code = Exit.INTERRUPTED if number == signal.SIGINT else Exit.DONE
         if stop.is_set() and supervisor is not None:
             supervisor.hurry()
         if supervisor is None:
@@ -59,6 +64,7 @@ def run_in_foreground(options: LocalOptions, settings: Settings) -> None:
         if not settings.json:
             say("stopping …")
         supervisor.stop()
+    return code
 
 
 def start_in_background(

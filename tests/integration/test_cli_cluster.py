@@ -1,0 +1,280 @@
+"""The command line and the Python interface against a real cluster of real processes."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import psutil
+import pytest
+
+import phalanx
+from phalanx.cli.main import run
+
+GUARD_S = 120.0
+
+JOB = """
+name: iris
+data: {name: iris, shards: 4}
+train:
+  model: {softmax_regression: {}}
+  optimizer: {adam: {learning_rate: 0.1}}
+  batch_size: 64
+  stop: {steps: 40}
+  evaluation: {every_steps: 10}
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A CSV with numbers and words and the job that trains on it."""
+    path = tmp_path_factory.mktemp("a folder with spaces")
+    generator = np.random.default_rng(3)
+    with (path / "iris.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["length", "colour", "kind"])
+        for _ in range(600):
+            length, colour = generator.normal(), generator.choice(["red", "blue"])
+            kind = "long" if length + (colour == "red") > 0.5 else "short"
+            writer.writerow([f"{length:.4f}", colour, kind])
+    (path / "job.yaml").write_text(JOB)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster(folder):
+    with phalanx.LocalCluster(workers=2, state=folder / "state") as local:
+        yield local
+
+
+@pytest.fixture
+def cli(cluster, folder, capfd, monkeypatch):
+    monkeypatch.setenv("PHALANX_CACHE", str(folder / "cache"))
+    monkeypatch.chdir(folder)
+
+    def call(*arguments):
+        capfd.readouterr()
+        code = run(["--address", cluster.address, *arguments])
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def result(cluster, folder):
+    cluster.data.add("iris", folder / "iris.csv", target="kind", test=0.25)
+    return cluster.submit(folder / "job.yaml").wait(timeout_s=GUARD_S)
+
+
+def test_processes_are_distinct_and_really_run(cluster):
+    pids = [process.pid for process in cluster.processes()]
+    assert len(set(pids)) == 5
+    assert os.getpid() not in pids
+    assert all(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_data_train_and_predict_from_the_command_line(cli, folder):
+    code, out, err = cli("data", "add", "flowers", "iris.csv", "--target", "kind", "--test", "0.25")
+    assert (code, out) == (0, "flowers@1\n"), err
+    code, out, err = cli("submit", "job.yaml", "--set", "data.name=flowers", "--set", "name=flowers")
+    assert code == 0, err
+    job_id = out.strip()
+    code, out, err = cli("watch", job_id, "--plot", "curves.png")
+    assert code == 0, err
+    assert "flowers@1" in out
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    code, out, err = cli("predict", "flowers", "iris.csv", "-o", "predictions.csv")
+    assert code == 0, err
+    with (folder / "predictions.csv").open() as file:
+        predicted = [row["prediction"] for row in csv.DictReader(file)]
+    with (folder / "iris.csv").open() as file:
+        wanted = [row["kind"] for row in csv.DictReader(file)]
+    assert np.mean(np.array(predicted) == np.array(wanted)) > 0.9
+    code, out, _ = cli("verify", job_id)
+    assert (code, "equal" in out) == (0, True)
+    code, out, _ = cli("--json", "show", job_id)
+    assert json.loads(out)["state"] == "STATE_SUCCEEDED"
+    code, out, _ = cli("metrics", job_id, "--csv")
+    rows = list(csv.DictReader(out.splitlines()))
+    assert rows[-1]["step"] == "40"
+    assert float(rows[-1]["test/accuracy"]) > 0.9
+    code, out, _ = cli("--json", "events", "--job", job_id)
+    types = [json.loads(line)["type"] for line in out.splitlines()]
+    assert types[0] == "JOB_QUEUED"
+    assert "JOB_SUCCEEDED" in types
+
+
+def test_a_cluster_and_a_single_process_compute_the_same_bits(result, folder):
+    with phalanx.LocalCluster(workers=0) as alone:
+        alone.data.add("iris", folder / "iris.csv", target="kind", test=0.25)
+        same = alone.submit(folder / "job.yaml").wait(timeout_s=GUARD_S)
+    assert same.parameters_sha256 == result.parameters_sha256
+    assert same.metrics == pytest.approx(result.metrics)
+
+
+def test_models_can_be_listed_downloaded_and_exported(cli, folder, result):
+    code, out, _ = cli("--json", "models", "list")
+    assert "iris" in [model["name"] for model in json.loads(out)["models"]]
+    code, out, err = cli("models", "get", "iris", "my-model")
+    assert code == 0, err
+    assert {file.name for file in (folder / "my-model").iterdir()} == {
+        *("model.safetensors", "model.json", "README.md")
+    }
+    assert cli("models", "get", "iris", "my-model")[0] == 6
+    for ending in ("zip", "npz", "safetensors"):
+        assert cli("models", "export", "iris", f"m.{ending}")[0] == 0
+    with zipfile.ZipFile(folder / "m.zip") as archive:
+        assert "model.json" in archive.namelist()
+    with np.load(folder / "m.npz") as arrays:
+        assert sum(array.size for array in arrays.values()) == 8
+    offline = run(["predict", "my-model", "iris.csv", "-o", "from-folder.parquet"])
+    assert offline == 0
+    assert (folder / "from-folder.parquet").stat().st_size > 0
+
+
+def test_workers_status_and_drain(cli, cluster):
+    code, out, _ = cli("status", "--state", str(cluster.state_dir))
+    assert code == 0
+    assert "2 ready" in out
+    added = cluster.add_worker()
+    wait_for(lambda: state_of(cluster, added) == "STATE_READY", "the new worker is ready")
+    code, _, err = cli("drain", added, "--wait")
+    assert (code, "has left" in err) == (0, True)
+    wait_for(lambda: added not in [p.id for p in cluster.processes()], "its process has ended")
+    assert cli("drain", "nobody")[0] == 3
+
+
+def test_a_killed_worker_comes_back_and_the_job_does_not_notice(cluster, folder, result):
+    spec = phalanx.load(folder / "job.yaml", sets=["train.stop.steps=400", "name=killed"])
+    quiet = cluster.submit(phalanx.load(folder / "job.yaml", sets=["train.stop.steps=400"]))
+    wanted = quiet.wait(timeout_s=GUARD_S).parameters_sha256
+    job = cluster.submit(spec)
+    killed = None
+    for update in job.watch():
+        if killed is None and update.state == "RUNNING" and update.step < 300:
+            killed = cluster.process("worker-1")
+            os.kill(killed.pid, signal.SIGKILL)
+    assert killed is not None
+    assert job.wait(timeout_s=GUARD_S).parameters_sha256 == wanted
+    wait_for(lambda: cluster.process("worker-1").pid not in (0, killed.pid), "it is back")
+
+
+def test_wrong_jobs_are_refused_with_line_and_reason(cli, folder, result):
+    (folder / "wrong.yaml").write_text(JOB.replace("batch_size: 64", "batch_size: -64"))
+    code, _, err = cli("submit", "wrong.yaml")
+    assert code == 2
+    assert "line 7" in err
+    assert "train.batch_size" in err
+    code, _, err = cli("submit", "job.yaml", "--set", "data.name=nothing")
+    assert code == 3
+    code, _, err = cli("submit", "job.yaml", "--set", "train.asynchronous={}")
+    assert code == 2
+    assert "train.asynchronous" in err
+
+
+def phalanx_command(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "phalanx.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=GUARD_S,
+        check=False,
+        **options,
+    )
+
+
+@pytest.fixture
+def own_state(tmp_path):
+    """An environment for a cluster of its own; whatever still runs at the end is stopped."""
+    environment = {**os.environ, "PHALANX_STATE": str(tmp_path / "state")}
+    environment.pop("PHALANX_ADDRESS", None)
+    yield environment
+    phalanx_command("down", env=environment)
+
+
+def test_up_status_and_down(own_state):
+    up = phalanx_command("--json", "up", "--detach", "--workers=1", "--port=0", env=own_state)
+    assert up.returncode == 0, up.stderr
+    state = json.loads(up.stdout)
+    pids = [state["pid"], *(process["pid"] for process in state["processes"])]
+    assert len(set(pids)) == 5
+    status = phalanx_command("--json", "status", env=own_state)
+    assert status.returncode == 0, status.stderr
+    assert json.loads(status.stdout)["local"]["pid"] == state["pid"]
+    again = phalanx_command("up", "--detach", "--port=0", env=own_state)
+    assert again.returncode == 6
+    assert "already runs" in again.stderr
+    down = phalanx_command("down", env=own_state)
+    assert down.returncode == 0, down.stderr
+    assert not alive(pids)
+    assert phalanx_command("down", env=own_state).returncode == 3
+
+
+def test_ctrl_c_leaves_nothing_behind(own_state):
+    up = subprocess.Popen(
+        [sys.executable, "-P", "-m", "phalanx.cli", "--json", "up", "--workers=1", "--port=0"],
+        stdout=subprocess.PIPE,
+        env=own_state,
+        start_new_session=True,
+    )
+    try:
+        pids = [process["pid"] for process in json.loads(up.stdout.readline())["processes"]]
+        up.send_signal(signal.SIGINT)
+        assert up.wait(GUARD_S) == 130
+        assert not alive(pids)
+    finally:
+        up.kill()
+        up.wait()
+        up.stdout.close()
+
+
+def test_a_killed_supervisor_leaves_nothing_behind(own_state):
+    up = phalanx_command("--json", "up", "--detach", "--workers=2", "--port=0", env=own_state)
+    state = json.loads(up.stdout)
+    pids = [process["pid"] for process in state["processes"]]
+    family = [child.pid for pid in pids for child in psutil.Process(pid).children(recursive=True)]
+    assert family, "workers have leaf processes"
+    os.kill(state["pid"], signal.SIGKILL)
+    wait_for(lambda: not alive([*pids, *family]), "all processes have ended")
+
+
+def test_a_port_in_use_is_told(own_state):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        up = phalanx_command("up", "--detach", f"--port={port}", env=own_state)
+    assert up.returncode == 6
+    assert f"port {port} is in use; give --port 0 or another" in up.stderr
+
+
+def state_of(cluster, worker_id):
+    from phalanx.v1.cluster_service_pb2 import Worker
+
+    for worker in cluster.workers():
+        if worker.id == worker_id:
+            return Worker.State.Name(worker.state)
+    return ""
+
+
+def wait_for(condition, what):
+    deadline_s = time.monotonic() + GUARD_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited in vain: {what}"
+        time.sleep(0.05)
+
+
+def alive(pids):
+    return [
+        pid
+        for pid in pids
+        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    ]
