@@ -48,7 +48,7 @@ def _serve_threads(pipe: multiprocessing.connection.Connection) -> None:
 
 
 def _serve_asyncio(pipe: multiprocessing.connection.Connection) -> None:
-    async def echo(requests: AsyncIterator[bytes], context: Any) -> None:
+    async def echo(_: AsyncIterator[bytes], context: Any) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:
             await context.write(message)
 
