@@ -44,7 +44,7 @@ from phalanx.models import UserModel
 
 class Fickle(UserModel):
     def __init__(self, schema, elements=3, row=-1, act="", while_first=None):
-        super().__init__({"w": (elements,)}, schema.dtype)
+        super().__init__(schema, {"w": (elements,)})
         self.row, self.act, self.while_first = row, act, while_first
 
     def initial(self, seed):
@@ -173,8 +173,9 @@ class Bench:
             spec=spec.SerializeToString(deterministic=True),
             shards=shards,
             train_rows=rows,
-            rows_per_leaf=max(1, rows // shards // 2),
-            steps_per_epoch=2,
+            # Fickle sees all of its shard in every step.
+            rows_per_leaf=max(1, rows // shards // (2 if custom is None else 1)),
+            steps_per_epoch=2 if custom is None else 1,
             evaluation_shards=2,
             evaluation_rows=rows // 4,
             manifest_digest=self.put(manifest.to_json()),

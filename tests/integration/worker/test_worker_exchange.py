@@ -8,7 +8,7 @@ import numpy as np
 
 from phalanx.errors import Aborted, Unavailable
 from phalanx.reduction import Node
-from phalanx.testing.members import ScriptedAggregator, ScriptedControl
+from phalanx.testing.worker_peers import ScriptedAggregator, ScriptedControl
 from phalanx.v1 import training_pb2
 
 GoRecord = training_pb2.GoRecord

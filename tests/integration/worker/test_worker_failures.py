@@ -1,0 +1,193 @@
+"""Leaves that raise, crash, hang, hold the interpreter or eat memory: only the leaf suffers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phalanx.testing.worker_peers import ScriptedAggregator, ScriptedControl
+from phalanx.v1 import coordination_service_pb2 as coordination
+from phalanx.v1 import training_pb2
+
+GoRecord = training_pb2.GoRecord
+LeafFailed = coordination.LeafFailed
+
+ROW_OF_SHARD_2 = 40
+"""Row 40 of 64 belongs to shard 2 of 4."""
+
+
+async def _start(bench: Any, control: Any, aggregator: Any, nodes: Any, **settings: Any) -> Any:
+    bench.own(aggregator)
+    worker = await bench.worker(control.address, **settings)
+    session = await control.next_session()
+    await session.send(assign_job=bench.assign(nodes))
+    stream = await aggregator.next_stream()
+    await stream.send_version(0, 0, np.zeros(3, np.float32))
+    await stream.send_go(bench.go(0))
+    return worker, session, stream
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "words"),
+    [
+        ("raise_error", LeafFailed.KIND_RAISED, "this row is cursed"),
+        ("leave", LeafFailed.KIND_RAISED, "SystemExit"),
+        ("crash", LeafFailed.KIND_CRASHED, "SIGSEGV"),
+        ("vanish", LeafFailed.KIND_CRASHED, "exit status 9"),
+        ("hang", LeafFailed.KIND_HUNG, "no progress for 1 s"),
+        ("devour", LeafFailed.KIND_OUT_OF_MEMORY, "MemoryError"),
+        ("infinite", LeafFailed.KIND_NON_FINITE, "not finite"),
+    ],
+)
+async def test_a_bad_leaf_is_named_and_the_others_go_on(
+    bench: Any, act: str, kind: int, words: str
+) -> None:
+    bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": act})
+    settings = {"leaf_timeout_s": 1.0} if act == "hang" else {}
+    if act == "devour":
+        settings["slot_memory_bytes"] = 400 * 2**20
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        _, session, stream = await _start(
+            bench, control, aggregator, [(0, 2), (2, 1), (3, 1)], **settings
+        )
+        failed = await session.receive("leaf_failed")
+        assert failed.kind == kind
+        assert words in failed.message
+        assert (failed.shard, failed.step, failed.term) == (2, 0, 1)
+        assert (failed.first_row, failed.row_count) == (32, 16)
+        if kind == LeafFailed.KIND_RAISED:
+            assert "fickle.py" in failed.traceback
+        frames = [(await stream.receive_frame())[0] for _ in range(2)]
+        nodes = {(frame.node.first, frame.node.span) for frame in frames}
+        assert nodes == {(0, 2), (3, 1)}
+        assert stream.is_silent()
+
+
+async def test_a_skipped_shard_is_left_out_of_its_node(bench: Any) -> None:
+    bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": "infinite"})
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        _, session, stream = await _start(bench, control, aggregator, [(0, 4)], slots=2)
+        failed = await session.receive("leaf_failed")
+        assert failed.kind == LeafFailed.KIND_NON_FINITE
+        absent = coordination.AbsentShards(
+            job_id=bench.plan.job_id, term=1, step=0, shards=[2]
+        )
+        await session.send(absent_shards=absent)
+        frame, _ = await stream.receive_frame()
+        assert (frame.node.first, frame.node.span) == (0, 4)
+        assert frame.shard_mask == bytes([0b1011])
+        assert frame.example_count == 3 * bench.plan.rows_per_leaf
+
+
+async def test_a_leaf_that_holds_the_interpreter_causes_no_false_death(bench: Any) -> None:
+    bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": "hold"})
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        _, session, stream = await _start(bench, control, aggregator, [(0, 4)])
+        before = session.heartbeats
+        frame, _ = await stream.receive_frame()
+        assert frame.example_count == 64
+        # The interpreter was held for seconds; heartbeats went on and nothing was reported.
+        assert session.heartbeats - before >= 10
+        assert not session.has_received("leaf_failed")
+
+
+async def test_a_failed_leaf_is_tried_again_when_control_says_so(bench: Any) -> None:
+    bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": "crash"})
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        _, session, stream = await _start(bench, control, aggregator, [(2, 1)], slots=2)
+        for placement in (2, 3):
+            failed = await session.receive("leaf_failed")
+            assert failed.kind == LeafFailed.KIND_CRASHED
+            await session.send(assign_job=bench.assign([(2, 1)], placement=placement))
+        await session.receive("leaf_failed")
+
+
+async def test_what_a_leaf_prints_comes_with_worker_shard_and_step(bench: Any) -> None:
+    bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": "talk"})
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        _, session, stream = await _start(bench, control, aggregator, [(0, 4)])
+        for text, level in (
+            ("said by the leaf", "info"),
+            ("said without Python", "info"),
+            ("complained by the leaf", "error"),
+        ):
+            line = await session.log_line(text)
+            assert (line.worker_id, line.shard, line.step) == ("worker-1", 2, 0)
+            assert line.level == level
+            assert line.time_unix_nanos > 0
+
+
+async def test_a_traceback_is_in_the_jobs_log(bench: Any) -> None:
+    bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": "raise_error"})
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        _, session, stream = await _start(bench, control, aggregator, [(2, 1)])
+        line = await session.log_line("ValueError: this row is cursed")
+        assert (line.shard, line.step) == (2, 0)
+
+
+async def test_a_killed_leaf_process_is_started_again(bench: Any, eventually: Any) -> None:
+    bench.job(shards=4)
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        bench.own(aggregator)
+        worker = await bench.worker(control.address)
+        session = await control.next_session()
+        await session.send(assign_job=bench.assign([(0, 4)]))
+        stream = await aggregator.next_stream()
+        await stream.send_version(0, 0, bench.version(0))
+        await stream.send_go(bench.go(0))
+        await stream.receive_frame()
+        victims = worker.leaf_pids
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        await stream.send_version(1, 0, bench.version(1))
+        await stream.send_go(bench.go(1))
+        frame, payload = await stream.receive_frame()
+        assert frame.step == 1
+        await eventually(lambda: worker.leaf_pids and not set(worker.leaf_pids) & set(victims))
+
+
+async def test_a_job_describes_itself(bench: Any) -> None:
+    bench.job(shards=4)
+    layout = training_pb2.Layout()
+    layout.CopyFrom(bench.plan.layout)
+    sums = list(bench.plan.evaluation_sums)
+    bench.plan.ClearField("layout")
+    bench.plan.ClearField("evaluation_sums")
+    async with ScriptedControl() as control:
+        await bench.worker(control.address)
+        session = await control.next_session()
+        await session.send(describe_job={"plan": bench.plan})
+        described = await session.receive("job_described")
+        assert described.job_id == bench.plan.job_id
+        assert described.layout == layout
+        assert list(described.evaluation_sums) == sums
+        assert len(described.leaf_sha256) == 64
+        await session.send(describe_job={"plan": bench.plan})
+        assert (await session.receive("job_described")).leaf_sha256 == described.leaf_sha256
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("def build(schema, **arguments):\n    raise KeyError('no such layer')\n", "no such layer"),
+        ("import os\nos._exit(4)\n", "exit status 4"),
+        ("import time\ntime.sleep(1000)\n", "not ready within"),
+        ("x = (\n", "SyntaxError"),
+    ],
+)
+async def test_code_that_cannot_be_described_fails_with_its_traceback(
+    bench: Any, code: str, words: str
+) -> None:
+    bench.job(shards=4, custom={})
+    bench.plan.code_digests["fickle.py"] = bench.put(code.encode())
+    async with ScriptedControl() as control:
+        await bench.worker(control.address, leaf_timeout_s=2.0)
+        session = await control.next_session()
+        await session.send(describe_job={"plan": bench.plan})
+        described = await session.receive("job_described")
+        assert words in described.failure.message + described.failure.traceback
+        assert described.failure.code == "JOB_CODE"
