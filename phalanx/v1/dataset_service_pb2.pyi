@@ -247,6 +247,7 @@ class DeleteDatasetRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
+    """NAME@VERSION, or NAME for all of its versions."""
     request_id: _builtins.str
     def __init__(
         self,

@@ -62,7 +62,8 @@ class DatasetServiceServicer:
     """
 
     def CreateDataset(self, request, context):
-        """Registers a version whose chunks are already stored as blobs.
+        """Registers a version whose chunks are already stored as blobs. The newest
+        version itself is the answer when it has the same manifest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

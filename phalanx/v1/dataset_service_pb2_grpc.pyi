@@ -17,7 +17,9 @@ class DatasetServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateDataset: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.CreateDatasetRequest, _dataset_service_pb2.CreateDatasetResponse]
-    """Registers a version whose chunks are already stored as blobs."""
+    """Registers a version whose chunks are already stored as blobs. The newest
+    version itself is the answer when it has the same manifest.
+    """
     GetDataset: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.GetDatasetRequest, _dataset_service_pb2.GetDatasetResponse]
     ListDatasets: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.ListDatasetsRequest, _dataset_service_pb2.ListDatasetsResponse]
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.DeleteDatasetRequest, _dataset_service_pb2.DeleteDatasetResponse]
@@ -32,7 +34,9 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dataset_service_pb2.CreateDatasetRequest,
         context: _aio.ServicerContext[_dataset_service_pb2.CreateDatasetRequest, _abc.Awaitable[_dataset_service_pb2.CreateDatasetResponse]],
     ) -> _abc.Awaitable[_dataset_service_pb2.CreateDatasetResponse]:
-        """Registers a version whose chunks are already stored as blobs."""
+        """Registers a version whose chunks are already stored as blobs. The newest
+        version itself is the answer when it has the same manifest.
+        """
 
     @_abc_1.abstractmethod
     def GetDataset(

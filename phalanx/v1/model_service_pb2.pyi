@@ -283,6 +283,7 @@ class DeleteModelRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
+    """NAME@VERSION, or NAME for all of its versions."""
     request_id: _builtins.str
     def __init__(
         self,

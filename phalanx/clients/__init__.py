@@ -1,0 +1,1 @@
+"""Clients of the services, for other services, the command line and the SDK."""

@@ -1,0 +1,1 @@
+"""The storage service: everything that must survive the death of any process."""

@@ -1,0 +1,1 @@
+"""Back ends: where storage keeps what it was given."""

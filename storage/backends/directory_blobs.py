@@ -1,0 +1,208 @@
+"""Blobs as files named by their digest: ``blobs/ab/abcdef…``.
+
+A blob is written to ``uploads/``, synced, renamed, and the folder is synced: after a crash at any
+point it is there whole or not at all, and what is left in ``uploads/`` is removed at the next
+start. The 256 folders are made once, so that storing a blob never makes a folder.
+
+A failed fsync is never repeated on its descriptor: the kernel has marked the pages clean and a
+second call would succeed without writing them. The upload fails, its file is removed, and the
+sender starts anew. If the fsync of the *folder* fails, the blob is whole but may vanish with the
+power; it stays invisible until an upload of the same content succeeds or storage starts again
+(start syncs all folders).
+"""
+
+import contextlib
+import os
+import secrets
+import stat
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+
+from phalanx.errors import DataLoss, FailedPrecondition, NotFound
+from storage.backends.blob_files import FileBlobReader, FileBlobWriter
+from storage.backends.files import (
+    disk_full,
+    folder,
+    make_folder,
+    open_file,
+    open_folder,
+    read_errors,
+    write_errors,
+)
+from storage.core.garbage import is_old_enough
+from storage.core.keys import check_digest, is_digest
+from storage.interfaces import StoredBlob
+
+_FAN_OUT = [f"{index:02x}" for index in range(256)]
+
+
+class DirectoryBlobs:
+    """A BlobStore in a folder; see ``storage.interfaces`` for what its methods promise.
+
+    ``state_fd`` is the descriptor of the state folder. Uploads are refused as DISK_FULL while less
+    than ``reserve_bytes`` of the disk are free, so that journals can still be written when blobs
+    cannot.
+    """
+
+    def __init__(self, state_fd: int, *, reserve_bytes: int = 0) -> None:
+        self._reserve_bytes = reserve_bytes
+        self._mutex = threading.Lock()
+        # Renamed, but the folder is not synced yet: nobody may rely on them.
+        self._settling: set[str] = set()
+        # Found corrupt by a reader: reported as missing, so that the next upload replaces them.
+        self._corrupt: set[str] = set()
+        self._usage_bytes = 0
+        try:
+            for name in ("blobs", "uploads"):
+                make_folder(name, state_fd)
+            self._blobs = open_folder("blobs", state_fd)
+            self._uploads = open_folder("uploads", state_fd)
+            self._prepare(state_fd)
+        except OSError as error:
+            raise FailedPrecondition(
+                f"cannot use the blobs of the state folder: {error}", reason="STATE_UNUSABLE"
+            ) from error
+
+    def _prepare(self, state_fd: int) -> None:
+        """Remove what a crash left behind, make the folders and sync them all."""
+        for name in os.listdir(self._uploads):
+            os.unlink(name, dir_fd=self._uploads)
+        for name in _FAN_OUT:
+            make_folder(name, self._blobs)
+        for name in _FAN_OUT:
+            with folder(name, self._blobs) as descriptor:
+                # A rename of the time before a crash may not be durable yet, but is visible from
+                # now on.
+                os.fsync(descriptor)
+                for entry in os.scandir(descriptor):
+                    self._usage_bytes += entry.stat(follow_symlinks=False).st_size
+        os.fsync(self._blobs)
+        os.fsync(state_fd)
+
+    def close(self) -> None:
+        """Close the folders."""
+        os.close(self._blobs)
+        os.close(self._uploads)
+
+    def writer(self, expected_bytes: int = -1) -> FileBlobWriter:
+        """Begin an upload."""
+        name = secrets.token_hex(16)
+        self.check_space(max(expected_bytes, 0))
+        with write_errors("a blob"):
+            return FileBlobWriter(self, self._uploads, name)
+
+    def check_space(self, needed_bytes: int) -> None:
+        """Raise ResourceExhausted (DISK_FULL) unless so much fits beside the reserve."""
+        usage = os.fstatvfs(self._uploads)
+        if usage.f_bavail * usage.f_frsize < needed_bytes + self._reserve_bytes:
+            raise disk_full("a blob")
+
+    def publish(self, upload: str, digest: str, size_bytes: int) -> None:
+        """Rename a synced upload to its digest and make that durable."""
+        with folder(digest[:2], self._blobs) as target:
+            with self._mutex:
+                before = _size(target, digest)
+                if before is None or digest in self._corrupt:
+                    self._settling.add(digest)
+                os.rename(upload, digest, src_dir_fd=self._uploads, dst_dir_fd=target)
+                self._usage_bytes += size_bytes - (before or 0)
+            os.fsync(target)
+        with self._mutex:
+            self._settling.discard(digest)
+            self._corrupt.discard(digest)
+
+    def open(self, digest: str) -> FileBlobReader:
+        """Open a blob for reading."""
+        check_digest(digest, "digest")
+        try:
+            with folder(digest[:2], self._blobs) as parent:
+                descriptor = open_file(digest, parent)
+        except FileNotFoundError:
+            raise NotFound(f"blob {digest} is not stored", reason="BLOB_NOT_FOUND") from None
+        except OSError as error:
+            raise DataLoss(f"blob {digest} cannot be opened", reason="IO_ERROR") from error
+        return FileBlobReader(digest, descriptor, self._found_corrupt)
+
+    def sizes(self, digests: Iterable[str]) -> Mapping[str, int]:
+        """Return the sizes of those that are stored."""
+        return self._look(digests, touch=False)
+
+    def touch(self, digests: Iterable[str]) -> Mapping[str, int]:
+        """Return the sizes of those that are stored, which are young from now on."""
+        return self._look(digests, touch=True)
+
+    def scan(self) -> Iterator[StoredBlob]:
+        """List all blobs."""
+        for name in _FAN_OUT:
+            yield from self._scan_folder(name)
+
+    def _scan_folder(self, name: str) -> list[StoredBlob]:
+        now_s = time.time()
+        found: list[StoredBlob] = []
+        with read_errors("the list of blobs"), folder(name, self._blobs) as parent:
+            for entry in os.scandir(parent):
+                if not is_digest(entry.name):
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    age_s = now_s - status.st_mtime
+                    found.append(StoredBlob(entry.name, status.st_size, age_s))
+        return found
+
+    def remove_if_old(self, digest: str, grace_s: float) -> int | None:
+        """Remove the blob unless it is young."""
+        check_digest(digest, "digest")
+        with (
+            write_errors("the removal of a blob"),
+            folder(digest[:2], self._blobs) as parent,
+            self._mutex,
+        ):
+            try:
+                status = os.stat(digest, dir_fd=parent, follow_symlinks=False)
+            except FileNotFoundError:
+                return None
+            if not is_old_enough(time.time() - status.st_mtime, grace_s):
+                return None
+            os.unlink(digest, dir_fd=parent)
+            self._settling.discard(digest)
+            self._corrupt.discard(digest)
+            self._usage_bytes -= status.st_size
+            return status.st_size
+
+    def usage_bytes(self) -> int:
+        """Return the size of all blobs."""
+        return self._usage_bytes
+
+    def _look(self, digests: Iterable[str], *, touch: bool) -> Mapping[str, int]:
+        found: dict[str, int] = {}
+        for digest in digests:
+            check_digest(digest, "digests")
+            with (
+                read_errors("the folders of blobs"),
+                folder(digest[:2], self._blobs) as parent,
+                self._mutex,
+            ):
+                size_bytes = _size(parent, digest)
+                if size_bytes is None or digest in self._settling or digest in self._corrupt:
+                    continue
+                if touch:
+                    os.utime(digest, dir_fd=parent, follow_symlinks=False)
+                found[digest] = size_bytes
+        return found
+
+    def _found_corrupt(self, digest: str, is_corrupt: bool) -> None:
+        with self._mutex:
+            if is_corrupt:
+                self._corrupt.add(digest)
+            else:
+                self._corrupt.discard(digest)
+
+
+def _size(parent: int, digest: str) -> int | None:
+    """Return the size of a plain file; anything else in its place (a link) counts as missing."""
+    try:
+        status = os.stat(digest, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None

@@ -1,0 +1,65 @@
+"""The embedded back end: SQLite for what is small, a directory for blobs."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from phalanx.errors import PhalanxError
+from storage.backends.directory_blobs import DirectoryBlobs
+from storage.backends.files import StateFolder
+from storage.backends.sqlite.catalog import SqliteCatalog
+from storage.backends.sqlite.database import Database
+from storage.backends.sqlite.jobs import SqliteJobs
+from storage.backends.sqlite.journals import SqliteJournals
+from storage.backends.sqlite.leases import SqliteLeases
+from storage.backends.sqlite.references import SqliteReferences
+from storage.interfaces import Backend
+
+
+def _ignore(_: object) -> None:
+    """Take a report that nobody asked for."""
+
+
+def open_embedded_backend(
+    folder: Path,
+    *,
+    reserve_bytes: int = 0,
+    on_corruption: Callable[[str], None] = _ignore,
+    on_failure: Callable[[PhalanxError], None] = _ignore,
+    now_unix_nanos: Callable[[], int] = time.time_ns,
+) -> Backend:
+    """Open, and make if it is new, the state folder; it is this process's until ``close``.
+
+    ``on_corruption`` hears of manifests that were skipped because they are damaged; ``on_failure``
+    is called when the disk failed so that the process must end. Raises FailedPrecondition
+    (STATE_IN_USE, STATE_UNUSABLE, STATE_TOO_NEW).
+    """
+    state = StateFolder(folder)
+    blobs: DirectoryBlobs | None = None
+    try:
+        blobs = DirectoryBlobs(state.fd, reserve_bytes=reserve_bytes)
+        database = Database(folder, on_failure)
+    except BaseException:
+        if blobs is not None:
+            blobs.close()
+        state.close()
+        raise
+
+    def close() -> None:
+        database.close()
+        blobs.close()
+        state.close()
+
+    return Backend(
+        name="embedded",
+        blobs=blobs,
+        journals=SqliteJournals(database),
+        leases=SqliteLeases(database),
+        jobs=SqliteJobs(database, blobs, now_unix_nanos, on_corruption),
+        catalog=SqliteCatalog(database, blobs, now_unix_nanos),
+        references=SqliteReferences(database),
+        close=close,
+    )
+
+
+__all__ = ["open_embedded_backend"]

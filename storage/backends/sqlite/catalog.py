@@ -1,0 +1,316 @@
+"""Data sets and models in SQLite."""
+
+import sqlite3
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+from google.protobuf import empty_pb2
+from google.protobuf.message import DecodeError
+
+from phalanx.errors import DataLoss, FailedPrecondition, NotFound
+from phalanx.v1 import dataset_service_pb2 as dataset_pb
+from phalanx.v1 import model_service_pb2 as model_pb
+from phalanx.v1 import storage_service_pb2 as pb
+from storage.backends.sqlite.database import Database
+from storage.backends.sqlite.leases import check_request_fence
+from storage.backends.sqlite.references import add_references, drop_references
+from storage.backends.sqlite.requests import once
+from storage.core import catalog
+from storage.core.catalog import Page, VersionName
+from storage.core.keys import check_digest, check_key, check_word, invalid
+from storage.interfaces import BlobStore
+
+DATASET = "dataset"
+MODEL = "model"
+_PIN = "pin"
+
+EntryT = TypeVar("EntryT", dataset_pb.Dataset, model_pb.ModelVersion)
+
+
+class SqliteCatalog:
+    """A Catalog. ``now_unix_nanos`` reads the wall clock."""
+
+    def __init__(
+        self, database: Database, blobs: BlobStore, now_unix_nanos: Callable[[], int]
+    ) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._now_unix_nanos = now_unix_nanos
+
+    def create_dataset(
+        self,
+        request: dataset_pb.CreateDatasetRequest,
+        summary: dataset_pb.Dataset,
+        digests: Iterable[str],
+    ) -> dataset_pb.Dataset:
+        """Register the next version of a data set."""
+        name = catalog.new_name(request.namespace, request.name)
+        wanted = sorted({*digests, check_digest(request.manifest_digest, "manifest_digest")})
+
+        def create(connection: sqlite3.Connection) -> dataset_pb.Dataset:
+            newest = _newest(connection, DATASET, name)
+            if newest is not None:
+                dataset = _load(connection, DATASET, newest, dataset_pb.Dataset)
+                if dataset.manifest_digest == request.manifest_digest:
+                    return dataset
+            self._check_stored(wanted)
+            dataset = dataset_pb.Dataset()
+            dataset.CopyFrom(summary)
+            self._insert(connection, DATASET, name, dataset, wanted)
+            return dataset
+
+        return self._database.write(
+            once(request, request.request_id, dataset_pb.Dataset, create, self._now_s)
+        )
+
+    def create_model(self, request: model_pb.CreateModelRequest) -> model_pb.ModelVersion:
+        """Register the next version of a model."""
+        name = catalog.check_model(request.model)
+        sizes_given = {file.digest: file.size_bytes for file in request.model.files}
+
+        def create(connection: sqlite3.Connection) -> model_pb.ModelVersion:
+            sizes = self._check_stored(sizes_given)
+            model = model_pb.ModelVersion()
+            model.CopyFrom(request.model)
+            for file in model.files:
+                file.size_bytes = sizes[file.digest]
+            self._insert(connection, MODEL, name, model, sizes_given)
+            return model
+
+        return self._database.write(
+            once(request, request.request_id, model_pb.ModelVersion, create, self._now_s)
+        )
+
+    def get_dataset(self, name: VersionName) -> dataset_pb.Dataset:
+        """Return one version of a data set."""
+        return self._get(DATASET, name, dataset_pb.Dataset)
+
+    def get_model(self, name: VersionName) -> model_pb.ModelVersion:
+        """Return one version of a model."""
+        return self._get(MODEL, name, model_pb.ModelVersion)
+
+    def list_datasets(self, page: Page) -> tuple[list[dataset_pb.Dataset], str]:
+        """Return one page of data sets."""
+        return self._list(DATASET, page, dataset_pb.Dataset)
+
+    def list_models(self, page: Page) -> tuple[list[model_pb.ModelVersion], str]:
+        """Return one page of models."""
+        return self._list(MODEL, page, model_pb.ModelVersion)
+
+    def delete_dataset(self, request: dataset_pb.DeleteDatasetRequest, name: VersionName) -> None:
+        """Delete a data set or one version of it."""
+        self._delete(DATASET, name, request, request.request_id)
+
+    def delete_model(self, request: model_pb.DeleteModelRequest, name: VersionName) -> None:
+        """Delete a model or one version of it."""
+        self._delete(MODEL, name, request, request.request_id)
+
+    def set_pins(self, request: pb.SetPinsRequest) -> None:
+        """Replace the pins of a holder."""
+        holder = check_word(request.holder, "holder")
+        versions: list[tuple[str, VersionName]] = []
+        blobs: list[str] = []
+        for index, pin in enumerate(request.pins):
+            field = f"pins[{index}]"
+            if pin.HasField("blob"):
+                blobs.append(check_digest(pin.blob, f"{field}.blob"))
+            elif pin.HasField("dataset"):
+                versions.append((DATASET, _pinned(pin.dataset, f"{field}.dataset")))
+            elif pin.HasField("model"):
+                versions.append((MODEL, _pinned(pin.model, f"{field}.model")))
+            else:
+                raise invalid(field, "names nothing; give a dataset, a model or a blob")
+
+        def act(connection: sqlite3.Connection) -> None:
+            check_request_fence(connection, request)
+            missing = set(blobs) - set(self._blobs.sizes(blobs))
+            if missing:
+                raise NotFound(f"blob {min(missing)} is not stored", reason="BLOB_NOT_FOUND")
+            connection.execute("DELETE FROM pins WHERE holder = ?", (holder,))
+            drop_references(connection, _PIN, holder)
+            for kind, name in versions:
+                if _row_id(connection, kind, name) is None:
+                    raise _not_found(kind, name)
+                connection.execute(
+                    "INSERT OR IGNORE INTO pins (holder, kind, namespace, name, version) "
+                    "VALUES (?, ?, ?, ?, ?)",
+                    (holder, kind, name.namespace, name.name, name.version),
+                )
+            add_references(connection, _PIN, holder, 0, blobs)
+
+        self._database.write(act)
+
+    def _now_s(self) -> float:
+        return self._now_unix_nanos() / 1e9
+
+    def _check_stored(self, digests: Iterable[str]) -> Mapping[str, int]:
+        wanted = sorted(digests)
+        sizes = self._blobs.sizes(wanted)
+        missing = [digest for digest in wanted if digest not in sizes]
+        if missing:
+            raise FailedPrecondition(
+                f"{len(missing)} of {len(wanted)} blobs are not stored, as {missing[0]}; put them "
+                "first",
+                reason="BLOB_MISSING",
+                details={"digest": missing[0]},
+            )
+        return sizes
+
+    def _insert(
+        self,
+        connection: sqlite3.Connection,
+        kind: str,
+        name: VersionName,
+        entry: dataset_pb.Dataset | model_pb.ModelVersion,
+        digests: Iterable[str],
+    ) -> None:
+        """Give ``entry`` the next version of ``name`` and store it."""
+        entry.namespace, entry.name = name.namespace, name.name
+        entry.version = _take_version(connection, kind, name)
+        entry.create_time.FromNanoseconds(self._now_unix_nanos())
+        message = entry.SerializeToString(deterministic=True)
+        row = (kind, name.namespace, name.name, entry.version)
+        cursor = connection.execute(
+            "INSERT INTO versions (kind, namespace, name, version, checksum, message) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            (*row, _checksum(kind, entry.version, message), message),
+        )
+        assert cursor.lastrowid is not None
+        add_references(connection, kind, "", cursor.lastrowid, digests)
+
+    def _get(self, kind: str, name: VersionName, entry_class: type[EntryT]) -> EntryT:
+        def act(connection: sqlite3.Connection) -> EntryT:
+            exact = name if name.version else _newest(connection, kind, name)
+            if exact is None:
+                raise _not_found(kind, name)
+            return _load(connection, kind, exact, entry_class)
+
+        return self._database.read(act)
+
+    def _list(self, kind: str, page: Page, entry_class: type[EntryT]) -> tuple[list[EntryT], str]:
+        after_name, after_version = page.after or ("", 0)
+
+        def act(connection: sqlite3.Connection) -> list[tuple[str, int, int, bytes]]:
+            return connection.execute(
+                "SELECT name, version, checksum, message FROM versions "
+                "WHERE kind = ? AND namespace = ? AND (name > ? OR (name = ? AND version < ?)) "
+                "ORDER BY name, version DESC LIMIT ?",
+                (kind, page.namespace, after_name, after_name, after_version, page.size + 1),
+            ).fetchall()
+
+        rows, token = catalog.split_page(
+            page, self._database.read(act), lambda row: (row[0], row[1])
+        )
+        entries = []
+        for row_name, version, checksum, message in rows:
+            exact = VersionName(page.namespace, row_name, version)
+            entries.append(_parse(kind, exact, checksum, message, entry_class))
+        return entries, token
+
+    def _delete(
+        self,
+        kind: str,
+        name: VersionName,
+        request: dataset_pb.DeleteDatasetRequest | model_pb.DeleteModelRequest,
+        request_id: str,
+    ) -> None:
+        def delete(connection: sqlite3.Connection) -> empty_pb2.Empty:
+            values = (kind, name.namespace, name.name, name.version, name.version)
+            rows = connection.execute(
+                "SELECT id FROM versions "
+                "WHERE kind = ? AND namespace = ? AND name = ? AND (? = 0 OR version = ?)",
+                values,
+            )
+            row_ids = [row_id for (row_id,) in rows]
+            if not row_ids:
+                raise _not_found(kind, name)
+            holders = connection.execute(
+                "SELECT DISTINCT holder FROM pins "
+                "WHERE kind = ? AND namespace = ? AND name = ? AND (? = 0 OR version = ?) "
+                "ORDER BY holder",
+                values,
+            ).fetchall()
+            if holders:
+                raise catalog.in_use(_WORDS[kind], name, [holder for (holder,) in holders])
+            for row_id in row_ids:
+                connection.execute("DELETE FROM versions WHERE id = ?", (row_id,))
+                drop_references(connection, kind, "", row_id)
+            return empty_pb2.Empty()
+
+        self._database.write(once(request, request_id, empty_pb2.Empty, delete, self._now_s))
+
+
+_WORDS = {DATASET: "data set", MODEL: "model"}
+
+
+def _newest(connection: sqlite3.Connection, kind: str, name: VersionName) -> VersionName | None:
+    row = connection.execute(
+        "SELECT max(version) FROM versions WHERE kind = ? AND namespace = ? AND name = ?",
+        (kind, name.namespace, name.name),
+    ).fetchone()
+    return None if row[0] is None else VersionName(name.namespace, name.name, row[0])
+
+
+def _row_id(connection: sqlite3.Connection, kind: str, name: VersionName) -> int | None:
+    row = connection.execute(
+        "SELECT id FROM versions WHERE kind = ? AND namespace = ? AND name = ? AND version = ?",
+        (kind, name.namespace, name.name, name.version),
+    ).fetchone()
+    return None if row is None else int(row[0])
+
+
+def _load(
+    connection: sqlite3.Connection, kind: str, name: VersionName, entry_class: type[EntryT]
+) -> EntryT:
+    row = connection.execute(
+        "SELECT checksum, message FROM versions "
+        "WHERE kind = ? AND namespace = ? AND name = ? AND version = ?",
+        (kind, name.namespace, name.name, name.version),
+    ).fetchone()
+    if row is None:
+        raise _not_found(kind, name)
+    return _parse(kind, name, row[0], row[1], entry_class)
+
+
+def _parse(
+    kind: str, name: VersionName, checksum: int, message: bytes, entry_class: type[EntryT]
+) -> EntryT:
+    if _checksum(kind, name.version, message) == checksum:
+        try:
+            return entry_class.FromString(message)
+        except DecodeError:
+            pass
+    raise DataLoss(
+        f"the entry of {_WORDS[kind]} {name} does not match its checksum; restore storage from a "
+        "backup",
+        reason="CATALOG_CORRUPT",
+    )
+
+
+def _take_version(connection: sqlite3.Connection, kind: str, name: VersionName) -> int:
+    row = connection.execute(
+        "INSERT INTO names (kind, namespace, name, next_version) VALUES (?, ?, ?, 2) "
+        "ON CONFLICT (kind, namespace, name) DO UPDATE SET next_version = next_version + 1 "
+        "RETURNING next_version - 1",
+        (kind, name.namespace, name.name),
+    ).fetchone()
+    return int(row[0])
+
+
+def _checksum(kind: str, version: int, message: bytes) -> int:
+    return zlib.crc32(message, zlib.crc32(f"{kind}\0{version}".encode()))
+
+
+def _pinned(version: pb.PinnedVersion, field: str) -> VersionName:
+    if version.version < 1:
+        raise invalid(f"{field}.version", "a pin names a version of 1 or more")
+    namespace = catalog.namespace_of(version.namespace)
+    return VersionName(namespace, check_key(version.name, f"{field}.name"), version.version)
+
+
+def _not_found(kind: str, name: VersionName) -> NotFound:
+    return NotFound(
+        f"there is no {_WORDS[kind]} {name}; list them to see the names and versions that exist",
+        reason=f"{kind.upper()}_NOT_FOUND",
+    )

@@ -1,0 +1,304 @@
+"""One SQLite database: many readers, one writing thread, commits in groups.
+
+Theory of operation ------------------- All writes are *acts*, functions of a connection, and run on
+one thread. Acts that wait together share one transaction, hence one fsync; each has a savepoint of
+its own, so that one that raises undoes only itself. Nobody hears the outcome of his act, not even
+its error, before the transaction is durable: an error may rest on what another act of the same
+transaction did.
+
+If the transaction itself fails because the disk is full, it is rolled back and its acts are tried
+one by one, so that a large one does not take small ones down with it. Acts must therefore be
+repeatable.
+
+If the disk fails (fsync above all), the pages that were to be written may be marked clean in memory
+although they are not on the disk. Trying again on the same files would acknowledge what the disk
+does not have. The database stops for good, ``on_failure`` is called, and the process is expected to
+end. At the next start, the log that can still be read is written into the database file and synced
+before anything is served.
+"""
+
+import contextlib
+import os
+import queue
+import sqlite3
+import stat
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from phalanx.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    PhalanxError,
+    ResourceExhausted,
+    Unavailable,
+)
+from storage.backends.files import disk_full
+from storage.backends.sqlite.schema import APPLICATION_ID, migrate
+
+ResultT = TypeVar("ResultT")
+Act = Callable[[sqlite3.Connection], ResultT]
+
+FILE_NAME = "metadata.sqlite3"
+_BATCH_ACTS = 128
+_QUEUE_ACTS = 1024
+_READERS = 16
+_WRITE_TIMEOUT_S = 60.0
+_BUSY_TIMEOUT_S = 10.0
+_LOG_LIMIT_BYTES = 8 * 1024 * 1024
+
+
+@dataclass
+class _Job:
+    """One act on its way through the writing thread."""
+
+    act: Act[Any]
+    future: Future[Any] = field(default_factory=Future)
+    result: Any = None
+    error: Exception | None = None
+
+    def finish(self) -> None:
+        if self.error is not None:
+            self.future.set_exception(self.error)
+        else:
+            self.future.set_result(self.result)
+
+
+class Database:
+    """The database in ``folder``.
+
+    ``on_failure`` is called once, from the writing thread, when the disk failed.
+    """
+
+    def __init__(self, folder: Path, on_failure: Callable[[PhalanxError], None]) -> None:
+        self._path = folder / FILE_NAME
+        self._on_failure = on_failure
+        self._failure: PhalanxError | None = None
+        self._queue: queue.Queue[_Job | None] = queue.Queue(_QUEUE_ACTS)
+        self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue(_READERS)
+        self._reader_slots = threading.BoundedSemaphore(_READERS)
+        self._closing = threading.Lock()
+        self._closed = False
+        self._connection = self._open()
+        self._thread = threading.Thread(target=self._run, name="sqlite-writer", daemon=True)
+        self._thread.start()
+
+    def _open(self) -> sqlite3.Connection:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.lstat(self._path).st_mode):
+                raise FailedPrecondition(
+                    f"{FILE_NAME} in the state folder is not a plain file", reason="STATE_UNUSABLE"
+                )
+        try:
+            connection = self._connect()
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute(f"PRAGMA journal_size_limit = {_LOG_LIMIT_BYTES}")
+            application_id = connection.execute("PRAGMA application_id").fetchone()[0]
+            migrate(connection)
+            if application_id != APPLICATION_ID:
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            _settle_log(connection)
+        except sqlite3.Error as error:
+            raise FailedPrecondition(
+                f"cannot open {FILE_NAME} in the state folder: {error}", reason="STATE_UNUSABLE"
+            ) from error
+        return connection
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(
+            self._path,
+            timeout=_BUSY_TIMEOUT_S,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=256,
+        )
+
+    def write(self, act: Act[ResultT]) -> ResultT:
+        """Run ``act`` in a transaction and return its result once that is durable.
+
+        The act may be run more than once and must have no effects but those on its connection, or
+        repeatable ones. What it raises is raised here.
+        """
+        job = _Job(act)
+        with self._closing:
+            if self._failure is not None:
+                raise self._failure
+            if self._closed:
+                raise Unavailable("storage is stopping; try again", reason="STOPPING")
+            try:
+                self._queue.put_nowait(job)
+            except queue.Full:
+                raise Unavailable(
+                    f"{_QUEUE_ACTS} writes are waiting for the disk; try again", reason="OVERLOADED"
+                ) from None
+        try:
+            result: ResultT = job.future.result(timeout=_WRITE_TIMEOUT_S)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the disk took over {_WRITE_TIMEOUT_S:g} s; the write may have happened or not",
+                reason="DISK_SLOW",
+            ) from None
+        return result
+
+    def read(self, act: Act[ResultT]) -> ResultT:
+        """Run ``act``, which only reads, on one consistent state; return its result."""
+        if self._closed:
+            raise Unavailable("storage is stopping; try again", reason="STOPPING")
+        with self._reader_slots:
+            try:
+                connection = self._take_reader()
+                connection.execute("BEGIN")
+                try:
+                    return act(connection)
+                finally:
+                    connection.execute("COMMIT")
+                    self._readers.put_nowait(connection)
+            except sqlite3.Error as error:
+                raise _translated(error) from error
+
+    def close(self) -> None:
+        """Finish what is queued and close; later calls raise Unavailable."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            self._queue.put(None)
+        self._thread.join()
+        while True:
+            try:
+                self._readers.get_nowait().close()
+            except queue.Empty:
+                break
+        self._connection.close()
+
+    def _take_reader(self) -> sqlite3.Connection:
+        try:
+            return self._readers.get_nowait()
+        except queue.Empty:
+            connection = self._connect()
+            connection.execute("PRAGMA query_only = ON")
+            return connection
+
+    def _run(self) -> None:
+        while (first := self._queue.get()) is not None:
+            jobs = [first]
+            stopping = False
+            while len(jobs) < _BATCH_ACTS and not stopping:
+                try:
+                    following = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if following is None:
+                    stopping = True
+                else:
+                    jobs.append(following)
+            self._commit_all(jobs)
+            if stopping:
+                break
+
+    def _commit_all(self, jobs: list[_Job]) -> None:
+        error = self._commit(jobs)
+        if isinstance(error, ResourceExhausted) and len(jobs) > 1:
+            for job in jobs:
+                self._commit_all([job])
+            return
+        for job in jobs:
+            if error is not None:
+                job.result, job.error = None, error
+            job.finish()
+
+    def _commit(self, jobs: list[_Job]) -> PhalanxError | None:
+        """Run the jobs in one transaction; return why none of them happened, or None."""
+        if self._failure is not None:
+            return self._failure
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            for job in jobs:
+                self._run_in_savepoint(job)
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+            if _kind(error) == sqlite3.SQLITE_IOERR and not _is_full(error):
+                return self._fail(error)
+            return _translated(error)
+        return None
+
+    def _run_in_savepoint(self, job: _Job) -> None:
+        job.result = job.error = None
+        self._connection.execute("SAVEPOINT act")
+        try:
+            job.result = job.act(self._connection)
+        except Exception as error:
+            if not self._connection.in_transaction or _ends_transaction(error):
+                raise
+            job.error = error
+            self._connection.execute("ROLLBACK TO act")
+        self._connection.execute("RELEASE act")
+
+    def _fail(self, error: sqlite3.Error) -> PhalanxError:
+        self._failure = Unavailable(
+            f"the disk of the storage service failed ({error.sqlite_errorname}); nothing was "
+            "acknowledged, and storage must start again",
+            reason="IO_ERROR",
+        )
+        self._on_failure(self._failure)
+        return self._failure
+
+
+def _settle_log(connection: sqlite3.Connection) -> None:
+    """Make durable what a killed process had written but not synced, before anyone reads it."""
+    try:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    except sqlite3.Error as error:
+        # On a full disk reads must go on; the log stays as it is, and the next commit syncs it.
+        if not _is_full(error):
+            raise
+
+
+_TRANSACTION_ERRORS = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_BUSY,
+)
+
+
+def _kind(error: sqlite3.Error) -> int:
+    # Errors that Python's module raises by itself, for wrong arguments, have no code.
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF
+
+
+def _is_full(error: sqlite3.Error) -> bool:
+    # The index of the log lies in shared memory; on a full disk it cannot grow.
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return _kind(error) == sqlite3.SQLITE_FULL or code == sqlite3.SQLITE_IOERR_SHMSIZE
+
+
+def _ends_transaction(error: Exception) -> bool:
+    return isinstance(error, sqlite3.Error) and _kind(error) in _TRANSACTION_ERRORS
+
+
+def _translated(error: sqlite3.Error) -> PhalanxError:
+    """Return what callers see of an error that is not the fault of one act."""
+    if _is_full(error):
+        return disk_full("the record")
+    if _kind(error) == sqlite3.SQLITE_BUSY:
+        return Unavailable("the database is busy; try again", reason="OVERLOADED")
+    if _kind(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR):
+        return DataLoss(
+            "the database of the storage service is damaged; restore it from a backup",
+            reason="DATABASE_CORRUPT",
+        )
+    return Internal(f"the database refused a statement: {error}", reason="DATABASE_ERROR")

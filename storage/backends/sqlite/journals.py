@@ -1,0 +1,183 @@
+"""Journals in SQLite."""
+
+import sqlite3
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from phalanx.errors import Aborted
+from phalanx.v1 import storage_service_pb2 as pb
+from storage.backends.sqlite.database import Database
+from storage.backends.sqlite.leases import check_request_fence
+from storage.backends.sqlite.references import add_references, drop_references
+from storage.core import journals
+from storage.core.garbage import find_digests
+from storage.core.journals import READ_BATCH_BYTES, READ_BATCH_RECORDS, StreamState
+from storage.core.keys import check_stream
+
+_KIND = "journal"
+
+
+class _Stream(NamedTuple):
+    id: int
+    state: StreamState
+
+
+class _Fetched(NamedTuple):
+    state: StreamState
+    first: int
+    rows: list[tuple[int, bytes, int]]
+
+
+class SqliteJournals:
+    """A JournalStore; what looks like a digest in a record is noted when it is appended."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def append(self, request: pb.AppendJournalRequest) -> int:
+        """Append all records or none; return the sequence after the last."""
+        journals.check_append(request)
+        records = list(request.records)
+        references = [(index, find_digests(record)) for index, record in enumerate(records)]
+        references = [(index, digests) for index, digests in references if digests]
+
+        def act(connection: sqlite3.Connection) -> int:
+            check_request_fence(connection, request)
+            stream = _load(connection, request.stream)
+            state = stream.state if stream else StreamState()
+            after = journals.append(state, request)
+            if not records:
+                return after.next_sequence
+            stream_id = _store(connection, request.stream, stream, after)
+            first = state.next_sequence
+            connection.executemany(
+                "INSERT INTO records (stream, sequence, checksum, payload) VALUES (?, ?, ?, ?)",
+                (
+                    (
+                        stream_id,
+                        sequence,
+                        journals.record_checksum(request.stream, sequence, record),
+                        record,
+                    )
+                    for sequence, record in enumerate(records, first)
+                ),
+            )
+            for index, digests in references:
+                add_references(connection, _KIND, str(stream_id), first + index, digests)
+            return after.next_sequence
+
+        return self._database.write(act)
+
+    def read(self, request: pb.ReadJournalRequest) -> Iterator[pb.ReadJournalResponse]:
+        """Yield the records from a sequence on, in batches."""
+        journals.check_read(request)
+        return self._read(request)
+
+    def _read(self, request: pb.ReadJournalRequest) -> Iterator[pb.ReadJournalResponse]:
+        position = request.from_sequence
+        left = request.max_records or None
+        is_first = True
+        while True:
+            fetched = self._fetch(request.stream, position, left)
+            if fetched.first != position and not is_first:
+                raise Aborted(
+                    f"journal {request.stream!r} was truncated while it was read; read again",
+                    reason="JOURNAL_TRUNCATED",
+                )
+            is_first = False
+            records = journals.check_records(request.stream, fetched.first, fetched.rows)
+            position = fetched.first + len(records)
+            if left is not None:
+                left -= len(records)
+            yield pb.ReadJournalResponse(records=records, next_sequence=fetched.state.next_sequence)
+            if left == 0 or position >= fetched.state.next_sequence:
+                return
+
+    def truncate(self, request: pb.TruncateJournalRequest) -> None:
+        """Drop the records before a sequence."""
+        journals.check_truncate(request)
+
+        def act(connection: sqlite3.Connection) -> None:
+            check_request_fence(connection, request)
+            stream = _load(connection, request.stream)
+            after = journals.truncate(stream.state if stream else StreamState(), request)
+            if stream is None:
+                return
+            bound = (stream.id, after.first_sequence)
+            connection.execute("DELETE FROM records WHERE stream = ? AND sequence < ?", bound)
+            connection.execute(
+                "DELETE FROM blob_references WHERE kind = ? AND owner = ? AND position < ?",
+                (_KIND, str(stream.id), after.first_sequence),
+            )
+            _store(connection, request.stream, stream, after)
+
+        self._database.write(act)
+
+    def delete(self, request: pb.DeleteJournalRequest) -> None:
+        """Remove a stream."""
+        check_stream(request.stream, "stream")
+
+        def act(connection: sqlite3.Connection) -> None:
+            check_request_fence(connection, request)
+            stream = _load(connection, request.stream)
+            if stream is None:
+                return
+            connection.execute("DELETE FROM records WHERE stream = ?", (stream.id,))
+            connection.execute("DELETE FROM streams WHERE id = ?", (stream.id,))
+            drop_references(connection, _KIND, str(stream.id))
+
+        self._database.write(act)
+
+    def _fetch(self, name: str, position: int, limit: int | None) -> _Fetched:
+        count = READ_BATCH_RECORDS if limit is None else min(limit, READ_BATCH_RECORDS)
+
+        def act(connection: sqlite3.Connection) -> _Fetched:
+            stream = _load(connection, name)
+            if stream is None:
+                return _Fetched(StreamState(), position, [])
+            first = max(position, stream.state.first_sequence)
+            cursor = connection.execute(
+                "SELECT sequence, payload, checksum FROM records "
+                "WHERE stream = ? AND sequence >= ? ORDER BY sequence LIMIT ?",
+                (stream.id, first, count),
+            )
+            rows: list[tuple[int, bytes, int]] = []
+            size_bytes = 0
+            for row in cursor:
+                size_bytes += len(row[1])
+                if rows and size_bytes > READ_BATCH_BYTES:
+                    break
+                rows.append(row)
+            cursor.close()
+            return _Fetched(stream.state, first, rows)
+
+        fetched = self._database.read(act)
+        if not fetched.rows and fetched.first < fetched.state.next_sequence:
+            raise journals.gap(name, fetched.first)
+        return fetched
+
+
+def _load(connection: sqlite3.Connection, name: str) -> _Stream | None:
+    row = connection.execute(
+        "SELECT id, first_sequence, next_sequence FROM streams WHERE name = ?", (name,)
+    ).fetchone()
+    return None if row is None else _Stream(row[0], StreamState(row[1], row[2]))
+
+
+def _store(
+    connection: sqlite3.Connection, name: str, stream: _Stream | None, state: StreamState
+) -> int:
+    """Write the bounds of a stream; return its id."""
+    bounds = (state.first_sequence, state.next_sequence)
+    if stream is not None:
+        connection.execute(
+            "UPDATE streams SET first_sequence = ?, next_sequence = ? WHERE id = ?",
+            (*bounds, stream.id),
+        )
+        return stream.id
+    cursor = connection.execute(
+        "INSERT INTO streams (name, first_sequence, next_sequence) VALUES (?, ?, ?)",
+        (name, *bounds),
+    )
+    assert cursor.lastrowid is not None
+    return cursor.lastrowid

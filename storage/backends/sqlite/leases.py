@@ -1,0 +1,87 @@
+"""Leases in SQLite."""
+
+import sqlite3
+
+from phalanx.v1 import storage_service_pb2 as pb
+from storage.backends.sqlite.database import Database
+from storage.core import leases
+from storage.core.keys import check_stream, check_word
+from storage.core.leases import LeaseRow
+
+
+def load_lease(connection: sqlite3.Connection, name: str) -> LeaseRow | None:
+    """Return the lease's row, or None."""
+    row = connection.execute(
+        "SELECT holder, token, counter FROM leases WHERE name = ?", (name,)
+    ).fetchone()
+    return None if row is None else LeaseRow(*row)
+
+
+def check_request_fence(
+    connection: sqlite3.Connection,
+    request: pb.AppendJournalRequest
+    | pb.TruncateJournalRequest
+    | pb.DeleteJournalRequest
+    | pb.RaiseTermRequest
+    | pb.DeleteJobRowRequest
+    | pb.SetPinsRequest,
+) -> None:
+    """Raise Aborted (STALE_GENERATION) if the request's fence is there and not current."""
+    if request.HasField("fence"):
+        leases.check_fence(load_lease(connection, request.fence.lease), request.fence)
+
+
+class SqliteLeases:
+    """A LeaseStore."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def acquire(self, request: pb.AcquireLeaseRequest) -> pb.AcquireLeaseResponse:
+        """Take a lease if the rules allow it."""
+        leases.check_acquire(request)
+
+        def act(connection: sqlite3.Connection) -> pb.AcquireLeaseResponse:
+            result = leases.acquire(load_lease(connection, request.name), request)
+            if result.acquired:
+                _store(connection, request.name, result.row)
+            return pb.AcquireLeaseResponse(
+                acquired=result.acquired, lease=result.row.message(request.name)
+            )
+
+        return self._database.write(act)
+
+    def renew(self, request: pb.RenewLeaseRequest) -> LeaseRow:
+        """Raise the counter of a held lease."""
+        check_stream(request.name, "name")
+
+        def act(connection: sqlite3.Connection) -> LeaseRow:
+            row = leases.renew(load_lease(connection, request.name), request)
+            _store(connection, request.name, row)
+            return row
+
+        return self._database.write(act)
+
+    def release(self, request: pb.ReleaseLeaseRequest) -> None:
+        """Free the lease if it is still held so."""
+        check_stream(request.name, "name")
+        check_word(request.holder, "holder")
+
+        def act(connection: sqlite3.Connection) -> None:
+            row = leases.release(load_lease(connection, request.name), request)
+            if row is not None:
+                _store(connection, request.name, row)
+
+        self._database.write(act)
+
+    def get(self, name: str) -> LeaseRow | None:
+        """Return the lease."""
+        check_stream(name, "name")
+        return self._database.read(lambda connection: load_lease(connection, name))
+
+
+def _store(connection: sqlite3.Connection, name: str, row: LeaseRow) -> None:
+    connection.execute(
+        "INSERT OR REPLACE INTO leases (name, holder, token, counter) VALUES (?, ?, ?, ?)",
+        (name, row.holder, row.token, row.counter),
+    )

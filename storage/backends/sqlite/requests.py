@@ -1,0 +1,46 @@
+"""Remembered request ids in SQLite."""
+
+import sqlite3
+from collections.abc import Callable
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from storage.backends.sqlite.database import Act
+from storage.core.catalog import Remembered, recall, request_checksum
+
+ResponseT = TypeVar("ResponseT", bound=Message)
+
+
+def once(
+    request: Message,
+    request_id: str,
+    response_class: type[ResponseT],
+    act: Act[ResponseT],
+    now_s: Callable[[], float],
+) -> Act[ResponseT]:
+    """Return an act that runs ``act`` once per request id and repeats its first answer.
+
+    Requests without an id are run every time. Errors are not remembered.
+    """
+    if not request_id:
+        return act
+    kind = request.DESCRIPTOR.full_name
+
+    def run(connection: sqlite3.Connection) -> ResponseT:
+        row = connection.execute(
+            "SELECT request_sha256, response FROM requests WHERE kind = ? AND request_id = ?",
+            (kind, request_id),
+        ).fetchone()
+        first = recall(None if row is None else Remembered(*row), request_id, request)
+        if first is not None:
+            return response_class.FromString(first)
+        response = act(connection)
+        connection.execute(
+            "INSERT INTO requests (kind, request_id, request_sha256, response, create_s) "
+            "VALUES (?, ?, ?, ?, ?)",
+            (kind, request_id, request_checksum(request), response.SerializeToString(), now_s()),
+        )
+        return response
+
+    return run

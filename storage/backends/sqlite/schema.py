@@ -1,0 +1,123 @@
+"""The tables, as a list of migrations: number n leads from version n to n + 1.
+
+A migration that was released is never edited; a change is a new one at the end. Each runs in one
+transaction together with the new version number.
+"""
+
+import sqlite3
+
+from phalanx.errors import FailedPrecondition
+
+APPLICATION_ID = 0x50484C58  # "PHLX"
+
+_FIRST = """
+CREATE TABLE leases (
+    name TEXT PRIMARY KEY,
+    holder TEXT NOT NULL,
+    token INTEGER NOT NULL,
+    counter INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE streams (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    first_sequence INTEGER NOT NULL,
+    next_sequence INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE records (
+    stream INTEGER NOT NULL REFERENCES streams (id),
+    sequence INTEGER NOT NULL,
+    checksum INTEGER NOT NULL,
+    payload BLOB NOT NULL,
+    PRIMARY KEY (stream, sequence)
+) STRICT;
+
+CREATE TABLE jobs (
+    job_id TEXT PRIMARY KEY,
+    term INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- whole = 0: parts are missing. manifest: CheckpointManifest.
+CREATE TABLE checkpoints (
+    id INTEGER PRIMARY KEY,
+    job_id TEXT NOT NULL REFERENCES jobs (job_id),
+    term INTEGER NOT NULL,
+    step INTEGER NOT NULL,
+    final INTEGER NOT NULL,
+    whole INTEGER NOT NULL,
+    manifest BLOB NOT NULL,
+    UNIQUE (job_id, term, step, final)
+) STRICT;
+
+-- kind: dataset or model. message: Dataset or ModelVersion.
+CREATE TABLE versions (
+    id INTEGER PRIMARY KEY,
+    kind TEXT NOT NULL,
+    namespace TEXT NOT NULL,
+    name TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    checksum INTEGER NOT NULL,
+    message BLOB NOT NULL,
+    UNIQUE (kind, namespace, name, version)
+) STRICT;
+
+-- Outlives its versions, so that NAME@VERSION never comes to mean something else.
+CREATE TABLE names (
+    kind TEXT NOT NULL,
+    namespace TEXT NOT NULL,
+    name TEXT NOT NULL,
+    next_version INTEGER NOT NULL,
+    PRIMARY KEY (kind, namespace, name)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE pins (
+    holder TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    namespace TEXT NOT NULL,
+    name TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    PRIMARY KEY (kind, namespace, name, version, holder)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX pins_by_holder ON pins (holder);
+
+-- Who names a blob. kind and owner: journal and stream id, checkpoint and job id, pin and holder;
+-- dataset and model have no owner. position tells the references of one owner apart: sequence of
+-- the record, id of the row.
+CREATE TABLE blob_references (
+    digest TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    owner TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    PRIMARY KEY (digest, kind, owner, position)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX blob_references_by_owner ON blob_references (kind, owner, position);
+
+CREATE TABLE requests (
+    kind TEXT NOT NULL,
+    request_id TEXT NOT NULL,
+    request_sha256 TEXT NOT NULL,
+    response BLOB NOT NULL,
+    create_s REAL NOT NULL,
+    PRIMARY KEY (kind, request_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX requests_by_age ON requests (create_s);
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST,)
+
+
+def migrate(connection: sqlite3.Connection, migrations: tuple[str, ...] = MIGRATIONS) -> None:
+    """Bring the database to the newest version; raise FailedPrecondition if it is newer."""
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(migrations):
+        raise FailedPrecondition(
+            f"the state folder was written by a newer Phalanx (schema {version}; this one knows "
+            f"{len(migrations)}): start that version, or choose another folder",
+            reason="STATE_TOO_NEW",
+        )
+    for number in range(version, len(migrations)):
+        script = (
+            f"BEGIN IMMEDIATE; {migrations[number]} PRAGMA user_version = {number + 1}; COMMIT;"
+        )
+        connection.executescript(script)

@@ -1,0 +1,32 @@
+"""Settings of the storage service."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from phalanx.config import ServiceConfig, address, at_least, option
+
+
+@dataclass(frozen=True)
+class StorageConfig(ServiceConfig):
+    """Keeps everything that must survive: journals, leases, checkpoints, data sets and models."""
+
+    service: ClassVar[str] = "storage"
+
+    listen: str = option(
+        "127.0.0.1:7420", "Address to serve gRPC on; port 0 takes a free one.", check=address
+    )
+    state: Path = option(..., "Folder that holds everything; one storage process at a time.")
+    reserve_bytes: int = option(
+        32 * 1024 * 1024,
+        "Refuse blobs while less of the disk is free, so that journals can still be written.",
+        check=at_least(0),
+    )
+    gc_grace_s: float = option(
+        3600.0, "Age at which a blob that nothing refers to is garbage.", check=at_least(0)
+    )
+    gc_interval_s: float = option(
+        600.0,
+        "Time between garbage collections; 0 for none but those asked for.",
+        check=at_least(0),
+    )

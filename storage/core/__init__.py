@@ -1,0 +1,1 @@
+"""The decisions of storage: pure functions over rows and messages."""

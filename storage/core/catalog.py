@@ -1,0 +1,161 @@
+"""Names, versions, pages and remembered requests of data sets and models."""
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from phalanx.errors import AlreadyExists, FailedPrecondition
+from phalanx.v1 import model_service_pb2 as model_pb
+from storage.core.keys import check_digest, check_file_path, check_key, check_word, invalid
+
+DEFAULT_NAMESPACE = "default"
+PAGE_SIZE_DEFAULT = 100
+PAGE_SIZE_LIMIT = 1000
+FILE_LIMIT = 1000
+REQUEST_MEMORY_S = 24 * 3600.0
+"""How long a request id is remembered with its first answer."""
+
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True, order=True)
+class VersionName:
+    """One version of a data set or of a model; ``version`` 0 stands for the newest."""
+
+    namespace: str
+    name: str
+    version: int
+
+    def __str__(self) -> str:
+        name = self.name if self.namespace == DEFAULT_NAMESPACE else f"{self.namespace}/{self.name}"
+        return f"{name}@{self.version}" if self.version else name
+
+
+@dataclass(frozen=True)
+class Page:
+    """Where a page of a listing begins and how long it is.
+
+    ``after`` is the (name, version) of the last item of the page before; None at the beginning.
+    Listings go by name, and from the newest version of a name to its oldest.
+    """
+
+    namespace: str
+    size: int
+    after: tuple[str, int] | None
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """The first answer to a request id."""
+
+    request_sha256: str
+    response: bytes
+
+
+def namespace_of(value: str) -> str:
+    """Return the namespace of a request; empty means ``default``."""
+    return check_key(value, "namespace") if value else DEFAULT_NAMESPACE
+
+
+def new_name(namespace: str, name: str, field: str = "name") -> VersionName:
+    """Return the name of something to be created; raise InvalidArgument if it is not a key."""
+    return VersionName(namespace_of(namespace), check_key(name, field), 0)
+
+
+def parse_name(namespace: str, text: str) -> VersionName:
+    """Return what ``NAME`` or ``NAME@VERSION`` stands for; raise InvalidArgument if neither."""
+    name, at, version = text.partition("@")
+    check_key(name, "name")
+    if not at:
+        return VersionName(namespace_of(namespace), name, 0)
+    plain = version.isascii() and version.isdigit() and len(version) <= 18
+    if not plain or str(int(version)) != version or version == "0":
+        raise invalid("name", f"{text!r}: write NAME or NAME@VERSION, with a version of 1 or more")
+    return VersionName(namespace_of(namespace), name, int(version))
+
+
+def parse_page(namespace: str, page_size: int, page_token: str) -> Page:
+    """Return the page that a list request asks for; raise InvalidArgument for a foreign token."""
+    if page_size < 0:
+        raise invalid("page_size", "write 0 (the server's choice) or more")
+    size = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_LIMIT)
+    return Page(namespace_of(namespace), size, _parse_token(page_token) if page_token else None)
+
+
+def split_page(
+    page: Page, rows: list[ItemT], key: Callable[[ItemT], tuple[str, int]]
+) -> tuple[list[ItemT], str]:
+    """Return a page's rows and the next page's token; ``rows`` may hold one more than the page."""
+    if len(rows) <= page.size:
+        return rows, ""
+    kept = rows[: page.size]
+    return kept, _make_token(key(kept[-1]))
+
+
+def _make_token(after: tuple[str, int]) -> str:
+    return base64.urlsafe_b64encode(json.dumps(after).encode()).decode()
+
+
+def _parse_token(token: str) -> tuple[str, int]:
+    try:
+        name, version = json.loads(base64.urlsafe_b64decode(token.encode()))
+    except (binascii.Error, ValueError, TypeError, RecursionError):
+        name, version = None, None
+    if not isinstance(name, str) or not isinstance(version, int) or abs(version) >= 1 << 62:
+        raise invalid("page_token", "pass next_page_token of the page before as it is, or nothing")
+    return name, version
+
+
+def request_checksum(request: Message) -> str:
+    """Return what tells two requests with one request id apart."""
+    kind = request.DESCRIPTOR.full_name.encode()
+    return hashlib.sha256(kind + b"\0" + request.SerializeToString(deterministic=True)).hexdigest()
+
+
+def recall(remembered: Remembered | None, request_id: str, request: Message) -> bytes | None:
+    """Return the first answer to this request id, or None if it is new.
+
+    Raises AlreadyExists (REQUEST_ID_REUSED) if the id came with another request.
+    """
+    check_word(request_id, "request_id")
+    if remembered is None:
+        return None
+    if remembered.request_sha256 != request_checksum(request):
+        raise AlreadyExists(
+            f"request id {request_id!r} was used for another request; choose a new one",
+            reason="REQUEST_ID_REUSED",
+        )
+    return remembered.response
+
+
+def check_model(model: model_pb.ModelVersion) -> VersionName:
+    """Return the name of the model to be created; raise InvalidArgument if something is wrong."""
+    name = new_name(model.namespace, model.name, "model.name")
+    if not model.files or len(model.files) > FILE_LIMIT:
+        raise invalid("model.files", f"a model has 1 to {FILE_LIMIT} files")
+    paths: set[str] = set()
+    for index, file in enumerate(model.files):
+        check_file_path(file.path, f"model.files[{index}].path")
+        check_digest(file.digest, f"model.files[{index}].digest")
+        if file.path in paths:
+            raise invalid(f"model.files[{index}].path", f"{file.path!r} is there twice")
+        paths.add(file.path)
+    if model.parameters_sha256:
+        check_digest(model.parameters_sha256, "model.parameters_sha256")
+    return name
+
+
+def in_use(kind: str, name: VersionName, holders: list[str]) -> FailedPrecondition:
+    """Return the error for deleting something that is pinned by ``holders`` (at least one)."""
+    more = f" and {len(holders) - 3} more" if len(holders) > 3 else ""
+    return FailedPrecondition(
+        f"{kind} {name} is in use by {', '.join(holders[:3])}{more}; delete or finish that first",
+        reason="IN_USE",
+        details={"holders": ",".join(holders[:3])},
+    )

@@ -1,0 +1,124 @@
+"""One storage process: back end, servicers, housekeeping and their end."""
+
+import asyncio
+import contextlib
+import os
+
+from phalanx.errors import PhalanxError
+from phalanx.rpc.process import announce
+from phalanx.rpc.server import Server
+from phalanx.telemetry.logs import get_logger
+from phalanx.telemetry.metrics import StorageMetrics, new_registry
+from phalanx.v1 import (
+    dataset_service_pb2,
+    dataset_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+    storage_service_pb2,
+    storage_service_pb2_grpc,
+)
+from storage.backends.sqlite import open_embedded_backend
+from storage.config import StorageConfig
+from storage.interfaces import Backend
+from storage.service.catalog_servicers import DatasetServicer, ModelServicer
+from storage.service.collection import Collector
+from storage.service.operations import Operations
+from storage.service.storage_servicer import StorageServicer
+
+EXIT_DISK_FAILED = 74
+"""The disk failed; start again, so that what it really holds is read anew (EX_IOERR)."""
+
+SERVICE_NAMES = (
+    storage_service_pb2.DESCRIPTOR.services_by_name["StorageService"].full_name,
+    dataset_service_pb2.DESCRIPTOR.services_by_name["DatasetService"].full_name,
+    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+)
+
+_log = get_logger(__name__)
+
+
+class StorageProcess:
+    """Everything of one storage process inside a running event loop."""
+
+    def __init__(self, config: StorageConfig) -> None:
+        self._config = config
+        registry = new_registry()
+        metrics = StorageMetrics(registry)
+        self.server = Server(
+            listen=config.listen,
+            metrics_listen=config.metrics_listen,
+            service_names=SERVICE_NAMES,
+            registry=registry,
+        )
+        self.operations = Operations("embedded", metrics)
+        self.backend: Backend = open_embedded_backend(
+            config.state,
+            reserve_bytes=config.reserve_bytes,
+            on_corruption=self.operations.corruption,
+            on_failure=end_at_once,
+        )
+        self.collector = Collector(
+            self.backend,
+            self.operations,
+            metrics,
+            grace_s=config.gc_grace_s,
+            interval_s=config.gc_interval_s,
+        )
+        self._housekeeping: asyncio.Task[None] | None = None
+        self._add_servicers()
+
+    def _add_servicers(self) -> None:
+        raw = self.server.raw
+        storage_service_pb2_grpc.add_StorageServiceServicer_to_server(
+            StorageServicer(self.backend, self.operations, self.collector), raw
+        )
+        dataset_service_pb2_grpc.add_DatasetServiceServicer_to_server(
+            DatasetServicer(self.backend, self.operations), raw
+        )
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelServicer(self.backend, self.operations), raw
+        )
+
+    async def start(self) -> None:
+        """Serve; FailedPrecondition if the address cannot be used."""
+        await self.server.start()
+        self._housekeeping = asyncio.create_task(self.collector.run())
+        self.server.set_serving(True)
+
+    async def stop(self, grace_s: float = 2.0) -> None:
+        """Let open calls end, finish what is being written, close everything."""
+        await self.server.stop(grace_s)
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._housekeeping
+        await asyncio.to_thread(self.operations.close)
+        await asyncio.to_thread(self.backend.close)
+
+
+def end_at_once(error: PhalanxError) -> None:
+    """End the process after the disk failed.
+
+    Nothing is closed: closing would have SQLite copy its log, which may differ between memory and
+    disk by now, into the database file. The next start reads and checks the log anew.
+    """
+    _log.critical("disk_failed", message=error.message)
+    os._exit(EXIT_DISK_FAILED)
+
+
+async def serve(config: StorageConfig, stop: asyncio.Event) -> None:
+    """Run until ``stop`` is set."""
+    process = StorageProcess(config)
+    try:
+        await process.start()
+        server = process.server
+        announce(
+            config,
+            role="storage",
+            address=server.address,
+            metrics_address=server.metrics_address,
+        )
+        _log.info("ready", address=server.address, metrics_address=server.metrics_address)
+        await stop.wait()
+    finally:
+        await process.stop()

@@ -1,0 +1,1 @@
+"""The gRPC side of storage: servicers, thread pools, metrics and housekeeping."""

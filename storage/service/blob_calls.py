@@ -1,0 +1,154 @@
+"""Uploads, downloads and compositions of blobs."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing
+
+from phalanx.errors import DeadlineExceeded, ResourceExhausted
+from phalanx.v1 import storage_service_pb2 as pb
+from storage.core.keys import check_digest, invalid
+from storage.interfaces import BlobReader, BlobStore, BlobWriter, StoredBlob
+from storage.service.operations import Operations, settled
+
+CHUNK_BYTES = 1024 * 1024
+"""Size of the messages of a download."""
+
+DIGESTS_PER_CALL = 50_000
+_PIECES_PER_CALL = 10_000
+_UPLOADS = 64
+_IDLE_S = 60.0
+
+
+class BlobCalls:
+    """The calls of StorageService that move blobs."""
+
+    def __init__(self, blobs: BlobStore, operations: Operations) -> None:
+        self._blobs = blobs
+        self._operations = operations
+        self._uploads = 0
+
+    async def put(self, requests: AsyncIterator[pb.PutBlobRequest]) -> StoredBlob:
+        """Take an upload; what came of a broken one is forgotten."""
+        if self._uploads >= _UPLOADS:
+            raise ResourceExhausted(
+                f"{_UPLOADS} uploads are running; try again when some have ended",
+                reason="TOO_MANY_UPLOADS",
+                retry_after_s=1.0,
+            )
+        self._uploads += 1
+        started_s = time.perf_counter()
+        try:
+            stored = await self._put(requests)
+        except BaseException as error:
+            self._operations.observe("put_blob", started_s, error)
+            raise
+        finally:
+            self._uploads -= 1
+        self._operations.observe("put_blob", started_s, None)
+        return stored
+
+    async def _put(self, requests: AsyncIterator[pb.PutBlobRequest]) -> StoredBlob:
+        first = await _next(requests)
+        if first is None:
+            raise invalid("chunk", "an upload has at least one message, empty for an empty blob")
+        if first.expected_digest:
+            check_digest(first.expected_digest, "expected_digest")
+        loop = asyncio.get_running_loop()
+        pool = self._operations.blob_pool
+        # 0 is what a client sends that does not set the field: nobody announces an empty blob.
+        expected_bytes = first.expected_bytes if first.expected_bytes > 0 else -1
+        writer = await loop.run_in_executor(pool, self._blobs.writer, expected_bytes)
+        work: asyncio.Future[None] = loop.run_in_executor(pool, writer.write, first.chunk)
+        try:
+            # Reads the next message while a thread hashes and writes the one before.
+            while (request := await _next(requests)) is not None:
+                await asyncio.shield(work)
+                work = loop.run_in_executor(pool, writer.write, request.chunk)
+            await asyncio.shield(work)
+            return await loop.run_in_executor(
+                pool, writer.commit, first.expected_digest, expected_bytes
+            )
+        except BaseException:
+            await self._abandon(writer, work)
+            raise
+
+    async def _abandon(self, writer: BlobWriter, work: asyncio.Future[None]) -> None:
+        """Remove what was written, once no thread is writing any more."""
+
+        await settled(work)
+        pool = self._operations.blob_pool
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(pool, writer.abort))
+
+    async def get(self, request: pb.GetBlobRequest) -> AsyncGenerator[pb.GetBlobResponse]:
+        """Yield a blob, or a part of it."""
+        reader = await self._operations.blobs("open_blob", lambda: self._blobs.open(request.digest))
+        try:
+            length = request.length or reader.size_bytes - request.offset
+            chunks = reader.chunks(request.offset, length, CHUNK_BYTES)
+            is_first = True
+            stream = self._operations.stream("get_blob", chunks, self._operations.blob_pool)
+            async with aclosing(stream) as read:
+                async for chunk in read:
+                    size_bytes = reader.size_bytes if is_first else 0
+                    is_first = False
+                    yield pb.GetBlobResponse(chunk=chunk, size_bytes=size_bytes)
+            if is_first:
+                yield pb.GetBlobResponse(size_bytes=reader.size_bytes)
+        finally:
+            reader.close()
+
+    async def check(self, request: pb.CheckBlobsRequest) -> pb.CheckBlobsResponse:
+        """Say which digests are missing; the others are young from now on."""
+        digests = request.digests
+        if len(digests) > DIGESTS_PER_CALL:
+            raise invalid("digests", f"{len(digests)}; ask for at most {DIGESTS_PER_CALL} at once")
+        found = await self._operations.state("check_blobs", lambda: self._blobs.touch(digests))
+        missing = dict.fromkeys(digest for digest in digests if digest not in found)
+        return pb.CheckBlobsResponse(missing=missing)
+
+    async def compose(self, request: pb.ComposeBlobRequest) -> StoredBlob:
+        """Make a blob of pieces; every blob that it is cut from is verified first."""
+        if len(request.pieces) > _PIECES_PER_CALL:
+            raise invalid("pieces", f"{len(request.pieces)}; at most {_PIECES_PER_CALL}")
+        for index, piece in enumerate(request.pieces):
+            if piece.WhichOneof("source") is None:
+                raise invalid(f"pieces[{index}]", "is empty; give inline bytes or a slice")
+        return await self._operations.blobs(
+            "compose_blob", lambda: compose(self._blobs, request.pieces)
+        )
+
+
+def compose(blobs: BlobStore, pieces: Iterable[pb.BlobPiece]) -> StoredBlob:
+    """Store the pieces one after another as one blob, never holding more than a chunk."""
+    readers: dict[str, BlobReader] = {}
+    writer = blobs.writer()
+    try:
+        for piece in pieces:
+            if piece.HasField("inline"):
+                writer.write(piece.inline)
+                continue
+            cut = piece.slice
+            reader = readers.get(cut.digest)
+            if reader is None:
+                reader = readers[cut.digest] = blobs.open(cut.digest)
+                # A slice alone cannot be checked, and damage would get a digest of its own.
+                reader.verify()
+            length = cut.length or reader.size_bytes - cut.offset
+            for chunk in reader.chunks(cut.offset, length, CHUNK_BYTES):
+                writer.write(chunk)
+        return writer.commit()
+    finally:
+        writer.abort()
+        for reader in readers.values():
+            reader.close()
+
+
+async def _next(requests: AsyncIterator[pb.PutBlobRequest]) -> pb.PutBlobRequest | None:
+    try:
+        async with asyncio.timeout(_IDLE_S):
+            return await anext(requests, None)
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"no part of the upload came for {_IDLE_S:g} s; begin it again", reason="UPLOAD_IDLE"
+        ) from None

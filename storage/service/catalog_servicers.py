@@ -1,0 +1,145 @@
+"""DatasetService and ModelService over a back end."""
+
+from phalanx.data.manifest import DatasetManifest
+from phalanx.errors import DataLoss
+from phalanx.rpc.types import ServicerContext
+from phalanx.v1 import dataset_service_pb2 as dataset_pb
+from phalanx.v1 import dataset_service_pb2_grpc as dataset_grpc
+from phalanx.v1 import model_service_pb2 as model_pb
+from phalanx.v1 import model_service_pb2_grpc as model_grpc
+from storage.core import catalog
+from storage.core.keys import check_digest, invalid
+from storage.interfaces import Backend, BlobStore
+from storage.service.blob_calls import CHUNK_BYTES
+from storage.service.operations import Operations
+
+_MANIFEST_LIMIT_BYTES = 64 * 1024 * 1024
+
+
+class DatasetServicer(dataset_grpc.DatasetServiceServicer):
+    """Registers data sets whose manifest and chunks are stored."""
+
+    def __init__(self, backend: Backend, operations: Operations) -> None:
+        self._backend = backend
+        self._operations = operations
+
+    async def CreateDataset(
+        self, request: dataset_pb.CreateDatasetRequest, context: ServicerContext
+    ) -> dataset_pb.CreateDatasetResponse:
+        """Register a version."""
+
+        def create() -> dataset_pb.Dataset:
+            catalog.new_name(request.namespace, request.name)
+            check_digest(request.manifest_digest, "manifest_digest")
+            manifest = _read_manifest(self._backend.blobs, request.manifest_digest)
+            summary = _summary(manifest, request.manifest_digest)
+            return self._backend.catalog.create_dataset(request, summary, manifest.digests())
+
+        dataset = await self._operations.blobs("create_dataset", create)
+        return dataset_pb.CreateDatasetResponse(dataset=dataset)
+
+    async def GetDataset(
+        self, request: dataset_pb.GetDatasetRequest, context: ServicerContext
+    ) -> dataset_pb.GetDatasetResponse:
+        """Show a version."""
+        name = catalog.parse_name(request.namespace, request.name)
+        dataset = await self._operations.state(
+            "get_dataset", lambda: self._backend.catalog.get_dataset(name)
+        )
+        return dataset_pb.GetDatasetResponse(dataset=dataset)
+
+    async def ListDatasets(
+        self, request: dataset_pb.ListDatasetsRequest, context: ServicerContext
+    ) -> dataset_pb.ListDatasetsResponse:
+        """Show a page of versions."""
+        page = catalog.parse_page(request.namespace, request.page_size, request.page_token)
+        datasets, token = await self._operations.state(
+            "list_datasets", lambda: self._backend.catalog.list_datasets(page)
+        )
+        return dataset_pb.ListDatasetsResponse(datasets=datasets, next_page_token=token)
+
+    async def DeleteDataset(
+        self, request: dataset_pb.DeleteDatasetRequest, context: ServicerContext
+    ) -> dataset_pb.DeleteDatasetResponse:
+        """Delete one version or all."""
+        name = catalog.parse_name(request.namespace, request.name)
+        await self._operations.state(
+            "delete_dataset", lambda: self._backend.catalog.delete_dataset(request, name)
+        )
+        return dataset_pb.DeleteDatasetResponse()
+
+
+class ModelServicer(model_grpc.ModelServiceServicer):
+    """Registers models whose files are stored."""
+
+    def __init__(self, backend: Backend, operations: Operations) -> None:
+        self._backend = backend
+        self._operations = operations
+
+    async def CreateModel(
+        self, request: model_pb.CreateModelRequest, context: ServicerContext
+    ) -> model_pb.CreateModelResponse:
+        """Register a version."""
+        model = await self._operations.state(
+            "create_model", lambda: self._backend.catalog.create_model(request)
+        )
+        return model_pb.CreateModelResponse(model=model)
+
+    async def GetModel(
+        self, request: model_pb.GetModelRequest, context: ServicerContext
+    ) -> model_pb.GetModelResponse:
+        """Show a version."""
+        name = catalog.parse_name(request.namespace, request.name)
+        model = await self._operations.state(
+            "get_model", lambda: self._backend.catalog.get_model(name)
+        )
+        return model_pb.GetModelResponse(model=model)
+
+    async def ListModels(
+        self, request: model_pb.ListModelsRequest, context: ServicerContext
+    ) -> model_pb.ListModelsResponse:
+        """Show a page of versions."""
+        page = catalog.parse_page(request.namespace, request.page_size, request.page_token)
+        models, token = await self._operations.state(
+            "list_models", lambda: self._backend.catalog.list_models(page)
+        )
+        return model_pb.ListModelsResponse(models=models, next_page_token=token)
+
+    async def DeleteModel(
+        self, request: model_pb.DeleteModelRequest, context: ServicerContext
+    ) -> model_pb.DeleteModelResponse:
+        """Delete one version or all."""
+        name = catalog.parse_name(request.namespace, request.name)
+        await self._operations.state(
+            "delete_model", lambda: self._backend.catalog.delete_model(request, name)
+        )
+        return model_pb.DeleteModelResponse()
+
+
+def _read_manifest(blobs: BlobStore, digest: str) -> DatasetManifest:
+    """Return the manifest in a blob; InvalidArgument if there is another thing in it."""
+    reader = blobs.open(digest)
+    try:
+        if reader.size_bytes > _MANIFEST_LIMIT_BYTES:
+            raise invalid("manifest_digest", "the blob is too large to be a manifest")
+        data = b"".join(reader.chunks(0, reader.size_bytes, CHUNK_BYTES))
+    finally:
+        reader.close()
+    try:
+        return DatasetManifest.from_json(data)
+    except DataLoss as error:
+        # The blob is what was put; it was no manifest from the start.
+        raise invalid("manifest_digest", error.message) from None
+
+
+def _summary(manifest: DatasetManifest, digest: str) -> dataset_pb.Dataset:
+    return dataset_pb.Dataset(
+        manifest_digest=digest,
+        rows=manifest.rows_by_split(),
+        features=manifest.features,
+        task=manifest.task,
+        classes=manifest.classes,
+        format=manifest.format,
+        size_bytes=manifest.size_bytes,
+        target=manifest.target,
+    )
