@@ -86,8 +86,8 @@ class Stream:
             async for buffer in self._source:
                 yield buffer
             return
-        while (buffer := await asyncio.to_thread(_next_of, self._source)) is not None:
-            yield buffer
+        while (following := await asyncio.to_thread(_next_of, self._source)) is not None:
+            yield following
 
 
 def _next_of(source: Iterator[Buffer]) -> Buffer | None:

@@ -26,4 +26,5 @@ def reuse_large_buffers() -> bool:
     except AttributeError:
         return False
     settings = ((_M_MMAP_THRESHOLD, _BUFFER_BYTES), (_M_TRIM_THRESHOLD, _KEPT_BYTES))
-    return all([mallopt(name, value) == 1 for name, value in settings])
+    done = [mallopt(name, value) == 1 for name, value in settings]
+    return all(done)
