@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
-from typing import Any, Protocol
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.data.manifest import DatasetManifest
-from phalanx.data.statistics import manifest_mean_and_scale
+from phalanx.data.statistics import manifest_mean_and_scale, standardise
 from phalanx.models.base import Array, Batch, Model
 from phalanx.reduction import all_finite
 from phalanx.training.sampler import (
@@ -143,25 +143,6 @@ def shard_row_range(plan: JobPlan, shard: int, evaluation: bool) -> ShardRows:
     return shard_rows(shard, shards, (rows,))
 
 
-def standardise(features: Array, manifest: DatasetManifest) -> None:
-    """Standardise dense or CSR features in place with the statistics of the train split.
-
-    CSR features are scaled but not centred, which would make them dense. Data too wide to have
-    statistics stays as it is.
-    """
-    scales = manifest_mean_and_scale(manifest, features.dtype)
-    if scales is not None:
-        _apply(features, *scales)
-
-
-def _apply(features: Any, mean: Array, scale: Array) -> None:
-    if isinstance(features, np.ndarray):
-        np.subtract(features, mean, out=features)
-        np.multiply(features, scale, out=features)
-    else:
-        features.data *= scale[features.indices]
-
-
 _SCALES: WeakKeyDictionary[RowReader, tuple[Array, Array] | None] = WeakKeyDictionary()
 """Mean and scale of each reader's data set, computed once."""
 
@@ -173,7 +154,7 @@ def _batch(reader: RowReader, selections: list[RowSelection], settings: _Setting
             _SCALES[reader] = manifest_mean_and_scale(reader.manifest, reader.dtype)
         scales = _SCALES[reader]
         if scales is not None:
-            _apply(batch.features, *scales)
+            standardise(batch.features, *scales)
     return batch
 
 
