@@ -14,7 +14,7 @@ from phalanx.sdk.values import Event
 
 CELLS_MAX = 32
 SPARK = "▁▂▃▄▅▆▇█"
-SPARK_WIDTH = 24
+SPARK_WIDTH = 40
 _STATE_STYLES = {
     "QUEUED": "yellow",
     "RUNNING": "green",
@@ -29,7 +29,8 @@ _GOOD_EVENTS = ("RECOVERED", "RESTORED", "SUCCEEDED", "JOINED", "REGISTERED")
 
 def render(state: WatchState, now_s: float, width: int) -> RenderableType:
     """Return the whole display; it fits ``width`` ≥ 60 columns."""
-    parts: list[RenderableType] = [_headline(state), _bar(state, width), _numbers(state)]
+    parts: list[RenderableType] = [_headline(state), _bar(state, width)]
+    parts += [_metrics(state), _speed(state)]
     if state.workers:
         parts.append(_workers(state, now_s))
     if state.events:
@@ -75,15 +76,23 @@ def _bar(state: WatchState, width: int) -> RenderableType:
     return grid
 
 
-def _numbers(state: WatchState) -> Text:
+def _metrics(state: WatchState) -> Text:
     metrics = dict(state.progress.metrics)
     line = Text(no_wrap=True, overflow="ellipsis")
     for name in _metric_order(metrics):
         line.append(f"{name} ", style="dim")
         line.append(f"{metrics[name]:.4f}  ")
+    return line
+
+
+def _speed(state: WatchState) -> Text:
+    line = Text(no_wrap=True, overflow="ellipsis")
     line.append("examples/s ", style="dim")
     line.append(f"{state.progress.examples_per_second:,.0f}  ")
-    line.append(sparkline([loss for _, loss in state.losses], SPARK_WIDTH), style="cyan")
+    curve = sparkline([loss for _, loss in state.losses], SPARK_WIDTH)
+    if curve:
+        line.append("loss ", style="dim")
+        line.append(curve, style="cyan")
     return line
 
 
