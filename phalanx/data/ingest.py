@@ -352,6 +352,7 @@ class _ArrayIngest(_Ingest):
                     means.add(batch.features[train])
                 if target.settled and not means and shape.features is not None:
                     break
+        learned = target.result()
         if not width:
             raise InvalidArgument("the data has no features")
         columns: tuple[Column, ...] = ()
@@ -359,7 +360,7 @@ class _ArrayIngest(_Ingest):
             columns = means.columns(shape.names, options.missing)
         elif shape.names:
             columns = tuple(Column(name) for name in shape.names)
-        return columns, target.result(), width
+        return columns, learned, width
 
     def _all_rows(self) -> Iterator[tuple[ArrayBatch, NDArray[np.int8]]]:
         yield from deal(self.main.batches(), self.splitter)

@@ -96,7 +96,7 @@ class Encoder:
         prepared = [
             self._prepare(index, column_values, where) for index, column_values in enumerate(values)
         ]
-        rows = _rows(values[0]) if values else 0
+        rows = row_count(values[0]) if values else 0
         for first in range(0, rows, self._slice_rows):
             stop = min(rows, first + self._slice_rows)
             out: NDArray[Any] = np.zeros((stop - first, self.width), dtype=self._dtype)
@@ -179,6 +179,7 @@ def missing_value(where: str) -> InvalidArgument:
     )
 
 
-def _rows(values: ColumnValues) -> int:
+def row_count(values: ColumnValues) -> int:
+    """How many rows a column has."""
     array = values.values if isinstance(values, NumericValues) else values.codes
     return len(array)

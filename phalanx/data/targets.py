@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.data.manifest import ClassKind, Task
-from phalanx.data.preprocess import MISSING, ColumnValues, NumericValues, Whereabouts
+from phalanx.data.preprocess import MISSING, ColumnValues, NumericValues, Whereabouts, row_count
 from phalanx.errors import InvalidArgument
 
 CLASS_LIMIT = 10_000
@@ -42,6 +42,7 @@ class TargetScan:
     name: str
     task: Task | None = None
     boolean: bool = False
+    _rows: int = 0
     _numbers: set[float] = field(default_factory=set)
     _words: set[str] = field(default_factory=set)
     _whole: bool = True
@@ -50,6 +51,7 @@ class TargetScan:
 
     def add(self, values: ColumnValues, where: Whereabouts) -> None:
         """Targets of some train rows; a missing one is an error."""
+        self._rows += row_count(values)
         check_complete(values, self.name, where)
         if not isinstance(values, NumericValues):
             self._text = True
@@ -78,7 +80,9 @@ class TargetScan:
         return self._many or (self.task == "regression" and not self._text)
 
     def result(self) -> Target:
-        """Task and classes; raises InvalidArgument for a classification with less than two."""
+        """Task and classes; InvalidArgument without rows, and with less than two classes."""
+        if not self._rows and not self.settled:
+            raise InvalidArgument("the train split has no rows")
         task, note = self._decide()
         if task == "regression":
             return Target(self.name, task, note=note)

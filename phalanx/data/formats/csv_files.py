@@ -3,6 +3,7 @@
 import csv
 import functools
 import io
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -86,7 +87,7 @@ class CsvTable:
                     where = functools.partial(_where, path, dialect, rows)
                     rows += batch.num_rows
                     yield TableBatch(batch.num_rows, self._columns(batch, wanted), where)
-        except (pa.ArrowInvalid, EOFError, OSError) as error:
+        except (pa.ArrowInvalid, EOFError, OSError, zlib.error) as error:
             raise self._diagnosis(path, dialect, names, wanted, rows, error) from error
 
     def _arrow_batches(
@@ -166,8 +167,6 @@ class CsvTable:
                         )
         except PhalanxError as found:
             return found
-        except (EOFError, OSError) as broken:
-            return InvalidArgument(f"{path.name} is damaged: {broken}")
         return InvalidArgument(f"{path.name}, after {rows} good rows: {error}")
 
 

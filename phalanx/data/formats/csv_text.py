@@ -8,6 +8,7 @@ import csv
 import gzip
 import itertools
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ def text_rows(path: Path, delimiter: str, comment: str | None) -> Iterator[TextR
                 cells = next(reader)
             except StopIteration:
                 return
+            except (EOFError, OSError, zlib.error) as error:
+                raise InvalidArgument(f"{path.name} is damaged: {error}") from error
             except csv.Error as error:
                 raise InvalidArgument(
                     f"{path.name}, line {start}: {error} (a quote that never closes?)"
@@ -169,14 +172,13 @@ def _kinds(rows: Sequence[TextRow], width: int, missing: set[str]) -> list[Colum
 
 
 def _is_header(sample: Sequence[TextRow], kinds: Sequence[ColumnKind], missing: set[str]) -> bool:
-    """A first row of different words, over numbers or over words that it does not share."""
+    """A first row of words, over numbers or over words that it does not share."""
     first = [cell.strip() for cell in sample[0].cells]
-    words = all(cell not in missing and not is_number(cell) for cell in first)
-    if not words or len(set(first)) != len(first):
+    if any(cell in missing or is_number(cell) for cell in first):
         return False
     if "numeric" in kinds or len(sample) == 1:
         return True
-    return all(
+    return len(set(first)) == len(first) and all(
         cell != row.cells[column].strip() for column, cell in enumerate(first) for row in sample[1:]
     )
 

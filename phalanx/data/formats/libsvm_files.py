@@ -7,6 +7,7 @@ only a block that does not pass is looked at line by line, to name the line.
 import functools
 import io
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ class LibsvmArrays:
                         batch = self._parse(block, path)
                         if batch.rows:
                             yield batch
-                except (EOFError, OSError) as error:
+                except (EOFError, OSError, zlib.error) as error:
                     raise InvalidArgument(f"{path.name} is damaged: {error}") from error
 
     def _parse(self, block: _Block, path: Path) -> ArrayBatch:

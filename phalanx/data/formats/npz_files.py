@@ -7,7 +7,7 @@ import contextlib
 import functools
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -77,16 +77,16 @@ class NpzArrays:
     def batches(self) -> Iterator[ArrayBatch]:
         """All rows in order."""
         step = batch_rows(self._width, self._features.dtype.itemsize)
-        with _reading(self._path) as archive:
-            pieces = zip(
-                _pieces(archive, self._features, step),
-                _pieces(archive, self._targets, step),
-                strict=True,
-            )
-            for number, (features, targets) in enumerate(pieces):
+        # The pieces hold the archive's file open, whatever becomes of this generator.
+        with (
+            _reading(self._path) as archive,
+            contextlib.closing(_pieces(archive, self._features, step)) as features,
+            contextlib.closing(_pieces(archive, self._targets, step)) as targets,
+        ):
+            for number, (rows, labels) in enumerate(zip(features, targets, strict=True)):
                 yield ArrayBatch(
-                    features=features.reshape(len(features), self._width),
-                    targets=target_values(targets, self._path.name),
+                    features=rows.reshape(len(rows), self._width),
+                    targets=target_values(labels, self._path.name),
                     where=functools.partial(array_where, self._path.name, number * step),
                 )
 
@@ -179,7 +179,9 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
     return np.lib.format.read_array_header_2_0(file)
 
 
-def _pieces(archive: zipfile.ZipFile, member: _Member, step: int) -> Iterator[NDArray[Any]]:
+def _pieces(
+    archive: zipfile.ZipFile, member: _Member, step: int
+) -> Generator[NDArray[Any], None, None]:
     """Rows of an array, ``step`` at a time."""
     rows = member.shape[0]
     row_shape = member.shape[1:]

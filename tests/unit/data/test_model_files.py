@@ -338,7 +338,7 @@ from phalanx.models import UserModel
 
 class Plain(UserModel):
     def __init__(self, schema):
-        super().__init__({"w": (schema.features, schema.classes)}, schema.dtype)
+        super().__init__(schema, {"w": (schema.features, schema.classes)})
     def initial(self, seed):
         raise NotImplementedError
     def loss_and_gradients(self, parameters, features, targets):
