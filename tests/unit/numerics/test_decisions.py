@@ -265,6 +265,8 @@ def test_a_restored_job_takes_the_same_decisions(data: st.DataObject) -> None:
         first = restored.restore(version, json.dumps(json.loads(state)))
         assert (first.version, first.round, first.action) == (version, 0, Action.ACTION_TRAIN)
         assert not first.checkpoint
+        before = next(r for r in cluster.records if r.version == version)
+        assert (first.example_count, first.loss_sum) == (before.example_count, before.loss_sum)
         again = Cluster(restored, elapsed_s=lambda v, base=version: float(v - base))
         again.run(first)
         assert after(again.records, version) == after(cluster.records, version)
