@@ -81,7 +81,7 @@ class Submissions:
             ]
             raise NotFound(violations[0].message, reason="WHEEL_NOT_FOUND", violations=violations)
         for digest in code.wheels:
-            plan.code_digests[digest] = digest
+            plan.code_digests[f"wheels/{digest}.whl"] = digest
         version = pb.PinnedVersion(
             namespace=dataset.namespace, name=dataset.name, version=dataset.version
         )

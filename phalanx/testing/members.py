@@ -1,283 +1,261 @@
-"""Scripted peers of a worker over real gRPC: a control and an aggregator that tests speak for.
+"""Scripted members: workers and aggregators that speak to real control and compute nothing.
 
-    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
-        session = await control.next_session()
-        await session.send(assign_job=...)
-        stream = await aggregator.next_stream()
-        await stream.send_version(0, 0, values)
-        header, payload = await stream.receive_frame()
+    async with ScriptedWorker(control_address, "w1") as worker:
+        assigned = await worker.wait_for("assign_job")
+        worker.heartbeat(job_id, step=3)
+        worker.kill()                      # as kill -9: the stream just breaks
 
-Every wait has a deadline, which a healthy test never comes near.
+They answer what control asks at once (a description of one small tensor, ready, released), unless
+`scripted` is set to False. Every wait has a deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Self
 
-import grpc
 import grpc.aio
-import numpy as np
-from numpy.typing import NDArray
 
-from phalanx.errors import PhalanxError
-from phalanx.frames import decode_request, encode_response, frame_grid
-from phalanx.rpc.server import server_options
-from phalanx.rpc.status import to_rpc_status
-from phalanx.v1 import aggregation_service_pb2 as exchange
-from phalanx.v1 import coordination_service_pb2 as coordination
-from phalanx.v1 import coordination_service_pb2_grpc as coordination_grpc
-from phalanx.v1 import training_pb2
+from phalanx.errors import DeadlineExceeded, PhalanxError
+from phalanx.ids import new_incarnation
+from phalanx.rpc.channel import open_channel
+from phalanx.rpc.status import from_rpc_error
+from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1.coordination_service_pb2_grpc import CoordinationServiceStub
+from phalanx.v1.training_pb2 import Layout, TensorSpec
 
-DEADLINE_S = 30.0
+WAIT_S = 20.0
+"""Longest wait of a test; a guard against a hang, not a measure."""
+
+LAYOUT = Layout(
+    tensors=[TensorSpec(name="weights", shape=[8, 2], decay=True)],
+    dtype="float32",
+    element_count=16,
+)
 
 
-class _ScriptedServer:
-    def __init__(self) -> None:
-        self._server = grpc.aio.server(options=server_options())
-        self.address = ""
+class ScriptedMember:
+    """One session with control. `received` holds what control has sent, in order."""
+
+    def __init__(self, control: str, member_id: str, *, scripted: bool = True) -> None:
+        self.member_id = member_id
+        self.scripted = scripted
+        self.incarnation: str = new_incarnation()
+        self.received: list[pb.SessionResponse] = []
+        self.error: PhalanxError | None = None
+        self._control = control
+        self._outbound: asyncio.Queue[pb.SessionRequest | None] = asyncio.Queue()
+        self._arrived = asyncio.Condition()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._channel: grpc.aio.Channel | None = None
+
+    def hello(self) -> pb.SessionRequest:
+        """Return the first message; subclasses say who they are."""
+        raise NotImplementedError
+
+    def answer(self, message: pb.SessionResponse) -> None:
+        """React to a message from control; subclasses do what a real member would say."""
 
     async def __aenter__(self) -> Self:
-        self._register(self._server)
-        port = self._server.add_insecure_port(self.address or "127.0.0.1:0")
-        self.address = f"127.0.0.1:{port}"
-        await self._server.start()
+        self._channel = open_channel(self._control, own_connection=True)
+        stub = CoordinationServiceStub(self._channel)
+        self._outbound.put_nowait(self.hello())
+        self._tasks = [asyncio.create_task(self._read(stub)), asyncio.create_task(self._beat())]
+        await self.wait_for("welcome")
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._server.stop(0)
+        await self.kill()
 
-    def _register(self, server: grpc.aio.Server) -> None:
-        raise NotImplementedError
-
-
-class ScriptedSession:
-    """One session of a worker: what it says is kept until asked for."""
-
-    def __init__(self, context: Any) -> None:
-        self._context = context
-        self._inbox: asyncio.Queue[coordination.SessionRequest] = asyncio.Queue()
-        self._set_aside: list[coordination.SessionRequest] = []
-        self.hello = coordination.WorkerHello()
-        self.heartbeats = 0
-        self.logs: list[coordination.JobLogLine] = []
-        self.ended = asyncio.Event()
-
-    async def send(self, generation: int = 1, **message: Any) -> None:
-        """Send one message, named as in SessionResponse."""
-        await self._context.write(coordination.SessionResponse(generation=generation, **message))
-
-    async def receive(self, kind: str) -> Any:
-        """The next message of this kind; others are kept for later."""
-        for index, message in enumerate(self._set_aside):
-            if message.WhichOneof("message") == kind:
-                return getattr(self._set_aside.pop(index), kind)
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                message = await self._inbox.get()
-                if message.WhichOneof("message") == kind:
-                    return getattr(message, kind)
-                self._set_aside.append(message)
-
-    def has_received(self, kind: str) -> bool:
-        """Whether a message of this kind is waiting."""
-        while not self._inbox.empty():
-            self._set_aside.append(self._inbox.get_nowait())
-        return any(message.WhichOneof("message") == kind for message in self._set_aside)
-
-    async def log_line(self, text: str) -> coordination.JobLogLine:
-        """The first log line that contains `text`."""
-        while True:
-            for line in self.logs:
-                if text in line.text:
-                    return line
-            self.logs += (await self.receive("job_log_lines")).lines
-
-    def break_off(self) -> None:
-        """End the session as a dying control would."""
-        self.ended.set()
-
-    async def serve(self) -> None:
-        """Take messages until the session ends."""
-        reader = asyncio.create_task(self._read())
-        ender = asyncio.create_task(self.ended.wait())
-        await asyncio.wait((reader, ender), return_when=asyncio.FIRST_COMPLETED)
-        for task in (reader, ender):
+    async def kill(self) -> None:
+        """Break the stream without a word, as a killed process does."""
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(reader, ender, return_exceptions=True)
-        self.ended.set()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._tasks = []
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
 
-    async def _read(self) -> None:
-        while (message := await self._context.read()) is not grpc.aio.EOF:
-            kind = message.WhichOneof("message")
-            if kind == "heartbeat":
-                self.heartbeats += 1
-            self._inbox.put_nowait(message)
+    def say(self, **message: Any) -> None:
+        """Send one message."""
+        self._outbound.put_nowait(pb.SessionRequest(**message))
 
-
-class ScriptedControl(_ScriptedServer, coordination_grpc.CoordinationServiceServicer):
-    """Answers hellos with a welcome; everything else is the test's to say."""
-
-    def __init__(self, generation: int = 1, address: str = "") -> None:
-        super().__init__()
-        self.address = address
-        self.generation = generation
-        self._sessions: asyncio.Queue[ScriptedSession] = asyncio.Queue()
-        self._open: list[ScriptedSession] = []
-
-    async def next_session(self) -> ScriptedSession:
-        """The next session that a worker opens."""
-        async with asyncio.timeout(DEADLINE_S):
-            return await self._sessions.get()
-
-    async def Session(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
-        """Serve one worker."""
-        session = ScriptedSession(context)
-        session.hello = (await context.read()).worker_hello
-        welcome = coordination.Welcome(heartbeat_interval_s=0.05, lease_ttl_s=2.0)
-        await session.send(self.generation, welcome=welcome)
-        self._open.append(session)
-        self._sessions.put_nowait(session)
-        await session.serve()
-
-    async def __aexit__(self, *details: object) -> None:
-        for session in self._open:
-            session.break_off()
-        await super().__aexit__(*details)
-
-    def _register(self, server: grpc.aio.Server) -> None:
-        coordination_grpc.add_CoordinationServiceServicer_to_server(self, server)
-
-
-class ScriptedStream:
-    """One exchange stream of a worker."""
-
-    def __init__(self, hello: exchange.ExchangeHello, context: Any) -> None:
-        self.hello = hello
-        self._context = context
-        self._inbox: asyncio.Queue[tuple[exchange.ExchangeRequestHeader, bytes]] = asyncio.Queue()
-        self._ended: asyncio.Future[PhalanxError | None] = (
-            asyncio.get_running_loop().create_future()
-        )
-        self.reading = asyncio.Event()
-        self.reading.set()
-
-    async def send_go(self, go: training_pb2.GoRecord) -> None:
-        """Send a go record."""
-        await self._context.write(encode_response(exchange.ExchangeResponseHeader(go_record=go)))
-
-    async def send_version(
+    async def wait_for(
         self,
-        version: int,
-        range_index: int,
-        values: NDArray[Any],
-        frames: slice = slice(None),
-        term: int | None = None,
-    ) -> None:
-        """Send a range's part of a version, or some of its frames."""
-        for first, count in frame_grid(len(values), values.itemsize)[frames]:
-            frame = exchange.VersionFrame(
-                term=self.hello.term if term is None else term,
-                version=version,
-                range=range_index,
-                first_element=first,
-                element_count=count,
-            )
-            header = exchange.ExchangeResponseHeader(frame=frame)
-            payload = values[first : first + count].tobytes()
-            await self._context.write(encode_response(header, payload))
+        kind: str,
+        accept: Callable[[Any], bool] = lambda _: True,
+        *,
+        timeout_s: float = WAIT_S,
+    ) -> Any:
+        """Return the newest message of a kind that `accept` takes, waiting until there is one.
 
-    async def receive(self) -> tuple[exchange.ExchangeRequestHeader, bytes]:
-        """The next message from the worker."""
-        async with asyncio.timeout(DEADLINE_S):
-            return await self._inbox.get()
+        Raises DeadlineExceeded, or the error with which control ended the session.
+        """
 
-    async def receive_frame(self) -> tuple[exchange.ContributionFrame, bytes]:
-        """The next contribution; fails on anything else."""
-        header, payload = await self.receive()
-        assert header.WhichOneof("message") == "frame", header
-        return header.frame, payload
+        def newest() -> Any:
+            for message in reversed(self.received):
+                if message.WhichOneof("message") == kind and accept(getattr(message, kind)):
+                    return getattr(message, kind)
+            return None
 
-    async def receive_vector(
-        self, dtype: Any
-    ) -> tuple[exchange.ContributionFrame, NDArray[Any]]:
-        """All frames of one node of a range in a row: the first header and the whole vector."""
-        first, payload = await self.receive_frame()
-        parts = [payload]
-        while len(b"".join(parts)) < self.range_elements * np.dtype(dtype).itemsize:
-            parts.append((await self.receive_frame())[1])
-        return first, np.frombuffer(b"".join(parts), dtype)
+        try:
+            async with asyncio.timeout(timeout_s), self._arrived:
+                await self._arrived.wait_for(lambda: newest() is not None or self.error is not None)
+        except TimeoutError:
+            kinds = [message.WhichOneof("message") for message in self.received]
+            raise DeadlineExceeded(f"{self.member_id}: no such {kind} among {kinds}") from None
+        found = newest()
+        if found is None and self.error is not None:
+            raise self.error
+        return found
 
-    range_elements = 0
+    async def wait_for_end(self, *, timeout_s: float = WAIT_S) -> PhalanxError:
+        """Wait until control ends the session; return the error."""
+        async with asyncio.timeout(timeout_s), self._arrived:
+            await self._arrived.wait_for(lambda: self.error is not None)
+        assert self.error is not None
+        return self.error
 
-    def is_silent(self) -> bool:
-        """Whether nothing waits to be received."""
-        return self._inbox.empty()
+    async def _read(self, stub: CoordinationServiceStub) -> None:
+        try:
+            async for message in stub.Session(self._requests()):
+                if self.scripted:
+                    self.answer(message)
+                async with self._arrived:
+                    self.received.append(message)
+                    self._arrived.notify_all()
+        except grpc.aio.AioRpcError as error:
+            await self._ended(from_rpc_error(error))
+        else:
+            await self._ended(PhalanxError("control ended the session"))
 
-    def break_off(self, error: PhalanxError | None = None) -> None:
-        """End the stream."""
-        if not self._ended.done():
-            self._ended.set_result(error)
+    async def _ended(self, error: PhalanxError) -> None:
+        async with self._arrived:
+            self.error = error
+            self._arrived.notify_all()
 
-    async def serve(self) -> None:
-        """Take messages until the stream ends."""
-        reader = asyncio.create_task(self._read())
-        await asyncio.wait((reader, self._ended), return_when=asyncio.FIRST_COMPLETED)
-        reader.cancel()
-        await asyncio.gather(reader, return_exceptions=True)
-        if self._ended.done():
-            error = self._ended.result()
-            if error is not None:
-                await self._context.abort(*to_rpc_status(error))
+    async def _requests(self) -> AsyncIterator[pb.SessionRequest]:
+        while (message := await self._outbound.get()) is not None:
+            yield message
 
-    async def _read(self) -> None:
+    async def _beat(self) -> None:
+        welcome: pb.Welcome = await self.wait_for("welcome")
         while True:
-            await self.reading.wait()
-            data = await self._context.read()
-            if data is grpc.aio.EOF:
-                return
-            header, payload = decode_request(data)
-            self._inbox.put_nowait((header, bytes(payload)))
+            await asyncio.sleep(welcome.heartbeat_interval_s / 2)
+            self.say(heartbeat=pb.Heartbeat())
 
 
-class ScriptedAggregator(_ScriptedServer):
-    """Welcomes streams, or refuses them while `refusal` is set."""
+class ScriptedWorker(ScriptedMember):
+    """A worker without leaf processes."""
 
-    def __init__(self, ranges: tuple[int, ...] = (0,)) -> None:
-        super().__init__()
-        self.ranges = ranges
-        self.refusal: PhalanxError | None = None
-        self.refused = 0
-        self._streams: asyncio.Queue[ScriptedStream] = asyncio.Queue()
-        self._open: list[ScriptedStream] = []
+    def __init__(
+        self,
+        control: str,
+        member_id: str,
+        *,
+        slots: int = 2,
+        fingerprint: str = "test",
+        held: tuple[pb.HeldWorkerJob, ...] = (),
+        scripted: bool = True,
+    ) -> None:
+        super().__init__(control, member_id, scripted=scripted)
+        self.slots = slots
+        self.fingerprint = fingerprint
+        self.held = held
 
-    async def next_stream(self) -> ScriptedStream:
-        """The next stream that a worker opens."""
-        async with asyncio.timeout(DEADLINE_S):
-            return await self._streams.get()
-
-    async def __aexit__(self, *details: object) -> None:
-        for stream in self._open:
-            stream.break_off()
-        await super().__aexit__(*details)
-
-    def _register(self, server: grpc.aio.Server) -> None:
-        handler = grpc.stream_stream_rpc_method_handler(self._exchange)
-        service = grpc.method_handlers_generic_handler(
-            "phalanx.v1.AggregationService", {"Exchange": handler}
+    def hello(self) -> pb.SessionRequest:
+        """Say hello as a worker."""
+        hello = pb.WorkerHello(
+            worker_id=self.member_id,
+            incarnation=self.incarnation,
+            fingerprint=self.fingerprint,
+            slots=self.slots,
+            memory_bytes=16 * 10**9,
+            held_jobs=self.held,
         )
-        server.add_generic_rpc_handlers((service,))
+        return pb.SessionRequest(worker_hello=hello)
 
-    async def _exchange(self, request_iterator: Any, context: Any) -> None:
-        header, _ = decode_request(await context.read())
-        if self.refusal is not None:
-            self.refused += 1
-            await context.abort(*to_rpc_status(self.refusal))
-        welcome = exchange.ExchangeWelcome(term=header.hello.term, ranges=self.ranges)
-        await context.write(encode_response(exchange.ExchangeResponseHeader(welcome=welcome)))
-        stream = ScriptedStream(header.hello, context)
-        self._open.append(stream)
-        self._streams.put_nowait(stream)
-        with contextlib.suppress(asyncio.CancelledError):
-            await stream.serve()
+    def answer(self, message: pb.SessionResponse) -> None:
+        """Describe jobs, be ready, let go."""
+        kind = message.WhichOneof("message")
+        if kind == "describe_job":
+            described = pb.JobDescribed(
+                job_id=message.describe_job.plan.job_id,
+                layout=LAYOUT,
+                evaluation_sums=["loss", "correct"],
+                leaf_sha256="00" * 32,
+            )
+            self.say(job_described=described)
+        elif kind == "assign_job":
+            assign = message.assign_job
+            ready = pb.WorkerJobReady(job_id=assign.plan.job_id, term=assign.term)
+            self.say(worker_job_ready=ready)
+        elif kind == "revoke_job":
+            revoke = message.revoke_job
+            released = pb.WorkerJobReleased(job_id=revoke.job_id, term=revoke.term)
+            self.say(worker_job_released=released)
+
+    def holding(self) -> tuple[pb.HeldWorkerJob, ...]:
+        """Return what a real worker would say it holds after what it was told."""
+        held: dict[str, pb.HeldWorkerJob] = {}
+        for message in self.received:
+            if message.WhichOneof("message") == "assign_job":
+                assign = message.assign_job
+                held[assign.plan.job_id] = pb.HeldWorkerJob(
+                    job_id=assign.plan.job_id,
+                    term=assign.term,
+                    placement=assign.placement,
+                    train_nodes=assign.train_nodes,
+                    evaluation_nodes=assign.evaluation_nodes,
+                    ready=True,
+                )
+            elif message.WhichOneof("message") == "revoke_job":
+                held.pop(message.revoke_job.job_id, None)
+        return tuple(held.values())
+
+
+class ScriptedAggregator(ScriptedMember):
+    """An aggregator that owns ranges and sums nothing."""
+
+    def __init__(
+        self,
+        control: str,
+        member_id: str,
+        *,
+        fingerprint: str = "test",
+        held: tuple[pb.HeldRanges, ...] = (),
+        scripted: bool = True,
+    ) -> None:
+        super().__init__(control, member_id, scripted=scripted)
+        self.fingerprint = fingerprint
+        self.held = held
+
+    def hello(self) -> pb.SessionRequest:
+        """Say hello as an aggregator."""
+        hello = pb.AggregatorHello(
+            aggregator_id=self.member_id,
+            incarnation=self.incarnation,
+            address="127.0.0.1:1",
+            fingerprint=self.fingerprint,
+            held_ranges=self.held,
+        )
+        return pb.SessionRequest(aggregator_hello=hello)
+
+    def answer(self, message: pb.SessionResponse) -> None:
+        """Serve ranges at once."""
+        if message.WhichOneof("message") == "assign_ranges":
+            assign = message.assign_ranges
+            ready = pb.RangesReady(
+                job_id=assign.plan.job_id, term=assign.term, version=assign.restore.step
+            )
+            self.say(ranges_ready=ready)
+
+    def report(self, job_id: str, step: int, *, term: int = 1, **fields: Any) -> None:
+        """Report as the root of a job."""
+        fields.setdefault("outcome", pb.JobReport.OUTCOME_RUNNING)
+        self.say(job_report=pb.JobReport(job_id=job_id, term=term, step=step, **fields))
