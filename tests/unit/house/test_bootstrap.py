@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ class Machine:
         # Wheels of this very system would be taken first.
         script = (ROOT / "scripts/bootstrap").read_text(encoding="utf-8")
         script = script.replace("wheel=$(last_file /usr/", f"wheel=$(last_file {folder}/usr/")
+        script = script.replace("=/etc/ssl/", f"={folder}/etc/ssl/")
         (self.project / "scripts/bootstrap").write_text(script, encoding="utf-8")
         for lock in ("runtime", "dev"):
             (self.project / f"requirements/{lock}.txt").write_text("# nothing\n")
@@ -172,19 +174,33 @@ def test_packages_come_as_wheels_with_hashes_only(machine: Machine, kind: str, l
     assert line.endswith(f"/my projects/phalanx/requirements/{lock}.txt")
 
 
-def test_pip_comes_from_a_debian_package_where_python_has_none(machine: Machine) -> None:
+def test_pip_and_certificates_come_from_debian_packages_where_there_are_none(
+    machine: Machine, tmp_path: Path
+) -> None:
+    packages = tmp_path / "packages"
+    wheel = packages / "python3-pip-whl/usr/share/python-wheels/pip-99.0-py3-none-any.whl"
+    wheel.parent.mkdir(parents=True)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("pip/__init__.py", "")
+        path = f"{tmp_path}/etc/ssl/certs/ca-certificates.crt"
+        archive.writestr("pip/_vendor/certifi/core.py", f"DEBIAN_CA_CERTS_PATH = {path!r}\n")
+    roots = packages / "ca-certificates/usr/share/ca-certificates/mozilla"
+    roots.mkdir(parents=True)
+    for name in ("b", "a"):
+        (roots / f"{name}.crt").write_text(f"certificate {name}\n")
     machine.quick_python(ensurepip=1, pip='echo "$*" >&2; exit 0')
-    wheel = "usr/share/python-wheels/pip-99.0-py3-none-any.whl"
-    machine.program("apt-get", '[ "$1" = download ] && : >python3-pip-whl_99.0_all.deb\n')
-    machine.program("dpkg-deb", f'mkdir -p "$3/usr/share/python-wheels"; : >"$3/{wheel}"\n')
-    scratch = machine.project.parent / "scratch"
+    machine.program("apt-get", '[ "$1" = download ] && : >"$3_1.0_all.deb"\n')
+    machine.program("dpkg-deb", f'cp -r "{packages}/${{2%%_*}}/." "$3"\n')
+    scratch = tmp_path / "scratch"
     scratch.mkdir()
     result = machine.bootstrap("prepare", "demo", TMPDIR=str(scratch))
     assert result.returncode == 0, result.stderr
-    from_wheel, from_lock = _installations(result)
-    assert from_wheel.endswith(wheel)
-    assert "--no-index" in from_wheel
-    assert "--require-hashes" in from_lock
+    (installation,) = _installations(result)
+    assert "--require-hashes" in installation
+    bundle = machine.environment / "certificates.pem"
+    assert bundle.read_text() == "certificate a\ncertificate b\n"
+    core = next(machine.environment.glob("lib/python*/site-packages/pip/_vendor/certifi/core.py"))
+    assert core.read_text() == f"DEBIAN_CA_CERTS_PATH = {str(bundle)!r}\n"
     assert list(scratch.iterdir()) == []
 
 
