@@ -1,10 +1,11 @@
 """Exit codes, and how an error is told to people and to programs."""
 
 import json
+import re
 import sys
 from enum import IntEnum
 
-from phalanx.errors import Code, PhalanxError
+from phalanx.errors import Code, PhalanxError, Violation
 
 
 class Exit(IntEnum):
@@ -39,6 +40,10 @@ EXIT_OF_CODE = {
 }
 
 
+# What stands before the first violation: FILE: or FILE:LINE: and so on.
+_SOURCE = re.compile(r"(?P<name>[^:]+)(:\d+)?: ")
+
+
 def show_error(error: PhalanxError, *, as_json: bool) -> None:
     """Write an error to standard error: one block of text, or one JSON object."""
     text = json.dumps(error_to_json(error)) if as_json else error_to_text(error)
@@ -62,15 +67,31 @@ def error_to_json(error: PhalanxError) -> dict[str, object]:
 def error_to_text(error: PhalanxError) -> str:
     """Return what happened, where, and what to do next.
 
-    The violations of a job file are sorted by line and aligned in columns.
+    The violations of a job file are sorted by line and aligned in columns. A message that only
+    repeats one of them is left out.
     """
-    lines = [f"error: {error.message}"]
     violations = sorted(error.violations, key=lambda wrong: (wrong.line or 0, wrong.field))
+    repeated = next((wrong for wrong in violations if wrong.message in error.message), None)
+    if repeated is not None and len(violations) == 1:
+        return f"error: {_located(repeated, error.message)}"
+    summary = error.message
+    if repeated is not None:
+        source = _SOURCE.match(error.message.partition(repeated.field or repeated.message)[0])
+        where = f"{source['name']}: " if source else ""
+        summary = f"{where}{len(violations)} fields are wrong"
+    lines = [f"error: {summary}"]
     places = [_place(wrong.line, wrong.field) for wrong in violations]
     width = min(max(map(len, places), default=0), 44)
     for place, wrong in zip(places, violations, strict=True):
         lines.append(f"  {place:<{width}}  {wrong.message}" if place else f"  {wrong.message}")
     return "\n".join(lines)
+
+
+def _located(wrong: Violation, message: str) -> str:
+    """Return the message with the line that it does not tell itself."""
+    if wrong.line is None or f":{wrong.line}" in message or f"line {wrong.line}" in message:
+        return message
+    return f"line {wrong.line}: {message}"
 
 
 def _place(line: int | None, field: str) -> str:

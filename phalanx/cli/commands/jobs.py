@@ -311,6 +311,9 @@ def _show_dry_run(cluster: Cluster, document: Document, settings: Settings) -> N
 
 
 def _with_source(document: Document, error: PhalanxError) -> PhalanxError:
+    """Name the file and its lines in an error that the server found."""
+    if error.violations and document.source not in error.message:
+        error.message = f"{document.source}: {error.message}"
     return document.locate_error(error)
 
 

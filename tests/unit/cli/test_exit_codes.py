@@ -152,3 +152,27 @@ def test_a_failed_job_gives_1_and_shows_the_traceback(phalanx, cluster):
 def test_a_cancelled_job_gives_1(phalanx, cluster):
     cluster.jobs["digits-1"] = job_pb2.Job(id="digits-1", state=job_pb2.Job.STATE_CANCELLED)
     assert phalanx("watch", "digits-1").code == 1
+
+
+def wrong(message, *violations):
+    from phalanx.cli.errors import error_to_text
+
+    return error_to_text(errors.InvalidArgument(message, violations=violations))
+
+
+def test_one_wrong_field_is_told_once():
+    violation = errors.Violation("train.l2", "is negative", 7)
+    assert wrong("train.l2: is negative", violation) == "error: line 7: train.l2: is negative"
+    assert wrong("job.yaml:7: train.l2: is negative", violation) == (
+        "error: job.yaml:7: train.l2: is negative"
+    )
+
+
+def test_several_wrong_fields_are_a_list_by_line():
+    violations = (errors.Violation("b", "is bad", 9), errors.Violation("a", "is missing", 2))
+    listed = "  line 2: a  is missing\n  line 9: b  is bad"
+    assert wrong("job.yaml: b: is bad (and 1 more)", *violations) == (
+        f"error: job.yaml: 2 fields are wrong\n{listed}"
+    )
+    assert wrong("b: is bad (and 1 more)", *violations) == f"error: 2 fields are wrong\n{listed}"
+    assert wrong("the job cannot run", *violations) == f"error: the job cannot run\n{listed}"
