@@ -84,7 +84,8 @@ def test_processes_are_distinct_and_really_run(cluster):
 def test_data_train_and_predict_from_the_command_line(cli, folder):
     code, out, err = cli("data", "add", "flowers", "iris.csv", "--target", "kind", "--test", "0.25")
     assert (code, out) == (0, "flowers@1\n"), err
-    code, out, err = cli("submit", "job.yaml", "--set", "data.name=flowers", "--set", "name=flowers")
+    sets = ("--set", "data.name=flowers", "--set", "name=flowers")
+    code, out, err = cli("submit", "job.yaml", *sets)
     assert code == 0, err
     job_id = out.strip()
     code, out, err = cli("watch", job_id, "--plot", "curves.png")

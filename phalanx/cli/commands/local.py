@@ -29,7 +29,7 @@ _PROBE_TIMEOUT_S = 2.0
 
 
 def run_in_foreground(options: LocalOptions, settings: Settings) -> int:
-    """Run a cluster until Ctrl-C or SIGTERM (a second one ends it at once); return the exit code."""
+    """Run a cluster until Ctrl-C or SIGTERM; return the exit code. A second one ends it at once."""
     from phalanx.cli.output import say
 
     stop = threading.Event()

@@ -169,10 +169,16 @@ def test_one_wrong_field_is_told_once():
 
 
 def test_several_wrong_fields_are_a_list_by_line():
-    violations = (errors.Violation("b", "is bad", 9), errors.Violation("a", "is missing", 2))
-    listed = "  line 2: a  is missing\n  line 9: b  is bad"
-    assert wrong("job.yaml: b: is bad (and 1 more)", *violations) == (
+    violations = (
+        errors.Violation("train.l2", "is bad", 9),
+        errors.Violation("data", "is missing", 2),
+    )
+    listed = "  line 2: data      is missing\n  line 9: train.l2  is bad"
+    assert wrong("job.yaml: train.l2: is bad (and 1 more)", *violations) == (
         f"error: job.yaml: 2 fields are wrong\n{listed}"
     )
-    assert wrong("b: is bad (and 1 more)", *violations) == f"error: 2 fields are wrong\n{listed}"
+    assert (
+        wrong("train.l2: is bad (and 1 more)", *violations)
+        == f"error: 2 fields are wrong\n{listed}"
+    )
     assert wrong("the job cannot run", *violations) == f"error: the job cannot run\n{listed}"
