@@ -46,9 +46,11 @@ async def keep(store: Store, holder: str, generation: int, lease_ttl_s: float) -
     while True:
         await asyncio.sleep(lease_ttl_s / 4)
         try:
-            await store.call(store.storage.RenewLease, request, timeout_s=max(1.0, lease_ttl_s))
+            await store.call(
+                store.storage.RenewLease, request, timeout_s=max(1.0, lease_ttl_s), attempts=1
+            )
         except (Unavailable, DeadlineExceeded) as error:
-            _log.info("lease_not_renewed", message=error.message)
+            _log.debug("lease_not_renewed", message=error.message)
         except (Aborted, NotFound) as error:
             return error
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import grpc.aio
 
 from phalanx.errors import Aborted, DeadlineExceeded, PhalanxError, Unavailable
-from phalanx.rpc.channel import call_with_retry, open_channel
+from phalanx.rpc.channel import ATTEMPTS, call_with_retry, open_channel
 from phalanx.rpc.status import from_rpc_error
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import dataset_service_pb2_grpc, model_service_pb2_grpc, storage_service_pb2_grpc
@@ -47,10 +47,19 @@ class Store:
         """Close the channel; calls under way are cancelled."""
         await self._channel.close()
 
-    async def call(self, method: Any, request: Any, *, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """Make one call. Raises PhalanxError; Unavailable after a few attempts."""
+    async def call(
+        self,
+        method: Any,
+        request: Any,
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+        attempts: int = ATTEMPTS,
+    ) -> Any:
+        """Make one call. Raises PhalanxError; Unavailable after some attempts."""
         try:
-            response = await call_with_retry(method, request, timeout_s=timeout_s)
+            response = await call_with_retry(
+                method, request, timeout_s=timeout_s, attempts=attempts
+            )
         except (Unavailable, DeadlineExceeded):
             self._note(available=False)
             raise
@@ -70,7 +79,7 @@ class Store:
             try:
                 return await attempt()
             except (Unavailable, DeadlineExceeded) as error:
-                _log.info("storage_away", message=error.message)
+                _log.debug("storage_away", message=error.message)
             await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
             wait_s = min(wait_s * 2, _WAIT_LONGEST_S)
 
@@ -80,7 +89,7 @@ class Store:
         """Make one call and repeat it until storage answers. The call must be idempotent."""
 
         async def attempt() -> Any:
-            return await self.call(method, request, timeout_s=timeout_s)
+            return await self.call(method, request, timeout_s=timeout_s, attempts=1)
 
         return await self.insist(attempt)
 
@@ -158,4 +167,5 @@ class Store:
     def _note(self, *, available: bool) -> None:
         if available != self.available:
             self.available = available
+            _log.warning("storage_returned" if available else "storage_away")
             self.on_change(available)

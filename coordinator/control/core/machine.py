@@ -95,7 +95,7 @@ def _tick(core: Core) -> None:
     for job in core.running():
         if job.adopt_until_s and now >= job.adopt_until_s:
             job.adopt_until_s = 0.0
-            hosting.sync(core, job, cause="take_over")
+            hosting.sync(core, job, cause="take_over", balance=True)
         hosting.release_keepers(core, job)
         _watch_owners(core, job)
         _watch_fingerprint(core, job)

@@ -225,6 +225,14 @@ class RealCluster:
         call = self.operators().ListEvents(request, timeout=GUARD_S)
         return [response.event async for response in call]
 
+    async def wait_for_event(self, type_: str, job_id: str = "") -> job_pb2.Event:
+        async with asyncio.timeout(GUARD_S):
+            while True:
+                for event in await self.events(job_id):
+                    if event.type == type_:
+                        return event
+                await asyncio.sleep(0.02)
+
     async def commit(self, job_id: str, step: int, term: int = 1, *, final: bool = False) -> bytes:
         """Commit a checkpoint of the scripted layout as its aggregator would; return the vector."""
         parameters = bytes(range(64))

@@ -48,7 +48,7 @@ DATASET = Dataset(
 
 @dataclass
 class Cluster:
-    """The core with everything around it; `storage_up = False` holds records and operations back."""
+    """The core and all around it; `storage_up = False` holds records and operations back."""
 
     config: CoreConfig = field(default_factory=CoreConfig)
     journal: list[ControlRecord] = field(default_factory=list)
@@ -102,7 +102,7 @@ class Cluster:
         self.perform()
 
     def perform(self) -> None:
-        """Perform what may be performed: effects whose record is durable, records if storage is up."""
+        """Perform what may be performed: effects whose record is durable, and records."""
         progress = True
         while progress:
             progress = False

@@ -1,0 +1,81 @@
+"""Owners of parameter ranges: lost, back, replaced; checkpoints that cannot be used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coordinator.control.core import events as ev
+from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1 import storage_service_pb2 as storage_pb
+from phalanx.v1.job_pb2 import Failure
+
+
+def manifest(step: int, *, final: bool = False) -> storage_pb.CheckpointManifest:
+    return storage_pb.CheckpointManifest(
+        job_id="job-1", term=1, step=step, final=final, manifest_sha256=f"{step:064x}"
+    )
+
+
+def test_an_aggregator_that_comes_back_empty_starts_a_new_term_at_once(running: Any) -> None:
+    running.checkpoints["job-1"] = [manifest(40), manifest(20)]
+    running.report("job-1", 55)
+    running.kill("a1")
+    assert running.core.facts.jobs["job-1"].term == 1
+    running.aggregator("a1", incarnation="a1-2")
+    assert running.core.facts.jobs["job-1"].term == 2
+    assert running.told("a1", "assign_ranges")[-1].restore.step == 40
+    assert {
+        each.term for each in [running.told(name, "assign_job")[-1] for name in ("w1", "w2", "w3")]
+    } == {2}
+    kinds = running.types()
+    assert kinds.index("AGGREGATOR_LOST") < kinds.index("STEPS_REPLAYED")
+    replayed = next(event for event in running.events if event.type == "STEPS_REPLAYED")
+    assert replayed.details["steps"] == "15"
+    running.time_s += 1
+    running.report("job-1", 41)
+    assert running.types()[-1] == "RECOVERED"
+
+
+def test_an_aggregator_that_comes_back_whole_costs_nothing(running: Any) -> None:
+    running.kill("a1")
+    held = pb.HeldRanges(job_id="job-1", term=1, range_indexes=[0], version=3)
+    running.aggregator("a1", held_ranges=[held])
+    assert running.core.facts.jobs["job-1"].term == 1
+    assert "AGGREGATOR_LOST" not in running.types()
+
+
+def test_a_silent_aggregator_loses_its_ranges_to_another(running: Any) -> None:
+    running.aggregator("a2")
+    running.kill("a1")
+    running.advance(1.5)
+    assert running.core.facts.jobs["job-1"].term == 1
+    running.advance(1.0)
+    facts = running.core.facts.jobs["job-1"]
+    assert (facts.term, facts.ranges[0].aggregator_id) == (2, "a2")
+    assert "AGGREGATOR_LOST" in running.types()
+
+
+def test_an_owner_with_which_workers_make_progress_is_not_lost(running: Any) -> None:
+    running.aggregator("a2")
+    running.kill("a1")
+    for step in range(20):
+        running.time_s += 0.5
+        progress = pb.WorkerJobProgress(job_id="job-1", term=1, step=step + 1, leaves_done=step)
+        running.say(running.sessions["w1"], heartbeat=pb.Heartbeat(jobs=[progress]))
+        running.heartbeats("w2", "w3", "a2")
+        running.feed(ev.Tick())
+    assert running.core.facts.jobs["job-1"].term == 1
+
+
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(running: Any) -> None:
+    running.checkpoints["job-1"] = [manifest(40), manifest(20)]
+    running.auto = False
+    running.kill("a1")
+    running.aggregator("a1", incarnation="a1-2")
+    failure = Failure(code="CHECKPOINT_CORRUPT", message="bad checksum")
+    ready = pb.RangesReady(job_id="job-1", term=2, failure=failure)
+    running.say(running.sessions["a1"], ranges_ready=ready)
+    assert "CHECKPOINT_CORRUPT" in running.types()
+    restores = [each.restore.step for each in running.told("a1", "assign_ranges")]
+    assert restores == [40, 20]
+    assert running.core.facts.jobs["job-1"].term == 3

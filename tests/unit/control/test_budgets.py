@@ -1,0 +1,127 @@
+"""Leaves that fail: tried elsewhere, then the job fails and names the shard, or skips it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coordinator.control.core import events as ev
+from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1 import storage_service_pb2 as storage_pb
+
+ALL = set(range(16))
+
+
+def manifest(step: int, *, final: bool = False) -> storage_pb.CheckpointManifest:
+    return storage_pb.CheckpointManifest(
+        job_id="job-1", term=1, step=step, final=final, manifest_sha256=f"{step:064x}"
+    )
+
+
+def leaf_failure(cluster: Any, worker: str, kind: Any, shard: int = 3, step: int = 7) -> None:
+    failed = pb.LeafFailed(
+        job_id="job-1",
+        term=1,
+        step=step,
+        shard=shard,
+        kind=kind,
+        message="ZeroDivisionError",
+        traceback="Traceback (most recent call last)",
+        first_row=100,
+        row_count=64,
+    )
+    cluster.say(cluster.sessions[worker], leaf_failed=failed)
+
+
+def host_of(cluster: Any, shard: int) -> str:
+    hosts = [name for name in ("w1", "w2", "w3") if shard in cluster.shards(name)]
+    assert len(hosts) == 1
+    return hosts[0]
+
+
+def test_a_leaf_that_fails_on_two_workers_fails_the_job(running: Any) -> None:
+    first = host_of(running, 3)
+    leaf_failure(running, first, pb.LeafFailed.KIND_RAISED)
+    second = host_of(running, 3)
+    assert second != first
+    assert running.state() == "RUNNING"
+    leaf_failure(running, second, pb.LeafFailed.KIND_CRASHED)
+    job = running.job()
+    assert (running.state(), job.reason) == ("FAILED", "POISON_SHARD")
+    failure = job.failures[0]
+    assert (failure.shard, failure.first_row, failure.row_count, failure.attempts) == (
+        3,
+        100,
+        64,
+        2,
+    )
+    assert sorted(failure.worker_ids) == sorted((first, second))
+    assert failure.traceback.startswith("Traceback")
+    assert "rows 100 to 163" in failure.message
+    assert "POISON_SHARD" in running.types()
+
+
+def test_a_lone_worker_gets_three_attempts(cluster: Any) -> None:
+    cluster.aggregator()
+    cluster.worker("w1")
+    cluster.submit()
+    for attempt in range(3):
+        placements = [each.placement for each in cluster.told("w1", "assign_job")]
+        leaf_failure(cluster, "w1", pb.LeafFailed.KIND_HUNG)
+        if attempt < 2:
+            assert cluster.told("w1", "assign_job")[-1].placement > placements[-1]
+            assert 3 in cluster.shards("w1")
+    assert cluster.job().reason == "POISON_SHARD"
+
+
+def test_failures_at_different_steps_do_not_add_up(running: Any) -> None:
+    for step in range(7, 12):
+        leaf_failure(running, host_of(running, 3), pb.LeafFailed.KIND_RAISED, step=step)
+    assert running.state() == "RUNNING"
+
+
+def test_deaths_of_workers_never_count_against_a_shard(running: Any) -> None:
+    for turn in range(20):
+        running.kill("w2")
+        running.worker("w2", incarnation=f"w2-{turn + 2}")
+    assert running.state() == "RUNNING"
+    assert running.shards("w1") | running.shards("w2") | running.shards("w3") == ALL
+
+
+def test_a_non_finite_leaf_is_confirmed_elsewhere_and_fails_the_job(running: Any) -> None:
+    first = host_of(running, 3)
+    leaf_failure(running, first, pb.LeafFailed.KIND_NON_FINITE)
+    second = host_of(running, 3)
+    assert second != first
+    leaf_failure(running, second, pb.LeafFailed.KIND_NON_FINITE)
+    assert running.job().reason == "NON_FINITE"
+
+
+def test_a_non_finite_leaf_is_skipped_where_the_job_says_so(cluster: Any) -> None:
+    cluster.aggregator()
+    for name in ("w1", "w2", "w3"):
+        cluster.worker(name)
+
+    def skip(spec: Any) -> None:
+        spec.train.on_nonfinite.skip.max_steps = 1
+
+    cluster.submit(edit=skip)
+    for _ in range(2):
+        leaf_failure(cluster, host_of(cluster, 3), pb.LeafFailed.KIND_NON_FINITE)
+    absent = cluster.told(host_of(cluster, 3), "absent_shards")[-1]
+    assert (list(absent.shards), absent.step) == ([3], 7)
+    assert "NON_FINITE_REFUSED" in cluster.types()
+    assert cluster.state() == "RUNNING"
+    for _ in range(2):
+        leaf_failure(cluster, host_of(cluster, 5), pb.LeafFailed.KIND_NON_FINITE, shard=5, step=8)
+    assert cluster.job().reason == "NON_FINITE"
+
+
+def test_retry_goes_on_from_the_last_checkpoint(running: Any) -> None:
+    for _ in range(2):
+        leaf_failure(running, host_of(running, 3), pb.LeafFailed.KIND_RAISED)
+    assert running.state() == "FAILED"
+    running.checkpoints["job-1"] = [manifest(5)]
+    running.call(ev.RetryJob, "job-1")
+    assert running.state() == "RUNNING"
+    assert running.core.facts.jobs["job-1"].term == 3, "one term ended the job, one began it again"
+    assert running.told("a1", "assign_ranges")[-1].restore.step == 5

@@ -1,0 +1,258 @@
+"""Workers: joining, silence, death, leaving; where their shards go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from coordinator.control.core import events as ev
+from phalanx.v1 import coordination_service_pb2 as pb
+
+ALL = set(range(16))
+
+
+def test_a_killed_worker_moves_only_its_own_shards(running: Any) -> None:
+    before = {name: running.shards(name) for name in ("w1", "w2", "w3")}
+    assert set().union(*before.values()) == ALL
+    running.time_s += 1.0
+    running.kill("w2")
+    assert running.shards("w1") >= before["w1"]
+    assert running.shards("w3") >= before["w3"]
+    assert running.shards("w1") | running.shards("w3") == ALL
+    assert not running.shards("w1") & running.shards("w3")
+    lost = next(event for event in running.events if event.type == "WORKER_LOST")
+    moved = next(event for event in running.events if event.type == "SHARDS_MOVED")
+    assert lost.incident_id == moved.incident_id != ""
+    running.time_s += 0.1
+    running.report("job-1", 3)
+    recovered = running.events[-1]
+    assert (recovered.type, recovered.incident_id) == ("RECOVERED", lost.incident_id)
+    assert recovered.details["commit_s"].startswith("0.1")
+    assert not running.core.incidents
+    phases = {dict(each.labels)["phase"] for each in running.observed if "recovery" in each.metric}
+    assert phases == {"detect", "commit", "total"}
+    redispatched = [each for each in running.observed if each.metric == "redispatches_total"]
+    assert sum(each.value for each in redispatched) == len(before["w2"])
+
+
+def test_a_commit_from_before_the_death_recovers_nothing(running: Any) -> None:
+    committed = running.now.unix_nanos
+    running.time_s += 1.0
+    running.kill("w2")
+    running.report("job-1", 3, last_commit_unix_nanos=committed)
+    assert "RECOVERED" not in running.types()
+
+
+def test_the_last_worker_dies_and_another_comes(running: Any) -> None:
+    for name in ("w1", "w2", "w3"):
+        running.kill(name)
+    assert (running.state(), running.job().reason) == ("RUNNING", "WAITING_FOR_WORKERS")
+    assert "JOB_WAITING" in running.types()
+    running.worker("w4")
+    assert running.shards("w4") == ALL
+    assert running.job().reason == ""
+
+
+def test_a_silent_worker_is_suspected_then_lost(running: Any) -> None:
+    for _ in range(5):
+        running.time_s += 0.5
+        running.heartbeats("w1", "w3", "a1")
+        running.feed(ev.Tick())
+    kinds = running.types()
+    assert kinds.index("WORKER_SUSPECTED") < kinds.index("WORKER_LOST")
+    assert running.shards("w1") | running.shards("w3") == ALL
+    assert running.sessions["w2"] in running.closed
+
+
+def test_a_suspected_worker_that_speaks_again_is_ready(running: Any) -> None:
+    running.time_s += 0.6
+    running.feed(ev.Tick())
+    running.time_s += 0.6
+    running.heartbeats("w1", "w3", "a1")
+    running.feed(ev.Tick())
+    assert "WORKER_SUSPECTED" in running.types()
+    running.heartbeats("w2")
+    running.time_s += 0.1
+    running.feed(ev.Tick())
+    assert "WORKER_LOST" not in running.types()
+
+
+def test_mass_silence_makes_control_suspect_itself(running: Any) -> None:
+    running.advance(2.25, alive=False)
+    assert "WORKER_LOST" not in running.types()
+    running.heartbeats()
+    running.advance(1.0)
+    assert "WORKER_LOST" not in running.types()
+
+
+def test_mass_silence_that_lasts_is_believed(running: Any) -> None:
+    running.advance(4.5, alive=False)
+    assert running.types().count("WORKER_LOST") == 3
+
+
+def test_broken_streams_are_believed_even_in_a_mass(running: Any) -> None:
+    for name in ("w1", "w2", "w3"):
+        running.kill(name)
+    assert running.types().count("WORKER_LOST") == 3
+
+
+def test_a_pause_of_control_itself_blames_nobody(running: Any) -> None:
+    running.feed(ev.Tick())
+    running.time_s += 60.0
+    running.feed(ev.Tick())
+    assert "WORKER_LOST" not in running.types()
+    assert "AGGREGATOR_LOST" not in running.types()
+
+
+def test_a_new_worker_loads_first_and_then_takes_its_share(running: Any) -> None:
+    running.auto = False
+    running.worker("w4")
+    assert running.told("w4", "assign_job")[-1].train_nodes == []
+    before = {name: running.shards(name) for name in ("w1", "w2", "w3")}
+    running.say(running.sessions["w4"], worker_job_ready=pb.WorkerJobReady(job_id="job-1", term=1))
+    taken = running.shards("w4")
+    assert len(taken) == 4
+    kept = {name: running.shards(name) for name in ("w1", "w2", "w3")}
+    assert kept == before, "the old hosts keep the shards until the new one works"
+    placements = [each.placement for each in running.told("w4", "assign_job")]
+    assert placements == sorted(set(placements))
+    running.report("job-1", 1)
+    running.report("job-1", 2)
+    for name in ("w1", "w2", "w3"):
+        assert running.shards(name) == before[name] - taken
+
+
+def test_keepers_go_after_a_lease_even_without_steps(running: Any) -> None:
+    running.worker("w4")
+    taken = running.shards("w4")
+    running.advance(2.5)
+    for name in ("w1", "w2", "w3"):
+        assert not running.shards(name) & taken
+
+
+def test_a_shard_goes_back_to_its_keeper_when_the_new_host_dies(running: Any) -> None:
+    before = {name: running.shards(name) for name in ("w1", "w2", "w3")}
+    running.worker("w4")
+    running.kill("w4")
+    assert {name: running.shards(name) for name in ("w1", "w2", "w3")} == before
+
+
+def test_more_slots_get_more_shards(cluster: Any) -> None:
+    cluster.aggregator()
+    cluster.worker("big", slots=6)
+    cluster.worker("small", slots=2)
+    cluster.submit()
+    assert len(cluster.shards("big")) == 12
+    assert len(cluster.shards("small")) == 4
+
+
+def test_max_workers_and_labels_are_respected(cluster: Any) -> None:
+    cluster.aggregator()
+    cluster.worker("w1", labels={"zone": "a"})
+    cluster.worker("w2", labels={"zone": "a"})
+    cluster.worker("w3", labels={"zone": "b"}, slots=8)
+
+    def pick(spec: Any) -> None:
+        spec.resources.max_workers = 1
+        spec.resources.worker_labels["zone"] = "a"
+
+    cluster.submit(edit=pick)
+    assert cluster.shards("w1") == ALL
+    assert not cluster.told("w2", "assign_job")
+    assert not cluster.told("w3", "assign_job")
+    cluster.kill("w1")
+    assert cluster.shards("w2") == ALL
+
+
+def test_the_largest_fingerprint_group_is_chosen_and_journalled(cluster: Any) -> None:
+    cluster.aggregator()
+    cluster.worker("odd", fingerprint="g", slots=3)
+    cluster.worker("w1")
+    cluster.worker("w2")
+    cluster.submit()
+    assert cluster.core.facts.jobs["job-1"].fingerprint == "f"
+    assert not cluster.told("odd", "assign_job")
+    event = next(each for each in cluster.events if each.type == "WORKER_INELIGIBLE")
+    assert event.worker_id == "odd"
+    cluster.kill("w1")
+    cluster.kill("w2")
+    assert cluster.job().reason == "WAITING_FOR_FINGERPRINT"
+    cluster.advance(600, tick_s=1.0)
+    assert cluster.job().reason == "WAITING_FOR_FINGERPRINT"
+    cluster.worker("w3")
+    assert cluster.shards("w3") == ALL
+
+
+def test_fall_back_gives_bit_identity_up(cluster: Any) -> None:
+    cluster.aggregator()
+    cluster.worker("w1", slots=4)
+    cluster.worker("odd", fingerprint="g")
+
+    def fall_back(spec: Any) -> None:
+        spec.reproducibility.bitwise.fall_back_after.seconds = 30
+
+    cluster.submit(edit=fall_back)
+    cluster.kill("w1")
+    cluster.advance(29, tick_s=1.0)
+    assert not cluster.told("odd", "assign_job")
+    cluster.advance(3, tick_s=1.0)
+    assert cluster.shards("odd") == ALL
+    assert "BIT_IDENTITY_LOST" in cluster.types()
+    cluster.report("job-1", 9, outcome=pb.JobReport.OUTCOME_STOPPED)
+    assert not cluster.job().result.bit_identical
+
+
+def test_tolerant_takes_everyone(cluster: Any) -> None:
+    cluster.aggregator()
+    cluster.worker("w1")
+    cluster.worker("odd", fingerprint="g")
+    cluster.submit(edit=lambda spec: spec.reproducibility.tolerant.SetInParent())
+    assert cluster.shards("w1")
+    assert cluster.shards("odd")
+
+
+def test_drain_moves_shards_then_lets_the_worker_leave(running: Any) -> None:
+    token = running.call(ev.DrainWorker, "w2")
+    assert running.answers[token].worker.state == 3
+    assert not running.told("w2", "drain")
+    assert running.shards("w1") | running.shards("w3") == ALL
+    running.report("job-1", 1)
+    running.report("job-1", 2)
+    assert running.told("w2", "revoke_job")
+    assert running.told("w2", "drain")
+    running.kill("w2")
+    assert "WORKER_LEFT" in running.types()
+    assert "WORKER_LOST" not in running.types()
+    assert not running.core.facts.drains
+
+
+def test_the_only_worker_may_leave_at_once(cluster: Any) -> None:
+    cluster.aggregator()
+    session = cluster.worker("w1")
+    cluster.submit()
+    cluster.say(session, drain_requested=pb.DrainRequested())
+    assert cluster.told("w1", "drain")
+    assert cluster.job().reason == "WAITING_FOR_WORKERS"
+
+
+def test_a_worker_of_the_same_name_replaces_the_old_one(running: Any) -> None:
+    old = running.sessions["w2"]
+    running.worker("w2", incarnation="w2-2")
+    assert old in running.closed
+    assert running.types().count("WORKER_LOST") == 1
+    running.feed(ev.SessionBroken(old))
+    assert running.types().count("WORKER_LOST") == 1
+
+
+def test_a_hello_of_a_higher_generation_is_not_served(cluster: Any) -> None:
+    session = cluster.worker("w1", generation=99)
+    assert cluster.closed[session].reason == "STALE_GENERATION"
+    assert not cluster.core.workers
+
+
+@pytest.mark.parametrize("hello", [{"slots": 0}, {"incarnation": ""}])
+def test_a_hello_that_makes_no_sense_is_refused(cluster: Any, hello: dict[str, Any]) -> None:
+    session = cluster.worker("w1", **hello)
+    assert session in cluster.closed
+    assert not cluster.core.workers
