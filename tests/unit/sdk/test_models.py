@@ -1,0 +1,182 @@
+import io
+import json
+import zipfile
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+import phalanx
+from phalanx.data.model_files import load_model_directory
+from phalanx.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from phalanx.sdk.exporting import export_model
+from phalanx.sdk.models import _safe_path
+from phalanx.sdk.prediction import predict_file, predicted_rows
+from phalanx.sdk.verification import verify_job
+
+CSV = "size,colour\n1.5,red\n-2.0,blue\n0.25,red\n"
+
+
+def spec(**changes):
+    return {
+        "name": "shapes",
+        "data": {"name": "shapes", "shards": 2},
+        "train": {
+            "model": {"softmax_regression": {}},
+            "batch_size": 0,
+            "stop": {"steps": 5},
+            **changes,
+        },
+    }
+
+
+@pytest.fixture
+def cluster(monkeypatch, tmp_path):
+    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
+    with phalanx.LocalCluster(workers=0) as local:
+        generator = np.random.default_rng(0)
+        size = generator.normal(size=300)
+        table = {
+            "size": size.tolist(),
+            "colour": generator.choice(["red", "blue"], 300).tolist(),
+            "kind": np.where(size > 0, "big", "small").tolist(),
+        }
+        local.data.add("shapes", table, target="kind")
+        yield local
+
+
+@pytest.fixture
+def job(cluster):
+    job = cluster.submit(spec())
+    job.wait(60)
+    return job
+
+
+@pytest.fixture
+def model(cluster, job):
+    return cluster.models.get("shapes")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(CSV)
+    return file
+
+
+def test_csv_and_parquet_hold_the_same_predictions(model, rows, tmp_path):
+    predicted = predict_file(model, rows, tmp_path / "out.csv")
+    predict_file(model, rows, tmp_path / "out.parquet")
+    assert predicted.rows == 3
+    text = (tmp_path / "out.csv").read_text().splitlines()
+    assert text[0] == "prediction,probability of big,probability of small"
+    labels = [line.split(",")[0] for line in text[1:]]
+    assert labels == model.predict(rows).tolist() == ["big", "small", "big"]
+    table = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    assert table.column("prediction").to_pylist() == labels
+    probabilities = table.column("probability of big").to_pylist()
+    assert probabilities == model.predict_probabilities(rows)[:, 0].tolist()
+
+
+def test_many_rows_pass_in_blocks(model, tmp_path):
+    file = tmp_path / "many.csv"
+    file.write_text("size,colour\n" + "1.5,red\n" * 20_000)
+    predict_file(model, file, tmp_path / "many.parquet")
+    parquet = pyarrow.parquet.ParquetFile(tmp_path / "many.parquet")
+    assert parquet.metadata.num_rows == 20_000
+    assert parquet.metadata.num_row_groups > 1
+
+
+def test_predictions_go_to_a_stream_and_to_json(model, rows):
+    stream = io.BytesIO()
+    predict_file(model, rows, stream)
+    assert stream.getvalue().startswith(b"prediction,")
+    first = next(predicted_rows(model, rows))
+    assert first["prediction"] == "big"
+    assert set(first["probabilities"]) == {"big", "small"}
+    json.dumps(first)
+
+
+def test_a_wrong_row_leaves_no_file(model, tmp_path):
+    file = tmp_path / "wrong.csv"
+    file.write_text(CSV + "much,red\n")
+    with pytest.raises(InvalidArgument):
+        predict_file(model, file, tmp_path / "out.csv")
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == []
+    with pytest.raises(InvalidArgument, match="neither"):
+        predict_file(model, file, tmp_path / "out.txt")
+
+
+def test_oddities_are_told(model, tmp_path):
+    file = tmp_path / "odd.csv"
+    file.write_text("size,colour,extra\n1.0,green,1\n")
+    remarks = " ".join(predict_file(model, file, io.BytesIO()).remarks)
+    assert "extra" in remarks
+    assert "green" in remarks or "colour" in remarks
+
+
+def test_a_model_is_downloaded_once(cluster, job):
+    first = cluster.models.cached("shapes")
+    before = first.stat().st_mtime_ns
+    assert cluster.models.cached("shapes@1") == first
+    assert first.stat().st_mtime_ns == before
+    assert not list(first.parent.glob(".*"))
+
+
+def test_a_download_never_replaces_a_folder(cluster, job, tmp_path):
+    target = cluster.models.download("shapes", tmp_path / "deep" / "shapes")
+    assert load_model_directory(target).name == "shapes"
+    with pytest.raises(AlreadyExists):
+        cluster.models.download("shapes", target)
+
+
+@pytest.mark.parametrize("path", ["../evil", "/etc/passwd", "a/../../b", ""])
+def test_a_model_cannot_write_outside_its_folder(path):
+    with pytest.raises(DataLoss):
+        _safe_path(path)
+
+
+def test_exports(cluster, job, tmp_path):
+    folder = cluster.models.cached("shapes")
+    for ending in ("zip", "npz", "safetensors"):
+        export_model(folder, tmp_path / f"m.{ending}")
+        with pytest.raises(AlreadyExists):
+            export_model(folder, tmp_path / f"m.{ending}")
+    with zipfile.ZipFile(tmp_path / "m.zip") as archive:
+        assert set(archive.namelist()) == {"README.md", "model.json", "model.safetensors"}
+    with np.load(tmp_path / "m.npz") as arrays:
+        flat = np.concatenate([array.ravel() for array in arrays.values()])
+    assert len(flat) == load_model_directory(folder).parameters.size
+    assert (tmp_path / "m.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    with pytest.raises(InvalidArgument, match=".zip"):
+        export_model(folder, tmp_path / "m.onnx")
+
+
+def test_verification_computes_the_same_bits(cluster, job):
+    verdict = verify_job(cluster, job.id)
+    assert verdict.equal
+    assert verdict.local_sha256 == job.result.parameters_sha256
+    assert verdict.to_json()["equal"] is True
+
+
+def test_verification_finds_other_bits(cluster, job, monkeypatch):
+    stored = cluster.backend._jobs._jobs[job.id].job
+    stored.result.parameters_sha256 = "0" * 64
+    verdict = verify_job(cluster, job.id)
+    assert not verdict.equal
+    assert "fingerprint" in verdict.explanation
+
+
+def test_only_a_finished_job_can_be_verified(cluster):
+    job = cluster.submit(spec(stop={"steps": 10_000_000}))
+    with pytest.raises(FailedPrecondition):
+        verify_job(cluster, job.id)
+    with pytest.raises(NotFound):
+        verify_job(cluster, "nobody")
+    job.cancel()
+
+
+def test_a_job_may_start_from_a_model(cluster, job):
+    warm = cluster.submit(spec(start={"model": "shapes"})).wait(60)
+    assert warm.parameters_sha256 != job.result.parameters_sha256
+    assert warm.metrics["train/loss"] < job.result.metrics["train/loss"]
