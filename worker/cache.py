@@ -179,8 +179,8 @@ class BlobCache:
             path.parent.mkdir(exist_ok=True)
             try:
                 await self._fetch_to(path, digest)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
+            except (OSError, ResourceExhausted) as error:
+                if isinstance(error, OSError) and error.errno != errno.ENOSPC:
                     raise
                 # The disk is shared: make all the room that we can and try once more.
                 await asyncio.to_thread(self._make_room, 0)
@@ -190,9 +190,9 @@ class BlobCache:
     async def _fetch_or_say_full(self, path: Path, digest: str) -> None:
         try:
             await self._fetch_to(path, digest)
-        except OSError as error:
+        except (OSError, ResourceExhausted) as error:
             raise ResourceExhausted(
-                f"the disk of the worker's cache is full ({error.strerror}); "
+                f"the disk of the worker's cache is full ({error}); "
                 "free space, or point --cache-dir to another disk",
                 reason="CACHE_DISK_FULL",
             ) from error

@@ -199,9 +199,7 @@ class ScriptedStream:
         assert header.WhichOneof("message") == "frame", header
         return header.frame, payload
 
-    async def receive_vector(
-        self, dtype: Any
-    ) -> tuple[exchange.ContributionFrame, NDArray[Any]]:
+    async def receive_vector(self, dtype: Any) -> tuple[exchange.ContributionFrame, NDArray[Any]]:
         """All frames of one node of a range in a row: the first header and the whole vector."""
         first, payload = await self.receive_frame()
         parts = [payload]

@@ -226,9 +226,7 @@ class Bench:
             ranges=self.ranges,
             placement=placement,
             train_nodes=[training_pb2.TreeNode(first=a, span=b) for a, b in nodes],
-            evaluation_nodes=[
-                training_pb2.TreeNode(first=a, span=b) for a, b in evaluation or []
-            ],
+            evaluation_nodes=[training_pb2.TreeNode(first=a, span=b) for a, b in evaluation or []],
         )
 
     def go(
@@ -257,7 +255,10 @@ class Bench:
 
     @one_blas_thread()
     def gradient(
-        self, node: Node, version: int, absent: set[int] = frozenset()  # type: ignore[assignment]
+        self,
+        node: Node,
+        version: int,
+        absent: set[int] = frozenset(),  # type: ignore[assignment]
     ) -> tuple[NDArray[np.float32] | None, int]:
         """What the worker must send for a node, computed here leaf by leaf."""
         model, reader = self._parts("train")
@@ -267,9 +268,7 @@ class Bench:
             out = np.zeros(self.plan.layout.element_count, np.float32)
             if shard in absent:
                 continue
-            outcome = run_leaf(
-                model, self.version(version), reader, self.plan, shard, version, out
-            )
+            outcome = run_leaf(model, self.version(version), reader, self.plan, shard, version, out)
             payloads[shard] = out if outcome.count else None
             count += outcome.count
         return reduce_leaves(payloads, self.plan.shards), count

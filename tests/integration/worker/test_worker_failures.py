@@ -73,9 +73,7 @@ async def test_a_skipped_shard_is_left_out_of_its_node(bench: Any) -> None:
         _, session, stream = await _start(bench, control, aggregator, [(0, 4)], slots=2)
         failed = await session.receive("leaf_failed")
         assert failed.kind == LeafFailed.KIND_NON_FINITE
-        absent = coordination.AbsentShards(
-            job_id=bench.plan.job_id, term=1, step=0, shards=[2]
-        )
+        absent = coordination.AbsentShards(job_id=bench.plan.job_id, term=1, step=0, shards=[2])
         await session.send(absent_shards=absent)
         frame, _ = await stream.receive_frame()
         assert (frame.node.first, frame.node.span) == (0, 4)

@@ -1,0 +1,187 @@
+"""The worker as a real process: readiness, drain, and death without orphans."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phalanx.testing.servers import ScriptedCluster
+from phalanx.testing.worker_peers import DEADLINE_S, ScriptedAggregator, ScriptedControl
+
+
+class WorkerProcess:
+    """A spawned worker."""
+
+    def __init__(self, process: asyncio.subprocess.Process, announce: Path, log: Path) -> None:
+        self.process = process
+        self.log = log
+        self._announce = announce
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def announced(self) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads(self._announce.read_text())
+        return facts
+
+    def children(self) -> list[int]:
+        path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
+
+    async def exit_code(self) -> int:
+        async with asyncio.timeout(DEADLINE_S):
+            return await self.process.wait()
+
+
+@pytest.fixture
+async def spawn(tmp_path: Path) -> AsyncIterator[Any]:
+    started: list[WorkerProcess] = []
+
+    async def start(control: str, storage: str, *arguments: str) -> WorkerProcess:
+        name = f"worker-{len(started)}"
+        log = tmp_path / f"{name}.log"
+        announce = tmp_path / f"{name}.json"
+        with log.open("wb") as stderr:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-P", "-m", "worker", "--id", name, "--control", control),
+                *("--storage", storage, "--slots", "2", "--announce", str(announce)),
+                *("--cache-dir", str(tmp_path / "cache"), *arguments),
+                stderr=stderr,
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+            )
+        worker = WorkerProcess(process, announce, log)
+        started.append(worker)
+        return worker
+
+    yield start
+    for worker in started:
+        with contextlib.suppress(ProcessLookupError):
+            worker.process.kill()
+        await worker.process.wait()
+
+
+async def _gone(pidfds: list[int]) -> None:
+    """Wait until all of these processes have ended."""
+
+    def wait() -> None:
+        for fd in pidfds:
+            assert select.select([fd], [], [], DEADLINE_S)[0], "a leaf process outlived its session"
+
+    await asyncio.to_thread(wait)
+
+
+async def _busy_worker(bench: Any, spawn: Any, control: Any, aggregator: Any, cluster: Any) -> Any:
+    """A worker with one leaf that holds the interpreter for as long as it may."""
+    bench.job(shards=2, custom={"row": 1, "act": "hold"})
+    cluster.blobs.update(bench.blobs)
+    bench.own(aggregator)
+    worker = await spawn(control.address, cluster.address)
+    session = await control.next_session()
+    await session.send(assign_job=bench.assign([(0, 2)]))
+    stream = await aggregator.next_stream()
+    await session.receive("worker_job_ready")
+    await stream.send_version(0, 0, np.zeros(3, np.float32))
+    await stream.send_go(bench.go(0))
+    return worker, session, stream
+
+
+async def test_a_killed_session_process_leaves_no_orphan(bench: Any, spawn: Any) -> None:
+    with ScriptedCluster() as cluster:
+        async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+            worker, _, _ = await _busy_worker(bench, spawn, control, aggregator, cluster)
+            children = worker.children()
+            assert len(children) >= 2
+            pidfds = [os.pidfd_open(pid) for pid in children]
+            os.kill(worker.pid, signal.SIGKILL)
+            try:
+                await _gone(pidfds)
+            finally:
+                for fd in pidfds:
+                    os.close(fd)
+
+
+async def test_a_drained_worker_leaves_when_its_work_has_moved(bench: Any, spawn: Any) -> None:
+    with ScriptedCluster() as cluster:
+        async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+            worker, session, stream = await _busy_worker(bench, spawn, control, aggregator, cluster)
+            os.kill(worker.pid, signal.SIGTERM)
+            await session.receive("drain_requested")
+            # It finishes what it has begun as long as control has not moved it.
+            frame, _ = await stream.receive_frame()
+            assert frame.step == 0
+            revoke = {"job_id": bench.plan.job_id, "term": 1, "reason": "drain"}
+            await session.send(revoke_job=revoke)
+            await session.receive("worker_job_released")
+            assert await worker.exit_code() == 0
+
+
+async def test_control_can_drain_a_worker(bench: Any, spawn: Any) -> None:
+    with ScriptedCluster() as cluster:
+        async with ScriptedControl() as control:
+            worker = await spawn(control.address, cluster.address)
+            session = await control.next_session()
+            await session.send(drain={})
+            assert await worker.exit_code() == 0
+
+
+async def test_a_drain_without_an_answer_ends_in_time(bench: Any, spawn: Any) -> None:
+    with ScriptedCluster() as cluster:
+        async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+            bench.job(shards=2)
+            cluster.blobs.update(bench.blobs)
+            bench.own(aggregator)
+            worker = await spawn(control.address, cluster.address, "--drain-timeout-s", "0.5")
+            session = await control.next_session()
+            await session.send(assign_job=bench.assign([(0, 2)]))
+            await session.receive("worker_job_ready")
+            os.kill(worker.pid, signal.SIGINT)
+            await session.receive("drain_requested")
+            assert await worker.exit_code() == 0
+
+
+async def test_metrics_and_health_are_served(bench: Any, spawn: Any, eventually: Any) -> None:
+    with ScriptedCluster() as cluster:
+        async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+            bench.job(shards=2)
+            cluster.blobs.update(bench.blobs)
+            bench.own(aggregator)
+            worker = await spawn(control.address, cluster.address)
+            session = await control.next_session()
+            await session.send(assign_job=bench.assign([(0, 2)]))
+            stream = await aggregator.next_stream()
+            await stream.send_version(0, 0, bench.version(0))
+            await stream.send_go(bench.go(0))
+            await stream.receive_frame()
+            address = worker.announced()["metrics_address"]
+            assert worker.announced()["role"] == "worker"
+
+            def get(path: str) -> str:
+                with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as response:
+                    return str(response.read().decode())
+
+            text = await asyncio.to_thread(get, "/metrics")
+            assert 'phalanx_leaf_seconds_count{outcome="done",program="train"} 2.0' in text
+            assert "phalanx_cache_bytes" in text
+            assert 'phalanx_cache_requests_total{outcome="miss"}' in text
+            assert (await asyncio.to_thread(get, "/healthz")).strip() == "ok"
+
+
+async def test_wrong_settings_are_named(spawn: Any) -> None:
+    worker = await spawn("nowhere", "127.0.0.1:1", "--labels", "zone", "--slot-memory-bytes", "1k")
+    assert await worker.exit_code() == 2
+    text = worker.log.read_text()
+    assert "--control" in text
