@@ -91,6 +91,7 @@ def load_entrypoint(entrypoint: str, code: UserCode | None) -> Callable[..., Any
             f"the entrypoint {entrypoint!r} is not of the form module:function, such as net:build"
         )
     if code is not None:
+        deactivate_user_code()  # the modules of another job take no name away
         code.refuse_taken_names()
         code.activate()
     try:
@@ -110,8 +111,12 @@ def load_entrypoint(entrypoint: str, code: UserCode | None) -> Callable[..., Any
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        known = [name for name in vars(module) if callable(getattr(module, name))]
-        listed = ", ".join(name for name in known if not name.startswith("_")) or "none"
+        own = [
+            name
+            for name, value in vars(module).items()
+            if callable(value) and getattr(value, "__module__", None) == module.__name__
+        ]
+        listed = ", ".join(own) or "none"
         raise InvalidArgument(
             f"module {module_name!r} has no function {function_name!r}; it has: {listed}",
             reason="ENTRYPOINT_NOT_FOUND",
