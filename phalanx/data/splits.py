@@ -56,32 +56,49 @@ class Splitter:
         """
         if self.test == 0 and self.validation == 0:
             return np.zeros(stop_row - first_row, dtype=np.int8)
-        first_block = first_row // BLOCK_ROWS
-        blocks = [
-            self._block(block, row_count)
-            for block in range(first_block, -(-stop_row // BLOCK_ROWS))
-        ]
-        dealt = np.concatenate([np.empty(0, dtype=np.int8), *blocks])
+        first_block, stop_block = first_row // BLOCK_ROWS, -(-stop_row // BLOCK_ROWS)
+        parts = []
+        if row_count is None or stop_block * BLOCK_ROWS <= row_count:
+            parts.append(self._blocks(first_block, stop_block, BLOCK_ROWS))
+        else:
+            parts.append(self._blocks(first_block, stop_block - 1, BLOCK_ROWS))
+            last_rows = row_count - (stop_block - 1) * BLOCK_ROWS
+            parts.append(self._blocks(stop_block - 1, stop_block, last_rows))
         offset = first_row - first_block * BLOCK_ROWS
-        return dealt[offset : offset + stop_row - first_row]
+        return np.concatenate(parts)[offset : offset + stop_row - first_row]
 
-    def _block(self, block: int, row_count: int | None) -> NDArray[np.int8]:
-        first = block * BLOCK_ROWS
-        stop = first + BLOCK_ROWS if row_count is None else min(first + BLOCK_ROWS, row_count)
+    def _blocks(self, first: int, stop: int, rows: int) -> NDArray[np.int8]:
+        """Codes of whole blocks; only the last block of all may have fewer rows than others."""
+        if first == stop:
+            return np.empty(0, dtype=np.int8)
         generator = np.random.Philox(key=np.array([self.seed, _STREAM], dtype=np.uint64))
-        generator.advance(first // 4)  # four numbers per count; blocks start at multiples of four
-        order = np.argsort(generator.random_raw(stop - first), kind="stable")
-        test = _between(self.test, first, stop)
+        generator.advance(first * BLOCK_ROWS // 4)  # four numbers per count of the generator
+        numbers = generator.random_raw((stop - first) * rows).reshape(stop - first, rows)
+        ranked = np.sort(numbers, axis=1)
+        starts = np.arange(first, stop, dtype=np.int64) * BLOCK_ROWS
+        test = _between(self.test, starts, starts + rows)
         # Rounding the sum, not the parts, keeps train from losing a row to two roundings.
-        held_out = _between(self.test + self.validation, first, stop)
-        codes = np.zeros(stop - first, dtype=np.int8)
-        codes[order[test : max(test, held_out)]] = VALIDATION
-        codes[order[:test]] = TEST
-        return codes
+        held_out = np.maximum(test, _between(self.test + self.validation, starts, starts + rows))
+        codes = np.zeros(numbers.shape, dtype=np.int8)
+        codes[_lowest(numbers, ranked, held_out)] = VALIDATION
+        codes[_lowest(numbers, ranked, test)] = TEST
+        return codes.reshape(-1)
 
 
-def _between(fraction: float, first: int, stop: int) -> int:
-    return int(np.floor(fraction * stop + 0.5)) - int(np.floor(fraction * first + 0.5))
+def _between(
+    fraction: float, first: NDArray[np.int64], stop: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """How many of the rows [first, stop) a fraction of all rows up to ``stop`` adds."""
+    counts: NDArray[np.float64] = np.floor(fraction * stop + 0.5) - np.floor(fraction * first + 0.5)
+    return counts.astype(np.int64)
+
+
+def _lowest(
+    numbers: NDArray[np.uint64], ranked: NDArray[np.uint64], counts: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Where the ``counts`` lowest numbers of each line are."""
+    highest = ranked[np.arange(len(ranked)), np.maximum(counts - 1, 0)]
+    return (numbers <= highest[:, None]) & (counts > 0)[:, None]
 
 
 def deal(batches: Iterable[RowsT], splitter: Splitter) -> Iterator[tuple[RowsT, NDArray[np.int8]]]:

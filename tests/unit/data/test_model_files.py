@@ -355,12 +355,12 @@ def test_code_of_the_model_runs_only_when_it_is_allowed(tmp_path: Path) -> None:
     features, targets = datasets.classification(rows=50)
     manifest = ingest_arrays(features, targets, IngestOptions(), DirectoryBlobs(tmp_path / "b"))
     spec = spec_of("custom", standardise=False)
-    spec.train.model.custom.entrypoint = "my_net_for_a_test:build"
-    spec.code.files["my_net_for_a_test.py"] = CODE
+    spec.train.model.custom.entrypoint = "my_net_in_a_model:build"
+    spec.code.files["my_net_in_a_model.py"] = CODE
     (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "my_net_for_a_test.py").write_text(CODE)
+    (tmp_path / "code" / "my_net_in_a_model.py").write_text(CODE)
     description = write_model(tmp_path / "model", manifest, spec, tmp_path / "code")
-    with pytest.raises(FailedPrecondition, match="my_net_for_a_test:build runs code of its own"):
+    with pytest.raises(FailedPrecondition, match="my_net_in_a_model:build runs code of its own"):
         load_model_directory(tmp_path / "model")
     model = load_model_directory(tmp_path / "model", allow_code=True)
     weights = model.parameters.reshape(8, 3)

@@ -1,0 +1,94 @@
+"""Ingestion of a CSV file takes the same memory whatever the size of the file."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phalanx.testing.datasets import REPOSITORY
+
+LIMIT_BYTES = 512 * 1024 * 1024
+
+# Runs in a process of its own, whose address space is limited before anything is imported.
+CHILD = """
+import hashlib, json, resource, sys
+limit = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+from phalanx.data.ingest import ingest
+from phalanx.data.options import IngestOptions
+
+class Discard:
+    def put(self, data):
+        return hashlib.sha256(data).hexdigest()
+
+options = IngestOptions(missing="category", test=0.1)
+manifest = ingest(sys.argv[1], options, Discard())
+peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows = manifest.rows_by_split()
+print(json.dumps({"rows": rows, "peak_bytes": peak_kib * 1024, "size_bytes": manifest.size_bytes}))
+"""
+
+
+def write_csv(path: Path, size_bytes: int) -> int:
+    """Numbers, categories and missing values; returns the number of rows."""
+    lines = [
+        f"{index * 0.37:.6f},{(index * 7919) % 1000 - 500},"
+        f"{('red', 'green', 'blue', '?')[index % 4]},{index % 1000},{'no' if index % 3 else 'yes'}\n"
+        for index in range(40_000)
+    ]
+    block = "".join(lines).encode()
+    count = -(-size_bytes // len(block))
+    with path.open("wb") as file:
+        file.write(b"a,b,colour,n,label\n")
+        for _ in range(count):
+            file.write(block)
+    return count * len(lines)
+
+
+def ingest_in_child(path: Path) -> dict[str, object]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        # Threads reserve address space that they never touch; the limit here is on addresses.
+        "OPENBLAS_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+        "ARROW_DEFAULT_MEMORY_POOL": "system",
+    }
+    finished = subprocess.run(
+        [sys.executable, "-c", CHILD, str(path), str(LIMIT_BYTES)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    result: dict[str, object] = json.loads(finished.stdout)
+    return result
+
+
+def test_eight_times_the_rows_take_no_more_memory(tmp_path: Path) -> None:
+    peaks = []
+    for size_bytes in (10_000_000, 80_000_000):
+        rows = write_csv(tmp_path / "data.csv", size_bytes)
+        result = ingest_in_child(tmp_path / "data.csv")
+        assert result["rows"] == {"train": rows * 9 // 10, "test": rows // 10}
+        peaks.append(result["peak_bytes"])
+    assert result["size_bytes"] > 80_000_000
+    assert peaks[1] - peaks[0] < 24 * 1024 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_four_gigabytes_fit_through_512_megabytes(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    try:
+        rows = write_csv(path, 4_000_000_000)
+        result = ingest_in_child(path)
+    finally:
+        path.unlink(missing_ok=True)
+    assert result["rows"] == {"train": rows * 9 // 10, "test": rows // 10}
+    assert isinstance(result["peak_bytes"], int)
+    assert result["peak_bytes"] < LIMIT_BYTES // 2
