@@ -41,7 +41,7 @@ class Net(UserModel):
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+def nothing_left_behind(no_user_code: None) -> Iterator[None]:
     modules, paths = set(sys.modules), list(sys.path)
     yield
     deactivate_user_code()
