@@ -1,0 +1,126 @@
+"""The data plane's stream as gRPC sees it: raw bytes in and out, one reader and one sender each.
+
+Nothing is queued. The reader takes the next message once the last one is in its tree; the sender
+looks where its cursor stands whenever the stream has room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from coordinator.aggregation.hosting import HostedJob
+from phalanx.errors import Aborted, InvalidArgument, PhalanxError, Unavailable
+from phalanx.frames import decode_request, encode_response
+from phalanx.v1 import aggregation_service_pb2 as exchange
+
+SERVICE = "phalanx.v1.AggregationService"
+HELLO_TIMEOUT_S = 10.0
+
+Find = Callable[[str], HostedJob | None]
+
+
+class ExchangeServicer:
+    """Serves `Exchange`; `find` looks a job up by its id."""
+
+    def __init__(self, find: Find) -> None:
+        self._find = find
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Register the method with handlers of raw bytes."""
+        method = grpc.stream_stream_rpc_method_handler(self.exchange)
+        handler = grpc.method_handlers_generic_handler(SERVICE, {"Exchange": method})
+        server.add_generic_rpc_handlers((handler,))
+
+    async def exchange(self, _: Any, context: Any) -> None:
+        """Run one stream from hello to end."""
+        hello = await _hello(context)
+        job = self._hosted(hello)
+        welcome = exchange.ExchangeWelcome(term=job.ranges.term, ranges=job.ranges.range_indexes)
+        await context.write(encode_response(exchange.ExchangeResponseHeader(welcome=welcome)))
+        key = object()
+        waker = job.open_stream(key)
+        tasks = [
+            asyncio.create_task(_send(context, job, waker)),
+            asyncio.create_task(_receive(context, job)),
+            asyncio.create_task(job.closed.wait()),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[2] in done:
+                raise Unavailable(
+                    f"job {hello.job_id} is not held here any more", reason="RANGES_RELEASED"
+                )
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            job.close_stream(key)
+
+    def _hosted(self, hello: exchange.ExchangeHello) -> HostedJob:
+        job = self._find(hello.job_id)
+        if job is None or job.ranges.term < hello.term:
+            raise Unavailable(
+                f"job {hello.job_id} is not held here in term {hello.term} yet; try again",
+                reason="RANGES_NOT_READY",
+                retry_after_s=0.05,
+            )
+        if job.ranges.term > hello.term:
+            raise Aborted(
+                f"job {hello.job_id} is in term {job.ranges.term}, not {hello.term}",
+                reason="STALE_TERM",
+                details={"current_term": str(job.ranges.term)},
+            )
+        return job
+
+
+async def _hello(context: Any) -> exchange.ExchangeHello:
+    try:
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            data = await context.read()
+    except TimeoutError:
+        raise InvalidArgument(f"no hello within {HELLO_TIMEOUT_S:g} s") from None
+    if data is grpc.aio.EOF:
+        raise InvalidArgument("the stream ended before its hello")
+    header, _ = decode_request(data)
+    if header.WhichOneof("message") != "hello":
+        raise InvalidArgument("the first message of an exchange stream must be a hello")
+    return header.hello
+
+
+async def _receive(context: Any, job: HostedJob) -> None:
+    ranges = job.ranges
+    while (data := await context.read()) is not grpc.aio.EOF:
+        header, payload = decode_request(data)
+        kind = header.WhichOneof("message")
+        if kind == "frame":
+            job.gauges.received(len(data))
+            job.perform(ranges.contribute(header.frame, payload, job.elapsed_s))
+        elif kind == "go_record":
+            job.perform(ranges.go_record(header.go_record))
+        else:
+            raise InvalidArgument(f"an exchange stream takes frames and go records, not {kind!r}")
+        # Let the frame go before the next one is waited for.
+        del data, payload
+
+
+async def _send(context: Any, job: HostedJob, waker: asyncio.Event) -> None:
+    cursor = job.ranges.cursor()
+    while True:
+        message = cursor.take()
+        if message is None:
+            waker.clear()
+            await waker.wait()
+            continue
+        job.gauges.sent(len(message))
+        try:
+            await context.write(message)
+        except asyncio.InvalidStateError as error:
+            raise PhalanxError("the stream is closed") from error
+        del message

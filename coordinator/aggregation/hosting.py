@@ -1,0 +1,326 @@
+"""One job's ranges at run time: performs what the core asks for, and tells control about it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+
+from coordinator.aggregation.checkpoints import Part, write_part
+from coordinator.aggregation.core.effects import (
+    Committed,
+    Effect,
+    Ended,
+    Failed,
+    Points,
+    StartCheckpoint,
+    Wake,
+)
+from coordinator.aggregation.core.machine import JobRanges
+from coordinator.aggregation.gauges import JobGauges
+from phalanx.clients.storage import StorageClient
+from phalanx.errors import Aborted, FailedPrecondition, PhalanxError
+from phalanx.telemetry.logs import get_logger
+from phalanx.v1 import coordination_service_pb2 as coordination
+from phalanx.v1 import job_pb2
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import GoRecord
+
+REPORT_EVERY_S = 0.2
+POINTS_MAX = 20_000
+_RATE_WINDOW_S = 2.0
+_RETRY_FIRST_S = 0.1
+_RETRY_LONGEST_S = 2.0
+_COMPLETE_POLL_S = 0.02
+
+_log = get_logger(__name__)
+
+Report = coordination.JobReport
+Send = Callable[[coordination.SessionRequest], None]
+
+_OUTCOMES = {
+    GoRecord.ACTION_STOP: Report.OUTCOME_STOPPED,
+    GoRecord.ACTION_PAUSE: Report.OUTCOME_PAUSED,
+    GoRecord.ACTION_FAIL: Report.OUTCOME_FAILED,
+}
+
+
+class HostedJob:
+    """The owned ranges of one job in one term, with its streams, checkpoints and reports.
+
+    Made in the event loop. `send` hands a message to control, now or once there is a session.
+    """
+
+    def __init__(
+        self, ranges: JobRanges, storage: StorageClient, gauges: JobGauges, send: Send
+    ) -> None:
+        self.ranges = ranges
+        self.gauges = gauges
+        self._storage = storage
+        self._send = send
+        self._spec = JobSpec.FromString(ranges.plan.spec)
+        self._started_s = time.monotonic()
+        self._wakers: dict[object, asyncio.Event] = {}
+        self._checkpoints: set[asyncio.Task[None]] = set()
+        self._points: deque[job_pb2.MetricPoint] = deque(maxlen=POINTS_MAX)
+        self._commits: deque[tuple[float, int]] = deque()
+        self._examples = 0
+        self._last_commit_unix_nanos = 0
+        self._checkpoint_step = 0
+        self._reported_step = -1
+        self._report_next_commit = False
+        self._final: Report | None = None
+        self._reporter = asyncio.create_task(self._report_often())
+        self.closed = asyncio.Event()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Time since the ranges were assigned."""
+        return time.monotonic() - self._started_s
+
+    # -- streams
+
+    def open_stream(self, key: object) -> asyncio.Event:
+        """Register a stream; the event is set whenever there may be something to send."""
+        waker = self._wakers[key] = asyncio.Event()
+        return waker
+
+    def close_stream(self, key: object) -> None:
+        """Forget a stream. A broken one may be a death: the next commit is reported at once."""
+        self._wakers.pop(key, None)
+        self._report_next_commit = True
+
+    # -- from control
+
+    def pause(self) -> None:
+        """Pause at the next step boundary."""
+        self.perform(self.ranges.pause())
+
+    def fail(self, reason: str, message: str) -> None:
+        """End the term as failed."""
+        self.perform(self.ranges.fail(reason, message))
+
+    def restored(self, step: int) -> None:
+        """The ranges were loaded from the checkpoint at `step`."""
+        self._checkpoint_step = step
+
+    def session_opened(self) -> None:
+        """Control is new or back: tell it where the job is."""
+        if self._final is not None:
+            self._send(coordination.SessionRequest(job_report=self._final))
+        else:
+            self._reported_step = -1
+
+    async def close(self) -> None:
+        """Let the ranges go; what is being written is given up."""
+        self.closed.set()
+        tasks = [self._reporter, *self._checkpoints]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._flush_points()
+        self.gauges.ended()
+
+    # -- effects
+
+    def perform(self, effects: list[Effect]) -> None:
+        """Do what the core asks for, in order."""
+        for effect in effects:
+            match effect:
+                case Wake():
+                    for waker in self._wakers.values():
+                        waker.set()
+                case Committed():
+                    self._committed(effect)
+                case Points():
+                    self._keep_points(effect)
+                case StartCheckpoint():
+                    self._start_checkpoint(effect)
+                case Ended():
+                    self._start(self._end(effect.go))
+                case Failed():
+                    self._failed(effect)
+
+    def _committed(self, effect: Committed) -> None:
+        now_s = time.monotonic()
+        self._last_commit_unix_nanos = time.time_ns()
+        self._examples += effect.example_count
+        self._commits.append((now_s, effect.example_count))
+        while self._commits[0][0] < now_s - _RATE_WINDOW_S and len(self._commits) > 2:
+            self._commits.popleft()
+        self.gauges.committed(effect, now_s)
+        if self._report_next_commit:
+            self._report_next_commit = False
+            self._report()
+
+    def _keep_points(self, effect: Points) -> None:
+        seconds, nanos = divmod(time.time_ns(), 1_000_000_000)
+        for step, name, value in effect.points:
+            if math.isfinite(value):
+                point = job_pb2.MetricPoint(step=step, name=name, value=value)
+                point.time.seconds, point.time.nanos = seconds, nanos
+                self._points.append(point)
+
+    def _failed(self, effect: Failed) -> None:
+        _log.error(
+            "job_failed",
+            job_id=self.ranges.plan.job_id,
+            reason=effect.reason,
+            message=effect.message,
+        )
+        self._finish(
+            self._make_report(
+                Report.OUTCOME_FAILED,
+                reason=effect.reason,
+                message=effect.message,
+                failure=job_pb2.Failure(
+                    code=effect.reason, message=effect.message, step=self.ranges.version
+                ),
+            )
+        )
+
+    # -- the end of the term
+
+    async def _end(self, go: GoRecord) -> None:
+        """Report how the term ended, once the checkpoint that belongs to it is complete."""
+        while self._checkpoints - {asyncio.current_task()}:  # type: ignore[arg-type]
+            await asyncio.wait(self._checkpoints - {asyncio.current_task()})  # type: ignore[arg-type]
+        if not self.ranges.is_root or self._final is not None:
+            return
+        outcome = _OUTCOMES[go.action]
+        self._finish(self._make_report(outcome, reason=go.reason))
+
+    def _finish(self, report: Report) -> None:
+        if self._final is None:
+            self._final = report
+            self._flush_points()
+            self._send(coordination.SessionRequest(job_report=report))
+
+    # -- checkpoints
+
+    def _start(self, coroutine: object) -> None:
+        task = asyncio.create_task(coroutine)  # type: ignore[arg-type]
+        self._checkpoints.add(task)
+        task.add_done_callback(self._checkpoints.discard)
+
+    def _start_checkpoint(self, effect: StartCheckpoint) -> None:
+        self._start(self._checkpoint(effect))
+
+    async def _checkpoint(self, effect: StartCheckpoint) -> None:
+        """Write and register one range; retries until storage is back or the term is over."""
+        plan = self.ranges.plan
+        part = Part(
+            job_id=plan.job_id,
+            term=self.ranges.term,
+            final=effect.final,
+            range_count=plan.range_count,
+            root_state=effect.root_state if effect.snapshot.range.index == 0 else "",
+            spec_sha256=plan.spec_sha256,
+            keep=self._spec.train.checkpoints.keep,
+        )
+        started_s = time.monotonic()
+        try:
+            request = None
+            wait_s = _RETRY_FIRST_S
+            while True:
+                try:
+                    if request is None:
+                        request = await write_part(self._storage, effect.snapshot, part)
+                    response = await self._storage.commit_checkpoint(request)
+                except (Aborted, FailedPrecondition) as error:
+                    self._given_up(effect, error)
+                    return
+                except PhalanxError as error:
+                    _log.warning(
+                        "checkpoint_waits",
+                        job_id=plan.job_id,
+                        step=effect.version,
+                        reason=error.reason,
+                        message=error.message,
+                    )
+                    await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+                    wait_s = min(wait_s * 2, _RETRY_LONGEST_S)
+                    continue
+                if response.complete or not self.ranges.is_root:
+                    break
+                await asyncio.sleep(_COMPLETE_POLL_S)
+            self._checkpoint_step = max(self._checkpoint_step, effect.version)
+            self.gauges.checkpointed(time.monotonic() - started_s)
+        finally:
+            self.ranges.checkpoint_done()
+
+    def _given_up(self, effect: StartCheckpoint, error: PhalanxError) -> None:
+        _log.warning(
+            "checkpoint_given_up",
+            job_id=self.ranges.plan.job_id,
+            step=effect.version,
+            reason=error.reason,
+            message=error.message,
+        )
+
+    # -- reports
+
+    async def _report_often(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_EVERY_S)
+            self._flush_points()
+            if self.ranges.is_root and self._final is None:
+                if self.ranges.version != self._reported_step:
+                    self._report()
+                self.gauges.metrics(self.ranges.decider)
+
+    def _report(self) -> None:
+        self._reported_step = self.ranges.version
+        report = self._make_report(Report.OUTCOME_RUNNING)
+        self._send(coordination.SessionRequest(job_report=report))
+
+    def _make_report(
+        self,
+        outcome: Report.Outcome.ValueType,
+        *,
+        reason: str = "",
+        message: str = "",
+        failure: job_pb2.Failure | None = None,
+    ) -> Report:
+        decider = self.ranges.decider
+        metrics = {} if decider is None else decider.metrics
+        return Report(
+            job_id=self.ranges.plan.job_id,
+            term=self.ranges.term,
+            outcome=outcome,
+            reason=reason,
+            message=message,
+            step=max(0, self.ranges.version),
+            epoch=0.0 if decider is None else decider.epoch,
+            examples=0 if decider is None else decider.examples,
+            examples_per_second=self._examples_per_s(),
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+            checkpoint_step=self._checkpoint_step,
+            failure=failure,
+            examples_lost=self.ranges.examples_lost,
+            examples_doubled=self.ranges.examples_doubled,
+            last_commit_unix_nanos=self._last_commit_unix_nanos,
+        )
+
+    def _examples_per_s(self) -> float:
+        if len(self._commits) < 2:
+            return 0.0
+        seconds = self._commits[-1][0] - self._commits[0][0]
+        count = sum(count for _, count in self._commits) - self._commits[0][1]
+        return count / seconds if seconds > 0 else 0.0
+
+    def _flush_points(self) -> None:
+        with contextlib.suppress(IndexError):
+            while self._points:
+                points = [self._points.popleft() for _ in range(min(len(self._points), 1000))]
+                self._send(
+                    coordination.SessionRequest(
+                        metric_points=coordination.MetricPoints(
+                            job_id=self.ranges.plan.job_id, points=points
+                        )
+                    )
+                )

@@ -1,0 +1,306 @@
+"""An aggregator process: its session with control, the jobs whose ranges it owns, its server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+
+from coordinator.aggregation.checkpoints import read_part
+from coordinator.aggregation.config import AggregatorConfig
+from coordinator.aggregation.core.machine import JobRanges
+from coordinator.aggregation.exchange import SERVICE, ExchangeServicer
+from coordinator.aggregation.gauges import JobGauges
+from coordinator.aggregation.hosting import HostedJob
+from phalanx import numeric_fingerprint
+from phalanx.clients.storage import StorageClient
+from phalanx.errors import DataLoss, InvalidArgument, NotFound, PhalanxError, Unavailable
+from phalanx.ids import new_id
+from phalanx.optimizers import build_optimizer
+from phalanx.rpc.member_session import MemberSession, Refused
+from phalanx.rpc.process import announce
+from phalanx.rpc.server import Server
+from phalanx.telemetry.logs import get_logger
+from phalanx.telemetry.metrics import AggregatorMetrics
+from phalanx.training.decisions import RootDecider
+from phalanx.v1 import coordination_service_pb2 as coordination
+from phalanx.v1 import job_pb2
+from phalanx.v1 import storage_service_pb2 as storage
+from phalanx.v1.job_spec_pb2 import JobSpec
+
+EXPIRE_EVERY_S = 30.0
+_RETRY_S = 0.2
+# A vector of 100 MB in flight from many workers must not wait for stream windows.
+_STREAM_OPTIONS = [("grpc.max_concurrent_streams", 1024)]
+
+_log = get_logger(__name__)
+
+Command = coordination.JobCommand
+
+
+async def serve(config: AggregatorConfig, stop: asyncio.Event) -> None:
+    """Run until `stop` is set."""
+    server = Server(
+        listen=config.listen,
+        metrics_listen=config.metrics_listen,
+        service_names=[SERVICE],
+        options=_STREAM_OPTIONS,
+    )
+    aggregator = Aggregator(config, AggregatorMetrics(server.registry))
+    ExchangeServicer(aggregator.find).add_to(server.raw)
+    await server.start()
+    aggregator.start(config.advertise or server.address)
+    server.set_serving(True)
+    announce(
+        config,
+        role="aggregator",
+        address=server.address,
+        metrics_address=server.metrics_address,
+    )
+    try:
+        await stop.wait()
+    finally:
+        await aggregator.close()
+        await server.stop()
+
+
+class Aggregator:
+    """Takes ranges as control assigns them, and lets them go."""
+
+    def __init__(self, config: AggregatorConfig, metrics: AggregatorMetrics) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._id = config.id
+        self._incarnation = new_id("aggregator")
+        self._address = ""
+        self._generation = 0
+        self._jobs: dict[str, HostedJob] = {}
+        self._loading: dict[str, tuple[int, asyncio.Task[None]]] = {}
+        self._background: set[asyncio.Task[Any]] = set()
+        self._storage: StorageClient | None = None
+        self._storage_known = asyncio.Event()
+        self._process = psutil.Process()
+        if config.storage:
+            self._storage_found(config.storage[0])
+        self._session = MemberSession(
+            config.control, self._hello, self._heartbeat, self._on_message, self._on_open
+        )
+
+    def find(self, job_id: str) -> HostedJob | None:
+        """The job, if its ranges are loaded here."""
+        return self._jobs.get(job_id)
+
+    def start(self, address: str) -> None:
+        """Look for control; `address` is where workers reach this process."""
+        self._address = address
+        self._session.start()
+        self._spawn(self._expire_series())
+
+    async def close(self) -> None:
+        """Let everything go."""
+        await self._session.close()
+        tasks = [task for _, task in self._loading.values()] + list(self._background)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(job.close() for job in self._jobs.values()))
+        if self._storage is not None:
+            await self._storage.close()
+
+    # -- the session with control
+
+    def _hello(self) -> coordination.SessionRequest:
+        held = [
+            coordination.HeldRanges(
+                job_id=job_id,
+                term=job.ranges.term,
+                range_indexes=job.ranges.range_indexes,
+                version=max(0, job.ranges.version),
+            )
+            for job_id, job in self._jobs.items()
+        ]
+        return coordination.SessionRequest(
+            aggregator_hello=coordination.AggregatorHello(
+                aggregator_id=self._id,
+                incarnation=self._incarnation,
+                address=self._address,
+                pid=os.getpid(),
+                host=socket.gethostname(),
+                held_ranges=held,
+                generation=self._generation,
+                version=_version(),
+                fingerprint=numeric_fingerprint.compute(),
+            )
+        )
+
+    def _heartbeat(self) -> coordination.Heartbeat:
+        return coordination.Heartbeat(resident_bytes=self._process.memory_info().rss)
+
+    def _on_open(self, welcome: coordination.Welcome) -> None:
+        if welcome.storage_address and self._storage is None:
+            self._storage_found(welcome.storage_address)
+        for job in self._jobs.values():
+            self._say_ready(job)
+            job.session_opened()
+
+    def _on_message(self, message: coordination.SessionResponse) -> None:
+        if message.generation < self._generation:
+            raise Refused(
+                f"control has generation {message.generation}, "
+                f"generation {self._generation} was seen before"
+            )
+        self._generation = message.generation
+        match message.WhichOneof("message"):
+            case "assign_ranges":
+                self._assign(message.assign_ranges)
+            case "release_ranges":
+                self._release(message.release_ranges)
+            case "job_command":
+                self._command(message.job_command)
+
+    def _storage_found(self, address: str) -> None:
+        self._storage = StorageClient(address)
+        self._storage_known.set()
+
+    # -- ranges
+
+    def _assign(self, message: coordination.AssignRanges) -> None:
+        """Load ranges; a repeated assignment only says again that they are loaded."""
+        job_id = message.plan.job_id
+        job = self._jobs.get(job_id)
+        if job is not None and job.ranges.term >= message.term:
+            if job.ranges.term == message.term:
+                self._say_ready(job)
+            return
+        loading = self._loading.get(job_id)
+        if loading is not None:
+            if loading[0] >= message.term:
+                return
+            loading[1].cancel()
+        task = asyncio.create_task(self._load(message))
+        self._loading[job_id] = (message.term, task)
+        task.add_done_callback(lambda done: self._loaded(job_id, done))
+
+    def _loaded(self, job_id: str, task: asyncio.Task[None]) -> None:
+        if self._loading.get(job_id, (0, None))[1] is task:
+            del self._loading[job_id]
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("ranges_not_loaded", job_id=job_id, exc_info=task.exception())
+
+    async def _load(self, message: coordination.AssignRanges) -> None:
+        job_id = message.plan.job_id
+        old = self._jobs.pop(job_id, None)
+        if old is not None:
+            await old.close()
+        await self._storage_known.wait()
+        assert self._storage is not None
+        owned = [piece for piece in message.ranges if piece.aggregator_id == self._id]
+        train = JobSpec.FromString(message.plan.spec).train
+        ranges = JobRanges(
+            message.plan,
+            message.term,
+            owned,
+            build_optimizer(train, message.plan.total_steps),
+            RootDecider(message.plan, message.term) if owned[0].index == 0 else None,
+        )
+        try:
+            restored = await self._restored(message, ranges)
+        except (DataLoss, NotFound, InvalidArgument) as error:
+            self._say_not_ready(message, error)
+            return
+        gauges = JobGauges(self._metrics, job_id)
+        job = HostedJob(ranges, self._storage, gauges, self._session.report)
+        self._jobs[job_id] = job
+        if restored is None:
+            job.perform(ranges.begin())
+        else:
+            job.restored(message.restore.step)
+            job.perform(
+                ranges.begin_restored(message.restore.step, restored, message.restore.root_state)
+            )
+        _log.info("ranges_loaded", job_id=job_id, term=message.term, version=ranges.version)
+        self._say_ready(job)
+
+    async def _restored(self, message: coordination.AssignRanges, ranges: JobRanges) -> Any:
+        """The vectors of the owned ranges out of the checkpoint; None: there is none."""
+        if not message.HasField("restore"):
+            return None
+        pieces = {piece.index: piece for piece in message.ranges}
+        return {
+            index: await self._read(message.restore, pieces[index])
+            for index in ranges.range_indexes
+        }
+
+    async def _read(self, manifest: storage.CheckpointManifest, piece: Any) -> Any:
+        assert self._storage is not None
+        while True:
+            try:
+                return await read_part(self._storage, manifest, piece)
+            except Unavailable as error:
+                _log.warning("checkpoint_not_reachable", message=error.message)
+                await asyncio.sleep(_RETRY_S)
+
+    def _say_ready(self, job: HostedJob) -> None:
+        self._session.report(
+            coordination.SessionRequest(
+                ranges_ready=coordination.RangesReady(
+                    job_id=job.ranges.plan.job_id,
+                    term=job.ranges.term,
+                    version=max(0, job.ranges.version),
+                )
+            )
+        )
+
+    def _say_not_ready(self, message: coordination.AssignRanges, error: PhalanxError) -> None:
+        _log.error("ranges_refused", job_id=message.plan.job_id, message=error.message)
+        self._session.report(
+            coordination.SessionRequest(
+                ranges_ready=coordination.RangesReady(
+                    job_id=message.plan.job_id,
+                    term=message.term,
+                    failure=job_pb2.Failure(code=error.reason, message=error.message),
+                )
+            )
+        )
+
+    def _release(self, message: coordination.ReleaseRanges) -> None:
+        loading = self._loading.get(message.job_id)
+        if loading is not None and loading[0] <= message.term:
+            loading[1].cancel()
+        job = self._jobs.get(message.job_id)
+        if job is not None and job.ranges.term <= message.term:
+            del self._jobs[message.job_id]
+            self._spawn(job.close())
+
+    def _command(self, command: Command) -> None:
+        job = self._jobs.get(command.job_id)
+        if job is None or job.ranges.term != command.term:
+            return
+        if command.kind == Command.KIND_PAUSE:
+            job.pause()
+        elif command.kind == Command.KIND_FAIL:
+            job.fail(command.reason, command.message)
+
+    # -- housekeeping
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _expire_series(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(EXPIRE_EVERY_S)
+            self._metrics.per_job.expire(loop.time())
+
+
+def _version() -> str:
+    try:
+        return version("phalanx")
+    except PackageNotFoundError:
+        return ""

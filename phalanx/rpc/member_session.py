@@ -1,0 +1,185 @@
+"""A member's session with control: hello, heartbeats, reports; opened again whenever it breaks.
+
+Training does not need it. While control is away reports wait, within bounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from phalanx.errors import PhalanxError, Unavailable
+from phalanx.rpc.channel import open_channel
+from phalanx.rpc.status import from_rpc_error
+from phalanx.telemetry.logs import get_logger
+from phalanx.v1 import coordination_service_pb2 as coordination
+from phalanx.v1 import coordination_service_pb2_grpc as coordination_grpc
+
+STREAM_TIMEOUT_S = 24 * 3600.0
+WELCOME_TIMEOUT_S = 5.0
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 2.0
+_REPORTS_MAX = 1000
+
+_log = get_logger(__name__)
+
+
+class Refused(Exception):
+    """Control's generation is lower than one seen before."""
+
+
+class MemberSession:
+    """Keeps a session with one of `addresses` until `close`.
+
+    `hello()` and `heartbeat()` make the messages; `on_message` takes what control says and may
+    raise `Refused`; `on_open` is called with the welcome of each session.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        hello: Callable[[], coordination.SessionRequest],
+        heartbeat: Callable[[], coordination.Heartbeat],
+        on_message: Callable[[coordination.SessionResponse], None],
+        on_open: Callable[[coordination.Welcome], None],
+    ) -> None:
+        self._addresses = list(addresses)
+        self._hello = hello
+        self._heartbeat = heartbeat
+        self._on_message = on_message
+        self._on_open = on_open
+        self._reports: deque[coordination.SessionRequest] = deque()
+        self._something = asyncio.Event()
+        self._all_sent = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.connected = False
+        self.dropped_reports = 0
+
+    def start(self) -> None:
+        """Begin to connect."""
+        self._task = asyncio.create_task(self._keep_open())
+
+    def report(self, message: coordination.SessionRequest) -> None:
+        """Send a message, now or once there is a session; the oldest go when too many wait."""
+        if len(self._reports) >= _REPORTS_MAX:
+            self._reports.popleft()
+            self.dropped_reports += 1
+        self._reports.append(message)
+        self._all_sent.clear()
+        self._something.set()
+
+    async def flush(self, timeout_s: float) -> None:
+        """Wait until everything was handed to the stream, or the time is over."""
+        if self.connected:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._all_sent.wait()
+
+    async def close(self) -> None:
+        """End the session."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    # Inside
+
+    async def _keep_open(self) -> None:
+        wait_s = _FIRST_WAIT_S
+        turn = 0
+        while True:
+            address = self._addresses[turn % len(self._addresses)]
+            turn += 1
+            welcomed, reason = await self._once(address)
+            if welcomed:
+                wait_s = _FIRST_WAIT_S
+                turn -= 1
+            _log.info("session_ended", address=address, reason=reason)
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+            if turn % len(self._addresses) == 0:
+                wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
+
+    async def _once(self, address: str) -> tuple[bool, str]:
+        """Run one session to its end: whether control welcomed the member, and why it ended."""
+        channel = open_channel(address, own_connection=True)
+        welcomed = False
+        call: Any = None
+        try:
+            stub: Any = coordination_grpc.CoordinationServiceStub(channel)
+            call = stub.Session(timeout=STREAM_TIMEOUT_S)
+            async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                await call.write(self._hello())
+                welcome = await self._welcome(call)
+            welcomed = True
+            self.connected = True
+            self._on_open(welcome)
+            await self._both_ways(call, welcome.heartbeat_interval_s or 0.5)
+        except grpc.aio.AioRpcError as error:
+            return welcomed, from_rpc_error(error).message
+        except Refused as error:
+            return False, str(error)
+        except TimeoutError:
+            return False, "control does not answer"
+        except (PhalanxError, asyncio.InvalidStateError) as error:
+            return welcomed, str(error) or "the session ended"
+        finally:
+            self.connected = False
+            if call is not None:
+                call.cancel()
+            await channel.close()
+        return welcomed, "the session ended"
+
+    async def _welcome(self, call: Any) -> coordination.Welcome:
+        response = await call.read()
+        if response is grpc.aio.EOF:
+            raise Unavailable(await call.details() or "control refused the session")
+        self._on_message(response)
+        if response.WhichOneof("message") != "welcome":
+            raise Unavailable("control did not answer the hello")
+        return response.welcome  # type: ignore[no-any-return]
+
+    async def _both_ways(self, call: Any, heartbeat_interval_s: float) -> None:
+        tasks = [
+            asyncio.create_task(self._receive(call)),
+            asyncio.create_task(self._send(call)),
+            asyncio.create_task(self._beat(heartbeat_interval_s)),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0] not in done:
+                # The receiver knows why a session ended.
+                await asyncio.wait([tasks[0]], timeout=1.0)
+            (tasks[0] if tasks[0].done() else done.pop()).result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _receive(self, call: Any) -> None:
+        while (response := await call.read()) is not grpc.aio.EOF:
+            self._on_message(response)
+        raise Unavailable(await call.details() or "control ended the session")
+
+    async def _send(self, call: Any) -> None:
+        while True:
+            if not self._reports:
+                self._all_sent.set()
+                self._something.clear()
+                await self._something.wait()
+                continue
+            # Kept until it is written: a broken session sends it again, and reports are idempotent.
+            message = self._reports[0]
+            await call.write(message)
+            if self._reports and self._reports[0] is message:
+                self._reports.popleft()
+
+    async def _beat(self, interval_s: float) -> None:
+        while True:
+            self.report(coordination.SessionRequest(heartbeat=self._heartbeat()))
+            await asyncio.sleep(interval_s)
