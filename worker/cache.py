@@ -89,10 +89,18 @@ class BlobCache:
         while True:
             pinned = self._pin_present(digest, size_bytes)
             if pinned is not None:
-                self._metrics.cache_requests_total.labels(outcome=outcome).inc()
-                return pinned
+                break
             outcome = "miss"
             await self._arrival(digest)
+        self._metrics.cache_requests_total.labels(outcome=outcome).inc()
+        if outcome == "miss":
+            # Only now that it is pinned, or it might be the first to go.
+            try:
+                await self._trim()
+            except BaseException:
+                pinned.release()
+                raise
+        return pinned
 
     def prefetch(self, digest: str, size_bytes: int | None = None) -> None:
         """Start to fetch a blob that will be needed; more than a bounded number is ignored."""
@@ -105,6 +113,7 @@ class BlobCache:
             # Whoever needs the blob meets the error again and reports it.
             with contextlib.suppress(Exception):
                 await self._arrival(digest)
+                await self._trim()
 
         task = asyncio.create_task(fetch())
         self._prefetching.add(task)
@@ -185,7 +194,9 @@ class BlobCache:
                 # The disk is shared: make all the room that we can and try once more.
                 await asyncio.to_thread(self._make_room, 0)
                 await self._fetch_or_say_full(path, digest)
-            await asyncio.to_thread(self._make_room, self.limit_bytes)
+
+    async def _trim(self) -> None:
+        await asyncio.to_thread(self._make_room, self.limit_bytes)
 
     async def _fetch_or_say_full(self, path: Path, digest: str) -> None:
         try:

@@ -120,7 +120,7 @@ async def test_no_leaf_runs_before_the_version_is_whole_in_all_ranges(bench: Any
         session = await control.next_session()
         await session.send(assign_job=bench.assign([(0, 2)]))
         streams = [await root.next_stream(), await other.next_stream()]
-        first, second = bench.ranges
+        _first, second = bench.ranges
         cut = second.first_element
         # Range 0 is at version 1, range 1 still at version 0.
         await streams[0].send_version(0, 0, bench.version(0)[:cut])
@@ -294,5 +294,5 @@ async def test_a_revoked_job_is_let_go(bench: Any, eventually: Any) -> None:
         stream = await aggregator.next_stream()
         await stream.send_version(0, 0, bench.version(0))
         await stream.send_go(bench.go(0))
-        frame, payload = await stream.receive_frame()
+        _frame, payload = await stream.receive_frame()
         assert payload == bench.gradient(Node(0, 2), 0)[0].tobytes()

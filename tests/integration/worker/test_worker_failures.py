@@ -96,7 +96,7 @@ async def test_a_leaf_that_holds_the_interpreter_causes_no_false_death(bench: An
 async def test_a_failed_leaf_is_tried_again_when_control_says_so(bench: Any) -> None:
     bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": "crash"})
     async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
-        _, session, stream = await _start(bench, control, aggregator, [(2, 1)], slots=2)
+        _, session, _stream = await _start(bench, control, aggregator, [(2, 1)], slots=2)
         for placement in (2, 3):
             failed = await session.receive("leaf_failed")
             assert failed.kind == LeafFailed.KIND_CRASHED
@@ -107,7 +107,7 @@ async def test_a_failed_leaf_is_tried_again_when_control_says_so(bench: Any) -> 
 async def test_what_a_leaf_prints_comes_with_worker_shard_and_step(bench: Any) -> None:
     bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": "talk"})
     async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
-        _, session, stream = await _start(bench, control, aggregator, [(0, 4)])
+        _, session, _stream = await _start(bench, control, aggregator, [(0, 4)])
         for text, level in (
             ("said by the leaf", "info"),
             ("said without Python", "info"),
@@ -122,7 +122,7 @@ async def test_what_a_leaf_prints_comes_with_worker_shard_and_step(bench: Any) -
 async def test_a_traceback_is_in_the_jobs_log(bench: Any) -> None:
     bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": "raise_error"})
     async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
-        _, session, stream = await _start(bench, control, aggregator, [(2, 1)])
+        _, session, _stream = await _start(bench, control, aggregator, [(2, 1)])
         line = await session.log_line("ValueError: this row is cursed")
         assert (line.shard, line.step) == (2, 0)
 
@@ -143,7 +143,7 @@ async def test_a_killed_leaf_process_is_started_again(bench: Any, eventually: An
             os.kill(pid, signal.SIGKILL)
         await stream.send_version(1, 0, bench.version(1))
         await stream.send_go(bench.go(1))
-        frame, payload = await stream.receive_frame()
+        frame, _payload = await stream.receive_frame()
         assert frame.step == 1
         await eventually(lambda: worker.leaf_pids and not set(worker.leaf_pids) & set(victims))
 

@@ -1,0 +1,244 @@
+"""The disk cache: verified, bounded, shared, and pinned while in use."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phalanx.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
+from phalanx.telemetry.metrics import WorkerMetrics, new_registry
+from worker.cache import BlobCache
+
+
+class Store:
+    """Blobs that can be downloaded, and how often they were."""
+
+    def __init__(self) -> None:
+        self.blobs: dict[str, bytes] = {}
+        self.downloads: list[str] = []
+        self.open = asyncio.Event()
+        self.open.set()
+        self.errors: list[Exception] = []
+
+    def put(self, data: bytes) -> str:
+        digest = hashlib.sha256(data).hexdigest()
+        self.blobs[digest] = data
+        return digest
+
+    async def download(self, digest: str, path: Path) -> None:
+        self.downloads.append(digest)
+        await self.open.wait()
+        if self.errors:
+            raise self.errors.pop(0)
+        if digest not in self.blobs:
+            raise NotFound("no such blob")
+        path.write_bytes(self.blobs[digest])
+
+
+class Caches:
+    """Makes caches over one folder, as several workers of a machine would."""
+
+    def __init__(self, folder: Path, store: Store) -> None:
+        self._folder = folder
+        self._store = store
+        self.made: list[BlobCache] = []
+        self.metrics = WorkerMetrics(new_registry())
+
+    def __call__(self, limit_bytes: int = 10_000) -> BlobCache:
+        cache = BlobCache(self._folder, limit_bytes, self._store.download, self.metrics)
+        self.made.append(cache)
+        return cache
+
+
+@pytest.fixture
+async def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+async def caches(tmp_path: Path, store: Store) -> AsyncIterator[Caches]:
+    made = Caches(tmp_path, store)
+    yield made
+    for cache in made.made:
+        await cache.close()
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "blobs").glob("*/*")}
+
+
+async def _touch(cache: BlobCache, digest: str, at_s: int) -> None:
+    """Use a blob at a certain time."""
+    pinned = await cache.get(digest)
+    os.utime(pinned.path, (at_s, at_s))
+    pinned.release()
+
+
+async def test_a_blob_is_downloaded_once(caches: Caches, store: Store) -> None:
+    digest = store.put(b"data")
+    cache = caches()
+    for _ in range(3):
+        pinned = await cache.get(digest, 4)
+        assert pinned.path.read_bytes() == b"data"
+        pinned.release()
+    assert store.downloads == [digest]
+
+
+async def test_all_who_want_a_blob_share_one_download(caches: Caches, store: Store) -> None:
+    digest = store.put(b"data")
+    store.open.clear()
+    cache = caches()
+    wanting = [asyncio.create_task(cache.get(digest)) for _ in range(5)]
+    cache.prefetch(digest)
+    await asyncio.sleep(0)
+    wanting[0].cancel()
+    store.open.set()
+    for task in wanting[1:]:
+        (await task).release()
+    assert store.downloads == [digest]
+
+
+async def test_the_least_recently_used_go_first(
+    caches: Caches, store: Store, tmp_path: Path
+) -> None:
+    cache = caches(limit_bytes=3000)
+    digests = [store.put(bytes([index]) * 1000) for index in range(5)]
+    for index, digest in enumerate(digests[:3]):
+        await _touch(cache, digest, 1000 + index)
+    await _touch(cache, digests[0], 2000)
+    await _touch(cache, digests[3], 3000)
+    assert _files(tmp_path) == {digests[0], digests[2], digests[3]}
+    await _touch(cache, digests[4], 4000)
+    assert _files(tmp_path) == {digests[0], digests[3], digests[4]}
+
+
+async def test_a_pinned_blob_stays_also_for_another_worker(
+    caches: Caches, store: Store, tmp_path: Path
+) -> None:
+    one, other = caches(limit_bytes=2000), caches(limit_bytes=2000)
+    kept = await one.get(store.put(b"k" * 1500))
+    os.utime(kept.path, (1, 1))
+    for index in range(3):
+        (await other.get(store.put(bytes([index]) * 1500))).release()
+    assert kept.digest in _files(tmp_path)
+    kept.release()
+    kept.release()
+    (await other.get(store.put(b"z" * 1500))).release()
+    assert kept.digest not in _files(tmp_path)
+
+
+async def test_another_content_than_the_name_says_is_refused(
+    caches: Caches, store: Store, tmp_path: Path
+) -> None:
+    digest = store.put(b"right")
+    store.blobs[digest] = b"wrong"
+    with pytest.raises(DataLoss, match="another content"):
+        await caches().get(digest)
+    assert _files(tmp_path) == set()
+
+
+async def test_a_damaged_file_is_fetched_again(caches: Caches, store: Store) -> None:
+    digest = store.put(b"whole file")
+    cache = caches()
+    pinned = await cache.get(digest, 10)
+    pinned.release()
+    pinned.path.write_bytes(b"torn")
+    again = await cache.get(digest, 10)
+    assert again.path.read_bytes() == b"whole file"
+    assert store.downloads == [digest, digest]
+    again.release()
+
+
+async def test_a_removed_file_is_fetched_again_though_it_was_pinned(
+    caches: Caches, store: Store
+) -> None:
+    digest = store.put(b"data")
+    cache = caches()
+    first = await cache.get(digest)
+    first.path.unlink()
+    second = await cache.get(digest)
+    assert second.path.read_bytes() == b"data"
+    first.release()
+    second.release()
+
+
+async def test_errors_reach_those_who_ask_and_can_be_tried_again(
+    caches: Caches, store: Store
+) -> None:
+    digest = hashlib.sha256(b"late").hexdigest()
+    cache = caches()
+    with pytest.raises(NotFound):
+        await cache.get(digest)
+    store.put(b"late")
+    (await cache.get(digest)).release()
+    with pytest.raises(InvalidArgument):
+        await cache.get("../../etc/passwd")
+
+
+async def test_a_full_disk_makes_room_and_then_says_so(
+    caches: Caches, store: Store, tmp_path: Path
+) -> None:
+    cache = caches()
+    old = store.put(b"old")
+    (await cache.get(old)).release()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    store.errors = [full]
+    new = store.put(b"new")
+    (await cache.get(new)).release()
+    assert _files(tmp_path) == {new}
+    store.errors = [full, full]
+    with pytest.raises(ResourceExhausted, match="--cache-dir"):
+        await cache.get(store.put(b"newer"))
+
+
+async def test_prefetching_fills_the_cache_and_swallows_errors(
+    caches: Caches, store: Store, tmp_path: Path
+) -> None:
+    cache = caches()
+    digest = store.put(b"soon")
+    cache.prefetch(digest)
+    cache.prefetch("0" * 64)
+    (await cache.get(digest)).release()
+    with pytest.raises(NotFound):
+        await cache.get("0" * 64)
+    assert store.downloads.count(digest) == 1
+
+
+async def test_what_a_dead_worker_left_half_written_is_removed(
+    caches: Caches, store: Store, tmp_path: Path
+) -> None:
+    folder = tmp_path / "blobs" / "ab"
+    folder.mkdir(parents=True)
+    old, young = folder / ".partial-old", folder / ".partial-young"
+    old.write_bytes(b"x")
+    young.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    caches()
+    assert not old.exists()
+    assert young.exists()
+
+
+async def test_requests_and_size_are_measured(caches: Caches, store: Store) -> None:
+    cache = caches()
+    digest = store.put(b"12345")
+    for _ in range(3):
+        (await cache.get(digest)).release()
+
+    def value(name: str, **labels: str) -> Any:
+        for family in (caches.metrics.cache_requests_total, caches.metrics.cache_bytes):
+            for metric in family.collect():
+                for sample in metric.samples:
+                    if sample.name == name and sample.labels == labels:
+                        return sample.value
+        return None
+
+    assert value("phalanx_cache_requests_total", outcome="miss") == 1
+    assert value("phalanx_cache_requests_total", outcome="hit") == 2
+    assert value("phalanx_cache_bytes") == 5

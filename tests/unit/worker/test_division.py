@@ -1,0 +1,49 @@
+"""Nodes over slots."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phalanx.reduction import Node, cover
+from worker.core.division import contains, divide, shard_count
+
+
+def _shards(nodes: list[Node], width: int) -> list[int]:
+    return [s for node in nodes for s in range(node.first, min(node.first + node.span, width))]
+
+
+@given(
+    width=st.integers(1, 70),
+    bounds=st.tuples(st.integers(0, 70), st.integers(0, 70)),
+    slots=st.integers(1, 9),
+    start=st.integers(0, 5),
+)
+def test_every_shard_goes_to_one_slot_and_shares_are_equal(
+    width: int, bounds: tuple[int, int], slots: int, start: int
+) -> None:
+    first, stop = sorted(min(bound, width) for bound in bounds)
+    nodes = cover(first, stop, width)
+    pieces = divide(nodes, slots, width, start)
+    assert len(pieces) == slots
+    loads = [len(_shards(owned, width)) for owned in pieces]
+    assert max(loads) <= -(-(stop - first) // slots)
+    assert sorted(s for owned in pieces for s in _shards(owned, width)) == list(range(first, stop))
+    for owned in pieces:
+        assert all(any(contains(node, piece) for node in nodes) for piece in owned)
+
+
+def test_large_pieces_stay_whole() -> None:
+    assert divide([Node(0, 16)], 2, 16) == [[Node(0, 8)], [Node(8, 8)]]
+    assert divide([Node(0, 16)], 1, 16) == [[Node(0, 16)]]
+    assert sum(map(len, divide([Node(0, 16)], 3, 16))) == 5
+
+
+def test_a_retry_meets_another_slot() -> None:
+    assert divide([Node(2, 1)], 2, 4, start=0) == [[Node(2, 1)], []]
+    assert divide([Node(2, 1)], 2, 4, start=1) == [[], [Node(2, 1)]]
+
+
+def test_the_right_edge_counts_only_shards_that_exist() -> None:
+    assert shard_count(Node(4, 4), 5) == 1
+    assert divide([Node(0, 8)], 2, 5) == [[Node(0, 2), Node(4, 4)], [Node(2, 2)]]

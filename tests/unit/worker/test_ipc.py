@@ -1,0 +1,96 @@
+"""Messages between session and leaf processes survive any cut of the stream."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker import ipc
+from worker.ipc import Assembler, BlockingConnection, ConnectionClosed, Kind
+
+numbers = st.integers(0, 2**31 - 1)
+
+
+@given(
+    parts=st.lists(st.tuples(numbers, numbers, st.integers(-1, 1000)), max_size=5),
+    absent=st.lists(numbers, max_size=5),
+    version=st.integers(0, 2**62),
+)
+def test_a_run_order_comes_back(
+    parts: list[tuple[int, int, int]], absent: list[int], version: int
+) -> None:
+    order = ipc.RunOrder(
+        task=2**40,
+        job=7,
+        action=2,
+        version=version,
+        parameters=-1,
+        parts=tuple(parts),
+        absent=tuple(absent),
+    )
+    assert ipc.RunOrder.unpack(order.pack()) == order
+
+
+@given(
+    mask=st.integers(0, 2**200),
+    sums=st.lists(st.floats(allow_nan=False), max_size=4),
+    loss=st.floats(allow_nan=False),
+)
+def test_a_finished_part_comes_back(mask: int, sums: list[float], loss: float) -> None:
+    done = ipc.PartDone(1, 2, 3, loss, mask, tuple(sums), (0.5, 0.25))
+    assert ipc.PartDone.unpack(done.pack()) == done
+
+
+@given(cuts=st.lists(st.integers(0, 60), max_size=6))
+def test_messages_are_cut_right_wherever_reads_end(cuts: list[int]) -> None:
+    stream = (
+        ipc.frame(Kind.PART_DONE, b"one")
+        + ipc.frame(Kind.READY)
+        + ipc.frame(Kind.TASK_ENDED, ipc.pack_ended(77))
+    )
+    bounds = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
+    assembler = Assembler()
+    messages = [
+        message
+        for first, stop in zip(bounds, bounds[1:], strict=False)
+        for message in assembler.feed(stream[first:stop])
+    ]
+    assert [message.kind for message in messages] == [Kind.PART_DONE, Kind.READY, Kind.TASK_ENDED]
+    assert ipc.unpack_ended(messages[2].body) == 77
+
+
+def test_a_descriptor_belongs_to_its_setup_message() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        fd = os.memfd_create("test")
+        ours.sendall(ipc.frame(Kind.DROP, b"x"))
+        socket.send_fds(ours, [ipc.frame(Kind.SETUP, b"y")], [fd])
+        connection = BlockingConnection(theirs)
+        assert connection.receive().fds == ()
+        (received,) = connection.receive().fds
+        assert os.fstat(received).st_ino == os.fstat(fd).st_ino
+        os.close(fd)
+        os.close(received)
+
+
+def test_waiting_for_one_kind_keeps_the_order_of_the_others() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for body in (b"1", b"2"):
+            ours.sendall(ipc.frame(Kind.DROP, body))
+        ours.sendall(ipc.frame(Kind.FETCHED, b"answer"))
+        ours.sendall(ipc.frame(Kind.RUN, b"3"))
+        connection = BlockingConnection(theirs)
+        assert connection.receive_only(Kind.FETCHED).body == b"answer"
+        assert [connection.receive().body for _ in range(3)] == [b"1", b"2", b"3"]
+
+
+def test_the_end_of_the_other_process_is_an_error() -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    with theirs, pytest.raises(ConnectionClosed):
+        BlockingConnection(theirs).receive()
