@@ -285,7 +285,9 @@ class _TableIngest(_Ingest):
                     scans[name].add(*select(batch.columns[name], batch.where, train))
                 if target.settled and not studied:
                     break
-        return tuple(scan.result() for scan in scans.values()), target.result()
+        # Without rows the target's message is the one that helps.
+        learned = target.result()
+        return tuple(scan.result() for scan in scans.values()), learned
 
     def _all_rows(
         self, wanted: Mapping[str, ColumnKind]

@@ -35,8 +35,8 @@ print(json.dumps({"rows": rows, "peak_bytes": peak_kib * 1024, "size_bytes": man
 def write_csv(path: Path, size_bytes: int) -> int:
     """Numbers, categories and missing values; returns the number of rows."""
     lines = [
-        f"{index * 0.37:.6f},{(index * 7919) % 1000 - 500},"
-        f"{('red', 'green', 'blue', '?')[index % 4]},{index % 1000},{'no' if index % 3 else 'yes'}\n"
+        f"{index * 0.37:.6f},{(index * 7919) % 1000 - 500},{('red', 'green', '?')[index % 3]},"
+        f"{index % 1000},{('yes', 'no')[index % 2]}\n"
         for index in range(40_000)
     ]
     block = "".join(lines).encode()

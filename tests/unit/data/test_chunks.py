@@ -22,10 +22,12 @@ from phalanx.data.chunks import (
     open_chunk,
 )
 from phalanx.errors import DataLoss, InvalidArgument
+from phalanx.testing.properties import examples
 
 shapes = st.tuples(st.integers(0, 20), st.integers(1, 9))
 
 
+@examples(60)
 @given(
     data=st.data(),
     shape=shapes,
@@ -48,6 +50,7 @@ def test_dense_chunk_round_trips_and_is_plain_safetensors(
     assert theirs["targets"].tobytes() == targets.tobytes()
 
 
+@examples(60)
 @given(
     lengths=st.lists(st.integers(0, 5), max_size=12), dtype=st.sampled_from(["float32", "float64"])
 )
@@ -116,6 +119,7 @@ def test_a_csr_chunk_whose_parts_do_not_fit_is_refused() -> None:
         encode_csr(one, np.zeros(1, np.int32), np.array([0, 2]), np.zeros(1, np.int64))
 
 
+@examples(100)
 @given(cut=st.integers(0, 300), flip=st.integers(0, 60), byte=st.integers(0, 255))
 def test_damaged_bytes_are_named_as_such_or_keep_their_shape(
     cut: int, flip: int, byte: int

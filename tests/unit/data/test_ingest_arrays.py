@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import scipy.sparse
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -20,6 +20,7 @@ from phalanx.data.reader import ChunkReader
 from phalanx.data.writer import DirectoryBlobs
 from phalanx.errors import InvalidArgument, NotFound, PhalanxError
 from phalanx.testing import datasets
+from phalanx.testing.properties import examples
 from phalanx.training.sampler import RowSelection
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, 4, 3)).astype(np.uint8)
@@ -313,9 +314,7 @@ class TestLibsvm:
         path = self.write(tmp_path, text)
         assert message in error_of(tmp_path, path, block_bytes=block_bytes)
 
-    @settings(
-        max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    @examples(30)
     @given(
         rows=st.lists(
             st.dictionaries(st.integers(1, 30), st.floats(-1e9, 1e9), max_size=8), min_size=3

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from phalanx.data.arrow_values import is_number
@@ -16,6 +16,7 @@ from phalanx.data.options import IngestOptions
 from phalanx.data.reader import ChunkReader
 from phalanx.data.writer import DirectoryBlobs
 from phalanx.errors import InvalidArgument, NotFound, PhalanxError, Unimplemented
+from phalanx.testing.properties import examples
 from phalanx.training.sampler import RowSelection
 
 PEOPLE = """age,job,hours,income
@@ -413,9 +414,7 @@ def test_a_split_without_rows_is_refused(tmp_path: Path) -> None:
     assert "the test split has no row" in error_of(tmp_path, PEOPLE, test=0.01)
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(30)
 @given(data=st.data())
 def test_the_result_does_not_depend_on_the_size_of_blocks(
     data: st.DataObject, tmp_path: Path
@@ -430,6 +429,7 @@ def test_the_result_does_not_depend_on_the_size_of_blocks(
     assert add(tmp_path, "\n".join(lines), block_bytes=block, **options) == whole
 
 
+@examples(200)
 @given(st.text(alphabet="0123456789+-.eE infaINFty_x", min_size=1, max_size=8))
 def test_what_counts_as_a_number_is_what_the_parser_takes(text: str) -> None:
     import io

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from phalanx.data.reader import ChunkReader
 from phalanx.errors import DataLoss, InvalidArgument
 from phalanx.testing import datasets
+from phalanx.testing.properties import examples
 from phalanx.training.sampler import RowSelection
 
 SMALL = {"chunk_bytes": 1024}
@@ -46,7 +47,7 @@ def draw_selections(data: st.DataObject, reader: ChunkReader) -> list[RowSelecti
     return selections
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(50)
 @given(data=st.data())
 def test_any_rows_in_any_order(
     data: st.DataObject, dense: datasets.StoredDataset, sparse: datasets.StoredDataset

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phalanx.data.splits import BLOCK_ROWS, TEST, TRAIN, VALIDATION, Splitter, deal
+from phalanx.testing.properties import examples
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Batch:
 fractions = st.floats(0.0, 0.45)
 
 
+@examples(60)
 @given(rows=st.integers(0, 3500), test=fractions, validation=fractions)
 def test_the_shares_are_exact_for_any_number_of_rows(
     rows: int, test: float, validation: float
@@ -30,6 +32,7 @@ def test_the_shares_are_exact_for_any_number_of_rows(
     assert abs(validated + np.count_nonzero(codes == TEST) - held_out) <= rows // BLOCK_ROWS + 1
 
 
+@examples(60)
 @given(
     sizes=st.lists(st.integers(1, 900), max_size=12),
     other=st.lists(st.integers(1, 2500), max_size=12),

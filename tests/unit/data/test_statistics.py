@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import scipy.sparse
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from phalanx.data.manifest import Statistics
@@ -16,6 +16,7 @@ from phalanx.data.statistics import (
     mean_and_scale,
     standardise,
 )
+from phalanx.testing.properties import examples
 
 
 def numbers(rows: int, features: int, seed: int = 0) -> np.ndarray:
@@ -36,7 +37,7 @@ def test_dense_statistics_are_numpys() -> None:
     assert result.maximum == tuple(exact.max(axis=0))
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(cuts=st.lists(st.integers(0, 5000), max_size=6))
 def test_statistics_do_not_depend_on_how_rows_are_batched(cuts: list[int]) -> None:
     rows = numbers(5000, 2, seed=1)
