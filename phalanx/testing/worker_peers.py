@@ -131,7 +131,9 @@ class ScriptedControl(_ScriptedServer, coordination_grpc.CoordinationServiceServ
         async with asyncio.timeout(DEADLINE_S):
             return await self._sessions.get()
 
-    async def Session(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
+    async def Session(  # type: ignore[override]
+        self, request_iterator: Any, context: Any
+    ) -> None:
         """Serve one worker."""
         session = ScriptedSession(context)
         session.hello = (await context.read()).worker_hello
@@ -261,7 +263,7 @@ class ScriptedAggregator(_ScriptedServer):
         await super().__aexit__(*details)
 
     def _register(self, server: grpc.aio.Server) -> None:
-        handler = grpc.stream_stream_rpc_method_handler(self._exchange)
+        handler: Any = grpc.stream_stream_rpc_method_handler(self._exchange)
         service = grpc.method_handlers_generic_handler(
             "phalanx.v1.AggregationService", {"Exchange": handler}
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 
@@ -56,7 +57,7 @@ def test_messages_are_cut_right_wherever_reads_end(cuts: list[int]) -> None:
     assembler = Assembler()
     messages = [
         message
-        for first, stop in zip(bounds, bounds[1:], strict=False)
+        for first, stop in itertools.pairwise(bounds)
         for message in assembler.feed(stream[first:stop])
     ]
     assert [message.kind for message in messages] == [Kind.PART_DONE, Kind.READY, Kind.TASK_ENDED]

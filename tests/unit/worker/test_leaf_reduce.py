@@ -28,7 +28,7 @@ def test_parts_add_up_to_the_reference(
 ) -> None:
     calls: list[int] = []
 
-    def leaf(shard: int, out: np.ndarray) -> Sums:  # type: ignore[type-arg]
+    def leaf(shard: int, out: np.ndarray) -> Sums:
         calls.append(shard)
         if shard in absent:
             return Sums(0, 0.0, 0)
@@ -56,14 +56,16 @@ def test_parts_add_up_to_the_reference(
     if expected is None:
         assert value is None
     else:
-        assert value is not None and value.tobytes() == expected.tobytes()
+        assert value is not None
+        assert value.tobytes() == expected.tobytes()
         loss = reduce_leaves({s: np.array([0.1 * s]) for s in present}, width)
-        assert losses.result[0] is not None and loss is not None
+        assert losses.result[0] is not None
+        assert loss is not None
         assert losses.result[0].tobytes() == loss.tobytes()
 
 
 def test_few_buffers_are_enough() -> None:
-    def leaf(shard: int, out: np.ndarray) -> Sums:  # type: ignore[type-arg]
+    def leaf(shard: int, out: np.ndarray) -> Sums:
         out[:] = shard
         return Sums(1, 0.0, 1)
 

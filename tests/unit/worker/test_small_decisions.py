@@ -94,7 +94,8 @@ def test_a_flood_is_bounded_and_admitted() -> None:
     assert (lines[0].shard, lines[0].step, lines[0].worker_id) == (3, 2, "worker-1")
     limiter.add(Line(1, 2, 3, "later"), "info", 5, now_s=10.0)
     later = limiter.take(9)
-    assert later is not None and later.lines[0].text == "later"
+    assert later is not None
+    assert later.lines[0].text == "later"
 
 
 def test_lines_outside_of_leaves_have_no_shard() -> None:
