@@ -45,7 +45,7 @@ class CsvTable:
         self._files: list[tuple[Path, Dialect, tuple[str, ...]]] = []
         self._shape: TableShape | None = None
         for path in paths:
-            dialect, shape = inspect(path, options)
+            dialect, shape = inspect(path, options, like or ())
             self._shape = self._shape or shape
             names = _matched(path, shape, dialect, like or self._shape.names)
             self._files.append((path, dialect, names))

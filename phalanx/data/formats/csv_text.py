@@ -105,9 +105,12 @@ class _Lines:
                 yield text
 
 
-def inspect(path: Path, options: IngestOptions) -> tuple[Dialect, TableShape]:
+def inspect(
+    path: Path, options: IngestOptions, expected: Sequence[str] = ()
+) -> tuple[Dialect, TableShape]:
     """Delimiter, header, names and kinds, from the first rows of the file.
 
+    A first row that has all ``expected`` names is the header, whatever it looks like.
     Raises InvalidArgument for an empty file, names that occur twice, and options that do not fit.
     """
     delimiter = options.delimiter or _delimiter(path, options.comment)
@@ -122,7 +125,11 @@ def inspect(path: Path, options: IngestOptions) -> tuple[Dialect, TableShape]:
         check_width(path, row, width)
     missing = set(options.missing_markers)
     guessed = _kinds(sample[1:], width, missing)
-    header = _is_header(sample, guessed, missing) if options.header is None else options.header
+    header = options.header
+    if header is None:
+        named = {cell.strip() for cell in first.cells}
+        known = bool(expected) and set(expected) <= named
+        header = known or _is_header(sample, guessed, missing)
     if header and len(sample) == 1:
         raise InvalidArgument(f"{path.name} has a header line and no rows")
     if not header:

@@ -35,14 +35,14 @@ print(json.dumps({"rows": rows, "peak_bytes": peak_kib * 1024, "size_bytes": man
 def write_csv(path: Path, size_bytes: int) -> int:
     """Numbers, categories and missing values; returns the number of rows."""
     lines = [
-        f"{index * 0.37:.6f},{(index * 7919) % 1000 - 500},{('red', 'green', '?')[index % 3]},"
-        f"{index % 1000},{('yes', 'no')[index % 2]}\n"
-        for index in range(40_000)
+        ",".join(f"{(index * factor) % 1000 - 500 + factor / 7:.5f}" for factor in range(1, 11))
+        + f",{('red', 'green', '?')[index % 3]},{('yes', 'no')[index % 2]}\n"
+        for index in range(10_000)
     ]
     block = "".join(lines).encode()
     count = -(-size_bytes // len(block))
     with path.open("wb") as file:
-        file.write(b"a,b,colour,n,label\n")
+        file.write(b"a,b,c,d,e,f,g,h,i,j,colour,label\n")
         for _ in range(count):
             file.write(block)
     return count * len(lines)
@@ -76,7 +76,7 @@ def test_eight_times_the_rows_take_no_more_memory(tmp_path: Path) -> None:
         result = ingest_in_child(tmp_path / "data.csv")
         assert result["rows"] == {"train": rows * 9 // 10, "test": rows // 10}
         peaks.append(result["peak_bytes"])
-    assert result["size_bytes"] > 80_000_000
+    assert result["size_bytes"] > 40_000_000  # more than the peaks may differ by
     assert peaks[1] - peaks[0] < 24 * 1024 * 1024
 
 

@@ -212,6 +212,13 @@ def test_a_test_file_may_order_its_columns_otherwise(tmp_path: Path) -> None:
     )
 
 
+def test_a_header_of_numbers_is_known_from_the_train_file(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("2,1,y\n10,20,a\n")
+    text = "1,2,y\n3,4,a\n5,6,b\n"
+    manifest = add(tmp_path, text, header=True, test=tmp_path / "test.csv")
+    assert rows_of(tmp_path, manifest, "test").features.tolist() == [[20, 10]]
+
+
 def test_fractions_are_held_out_and_statistics_see_train_only(tmp_path: Path) -> None:
     text = "x,c,y\n" + "".join(f"{n},w{n},{n % 2}\n" for n in range(100))
     manifest = add(tmp_path, text, test=0.2, validation=0.1, seed=5)
