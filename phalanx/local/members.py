@@ -78,11 +78,9 @@ class MemberProcess:
         """Return whether the process has said that it is ready."""
         if self.announced is None and self.process is not None:
             try:
-                announced = json.loads(self.plan.announce.read_text())
+                self.announced = json.loads(self.plan.announce.read_text())
             except (OSError, ValueError):
                 return False
-            if announced.get("pid") == self.pid:
-                self.announced = announced
         return self.announced is not None
 
     def collect(self) -> int | None:

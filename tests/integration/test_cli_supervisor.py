@@ -155,11 +155,19 @@ def test_stopping_kills_what_does_not_listen(idle, monkeypatch):
     assert not alive(pids)
 
 
-def test_stopping_ends_a_process_that_is_stopped(idle):
+def test_a_process_that_is_stopped_may_still_end_in_order(idle, monkeypatch):
+    # With so much patience it must have woken up to hear of the end, not have been killed.
+    monkeypatch.setattr("phalanx.local.supervisor.DRAIN_S", 10 * GUARD_S)
     supervisor = Supervisor.launch(idle())
     pid = supervisor.member("worker-1").pid
     os.kill(pid, signal.SIGSTOP)
-    supervisor.stop()
+    stopping = threading.Thread(target=supervisor.stop)
+    stopping.start()
+    stopping.join(GUARD_S)
+    in_order = not stopping.is_alive()
+    supervisor.hurry()
+    stopping.join(GUARD_S)
+    assert in_order
     assert not alive([pid])
 
 
