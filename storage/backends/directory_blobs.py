@@ -7,8 +7,8 @@ start. The 256 folders are made once, so that storing a blob never makes a folde
 A failed fsync is never repeated on its descriptor: the kernel has marked the pages clean and a
 second call would succeed without writing them. The upload fails, its file is removed, and the
 sender starts anew. If the fsync of the *folder* fails, the blob is whole but may vanish with the
-power; it stays invisible until an upload of the same content succeeds or storage starts again
-(start syncs all folders).
+power; it stays invisible until an upload of the same content succeeds or storage starts again.
+After a start, each folder is synced before anything in it is reported as stored.
 """
 
 import contextlib
@@ -52,6 +52,9 @@ class DirectoryBlobs:
         self._settling: set[str] = set()
         # Found corrupt by a reader: reported as missing, so that the next upload replaces them.
         self._corrupt: set[str] = set()
+        # Synced by this process. In the others, what a process that was killed had renamed is
+        # visible but may not be durable.
+        self._synced_folders: set[str] = set()
         self._usage_bytes = 0
         try:
             for name in ("blobs", "uploads"):
@@ -65,16 +68,15 @@ class DirectoryBlobs:
             ) from error
 
     def _prepare(self, state_fd: int) -> None:
-        """Remove what a crash left behind, make the folders and sync them all."""
+        """Remove what a crash left behind, make the folders and count what is there."""
         for name in os.listdir(self._uploads):
             os.unlink(name, dir_fd=self._uploads)
+        present = set(os.listdir(self._blobs))
         for name in _FAN_OUT:
-            make_folder(name, self._blobs)
-        for name in _FAN_OUT:
+            if name not in present:
+                make_folder(name, self._blobs)
+                continue
             with folder(name, self._blobs) as descriptor:
-                # A rename of the time before a crash may not be durable yet, but is visible from
-                # now on.
-                os.fsync(descriptor)
                 for entry in os.scandir(descriptor):
                     self._usage_bytes += entry.stat(follow_symlinks=False).st_size
         os.fsync(self._blobs)
@@ -109,6 +111,7 @@ class DirectoryBlobs:
                 self._usage_bytes += size_bytes - (before or 0)
             os.fsync(target)
         with self._mutex:
+            self._synced_folders.add(digest[:2])
             self._settling.discard(digest)
             self._corrupt.discard(digest)
 
@@ -178,18 +181,23 @@ class DirectoryBlobs:
         found: dict[str, int] = {}
         for digest in digests:
             check_digest(digest, "digests")
-            with (
-                read_errors("the folders of blobs"),
-                folder(digest[:2], self._blobs) as parent,
-                self._mutex,
-            ):
-                size_bytes = _size(parent, digest)
-                if size_bytes is None or digest in self._settling or digest in self._corrupt:
-                    continue
-                if touch:
-                    os.utime(digest, dir_fd=parent, follow_symlinks=False)
-                found[digest] = size_bytes
+            with read_errors("the folders of blobs"), folder(digest[:2], self._blobs) as parent:
+                self._sync_once(digest[:2], parent)
+                with self._mutex:
+                    size_bytes = _size(parent, digest)
+                    if size_bytes is None or digest in self._settling or digest in self._corrupt:
+                        continue
+                    if touch:
+                        os.utime(digest, dir_fd=parent, follow_symlinks=False)
+                    found[digest] = size_bytes
         return found
+
+    def _sync_once(self, name: str, descriptor: int) -> None:
+        """Make durable what is visible, before anyone is told that it is stored."""
+        if name not in self._synced_folders:
+            with write_errors("the folders of blobs"):
+                os.fsync(descriptor)
+            self._synced_folders.add(name)
 
     def _found_corrupt(self, digest: str, is_corrupt: bool) -> None:
         with self._mutex:

@@ -57,7 +57,7 @@ def open_embedded_backend(
         leases=SqliteLeases(database),
         jobs=SqliteJobs(database, blobs, now_unix_nanos, on_corruption),
         catalog=SqliteCatalog(database, blobs, now_unix_nanos),
-        references=SqliteReferences(database),
+        references=SqliteReferences(database, now_unix_nanos),
         close=close,
     )
 

@@ -1,7 +1,6 @@
 """Who names which blob, in SQLite, and giving space back."""
 
 import sqlite3
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 from storage.backends.sqlite.database import Database
@@ -39,8 +38,9 @@ def drop_references(
 class SqliteReferences:
     """A ReferenceStore; sweeps run on the writing thread, as all registrations do."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, now_unix_nanos: Callable[[], int]) -> None:
         self._database = database
+        self._now_unix_nanos = now_unix_nanos
 
     def unreferenced(self, digests: Sequence[str]) -> list[str]:
         """Return those that nothing names."""
@@ -57,7 +57,7 @@ class SqliteReferences:
 
     def reclaim(self) -> None:
         """Forget old request ids and shrink the file."""
-        oldest_s = time.time() - REQUEST_MEMORY_S
+        oldest_s = self._now_unix_nanos() / 1e9 - REQUEST_MEMORY_S
         self._database.write(
             lambda connection: (
                 connection.execute("DELETE FROM requests WHERE create_s < ?", (oldest_s,)).rowcount

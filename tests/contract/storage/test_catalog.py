@@ -1,0 +1,308 @@
+"""Catalog: versions, request ids, pages, pins."""
+
+import threading
+
+import pytest
+
+from phalanx.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from phalanx.testing.storage_messages import digest_of, model
+from phalanx.v1 import dataset_service_pb2 as dataset_pb
+from phalanx.v1 import model_service_pb2 as model_pb
+from phalanx.v1 import storage_service_pb2 as pb
+from storage.core.catalog import parse_name, parse_page
+
+
+@pytest.fixture
+def add(harness, put):
+    """Registers a data set of one chunk; the manifest differs with ``content``."""
+
+    def create(name="adult", content=b"chunk", request_id="", namespace=""):
+        chunk, manifest = put(content), put(b"manifest of " + content)
+        request = dataset_pb.CreateDatasetRequest(
+            namespace=namespace, name=name, manifest_digest=manifest, request_id=request_id
+        )
+        summary = dataset_pb.Dataset(
+            manifest_digest=manifest, rows={"train": 10}, features=3, task="classification"
+        )
+        return harness.backend.catalog.create_dataset(request, summary, [chunk])
+
+    return create
+
+
+def get(backend, text, namespace=""):
+    return backend.catalog.get_dataset(parse_name(namespace, text))
+
+
+def delete(backend, name, request_id=""):
+    request = dataset_pb.DeleteDatasetRequest(name=name, request_id=request_id)
+    backend.catalog.delete_dataset(request, parse_name("", name))
+
+
+def pages(backend, size, namespace=""):
+    found, token = [], ""
+    while True:
+        entries, token = backend.catalog.list_datasets(parse_page(namespace, size, token))
+        found.append([(entry.name, entry.version) for entry in entries])
+        if not token:
+            return found
+
+
+def test_versions_count_from_one_and_survive(harness, add):
+    first, second = add(content=b"a"), add(content=b"b")
+    assert (first.namespace, first.name, first.version) == ("default", "adult", 1)
+    assert second.version == 2
+    assert first.create_time.ToNanoseconds() == harness.now_unix_nanos
+    assert dict(first.rows) == {"train": 10}
+    harness.reopen()
+    assert get(harness.backend, "adult") == second
+    assert get(harness.backend, "adult@1") == first
+    assert get(harness.backend, "adult@2") == second
+
+
+def test_the_same_data_again_is_the_same_version(add):
+    first = add(content=b"a")
+    assert add(content=b"a") == first
+    assert add(content=b"b").version == 2
+    assert add(content=b"a").version == 3
+
+
+def test_a_request_id_gives_the_first_answer(harness, add):
+    first = add(content=b"a", request_id="r-1")
+    add(content=b"b")
+    harness.reopen()
+    assert add(content=b"a", request_id="r-1") == first
+    with pytest.raises(AlreadyExists) as caught:
+        add(content=b"b", request_id="r-1")
+    assert caught.value.reason == "REQUEST_ID_REUSED"
+
+
+def test_request_ids_are_remembered_for_a_day(harness, add):
+    add(content=b"a", request_id="r-1")
+    harness.now_unix_nanos += int(23.9 * 3600 * 1e9)
+    harness.backend.references.reclaim()
+    with pytest.raises(AlreadyExists):
+        add(content=b"b", request_id="r-1")
+    harness.now_unix_nanos += int(0.2 * 3600 * 1e9)
+    harness.backend.references.reclaim()
+    assert add(content=b"b", request_id="r-1").version == 2
+
+
+def test_one_request_id_may_serve_two_methods(backend, add, put):
+    add(request_id="r-1")
+    put(b"{}")
+    request = model_pb.CreateModelRequest(model=model("m", model=b"{}"), request_id="r-1")
+    assert backend.catalog.create_model(request).version == 1
+
+
+def test_concurrent_creation_with_one_request_id_makes_one_version(backend, put):
+    put(b"{}")
+    request = model_pb.CreateModelRequest(model=model("m", model=b"{}"), request_id="r-1")
+    versions = []
+    threads = [
+        threading.Thread(
+            target=lambda: versions.append(backend.catalog.create_model(request).version)
+        )
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert versions == [1] * 8
+
+
+def test_what_refers_to_missing_blobs_is_refused(backend, put):
+    manifest = put(b"manifest")
+    request = dataset_pb.CreateDatasetRequest(name="adult", manifest_digest=manifest)
+    with pytest.raises(FailedPrecondition) as caught:
+        backend.catalog.create_dataset(request, dataset_pb.Dataset(), [digest_of(b"nowhere")])
+    assert caught.value.details == {"digest": digest_of(b"nowhere")}
+    with pytest.raises(FailedPrecondition, match="1 of 1 blobs"):
+        backend.catalog.create_model(model_pb.CreateModelRequest(model=model("m", model=b"{}")))
+    with pytest.raises(NotFound):
+        get(backend, "adult")
+
+
+def test_unknown_names_and_versions(backend, add):
+    add()
+    for text in ("other", "adult@2", "adult@999999999999999999"):
+        with pytest.raises(NotFound) as caught:
+            get(backend, text)
+        assert caught.value.reason == "DATASET_NOT_FOUND"
+    with pytest.raises(NotFound):
+        get(backend, "adult", namespace="team")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a@", "a@0", "a@-1", "a@01", "a@x", "a@1@2", "A", "../a", "a/b", "@1", "a@１"]
+)
+def test_names_that_are_none(text):
+    with pytest.raises(InvalidArgument):
+        parse_name("", text)
+
+
+def test_namespaces_are_apart(backend, add):
+    add(content=b"a")
+    other = add(content=b"a", namespace="team")
+    assert (other.namespace, other.version) == ("team", 1)
+    assert pages(backend, 0) == [[("adult", 1)]]
+    assert pages(backend, 0, "team") == [[("adult", 1)]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 0])
+def test_pages_show_everything_once(backend, add, size):
+    for name in ("b", "a", "c"):
+        for content in (b"1", b"2"):
+            add(name, content)
+    found = pages(backend, size)
+    expected = [(name, version) for name in "abc" for version in (2, 1)]
+    assert [entry for page in found for entry in page] == expected
+    assert all(len(page) == size for page in found[:-1] if size)
+
+
+def test_pages_go_on_past_what_was_deleted(backend, add):
+    for name in "abcd":
+        add(name, b"1")
+    entries, token = backend.catalog.list_datasets(parse_page("", 2, ""))
+    delete(backend, "b")
+    delete(backend, "c")
+    entries, token = backend.catalog.list_datasets(parse_page("", 2, token))
+    assert [entry.name for entry in entries] == ["d"]
+    assert token == ""
+
+
+@pytest.mark.parametrize("token", ["x", "e30=", "WzEsMl0=", "!", "WyJhIiwgMV0" * 1000])
+def test_foreign_page_tokens_are_refused(token):
+    with pytest.raises(InvalidArgument) as caught:
+        parse_page("", 0, token)
+    assert caught.value.violations[0].field == "page_token"
+
+
+def test_a_deleted_version_never_comes_again(harness, add):
+    add(content=b"a")
+    add(content=b"b")
+    delete(harness.backend, "adult@2")
+    assert get(harness.backend, "adult").version == 1
+    delete(harness.backend, "adult")
+    harness.reopen()
+    assert add(content=b"c").version == 3
+    with pytest.raises(NotFound):
+        delete(harness.backend, "adult@2")
+
+
+def test_deleting_again_with_the_same_request_id_succeeds(backend, add):
+    add()
+    delete(backend, "adult", "r-1")
+    delete(backend, "adult", "r-1")
+    with pytest.raises(NotFound):
+        delete(backend, "adult", "r-2")
+
+
+def pins(holder, *versions, blobs=(), kind="dataset"):
+    return pb.SetPinsRequest(
+        holder=holder,
+        pins=[
+            *(
+                pb.Pin(**{kind: pb.PinnedVersion(name=name, version=version)})
+                for name, version in versions
+            ),
+            *(pb.Pin(blob=blob) for blob in blobs),
+        ],
+    )
+
+
+def test_what_is_pinned_cannot_be_deleted(harness, add):
+    backend = harness.backend
+    add(content=b"a")
+    add(content=b"b")
+    backend.catalog.set_pins(pins("job-1", ("adult", 1)))
+    harness.reopen()
+    backend = harness.backend
+    for name in ("adult@1", "adult"):
+        with pytest.raises(FailedPrecondition) as caught:
+            delete(backend, name)
+        assert caught.value.reason == "IN_USE"
+        assert "job-1" in caught.value.message
+    delete(backend, "adult@2")
+    backend.catalog.set_pins(pins("job-2", ("adult", 1)))
+    backend.catalog.set_pins(pins("job-1"))
+    with pytest.raises(FailedPrecondition, match="job-2"):
+        delete(backend, "adult")
+    backend.jobs.delete_row(pb.DeleteJobRowRequest(job_id="job-2"))
+    delete(backend, "adult")
+
+
+def test_pins_replace_those_before_or_change_nothing(backend, add):
+    add("a")
+    add("b")
+    backend.catalog.set_pins(pins("job-1", ("a", 1)))
+    for bad in (pins("job-1", ("b", 1), ("gone", 1)), pins("job-1", blobs=[digest_of(b"gone")])):
+        with pytest.raises(NotFound):
+            backend.catalog.set_pins(bad)
+    with pytest.raises(FailedPrecondition):
+        delete(backend, "a")
+    backend.catalog.set_pins(pins("job-1", ("b", 1)))
+    delete(backend, "a")
+    with pytest.raises(FailedPrecondition):
+        delete(backend, "b")
+
+
+@pytest.mark.parametrize(
+    "pin",
+    [
+        pb.Pin(),
+        pb.Pin(dataset=pb.PinnedVersion(name="a")),
+        pb.Pin(dataset=pb.PinnedVersion(name="..", version=1)),
+        pb.Pin(blob="x"),
+    ],
+)
+def test_pins_of_nothing_are_refused(backend, pin):
+    with pytest.raises(InvalidArgument, match=r"pins\[0\]"):
+        backend.catalog.set_pins(pb.SetPinsRequest(holder="job-1", pins=[pin]))
+
+
+def test_models(harness, put):
+    backend = harness.backend
+    put(b"{}")
+    put(b"weights")
+    wanted = model("fashion", model=b"{}", weights=b"weights")
+    wanted.metrics["test/accuracy"] = 0.86
+    created = backend.catalog.create_model(model_pb.CreateModelRequest(model=wanted))
+    assert (created.version, created.namespace) == (1, "default")
+    assert [file.size_bytes for file in created.files] == [2, 7]
+    assert created.metrics["test/accuracy"] == 0.86
+    harness.reopen()
+    backend = harness.backend
+    assert backend.catalog.get_model(parse_name("", "fashion@1")) == created
+    assert backend.catalog.list_models(parse_page("", 0, "")) == ([created], "")
+    backend.catalog.set_pins(pins("job-1", ("fashion", 1), kind="model"))
+    with pytest.raises(FailedPrecondition):
+        backend.catalog.delete_model(
+            model_pb.DeleteModelRequest(name="fashion"), parse_name("", "fashion")
+        )
+    backend.catalog.set_pins(pins("job-1"))
+    backend.catalog.delete_model(
+        model_pb.DeleteModelRequest(name="fashion"), parse_name("", "fashion")
+    )
+    with pytest.raises(NotFound) as caught:
+        backend.catalog.get_model(parse_name("", "fashion"))
+    assert caught.value.reason == "MODEL_NOT_FOUND"
+
+
+@pytest.mark.parametrize("path", ["", "/etc/passwd", "../x", "a/../b", "a//b", ".hidden", "a\0b"])
+def test_model_files_that_would_leave_their_folder_are_refused(backend, put, path):
+    wanted = model("m", model=b"{}")
+    wanted.files[0].path = path
+    put(b"{}")
+    with pytest.raises(InvalidArgument) as caught:
+        backend.catalog.create_model(model_pb.CreateModelRequest(model=wanted))
+    assert caught.value.violations[0].field == "model.files[0].path"
+
+
+def test_a_model_needs_files_each_once(backend, put):
+    put(b"{}")
+    twice = model("m", model=b"{}")
+    twice.files.append(twice.files[0])
+    for wrong in (model("m"), twice):
+        with pytest.raises(InvalidArgument):
+            backend.catalog.create_model(model_pb.CreateModelRequest(model=wrong))
