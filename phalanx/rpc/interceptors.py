@@ -81,23 +81,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def guarded(request: Any, context: ServicerContext) -> Any:
             started = time.perf_counter()
-            code = grpc.StatusCode.OK
+
+            def ended(code: grpc.StatusCode) -> None:
+                metrics.observe(service, name, code.name, time.perf_counter() - started)
+
             try:
                 response = await behaviour(request, context)
-                code = _code_set_by_handler(context)
-                return response
             except grpc.aio.AbortError:
-                code = _code_set_by_handler(context)
+                ended(_code_set_by_handler(context))
                 raise
             except asyncio.CancelledError:
-                code = grpc.StatusCode.CANCELLED
+                ended(grpc.StatusCode.CANCELLED)
                 raise
             except Exception as error:  # noqa: BLE001 - the boundary where defects are told
                 status = to_rpc_status(_public(error, method))
-                code = status.code
+                # Counted before the caller hears of it, so that nobody sees the answer first.
+                ended(status.code)
                 await context.abort(*status)
-            finally:
-                metrics.observe(service, name, code.name, time.perf_counter() - started)
+            else:
+                ended(_code_set_by_handler(context))
+                return response
 
         return guarded
 

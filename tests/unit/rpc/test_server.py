@@ -77,6 +77,9 @@ async def server(servicer: Servicer) -> AsyncIterator[Server]:
     async def echo(request: bytes, context: ServicerContext) -> bytes:
         return request
 
+    async def size(request: bytes, context: ServicerContext) -> bytes:
+        return str(len(request)).encode()
+
     async def relay(requests: AsyncIterator[bytes], context: ServicerContext) -> None:
         async for request in requests:
             if request == b"fail":
@@ -85,6 +88,7 @@ async def server(servicer: Servicer) -> AsyncIterator[Server]:
 
     handlers = {
         "Echo": grpc.unary_unary_rpc_method_handler(echo),
+        "Size": grpc.unary_unary_rpc_method_handler(size),
         "Relay": grpc.stream_stream_rpc_method_handler(relay),
     }
     server.raw.add_generic_rpc_handlers(
@@ -196,14 +200,24 @@ async def test_message_above_the_limit_is_refused_and_one_at_the_limit_is_not(
     # A client without our limits, as any other client would be.
     options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
     async with grpc.aio.insecure_channel(server.address, options=options) as channel:
-        echo = channel.unary_unary("/test.Raw/Echo")
-        largest = bytes(MESSAGE_LIMIT_BYTES)
-        assert len(await echo(largest, timeout=GUARD_S)) == MESSAGE_LIMIT_BYTES
+        measure = channel.unary_unary("/test.Raw/Size")
+        largest = str(MESSAGE_LIMIT_BYTES).encode()
+        assert await measure(bytes(MESSAGE_LIMIT_BYTES), timeout=GUARD_S) == largest
         for size in (MESSAGE_LIMIT_BYTES + 1, 5 * 1024 * 1024):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await echo(bytes(size), timeout=GUARD_S)
+                await measure(bytes(size), timeout=GUARD_S)
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert await echo(b"still here", timeout=GUARD_S) == b"still here"
+        assert await measure(b"still here", timeout=GUARD_S) == b"10"
+    assert _count(server.registry, "Size", "OK", "test.Raw") == 2
+
+
+async def test_compressed_message_is_refused_however_small(server: Server) -> None:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        call = channel.unary_unary("/test.Raw/Size")
+        assert await call(bytes(1000), timeout=GUARD_S) == b"1000"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(bytes(1000), timeout=GUARD_S, compression=grpc.Compression.Gzip)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_health_follows_set_serving_per_service(
