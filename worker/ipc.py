@@ -228,13 +228,20 @@ class BlockingConnection:
         self._socket = connection
         self._assembler = Assembler()
         self._ready: deque[Message] = deque()
+        self._held_back = b""
 
     def send(self, kind: Kind, body: bytes = b"") -> None:
-        """Send one message. Raises ConnectionClosed."""
+        """Send one message, after those that were held back. Raises ConnectionClosed."""
+        data = self._held_back + frame(kind, body)
+        self._held_back = b""
         try:
-            self._socket.sendall(frame(kind, body))
+            self._socket.sendall(data)
         except ConnectionError as error:
             raise ConnectionClosed(str(error)) from error
+
+    def send_with_next(self, kind: Kind, body: bytes) -> None:
+        """Hold a message back and send it in one go with the next: one wake-up instead of two."""
+        self._held_back += frame(kind, body)
 
     def receive(self) -> Message:
         """Wait for the next message. Raises ConnectionClosed."""

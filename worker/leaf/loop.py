@@ -157,7 +157,9 @@ class LeafLoop:
         except BaseException as error:  # noqa: BLE001 - user code raises what it likes
             self._connection.send(Kind.PART_FAILED, _failure(work, order, index, leaf.shard, error))
         else:
-            self._connection.send(Kind.PART_DONE, done.pack())
+            last = index == len(order.parts) - 1
+            send = self._connection.send_with_next if last else self._connection.send
+            send(Kind.PART_DONE, done.pack())
         finally:
             self._page.begin_leaf(-1)
 
