@@ -18,7 +18,7 @@ _REFUSED: dict[str, str] = {
     "data.columns": "vertical partitions are not carried out yet; use rows",
     "data.class_weights": "class weights are not carried out yet; leave it out",
     "data.oversample": "oversampling is not carried out yet; leave it out",
-    "resources.gpus": "GPUs are not used yet; leave it out",
+    "resources.gpus": "GPUs are not carried out yet; leave it out",
     "output.best": "keeping the best evaluation is not carried out yet; the last version is kept",
     "train.synchronous.backup_shards": "backup shards are not carried out yet; leave it out",
     "train.asynchronous": "asynchronous training is not carried out yet; use synchronous",

@@ -7,6 +7,7 @@ Only the syntax is left to ruamel.yaml. Scalars are resolved here by the core sc
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from phalanx.specs.tree import (
@@ -128,6 +129,8 @@ class _Converter:
                 )
                 continue
             value = self.convert(value_node, depth + 1, join_key(path, key))
+            if value is not None and value.bare:
+                value = replace(value, line=line)  # ruamel places it where the next token stands
             if value is not None:
                 entries[key] = Entry(key, line, value)
         return tuple(entries.values())

@@ -8,6 +8,7 @@ likely here, and nobody is declared lost for another lease.
 from __future__ import annotations
 
 from coordinator.control.core import hosting, incidents, terms
+from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.state import (
     Aggregator,
@@ -292,9 +293,9 @@ def _adopt(core: Core, worker: Worker) -> None:
     for each in held.values():
         job = core.jobs.get(each.job_id)
         facts = core.facts_of(job) if job is not None else None
-        if job is None or facts is None or facts.state != RUNNING or facts.term != each.term:
+        if job is None or facts is None or not _may_hold(facts, worker, each):
             revoke = pb.RevokeJob(
-                job_id=each.job_id, term=each.term, reason="the job does not run in this term"
+                job_id=each.job_id, term=each.term, reason="the job does not run here in this term"
             )
             core.send(worker.session, pb.SessionResponse(revoke_job=revoke))
             continue
@@ -305,6 +306,11 @@ def _adopt(core: Core, worker: Worker) -> None:
     for job in core.running():
         if worker.id in job.hosts and job.job_id not in held:
             del job.hosts[worker.id]  # what it was told got lost on the way; it is told again
+
+
+def _may_hold(facts: JobFacts, worker: Worker, held: pb.HeldWorkerJob) -> bool:
+    same_bits = not facts.plan.bitwise or worker.hello.fingerprint == facts.fingerprint
+    return facts.state == RUNNING and facts.term == held.term and same_bits
 
 
 def _claim(tree: TreePlacement, worker: Worker, nodes: object) -> set[int]:

@@ -1,0 +1,267 @@
+"""What a spec may say: every wrong field, by name, at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from phalanx import specs
+from phalanx.errors import InvalidArgument, Unimplemented
+from phalanx.v1.dataset_service_pb2 import Dataset
+from phalanx.v1.job_spec_pb2 import JobSpec
+
+MakeDataset = Callable[..., Dataset]
+BASE = "name: job\ndata: {name: fashion}\ntrain: {model: {mlp: {hidden: [8]}}, batch_size: 512}"
+
+
+def edited(*settings: str) -> JobSpec:
+    return specs.apply_sets(specs.load_yaml(BASE), settings)
+
+
+def complaints(spec: JobSpec, dataset: Dataset) -> dict[str, str]:
+    with pytest.raises(InvalidArgument) as caught:
+        specs.prepare(spec, dataset)
+    assert caught.value.reason == "SPEC_INVALID"
+    return {each.field: each.message for each in caught.value.violations}
+
+
+@pytest.mark.parametrize(
+    ("setting", "field", "says"),
+    [
+        ("name=Job", "name", "a-z, 0-9 and -"),
+        ("name=-x", "name", "is not allowed"),
+        ("name=" + "x" * 41, "name", "at most 40"),
+        ("namespace=a/b", "namespace", "is not allowed"),
+        ("data.name=../etc", "data.name", "NAME or NAME@VERSION"),
+        ("data.name=fashion@0", "data.name", "NAME or NAME@VERSION"),
+        ("data.split=no such", "data.split", "no name of a split"),
+        ("data.split=nothing", "data.split", "it has: test, train"),
+        ("data.shards=0", "data.shards", "at least 1"),
+        ("data.shards=100000", "data.shards", "at most 65536"),
+        ("data.target=other", "data.target", "was added with the target 'label'"),
+        ("seed=-1", "seed", "at least 0"),
+        ("seed=9007199254740992", "seed", "at most 9007199254740991"),
+        ("priority=101", "priority", "at most 100"),
+        ("retain=-1s", "retain", "must not be negative"),
+        ("labels={'a b': c}", "labels.a b", "is not allowed"),
+        ("output.model=../x", "output.model", "is not allowed"),
+        ("resources={min_workers: 3, max_workers: 2}", "resources.min_workers", "above max"),
+        ("resources.memory_bytes=0", "resources.memory_bytes", "at least 1"),
+        ("code.files={../net.py: x}", 'code.files["../net.py"]', "relative path"),
+        ("code.files={/net.py: x}", 'code.files["/net.py"]', "relative path"),
+        ("code.wheels=[abc]", "code.wheels[0]", "no digest"),
+        ("train.batch_size=-1", "train.batch_size", "at least 0"),
+        ("train.l2=-0.5", "train.l2", "at least 0"),
+        ("train.l2=.inf", "train.l2", "finite"),
+        ("train.dtype=float16", "train.dtype", "use float32 or float64"),
+        ("train.model={}", "train.model", "is missing; choose"),
+        ("train.model.mlp={}", "train.model.mlp.hidden", "is missing"),
+        ("train.model.mlp.hidden=[8, 0]", "train.model.mlp.hidden[1]", "at least 1"),
+        ("train.model.mlp.activation=gelu", "train.model.mlp.activation", "relu, tanh, sigmoid"),
+        ("train.model.mlp.loss=hinge", "train.model.mlp.loss", "cross_entropy, squared_error"),
+        ("train.model.mlp.loss=squared_error", "train.model.mlp.loss", "is for regression"),
+        (
+            "train.model={custom: {entrypoint: x}}",
+            "train.model.custom.entrypoint",
+            "module:function",
+        ),
+        (
+            "train.model={linear_regression: {}}",
+            "train.model.linear_regression",
+            "is for regression",
+        ),
+        ("train.model={logistic_regression: {}}", "train.model.logistic_regression", "2 classes"),
+        (
+            "train.optimizer={sgd: {learning_rate: -1}}",
+            "train.optimizer.sgd.learning_rate",
+            "above 0",
+        ),
+        (
+            "train.optimizer={sgd: {learning_rate: 0}}",
+            "train.optimizer.sgd.learning_rate",
+            "above 0",
+        ),
+        ("train.optimizer={adam: {beta1: 1}}", "train.optimizer.adam.beta1", "below 1"),
+        ("train.optimizer={sgd: {nesterov: true}}", "train.optimizer.sgd.nesterov", "momentum"),
+        (
+            "train.optimizer.schedule={step: {factor: 0.5}}",
+            "train.optimizer.schedule.step.every_steps",
+            "at least 1",
+        ),
+        (
+            "train.optimizer.schedule={step: {every_steps: 5}}",
+            "train.optimizer.schedule.step.factor",
+            "above 0",
+        ),
+        ("train.stop.epochs=0", "train.stop.epochs", "above 0"),
+        ("train.stop.steps=0", "train.stop.steps", "at least 1"),
+        ("train.stop.wall_time=0s", "train.stop.wall_time", "longer than nothing"),
+        (
+            "train.stop.thresholds=[{metric: x, at_least: 1}]",
+            "train.stop.thresholds[0].metric",
+            "SPLIT",
+        ),
+        (
+            "train.stop.thresholds=[{metric: test/loss}]",
+            "train.stop.thresholds[0]",
+            "needs a bound",
+        ),
+        (
+            "train.stop.thresholds=[{metric: test/f1, at_least: 1}]",
+            "train.stop.thresholds[0].metric",
+            "test/loss, test/accuracy",
+        ),
+        (
+            "train.stop.thresholds=[{metric: validation/loss, at_most: 1}]",
+            "train.evaluation.split",
+            "it has: test, train",
+        ),
+        ("train.stop.plateau={}", "train.stop.plateau.evaluations", "at least 1"),
+        ("train.evaluation.split=validation", "train.evaluation.split", "it has: test, train"),
+        ("train.evaluation.metrics=[auc]", "train.evaluation.metrics[0]", "loss, accuracy"),
+        ("train.checkpoints.keep=0", "train.checkpoints.keep", "at least 1"),
+        ("train.checkpoints.every=0s", "train.checkpoints.every", "longer than nothing"),
+        ("train.start={model: '../x'}", "train.start.model", "NAME or NAME@VERSION"),
+    ],
+)
+def test_each_wrong_value_is_named(
+    make_dataset: MakeDataset, setting: str, field: str, says: str
+) -> None:
+    found = complaints(edited(setting), make_dataset())
+    assert field in found, found
+    assert says in found[field]
+
+
+def test_everything_wrong_is_named_at_once(make_dataset: MakeDataset) -> None:
+    spec = edited(
+        "name=No", "train.l2=-1", "train.model.mlp.hidden=[0]", "data.target=x", "seed=-5"
+    )
+    assert set(complaints(spec, make_dataset())) == {
+        "name",
+        "train.l2",
+        "train.model.mlp.hidden[0]",
+        "data.target",
+        "seed",
+    }
+
+
+def test_an_empty_spec_says_what_is_missing() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        specs.check_spec(JobSpec())
+    assert [each.field for each in caught.value.violations] == ["name", "data.name", "train"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting", "field"),
+    [
+        ({"rows": {"train": 5}}, "data.shards=6", "data.shards"),
+        ({}, "data.shards=1000", "train.batch_size"),
+        ({"format": "csr"}, "train.model.standardise=true", "train.model.standardise"),
+        ({"classes": ["one"]}, "seed=1", "train.model.mlp"),
+        (
+            {"task": "regression", "classes": []},
+            "train.model={softmax_regression: {}}",
+            "train.model.softmax_regression",
+        ),
+    ],
+)
+def test_the_data_set_is_looked_at(
+    make_dataset: MakeDataset, changes: dict[str, Any], setting: str, field: str
+) -> None:
+    assert field in complaints(edited(setting), make_dataset(**changes))
+
+
+def test_a_cosine_needs_an_end(make_dataset: MakeDataset) -> None:
+    spec = edited("train.optimizer.schedule={cosine: {}}", "train.stop={wall_time: 5m}")
+    assert "train.optimizer.schedule.cosine" in complaints(spec, make_dataset())
+    ended = edited("train.optimizer.schedule={cosine: {}}", "train.stop={wall_time: 5m, steps: 5}")
+    specs.prepare(ended, make_dataset())
+
+
+def test_code_has_a_size(make_dataset: MakeDataset) -> None:
+    spec = edited()
+    spec.code.files["net.py"] = "x" * (256 * 1024 + 1)
+    assert "above 262144" in complaints(spec, make_dataset())["code.files"]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data.features=[a]",
+        "data.rows={stratified: true}",
+        "data.columns={}",
+        "data.class_weights={}",
+        "data.oversample={}",
+        "resources.gpus=1",
+        "output.best={metric: test/loss, at_most: 1}",
+        "train.synchronous={backup_shards: 1}",
+        "train.asynchronous={}",
+        "train.stale={bound: 2}",
+        "train.local={steps: 5}",
+        "train.all_reduce={}",
+        "train.optimizer.clip_norm=1.0",
+        "train.reduction={median: {}}",
+        "train.reduction={clip_norm: 1.0}",
+        "train.compression={cast_to: bfloat16}",
+        "train.compression={down_cast_to: bfloat16}",
+        "train.compression={top_k: {fraction: 0.1}}",
+        "train.verification={replicas: 2}",
+        "train.privacy={clip_norm: 1.0}",
+        "train.start={job: other}",
+    ],
+)
+def test_what_is_not_carried_out_is_refused_by_its_path(
+    make_dataset: MakeDataset, setting: str
+) -> None:
+    with pytest.raises(Unimplemented) as caught:
+        specs.prepare(edited(setting), make_dataset())
+    path = setting.partition("=")[0]
+    assert all(each.field.startswith(path) for each in caught.value.violations)
+    assert "not carried out" in caught.value.message
+
+
+@pytest.mark.parametrize("program", ["forest", "sweep", "evaluate", "predict", "cascade", "tasks"])
+def test_other_programs_are_refused(program: str) -> None:
+    spec = specs.load_yaml(f"name: job\ndata: {{name: fashion}}\n{program}: {{}}")
+    with pytest.raises(Unimplemented) as caught:
+        specs.check_spec(spec)
+    assert [each.field for each in caught.value.violations] == [program]
+
+
+def test_all_that_is_not_carried_out_is_named_at_once() -> None:
+    spec = edited("train.asynchronous={}", "resources.gpus=2")
+    with pytest.raises(Unimplemented, match="and 1 more"):
+        specs.check_spec(spec)
+
+
+def test_fields_of_a_newer_version_are_refused() -> None:
+    """A field that is unknown here must not be ignored: the job would not be what was asked for."""
+    spec = edited()
+    inner = spec.train.model.mlp.SerializeToString() + b"\x78\x01"  # field 15
+    spec.train.model.mlp.ParseFromString(inner)
+    with pytest.raises(Unimplemented, match="field number 15"):
+        specs.check_spec(spec)
+
+
+def test_a_default_written_out_is_accepted(make_dataset: MakeDataset) -> None:
+    spec = edited(
+        "train.parameter_server={}",
+        "train.reduction={weighted_mean: {}}",
+        "train.compression={}",
+        "resources.gpus=0",
+        "data.rows={}",
+    )
+    specs.prepare(spec, make_dataset())
+
+
+def test_specs_need_no_numeric_library() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, phalanx.specs as s; s.load_yaml('name: a');"
+        "sys.exit(any(m in sys.modules for m in ('numpy', 'scipy', 'pyarrow', 'grpc')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
