@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phalanx.errors import InvalidArgument
-from phalanx.optimizers import build_optimizer, learning_rate
+from phalanx.optimizers import PIECE_ELEMENTS, build_optimizer, learning_rate
 from phalanx.v1.job_spec_pb2 import Optimizer, Train
 
 STEPS = 5
@@ -102,6 +102,78 @@ def test_the_bits_do_not_depend_on_the_position_within_a_large_vector() -> None:
     size = 70_001
     whole = run("adam", "float32", [], size)
     assert run("adam", "float32", [16_384, 33_333, 65_536], size).tobytes() == whole.tobytes()
+
+
+def test_gradient_descent_on_a_parabola_has_a_closed_form() -> None:
+    optimizer = build_optimizer(Train(optimizer=SPECS["sgd"]), 0)
+    curvature = np.array([1.0, 3.0, 10.0])
+    start = np.array([4.0, -2.0, 1.0])
+    w = start
+    for step in range(20):
+        out = np.empty(3)
+        optimizer.apply(w, 5 * curvature * w, 5, None, {}, step, out)
+        w = out
+    np.testing.assert_allclose(w, start * (1 - RATE * curvature) ** 20, rtol=1e-13)
+
+
+def test_under_a_constant_gradient_every_rule_has_a_closed_form() -> None:
+    steps, g = 25, np.array([0.3, -2.0, 7.0])
+    mu, sign = 0.9, np.sign(g)
+    summed = sum((1 - mu ** (t + 1)) / (1 - mu) for t in range(steps))
+    distances = {
+        "sgd": RATE * steps * g,
+        "momentum": RATE * summed * g,
+        "nesterov": RATE * (steps + mu * summed) * g,
+        "adagrad": RATE * sum(1 / math.sqrt(t + 1) for t in range(steps)) * sign,
+        "adam": RATE * steps * sign,
+    }
+    for name, distance in distances.items():
+        optimizer = build_optimizer(Train(optimizer=SPECS[name]), 0)
+        state = {key: np.zeros(3) for key in optimizer.state_names}
+        w = np.ones(3)
+        for step in range(steps):
+            out = np.empty(3)
+            optimizer.apply(w, g, 1, None, state, step, out)
+            w = out
+        np.testing.assert_allclose(1 - w, distance, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_float32_is_close_to_float64_and_stays_what_it_is(name: str) -> None:
+    single, double = run(name, "float32", []), run(name, "float64", [])
+    assert single.dtype == np.float32
+    np.testing.assert_allclose(single, double, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_decay_everywhere_nowhere_and_in_between_agree(name: str) -> None:
+    """Whole pieces take a shorter way than mixed ones; the bits are the same."""
+    size = 3 * PIECE_ELEMENTS
+    rng = np.random.default_rng(0)
+    w, g = rng.standard_normal((2, size)).astype(np.float32)
+    optimizer = build_optimizer(Train(optimizer=SPECS[name], l2=L2), 0)
+
+    def apply(decay: np.ndarray | None) -> np.ndarray:
+        state = {key: np.zeros(size, np.float32) for key in optimizer.state_names}
+        out = np.empty_like(w)
+        optimizer.apply(w, g, COUNT, decay, state, 0, out)
+        return out
+
+    everywhere, nowhere = apply(np.ones(size, np.bool_)), apply(None)
+    assert not np.array_equal(everywhere, nowhere)
+    assert apply(np.zeros(size, np.bool_)).tobytes() == nowhere.tobytes()
+    # The first piece decays, the second in part, the third not at all.
+    border = PIECE_ELEMENTS + 12_345
+    mixed = apply(np.arange(size) < border)
+    assert mixed[:border].tobytes() == everywhere[:border].tobytes()
+    assert mixed[border:].tobytes() == nowhere[border:].tobytes()
+
+
+def test_an_overflow_is_left_in_the_result_without_a_warning() -> None:
+    optimizer = build_optimizer(Train(optimizer={"sgd": {"learning_rate": 1.0}}), 0)
+    big, out = np.full(2, 3e38, np.float32), np.empty(2, np.float32)
+    optimizer.apply(-big, big, 1, None, {}, 0, out)
+    assert np.isneginf(out).all()
 
 
 def test_inputs_stay_as_they_are() -> None:

@@ -1,7 +1,9 @@
 """The canonical tree gives the same bits whatever the order and whoever computed what."""
 
+import gc
 import itertools
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -115,6 +117,77 @@ def test_inputs_are_never_written_to() -> None:
     assert all(np.array_equal(values[s], kept[s]) for s in values)
 
 
+@given(width=st.integers(1, 40), data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_absent_shards_and_overlapping_nodes_change_nothing_but_the_mask(
+    width: int, data: st.DataObject
+) -> None:
+    values = payloads(width, width)
+    absent = data.draw(st.sets(st.integers(0, width - 1)))
+    present: dict[int, np.ndarray | None] = {
+        shard: None if shard in absent else value for shard, value in values.items()
+    }
+    top = root(width)
+    nodes = [
+        Node(first, span)
+        for span in itertools.takewhile(lambda s: s <= top.span, (1 << i for i in range(7)))
+        for first in range(0, width, span)
+    ]
+    arrivals = data.draw(st.lists(st.sampled_from(nodes), max_size=12))
+    arrivals += data.draw(st.permutations([Node(shard, 1) for shard in range(width)]))
+    reducer = TreeReducer(width)
+    for node in arrivals:
+        shards = range(node.first, min(node.first + node.span, width))
+        value = reduce_leaves({s - node.first: present[s] for s in shards}, node.span)
+        mask = sum(1 << (s - node.first) for s in shards if s not in absent)
+        reducer.fill(node, value, mask)
+    total, mask = reducer.result
+    expected = reduce_leaves(present, width)
+    assert mask == sum(1 << shard for shard in range(width) if shard not in absent)
+    assert (total is None) == (expected is None)
+    if total is not None and expected is not None:
+        assert total.tobytes() == expected.tobytes()
+
+
+def test_numbers_are_reduced_like_vectors() -> None:
+    losses = {shard: 0.1 * (shard + 1) for shard in range(11)}
+    reducer = TreeReducer(11)
+    for shard in reversed(losses):
+        reducer.fill(Node(shard, 1), losses[shard], 1)
+    arrays = {shard: np.array([loss]) for shard, loss in losses.items()}
+    expected = reduce_leaves(arrays, 11)
+    assert expected is not None
+    assert reducer.result[0] == expected[0]
+    assert reducer.result[0] != sum(losses.values())
+
+
+def test_descendants_of_a_filled_node_are_let_go() -> None:
+    reducer = TreeReducer(8)
+    below = np.ones(3)
+    watched = weakref.ref(below)
+    reducer.fill(Node(1, 1), below, 1)
+    reducer.fill(Node(4, 1), np.ones(3), 1)
+    del below
+    gc.collect()
+    assert watched() is not None
+    reducer.fill(Node(0, 4), np.ones(3), 15)
+    gc.collect()
+    assert watched() is None
+    assert not reducer.complete
+    assert not reducer.fill(Node(2, 1), np.ones(3), 1)
+    assert reducer.fill(Node(5, 1), np.ones(3), 1)
+
+
+def test_values_of_another_length_or_type_are_refused() -> None:
+    reducer = TreeReducer(4)
+    reducer.fill(Node(0, 1), np.ones(3, np.float32), 1)
+    with pytest.raises(InvalidArgument, match=r"float32 of shape \(1,\), the nodes before it"):
+        reducer.fill(Node(1, 1), np.ones(1, np.float32), 1)
+    with pytest.raises(InvalidArgument, match="float64 of shape"):
+        reducer.fill(Node(1, 1), np.ones(3, np.float64), 1)
+    assert reducer.fill(Node(1, 1), np.ones(3, np.float32), 1)
+
+
 def test_nodes_outside_the_tree_and_wrong_masks_are_refused() -> None:
     reducer = TreeReducer(5)
     with pytest.raises(InvalidArgument, match="outside a tree over 5 shards"):
@@ -147,3 +220,10 @@ def test_root_and_children() -> None:
     assert Node(6, 2).parent == Node(4, 4)
     assert Node(3, 1).is_leaf
     assert not Node(0, 2).is_leaf
+    assert cover(0, 5, 5) == [Node(0, 8)]
+    assert cover(3, 3, 5) == []
+    for first, stop in ((-1, 2), (2, 6), (3, 2)):
+        with pytest.raises(InvalidArgument, match="do not lie within"):
+            cover(first, stop, 5)
+    with pytest.raises(InvalidArgument, match="at least 1 shard"):
+        root(0)
