@@ -84,16 +84,6 @@ def is_locked(state_dir: Path) -> bool:
         return False
 
 
-def wait_unlocked(state_dir: Path, timeout_s: float) -> bool:
-    """Wait until no supervisor lives on this folder; return whether that came true in time."""
-    deadline = time.monotonic() + timeout_s
-    while is_locked(state_dir):
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
 def lock(state_dir: Path) -> IO[bytes]:
     """Take the folder; the lock lasts until the returned file is closed or this process ends.
 

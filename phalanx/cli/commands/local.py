@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from phalanx.cli.context import Settings
 from phalanx.cli.errors import Exit
 from phalanx.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
 from phalanx.local.options import LocalOptions
-from phalanx.local.state import ClusterState, is_locked, read_state, wait_unlocked
+from phalanx.local.state import ClusterState, is_locked, read_state
 from phalanx.local.supervisor import START_TIMEOUT_S, Supervisor
 from phalanx.sdk.discovery import DEFAULT_ADDRESS, default_state_dir
 
@@ -171,14 +172,22 @@ def stop_cluster(state_dir: Path) -> ClusterState:
     state = read_state(state_dir)
     if state is None:
         raise Unavailable(f"the cluster in {state_dir} is just starting or stopping; try again")
-    # The lock proves that the process which wrote its id is alive.
-    os.kill(state.pid, signal.SIGTERM)
-    if not wait_unlocked(state_dir, DOWN_TIMEOUT_S):
-        # Its children die with it.
-        os.kill(state.pid, signal.SIGKILL)
-        if not wait_unlocked(state_dir, DOWN_TIMEOUT_S):
-            raise DeadlineExceeded(f"process {state.pid} does not end; its state is in {state_dir}")
-    return state
+    try:
+        # The lock proves that the process which wrote its id lives, and the handle stays with it.
+        process = os.pidfd_open(state.pid)
+    except ProcessLookupError:
+        return state
+    try:
+        # Its children die with it, also when it has to be killed.
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            signal.pidfd_send_signal(process, number)
+            if select.select([process], [], [], DOWN_TIMEOUT_S)[0]:
+                return state
+    except ProcessLookupError:
+        return state
+    finally:
+        os.close(process)
+    raise DeadlineExceeded(f"process {state.pid} does not end; its state is in {state_dir}")
 
 
 def cluster_for_training(settings: Settings, workers: int, state: Path | None) -> Cluster:
