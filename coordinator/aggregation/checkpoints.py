@@ -1,16 +1,18 @@
 """Checkpoint parts: one range at one version as a safetensors blob, written and read back.
 
 A part holds the tensor `parameters` and one tensor per optimizer state vector, all flat and in this
-order. It is streamed out of the snapshot's own buffers; nothing is joined in memory.
+order. It is sent out of the snapshot's own buffers, and read back as views of the blob: nothing is
+joined or copied in memory.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import load
 
 from coordinator.aggregation.core.state import Array, Snapshot
 from phalanx.clients.storage import StorageClient
@@ -21,6 +23,9 @@ from phalanx.v1.training_pb2 import Layout, ParameterRange, TensorSpec
 
 PARAMETERS = "parameters"
 UPLOAD_TIMEOUT_S = 600.0
+HEADER_LIMIT_BYTES = 1024 * 1024
+
+_DTYPES = {"F32": "<f4", "F64": "<f8"}
 
 
 @dataclass(frozen=True)
@@ -39,22 +44,15 @@ class Part:
 async def write_part(
     client: StorageClient, snapshot: Snapshot, part: Part
 ) -> storage.CommitCheckpointRequest:
-    """Upload a snapshot; return the request that registers it. The state is released at the end."""
+    """Upload a snapshot; return the request that registers it.
+
+    The snapshot stays as it is, so that a failed upload can be tried again.
+    """
     count = snapshot.range.element_count
-    names = (PARAMETERS, *snapshot.state_names)
-    tensors = [TensorSpec(name=name, shape=[count]) for name in names]
-    dtype = snapshot.dtype.newbyteorder("=").name
-    header = safetensors_header(
-        Layout(tensors=tensors, dtype=dtype, element_count=count * len(names))
+    header, buffers = layout_part(snapshot)
+    digest = await client.put_blob(
+        [header, *buffers], check_first=False, timeout_s=UPLOAD_TIMEOUT_S
     )
-    buffers: list[memoryview] = [memoryview(header)]
-    buffers += [snapshot.parameters(index).data for index in range(len(snapshot.grid))]
-    for name in snapshot.state_names:
-        buffers += [state[name].data for state in snapshot.state if state is not None]
-    try:
-        digest = await client.put_blob(buffers, timeout_s=UPLOAD_TIMEOUT_S)
-    finally:
-        snapshot.release()
     return storage.CommitCheckpointRequest(
         job_id=part.job_id,
         term=part.term,
@@ -66,7 +64,7 @@ async def write_part(
             first_element=snapshot.range.first_element,
             element_count=count,
             digest=digest,
-            size_bytes=sum(buffer.nbytes for buffer in buffers),
+            size_bytes=len(header) + sum(buffer.nbytes for buffer in buffers),
             parameters_offset=len(header),
             parameters_length=count * snapshot.dtype.itemsize,
         ),
@@ -76,10 +74,29 @@ async def write_part(
     )
 
 
+def layout_part(snapshot: Snapshot) -> tuple[bytes, list[memoryview]]:
+    """Return the file of a snapshot: its header and the snapshot's buffers, in order."""
+    count = snapshot.range.element_count
+    names = (PARAMETERS, *snapshot.state_names)
+    header = safetensors_header(
+        Layout(
+            tensors=[TensorSpec(name=name, shape=[count]) for name in names],
+            dtype=snapshot.dtype.newbyteorder("=").name,
+            element_count=count * len(names),
+        )
+    )
+    buffers = [snapshot.parameters(index).data.cast("B") for index in range(len(snapshot.grid))]
+    for name in snapshot.state_names:
+        for state in snapshot.state:
+            assert state is not None, "the snapshot was released before it was written"
+            buffers.append(state[name].data.cast("B"))
+    return header, buffers
+
+
 async def read_part(
     client: StorageClient, manifest: storage.CheckpointManifest, piece: ParameterRange
 ) -> tuple[Array, Mapping[str, Array]]:
-    """Return parameters and optimizer state of one range.
+    """Return parameters and optimizer state of one range, as views of the verified blob.
 
     Raises DataLoss where the part is missing, damaged or of another range.
     """
@@ -94,14 +111,30 @@ async def read_part(
         )
     data = await client.get_blob(part.digest, timeout_s=UPLOAD_TIMEOUT_S)
     try:
-        tensors: dict[str, Array] = dict(load(data))
-        parameters = tensors.pop(PARAMETERS)
-    except Exception as error:
+        return parse_part(data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataLoss(
-            f"range {piece.index} of the checkpoint at step {manifest.step} cannot be read: {error}"
-        ) from error
-    return _little_endian(parameters), {n: _little_endian(t) for n, t in tensors.items()}
+            f"range {piece.index} of the checkpoint at step {manifest.step} cannot be read: "
+            f"{error!r}"
+        ) from None
 
 
-def _little_endian(array: Array) -> Array:
-    return np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+def parse_part(data: bytes) -> tuple[Array, Mapping[str, Array]]:
+    """Return (parameters, state vectors) of a part as views; raises ValueError and the like."""
+    length = int.from_bytes(data[:8], "little")
+    if not 2 <= length <= min(HEADER_LIMIT_BYTES, len(data) - 8):
+        raise ValueError("its header does not fit")
+    table: dict[str, Any] = json.loads(data[8 : 8 + length])
+    table.pop("__metadata__", None)
+    vectors = {name: _vector(data, 8 + length, entry) for name, entry in table.items()}
+    parameters = vectors.pop(PARAMETERS)
+    return parameters, vectors
+
+
+def _vector(data: bytes, start: int, entry: Mapping[str, Any]) -> Array:
+    dtype = np.dtype(_DTYPES[entry["dtype"]])
+    first, stop = entry["data_offsets"]
+    (count,) = entry["shape"]
+    if not 0 <= first <= stop <= len(data) - start or stop - first != count * dtype.itemsize:
+        raise ValueError("a tensor lies outside of it")
+    return np.frombuffer(data, dtype, count, start + first)

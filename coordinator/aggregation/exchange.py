@@ -13,10 +13,11 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from coordinator.aggregation.core.machine import stale_term
 from coordinator.aggregation.hosting import HostedJob
-from phalanx.errors import Aborted, InvalidArgument, PhalanxError, Unavailable
+from phalanx.errors import InvalidArgument, PhalanxError, Unavailable
 from phalanx.frames import decode_request, encode_response
-from phalanx.v1 import aggregation_service_pb2 as exchange
+from phalanx.v1 import aggregation_service_pb2 as pb
 
 SERVICE = "phalanx.v1.AggregationService"
 HELLO_TIMEOUT_S = 10.0
@@ -32,7 +33,7 @@ class ExchangeServicer:
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register the method with handlers of raw bytes."""
-        method = grpc.stream_stream_rpc_method_handler(self.exchange)
+        method: Any = grpc.stream_stream_rpc_method_handler(self.exchange)
         handler = grpc.method_handlers_generic_handler(SERVICE, {"Exchange": method})
         server.add_generic_rpc_handlers((handler,))
 
@@ -40,21 +41,17 @@ class ExchangeServicer:
         """Run one stream from hello to end."""
         hello = await _hello(context)
         job = self._hosted(hello)
-        welcome = exchange.ExchangeWelcome(term=job.ranges.term, ranges=job.ranges.range_indexes)
-        await context.write(encode_response(exchange.ExchangeResponseHeader(welcome=welcome)))
+        welcome = pb.ExchangeWelcome(term=job.ranges.term, ranges=job.ranges.range_indexes)
+        await context.write(encode_response(pb.ExchangeResponseHeader(welcome=welcome)))
         key = object()
         waker = job.open_stream(key)
         tasks = [
             asyncio.create_task(_send(context, job, waker)),
             asyncio.create_task(_receive(context, job)),
-            asyncio.create_task(job.closed.wait()),
+            asyncio.create_task(job.closed()),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if tasks[2] in done:
-                raise Unavailable(
-                    f"job {hello.job_id} is not held here any more", reason="RANGES_RELEASED"
-                )
             for task in done:
                 task.result()
         finally:
@@ -63,7 +60,7 @@ class ExchangeServicer:
             await asyncio.gather(*tasks, return_exceptions=True)
             job.close_stream(key)
 
-    def _hosted(self, hello: exchange.ExchangeHello) -> HostedJob:
+    def _hosted(self, hello: pb.ExchangeHello) -> HostedJob:
         job = self._find(hello.job_id)
         if job is None or job.ranges.term < hello.term:
             raise Unavailable(
@@ -72,15 +69,11 @@ class ExchangeServicer:
                 retry_after_s=0.05,
             )
         if job.ranges.term > hello.term:
-            raise Aborted(
-                f"job {hello.job_id} is in term {job.ranges.term}, not {hello.term}",
-                reason="STALE_TERM",
-                details={"current_term": str(job.ranges.term)},
-            )
+            raise stale_term(hello.job_id, hello.term, job.ranges.term)
         return job
 
 
-async def _hello(context: Any) -> exchange.ExchangeHello:
+async def _hello(context: Any) -> pb.ExchangeHello:
     try:
         async with asyncio.timeout(HELLO_TIMEOUT_S):
             data = await context.read()

@@ -60,6 +60,11 @@ class JobGauges:
                 if math.isfinite(value):
                     self._metrics.job_metric.labels(self._job_id, name).set(value)
 
+    def replayed(self, steps: int) -> None:
+        """A roll-back makes these steps run again."""
+        if self._admitted:
+            self._metrics.steps_replayed_total.labels(self._job_id).inc(max(0, steps))
+
     def checkpointed(self, seconds: float) -> None:
         """A part became durable."""
         if self._admitted:

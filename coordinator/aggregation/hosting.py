@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from coordinator.aggregation.checkpoints import Part, write_part
 from coordinator.aggregation.core.effects import (
@@ -23,7 +23,7 @@ from coordinator.aggregation.core.effects import (
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.gauges import JobGauges
 from phalanx.clients.storage import StorageClient
-from phalanx.errors import Aborted, FailedPrecondition, PhalanxError
+from phalanx.errors import DeadlineExceeded, PhalanxError, ResourceExhausted, Unavailable
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_pb2
@@ -32,10 +32,18 @@ from phalanx.v1.training_pb2 import GoRecord
 
 REPORT_EVERY_S = 0.2
 POINTS_MAX = 20_000
+POINTS_SAID_AGAIN = 500
+_POINTS_PER_MESSAGE = 1000
 _RATE_WINDOW_S = 2.0
 _RETRY_FIRST_S = 0.1
 _RETRY_LONGEST_S = 2.0
-_COMPLETE_POLL_S = 0.02
+_POLL_FIRST_S = 0.02
+_POLL_LONGEST_S = 0.5
+OTHER_PARTS_WAIT_S = 60.0
+"""How long the root waits for other owners' parts before it may order the next checkpoint."""
+
+_TRANSIENT = (Unavailable, DeadlineExceeded, ResourceExhausted)
+ResultT = TypeVar("ResultT")
 
 _log = get_logger(__name__)
 
@@ -52,30 +60,40 @@ _OUTCOMES = {
 class HostedJob:
     """The owned ranges of one job in one term, with its streams, checkpoints and reports.
 
-    Made in the event loop. `send` hands a message to control, now or once there is a session.
+    Made in the event loop. `send` hands a message to control. While control is away nothing is
+    handed over: the newest report stands for all before it, and metric points wait here.
     """
 
     def __init__(
-        self, ranges: JobRanges, storage: StorageClient, gauges: JobGauges, send: Send
+        self,
+        ranges: JobRanges,
+        storage: StorageClient,
+        gauges: JobGauges,
+        send: Send,
+        connected: Callable[[], bool] = lambda: True,
     ) -> None:
         self.ranges = ranges
         self.gauges = gauges
         self._storage = storage
         self._send = send
+        self._connected = connected
         self._spec = JobSpec.FromString(ranges.plan.spec)
         self._started_s = time.monotonic()
         self._wakers: dict[object, asyncio.Event] = {}
         self._checkpoints: set[asyncio.Task[None]] = set()
         self._points: deque[job_pb2.MetricPoint] = deque(maxlen=POINTS_MAX)
+        # Said again on the next session: a control that died may not have stored them.
+        self._points_sent: deque[job_pb2.MetricPoint] = deque(maxlen=POINTS_SAID_AGAIN)
         self._commits: deque[tuple[float, int]] = deque()
         self._examples = 0
         self._last_commit_unix_nanos = 0
         self._checkpoint_step = 0
-        self._reported_step = -1
+        self._reported = (-1, -1)
         self._report_next_commit = False
         self._final: Report | None = None
+        self._ending: asyncio.Task[None] | None = None
         self._reporter = asyncio.create_task(self._report_often())
-        self.closed = asyncio.Event()
+        self._closed: asyncio.Future[PhalanxError] = asyncio.get_running_loop().create_future()
 
     @property
     def elapsed_s(self) -> float:
@@ -104,21 +122,33 @@ class HostedJob:
         """End the term as failed."""
         self.perform(self.ranges.fail(reason, message))
 
-    def restored(self, step: int) -> None:
+    def restored(self, step: int, steps_replayed: int) -> None:
         """The ranges were loaded from the checkpoint at `step`."""
         self._checkpoint_step = step
+        self.gauges.replayed(steps_replayed)
 
     def session_opened(self) -> None:
         """Control is new or back: tell it where the job is."""
+        self._points.extendleft(reversed(self._points_sent))
+        self._points_sent.clear()
+        self._flush_points()
         if self._final is not None:
             self._send(coordination.SessionRequest(job_report=self._final))
-        else:
-            self._reported_step = -1
+        elif self.ranges.is_root:
+            self._report()
 
-    async def close(self) -> None:
-        """Let the ranges go; what is being written is given up."""
-        self.closed.set()
+    async def closed(self) -> None:
+        """Wait until the ranges are let go, then raise what ends their streams."""
+        raise await asyncio.shield(self._closed)
+
+    async def close(self, error: PhalanxError | None = None) -> None:
+        """Let the ranges go; what is being written is given up. Streams end with the error."""
+        if not self._closed.done():
+            gone = f"job {self.ranges.plan.job_id} is not held here any more"
+            self._closed.set_result(error or Unavailable(gone, reason="RANGES_RELEASED"))
         tasks = [self._reporter, *self._checkpoints]
+        if self._ending is not None:
+            tasks.append(self._ending)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -141,7 +171,7 @@ class HostedJob:
                 case StartCheckpoint():
                     self._start_checkpoint(effect)
                 case Ended():
-                    self._start(self._end(effect.go))
+                    self._ending = asyncio.create_task(self._end(effect.go))
                 case Failed():
                     self._failed(effect)
 
@@ -149,11 +179,13 @@ class HostedJob:
         now_s = time.monotonic()
         self._last_commit_unix_nanos = time.time_ns()
         self._examples += effect.example_count
+        # The first commit after a stall ends an incident: its time is told, not a later one's.
+        stalled = bool(self._commits) and now_s - self._commits[-1][0] > REPORT_EVERY_S
         self._commits.append((now_s, effect.example_count))
         while self._commits[0][0] < now_s - _RATE_WINDOW_S and len(self._commits) > 2:
             self._commits.popleft()
         self.gauges.committed(effect, now_s)
-        if self._report_next_commit:
+        if self._report_next_commit or stalled:
             self._report_next_commit = False
             self._report()
 
@@ -187,8 +219,8 @@ class HostedJob:
 
     async def _end(self, go: GoRecord) -> None:
         """Report how the term ended, once the checkpoint that belongs to it is complete."""
-        while self._checkpoints - {asyncio.current_task()}:  # type: ignore[arg-type]
-            await asyncio.wait(self._checkpoints - {asyncio.current_task()})  # type: ignore[arg-type]
+        if self._checkpoints:
+            await asyncio.wait(self._checkpoints)
         if not self.ranges.is_root or self._final is not None:
             return
         outcome = _OUTCOMES[go.action]
@@ -198,17 +230,15 @@ class HostedJob:
         if self._final is None:
             self._final = report
             self._flush_points()
-            self._send(coordination.SessionRequest(job_report=report))
+            if self._connected():
+                self._send(coordination.SessionRequest(job_report=report))
 
     # -- checkpoints
 
-    def _start(self, coroutine: object) -> None:
-        task = asyncio.create_task(coroutine)  # type: ignore[arg-type]
+    def _start_checkpoint(self, effect: StartCheckpoint) -> None:
+        task = asyncio.create_task(self._checkpoint(effect))
         self._checkpoints.add(task)
         task.add_done_callback(self._checkpoints.discard)
-
-    def _start_checkpoint(self, effect: StartCheckpoint) -> None:
-        self._start(self._checkpoint(effect))
 
     async def _checkpoint(self, effect: StartCheckpoint) -> None:
         """Write and register one range; retries until storage is back or the term is over."""
@@ -224,34 +254,48 @@ class HostedJob:
         )
         started_s = time.monotonic()
         try:
-            request = None
-            wait_s = _RETRY_FIRST_S
-            while True:
-                try:
-                    if request is None:
-                        request = await write_part(self._storage, effect.snapshot, part)
-                    response = await self._storage.commit_checkpoint(request)
-                except (Aborted, FailedPrecondition) as error:
-                    self._given_up(effect, error)
-                    return
-                except PhalanxError as error:
-                    _log.warning(
-                        "checkpoint_waits",
-                        job_id=plan.job_id,
-                        step=effect.version,
-                        reason=error.reason,
-                        message=error.message,
-                    )
-                    await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
-                    wait_s = min(wait_s * 2, _RETRY_LONGEST_S)
-                    continue
-                if response.complete or not self.ranges.is_root:
-                    break
-                await asyncio.sleep(_COMPLETE_POLL_S)
-            self._checkpoint_step = max(self._checkpoint_step, effect.version)
+            request = await self._insist(lambda: write_part(self._storage, effect.snapshot, part))
+            effect.snapshot.release()
+            response = await self._insist(lambda: self._storage.commit_checkpoint(request))
             self.gauges.checkpointed(time.monotonic() - started_s)
+            if response.complete or await self._completed(effect):
+                self._checkpoint_step = max(self._checkpoint_step, effect.version)
+        except PhalanxError as error:
+            self._given_up(effect, error)
         finally:
+            effect.snapshot.release()
             self.ranges.checkpoint_done()
+
+    async def _insist(self, attempt: Callable[[], Awaitable[ResultT]]) -> ResultT:
+        """Return what `attempt` returns, however long storage is away; training goes on."""
+        wait_s = _RETRY_FIRST_S
+        while True:
+            try:
+                return await attempt()
+            except _TRANSIENT as error:
+                _log.warning(
+                    "checkpoint_waits",
+                    job_id=self.ranges.plan.job_id,
+                    reason=error.reason,
+                    message=error.message,
+                )
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+            wait_s = min(wait_s * 2, _RETRY_LONGEST_S)
+
+    async def _completed(self, effect: StartCheckpoint) -> bool:
+        """Wait for the other ranges' parts; without an end only where the term ends with them."""
+        if not self.ranges.is_root:
+            return False
+        job_id, key = self.ranges.plan.job_id, (self.ranges.term, effect.version)
+        give_up_s = time.monotonic() + OTHER_PARTS_WAIT_S
+        wait_s = _POLL_FIRST_S
+        while effect.terminal or time.monotonic() < give_up_s:
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 2, _POLL_LONGEST_S)
+            manifests = await self._insist(lambda: self._storage.list_checkpoints(job_id))
+            if any((each.term, each.step) == key for each in manifests):
+                return True
+        return False
 
     def _given_up(self, effect: StartCheckpoint, error: PhalanxError) -> None:
         _log.warning(
@@ -269,12 +313,14 @@ class HostedJob:
             await asyncio.sleep(REPORT_EVERY_S)
             self._flush_points()
             if self.ranges.is_root and self._final is None:
-                if self.ranges.version != self._reported_step:
+                if (self.ranges.version, self._checkpoint_step) != self._reported:
                     self._report()
                 self.gauges.metrics(self.ranges.decider)
 
     def _report(self) -> None:
-        self._reported_step = self.ranges.version
+        if not self._connected():
+            return
+        self._reported = (self.ranges.version, self._checkpoint_step)
         report = self._make_report(Report.OUTCOME_RUNNING)
         self._send(coordination.SessionRequest(job_report=report))
 
@@ -314,13 +360,9 @@ class HostedJob:
         return count / seconds if seconds > 0 else 0.0
 
     def _flush_points(self) -> None:
-        with contextlib.suppress(IndexError):
-            while self._points:
-                points = [self._points.popleft() for _ in range(min(len(self._points), 1000))]
-                self._send(
-                    coordination.SessionRequest(
-                        metric_points=coordination.MetricPoints(
-                            job_id=self.ranges.plan.job_id, points=points
-                        )
-                    )
-                )
+        while self._points and self._connected():
+            count = min(len(self._points), _POINTS_PER_MESSAGE)
+            points = [self._points.popleft() for _ in range(count)]
+            self._points_sent.extend(points)
+            message = coordination.MetricPoints(job_id=self.ranges.plan.job_id, points=points)
+            self._send(coordination.SessionRequest(metric_points=message))

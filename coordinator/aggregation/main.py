@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from coordinator.aggregation.config import AggregatorConfig
 from phalanx.blas import pin_one_thread
 from phalanx.config import parse
+from phalanx.rpc.buffers import reuse_large_buffers
 from phalanx.rpc.process import run_service
 
 
@@ -16,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(AggregatorConfig, argv, prog="phalanx aggregator")
     # Before NumPy is imported, so that its arithmetic is that of leaf processes.
     pin_one_thread(os.environ)
+    reuse_large_buffers()
     from coordinator.aggregation.process import serve
 
     return run_service(config, serve, role="aggregator")

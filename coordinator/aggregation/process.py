@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import socket
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,14 +14,16 @@ import psutil
 
 from coordinator.aggregation.checkpoints import read_part
 from coordinator.aggregation.config import AggregatorConfig
-from coordinator.aggregation.core.machine import JobRanges
+from coordinator.aggregation.core.effects import Effect
+from coordinator.aggregation.core.machine import JobRanges, stale_term
+from coordinator.aggregation.core.state import Array
 from coordinator.aggregation.exchange import SERVICE, ExchangeServicer
 from coordinator.aggregation.gauges import JobGauges
 from coordinator.aggregation.hosting import HostedJob
 from phalanx import numeric_fingerprint
 from phalanx.clients.storage import StorageClient
-from phalanx.errors import DataLoss, InvalidArgument, NotFound, PhalanxError, Unavailable
-from phalanx.ids import new_id
+from phalanx.errors import DeadlineExceeded, PhalanxError, Unavailable
+from phalanx.ids import new_incarnation
 from phalanx.optimizers import build_optimizer
 from phalanx.rpc.member_session import MemberSession, Refused
 from phalanx.rpc.process import announce
@@ -31,10 +35,13 @@ from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_pb2
 from phalanx.v1 import storage_service_pb2 as storage
 from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import ParameterRange
 
 EXPIRE_EVERY_S = 30.0
-_RETRY_S = 0.2
-# A vector of 100 MB in flight from many workers must not wait for stream windows.
+STORAGE_PORT = 7420
+_RETRY_FIRST_S = 0.1
+_RETRY_LONGEST_S = 2.0
+# One stream per worker process and job may share a connection.
 _STREAM_OPTIONS = [("grpc.max_concurrent_streams", 1024)]
 
 _log = get_logger(__name__)
@@ -75,7 +82,7 @@ class Aggregator:
         self._config = config
         self._metrics = metrics
         self._id = config.id
-        self._incarnation = new_id("aggregator")
+        self._incarnation = new_incarnation()
         self._address = ""
         self._generation = 0
         self._jobs: dict[str, HostedJob] = {}
@@ -141,8 +148,9 @@ class Aggregator:
         return coordination.Heartbeat(resident_bytes=self._process.memory_info().rss)
 
     def _on_open(self, welcome: coordination.Welcome) -> None:
-        if welcome.storage_address and self._storage is None:
-            self._storage_found(welcome.storage_address)
+        if self._storage is None:
+            host = self._config.control[0].rpartition(":")[0]
+            self._storage_found(welcome.storage_address or f"{host}:{STORAGE_PORT}")
         for job in self._jobs.values():
             self._say_ready(job)
             job.session_opened()
@@ -195,9 +203,8 @@ class Aggregator:
         job_id = message.plan.job_id
         old = self._jobs.pop(job_id, None)
         if old is not None:
-            await old.close()
-        await self._storage_known.wait()
-        assert self._storage is not None
+            await old.close(stale_term(job_id, old.ranges.term, message.term))
+        storage = await self._known_storage()
         owned = [piece for piece in message.ranges if piece.aggregator_id == self._id]
         train = JobSpec.FromString(message.plan.spec).train
         ranges = JobRanges(
@@ -208,41 +215,49 @@ class Aggregator:
             RootDecider(message.plan, message.term) if owned[0].index == 0 else None,
         )
         try:
-            restored = await self._restored(message, ranges)
-        except (DataLoss, NotFound, InvalidArgument) as error:
+            effects = await self._begin(message, ranges)
+        except PhalanxError as error:
             self._say_not_ready(message, error)
             return
         gauges = JobGauges(self._metrics, job_id)
-        job = HostedJob(ranges, self._storage, gauges, self._session.report)
+        job = HostedJob(
+            ranges, storage, gauges, self._session.report, lambda: self._session.connected
+        )
         self._jobs[job_id] = job
-        if restored is None:
-            job.perform(ranges.begin())
-        else:
-            job.restored(message.restore.step)
-            job.perform(
-                ranges.begin_restored(message.restore.step, restored, message.restore.root_state)
-            )
+        if message.HasField("restore"):
+            reached = old.ranges.version if old is not None else message.restore.step
+            job.restored(message.restore.step, reached - message.restore.step)
+        job.perform(effects)
         _log.info("ranges_loaded", job_id=job_id, term=message.term, version=ranges.version)
         self._say_ready(job)
 
-    async def _restored(self, message: coordination.AssignRanges, ranges: JobRanges) -> Any:
-        """The vectors of the owned ranges out of the checkpoint; None: there is none."""
+    async def _begin(self, message: coordination.AssignRanges, ranges: JobRanges) -> list[Effect]:
+        """Load the checkpoint, if there is one, and begin; waits as long as storage is away."""
         if not message.HasField("restore"):
-            return None
+            return ranges.begin()
+        manifest = message.restore
         pieces = {piece.index: piece for piece in message.ranges}
-        return {
-            index: await self._read(message.restore, pieces[index])
-            for index in ranges.range_indexes
+        vectors = {
+            index: await self._read(manifest, pieces[index]) for index in ranges.range_indexes
         }
+        return ranges.begin_restored(manifest.step, vectors, manifest.root_state)
 
-    async def _read(self, manifest: storage.CheckpointManifest, piece: Any) -> Any:
-        assert self._storage is not None
+    async def _read(
+        self, manifest: storage.CheckpointManifest, piece: ParameterRange
+    ) -> tuple[Array, Mapping[str, Array]]:
+        wait_s = _RETRY_FIRST_S
         while True:
             try:
-                return await read_part(self._storage, manifest, piece)
-            except Unavailable as error:
+                return await read_part(await self._known_storage(), manifest, piece)
+            except (Unavailable, DeadlineExceeded) as error:
                 _log.warning("checkpoint_not_reachable", message=error.message)
-                await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+            wait_s = min(wait_s * 2, _RETRY_LONGEST_S)
+
+    async def _known_storage(self) -> StorageClient:
+        await self._storage_known.wait()
+        assert self._storage is not None
+        return self._storage
 
     def _say_ready(self, job: HostedJob) -> None:
         self._session.report(

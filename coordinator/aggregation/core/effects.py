@@ -3,8 +3,7 @@ outlive the process is in checkpoints, and a job that loses its aggregator repla
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from coordinator.aggregation.core.state import Snapshot
 from phalanx.v1 import training_pb2
@@ -26,11 +25,10 @@ class Committed:
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """New values of the job's metrics at one version."""
+class Points:
+    """New metric points (version, name, value); a replayed step gives equal ones."""
 
-    version: int
-    values: Mapping[str, float]
+    points: tuple[tuple[int, str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,8 @@ class StartCheckpoint:
 
     version: int
     final: bool
+    #: The term ends with it: everything waits until it is complete.
+    terminal: bool
     snapshot: Snapshot
     #: JSON of range 0's decisions; empty where range 0 is owned elsewhere.
     root_state: str = ""
@@ -59,14 +59,4 @@ class Failed:
     message: str
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something for the job's event log."""
-
-    type: str
-    message: str
-    version: int
-    details: Mapping[str, str] = field(default_factory=dict)
-
-
-Effect = Wake | Committed | Metrics | StartCheckpoint | Ended | Failed | Event
+Effect = Wake | Committed | Points | StartCheckpoint | Ended | Failed

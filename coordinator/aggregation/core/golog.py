@@ -13,12 +13,14 @@ class GoLog:
     def __init__(self) -> None:
         self._entries: list[tuple[int, int, bytes]] = []
         self._next = 0
+        self.newest = GoRecord()
 
     def append(self, go: GoRecord) -> None:
         """Encode a record and make it available to senders."""
         data = encode_response(pb.ExchangeResponseHeader(go_record=go))
         self._entries.append((self._next, go.version, data))
         self._next += 1
+        self.newest = go
 
     def after(self, number: int) -> tuple[int, bytes] | None:
         """Number and message of the first held record above `number`, if there is one."""

@@ -17,11 +17,9 @@ Rules that hold after every call:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
-from numpy.typing import NDArray
 
 from coordinator.aggregation.core.cursor import Cursor
 from coordinator.aggregation.core.effects import (
@@ -29,7 +27,7 @@ from coordinator.aggregation.core.effects import (
     Effect,
     Ended,
     Failed,
-    Metrics,
+    Points,
     StartCheckpoint,
     Wake,
 )
@@ -39,7 +37,6 @@ from coordinator.aggregation.core.plan import (
     expected_examples,
     round_spec,
 )
-from coordinator.aggregation.core.decider import Decider
 from coordinator.aggregation.core.roots import (
     AssignRoot,
     NonFiniteResult,
@@ -50,8 +47,9 @@ from coordinator.aggregation.core.roots import (
 from coordinator.aggregation.core.rounds import Disagreement, Round
 from coordinator.aggregation.core.state import Array, RangeParameters
 from coordinator.aggregation.core.versions import NONE
-from phalanx.errors import Aborted, FailedPrecondition, InvalidArgument
+from phalanx.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument
 from phalanx.optimizers import Optimizer
+from phalanx.training.decisions import RootDecider
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import training_pb2
 from phalanx.v1.training_pb2 import GoRecord
@@ -91,7 +89,7 @@ class JobRanges:
         term: int,
         owned: Sequence[training_pb2.ParameterRange],
         optimizer: Optimizer,
-        decider: Decider | None,
+        decider: RootDecider | None,
     ) -> None:
         """`decider` is given exactly where range 0 is among the `owned`."""
         self.plan = plan
@@ -110,7 +108,6 @@ class JobRanges:
         self._checkpoint_owed = False
         self.examples_lost = 0
         self.examples_doubled = 0
-        self.examples = 0
 
     # -- life cycle
 
@@ -126,7 +123,7 @@ class JobRanges:
     ) -> list[Effect]:
         """Continue at `version` with (parameters, optimizer state) per owned range.
 
-        Raises `DataLoss` where vectors do not fit the ranges.
+        Raises `DataLoss` where vectors or state do not fit the job.
         """
         for index, owned in self._ranges.items():
             parameters, state = vectors[index]
@@ -134,7 +131,17 @@ class JobRanges:
             owned.key = (version, NONE)
         if self._decider is None:
             return []
-        return self._issue(self._decider.restore(version, root_state))
+        try:
+            state = json.loads(root_state)
+            self.examples_lost = int(state.get("examples_lost", 0))
+            self.examples_doubled = int(state.get("examples_doubled", 0))
+            go = self._decider.restore(version, root_state)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataLoss(
+                f"the checkpoint at step {version} holds no state of range 0 that can be read: "
+                f"{error!r}"
+            ) from None
+        return self._issue(go)
 
     @property
     def range_indexes(self) -> list[int]:
@@ -145,6 +152,11 @@ class JobRanges:
     def version(self) -> int:
         """The newest version that all owned ranges hold whole; -1: none yet."""
         return min(owned.version for owned in self._ranges.values())
+
+    @property
+    def decider(self) -> RootDecider | None:
+        """Range 0's decisions and measurements, where it is owned here."""
+        return self._decider
 
     @property
     def is_root(self) -> bool:
@@ -192,17 +204,18 @@ class JobRanges:
 
     # -- from control and the checkpoint writer
 
-    def pause(self, elapsed_s: float) -> list[Effect]:
+    def pause(self) -> list[Effect]:
         """Pause at the next step boundary; at once where no round has begun to change anything."""
         if self._decider is None:
             return []
         self._decider.request_pause()
-        untouched = all(
-            owned.round is not None and not owned.touched for owned in self._ranges.values()
+        go = self._waiting_train_record()
+        if go is None:
+            return []
+        record = GoRecord(
+            version=go.version, round=go.round + 1, action=GoRecord.ACTION_PAUSE, checkpoint=True
         )
-        if untouched and len(self._ranges) == self.plan.range_count and self.version > NONE:
-            return self._issue(self._decider.interrupt(elapsed_s))
-        return []
+        return self._issue(record)
 
     def fail(self, reason: str, message: str) -> list[Effect]:
         """End the term as failed, at once: the open round may never complete."""
@@ -211,7 +224,7 @@ class JobRanges:
         self._failed = True
         effects: list[Effect] = [Failed(reason, message)]
         if self._decider is not None and self._terminal is None:
-            effects += self._issue(self._decider.fail(reason))
+            effects += self._issue(self._decider.failed(reason))
         return effects
 
     def checkpoint_done(self) -> None:
@@ -222,11 +235,7 @@ class JobRanges:
 
     def _check_term(self, term: int) -> None:
         if term != self.term:
-            raise Aborted(
-                f"job {self.plan.job_id} is in term {self.term}, not {term}",
-                reason="STALE_TERM",
-                details={"current_term": str(self.term)},
-            )
+            raise stale_term(self.plan.job_id, term, self.term)
 
     def _fill(
         self,
@@ -261,6 +270,7 @@ class JobRanges:
                 self._go_log.drop_before(version)
 
     def _close(self, owned: _Range, current: Round, elapsed_s: float) -> list[Effect]:
+        sums = owned.root.result.tolist() if isinstance(owned.root, SumRoot) else []
         owned.round = owned.root = None
         if self._decider is None or owned is not self._ranges[0]:
             return self._open_pending(owned)
@@ -269,26 +279,28 @@ class JobRanges:
         if spec.action == GoRecord.ACTION_INITIALISE:
             go = self._decider.initialised(elapsed_s)
         elif spec.action == GoRecord.ACTION_EVALUATE:
-            go = self._decider.evaluated(self._sums, totals.example_count, elapsed_s)
+            go = self._decider.evaluated(sums, totals.example_count, elapsed_s)
         else:
             effects.append(self._account(spec.version, totals.example_count))
             go = self._decider.committed(
                 spec.version + 1, totals.example_count, totals.loss_sum, elapsed_s
             )
-        values = self._decider.take_metrics()
-        if values:
-            effects.append(Metrics(owned.version, values))
+        points = self._decider.take_points()
+        if points:
+            effects.append(Points(tuple(points)))
         return effects + self._issue(go)
 
-    @property
-    def _sums(self) -> NDArray[np.float64]:
-        root = self._ranges[0].root
-        assert isinstance(root, SumRoot)
-        return root.result.astype(np.float64)
+    def _waiting_train_record(self) -> GoRecord | None:
+        """The train record in force, if all ranges are here and none has applied a part of it."""
+        owned = list(self._ranges.values())
+        if len(owned) < self.plan.range_count or any(one.round is None for one in owned):
+            return None
+        go = self._go_log.newest
+        waiting = go.action == GoRecord.ACTION_TRAIN and not any(one.touched for one in owned)
+        return go if waiting and all(one.key == owned[0].key for one in owned) else None
 
     def _account(self, version: int, count: int) -> Committed:
         expected = expected_examples(self.plan, version)
-        self.examples += count
         self.examples_lost += max(expected - count, 0)
         # Each shard fills one place of the tree, so this stays 0; it is counted to be seen to.
         self.examples_doubled += max(count - expected, 0)
@@ -362,17 +374,35 @@ class JobRanges:
 
     def _checkpoint(self, owned: _Range, go: GoRecord) -> list[Effect]:
         final = go.action == GoRecord.ACTION_STOP
-        if not (go.checkpoint or final or go.action == GoRecord.ACTION_PAUSE):
+        terminal = final or go.action == GoRecord.ACTION_PAUSE
+        if not (go.checkpoint or terminal):
             return []
         snapshot = owned.parameters.snapshot(go.version)
         root_state = ""
         if self._decider is not None:
             self._checkpoint_open = True
-            root_state = self._decider.state()
-        return [StartCheckpoint(go.version, final, snapshot, root_state)]
+            root_state = self._state()
+        return [StartCheckpoint(go.version, final, terminal, snapshot, root_state)]
+
+    def _state(self) -> str:
+        """What range 0's part of a checkpoint keeps: the decider's state and our own counts."""
+        assert self._decider is not None
+        state = json.loads(self._decider.state())
+        state["examples_lost"] = self.examples_lost
+        state["examples_doubled"] = self.examples_doubled
+        return json.dumps(state, sort_keys=True)
 
     def _end(self, owned: _Range, go: GoRecord) -> list[Effect]:
         owned.ended = True
         owned.round = owned.root = None
         owned.pending.clear()
         return [Ended(go)] if all(other.ended for other in self._ranges.values()) else []
+
+
+def stale_term(job_id: str, term: int, current: int) -> Aborted:
+    """The error that another term than the current one gets."""
+    return Aborted(
+        f"job {job_id} is in term {current}, not {term}",
+        reason="STALE_TERM",
+        details={"current_term": str(current)},
+    )

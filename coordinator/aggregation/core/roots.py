@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from coordinator.aggregation.core.rounds import Totals
 from coordinator.aggregation.core.state import RangeParameters
+from phalanx.reduction import all_finite
 
 
 class NonFiniteResult(Exception):
@@ -65,9 +66,8 @@ class OptimizerRoot:
         if values is None or totals.example_count == 0:
             self._parameters.keep(index, self._version)
             return True
-        require_finite(values, "the sum of finite gradients overflowed")
         updated = self._parameters.apply(index, self._version, values, totals.example_count)
-        require_finite(updated, "the update made parameters that are not finite")
+        require_finite(updated, f"step {self._version + 1} made parameters that are not finite")
         self._parameters.versions.publish(self._version + 1, index, updated)
         return True
 
@@ -93,5 +93,5 @@ class SumRoot:
 
 def require_finite(values: NDArray[np.generic], message: str) -> None:
     """Raise `NonFiniteResult` with `message` if any element is NaN or infinite."""
-    if not np.isfinite(values).all():
+    if not all_finite(values):
         raise NonFiniteResult(message)

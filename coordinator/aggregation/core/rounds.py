@@ -90,9 +90,11 @@ class Round:
     def take(self, index: int) -> NDArray[np.generic] | None:
         """Hand over the reduced frame `index`, None where no shard was present, and forget it."""
         reducer = self._reducers[index]
-        assert reducer is not None and reducer.complete
+        assert reducer is not None
+        assert reducer.complete
         self._reducers[index] = None
         self._open -= 1
+        values: NDArray[np.generic] | None
         values, present = reducer.result
         if present != self._scalars.present:
             raise Disagreement(
@@ -152,15 +154,15 @@ class _NodeScalars:
         self.present |= mask
         present = mask != 0
         own = mask >> node.first
-        self._losses.fill(node, np.array([loss]) if present else None, own)
-        self._counts.fill(node, np.array([count], np.int64) if present else None, own)
+        self._losses.fill(node, loss if present else None, own)
+        self._counts.fill(node, count if present else None, own)
 
     def totals(self) -> Totals:
         losses, _ = self._losses.result
         counts, _ = self._counts.result
         if losses is None or counts is None:
             return Totals(0, 0.0, 0)
-        return Totals(int(counts[0]), float(losses[0]), self.present)
+        return Totals(counts, losses, self.present)
 
     def _disagreement(self, node: Node, what: str) -> Disagreement:
         spec = self._spec

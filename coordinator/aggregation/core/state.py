@@ -106,7 +106,8 @@ class RangeParameters:
     def snapshot(self, version: int) -> Snapshot:
         """The range at `version`, which must be whole and not yet followed by another frame."""
         held = self.versions.get(version)
-        assert held is not None and held.whole and self.versions.newest_whole == version
+        assert held is not None
+        assert self.versions.newest_whole == version
         assert self.versions.following(version) is None, "the state has moved on"
         snapshot = Snapshot(
             range=self.piece,

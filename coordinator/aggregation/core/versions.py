@@ -32,6 +32,7 @@ class Version:
 
     @property
     def whole(self) -> bool:
+        """Every frame was published."""
         return len(self.order) == len(self.frames)
 
 
@@ -84,7 +85,7 @@ class VersionStore:
             raise Internal(f"frame {index} of version {number} was made twice")
         header = self._headers[index]
         header.frame.version = number
-        version.frames[index] = encode_response(header, memoryview(values))
+        version.frames[index] = encode_response(header, values.data)
         version.order.append(index)
         if version.whole:
             self.newest_whole = number
