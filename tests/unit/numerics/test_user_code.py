@@ -113,9 +113,13 @@ def test_jobs_with_files_of_the_same_name_do_not_see_each_other(tmp_path: Path) 
     for _ in range(2):
         assert one.initial_parameters(0)[0] == 1.0
         assert two.initial_parameters(0)[0] == 5.0
-        # `late` is imported inside the leaf, each time anew.
+        # `late` is imported inside the leaf, not when the model is built.
         first = one.gradient(w, batch(), out).loss_sum
+        late = sys.modules["late"]
         assert two.gradient(w, batch(), out).loss_sum == 10 * first
+        assert sys.modules["late"] is not late
+        one.gradient(w, batch(), out)
+        assert sys.modules["late"] is late
         assert two.evaluate(w, batch())[0] == 10 * one.evaluate(w, batch())[0]
         assert one.predict(w, batch().features).shape == two.predict(w, batch().features).shape
 
