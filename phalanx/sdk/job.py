@@ -160,10 +160,12 @@ class Job:
     def wait(self, timeout_s: float | None = None) -> Result:
         """Block until the job has ended; return its result.
 
-        Raises JobFailed or JobCancelled when it ended without one, and DeadlineExceeded after
-        ``timeout_s``; the job goes on then.
+        A cluster that goes away for a while (a control process restarts) is asked again. Raises
+        JobFailed or JobCancelled when the job ended without a result, DeadlineExceeded after
+        ``timeout_s`` (the job goes on then) and Unavailable when the cluster stays away.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        answered_s = time.monotonic()
         wait_s = 0.05
         while not self.done:
             if deadline is not None and time.monotonic() >= deadline:
@@ -175,7 +177,12 @@ class Job:
                 wait_s if deadline is None else min(wait_s, max(deadline - time.monotonic(), 0))
             )
             wait_s = min(wait_s * 1.5, 0.5)
-            self.refresh()
+            try:
+                self.refresh()
+                answered_s = time.monotonic()
+            except Unavailable:
+                if time.monotonic() - answered_s > REATTACH_S:
+                    raise
         self.raise_if_failed()
         return result_value(self.message.result)
 
