@@ -35,12 +35,10 @@ class Batch:
     Attributes:
         features: (rows, features) in the dtype of the parameters; dense C order or CSR.
         targets: (rows,) int64 class indices, or the regression targets in the same dtype.
-        weights: (rows,) row weights; None: all 1.
     """
 
     features: Array | csr_array
     targets: Array
-    weights: Array | None = None
 
     @property
     def rows(self) -> int:
@@ -66,7 +64,10 @@ class LeafSums:
 
 
 class Model(Protocol):
-    """The functions of one job. All are pure: equal arguments give equal bits."""
+    """The functions of one job, for one thread at a time.
+
+    All are pure: equal arguments give equal bits.
+    """
 
     @property
     def layout(self) -> Layout:

@@ -74,7 +74,8 @@ class Logistic:
     def evaluate(self, scores: Array, targets: Array) -> Float64:
         """See ``OutputLayer``."""
         z = scores[:, 0]
-        correct = np.count_nonzero((z > 0) == (targets > 0))
+        # The probability, not the score, as that is what predictions are made from.
+        correct = np.count_nonzero((_sigmoid(z) > 0.5) == (targets > 0))
         return np.array([_logistic_loss(z, targets), correct], np.float64)
 
     def predict(self, scores: Array) -> Array:
@@ -96,8 +97,9 @@ class Softmax:
 
     def evaluate(self, scores: Array, targets: Array) -> Float64:
         """See ``OutputLayer``."""
+        loss = _softmax_in_place(scores, targets)
         correct = np.count_nonzero(scores.argmax(axis=1) == targets)
-        return np.array([_softmax_in_place(scores, targets), correct], np.float64)
+        return np.array([loss, correct], np.float64)
 
     def predict(self, scores: Array) -> Array:
         """See ``OutputLayer``."""

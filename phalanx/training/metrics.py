@@ -1,4 +1,8 @@
-"""From sums over rows to metrics with names like ``test/accuracy``."""
+"""From sums over rows to metrics with names like ``test/accuracy``.
+
+Losses are means over examples and hold no L2 penalty: they measure the model, not its size.
+``train/loss`` of a step is that of its batch at the version from which the step started.
+"""
 
 from __future__ import annotations
 

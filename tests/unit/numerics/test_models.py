@@ -111,6 +111,22 @@ def test_evaluation_agrees_with_gradient_and_prediction(name: str) -> None:
         assert sums["absolute_error"] == pytest.approx(np.abs(error).sum())
 
 
+@pytest.mark.parametrize("name", ["logistic without bias", "softmax"])
+def test_accuracy_counts_what_is_predicted_also_where_classes_tie(name: str) -> None:
+    """Scores so close that the probabilities round to the same number."""
+    model, classes = make(name, "float32")
+    rng = np.random.default_rng(0)
+    w = (rng.standard_normal(model.layout.element_count) * 3e-8).astype(np.float32)
+    features = rng.standard_normal((500, FEATURES)).astype(np.float32)
+    targets = rng.integers(0, classes, 500)
+    predicted = model.predict(w, features).argmax(axis=1)
+    sums = dict(
+        zip(model.evaluation_sums, model.evaluate(w, Batch(features, targets)), strict=True)
+    )
+    assert sums["correct"] == (predicted == targets).sum()
+    assert len(set(model.predict(w, features).max(axis=1))) < 10
+
+
 def test_extreme_scores_stay_finite() -> None:
     for name in ("logistic", "softmax"):
         model, classes = make(name, "float32")
