@@ -76,7 +76,7 @@ class BlobTransfers:
 
     async def get_to(self, digest: str, path: Path, timeout_s: float | None) -> int:
         """Write a blob to a file, which appears whole or not at all; return its size."""
-        sink = await asyncio.to_thread(FileSink, path)
+        sink = FileSink(path)
         try:
             await self._download(pb.GetBlobRequest(digest=digest), sink.write, timeout_s)
             _same(digest, await sink.digest())

@@ -173,12 +173,13 @@ class StorageClient:
         Where truncation dropped the first ones, it begins with the first that is left. Goes on
         where it was when the connection breaks.
         """
-        position, left = from_sequence, max_records
+        position = from_sequence
+        left = max_records or _END
         while True:
             request = pb.ReadJournalRequest(
                 stream=stream,
                 from_sequence=position,
-                max_records=min(left, _PAGE_RECORDS) or _PAGE_RECORDS,
+                max_records=min(left, _PAGE_RECORDS),
             )
             records, end = await self._read_page(request, timeout_s)
             if records and position > from_sequence and records[0].sequence != position:
@@ -191,7 +192,7 @@ class StorageClient:
             if records:
                 position = records[-1].sequence + 1
             left -= len(records)
-            if not records or position >= end or (max_records and left <= 0):
+            if not records or position >= end or left <= 0:
                 return
 
     async def journal_end(self, stream: str) -> int:

@@ -4,12 +4,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
+from typing import Any
 
-from phalanx.errors import DeadlineExceeded, ResourceExhausted
+from phalanx.errors import DeadlineExceeded, PhalanxError, ResourceExhausted
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.core.keys import check_digest, invalid
 from storage.interfaces import BlobReader, BlobStore, BlobWriter, StoredBlob
-from storage.service.operations import Operations, settled
+from storage.service.operations import Operations, made, settled
 
 CHUNK_BYTES = 1024 * 1024
 """Size of the messages of a download."""
@@ -58,23 +59,23 @@ class BlobCalls:
         pool = self._operations.blob_pool
         # 0 is what a client sends that does not set the field: nobody announces an empty blob.
         expected_bytes = first.expected_bytes if first.expected_bytes > 0 else -1
-        writer = await loop.run_in_executor(pool, self._blobs.writer, expected_bytes)
-        work: asyncio.Future[None] = loop.run_in_executor(pool, writer.write, first.chunk)
+        writer = await made(pool, lambda: self._blobs.writer(expected_bytes), BlobWriter.abort)
+        work: asyncio.Future[Any] = loop.run_in_executor(pool, writer.write, first.chunk)
         try:
             # Reads the next message while a thread hashes and writes the one before.
             while (request := await _next(requests)) is not None:
                 await asyncio.shield(work)
                 work = loop.run_in_executor(pool, writer.write, request.chunk)
             await asyncio.shield(work)
-            return await loop.run_in_executor(
-                pool, writer.commit, first.expected_digest, expected_bytes
-            )
+            work = loop.run_in_executor(pool, writer.commit, first.expected_digest, expected_bytes)
+            stored: StoredBlob = await asyncio.shield(work)
+            return stored
         except BaseException:
             await self._abandon(writer, work)
             raise
 
-    async def _abandon(self, writer: BlobWriter, work: asyncio.Future[None]) -> None:
-        """Remove what was written, once no thread is writing any more."""
+    async def _abandon(self, writer: BlobWriter, work: asyncio.Future[Any]) -> None:
+        """Remove what was written, once no thread is at it any more."""
 
         await settled(work)
         pool = self._operations.blob_pool
@@ -82,7 +83,7 @@ class BlobCalls:
 
     async def get(self, request: pb.GetBlobRequest) -> AsyncGenerator[pb.GetBlobResponse]:
         """Yield a blob, or a part of it."""
-        reader = await self._operations.blobs("open_blob", lambda: self._blobs.open(request.digest))
+        reader = await self._open(request.digest)
         try:
             length = request.length or reader.size_bytes - request.offset
             chunks = reader.chunks(request.offset, length, CHUNK_BYTES)
@@ -97,6 +98,15 @@ class BlobCalls:
                 yield pb.GetBlobResponse(size_bytes=reader.size_bytes)
         finally:
             reader.close()
+
+    async def _open(self, digest: str) -> BlobReader:
+        started_s = time.perf_counter()
+        pool = self._operations.blob_pool
+        try:
+            return await made(pool, lambda: self._blobs.open(digest), BlobReader.close)
+        except PhalanxError as error:
+            self._operations.observe("get_blob", started_s, error)
+            raise
 
     async def check(self, request: pb.CheckBlobsRequest) -> pb.CheckBlobsResponse:
         """Say which digests are missing; the others are young from now on."""

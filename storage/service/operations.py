@@ -100,6 +100,21 @@ async def _prefetched(items: Iterator[ResultT], pool: Executor) -> AsyncGenerato
         await settled(upcoming)
 
 
+async def made(
+    pool: Executor, make: Callable[[], ResultT], discard: Callable[[ResultT], None]
+) -> ResultT:
+    """Return what ``make`` makes in a thread; discard it if this call is cancelled meanwhile."""
+    loop = asyncio.get_running_loop()
+    work = loop.run_in_executor(pool, make)
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await settled(work)
+        if not work.cancelled() and work.exception() is None:
+            await asyncio.shield(loop.run_in_executor(pool, discard, work.result()))
+        raise
+
+
 async def settled(work: asyncio.Future[ResultT]) -> None:
     """Wait for the end of work in a thread, whose outcome nobody needs any more."""
     await asyncio.wait([work])
