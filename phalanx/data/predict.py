@@ -1,9 +1,8 @@
 """Predicting with a trained model: raw rows in, original labels out.
 
-Rows go through the model in blocks of ``BLOCK_ROWS``, the last one filled up with zeros, and with
-one BLAS thread. Matrix products of other heights have other bits; with one height a row's
-prediction depends neither on how many rows were asked for, nor on whether they came raw or
-prepared.
+Rows go through the model in blocks of ``BLOCK_ROWS``, the last one filled up with zeros. Matrix
+products of other heights have other bits; with one height a row's prediction depends neither on how
+many rows were asked for, nor on whether they came raw or prepared.
 """
 
 import hashlib
@@ -22,7 +21,6 @@ import scipy.sparse
 from google.protobuf.json_format import ParseDict, ParseError
 from numpy.typing import NDArray
 
-from phalanx.blas import one_blas_thread
 from phalanx.data.manifest import Statistics, columns_from, label_from_text
 from phalanx.data.model_files import (
     DESCRIPTION_FILE,
@@ -157,8 +155,7 @@ class LoadedModel:
         for block, rows in self._blocks(pieces):
             if self._scales is not None:
                 standardise(block, *self._scales)
-            with one_blas_thread():
-                outputs = self.model.predict(self.parameters, block)[:rows]
+            outputs = self.model.predict(self.parameters, block)[:rows]
             if self.task == "classification":
                 yield Predictions(self.classes[outputs.argmax(axis=1)], outputs)
             else:
