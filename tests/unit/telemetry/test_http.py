@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter
 from phalanx.telemetry import http
 from phalanx.telemetry.http import MetricsServer
 
-GUARD_S = 30.0
+GUARD_S = 10.0
 
 
 class Health:
@@ -96,6 +96,7 @@ async def test_more_connections_than_the_bound_are_closed_at_once(
     server: MetricsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http, "_CONNECTIONS", 1)
+    monkeypatch.setattr(http, "_REQUEST_TIMEOUT_S", 10 * GUARD_S)
     host, port = server.address.split(":")
     _, first = await asyncio.open_connection(host, int(port))
     reader, second = await asyncio.open_connection(host, int(port))
@@ -105,7 +106,10 @@ async def test_more_connections_than_the_bound_are_closed_at_once(
     second.close()
 
 
-async def test_stop_does_not_wait_for_mute_clients(server: MetricsServer) -> None:
+async def test_stop_does_not_wait_for_mute_clients(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "_REQUEST_TIMEOUT_S", 10 * GUARD_S)
     host, port = server.address.split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     await _ask(server, _get("/healthz"))  # By now the mute connection has been accepted as well.
