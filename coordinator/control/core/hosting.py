@@ -33,6 +33,14 @@ class _Wish:
     balance: bool
 
 
+@dataclass(frozen=True)
+class _Moves:
+    """Workers that got shards of one tree: those that nobody hosted, and those of slower hosts."""
+
+    placed: list[str]
+    balanced: list[str]
+
+
 WAITS = frozenset(("WAITING_FOR_WORKERS", "WAITING_FOR_FINGERPRINT"))
 
 
@@ -60,13 +68,16 @@ def sync(
     announce_ineligible(core, job, group)
     hosts = choose_hosts(core, job, group)
     _wait_or_not(core, job, bool(hosts))
-    moved: list[str] = []
-    for tree, known in ((job.train, freed), (job.evaluation, freed_evaluation)):
-        moved += _place(core, job, tree, hosts, _Wish(frozenset(known), avoided, balance))
+    train = _place(core, job, job.train, hosts, _Wish(frozenset(freed), avoided, balance))
+    wish = _Wish(frozenset(freed_evaluation), avoided, balance)
+    evaluation = _place(core, job, job.evaluation, hosts, wish)
     _send_differences(core, job, hosts)
     _revoke_strangers(core, job, hosts)
-    if moved and cause:
-        _tell(core, job, moved, cause, incident_id)
+    if cause and (train.placed or evaluation.placed):
+        core.observe("redispatches_total", len(train.placed) + len(evaluation.placed), cause=cause)
+        _tell(core, job, train.placed, evaluation.placed, cause, incident_id)
+    if train.balanced or evaluation.balanced:
+        _tell(core, job, train.balanced, evaluation.balanced, "balance", "")
 
 
 def job_plan(core: Core, job: JobRuntime) -> JobPlan:
@@ -115,8 +126,8 @@ def _wait_or_not(core: Core, job: JobRuntime, hosted: bool) -> None:
 
 def _place(
     core: Core, job: JobRuntime, tree: TreePlacement, hosts: dict[str, Worker], wish: _Wish
-) -> list[str]:
-    """Place one tree; return the new host of every shard that had none."""
+) -> _Moves:
+    """Place one tree: first what nobody hosts, then, if wished, more evenly."""
     staying = {key: worker.slots for key, worker in hosts.items()}
     ready = {key: staying[key] for key in staying if key in job.hosts and job.hosts[key].ready}
     adopting = core.now.monotonic_s < job.adopt_until_s
@@ -133,9 +144,11 @@ def _place(
             tree.owners, orphans, tree.width, takers, tree.keepers, avoided
         )
     tree.owners = result.owners
-    if wish.balance and not adopting and not result.moved:
-        _balance(core, job, tree, staying, takers)
-    return [result.owners[shard] for shard in sorted(result.moved)]
+    placed = [result.owners[shard] for shard in sorted(result.moved)]
+    balanced = []
+    if wish.balance and not adopting and not placed:
+        balanced = _balance(core, job, tree, staying, takers)
+    return _Moves(placed, balanced)
 
 
 def _hand_over(core: Core, job: JobRuntime, tree: TreePlacement, staying: dict[str, int]) -> None:
@@ -157,20 +170,14 @@ def _balance(
     tree: TreePlacement,
     staying: dict[str, int],
     takers: dict[str, int],
-) -> None:
+) -> list[str]:
     result = placement.rebalance(tree.owners, tree.width, staying, takers)
     for shard in result.moved:
         tree.keepers[shard] = tree.owners[shard]
     if result.moved:
         _keep(core, job)
-        core.emit(
-            "SHARDS_MOVED",
-            result.reason,
-            job_id=job.job_id,
-            after=job.after,
-            details={"shards": len(result.moved), "cause": "balance"},
-        )
     tree.owners = result.owners
+    return [result.owners[shard] for shard in sorted(result.moved)]
 
 
 def _keep(core: Core, job: JobRuntime) -> None:
@@ -225,15 +232,27 @@ def _revoke_strangers(core: Core, job: JobRuntime, hosts: dict[str, Worker]) -> 
             revoke(core, job, worker_id, hosting.term, "the worker does not host this job", 0)
 
 
-def _tell(core: Core, job: JobRuntime, moved: list[str], cause: str, incident_id: str) -> None:
-    takers = ", ".join(sorted(set(moved)))
-    core.observe("redispatches_total", len(moved), cause=cause)
+def _tell(
+    core: Core,
+    job: JobRuntime,
+    train: list[str],
+    evaluation: list[str],
+    cause: str,
+    incident_id: str,
+) -> None:
+    takers = ", ".join(sorted({*train, *evaluation}))
+    also = f" and {len(evaluation)} evaluation shards" if evaluation else ""
     core.emit(
         "SHARDS_MOVED",
-        f"{len(moved)} shards moved to {takers}",
+        f"{len(train)} shards{also} moved to {takers}",
         job_id=job.job_id,
         after=job.after,
         incident_id=incident_id,
         step=job.step,
-        details={"shards": len(moved), "workers": takers, "cause": cause},
+        details={
+            "shards": len(train),
+            "evaluation_shards": len(evaluation),
+            "workers": takers,
+            "cause": cause,
+        },
     )

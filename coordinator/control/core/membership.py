@@ -180,15 +180,16 @@ def lose_worker(
     worker.reason = "drained" if left else why
     if left:
         _drain_done(core, worker)
-    touched = [job for job in core.running() if worker.id in job.hosts]
+    touched = _hosted_by(core, worker)
     incident = None
     if not left or touched:
         incident = incidents.detected(core, cause, worker.id, suspected_s)
         incident.jobs = {job.job_id: job.step for job in touched if job.train.held_by(worker.id)}
-    core.emit(
+    _tell_of_worker(
+        core,
+        worker,
+        touched,
         "WORKER_LEFT" if left else "WORKER_LOST",
-        f"{worker.id}: {worker.reason}",
-        worker_id=worker.id,
         incident_id=incident.id if incident is not None else "",
         details={"cause": cause, "incarnation": worker.hello.incarnation},
     )
@@ -216,7 +217,7 @@ def start_drain(core: Core, worker: Worker, reason: str) -> None:
     if worker.state not in (WorkerView.STATE_READY, WorkerView.STATE_SUSPECTED):
         return
     worker.state, worker.reason = WorkerView.STATE_DRAINING, reason
-    core.emit("WORKER_DRAINING", f"{worker.id}: {reason}", worker_id=worker.id)
+    _tell_of_worker(core, worker, _hosted_by(core, worker), "WORKER_DRAINING")
     for job in core.running():
         if worker.id in job.hosts:
             hosting.sync(core, job, cause="drain")
@@ -229,6 +230,19 @@ def finish_drain(core: Core, worker: Worker) -> None:
     if worker.state == WorkerView.STATE_DRAINING and not busy and not worker.released:
         worker.released = True
         core.send(worker.session, pb.SessionResponse(drain=pb.Drain()))
+
+
+def _hosted_by(core: Core, worker: Worker) -> list[JobRuntime]:
+    return [job for job in core.running() if worker.id in job.hosts]
+
+
+def _tell_of_worker(
+    core: Core, worker: Worker, jobs: list[JobRuntime], type_: str, **fields: object
+) -> None:
+    """Write one event for each job that the worker hosts, so that their watchers see it."""
+    text = f"{worker.id}: {worker.reason}"
+    for job_id in [job.job_id for job in jobs] or [""]:
+        core.emit(type_, text, job_id=job_id, worker_id=worker.id, **fields)  # type: ignore[arg-type]
 
 
 def _wrong_hello(
@@ -387,7 +401,7 @@ def _suspect(core: Core) -> None:
         elif member.state == WorkerView.STATE_READY:
             member.state = WorkerView.STATE_SUSPECTED
             member.reason = f"not heard of for {now - member.heard_s:.1f} s"
-            core.emit("WORKER_SUSPECTED", f"{member.id}: {member.reason}", worker_id=member.id)
+            _tell_of_worker(core, member, _hosted_by(core, member), "WORKER_SUSPECTED")
 
 
 def _declare_lost(core: Core, member: Worker | Aggregator) -> None:
