@@ -92,13 +92,13 @@ def _tick(core: Core) -> None:
     now = core.now.monotonic_s
     for job in list(core.jobs.values()):
         terms.check_describe_deadline(core, job)
+        _watch_fingerprint(core, job)
     for job in core.running():
         if job.adopt_until_s and now >= job.adopt_until_s:
             job.adopt_until_s = 0.0
             hosting.sync(core, job, cause="take_over", balance=True)
         hosting.release_keepers(core, job)
         _watch_owners(core, job)
-        _watch_fingerprint(core, job)
     for worker in core.workers.values():
         if worker.state == WorkerView.STATE_DRAINING and worker.connected:
             membership.finish_drain(core, worker)
@@ -143,6 +143,7 @@ def _watch_fingerprint(core: Core, job: JobRuntime) -> None:
     )
     job.told_ineligible.clear()
     hosting.sync(core, job, cause="fall_back")
+    terms.advance(core, job)
 
 
 def _member_said(core: Core, event: MemberSaid) -> None:

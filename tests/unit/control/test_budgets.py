@@ -125,3 +125,23 @@ def test_retry_goes_on_from_the_last_checkpoint(running: Any) -> None:
     assert running.state() == "RUNNING"
     assert running.core.facts.jobs["job-1"].term == 3, "one term ended the job, one began it again"
     assert running.told("a1", "assign_ranges")[-1].restore.step == 5
+
+
+def test_a_retried_job_falls_back_to_other_bits_while_it_queues(cluster: Any) -> None:
+    cluster.aggregator()
+    cluster.worker("w1")
+
+    def fall_back(spec: Any) -> None:
+        spec.reproducibility.bitwise.fall_back_after.seconds = 5
+
+    cluster.submit(edit=fall_back)
+    for _ in range(3):
+        leaf_failure(cluster, "w1", pb.LeafFailed.KIND_HUNG)
+    assert cluster.state() == "FAILED"
+    cluster.kill("w1")
+    cluster.worker("odd", fingerprint="g")
+    cluster.call(ev.RetryJob, "job-1")
+    assert (cluster.state(), cluster.job().reason) == ("QUEUED", "WAITING_FOR_FINGERPRINT")
+    cluster.advance(7.0)
+    assert cluster.state() == "RUNNING"
+    assert "BIT_IDENTITY_LOST" in cluster.types()
