@@ -1,0 +1,183 @@
+"""Real processes, real signals, and a job whose leaves can be held while a signal is sent."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+import phalanx
+from phalanx.errors import Unavailable
+from phalanx.sdk.job import Job
+from phalanx.sdk.values import Event
+
+GUARD_S = 90.0
+"""Deadline of every wait; reached only when something is broken."""
+
+GATED_MODEL = '''
+"""A softmax regression whose leaves wait while a file is there, and say that they do."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from phalanx.models import UserModel
+
+GATE = Path(os.environ["PHALANX_TEST_GATE"])
+
+
+class Gated(UserModel):
+    def __init__(self, schema):
+        super().__init__(schema, {"w": (schema.features, schema.classes)})
+
+    def initial(self, seed):
+        rows, columns = self.layout.tensors[0].shape
+        return {"w": np.linspace(-1, 1, rows * columns).reshape(rows, columns)}
+
+    def loss_and_gradients(self, parameters, features, targets):
+        if (GATE / "hold").exists():
+            (GATE / f"entered-{os.getpid()}").touch()
+            while (GATE / "hold").exists():
+                time.sleep(0.002)
+        scores = features @ parameters["w"]
+        scores -= scores.max(axis=1, keepdims=True)
+        p = np.exp(scores)
+        p /= p.sum(axis=1, keepdims=True)
+        rows = np.arange(len(targets))
+        loss = -np.log(p[rows, targets]).sum()
+        p[rows, targets] -= 1
+        return float(loss), {"w": features.T @ p}
+
+    def predictions(self, parameters, features):
+        scores = features @ parameters["w"]
+        p = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return p / p.sum(axis=1, keepdims=True)
+'''
+
+
+def gated_job(steps: int = 60, shards: int = 11, **train: Any) -> dict[str, Any]:
+    """A job with an odd number of shards, short last leaves and a checkpoint every 10 steps."""
+    return {
+        "name": "chaos",
+        "data": {"name": "blobs", "shards": shards},
+        "code": {"files": {"gated.py": GATED_MODEL}},
+        "train": {
+            "model": {"custom": {"entrypoint": "gated:Gated"}},
+            "optimizer": {"adam": {"learning_rate": 0.01}},
+            "batch_size": 330,
+            "stop": {"steps": steps},
+            "evaluation": {"every_steps": 25},
+            "checkpoints": {"every_steps": 10},
+            **train,
+        },
+    }
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> Any:
+    """Poll until the condition is true; its value."""
+    deadline = time.monotonic() + GUARD_S
+    while True:
+        # A service that has just been killed is not there for a moment.
+        with contextlib.suppress(Unavailable):
+            if value := condition():
+                return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {GUARD_S:g} s for {what}")
+        time.sleep(0.01)
+
+
+@dataclass
+class Gate:
+    """Holds leaves in the middle of their work."""
+
+    folder: Path
+
+    def hold(self) -> None:
+        """Every leaf that begins from now on waits."""
+        for entered in self.folder.glob("entered-*"):
+            entered.unlink()
+        (self.folder / "hold").touch()
+
+    def release(self) -> None:
+        """All go on."""
+        (self.folder / "hold").unlink(missing_ok=True)
+
+    def entered(self) -> set[int]:
+        """Process ids of the leaf processes that wait in a leaf."""
+        return {int(path.name.partition("-")[2]) for path in self.folder.glob("entered-*")}
+
+
+class Arena:
+    """A cluster, its gate and the bits that every undisturbed run has."""
+
+    def __init__(self, cluster: phalanx.LocalCluster, gate: Gate) -> None:
+        self.cluster = cluster
+        self.gate = gate
+
+    def at_step(self, job: Job, step: int) -> None:
+        """Wait until the job has committed a step."""
+        wait_until(lambda: job.refresh().progress.step >= step or job.done, f"step {step}")
+        assert not job.done, "the job was over before the fault could be injected"
+
+    def caught_in_a_leaf(self) -> list[str]:
+        """Hold the gate; ids of the workers that are in the middle of a leaf, at least one."""
+        self.gate.hold()
+
+        def caught() -> list[str]:
+            entered = self.gate.entered()
+            found = []
+            for member in self.cluster.processes():
+                if member.role == "worker" and member.pid:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        children = psutil.Process(member.pid).children(recursive=True)
+                        if entered & {child.pid for child in children}:
+                            found.append(member.id)
+            return found
+
+        workers: list[str] = wait_until(caught, "a worker in the middle of a leaf")
+        return workers
+
+    def signal(self, member_id: str, number: int = signal.SIGKILL) -> None:
+        """Send a signal to one process of the cluster."""
+        os.kill(self.cluster.process(member_id).pid, number)
+
+    def events(self, kind: str) -> list[Event]:
+        """The events of one type so far."""
+        return [event for event in self.cluster.events() if event.type == kind]
+
+
+def blobs() -> tuple[np.ndarray, np.ndarray]:
+    """Three clouds of 1,000 points with features of very different sizes."""
+    rng = np.random.default_rng(17)
+    targets = rng.integers(0, 3, 1000)
+    features = rng.standard_normal((1000, 12)) + targets[:, None]
+    return (features * 10.0 ** rng.integers(-3, 3, 12)).astype(np.float32), targets
+
+
+def add_blobs(cluster: phalanx.Cluster) -> None:
+    """Register the data set of these tests."""
+    features, targets = blobs()
+    cluster.data.add("blobs", features, targets, test=0.2)
+
+
+@contextlib.contextmanager
+def arena(folder: Path, workers: int, **options: Any) -> Iterator[Arena]:
+    """A cluster of real processes with a gate."""
+    gate = Gate(folder)
+    environment = {"PHALANX_TEST_GATE": str(folder)}
+    with phalanx.LocalCluster(
+        workers=workers, slots=1, environment=environment, **options
+    ) as cluster:
+        try:
+            add_blobs(cluster)
+            yield Arena(cluster, gate)
+        finally:
+            gate.release()
