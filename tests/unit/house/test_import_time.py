@@ -29,7 +29,7 @@ def _loaded_by(statement: str) -> set[str]:
     [
         ("import phalanx", HEAVY),
         ("import phalanx.errors, phalanx.config, phalanx.ids", HEAVY),
-        ("import coordinator.control", {"numpy", "pyarrow", "scipy"}),
+        ("import coordinator.control.main", {"numpy", "pyarrow", "scipy"}),
         ("import phalanx.rpc.server, phalanx.rpc.process", {"numpy", "pyarrow", "scipy"}),
     ],
 )
