@@ -9,6 +9,7 @@ import pytest
 from sklearn.datasets import load_svmlight_file
 from sklearn.linear_model import LogisticRegression
 
+import phalanx
 from phalanx.data.ingest import ingest
 from phalanx.data.manifest import DatasetManifest
 from phalanx.data.options import IngestOptions
@@ -119,3 +120,30 @@ def test_the_data_of_the_demo_are_images_of_fashion_mnist(tmp_path: Path) -> Non
         rows, _ = rows_of(DirectoryBlobs(tmp_path), subset, split)
         known = {row.tobytes() for row in all_rows}
         assert all(row.tobytes() in known for row in rows)
+
+
+def test_adult_from_the_raw_file_to_labels_for_another_raw_file(tmp_path: Path) -> None:
+    folder = shared_data("adult")
+    job = {
+        "name": "income",
+        "data": {"name": "adult", "shards": 8},
+        "train": {
+            "model": {"logistic_regression": {}},
+            "optimizer": {"adam": {"learning_rate": 0.02}, "schedule": {"cosine": {}}},
+            "batch_size": 2048,
+            "stop": {"epochs": 40},
+        },
+    }
+    lines = (folder / "adult.test").read_text().splitlines()[1:]
+    rows = [line.rstrip(".") for line in lines if line]
+    raw = tmp_path / "people.csv"
+    raw.write_text("\n".join(rows))
+    with phalanx.LocalCluster(workers=0) as cluster:
+        cluster.data.add("adult", folder / "adult.data", missing="category", test=0.2)
+        result = cluster.submit(job).wait(timeout_s=200)
+        model = cluster.models.get(result.model)
+    assert result.metrics["test/accuracy"] >= 0.85
+    labels = model.predict(raw)
+    truth = np.array([row.rsplit(", ", 1)[1] for row in rows])
+    assert np.mean(labels == truth) >= 0.85
+    assert any("'column_14': missing values" in sentence for sentence in model.remarks.sentences)
