@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from phalanx.clients.storage import StorageClient
-
 from phalanx.config import parse
 from phalanx.errors import Unavailable
 from phalanx.rpc.process import announce, run_service

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import json
+import select
 import socket
 import struct
 from collections import deque
@@ -226,6 +227,8 @@ class BlockingConnection:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
         self._assembler = Assembler()
         self._ready: deque[Message] = deque()
         self._held_back = b""
@@ -242,6 +245,10 @@ class BlockingConnection:
     def send_with_next(self, kind: Kind, body: bytes) -> None:
         """Hold a message back and send it in one go with the next: one wake-up instead of two."""
         self._held_back += frame(kind, body)
+
+    def has_message(self) -> bool:
+        """Whether a message is here or arriving (or the other process is gone)."""
+        return bool(self._ready) or bool(self._poll.poll(0))
 
     def receive(self) -> Message:
         """Wait for the next message. Raises ConnectionClosed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,16 @@ class LeafLoop:
         self._page = page
         self._jobs: dict[int, JobWork | Exception] = {}
         self._job = -1
-        self._evaluation_scratch: dict[int, Scratch] = {}
+        #: Leaves (job, shard, step) whose rows can be gathered while there is nothing to do.
+        self._later: deque[tuple[JobWork, int, int]] = deque()
 
     def serve(self) -> None:
         """Handle messages; raises `ConnectionClosed` when the session process is gone."""
         output.redirect(lambda: (self._job, self._page.step, self._page.shard))
         self._connection.send(Kind.READY)
         while True:
+            while self._later and not self._connection.has_message():
+                self._read_ahead()
             message = self._connection.receive()
             match message.kind:
                 case Kind.RUN:
@@ -97,6 +101,7 @@ class LeafLoop:
 
     def _drop(self, message: ipc.Message) -> None:
         document, _ = ipc.unpack_json(message.body)
+        self._later.clear()
         work = self._jobs.pop(document["job"], None)
         if isinstance(work, JobWork):
             work.close()
@@ -131,9 +136,11 @@ class LeafLoop:
         try:
             work = self._jobs[order.job]
             if isinstance(work, JobWork) and order.action == GoRecord.ACTION_TRAIN:
-                self._name_chunks(work, order)
+                self._look_ahead(work, order)
             for index, (first, span, buffer) in enumerate(order.parts):
                 self._run_part(work, order, index, Node(first, span), buffer)
+            if isinstance(work, JobWork):
+                work.forget_rows()
         except _Cancelled:
             pass
         finally:
@@ -193,13 +200,15 @@ class LeafLoop:
 
     # Data
 
-    def _name_chunks(self, work: JobWork, order: ipc.RunOrder) -> None:
+    def _look_ahead(self, work: JobWork, order: ipc.RunOrder) -> None:
         """Let the session fetch what the leaves will need while the first of them runs."""
         shards = [
             shard
             for first, span, _ in order.parts
             for shard in range(first, min(first + span, work.plan.shards))
         ]
+        self._later.clear()
+        self._later.extend((work, shard, order.version + 1) for shard in shards)
         try:
             chunks = work.chunks_to_prefetch(shards, order.version)
         except Exception:  # noqa: BLE001
@@ -208,6 +217,15 @@ class LeafLoop:
         if chunks:
             named = [[chunk.digest, chunk.size_bytes] for chunk in chunks]
             self._connection.send(Kind.PREFETCH, ipc.pack_json({"chunks": named}))
+
+    def _read_ahead(self) -> None:
+        work, shard, step = self._later.popleft()
+        try:
+            if not work.read_ahead(shard, step):
+                self._later.clear()
+        except Exception:  # noqa: BLE001
+            # Whatever is wrong is reported by the leaf that meets it.
+            self._later.clear()
 
     def _fetch(self, chunk: ChunkInfo) -> Path:
         request = {"digest": chunk.digest, "size_bytes": chunk.size_bytes}

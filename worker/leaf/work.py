@@ -20,11 +20,16 @@ from phalanx.training.sampler import chunks_in_order, shard_rows
 from phalanx.training.start import load_start_parameters
 from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.core.rows import rows_of_shard
+from worker.leaf.read_ahead import ReadAhead
 from worker.leaf.reduce import Scratch
 from worker.memory import Arena
 
 Array = NDArray[Any]
 Fetch = Callable[[ChunkInfo], Path]
+
+
+class NotMapped(Exception):
+    """A chunk would have to be fetched."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class JobWork:
         self._paths = paths
         self._fetch = fetch
         self._hints = _Hints(fits)
+        self._may_fetch = True
 
     @cached_property
     def manifest(self) -> DatasetManifest:
@@ -93,9 +99,14 @@ class JobWork:
         return Scratch(self.plan.layout.element_count, self.dtype)
 
     @cached_property
-    def training_reader(self) -> ChunkReader:
-        """Rows of the training split."""
+    def training_chunks(self) -> ChunkReader:
+        """Chunks of the training split."""
         return self._reader(self.spec.data.split or "train")
+
+    @cached_property
+    def training_reader(self) -> ReadAhead:
+        """Rows of the training split."""
+        return ReadAhead(self.training_chunks, self.plan, self.spec.seed)
 
     @cached_property
     def evaluation_reader(self) -> ChunkReader:
@@ -145,7 +156,7 @@ class JobWork:
 
     def chunks_to_prefetch(self, shards: Iterable[int], step: int) -> list[ChunkInfo]:
         """Chunks of the leaves of this step and the next that were not named before."""
-        plan, reader = self.plan, self.training_reader
+        plan, reader = self.plan, self.training_chunks
         incomplete = [shard for shard in shards if not self._hints.complete(shard)]
         if not incomplete:
             return []
@@ -159,6 +170,21 @@ class JobWork:
             self._hints.check(shard, chunks_in_order(all_rows))
         return [reader.chunks[index] for index in fresh]
 
+    def read_ahead(self, shard: int, step: int) -> bool:
+        """Gather the rows of a later leaf; False: no room, or its chunks are not mapped."""
+        self._may_fetch = False
+        try:
+            return self.training_reader.prepare(shard, step)
+        except NotMapped:
+            return False
+        finally:
+            self._may_fetch = True
+
+    def forget_rows(self) -> None:
+        """Throw out rows that were gathered ahead for shards that have moved away."""
+        if "training_reader" in self.__dict__:
+            self.training_reader.forget()
+
     def rows_of(self, shard: int, evaluation: bool) -> tuple[int, int]:
         """First row and number of rows of a shard, for messages."""
         return rows_of_shard(self.plan, shard, evaluation)
@@ -171,9 +197,13 @@ class JobWork:
     def _reader(self, split: str) -> ChunkReader:
         infos = {chunk.digest: chunk for chunk in self.manifest.splits.get(split, ())}
         dtype = self.spec.train.dtype or "float32"
-        return ChunkReader(
-            self.manifest, split, lambda digest: self._fetch(infos[digest]), dtype=dtype
-        )
+
+        def fetch(digest: str) -> Path:
+            if not self._may_fetch:
+                raise NotMapped
+            return self._fetch(infos[digest])
+
+        return ChunkReader(self.manifest, split, fetch, dtype=dtype)
 
 
 @dataclass

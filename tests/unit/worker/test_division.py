@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phalanx.reduction import Node, cover
@@ -13,6 +13,7 @@ def _shards(nodes: list[Node], width: int) -> list[int]:
     return [s for node in nodes for s in range(node.first, min(node.first + node.span, width))]
 
 
+@settings(deadline=None)
 @given(
     width=st.integers(1, 70),
     bounds=st.tuples(st.integers(0, 70), st.integers(0, 70)),

@@ -7,7 +7,7 @@ import os
 import socket
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker import ipc
@@ -16,6 +16,7 @@ from worker.ipc import Assembler, BlockingConnection, ConnectionClosed, Kind
 numbers = st.integers(0, 2**31 - 1)
 
 
+@settings(deadline=None)
 @given(
     parts=st.lists(st.tuples(numbers, numbers, st.integers(-1, 1000)), max_size=5),
     absent=st.lists(numbers, max_size=5),
@@ -36,6 +37,7 @@ def test_a_run_order_comes_back(
     assert ipc.RunOrder.unpack(order.pack()) == order
 
 
+@settings(deadline=None)
 @given(
     mask=st.integers(0, 2**200),
     sums=st.lists(st.floats(allow_nan=False), max_size=4),
@@ -46,6 +48,7 @@ def test_a_finished_part_comes_back(mask: int, sums: list[float], loss: float) -
     assert ipc.PartDone.unpack(done.pack()) == done
 
 
+@settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, 60), max_size=6))
 def test_messages_are_cut_right_wherever_reads_end(cuts: list[int]) -> None:
     stream = (

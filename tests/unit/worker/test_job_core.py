@@ -368,7 +368,7 @@ def test_a_job_that_was_left_takes_nothing_on() -> None:
     assert not driver.running
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_in_any_order_of_events_the_newest_round_is_delivered(data: st.DataObject) -> None:
     """Random frames, go records, placements, deaths and reconnects, then quiet: all is sent."""

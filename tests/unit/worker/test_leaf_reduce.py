@@ -17,7 +17,7 @@ def _payload(shard: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     return values.astype(np.float32)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     width=st.integers(1, 40),
     bounds=st.tuples(st.integers(0, 40), st.integers(0, 40)),

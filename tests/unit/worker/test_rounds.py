@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phalanx.reduction import Node, cover
@@ -136,6 +136,7 @@ def test_a_skipped_shard_frees_its_failed_part() -> None:
     assert round.absent == {2}
 
 
+@settings(deadline=None)
 @given(data=st.data(), width=st.integers(1, 33), slots=st.integers(1, 4))
 def test_any_placements_and_any_order_deliver_all_owed_shards_in_canonical_grouping(
     data: st.DataObject, width: int, slots: int

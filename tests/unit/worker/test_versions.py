@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phalanx.errors import InvalidArgument
@@ -79,6 +79,7 @@ def test_a_frame_beside_the_grid_is_refused() -> None:
             assembly.place(index, 0, first, count)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, len(FRAMES) - 1)), max_size=60))
 def test_whatever_the_order_a_whole_version_has_all_frames_in_one_buffer(
     arrivals: list[tuple[int, int]],
