@@ -1,5 +1,6 @@
 """The command line and the Python interface against a real cluster of real processes."""
 
+import asyncio
 import csv
 import json
 import os
@@ -121,6 +122,23 @@ def test_a_cluster_and_a_single_process_compute_the_same_bits(result, folder):
     assert same.metrics == pytest.approx(result.metrics)
 
 
+def test_everything_works_inside_a_notebook(cluster, folder):
+    async def cell():
+        # A notebook's cells run inside an event loop, which blocking calls must not mind.
+        features = np.arange(60.0).reshape(30, 2)
+        cluster.data.add("notebook", features, features[:, 0] > 30)
+        spec = phalanx.load(folder / "job.yaml", sets=["data={name: notebook}", "name=notebook"])
+        spec.train.ClearField("evaluation")
+        job = cluster.submit(spec)
+        steps = [update.step for update in job.watch()]
+        labels = cluster.models.get(job.wait(timeout_s=GUARD_S).model).predict(features)
+        return steps, labels
+
+    steps, labels = asyncio.run(cell())
+    assert steps[-1] == 40
+    assert labels.tolist() == [False] * 16 + [True] * 14
+
+
 def test_models_can_be_listed_downloaded_and_exported(cli, folder, result):
     code, out, _ = cli("--json", "models", "list")
     assert "iris" in [model["name"] for model in json.loads(out)["models"]]
@@ -158,12 +176,14 @@ def test_a_killed_worker_comes_back_and_the_job_does_not_notice(cluster, folder,
     quiet = cluster.submit(phalanx.load(folder / "job.yaml", sets=["train.stop.steps=400"]))
     wanted = quiet.wait(timeout_s=GUARD_S).parameters_sha256
     job = cluster.submit(spec)
-    killed = None
+    killed, told = None, []
     for update in job.watch():
+        told += [event.type for event in update.events]
         if killed is None and update.state == "RUNNING" and update.step < 300:
             killed = cluster.process("worker-1")
             os.kill(killed.pid, signal.SIGKILL)
     assert killed is not None
+    assert {"WORKER_LOST", "SHARDS_MOVED", "RECOVERED"} <= set(told)
     assert job.wait(timeout_s=GUARD_S).parameters_sha256 == wanted
     wait_for(lambda: cluster.process("worker-1").pid not in (0, killed.pid), "it is back")
 

@@ -18,6 +18,7 @@ from phalanx.cli.context import Settings
 from phalanx.cli.errors import Exit
 from phalanx.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
 from phalanx.local.options import LocalOptions
+from phalanx.local.ports import check_free
 from phalanx.local.state import ClusterState, is_locked, read_state
 from phalanx.local.supervisor import START_TIMEOUT_S, Supervisor
 from phalanx.sdk.discovery import DEFAULT_ADDRESS, default_state_dir
@@ -78,6 +79,8 @@ def start_in_background(
             "`phalanx status` shows it, `phalanx down` stops it",
             reason="STATE_IN_USE",
         )
+    if options.port:
+        check_free(options.port)
     started_at_s = time.monotonic()
     (options.state_dir / "logs").mkdir(parents=True, exist_ok=True, mode=0o700)
     log_path = options.state_dir / "logs" / "up.log"
