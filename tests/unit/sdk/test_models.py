@@ -148,7 +148,7 @@ def test_exports(cluster, job, tmp_path):
         flat = np.concatenate([array.ravel() for array in arrays.values()])
     assert len(flat) == load_model_directory(folder).parameters.size
     assert (tmp_path / "m.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    with pytest.raises(InvalidArgument, match=".zip"):
+    with pytest.raises(InvalidArgument, match=r"\.zip"):
         export_model(folder, tmp_path / "m.onnx")
 
 
