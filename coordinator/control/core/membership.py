@@ -365,8 +365,9 @@ def _check_owner(
     if told and aggregator.id not in job.ready_aggregators:
         terms.assign_ranges(core, job, aggregator.id)  # it was told on the session that broke
         return
-    job.lost_owners.add(aggregator.id)
-    tell_aggregator_lost(core, job, aggregator.id, "it came back without its ranges")
+    if aggregator.id not in job.lost_owners:
+        job.lost_owners.add(aggregator.id)
+        tell_aggregator_lost(core, job, aggregator.id, "it came back without its ranges")
 
 
 def tell_aggregator_lost(core: Core, job: JobRuntime, aggregator_id: str, why: str) -> None:

@@ -101,18 +101,20 @@ def rebalance(
     Nothing moves unless the slowest gets clearly faster: each move cuts runs into pieces.
     """
     result, moved = dict(owners), set[int]()
-    counted = loads(result, slots)
+    counted, total = loads(result, slots), sum(slots.values())
+    share = {worker: -(-width * count // total) for worker, count in slots.items()}
     for _ in range(width if takers else 0):
         donor = max(slots, key=lambda worker: (counted[worker] / slots[worker], worker))
         taker = min(takers, key=lambda worker: (counted[worker] / slots[worker], worker))
-        node = _movable(result, width, donor, taker, counted, slots)
-        if node is None:
+        # Nobody gives below its share or takes above it, so that no shard moves twice.
+        count = min(counted[donor] - share[donor], share[taker] - counted[taker])
+        if count <= 0:
             break
+        node = _largest_node(result, width, donor, taker, count)
         result.update(dict.fromkeys(node, taker))
         moved.update(node)
         counted[donor] -= len(node)
         counted[taker] += len(node)
-    moved = {shard for shard in moved if result[shard] != owners.get(shard)}
     if not moved or _slowest(result, slots) * UNEVEN_ACCEPTED > _slowest(owners, slots):
         return Placement(dict(owners), frozenset(), "already balanced")
     reason = f"{len(moved)} shards move so that no worker has much more per slot than another"
@@ -178,24 +180,9 @@ def _least_loaded(
     return min(candidates, key=cost)
 
 
-def _movable(
-    owners: Owners,
-    width: int,
-    donor: str,
-    taker: str,
-    counted: Mapping[str, int],
-    slots: Mapping[str, int],
-) -> list[int] | None:
-    """The largest node of the donor that makes the slower of both faster when it moves."""
-    before = counted[donor] / slots[donor]
-    allowed = 0
-    while (counted[taker] + allowed + 1) / slots[taker] < before:
-        allowed += 1
-        if (counted[taker] + allowed) / slots[taker] >= (counted[donor] - allowed) / slots[donor]:
-            break
-    if allowed == 0:
-        return None
-    pieces = _pieces(_shards(owners, donor), width, allowed)
+def _largest_node(owners: Owners, width: int, donor: str, taker: str, largest: int) -> list[int]:
+    """The donor's largest node of at most `largest` shards, beside the taker's if possible."""
+    pieces = _pieces(_shards(owners, donor), width, largest)
     neighbours = {shard for shard, worker in owners.items() if worker == taker}
 
     def worth(piece: tuple[int, int]) -> tuple[int, bool, int]:

@@ -13,18 +13,17 @@ from phalanx.v1.training_pb2 import TreeNode
 def cover(first: int, stop: int, width: int) -> list[tuple[int, int]]:
     """Return the fewest aligned nodes (first, span) that make up shards [first, stop).
 
-    A node at the right edge may reach past `width`, where no shards are.
+    Where `stop` is the right edge (`width`) the last node may reach past it.
     """
+    top = 1
+    while top < width:
+        top *= 2
+    limit = top if stop == width else stop
     nodes = []
     while first < stop:
-        span = 1
-        while first % (span * 2) == 0:
-            reach = first + span * 2
-            if reach > stop and not (stop == width and first + span < width):
-                break
-            if first == 0 and span >= width:
-                break
-            span *= 2
+        span = first & -first or top
+        while first + span > limit:
+            span //= 2
         nodes.append((first, span))
         first += span
     return nodes

@@ -137,6 +137,9 @@ class Cluster:
                 self.observed.append(effect)
             case fx.RemoveJob():
                 self.removed.append(effect.job_id)
+                self.terms.pop(effect.job_id, None)
+                self.finals.pop(effect.job_id, None)
+                self.checkpoints.pop(effect.job_id, None)
             case fx.RaiseTerm() | fx.ReadRow() | fx.WriteModel():
                 self.operations.append(effect)
                 if self.storage_up:
