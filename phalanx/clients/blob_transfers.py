@@ -28,9 +28,10 @@ class BlobTransfers:
     ``timeout_s`` bounds a call without its content, and how long a download may stand still.
     """
 
-    def __init__(self, stub: pb_grpc.StorageServiceStub, timeout_s: float) -> None:
+    def __init__(self, stub: pb_grpc.StorageServiceStub, timeout_s: float, attempts: int) -> None:
         self._stub = stub
         self._timeout_s = timeout_s
+        self._attempts = attempts
 
     async def put(
         self, source: BlobSource, *, digest: str, check_first: bool, timeout_s: float | None
@@ -56,7 +57,10 @@ class BlobTransfers:
         for start in range(0, len(digests), DIGESTS_PER_CALL):
             request = pb.CheckBlobsRequest(digests=digests[start : start + DIGESTS_PER_CALL])
             response = await call_with_retry(
-                self._stub.CheckBlobs, request, timeout_s=self._timeout_s
+                self._stub.CheckBlobs,
+                request,
+                timeout_s=self._timeout_s,
+                attempts=self._attempts,
             )
             missing.extend(response.missing)
         return missing
@@ -107,7 +111,8 @@ class BlobTransfers:
                 await sink(response.chunk)
                 received += len(response.chunk)
 
-        await call_with_retry(attempt, request, timeout_s=timeout_s or STREAM_TIMEOUT_S)
+        limit_s = timeout_s or STREAM_TIMEOUT_S
+        await call_with_retry(attempt, request, timeout_s=limit_s, attempts=self._attempts)
 
     async def _moving(
         self, responses: AsyncIterator[pb.GetBlobResponse]
@@ -129,7 +134,9 @@ class BlobTransfers:
             return await self._stub.PutBlob(_messages(first, content), timeout=timeout)
 
         first = pb.PutBlobRequest(expected_digest=digest, expected_bytes=content.size_bytes or -1)
-        response: pb.PutBlobResponse = await call_with_retry(attempt, first, timeout_s=timeout_s)
+        response: pb.PutBlobResponse = await call_with_retry(
+            attempt, first, timeout_s=timeout_s, attempts=self._attempts
+        )
         return response.digest
 
     async def _put_stream(self, content: Stream, digest: str, timeout_s: float) -> str:

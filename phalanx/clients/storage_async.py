@@ -66,7 +66,7 @@ class StorageClient:
         self._storage = pb_grpc.StorageServiceStub(self._channel)
         self._datasets = dataset_grpc.DatasetServiceStub(self._channel)
         self._models = model_grpc.ModelServiceStub(self._channel)
-        self._blobs = BlobTransfers(self._storage, timeout_s)
+        self._blobs = BlobTransfers(self._storage, timeout_s, attempts)
 
     async def __aenter__(self) -> Self:
         """Return the client."""

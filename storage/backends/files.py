@@ -4,6 +4,7 @@ Everything is opened relative to a folder's descriptor and with O_NOFOLLOW, so t
 nor a link planted in the state folder leads outside it.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from phalanx.errors import DataLoss, FailedPrecondition, ResourceExhausted, Unavailable
 
+_SPARE_BYTES = 256 * 1024
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Without O_NONBLOCK, opening a named pipe would wait for a writer.
@@ -123,6 +125,23 @@ class StateFolder:
             if descriptor >= 0:
                 os.close(descriptor)
         self._lock = self.fd = -1
+
+    def spend_spare(self) -> None:
+        """Free the space that was set aside for starting on a full disk."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink("spare", dir_fd=self.fd)
+
+    def set_spare_aside(self) -> None:
+        """Set space aside for the next start: opening a database takes some, even to read."""
+        self.spend_spare()
+        descriptor = create_file("spare", self.fd)
+        try:
+            os.posix_fallocate(descriptor, 0, _SPARE_BYTES)
+        except OSError:
+            # No space even for this: the start succeeded, and the next one can try.
+            self.spend_spare()
+        finally:
+            os.close(descriptor)
 
     def _take_lock(self) -> None:
         try:

@@ -37,8 +37,10 @@ def open_embedded_backend(
     state = StateFolder(folder)
     blobs: DirectoryBlobs | None = None
     try:
+        state.spend_spare()
         blobs = DirectoryBlobs(state.fd, reserve_bytes=reserve_bytes)
         database = Database(folder, on_failure)
+        state.set_spare_aside()
     except BaseException:
         if blobs is not None:
             blobs.close()

@@ -45,6 +45,7 @@ ResultT = TypeVar("ResultT")
 Act = Callable[[sqlite3.Connection], ResultT]
 
 FILE_NAME = "metadata.sqlite3"
+_INCREMENTAL = 2
 _BATCH_ACTS = 128
 _QUEUE_ACTS = 1024
 _READERS = 16
@@ -96,7 +97,9 @@ class Database:
                 )
         try:
             connection = self._connect()
-            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            # Said again of a database that has it already, it writes, which a full disk refuses.
+            if connection.execute("PRAGMA auto_vacuum").fetchone()[0] != _INCREMENTAL:
+                connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
