@@ -43,6 +43,7 @@ def committed(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
                 "cause": incident.cause,
                 "detect_s": f"{silence_s:.6f}",
                 "commit_s": f"{took_s:.6f}",
+                "committed_unix_s": f"{report.last_commit_unix_nanos / 1e9:.6f}",
             },
         )
         forget(core, job.job_id, incident)
