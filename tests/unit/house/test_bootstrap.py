@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class Machine:
         script = script.replace("wheel=$(last_file /usr/", f"wheel=$(last_file {folder}/usr/")
         script = script.replace("=/etc/ssl/", f"={folder}/etc/ssl/")
         (self.project / "scripts/bootstrap").write_text(script, encoding="utf-8")
+        shutil.copy(ROOT / "pyproject.toml", self.project)
         for lock in ("runtime", "dev"):
             (self.project / f"requirements/{lock}.txt").write_text("# nothing\n")
         for tool in TOOLS.split():
@@ -213,6 +215,18 @@ def test_without_any_pip_it_says_what_to_install(machine: Machine) -> None:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert f"apt-get install -y python{version}-venv\n" in result.stderr
     assert not (machine.environment / "stamp").exists()
+
+
+def test_version_is_that_of_the_project(machine: Machine) -> None:
+    machine.quick_python()
+    assert machine.bootstrap("prepare", "demo").returncode == 0
+    program = "from importlib.metadata import version; print(version('phalanx'))"
+    python = machine.environment / "bin/python"
+    shown = subprocess.run(
+        [python, "-P", "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert shown.stdout == f"{project['version']}\n"
 
 
 def test_working_tree_is_importable_and_has_its_command(machine: Machine) -> None:
