@@ -189,7 +189,7 @@ class Assembler:
             size, kind = _HEAD.unpack_from(self._buffer, at)
             end = at + _HEAD.size + size
             if size > MESSAGE_LIMIT_BYTES:
-                raise ConnectionClosed(f"a message of {size} bytes")
+                raise ValueError(f"a message of {size} bytes")
             if len(self._buffer) < end:
                 break
             body = bytes(self._buffer[at + _HEAD.size : end])

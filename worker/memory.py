@@ -71,7 +71,7 @@ class ProgressPage:
     One page of shared memory with one writer per field: the leaf process writes all but `cancel`.
     """
 
-    _TASK, _SHARD, _LEAVES, _CANCEL, _STEP = range(5)
+    _TASK, _SHARD, _LEAVES, _CANCEL, _STEP, _SINCE = range(6)
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -115,14 +115,25 @@ class ProgressPage:
         """The task is over."""
         self._words[self._TASK] = 0
 
-    def begin_leaf(self, shard: int) -> None:
-        """The leaf of this shard starts; -1: none runs."""
+    def begin_leaf(self, shard: int, now_ns: int) -> None:
+        """The leaf of this shard starts."""
+        self._words[self._SINCE] = now_ns
         self._words[self._SHARD] = shard
 
     def end_leaf(self) -> None:
         """The leaf is finished."""
         self._words[self._SHARD] = -1
         self._words[self._LEAVES] += 1
+
+    def no_leaf(self) -> None:
+        """No leaf runs, whether the last one was finished or not."""
+        self._words[self._SHARD] = -1
+
+    def leaf_seconds(self, now_ns: int) -> float:
+        """How long the present leaf has been running; 0 where none is."""
+        if self.shard < 0:
+            return 0.0
+        return max(0.0, (now_ns - int(self._words[self._SINCE])) / 1e9)
 
     def cancel(self, task: int) -> None:
         """Ask the leaf process to stop this task after its present leaf."""

@@ -9,7 +9,6 @@ while there is no version at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from worker.core.buffers import BufferPool
 from worker.core.dispatch import Dispatcher, Task
 from worker.core.effects import Cancel, Effect, OpenStreams, Report, Wake
 from worker.core.outbox import FrameOut, GoOut, Outbox
-from worker.core.rounds import Part, PartState, Round
+from worker.core.rounds import LeafFailure, Part, PartState, Round
 from worker.core.versions import Place, VersionAssembly
 
 GoRecord = training_pb2.GoRecord
@@ -30,18 +29,6 @@ LOSSES_WITHOUT_BLAME_MAX = 3
 """After so many deaths of a leaf process outside any leaf, the part's first shard is named."""
 
 _WORK = (GoRecord.ACTION_TRAIN, GoRecord.ACTION_EVALUATE)
-
-
-@dataclass(frozen=True, slots=True)
-class LeafFailure:
-    """What a leaf process (or its death) says about one shard."""
-
-    shard: int
-    kind: coordination.LeafFailed.Kind.ValueType
-    message: str
-    traceback: str = ""
-    first_row: int = 0
-    row_count: int = 0
 
 
 class JobCore:
@@ -164,9 +151,20 @@ class JobCore:
         if round is not self.round or task.cancelled:
             return []
         part.state = PartState.FAILED
+        part.failure = failure
         if failure.shard in round.absent and failure.shard not in task.absent:
             return self._owe(round)
         return [self._failure_report(round, failure)]
+
+    def open_failures(self) -> list[Effect]:
+        """Reports of the failures that still wait for control, for one that may not have heard."""
+        round = self.round
+        parts = round.parts.values() if round is not None else ()
+        return [
+            self._failure_report(round, part.failure)
+            for part in parts
+            if round is not None and part.state is PartState.FAILED and part.failure is not None
+        ]
 
     def task_ended(self, task: Task, lost: bool = False) -> list[Effect]:
         """A leaf process is through with a task, or died over it (`lost`).

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from phalanx.reduction import Node, children_present, full_mask
-from phalanx.v1 import training_pb2
+from phalanx.v1 import coordination_service_pb2, training_pb2
 from worker.core.division import contains, divide, shard_count
 
 GoRecord = training_pb2.GoRecord
@@ -30,6 +30,19 @@ class PartState(Enum):
     FAILED = auto()
 
 
+@dataclass(frozen=True, slots=True)
+class LeafFailure:
+    """What a leaf process (or its death) says about one shard; `seconds` is how long it ran."""
+
+    shard: int
+    kind: coordination_service_pb2.LeafFailed.Kind.ValueType
+    message: str
+    traceback: str = ""
+    first_row: int = 0
+    row_count: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(eq=False, slots=True)
 class Part:
     """A piece that one slot computes; `mask` has bit i for shard `node.first + i` present."""
@@ -42,6 +55,8 @@ class Part:
     loss: float = 0.0
     mask: int = 0
     sums: tuple[float, ...] = ()
+    #: Why it is FAILED, for a control that was away when it was told.
+    failure: LeafFailure | None = None
 
 
 Fold = Part | tuple["Fold", "Fold"]

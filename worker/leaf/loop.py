@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from phalanx.data.manifest import ChunkInfo
-from phalanx.errors import DataLoss
+from phalanx.errors import DataLoss, PhalanxError
 from phalanx.reduction import Node
 from phalanx.v1 import coordination_service_pb2, training_pb2
 from worker import ipc
@@ -127,7 +127,11 @@ class LeafLoop:
     def _fingerprint(self) -> None:
         from phalanx.numeric_fingerprint import compute
 
-        answer = {"fingerprint": compute()}
+        answer = {"fingerprint": "", "error": ""}
+        try:
+            answer["fingerprint"] = compute()
+        except PhalanxError as error:
+            answer["error"] = error.message
         self._connection.send(Kind.FINGERPRINTED, ipc.pack_json(answer))
 
     def _run(self, order: ipc.RunOrder) -> None:
@@ -162,13 +166,15 @@ class LeafLoop:
         except _Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - user code raises what it likes
-            self._connection.send(Kind.PART_FAILED, _failure(work, order, index, leaf.shard, error))
+            seconds = self._page.leaf_seconds(time.monotonic_ns())
+            failure = _failure(work, order, index, leaf.shard, error, seconds)
+            self._connection.send(Kind.PART_FAILED, failure)
         else:
             last = index == len(order.parts) - 1
             send = self._connection.send_with_next if last else self._connection.send
             send(Kind.PART_DONE, done.pack())
         finally:
-            self._page.begin_leaf(-1)
+            self._page.no_leaf()
 
     def _compute(
         self,
@@ -255,7 +261,7 @@ class _LeafRun:
         if self._page.cancelled_task == self._order.task:
             raise _Cancelled
         self.shard = shard
-        self._page.begin_leaf(shard)
+        self._page.begin_leaf(shard, time.monotonic_ns())
         started = time.perf_counter()
         result = run()
         self.seconds.append(time.perf_counter() - started)
@@ -293,7 +299,12 @@ def _paths(document: dict[str, Any]) -> Paths:
 
 
 def _failure(
-    work: JobWork | Exception, order: ipc.RunOrder, index: int, shard: int, error: BaseException
+    work: JobWork | Exception,
+    order: ipc.RunOrder,
+    index: int,
+    shard: int,
+    error: BaseException,
+    seconds: float,
 ) -> bytes:
     evaluation = order.action == GoRecord.ACTION_EVALUATE
     rows = work.rows_of(shard, evaluation) if isinstance(work, JobWork) else (0, 0)
@@ -306,6 +317,7 @@ def _failure(
             "message": _message(error),
             "traceback": "" if isinstance(error, _NotFinite) else _traceback(error),
             "rows": rows,
+            "seconds": seconds,
         }
     )
 

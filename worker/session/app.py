@@ -25,7 +25,7 @@ from worker.cache import BlobCache, Download
 from worker.config import WorkerConfig
 from worker.core import effects as do
 from worker.core.dispatch import Task
-from worker.core.job import LeafFailure
+from worker.core.rounds import LeafFailure
 from worker.core.session import WorkerCore
 from worker.session.chunks import ChunkServer
 from worker.session.control import ControlSession, Refused
@@ -169,6 +169,8 @@ class Session:
             self._storage_found(welcome.storage_address)
         if self._core.draining:
             self._perform([self._core.drain_request()])
+        for job in self._core.jobs.values():
+            self._perform(job.open_failures())
 
     def _on_message(self, message: coordination.SessionResponse) -> None:
         effects = self._core.message(message)
@@ -216,8 +218,7 @@ class Session:
     def _report(self, message: coordination.SessionRequest) -> None:
         if message.HasField("leaf_failed"):
             failed = message.leaf_failed
-            outcome = LeafFailed.Kind.Name(failed.kind).removeprefix("KIND_").lower()
-            self._metrics.leaf_seconds.labels(program=_PROGRAM, outcome=outcome).observe(0.0)
+            outcome = _outcome(failed.kind)
             _log.warning(
                 "leaf_failed",
                 job_id=failed.job_id,
@@ -313,6 +314,9 @@ class Session:
 
     def part_failed(self, task: Task, index: int, failure: LeafFailure) -> None:
         """A leaf failed."""
+        outcome = _outcome(failure.kind)
+        observe = self._metrics.leaf_seconds.labels(program=_PROGRAM, outcome=outcome).observe
+        observe(failure.seconds)
         job = self._jobs.get(task.job_id)
         if job is not None and job.core.owns(task):
             self._settle(job.core.part_failed(task, task.parts[index], failure))
@@ -371,6 +375,10 @@ def _not_prepared(job: HostedJob, error: Exception) -> coordination.SessionReque
         message=str(error),
     )
     return coordination.SessionRequest(leaf_failed=failed)
+
+
+def _outcome(kind: coordination.LeafFailed.Kind.ValueType) -> str:
+    return LeafFailed.Kind.Name(kind).removeprefix("KIND_").lower()
 
 
 def _memory_bytes() -> int:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as coordination
 from worker.core.logs import Line, LineSplitter, LogLimiter
 from worker.session.process import LeafProcess
+
+_OWN_LINES_MAX = 500
+
+_log = get_logger(__name__)
 
 Send = Callable[[coordination.SessionRequest], None]
 
@@ -20,6 +25,7 @@ class LogCollector:
         self._send = send
         self._splitters: dict[tuple[LeafProcess, str], LineSplitter] = {}
         self._limiters: dict[int, LogLimiter] = {}
+        self._own_lines = 0
 
     def hosted(self, number: int, job_id: str) -> None:
         """From now on lines with this number belong to the job."""
@@ -55,3 +61,7 @@ class LogCollector:
             limiter = self._limiters.get(line.job)
             if limiter is not None:
                 limiter.add(line, level, time.time_ns(), time.monotonic())
+            elif line.job < 0 and self._own_lines < _OWN_LINES_MAX:
+                # Said before any job was: why the process could not even start.
+                self._own_lines += 1
+                _log.warning("leaf_process_said", text=line.text)

@@ -120,13 +120,18 @@ class LeafProcess:
 
     def _readable(self) -> None:
         try:
-            data, fds = ipc.receive_some(self._socket)
+            messages = self._assembler.feed(*ipc.receive_some(self._socket))
         except BlockingIOError:
             return
         except ConnectionClosed:
             self._loop.remove_reader(self._socket)
             return
-        for message in self._assembler.feed(data, fds):
+        except ValueError:
+            # Only code that meddles with the socket can cause it.
+            self._loop.remove_reader(self._socket)
+            self.kill()
+            return
+        for message in messages:
             self._on_message(self, message)
 
     def _flush(self) -> None:
@@ -170,10 +175,9 @@ class LeafProcess:
         """Take what it still said and printed, then report its end."""
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        with contextlib.suppress(BlockingIOError, ConnectionClosed):
+        with contextlib.suppress(BlockingIOError, ConnectionClosed, ValueError):
             while True:
-                data, fds = ipc.receive_some(self._socket)
-                for message in self._assembler.feed(data, fds):
+                for message in self._assembler.feed(*ipc.receive_some(self._socket)):
                     self._on_message(self, message)
         self.kill()
         code = self._popen.wait()

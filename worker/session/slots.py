@@ -11,14 +11,14 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from phalanx.errors import FailedPrecondition
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as coordination
 from worker import ipc
 from worker.core.dispatch import Task
-from worker.core.job import LeafFailure
 from worker.core.patience import Patience
 from worker.core.restarts import Restarts
-from worker.core.rounds import PartState
+from worker.core.rounds import LeafFailure, PartState
 from worker.core.rows import rows_of_shard
 from worker.ipc import Kind, Message
 from worker.session.process import LeafProcess, describe_exit
@@ -104,7 +104,10 @@ class SlotPool:
             self._place(slot, "")
 
     async def fingerprint(self) -> str:
-        """Have a leaf process compute the numeric fingerprint of this machine."""
+        """Have a leaf process compute the numeric fingerprint of this machine.
+
+        Raises FailedPrecondition where results are not reproducible on it at all.
+        """
         self._fingerprint = asyncio.get_running_loop().create_future()
         self._tell(self._place(0, ""), Kind.FINGERPRINT)
         return await self._fingerprint
@@ -236,6 +239,8 @@ class SlotPool:
         self._gone[process] = asyncio.get_running_loop().create_future()
         if place.task is not None and place.job is not None:
             self._order(place, place.task, place.job)
+        if self._fingerprint is not None and not self._fingerprint.done() and place.slot == 0:
+            self._tell(place, Kind.FINGERPRINT)
 
     def _remove(self, place: _Place) -> None:
         """End the process of a place for good; its slot is free for others."""
@@ -304,8 +309,16 @@ class SlotPool:
                 if place.describing is not None and not place.describing.done():
                     place.describing.set_result(ipc.unpack_json(message.body)[1])
             case Kind.FINGERPRINTED:
-                if self._fingerprint is not None and not self._fingerprint.done():
-                    self._fingerprint.set_result(ipc.unpack_json(message.body)[0]["fingerprint"])
+                self._has_fingerprint(ipc.unpack_json(message.body)[0])
+
+    def _has_fingerprint(self, document: dict[str, object]) -> None:
+        if self._fingerprint is None or self._fingerprint.done():
+            return
+        if document["error"]:
+            error = FailedPrecondition(str(document["error"]), reason="NO_FINGERPRINT")
+            self._fingerprint.set_exception(error)
+        else:
+            self._fingerprint.set_result(str(document["fingerprint"]))
 
     def _has_set_up(self, place: _Place, document: dict[str, object]) -> None:
         if document["error"]:
@@ -349,8 +362,6 @@ class SlotPool:
             self._start(place)
         if place.describing is not None and not place.describing.done():
             place.describing.set_exception(_Died(how))
-        if self._fingerprint is not None and not self._fingerprint.done():
-            self._tell(place, Kind.FINGERPRINT)
 
     def _blame(self, task: Task, job: PreparedJob | None, process: LeafProcess, code: int) -> None:
         """Name the shard whose leaf was running when the process ended."""
@@ -362,7 +373,9 @@ class SlotPool:
             if inside and part.state is PartState.RUNNING and job is not None:
                 kind, message = self._cause(process, code)
                 rows = rows_of_shard(job.plan, shard, task.round.is_evaluation)
-                self._events.part_failed(task, index, LeafFailure(shard, kind, message, "", *rows))
+                seconds = process.page.leaf_seconds(time.monotonic_ns())
+                failure = LeafFailure(shard, kind, message, "", *rows, seconds)
+                self._events.part_failed(task, index, failure)
 
     def _cause(
         self, process: LeafProcess, code: int
@@ -392,6 +405,7 @@ def _failure(document: dict[str, object]) -> LeafFailure:
         traceback=str(document["traceback"]),
         first_row=rows[0],
         row_count=rows[1],
+        seconds=float(str(document["seconds"])),
     )
 
 

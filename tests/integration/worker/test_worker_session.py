@@ -85,6 +85,24 @@ async def test_failures_wait_for_control(bench: Any) -> None:
             assert (failed.shard, failed.step) == (0, 0)
 
 
+async def test_a_control_that_starts_anew_hears_of_failures_again(bench: Any) -> None:
+    bench.job(shards=2, custom={"row": 1, "act": "raise_error"})
+    async with ScriptedAggregator() as aggregator:
+        bench.own(aggregator)
+        async with ScriptedControl() as control:
+            address = control.address
+            await bench.worker(address)
+            session = await control.next_session()
+            await session.send(assign_job=bench.assign([(0, 2)]))
+            stream = await aggregator.next_stream()
+            await stream.send_version(0, 0, bench.version(0))
+            await stream.send_go(bench.go(0))
+            await session.receive("leaf_failed")
+        async with ScriptedControl(address=address) as control:
+            session = await control.next_session()
+            assert (await session.receive("leaf_failed")).shard == 0
+
+
 async def test_a_deposed_control_is_left_for_the_next_address(bench: Any) -> None:
     async with ScriptedControl(generation=3) as new, ScriptedControl(generation=2) as old:
         await bench.worker(new.address, old.address)

@@ -15,8 +15,9 @@ from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import training_pb2
 from worker.core import effects as do
 from worker.core.dispatch import Dispatcher, Task
-from worker.core.job import JobCore, LeafFailure
+from worker.core.job import JobCore
 from worker.core.outbox import FrameOut, GoOut
+from worker.core.rounds import LeafFailure
 
 GoRecord = training_pb2.GoRecord
 LeafFailed = coordination.LeafFailed
