@@ -21,6 +21,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from coordinator.aggregation.core.cursor import Cursor
 from coordinator.aggregation.core.effects import (
     Committed,
@@ -46,7 +48,7 @@ from coordinator.aggregation.core.roots import (
 )
 from coordinator.aggregation.core.rounds import Disagreement, Round
 from coordinator.aggregation.core.state import Array, RangeParameters
-from coordinator.aggregation.core.versions import NONE
+from coordinator.aggregation.core.versions import NONE, VersionStore
 from phalanx.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument
 from phalanx.optimizers import Optimizer
 from phalanx.training.decisions import RootDecider
@@ -163,6 +165,10 @@ class JobRanges:
         """Range 0 is owned here."""
         return self._decider is not None
 
+    def versions_of(self, range_index: int) -> VersionStore:
+        """The versions that an owned range holds."""
+        return self._ranges[range_index].parameters.versions
+
     def cursor(self) -> Cursor:
         """A new stream's position: the oldest held version and go record first."""
         stores = [self._ranges[index].parameters.versions for index in self.range_indexes]
@@ -247,13 +253,15 @@ class JobRanges:
     ) -> list[Effect]:
         assert owned.root is not None
         try:
-            index = current.contribute(frame, payload)
-            self._drop_before(owned, frame.step)
-            if index is None:
-                return []
-            owned.touched = True
-            values = current.take(index)
-            made = owned.root.frame_complete(index, values, current.totals)
+            # An overflow is no warning here: it is looked for in the result.
+            with np.errstate(over="ignore", invalid="ignore"):
+                index = current.contribute(frame, payload)
+                self._drop_before(owned, frame.step)
+                if index is None:
+                    return []
+                owned.touched = True
+                values = current.take(index)
+                made = owned.root.frame_complete(index, values, current.totals)
         except Disagreement as error:
             return self.fail("CONTRIBUTIONS_DISAGREE", str(error))
         except NonFiniteResult as error:

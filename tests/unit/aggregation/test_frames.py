@@ -62,7 +62,7 @@ def test_long_header_keeps_its_length() -> None:
 
 def test_numpy_payload_is_encoded_in_raw_bytes_and_decoded_without_a_copy() -> None:
     vector = np.arange(1000, dtype=np.float32)
-    data = frames.encode_request(contribution(), memoryview(vector))
+    data = frames.encode_request(contribution(), vector.data)
     _, view = frames.decode_request(data)
     assert view.obj is data
     assert np.array_equal(np.frombuffer(view, dtype="<f4"), vector)
