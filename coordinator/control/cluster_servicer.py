@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+import phalanx
 from coordinator.control.config import client_storage_address
 from coordinator.control.core import events as ev
 from coordinator.control.core.views import cluster_view, worker_view
@@ -35,7 +35,7 @@ class ClusterServicer(pb_grpc.ClusterServiceServicer):
         """Return the cluster at a glance."""
         leader = self._process.leading()
         view = cluster_view(leader.core)
-        view.version = _version()
+        view.version = phalanx.__version__
         view.leader = self._process.config.id
         view.storage_address = client_storage_address(self._process.config)
         view.storage_available = self._process.store.available
@@ -92,10 +92,3 @@ class ClusterServicer(pb_grpc.ClusterServiceServicer):
                     continue
         finally:
             leader.event_log.unsubscribe(wake)
-
-
-def _version() -> str:
-    try:
-        return version("phalanx")
-    except PackageNotFoundError:
-        return "unknown"

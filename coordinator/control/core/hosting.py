@@ -189,8 +189,10 @@ def _send_differences(core: Core, job: JobRuntime, hosts: dict[str, Worker]) -> 
     """Tell every host whose shards, or term, differ from what it was last told; takers first."""
     term = core.facts_of(job).term
     changed: list[tuple[bool, Worker, Hosting]] = []
+    train_held, evaluation_held = job.train.held(), job.evaluation.held()
     for worker_id in {**hosts, **_keeping(core, job)}:
-        train, evaluation = job.train.held_by(worker_id), job.evaluation.held_by(worker_id)
+        train = train_held.get(worker_id, set())
+        evaluation = evaluation_held.get(worker_id, set())
         hosting = job.hosts.get(worker_id)
         if hosting is None:
             hosting = job.hosts[worker_id] = Hosting(term=0)

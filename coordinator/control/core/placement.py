@@ -46,7 +46,7 @@ def place_first(width: int, slots: Mapping[str, int]) -> Placement:
     while grain <= width:
         owners = _contiguous(width, slots, grain)
         slowest = _slowest(owners, slots)
-        vectors = sum(node_count(_shards(owners, worker), width) for worker in slots)
+        vectors = sum(node_count(shards, width) for shards in _by_worker(owners).values())
         candidates.append((slowest, vectors, grain, owners))
         grain *= 2
     limit = min(each[0] for each in candidates) * UNEVEN_ACCEPTED
@@ -136,6 +136,13 @@ def _contiguous(width: int, slots: Mapping[str, int], grain: int) -> Owners:
 
 def _slowest(owners: Owners, slots: Mapping[str, int]) -> float:
     return max(count / slots[worker] for worker, count in loads(owners, slots).items())
+
+
+def _by_worker(owners: Owners) -> dict[str, list[int]]:
+    held: dict[str, list[int]] = {}
+    for shard, worker in owners.items():
+        held.setdefault(worker, []).append(shard)
+    return held
 
 
 def _shards(owners: Owners, worker: str) -> list[int]:

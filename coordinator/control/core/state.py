@@ -158,6 +158,14 @@ class TreePlacement:
         owned = {shard for shard, owner in self.owners.items() if owner == worker_id}
         return owned | {shard for shard, keeper in self.keepers.items() if keeper == worker_id}
 
+    def held(self) -> dict[str, set[int]]:
+        """Return the shards of every worker, those that it still keeps included."""
+        held: dict[str, set[int]] = {}
+        for placed in (self.owners, self.keepers):
+            for shard, worker_id in placed.items():
+                held.setdefault(worker_id, set()).add(shard)
+        return held
+
     def forget(self, worker_id: str) -> set[int]:
         """Take a worker out; return the shards that it owned."""
         lost = {shard for shard, owner in self.owners.items() if owner == worker_id}

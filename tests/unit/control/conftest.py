@@ -63,6 +63,7 @@ class Cluster:
         self.finals: dict[str, storage_service_pb2.CheckpointManifest] = {}
         self.checkpoints: dict[str, list[storage_service_pb2.CheckpointManifest]] = {}
         self.removed: list[str] = []
+        self.arriving: list[ev.Event] = []
         self._tokens = itertools.count(1)
         self._sessions = itertools.count(1)
         self.lead()
@@ -95,11 +96,16 @@ class Cluster:
         return Instant(self.time_s, int(self.time_s * NANOS) + 10**18)
 
     def feed(self, event: ev.Event) -> None:
-        """Hand one event to the core, check the invariants, perform the effects."""
-        effects = handle(self.core, event, self.now)
-        invariants.check(self.core)
-        self.waiting.extend(effects)
-        self.perform()
+        """Hand one event, and all that follow from it, to the core."""
+        self.arriving.append(event)
+        if len(self.arriving) > 1:
+            return  # it follows from one that is being handled
+        while self.arriving:
+            effects = handle(self.core, self.arriving[0], self.now)
+            invariants.check(self.core)
+            self.waiting.extend(effects)
+            self.perform()
+            self.arriving.pop(0)
 
     def perform(self) -> None:
         """Perform what may be performed: effects whose record is durable, and records."""

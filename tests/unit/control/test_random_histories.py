@@ -257,7 +257,7 @@ def machine_for(make_cluster: Any) -> type[RuleBasedStateMachine]:
             if not hasattr(self, "cluster"):
                 return
             for job_id, facts in self.cluster.durable.jobs.items():
-                key = (job_id, facts.kept.submit_unix_nanos)
+                key = (job_id, self.cluster.removed.count(job_id))
                 assert facts.term >= self.terms.get(key, 0)
                 self.terms[key] = facts.term
 
