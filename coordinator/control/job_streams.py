@@ -173,9 +173,7 @@ class JobStreams:
             return False
         self._bytes[job_id] = before + record.ByteSize()
         if self._bytes[job_id] >= LOG_LIMIT_BYTES:
-            text = (
-                f"the log of this job is full ({LOG_LIMIT_BYTES // 2**20} MiB); the rest is dropped"
-            )
+            text = f"the log is full ({LOG_LIMIT_BYTES // 2**20} MiB); the rest is dropped"
             time = record.lines[-1].time_unix_nanos
             record.lines.add(time_unix_nanos=time, level="warning", text=text)
         return True

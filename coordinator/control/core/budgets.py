@@ -77,7 +77,7 @@ def _skip(core: Core, job: JobRuntime, message: pb.LeafFailed) -> None:
     for worker_id in sorted(job.hosts):
         worker = core.workers[worker_id]
         if message.shard in job.hosts[worker_id].train:
-            core.send(worker.session, pb.SessionResponse(absent_shards=absent), job.after)
+            core.send(worker.session, pb.SessionResponse(absent_shards=absent), job.term_after)
     core.emit(
         "NON_FINITE_REFUSED",
         f"shard {message.shard} is left out of step {message.step}: its leaf is not finite",

@@ -125,6 +125,6 @@ def announce_ineligible(core: Core, job: JobRuntime, group: Group) -> None:
             f"{worker_id} does not take part: {group.excluded[worker_id]}",
             job_id=job.job_id,
             worker_id=worker_id,
-            after=job.after,
+            after=job.term_after,
             details={"fingerprint": core.workers[worker_id].hello.fingerprint},
         )

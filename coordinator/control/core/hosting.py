@@ -222,7 +222,7 @@ def _send(core: Core, job: JobRuntime, worker: Worker, hosting: Hosting) -> None
         train_nodes=nodes_of(hosting.train, job.train.width),
         evaluation_nodes=nodes_of(hosting.evaluation, job.evaluation.width),
     )
-    core.send(worker.session, pb.SessionResponse(assign_job=assign), job.after)
+    core.send(worker.session, pb.SessionResponse(assign_job=assign), job.term_after)
 
 
 def _revoke_strangers(core: Core, job: JobRuntime, hosts: dict[str, Worker]) -> None:
@@ -248,7 +248,7 @@ def _tell(
         "SHARDS_MOVED",
         f"{len(train)} shards{also} moved to {takers}",
         job_id=job.job_id,
-        after=job.after,
+        after=job.term_after,
         incident_id=incident_id,
         step=job.step,
         details={

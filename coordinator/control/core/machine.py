@@ -132,7 +132,7 @@ def _watch_fingerprint(core: Core, job: JobRuntime) -> None:
         return
     fingerprint = core.workers[group.unmatched[0]].hello.fingerprint
     changed = FingerprintChanged(job_id=job.job_id, fingerprint=fingerprint)
-    job.after = core.persist(ControlRecord(fingerprint_changed=changed))
+    job.after = job.term_after = core.persist(ControlRecord(fingerprint_changed=changed))
     core.emit(
         "BIT_IDENTITY_LOST",
         "the job goes on on workers that may give other bits",

@@ -130,7 +130,7 @@ def heartbeat(core: Core, member: Worker | Aggregator, message: pb.Heartbeat) ->
             changed_s=core.now.monotonic_s if each.step > past.step else past.changed_s,
         )
         if advanced and job is not None:
-            core.publish(job.job_id, job.after, progress_only=True)
+            core.publish(job.job_id, job.term_after, progress_only=True)
 
 
 def heard(core: Core, member: Worker | Aggregator) -> None:

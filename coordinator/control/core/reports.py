@@ -56,7 +56,7 @@ def job_report(core: Core, aggregator: Aggregator, report: pb.JobReport) -> None
     else:
         _forget_past_failures(job, report.step)
         hosting.release_keepers(core, job)
-        core.publish(job.job_id, job.after, progress_only=True)
+        core.publish(job.job_id, job.term_after, progress_only=True)
 
 
 def _current(core: Core, aggregator: Aggregator, job_id: str, term: int) -> JobRuntime | None:

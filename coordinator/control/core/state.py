@@ -189,7 +189,9 @@ class JobRuntime:
     reason: str = ""
     message: str = ""
     after: int = 0
-    """Index of the record that commands about this job depend on."""
+    """Index of the newest record about this job: what it caused depends on it."""
+    term_after: int = 0
+    """Index of the record that commands within the current term depend on."""
     operation: Operation | None = None
     ending: Ending | None = None
     storage_term: int = 0

@@ -136,7 +136,7 @@ def assign_ranges(core: Core, job: JobRuntime, aggregator_id: str) -> None:
     if job.restore is not None:
         message.restore.CopyFrom(job.restore)
     aggregator = core.aggregators[aggregator_id]
-    core.send(aggregator.session, pb.SessionResponse(assign_ranges=message), job.after)
+    core.send(aggregator.session, pb.SessionResponse(assign_ranges=message), job.term_after)
     job.owner_incarnations[aggregator_id] = aggregator.hello.incarnation
 
 
@@ -236,7 +236,7 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
     if first and not facts.kept.start_unix_nanos:
         queued_s = (core.now.unix_nanos - facts.kept.submit_unix_nanos) / 1e9
         core.observe("job_queue_seconds", max(0.0, queued_s))
-    job.after = core.persist(ControlRecord(term_started=started))
+    job.after = job.term_after = core.persist(ControlRecord(term_started=started))
     job.restore, job.lost_owners = restore, set()
     job.owner_incarnations, job.ready_aggregators, job.failed_leaves = {}, set(), {}
     core.set_reason(job, "")
