@@ -231,7 +231,7 @@ class _TableIngest(_Ingest):
             sparse=sparse,
             dtype=self.options.dtype,
             columns=columns,
-            notes=(*shape.notes, *notes, *encoder.oddities.sentences()),
+            notes=(*shape.notes, *notes, *encoder.remarks()),
         )
 
     def _target(self, shape: TableShape) -> tuple[str, tuple[str, ...]]:

@@ -53,16 +53,18 @@ class Oddities:
     unknown: dict[str, int] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
 
-    def sentences(self) -> tuple[str, ...]:
-        """One sentence per oddity."""
+    def sentences(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """One sentence per oddity, in the order of the columns, not in that of discovery."""
         unknown = (
             f"column {name!r}: values outside the categories of train are encoded as none "
             f"of them ({count})"
-            for name, count in self.unknown.items()
+            for name in columns
+            if (count := self.unknown.get(name))
         )
         missing = (
             f"column {name!r}: missing values were replaced ({count})"
-            for name, count in self.missing.items()
+            for name in columns
+            if (count := self.missing.get(name))
         )
         return (*unknown, *missing)
 
@@ -85,6 +87,10 @@ class Encoder:
             for column in columns
         ]
         self._slice_rows = max(1, _SLICE_ELEMENTS // max(1, self.width))
+
+    def remarks(self) -> tuple[str, ...]:
+        """A sentence for each oddity met so far."""
+        return self.oddities.sentences([column.name for column in self.columns])
 
     def encode(self, values: Sequence[ColumnValues], where: Whereabouts) -> Iterator[NDArray[Any]]:
         """Features of the rows, in slices of rows by features that stay small.

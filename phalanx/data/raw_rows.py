@@ -38,7 +38,7 @@ class Remarks:
     def sentences(self) -> tuple[str, ...]:
         """One sentence per column with something to tell."""
         ignored = (f"column {name!r} is not known, it is ignored" for name in self.ignored_columns)
-        return (*ignored, *(self._encoder.oddities.sentences() if self._encoder else ()))
+        return (*ignored, *(self._encoder.remarks() if self._encoder else ()))
 
 
 @dataclass(frozen=True)

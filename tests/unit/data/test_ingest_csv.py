@@ -421,6 +421,14 @@ def test_a_split_without_rows_is_refused(tmp_path: Path) -> None:
     assert "the test split has no row" in error_of(tmp_path, PEOPLE, test=0.01)
 
 
+def test_notes_are_in_the_order_of_the_columns(tmp_path: Path) -> None:
+    text = "n,w,y\n1,a,p\n2,,q\n,b,p\n4,b,q\n"
+    for block_bytes in (64, 1 << 20):
+        manifest = add(tmp_path, text, missing="mean", block_bytes=block_bytes)
+        replaced = [note for note in manifest.notes if "missing values were" in note]
+        assert [note.split("'")[1] for note in replaced] == ["n", "w"]
+
+
 @examples(30)
 @given(data=st.data())
 def test_the_result_does_not_depend_on_the_size_of_blocks(
