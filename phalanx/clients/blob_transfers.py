@@ -1,11 +1,10 @@
 """Uploads and downloads of blobs: verified at both ends, retried, downloads resumed."""
 
 import asyncio
-import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
-from phalanx.clients.blob_files import FileSink
+from phalanx.clients.blob_sinks import FileSink, MemorySink, Sink
 from phalanx.clients.blob_sources import BlobSource, Repeatable, Stream, open_source
 from phalanx.errors import DataLoss, DeadlineExceeded
 from phalanx.rpc.channel import call_with_retry
@@ -17,9 +16,6 @@ STREAM_TIMEOUT_S = 3600.0
 """Deadline of a transfer whose size is not known beforehand."""
 
 _SLOWEST_BYTES_PER_S = 4e6
-_HASH_INLINE_BYTES = 64 * 1024
-
-Sink = Callable[[bytes], Awaitable[None]]
 
 
 class BlobTransfers:
@@ -67,22 +63,21 @@ class BlobTransfers:
 
     async def get(self, request: pb.GetBlobRequest, timeout_s: float | None) -> bytes:
         """Return the bytes asked for."""
-        chunks: list[bytes] = []
-
-        async def keep(chunk: bytes) -> None:
-            chunks.append(chunk)
-
-        await self._download(request, keep, timeout_s)
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        sink = MemorySink()
+        try:
+            await self._download(request, sink, timeout_s)
+            digest = await sink.digest()
+        finally:
+            await sink.close()
         if not request.offset and not request.length:
-            _same(request.digest, await _sha256(data))
-        return data
+            _same(request.digest, digest)
+        return await asyncio.to_thread(sink.content)
 
     async def get_to(self, digest: str, path: Path, timeout_s: float | None) -> int:
         """Write a blob to a file, which appears whole or not at all; return its size."""
         sink = FileSink(path)
         try:
-            await self._download(pb.GetBlobRequest(digest=digest), sink.write, timeout_s)
+            await self._download(pb.GetBlobRequest(digest=digest), sink, timeout_s)
             _same(digest, await sink.digest())
             return await asyncio.to_thread(sink.publish)
         finally:
@@ -105,11 +100,14 @@ class BlobTransfers:
                 length=0 if wanted is None else wanted - received,
             )
             call = self._stub.GetBlob(rest, timeout=timeout)
-            async for response in self._moving(aiter(call)):
-                if wanted is None:
-                    wanted = response.size_bytes - request.offset
-                await sink(response.chunk)
-                received += len(response.chunk)
+            try:
+                async for response in self._moving(aiter(call)):
+                    if wanted is None:
+                        wanted = response.size_bytes - request.offset
+                    await sink.write(response.chunk)
+                    received += len(response.chunk)
+            finally:
+                call.cancel()
 
         limit_s = timeout_s or STREAM_TIMEOUT_S
         await call_with_retry(attempt, request, timeout_s=limit_s, attempts=self._attempts)
@@ -155,12 +153,6 @@ async def _messages(
     yield first
     async for piece in content.pieces():
         yield pb.PutBlobRequest(chunk=bytes(piece))
-
-
-async def _sha256(data: bytes) -> str:
-    if len(data) <= _HASH_INLINE_BYTES:
-        return hashlib.sha256(data).hexdigest()
-    return await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
 
 
 def _same(expected: str, digest: str) -> str:

@@ -267,6 +267,19 @@ async def test_a_reader_that_goes_away_frees_its_file(stub, client, service, eve
     await eventually(lambda: not open_files())
 
 
+class Call:
+    """An answer stream as gRPC's calls are."""
+
+    def __init__(self, responses):
+        self._responses = responses
+
+    def __aiter__(self):
+        return self._responses
+
+    def cancel(self):
+        pass
+
+
 class BreakingStub:
     """Breaks the first downloads off in the middle, as a restarted storage would."""
 
@@ -277,11 +290,11 @@ class BreakingStub:
 
     def GetBlob(self, request, timeout):
         self.requests.append((request.offset, request.length))
-        return self._responses(request, timeout)
+        return Call(self._responses(self._stub.GetBlob(request, timeout=timeout)))
 
-    async def _responses(self, request, timeout):
+    async def _responses(self, call):
         count = 0
-        async for response in self._stub.GetBlob(request, timeout=timeout):
+        async for response in call:
             yield response
             count += 1
             if self._breaks and count == 2:
@@ -305,10 +318,13 @@ async def test_a_broken_download_goes_on_where_it_was(client, tmp_path):
 
 
 async def test_a_download_that_stands_still_is_given_up(client):
+    async def nothing():
+        await asyncio.Event().wait()
+        yield pb.GetBlobResponse()
+
     class Silent:
-        async def GetBlob(self, request, timeout):
-            await asyncio.Event().wait()
-            yield pb.GetBlobResponse()
+        def GetBlob(self, request, timeout):
+            return Call(nothing())
 
     client._blobs._stub = Silent()
     client._blobs._timeout_s = 0.05
