@@ -264,7 +264,8 @@ def _replace_worker(core: Core, old: Worker, hello: pb.WorkerHello) -> None:
     core.sessions.pop(old.session, None)
     core.close(old.session, Aborted("another session of this worker was opened"))
     old.session = 0
-    if old.hello.incarnation != hello.incarnation:
+    known = (old.hello.incarnation, old.hello.fingerprint)
+    if known != (hello.incarnation, hello.fingerprint):
         why = "it was started again"
         lose_worker(core, old, "worker_lost", why, core.now.monotonic_s)
 
