@@ -95,8 +95,8 @@ class Database:
                 raise FailedPrecondition(
                     f"{FILE_NAME} in the state folder is not a plain file", reason="STATE_UNUSABLE"
                 )
+        connection = self._connect()
         try:
-            connection = self._connect()
             # Said again of a database that has it already, it writes, which a full disk refuses.
             if connection.execute("PRAGMA auto_vacuum").fetchone()[0] != _INCREMENTAL:
                 connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -109,20 +109,24 @@ class Database:
             if application_id != APPLICATION_ID:
                 connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             _settle_log(connection)
-        except sqlite3.Error as error:
-            raise FailedPrecondition(
-                f"cannot open {FILE_NAME} in the state folder: {error}", reason="STATE_UNUSABLE"
-            ) from error
+        except BaseException as error:
+            connection.close()
+            if not isinstance(error, sqlite3.Error):
+                raise
+            raise _unusable(error) from error
         return connection
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(
-            self._path,
-            timeout=_BUSY_TIMEOUT_S,
-            isolation_level=None,
-            check_same_thread=False,
-            cached_statements=256,
-        )
+        try:
+            return sqlite3.connect(
+                self._path,
+                timeout=_BUSY_TIMEOUT_S,
+                isolation_level=None,
+                check_same_thread=False,
+                cached_statements=256,
+            )
+        except sqlite3.Error as error:
+            raise _unusable(error) from error
 
     def write(self, act: Act[ResultT]) -> ResultT:
         """Run ``act`` in a transaction and return its result once that is durable.
@@ -256,6 +260,12 @@ class Database:
         )
         self._on_failure(self._failure)
         return self._failure
+
+
+def _unusable(error: sqlite3.Error) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"cannot open {FILE_NAME} in the state folder: {error}", reason="STATE_UNUSABLE"
+    )
 
 
 def _settle_log(connection: sqlite3.Connection) -> None:

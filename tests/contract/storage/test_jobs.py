@@ -194,7 +194,9 @@ def test_another_term_is_refused(backend, commit, term):
 def test_raising_the_term_drops_unfinished_checkpoints(backend, commit):
     raise_term(backend)
     commit(b"0", index=0, ranges=2)
+    assert backend.references.unreferenced([digest_of(b"0")]) == []
     raise_term(backend, 1)
+    assert backend.references.unreferenced([digest_of(b"0")]) == [digest_of(b"0")]
     with pytest.raises(Aborted):
         commit(b"1", index=1, ranges=2)
     answer = commit(b"1", term=2, index=1, ranges=2)
