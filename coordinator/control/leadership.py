@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from coordinator.control.store import LEASE, Store
 from phalanx.errors import Aborted, DeadlineExceeded, NotFound, PhalanxError, Unavailable
@@ -18,8 +19,13 @@ from phalanx.v1 import storage_service_pb2 as pb
 _log = get_logger(__name__)
 
 
-async def acquire(store: Store, holder: str, lease_ttl_s: float) -> int:
-    """Wait until this process leads; return its generation."""
+async def acquire(
+    store: Store, holder: str, lease_ttl_s: float, on_following: Callable[[], None]
+) -> int:
+    """Wait until this process leads; return its generation.
+
+    `on_following` is called whenever another one is seen to lead.
+    """
     seen, since_s = (0, 0), time.monotonic()
     challenge = (0, 0)
     while True:
@@ -33,7 +39,8 @@ async def acquire(store: Store, holder: str, lease_ttl_s: float) -> int:
         held = (answer.lease.token, answer.lease.counter)
         if held != seen:
             seen, since_s = held, time.monotonic()
-            _log.info("follows", leader=answer.lease.holder, generation=answer.lease.token)
+            _log.debug("follows", leader=answer.lease.holder, generation=answer.lease.token)
+            on_following()
         waited_s = time.monotonic() - since_s
         challenge = seen if waited_s >= lease_ttl_s else (0, 0)
         if challenge == (0, 0):

@@ -57,6 +57,7 @@ class ControlProcess:
         )
         self.store = Store(config.storage)
         self._leader: Leader | None = None
+        self._announced = False
         submissions = Submissions(config, self.store)
         job_service_pb2_grpc.add_JobServiceServicer_to_server(
             JobServicer(self, submissions), self.server.raw
@@ -97,10 +98,11 @@ class ControlProcess:
 
     async def _lead_again_and_again(self) -> None:
         self.gauges.leads(0)
-        announced = False
         while True:
             lease_ttl_s = self.config.lease_ttl_s
-            generation = await leadership.acquire(self.store, self.config.id, lease_ttl_s)
+            generation = await leadership.acquire(
+                self.store, self.config.id, lease_ttl_s, self._announce
+            )
             self.store.fence = storage_pb.Fence(lease="leader", token=generation)
             keeper = asyncio.create_task(
                 leadership.keep(self.store, self.config.id, generation, lease_ttl_s)
@@ -111,14 +113,7 @@ class ControlProcess:
                 self._leader = leader
                 self.gauges.leads(generation)
                 self._set_serving(serving=True)
-                if not announced:
-                    announced = True
-                    announce(
-                        self.config,
-                        role="control",
-                        address=self.server.address,
-                        metrics_address=self.server.metrics_address,
-                    )
+                self._announce()
                 await asyncio.wait((keeper, leader.failed), return_when=asyncio.FIRST_COMPLETED)
                 error = keeper.result() if keeper.done() else leader.failed.result()
                 await self._step_down(error)
@@ -131,6 +126,17 @@ class ControlProcess:
                 await self._step_down(error)
             finally:
                 keeper.cancel()
+
+    def _announce(self) -> None:
+        """Say once that this process does what it is there for: leads, or stands by."""
+        if not self._announced:
+            self._announced = True
+            announce(
+                self.config,
+                role="control",
+                address=self.server.address,
+                metrics_address=self.server.metrics_address,
+            )
 
     async def _replay(self, generation: int) -> Leader:
         """Rebuild the durable state, twice: one copy for decisions, one for what is safe."""

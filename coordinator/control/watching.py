@@ -117,8 +117,8 @@ async def _updates(
             yield WatchJobResponse(job=view)
             return
         while watcher.changes:
-            view = watcher.changes.popleft()
-            if view.state not in ENDED or watcher.changes:
+            shown, view = view, watcher.changes.popleft()
+            if view != shown and (view.state not in ENDED or watcher.changes):
                 yield WatchJobResponse(job=view)
         if watcher.removed:
             raise NotFound(f"job {job_id} was deleted", reason="JOB_NOT_FOUND")

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from coordinator.control.config import ControlConfig
@@ -224,6 +225,17 @@ class RealCluster:
         request = cluster_service_pb2.ListEventsRequest(job_id=job_id)
         call = self.operators().ListEvents(request, timeout=GUARD_S)
         return [response.event async for response in call]
+
+    async def wait_until_it_leads(self) -> None:
+        async with asyncio.timeout(GUARD_S):
+            while True:
+                try:
+                    request = cluster_service_pb2.GetClusterRequest()
+                    await self.operators().GetCluster(request, timeout=GUARD_S)
+                except grpc.aio.AioRpcError:
+                    await asyncio.sleep(0.05)
+                else:
+                    return
 
     async def wait_for_event(self, type_: str, job_id: str = "") -> job_pb2.Event:
         async with asyncio.timeout(GUARD_S):

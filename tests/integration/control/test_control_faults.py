@@ -18,6 +18,7 @@ from phalanx.rpc.status import from_rpc_error
 from phalanx.testing.members import ScriptedAggregator, ScriptedWorker
 from phalanx.v1 import cluster_service_pb2, job_service_pb2
 from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1 import storage_service_pb2 as storage_pb
 from phalanx.v1.job_pb2 import Job
 
 GUARD_S = 30.0
@@ -140,44 +141,62 @@ async def test_an_aggregator_that_does_not_come_back_is_replaced(storage_only: A
         assert (assigned.term, assigned.restore.step) == (2, 12)
 
 
-async def test_a_standby_takes_over_when_the_leader_is_killed(storage_only: Any) -> None:
+async def test_a_follower_says_so_and_takes_over(storage_only: Any) -> None:
     await storage_only.spawn_control("first")
-    await storage_only.submit()
-    await storage_only.kill_control()
-    await storage_only.spawn_control("second")
-    answer = await storage_only.operators().GetCluster(
-        cluster_service_pb2.GetClusterRequest(), timeout=GUARD_S
-    )
-    assert (answer.leader, answer.generation, answer.jobs["QUEUED"]) == ("second", 2, 1)
-
-
-async def test_a_follower_says_so(storage_only: Any) -> None:
-    await storage_only.spawn_control("first")
-    first = storage_only.control_address
-    from coordinator.control.config import ControlConfig
-    from coordinator.control.process import ControlProcess
-
-    config = ControlConfig(
-        id="second",
-        listen="127.0.0.1:0",
-        metrics_listen=None,
-        storage=storage_only.storage_address,
-        lease_ttl_s=2.0,
-    )
-    process, stop = ControlProcess(config), asyncio.Event()
-    running = asyncio.create_task(process.run(stop))
-    async with asyncio.timeout(GUARD_S):
-        while not process.server.address:
-            await asyncio.sleep(0.01)
-    storage_only.control_address = process.server.address
+    job = await storage_only.submit("nightly-1")
+    await storage_only.start_control("second", lease_ttl_s=1.0, heartbeat_interval_s=0.2)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await storage_only.jobs().ListJobs(job_service_pb2.ListJobsRequest(), timeout=GUARD_S)
     error = from_rpc_error(caught.value)
     assert isinstance(error, Unavailable)
     assert (error.reason, error.retry_after_s) == ("NOT_LEADER", 0.2)
-    stop.set()
-    await running
-    storage_only.control_address = first
+    await storage_only.kill_control()
+    await storage_only.wait_until_it_leads()
+    assert (await storage_only.submit("nightly-1")).id == job.id
+    answer = await storage_only.operators().GetCluster(
+        cluster_service_pb2.GetClusterRequest(), timeout=GUARD_S
+    )
+    assert (answer.leader, answer.generation) == ("second", 2)
+
+
+async def test_a_leader_whose_lease_was_taken_steps_down(storage_only: Any) -> None:
+    """As after a long pause: another one leads, and what the old one decides is refused."""
+    await storage_only.start_control("first")
+    first = storage_only.control
+    assert first is not None
+    store = storage_only.store()
+    lease = (await store.GetLease(storage_pb.GetLeaseRequest(name="leader"), timeout=GUARD_S)).lease
+    taken = await store.AcquireLease(
+        storage_pb.AcquireLeaseRequest(
+            name="leader",
+            holder="other",
+            seen_token=lease.token,
+            seen_counter=lease.counter,
+        ),
+        timeout=GUARD_S,
+    )
+    while not taken.acquired:  # it was renewed in between
+        seen = taken.lease
+        taken = await store.AcquireLease(
+            storage_pb.AcquireLeaseRequest(
+                name="leader", holder="other", seen_token=seen.token, seen_counter=seen.counter
+            ),
+            timeout=GUARD_S,
+        )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await storage_only.submit()
+    assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
+    async with asyncio.timeout(GUARD_S):
+        while True:
+            try:
+                first.leading()
+            except Unavailable:
+                break
+            await asyncio.sleep(0.01)
+    release = storage_pb.ReleaseLeaseRequest(name="leader", holder="other", token=taken.lease.token)
+    await store.ReleaseLease(release, timeout=GUARD_S)
+    await storage_only.wait_until_it_leads()
+    assert (await storage_only.submit()).id
 
 
 async def test_storage_away_refuses_submissions_and_nothing_else(cluster: Any) -> None:
