@@ -16,6 +16,7 @@ from pathlib import Path
 
 from phalanx.errors import PhalanxError
 from phalanx.ids import new_incarnation
+from phalanx.rpc.member_session import MemberSession, Refused
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import WorkerMetrics
 from phalanx.v1 import coordination_service_pb2 as coordination
@@ -28,7 +29,6 @@ from worker.core.dispatch import Task
 from worker.core.rounds import LeafFailure
 from worker.core.session import WorkerCore
 from worker.session.chunks import ChunkServer
-from worker.session.control import ControlSession, Refused
 from worker.session.fingerprint import stored_fingerprint
 from worker.session.hosting import HostedJob
 from worker.session.logs import LogCollector
@@ -60,6 +60,7 @@ class Session:
         self._config = config
         self._metrics = metrics
         self._storage_found = storage_found
+        self._leaf_done = metrics.leaf_seconds.labels(program=_PROGRAM, outcome="done")
         self._incarnation = new_incarnation()
         self._core = WorkerCore(config.slot_count)
         self._cache = BlobCache(config.cache_dir, config.cache_bytes, download, metrics)
@@ -67,7 +68,7 @@ class Session:
             config.slot_count, config.slot_memory_bytes, config.leaf_timeout_s, self
         )
         self._chunks = ChunkServer(self._cache, self._slots.fetched)
-        self._control = ControlSession(
+        self._control = MemberSession(
             config.control, self._hello, self._heartbeat, self._on_message, self._on_open
         )
         self._logs = LogCollector(config.id, self._control.report)
@@ -131,8 +132,8 @@ class Session:
 
     # Control
 
-    def _hello(self) -> coordination.WorkerHello:
-        return coordination.WorkerHello(
+    def _hello(self) -> coordination.SessionRequest:
+        hello = coordination.WorkerHello(
             worker_id=self._config.id,
             incarnation=self._incarnation,
             fingerprint=self._fingerprint,
@@ -146,6 +147,7 @@ class Session:
             generation=self._core.generation,
             version=_version(),
         )
+        return coordination.SessionRequest(worker_hello=hello)
 
     def _heartbeat(self) -> coordination.Heartbeat:
         now_s = time.monotonic()
@@ -301,9 +303,8 @@ class Session:
 
     def part_done(self, task: Task, done: ipc.PartDone) -> None:
         """A part of a task is in its buffer."""
-        observe = self._metrics.leaf_seconds.labels(program=_PROGRAM, outcome="done").observe
         for seconds in done.seconds:
-            observe(seconds)
+            self._leaf_done.observe(seconds)
         job = self._jobs.get(task.job_id)
         if job is None or not job.core.owns(task):
             return
@@ -390,7 +391,8 @@ def _resident_bytes(pids: list[int]) -> int:
     pages = 0
     for pid in pids:
         with contextlib.suppress(OSError, ValueError, IndexError):
-            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            with open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
+                pages += int(file.read().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
