@@ -29,7 +29,7 @@ OPTIONS = [
 
 class _Handlers(grpc.GenericRpcHandler):
     def __init__(self, behaviour: Any) -> None:
-        self._handler = grpc.stream_stream_rpc_method_handler(behaviour)
+        self._handler: Any = grpc.stream_stream_rpc_method_handler(behaviour)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         return self._handler if handler_call_details.method == METHOD else None
@@ -67,7 +67,7 @@ def _client(port: int, frame_bytes: list[int], pipe: multiprocessing.connection.
     """Sends the frames and reads their echoes, once per request on the pipe."""
     frames = {size: os.urandom(size) for size in set(frame_bytes)}
     with grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
-        method = channel.stream_stream(METHOD)
+        method: Any = channel.stream_stream(METHOD)
         while pipe.recv():
             start = time.perf_counter()
             received = sum(

@@ -82,7 +82,7 @@ def without_a_death() -> str:
         return cluster.submit(JOB).wait(timeout_s=300).parameters_sha256
 
 
-def kill_half_way(cluster: phalanx.Cluster, job_id: str, kill: Kill) -> None:
+def kill_half_way(cluster: phalanx.LocalCluster, job_id: str, kill: Kill) -> None:
     """Kill a worker that holds shards with SIGKILL once half of the steps are done."""
     for update in cluster.get(job_id).watch():
         busy = [worker.worker_id for worker in update.workers if worker.shards]
