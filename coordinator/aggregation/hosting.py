@@ -23,7 +23,7 @@ from coordinator.aggregation.core.effects import (
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.gauges import JobGauges
 from phalanx.clients.storage import StorageClient
-from phalanx.errors import DeadlineExceeded, PhalanxError, ResourceExhausted, Unavailable
+from phalanx.errors import Aborted, DeadlineExceeded, PhalanxError, ResourceExhausted, Unavailable
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_pb2
@@ -80,7 +80,7 @@ class HostedJob:
         self._spec = JobSpec.FromString(ranges.plan.spec)
         self._started_s = time.monotonic()
         self._wakers: dict[object, asyncio.Event] = {}
-        self._checkpoints: set[asyncio.Task[None]] = set()
+        self._checkpoints: dict[asyncio.Task[None], int] = {}
         self._points: deque[job_pb2.MetricPoint] = deque(maxlen=POINTS_MAX)
         # Said again on the next session: a control that died may not have stored them.
         self._points_sent: deque[job_pb2.MetricPoint] = deque(maxlen=POINTS_SAID_AGAIN)
@@ -220,8 +220,8 @@ class HostedJob:
     async def _end(self, go: GoRecord) -> None:
         """Report how the term ended, once the checkpoint that belongs to it is complete."""
         if self._checkpoints:
-            await asyncio.wait(self._checkpoints)
-        if not self.ranges.is_root or self._final is not None:
+            await asyncio.wait(set(self._checkpoints))
+        if not self.ranges.is_root or self._final is not None or self._checkpoint_step < go.version:
             return
         outcome = _OUTCOMES[go.action]
         self._finish(self._make_report(outcome, reason=go.reason))
@@ -236,11 +236,14 @@ class HostedJob:
     # -- checkpoints
 
     def _start_checkpoint(self, effect: StartCheckpoint) -> None:
-        task = asyncio.create_task(self._checkpoint(effect))
-        self._checkpoints.add(task)
-        task.add_done_callback(self._checkpoints.discard)
+        # Of one version all ranges go at once, of several versions one after the other: once the
+        # final checkpoint is complete, storage takes no part of an older one any more.
+        earlier = {task for task, version in self._checkpoints.items() if version < effect.version}
+        task = asyncio.create_task(self._checkpoint(effect, earlier))
+        self._checkpoints[task] = effect.version
+        task.add_done_callback(self._checkpoints.pop)
 
-    async def _checkpoint(self, effect: StartCheckpoint) -> None:
+    async def _checkpoint(self, effect: StartCheckpoint, earlier: set[asyncio.Task[None]]) -> None:
         """Write and register one range; retries until storage is back or the term is over."""
         plan = self.ranges.plan
         part = Part(
@@ -254,6 +257,8 @@ class HostedJob:
         )
         started_s = time.monotonic()
         try:
+            if earlier:
+                await asyncio.wait(earlier)
             request = await self._insist(lambda: write_part(self._storage, effect.snapshot, part))
             effect.snapshot.release()
             response = await self._insist(lambda: self._storage.commit_checkpoint(request))
@@ -262,6 +267,10 @@ class HostedJob:
                 self._checkpoint_step = max(self._checkpoint_step, effect.version)
         except PhalanxError as error:
             self._given_up(effect, error)
+            # A fence says that the term is over, and then nothing is left to be said about it.
+            if effect.terminal and self.ranges.is_root and not isinstance(error, Aborted):
+                message = f"the last checkpoint cannot be stored: {error.message}"
+                self._failed(Failed("CHECKPOINT_FAILED", message))
         finally:
             effect.snapshot.release()
             self.ranges.checkpoint_done()

@@ -57,7 +57,9 @@ async def serve(config: AggregatorConfig, stop: asyncio.Event) -> None:
         service_names=[SERVICE],
         options=_STREAM_OPTIONS,
     )
-    aggregator = Aggregator(config, AggregatorMetrics(server.registry))
+    aggregator = Aggregator(
+        config, AggregatorMetrics(server.registry), numeric_fingerprint.compute()
+    )
     ExchangeServicer(aggregator.find).add_to(server.raw)
     await server.start()
     aggregator.start(config.advertise or server.address)
@@ -78,8 +80,11 @@ async def serve(config: AggregatorConfig, stop: asyncio.Event) -> None:
 class Aggregator:
     """Takes ranges as control assigns them, and lets them go."""
 
-    def __init__(self, config: AggregatorConfig, metrics: AggregatorMetrics) -> None:
+    def __init__(
+        self, config: AggregatorConfig, metrics: AggregatorMetrics, fingerprint: str
+    ) -> None:
         self._config = config
+        self._fingerprint = fingerprint
         self._metrics = metrics
         self._id = config.id
         self._incarnation = new_incarnation()
@@ -140,7 +145,7 @@ class Aggregator:
                 held_ranges=held,
                 generation=self._generation,
                 version=_version(),
-                fingerprint=numeric_fingerprint.compute(),
+                fingerprint=self._fingerprint,
             )
         )
 

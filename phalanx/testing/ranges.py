@@ -34,6 +34,7 @@ MakeOwner = Callable[[JobPlan, int, list[ParameterRange]], Any]
 """Makes an aggregator's `JobRanges` of (plan, term, owned ranges)."""
 
 ROWS_PER_LEAF = 8
+EVALUATION_ROWS = 10
 
 
 def make_plan(
@@ -154,6 +155,87 @@ def reference(
     return versions
 
 
+class Leaves:
+    """What workers compute and send for the rounds of a plan."""
+
+    def __init__(self, plan: JobPlan) -> None:
+        self.plan = plan
+        self.pieces = parameter_ranges(plan, str)
+
+    def width(self, go: GoRecord) -> int:
+        """Shards of the round of a go record."""
+        if go.action == GoRecord.ACTION_INITIALISE:
+            return 1
+        evaluates = go.action == GoRecord.ACTION_EVALUATE
+        return self.plan.evaluation_shards if evaluates else self.plan.shards
+
+    def division(self, workers: int, go: GoRecord) -> list[list[Node]]:
+        """The nodes of each of so many workers."""
+        width = self.width(go)
+        cuts = [index * width // workers for index in range(workers + 1)]
+        return [cover(first, stop, width) for first, stop in pairwise(cuts)]
+
+    def frames(
+        self,
+        nodes: Iterable[Node],
+        go: GoRecord,
+        parameters: Array | None,
+        *,
+        ranges: Iterable[int] | None = None,
+        absent: Sequence[int] = (),
+        loss_error: float = 0.0,
+    ) -> list[Frame]:
+        """The frames of nodes for some ranges (all); `parameters` matter to train rounds."""
+        frames: list[Frame] = []
+        for node in nodes:
+            vector, count, loss, mask = self._node(go, node, parameters, absent)
+            for index in self._ranges_of(go) if ranges is None else ranges:
+                piece = self.pieces[index]
+                part = vector
+                if go.action != GoRecord.ACTION_EVALUATE:
+                    part = vector[piece.first_element : piece.first_element + piece.element_count]
+                frames += node_frames(
+                    go,
+                    node,
+                    part,
+                    count=count,
+                    loss=loss + loss_error,
+                    range_index=index,
+                    mask=mask,
+                )
+        return frames
+
+    def _ranges_of(self, go: GoRecord) -> Iterable[int]:
+        return (0,) if go.action == GoRecord.ACTION_EVALUATE else range(self.plan.range_count)
+
+    def _node(
+        self, go: GoRecord, node: Node, parameters: Array | None, absent: Sequence[int]
+    ) -> tuple[Array, int, float, bytes]:
+        shards = list(range(node.first, min(node.first + node.span, self.width(go))))
+        present = [shard for shard in shards if shard not in absent]
+        values = {s - node.first: self._leaf(go, s, parameters) for s in present}
+        losses = {s - node.first: np.array([leaf_loss(s, go.version)]) for s in present}
+        total, loss = reduce_leaves(values, node.span), reduce_leaves(losses, node.span)
+        bits = sum(1 << (shard - node.first) for shard in present)
+        mask = b"" if present == shards else bits.to_bytes((node.span + 7) // 8, "little")
+        if total is None or loss is None:
+            return np.zeros(self.plan.layout.element_count, self.plan.layout.dtype), 0, 0.0, mask
+        return total, self._rows(go) * len(present), float(loss[0]), mask
+
+    def _rows(self, go: GoRecord) -> int:
+        if go.action == GoRecord.ACTION_TRAIN:
+            return self.plan.rows_per_leaf
+        return EVALUATION_ROWS if go.action == GoRecord.ACTION_EVALUATE else 0
+
+    def _leaf(self, go: GoRecord, shard: int, parameters: Array | None) -> Array:
+        if go.action == GoRecord.ACTION_INITIALISE:
+            return initial_vector(self.plan)
+        if go.action == GoRecord.ACTION_EVALUATE:
+            return np.array([0.5 * (shard + 1), 7.0])
+        assert parameters is not None, "a train round needs the version"
+        return leaf_gradient(self.plan, shard, go.version, parameters)
+
+
 class ScriptedJob:
     """The owners of a job's ranges, and workers that send what a test tells them to.
 
@@ -170,7 +252,8 @@ class ScriptedJob:
     ) -> None:
         self.plan = plan
         self.term = term
-        self.pieces = parameter_ranges(plan, str)
+        self.leaves = Leaves(plan)
+        self.pieces = self.leaves.pieces
         self.owners: list[Any] = [
             make_owner(plan, term, [self.pieces[index] for index in owned]) for owned in owners
         ]
@@ -233,29 +316,12 @@ class ScriptedJob:
         return got == self.plan.layout.element_count
 
     def nodes_frames(
-        self,
-        nodes: Iterable[Node],
-        go: GoRecord | None = None,
-        *,
-        ranges: Iterable[int] | None = None,
-        absent: Sequence[int] = (),
-        loss_error: float = 0.0,
+        self, nodes: Iterable[Node], go: GoRecord | None = None, **options: Any
     ) -> list[Frame]:
         """What a worker that hosts these nodes sends for the round of a go record."""
         go = go or self.go
-        frames: list[Frame] = []
-        for node in nodes:
-            vector, count, loss, mask = self._node(go, node, absent)
-            for index in self._ranges_of(go) if ranges is None else ranges:
-                piece = self.pieces[index]
-                part = vector
-                if go.action != GoRecord.ACTION_EVALUATE:
-                    part = vector[piece.first_element : piece.first_element + piece.element_count]
-                frames += node_frames(
-                    go, node, part, count=count, loss=loss + loss_error, range_index=index,
-                    mask=mask,
-                )  # fmt: skip
-        return frames
+        known = go.action == GoRecord.ACTION_TRAIN
+        return self.leaves.frames(nodes, go, self.vector(go.version) if known else None, **options)
 
     def run_round(self, shuffle: random.Random | None = None, workers: int = 2) -> GoRecord:
         """One whole round, its frames in order or shuffled; returns the go record it ran under."""
@@ -278,56 +344,9 @@ class ScriptedJob:
 
     def division(self, workers: int, go: GoRecord | None = None) -> list[Node]:
         """The nodes of all shards of a round, cut among so many workers."""
-        width = self.width(go or self.go)
-        cuts = [index * width // workers for index in range(workers + 1)]
-        return [node for first, stop in pairwise(cuts) for node in cover(first, stop, width)]
-
-    def width(self, go: GoRecord) -> int:
-        """Shards of the round of a go record."""
-        if go.action == GoRecord.ACTION_INITIALISE:
-            return 1
-        evaluates = go.action == GoRecord.ACTION_EVALUATE
-        return self.plan.evaluation_shards if evaluates else self.plan.shards
+        return [node for part in self.leaves.division(workers, go or self.go) for node in part]
 
     # -- inside
-
-    def _ranges_of(self, go: GoRecord) -> Iterable[int]:
-        return (0,) if go.action == GoRecord.ACTION_EVALUATE else range(self.plan.range_count)
-
-    def _node(
-        self, go: GoRecord, node: Node, absent: Sequence[int]
-    ) -> tuple[Array, int, float, bytes]:
-        width = self.width(go)
-        shards = list(range(node.first, min(node.first + node.span, width)))
-        present = [s for s in shards if s not in absent]
-        values = {s - node.first: self._leaf(go, s) for s in present}
-        total = reduce_leaves(values, node.span)
-        losses = reduce_leaves(
-            {s - node.first: np.array([leaf_loss(s, go.version)]) for s in present}, node.span
-        )
-        mask = sum(1 << (s - node.first) for s in present)
-        whole = len(present) == len(shards)
-        data = b"" if whole else mask.to_bytes((node.span + 7) // 8, "little")
-        vector = np.zeros(self.plan.layout.element_count, self.plan.layout.dtype)
-        count = self._rows(go) * len(present)
-        return (
-            vector if total is None else total,
-            count,
-            0.0 if losses is None else float(losses[0]),
-            data,
-        )
-
-    def _rows(self, go: GoRecord) -> int:
-        if go.action == GoRecord.ACTION_TRAIN:
-            return self.plan.rows_per_leaf
-        return 10 if go.action == GoRecord.ACTION_EVALUATE else 0
-
-    def _leaf(self, go: GoRecord, shard: int) -> Array:
-        if go.action == GoRecord.ACTION_INITIALISE:
-            return initial_vector(self.plan)
-        if go.action == GoRecord.ACTION_EVALUATE:
-            return np.array([0.5 * (shard + 1), 7.0])
-        return leaf_gradient(self.plan, shard, go.version, self.vector(go.version))
 
     def _take(self, message: bytes) -> None:
         header, payload = decode_response(message)
