@@ -30,7 +30,9 @@ TERMINAL = (GoRecord.ACTION_STOP, GoRecord.ACTION_PAUSE, GoRecord.ACTION_FAIL)
 class AggregatorControl(ScriptedControl):
     """Answers the hellos of aggregators; everything else is the test's to say."""
 
-    async def Session(self, request_iterator: Any, context: Any) -> None:
+    async def Session(  # type: ignore[override]
+        self, request_iterator: Any, context: Any
+    ) -> None:
         """Serve one aggregator."""
         session = ScriptedSession(context)
         message = await context.read()
