@@ -2,12 +2,16 @@
 # ARGS are handed on: make test ARGS="tests/unit -k journal"
 ARGS =
 
-.PHONY: help demo test check bench lock protos fresh
+.PHONY: help demo test check bench chaos lock protos fresh
 help:
 	@sh scripts/bootstrap help
 
 demo test check bench lock:
 	@sh scripts/bootstrap $@ $(ARGS)
+
+# Real processes, real signals: the tests that kill things.
+chaos:
+	@sh scripts/bootstrap test tests/chaos $(ARGS)
 
 # Generates the checked-in stubs in phalanx/v1 from protos/.
 protos:
