@@ -15,6 +15,9 @@ def ranges_ready(core: Core, aggregator: Aggregator, message: pb.RangesReady) ->
         return
     if not message.HasField("failure"):
         job.ready_aggregators.add(aggregator.id)
+        if core.facts_of(job).ranges[0].aggregator_id == aggregator.id:
+            # While it was loading it could not hear of a pause.
+            terms.command_pause(core, job)
         return
     failure = message.failure
     if job.restore is None:
@@ -35,9 +38,13 @@ def ranges_ready(core: Core, aggregator: Aggregator, message: pb.RangesReady) ->
 
 
 def job_report(core: Core, aggregator: Aggregator, report: pb.JobReport) -> None:
-    """Take in the root's report; only the root of the current term is believed."""
+    """Take in the root's report; any other owner of the current term is believed only a failure."""
     job = _current(core, aggregator, report.job_id, report.term)
-    if job is None or core.facts_of(job).ranges[0].aggregator_id != aggregator.id:
+    if job is None:
+        return
+    if core.facts_of(job).ranges[0].aggregator_id != aggregator.id:
+        if report.outcome == pb.JobReport.OUTCOME_FAILED:
+            _failed(core, job, report)
         return
     previous = job.report
     job.report, job.report_s = report, core.now.monotonic_s
@@ -50,13 +57,17 @@ def job_report(core: Core, aggregator: Aggregator, report: pb.JobReport) -> None
         job.stopped = True
         terms.advance(core, job)
     elif report.outcome == pb.JobReport.OUTCOME_FAILED:
-        failures = [report.failure] if report.HasField("failure") else []
-        ending.fail(core, job, report.reason or "FAILED", report.message, failures)
-        terms.advance(core, job)
+        _failed(core, job, report)
     else:
         _forget_past_failures(job, report.step)
         hosting.release_keepers(core, job)
         core.publish(job.job_id, job.term_after, progress_only=True)
+
+
+def _failed(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
+    failures = [report.failure] if report.HasField("failure") else []
+    ending.fail(core, job, report.reason or "FAILED", report.message, failures)
+    terms.advance(core, job)
 
 
 def _current(core: Core, aggregator: Aggregator, job_id: str, term: int) -> JobRuntime | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from coordinator.control.core import events as ev
+from coordinator.control.core.state import CoreConfig
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
 from phalanx.v1.job_pb2 import Failure
+from phalanx.v1.training_pb2 import Layout, TensorSpec
 
 
 def manifest(step: int, *, final: bool = False) -> storage_pb.CheckpointManifest:
@@ -79,3 +81,38 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(running: Any) -> None
     restores = [each.restore.step for each in running.told("a1", "assign_ranges")]
     assert restores == [40, 20]
     assert running.core.facts.jobs["job-1"].term == 3
+
+
+def test_a_failure_in_any_range_fails_the_job_and_nothing_else_of_it_is_believed(
+    make_cluster: Any,
+) -> None:
+    cluster = make_cluster(config=CoreConfig(range_min_bytes=64 * 1024 * 4))
+    cluster.auto = False
+    for name in ("a1", "a2"):
+        cluster.aggregator(name)
+    worker = cluster.worker("w1")
+    cluster.submit()
+    layout = Layout(
+        tensors=[TensorSpec(name="w", shape=[65536, 4])],
+        dtype="float32",
+        element_count=65536 * 4,
+    )
+    cluster.describe(worker, "job-1", layout=layout, evaluation_sums=["loss"])
+    assert [each.aggregator_id for each in cluster.core.facts.jobs["job-1"].ranges] == ["a1", "a2"]
+    cluster.report("job-1", 7)
+    for outcome in (pb.JobReport.OUTCOME_RUNNING, pb.JobReport.OUTCOME_STOPPED):
+        cluster.report("job-1", 9, owner="a2", outcome=outcome)
+        assert (cluster.state(), cluster.job().progress.step) == ("RUNNING", 7)
+    cluster.report(
+        "job-1",
+        8,
+        owner="a2",
+        outcome=pb.JobReport.OUTCOME_FAILED,
+        reason="PARAMETERS_NON_FINITE",
+        message="at version 8",
+        failure=Failure(code="PARAMETERS_NON_FINITE", message="at version 8", step=8),
+    )
+    assert cluster.state() == "FAILED"
+    job = cluster.job()
+    assert (job.reason, job.failures[0].step) == ("PARAMETERS_NON_FINITE", 8)
+    assert cluster.told("a1", "release_ranges")

@@ -96,6 +96,18 @@ def test_a_pause_survives_a_new_term(running: Any) -> None:
     assert (command.kind, command.term) == (pb.JobCommand.KIND_PAUSE, 2)
 
 
+def test_a_root_that_was_loading_hears_of_the_pause_when_it_is_ready(cluster: Any) -> None:
+    cluster.aggregator()
+    cluster.worker("w1")
+    cluster.auto = False
+    cluster.submit()
+    cluster.describe(cluster.sessions["w1"], "job-1")
+    cluster.call(ev.PauseJob, "job-1")
+    before = len(cluster.told("a1", "job_command"))
+    cluster.say(cluster.sessions["a1"], ranges_ready=pb.RangesReady(job_id="job-1", term=1))
+    assert len(cluster.told("a1", "job_command")) == before + 1
+
+
 def test_cancel_is_fenced_then_journalled_then_answered(running: Any) -> None:
     running.storage_up = False
     token = running.call(ev.CancelJob, "job-1", reason="enough")
