@@ -23,7 +23,14 @@ from coordinator.aggregation.core.effects import (
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.gauges import JobGauges
 from phalanx.clients.storage import StorageClient
-from phalanx.errors import Aborted, DeadlineExceeded, PhalanxError, ResourceExhausted, Unavailable
+from phalanx.errors import (
+    Aborted,
+    DeadlineExceeded,
+    Internal,
+    PhalanxError,
+    ResourceExhausted,
+    Unavailable,
+)
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_pb2
@@ -267,10 +274,9 @@ class HostedJob:
                 self._checkpoint_step = max(self._checkpoint_step, effect.version)
         except PhalanxError as error:
             self._given_up(effect, error)
-            # A fence says that the term is over, and then nothing is left to be said about it.
-            if effect.terminal and self.ranges.is_root and not isinstance(error, Aborted):
-                message = f"the last checkpoint cannot be stored: {error.message}"
-                self._failed(Failed("CHECKPOINT_FAILED", message))
+        except Exception as error:  # noqa: BLE001 - control must hear of it, whatever it is
+            _log.exception("checkpoint_failed", job_id=plan.job_id, step=effect.version)
+            self._given_up(effect, Internal(f"{type(error).__name__}: {error}"))
         finally:
             effect.snapshot.release()
             self.ranges.checkpoint_done()
@@ -314,6 +320,11 @@ class HostedJob:
             reason=error.reason,
             message=error.message,
         )
+        # The root waits for the part of every range, so each owner has to say that none will come.
+        # A fence says that the term is over, and then nothing is left to be said about it.
+        if effect.terminal and not isinstance(error, Aborted):
+            message = f"the last checkpoint cannot be stored: {error.message}"
+            self._failed(Failed("CHECKPOINT_FAILED", message))
 
     # -- reports
 

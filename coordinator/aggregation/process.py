@@ -22,7 +22,13 @@ from coordinator.aggregation.gauges import JobGauges
 from coordinator.aggregation.hosting import HostedJob
 from phalanx import numeric_fingerprint
 from phalanx.clients.storage import StorageClient
-from phalanx.errors import DeadlineExceeded, PhalanxError, Unavailable
+from phalanx.errors import (
+    DeadlineExceeded,
+    Internal,
+    PhalanxError,
+    ResourceExhausted,
+    Unavailable,
+)
 from phalanx.ids import new_incarnation
 from phalanx.optimizers import build_optimizer
 from phalanx.rpc.member_session import MemberSession, Refused
@@ -201,10 +207,32 @@ class Aggregator:
     def _loaded(self, job_id: str, task: asyncio.Task[None]) -> None:
         if self._loading.get(job_id, (0, None))[1] is task:
             del self._loading[job_id]
-        if not task.cancelled() and task.exception() is not None:
-            _log.error("ranges_not_loaded", job_id=job_id, exc_info=task.exception())
 
     async def _load(self, message: coordination.AssignRanges) -> None:
+        """Take the ranges, or tell control why not: a job must never wait for silence."""
+        job_id = message.plan.job_id
+        try:
+            await self._take(message)
+        except PhalanxError as error:
+            failure = error
+        except MemoryError as error:
+            failure = ResourceExhausted(
+                f"{self._id} has not enough memory for these ranges ({error}); "
+                "use more aggregators, or a smaller model",
+                reason="AGGREGATOR_MEMORY",
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, control must hear of it
+            _log.exception("ranges_not_loaded", job_id=job_id)
+            failure = Internal(f"{type(error).__name__}: {error}")
+        else:
+            return
+        job = self._jobs.get(job_id)
+        if job is not None and job.ranges.term == message.term:
+            del self._jobs[job_id]
+            await job.close()
+        self._say_not_ready(message, failure)
+
+    async def _take(self, message: coordination.AssignRanges) -> None:
         job_id = message.plan.job_id
         old = self._jobs.pop(job_id, None)
         if old is not None:
@@ -219,11 +247,7 @@ class Aggregator:
             build_optimizer(train, message.plan.total_steps),
             RootDecider(message.plan, message.term) if owned[0].index == 0 else None,
         )
-        try:
-            effects = await self._begin(message, ranges)
-        except PhalanxError as error:
-            self._say_not_ready(message, error)
-            return
+        effects = await self._begin(message, ranges)
         gauges = JobGauges(self._metrics, job_id)
         job = HostedJob(
             ranges, storage, gauges, self._session.report, lambda: self._session.connected
@@ -254,7 +278,7 @@ class Aggregator:
         while True:
             try:
                 return await read_part(await self._known_storage(), manifest, piece)
-            except (Unavailable, DeadlineExceeded) as error:
+            except (Unavailable, DeadlineExceeded, ResourceExhausted) as error:
                 _log.warning("checkpoint_not_reachable", message=error.message)
             await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
             wait_s = min(wait_s * 2, _RETRY_LONGEST_S)

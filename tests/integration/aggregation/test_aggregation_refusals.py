@@ -1,0 +1,60 @@
+"""What cannot be loaded or stored is told to control by whoever owns the range: nobody waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from coordinator.aggregation import hosting, process
+from phalanx.errors import DataLoss
+from phalanx.frames import BLOCK_ELEMENTS
+from phalanx.testing.aggregator_peers import share, streams
+from phalanx.testing.ranges import Leaves, make_plan
+from phalanx.v1 import coordination_service_pb2 as pb
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(MemoryError("3 TiB"), "AGGREGATOR_MEMORY"), (ValueError("odd"), "INTERNAL")],
+)
+async def test_whatever_keeps_ranges_from_being_taken_is_told(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    member = await bench.aggregator()
+    with monkeypatch.context() as patched:
+        patched.setattr(process, "build_optimizer", fails)
+        await member.session.send(assign_ranges=bench.assignment(make_plan(elements=10)))
+        failure = (await member.session.receive("ranges_ready")).failure
+    assert failure.code == code
+    assert str(error) in failure.message
+    assert member.aggregator.find("job-test") is None
+    await bench.assign(make_plan(elements=10))
+
+
+@pytest.mark.parametrize("error", [DataLoss("the blob came out wrong"), ValueError("odd")])
+async def test_a_last_part_that_cannot_be_stored_fails_the_job_from_any_range(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    stored = hosting.write_part
+
+    async def write_part(client: Any, snapshot: Any, part: Any) -> Any:
+        if part.final and snapshot.range.index == 1:
+            raise error
+        return await stored(client, snapshot, part)
+
+    monkeypatch.setattr(hosting, "write_part", write_part)
+    plan = make_plan(elements=3 * BLOCK_ELEMENTS, ranges=2, steps=2)
+    leaves = Leaves(plan)
+    members = [await bench.aggregator(name) for name in ("a", "b")]
+    await bench.assign(plan, ("a", "b"))
+    async with streams(leaves, [member.address for member in members], 1) as worker:
+        await worker.work(share(leaves, 0, 1))
+    while True:
+        report = await members[1].session.receive("job_report")
+        if report.outcome != pb.JobReport.OUTCOME_RUNNING:
+            break
+    assert (report.outcome, report.reason) == (pb.JobReport.OUTCOME_FAILED, "CHECKPOINT_FAILED")
