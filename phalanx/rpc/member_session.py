@@ -128,6 +128,9 @@ class MemberSession:
             return False, "control does not answer"
         except (PhalanxError, asyncio.InvalidStateError) as error:
             return welcomed, str(error) or "the session ended"
+        except Exception as error:  # noqa: BLE001 - a member without a session is lost for good
+            _log.exception("session_failed", address=address)
+            return False, f"a defect of this member: {type(error).__name__}"
         finally:
             self.connected = False
             if call is not None:

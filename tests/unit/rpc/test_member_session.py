@@ -1,0 +1,59 @@
+"""A member's session with control: whatever breaks it, another one is opened."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from phalanx.rpc.member_session import MemberSession
+from phalanx.testing.worker_peers import ScriptedControl
+from phalanx.v1 import coordination_service_pb2 as pb
+
+GUARD_S = 30.0
+
+
+def hello() -> pb.SessionRequest:
+    return pb.SessionRequest(worker_hello=pb.WorkerHello(worker_id="w1", incarnation="1"))
+
+
+@pytest.mark.parametrize("where", ["message", "open", "heartbeat", "hello"])
+async def test_a_defect_in_a_handler_costs_one_session_and_not_the_member(where: str) -> None:
+    broken = {where}
+    opened = asyncio.Event()
+
+    def fail_once(here: str) -> None:
+        if here in broken:
+            broken.remove(here)
+            raise ValueError("a defect")
+
+    def make_hello() -> pb.SessionRequest:
+        fail_once("hello")
+        return hello()
+
+    def make_heartbeat() -> pb.Heartbeat:
+        fail_once("heartbeat")
+        return pb.Heartbeat()
+
+    def on_message(message: pb.SessionResponse) -> None:
+        if message.HasField("drain"):
+            fail_once("message")
+            opened.set()
+
+    async with ScriptedControl() as control:
+        session = MemberSession(
+            [control.address], make_hello, make_heartbeat, on_message, lambda _: fail_once("open")
+        )
+        session.start()
+        try:
+            async with asyncio.timeout(GUARD_S):
+                if where != "hello":
+                    first = await control.next_session()
+                    if where == "message":
+                        await first.send(drain=pb.Drain())
+                again = await control.next_session()
+                await again.send(drain=pb.Drain())
+                await opened.wait()
+        finally:
+            await session.close()
+    assert not broken
