@@ -204,3 +204,21 @@ def test_names_that_are_no_streams_are_refused(backend, bad):
         with pytest.raises(InvalidArgument) as caught:
             use()
         assert caught.value.violations[0].field == "stream"
+
+
+@pytest.mark.parametrize(
+    ("use", "field"),
+    [
+        (lambda j: j.append(append("control", b"x", expected=-2)), "expected_sequence"),
+        (lambda j: j.read(read("control", -1)), "from_sequence"),
+        (lambda j: j.read(read("control", 0, -1)), "max_records"),
+        (
+            lambda j: j.truncate(pb.TruncateJournalRequest(stream="control", before_sequence=-1)),
+            "before_sequence",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(backend, use, field):
+    with pytest.raises(InvalidArgument) as caught:
+        use(backend.journals)
+    assert caught.value.violations[0].field == field
