@@ -51,7 +51,7 @@ class Kind(IntEnum):
     FINGERPRINTED = 24
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Message:
     """One received message; `fds` are the receiver's to close."""
 
@@ -64,7 +64,7 @@ class ConnectionClosed(Exception):
     """The other process is gone."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RunOrder:
     """Run the parts (first shard, span, payload buffer) of a task."""
 
@@ -107,7 +107,7 @@ class RunOrder:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PartDone:
     """Part `index` of a task is in its buffer; `seconds` has the time of each of its leaves."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
+from functools import lru_cache
 
 from phalanx.reduction import Node, children_present
 
@@ -29,6 +30,14 @@ def divide(nodes: Iterable[Node], slots: int, width: int, start: int = 0) -> lis
     No slot gets more than ceil(shards / slots) shards. Large pieces are kept whole where that
     bound allows it. `start` rotates the slots, so that a retry meets another process.
     """
+    return [list(owned) for owned in _divide(tuple(nodes), slots, width, start)]
+
+
+@lru_cache(maxsize=64)
+def _divide(
+    nodes: tuple[Node, ...], slots: int, width: int, start: int
+) -> tuple[tuple[Node, ...], ...]:
+    # The same division comes back every step.
     heap = [(-shard_count(node, width), node) for node in nodes]
     total = -sum(size for size, _ in heap)
     share = -(-total // slots)
@@ -44,4 +53,4 @@ def divide(nodes: Iterable[Node], slots: int, width: int, start: int = 0) -> lis
             continue
         pieces[(slot + start) % slots].append(node)
         heapq.heapreplace(loads, (load - size, slot))
-    return [sorted(piece) for piece in pieces]
+    return tuple(tuple(sorted(piece)) for piece in pieces)

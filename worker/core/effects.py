@@ -11,7 +11,7 @@ from phalanx.v1 import coordination_service_pb2, training_pb2
 from worker.core.dispatch import Task
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prepare:
     """Fetch what the job needs (manifest, code, start model) and set its leaf processes up.
 
@@ -22,14 +22,14 @@ class Prepare:
     describe: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Discard:
     """Let everything of the job go: streams, buffers, leaf state."""
 
     job_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OpenStreams:
     """Replace the job's exchange streams by one to each of these aggregators (id, address)."""
 
@@ -38,7 +38,7 @@ class OpenStreams:
     owners: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Wake:
     """The stream to this aggregator has something to send."""
 
@@ -46,28 +46,28 @@ class Wake:
     aggregator_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
     """Have the slot's leaf process run the task."""
 
     task: Task
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Cancel:
     """Tell the leaf process that runs the task to stop after its present leaf."""
 
     task: Task
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Report:
     """Send this to control; kept over a broken session while it is about the current term."""
 
     message: coordination_service_pb2.SessionRequest
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RefuseSession:
     """Control's generation is lower than one seen before: leave it and try the next address."""
 
@@ -75,7 +75,7 @@ class RefuseSession:
     highest: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Drained:
     """A drain was asked for and nothing is hosted any more."""
 

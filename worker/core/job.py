@@ -50,7 +50,8 @@ class JobCore:
         self._new_task_id = new_task_id
         self._outbox = Outbox((), 4, 0)
         self._buffers = BufferPool()
-        self._go: dict[tuple[int, int], GoRecord] = {}
+        #: Version → its go records in order; the last one counts.
+        self._go: dict[int, list[GoRecord]] = {}
         self._absent: dict[int, set[int]] = {}
         self._tasks: dict[int, Task] = {}
         self._losses: dict[Node, int] = {}
@@ -97,13 +98,15 @@ class JobCore:
 
     def go_record(self, go: GoRecord) -> list[Effect]:
         """The root decided; also carries the record to the other ranges."""
-        key = go.version, go.round
-        if go.term != self.term or key in self._go:
+        records = self._go.get(go.version)
+        if go.term != self.term or (records and go.round <= records[-1].round):
             return []
-        self._go[key] = go
-        self._outbox.carry(go)
-        self._forget_old(go)
-        return [*self._turn(), *self._wake()]
+        if records is None:
+            records = self._go[go.version] = []
+            self._forget_old(go.version)
+        records.append(go)
+        effects: list[Effect] = [Wake(self.job_id, name) for name in self._outbox.carry(go)]
+        return effects + self._turn()
 
     def frame_place(self, frame: aggregation_service_pb2.VersionFrame) -> Place | None:
         """Where the payload of a version frame goes; None: not wanted."""
@@ -120,7 +123,8 @@ class JobCore:
 
     def stream_opened(self, aggregator_id: str) -> list[Effect]:
         """An aggregator accepted the stream."""
-        self._outbox.opened(aggregator_id, (self._go[key] for key in sorted(self._go)))
+        records = [go for version in sorted(self._go) for go in self._go[version]]
+        self._outbox.opened(aggregator_id, records)
         return [Wake(self.job_id, aggregator_id)]
 
     def stream_closed(self, aggregator_id: str) -> None:
@@ -219,13 +223,13 @@ class JobCore:
             return None
         version = self.versions.whole_version
         if version < 0:
-            first = self._go.get((0, 0))
-            newer = bool(self.versions.held_versions) and self.versions.held_versions[0] > 0
-            initialise = first is not None and first.action == GoRecord.ACTION_INITIALISE
-            return first if initialise and not newer else None
-        rounds = [key for key in self._go if key[0] == version]
-        go = self._go[max(rounds)] if rounds else None
-        return go if go is not None and go.action in _WORK else None
+            records = self._go.get(0)
+            newer = any(held > 0 for held in self.versions.held_versions)
+            if not records or newer or records[0].action != GoRecord.ACTION_INITIALISE:
+                return None
+            return records[0]
+        records = self._go.get(version)
+        return records[-1] if records and records[-1].action in _WORK else None
 
     def _turn(self) -> list[Effect]:
         """Open the round that counts now, if it is another one."""
@@ -258,8 +262,9 @@ class JobCore:
                 del self._tasks[task.id]
         before = list(round.parts.values())
         new = round.owe(self._owed(round))
-        kept = set(round.parts.values())
-        self._give_back(part for part in before if part not in kept)
+        if before:
+            kept = set(round.parts.values())
+            self._give_back(part for part in before if part not in kept)
         self._submit(round, new)
         cancelled = self._cancel(
             task
@@ -268,7 +273,7 @@ class JobCore:
             and self._dispatcher.running.get(task.slot) is task
             and not any(round.needs(part) for part in task.parts)
         )
-        return [*cancelled, *self._wake()]
+        return [*cancelled, *self._wake()] if round.has_ready else cancelled
 
     def _end_round(self) -> list[Effect]:
         round, self.round = self.round, None
@@ -324,12 +329,11 @@ class JobCore:
         self._losses[part.node] = losses
         return losses >= LOSSES_WITHOUT_BLAME_MAX
 
-    def _forget_old(self, newest: GoRecord) -> None:
-        """Keep the go records of the versions that ranges may still hold."""
-        for key in [key for key in self._go if key[0] < newest.version - 1]:
-            del self._go[key]
-        for step in [step for step in self._absent if step < newest.version - 1]:
-            del self._absent[step]
+    def _forget_old(self, newest: int) -> None:
+        """Keep what belongs to the two versions that ranges may still hold."""
+        for known in (self._go, self._absent):
+            for version in [version for version in known if version < newest - 1]:
+                del known[version]
 
     def _wake(self) -> list[Effect]:
         return [Wake(self.job_id, name) for name in self._outbox.open_streams]

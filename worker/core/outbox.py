@@ -18,7 +18,7 @@ from worker.core.rounds import Round, Wire
 GoRecord = training_pb2.GoRecord
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FrameOut:
     """Send elements of a wire node's vector; `first_element` counts from the start of the range."""
 
@@ -30,7 +30,7 @@ class FrameOut:
     first_vector_element: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GoOut:
     """Carry a go record to a range that did not issue it."""
 
@@ -79,11 +79,14 @@ class Outbox:
         """A stream broke."""
         self._streams[aggregator_id].open = False
 
-    def carry(self, go: GoRecord) -> None:
-        """A new go record is due on every open stream but the root's."""
-        for stream in self._streams.values():
+    def carry(self, go: GoRecord) -> list[str]:
+        """A new go record is due on every open stream but the root's; return those."""
+        due = []
+        for name, stream in self._streams.items():
             if stream.open and not stream.has_root:
                 stream.go_due.append(go)
+                due.append(name)
+        return due
 
     def turn_to(self, round: Round | None) -> None:
         """From now on this is the open round."""

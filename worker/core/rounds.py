@@ -63,7 +63,7 @@ Fold = Part | tuple["Fold", "Fold"]
 """The canonical sum of parts: a part, or left plus right."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Totals:
     """Scalars of a wire node, reduced as its vectors are."""
 
@@ -143,6 +143,11 @@ class Round:
     def needs(self, part: Part) -> bool:
         """Whether a wire node still waits for this part."""
         return any(contains(wire.node, part.node) for wire in self.wires.values())
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether there is a node to send."""
+        return any(wire.ready for wire in self.wires.values())
 
     def _settle(self) -> list[Wire]:
         """Find the wire nodes that became ready."""

@@ -18,7 +18,7 @@ from phalanx.v1 import training_pb2
 BUFFERS = 2
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Place:
     """Where the payload of a version frame goes: elements of one of the two buffers."""
 

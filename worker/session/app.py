@@ -390,9 +390,8 @@ def _resident_bytes(pids: list[int]) -> int:
     """Resident memory of these processes; shared pages count in each."""
     pages = 0
     for pid in pids:
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            with open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
-                pages += int(file.read().split()[1])
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
+            pages += int(file.read().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 

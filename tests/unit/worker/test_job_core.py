@@ -361,6 +361,31 @@ def test_skipped_shards_are_left_out_when_the_part_runs_again() -> None:
     assert driver.running[0].absent == {0}
 
 
+def test_shards_of_another_term_are_not_left_out() -> None:
+    driver = _started()
+    driver.frame(0)
+    driver.go(0)
+    task = driver.running[0]
+    failure = LeafFailure(2, LeafFailed.KIND_NON_FINITE, "inf")
+    driver.take(driver.core.part_failed(task, task.parts[0], failure))
+    driver.end(task)
+    assert driver.core.skip(coordination.AbsentShards(job_id="job-1", term=2, shards=[2])) == []
+    assert not driver.running
+    (report,) = driver.core.open_failures()
+    assert isinstance(report, do.Report)
+    assert report.message.leaf_failed.shard == 2
+
+
+def test_sums_of_an_evaluation_go_to_range_0_only() -> None:
+    driver = _started(ranges=2)
+    for index in (0, 1):
+        driver.frame(0, index)
+    driver.go(0, GoRecord.ACTION_EVALUATE, round=1)
+    driver.finish()
+    assert driver.sent("a0") == [Node(0, 2)]
+    assert driver.sent("a1") == [(0, 1)]
+
+
 def test_a_job_that_was_left_takes_nothing_on() -> None:
     driver = _started()
     driver.take(driver.core.leave())

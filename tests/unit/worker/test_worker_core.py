@@ -63,6 +63,22 @@ def test_a_revoked_job_is_released_whether_it_is_known_or_not() -> None:
     assert report.message.worker_job_released.term == 3
 
 
+def test_shards_to_leave_out_reach_their_job() -> None:
+    core = WorkerCore(1)
+    _say(core, assign_job=_assign())
+    core.prepare_done("job-1")
+    assert _say(core, absent_shards={"job_id": "job-1", "term": 1, "step": 0, "shards": [1]}) == []
+    assert _say(core, absent_shards={"job_id": "other", "term": 1, "step": 0, "shards": [0]}) == []
+    job = core.jobs["job-1"]
+    place = job.frame_place(exchange.VersionFrame(term=1, element_count=10))
+    assert place is not None
+    core.settle(job.frame_stored(place))
+    core.settle(job.go_record(GoRecord(term=1, action=GoRecord.ACTION_TRAIN)))
+    (run,) = core.slot_idle(0)
+    assert isinstance(run, do.Run)
+    assert run.task.absent == {1}
+
+
 def test_a_drain_waits_for_the_last_job() -> None:
     core = WorkerCore(1)
     _say(core, assign_job=_assign())
