@@ -386,6 +386,43 @@ def test_sums_of_an_evaluation_go_to_range_0_only() -> None:
     assert driver.sent("a1") == [(0, 1)]
 
 
+def test_what_nobody_wants_any_more_is_stopped_and_its_failures_are_no_news() -> None:
+    driver = _started(slots=2)
+    driver.frame(0)
+    driver.go(0)
+    wanted, unwanted = driver.running
+    driver.assign([Node(0, 2)], placement=2)
+    assert driver.cancelled == [unwanted]
+    reports = len(driver.reports)
+    failure = LeafFailure(3, LeafFailed.KIND_RAISED, "no")
+    driver.take(driver.core.part_failed(unwanted, unwanted.parts[0], failure))
+    driver.end(unwanted)
+    assert len(driver.reports) == reports
+    driver.finish(wanted)
+    assert driver.sent() == [Node(0, 2)]
+    # It may come back in the same round.
+    driver.assign([Node(0, 4)], placement=3)
+    while driver.running:
+        driver.finish()
+    assert driver.sent() == [Node(0, 4)]
+
+
+def test_a_shard_that_is_to_be_left_out_is_tried_again_without_it_at_once() -> None:
+    driver = _started()
+    driver.frame(0)
+    driver.go(0)
+    task = driver.running[0]
+    driver.take(
+        driver.core.skip(coordination.AbsentShards(job_id="job-1", term=1, step=0, shards=[2]))
+    )
+    reports = len(driver.reports)
+    failure = LeafFailure(2, LeafFailed.KIND_NON_FINITE, "inf")
+    driver.take(driver.core.part_failed(task, task.parts[0], failure))
+    driver.end(task)
+    assert len(driver.reports) == reports
+    assert driver.running[0].absent == {2}
+
+
 def test_a_job_that_was_left_takes_nothing_on() -> None:
     driver = _started()
     driver.take(driver.core.leave())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from phalanx.v1 import training_pb2
 from worker.core.logs import (
     BATCH_LINES,
     BURST_LINES,
@@ -15,6 +16,7 @@ from worker.core.logs import (
 from worker.core.patience import Patience
 from worker.core.progress import JobProgress
 from worker.core.restarts import Restarts
+from worker.core.rows import rows_of_shard
 
 
 def test_a_first_death_costs_no_wait_and_a_series_costs_more_and_more() -> None:
@@ -96,6 +98,29 @@ def test_a_flood_is_bounded_and_admitted() -> None:
     later = limiter.take(9)
     assert later is not None
     assert later.lines[0].text == "later"
+
+
+def test_the_first_shard_is_named_too() -> None:
+    limiter = LogLimiter("job-1", "worker-1")
+    limiter.add(Line(1, 0, 0, "hello"), "info", 5, now_s=0.0)
+    batch = limiter.take(9)
+    assert batch is not None
+    assert batch.lines[0].HasField("shard")
+
+
+def test_rows_of_a_shard() -> None:
+    plan = training_pb2.JobPlan(shards=3, train_rows=10, evaluation_shards=2, evaluation_rows=5)
+    assert [rows_of_shard(plan, shard, False) for shard in range(3)] == [(0, 3), (3, 3), (6, 4)]
+    assert [rows_of_shard(plan, shard, True) for shard in range(2)] == [(0, 2), (2, 3)]
+
+
+def test_a_slow_trickle_of_lines_always_passes() -> None:
+    limiter = LogLimiter("job-1", "worker-1")
+    for second in range(3 * BURST_LINES):
+        limiter.add(Line(1, 0, 0, "tick"), "info", 5, now_s=float(second))
+        batch = limiter.take(9)
+        assert batch is not None
+        assert [line.text for line in batch.lines] == ["tick"]
 
 
 def test_lines_outside_of_leaves_have_no_shard() -> None:
