@@ -1,7 +1,8 @@
 """Job logs and metric points: observations, kept per job in streams of their own.
 
 Logs are capped at 10 MiB per job. Metric points are keyed by (step, name), so that steps computed
-again after a roll-back change nothing; long series are thinned.
+again after a roll-back change nothing; long series are thinned. Taking something in never waits for
+storage: whoever brings it has more to say, above all that it lives.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
+from functools import partial
 
 from coordinator.control.store import Store
 from phalanx.errors import Aborted
@@ -18,6 +20,9 @@ from phalanx.v1.job_pb2 import MetricPoint
 LOG_LIMIT_BYTES = 10 * 1024 * 1024
 LINE_LIMIT_CHARACTERS = 16 * 1024
 HELD_LINES_MAX = 20_000
+HELD_POINTS_MAX = 20_000
+SERIES_JOBS_MAX = 100
+"""Jobs whose series stay in memory; those of others are read again when they are asked for."""
 RECORD_BYTES = 256 * 1024
 SERIES_POINTS_MAX = 2000
 NAMES_MAX = 64
@@ -65,6 +70,7 @@ class JobStreams:
         self._lines: dict[str, deque[JobLogLine]] = {}
         self._bytes: dict[str, int] = {}
         self._series: dict[str, dict[str, Series]] = {}
+        self._arrived: dict[str, deque[MetricPoint]] = {}
         self._new_points: dict[str, list[MetricPoint]] = {}
         self._next: dict[str, int] = {}
         self._loading: dict[str, asyncio.Lock] = {}
@@ -80,14 +86,10 @@ class JobStreams:
             line.text = line.text[:LINE_LIMIT_CHARACTERS]
             held.append(line)
 
-    async def add_points(self, message: MetricPoints) -> None:
-        """Take metric points of a job."""
-        series = await self._series_of(message.job_id)
-        for point in message.points:
-            if point.name not in series and len(series) >= NAMES_MAX:
-                continue
-            if series.setdefault(point.name, Series()).add(point):
-                self._new_points.setdefault(message.job_id, []).append(point)
+    def add_points(self, message: MetricPoints) -> None:
+        """Take metric points of a job; while storage is away the oldest above a bound are lost."""
+        arrived = self._arrived.setdefault(message.job_id, deque(maxlen=HELD_POINTS_MAX))
+        arrived.extend(message.points)
 
     async def points(
         self, job_id: str, names: Iterable[str], after_step: int, max_points: int
@@ -127,6 +129,7 @@ class JobStreams:
         self._lines.pop(job_id, None)
         self._bytes.pop(job_id, None)
         self._series.pop(job_id, None)
+        self._arrived.pop(job_id, None)
         self._new_points.pop(job_id, None)
         self._loading.pop(job_id, None)
         for stream in (f"logs/{job_id}", f"metrics/{job_id}"):
@@ -142,8 +145,13 @@ class JobStreams:
         """Write everything that is held now."""
         for job_id in list(self._lines):
             await self._write_lines(job_id)
+            if not self._lines.get(job_id):
+                self._lines.pop(job_id, None)
+        for job_id in list(self._arrived):
+            await self._store.insist(partial(self._series_of, job_id))
         for job_id in list(self._new_points):
             await self._write_points(job_id)
+        self._forget_idle()
 
     async def _write_lines(self, job_id: str) -> None:
         held = self._lines.get(job_id, deque())
@@ -164,10 +172,7 @@ class JobStreams:
     async def _has_room(self, job_id: str, record: JobLogLines) -> bool:
         """Count the record; at the limit a last line says so, above it nothing is written."""
         if job_id not in self._bytes:
-            size = 0
-            async for each in self._store.read(f"logs/{job_id}", 0):
-                size += len(each.payload)
-            self._bytes[job_id] = size
+            self._bytes[job_id] = await self._store.insist(lambda: self._written_bytes(job_id))
         before = self._bytes[job_id]
         if before >= LOG_LIMIT_BYTES:
             return False
@@ -177,6 +182,12 @@ class JobStreams:
             time = record.lines[-1].time_unix_nanos
             record.lines.add(time_unix_nanos=time, level="warning", text=text)
         return True
+
+    async def _written_bytes(self, job_id: str) -> int:
+        size = 0
+        async for each in self._store.read(f"logs/{job_id}", 0):
+            size += len(each.payload)
+        return size
 
     async def _write_points(self, job_id: str) -> None:
         points = self._new_points.pop(job_id, [])
@@ -197,14 +208,32 @@ class JobStreams:
             del self._next[stream]  # the stream was deleted with its job
 
     async def _series_of(self, job_id: str) -> dict[str, Series]:
-        """The series of a job, read from storage when first asked for."""
-        if job_id in self._series:
-            return self._series[job_id]
+        """The series of a job with all that has arrived; read from storage when first asked for."""
         async with self._loading.setdefault(job_id, asyncio.Lock()):
-            if job_id not in self._series:
-                series: dict[str, Series] = {}
-                async for record in self._store.read(f"metrics/{job_id}", 0):
-                    for point in MetricPoints.FromString(record.payload).points:
-                        series.setdefault(point.name, Series()).add(point)
-                self._series[job_id] = series
-        return self._series[job_id]
+            series = self._series.pop(job_id, None)
+            if series is None:
+                series = await self._stored_series(job_id)
+            self._series[job_id] = series  # the last one used is the last to be forgotten
+            for point in self._arrived.pop(job_id, ()):
+                if point.name not in series and len(series) >= NAMES_MAX:
+                    continue
+                if series.setdefault(point.name, Series()).add(point):
+                    self._new_points.setdefault(job_id, []).append(point)
+        return series
+
+    async def _stored_series(self, job_id: str) -> dict[str, Series]:
+        series: dict[str, Series] = {}
+        async for record in self._store.read(f"metrics/{job_id}", 0):
+            for point in MetricPoints.FromString(record.payload).points:
+                series.setdefault(point.name, Series()).add(point)
+        return series
+
+    def _forget_idle(self) -> None:
+        """Keep what is in memory bounded however many jobs there were."""
+        for job_id in list(self._series)[: max(0, len(self._series) - SERIES_JOBS_MAX)]:
+            busy = job_id in self._lines or job_id in self._arrived or job_id in self._new_points
+            if not busy and not self._loading[job_id].locked():
+                self.forget(job_id)
+        for job_id in list(self._bytes)[: max(0, len(self._bytes) - SERIES_JOBS_MAX)]:
+            if job_id not in self._lines and job_id not in self._series:
+                self.forget(job_id)

@@ -189,7 +189,7 @@ class Leader:
                 await self._journal.drained()
         return answer
 
-    async def member_said(self, session: MemberSession, message: pb.SessionRequest) -> None:
+    def member_said(self, session: MemberSession, message: pb.SessionRequest) -> None:
         """Take in a message of a member; logs and points go past the core."""
         kind = message.WhichOneof("message")
         if kind == "job_log_lines":
@@ -197,7 +197,7 @@ class Leader:
                 self.streams.add_lines(message.job_log_lines, session.member_id)
         elif kind == "metric_points":
             if message.metric_points.job_id in self.durable.jobs:
-                await self._store.insist(lambda: self.streams.add_points(message.metric_points))
+                self.streams.add_points(message.metric_points)
         elif kind == "member_event":
             self._member_event(session.member_id, message.member_event)
         if kind is not None:

@@ -92,8 +92,10 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: ServicerContext
     ) -> AsyncIterator[pb.SessionResponse]:
         """Serve one member until its stream breaks or it is sent away."""
-        leader = self._process.leading()
+        self._process.leading()
         event_of, member_id = await _hello(request_iterator)
+        # Asked again: a leadership that ended meanwhile would keep the member for ever.
+        leader = self._process.leading()
         session = leader.sessions.open()
         session.member_id = member_id
         reader = asyncio.create_task(self._read(leader, session, request_iterator))
@@ -120,7 +122,7 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         """Hand what a member says to the core; when it says no more, end the session."""
         try:
             async for message in request_iterator:
-                await leader.member_said(session, message)
+                leader.member_said(session, message)
         except asyncio.CancelledError:
             raise
         except Exception:  # noqa: BLE001 - a broken stream surfaces as many kinds of error

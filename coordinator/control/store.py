@@ -107,8 +107,12 @@ class Store:
         except Aborted as error:
             if error.reason != "SEQUENCE_MISMATCH":
                 raise
-            there = [each async for each in self.read(stream, expected, len(payloads))]
-            if [each.payload for each in there] != list(payloads):
+
+            async def reread() -> list[bytes]:
+                found = self.read(stream, expected, len(payloads))
+                return [each.payload async for each in found]
+
+            if await self.insist(reread) != list(payloads):
                 raise
             return expected + len(payloads)
         return int(response.next_sequence)

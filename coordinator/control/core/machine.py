@@ -83,8 +83,7 @@ def _led(core: Core, event: Led) -> None:
             job.adopt_until_s = core.led_s + core.lease_ttl_s()
         if facts.resuming:
             job.lost_owners.update(each.aggregator_id for each in facts.ranges)
-    for job in list(core.jobs.values()):
-        terms.advance(core, job)
+    terms.advance_all(core)
 
 
 def _tick(core: Core) -> None:

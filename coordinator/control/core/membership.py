@@ -93,8 +93,7 @@ def aggregator_connected(core: Core, session: int, hello: pb.AggregatorHello) ->
             core.send(session, pb.SessionResponse(release_ranges=message))
     for job in core.running():
         _check_owner(core, job, aggregator, held.get(job.job_id))
-    for job in list(core.jobs.values()):
-        terms.advance(core, job)
+    terms.advance_all(core)
 
 
 def session_broken(core: Core, session: int, reason: str) -> None:

@@ -49,6 +49,14 @@ def advance_queue(core: Core) -> None:
         advance(core, job)
 
 
+def advance_all(core: Core) -> None:
+    """Advance every job, the queued ones by priority and then age."""
+    for job in list(core.jobs.values()):
+        if core.facts_of(job).state != QUEUED:
+            advance(core, job)
+    advance_queue(core)
+
+
 def row_read(core: Core, job: JobRuntime, event: RowRead) -> None:
     """Take in the job's row in storage: a final manifest is success, a higher term a broken one."""
     job.row_known = True

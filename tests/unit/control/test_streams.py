@@ -16,7 +16,7 @@ from coordinator.control.job_streams import JobStreams, Series
 from coordinator.control.journal import JournalWriter, replay
 from coordinator.control.paging import Page
 from coordinator.control.store import Store
-from phalanx.errors import Aborted, InvalidArgument
+from phalanx.errors import Aborted, InvalidArgument, Unavailable
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.control_journal_pb2 import ControlRecord, JobSubmitted, TermStarted
 from phalanx.v1.coordination_service_pb2 import JobLogLine, JobLogLines, MetricPoints
@@ -166,7 +166,7 @@ async def test_points_and_lines_are_written_and_read_again() -> None:
     streams = JobStreams(store)
     for _ in range(2):
         points = [point(step, 1.0 / (step + 1)) for step in range(5)]
-        await streams.add_points(MetricPoints(job_id="job-1", points=points))
+        streams.add_points(MetricPoints(job_id="job-1", points=points))
     lines = [JobLogLine(time_unix_nanos=n, text=f"line {n}") for n in range(3)]
     streams.add_lines(JobLogLines(job_id="job-1", lines=lines), "w1")
     await streams.flush()
@@ -178,6 +178,71 @@ async def test_points_and_lines_are_written_and_read_again() -> None:
     assert [each.step for each in await again.points("job-1", [], -1, 2)] == [1, 4]
     kept = [(line.worker_id, line.text) async for _, line in again.lines("job-1", 0)]
     assert kept == [("w1", "line 0"), ("w1", "line 1"), ("w1", "line 2")]
+
+
+class AwayStore(MemoryStore):
+    """Reads fail, too, while it is away; `insist` tries again once it is back."""
+
+    async def read(
+        self, stream: str, from_sequence: int, max_records: int = 0
+    ) -> AsyncIterator[pb.JournalRecord]:
+        if not self.open.is_set():
+            raise Unavailable("storage is away")
+        async for record in super().read(stream, from_sequence, max_records):
+            yield record
+
+    async def insist(self, attempt: Any) -> Any:
+        while True:
+            try:
+                return await attempt()
+            except Unavailable:
+                await self.open.wait()
+
+
+async def test_what_members_say_never_waits_for_storage() -> None:
+    store: Any = AwayStore()
+    store.open.clear()
+    streams = JobStreams(store)
+    writing = asyncio.create_task(streams.run())
+    streams.add_points(MetricPoints(job_id="job-1", points=[point(1, 0.5), point(2, 0.25)]))
+    streams.add_lines(JobLogLines(job_id="job-1", lines=[JobLogLine(text="hello")]), "w1")
+    flushing = asyncio.create_task(streams.flush())
+    await asyncio.sleep(0)
+    assert not flushing.done()
+    store.open.set()
+    await flushing
+    assert not writing.done()
+    writing.cancel()
+    again = JobStreams(store)
+    assert [each.step for each in await again.points("job-1", [], -1, 0)] == [1, 2]
+    assert [line.text async for _, line in again.lines("job-1", 0)] == ["hello"]
+
+
+async def test_points_that_wait_are_bounded_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_streams, "HELD_POINTS_MAX", 5)
+    streams = JobStreams(MemoryStore())  # type: ignore[arg-type]
+    streams.add_points(MetricPoints(job_id="job-1", points=[point(n, 1.0) for n in range(20)]))
+    shown = await streams.points("job-1", [], -1, 0)
+    assert [each.step for each in shown] == [15, 16, 17, 18, 19]
+
+
+async def test_memory_does_not_grow_with_the_number_of_jobs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(job_streams, "SERIES_JOBS_MAX", 3)
+    store: Any = MemoryStore()
+    streams = JobStreams(store)
+    for number in range(20):
+        job_id = f"job-{number}"
+        streams.add_points(MetricPoints(job_id=job_id, points=[point(1, 0.5)]))
+        streams.add_lines(JobLogLines(job_id=job_id, lines=[JobLogLine(text="x")]), "w1")
+        await streams.flush()
+    held = (streams._series, streams._bytes, streams._lines, streams._loading, streams._next)
+    assert [len(each) for each in held] == [3, 3, 0, 3, 6]
+    assert [each.step for each in await streams.points("job-0", [], -1, 0)] == [1]
+    streams.add_points(MetricPoints(job_id="job-0", points=[point(2, 0.5)]))
+    await streams.flush()
+    assert [each.step for each in await JobStreams(store).points("job-0", [], -1, 0)] == [1, 2]
 
 
 async def test_logs_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
