@@ -407,6 +407,19 @@ def test_what_nobody_wants_any_more_is_stopped_and_its_failures_are_no_news() ->
     assert driver.sent() == [Node(0, 4)]
 
 
+def test_a_new_placement_with_the_same_nodes_starts_nothing_twice() -> None:
+    driver = _started(slots=2)
+    driver.frame(0)
+    driver.go(0)
+    running = list(driver.running)
+    driver.assign([Node(0, 4)], placement=2)
+    assert driver.cancelled == []
+    for task in running:
+        driver.finish(task)
+    assert driver.running == []
+    assert driver.sent() == [Node(0, 4)]
+
+
 def test_a_shard_that_is_to_be_left_out_is_tried_again_without_it_at_once() -> None:
     driver = _started()
     driver.frame(0)
