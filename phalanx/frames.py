@@ -29,6 +29,7 @@ Buffer = bytes | bytearray | memoryview
 
 _HEADER_TAG = 0x0A
 _PAYLOAD_TAG = 0x12
+_JOINED_GO_RECORD_TAG = b"\x22"
 _EMPTY = memoryview(b"")
 
 
@@ -70,6 +71,15 @@ def decode_response(data: bytes) -> tuple[pb.ExchangeResponseHeader, memoryview]
     except DecodeError:
         raise _malformed(data) from None
     return message.header, memoryview(message.payload)
+
+
+def join_go_record(message: bytes, go_record: bytes) -> bytes:
+    """Return an encoded `ExchangeResponse` with a serialized go record joined to its header."""
+    start, length = _read_varint(message, 1, len(message))
+    end = start + length
+    field = b"".join((_JOINED_GO_RECORD_TAG, _varint(len(go_record)), go_record))
+    size = _varint(length + len(field))
+    return b"".join((message[:1], size, message[start:end], field, message[end:]))
 
 
 def frame_grid(

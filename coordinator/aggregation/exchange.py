@@ -46,7 +46,7 @@ class ExchangeServicer:
         key = object()
         waker = job.open_stream(key)
         tasks = [
-            asyncio.create_task(_send(context, job, waker)),
+            asyncio.create_task(_send(context, job, waker, hello.takes_joined_go_records)),
             asyncio.create_task(_receive(context, job)),
             asyncio.create_task(job.closed()),
         ]
@@ -103,8 +103,8 @@ async def _receive(context: Any, job: HostedJob) -> None:
         del data, payload
 
 
-async def _send(context: Any, job: HostedJob, waker: asyncio.Event) -> None:
-    cursor = job.ranges.cursor()
+async def _send(context: Any, job: HostedJob, waker: asyncio.Event, joins: bool) -> None:
+    cursor = job.ranges.cursor(joins=joins)
     while True:
         message = cursor.take()
         if message is None:

@@ -93,9 +93,14 @@ class ExchangeClient:
         *,
         worker_id: str = "worker",
         dtype: str = "<f4",
+        joins: bool = True,
     ) -> None:
         hello = pb.ExchangeHello(
-            job_id=job_id, term=term, worker_id=worker_id, incarnation=worker_id
+            job_id=job_id,
+            term=term,
+            worker_id=worker_id,
+            incarnation=worker_id,
+            takes_joined_go_records=joins,
         )
         self._hello = pb.ExchangeRequestHeader(hello=hello)
         self._address = address
@@ -109,6 +114,8 @@ class ExchangeClient:
         self._missing: dict[int, dict[int, int]] = {}
         self.go_records: list[GoRecord] = []
         self._next_go = 0
+        #: How many go records came along with a version.
+        self.joined = 0
         self.welcome = pb.ExchangeWelcome()
         self.error: PhalanxError | None = None
         self.reading = asyncio.Event()
@@ -246,6 +253,9 @@ class ExchangeClient:
         first, count = frame.first_element, frame.element_count
         version[frame.range][first : first + count] = np.frombuffer(payload, self._dtype)
         self._missing[frame.version][frame.range] -= count
+        if header.HasField("joined_go_record"):
+            self.go_records.append(header.joined_go_record)
+            self.joined += 1
 
     async def _broke(self, error: PhalanxError) -> None:
         async with self._arrived:

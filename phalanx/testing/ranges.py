@@ -249,6 +249,8 @@ class ScriptedJob:
         plan: JobPlan,
         owners: Sequence[Sequence[int]] = ((0,),),
         term: int = 1,
+        *,
+        joins: bool = False,
     ) -> None:
         self.plan = plan
         self.term = term
@@ -258,7 +260,7 @@ class ScriptedJob:
             make_owner(plan, term, [self.pieces[index] for index in owned]) for owned in owners
         ]
         self.effects: list[Any] = []
-        self._cursors = [owner.cursor() for owner in self.owners]
+        self._cursors = [owner.cursor(joins=joins) for owner in self.owners]
         self._versions: dict[int, Array] = {}
         self._arrived: dict[int, set[tuple[int, int]]] = {}
         self.go_records: list[GoRecord] = []
@@ -360,6 +362,8 @@ class ScriptedJob:
         version[first : first + frame.element_count] = np.frombuffer(payload, version.dtype)
         arrived = self._arrived.setdefault(frame.version, set())
         arrived.add((first, frame.element_count))
+        if header.HasField("joined_go_record"):
+            self.go_records.append(header.joined_go_record)
 
 
 def check_versions(owners: Iterable[Any]) -> None:

@@ -87,10 +87,13 @@ class ExchangeHello(_message.Message):
     TERM_FIELD_NUMBER: _builtins.int
     WORKER_ID_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    TAKES_JOINED_GO_RECORDS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
+    takes_joined_go_records: _builtins.bool
+    """The worker reads go records that come along with a frame."""
     def __init__(
         self,
         *,
@@ -98,10 +101,11 @@ class ExchangeHello(_message.Message):
         term: _builtins.int = ...,
         worker_id: _builtins.str = ...,
         incarnation: _builtins.str = ...,
+        takes_joined_go_records: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "job_id", b"job_id", "term", b"term", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "job_id", b"job_id", "takes_joined_go_records", b"takes_joined_go_records", "term", b"term", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -196,6 +200,7 @@ class ExchangeResponseHeader(_message.Message):
     WELCOME_FIELD_NUMBER: _builtins.int
     FRAME_FIELD_NUMBER: _builtins.int
     GO_RECORD_FIELD_NUMBER: _builtins.int
+    JOINED_GO_RECORD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___ExchangeWelcome: ...
     @_builtins.property
@@ -204,16 +209,23 @@ class ExchangeResponseHeader(_message.Message):
     def go_record(self) -> _training_pb2.GoRecord:
         """Only from the owner of range 0."""
 
+    @_builtins.property
+    def joined_go_record(self) -> _training_pb2.GoRecord:
+        """With a frame that is a whole small version: the go record that follows it,
+        to be taken after the frame. Saves a message per step.
+        """
+
     def __init__(
         self,
         *,
         welcome: Global___ExchangeWelcome | None = ...,
         frame: Global___VersionFrame | None = ...,
         go_record: _training_pb2.GoRecord | None = ...,
+        joined_go_record: _training_pb2.GoRecord | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "frame", "go_record"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015

@@ -10,23 +10,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coordinator.aggregation.core.golog import GoLog
-from coordinator.aggregation.core.versions import NONE, VersionStore
+from coordinator.aggregation.core.versions import NONE, Version, VersionStore
 
 
 class Cursor:
-    """Position of one stream in each range and in the go records."""
+    """Position of one stream in each range and in the go records.
 
-    def __init__(self, stores: Sequence[VersionStore], go_log: GoLog) -> None:
+    `stores` begin with that of range 0 where it is owned here. With `joins` a go record may come
+    in one message with its version.
+    """
+
+    def __init__(
+        self, stores: Sequence[VersionStore], go_log: GoLog, *, joins: bool = False
+    ) -> None:
         self._go_log = go_log
         self._last_go = -1
+        self._joins = joins
         self._ranges = [_RangeCursor(store) for store in stores]
 
     def take(self) -> bytes | None:
         """The next message for this stream; None: nothing until something is published."""
         record = self._go_log.after(self._last_go)
         if record is not None:
-            self._last_go, data = record
-            return data
+            self._last_go = record.number
+            if self._joins and record.joined is not None and self._ranges[0].skip(record.version):
+                return record.joined
+            return record.data
         for position in self._ranges:
             frame = position.take()
             if frame is not None:
@@ -43,14 +52,26 @@ class _RangeCursor:
         self._sent = 0
 
     def take(self) -> bytes | None:
-        version = self._store.get(self._number)
-        if version is None or self._sent == len(version.frames):
-            version = self._store.following(self._number)
-            if version is None:
-                return None
-            self._number, self._sent = version.number, 0
-        if self._sent == len(version.order):
+        version = self._current()
+        if version is None or self._sent == len(version.order):
             return None
         frame = version.frames[version.order[self._sent]]
         self._sent += 1
         return frame
+
+    def skip(self, number: int) -> bool:
+        """Count a version as sent, if it is the next one and nothing of it was sent."""
+        version = self._current()
+        if version is None or version.number != number or self._sent:
+            return False
+        self._sent = len(version.order)
+        return True
+
+    def _current(self) -> Version | None:
+        """The version that this cursor is at, or goes on to, or jumps to."""
+        version = self._store.get(self._number)
+        if version is None or self._sent == len(version.frames):
+            version = self._store.following(self._number)
+            if version is not None:
+                self._number, self._sent = version.number, 0
+        return version

@@ -169,10 +169,10 @@ class JobRanges:
         """The versions that an owned range holds."""
         return self._ranges[range_index].parameters.versions
 
-    def cursor(self) -> Cursor:
+    def cursor(self, *, joins: bool = False) -> Cursor:
         """A new stream's position: the oldest held version and go record first."""
         stores = [self._ranges[index].parameters.versions for index in self.range_indexes]
-        return Cursor(stores, self._go_log)
+        return Cursor(stores, self._go_log, joins=joins)
 
     # -- from workers
 
@@ -324,7 +324,7 @@ class JobRanges:
             wanted = go.action == GoRecord.ACTION_TRAIN or go.checkpoint
             go.checkpoint = wanted and not self._checkpoint_open
             self._checkpoint_owed = not go.checkpoint
-        self._go_log.append(go)
+        self._go_log.append(go, self.versions_of(0).only_frame(go.version))
         return [Wake(), *self._spread(go)]
 
     def _spread(self, go: GoRecord) -> list[Effect]:

@@ -69,6 +69,11 @@ class VersionStore:
         """The version, or None where it was dropped or does not exist yet."""
         return self._versions.get(number)
 
+    def only_frame(self, number: int) -> bytes | None:
+        """The version's message, where it is whole and made of one frame."""
+        version = self._versions.get(number)
+        return version.frames[0] if version is not None and len(version.frames) == 1 else None
+
     def following(self, number: int) -> Version | None:
         """The oldest held version above `number`: where a sender goes on, or jumps to."""
         newer = [held for held in self._versions if held > number]

@@ -90,6 +90,19 @@ def test_foreign_layouts_are_read_as_protobuf_reads_them() -> None:
         assert view == expected.payload
 
 
+@pytest.mark.parametrize("size", [0, 1, 130, 70_000])
+@pytest.mark.parametrize("reason", ["", "R" * 200])
+def test_a_joined_go_record_makes_the_bytes_of_protobuf(size: int, reason: str) -> None:
+    go = training_pb2.GoRecord(term=1, version=9, action=2, loss_sum=0.5, reason=reason)
+    header = pb.ExchangeResponseHeader(frame=pb.VersionFrame(term=1, version=9, element_count=3))
+    message = frames.encode_response(header, bytes(size))
+    joined = frames.join_go_record(message, go.SerializeToString())
+    header.joined_go_record.CopyFrom(go)
+    assert joined == pb.ExchangeResponse(header=header, payload=bytes(size)).SerializeToString()
+    decoded, view = frames.decode_response(joined)
+    assert (decoded, len(view)) == (header, size)
+
+
 @pytest.mark.parametrize(
     "data",
     [

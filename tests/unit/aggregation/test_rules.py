@@ -12,7 +12,7 @@ import pytest
 from coordinator.aggregation.core.effects import Committed, Ended, Failed, StartCheckpoint
 from coordinator.aggregation.core.machine import JobRanges
 from phalanx.errors import Aborted, FailedPrecondition, InvalidArgument
-from phalanx.frames import BLOCK_ELEMENTS
+from phalanx.frames import BLOCK_ELEMENTS, decode_response
 from phalanx.optimizers import build_optimizer
 from phalanx.reduction import Node
 from phalanx.testing.ranges import ROWS_PER_LEAF, ScriptedJob, make_plan, reference
@@ -581,6 +581,53 @@ def test_rule_14_vectors_of_any_length_are_cut_at_blocks(elements: int, dtype: s
     for first, _ in job.root.versions_of(0).grid:
         assert first % BLOCK_ELEMENTS == 0
     assert final_bytes(job) == reference(plan)[1].tobytes()
+
+
+# Go records that come along with their version
+
+
+def messages(cursor: Any) -> list[Any]:
+    """(version of the frame, version of the go record) of all that is there; None: none."""
+    found = []
+    while (message := cursor.take()) is not None:
+        header, _ = decode_response(message)
+        joined = header.HasField("joined_go_record")
+        go = header.joined_go_record if joined else header.go_record
+        has_go = joined or header.HasField("go_record")
+        frame = header.frame.version if header.HasField("frame") else None
+        found.append((frame, go.version if has_go else None))
+    return found
+
+
+def test_a_small_version_comes_in_one_message_with_its_go_record() -> None:
+    job = started(make_plan(elements=SMALL, steps=9))
+    steady = job.root.cursor(joins=True)
+    assert messages(steady) == [(None, 0), (0, 0)]
+    job.run_round()
+    assert messages(steady) == [(1, 1)]
+    for _ in range(3):
+        job.run_round()
+    assert messages(steady) == [(3, 3), (4, 4)]
+    assert messages(job.root.cursor()) == [(None, 3), (None, 4), (3, None), (4, None)]
+
+
+def test_a_version_of_several_frames_is_not_joined() -> None:
+    job = started(make_plan(elements=FRAMES, steps=9))
+    steady = job.root.cursor(joins=True)
+    assert messages(steady) == [(None, 0), (None, 0), (0, None), (0, None)]
+
+
+@pytest.mark.parametrize("owners", [[[0], [1]], [[0, 1]]])
+def test_joined_go_records_change_no_bit(owners: list[list[int]]) -> None:
+    plan = make_plan(
+        elements=THREE_BLOCKS // 2, ranges=2, steps=4, evaluation_shards=2, evaluate_every=2
+    )
+    job = ScriptedJob(make_owner, plan, owners, joins=True)
+    job.begin()
+    job.run()
+    assert final_bytes(job) == reference(plan)[4].tobytes()
+    keys = [(go.version, go.round) for go in job.go_records]
+    assert keys == sorted(set(keys))
 
 
 # Pause and failure (rules 3, 8 and 11 as far as they concern ranges)
