@@ -11,7 +11,7 @@ from pathlib import Path
 
 from phalanx.clients.storage import StorageClient
 from phalanx.config import parse
-from phalanx.errors import Unavailable
+from phalanx.errors import DeadlineExceeded, Unavailable
 from phalanx.rpc.process import announce, run_service
 from phalanx.telemetry.http import MetricsServer
 from phalanx.telemetry.metrics import WorkerMetrics, new_registry
@@ -37,7 +37,7 @@ class Downloads:
             self._known.set()
 
     async def to_file(self, digest: str, path: Path) -> None:
-        """Write a blob to a file. Raises PhalanxError for all but an absent storage."""
+        """Write a blob to a file. Raises PhalanxError for all but a storage that is away."""
         await self._known.wait()
         assert self._client is not None
         wait_s = 0.1
@@ -45,7 +45,7 @@ class Downloads:
             try:
                 await self._client.get_blob_to(digest, path)
                 return
-            except Unavailable:
+            except (Unavailable, DeadlineExceeded):
                 await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
                 wait_s = min(_RETRY_MAX_S, wait_s * 2)
 

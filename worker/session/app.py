@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 from phalanx.errors import PhalanxError
@@ -41,6 +42,9 @@ LeafFailed = coordination.LeafFailed
 
 _LOG_FLUSH_S = 0.25
 _PREPARE_RETRY_S = 2.0
+_PREPARE_RETRY_LONGEST_S = 30.0
+_NOT_PREPARED_SHARDS_MAX = 64
+"""Shards told of at once; those that control cannot move away are told again."""
 _PROGRAM = "train"
 _LEAVE_WITHOUT_CONTROL_S = 1.0
 
@@ -247,35 +251,46 @@ class Session:
 
     async def _host(self, job: HostedJob) -> None:
         """Fetch what the job needs, however long storage is away, and set it up in all slots."""
+        wait_s = _PREPARE_RETRY_S
+        while not await self._set_up(job):
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 2, _PREPARE_RETRY_LONGEST_S)
+        self._perform(self._core.prepare_done(job.core.job_id))
+
+    async def _set_up(self, job: HostedJob) -> bool:
+        """Try once; what keeps the job from running here is told for each of its shards here.
+
+        Again each time: control may have no other worker to give them to.
+        """
         plan = job.core.plan
-        told = False
-        while True:
-            try:
+        try:
+            if job.prepared is None:
                 prepared = await prepare(plan, self._cache, self._code_root)
-                break
-            except (PhalanxError, OSError) as error:
-                _log.warning("job_not_prepared", job_id=plan.job_id, message=str(error))
-                if not told:
-                    self._report(_not_prepared(job, error))
-                    told = True
-                await asyncio.sleep(_PREPARE_RETRY_S)
-        job.became_prepared(prepared)
-        self._logs.hosted(prepared.number, plan.job_id)
-        await self._slots.set_up(prepared)
-        self._perform(self._core.prepare_done(plan.job_id))
+                job.became_prepared(prepared)
+                self._logs.hosted(prepared.number, plan.job_id)
+            assert job.prepared is not None
+            await self._slots.set_up(job.prepared)
+        except Exception as error:  # noqa: BLE001 - control must hear of it, whatever it is
+            _log.warning("job_not_prepared", job_id=plan.job_id, message=_text_of(error))
+            for report in _not_prepared(job, error):
+                self._report(report)
+            return False
+        return True
 
     async def _describe(self, plan: training_pb2.JobPlan) -> None:
+        prepared = None
         try:
             prepared = await prepare(plan, self._cache, self._code_root)
-        except (PhalanxError, OSError) as error:
-            answer = coordination.JobDescribed(job_id=plan.job_id)
-            answer.failure.code = "JOB_DATA"
-            answer.failure.message = str(error)
-        else:
             self._logs.hosted(prepared.number, plan.job_id)
             answer = await self._slots.describe(prepared)
-            self._logs.released(prepared.number)
-            prepared.release()
+        except Exception as error:  # noqa: BLE001 - control waits for an answer
+            answer = coordination.JobDescribed(job_id=plan.job_id)
+            answer.failure.code = "JOB_DATA"
+            answer.failure.message = _text_of(error)
+        finally:
+            if prepared is not None:
+                self._logs.released(prepared.number)
+                prepared.release()
         self._control.report(coordination.SessionRequest(job_described=answer))
 
     def _discard(self, job_id: str) -> None:
@@ -365,17 +380,30 @@ class Session:
             act()
 
 
-def _not_prepared(job: HostedJob, error: Exception) -> coordination.SessionRequest:
-    """A job whose files cannot be had fails at its first shard here."""
-    nodes = job.core.train_nodes or job.core.evaluation_nodes
-    failed = LeafFailed(
-        job_id=job.core.job_id,
-        term=job.core.term,
-        shard=nodes[0].first if nodes else 0,
-        kind=LeafFailed.KIND_DATA,
-        message=str(error),
-    )
-    return coordination.SessionRequest(leaf_failed=failed)
+def _not_prepared(job: HostedJob, error: Exception) -> Iterator[coordination.SessionRequest]:
+    """A job whose files cannot be had fails at every shard that it has here."""
+    core = job.core
+    for nodes, width, evaluation in (
+        (core.train_nodes, core.plan.shards, False),
+        (core.evaluation_nodes, core.plan.evaluation_shards, True),
+    ):
+        shards = (n for node in nodes for n in range(node.first, node.first + node.span))
+        owned = (shard for shard in shards if shard < width)
+        for shard in itertools.islice(owned, _NOT_PREPARED_SHARDS_MAX):
+            failed = LeafFailed(
+                job_id=core.job_id,
+                term=core.term,
+                shard=shard,
+                kind=LeafFailed.KIND_DATA,
+                message=_text_of(error),
+                evaluation=evaluation,
+            )
+            yield coordination.SessionRequest(leaf_failed=failed)
+
+
+def _text_of(error: Exception) -> str:
+    known = isinstance(error, PhalanxError | OSError)
+    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 def _outcome(kind: coordination.LeafFailed.Kind.ValueType) -> str:

@@ -1,0 +1,78 @@
+"""What keeps a job from running on a worker is told to control, for every shard, until it helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import worker.__main__ as main
+from phalanx.errors import DeadlineExceeded, Unavailable
+from phalanx.testing.worker_peers import ScriptedAggregator, ScriptedControl
+from phalanx.v1 import coordination_service_pb2 as pb
+from worker.session import app
+
+
+async def reports(session: Any, count: int) -> set[tuple[bool, int]]:
+    told = [await session.receive("leaf_failed") for _ in range(count)]
+    assert {each.kind for each in told} == {pb.LeafFailed.KIND_DATA}
+    return {(each.evaluation, each.shard) for each in told}
+
+
+@pytest.mark.parametrize("defect", ["missing", "damaged"])
+async def test_every_shard_is_given_back_and_told_again(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, defect: str
+) -> None:
+    monkeypatch.setattr(app, "_PREPARE_RETRY_S", 0.05)
+    bench.job(shards=4)
+    kept = dict(bench.blobs)
+    if defect == "missing":
+        bench.blobs.clear()
+    else:
+        bench.plan.manifest_digest = bench.put(b"{}")
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        bench.own(aggregator)
+        await bench.worker(control.address)
+        session = await control.next_session()
+        await session.send(assign_job=bench.assign([(0, 2), (3, 1)]))
+        assert await reports(session, 3) == {(False, 0), (False, 1), (False, 3)}
+        # Nobody else could take shard 3: it comes back and fails again.
+        await session.send(assign_job=bench.assign([(3, 1)], placement=2))
+        while await reports(session, 1) != {(False, 3)}:
+            pass
+        if defect == "missing":
+            bench.blobs.update(kept)
+            await session.receive("worker_job_ready")
+
+
+async def test_a_description_that_fails_in_any_way_is_answered(bench: Any) -> None:
+    bench.job(shards=2)
+    bench.plan.manifest_digest = bench.put(b"{}")
+    async with ScriptedControl() as control:
+        await bench.worker(control.address)
+        session = await control.next_session()
+        await session.send(describe_job=pb.DescribeJob(plan=bench.plan))
+        described = await session.receive("job_described")
+        assert described.failure.code == "JOB_DATA"
+        assert described.failure.message
+
+
+@pytest.mark.parametrize("error", [Unavailable("gone"), DeadlineExceeded("stopped")])
+async def test_a_storage_that_is_stopped_is_waited_for_like_one_that_is_gone(
+    tmp_path: Path, error: Exception
+) -> None:
+    downloads = main.Downloads("127.0.0.1:1")
+    failures = [error]
+
+    async def get_blob_to(digest: str, path: Path) -> int:
+        if failures:
+            raise failures.pop()
+        return path.write_bytes(digest.encode())
+
+    downloads._client.get_blob_to = get_blob_to  # type: ignore[union-attr, method-assign]
+    try:
+        await downloads.to_file("ab", tmp_path / "blob")
+    finally:
+        await downloads.close()
+    assert (tmp_path / "blob").read_text() == "ab"
