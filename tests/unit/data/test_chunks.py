@@ -92,6 +92,23 @@ def test_opening_maps_the_file_without_copying(tmp_path: Path) -> None:
     assert chunk.features[2].tolist() == [0, 0, 1, 0]
 
 
+def test_every_tensor_lies_on_a_multiple_of_its_item_size() -> None:
+    odd = decode_chunk(encode_dense(np.ones((3, 5), np.uint8), np.arange(3, dtype=np.int64)))
+    assert isinstance(odd, DenseChunk)
+    assert odd.targets.flags.aligned
+    three = np.ones(3, np.float64)
+    row = encode_csr(three, np.arange(3), np.array([0, 3]), np.zeros(1, np.int64))
+    csr = decode_chunk(row)
+    assert isinstance(csr, CsrChunk)
+    assert all(each.flags.aligned for each in (csr.data, csr.indices, csr.indptr, csr.targets))
+
+
+def test_bytes_behind_the_last_tensor_are_no_part_of_a_chunk() -> None:
+    whole = encode_dense(np.ones((3, 5), np.uint8), np.arange(3, dtype=np.int64))
+    with pytest.raises(DataLoss, match="bytes are left over"):
+        decode_chunk(whole + b"\0")
+
+
 def test_a_chunk_over_the_limit_is_refused() -> None:
     features = np.zeros((CHUNK_LIMIT_BYTES // 1024 + 1, 1024), dtype=np.uint8)
     with pytest.raises(InvalidArgument, match="over the limit of 16777216"):

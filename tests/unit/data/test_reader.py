@@ -77,6 +77,16 @@ def whole(reader: ChunkReader) -> list[RowSelection]:
     return [RowSelection(index, np.arange(rows)) for index, rows in enumerate(reader.chunk_rows)]
 
 
+@pytest.mark.parametrize("rows", [[0, 2, 1, 3], [3, 2, 1, 0], [0, 0, 2, 3], [2, 3, 4, 5]])
+def test_rows_that_only_begin_and_end_like_neighbours(
+    dense: datasets.StoredDataset, rows: list[int]
+) -> None:
+    features, targets = datasets.classification(rows=300)
+    batch = dense.reader().rows([RowSelection(0, np.array(rows))])
+    assert batch.features.tolist() == features[rows].tolist()
+    assert batch.targets.tolist() == targets[rows].tolist()
+
+
 def test_features_come_in_the_wanted_type_and_aligned(dense: datasets.StoredDataset) -> None:
     for dtype in ("float32", "float64"):
         batch = dense.reader(dtype=dtype).rows(whole(dense.reader()))
