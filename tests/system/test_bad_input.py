@@ -169,7 +169,9 @@ def test_bad_data_is_refused_with_its_place(cluster: phalanx.LocalCluster, tmp_p
     targets = np.array([0, 1, 2, 0, 1, 2])
     error = refused(features, targets, test=(features[:2], np.array([1, 7])))
     assert error.reason == "UNKNOWN_LABEL"
-    assert "row 2" in error.message and "'7'" in error.message and "0, 1, 2" in error.message
+    assert "row 2" in error.message
+    assert "'7'" in error.message
+    assert "0, 1, 2" in error.message
     features[3, 1] = np.nan
     error = refused(features, targets)
     assert error.reason == "MISSING_VALUE"
