@@ -10,11 +10,22 @@ from collections.abc import Awaitable, Callable
 
 from coordinator.control.core import effects as fx
 from coordinator.control.core import events as ev
+from coordinator.control.core.ending import FINAL_CHECKPOINT_MISSING
 from coordinator.control.core.facts import Facts
 from coordinator.control.model_writer import ModelWriter
 from coordinator.control.store import Store
-from phalanx.errors import Aborted, FailedPrecondition, NotFound, PhalanxError
+from phalanx.errors import (
+    Aborted,
+    FailedPrecondition,
+    NotFound,
+    PhalanxError,
+    ResourceExhausted,
+    Unavailable,
+)
 from phalanx.v1 import storage_service_pb2 as pb
+
+_PASSING = frozenset(("DISK_FULL", "TOO_MANY_UPLOADS"))
+"""Storage has no room at the moment: jobs wait for it, they do not fail of it."""
 
 Operation = fx.RaiseTerm | fx.ReadRow | fx.WriteModel
 
@@ -37,8 +48,17 @@ class Operations:
                 handler = lambda: self._read_row(effect.job_id, effect.operation)  # noqa: E731
             case fx.WriteModel():
                 handler = lambda: self._write_model(effect)  # noqa: E731
+
+        async def attempt() -> ev.Event:
+            try:
+                return await handler()
+            except ResourceExhausted as error:
+                if error.reason not in _PASSING:
+                    raise
+                raise Unavailable(error.message, reason=error.reason) from error
+
         try:
-            return await self._store.insist(handler)
+            return await self._store.insist(attempt)
         except PhalanxError as error:
             if isinstance(error, Aborted) and error.reason == "STALE_GENERATION":
                 raise
@@ -97,7 +117,7 @@ class Operations:
         if final is None:
             message = "the root reported the end of the job, and storage has no final checkpoint"
             return ev.OperationFailed(
-                effect.job_id, effect.operation, "FINAL_CHECKPOINT_MISSING", message
+                effect.job_id, effect.operation, FINAL_CHECKPOINT_MISSING, message
             )
         facts = self._durable.job(effect.job_id)
         result = await self._writer.write(facts, final, bit_identical=effect.bit_identical)

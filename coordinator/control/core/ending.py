@@ -15,6 +15,8 @@ from phalanx.v1 import job_pb2
 from phalanx.v1.control_journal_pb2 import ControlRecord, JobChanged, RememberedRequest
 from phalanx.v1.job_service_pb2 import CancelJobResponse
 
+FINAL_CHECKPOINT_MISSING = "FINAL_CHECKPOINT_MISSING"
+
 _VERBS = {FAILED: Verb.FAIL, CANCELLED: Verb.CANCEL}
 
 
@@ -41,6 +43,23 @@ def carry_out(core: Core, job: JobRuntime, ending: Ending) -> None:
     for token in ending.tokens:
         core.answer(token, CancelJobResponse(job=job_view(facts, None)), after)
     _let_go(core, job, after)
+
+
+def is_beyond_fencing(kind: OperationKind, code: str) -> bool:
+    """Whether a failed operation leaves no term to raise before the job ends.
+
+    Either raising it is what failed, or the final checkpoint is there, after which no term comes.
+    """
+    stored = kind is OperationKind.WRITE_MODEL and code != FINAL_CHECKPOINT_MISSING
+    return stored or kind is OperationKind.END
+
+
+def end_unfenced(core: Core, job: JobRuntime, code: str, message: str) -> None:
+    """End a job for which storage can do nothing more: trying again would go on for ever."""
+    job.stopped = False
+    fail(core, job, code, message, [job_pb2.Failure(code=code, message=message, shard=-1)])
+    assert job.ending is not None
+    carry_out(core, job, job.ending)
 
 
 def succeed(core: Core, job: JobRuntime, result: job_pb2.Result) -> None:

@@ -31,6 +31,8 @@ class Verb(StrEnum):
 NEXT: dict[tuple[Job.State.ValueType, Verb], Job.State.ValueType] = {
     (QUEUED, Verb.START): RUNNING,
     (QUEUED, Verb.FAIL): FAILED,
+    # A retried job whose final checkpoint was complete: only its model was missing.
+    (QUEUED, Verb.SUCCEED): SUCCEEDED,
     (QUEUED, Verb.CANCEL): CANCELLED,
     # A new term of a running job: an aggregator was lost.
     (RUNNING, Verb.START): RUNNING,

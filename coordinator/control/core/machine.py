@@ -188,7 +188,7 @@ def _operation_answered(core: Core, event: _Answered) -> None:
     job = core.jobs.get(event.job_id)
     if job is None or job.operation is None or job.operation.number != event.operation:
         return  # late: the job ended, or another operation took its place
-    job.operation = None
+    kind, job.operation = job.operation.kind, None
     match event:
         case TermRaised():
             terms.term_raised(core, job, event)
@@ -198,6 +198,9 @@ def _operation_answered(core: Core, event: _Answered) -> None:
             terms.row_read(core, job, event)
         case ModelWritten():
             ending.succeed(core, job, event.result)
+            terms.advance_queue(core)
+        case OperationFailed() if ending.is_beyond_fencing(kind, event.code):
+            ending.end_unfenced(core, job, event.code, event.message)
             terms.advance_queue(core)
         case OperationFailed():
             terms.operation_failed(core, job, event)
