@@ -91,6 +91,24 @@ def add(
     comment: Annotated[
         str | None, typer.Option(metavar="C", help="Lines that start with it are skipped.")
     ] = None,
+    max_categories: Annotated[
+        int | None, typer.Option(metavar="N", help="Most categories of one column. Default: 1000.")
+    ] = None,
+    features: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of features of LIBSVM data.")
+    ] = None,
+    features_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Array of features (NPZ, safetensors).")
+    ] = None,
+    target_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Array of targets (NPZ, safetensors).")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="T", help="float32 or float64. Default: float32.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(metavar="L", help="auto, dense or csr. Default: auto.")
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Chooses the rows of a fraction.")] = 0,
 ) -> None:
     """Write a data set into the cluster's storage.
@@ -117,6 +135,12 @@ def add(
         "ignore": _names(ignore),
         "delimiter": "\t" if delimiter == "\\t" else delimiter,
         "comment": comment,
+        "max_categories": max_categories,
+        "feature_count": features,
+        "features_key": features_key,
+        "target_key": target_key,
+        "dtype": dtype,
+        "layout": layout,
         "seed": seed,
     }
     given = {key: value for key, value in options.items() if value is not None}
