@@ -30,6 +30,8 @@ Download = Callable[[str, Path], Awaitable[None]]
 
 _PARALLEL_DOWNLOADS = 4
 _PREFETCHES_MAX = 256
+_ARRIVALS_MAX = 3
+"""Downloads of one blob for one request: it may be removed by another worker before it is used."""
 _ABANDONED_S = 3600.0
 
 _log = get_logger(__name__)
@@ -86,11 +88,19 @@ class BlobCache:
         """
         check_blob_id(digest)
         outcome = "hit"
+        arrivals = 0
         while True:
             pinned = self._pin_present(digest, size_bytes)
             if pinned is not None:
                 break
+            if arrivals == _ARRIVALS_MAX:
+                raise DataLoss(
+                    f"blob {digest[:12]} arrived {arrivals} times and was not {size_bytes} bytes "
+                    "long, or did not stay; check the data set's manifest and the cache's folder",
+                    reason="BLOB_DOES_NOT_FIT",
+                )
             outcome = "miss"
+            arrivals += 1
             await self._arrival(digest)
         self._metrics.cache_requests_total.labels(outcome=outcome).inc()
         if outcome == "miss":

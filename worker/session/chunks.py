@@ -69,8 +69,10 @@ class ChunkServer:
     async def _fetch(self, process: LeafProcess, digest: str, size_bytes: int) -> None:
         try:
             pinned = await self._cache.get(digest, size_bytes)
-        except (PhalanxError, OSError) as error:
-            self._answer(process, ipc.pack_json({"digest": digest, "error": str(error)}))
+        except Exception as error:  # noqa: BLE001 - the leaf waits for an answer, without a limit
+            known = isinstance(error, PhalanxError | OSError)
+            text = str(error) if known else f"{type(error).__name__}: {error}"
+            self._answer(process, ipc.pack_json({"digest": digest, "error": text}))
             return
         self._keep(process, pinned)
         answer = {"digest": digest, "error": "", "path": str(pinned.path)}

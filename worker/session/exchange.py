@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
-from phalanx.errors import Aborted, PhalanxError, Unavailable
+from phalanx.errors import Aborted, Internal, PhalanxError, Unavailable
 from phalanx.frames import decode_response, encode_request
 from phalanx.rpc.channel import open_channel
 from phalanx.rpc.status import from_rpc_error
@@ -127,6 +127,9 @@ class ExchangeStream:
             return opened, await _end_of(call)
         except PhalanxError as error:
             return opened, error
+        except Exception as error:  # noqa: BLE001 - without this stream the job would stand still
+            _log.exception("exchange_stream_failed", job_id=self._hello.job_id)
+            return False, Internal(f"{type(error).__name__}: {error}")
         finally:
             call.cancel()
             if opened:
