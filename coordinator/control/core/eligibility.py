@@ -106,7 +106,10 @@ def explain_waiting(core: Core, job: JobRuntime, group: Group) -> tuple[str, str
             "would give others (set reproducibility.bitwise.fall_back_after to go on there)"
         )
         return "WAITING_FOR_FINGERPRINT", message
-    message = f"{len(group.workers)} of {max(1, wanted)} workers are there"
+    ready = sum(worker.state == WorkerView.STATE_READY for worker in group.workers)
+    message = f"{ready} of {max(1, wanted)} workers are there"
+    if ready < len(group.workers):
+        message += f", {len(group.workers) - ready} more have not been heard of for a moment"
     if group.excluded:
         worker_id, why = next(iter(sorted(group.excluded.items())))
         more = len(group.excluded) - 1

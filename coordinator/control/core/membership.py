@@ -67,6 +67,9 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
         details={"incarnation": hello.incarnation, "host": hello.host, "pid": hello.pid},
     )
     _adopt(core, worker)
+    for job in list(core.jobs.values()):
+        if job.describing == worker.id:
+            terms.describing_worker_gone(core, job)  # what it was asked got lost with its session
     _place_everything(core)
 
 
@@ -139,6 +142,7 @@ def heard(core: Core, member: Worker | Aggregator) -> None:
         member.suspected = False
     elif member.state == WorkerView.STATE_SUSPECTED:
         member.state, member.reason = WorkerView.STATE_READY, ""
+        _place_everything(core)
 
 
 def worker_ready(core: Core, worker: Worker, message: pb.WorkerJobReady) -> None:

@@ -246,6 +246,7 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
         core.observe("job_queue_seconds", max(0.0, queued_s))
     job.after = job.term_after = core.persist(ControlRecord(term_started=started))
     job.restore, job.lost_owners = restore, set()
+    job.adopt_until_s = 0.0  # nobody can come back with shards of a term that has just begun
     job.owner_incarnations, job.ready_aggregators, job.failed_leaves = {}, set(), {}
     core.set_reason(job, "")
     core.publish(job.job_id, job.after)

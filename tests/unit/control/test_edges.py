@@ -320,3 +320,14 @@ def test_a_checkpoint_is_told_once(running: Any) -> None:
     running.report("job-1", 20, checkpoint_step=20)
     told = [event.step for event in running.events if event.type == "CHECKPOINT_COMMITTED"]
     assert told == [10, 20]
+
+
+def test_a_question_that_got_lost_with_a_session_is_asked_again(cluster: Any) -> None:
+    cluster.auto = False
+    cluster.aggregator()
+    cluster.worker("w1")
+    cluster.submit()
+    cluster.worker("w1")
+    assert len(cluster.told("w1", "describe_job")) == 1
+    cluster.describe(cluster.sessions["w1"], "job-1")
+    assert cluster.state() == "RUNNING"

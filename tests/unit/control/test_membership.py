@@ -256,3 +256,21 @@ def test_a_hello_that_makes_no_sense_is_refused(cluster: Any, hello: dict[str, A
     session = cluster.worker("w1", **hello)
     assert session in cluster.closed
     assert not cluster.core.workers
+
+
+def test_a_suspected_worker_that_speaks_again_takes_what_nobody_hosts(cluster: Any) -> None:
+    def one(spec: Any) -> None:
+        spec.resources.max_workers = 1
+
+    cluster.aggregator()
+    cluster.worker("w1")
+    cluster.worker("w2")
+    cluster.submit(edit=one)
+    cluster.time_s += 1.2
+    cluster.heartbeats("w1", "a1")
+    cluster.feed(ev.Tick())
+    cluster.kill("w1")
+    assert not cluster.shards("w2")
+    assert "not been heard of" in cluster.job().message
+    cluster.heartbeats("w2")
+    assert cluster.shards("w2") == ALL

@@ -275,6 +275,8 @@ def machine_for(make_cluster: Any) -> type[RuleBasedStateMachine]:
             if not hasattr(self, "cluster"):
                 return
             cluster = self.cluster
+            if cluster.arriving:
+                return  # an event has failed; that is the finding
             cluster.storage_up = True
             cluster.perform()
             cluster.run_operations()
