@@ -32,6 +32,7 @@ GoRecord = training_pb2.GoRecord
 FICKLE = '''
 """A model that does what its arguments say when a leaf holds a certain row."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -43,17 +44,16 @@ from phalanx.models import UserModel
 
 
 class Fickle(UserModel):
-    def __init__(self, schema, elements=3, row=-1, act="", while_first=None):
+    def __init__(self, schema, elements=3, row=-1, act="", hold_s=10):
         super().__init__(schema, {"w": (elements,)})
-        self.row, self.act, self.while_first = row, act, while_first
+        self.row, self.act, self.hold_s = row, act, hold_s
 
     def initial(self, seed):
         return {"w": np.arange(self.layout.element_count, dtype=np.float32)}
 
     def loss_and_gradients(self, parameters, features, targets):
         w = parameters["w"]
-        hit = (features[:, 0] == self.row).any()
-        if hit and self.while_first in (None, float(w[0])):
+        if (features[:, 0] == self.row).any():
             getattr(self, self.act)()
             if self.act == "infinite":
                 return 1.0, {"w": w + np.inf}
@@ -80,8 +80,8 @@ class Fickle(UserModel):
             time.sleep(60)
 
     def hold(self):
-        # One call that keeps the interpreter and never lets another thread run.
-        sum(range(150_000_000))
+        # One call that keeps the interpreter: no other thread of the process runs meanwhile.
+        ctypes.PyDLL(None).usleep(int(self.hold_s * 1_000_000))
 
     def devour(self):
         np.ones(1 << 30, np.uint8)

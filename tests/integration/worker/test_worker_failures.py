@@ -88,8 +88,8 @@ async def test_a_leaf_that_holds_the_interpreter_causes_no_false_death(bench: An
         before = session.heartbeats
         frame, _ = await stream.receive_frame()
         assert frame.example_count == 64
-        # The interpreter was held for seconds; heartbeats went on and nothing was reported.
-        assert session.heartbeats - before >= 10
+        # The interpreter was held for 10 s; heartbeats went on and nothing was reported.
+        assert session.heartbeats - before >= 20
         assert not session.has_received("leaf_failed")
 
 

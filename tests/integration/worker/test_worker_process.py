@@ -84,9 +84,11 @@ async def _gone(pidfds: list[int]) -> None:
     await asyncio.to_thread(wait)
 
 
-async def _busy_worker(bench: Any, spawn: Any, control: Any, aggregator: Any, cluster: Any) -> Any:
-    """A worker with one leaf that holds the interpreter for as long as it may."""
-    bench.job(shards=2, custom={"row": 1, "act": "hold"})
+async def _busy_worker(
+    bench: Any, spawn: Any, control: Any, aggregator: Any, cluster: Any, hold_s: float
+) -> Any:
+    """A worker with one leaf that holds the interpreter."""
+    bench.job(shards=2, custom={"row": 1, "act": "hold", "hold_s": hold_s})
     cluster.blobs.update(bench.blobs)
     bench.own(aggregator)
     worker = await spawn(control.address, cluster.address)
@@ -102,7 +104,9 @@ async def _busy_worker(bench: Any, spawn: Any, control: Any, aggregator: Any, cl
 async def test_a_killed_session_process_leaves_no_orphan(bench: Any, spawn: Any) -> None:
     with ScriptedCluster() as cluster:
         async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
-            worker, _, _ = await _busy_worker(bench, spawn, control, aggregator, cluster)
+            worker, _, _ = await _busy_worker(
+                bench, spawn, control, aggregator, cluster, hold_s=600
+            )
             children = worker.children()
             assert len(children) >= 2
             pidfds = [os.pidfd_open(pid) for pid in children]

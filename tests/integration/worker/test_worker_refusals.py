@@ -12,6 +12,7 @@ from phalanx.errors import DeadlineExceeded, Unavailable
 from phalanx.testing.worker_peers import ScriptedAggregator, ScriptedControl
 from phalanx.v1 import coordination_service_pb2 as pb
 from worker.session import app
+from worker.session.hosting import HostedJob
 
 
 async def reports(session: Any, count: int) -> set[tuple[bool, int]]:
@@ -76,3 +77,30 @@ async def test_a_storage_that_is_stopped_is_waited_for_like_one_that_is_gone(
     finally:
         await downloads.close()
     assert (tmp_path / "blob").read_text() == "ab"
+
+
+async def test_a_defect_costs_one_stream_and_not_the_job(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = HostedJob.version_frame
+    failures = [ValueError("odd")]
+
+    def version_frame(job: HostedJob, *frame: Any) -> None:
+        if failures:
+            raise failures.pop()
+        taken(job, *frame)
+
+    monkeypatch.setattr(HostedJob, "version_frame", version_frame)
+    bench.job(shards=2)
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        bench.own(aggregator)
+        await bench.worker(control.address)
+        session = await control.next_session()
+        await session.send(assign_job=bench.assign([(0, 2)]))
+        stream = await aggregator.next_stream()
+        await stream.send_version(0, 0, bench.version(0))
+        again = await aggregator.next_stream()
+        await again.send_version(0, 0, bench.version(0))
+        await again.send_go(bench.go(0))
+        frame, _ = await again.receive_frame()
+        assert frame.step == 0
