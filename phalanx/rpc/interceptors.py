@@ -15,14 +15,16 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from phalanx.errors import Internal, PhalanxError
+from phalanx.errors import Internal, InvalidArgument, PhalanxError
 from phalanx.rpc.status import to_rpc_status
 from phalanx.rpc.types import Handler, ServicerContext
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import GrpcServerMetrics
 
 Behaviour = Callable[[Any, ServicerContext], Any]
+Decoder = Callable[[bytes], Any]
 
 _log = get_logger(__name__)
 
@@ -63,6 +65,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             behaviour = _written(behaviour)
         elif not inspect.iscoroutinefunction(behaviour):
             return handler
+        decode = handler.request_deserializer and _decoder(handler.request_deserializer, method)
+        if decode and not handler.request_streaming:
+            # gRPC itself would answer UNKNOWN with the text of the exception.
+            behaviour, decode = _decoding(behaviour, decode), None
         make = {
             (False, False): grpc.unary_unary_rpc_method_handler,
             (False, True): grpc.unary_stream_rpc_method_handler,
@@ -71,7 +77,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         }[(bool(handler.request_streaming), bool(handler.response_streaming))]
         return make(
             self._guarded(behaviour, method),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=decode,
             response_serializer=handler.response_serializer,
         )
 
@@ -103,6 +109,30 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 return response
 
         return guarded
+
+
+def _decoder(deserializer: Decoder, method: str) -> Decoder:
+    """Return the deserializer with bytes that are no message as an error of the caller."""
+
+    def decode(data: bytes) -> Any:
+        try:
+            return deserializer(data)
+        except DecodeError:
+            raise InvalidArgument(
+                f"{method} was sent {len(data)} bytes that are not a message of its request type",
+                reason="MALFORMED_MESSAGE",
+            ) from None
+
+    return decode
+
+
+def _decoding(behaviour: Behaviour, decode: Decoder) -> Behaviour:
+    """Return a handler of bytes."""
+
+    async def decoded(data: bytes, context: ServicerContext) -> Any:
+        return await behaviour(decode(data), context)
+
+    return decoded
 
 
 def _written(generator: Behaviour) -> Behaviour:
