@@ -15,12 +15,15 @@ import grpc.aio
 
 from coordinator.aggregation.core.machine import stale_term
 from coordinator.aggregation.hosting import HostedJob
-from phalanx.errors import InvalidArgument, PhalanxError, Unavailable
+from phalanx.errors import Internal, InvalidArgument, PhalanxError, Unavailable
 from phalanx.frames import decode_request, encode_response
+from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import aggregation_service_pb2 as pb
 
 SERVICE = "phalanx.v1.AggregationService"
 HELLO_TIMEOUT_S = 10.0
+
+_log = get_logger(__name__)
 
 Find = Callable[[str], HostedJob | None]
 
@@ -88,19 +91,35 @@ async def _hello(context: Any) -> pb.ExchangeHello:
 
 
 async def _receive(context: Any, job: HostedJob) -> None:
-    ranges = job.ranges
     while (data := await context.read()) is not grpc.aio.EOF:
         header, payload = decode_request(data)
-        kind = header.WhichOneof("message")
-        if kind == "frame":
+        if header.WhichOneof("message") == "frame":
             job.gauges.received(len(data))
-            job.perform(ranges.contribute(header.frame, payload, job.elapsed_s))
-        elif kind == "go_record":
-            job.perform(ranges.go_record(header.go_record))
-        else:
-            raise InvalidArgument(f"an exchange stream takes frames and go records, not {kind!r}")
+        try:
+            _take(job, header, payload)
+        except (Internal, MemoryError) as error:
+            # Half of a decision may be taken: the round could never complete any more.
+            _log.exception("aggregation_failed", job_id=job.ranges.plan.job_id)
+            job.fail("AGGREGATION_FAILED", f"{type(error).__name__}: {error}")
+            raise
         # Let the frame go before the next one is waited for.
         del data, payload
+
+
+def _take(job: HostedJob, header: pb.ExchangeRequestHeader, payload: memoryview) -> None:
+    """Hand one message to the ranges. Whatever is no error of the sender is raised as Internal."""
+    kind = header.WhichOneof("message")
+    try:
+        if kind == "frame":
+            job.perform(job.ranges.contribute(header.frame, payload, job.elapsed_s))
+        elif kind == "go_record":
+            job.perform(job.ranges.go_record(header.go_record))
+        else:
+            raise InvalidArgument(f"an exchange stream takes frames and go records, not {kind!r}")
+    except (PhalanxError, MemoryError):
+        raise
+    except Exception as error:
+        raise Internal(f"{type(error).__name__}: {error}") from error
 
 
 async def _send(context: Any, job: HostedJob, waker: asyncio.Event, joins: bool) -> None:

@@ -7,11 +7,19 @@ from typing import Any
 import pytest
 
 from coordinator.aggregation import hosting, process
-from phalanx.errors import DataLoss
+from coordinator.aggregation.core.roots import OptimizerRoot
+from phalanx.errors import DataLoss, PhalanxError
 from phalanx.frames import BLOCK_ELEMENTS
 from phalanx.testing.aggregator_peers import share, streams
 from phalanx.testing.ranges import Leaves, make_plan
 from phalanx.v1 import coordination_service_pb2 as pb
+
+
+async def last_report(session: Any) -> pb.JobReport:
+    while True:
+        report: pb.JobReport = await session.receive("job_report")
+        if report.outcome != pb.JobReport.OUTCOME_RUNNING:
+            return report
 
 
 @pytest.mark.parametrize(
@@ -53,8 +61,26 @@ async def test_a_last_part_that_cannot_be_stored_fails_the_job_from_any_range(
     await bench.assign(plan, ("a", "b"))
     async with streams(leaves, [member.address for member in members], 1) as worker:
         await worker.work(share(leaves, 0, 1))
-    while True:
-        report = await members[1].session.receive("job_report")
-        if report.outcome != pb.JobReport.OUTCOME_RUNNING:
-            break
+    report = await last_report(members[1].session)
     assert (report.outcome, report.reason) == (pb.JobReport.OUTCOME_FAILED, "CHECKPOINT_FAILED")
+
+
+@pytest.mark.parametrize("error", [MemoryError("3 TiB"), ValueError("odd")])
+async def test_a_round_that_was_taken_by_half_fails_the_job(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def frame_complete(*_: object) -> bool:
+        raise error
+
+    plan = make_plan(elements=1000, steps=2)
+    leaves = Leaves(plan)
+    member = await bench.aggregator()
+    await bench.assign(plan)
+    monkeypatch.setattr(OptimizerRoot, "frame_complete", frame_complete)
+    with pytest.raises(PhalanxError):
+        async with streams(leaves, [member.address], 1) as worker:
+            await worker.work(share(leaves, 0, 1))
+            raise await worker.root.ended()
+    report = await last_report(member.session)
+    assert (report.outcome, report.reason) == (pb.JobReport.OUTCOME_FAILED, "AGGREGATION_FAILED")
+    assert str(error) in report.message

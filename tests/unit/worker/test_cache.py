@@ -156,6 +156,16 @@ async def test_a_damaged_file_is_fetched_again(caches: Caches, store: Store) -> 
     again.release()
 
 
+async def test_a_blob_that_never_has_the_size_it_should_is_given_up(
+    caches: Caches, store: Store
+) -> None:
+    digest = store.put(b"four")
+    with pytest.raises(DataLoss, match="not 5 bytes") as refused:
+        await caches().get(digest, 5)
+    assert refused.value.reason == "BLOB_DOES_NOT_FIT"
+    assert len(store.downloads) == 3
+
+
 async def test_a_removed_file_is_fetched_again_though_it_was_pinned(
     caches: Caches, store: Store
 ) -> None:
