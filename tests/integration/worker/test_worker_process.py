@@ -121,7 +121,9 @@ async def test_a_killed_session_process_leaves_no_orphan(bench: Any, spawn: Any)
 async def test_a_drained_worker_leaves_when_its_work_has_moved(bench: Any, spawn: Any) -> None:
     with ScriptedCluster() as cluster:
         async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
-            worker, session, stream = await _busy_worker(bench, spawn, control, aggregator, cluster)
+            worker, session, stream = await _busy_worker(
+                bench, spawn, control, aggregator, cluster, hold_s=1
+            )
             os.kill(worker.pid, signal.SIGTERM)
             await session.receive("drain_requested")
             # It finishes what it has begun as long as control has not moved it.
