@@ -1,0 +1,154 @@
+"""Real data sets through a real cluster, against scikit-learn, and one larger than the cache."""
+
+import csv
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import phalanx
+from phalanx.cli.main import run
+from phalanx.testing.arena import GUARD_S, wait_until
+from phalanx.testing.datasets import shared_data
+
+pytestmark = pytest.mark.slow
+
+LAMBDA = 1e-4
+A9A_STEPS = 700
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[phalanx.LocalCluster]:
+    with phalanx.LocalCluster(workers=2, slots=1) as local:
+        yield local
+
+
+def sha256_of_one_process(job: dict[str, Any], *data: Any, **options: Any) -> str:
+    with phalanx.LocalCluster(workers=0) as alone:
+        alone.data.add(job["data"]["name"], *data, **options)
+        return alone.submit(job).wait(timeout_s=GUARD_S).parameters_sha256
+
+
+def test_a9a_reaches_the_optimum_of_scikit_learn(cluster: phalanx.LocalCluster) -> None:
+    from sklearn.datasets import load_svmlight_file
+    from sklearn.linear_model import LogisticRegression
+
+    path = shared_data("a9a") / "a9a"
+    features, labels = load_svmlight_file(str(path), n_features=123)
+    signs = np.where(labels > 0, 1.0, -1.0)
+
+    def objective(w: np.ndarray) -> float:
+        margins = signs * (features @ w)
+        losses = np.maximum(-margins, 0) + np.log1p(np.exp(-np.abs(margins)))
+        return float(losses.mean() + LAMBDA / 2 * w @ w)
+
+    reference = LogisticRegression(
+        C=1 / (LAMBDA * len(signs)), fit_intercept=False, tol=1e-10, solver="newton-cg"
+    ).fit(features, labels)
+    smoothness = float(
+        np.linalg.eigvalsh((features.T @ features).toarray())[-1] / (4 * len(signs)) + LAMBDA
+    )
+    root = np.sqrt(LAMBDA / smoothness)
+    sgd = {
+        "learning_rate": 1 / smoothness,
+        "momentum": (1 - root) / (1 + root),
+        "nesterov": True,
+    }
+    job = {
+        "name": "a9a",
+        "data": {"name": "a9a", "shards": 4},
+        "train": {
+            "model": {"logistic_regression": {"bias": False}},
+            "optimizer": {"sgd": sgd},
+            "l2": LAMBDA,
+            "dtype": "float64",
+            "stop": {"steps": A9A_STEPS},
+        },
+    }
+    cluster.data.add("a9a", path, format="libsvm", dtype="float64")
+    result = cluster.submit(job).wait(timeout_s=GUARD_S)
+    w = cluster.models.get(result.model).parameters
+    assert abs(objective(w) - objective(reference.coef_.ravel())) < 1e-6
+    assert result.parameters_sha256 == sha256_of_one_process(
+        job, path, format="libsvm", dtype="float64"
+    )
+
+
+ADULT = """
+name: adult
+data: {name: adult, shards: 8}
+train:
+  model: {logistic_regression: {}}
+  optimizer: {adam: {learning_rate: 0.02}}
+  batch_size: 4096
+  stop: {epochs: 30}
+  evaluation: {every_steps: 100}
+"""
+
+
+def test_adult_from_the_raw_file_to_labels(
+    cluster: phalanx.LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shared_data("adult")
+    (tmp_path / "job.yaml").write_text(ADULT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
+
+    def cli(*arguments: str) -> None:
+        assert run(["--address", cluster.address, *arguments]) == 0
+
+    raw = str(folder / "adult.data")
+    cli("data", "add", "adult", raw, "--test", "0.2", "--missing", "category")
+    cli("submit", "job.yaml", "--wait")
+    [job] = [job for job in cluster.jobs() if job.message.spec.name == "adult"]
+    result = job.result
+    assert result is not None
+    assert result.metrics["test/accuracy"] >= 0.85
+    cli("predict", "adult", raw, "-o", "labels.csv")
+    with open("labels.csv") as file:
+        predicted = [row["prediction"] for row in csv.DictReader(file)]
+    with open(raw) as file:
+        wanted = [line.rpartition(",")[2].strip() for line in file if line.strip()]
+    assert set(predicted) == {"<=50K", ">50K"}
+    assert len(predicted) == len(wanted)
+    assert np.mean(np.array(predicted) == np.array(wanted)) >= 0.85
+    with phalanx.LocalCluster(workers=0) as alone:
+        alone.data.add("adult", raw, test=0.2, missing="category")
+        same = alone.submit("job.yaml").wait(timeout_s=GUARD_S)
+    assert result.parameters_sha256 == same.parameters_sha256
+
+
+def test_a_data_set_ten_times_the_cache_survives_a_kill() -> None:
+    generator = np.random.default_rng(11)
+    features = generator.standard_normal((160_000, 128)).astype(np.float32)
+    targets = (features[:, :5].sum(axis=1) > 0).astype(np.int64)
+    cache_bytes = 8 * 2**20
+    job = {
+        "name": "large",
+        "data": {"name": "large", "shards": 8},
+        "train": {
+            "model": {"logistic_regression": {}},
+            "optimizer": {"adam": {"learning_rate": 0.01}},
+            "stop": {"steps": 6},
+            "checkpoints": {"every_steps": 3},
+        },
+    }
+    limits = {"PHALANX_WORKER_CACHE_BYTES": str(cache_bytes)}
+    with phalanx.LocalCluster(workers=2, slots=1, environment=limits) as cluster:
+        cluster.data.add("large", features, targets)
+        manifest = cluster.data.manifest("large")
+        stored = sum(chunk.size_bytes for chunk in manifest.splits["train"])
+        assert stored > 9.5 * cache_bytes
+        running = cluster.submit(job)
+        wait_until(lambda: running.refresh().progress.step >= 1 or running.done, "the first step")
+        assert not running.done
+        os.kill(cluster.process("worker-1").pid, signal.SIGKILL)
+        result = running.wait(timeout_s=GUARD_S)
+        types = {event.type for event in cluster.events() if event.job_id == running.id}
+        assert {"WORKER_LOST", "SHARDS_MOVED", "RECOVERED"} <= types
+        assert (result.examples_lost, result.examples_doubled) == (0, 0)
+    assert result.parameters_sha256 == sha256_of_one_process(job, features, targets)
