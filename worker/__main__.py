@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import random
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,9 @@ async def serve(config: WorkerConfig, stop: asyncio.Event) -> None:
         await http.start()
     try:
         await session.start()
+        # What is loaded stays: the collector need not walk through it at every step.
+        gc.collect()
+        gc.freeze()
         metrics_address = http.address if http is not None else ""
         announce(config, role="worker", metrics_address=metrics_address)
         asked = asyncio.create_task(stop.wait())
