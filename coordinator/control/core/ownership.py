@@ -10,6 +10,14 @@ from phalanx.v1.control_journal_pb2 import ControlRecord, FingerprintChanged
 from phalanx.v1.training_pb2 import JobPlan, ParameterRange
 
 _ITEM_BYTES = {"float32": 4, "float64": 8}
+_NO_AGGREGATOR = ("WAITING_FOR_AGGREGATORS", "no aggregator is there to own its ranges")
+_NO_FINGERPRINT = (
+    "WAITING_FOR_FINGERPRINT",
+    (
+        "no aggregator gives the bits that the job started with "
+        "(set reproducibility.bitwise.fall_back_after to go on with others)"
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,24 @@ def lost_owners(core: Core, job: JobRuntime) -> set[str]:
     return {owner for owner in owners if owner in job.lost_owners or _silent(core, job, owner)}
 
 
+def may_be_owned(core: Core, job: JobRuntime) -> bool:
+    """Whether an aggregator is there that may own the job's ranges; sets the reason if not.
+
+    Asked before a term is raised, so that waiting costs storage nothing.
+    """
+    facts, candidates = core.facts_of(job), live_aggregators(core)
+    if not candidates:
+        core.set_reason(job, *_NO_AGGREGATOR)
+        return False
+    fingerprint = facts.kept.term_started.aggregator_fingerprint
+    same = any(each.hello.fingerprint == fingerprint for each in candidates)
+    falls_back = facts.spec.reproducibility.bitwise.HasField("fall_back_after")
+    if facts.plan.bitwise and fingerprint and not same and not falls_back:
+        core.set_reason(job, *_NO_FINGERPRINT)
+        return False
+    return True
+
+
 def choose_owners(core: Core, job: JobRuntime, plan: JobPlan) -> Owners | None:
     """Return the ranges of a new term; None (with the reason set) if no aggregator may own them.
 
@@ -54,16 +80,11 @@ def choose_owners(core: Core, job: JobRuntime, plan: JobPlan) -> Owners | None:
             fingerprint = _fall_back(core, job, plan, candidates)
             same = [each for each in candidates if each.hello.fingerprint == fingerprint]
         if not same:
-            core.set_reason(
-                job,
-                "WAITING_FOR_FINGERPRINT",
-                "no aggregator gives the bits that the job started with "
-                "(set reproducibility.bitwise.fall_back_after to go on with others)",
-            )
+            core.set_reason(job, *_NO_FINGERPRINT)
             return None
         candidates = same
     if not candidates:
-        core.set_reason(job, "WAITING_FOR_AGGREGATORS", "no aggregator is there to own its ranges")
+        core.set_reason(job, *_NO_AGGREGATOR)
         return None
     count = plan.range_count or _range_count(core, plan, len(candidates))
     plan.range_count = count

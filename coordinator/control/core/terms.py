@@ -11,7 +11,7 @@ from coordinator.control.core.effects import RaiseTerm, ReadRow
 from coordinator.control.core.eligibility import announce_ineligible, explain_waiting, group_of
 from coordinator.control.core.events import OperationFailed, RowRead, TermRaised, TermRefused
 from coordinator.control.core.lifecycle import QUEUED, RUNNING
-from coordinator.control.core.ownership import choose_owners, live_aggregators, lost_owners
+from coordinator.control.core.ownership import choose_owners, lost_owners, may_be_owned
 from coordinator.control.core.state import Core, JobRuntime, OperationKind, Worker
 from phalanx.errors import Internal
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -177,11 +177,9 @@ def _raise(core: Core, job: JobRuntime, kind: OperationKind) -> None:
 
 
 def _raise_when_possible(core: Core, job: JobRuntime) -> None:
-    if live_aggregators(core):
+    if may_be_owned(core, job):
         core.set_reason(job, "RECOVERING", "the ranges of its parameters get a new owner")
         _raise(core, job, OperationKind.RAISE_TERM)
-    else:
-        core.set_reason(job, "WAITING_FOR_AGGREGATORS", "no aggregator is there to own its ranges")
 
 
 def _dispatch(core: Core, job: JobRuntime) -> None:
@@ -194,8 +192,8 @@ def _dispatch(core: Core, job: JobRuntime) -> None:
     announce_ineligible(core, job, group)
     if len(group.workers) < max(1, facts.spec.resources.min_workers):
         core.set_reason(job, *explain_waiting(core, job, group))
-    elif not live_aggregators(core):
-        core.set_reason(job, "WAITING_FOR_AGGREGATORS", "no aggregator is there to own its ranges")
+    elif not may_be_owned(core, job):
+        return
     elif job.described is not None or facts.plan.layout.element_count > 0:
         core.set_reason(job, "STARTING")
         _raise(core, job, OperationKind.RAISE_TERM)

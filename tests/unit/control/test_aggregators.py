@@ -116,3 +116,16 @@ def test_a_failure_in_any_range_fails_the_job_and_nothing_else_of_it_is_believed
     job = cluster.job()
     assert (job.reason, job.failures[0].step) == ("PARAMETERS_NON_FINITE", 8)
     assert cluster.told("a1", "release_ranges")
+
+
+def test_waiting_for_an_aggregator_with_the_right_bits_raises_no_terms(running: Any) -> None:
+    running.kill("a1")
+    other = {"incarnation": "a1-2", "fingerprint": "g"}
+    running.aggregator("a1", **other)
+    running.advance(10)
+    assert running.terms["job-1"] == 1
+    assert running.job().reason == "WAITING_FOR_FINGERPRINT"
+    assert running.types().count("JOB_WAITING") == 1
+    running.aggregator("a2", fingerprint="f")
+    assert running.core.facts.jobs["job-1"].ranges[0].aggregator_id == "a2"
+    assert running.terms["job-1"] == 2
