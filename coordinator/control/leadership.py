@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from coordinator.control.store import LEASE, Store
-from phalanx.errors import Aborted, DeadlineExceeded, NotFound, PhalanxError, Unavailable
+from phalanx.errors import Aborted, NotFound, PhalanxError
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import storage_service_pb2 as pb
 
@@ -56,10 +56,11 @@ async def keep(store: Store, holder: str, generation: int, lease_ttl_s: float) -
             await store.call(
                 store.storage.RenewLease, request, timeout_s=max(1.0, lease_ttl_s), attempts=1
             )
-        except (Unavailable, DeadlineExceeded) as error:
-            _log.debug("lease_not_renewed", message=error.message)
         except (Aborted, NotFound) as error:
             return error
+        except PhalanxError as error:
+            # Whatever it is, a full disk for one: nobody else leads, so this process goes on.
+            _log.debug("lease_not_renewed", reason=error.reason, message=error.message)
 
 
 async def release(store: Store, holder: str, generation: int) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from coordinator.control import operations
+from coordinator.control import leadership, operations
 from coordinator.control.core import effects as fx
 from coordinator.control.core import events as ev
 from coordinator.control.core.facts import Facts
 from coordinator.control.operations import Operations
-from phalanx.errors import DataLoss, ResourceExhausted, Unavailable
+from phalanx.errors import Aborted, DataLoss, Internal, ResourceExhausted, Unavailable
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
 
@@ -82,8 +82,11 @@ class Store:
         self.storage = self
         self.fence = storage_pb.Fence(lease="leader", token=1)
         self.GetJobRow = "row"
+        self.RenewLease = "renew"
 
-    async def call(self, method: str, request: Any) -> storage_pb.GetJobRowResponse:
+    async def call(
+        self, method: str, request: Any, **limits: float
+    ) -> storage_pb.GetJobRowResponse:
         if self.errors:
             raise self.errors.pop(0)
         return storage_pb.GetJobRowResponse(term=3)
@@ -109,3 +112,15 @@ async def test_a_full_disk_is_waited_for(error: Exception, waits: bool) -> None:
     store: Any = Store(error, error)
     answer = await Operations(store, Facts()).perform(fx.ReadRow("job-1", 5))
     assert isinstance(answer, ev.RowRead if waits else ev.OperationFailed)
+
+
+async def test_a_leader_that_cannot_renew_goes_on_until_somebody_else_leads() -> None:
+    store: Any = Store(
+        Unavailable("gone"),
+        ResourceExhausted("no room", reason="DISK_FULL"),
+        Internal("odd"),
+        Aborted("another one leads", reason="STALE_GENERATION"),
+    )
+    error = await leadership.keep(store, "control-1", 7, lease_ttl_s=0.01)
+    assert error.reason == "STALE_GENERATION"
+    assert not store.errors
