@@ -1,0 +1,175 @@
+"""What the documents say to type works."""
+
+import ast
+import csv
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import phalanx
+from phalanx.cli.main import run
+from phalanx.testing.arena import GUARD_S
+from phalanx.testing.datasets import REPOSITORY, demo_data
+
+pytestmark = pytest.mark.slow
+
+DOCUMENTS = [
+    REPOSITORY / "README.md",
+    REPOSITORY / "CONTRIBUTING.md",
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
+]
+EXAMPLES = sorted((REPOSITORY / "examples").glob("*/job.yaml"))
+README = REPOSITORY / "README.md"
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The code blocks of a language in a document."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every line of a shell block, as (document, command)."""
+    lines = []
+    for path in DOCUMENTS:
+        for block in blocks(path, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                lines += [
+                    (path.name, part.strip())
+                    for part in line.partition("  #")[0].split("&&")
+                    if part.strip() and not part.strip().startswith("#")
+                ]
+    return lines
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[phalanx.LocalCluster]:
+    with phalanx.LocalCluster(workers=2, slots=1) as local:
+        local.data.add("fashion", demo_data())
+        yield local
+
+
+def test_every_code_block_has_a_language_that_is_tested_here() -> None:
+    languages = set()
+    for path in DOCUMENTS:
+        text = path.read_text()
+        languages |= set(re.findall(r"^```(\w+)$", text, re.MULTILINE))
+    assert {"sh", "yaml", "python"} <= languages
+    assert languages <= {"sh", "yaml", "python", "mermaid"}
+
+
+@pytest.mark.parametrize(("document", "command"), commands())
+def test_commands_exist(document: str, command: str) -> None:
+    program, *arguments = shlex.split(command)
+    if program == "phalanx":
+        positions = [word for word in arguments if not word.startswith("-")]
+        known = 2 if arguments[0] in {"data", "code", "models"} else 1
+        help_of = [sys.executable, "-P", "-m", "phalanx.cli", *positions[:known], "--help"]
+        done = subprocess.run(help_of, capture_output=True, timeout=GUARD_S, check=False)
+        assert done.returncode == 0, done.stderr
+        options = set(re.findall(r"--[a-z-]+", done.stdout.decode()))
+        used = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+        assert used <= options, f"{document} shows {used - options} of {command}"
+    elif program == "make":
+        makefile = (REPOSITORY / "Makefile").read_text()
+        assert re.search(rf"^[\w -]*\b{arguments[0]}\b[\w -]*:", makefile, re.MULTILINE), command
+    elif program == "sh":
+        assert (REPOSITORY / arguments[0]).is_file()
+        syntax = ["sh", "-n", str(REPOSITORY / arguments[0])]
+        assert subprocess.run(syntax, timeout=GUARD_S, check=False).returncode == 0
+    else:
+        assert program in {".", "grpcurl", "pip", "python3"}, f"{document}: who tests {command}?"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_jobs_in_documents_are_accepted(
+    path: Path, cluster: phalanx.LocalCluster, tmp_path: Path
+) -> None:
+    for text in blocks(path, "yaml"):
+        (tmp_path / "job.yaml").write_text(text)
+        answer = cluster.plan(tmp_path / "job.yaml")
+        assert answer.plan.steps > 0
+        assert answer.plan.eligible_workers == 2
+    for text in blocks(path, "python"):
+        ast.parse(text)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
+def test_examples_are_accepted(path: Path, cluster: phalanx.LocalCluster) -> None:
+    assert run(["--address", cluster.address, "submit", str(path), "--dry-run"]) == 0
+    assert not [job for job in cluster.jobs() if job.message.spec.name == "label-smoothing"]
+
+
+def test_the_code_of_the_custom_example_is_the_file_beside_it() -> None:
+    spec = phalanx.load(REPOSITORY / "examples" / "custom_model" / "job.yaml")
+    for name, text in spec.code.files.items():
+        assert (REPOSITORY / "examples" / "custom_model" / name).read_text() == text
+
+
+def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(9)
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (("adult.csv", 400), ("new-people.csv", 20)):
+        with open(name, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["age", "work", "income"])
+            for age, word in zip(
+                generator.integers(17, 90, rows),
+                generator.choice(["a", "b", "?"], rows),
+                strict=True,
+            ):
+                writer.writerow([age, word, ">50K" if age > 50 else "<=50K"])
+    [job] = blocks(README, "yaml")
+    job = job.replace("name: fashion,", "name: adult,").replace("epochs: 20", "epochs: 2")
+    Path("job.yaml").write_text(job)
+    [code] = blocks(README, "python")
+    names: dict[str, Any] = {}
+    exec(compile(code, str(README), "exec"), names)
+    assert set(names["labels"]) <= {"<=50K", ">50K"}
+    assert len(names["labels"]) == 20
+
+
+def test_the_session_of_the_readme(
+    cluster: phalanx.LocalCluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The lines from `data add` to `predict`; `up` and `down` have tests of their own."""
+    for part in ("examples/data/fashion-mnist-small", "examples/demo"):
+        shutil.copytree(REPOSITORY / part, tmp_path / part)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PHALANX_ADDRESS", cluster.address)
+    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
+    pixels = phalanx_images()
+    with open("images.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([f"x{number + 1}" for number in range(pixels.shape[1])])
+        writer.writerows(pixels.tolist())
+    job_id = ""
+    for document, command in commands():
+        words = shlex.split(command)
+        if document != "README.md" or words[0] != "phalanx" or words[1] in {"up", "down"}:
+            continue
+        arguments = [job_id if word.endswith("-xxxxxxxx") else word for word in words[1:]]
+        if arguments[0] == "submit":
+            arguments += ["--set", "train.stop.epochs=2"]
+        capfd.readouterr()
+        assert run(arguments) == 0, command
+        if arguments[0] == "submit":
+            job_id = capfd.readouterr().out.split()[0]
+    with open("labels.csv") as file:
+        assert len(list(csv.DictReader(file))) == len(pixels)
+
+
+def phalanx_images() -> np.ndarray:
+    """Five images as rows of pixels."""
+    return np.random.default_rng(2).integers(0, 256, (5, 784))
