@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -303,26 +303,23 @@ def machine_for(make_cluster: Any) -> type[RuleBasedStateMachine]:
     return Histories
 
 
-def test_random_histories_keep_the_invariants(make_cluster: Any) -> None:
-    run_state_machine_as_test(
-        machine_for(make_cluster),
-        settings=settings(
-            max_examples=60,
-            stateful_step_count=40,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        ),
+def run(make_cluster: Any, *, histories: int, steps: int) -> None:
+    """Run histories; the same ones every time, as printed when one fails (they are not shrunk)."""
+    how = settings(
+        max_examples=histories,
+        stateful_step_count=steps,
+        deadline=None,
+        derandomize=True,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
     )
+    run_state_machine_as_test(machine_for(make_cluster), settings=how)
+
+
+def test_random_histories_keep_the_invariants(make_cluster: Any) -> None:
+    run(make_cluster, histories=60, steps=50)
 
 
 @pytest.mark.slow
 def test_many_long_histories(make_cluster: Any) -> None:
-    run_state_machine_as_test(
-        machine_for(make_cluster),
-        settings=settings(
-            max_examples=150,
-            stateful_step_count=120,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run(make_cluster, histories=200, steps=120)
