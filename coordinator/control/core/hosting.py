@@ -231,7 +231,9 @@ def _revoke_strangers(core: Core, job: JobRuntime, hosts: dict[str, Worker]) -> 
     for worker_id in list(job.hosts):
         if worker_id not in hosts and worker_id not in keeping:
             hosting = job.hosts.pop(worker_id)
-            revoke(core, job, worker_id, hosting.term, "the worker does not host this job", 0)
+            why = "the worker does not host this job"
+            # Never before what it was told of this term, which may still wait to be durable.
+            revoke(core, job, worker_id, hosting.term, why, job.term_after)
 
 
 def _tell(

@@ -74,6 +74,21 @@ def test_an_end_without_a_final_checkpoint_is_fenced_first(running: Any) -> None
     assert running.terms["job-1"] == 2
 
 
+def test_a_worker_is_not_let_go_before_it_hears_what_it_is_let_go_of(running: Any) -> None:
+    running.storage_up = False
+    running.kill("a1")
+    running.aggregator("a1", incarnation="a1-2")
+    running.run_operations()
+    assert running.core.facts.jobs["job-1"].term == 2
+    running.say(running.sessions["w1"], drain_requested=pb.DrainRequested())
+    running.advance(5)
+    running.storage_up = True
+    running.perform()
+    kinds = [each.WhichOneof("message") for each in running.sent[running.sessions["w1"]]]
+    assert "revoke_job" in kinds
+    assert kinds.index("revoke_job") > len(kinds) - 1 - kinds[::-1].index("assign_job")
+
+
 class Store:
     """A store whose calls fail with what a test says; `insist` tries a few times."""
 
