@@ -110,9 +110,9 @@ class RawClient:
         service, _, name = method.partition("/")
         described = self.pool.FindServiceByName(f"phalanx.v1.{service}").methods_by_name[name]
         assert described.output_type.name == response
-        raw = self.channel.unary_unary(f"/phalanx.v1.{method}")(request, timeout=GUARD_S)
+        call: Any = self.channel.unary_unary(f"/phalanx.v1.{method}")
         answer = self.new(response)
-        answer.ParseFromString(raw)
+        answer.ParseFromString(call(request, timeout=GUARD_S))
         return answer
 
 
@@ -153,7 +153,7 @@ def test_bytes_that_are_no_message_in_a_stream(cluster: phalanx.LocalCluster) ->
         ("aggregator-1", "AggregationService/Exchange"),
     ):
         with grpc.insecure_channel(cluster.process(role).address) as channel:
-            call = channel.stream_stream(f"/phalanx.v1.{method}")
+            call: Any = channel.stream_stream(f"/phalanx.v1.{method}")
             with pytest.raises(grpc.RpcError) as caught:
                 list(call(iter([b"\xff\xff\xff"]), timeout=GUARD_S))
             error = from_rpc_error(caught.value)
@@ -165,7 +165,7 @@ def test_every_service_is_healthy(cluster: phalanx.LocalCluster) -> None:
         if process.role not in SERVICES:
             continue
         with grpc.insecure_channel(process.address) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
+            stub: Any = health_pb2_grpc.HealthStub(channel)
             for name in ["", *(f"phalanx.v1.{service}" for service in SERVICES[process.role])]:
                 answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=GUARD_S)
                 assert answer.status == health_pb2.HealthCheckResponse.SERVING, name
