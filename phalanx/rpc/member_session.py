@@ -158,7 +158,11 @@ class MemberSession:
             if tasks[0] not in done:
                 # The receiver knows why a session ended.
                 await asyncio.wait([tasks[0]], timeout=1.0)
-            (tasks[0] if tasks[0].done() else done.pop()).result()
+            ended = tasks[0] if tasks[0].done() else done.pop()
+            if ended.cancelled():
+                # Not this task: the call was, and that must not end the member's search.
+                raise Unavailable("the call was cancelled")
+            ended.result()
         finally:
             for task in tasks:
                 task.cancel()

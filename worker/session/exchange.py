@@ -154,7 +154,11 @@ class ExchangeStream:
             if sender in done and receiver not in done:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(asyncio.shield(receiver), 1.0)
-            (receiver if receiver.done() else sender).result()
+            ended = receiver if receiver.done() else sender
+            if ended.cancelled():
+                # Not this task: the call was, and that must not end the stream for good.
+                raise Unavailable("the call was cancelled", reason="STREAM_ENDED")
+            ended.result()
         finally:
             for task in (sender, receiver):
                 task.cancel()

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from phalanx.errors import Unavailable
 from phalanx.rpc.member_session import MemberSession
 from phalanx.testing.worker_peers import ScriptedControl
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -57,3 +58,17 @@ async def test_a_defect_in_a_handler_costs_one_session_and_not_the_member(where:
         finally:
             await session.close()
     assert not broken
+
+
+async def test_a_call_that_was_cancelled_is_one_session_that_ended() -> None:
+    class CancelledCall:
+        async def read(self) -> object:
+            raise asyncio.CancelledError
+
+        async def write(self, _: object) -> None:
+            await asyncio.Event().wait()
+
+    session = MemberSession(["127.0.0.1:1"], hello, pb.Heartbeat, lambda _: None, lambda _: None)
+    async with asyncio.timeout(GUARD_S):
+        with pytest.raises(Unavailable, match="cancelled"):
+            await session._both_ways(CancelledCall(), 60.0)
