@@ -326,9 +326,6 @@ def _model_fits(
         yield Violation(path, f"{message}; use softmax_regression")
     elif task == catalog.CLASSIFICATION and len(dataset.classes) < 2:
         yield Violation(path, f"needs at least 2 classes, and {spec.data.name} has fewer")
-    if model.standardise and dataset.format == "csr":
-        message = "would make sparse data dense; leave it out or add the data set as dense"
-        yield Violation("train.model.standardise", message)
 
 
 def _metrics(

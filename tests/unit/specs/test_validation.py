@@ -158,7 +158,6 @@ def test_an_empty_spec_says_what_is_missing() -> None:
     [
         ({"rows": {"train": 5}}, "data.shards=6", "data.shards"),
         ({}, "data.shards=1000", "train.batch_size"),
-        ({"format": "csr"}, "train.model.standardise=true", "train.model.standardise"),
         ({"classes": ["one"]}, "seed=1", "train.model.mlp"),
         (
             {"task": "regression", "classes": []},
