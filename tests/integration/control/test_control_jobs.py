@@ -8,8 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
+from google.rpc import error_details_pb2, status_pb2
 
 from phalanx.testing.members import ScriptedAggregator, ScriptedWorker
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -24,9 +23,9 @@ async def details_of(call: Any, kind: Any) -> tuple[grpc.StatusCode, Any]:
     """Return the code and one detail message of a call that fails."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    status = rpc_status.from_call(caught.value)
-    assert status is not None
-    for each in status.details:
+    trailer = dict(caught.value.trailing_metadata())["grpc-status-details-bin"]
+    assert isinstance(trailer, bytes)
+    for each in status_pb2.Status.FromString(trailer).details:
         found = kind()
         if each.Unpack(found):
             return caught.value.code(), found

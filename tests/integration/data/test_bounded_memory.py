@@ -15,7 +15,7 @@ LIMIT_BYTES = 512 * 1024 * 1024
 
 # Runs in a process of its own, whose address space is limited before anything is imported.
 CHILD = """
-import hashlib, json, resource, sys
+import hashlib, json, pathlib, resource, sys
 limit = int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 from phalanx.data.ingest import ingest
@@ -27,7 +27,9 @@ class Discard:
 
 options = IngestOptions(missing="category", test=0.1, block_bytes=int(sys.argv[3]))
 manifest = ingest(sys.argv[1], options, Discard())
-peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not ru_maxrss: a child inherits it from the process that started it.
+status = pathlib.Path("/proc/self/status").read_text()
+peak_kib = int(status.partition("VmHWM:")[2].split()[0])
 rows = manifest.rows_by_split()
 print(json.dumps({"rows": rows, "peak_bytes": peak_kib * 1024, "size_bytes": manifest.size_bytes}))
 """
