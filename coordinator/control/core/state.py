@@ -203,6 +203,8 @@ class JobRuntime:
     describe_deadline_s: float = 0.0
     describe_attempts: int = 0
     described: pb.JobDescribed | None = None
+    described_fingerprint: str = ""
+    """That of the worker that described the job, from the group chosen at first dispatch."""
     owner_incarnations: dict[str, str] = field(default_factory=dict)
     """Aggregators known to hold their ranges of the current term."""
     lost_owners: set[str] = field(default_factory=set)

@@ -111,6 +111,7 @@ def described(core: Core, job: JobRuntime, worker: Worker, message: pb.JobDescri
         ending.fail(core, job, "DESCRIBE_FAILED", text)
     else:
         job.described = message
+        job.described_fingerprint = worker.hello.fingerprint
     advance(core, job)
 
 
@@ -310,5 +311,5 @@ def _complete_plan(core: Core, job: JobRuntime) -> JobPlan:
         del plan.evaluation_sums[:]
         plan.evaluation_sums.extend(job.described.evaluation_sums)
     if plan.bitwise and not plan.fingerprint:
-        plan.fingerprint = group_of(core, job).fingerprint
+        plan.fingerprint = job.described_fingerprint
     return plan

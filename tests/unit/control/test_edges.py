@@ -331,3 +331,22 @@ def test_a_question_that_got_lost_with_a_session_is_asked_again(cluster: Any) ->
     assert len(cluster.told("w1", "describe_job")) == 1
     cluster.describe(cluster.sessions["w1"], "job-1")
     assert cluster.state() == "RUNNING"
+
+
+def test_the_fingerprint_is_kept_even_if_its_group_dies_before_the_start(cluster: Any) -> None:
+    cluster.aggregator()
+    cluster.storage_up = False
+    cluster.auto = False
+    session = cluster.worker("w1")
+    cluster.submit()
+    cluster.storage_up = True
+    cluster.perform()
+    cluster.storage_up = False
+    cluster.describe(session, "job-1")
+    cluster.kill("w1")
+    cluster.storage_up = True
+    cluster.perform()
+    cluster.run_operations()
+    assert cluster.core.facts.jobs["job-1"].fingerprint == "f"
+    cluster.worker("odd", fingerprint="g")
+    assert cluster.job().reason == "WAITING_FOR_FINGERPRINT"
