@@ -182,6 +182,8 @@ class ExchangeStream:
             kind = header.WhichOneof("message")
             if kind == "frame":
                 self._events.version_frame(header.frame, payload)
+                if header.HasField("joined_go_record"):
+                    self._events.go_record(header.joined_go_record)
             elif kind == "go_record":
                 self._events.go_record(header.go_record)
 

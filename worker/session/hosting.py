@@ -62,6 +62,7 @@ class HostedJob:
             term=wanted.term,
             worker_id=self._worker_id,
             incarnation=self._incarnation,
+            takes_joined_go_records=True,
         )
         for aggregator_id, address in wanted.owners:
             events = _TermEvents(self, wanted.term)
