@@ -24,7 +24,8 @@ from phalanx.models.base import LeafSums, make_layout
 class Idle:
     evaluation_sums = ("loss",)
 
-    def __init__(self, schema, elements):
+    def __init__(self, schema, elements, writes):
+        self.writes = writes
         self.layout = make_layout([("w", (elements,), False)], schema.dtype)
         self.elements = elements
 
@@ -32,6 +33,8 @@ class Idle:
         return np.zeros(self.elements, self.layout.dtype)
 
     def gradient(self, parameters, batch, out):
+        if self.writes:
+            out.fill(0)
         return LeafSums(batch.rows, 0.0)
 
     def evaluate(self, parameters, batch):
@@ -57,16 +60,29 @@ def add_tiny_data(running: phalanx.Cluster) -> None:
 
 
 def idle_job(
-    name: str, elements: int, shards: int, steps: int, optimizer: Mapping[str, Any]
+    name: str,
+    elements: int,
+    shards: int,
+    steps: int,
+    optimizer: Mapping[str, Any],
+    *,
+    writes: bool = True,
 ) -> dict[str, Any]:
-    """A job whose leaves do nothing on a vector of so many float32 elements."""
+    """A job whose leaves do nothing but write zeros on a vector of so many float32 elements.
+
+    With ``writes`` off they leave their buffer as it is, zeros from the start, which is only right
+    where every slot has one leaf.
+    """
     return {
         "name": name,
         "data": {"name": "tiny", "shards": shards},
         "code": {"files": {"idle.py": IDLE_LEAF}},
         "train": {
             "model": {
-                "custom": {"entrypoint": "idle:Idle", "arguments": {"elements": elements}},
+                "custom": {
+                    "entrypoint": "idle:Idle",
+                    "arguments": {"elements": elements, "writes": writes},
+                },
                 "standardise": False,
             },
             "optimizer": dict(optimizer),
