@@ -56,6 +56,7 @@ class DirectoryBlobs:
         # visible but may not be durable.
         self._synced_folders: set[str] = set()
         self._usage_bytes = 0
+        self._blobs = self._uploads = -1
         try:
             for name in ("blobs", "uploads"):
                 make_folder(name, state_fd)
@@ -63,6 +64,7 @@ class DirectoryBlobs:
             self._uploads = open_folder("uploads", state_fd)
             self._prepare(state_fd)
         except OSError as error:
+            self.close()
             raise FailedPrecondition(
                 f"cannot use the blobs of the state folder: {error}", reason="STATE_UNUSABLE"
             ) from error
@@ -83,9 +85,12 @@ class DirectoryBlobs:
         os.fsync(state_fd)
 
     def close(self) -> None:
-        """Close the folders."""
-        os.close(self._blobs)
-        os.close(self._uploads)
+        """Close the folders; harmless when called twice."""
+        for descriptor in (self._blobs, self._uploads):
+            if descriptor >= 0:
+                os.close(descriptor)
+        # A number that was closed soon belongs to somebody else's file or socket.
+        self._blobs = self._uploads = -1
 
     def writer(self, expected_bytes: int = -1) -> FileBlobWriter:
         """Begin an upload."""

@@ -60,6 +60,15 @@ def test_no_descriptor_leaks(tmp_path):
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+def test_closing_twice_closes_nothing_of_others(tmp_path):
+    backend = open_embedded_backend(tmp_path / "state")
+    backend.close()
+    others = [os.open(os.devnull, os.O_RDONLY) for _ in range(16)]
+    backend.close()
+    for descriptor in others:
+        os.close(descriptor)
+
+
 @pytest.fixture
 def damaged(tmp_path):
     """Lets a test change rows behind the back of a closed back end."""
