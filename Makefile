@@ -2,11 +2,11 @@
 # ARGS are handed on: make test ARGS="tests/unit -k journal"
 ARGS =
 
-.PHONY: help demo test check bench chaos lock protos fresh
+.PHONY: help demo test check bench reliability chaos lock protos fresh
 help:
 	@sh scripts/bootstrap help
 
-demo test check bench lock:
+demo test check bench reliability lock:
 	@sh scripts/bootstrap $@ $(ARGS)
 
 # Real processes, real signals: the tests that kill things.

@@ -17,17 +17,7 @@ WORKERS = 3
 
 def run(command: str) -> list[Measurement]:
     """`kill_to_commit_s`, the largest of all trials; the leaves themselves take no time."""
-    seconds = []
-    with cluster(workers=WORKERS) as running:
-        add_tiny_data(running)
-        sgd = {"sgd": {"learning_rate": 0.1}}
-        job = running.submit(idle_job("recovery", 10_000, 8, 10_000_000, sgd))
-        draw = random.Random(7)
-        for _ in range(TRIALS):
-            wait_for(lambda: _hosting(job) == WORKERS, f"{WORKERS} workers that hold shards")
-            seconds.append(_kill_one(running, job, draw))
-        job.cancel()
-    seconds.sort()
+    seconds = kill_to_commit_s(TRIALS)
     worst, middle = seconds[-1], seconds[len(seconds) // 2]
     return [
         Measurement(
@@ -42,6 +32,21 @@ def run(command: str) -> list[Measurement]:
             note=f"largest of {TRIALS} trials; median {middle:.3f} s",
         )
     ]
+
+
+def kill_to_commit_s(trials: int) -> list[float]:
+    """Seconds from a kill to the next committed step, in rising order."""
+    seconds = []
+    with cluster(workers=WORKERS) as running:
+        add_tiny_data(running)
+        sgd = {"sgd": {"learning_rate": 0.1}}
+        job = running.submit(idle_job("recovery", 10_000, 8, 10_000_000, sgd))
+        draw = random.Random(7)
+        for _ in range(trials):
+            wait_for(lambda: _hosting(job) == WORKERS, f"{WORKERS} workers that hold shards")
+            seconds.append(_kill_one(running, job, draw))
+        job.cancel()
+    return sorted(seconds)
 
 
 def _hosting(job: phalanx.Job) -> int:

@@ -6,6 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.reliability.rows import Row
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ def print_table(measurements: Sequence[Measurement]) -> None:
             print(f"    {m.note}")
 
 
-def write_json(measurements: Sequence[Measurement], path: Path) -> None:
-    """Writes the measurements as a JSON list, keeping those of other names in the file."""
+def write_json(measurements: Sequence[Measurement] | Sequence[Row], path: Path) -> None:
+    """Writes the figures as a JSON list, keeping those of other names in the file."""
     kept: list[dict[str, object]] = []
     names = {m.name for m in measurements}
     if path.exists():

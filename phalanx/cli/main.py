@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from phalanx.cli.commands import (
+    chaos,
     cluster,
     code,
     data,
@@ -93,6 +94,7 @@ models.register(app)
 code.register(app)
 insight.register(app)
 cluster.register(app)
+chaos.register(app)
 services.register(app)
 
 

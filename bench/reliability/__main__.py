@@ -1,0 +1,57 @@
+"""``python -m bench.reliability [NAME …]``: what happens under faults, measured.
+
+Prints a table, writes bench/reliability.json and the table in docs/RELIABILITY.md. Figures whose
+name is not given keep their last value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from pathlib import Path
+
+from bench.reliability.rows import Row, print_rows, read_rows, with_table
+from bench.results import write_json
+
+GROUPS = {
+    "workers": "a worker killed, stopped, restarted",
+}
+"""Module of this package → what it measures. Each has ``run(command, *, quick) -> list[Row]``."""
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> int:
+    """Runs the named groups (default: all) and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.reliability", description=__doc__)
+    parser.add_argument("groups", nargs="*", metavar="NAME", help=", ".join(GROUPS))
+    parser.add_argument("--quick", action="store_true", help="fewer trials; the rows say so")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "reliability.json")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "RELIABILITY.md")
+    arguments = parser.parse_args()
+    unknown = set(arguments.groups) - set(GROUPS)
+    if unknown:
+        parser.error(f"no such group: {', '.join(sorted(unknown))}; have {', '.join(GROUPS)}")
+    measured: list[Row] = []
+    for group in arguments.groups or GROUPS:
+        print(f"… {group}: {GROUPS[group]}", flush=True)
+        start = time.monotonic()
+        module = importlib.import_module(f"bench.reliability.{group}")
+        command = f"python -m bench.reliability {group}" + " --quick" * arguments.quick
+        rows = module.run(command, quick=arguments.quick)
+        # Kept at once: a later group that fails must not cost what this one has measured.
+        write_json(rows, arguments.output)
+        measured.extend(rows)
+        print(f"  {time.monotonic() - start:.0f} s", flush=True)
+    document = arguments.document.read_text(encoding="utf-8")
+    arguments.document.write_text(
+        with_table(document, read_rows(arguments.output)), encoding="utf-8"
+    )
+    print_rows(measured)
+    print(f"written: {arguments.output} and {arguments.document}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

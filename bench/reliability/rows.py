@@ -1,0 +1,82 @@
+"""One figure on reliability, and the table of all of them in the documentation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+_VERDICTS = {True: "yes", False: "no", None: "-"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    Attributes:
+        name: stable name, unique among all rows.
+        what: what was measured, in a few words.
+        value: the figure itself, in ``unit``.
+        unit: ``s``, ``%``, ``steps/s`` …
+        reach: the bound that the project sets itself (``<= 0.3``); empty for a figure without one.
+        reached: whether this run is inside the bound; None where there is none.
+        trials: how many times it was tried; the value is the worst of them unless ``what`` says
+            otherwise.
+        command: the command that makes this figure.
+        note: how it came out in more detail, for people.
+        quick: whether the run was a short one, which tries less often than it should.
+    """
+
+    name: str
+    what: str
+    value: float
+    unit: str
+    reach: str
+    reached: bool | None
+    trials: int
+    command: str
+    note: str = ""
+    quick: bool = False
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Prints the rows as a table that fits 80 columns."""
+    print(f"{'name':38} {'value':>10} {'unit':8} {'reach':>10} {'trials':>6}  ok")
+    for row in rows:
+        print(
+            f"{row.name:38} {row.value:>10.4g} {row.unit:8} {row.reach:>10} "
+            f"{row.trials:>6}  {_VERDICTS[row.reached]}"
+        )
+        if row.note:
+            print(f"    {row.note}")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Returns the rows of a file that ``write_json`` wrote; none if there is no file."""
+    return [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
+
+
+def with_table(document: str, rows: Sequence[Row]) -> str:
+    """Returns the document with the table between its two marks replaced by these rows."""
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the document needs the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{_table(rows)}\n{END}{after}"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = [
+        "| what | figure | reach | reached | trials | command |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        what = f"{row.what} (`{row.name}`)" + (f"; {row.note}" if row.note else "")
+        trials = f"{row.trials:,}" + (" (short run)" if row.quick else "")
+        reach = row.reach.replace("<=", "≤").replace(">=", "≥")
+        reached = "**no**" if row.reached is False else _VERDICTS[row.reached]
+        cells = (what, f"{row.value:.4g} {row.unit}", reach, reached, trials)
+        lines.append(f"| {' | '.join(cells)} | `{row.command}` |")
+    return "\n".join(lines)

@@ -1,0 +1,307 @@
+"""One run: undisturbed for a while, then faults, then undisturbed again, and what it came to."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import re
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from phalanx.chaos.harm import Harm
+from phalanx.chaos.report import Commit, Counters, Injected, Report, Span, summarise
+from phalanx.chaos.schedule import Fault, Planned, draw
+from phalanx.chaos.victims import Victim, Victims
+from phalanx.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from phalanx.sdk.cluster import Cluster
+from phalanx.sdk.job import Job
+from phalanx.sdk.values import Event
+
+LOOK_S = 0.1
+SCRAPE_EVERY_S = 1.0
+SETTLE_S = 60.0
+FIRST_STEP_S = 60.0
+SETTLED_COMMITS = 3
+_COUNTED = re.compile(
+    r'^phalanx_job_examples_(lost|doubled)_total\{job_id="([^"]*)"\} ([0-9.e+]+)$', re.MULTILINE
+)
+
+Tell = Callable[[str], None]
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class ChaosOptions:
+    """How a job is disturbed: one fault of the mix per period; ``baseline_s`` is the undisturbed
+    time before and that after."""
+
+    mix: Sequence[Fault]
+    every_s: float = 5.0
+    duration_s: float = 60.0
+    baseline_s: float = 15.0
+    seed: int = 0
+
+
+@dataclass
+class _Course:
+    """What happened so far."""
+
+    spans: list[Span] = field(default_factory=list)
+    disturbed: Span | None = None
+    injected: list[Injected] = field(default_factory=list)
+    skipped: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class Chaos:
+    """Disturbs one running job. ``run`` once, then ``report``, also after an interruption."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        job: Job,
+        victims: Victims,
+        options: ChaosOptions,
+        tell: Tell = lambda _: None,
+    ) -> None:
+        missing = sorted({fault.name for fault in options.mix if fault.role not in victims.roles})
+        if missing:
+            raise FailedPrecondition(
+                f"{', '.join(missing)}: that process can only be found in the state folder of a "
+                "cluster started by `phalanx up` on this machine; name the folder with --state, "
+                "or other faults with --fault",
+                reason="NO_PROCESS_HERE",
+            )
+        self._cluster = cluster
+        self._job = job
+        self._victims = victims
+        self._options = options
+        self._tell = tell
+        self._course = _Course()
+        self._totals = _Totals(job.id)
+        self._first_event = 0
+
+    @property
+    def began(self) -> bool:
+        """Whether there is something to report."""
+        return self._course.disturbed is not None
+
+    def run(self) -> None:
+        """Disturb the job; returns early when it ends. Nothing stays paused, however this ends.
+
+        Raises FailedPrecondition if the job does not run, DeadlineExceeded if it commits no step.
+        """
+        options, course = self._options, self._course
+        self._await_first_step()
+        self._first_event = max((event.sequence for event in self._events()), default=0)
+        self._undisturbed()
+        with Harm() as harm:
+            start_s = time.time()
+            try:
+                planned = draw(options.mix, options.every_s, options.duration_s, options.seed)
+                for each in planned:
+                    if not self._sleep_until(start_s + each.at_s):
+                        break
+                    self._inflict(harm, each)
+                self._sleep_until(start_s + options.duration_s)
+            finally:
+                course.disturbed = Span(start_s, time.time())
+        self._settle()
+        self._undisturbed()
+
+    def report(self, *, bit_identical: bool | None = None) -> Report:
+        """Return what came of it. Raises FailedPrecondition if it ended before the first fault."""
+        if self._course.disturbed is None:
+            raise FailedPrecondition(
+                f"job {self._job.id} ended before the first fault; take a longer job, or a shorter "
+                "--baseline",
+                reason="JOB_TOO_SHORT",
+            )
+        job = self._refresh()
+        commits = [
+            Commit(point.step, point.time.timestamp())
+            for point in _patiently(lambda: job.metrics(["train/loss"]))
+        ]
+        result = job.result
+        return summarise(
+            commits,
+            self._course.disturbed,
+            self._course.spans,
+            self._course.injected,
+            job_id=job.id,
+            state=job.state,
+            seed=self._options.seed,
+            counters=self._counters(),
+            skipped=self._course.skipped,
+            parameters_sha256=result.parameters_sha256 if result is not None else "",
+            bit_identical=bit_identical,
+            notes=self._course.notes,
+        )
+
+    def _await_first_step(self) -> None:
+        deadline_s = time.monotonic() + FIRST_STEP_S
+        while True:
+            job = self._refresh()
+            if job.state not in ("QUEUED", "RUNNING"):
+                raise FailedPrecondition(
+                    f"job {job.id} is {job.state}; only a job that runs can be disturbed",
+                    reason="JOB_NOT_RUNNING",
+                )
+            if job.progress.step >= 1:
+                return
+            if time.monotonic() > deadline_s:
+                raise DeadlineExceeded(
+                    f"job {job.id} has committed no step in {FIRST_STEP_S:g} s; "
+                    f"`phalanx show {job.id}` says what it waits for"
+                )
+            time.sleep(LOOK_S)
+
+    def _undisturbed(self) -> None:
+        seconds = self._options.baseline_s
+        if seconds and not self._job.done:
+            self._tell(f"undisturbed for {seconds:g} s …")
+            start_s = time.time()
+            self._sleep_until(start_s + seconds)
+            self._course.spans.append(Span(start_s, time.time()))
+
+    def _inflict(self, harm: Harm, planned: Planned) -> None:
+        """Carry out one fault; nobody to carry it out on is counted, not waited for."""
+        held = harm.held
+        candidates = {
+            victim.id: victim
+            for victim in _patiently(self._victims.living)
+            if victim.role == planned.fault.role and victim.pid not in held
+        }
+        if candidates:
+            victim = candidates[planned.choose(list(candidates))]
+            injected = Injected(time.time(), planned.fault.name, victim.id)
+            if harm.inflict(planned.fault, victim.pid):
+                self._course.injected.append(injected)
+                self._tell(f"{planned.at_s:6.1f} s  {planned.fault.name:16} {victim.id}")
+                return
+        self._course.skipped += 1
+        self._tell(f"{planned.at_s:6.1f} s  {planned.fault.name:16} skipped: nobody there")
+
+    def _settle(self) -> None:
+        """Wait until all processes are back and steps are committed as before."""
+        deadline_s, step = time.monotonic() + SETTLE_S, self._refresh().progress.step
+        while not self._job.done:
+            back = _patiently(self._victims.all_up)
+            if back and self._refresh().progress.step >= step + SETTLED_COMMITS:
+                return
+            if time.monotonic() > deadline_s:
+                self._course.notes.append(f"not recovered {SETTLE_S:g} s after the last fault")
+                return
+            time.sleep(LOOK_S)
+
+    def _sleep_until(self, unix_s: float) -> bool:
+        """Sleep and keep an eye on the job; return False as soon as it has ended."""
+        look_s = scrape_s = 0.0
+        while (now_s := time.time()) < unix_s:
+            if now_s >= scrape_s:
+                self._totals.add(self._addresses())
+                scrape_s = now_s + SCRAPE_EVERY_S
+            if now_s >= look_s:
+                # Whoever has just been killed does not answer for a moment.
+                with contextlib.suppress(Unavailable, DeadlineExceeded):
+                    if self._job.refresh().done:
+                        return False
+                look_s = now_s + 5 * LOOK_S
+            time.sleep(max(0.0, min(LOOK_S, unix_s - time.time())))
+        return not self._job.done
+
+    def _refresh(self) -> Job:
+        return _patiently(self._job.refresh)
+
+    def _events(self) -> list[Event]:
+        return [
+            event
+            for event in _patiently(lambda: list(self._cluster.events()))
+            if event.sequence > self._first_event
+        ]
+
+    def _addresses(self) -> list[Victim]:
+        with contextlib.suppress(Unavailable, DeadlineExceeded):
+            return [each for each in self._victims.living() if each.role == "aggregator"]
+        return []
+
+    def _counters(self) -> Counters:
+        events = self._events()
+        counted = Counter(event.type for event in events)
+        self._totals.add(self._addresses())
+        lost, doubled = self._totals.lost, self._totals.doubled
+        result = self._job.result
+        if result is not None:
+            # The job's own books, which no death of an aggregator can lose.
+            lost, doubled = result.examples_lost, result.examples_doubled
+        return Counters(
+            examples_lost=lost,
+            examples_doubled=doubled,
+            steps_replayed=sum(
+                int(event.details.get("steps", 0))
+                for event in events
+                if event.type == "STEPS_REPLAYED" and event.job_id == self._job.id
+            ),
+            workers_lost=counted["WORKER_LOST"],
+            shards_moved=counted["SHARDS_MOVED"],
+            speculations=counted["SPECULATION_STARTED"],
+        )
+
+
+class _Totals:
+    """Examples lost and doubled by the aggregators' counters, which begin at 0 after a restart."""
+
+    def __init__(self, job_id: str) -> None:
+        self._job_id = job_id
+        self._seen: dict[tuple[int, str], int] = {}
+
+    def add(self, aggregators: Sequence[Victim]) -> None:
+        """Read the counters of the aggregators that tell where they are."""
+        for each in aggregators:
+            for kind, count in _scrape(each.metrics_address, self._job_id):
+                self._seen[each.pid, kind] = count
+
+    @property
+    def lost(self) -> int | None:
+        """Sum over all processes that were read; None if none was."""
+        return self._sum("lost")
+
+    @property
+    def doubled(self) -> int | None:
+        """Sum over all processes that were read; None if none was."""
+        return self._sum("doubled")
+
+    def _sum(self, kind: str) -> int | None:
+        found = [count for (_, seen), count in self._seen.items() if seen == kind]
+        return sum(found) if found else None
+
+
+def _scrape(address: str, job_id: str) -> Iterator[tuple[str, int]]:
+    if not address:
+        return
+    try:
+        # Not through a proxy: the address is one of this machine.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://{address}/metrics", timeout=SCRAPE_EVERY_S) as answer:
+            text = answer.read().decode()
+    except (OSError, http.client.HTTPException):
+        return
+    for kind, job, count in _COUNTED.findall(text):
+        if job == job_id:
+            yield kind, int(float(count))
+
+
+def _patiently(call: Callable[[], ResultT]) -> ResultT:
+    """Call again for a while when nobody answers: a control process may just be starting again."""
+    deadline_s = time.monotonic() + SETTLE_S
+    while True:
+        try:
+            return call()
+        except Unavailable:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(LOOK_S)

@@ -1,0 +1,38 @@
+"""The table of docs/RELIABILITY.md: what it says of a figure, and that prose around it stays."""
+
+from dataclasses import replace
+
+import pytest
+
+from bench.reliability.rows import BEGIN, END, Row, read_rows, with_table
+from bench.results import write_json
+
+ROW = Row("gap_s", "longest gap", 0.25, "s", "<= 0.3", True, 50, "python -m bench.reliability gap")
+
+
+def test_only_the_table_is_replaced():
+    document = f"# Title\n\n{BEGIN}\nold\n{END}\n\nMore.\n"
+    shown = with_table(document, [ROW, replace(ROW, name="other_s", reached=False, quick=True)])
+    assert shown.startswith("# Title\n\n")
+    assert shown.endswith("\n\nMore.\n")
+    assert "old" not in shown
+    first, second = shown.splitlines()[5:7]
+    assert "| 0.25 s | ≤ 0.3 | yes | 50 |" in first
+    assert "| **no** | 50 (short run) |" in second
+    assert with_table(shown, [ROW]) == with_table(document, [ROW])
+
+
+def test_a_document_without_a_place_for_the_table_is_refused():
+    with pytest.raises(ValueError, match="figures"):
+        with_table("# Title\n", [ROW])
+
+
+def test_figures_that_were_not_measured_again_keep_their_value(tmp_path):
+    path = tmp_path / "figures.json"
+    assert read_rows(path) == []
+    write_json([ROW, replace(ROW, name="other_s")], path)
+    write_json([replace(ROW, value=0.5, reached=False)], path)
+    assert read_rows(path) == [
+        replace(ROW, value=0.5, reached=False),
+        replace(ROW, name="other_s"),
+    ]

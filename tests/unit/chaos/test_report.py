@@ -1,0 +1,102 @@
+"""Goodput and recovery times from times of commits that are known exactly."""
+
+import json
+
+import pytest
+
+from phalanx.chaos.report import (
+    Commit,
+    Counters,
+    Injected,
+    Span,
+    gaps,
+    percentile,
+    rate,
+    steps_at,
+    summarise,
+)
+
+
+def _commits(*times: float) -> list[Commit]:
+    return [Commit(step, time) for step, time in enumerate(times, start=1)]
+
+
+STEADY = _commits(*(0.5 * step for step in range(41)))  # two steps per second for 20 s
+BEFORE, DISTURBED, AFTER = Span(0, 10), Span(10, 20), Span(20, 30)
+
+
+def _summary(commits, injected=(), **fields):
+    values = {"job_id": "j", "state": "RUNNING", "seed": 0, "counters": Counters(0, 0)}
+    return summarise(commits, DISTURBED, [BEFORE, AFTER], injected, **{**values, **fields})
+
+
+def test_steps_are_counted_with_the_part_of_the_one_under_way():
+    commits = _commits(0.0, 1.0, 3.0)
+    assert [steps_at(commits, at) for at in (-1, 0, 0.5, 1, 2, 3, 9)] == [1, 1, 1.5, 2, 2.5, 3, 3]
+
+
+def test_an_undisturbed_run_has_the_goodput_1():
+    report = _summary(STEADY)
+    assert report.goodput == pytest.approx(1)
+    assert report.undisturbed_steps_per_s == pytest.approx(2)
+    assert report.usual_gap_s == pytest.approx(0.5)
+    assert report.longest_gap_s == pytest.approx(0.5)
+    assert report.recovery_p50_s is None
+
+
+def test_a_pause_of_two_seconds_costs_a_fifth_of_ten():
+    before = [0.5 * step for step in range(25)]  # up to 12 s
+    after = [14.5 + 0.5 * step for step in range(40)]
+    injected = [Injected(12.1, "kill-worker", "worker-1"), Injected(16.0, "kill-worker", "w")]
+    report = _summary(_commits(*before, *after), injected)
+    assert report.steps_per_s == pytest.approx(1.6)
+    assert report.goodput == pytest.approx(0.8)
+    assert [each.recovery_s for each in report.injuries] == pytest.approx([2.0, 0.0])
+    assert report.injuries[0].at_s == pytest.approx(2.1)
+    assert report.recovery_max_s == pytest.approx(2.0)
+    assert report.longest_gap_s == pytest.approx(2.5)
+
+
+def test_a_gap_that_began_before_the_fault_belongs_to_it():
+    commits = _commits(0, 1, 2, 6, 7)
+    assert gaps(commits, Span(3, 4)) == [4]
+    assert gaps(commits, Span(2, 6)) == [4]
+    assert gaps(commits, Span(6.5, 8)) == [1]
+
+
+def test_thinned_commits_count_per_step():
+    assert gaps([Commit(10, 0.0), Commit(14, 2.0)], Span(0, 2)) == [0.5]
+
+
+def test_times_without_commits_say_nothing():
+    assert rate([], [BEFORE]) is None
+    assert rate(STEADY, [AFTER]) is None
+    report = _summary([Commit(1, 0.0)])
+    assert (report.goodput, report.usual_gap_s, report.longest_gap_s) == (None, None, None)
+
+
+def test_percentiles_are_values_that_occurred():
+    assert percentile([], 50) is None
+    assert percentile([3, 1, 2], 50) == 2
+    assert percentile(list(range(1, 101)), 99) == 99
+    assert percentile([1, 2], 99) == 2
+
+
+def test_broken_promises_are_not_healthy():
+    assert _summary(STEADY).healthy
+    assert _summary(STEADY, bit_identical=True).healthy
+    assert not _summary(STEADY, bit_identical=False).healthy
+    assert not _summary(STEADY, counters=Counters(1, 0)).healthy
+    assert not _summary(STEADY, counters=Counters(0, 1)).healthy
+    assert not _summary(STEADY, state="FAILED").healthy
+    assert _summary(STEADY, counters=Counters()).healthy, "unknown is not broken"
+
+
+def test_the_json_is_flat_and_complete():
+    report = _summary(STEADY, [Injected(12.0, "pause-worker", "worker-2")])
+    shown = json.loads(json.dumps(report.to_json()))
+    assert shown["faults"] == [
+        {"at_s": 2.0, "fault": "pause-worker", "victim": "worker-2", "recovery_s": 0.0}
+    ]
+    assert shown["examples_lost"] == shown["examples_doubled"] == 0
+    assert {"goodput", "recovery_p50_s", "recovery_p99_s", "bit_identical", "seed"} <= shown.keys()
