@@ -70,7 +70,9 @@ def error_to_text(error: PhalanxError) -> str:
     The violations of a job file are sorted by line and aligned in columns. A message that only
     repeats one of them is left out.
     """
-    violations = sorted(error.violations, key=lambda wrong: (wrong.line or 0, wrong.field))
+    violations = sorted(
+        error.violations, key=lambda wrong: (wrong.line is None, wrong.line or 0, wrong.field)
+    )
     repeated = next((wrong for wrong in violations if wrong.message in error.message), None)
     if repeated is not None and len(violations) == 1:
         return f"error: {_located(repeated, error.message)}"

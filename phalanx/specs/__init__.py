@@ -15,7 +15,7 @@ from phalanx.specs.documents import (
     set_value,
 )
 from phalanx.specs.plan import job_plan, plan
-from phalanx.specs.prepare import check_spec, prepare
+from phalanx.specs.prepare import check_spec, names_dataset, prepare
 from phalanx.specs.resolve import resolve
 from phalanx.specs.unimplemented import refuse_unimplemented, unimplemented
 from phalanx.specs.validate import validate, validate_against
@@ -29,6 +29,7 @@ __all__ = [
     "load_document",
     "load_json",
     "load_yaml",
+    "names_dataset",
     "plan",
     "prepare",
     "refuse_unimplemented",

@@ -16,6 +16,8 @@ from phalanx.specs.fields import fields_of
 from phalanx.specs.json_text import parse_json
 from phalanx.specs.overrides import apply_overrides
 from phalanx.specs.tree import Node, Problems
+from phalanx.specs.unimplemented import unimplemented
+from phalanx.specs.validate import validate
 from phalanx.specs.walker import Walker
 from phalanx.specs.yaml_text import parse_yaml
 from phalanx.v1 import job_spec_pb2
@@ -69,8 +71,28 @@ def load_document(
     walker = Walker(problems)
     if root is not None:
         walker.fill(spec, apply_overrides(root, overrides, problems))
+        if problems.violations:
+            _add_wrong_values(Document(spec, source, walker.lines), walker.meant, problems)
     problems.raise_if_any()
     return Document(spec, source, walker.lines)
+
+
+def _add_wrong_values(document: Document, meant: Iterable[str], problems: Problems) -> None:
+    """Tell the wrong values too when the text is refused anyway, so that one answer has it all.
+
+    Where a field could not be read, what lies around it or in it is not complained about: `meant`
+    and the places of the problems are what the spec does not say only because of them.
+    """
+    unread = [*meant, *(each.field for each in problems.violations)]
+    found = [*validate(document.spec), *unimplemented(document.spec)]
+    fresh = [each for each in found if not any(_related(each.field, path) for path in unread)]
+    problems.violations.extend(document.locate(fresh))
+
+
+def _related(path: str, other: str) -> bool:
+    """Whether two paths name the same field or one lies within the other."""
+    short, long = sorted((path, other), key=len)
+    return long.startswith(short) and long[len(short) : len(short) + 1] in ("", ".", "[")
 
 
 def load_yaml(text: str, source: str = "<text>") -> job_spec_pb2.JobSpec:

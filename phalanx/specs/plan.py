@@ -70,6 +70,12 @@ def plan(
     )
 
 
+SHARED_COPIES = 3
+COPIES_PER_SLOT = 2
+PARAMETER_COPIES = SHARED_COPIES + COPIES_PER_SLOT
+"""Copies of the parameters on a worker with one slot."""
+
+
 def worker_bytes(
     spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset, slots: int = 1
 ) -> int:
@@ -83,8 +89,9 @@ def worker_bytes(
     all_rows = max(1, sum(dataset.rows.values()))
     bytes_per_row = max(itemsize * _activations(spec, dataset), dataset.size_bytes // all_rows)
     leaf = rows_per_leaf(spec, train_rows(spec, dataset)) * bytes_per_row
-    shared = 3 * elements * itemsize
-    return shared + slots * (2 * elements * itemsize + 3 * leaf)
+    # Two versions and the payload for all slots, a buffer and a gradient for each of them.
+    shared = SHARED_COPIES * elements * itemsize
+    return shared + slots * (COPIES_PER_SLOT * elements * itemsize + 3 * leaf)
 
 
 def _activations(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> int:

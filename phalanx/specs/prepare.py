@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from phalanx.errors import Violation
 from phalanx.specs.resolve import resolve
-from phalanx.specs.unimplemented import refuse_unimplemented
+from phalanx.specs.unimplemented import refuse_unimplemented, unimplemented
 from phalanx.specs.validate import refuse, validate, validate_against
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
 
 
-def check_spec(spec: job_spec_pb2.JobSpec) -> None:
+def check_spec(spec: job_spec_pb2.JobSpec, also: Iterable[Violation] = ()) -> None:
     """Check a raw spec as far as possible without its data set.
 
-    Raises InvalidArgument (every wrong field) or Unimplemented (every field not carried out).
+    Raises InvalidArgument (every wrong field, with `also` what else is wrong) or Unimplemented
+    (every field not carried out).
     """
-    refuse(validate(spec))
+    wrong = validate(spec)
+    if wrong:
+        refuse([*wrong, *also, *unimplemented(spec)])
     refuse_unimplemented(spec)
+
+
+def names_dataset(spec: job_spec_pb2.JobSpec) -> bool:
+    """Whether the spec names its data set in a way that one may be looked up by."""
+    return not any(each.field in ("data.name", "namespace") for each in validate(spec))
 
 
 def prepare(
     spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
 ) -> job_spec_pb2.JobSpec:
-    """Return the resolved spec, checked in itself and against its data set.
+    """Return the resolved spec, checked in itself and against its data set, all at once.
 
-    Raises InvalidArgument (every wrong field) or Unimplemented.
+    Raises InvalidArgument (every wrong field, and with them every field not carried out), or
+    Unimplemented where nothing else is wrong.
     """
     wrong = validate(spec)
     resolved = resolve(spec, dataset)
@@ -33,6 +45,9 @@ def prepare(
         named = {each.field for each in wrong}
         against = validate_against(resolved, dataset)
         wrong += [each for each in against if each.field not in named]
+    if wrong:
+        named = {each.field for each in wrong}
+        wrong += [each for each in unimplemented(resolved) if each.field not in named]
     refuse(wrong)
     refuse_unimplemented(resolved)
     return resolved

@@ -68,7 +68,7 @@ class Problems:
         """Raise InvalidArgument with all of them, in the order of the text."""
         if not self.violations:
             return
-        ordered = sorted(self.violations, key=lambda each: each.line or 0)
+        ordered = sorted(self.violations, key=lambda each: (each.line is None, each.line or 0))
         raise invalid_text(self.source, ordered)
 
 

@@ -207,6 +207,8 @@ def _code(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         if not _DIGEST.fullmatch(digest):
             rule = "write the SHA-256 that `phalanx code add` printed"
             yield Violation(f"code.wheels[{index}]", f"{digest[:80]!r} is no digest; {rule}")
+        elif digest in spec.code.wheels[:index]:
+            yield Violation(f"code.wheels[{index}]", "is given twice")
 
 
 def _program(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
@@ -250,7 +252,9 @@ def _model(model: job_spec_pb2.Model) -> Iterator[Violation]:
             message = f"{mlp.loss[:40]!r} is not known; use one of {known}"
             yield Violation("train.model.mlp.loss", message)
     elif kind == "custom" and not _ENTRYPOINT.fullmatch(model.custom.entrypoint):
-        message = f"{model.custom.entrypoint[:80]!r} is not module:function, as net:build"
+        message = "is missing; write module:function, as net:build"
+        if model.custom.entrypoint:
+            message = f"{model.custom.entrypoint[:80]!r} is not module:function, as net:build"
         yield Violation("train.model.custom.entrypoint", message)
 
 

@@ -26,6 +26,8 @@ class Walker:
     def __init__(self, problems: Problems) -> None:
         self._problems = problems
         self.lines: dict[str, int] = {}
+        self.meant: set[str] = set()
+        """Fields that unknown ones were probably meant to be."""
 
     def fill(self, message: Message, node: Node, path: str = "") -> None:
         """Set the fields of `message` from the mapping `node`."""
@@ -61,8 +63,10 @@ class Walker:
         ]
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         if inside:
+            self.meant.add(join(join(path, inside[0]), key))
             hint = f"it belongs in {join(path, inside[0])}"
         elif close:
+            self.meant.add(join(path, close[0]))
             hint = f"did you mean {close[0]}?"
         elif known:
             hint = f"known are: {', '.join(known)}"

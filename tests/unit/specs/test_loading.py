@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from ruamel.yaml import YAML
 
 from phalanx import specs
 from phalanx.errors import InvalidArgument, Violation
@@ -32,8 +33,14 @@ def wrong(text: str, *, as_json: bool = False) -> tuple[Violation, ...]:
     return caught.value.violations
 
 
-def only(text: str, *, as_json: bool = False) -> Violation:
+def mistakes(text: str, *, as_json: bool = False) -> list[Violation]:
+    """What is wrong with a piece of a job, which of course has no name, no data and no model."""
     violations = wrong(text, as_json=as_json)
+    return [each for each in violations if not each.message.startswith("is missing")]
+
+
+def only(text: str, *, as_json: bool = False) -> Violation:
+    violations = mistakes(text, as_json=as_json)
     assert len(violations) == 1, violations
     return violations[0]
 
@@ -149,7 +156,7 @@ def test_what_yaml_1_1_would_convert_is_text(text: str) -> None:
         ),
         ("train: {batch_size: 1, batchSize: 2}", "train.batch_size", "given twice", 1),
         ("name: !!python/object x", "name", "tag", 1),
-        ("forest: {}\ntrain: {}", "train", "choose one program", 2),
+        ("train: {}\nforest: {}", "forest", "choose one program", 2),
         ("- a\n- b", "", "expected a mapping of fields, found a list", 1),
         ("just text", "", "expected a mapping of fields", 1),
         ("a: [1", "", "not valid YAML", 1),
@@ -191,13 +198,13 @@ def test_json_mistakes_have_lines(text: str, says: str, line: int) -> None:
 
 def test_json_duplicates_and_nulls_are_refused() -> None:
     text = '{"name": "a",\n"name": "b",\n"train": {"synchronous": null}}'
-    found = [(each.field, each.line) for each in wrong(text, as_json=True)]
+    found = [(each.field, each.line) for each in mistakes(text, as_json=True)]
     assert found == [("name", 2), ("train.synchronous", 3)]
 
 
 def test_all_mistakes_are_named_at_once_in_order() -> None:
     text = "nam: x\ntrain:\n  batch_size: x\n  l2: []\n  model: {mlp: {hidden: [a, 3]}}\n"
-    found = [(each.field, each.line) for each in wrong(text)]
+    found = [(each.field, each.line) for each in mistakes(text)]
     assert found == [
         ("nam", 1),
         ("train.batch_size", 3),
@@ -206,9 +213,61 @@ def test_all_mistakes_are_named_at_once_in_order() -> None:
     ]
 
 
+WRONG_ALL_OVER = """\
+name: Not A Name
+data: {name: d, shardz: 4}
+retain: soon
+train:
+  model: {mlp: {hidden: [0]}}
+  optimiser: {adam: {learning_rate: -1}}
+  batch_size: -5
+  stop: {epochs: many, steps: 0}
+  local: {steps: 2}
+"""
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_wrong_fields_types_and_values_come_in_one_answer(as_json: bool) -> None:
+    text = WRONG_ALL_OVER
+    if as_json:
+        text = json.dumps(YAML(typ="safe", pure=True).load(WRONG_ALL_OVER), indent=1)
+    found = {each.field: each.line for each in wrong(text, as_json=as_json)}
+    assert set(found) == {
+        "name",
+        "data.shardz",
+        "retain",
+        "train.model.mlp.hidden[0]",
+        "train.optimiser",
+        "train.batch_size",
+        "train.stop.epochs",
+        "train.stop.steps",
+        "train.local",
+    }
+    assert all(found.values())
+    if not as_json:
+        assert found["train.stop.epochs"] == 8
+        assert found["name"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("name: a\ndata: {name: d}\ntrane: {}\n", ["trane"]),
+        ("name: a\ndata: {name: d}\ntrain: {model: {mpl: {}}}\n", ["train.model.mpl"]),
+        ("name: a\ndata: {name: d}\ntrain: yes please\n", ["train"]),
+        ("name: a\ndata: {nam: d}\ntrain: {model: {mlp: {hidden: [4]}}}\n", ["data.nam"]),
+        ("name: a\ndata: {name: 4}\nmlp: {}\n", ["data.name", "mlp", "train"]),
+    ],
+)
+def test_what_is_missing_only_for_a_mistake_is_not_told_twice(text: str, fields: list[str]) -> None:
+    assert sorted(each.field for each in wrong(text)) == fields
+
+
 def test_the_error_counts_what_it_does_not_show() -> None:
     with pytest.raises(InvalidArgument, match=r"job\.yaml:1: nam: .*\(and 1 more\)"):
-        specs.load_document("nam: x\nnom: y", "job.yaml")
+        specs.load_document(
+            "nam: x\nnom: y\ndata: {name: d}\ntrain: {model: {mlp: {hidden: [1]}}}", "job.yaml"
+        )
 
 
 def test_arguments_keep_whole_numbers_whole() -> None:

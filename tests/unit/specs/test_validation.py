@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from phalanx import specs
-from phalanx.errors import InvalidArgument, Unimplemented
+from phalanx.errors import InvalidArgument, Unimplemented, Violation
 from phalanx.v1.dataset_service_pb2 import Dataset
 from phalanx.v1.job_spec_pb2 import JobSpec
 
@@ -145,6 +145,21 @@ def test_everything_wrong_is_named_at_once(make_dataset: MakeDataset) -> None:
         "data.target",
         "seed",
     }
+
+
+def test_one_answer_tells_wrong_values_and_what_is_not_carried_out(
+    make_dataset: MakeDataset,
+) -> None:
+    spec = edited("train.batch_size=-1", "train.privacy.noise_multiplier=1.0", "data.shards=99999")
+    fields = ["data.shards", "train.batch_size", "train.privacy"]
+    with pytest.raises(InvalidArgument) as caught:
+        specs.prepare(spec, make_dataset())
+    assert sorted(each.field for each in caught.value.violations) == fields
+    # The same where the data set is not there.
+    missing = Violation("data.name", "is not there")
+    with pytest.raises(InvalidArgument) as caught:
+        specs.check_spec(spec, also=[missing])
+    assert sorted(each.field for each in caught.value.violations) == ["data.name", *fields]
 
 
 def test_an_empty_spec_says_what_is_missing() -> None:
