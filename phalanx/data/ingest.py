@@ -213,7 +213,7 @@ class _TableIngest(_Ingest):
         if encoder.width > DENSE_FEATURE_LIMIT:
             raise InvalidArgument(f"{encoder.width} features are more than {DENSE_FEATURE_LIMIT}")
         sparse = self.options.layout == "csr"
-        targets = TargetEncoder(target)
+        targets = TargetEncoder(target, self.options.trim_labels)
         writer = self._writer(encoder.width, sparse, self.options.dtype, targets.dtype)
         kinds = {name: shape.kinds[name] for name in (*names, target_name)}
         for batch, codes in self._all_rows(kinds):
@@ -261,7 +261,9 @@ class _TableIngest(_Ingest):
         self, shape: TableShape, names: tuple[str, ...], target_name: str
     ) -> tuple[tuple[Column, ...], Target]:
         options = self.options
-        target = TargetScan(target_name, options.task, target_name in shape.booleans)
+        target = TargetScan(
+            target_name, options.task, target_name in shape.booleans, options.trim_labels
+        )
         scans = {
             name: ColumnScan(name, shape.kinds[name], options.missing, options.max_categories)
             for name in names
@@ -316,7 +318,8 @@ class _ArrayIngest(_Ingest):
         sparse = shape.sparse if self.options.layout == "auto" else self.options.layout == "csr"
         whole_bytes = all(each.whole_bytes for each in shapes) and not sparse and not shape.sparse
         dtype = "uint8" if whole_bytes else self.options.dtype
-        encoder, targets = ArrayEncoder(columns, dtype), TargetEncoder(target)
+        encoder = ArrayEncoder(columns, dtype)
+        targets = TargetEncoder(target, self.options.trim_labels)
         writer = self._writer(features, sparse, dtype, targets.dtype)
         for batch, codes in self._all_rows():
             encoded = encoder.encode(_widened(batch, features), batch.where)
@@ -334,7 +337,7 @@ class _ArrayIngest(_Ingest):
     def _scan(self, shape: ArrayShape) -> tuple[tuple[Column, ...], Target, int]:
         options = self.options
         task = options.task or ("classification" if shape.labels else None)
-        target = TargetScan(TARGET, task, shape.boolean_target)
+        target = TargetScan(TARGET, task, shape.boolean_target, options.trim_labels)
         fills = options.missing != "error" and not shape.sparse
         if fills and (shape.features or 0) > FEATURE_LIMIT:
             raise InvalidArgument(

@@ -31,6 +31,7 @@ class IngestOptions:
 
     Tables: ``header`` None looks at the first row; ``columns`` gives names; ``delimiter`` None
     tells comma, semicolon and tab apart; lines that start with ``comment`` are skipped;
+    ``trim_labels`` are characters that are cut off from the end of the target's words;
     ``categorical`` and ``numeric`` overrule the guess, ``ignore`` leaves columns out; a categorical
     column has at most ``max_categories`` words.
 
@@ -55,6 +56,7 @@ class IngestOptions:
     columns: tuple[str, ...] = ()
     delimiter: str | None = None
     comment: str | None = None
+    trim_labels: str = ""
     categorical: tuple[str, ...] = ()
     numeric: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

@@ -37,11 +37,13 @@ class TargetScan:
     """Looks at the targets of the train split, batch by batch.
 
     ``task`` is what was asked for, if anything. ``boolean`` says that 0 and 1 are false and true.
+    ``trim`` are characters that do not belong to the end of a word.
     """
 
     name: str
     task: Task | None = None
     boolean: bool = False
+    trim: str = ""
     _rows: int = 0
     _numbers: set[float] = field(default_factory=set)
     _words: set[str] = field(default_factory=set)
@@ -61,7 +63,7 @@ class TargetScan:
                     "a regression needs numbers"
                 )
             used = np.unique(values.codes)
-            self._words.update(values.words[code] for code in used)
+            self._words.update(_trimmed(values.words[code], self.trim) for code in used)
             self._check_limit(len(self._words))
             return
         if self._many or self.task == "regression":
@@ -132,8 +134,9 @@ class TargetScan:
 class TargetEncoder:
     """Targets as class indices (int64), or as numbers (float64) for a regression."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, trim: str = "") -> None:
         self.target = target
+        self._trim = trim
         self._words = {word: index for index, word in enumerate(target.classes)}
         if target.class_kind == "boolean":
             self._numbers = np.array([float(word == "true") for word in target.classes])
@@ -158,7 +161,8 @@ class TargetEncoder:
             indices[indices == len(self._numbers)] = 0
             known = self._numbers[indices] == values.values if len(self._numbers) else indices < 0
         else:
-            table = np.array([self._words.get(word, -1) for word in values.words] or [-1], np.int64)
+            words = [_trimmed(word, self._trim) for word in values.words]
+            table = np.array([self._words.get(word, -1) for word in words] or [-1], np.int64)
             indices = table[values.codes]
             known = indices >= 0
         if not known.all():
@@ -169,11 +173,18 @@ class TargetEncoder:
     def _unknown_label(self, label: str, where: str) -> InvalidArgument:
         shown = ", ".join(self.target.classes[:10])
         more = ", …" if len(self.target.classes) > 10 else ""
+        hint = ""
+        if label[:-1] in self._words:
+            hint = f" (if {label[-1]!r} is not a part of it, say --trim-labels '{label[-1]}')"
         return InvalidArgument(
             f"{where}: the label {label!r} does not occur in the train split, whose classes are "
-            f"{shown}{more}",
+            f"{shown}{more}{hint}",
             reason="UNKNOWN_LABEL",
         )
+
+
+def _trimmed(word: str, characters: str) -> str:
+    return word.rstrip(characters) if characters else word
 
 
 def check_complete(values: ColumnValues, name: str, where: Whereabouts) -> None:

@@ -65,7 +65,7 @@ def add(
         ),
     ] = "error",
     link: Annotated[
-        bool, typer.Option("--link", help="Leave the data where it is (Parquet or S3).")
+        bool, typer.Option("--link", metavar="", help="Leave the data where it is (Parquet or S3).")
     ] = False,
     format: Annotated[
         str | None, typer.Option(metavar="F", help="Default: by the file's ending.")
@@ -90,6 +90,10 @@ def add(
     ] = None,
     comment: Annotated[
         str | None, typer.Option(metavar="C", help="Lines that start with it are skipped.")
+    ] = None,
+    trim_labels: Annotated[
+        str | None,
+        typer.Option(metavar="C", help="Characters to cut off from the end of labels, such as '.'"),
     ] = None,
     max_categories: Annotated[
         int | None, typer.Option(metavar="N", help="Most categories of one column. Default: 1000.")
@@ -117,8 +121,7 @@ def add(
 
     phalanx data add adult adult.csv --target income --missing category --test 0.2
 
-    phalanx data add fashion train-images.gz train-labels.gz --test test-images.gz --test
-    test-labels.gz
+    phalanx data add fashion images.gz labels.gz --test images2.gz --test labels2.gz
     """
     options: dict[str, Any] = {
         "target": _column(target),
@@ -135,6 +138,7 @@ def add(
         "ignore": _names(ignore),
         "delimiter": "\t" if delimiter == "\\t" else delimiter,
         "comment": comment,
+        "trim_labels": trim_labels,
         "max_categories": max_categories,
         "feature_count": features,
         "features_key": features_key,

@@ -121,8 +121,8 @@ def inspect(
     limit = max(100, min(SAMPLE_ROWS, _SAMPLE_CELLS // len(first.cells)))
     sample = [first, *itertools.islice(rows, limit)]
     width = len(first.cells)
-    for row in sample:
-        check_width(path, row, width)
+    for index, row in enumerate(sample):
+        check_width(path, row, width, _comment_hint(first) if index == 1 else "")
     missing = set(options.missing_markers)
     guessed = _kinds(sample[1:], width, missing)
     header = options.header
@@ -148,13 +148,21 @@ def inspect(
     return Dialect(delimiter, options.comment, header), TableShape(names, kinds, notes=notes)
 
 
-def check_width(path: Path, row: TextRow, width: int) -> None:
+def check_width(path: Path, row: TextRow, width: int, hint: str = "") -> None:
     """Raises InvalidArgument for a row with more or fewer cells than there are columns."""
     if len(row.cells) != width:
         raise InvalidArgument(
-            f"{path.name}, line {row.line}: {len(row.cells)} cells, expected {width}",
+            f"{path.name}, line {row.line}: {len(row.cells)} cells, expected {width}{hint}",
             reason="RAGGED_ROW",
         )
+
+
+def _comment_hint(first: TextRow) -> str:
+    """What to do if it was the first line that did not belong."""
+    sign = first.cells[0][:1] or _DELIMITERS[-1]
+    if sign.isalnum() or sign.isspace():
+        return ""
+    return f" as in line {first.line} (if that line is a comment, say --comment '{sign}')"
 
 
 def _delimiter(path: Path, comment: str | None) -> str:

@@ -328,6 +328,21 @@ def test_errors_name_file_line_column_and_value(
     assert expected in error_of(tmp_path, text, block_bytes=block_bytes)
 
 
+def test_ends_of_labels_can_be_cut_off(tmp_path: Path) -> None:
+    held_out = tmp_path / "test.csv"
+    held_out.write_text("|a remark\n20,smith,1,low.\n21,clerk,2,high.\n")
+    message = error_of(tmp_path, PEOPLE, test=held_out)
+    assert message.endswith("(if that line is a comment, say --comment '|')")
+    message = error_of(tmp_path, PEOPLE, test=held_out, comment="|")
+    assert message.endswith("(if '.' is not a part of it, say --trim-labels '.')")
+    manifest = add(tmp_path, PEOPLE, test=held_out, comment="|", trim_labels=".!")
+    assert manifest.classes == ("high", "low")
+    assert rows_of(tmp_path, manifest, "test").targets.tolist() == [1, 0]
+    # In the train split as well.
+    manifest = add(tmp_path, PEOPLE.replace("low\n38", "low!\n38"), trim_labels=".!")
+    assert manifest.classes == ("high", "low")
+
+
 def test_lines_are_counted_past_comments_blank_lines_and_quoted_line_feeds(tmp_path: Path) -> None:
     text = '# one\n\nx,name,y\n1,"two\nlines",0\n\n# two\n2,b,1\nbad,c,0\n'
     expected = "data.csv, line 9, column 'x': 'bad' is not a number"
