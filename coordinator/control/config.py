@@ -45,6 +45,11 @@ class ControlConfig(ServiceConfig):
     collect_garbage_every_s: float = option(
         3600.0, "Time between collections of unused blobs in storage.", check=positive
     )
+    ended_jobs_max: int = option(
+        1000,
+        "Ended jobs that are remembered; the oldest go first, even before their `retain`.",
+        check=at_least(1),
+    )
     running_jobs_max: int = option(64, "Jobs that run at once; others wait.", check=at_least(1))
 
     def violations(self) -> Sequence[Violation]:
@@ -61,6 +66,7 @@ class ControlConfig(ServiceConfig):
             lease_ttl_s=self.lease_ttl_s,
             range_min_bytes=self.range_min_bytes,
             running_jobs_max=self.running_jobs_max,
+            ended_jobs_max=self.ended_jobs_max,
         )
 
     def code_allowed(self) -> bool:

@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core, JobRuntime, Worker
+from phalanx.errors import PhalanxError, ResourceExhausted
+from phalanx.specs.plan import PARAMETER_COPIES
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
+from phalanx.v1.training_pb2 import Layout
 
+ITEM_BYTES = {"float32": 4, "float64": 8}
 TAKES_WORK = frozenset((WorkerView.STATE_READY, WorkerView.STATE_SUSPECTED))
 
 
@@ -27,13 +31,45 @@ class Group:
         return {worker.id: worker.slots for worker in self.workers}
 
 
-def misfit(facts: JobFacts, worker: Worker) -> str:
-    """Return why a worker cannot host a job whatever its fingerprint; empty if it can."""
+def needed_bytes(facts: JobFacts, layout: Layout) -> int:
+    """Return about how much memory a worker needs for a job.
+
+    The plan of a model of the user's own counts no parameters: only a worker that has built the
+    model knows them.
+    """
+    counted = facts.kept.submitted.worker_bytes
+    if facts.spec.train.model.WhichOneof("kind") == "custom":
+        counted += PARAMETER_COPIES * layout.element_count * ITEM_BYTES.get(layout.dtype, 4)
+    return counted
+
+
+def too_large(core: Core, needed: int) -> PhalanxError | None:
+    """A job that fits no worker that is there is refused; with none there it may wait for one."""
+    there = [worker for worker in core.workers.values() if worker.connected]
+    known = [worker for worker in there if worker.hello.memory_bytes > 0]
+    if not known or len(known) < len(there):
+        return None
+    largest = max(worker.hello.memory_bytes for worker in known)
+    if needed <= largest:
+        return None
+    return ResourceExhausted(
+        f"each worker needs {needed} bytes for this job, and the largest of {len(known)} workers "
+        f"has {largest}; use a smaller model, batch_size or more shards",
+        reason="JOB_TOO_LARGE",
+        details={"worker_bytes": str(needed), "largest_worker_bytes": str(largest)},
+    )
+
+
+def misfit(facts: JobFacts, worker: Worker, layout: Layout | None = None) -> str:
+    """Return why a worker cannot host a job whatever its fingerprint; empty if it can.
+
+    `layout` is that of a job whose first term has not begun, once a worker has described it.
+    """
     hello, resources = worker.hello, facts.spec.resources
     for key, value in sorted(resources.worker_labels.items()):
         if hello.labels.get(key) != value:
             return f"its label {key} is not {value!r}"
-    needed = facts.kept.submitted.worker_bytes
+    needed = needed_bytes(facts, layout or facts.plan.layout)
     if 0 < hello.memory_bytes < needed:
         return f"it has {hello.memory_bytes} bytes of memory, the job needs {needed}"
     per_slot = hello.slot_memory_bytes or hello.memory_bytes // worker.slots
@@ -55,7 +91,7 @@ def group_of(core: Core, job: JobRuntime) -> Group:
     for worker in core.workers.values():
         if not worker.connected or worker.state not in TAKES_WORK:
             continue
-        why = misfit(facts, worker)
+        why = misfit(facts, worker, job.described.layout if job.described else None)
         if why:
             excluded[worker.id] = why
         else:

@@ -115,7 +115,7 @@ def _watch_owners(core: Core, job: JobRuntime) -> None:
 
 
 def _watch_fingerprint(core: Core, job: JobRuntime) -> None:
-    """After `fall_back_after` without a worker of the right fingerprint, go on with others."""
+    """After `fall_back_after` without members of the right fingerprint, go on with others."""
     if job.reason != "WAITING_FOR_FINGERPRINT":
         job.unmatched_since_s = None
         return
@@ -126,8 +126,15 @@ def _watch_fingerprint(core: Core, job: JobRuntime) -> None:
     if not bitwise.HasField("fall_back_after"):
         return
     patience = bitwise.fall_back_after.seconds + bitwise.fall_back_after.nanos * 1e-9
+    if now - job.unmatched_since_s < patience:
+        return
     group = group_of(core, job)
-    if now - job.unmatched_since_s < patience or not group.unmatched or group.workers:
+    if group.workers:
+        # It is an aggregator that is missing.
+        job.owners_may_differ = True
+        terms.advance(core, job)
+        return
+    if not group.unmatched:
         return
     fingerprint = core.workers[group.unmatched[0]].hello.fingerprint
     changed = FingerprintChanged(job_id=job.job_id, fingerprint=fingerprint)

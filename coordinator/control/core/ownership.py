@@ -58,8 +58,7 @@ def may_be_owned(core: Core, job: JobRuntime) -> bool:
         return False
     fingerprint = facts.kept.term_started.aggregator_fingerprint
     same = any(each.hello.fingerprint == fingerprint for each in candidates)
-    falls_back = facts.spec.reproducibility.bitwise.HasField("fall_back_after")
-    if facts.plan.bitwise and fingerprint and not same and not falls_back:
+    if facts.plan.bitwise and fingerprint and not same and not job.owners_may_differ:
         core.set_reason(job, *_NO_FINGERPRINT)
         return False
     return True
@@ -76,7 +75,7 @@ def choose_owners(core: Core, job: JobRuntime, plan: JobPlan) -> Owners | None:
     if plan.bitwise and candidates:
         fingerprint = fingerprint or _commonest(candidates)
         same = [each for each in candidates if each.hello.fingerprint == fingerprint]
-        if not same and facts.spec.reproducibility.bitwise.HasField("fall_back_after"):
+        if not same and job.owners_may_differ:
             fingerprint = _fall_back(core, job, plan, candidates)
             same = [each for each in candidates if each.hello.fingerprint == fingerprint]
         if not same:
@@ -86,6 +85,7 @@ def choose_owners(core: Core, job: JobRuntime, plan: JobPlan) -> Owners | None:
     if not candidates:
         core.set_reason(job, *_NO_AGGREGATOR)
         return None
+    job.owners_may_differ = False
     count = plan.range_count or _range_count(core, plan, len(candidates))
     plan.range_count = count
     return Owners(tuple(_distribute(core, job, plan, candidates)), fingerprint)

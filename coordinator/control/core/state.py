@@ -42,6 +42,8 @@ class CoreConfig:
     describe_timeout_s: float = 300.0
     running_jobs_max: int = 64
     """Jobs that share the workers at once; more wait in the queue."""
+    ended_jobs_max: int = 1000
+    """Ended jobs that are remembered, so that their number never fills journal and disk."""
 
 
 @dataclass
@@ -220,6 +222,8 @@ class JobRuntime:
     keep_until_s: float = 0.0
     keep_step: int = 0
     unmatched_since_s: float | None = None
+    owners_may_differ: bool = False
+    """`fall_back_after` is over: its ranges may go on on aggregators that give other bits."""
     told_ineligible: set[str] = field(default_factory=set)
 
     @property

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from coordinator.control.core import ending, hosting
 from coordinator.control.core.effects import RaiseTerm, ReadRow
-from coordinator.control.core.eligibility import announce_ineligible, explain_waiting, group_of
+from coordinator.control.core.eligibility import (
+    announce_ineligible,
+    explain_waiting,
+    group_of,
+    needed_bytes,
+    too_large,
+)
 from coordinator.control.core.events import OperationFailed, RowRead, TermRaised, TermRefused
 from coordinator.control.core.lifecycle import QUEUED, RUNNING
 from coordinator.control.core.ownership import choose_owners, lost_owners, may_be_owned
@@ -112,6 +118,9 @@ def described(core: Core, job: JobRuntime, worker: Worker, message: pb.JobDescri
     else:
         job.described = message
         job.described_fingerprint = worker.hello.fingerprint
+        refusal = too_large(core, needed_bytes(core.facts_of(job), message.layout))
+        if refusal is not None:
+            ending.fail(core, job, refusal.reason, refusal.message)
     advance(core, job)
 
 

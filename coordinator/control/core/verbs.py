@@ -6,6 +6,7 @@ from google.protobuf.message import Message
 
 from coordinator.control.core import membership, terms
 from coordinator.control.core.effects import RemoveJob
+from coordinator.control.core.eligibility import too_large
 from coordinator.control.core.events import (
     CancelJob,
     DeleteJob,
@@ -30,8 +31,6 @@ from phalanx.errors import (
     AlreadyExists,
     FailedPrecondition,
     NotFound,
-    PhalanxError,
-    ResourceExhausted,
 )
 from phalanx.v1.cluster_service_pb2 import DrainWorkerResponse
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
@@ -40,7 +39,6 @@ from phalanx.v1.control_journal_pb2 import (
     JobChanged,
     JobRemoved,
     JobSnapshot,
-    JobSubmitted,
     RememberedRequest,
     WorkerDrained,
 )
@@ -89,9 +87,9 @@ def submit(core: Core, event: SubmitJob) -> None:
         text = f"there is a job {submitted.job_id} already; submit again for another id"
         core.answer(event.token, AlreadyExists(text, reason="JOB_ID_TAKEN"))
         return
-    too_large = _too_large(core, submitted)
-    if too_large is not None:
-        core.answer(event.token, too_large)
+    refusal = too_large(core, submitted.worker_bytes)
+    if refusal is not None:
+        core.answer(event.token, refusal)
         return
     record = ControlRecord(job_submitted=submitted)
     request.subject = submitted.job_id
@@ -214,9 +212,12 @@ def drain(core: Core, event: DrainWorker) -> None:
 
 
 def expire(core: Core) -> None:
-    """Forget ended jobs whose `retain` is over."""
-    for facts in list(core.facts.jobs.values()):
-        if facts.ended and expires_unix_nanos(facts) <= core.now.unix_nanos:
+    """Forget ended jobs whose `retain` is over, and the oldest of those that are too many."""
+    ended = [facts for facts in core.facts.jobs.values() if facts.ended]
+    ended.sort(key=lambda facts: (-facts.kept.end_unix_nanos, facts.job_id))
+    for position, facts in enumerate(ended):
+        too_many = position >= core.config.ended_jobs_max
+        if too_many or expires_unix_nanos(facts) <= core.now.unix_nanos:
             _remove(core, facts.job_id, None)
 
 
@@ -247,21 +248,4 @@ def _submitted(facts: JobFacts) -> SubmitJobResponse:
     )
     return SubmitJobResponse(
         job=job_view(JobFacts(kept), None), plan=facts.kept.submitted.announced_plan
-    )
-
-
-def _too_large(core: Core, submitted: JobSubmitted) -> PhalanxError | None:
-    """A job that fits no worker that is there is refused; with none there it may wait for one."""
-    there = [worker for worker in core.workers.values() if worker.connected]
-    known = [worker for worker in there if worker.hello.memory_bytes > 0]
-    if not known or len(known) < len(there):
-        return None
-    largest = max(worker.hello.memory_bytes for worker in known)
-    if submitted.worker_bytes <= largest:
-        return None
-    return ResourceExhausted(
-        f"each worker needs {submitted.worker_bytes} bytes for this job, and the largest of "
-        f"{len(known)} workers has {largest}; use a smaller model, batch_size or more shards",
-        reason="JOB_TOO_LARGE",
-        details={"worker_bytes": str(submitted.worker_bytes), "largest_worker_bytes": str(largest)},
     )

@@ -13,6 +13,7 @@ from coordinator.control.core.facts import Facts
 from coordinator.control.core.lifecycle import ENDED, NEXT, Verb, next_state
 from coordinator.control.core.machine import handle
 from coordinator.control.core.requests import REMEMBERED_NANOS, RequestMemory
+from coordinator.control.core.state import CoreConfig
 from phalanx.errors import AlreadyExists, DataLoss, FailedPrecondition, NotFound
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.control_journal_pb2 import (
@@ -167,6 +168,17 @@ def test_ended_jobs_are_forgotten_after_their_time(cluster: Any) -> None:
     cluster.advance(30, tick_s=5)
     assert set(cluster.core.facts.jobs) == {"job-2"}
     assert cluster.removed == ["job-1"]
+
+
+def test_no_more_ended_jobs_are_kept_than_may_be(make_cluster: Any) -> None:
+    cluster = make_cluster(CoreConfig(ended_jobs_max=3))
+    cluster.submit("waiting")
+    for number in range(8):
+        cluster.submit(f"job-{number}")
+        cluster.call(ev.CancelJob, f"job-{number}")
+        cluster.advance(15, tick_s=5)
+    assert set(cluster.core.facts.jobs) == {"waiting", "job-5", "job-6", "job-7"}
+    assert cluster.removed == [f"job-{number}" for number in range(5)]
 
 
 def test_the_life_cycle_is_that_of_the_design() -> None:

@@ -204,6 +204,15 @@ def test_aggregators_with_other_bits_are_waited_past_only_if_allowed(cluster: An
     cluster.kill("a1")
     cluster.aggregator("odd", fingerprint="g")
     cluster.advance(4.0)
+    for job_id in ("job-1", "job-2"):
+        assert cluster.job(job_id).reason == "WAITING_FOR_FINGERPRINT"
+        assert cluster.core.facts.jobs[job_id].bit_identical
+    cluster.storage_up = False
+    cluster.advance(4.0)
+    cluster.storage_up = True
+    cluster.perform()
+    cluster.run_operations()
+    cluster.advance(1.0)
     assert cluster.job("job-1").reason == "WAITING_FOR_FINGERPRINT"
     assert cluster.core.facts.jobs["job-2"].ranges[0].aggregator_id == "odd"
     assert not cluster.core.facts.jobs["job-2"].bit_identical

@@ -9,7 +9,7 @@ from coordinator.control.core.state import CoreConfig
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
 from phalanx.v1.job_pb2 import Failure, Result
-from phalanx.v1.training_pb2 import Layout
+from phalanx.v1.training_pb2 import Layout, TensorSpec
 
 ALL = set(range(16))
 
@@ -176,6 +176,49 @@ def test_a_large_job_waits_where_no_worker_is_known(cluster: Any) -> None:
     cluster.worker("w1", memory_bytes=1000)
     assert cluster.job().reason == "WAITING_FOR_WORKERS"
     assert "bytes of memory" in cluster.job().message
+
+
+def custom(spec: Any) -> None:
+    spec.train.model.custom.entrypoint = "net:build"
+
+
+def described(elements: int) -> dict[str, Any]:
+    tensors = [TensorSpec(name="w", shape=[elements])]
+    layout = Layout(tensors=tensors, dtype="float32", element_count=elements)
+    return {"layout": layout, "evaluation_sums": ["loss"]}
+
+
+def test_a_model_that_turns_out_too_large_fails_its_job(cluster: Any) -> None:
+    cluster.auto = False
+    cluster.worker("w1", memory_bytes=10**9)
+    cluster.aggregator()
+    cluster.submit(edit=custom)
+    cluster.describe(cluster.sessions["w1"], "job-1", **described(10**8))
+    assert (cluster.state(), cluster.job().reason) == ("FAILED", "JOB_TOO_LARGE")
+    assert "the largest of 1 workers has 1000000000" in cluster.job().message
+
+
+def test_a_model_that_fits_some_workers_runs_on_those(cluster: Any) -> None:
+    cluster.auto = False
+    cluster.aggregator()
+    cluster.worker("small", memory_bytes=10**9, slots=9)
+    cluster.worker("large", memory_bytes=10**10)
+    cluster.submit(edit=custom)
+    cluster.describe(cluster.sessions["small"], "job-1", **described(10**8))
+    assert cluster.state() == "RUNNING"
+    cluster.auto = True
+    owner = cluster.told("a1", "assign_ranges")[-1]
+    ready = pb.RangesReady(job_id="job-1", term=owner.term)
+    cluster.say(cluster.sessions["a1"], ranges_ready=ready)
+    assert cluster.shards("large") == ALL
+    assert not cluster.shards("small")
+    # The same after a take-over, from the journal alone.
+    cluster.lead()
+    cluster.aggregator()
+    cluster.worker("small", memory_bytes=10**9, slots=9)
+    cluster.advance(10.0)
+    assert cluster.job().reason == "WAITING_FOR_WORKERS"
+    assert "small is left out" in cluster.job().message
 
 
 def test_several_jobs_share_the_workers(running: Any) -> None:
