@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -66,11 +67,13 @@ def global_options(
         float, typer.Option(metavar="S", min=0.1, help="Longest wait for one answer, seconds.")
     ] = 30.0,
     json: Annotated[
-        bool, typer.Option("--json", help="Write JSON for programs, errors too.")
+        bool, typer.Option("--json", metavar="", help="Write JSON for programs, errors too.")
     ] = False,
     _version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, metavar="", help="Show the version."
+        ),
     ] = False,
 ) -> None:
     """Train machine-learning models on a cluster of unreliable machines.
@@ -96,6 +99,20 @@ insight.register(app)
 cluster.register(app)
 chaos.register(app)
 services.register(app)
+
+
+def _unwrap_help(group: typer.Typer) -> None:
+    """Let paragraphs of docstrings fill the terminal: their line ends are those of the source."""
+    for command in group.registered_commands:
+        text = inspect.getdoc(command.callback) or ""
+        paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
+        command.help = "\n\n".join(paragraphs)
+    for inner in group.registered_groups:
+        if inner.typer_instance is not None:
+            _unwrap_help(inner.typer_instance)
+
+
+_unwrap_help(app)
 
 
 def run(arguments: Sequence[str]) -> int:

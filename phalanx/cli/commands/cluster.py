@@ -15,7 +15,7 @@ PANEL = "Look after the cluster"
 STATE = Annotated[
     Path | None,
     typer.Option(
-        metavar="DIR", help="Folder of its state. Default: $PHALANX_STATE, else ~/.local."
+        metavar="DIR", help="Folder of its state. Default: $PHALANX_STATE, else ~/.local/state/phalanx."
     ),
 ]
 
@@ -40,7 +40,10 @@ def up(
     ] = 7410,
     state: STATE = None,
     detach: Annotated[
-        bool, typer.Option("--detach", help="Return once it is ready; stop it with `phalanx down`.")
+        bool,
+        typer.Option(
+            "--detach", metavar="", help="Return once it is ready; stop it with `phalanx down`."
+        ),
     ] = False,
     aggregators: Annotated[int, typer.Option(metavar="N", min=1, help="Aggregator processes.")] = 1,
     controls: Annotated[int, typer.Option(metavar="N", min=1, help="Control processes.")] = 1,
@@ -199,7 +202,9 @@ def workers(context: typer.Context) -> None:
 def drain(
     context: typer.Context,
     worker_id: Annotated[str, typer.Argument(metavar="WORKER", help="Id of the worker.")],
-    wait: Annotated[bool, typer.Option("--wait", help="Return when it has left.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", metavar="", help="Return when it has left.")
+    ] = False,
 ) -> None:
     """Take a worker out; its shards move to the others."""
     from phalanx.cli.output import print_json, say
@@ -216,7 +221,9 @@ def drain(
 
 def gc(
     context: typer.Context,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", metavar="", help="Only say what would go.")
+    ] = False,
 ) -> None:
     """Remove stored data that nothing refers to any more."""
     from phalanx.cli.output import bytes_text, print_json, say

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from phalanx.sdk.values import LogLine
 
 PANEL = "Look inside"
-FOLLOW = Annotated[bool, typer.Option("-f", "--follow", help="Wait for more.")]
+FOLLOW = Annotated[bool, typer.Option("-f", "--follow", metavar="", help="Wait for more.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -50,7 +50,7 @@ def metrics(
     context: typer.Context,
     job_id: JOB,
     as_csv: Annotated[
-        bool, typer.Option("--csv", help="A line per step and a column per metric.")
+        bool, typer.Option("--csv", metavar="", help="A line per step and a column per metric.")
     ] = False,
 ) -> None:
     """Show a job's measured values by step."""

@@ -44,10 +44,11 @@ def submit(
     file: FILE,
     sets: SETS = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check it and show the plan; submit nothing.")
+        bool,
+        typer.Option("--dry-run", metavar="", help="Check it and show the plan; submit nothing."),
     ] = False,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Wait for the end; exit code 1 if it fails.")
+        bool, typer.Option("--wait", metavar="", help="Wait for the end; exit code 1 if it fails.")
     ] = False,
     request_id: Annotated[
         str | None,
@@ -116,7 +117,7 @@ def train(
 
     [bold]Example[/bold]
 
-    phalanx train job.yaml --data adult.csv --target income --test 0.2 --missing category
+    phalanx train job.yaml --data adult.csv --target income --test 0.2
     """
     from phalanx.cli.commands.local import cluster_for_training
     from phalanx.cli.output import say

@@ -151,7 +151,9 @@ def predict(
     ] = None,
     allow_code: Annotated[
         bool,
-        typer.Option("--allow-code", help="Run the code that the model brings; trust it first."),
+        typer.Option(
+            "--allow-code", metavar="", help="Run the code that the model brings; trust it first."
+        ),
     ] = False,
 ) -> None:
     """Predict labels for raw rows of a CSV or Parquet file.

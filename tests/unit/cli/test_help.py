@@ -39,6 +39,16 @@ def test_help_lists_every_command_and_fits_80_columns(offline):
     assert max(map(len, outcome.out.splitlines())) <= 80
 
 
+def test_paragraphs_fill_80_columns_and_flags_ask_for_no_value(offline):
+    lines = [line.rstrip() for line in offline("up", "--help").out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    first = next(line for line in lines if line.startswith(" Storage, control"))
+    following = lines[lines.index(first) + 1].split()[0]
+    assert len(first) + 1 + len(following) > 79, "the line could have held the next word"
+    [detach] = [line for line in lines if "--detach" in line and line.startswith("│")]
+    assert "bool" not in detach
+
+
 def test_each_summary_fits_one_line(offline):
     lines = offline("--help").out.splitlines()
     for command in [*COMMANDS, *GROUPS, *SERVICES]:
