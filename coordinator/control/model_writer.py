@@ -22,6 +22,7 @@ from phalanx.data.model_files import (
 from phalanx.v1 import model_service_pb2
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.job_pb2 import Result
+from phalanx.wheels import wheel_path
 
 LIBRARIES = ("numpy", "phalanx", "scipy")
 
@@ -85,6 +86,12 @@ class ModelWriter:
         for path, content in sorted(description_files(description).items()):
             digest, size = await self._store.put_blob(content)
             model.files.add(path=path, digest=digest, size_bytes=size)
+        for digest in spec.code.wheels:
+            # Whoever predicts needs the code; it is stored already, so its bytes do not come here.
+            stored = await self._compose([pb.BlobPiece(slice=pb.BlobSlice(digest=digest))])
+            model.files.add(
+                path=wheel_path(digest), digest=stored.digest, size_bytes=stored.size_bytes
+            )
         created = await self._create(model)
         return Result(
             model=f"{created.name}@{created.version}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from coordinator.control.config import ControlConfig
 from coordinator.control.core.eligibility import misfit
 from coordinator.control.core.facts import JobFacts
@@ -19,6 +21,8 @@ from phalanx.v1 import (
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 from phalanx.v1.control_journal_pb2 import JobSnapshot, JobSubmitted
+from phalanx.wheels import STREAM as WHEELS
+from phalanx.wheels import wheel_path
 
 MODEL_FILE = "model.safetensors"
 
@@ -38,7 +42,6 @@ class Submissions:
         Raises InvalidArgument (every wrong field), Unimplemented, NotFound, PermissionDenied,
         Unavailable.
         """
-        specs.check_spec(spec)
         if (spec.code.files or spec.code.wheels) and not self._config.code_allowed():
             raise PermissionDenied(
                 "this cluster listens beyond this machine and takes no code with jobs; install the "
@@ -46,8 +49,15 @@ class Submissions:
                 reason="CODE_NOT_ALLOWED",
                 violations=[Violation("code", "is not allowed on this cluster")],
             )
-        dataset = await self._dataset(spec)
+        if not specs.names_dataset(spec):
+            specs.check_spec(spec)
+        try:
+            dataset = await self._dataset(spec)
+        except NotFound as error:
+            specs.check_spec(spec, also=error.violations)
+            raise
         resolved = specs.prepare(spec, dataset)
+        await self._check_wheels(list(spec.code.wheels))
         job_id = new_id(resolved.name)
         plan = specs.job_plan(resolved, dataset, job_id)
         plan.spec = b""  # the journal keeps the spec once, beside the plan
@@ -72,16 +82,8 @@ class Submissions:
         for path, source in sorted(code.files.items()):
             digest, _ = await self._store.put_blob(source.encode())
             plan.code_digests[path] = digest
-        missing = await self._missing(list(code.wheels))
-        if missing:
-            violations = [
-                Violation(f"code.wheels[{index}]", f"{digest} is not stored; add it first")
-                for index, digest in enumerate(code.wheels)
-                if digest in missing
-            ]
-            raise NotFound(violations[0].message, reason="WHEEL_NOT_FOUND", violations=violations)
         for digest in code.wheels:
-            plan.code_digests[f"wheels/{digest}.whl"] = digest
+            plan.code_digests[wheel_path(digest)] = digest
         version = pb.PinnedVersion(
             namespace=dataset.namespace, name=dataset.name, version=dataset.version
         )
@@ -97,12 +99,24 @@ class Submissions:
         request = pb.SetPinsRequest(holder=job_id, fence=self._store.fence)
         await self._store.call(self._store.storage.SetPins, request)
 
-    async def _missing(self, digests: list[str]) -> set[str]:
+    async def _check_wheels(self, digests: list[str]) -> None:
+        """Refuse what was never added as a wheel, or is gone. Raises NotFound, naming each."""
         if not digests:
-            return set()
+            return
+        added = {wheel_of(record.payload) async for record in self._store.read(WHEELS, 0)}
         request = pb.CheckBlobsRequest(digests=digests)
         answer = await self._store.call(self._store.storage.CheckBlobs, request)
-        return set(answer.missing)
+        violations = [
+            Violation(
+                f"code.wheels[{index}]",
+                f"there is no wheel {digest[:12]}…; add it with `phalanx code add FILE.whl`, and "
+                "`phalanx code list` shows what there is",
+            )
+            for index, digest in enumerate(digests)
+            if digest not in added or digest in answer.missing
+        ]
+        if violations:
+            raise NotFound(violations[0].message, reason="WHEEL_NOT_FOUND", violations=violations)
 
     async def _dataset(self, spec: job_spec_pb2.JobSpec) -> dataset_service_pb2.Dataset:
         namespace = spec.namespace or "default"
@@ -139,6 +153,14 @@ class Submissions:
             f"model {name!r} has no {MODEL_FILE}",
             violations=[Violation("train.start.model", "holds no parameters")],
         )
+
+
+def wheel_of(record: bytes) -> str:
+    """Return the SHA-256 in a record of the stream of wheels; empty where there is none."""
+    try:
+        return str(json.loads(record)["sha256"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def count_eligible(core: Core, submitted: JobSubmitted) -> int:

@@ -13,7 +13,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from phalanx.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFou
 from phalanx.models import DataSchema, Model, build_model
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import Layout
+from phalanx.wheels import wheel_path, write_code
 
 BLOCK_ROWS = 256
 
@@ -104,7 +105,7 @@ class LoadedModel:
             raise DataLoss(f"{folder / DESCRIPTION_FILE} is damaged: {error}") from error
         parameters = _read_parameters(folder / PARAMETERS_FILE, layout, document)
         schema = DataSchema(document["features"], len(document["classes"]), layout.dtype)
-        code_dir = _write_code(spec, allow_code)
+        code_dir = _write_code(spec, folder, allow_code)
         try:
             model = build_model(spec, schema, code_dir)
             if model.layout != layout:
@@ -204,24 +205,36 @@ class LoadedModel:
         return Predictions(labels, np.concatenate(outputs) if outputs else None)
 
 
-def _write_code(spec: JobSpec, allowed: bool) -> Path | None:
+def _write_code(spec: JobSpec, model: Path, allowed: bool) -> Path | None:
     """The job's own code as files of a new folder; None where it brings none."""
-    files = spec.code.files
-    if not files:
+    if not spec.code.files and not spec.code.wheels:
         return None
+    wheels = {wheel_path(digest): model / wheel_path(digest) for digest in spec.code.wheels}
     if not allowed:
+        names = sorted([*spec.code.files, *wheels])
         raise FailedPrecondition(
             f"the model {spec.train.model.custom.entrypoint} runs code of its own "
-            f"({', '.join(sorted(files))}); if you trust it, pass allow_code=True",
+            f"({', '.join(names)}); if you trust it, pass allow_code=True",
             reason="CODE_NOT_ALLOWED",
         )
-    for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise DataLoss(f"the model's code names a file {name!r} outside its folder")
+    for digest, path in zip(spec.code.wheels, wheels.values(), strict=True):
+        if not path.is_file():
+            raise NotFound(f"{model} is no whole model: it has no {wheel_path(digest)}")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise DataLoss(f"{path} is damaged: it has another SHA-256")
     folder = Path(tempfile.mkdtemp(prefix="phalanx-model-"))
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
+    try:
+        files = {name: text.encode() for name, text in spec.code.files.items()}
+        write_code(folder, files, wheels)
+    except InvalidArgument as error:
+        _remove(folder)
+        if error.reason == "WHEEL_FOR_ANOTHER_PYTHON":
+            raise
+        raise DataLoss(f"{model} is damaged: {error.message}") from error
+    except BaseException:
+        _remove(folder)
+        raise
     return folder
 
 

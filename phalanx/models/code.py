@@ -58,8 +58,8 @@ class UserCode:
             taken = loaded is not None and not self._holds(loaded)
             if taken or (name in sys.stdlib_module_names and entry.suffix in {".py", ""}):
                 raise InvalidArgument(
-                    f"code.files: {entry.name!r} has the name of a module that is in use already; "
-                    "rename it",
+                    f"the job's code: {entry.name!r} has the name of a module that is in use "
+                    "already; rename it",
                     reason="MODULE_NAME_TAKEN",
                 )
 
@@ -101,12 +101,12 @@ def load_entrypoint(entrypoint: str, code: UserCode | None) -> Callable[..., Any
         if missing != module_name and not module_name.startswith(f"{missing}."):
             raise InvalidArgument(
                 f"{module_name} imports {missing!r}, which is not there: add it to code.files or "
-                "install it on the workers",
+                "code.wheels, or install it on the workers",
                 reason="MODULE_NOT_FOUND",
             ) from error
         raise InvalidArgument(
-            f"there is no module {module_name!r}: add it to code.files or install it on the "
-            "workers",
+            f"there is no module {module_name!r}: add it to code.files or code.wheels, or "
+            "install it on the workers",
             reason="MODULE_NOT_FOUND",
         ) from error
     function = getattr(module, function_name, None)

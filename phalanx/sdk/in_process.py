@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from google.protobuf.message import Message
 
 import phalanx
-from phalanx.errors import FailedPrecondition, NotFound, Unimplemented
+from phalanx.errors import FailedPrecondition, NotFound, Unimplemented, Violation
 from phalanx.ids import check_blob_id
 from phalanx.sdk import methods
 from phalanx.sdk.in_process_jobs import InProcessJobs, now
@@ -27,9 +27,11 @@ from phalanx.v1 import (
     job_pb2,
     job_service_pb2,
     model_service_pb2,
+    storage_service_pb2,
 )
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan
+from phalanx.wheels import wheel_path, write_code
 
 if TYPE_CHECKING:
     from phalanx.data.manifest import DatasetManifest
@@ -87,6 +89,7 @@ class InProcessBackend:
         self._blobs.mkdir(parents=True, exist_ok=True)
         self._datasets: Catalog[dataset_service_pb2.Dataset] = Catalog("data set")
         self._models: Catalog[model_service_pb2.ModelVersion] = Catalog("model")
+        self._journals: dict[str, list[bytes]] = {}
         self._jobs = InProcessJobs(self._train, self._register)
         self._calls: dict[str, Callable[[Any], Message]] = {
             methods.SUBMIT_JOB.path: self._submit,
@@ -107,11 +110,14 @@ class InProcessBackend:
             methods.GET_MODEL.path: self._get_model,
             methods.LIST_MODELS.path: self._list_models,
             methods.DELETE_MODEL.path: self._delete_model,
+            methods.APPEND_JOURNAL.path: self._append_journal,
+            methods.SET_PINS.path: self._set_pins,
         }
         self._streams: dict[str, Callable[[Any], Iterator[Message]]] = {
             methods.WATCH_JOB.path: self._watch,
             methods.READ_JOB_LOGS.path: self._read_logs,
             methods.LIST_EVENTS.path: self._list_events,
+            methods.READ_JOURNAL.path: self._read_journal,
         }
 
     @property
@@ -176,11 +182,24 @@ class InProcessBackend:
     def _submit(
         self, request: job_service_pb2.SubmitJobRequest
     ) -> job_service_pb2.SubmitJobResponse:
-        from phalanx.specs import check_spec, job_plan, plan, prepare, spec_sha256
+        from phalanx.specs import (
+            check_spec,
+            job_plan,
+            names_dataset,
+            plan,
+            prepare,
+            spec_sha256,
+        )
 
-        check_spec(request.spec)
-        dataset = self._datasets.find(request.spec.namespace, request.spec.data.name)
+        if not names_dataset(request.spec):
+            check_spec(request.spec)
+        try:
+            dataset = self._datasets.find(request.spec.namespace, request.spec.data.name)
+        except NotFound as error:
+            check_spec(request.spec, also=[Violation("data.name", error.message)])
+            raise
         spec = prepare(request.spec, dataset)
+        self._check_wheels(spec)
         shown = plan(spec, dataset)
         digest = spec_sha256(spec)
         if request.validate_only:
@@ -307,6 +326,29 @@ class InProcessBackend:
         self._models.remove(request.namespace, request.name)
         return model_service_pb2.DeleteModelResponse()
 
+    def _append_journal(self, request: storage_service_pb2.AppendJournalRequest) -> Message:
+        journal = self._journals.setdefault(request.stream, [])
+        journal.extend(request.records)
+        return storage_service_pb2.AppendJournalResponse(next_sequence=len(journal))
+
+    def _read_journal(self, request: storage_service_pb2.ReadJournalRequest) -> Iterator[Message]:
+        records = [
+            storage_service_pb2.JournalRecord(sequence=sequence, payload=payload)
+            for sequence, payload in enumerate(self._journals.get(request.stream, []))
+        ]
+        yield storage_service_pb2.ReadJournalResponse(records=records, next_sequence=len(records))
+
+    def _set_pins(self, request: storage_service_pb2.SetPinsRequest) -> Message:
+        # Nothing is collected here: all of it goes with the process.
+        return storage_service_pb2.SetPinsResponse()
+
+    def _check_wheels(self, spec: JobSpec) -> None:
+        for index, digest in enumerate(spec.code.wheels):
+            if not (self._blobs / digest).exists():
+                message = f"there is no wheel {digest[:12]}…; add it with cluster.code.add(path)"
+                violation = Violation(f"code.wheels[{index}]", message)
+                raise NotFound(message, reason="WHEEL_NOT_FOUND", violations=[violation])
+
     def _manifest(self, digest: str) -> DatasetManifest:
         from phalanx.data.manifest import DatasetManifest
 
@@ -325,7 +367,7 @@ class InProcessBackend:
             plan,
             self._manifest(plan.manifest_digest),
             self._blob_path,
-            code_dir=write_code(spec, self._code / plan.job_id),
+            code_dir=job_code(spec, self._blob_path, self._code / plan.job_id),
             start_model=start_model,
             on_progress=on_progress,
         )
@@ -362,6 +404,14 @@ class InProcessBackend:
             model_service_pb2.ModelFile(path=path, digest=self.put_blob(data), size_bytes=len(data))
             for path, data in sorted(contents.items())
         ]
+        files += [
+            model_service_pb2.ModelFile(
+                path=wheel_path(digest),
+                digest=digest,
+                size_bytes=self._blob_path(digest).stat().st_size,
+            )
+            for digest in spec.code.wheels
+        ]
         model = self._models.register(
             model_service_pb2.ModelVersion(
                 namespace=spec.namespace,
@@ -377,18 +427,14 @@ class InProcessBackend:
         return f"{model.name}@{model.version}"
 
 
-def write_code(spec: JobSpec, folder: Path) -> Path | None:
-    """Write the job's own source files to a folder; return it, or None where the job has none."""
-    if spec.code.wheels:
-        raise Unimplemented("wheels need a cluster with processes; give the code as code.files")
-    if not spec.code.files:
+def job_code(spec: JobSpec, blob: Callable[[str], Path], folder: Path) -> Path | None:
+    """Write the job's own code to a folder; return it, or None where the job has none.
+
+    ``blob`` gives the file with a stored wheel. Raises InvalidArgument and NotFound.
+    """
+    if not spec.code.files and not spec.code.wheels:
         return None
-    for name, text in spec.code.files.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise FailedPrecondition(
-                f"code.files names {name!r}, which lies outside the job's code"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    files = {name: text.encode() for name, text in spec.code.files.items()}
+    wheels = {f"wheel {digest[:12]}": blob(digest) for digest in spec.code.wheels}
+    write_code(folder, files, wheels)
     return folder

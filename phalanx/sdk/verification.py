@@ -8,7 +8,7 @@ from pathlib import Path
 
 from phalanx.errors import FailedPrecondition
 from phalanx.sdk.cluster import Cluster
-from phalanx.sdk.in_process import write_code
+from phalanx.sdk.in_process import job_code
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
             plan,
             manifest,
             fetch,
-            code_dir=write_code(spec, folder / "code"),
+            code_dir=job_code(spec, fetch, folder / "code"),
             start_model=start_model,
         )
     return Verdict(

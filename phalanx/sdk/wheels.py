@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -12,9 +11,7 @@ from phalanx.errors import InvalidArgument, NotFound
 from phalanx.sdk import methods
 from phalanx.sdk.backend import Backend
 from phalanx.v1 import storage_service_pb2
-
-STREAM = "code"
-WHEEL_LIMIT_BYTES = 64 * 1024 * 1024
+from phalanx.wheels import STREAM, WHEEL_LIMIT_BYTES, check_wheel
 
 
 @dataclass(frozen=True)
@@ -80,11 +77,7 @@ def _read_wheel(file: Path) -> bytes:
             f"{file} has {file.stat().st_size:,} bytes; a wheel may have {WHEEL_LIMIT_BYTES:,}. "
             "Install large dependencies in the workers' image instead"
         )
-    if file.suffix != ".whl" or not zipfile.is_zipfile(file):
+    if file.suffix != ".whl":
         raise InvalidArgument(f"{file} is no wheel; build one with `pip wheel --no-deps .`")
-    if not file.name.endswith("-none-any.whl"):
-        raise InvalidArgument(
-            f"{file.name} holds compiled code for one kind of machine; only wheels in pure Python "
-            "(…-none-any.whl) travel with a job"
-        )
+    check_wheel(file, str(file))
     return file.read_bytes()

@@ -17,6 +17,8 @@ import pytest
 
 import phalanx
 from phalanx.cli.main import run
+from phalanx.models.code import deactivate_user_code
+from phalanx.testing.wheels import make_wheel
 
 GUARD_S = 120.0
 
@@ -137,6 +139,79 @@ def test_everything_works_inside_a_notebook(cluster, folder):
     steps, labels = asyncio.run(cell())
     assert steps[-1] == 40
     assert labels.tolist() == [False] * 16 + [True] * 14
+
+
+WHEEL_JOB = """
+name: mine
+data: {name: iris, shards: 4}
+code: {wheels: [%s]}
+train:
+  model: {custom: {entrypoint: "mine.net:Net"}}
+  stop: {steps: 20}
+"""
+NET = """
+import numpy as np
+from mine.start import START
+from phalanx.models import UserModel
+
+class Net(UserModel):
+    def __init__(self, schema):
+        super().__init__(schema, {"w": (schema.features, schema.classes)})
+
+    def initial(self, seed):
+        return {"w": np.full((self.schema.features, self.schema.classes), START, np.float32)}
+
+    def loss_and_gradients(self, parameters, features, targets):
+        import mine.late
+        error = features @ parameters["w"] - np.eye(self.schema.classes, dtype=np.float32)[targets]
+        return float((error**2).sum()), {"w": features.T @ error * mine.late.TWO}
+
+    def predictions(self, parameters, features):
+        return features @ parameters["w"]
+"""
+
+
+def test_a_wheel_travels_with_its_job(cli, cluster, folder, result):
+    files = {
+        "mine/__init__.py": "",
+        "mine/net.py": NET,
+        "mine/start.py": "START = 0.25\n",
+        "mine/late.py": "TWO = 2\n",
+    }
+    wheel = make_wheel(folder, files)
+    code, out, _ = cli("code", "add", str(wheel))
+    assert code == 0
+    (folder / "wheel.yaml").write_text(WHEEL_JOB % out.strip())
+    code, ended, err = cli("--json", "submit", "wheel.yaml", "--wait")
+    assert code == 0, err
+    ended = json.loads(ended)
+    with phalanx.LocalCluster(workers=0) as local:
+        local.data.add("iris", folder / "iris.csv", target="kind", test=0.25)
+        digest = local.code.add(wheel).sha256
+        assert digest == out.split()[0]
+        alone = local.submit(folder / "wheel.yaml").wait(GUARD_S)
+    assert alone.parameters_sha256 == ended["result"]["parameters_sha256"]
+    assert cli("verify", ended["id"])[0] == 0
+    assert "mine" not in sys.modules
+    model = cluster.models.get("mine", allow_code=True)
+    assert set(model.predict(folder / "iris.csv")) <= {"long", "short"}
+    deactivate_user_code()
+    caches = list((folder / "state").glob("cache/*/code"))
+    assert caches
+    wait_for(lambda: not any(list(cache.iterdir()) for cache in caches), "the code to be removed")
+
+
+def test_a_wheel_that_was_never_added_is_refused(cli, cluster, folder, result):
+    (folder / "wheel.yaml").write_text(WHEEL_JOB % ("a" * 64))
+    for more in ([], ["--dry-run"]):
+        code, _, err = cli("submit", "wheel.yaml", *more)
+        assert code == 3
+        assert "phalanx code add" in err
+        assert "line 4" in err
+    # A blob that is stored but was not added as a wheel, such as a file of a model.
+    blob = cluster.models.describe("iris").files[0].digest
+    (folder / "wheel.yaml").write_text(WHEEL_JOB % blob)
+    assert cli("submit", "wheel.yaml")[0] == 3
 
 
 def test_models_can_be_listed_downloaded_and_exported(cli, folder, result):

@@ -24,6 +24,7 @@ from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import training_pb2
 from worker import ipc
 from worker.cache import BlobCache, Download
+from worker.code import remove_all_unused
 from worker.config import WorkerConfig
 from worker.core import effects as do
 from worker.core.dispatch import Task
@@ -34,7 +35,7 @@ from worker.session.fingerprint import stored_fingerprint
 from worker.session.hosting import HostedJob
 from worker.session.logs import LogCollector
 from worker.session.process import LeafProcess
-from worker.session.setup import prepare
+from worker.session.setup import PreparedJob, prepare
 from worker.session.slots import TICK_S, SlotPool
 
 GoRecord = training_pb2.GoRecord
@@ -78,6 +79,7 @@ class Session:
         self._logs = LogCollector(config.id, self._control.report)
         self._jobs: dict[str, HostedJob] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self._described: PreparedJob | None = None
         self._fingerprint = ""
         self._drained = asyncio.Event()
 
@@ -93,6 +95,7 @@ class Session:
 
     async def start(self) -> None:
         """Start the leaf processes, find out the fingerprint, begin to connect."""
+        await asyncio.to_thread(remove_all_unused, self._code_root)
         self._slots.start()
         self._fingerprint = await stored_fingerprint(
             self._config.cache_dir, self._slots.fingerprint
@@ -290,8 +293,24 @@ class Session:
         finally:
             if prepared is not None:
                 self._logs.released(prepared.number)
+                self._end_described(prepared, keep=not answer.HasField("failure"))
                 prepared.release()
         self._control.report(coordination.SessionRequest(job_described=answer))
+
+    def _end_described(self, described: PreparedJob, *, keep: bool) -> None:
+        """End the process of a description that nothing may follow.
+
+        Most often the job comes at once and finds it warm, so the last one stays.
+        """
+        ended = [] if keep else [described]
+        if keep and described.code_key:
+            before, self._described = self._described, described
+            if before is not None and before.code_key != described.code_key:
+                ended.append(before)
+        used = {job.prepared.code_key for job in self._jobs.values() if job.prepared}
+        for each in ended:
+            if each.code_key and each.code_key not in used:
+                self._slots.drop(each, code_in_use=False)
 
     def _discard(self, job_id: str) -> None:
         job = self._jobs.pop(job_id)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import asyncio
 import itertools
-import os
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from phalanx.data.manifest import DatasetManifest
-from phalanx.errors import InvalidArgument
 from phalanx.v1 import training_pb2
+from phalanx.wheels import wheel_path
 from worker import ipc
 from worker.cache import BlobCache, Pinned
+from worker.code import CodeFolder, folder_name, open_folder
 from worker.memory import Arena
 
 _CACHE_SHARE = 0.5
@@ -30,7 +29,7 @@ class PreparedJob:
 
     plan: training_pb2.JobPlan
     manifest: Pinned
-    code: Path | None
+    code: CodeFolder | None
     start_model: Pinned | None
     fits: bool
     arena: Arena
@@ -39,7 +38,7 @@ class PreparedJob:
     @property
     def code_key(self) -> str:
         """Names the set of user code; empty: none."""
-        return self.code.name if self.code is not None else ""
+        return self.code.path.name if self.code is not None else ""
 
     def setup_body(self) -> bytes:
         """Body of SETUP."""
@@ -53,6 +52,8 @@ class PreparedJob:
         """Let go of files and memory."""
         self.arena.close()
         self.manifest.release()
+        if self.code is not None:
+            self.code.release()
         if self.start_model is not None:
             self.start_model.release()
 
@@ -60,7 +61,7 @@ class PreparedJob:
         return {
             "job": self.number,
             "manifest": str(self.manifest.path),
-            "code": str(self.code) if self.code is not None else "",
+            "code": str(self.code.path) if self.code is not None else "",
             "start_model": str(self.start_model.path) if self.start_model is not None else "",
             "fits": self.fits,
         }
@@ -68,12 +69,16 @@ class PreparedJob:
 
 async def prepare(plan: training_pb2.JobPlan, cache: BlobCache, code_root: Path) -> PreparedJob:
     """Fetch everything that `plan` names. Raises PhalanxError where something cannot be had."""
-    pinned: list[Pinned] = []
+    pinned: list[Pinned | CodeFolder] = []
     try:
         manifest = await cache.get(plan.manifest_digest)
         pinned.append(manifest)
         stored = DatasetManifest.from_json(manifest.path.read_bytes())
-        code = await _write_code(plan, cache, code_root) if plan.code_digests else None
+        code = None
+        if plan.code_digests:
+            code = open_folder(code_root, folder_name(plan.code_digests))
+            pinned.append(code)
+            await _fill(code, plan, cache)
         start_model = None
         if plan.start_model_digest:
             start_model = await cache.get(plan.start_model_digest)
@@ -88,27 +93,20 @@ async def prepare(plan: training_pb2.JobPlan, cache: BlobCache, code_root: Path)
     return PreparedJob(plan, manifest, code, start_model, fits, arena)
 
 
-async def _write_code(plan: training_pb2.JobPlan, cache: BlobCache, root: Path) -> Path:
-    """Write the job's code into the folder named by its hash; files that are right stay."""
-    listing = "\n".join(f"{path} {digest}" for path, digest in sorted(plan.code_digests.items()))
-    folder = root / hashlib.sha256(listing.encode()).hexdigest()[:32]
-    for name, digest in sorted(plan.code_digests.items()):
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts:
-            raise InvalidArgument(f"code.files: {name!r} is no path inside of the job's code")
-        source = await cache.get(digest)
-        try:
-            _write_if_different(folder / path, source.path.read_bytes())
-        finally:
-            source.release()
-    return folder
-
-
-def _write_if_different(path: Path, content: bytes) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        if path.read_bytes() == content:
-            return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
+async def _fill(folder: CodeFolder, plan: training_pb2.JobPlan, cache: BlobCache) -> None:
+    """Write the job's source files and the files of its wheels; those that are right stay."""
+    files: dict[str, bytes] = {}
+    wheels: dict[str, Path] = {}
+    pinned: list[Pinned] = []
+    try:
+        for name, digest in sorted(plan.code_digests.items()):
+            blob = await cache.get(digest)
+            pinned.append(blob)
+            if name == wheel_path(digest):
+                wheels[f"wheel {digest[:12]}"] = blob.path
+            else:
+                files[name] = blob.path.read_bytes()
+        await asyncio.to_thread(folder.fill, files, wheels)
+    finally:
+        for blob in pinned:
+            blob.release()

@@ -1,9 +1,9 @@
 import io
-import zipfile
 
 import pytest
 
 from phalanx.errors import InvalidArgument, Violation
+from phalanx.testing.wheels import make_wheel
 from phalanx.v1 import cluster_service_pb2, job_pb2, job_service_pb2
 
 
@@ -166,9 +166,7 @@ def test_logs_name_worker_shard_and_step(phalanx, cluster):
 
 
 def test_code_travels_as_a_pinned_blob(phalanx, cluster, tmp_path):
-    wheel = tmp_path / "mine-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("mine.py", "answer = 42\n")
+    wheel = make_wheel(tmp_path, {"mine.py": "answer = 42\n"})
     digest = phalanx("code", "add", str(wheel)).out.strip()
     assert cluster.blobs[digest] == wheel.read_bytes()
     assert cluster.requests("SetPins")[0].pins[0].blob == digest
@@ -184,7 +182,7 @@ def test_code_refuses_what_is_no_wheel(phalanx, tmp_path, name):
 
 
 def test_code_refuses_a_wheel_for_one_kind_of_machine(phalanx, tmp_path):
-    wheel = tmp_path / "mine-1.0-cp311-cp311-linux_x86_64.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("mine.py", "")
-    assert phalanx("code", "add", str(wheel)).code == 2
+    wheel = make_wheel(tmp_path, {"mine.py": ""}, tag="cp311-cp311-linux_x86_64")
+    outcome = phalanx("code", "add", str(wheel))
+    assert outcome.code == 2
+    assert "linux_x86_64" in outcome.err

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ from phalanx.errors import (
     NotFound,
     Unimplemented,
 )
+from phalanx.sdk.verification import verify_job
+from phalanx.testing.wheels import make_wheel
 
 SPEC = {
     "name": "toy",
@@ -162,3 +166,60 @@ def test_nothing_is_left_behind(data):
     assert folder.exists()
     cluster.close()
     assert not folder.exists()
+
+
+NET = """
+import numpy as np
+from phalanx.models import UserModel
+from mine.rates import RATE
+
+class Net(UserModel):
+    def __init__(self, schema):
+        super().__init__(schema, {"w": (schema.features, schema.classes)})
+
+    def initial(self, seed):
+        return {"w": np.zeros((self.schema.features, self.schema.classes), np.float32)}
+
+    def loss_and_gradients(self, parameters, features, targets):
+        error = features @ parameters["w"] - np.eye(self.schema.classes, dtype=np.float32)[targets]
+        return float((error**2).sum()), {"w": RATE * features.T @ error}
+
+    def predictions(self, parameters, features):
+        return features @ parameters["w"]
+"""
+
+
+def test_a_wheel_runs_here_and_goes_with_its_model(cluster, data, tmp_path):
+    files = {"mine/__init__.py": "", "mine/net.py": NET, "mine/rates.py": "RATE = 0.5\n"}
+    wheel = cluster.code.add(make_wheel(tmp_path, files))
+    assert cluster.code.add(tmp_path / wheel.file_name) == wheel
+    assert cluster.code.list() == [wheel]
+    model = {"custom": {"entrypoint": "mine.net:Net"}}
+    spec = {**with_train(model=model), "code": {"wheels": [wheel.sha256]}}
+    job = cluster.submit(spec)
+    result = job.wait(60)
+    assert "mine" not in sys.modules
+    assert verify_job(cluster, job.id).equal
+    with pytest.raises(FailedPrecondition, match=wheel.sha256):
+        cluster.models.get(result.model)
+    model = cluster.models.get(result.model, allow_code=True)
+    assert np.mean(model.predict(data[0]) == data[1]) > 0.8
+
+
+def test_a_wheel_that_was_never_added_is_named(cluster):
+    with pytest.raises(NotFound, match="no wheel") as caught:
+        cluster.submit({**SPEC, "code": {"wheels": ["0" * 64]}})
+    assert caught.value.violations[0].field == "code.wheels[0]"
+
+
+def test_all_that_is_wrong_comes_in_one_answer(cluster):
+    spec = {
+        **with_train(batch_size=-1, privacy={"delta": 0.5}),
+        "data": {"name": "toy", "shards": 9999},
+    }
+    wrong = {"train.batch_size", "train.privacy"}
+    for name, fields in (("toy", {"data.shards"}), ("other", {"data.name"}), ("N", {"data.name"})):
+        spec["data"]["name"] = name
+        with pytest.raises(InvalidArgument) as caught:
+            cluster.submit(spec)
+        assert {each.field for each in caught.value.violations} == wrong | fields
