@@ -9,6 +9,7 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -42,7 +43,10 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, default=Path("demo.png"), help="where the curves go")
     arguments = parser.parse_args()
     started = time.monotonic()
-    sha256, accuracy = with_a_death(arguments.plot)
+    with tempfile.TemporaryDirectory(prefix="phalanx-demo-") as folder:
+        # Else the plotting library leaves a cache and a folder of settings in the home folder.
+        os.environ.setdefault("MPLCONFIGDIR", folder)
+        sha256, accuracy = with_a_death(arguments.plot)
     print("\nThe same job on one undisturbed worker …", flush=True)
     undisturbed = without_a_death()
     print(f"  sha256        {undisturbed}")
@@ -61,7 +65,8 @@ def with_a_death(plot: Path) -> tuple[str, float]:
         for process in cluster.processes():
             print(f"  {process.id:14} pid {process.pid}")
         dataset = cluster.data.add("fashion", str(DATA))
-        print(f"Data set fashion: {dict(dataset.rows)} rows of {dataset.features} features")
+        train, test = dataset.rows["train"], dataset.rows["test"]
+        print(f"Data set fashion: {train:,} images to train on, {test:,} to test with")
         job = cluster.submit(JOB)
         kill = Kill()
         assassin = threading.Thread(target=kill_half_way, args=(cluster, job.id, kill), daemon=True)

@@ -150,6 +150,8 @@ def explain_waiting(core: Core, job: JobRuntime, group: Group) -> tuple[str, str
         worker_id, why = next(iter(sorted(group.excluded.items())))
         more = len(group.excluded) - 1
         message += f"; {worker_id} is left out: {why}" + (f" (and {more} more)" if more else "")
+    if core.facts_of(job).kept.changed.pause_requested:
+        message += "; it pauses at its next step, for which it needs a worker (or cancel it)"
     return "WAITING_FOR_WORKERS", message
 
 

@@ -6,7 +6,7 @@ from google.protobuf.message import Message
 
 from coordinator.control.core import membership, terms
 from coordinator.control.core.effects import RemoveJob
-from coordinator.control.core.eligibility import too_large
+from coordinator.control.core.eligibility import explain_waiting, group_of, too_large
 from coordinator.control.core.events import (
     CancelJob,
     DeleteJob,
@@ -145,6 +145,8 @@ def pause(core: Core, event: PauseJob) -> None:
     core.answer(event.token, PauseJobResponse(job=job_view(facts, job)), job.after)
     core.publish(job.job_id, job.after)
     terms.command_pause(core, job)
+    if job.reason == "WAITING_FOR_WORKERS":
+        core.set_reason(job, *explain_waiting(core, job, group_of(core, job)))
 
 
 def resume(core: Core, event: ResumeJob) -> None:

@@ -15,7 +15,8 @@ PANEL = "Look after the cluster"
 STATE = Annotated[
     Path | None,
     typer.Option(
-        metavar="DIR", help="Folder of its state. Default: $PHALANX_STATE, else ~/.local/state/phalanx."
+        metavar="DIR",
+        help="Folder of its state. Default: $PHALANX_STATE, else ~/.local/state/phalanx.",
     ),
 ]
 

@@ -178,6 +178,29 @@ def test_a_large_job_waits_where_no_worker_is_known(cluster: Any) -> None:
     assert "bytes of memory" in cluster.job().message
 
 
+def test_a_pause_without_workers_says_what_it_waits_for(running: Any) -> None:
+    for name in ("w1", "w2", "w3"):
+        running.kill(name)
+    running.call(ev.PauseJob, "job-1")
+    running.advance(3.0)
+    assert (running.state(), running.job().reason) == ("RUNNING", "WAITING_FOR_WORKERS")
+    assert "it pauses at its next step" in running.job().message
+    running.worker("w4")
+    assert running.shards("w4") == ALL
+    running.report("job-1", 4, outcome=pb.JobReport.OUTCOME_PAUSED)
+    assert running.state() == "PAUSED"
+    # And resumed while nobody is there, it waits again, also across a take-over.
+    running.kill("w4")
+    running.call(ev.ResumeJob, "job-1")
+    running.lead()
+    running.aggregator()
+    running.advance(5.0)
+    assert (running.state(), running.job().reason) == ("RUNNING", "WAITING_FOR_WORKERS")
+    running.worker("w5")
+    running.advance(1.0)
+    assert running.shards("w5") == ALL
+
+
 def custom(spec: Any) -> None:
     spec.train.model.custom.entrypoint = "net:build"
 
