@@ -60,9 +60,10 @@ def stored(client, content):
     try:
         return [client.put_blob(content)]
     except Unavailable as error:
-        assert error.reason == "IO_ERROR"
-        assert client.missing_blobs([digest_of(content)])
-        return []
+        reason = error.reason
+    assert reason == "IO_ERROR"
+    assert client.missing_blobs([digest_of(content)])
+    return []
 
 
 def test_a_blob_whose_fsync_fails_is_not_acknowledged_and_the_service_goes_on(tmp_path):
