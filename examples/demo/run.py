@@ -6,6 +6,7 @@ Run it with ``make demo``. Everything happens on this machine, in a temporary fo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import phalanx
 from phalanx.cli.context import Settings
 from phalanx.cli.watch import follow
+from phalanx.errors import PhalanxError
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data" / "fashion-mnist-small"
@@ -89,14 +91,16 @@ def without_a_death() -> str:
 
 def kill_half_way(cluster: phalanx.LocalCluster, job_id: str, kill: Kill) -> None:
     """Kill a worker that holds shards with SIGKILL once half of the steps are done."""
-    for update in cluster.get(job_id).watch():
-        busy = [worker.worker_id for worker in update.workers if worker.shards]
-        if busy and update.total_steps and update.step >= update.total_steps // 2:
-            victim = cluster.process(busy[-1])
-            kill.worker_id, kill.pid, kill.step = victim.id, victim.pid, update.step
-            kill.time_unix_s = time.time()
-            os.kill(victim.pid, signal.SIGKILL)
-            return
+    # Ctrl-C stops the cluster, and with it what is watched here.
+    with contextlib.suppress(PhalanxError):
+        for update in cluster.get(job_id).watch():
+            busy = [worker.worker_id for worker in update.workers if worker.shards]
+            if busy and update.total_steps and update.step >= update.total_steps // 2:
+                victim = cluster.process(busy[-1])
+                kill.worker_id, kill.pid, kill.step = victim.id, victim.pid, update.step
+                kill.time_unix_s = time.time()
+                os.kill(victim.pid, signal.SIGKILL)
+                return
 
 
 def tell_recovery(cluster: phalanx.Cluster, job_id: str, kill: Kill) -> None:
@@ -113,7 +117,13 @@ def tell_recovery(cluster: phalanx.Cluster, job_id: str, kill: Kill) -> None:
             return
 
 
+def _terminated(*_: object) -> None:
+    sys.exit(143)
+
+
 if __name__ == "__main__":
+    # An exception, unlike the signal itself, lets everything be cleaned up.
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         sys.exit(main())
     except KeyboardInterrupt:
