@@ -93,12 +93,15 @@ class Chaos:
     def run(self) -> None:
         """Disturb the job; returns early when it ends. Nothing stays paused, however this ends.
 
-        Raises FailedPrecondition if the job does not run, DeadlineExceeded if it commits no step.
+        Raises FailedPrecondition if the job does not run or ends before the first fault,
+        DeadlineExceeded if it commits no step.
         """
         options, course = self._options, self._course
         self._await_first_step()
         self._first_event = max((event.sequence for event in self._events()), default=0)
         self._undisturbed()
+        if self._job.done:
+            raise self._too_short()
         with Harm() as harm:
             start_s = time.time()
             try:
@@ -116,11 +119,7 @@ class Chaos:
     def report(self, *, bit_identical: bool | None = None) -> Report:
         """Return what came of it. Raises FailedPrecondition if it ended before the first fault."""
         if self._course.disturbed is None:
-            raise FailedPrecondition(
-                f"job {self._job.id} ended before the first fault; take a longer job, or a shorter "
-                "--baseline",
-                reason="JOB_TOO_SHORT",
-            )
+            raise self._too_short()
         job = self._refresh()
         commits = [
             Commit(point.step, point.time.timestamp())
@@ -140,6 +139,13 @@ class Chaos:
             parameters_sha256=result.parameters_sha256 if result is not None else "",
             bit_identical=bit_identical,
             notes=self._course.notes,
+        )
+
+    def _too_short(self) -> FailedPrecondition:
+        return FailedPrecondition(
+            f"job {self._job.id} ended before the first fault; take a longer job, or a shorter "
+            "--baseline",
+            reason="JOB_TOO_SHORT",
         )
 
     def _await_first_step(self) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,32 @@ def gated_job(steps: int = 60, shards: int = 11, **train: Any) -> dict[str, Any]
             **train,
         },
     }
+
+
+UNHURRIED_MODEL = '''
+"""The same model, with leaves that take as long as the environment of the worker says."""
+
+import os
+import time
+
+from gated import Gated
+
+LEAF_S = float(os.environ.get("PHALANX_TEST_LEAF_S", "0"))
+
+
+class Unhurried(Gated):
+    def loss_and_gradients(self, parameters, features, targets):
+        time.sleep(LEAF_S)
+        return super().loss_and_gradients(parameters, features, targets)
+'''
+
+
+def unhurried_job(steps: int) -> dict[str, Any]:
+    """The gated job; leaves take PHALANX_TEST_LEAF_S where that is set, else no time."""
+    job = gated_job(steps)
+    job["code"]["files"]["unhurried.py"] = UNHURRIED_MODEL
+    job["train"]["model"]["custom"]["entrypoint"] = "unhurried:Unhurried"
+    return job
 
 
 def wait_until(condition: Callable[[], Any], what: str) -> Any:
@@ -166,6 +192,14 @@ def add_blobs(cluster: phalanx.Cluster) -> None:
     """Register the data set of these tests."""
     features, targets = blobs()
     cluster.data.add("blobs", features, targets, test=0.2)
+
+
+def undisturbed_sha256_of(job: Mapping[str, Any], folder: Path) -> str:
+    """The bits of a job in this process, without any cluster."""
+    os.environ["PHALANX_TEST_GATE"] = str(folder)
+    with phalanx.LocalCluster(workers=0) as alone:
+        add_blobs(alone)
+        return alone.submit(job).wait(timeout_s=GUARD_S).parameters_sha256
 
 
 @contextlib.contextmanager
