@@ -9,7 +9,8 @@ help:
 demo test check bench reliability lock:
 	@sh scripts/bootstrap $@ $(ARGS)
 
-# Real processes, real signals: the tests that kill things.
+# Real processes, real signals: the tests that kill things. Random faults for minutes:
+# make chaos ARGS="-m soak" (PHALANX_SOAK_S=600 for ten of them, PHALANX_SOAK_SEED=7 for the same faults again)
 chaos:
 	@sh scripts/bootstrap test tests/chaos $(ARGS)
 

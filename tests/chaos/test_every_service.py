@@ -1,5 +1,6 @@
 """`kill -9` of each service in turn while a job runs, and what is promised then."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,44 @@ def test_control_dies_and_training_goes_on(tmp_path: Path, undisturbed_sha256: s
         assert ring.cluster.describe().generation > before
         assert not ring.events("STEPS_REPLAYED"), "a dead control must not roll anything back"
         assert not ring.events("WORKER_LOST")
+    assert result.parameters_sha256 == undisturbed_sha256
+
+
+def test_control_and_a_worker_die_together(tmp_path: Path, undisturbed_sha256: str) -> None:
+    with arena(tmp_path, 2, controls=2) as ring:
+        job = ring.cluster.submit(gated_job())
+        ring.at_step(job, 10)
+        victim = ring.caught_in_a_leaf()[0]
+        before = ring.cluster.describe()
+        ring.signal(before.leader)
+        ring.signal(victim)
+        ring.gate.release()
+        result = job.wait(timeout_s=GUARD_S)
+        assert ring.cluster.describe().generation > before.generation
+        assert not ring.events("STEPS_REPLAYED"), "neither of them holds parameters"
+    assert result.parameters_sha256 == undisturbed_sha256
+    assert (result.examples_lost, result.examples_doubled) == (0, 0)
+
+
+def test_a_leader_stopped_past_its_lease_and_continued(
+    tmp_path: Path, undisturbed_sha256: str
+) -> None:
+    with arena(tmp_path, 2, controls=2) as ring:
+        job = ring.cluster.submit(gated_job())
+        ring.at_step(job, 10)
+        ring.caught_in_a_leaf()
+        before = ring.cluster.describe()
+        ring.signal(before.leader, signal.SIGSTOP)
+        try:
+            wait_until(
+                lambda: ring.cluster.describe().generation > before.generation,
+                "the standby to lead",
+            )
+        finally:
+            ring.signal(before.leader, signal.SIGCONT)
+        ring.gate.release()
+        result = job.wait(timeout_s=GUARD_S)
+        assert ring.cluster.describe().generation == before.generation + 1
     assert result.parameters_sha256 == undisturbed_sha256
 
 

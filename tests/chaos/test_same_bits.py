@@ -2,30 +2,52 @@
 
 import signal
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
-from phalanx.reduction import reduce_leaves
-from phalanx.testing.arena import GUARD_S, arena, blobs, gated_job, wait_until
+import phalanx
+from phalanx.chaos.harm import Harm
+from phalanx.chaos.schedule import FAULTS
+from phalanx.reduction import Node, TreeReducer, full_mask, root
+from phalanx.testing.arena import GUARD_S, add_blobs, arena, gated_job, wait_until
 
 pytestmark = pytest.mark.slow
 
 
-def test_summing_in_arrival_order_would_give_other_bits() -> None:
+class ArrivalOrder(TreeReducer):
+    """Sums what comes as it comes, which is what the tree is there to avoid."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.total: Any = None
+        self.mask = 0
+
+    @property
+    def complete(self) -> bool:
+        return self.mask == full_mask(root(self._width), self._width)
+
+    @property
+    def result(self) -> tuple[Any, int]:
+        return self.total, self.mask
+
+    def fill(self, node: Node, value: Any, mask: int) -> bool:
+        self.mask |= mask << node.first
+        if value is not None:
+            self.total = value if self.total is None else self.total + value
+        return True
+
+
+def test_summing_in_arrival_order_would_give_other_bits(
+    monkeypatch: pytest.MonkeyPatch, undisturbed_sha256: str
+) -> None:
     """Without this the equalities below would prove nothing."""
-    features, targets = blobs()
-    leaves = {}
-    for shard, rows in enumerate(np.array_split(np.arange(800), 11)):
-        onehot = np.eye(3, dtype=np.float32)[targets[rows]]
-        leaves[shard] = features[rows].T @ (onehot - 1 / 3)
-    canonical = reduce_leaves(leaves, 11)
-    backwards = leaves[10].copy()
-    for shard in range(9, -1, -1):
-        backwards += leaves[shard]
-    assert canonical is not None
-    assert canonical.tobytes() != backwards.tobytes()
-    np.testing.assert_allclose(canonical, backwards, rtol=1e-2)
+    monkeypatch.setattr("phalanx.training.local.TreeReducer", ArrivalOrder)
+    with phalanx.LocalCluster(workers=0) as alone:
+        add_blobs(alone)
+        result = alone.submit(gated_job()).wait(timeout_s=GUARD_S)
+    assert result.steps == 60
+    assert result.parameters_sha256 != undisturbed_sha256
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5, 8])
@@ -84,6 +106,21 @@ def test_a_worker_stopped_past_its_lease_and_continued(
         result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == undisturbed_sha256
     assert result.examples_doubled == 0
+
+
+def test_a_worker_ten_times_slower_than_the_others(tmp_path: Path, undisturbed_sha256: str) -> None:
+    with arena(tmp_path, 3) as ring, Harm() as harm:
+        job = ring.cluster.submit(gated_job())
+        ring.at_step(job, 10)
+        victim = ring.caught_in_a_leaf()[0]
+        assert harm.inflict(FAULTS["slow-worker"], ring.cluster.process(victim).pid)
+        ring.gate.release()
+        result = job.wait(timeout_s=GUARD_S)
+        assert not any(event.worker_id == victim for event in ring.events("WORKER_LOST")), (
+            "slow is not dead: its heartbeats get through"
+        )
+    assert result.parameters_sha256 == undisturbed_sha256
+    assert (result.examples_lost, result.examples_doubled) == (0, 0)
 
 
 def test_workers_join_and_leave(tmp_path: Path, undisturbed_sha256: str) -> None:
