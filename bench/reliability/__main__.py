@@ -16,6 +16,9 @@ from bench.results import write_json
 
 GROUPS = {
     "workers": "a worker killed, stopped, restarted",
+    "control": "the leading control process killed, alone and together with a worker",
+    "fencing": "writes of a leader that leads no more",
+    "goodput": "steps per second under a rain of faults, and the bits",
 }
 """Module of this package → what it measures. Each has ``run(command, *, quick) -> list[Row]``."""
 

@@ -1,0 +1,163 @@
+"""Writes of a control process that leads no more: are any of them accepted?
+
+Half of the trials pause the leader past its lease, let a standby take over, and continue it with a
+command in its hands. The other half start a second process with the leader's own id, which storage
+lets lead at once, while the first still believes that it does: two live coordinators. In both, the
+old one is told to cancel a job, which it tries to journal. The journal says what was accepted:
+every record names the generation that wrote it, and generations may only rise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import phalanx
+from bench.clusters import wait_for
+from bench.reliability.jobs import patient_cluster, patient_job
+from bench.reliability.rows import Row
+from phalanx.clients.storage_sync import SyncStorageClient
+from phalanx.errors import PhalanxError, Unavailable
+from phalanx.local.state import Member, read_state
+from phalanx.v1.control_journal_pb2 import ControlRecord
+
+ANSWER_S = 10.0
+_REFUSED = re.compile(
+    r'^grpc_server_handled_total\{grpc_code="ABORTED",grpc_method="(?:AppendJournal|RenewLease)",'
+    r'grpc_service="phalanx.v1.StorageService"\} ([0-9.e+]+)$',
+    re.MULTILINE,
+)
+
+
+def run(command: str, *, quick: bool) -> list[Row]:
+    """`stale_writes_accepted`."""
+    trials = 6 if quick else 50
+    refused = 0
+    with patient_cluster(2, 0.02, controls=2) as running:
+        for trial in range(trials):
+            before = _refusals(running)
+            pawn = running.submit(patient_job(f"pawn-{trial}", 2, 1_000_000))
+            wait_for(lambda job=pawn: job.refresh().progress.step, "the first step")
+            leader = running.process(running.describe().leader)
+            if trial % 2:
+                _two_live(running, leader, pawn)
+            else:
+                _pause_past_lease(running, leader, pawn)
+            wait_for(lambda seen=before: _refusals(running) > seen, "a refusal by storage")
+            refused += round(_refusals(running) - before)
+            _patiently_cancel(pawn)
+        accepted = _stale_records(running)
+    return [
+        Row(
+            name="stale_writes_accepted",
+            what="stale-generation writes accepted: leaders paused past their lease, and two "
+            "live coordinators",
+            value=float(accepted),
+            unit="",
+            reach="0",
+            reached=accepted == 0,
+            trials=trials,
+            command=command,
+            note=f"storage refused {refused}, at least one in each trial",
+            quick=quick,
+        )
+    ]
+
+
+def _pause_past_lease(running: phalanx.LocalCluster, leader: Member, pawn: phalanx.Job) -> None:
+    generation = running.describe().generation
+    os.kill(leader.pid, signal.SIGSTOP)
+    try:
+        # The kernel takes the call; the leader finds it when it wakes up.
+        call = threading.Thread(target=_cancel_at, args=(leader.address, pawn))
+        call.start()
+        wait_for(lambda: _generation(running) > generation, "the standby to lead")
+    finally:
+        os.kill(leader.pid, signal.SIGCONT)
+    call.join()
+
+
+def _two_live(running: phalanx.LocalCluster, leader: Member, pawn: phalanx.Job) -> None:
+    with _same_id_again(running, leader.id):
+        _cancel_at(leader.address, pawn)
+
+
+@contextmanager
+def _same_id_again(running: phalanx.LocalCluster, id: str) -> Iterator[None]:
+    """A second control process with the same id, once it leads."""
+    state = read_state(running.state_dir)
+    assert state is not None
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "told.json"
+        arguments = ["coordinator", "control", "--listen", "127.0.0.1:0", "--id", id]
+        arguments += ["--storage", state.storage_address, "--announce", str(told)]
+        arguments += ["--public-address", state.storage_address, "--parent-pid", str(os.getpid())]
+        with subprocess.Popen(
+            [sys.executable, "-P", "-m", *arguments],
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as second:
+            try:
+                wait_for(told.exists, "the second process to lead")
+                assert json.loads(told.read_text())["pid"] == second.pid
+                yield
+            finally:
+                second.kill()
+
+
+def _cancel_at(address: str, pawn: phalanx.Job) -> None:
+    """Tell one control process to cancel the job, whatever it answers."""
+    with phalanx.connect(address, timeout_s=ANSWER_S) as stale:
+        try:
+            phalanx.Job(stale.backend, pawn.message).cancel()
+        except PhalanxError:
+            # A refusal is what is wanted; what was accepted is counted in the journal.
+            return
+
+
+def _patiently_cancel(pawn: phalanx.Job) -> None:
+    """End the job at whoever leads now."""
+
+    def ended() -> bool:
+        try:
+            return pawn.refresh().done or pawn.cancel().done
+        except Unavailable:
+            return False
+
+    wait_for(ended, "the job to end")
+
+
+def _generation(running: phalanx.LocalCluster) -> int:
+    try:
+        return running.describe().generation
+    except PhalanxError:
+        return 0
+
+
+def _refusals(running: phalanx.LocalCluster) -> float:
+    address = running.process("storage").metrics_address
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=ANSWER_S) as answer:
+        return sum(map(float, _REFUSED.findall(answer.read().decode())))
+
+
+def _stale_records(running: phalanx.LocalCluster) -> int:
+    """Count the records that were written under a generation after a higher one had written."""
+    highest = stale = 0
+    with SyncStorageClient(running.process("storage").address) as storage:
+        for record in storage.read_journal("control"):
+            generation = ControlRecord.FromString(record.payload).generation
+            stale += generation < highest
+            highest = max(highest, generation)
+    assert highest > 1, "no leader has changed, so nothing was tried"
+    return stale

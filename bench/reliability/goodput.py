@@ -1,0 +1,132 @@
+"""How much training is left under a rain of faults, and whether the bits are the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.reliability.jobs import GUARD_S, patient_cluster, patient_job, undisturbed_sha256
+from bench.reliability.rows import Row
+from phalanx.chaos.report import Report
+from phalanx.chaos.run import Chaos, ChaosOptions
+from phalanx.chaos.schedule import faults_named
+from phalanx.chaos.victims import LocalVictims
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A cluster, a job and how it is disturbed.
+
+    ``shards`` leaves some slack: 9 shards are three leaves in a row on 4 workers and on the 3 that
+    are left; 62 are two on 32 and on 31.
+    """
+
+    name: str
+    what: str
+    workers: int
+    shards: int
+    leaf_s: float
+    every_s: float
+    duration_s: float
+    baseline_s: float
+    faults: tuple[str, ...]
+    reach_percent: float
+
+
+FOUR = Scenario(
+    name="goodput_4_workers",
+    what="goodput, one fault every 5 s, 4 workers; half `kill -9`, a quarter SIGSTOP for 4 s, "
+    "an eighth 10 × slow, an eighth control or aggregator `kill -9`",
+    workers=4,
+    shards=9,
+    leaf_s=0.1,
+    every_s=5.0,
+    duration_s=160.0,
+    baseline_s=30.0,
+    faults=(),
+    reach_percent=90.0,
+)
+THIRTY_TWO = Scenario(
+    name="goodput_32_workers",
+    what="goodput, one worker `kill -9` every 29 s, 32 workers on one machine",
+    workers=32,
+    shards=62,
+    leaf_s=0.2,
+    every_s=29.0,
+    duration_s=29.0 * 8,
+    baseline_s=40.0,
+    faults=("kill-worker",),
+    reach_percent=98.0,
+)
+START_TIMEOUT_S = 300.0
+
+
+def run(command: str, *, quick: bool) -> list[Row]:
+    """Goodput and equality of bits of both clusters."""
+    rows = []
+    for scenario in (FOUR, THIRTY_TWO):
+        rows += measure(scenario, command, quick=quick)
+    return rows
+
+
+def measure(scenario: Scenario, command: str, *, quick: bool) -> list[Row]:
+    """Disturb one cluster; goodput and whether the bits are those of an undisturbed run."""
+    periods = 4 if scenario.every_s < 20 else 2
+    duration_s = periods * scenario.every_s if quick else scenario.duration_s
+    baseline_s = scenario.baseline_s / 2 if quick else scenario.baseline_s
+    rounds = -(-scenario.shards // scenario.workers)
+    # Enough for the time it takes without any fault, and then a little.
+    steps = round((duration_s + 2 * baseline_s + 10) / (rounds * scenario.leaf_s))
+    job = patient_job("goodput", scenario.shards, steps)
+    with patient_cluster(
+        scenario.workers, scenario.leaf_s, aggregators=2, timeout_s=START_TIMEOUT_S
+    ) as running:
+        handle = running.submit(job)
+        options = ChaosOptions(
+            mix=faults_named(scenario.faults),
+            every_s=scenario.every_s,
+            duration_s=duration_s,
+            baseline_s=baseline_s,
+            seed=1,
+        )
+        chaos = Chaos(running, handle, LocalVictims(running.state_dir), options, tell=print)
+        chaos.run()
+        handle.wait(timeout_s=GUARD_S)
+        report = chaos.report()
+    equal = report.parameters_sha256 == undisturbed_sha256(job)
+    return _rows(scenario, report, command, equal=equal, quick=quick)
+
+
+def _rows(
+    scenario: Scenario, report: Report, command: str, *, equal: bool, quick: bool
+) -> list[Row]:
+    percent = 100 * (report.goodput or 0.0)
+    trials = len(report.injuries)
+    broken = (report.counters.examples_lost or 0) + (report.counters.examples_doubled or 0)
+    return [
+        Row(
+            name=scenario.name,
+            what=scenario.what,
+            value=percent,
+            unit="%",
+            reach=f">= {scenario.reach_percent:g}",
+            reached=percent >= scenario.reach_percent,
+            trials=trials,
+            command=command,
+            note=f"recovery p50 {report.recovery_p50_s:.2f} s, p99 {report.recovery_p99_s:.2f} s; "
+            f"{report.steps_per_s:.2f} of {report.undisturbed_steps_per_s:.2f} steps/s; "
+            f"{scenario.shards} leaves of {scenario.leaf_s:g} s per step",
+            quick=quick,
+        ),
+        Row(
+            name=f"{scenario.name}_broken",
+            what="examples lost or doubled in that run, plus one if its final SHA-256 is not that "
+            "of the undisturbed computation",
+            value=broken + (not equal),
+            unit="",
+            reach="0",
+            reached=broken == 0 and equal,
+            trials=trials,
+            command=command,
+            quick=quick,
+        ),
+    ]

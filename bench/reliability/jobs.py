@@ -1,0 +1,140 @@
+"""A job with leaves that take a set time and hardly any processor time.
+
+Two cores cannot compute for 32 workers; what is measured here is the system, not the processor. So
+a leaf is real arithmetic on few rows, and then it waits, in short ticks, so that a process that is
+stopped nine tenths of the time is ten times slower. The waiting is set by an environment variable
+of the workers: a computation without it, in one process, gives the same bits at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import phalanx
+from bench.clusters import cluster
+from phalanx.chaos.report import Commit
+from phalanx.chaos.victims import LocalVictims
+from phalanx.errors import Unavailable
+from phalanx.v1.cluster_service_pb2 import Worker
+
+LEAF_S_VARIABLE = "PHALANX_BENCH_LEAF_S"
+MARKS_VARIABLE = "PHALANX_BENCH_MARKS"
+"""A folder in which each leaf process leaves a file after its first leaf."""
+GUARD_S = 600.0
+
+PATIENT_MODEL = '''
+"""A softmax regression whose leaves take a set time."""
+
+import os
+import time
+
+import numpy as np
+
+from phalanx.models import UserModel
+
+TICK_S = 0.005
+TICKS = round(float(os.environ.get("PHALANX_BENCH_LEAF_S", "0")) / TICK_S)
+MARKS = os.environ.get("PHALANX_BENCH_MARKS")
+
+
+class Patient(UserModel):
+    def __init__(self, schema):
+        super().__init__(schema, {"w": (schema.features, schema.classes)})
+
+    def initial(self, seed):
+        rows, columns = self.layout.tensors[0].shape
+        return {"w": np.linspace(-1, 1, rows * columns).reshape(rows, columns)}
+
+    def loss_and_gradients(self, parameters, features, targets):
+        for _ in range(TICKS):
+            time.sleep(TICK_S)
+        scores = features @ parameters["w"]
+        scores -= scores.max(axis=1, keepdims=True)
+        p = np.exp(scores)
+        p /= p.sum(axis=1, keepdims=True)
+        rows = np.arange(len(targets))
+        loss = -np.log(p[rows, targets]).sum()
+        p[rows, targets] -= 1
+        if MARKS:
+            # Made once: its time is that of the first leaf of this process.
+            with contextlib.suppress(FileExistsError):
+                Path(MARKS, str(os.getpid())).touch(exist_ok=False)
+        return float(loss), {"w": features.T @ p}
+'''
+
+
+@contextmanager
+def patient_cluster(
+    workers: int, leaf_s: float, *, marks: Path | None = None, **options: Any
+) -> Iterator[phalanx.LocalCluster]:
+    """A cluster with the data set of the job, whose leaves take so long."""
+    environment = {LEAF_S_VARIABLE: str(leaf_s)}
+    if marks is not None:
+        environment[MARKS_VARIABLE] = str(marks)
+    with cluster(workers=workers, environment=environment, **options) as running:
+        add_clouds(running)
+        yield running
+
+
+def add_clouds(running: phalanx.Cluster) -> None:
+    """Four clouds of points with features of very different sizes, so that any other order of
+    summing gives other bits."""
+    rng = np.random.default_rng(17)
+    targets = rng.integers(0, 4, 6400)
+    features = rng.standard_normal((6400, 12)) + targets[:, None]
+    running.data.add("clouds", (features * 10.0 ** rng.integers(-3, 3, 12)).astype("f4"), targets)
+
+
+def patient_job(
+    name: str, shards: int, steps: int, *, checkpoint_every: int = 20
+) -> dict[str, Any]:
+    """So many steps over so many shards, four rows per leaf."""
+    return {
+        "name": name,
+        "data": {"name": "clouds", "shards": shards},
+        "code": {"files": {"patient.py": PATIENT_MODEL}},
+        "train": {
+            "model": {"custom": {"entrypoint": "patient:Patient"}},
+            "optimizer": {"adam": {"learning_rate": 0.01}},
+            "batch_size": 4 * shards,
+            "stop": {"steps": steps},
+            "checkpoints": {"every_steps": checkpoint_every},
+        },
+    }
+
+
+def undisturbed_sha256(job: dict[str, Any]) -> str:
+    """The bits of the job in one process, whose leaves do not wait."""
+    assert LEAF_S_VARIABLE not in os.environ
+    with phalanx.LocalCluster(workers=0) as alone:
+        add_clouds(alone)
+        return alone.submit(job).wait(timeout_s=GUARD_S).parameters_sha256
+
+
+def all_host(running: phalanx.LocalCluster, job: phalanx.Job, workers: int) -> bool:
+    """Whether all processes are up and so many workers hold shards of the job."""
+    try:
+        hosting = sum(bool(worker.shards) for worker in job.refresh().progress.workers)
+    except Unavailable:
+        return False
+    return hosting == workers and LocalVictims(running.state_dir).all_up()
+
+
+def all_ready(running: phalanx.LocalCluster, workers: int) -> bool:
+    """Whether all processes are up and so many workers are connected, with or without shards."""
+    try:
+        states = [worker.state for worker in running.describe().workers]
+    except Unavailable:
+        return False
+    return states.count(Worker.STATE_READY) == workers and LocalVictims(running.state_dir).all_up()
+
+
+def commits_of(job: phalanx.Job) -> list[Commit]:
+    """The committed steps so far and their times."""
+    return [Commit(point.step, point.time.timestamp()) for point in job.metrics(["train/loss"])]
