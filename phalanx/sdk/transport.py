@@ -1,19 +1,21 @@
 """Blocking calls with fail-over over a list of addresses.
 
 A call goes to the address that answered last. When it cannot be reached the next one is tried,
-round and round within a small number of attempts and one deadline. That is safe because every
-mutating request carries a request id, which is the same in all attempts.
+round and round within a small number of attempts and one deadline; so it is when that one is silent
+for long, as a stopped process is, whose sockets stay open. That is safe because every mutating
+request carries a request id, which is the same in all attempts.
 """
 
 import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import Any
 
 import grpc
 
-from phalanx.errors import PhalanxError, Unavailable
+from phalanx.errors import DeadlineExceeded, PhalanxError, Unavailable
 from phalanx.rpc.channel import open_sync_channel
 from phalanx.rpc.status import from_rpc_error
 from phalanx.sdk.methods import Method, RequestT, ResponseT
@@ -23,6 +25,9 @@ STREAM_TIMEOUT_S = 3600.0
 """Longest life of one stream; whoever follows for longer attaches again."""
 ROUNDS = 4
 """How often each address is tried."""
+SILENCE_S = 5.0
+"""Silence of one address after which another one is tried, where there is one. It doubles each
+time, so that a call which takes long gets through as well."""
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 1.0
 
@@ -61,15 +66,21 @@ class Transport:
         """Make a unary call. Raises PhalanxError."""
         deadline = time.monotonic() + (timeout_s or self.timeout_s)
         attempts = ROUNDS * len(self.addresses)
-        wait_s = _FIRST_WAIT_S
+        wait_s, patience_s = _FIRST_WAIT_S, SILENCE_S if len(self.addresses) > 1 else inf
         while True:
             address = self.address
             remaining_s = max(deadline - time.monotonic(), 0.001)
             try:
-                response: ResponseT = self._unary(address, method)(request, timeout=remaining_s)
+                response: ResponseT = self._unary(address, method)(
+                    request, timeout=min(remaining_s, patience_s)
+                )
             except grpc.RpcError as rpc_error:
                 error = self._explain(rpc_error)
                 attempts -= 1
+                if isinstance(error, DeadlineExceeded) and remaining_s > patience_s:
+                    patience_s *= 2
+                    self._move_on(address)
+                    continue
                 if not isinstance(error, Unavailable) or attempts <= 0:
                     raise error from None
                 self._move_on(address)

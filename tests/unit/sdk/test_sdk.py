@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 import time
@@ -58,6 +59,19 @@ def test_a_call_moves_on_to_the_next_address(script):
     with phalanx.connect(f"{dead},{script.address}") as cluster:
         assert cluster.describe().leader == "control-1"
         assert cluster.address == script.address
+
+
+def test_a_silent_address_is_left_for_the_next(script, monkeypatch):
+    """A stopped process keeps its sockets open and says nothing."""
+    monkeypatch.setattr("phalanx.sdk.transport.SILENCE_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        addresses = f"127.0.0.1:{mute.getsockname()[1]},{script.address}"
+        with phalanx.connect(addresses) as cluster:
+            assert cluster.describe().leader == "control-1"
+            assert cluster.address == script.address
+        alone = phalanx.connect(addresses.partition(",")[0], timeout_s=0.5)
+        with alone, pytest.raises(DeadlineExceeded):
+            alone.describe()
 
 
 def test_a_retry_carries_the_same_request_id(script, cluster):
