@@ -27,6 +27,7 @@ LEAF_S_VARIABLE = "PHALANX_BENCH_LEAF_S"
 MARKS_VARIABLE = "PHALANX_BENCH_MARKS"
 """A folder in which each leaf process leaves a file after its first leaf."""
 GUARD_S = 600.0
+ROWS = 640
 
 PATIENT_MODEL = '''
 """A softmax regression whose leaves take a set time."""
@@ -86,15 +87,15 @@ def add_clouds(running: phalanx.Cluster) -> None:
     """Four clouds of points with features of very different sizes, so that any other order of
     summing gives other bits."""
     rng = np.random.default_rng(17)
-    targets = rng.integers(0, 4, 6400)
-    features = rng.standard_normal((6400, 12)) + targets[:, None]
+    targets = rng.integers(0, 4, ROWS)
+    features = rng.standard_normal((ROWS, 12)) + targets[:, None]
     running.data.add("clouds", (features * 10.0 ** rng.integers(-3, 3, 12)).astype("f4"), targets)
 
 
 def patient_job(
     name: str, shards: int, steps: int, *, checkpoint_every: int = 20
 ) -> dict[str, Any]:
-    """So many steps over so many shards, four rows per leaf."""
+    """So many steps over so many shards. Each is an epoch, so that the time of each is recorded."""
     return {
         "name": name,
         "data": {"name": "clouds", "shards": shards},
@@ -102,7 +103,7 @@ def patient_job(
         "train": {
             "model": {"custom": {"entrypoint": "patient:Patient"}},
             "optimizer": {"adam": {"learning_rate": 0.01}},
-            "batch_size": 4 * shards,
+            "batch_size": ROWS,
             "stop": {"steps": steps},
             "checkpoints": {"every_steps": checkpoint_every},
         },

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
-import re
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from phalanx.chaos.harm import Harm
 from phalanx.chaos.report import Commit, Counters, Injected, Report, Span, summarise
 from phalanx.chaos.schedule import Fault, Planned, draw
-from phalanx.chaos.victims import Victim, Victims
+from phalanx.chaos.victims import Victims
+from phalanx.chaos.watch import Gauges, StepLog
 from phalanx.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from phalanx.sdk.cluster import Cluster
 from phalanx.sdk.job import Job
 from phalanx.sdk.values import Event
 
 LOOK_S = 0.1
-SCRAPE_EVERY_S = 1.0
+ASK_EVERY_S = 0.25
+"""Control knows no more than four or five times a second how far a job is."""
 SETTLE_S = 60.0
 FIRST_STEP_S = 60.0
 SETTLED_COMMITS = 3
-_COUNTED = re.compile(
-    r'^phalanx_job_examples_(lost|doubled)_total\{job_id="([^"]*)"\} ([0-9.e+]+)$', re.MULTILINE
-)
 
 Tell = Callable[[str], None]
 ResultT = TypeVar("ResultT")
@@ -82,8 +78,10 @@ class Chaos:
         self._options = options
         self._tell = tell
         self._course = _Course()
-        self._totals = _Totals(job.id)
+        self._log = StepLog()
+        self._gauges = Gauges(job.id)
         self._first_event = 0
+        self._ask_at_s = 0.0
 
     @property
     def began(self) -> bool:
@@ -121,13 +119,13 @@ class Chaos:
         if self._course.disturbed is None:
             raise self._too_short()
         job = self._refresh()
-        commits = [
+        points = [
             Commit(point.step, point.time.timestamp())
             for point in _patiently(lambda: job.metrics(["train/loss"]))
         ]
         result = job.result
         return summarise(
-            commits,
+            self._log.better(points),
             self._course.disturbed,
             self._course.spans,
             self._course.injected,
@@ -206,18 +204,26 @@ class Chaos:
 
     def _sleep_until(self, unix_s: float) -> bool:
         """Sleep and keep an eye on the job; return False as soon as it has ended."""
-        look_s = scrape_s = 0.0
         while (now_s := time.time()) < unix_s:
-            if now_s >= scrape_s:
-                self._totals.add(self._addresses())
-                scrape_s = now_s + SCRAPE_EVERY_S
-            if now_s >= look_s:
-                # Whoever has just been killed does not answer for a moment.
-                with contextlib.suppress(Unavailable, DeadlineExceeded):
-                    if self._job.refresh().done:
-                        return False
-                look_s = now_s + 5 * LOOK_S
-            time.sleep(max(0.0, min(LOOK_S, unix_s - time.time())))
+            if not self._look():
+                return False
+            time.sleep(max(0.0, min(now_s + LOOK_S, unix_s) - time.time()))
+        return not self._job.done
+
+    def _look(self) -> bool:
+        """Note how far the job is; return False once it has ended."""
+        # Whoever has just been killed does not answer for a moment.
+        with contextlib.suppress(Unavailable, DeadlineExceeded):
+            aggregators = [each for each in self._victims.living() if each.metrics_address]
+            step = self._gauges.read(aggregators)
+            if step is not None:
+                self._log.saw(step, time.time())
+            now_s = time.monotonic()
+            if now_s >= self._ask_at_s:
+                self._ask_at_s = now_s + ASK_EVERY_S
+                self._job.refresh()
+                if not aggregators:
+                    self._log.saw(self._job.progress.step, time.time())
         return not self._job.done
 
     def _refresh(self) -> Job:
@@ -230,16 +236,10 @@ class Chaos:
             if event.sequence > self._first_event
         ]
 
-    def _addresses(self) -> list[Victim]:
-        with contextlib.suppress(Unavailable, DeadlineExceeded):
-            return [each for each in self._victims.living() if each.role == "aggregator"]
-        return []
-
     def _counters(self) -> Counters:
         events = self._events()
         counted = Counter(event.type for event in events)
-        self._totals.add(self._addresses())
-        lost, doubled = self._totals.lost, self._totals.doubled
+        lost, doubled = self._gauges.lost, self._gauges.doubled
         result = self._job.result
         if result is not None:
             # The job's own books, which no death of an aggregator can lose.
@@ -256,49 +256,6 @@ class Chaos:
             shards_moved=counted["SHARDS_MOVED"],
             speculations=counted["SPECULATION_STARTED"],
         )
-
-
-class _Totals:
-    """Examples lost and doubled by the aggregators' counters, which begin at 0 after a restart."""
-
-    def __init__(self, job_id: str) -> None:
-        self._job_id = job_id
-        self._seen: dict[tuple[int, str], int] = {}
-
-    def add(self, aggregators: Sequence[Victim]) -> None:
-        """Read the counters of the aggregators that tell where they are."""
-        for each in aggregators:
-            for kind, count in _scrape(each.metrics_address, self._job_id):
-                self._seen[each.pid, kind] = count
-
-    @property
-    def lost(self) -> int | None:
-        """Sum over all processes that were read; None if none was."""
-        return self._sum("lost")
-
-    @property
-    def doubled(self) -> int | None:
-        """Sum over all processes that were read; None if none was."""
-        return self._sum("doubled")
-
-    def _sum(self, kind: str) -> int | None:
-        found = [count for (_, seen), count in self._seen.items() if seen == kind]
-        return sum(found) if found else None
-
-
-def _scrape(address: str, job_id: str) -> Iterator[tuple[str, int]]:
-    if not address:
-        return
-    try:
-        # Not through a proxy: the address is one of this machine.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"http://{address}/metrics", timeout=SCRAPE_EVERY_S) as answer:
-            text = answer.read().decode()
-    except (OSError, http.client.HTTPException):
-        return
-    for kind, job, count in _COUNTED.findall(text):
-        if job == job_id:
-            yield kind, int(float(count))
 
 
 def _patiently(call: Callable[[], ResultT]) -> ResultT:
