@@ -16,6 +16,8 @@ from phalanx.errors import Unavailable
 
 WORKERS, SHARDS, LEAF_S = 4, 9, 0.1
 QUIET_S = 4.0
+STEPS = 10_000
+"""More than it takes; of more than these not every one would be recorded with its time."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ def run(command: str, *, quick: bool) -> list[Row]:
     """Kills of the leading control process, every other one together with a worker."""
     trials = 4 if quick else 20
     with patient_cluster(WORKERS, LEAF_S, controls=2) as running:
-        job = running.submit(patient_job("control", SHARDS, 1_000_000))
+        job = running.submit(patient_job("control", SHARDS, STEPS))
         wait_for(lambda: job.refresh().progress.step >= 5, "the first steps")
         start_s = time.time()
         time.sleep(QUIET_S)

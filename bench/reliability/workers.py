@@ -20,6 +20,8 @@ from phalanx.chaos.report import Span, gaps, percentile
 from phalanx.sdk.values import Event
 
 WORKERS, LEAF_S = 4, 0.1
+STEPS = 10_000
+"""More than it takes; of more than these not every one would be recorded with its time."""
 COPIES_REACH_S = 2 * LEAF_S + 0.3
 LOST_REACH_S = 2.5
 JOIN_REACH_S = 1.5
@@ -52,14 +54,14 @@ def run(command: str, *, quick: bool) -> list[Row]:
         marks = Path(folder)
         with patient_cluster(WORKERS, LEAF_S, marks=marks) as running:
             # One leaf per worker and step, so that a missing one is missing from the start.
-            job = running.submit(patient_job("late", WORKERS, 1_000_000))
+            job = running.submit(patient_job("late", WORKERS, STEPS))
             late = _Late()
             for trial in range(trials):
                 _stop_and_look(running, job, late, hang=bool(trial % 2))
             job.cancel()
             wait_for(lambda: job.refresh().done, "the job to end")
             # Three leaves in a row on all of them, four on the others while one is away.
-            job = running.submit(patient_job("joins", 12, 1_000_000))
+            job = running.submit(patient_job("joins", 12, STEPS))
             wait_for(lambda: all_host(running, job, WORKERS), "all workers to hold shards")
             joins = _restart_and_look(running, job, marks, trials)
             job.cancel()
