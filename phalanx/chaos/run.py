@@ -182,11 +182,12 @@ class Chaos:
         }
         if candidates:
             victim = candidates[planned.choose(list(candidates))]
-            injected = Injected(time.time(), planned.fault.name, victim.id)
+            # Noted first: a Ctrl-C may come as soon as the harm is done.
+            self._course.injected.append(Injected(time.time(), planned.fault.name, victim.id))
             if harm.inflict(planned.fault, victim.pid):
-                self._course.injected.append(injected)
                 self._tell(f"{planned.at_s:6.1f} s  {planned.fault.name:16} {victim.id}")
                 return
+            self._course.injected.pop()
         self._course.skipped += 1
         self._tell(f"{planned.at_s:6.1f} s  {planned.fault.name:16} skipped: nobody there")
 
