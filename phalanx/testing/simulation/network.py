@@ -1,0 +1,168 @@
+"""The network between simulated processes: ordered pipes whose messages may be late or stuck.
+
+A pipe is one direction of one stream. As with TCP nothing in it is lost, doubled or overtaken
+while the stream lives; a blocked link keeps what is under way until it is opened again. Messages
+of different streams, and of streams opened again, overtake each other freely.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from phalanx.testing.simulation.loop import Process, World
+
+Link = tuple[str, str]
+"""Names of sender and receiver."""
+
+LATENCY_S = (0.0001, 0.003)
+
+
+class Pipe:
+    """One direction of a stream; `deliver` runs in the receiver, in order."""
+
+    __slots__ = (
+        "closed",
+        "deliver",
+        "exact",
+        "last_s",
+        "link",
+        "network",
+        "number",
+        "owed",
+        "queue",
+        "receiver",
+        "sender",
+    )
+
+    def __init__(
+        self,
+        network: Network,
+        number: int,
+        sender: Process,
+        receiver: Process,
+        deliver: Callable[[str, Any], None],
+    ) -> None:
+        self.network = network
+        self.number = number
+        self.sender = sender
+        self.receiver = receiver
+        self.link = (sender.name, receiver.name)
+        self.deliver = deliver
+        self.queue: deque[tuple[str, Any]] = deque()
+        self.last_s = 0.0
+        self.owed = 0
+        self.closed = False
+        self.exact = False
+        """Whether the trace holds every byte; maps of protobuf come in any order."""
+
+    def send(self, kind: str, content: Any = b"") -> None:
+        """Send a message; a dead sender sends nothing."""
+        if self.closed or not self.sender.alive:
+            return
+        self.push(kind, content)
+
+    def push(self, kind: str, content: Any = b"") -> None:
+        """Send on behalf of the sender's kernel, which outlives it."""
+        network = self.network
+        self.queue.append((kind, content))
+        self.last_s = max(self.last_s, network.world.loop.now_s + network.latency_s(self.link))
+        network.world.loop.call_at_for(network.world.outside, self.last_s, self._arrives)
+
+    def close(self) -> None:
+        """Forget what is under way."""
+        self.closed = True
+        self.queue.clear()
+        self.owed = 0
+        self.network.stuck.pop(self.number, None)
+
+    def open_again(self) -> None:
+        """The link is free: what was stuck arrives."""
+        owed, self.owed = self.owed, 0
+        for _ in range(owed):
+            self._arrives()
+
+    def _arrives(self) -> None:
+        if self.closed or not self.queue:
+            return
+        network = self.network
+        if self.link in network.blocked or self.owed:
+            if not self.owed:
+                network.stuck[self.number] = self
+            self.owed += 1
+            return
+        kind, content = self.queue.popleft()
+        if self.receiver.alive:
+            network.delivered += 1
+            network.world.loop.call_soon_for(self.receiver, self._deliver, kind, content)
+
+    def _deliver(self, kind: str, content: Any) -> None:
+        if self.closed:
+            return
+        data = b""
+        if isinstance(content, bytes):
+            data = content if self.exact else len(content).to_bytes(4, "little")
+        self.network.world.note(self.number, kind.encode() + data)
+        self.deliver(kind, content)
+
+
+class Network:
+    """Who can reach whom, and how fast."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.blocked: set[Link] = set()
+        self.slow: dict[Link, float] = {}
+        self.stuck: dict[int, Pipe] = {}
+        self.delivered = 0
+        self.servers: dict[str, Any] = {}
+        """Address → server, see `rpc`."""
+        self.calls: dict[int, Any] = {}
+        """Open calls by number, see `rpc`."""
+        self.calls_made = 0
+        self._pipes = 0
+
+    def pipe(self, sender: Process, receiver: Process, deliver: Callable[[str, Any], None]) -> Pipe:
+        """A new direction of a stream."""
+        self._pipes += 1
+        return Pipe(self, self._pipes, sender, receiver, deliver)
+
+    def latency_s(self, link: Link) -> float:
+        """How long the next message takes."""
+        latency_s = self.world.jitter.uniform(*LATENCY_S)
+        factor = self.slow.get(link)
+        return latency_s if factor is None else latency_s * factor
+
+    def is_blocked(self, first: str, second: str) -> bool:
+        """Whether a connection between two processes cannot be made."""
+        return (first, second) in self.blocked or (second, first) in self.blocked
+
+    def block(self, links: Iterable[Link]) -> None:
+        """Let nothing pass on these links."""
+        for link in links:
+            self.blocked.add(link)
+
+    def unblock(self, links: Iterable[Link]) -> None:
+        """Let what is stuck on these links arrive, link by link in the order given."""
+        for link in links:
+            self.blocked.discard(link)
+            for pipe in [each for each in self.stuck.values() if each.link == link]:
+                self.stuck.pop(pipe.number, None)
+                pipe.open_again()
+
+    def heal(self) -> None:
+        """Make everything work again."""
+        self.slow.clear()
+        self.unblock(sorted(self.blocked))
+
+    def reset(self, first: str, second: str) -> int:
+        """Break the connections between two processes; returns how many calls that broke."""
+        broken = [
+            call
+            for call in self.calls.values()
+            if {call.client.name, call.server.name} == {first, second}
+        ]
+        for call in broken:
+            call.break_off()
+        return len(broken)

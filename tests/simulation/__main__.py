@@ -1,0 +1,83 @@
+"""Runs many seeds of the simulator, or one again.
+
+    python -m tests.simulation --seeds 10000 --processes 2 --json summary.json
+    python -m tests.simulation --replay 4711                 # what happened, line by line
+
+The summary is one JSON object:
+
+    first, seeds, processes, wall_s        what was run, and how long that took
+    cpu_s                                  processor seconds of all runs together
+    transitions, transitions_per_s         events handled by cores; per processor second
+    steps_per_seed, virtual_s_per_seed     committed steps and virtual seconds, on average
+    faults                                 how often each kind of fault fired
+    faults_per_seed, fault_kinds_per_seed  faults, and different kinds of them, on average
+    jobs, sha_equal, cancelled             jobs that were submitted, ended with the right SHA-256,
+                                           or were cancelled by their user
+    sha_equal_fraction                     sha_equal ÷ (jobs − cancelled)
+    lost, doubled                          examples that committed steps missed or had twice
+    stale_accepted, stale_refused          writes of an old generation or term that storage took,
+                                           and that it refused
+    failures                               seed, what must not happen and did, command that replays
+    vacuous                                why the batch proves too little; empty: it does not
+
+The exit status is 0 if nothing failed and the batch is not vacuous.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.simulation.batch import replay, run_seeds, summary, told
+
+_BLOCK = 25
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=100, help="how many seeds")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--processes", type=int, default=1, help="how many at once")
+    parser.add_argument("--json", type=Path, help="file for the summary; else standard output")
+    parser.add_argument("--replay", type=int, help="run this one seed and tell what happens")
+    given = parser.parse_args(argv)
+    if given.replay is not None:
+        return 1 if replay(given.replay, print) else 0
+    started = time.perf_counter()
+    blocks = [
+        range(first, min(first + _BLOCK, given.first + given.seeds))
+        for first in range(given.first, given.first + given.seeds, _BLOCK)
+    ]
+    outcomes: list[Any] = []
+    if given.processes == 1:
+        done = map(run_seeds, blocks)
+        pool = None
+    else:
+        pool = multiprocessing.get_context("spawn").Pool(given.processes)
+        done = pool.imap_unordered(run_seeds, blocks)
+    for block in done:
+        outcomes += block
+        for outcome in block:
+            if outcome.failure:
+                print(told(outcome), file=sys.stderr, flush=True)
+    if pool is not None:
+        pool.close()
+        pool.join()
+    found = summary(outcomes, given.processes, time.perf_counter() - started)
+    text = json.dumps(found, indent=1)
+    if given.json is None:
+        print(text)
+    else:
+        given.json.write_text(text + "\n")
+    return 1 if found["failures"] or found["vacuous"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

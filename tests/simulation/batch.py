@@ -1,0 +1,96 @@
+"""Many seeds: running them, adding them up, and telling whether they prove anything."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from tests.simulation.cluster import services
+from tests.simulation.runs import KINDS, Outcome, simulate
+
+STEPS_PER_SEED = 50.0
+FAULT_KINDS_PER_SEED = 5.0
+SEEDS_FOR_EVERY_KIND = 100
+"""From so many seeds on, each kind of fault must have fired somewhere."""
+
+
+def run_seeds(seeds: Iterable[int]) -> list[Outcome]:
+    """Run seeds one after another in this process."""
+    with services() as given:
+        return [simulate(given, seed) for seed in seeds]
+
+
+def replay(seed: int, tell: Callable[[str], None]) -> str:
+    """Run one seed again, telling what happens; returns what must not happen and did."""
+    with services() as given:
+        outcome = simulate(given, seed, tell)
+    tell(f"trace {outcome.trace}")
+    tell(told(outcome))
+    return outcome.failure
+
+
+def told(outcome: Outcome) -> str:
+    """One line, with the command that replays the seed where it failed."""
+    if not outcome.failure:
+        return f"seed {outcome.seed}: {outcome.steps} steps, {outcome.faults.total()} faults, right"
+    return f"seed {outcome.seed}: {outcome.failure}\n  {command(outcome.seed)}"
+
+
+def command(seed: int) -> str:
+    """What replays a seed exactly."""
+    return f"python -m tests.simulation --replay {seed}"
+
+
+def summary(outcomes: Sequence[Outcome], processes: int, wall_s: float) -> dict[str, Any]:
+    """Add outcomes up; see `__main__` for the meaning of each number."""
+    count = max(1, len(outcomes))
+    faults: Counter[str] = Counter()
+    for outcome in outcomes:
+        faults.update(outcome.faults)
+    jobs, equal = sum(each.jobs for each in outcomes), sum(each.sha_equal for each in outcomes)
+    cancelled = sum(each.cancelled for each in outcomes)
+    transitions = sum(each.transitions for each in outcomes)
+    found: dict[str, Any] = {
+        "first": min((each.seed for each in outcomes), default=0),
+        "seeds": len(outcomes),
+        "processes": processes,
+        "wall_s": round(wall_s, 1),
+        "cpu_s": round(sum(each.cpu_s for each in outcomes), 1),
+        "transitions": transitions,
+        "transitions_per_s": round(transitions / max(1e-9, sum(each.cpu_s for each in outcomes))),
+        "steps_per_seed": sum(each.steps for each in outcomes) / count,
+        "virtual_s_per_seed": sum(each.virtual_s for each in outcomes) / count,
+        "faults": dict(sorted(faults.items())),
+        "faults_per_seed": faults.total() / count,
+        "fault_kinds_per_seed": sum(len(each.faults) for each in outcomes) / count,
+        "jobs": jobs,
+        "sha_equal": equal,
+        "cancelled": cancelled,
+        "sha_equal_fraction": equal / max(1, jobs - cancelled),
+        "lost": sum(each.lost for each in outcomes),
+        "doubled": sum(each.doubled for each in outcomes),
+        "stale_accepted": sum(each.stale_accepted for each in outcomes),
+        "stale_refused": sum(each.stale_refused for each in outcomes),
+        "failures": [
+            {"seed": each.seed, "failure": each.failure, "command": command(each.seed)}
+            for each in outcomes
+            if each.failure
+        ],
+    }
+    found["vacuous"] = vacuous(found, faults)
+    return found
+
+
+def vacuous(found: dict[str, Any], faults: Counter[str]) -> list[str]:
+    """Why a batch proves too little; nothing: it does not."""
+    why = []
+    if found["steps_per_seed"] < STEPS_PER_SEED:
+        why.append(f"{found['steps_per_seed']:.1f} committed steps per seed are too few")
+    if found["fault_kinds_per_seed"] < FAULT_KINDS_PER_SEED:
+        why.append(f"{found['fault_kinds_per_seed']:.1f} kinds of fault per seed are too few")
+    if found["seeds"] >= SEEDS_FOR_EVERY_KIND:
+        missing = sorted(KINDS - faults.keys())
+        if missing:
+            why.append(f"these faults never happened: {', '.join(missing)}")
+    return why

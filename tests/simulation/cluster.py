@@ -1,0 +1,282 @@
+"""A whole cluster in one world: the mains of the services that ship, on simulated machines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import coordinator.aggregation.exchange
+import coordinator.aggregation.process
+import coordinator.control.model_writer
+import coordinator.control.process
+import phalanx.clients.blob_transfers
+import phalanx.frames
+import phalanx.rpc.server
+import storage.runtime
+import worker.__main__
+import worker.session.app
+import worker.session.setup
+import worker.session.slots
+from coordinator.aggregation.config import AggregatorConfig
+from coordinator.control.config import ControlConfig
+from coordinator.control.core import ownership
+from phalanx.testing.simulation import Network, Process, World
+from phalanx.testing.simulation.clocks import Environment, environment
+from phalanx.testing.simulation.rpc import process_died
+from storage.config import StorageConfig
+from tests.simulation.hosts import Arena, Cache, Leaf, Machines
+from tests.simulation.stored import Machine
+from worker.config import WorkerConfig
+
+STORAGE = "storage:7420"
+BLOCK_ELEMENTS = 32
+FRAME_BYTES = 2 * BLOCK_ELEMENTS * 4
+_PORTS = {"control": 7410, "aggregator": 7430}
+
+
+class _Nothing:
+    """Takes every measurement and keeps none."""
+
+    def __getattr__(self, name: str) -> _Nothing:
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> _Nothing:
+        return self
+
+    def __bool__(self) -> bool:
+        return False
+
+
+NOTHING = _Nothing()
+
+
+class _Psutil:
+    def Process(self) -> _Psutil:
+        return self
+
+    def memory_info(self) -> _Psutil:
+        return self
+
+    rss = 0
+
+
+class _FileSink(phalanx.clients.blob_transfers.MemorySink):
+    """A download into the cache of a simulated machine."""
+
+    machines: Machines
+
+    def __init__(self, path: Any) -> None:
+        super().__init__()
+        self._key = (path.parent.name, path.name)
+
+    def publish(self) -> int:
+        self.machines.files[self._key] = self.content()
+        return self.size_bytes
+
+
+class Services:
+    """Replaces what the services would ask of the machine; one for as many runs as wanted."""
+
+    def __init__(self, made: Environment) -> None:
+        self.environment = made
+        self.machines: Machines | None = None
+        self.storage: Machine | None = None
+        for module in (
+            coordinator.aggregation.process,
+            coordinator.control.process,
+            storage.runtime,
+            worker.__main__,
+        ):
+            made.replace(module, "announce", lambda *_, **__: None)
+        self._measure_nothing()
+        self._replace_machine()
+        made.replace(phalanx.frames, "BLOCK_ELEMENTS", BLOCK_ELEMENTS)
+        made.replace(ownership, "BLOCK_ELEMENTS", BLOCK_ELEMENTS)
+        made.replace(phalanx.frames.frame_grid, "__defaults__", (FRAME_BYTES,))
+
+    def _measure_nothing(self) -> None:
+        replace = self.environment.replace
+        for module, names in (
+            (coordinator.control.process, ("ControlMetrics", "new_registry", "Gauges")),
+            (coordinator.aggregation.process, ("AggregatorMetrics", "JobGauges")),
+            (phalanx.rpc.server, ("GrpcServerMetrics", "new_registry", "_add_reflection")),
+            (storage.runtime, ("StorageMetrics", "new_registry")),
+            (worker.__main__, ("WorkerMetrics", "new_registry")),
+        ):
+            for name in names:
+                replace(module, name, NOTHING)
+
+    def _replace_machine(self) -> None:
+        replace = self.environment.replace
+        replace(worker.__main__, "gc", NOTHING)
+        replace(coordinator.aggregation.process, "psutil", _Psutil())
+        replace(coordinator.aggregation.process, "numeric_fingerprint", self)
+        replace(worker.session.app, "_resident_bytes", lambda _: 0)
+        replace(worker.session.app, "_memory_bytes", lambda: 1 << 34)
+        replace(worker.session.app, "_version", lambda: "simulated")
+        replace(coordinator.aggregation.process, "_version", lambda: "simulated")
+        replace(coordinator.control.model_writer, "_versions", dict)
+        replace(worker.session.app, "stored_fingerprint", _fingerprint)
+        replace(worker.session.app, "BlobCache", self._cache)
+        replace(worker.session.slots, "LeafProcess", self._leaf)
+        replace(worker.session.setup, "Arena", self)
+        replace(phalanx.clients.blob_transfers, "FileSink", _FileSink)
+        replace(storage.runtime, "open_embedded_backend", self._backend)
+
+    def compute(self) -> str:
+        """The numeric fingerprint of an aggregator."""
+        return "fingerprint"
+
+    def create(self, name: str, element_count: int, dtype: Any) -> Arena:
+        """The arena of a job."""
+        assert self.machines is not None
+        return Arena(self.machines, element_count, dtype)
+
+    def _cache(self, folder: Any, limit_bytes: int, download: Any, metrics: Any) -> Cache:
+        assert self.machines is not None
+        return Cache(self.machines, download)
+
+    def _leaf(self, limit: int, on_message: Any, on_log: Any, on_exit: Any) -> Leaf:
+        assert self.machines is not None
+        return Leaf(self.machines, on_message, on_exit)
+
+    def _backend(self, folder: Any, **more: Any) -> Any:
+        assert self.storage is not None
+        return self.storage.backend(
+            more["on_corruption"], more["on_failure"], coordinator.control.leader.time.time_ns
+        )
+
+
+async def _fingerprint(folder: Any, compute: Callable[[], Any]) -> Any:
+    return await compute()
+
+
+@contextmanager
+def services() -> Iterator[Services]:
+    """Everything replaced, for as long as the block runs."""
+    with environment() as made:
+        yield Services(made)
+
+
+class Cluster:
+    """The processes of one run, by name; a name that is started again is a new incarnation."""
+
+    def __init__(self, world: World, network: Network, given: Services, settings: Any) -> None:
+        self.world = world
+        self.network = network
+        self.settings = settings
+        self.chance = world.chance
+        self.machines = Machines(world, self._leaf_s)
+        self.storage_machine = Machine(world)
+        self.alive: dict[str, Process] = {}
+        self.stops: dict[str, asyncio.Event] = {}
+        given.machines = _FileSink.machines = self.machines
+        given.storage = self.storage_machine
+        given.environment.use(world, network)
+        worker.session.setup._numbers = iter(range(1, 1 << 60))  # type: ignore[assignment]
+        self.controls = [f"control-{n + 1}" for n in range(settings.controls)]
+        self.aggregators = [f"aggregator-{n + 1}" for n in range(settings.aggregators)]
+        self.workers = [f"worker-{n + 1}" for n in range(settings.workers)]
+        self.slowness: dict[str, float] = {}
+        self.healed = False
+
+    @property
+    def control_addresses(self) -> tuple[str, ...]:
+        """Where control may be found."""
+        return tuple(f"{name}:{_PORTS['control']}" for name in self.controls)
+
+    def start_all(self) -> None:
+        """Start every process."""
+        for name in ("storage", *self.controls, *self.aggregators, *self.workers):
+            self.start(name)
+
+    def start(self, name: str) -> Process:
+        """Start a process of the kind that its name says."""
+        stop = self.stops[name] = asyncio.Event()
+        kind = name.rpartition("-")[0] or name
+        main = getattr(self, f"_{kind}")
+        process = self.world.start(name, lambda: main(name, stop))
+        process.on_death.append(lambda: process_died(self.network, process))
+        self.alive[name] = process
+        return process
+
+    def kill(self, name: str) -> None:
+        """End a process as `kill -9` does."""
+        process = self.alive.pop(name)
+        self.machines.hung.discard(name)
+        self.world.resume(process)
+        self.world.kill(process)
+        if name == "storage":
+            self.storage_machine.disk.crash(self.world.chance)
+
+    def is_alive(self, name: str) -> bool:
+        """Whether the process runs (it may have ended by itself)."""
+        process = self.alive.get(name)
+        return process is not None and process.alive
+
+    def heal(self) -> None:
+        """Make everything work: links, disks, and every process runs."""
+        self.network.heal()
+        self.slowness.clear()
+        self.machines.hung.clear()
+        self.storage_machine.disk.full = self.storage_machine.disk.failing = False
+        for name in ("storage", *self.controls, *self.aggregators, *self.workers):
+            self.ensure(name)
+            self.world.resume(self.alive[name])
+
+    def ensure(self, name: str) -> None:
+        """Have a process run that is not about to end; one that takes long to stop is killed."""
+        if self.is_alive(name) and self.stops[name].is_set():
+            self.kill(name)
+        if not self.is_alive(name):
+            self.start(name)
+
+    def _leaf_s(self, worker_name: str) -> float:
+        base_s = self.settings.leaf_s * self.world.jitter.uniform(0.8, 1.3)
+        return base_s * self.slowness.get(worker_name, 1.0)
+
+    # Mains
+
+    async def _storage(self, name: str, stop: asyncio.Event) -> None:
+        config = StorageConfig(
+            id=name, listen=STORAGE, metrics_listen=None, state=Path("/state"), gc_interval_s=0
+        )
+        await storage.runtime.serve(config, stop)
+
+    async def _control(self, name: str, stop: asyncio.Event) -> None:
+        config = ControlConfig(
+            id=name,
+            listen=f"{name}:{_PORTS['control']}",
+            storage=STORAGE,
+            metrics_listen=None,
+            range_min_bytes=self.settings.range_min_bytes,
+            snapshot_every_records=self.settings.snapshot_every_records,
+            heartbeat_interval_s=0.5,
+            lease_ttl_s=2.0,
+        )
+        await coordinator.control.process.serve(config, stop)
+
+    async def _aggregator(self, name: str, stop: asyncio.Event) -> None:
+        config = AggregatorConfig(
+            id=name,
+            listen=f"{name}:{_PORTS['aggregator']}",
+            control=self.control_addresses,
+            storage=(STORAGE,),
+            metrics_listen=None,
+        )
+        await coordinator.aggregation.process.serve(config, stop)
+
+    async def _worker(self, name: str, stop: asyncio.Event) -> None:
+        config = WorkerConfig(
+            id=name,
+            control=self.control_addresses,
+            storage=(STORAGE,),
+            metrics_listen=None,
+            slots=self.settings.slots,
+            cache_dir=Path("/cache"),
+            leaf_timeout_s=self.settings.leaf_timeout_s,
+        )
+        await worker.__main__.serve(config, stop)

@@ -1,0 +1,321 @@
+"""What a worker's session process meets on its machine: leaf processes, shared memory, a cache.
+
+A leaf runs in virtual time. It reads the parameters when it *ends*, so a buffer that is overwritten
+under a running leaf gives wrong bits, as it would in a real process.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.reduction import Node
+from phalanx.testing.simulation.loop import World
+from phalanx.v1 import coordination_service_pb2, training_pb2
+from tests.simulation import jobs
+from worker import ipc
+from worker.ipc import Kind, Message
+from worker.leaf.reduce import Scratch, Sums, reduce_node
+
+GoRecord = training_pb2.GoRecord
+SIGKILL = -9
+
+
+class Machines:
+    """What is the same for all workers of one run."""
+
+    def __init__(self, world: World, leaf_s: Callable[[str], float]) -> None:
+        self.world = world
+        self.leaf_s = leaf_s
+        self.arenas: dict[int, Arena] = {}
+        self.files: dict[tuple[str, str], bytes] = {}
+        self.hung: set[str] = set()
+        """Workers whose present leaf never ends."""
+        self.fingerprints: dict[str, str] = {}
+        self.leaves_run = 0
+
+
+class Arena:
+    """Shared memory without sharing."""
+
+    def __init__(self, machines: Machines, element_count: int, dtype: np.dtype[Any]) -> None:
+        self.fd = len(machines.arenas) + 1
+        self.element_count = element_count
+        self.dtype = dtype
+        self._arrays: dict[int, NDArray[Any]] = {}
+        machines.arenas[self.fd] = self
+
+    def array(self, buffer: int) -> NDArray[Any]:
+        array = self._arrays.get(buffer)
+        if array is None:
+            array = self._arrays[buffer] = np.zeros(self.element_count, self.dtype)
+        return array
+
+    def reserve(self, buffer: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self._arrays.clear()
+
+
+class Page:
+    """What a leaf process says of itself without being asked."""
+
+    def __init__(self) -> None:
+        self.task = 0
+        self.shard = -1
+        self.step = 0
+        self.leaves = 0
+        self.cancelled_task = 0
+
+    def cancel(self, task: int) -> None:
+        self.cancelled_task = task
+
+    def leaf_seconds(self, now_ns: int) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        pass
+
+
+class Leaf:
+    """Stands in for `worker.session.process.LeafProcess`."""
+
+    def __init__(
+        self,
+        machines: Machines,
+        on_message: Callable[[Any, Message], None],
+        on_exit: Callable[[Any, int], None],
+    ) -> None:
+        self.page = Page()
+        self.ready = False
+        self.known_jobs: set[int] = set()
+        self.killed_as_hung = False
+        self.pid = 0
+        self._machines = machines
+        self._loop = machines.world.loop
+        self._worker = self._loop.current.name
+        self._on_message = on_message
+        self._on_exit = on_exit
+        self._dead = False
+        self._plans: dict[int, tuple[jobs.Shape, training_pb2.JobPlan, Arena]] = {}
+        self._orders: deque[tuple[Kind, bytes, tuple[int, ...]]] = deque()
+        self._busy = True
+        self._loop.call_later(0.01, self._up)
+
+    def send(self, kind: Kind, body: bytes = b"", fds: tuple[int, ...] = ()) -> None:
+        self._orders.append((kind, body, fds))
+        if not self._busy:
+            self._busy = True
+            self._loop.call_later(0.0002, self._next)
+
+    def kill(self) -> None:
+        if not self._dead:
+            self._dead = True
+            self._loop.call_later(0.001, self._on_exit, self, SIGKILL)
+
+    def hung(self) -> None:
+        self.killed_as_hung = True
+        self._machines.hung.discard(self._worker)
+        self.kill()
+
+    def was_out_of_memory(self, code: int) -> bool:
+        return False
+
+    # Inside
+
+    def _up(self) -> None:
+        self._say(Kind.READY)
+        self._next()
+
+    def _say(self, kind: Kind, body: bytes = b"") -> None:
+        if not self._dead:
+            self._on_message(self, Message(kind, body))
+
+    def _next(self) -> None:
+        self._busy = False
+        while self._orders and not self._busy and not self._dead:
+            self._busy = True
+            kind, body, fds = self._orders.popleft()
+            if kind is Kind.RUN:
+                self._begin(ipc.RunOrder.unpack(body))
+                return
+            self._obey(kind, body, fds)
+            self._busy = False
+
+    def _obey(self, kind: Kind, body: bytes, fds: tuple[int, ...]) -> None:
+        if kind is Kind.SETUP:
+            document, plan_bytes = ipc.unpack_json(body)
+            plan = training_pb2.JobPlan.FromString(plan_bytes)
+            arena = self._machines.arenas[fds[0]]
+            self._plans[document["job"]] = (jobs.shape_of(plan), plan, arena)
+            answer = {"job": document["job"], "error": "", "traceback": ""}
+            self._say(Kind.SETUP_DONE, ipc.pack_json(answer))
+        elif kind is Kind.DESCRIBE:
+            document, plan_bytes = ipc.unpack_json(body)
+            plan = training_pb2.JobPlan.FromString(plan_bytes)
+            described = coordination_service_pb2.JobDescribed(
+                job_id=plan.job_id,
+                layout=jobs.layout_of(jobs.shape_of(plan)),
+                evaluation_sums=jobs.SUMS if plan.evaluation_shards else (),
+                leaf_sha256="0" * 64,
+            )
+            reply = ipc.pack_json({"job": document["job"]}, described.SerializeToString())
+            self._say(Kind.DESCRIBED, reply)
+        elif kind is Kind.DROP:
+            self._plans.pop(ipc.unpack_json(body)[0]["job"], None)
+        elif kind is Kind.FINGERPRINT:
+            found = self._machines.fingerprints.get(self._worker, "fingerprint")
+            self._say(Kind.FINGERPRINTED, ipc.pack_json({"fingerprint": found, "error": ""}))
+
+    def _begin(self, order: ipc.RunOrder) -> None:
+        self.page.task, self.page.step = order.task, order.version
+        self._parts(order, 0)
+
+    def _parts(self, order: ipc.RunOrder, index: int) -> None:
+        """Run one part after another, then say that the task has ended."""
+        if index == len(order.parts):
+            self._over(order)
+            return
+        first, span, _ = order.parts[index]
+        width = self._width(order)
+        shards = [s for s in range(first, min(first + span, width)) if s not in order.absent]
+        self._leaves(order, index, shards, {}, [])
+
+    def _leaves(
+        self,
+        order: ipc.RunOrder,
+        index: int,
+        shards: list[int],
+        done: dict[int, tuple[Any, int, float]],
+        seconds: list[float],
+    ) -> None:
+        if self._dead:
+            return
+        if not shards:
+            self._part_done(order, index, done, seconds)
+            self._parts(order, index + 1)
+            return
+        if self.page.cancelled_task == order.task:
+            self._over(order)
+            return
+        self.page.shard = shards[0]
+        if self._worker in self._machines.hung:
+            return  # until it is killed
+        leaf_s = self._machines.leaf_s(self._worker)
+
+        def ends() -> None:
+            if self._dead:
+                return
+            done[shards[0]] = self._compute(order, shards[0])
+            seconds.append(leaf_s)
+            self.page.shard = -1
+            self.page.leaves += 1
+            self._machines.leaves_run += 1
+            self._leaves(order, index, shards[1:], done, seconds)
+
+        self._loop.call_later(leaf_s, ends)
+
+    def _compute(self, order: ipc.RunOrder, shard: int) -> tuple[Any, int, float]:
+        shape, plan, arena = self._plans[order.job]
+        if order.action == GoRecord.ACTION_INITIALISE:
+            return jobs.initial(shape), 0, 0.0
+        if order.action == GoRecord.ACTION_EVALUATE:
+            first, stop = (
+                edge * plan.evaluation_rows // plan.evaluation_shards for edge in (shard, shard + 1)
+            )
+            return np.array(jobs.evaluation_sums(shard)), stop - first, 0.0
+        count = jobs.examples(shape, shard, order.version)
+        out = np.empty(shape.elements, shape.dtype)
+        jobs.gradient(shape, shard, order.version, arena.array(order.parameters), out)
+        return out, count, jobs.loss(shard, order.version)
+
+    def _part_done(
+        self,
+        order: ipc.RunOrder,
+        index: int,
+        done: dict[int, tuple[Any, int, float]],
+        seconds: list[float],
+    ) -> None:
+        arena = self._plans[order.job][2]
+        first, span, buffer = order.parts[index]
+        initialises = order.action == GoRecord.ACTION_INITIALISE
+        evaluates = order.action == GoRecord.ACTION_EVALUATE
+
+        def leaf(shard: int, out: NDArray[Any]) -> Sums:
+            if shard not in done:
+                return Sums(0, 0.0, 0)
+            values, count, loss = done[shard]
+            out[:] = values
+            return Sums(count, loss, 1 if count or initialises else 0)
+
+        out = np.zeros(len(jobs.SUMS)) if evaluates else arena.array(buffer)
+        scratch = Scratch(len(out), out.dtype)
+        total = reduce_node(Node(first, span), self._width(order), leaf, out, scratch)
+        sums = tuple(out.tolist()) if evaluates else ()
+        count = 0 if initialises else total.count
+        answer = ipc.PartDone(
+            order.task, index, count, total.loss, total.mask, sums, tuple(seconds)
+        )
+        self._say(Kind.PART_DONE, answer.pack())
+
+    def _over(self, order: ipc.RunOrder) -> None:
+        self.page.task, self.page.shard = 0, -1
+        self._say(Kind.TASK_ENDED, ipc.pack_ended(order.task))
+        self._next()
+
+    def _width(self, order: ipc.RunOrder) -> int:
+        plan = self._plans[order.job][1]
+        if order.action == GoRecord.ACTION_INITIALISE:
+            return 1
+        return plan.evaluation_shards if order.action == GoRecord.ACTION_EVALUATE else plan.shards
+
+
+class CachedFile:
+    """A blob in a worker's cache, as a path that can be read."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self.name = "file"
+
+    def read_bytes(self) -> bytes:
+        return self._content
+
+
+class Pinned:
+    """Stands in for `worker.cache.Pinned`."""
+
+    def __init__(self, digest: str, content: bytes) -> None:
+        self.digest = digest
+        self.path = CachedFile(content)
+
+    def release(self) -> None:
+        pass
+
+
+class Cache:
+    """Stands in for `worker.cache.BlobCache`; what is cached outlives the worker."""
+
+    limit_bytes = 1 << 30
+
+    def __init__(self, machines: Machines, download: Callable[[str, Any], Any]) -> None:
+        self._machines = machines
+        self._worker = machines.world.loop.current.name
+        self._download = download
+
+    async def get(self, digest: str, size_bytes: int | None = None) -> Pinned:
+        files = self._machines.files
+        while (self._worker, digest) not in files:
+            await self._download(digest, PurePosixPath(f"/{self._worker}/{digest}"))
+        return Pinned(digest, files[self._worker, digest])
+
+    def prefetch(self, digest: str, size_bytes: int | None = None) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass

@@ -1,0 +1,188 @@
+"""The jobs of the simulator: leaves that are cheap, pure, and whose sums show their order.
+
+A leaf depends on shard, step and every parameter; magnitudes differ by shard, so that adding in
+another order, leaving one out or adding one twice gives other bits. `reference` computes every
+version by a plain loop, without any of the cluster's code but the tree and the optimizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.data.manifest import ChunkInfo, DatasetManifest, Statistics
+from phalanx.models.base import decay_mask
+from phalanx.optimizers import build_optimizer
+from phalanx.reduction import reduce_leaves
+from phalanx.v1 import training_pb2
+from phalanx.v1.job_spec_pb2 import JobSpec
+
+Array = NDArray[Any]
+
+DATASET = "data"
+TRAIN_ROWS = 4096
+TEST_ROWS = 768
+ROWS_PER_LEAF = 8
+SUMS = ("loss", "correct")
+CHUNK = b"rows" * 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What makes one job differ from another."""
+
+    elements: int = 100
+    shards: int = 4
+    steps: int = 40
+    optimizer: str = "momentum"
+    dtype: str = "float32"
+    checkpoint_every: int = 10
+    evaluate_every: int = 0
+
+
+def manifest() -> DatasetManifest:
+    """The data set that every job reads; its one chunk is never looked into."""
+    digest = hashlib.sha256(CHUNK).hexdigest()
+    train = ChunkInfo(digest, rows=TRAIN_ROWS, size_bytes=len(CHUNK))
+    test = ChunkInfo(digest, rows=TEST_ROWS, size_bytes=len(CHUNK))
+    return DatasetManifest(
+        format="dense",
+        dtype="float32",
+        features=8,
+        task="classification",
+        target="label",
+        splits={"train": (train,), "test": (test,)},
+        statistics=Statistics(count=TRAIN_ROWS, mean=(0.0,) * 8, std=(1.0,) * 8),
+        classes=("no", "yes"),
+    )
+
+
+def job_spec(shape: Shape, name: str) -> JobSpec:
+    """The spec that a user would submit."""
+    spec = JobSpec(name=name, seed=7)
+    spec.data.name, spec.data.shards = DATASET, shape.shards
+    train = spec.train
+    train.model.logistic_regression.SetInParent()
+    train.synchronous.SetInParent()
+    train.dtype = shape.dtype
+    train.l2 = 0.01
+    train.batch_size = shape.shards * ROWS_PER_LEAF
+    train.stop.steps = shape.steps
+    train.checkpoints.every_steps = shape.checkpoint_every
+    if shape.evaluate_every:
+        train.evaluation.split = "test"
+        train.evaluation.every_steps = shape.evaluate_every
+    if shape.optimizer == "adam":
+        adam = train.optimizer.adam
+        adam.learning_rate, adam.beta1, adam.beta2, adam.epsilon = 0.01, 0.9, 0.999, 1e-8
+    else:
+        train.optimizer.sgd.learning_rate = 0.02
+        if shape.optimizer == "momentum":
+            train.optimizer.sgd.momentum = 0.9
+    return spec
+
+
+def shape_of(plan: training_pb2.JobPlan) -> Shape:
+    """The shape of the job that a plan belongs to; its name tells the number of elements."""
+    spec = JobSpec.FromString(plan.spec)
+    train = spec.train
+    optimizer = train.optimizer.WhichOneof("kind")
+    if optimizer == "sgd":
+        optimizer = "momentum" if train.optimizer.sgd.momentum else "sgd"
+    return Shape(
+        elements=int(spec.name.rpartition("-")[2]),
+        shards=spec.data.shards,
+        steps=train.stop.steps,
+        optimizer=optimizer,
+        dtype=train.dtype,
+        checkpoint_every=train.checkpoints.every_steps,
+        evaluate_every=train.evaluation.every_steps,
+    )
+
+
+def layout_of(shape: Shape) -> training_pb2.Layout:
+    """What a worker finds out by building the model."""
+    weights = shape.elements * 3 // 4
+    return training_pb2.Layout(
+        dtype=shape.dtype,
+        element_count=shape.elements,
+        tensors=[
+            training_pb2.TensorSpec(name="weights", shape=[weights], decay=True),
+            training_pb2.TensorSpec(name="biases", shape=[shape.elements - weights]),
+        ],
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _initial(elements: int, dtype: str) -> Array:
+    return np.sin(np.arange(elements) * 0.37).astype(dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _wave(elements: int, shard: int, dtype: str) -> Array:
+    return np.cos(np.arange(elements) * (0.11 + 0.07 * shard)).astype(dtype)
+
+
+def initial(shape: Shape) -> Array:
+    """Version 0."""
+    return _initial(shape.elements, shape.dtype)
+
+
+def gradient(shape: Shape, shard: int, step: int, parameters: Array, out: Array) -> None:
+    """The gradient sum of one leaf."""
+    scalar = parameters.dtype.type
+    np.multiply(parameters, scalar(0.3), out=out)
+    out += _wave(shape.elements, shard, shape.dtype)
+    out *= scalar((0.001, 1.0, 37.0)[(shard + step) % 3] / (1 + step % 7))
+
+
+def examples(shape: Shape, shard: int, step: int) -> int:
+    """Rows of one leaf."""
+    first, stop = shard * TRAIN_ROWS // shape.shards, (shard + 1) * TRAIN_ROWS // shape.shards
+    largest = -(-TRAIN_ROWS // shape.shards)
+    done = step % -(-largest // ROWS_PER_LEAF) * ROWS_PER_LEAF
+    return min(max(stop - first - done, 0), ROWS_PER_LEAF)
+
+
+def loss(shard: int, step: int) -> float:
+    """The loss sum of one leaf."""
+    return 0.1 * (shard + 1) / (step + 3)
+
+
+def evaluation_sums(shard: int) -> tuple[float, ...]:
+    """The sums of one evaluation leaf."""
+    return (0.5 * (shard + 1), 100.0 + shard)
+
+
+@functools.lru_cache(maxsize=64)
+def reference(shape: Shape) -> list[Array]:
+    """All versions, from 0 to the last."""
+    train = job_spec(shape, f"job-{shape.elements}").train
+    optimizer = build_optimizer(train, shape.steps)
+    state = {name: np.zeros(shape.elements, shape.dtype) for name in optimizer.state_names}
+    versions = [initial(shape).copy()]
+    mask = decay_mask(layout_of(shape))
+    for step in range(shape.steps):
+        parameters = versions[-1]
+        leaves: dict[int, Array] = {}
+        for shard in range(shape.shards):
+            if examples(shape, shard, step):
+                leaves[shard] = np.empty(shape.elements, shape.dtype)
+                gradient(shape, shard, step, parameters, leaves[shard])
+        total = reduce_leaves(leaves, shape.shards)
+        out = parameters.copy()
+        if total is not None:
+            count = sum(examples(shape, shard, step) for shard in range(shape.shards))
+            optimizer.apply(parameters, total, count, mask, state, step, out)
+        versions.append(out)
+    return versions
+
+
+def reference_sha256(shape: Shape) -> str:
+    """What the parameters of the finished model must hash to."""
+    return hashlib.sha256(reference(shape)[-1].tobytes()).hexdigest()

@@ -1,0 +1,283 @@
+"""What must hold, looked at after every transition, from outside of what it watches.
+
+A *transition* is one event handled by a core: a call of control's `handle`; a frame, go record or
+command taken by an aggregator's `JobRanges`; a message given out by a cursor; a message, go record,
+frame, part or task taken by a worker's core or given out by its outbox; a transaction of storage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+
+from coordinator.aggregation.core.cursor import Cursor
+from coordinator.aggregation.core.machine import JobRanges
+from coordinator.aggregation.core.versions import payload_of
+from coordinator.control import leader
+from coordinator.control.core import invariants
+from phalanx.testing.simulation.clocks import Environment
+from phalanx.testing.simulation.loop import SimulationFailed, World
+from phalanx.v1 import storage_service_pb2 as pb
+from phalanx.v1.training_pb2 import GoRecord
+from storage.backends.sqlite.jobs import SqliteJobs
+from storage.backends.sqlite.journals import SqliteJournals
+from storage.backends.sqlite.leases import SqliteLeases
+from tests.simulation import jobs
+from worker.core.job import JobCore
+from worker.core.outbox import Outbox
+from worker.core.session import WorkerCore
+
+
+class Oracle:
+    """Everything that one run did and promised, and the checks of it."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.commits: dict[str, int] = {}
+        """Committed steps by job, those that were computed again included."""
+        self.lost = 0
+        self.doubled = 0
+        self.stale_accepted = 0
+        self.stale_refused = 0
+        self._token = 0
+        self._terms: dict[str, int] = {}
+        self._final: dict[str, str] = {}
+        self._leaders: dict[int, str] = {}
+        self._checked: dict[tuple[int, int], int] = {}
+        self._worker_order: dict[int, tuple[int, int]] = {}
+        self._ranges: dict[int, JobRanges] = {}
+
+    def demand(self, holds: bool, message: str) -> None:
+        """Fail the run unless something holds."""
+        if not holds:
+            self.fail(message)
+
+    def fail(self, message: str) -> NoReturn:
+        """Something must not happen and did."""
+        error = SimulationFailed(message)
+        self.world.fail(error)
+        raise error
+
+    # Control
+
+    def control_handled(self, core: Any) -> None:
+        name = self.world.loop.current.name
+        holder = self._leaders.setdefault(core.generation, name)
+        self.demand(holder == name, f"{name} and {holder} both lead generation {core.generation}")
+        try:
+            invariants.check(core)
+        except invariants.InvariantBroken as broken:
+            self.fail(str(broken))
+
+    # Aggregators
+
+    def ranges_acted(self, ranges: JobRanges, effects: list[Any]) -> None:
+        self._ranges[id(ranges)] = ranges  # keeps its id from being used again
+        shape = None
+        for index in ranges.range_indexes:
+            store = ranges.versions_of(index)
+            version = store.newest_whole
+            key = (id(ranges), index)
+            before = self._checked.get(key, -1)
+            held = store.held
+            if len(held) > 2 or (len(held) == 2 and held[1] != held[0] + 1):
+                self.fail(f"range {index} holds the versions {held}")
+            if version == before:
+                continue
+            self.demand(version > before, f"range {index} went from version {before} to {version}")
+            self._checked[key] = version
+            shape = shape or jobs.shape_of(ranges.plan)
+            self._check_bits(ranges, index, version, shape)
+        for effect in effects:
+            if type(effect).__name__ == "Committed":
+                job_id = ranges.plan.job_id
+                self.commits[job_id] = self.commits.get(job_id, 0) + 1
+                self.lost += max(0, effect.expected_count - effect.example_count)
+                self.doubled += max(0, effect.example_count - effect.expected_count)
+                self.demand(
+                    effect.example_count == effect.expected_count,
+                    f"{job_id}: {effect.example_count} of {effect.expected_count} examples in "
+                    f"step {effect.version}",
+                )
+
+    def _check_bits(self, ranges: JobRanges, index: int, version: int, shape: jobs.Shape) -> None:
+        """A committed version must be what a machine without faults computes."""
+        store = ranges.versions_of(index)
+        held = store.get(version)
+        assert held is not None
+        piece = ranges._ranges[index].parameters.piece
+        expected = jobs.reference(shape)[version]
+        for (first, count), frame in zip(store.grid, held.frames, strict=True):
+            assert frame is not None
+            start = piece.first_element + first
+            same = payload_of(frame, count, store.dtype).tobytes() == (
+                expected[start : start + count].tobytes()
+            )
+            self.demand(
+                same,
+                f"{ranges.plan.job_id}: term {ranges.term}, range {index}, version {version} has "
+                "other bits than without faults",
+            )
+
+    # Workers
+
+    def worker_acted(self, core: JobCore) -> None:
+        order = (core.term, core.versions.whole_version)
+        before = self._worker_order.get(id(core), (0, -1))
+        if order < before and order[1] != -1:
+            self.fail(f"a worker went back from (term, version) {before} to {order}")
+        self._worker_order[id(core)] = order
+
+    # Storage
+
+    def granted(self, response: pb.AcquireLeaseResponse) -> None:
+        if response.acquired:
+            token = response.lease.token
+            self.demand(token > self._token, f"lease token {token} after {self._token}")
+            self._token = token
+
+    def fenced(self, request: Any) -> None:
+        """A write with a fence was accepted."""
+        if request.HasField("fence") and request.fence.token < self._token:
+            self.stale_accepted += 1
+            self.fail(
+                f"storage took {type(request).__name__} of generation {request.fence.token}; "
+                f"{self._token} leads"
+            )
+
+    def term_raised(self, request: pb.RaiseTermRequest, term: int) -> None:
+        before = self._terms.get(request.job_id, 0)
+        self.demand(term > before, f"{request.job_id}: term {term} after {before}")
+        self.demand(
+            request.job_id not in self._final,
+            f"{request.job_id}: a term after its final checkpoint",
+        )
+        self._terms[request.job_id] = term
+
+    def committed(
+        self, request: pb.CommitCheckpointRequest, response: pb.CommitCheckpointResponse
+    ) -> None:
+        current = self._terms.get(request.job_id, 0)
+        if request.term != current:
+            self.stale_accepted += 1
+            self.fail(
+                f"{request.job_id}: a part of term {request.term} was taken in term {current}"
+            )
+        if response.complete and response.manifest.final:
+            seal = response.manifest.manifest_sha256
+            first = self._final.setdefault(request.job_id, seal)
+            self.demand(first == seal, f"{request.job_id} has two final checkpoints")
+            parts = {part.range for part in response.manifest.parts}
+            self.demand(
+                parts == set(range(request.range_count)), f"{request.job_id}: parts are missing"
+            )
+
+    def install(self, environment: Environment) -> None:
+        """Look at everything that the cores do."""
+        world = self.world
+
+        def count() -> None:
+            world.transitions += 1
+
+        real_handle = leader.handle
+
+        def handle(core: Any, event: Any, now: Any) -> Any:
+            count()
+            effects = real_handle(core, event, now)
+            self.control_handled(core)
+            return effects
+
+        environment.replace(leader, "handle", handle)
+        for name in ("begin", "begin_restored", "contribute", "go_record", "pause", "fail"):
+            environment.replace(JobRanges, name, self._after(JobRanges, name, self.ranges_acted))
+        environment.replace(Cursor, "take", self._counted_if_any(Cursor, "take"))
+        environment.replace(Outbox, "next", self._counted_if_any(Outbox, "next"))
+        for name in (
+            "assign",
+            "prepare_done",
+            "go_record",
+            "frame_stored",
+            "stream_opened",
+            "part_done",
+            "part_failed",
+            "task_ended",
+        ):
+            environment.replace(
+                JobCore, name, self._after(JobCore, name, lambda core, _: self.worker_acted(core))
+            )
+        for name in ("message", "slot_idle"):
+            environment.replace(WorkerCore, name, self._after(WorkerCore, name, lambda *_: None))
+        self._install_storage(environment)
+
+    def _install_storage(self, environment: Environment) -> None:
+        fenced = self.fenced
+        for owner, name, check in (
+            (SqliteJournals, "append", lambda request, _: fenced(request)),
+            (SqliteJournals, "truncate", lambda request, _: fenced(request)),
+            (SqliteLeases, "acquire", lambda _, response: self.granted(response)),
+            (SqliteLeases, "renew", lambda *_: None),
+            (SqliteJobs, "commit", self.committed),
+        ):
+            environment.replace(owner, name, self._after_request(owner, name, check))
+
+        def raised(request: pb.RaiseTermRequest, term: int) -> None:
+            fenced(request)
+            self.term_raised(request, term)
+
+        environment.replace(
+            SqliteJobs, "raise_term", self._after_request(SqliteJobs, "raise_term", raised)
+        )
+
+    def _after(self, owner: Any, name: str, check: Callable[[Any, Any], None]) -> Any:
+        real = getattr(owner, name)
+        world = self.world
+
+        def acted(target: Any, *args: Any, **more: Any) -> Any:
+            world.transitions += 1
+            result = real(target, *args, **more)
+            check(target, result)
+            return result
+
+        return acted
+
+    def _after_request(self, owner: Any, name: str, check: Callable[[Any, Any], None]) -> Any:
+        return self._after_with_request(getattr(owner, name), check)
+
+    def _after_with_request(self, real: Any, check: Callable[[Any, Any], None]) -> Any:
+        world = self.world
+
+        def acted(target: Any, request: Any) -> Any:
+            world.transitions += 1
+            try:
+                result = real(target, request)
+            except Exception as error:
+                if getattr(error, "reason", "") in ("STALE_GENERATION", "STALE_TERM"):
+                    self.stale_refused += 1
+                raise
+            check(request, result)
+            return result
+
+        return acted
+
+    def _counted_if_any(self, owner: Any, name: str) -> Any:
+        real = getattr(owner, name)
+        world = self.world
+
+        def taken(target: Any, *args: Any) -> Any:
+            result = real(target, *args)
+            if result is not None:
+                world.transitions += 1
+            return result
+
+        return taken
+
+
+def sha256_of(vector: np.ndarray[Any, Any]) -> str:
+    """How the parameters of a model are told."""
+    return hashlib.sha256(vector.tobytes()).hexdigest()
+
+
+TERMINAL = (GoRecord.ACTION_STOP, GoRecord.ACTION_PAUSE, GoRecord.ACTION_FAIL)

@@ -1,0 +1,214 @@
+"""One seed, one run: draws a cluster, jobs and faults, runs them, heals, and judges."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from phalanx.testing.simulation import Network, World
+from phalanx.testing.simulation.clocks import Environment
+from phalanx.testing.simulation.faults import Schedule
+from phalanx.testing.simulation.loop import SimulationFailed
+from tests.simulation import jobs
+from tests.simulation.cluster import STORAGE, Cluster, Services
+from tests.simulation.faults import Faults, fault_kinds
+from tests.simulation.oracle import Oracle
+from tests.simulation.user import Job, User
+
+FIRST_FAULT_S = 0.3
+CONVERGES_S = 120.0
+"""Virtual time after the last fault within which every job must have ended."""
+
+
+KINDS = frozenset(fault_kinds()) | {"job_paused", "job_cancelled"}
+"""Every kind of fault that a batch must have met."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a seed draws besides its faults."""
+
+    controls: int
+    aggregators: int
+    workers: int
+    slots: int
+    leaf_s: float
+    leaf_timeout_s: float
+    range_min_bytes: int
+    snapshot_every_records: int
+    faults_s: float
+    every_s: float
+    shapes: tuple[jobs.Shape, ...]
+
+
+@dataclass
+class Outcome:
+    """What one run did."""
+
+    seed: int
+    failure: str = ""
+    transitions: int = 0
+    steps: int = 0
+    virtual_s: float = 0.0
+    cpu_s: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+    lost: int = 0
+    doubled: int = 0
+    stale_accepted: int = 0
+    stale_refused: int = 0
+    jobs: int = 0
+    sha_equal: int = 0
+    cancelled: int = 0
+    trace: str = ""
+
+
+def draw(seed: int) -> Settings:
+    """Draw a cluster and its jobs."""
+    chance = random.Random(f"settings {seed}")
+    job_count = chance.choice([1, 1, 2])
+    return Settings(
+        controls=chance.choice([1, 2, 2, 3]),
+        aggregators=chance.choice([1, 2, 2, 3]),
+        workers=chance.choice([2, 2, 3, 4]),
+        slots=chance.choice([1, 1, 2]),
+        leaf_s=chance.choice([0.02, 0.03, 0.05]),
+        leaf_timeout_s=2.0,
+        range_min_bytes=chance.choice([64, 128, 1 << 20]),
+        snapshot_every_records=chance.choice([10, 30, 2000]),
+        faults_s=chance.uniform(5.0, 9.0),
+        every_s=chance.choice([0.5, 0.8, 1.2]),
+        shapes=tuple(draw_shape(chance) for _ in range(job_count)),
+    )
+
+
+def draw_shape(chance: random.Random) -> jobs.Shape:
+    """Draw a job, out of few enough that their references are computed once."""
+    return jobs.Shape(
+        elements=chance.choice([40, 100, 160]),
+        shards=chance.choice([3, 4, 6, 8]),
+        steps=chance.choice([40, 60]),
+        optimizer=chance.choice(["sgd", "momentum", "adam"]),
+        dtype=chance.choice(["float32", "float32", "float64"]),
+        checkpoint_every=chance.choice([3, 7, 20]),
+        evaluate_every=chance.choice([0, 0, 9]),
+    )
+
+
+class Run:
+    """One run, step by step; `simulate` does them all."""
+
+    def __init__(
+        self, given: Services, settings: Settings, seed: int, log: Callable[[str], None] | None
+    ) -> None:
+        self.settings = settings
+        self.world = World(seed)
+        self.world.log = log
+        self.network = Network(self.world)
+        self.cluster = Cluster(self.world, self.network, given, settings)
+        self.oracle = Oracle(self.world)
+        self.user = User(self.cluster.control_addresses, STORAGE, list(settings.shapes))
+        self._watched = Environment()
+        self._clock_s = time.process_time()
+
+    def start(self) -> None:
+        """Start the cluster and its user."""
+        self.oracle.install(self._watched)
+        self.cluster.start_all()
+        self.world.start("user-1", self.user.run)
+
+    def converge(self) -> None:
+        """Run until every job has ended, as they must."""
+        world = self.world
+        limit_s = world.now_s + CONVERGES_S
+        world.run(limit_s, lambda: self.user.ended)
+        if world.failure is None and not self.user.ended:
+            states = {
+                job_id: f"{Job.State.Name(job.state)} {job.reason} {job.message}"
+                for job_id, job in self.user.last.items()
+            }
+            world.fail(
+                SimulationFailed(
+                    f"not ended {CONVERGES_S:g} s after everything was healed: {states}"
+                )
+            )
+
+    def judge(self, schedule: Schedule | None = None) -> Outcome:
+        """Compare what came out with what had to, and end everything."""
+        world, user = self.world, self.user
+        outcome = Outcome(world.seed, jobs=len(user.ids))
+        if world.failure is None:
+            for job_id, shape in zip(user.ids, self.settings.shapes, strict=True):
+                self._judge_job(outcome, job_id, shape)
+        outcome.failure = str(world.failure or "")
+        outcome.transitions = world.transitions
+        outcome.steps = sum(self.oracle.commits.values())
+        outcome.virtual_s = world.now_s
+        outcome.lost, outcome.doubled = self.oracle.lost, self.oracle.doubled
+        outcome.stale_accepted = self.oracle.stale_accepted
+        outcome.stale_refused = self.oracle.stale_refused
+        outcome.trace = world.trace_hash
+        if schedule is not None:
+            outcome.faults.update(schedule.fired)
+        if user.pauses:
+            outcome.faults["job_paused"] += user.pauses
+        if user.cancelled:
+            outcome.faults["job_cancelled"] += len(user.cancelled)
+        outcome.cpu_s = time.process_time() - self._clock_s
+        return outcome
+
+    def _judge_job(self, outcome: Outcome, job_id: str, shape: jobs.Shape) -> None:
+        job = self.user.last[job_id]
+        if job.state == Job.STATE_SUCCEEDED:
+            right = job.result.parameters_sha256 == jobs.reference_sha256(shape)
+            outcome.sha_equal += right
+            if not right:
+                self.world.fail(SimulationFailed(f"{job_id} ended with other bits"))
+            elif not job.result.bit_identical or job.result.steps != shape.steps:
+                self.world.fail(SimulationFailed(f"{job_id} ended early: {job.result}"))
+        elif job.state == Job.STATE_CANCELLED and job_id in self.user.cancelled:
+            outcome.cancelled += 1
+        else:
+            told = f"{Job.State.Name(job.state)}: {job.reason}: {job.message}"
+            self.world.fail(SimulationFailed(f"{job_id} ended as {told}"))
+        if job_id in self.user.cancelled and job.state != Job.STATE_CANCELLED:
+            self.world.fail(SimulationFailed(f"{job_id} was cancelled, and ended otherwise"))
+
+    def close(self) -> None:
+        """End all processes and look no more."""
+        self.world.close()
+        self._watched.close()
+
+
+def simulate(
+    given: Services, seed: int, log: Callable[[str], None] | None = None, **changed: Any
+) -> Outcome:
+    """Run one seed from beginning to end."""
+    settings = draw(seed)
+    run = Run(given, settings, seed, log)
+    try:
+        run.start()
+        kinds = Faults(run.cluster).kinds()
+        schedule = Schedule(run.world, kinds, every_s=settings.every_s)
+        _user_changes_her_mind(run, random.Random(f"user {seed}"))
+        schedule.begin(FIRST_FAULT_S, settings.faults_s)
+        run.world.run(settings.faults_s)
+        run.cluster.healed = True
+        schedule.heal()
+        run.cluster.heal()
+        run.converge()
+        return run.judge(schedule)
+    finally:
+        run.close()
+
+
+def _user_changes_her_mind(run: Run, chance: random.Random) -> None:
+    for index in range(len(run.settings.shapes)):
+        drawn = chance.random()
+        if drawn < 0.15:
+            run.user.will(chance.uniform(0.5, 6.0), "pause", index)
+        elif drawn < 0.2:
+            run.user.will(chance.uniform(0.5, 6.0), "cancel", index)

@@ -1,0 +1,209 @@
+"""Storage's back end on a simulated disk: the stores that ship, over SQLite in memory.
+
+A write of rows is one transaction, durable when it returns and never in part; blobs are files
+that are written, synced and renamed as the shipped store does it. Killing the process loses what
+was not synced. A disk that fails ends the process, after the write happened or before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from phalanx.errors import DataLoss, InvalidArgument, NotFound, PhalanxError, Unavailable
+from phalanx.testing.simulation.disk import DiskFailed, DiskFull, SimulatedDisk
+from phalanx.testing.simulation.loop import World
+from storage.backends.files import disk_full
+from storage.backends.sqlite.catalog import SqliteCatalog
+from storage.backends.sqlite.jobs import SqliteJobs
+from storage.backends.sqlite.journals import SqliteJournals
+from storage.backends.sqlite.leases import SqliteLeases
+from storage.backends.sqlite.references import SqliteReferences
+from storage.backends.sqlite.schema import migrate
+from storage.core.keys import check_digest, invalid, is_digest
+from storage.interfaces import Backend, Buffer, StoredBlob
+
+
+class Machine:
+    """The machine of storage: what outlives its processes."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.disk = SimulatedDisk()
+        self.connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=256)
+        self.connection.execute("PRAGMA foreign_keys = ON")
+        migrate(self.connection)
+        self.transactions = 0
+
+    def backend(
+        self,
+        on_corruption: Callable[[str], None],
+        on_failure: Callable[[PhalanxError], None],
+        now_unix_nanos: Callable[[], int],
+    ) -> Backend:
+        """Open what the disk holds, as a process does when it starts."""
+        if self.connection.in_transaction:
+            self.connection.execute("ROLLBACK")
+        database: Any = Database(self, on_failure)
+        blobs = Blobs(self, on_failure)
+        return Backend(
+            name="simulated",
+            blobs=blobs,
+            journals=SqliteJournals(database),
+            leases=SqliteLeases(database),
+            jobs=SqliteJobs(database, blobs, now_unix_nanos, on_corruption),
+            catalog=SqliteCatalog(database, blobs, now_unix_nanos),
+            references=SqliteReferences(database, now_unix_nanos),
+            close=lambda: None,
+        )
+
+
+class Database:
+    """Stands in for `storage.backends.sqlite.database.Database`."""
+
+    def __init__(self, machine: Machine, on_failure: Callable[[PhalanxError], None]) -> None:
+        self._machine = machine
+        self._on_failure = on_failure
+
+    def write(self, act: Callable[[sqlite3.Connection], Any]) -> Any:
+        machine = self._machine
+        if machine.disk.full:
+            raise disk_full("the record")
+        if machine.disk.failing and machine.world.chance.random() < 0.5:
+            self._fail()
+        connection = machine.connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            result = act(connection)
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+        connection.execute("COMMIT")
+        machine.transactions += 1
+        if machine.disk.failing:
+            self._fail()
+        return result
+
+    def read(self, act: Callable[[sqlite3.Connection], Any]) -> Any:
+        return act(self._machine.connection)
+
+    def _fail(self) -> None:
+        # The process is replaced; by then the disk works again.
+        self._machine.disk.failing = False
+        self._on_failure(Unavailable("the disk failed", reason="IO_ERROR"))
+
+
+class Blobs:
+    """Stands in for `storage.backends.directory_blobs.DirectoryBlobs`."""
+
+    def __init__(self, machine: Machine, on_failure: Callable[[PhalanxError], None]) -> None:
+        self._disk = machine.disk
+        self._world = machine.world
+        self._uploads = 0
+        self._on_failure = on_failure
+        self._corrupt: set[str] = set()
+        for name in self._disk.names():
+            if not is_digest(name):
+                self._disk.remove(name)
+        self._disk.sync_folder()
+
+    def writer(self, expected_bytes: int = -1) -> _Writer:
+        if self._disk.full:
+            raise disk_full("a blob")
+        self._uploads += 1
+        return _Writer(self._disk, f"upload-{self._uploads}", self._corrupt)
+
+    def open(self, digest: str) -> _Reader:
+        check_digest(digest, "digest")
+        content = self._disk.read(digest)
+        if content is None:
+            raise NotFound(f"blob {digest} is not stored", reason="BLOB_NOT_FOUND")
+        return _Reader(digest, content, self._corrupt)
+
+    def sizes(self, digests: Iterable[str]) -> Mapping[str, int]:
+        found = {}
+        for digest in digests:
+            content = self._disk.read(check_digest(digest, "digests"))
+            if content is not None and digest not in self._corrupt:
+                found[digest] = len(content)
+        return found
+
+    touch = sizes
+
+    def scan(self) -> Iterator[StoredBlob]:
+        for name in self._disk.names():
+            if is_digest(name):
+                yield StoredBlob(name, len(self._disk.read(name) or b""), 0.0)
+
+    def remove_if_old(self, digest: str, grace_s: float) -> int | None:
+        return None
+
+    def usage_bytes(self) -> int:
+        return 0
+
+
+class _Writer:
+    def __init__(self, disk: SimulatedDisk, name: str, corrupt: set[str]) -> None:
+        self._disk = disk
+        self._name = name
+        self._corrupt = corrupt
+        self._hash = hashlib.sha256()
+        self._size_bytes = 0
+        self._over = False
+        self._act(lambda: disk.write(name, b""))
+
+    def write(self, chunk: Buffer) -> None:
+        self._hash.update(chunk)
+        self._size_bytes += len(chunk)
+        self._act(lambda: self._disk.write(self._name, chunk))
+
+    def commit(self, expected_digest: str = "", expected_bytes: int = -1) -> StoredBlob:
+        digest = self._hash.hexdigest()
+        if expected_bytes not in (-1, self._size_bytes):
+            raise InvalidArgument("another size than announced", reason="SIZE_MISMATCH")
+        if expected_digest not in ("", digest):
+            raise InvalidArgument("another digest than announced", reason="DIGEST_MISMATCH")
+        self._act(lambda: self._disk.sync(self._name))
+        self._over = True
+        self._disk.rename(self._name, digest)
+        self._act(self._disk.sync_folder)
+        self._corrupt.discard(digest)
+        return StoredBlob(digest, self._size_bytes)
+
+    def abort(self) -> None:
+        if not self._over:
+            self._over = True
+            self._disk.remove(self._name)
+
+    def _act(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except DiskFull:
+            raise disk_full("a blob") from None
+        except DiskFailed as error:
+            raise Unavailable(str(error), reason="IO_ERROR") from None
+
+
+class _Reader:
+    def __init__(self, digest: str, content: bytes, corrupt: set[str]) -> None:
+        self._digest = digest
+        self._content = content
+        self._corrupt = corrupt
+        self.size_bytes = len(content)
+
+    def chunks(self, offset: int, length: int, chunk_bytes: int) -> Iterator[bytes]:
+        if offset < 0 or length < 0 or offset + length > self.size_bytes:
+            raise invalid("offset", "the bytes are not all inside the blob")
+        if length == self.size_bytes:
+            self.verify()
+        return iter([self._content[offset : offset + length]] if length else [])
+
+    def verify(self) -> None:
+        if hashlib.sha256(self._content).hexdigest() != self._digest:
+            self._corrupt.add(self._digest)
+            raise DataLoss(f"blob {self._digest} is damaged", reason="BLOB_CORRUPT")
+
+    def close(self) -> None:
+        pass

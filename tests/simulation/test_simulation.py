@@ -1,0 +1,78 @@
+"""Whole clusters under faults, in virtual time: nothing lost, nothing doubled, the same bits."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import pytest
+
+from tests.simulation.__main__ import main
+from tests.simulation.batch import command, run_seeds, summary, told, vacuous
+from tests.simulation.cluster import services
+from tests.simulation.runs import KINDS, simulate
+
+SEEDS = range(1000, 1100)
+BLOCK = 25
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> list:
+    return []
+
+
+@pytest.mark.parametrize("first", range(SEEDS.start, SEEDS.stop, BLOCK))
+def test_every_seed_keeps_every_promise(first, outcomes):
+    done = run_seeds(range(first, first + BLOCK))
+    outcomes += done
+    failed = [told(outcome) for outcome in done if outcome.failure]
+    assert not failed, "\n".join(failed)
+
+
+def test_the_batch_proves_something(outcomes):
+    if len(outcomes) < len(SEEDS):
+        pytest.skip("only some of the seeds were run")
+    found = summary(outcomes, 1, 1.0)
+    assert found["vacuous"] == []
+    assert (found["lost"], found["doubled"], found["stale_accepted"]) == (0, 0, 0)
+    assert found["sha_equal_fraction"] == 1.0
+    assert found["stale_refused"] > 0
+
+
+def test_a_seed_is_the_same_run_every_time():
+    with services() as given:
+        first = [simulate(given, seed) for seed in (7, 8)]
+        second = [simulate(given, seed) for seed in (8, 7)]
+    assert [each.trace for each in first] == [each.trace for each in reversed(second)]
+    assert first[0].trace != first[1].trace
+    assert first[0].transitions == second[1].transitions
+
+
+def test_a_batch_without_faults_or_work_is_refused():
+    with services() as given:
+        outcome = simulate(given, 7)
+    found = summary([outcome] * 200, 1, 1.0)
+    assert any("never happened" in why for why in found["vacuous"])
+    outcome.faults = Counter(dict.fromkeys(KINDS, 1))
+    outcome.steps = 10
+    found = summary([outcome] * 200, 1, 1.0)
+    assert found["vacuous"] == ["10.0 committed steps per seed are too few"]
+    outcome.steps = 100
+    outcome.faults = Counter(["kill_worker"])
+    why = vacuous(summary([outcome], 1, 1.0), outcome.faults)
+    assert why == ["1.0 kinds of fault per seed are too few"]
+
+
+def test_a_failing_seed_prints_the_command_that_replays_it(capsys, monkeypatch):
+    monkeypatch.setattr("tests.simulation.jobs.reference_sha256", lambda _: "0" * 64)
+    monkeypatch.setattr("tests.simulation.batch.STEPS_PER_SEED", 0.0)
+    assert main(["--seeds", "1", "--first", "7"]) == 1
+    assert command(7) in capsys.readouterr().err
+    assert main(command(7).split()[3:]) == 1
+    assert "other bits" in capsys.readouterr().out
+
+
+def test_afterwards_every_clock_is_real_again():
+    from coordinator.control import leader
+
+    assert leader.time is time

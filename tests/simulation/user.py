@@ -1,0 +1,162 @@
+"""A user of the simulated cluster: submits, watches, now and then changes her mind; never forgets
+what she was told."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+from phalanx.errors import (
+    Aborted,
+    DeadlineExceeded,
+    FailedPrecondition,
+    NotFound,
+    PhalanxError,
+    Unavailable,
+)
+from phalanx.rpc.channel import call_with_retry, open_channel
+from phalanx.testing.simulation.loop import SimulationFailed
+from phalanx.v1 import (
+    dataset_service_pb2,
+    dataset_service_pb2_grpc,
+    job_pb2,
+    job_service_pb2,
+    job_service_pb2_grpc,
+    storage_service_pb2,
+    storage_service_pb2_grpc,
+)
+from tests.simulation import jobs
+
+Job = job_pb2.Job
+ENDED = (Job.STATE_SUCCEEDED, Job.STATE_FAILED, Job.STATE_CANCELLED)
+POLL_S = 0.5
+ATTEMPT_S = 5.0
+
+
+class User:
+    """Runs in a process of its own; `ended` once all her jobs are."""
+
+    def __init__(self, controls: tuple[str, ...], storage: str, shapes: list[jobs.Shape]) -> None:
+        self.shapes = shapes
+        self.ids: list[str] = []
+        self.last: dict[str, Any] = {}
+        self.cancelled: set[str] = set()
+        """Jobs whose cancellation was acknowledged."""
+        self.pauses = 0
+        self.ended = False
+        self._controls = controls
+        self._storage = storage
+        self._turn = 0
+        self._stubs: list[Any] = []
+        self._plan: list[tuple[float, str, int]] = []
+
+    def will(self, after_s: float, act: str, index: int) -> None:
+        """Plan to pause and resume, or to cancel, one of the jobs."""
+        self._plan.append((after_s, act, index))
+
+    async def run(self) -> None:
+        self._stubs = [
+            job_service_pb2_grpc.JobServiceStub(open_channel(each)) for each in self._controls
+        ]
+        await self._add_data()
+        for number, shape in enumerate(self.shapes):
+            spec = jobs.job_spec(shape, f"job-{number}-{shape.elements}")
+            request = job_service_pb2.SubmitJobRequest(spec=spec, request_id=f"submit-{number}")
+            answer = await self._insist(lambda stub: stub.SubmitJob, request)
+            self.ids.append(answer.job.id)
+        changes = [asyncio.create_task(self._change(*each)) for each in self._plan]
+        while not self._all_ended():
+            await asyncio.sleep(POLL_S)
+            for job_id in self.ids:
+                await self._look(job_id)
+        for change in changes:
+            change.cancel()
+        self.ended = True
+
+    # Inside
+
+    def _all_ended(self) -> bool:
+        return all(job_id in self.last and self.last[job_id].state in ENDED for job_id in self.ids)
+
+    async def _look(self, job_id: str) -> None:
+        request = job_service_pb2.GetJobRequest(job_id=job_id)
+        try:
+            answer = await self._insist(lambda stub: stub.GetJob, request)
+        except NotFound:
+            raise SimulationFailed(f"{job_id} was acknowledged and is not there") from None
+        before = self.last.get(job_id)
+        if before is not None and before.state in ENDED:
+            same = (before.state, before.result.parameters_sha256)
+            now = (answer.job.state, answer.job.result.parameters_sha256)
+            if same != now:
+                raise SimulationFailed(f"{job_id} had ended as {same} and is {now}")
+        self.last[job_id] = answer.job
+
+    async def _change(self, after_s: float, act: str, index: int) -> None:
+        await asyncio.sleep(after_s)
+        job_id = self.ids[index]
+        try:
+            if act == "cancel":
+                cancel = job_service_pb2.CancelJobRequest(job_id=job_id, request_id=f"c-{job_id}")
+                await self._insist(lambda stub: stub.CancelJob, cancel)
+                self.cancelled.add(job_id)
+                return
+            pause = job_service_pb2.PauseJobRequest(job_id=job_id, request_id=f"p-{job_id}")
+            await self._insist(lambda stub: stub.PauseJob, pause)
+            self.pauses += 1
+        except FailedPrecondition:
+            return  # it had ended
+        resume = job_service_pb2.ResumeJobRequest(job_id=job_id, request_id=f"r-{job_id}")
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                await self._insist(lambda stub: stub.ResumeJob, resume)
+            except FailedPrecondition as error:
+                if error.reason == "STILL_PAUSING":
+                    continue
+            return
+
+    async def _insist(self, method: Callable[[Any], Any], request: Any) -> Any:
+        """Call whoever leads until somebody answers; the request id makes that harmless."""
+        while True:
+            stub = self._stubs[self._turn % len(self._stubs)]
+            try:
+                return await call_with_retry(method(stub), request, timeout_s=ATTEMPT_S, attempts=1)
+            except (Unavailable, DeadlineExceeded):
+                self._turn += 1
+            await asyncio.sleep(0.1)
+
+    async def _add_data(self) -> None:
+        channel = open_channel(self._storage)
+        blobs = storage_service_pb2_grpc.StorageServiceStub(channel)
+        datasets = dataset_service_pb2_grpc.DatasetServiceStub(channel)
+        await _until_done(lambda: _put(blobs, jobs.CHUNK))
+        put = await _until_done(lambda: _put(blobs, jobs.manifest().to_json()))
+        request = dataset_service_pb2.CreateDatasetRequest(
+            name=jobs.DATASET, manifest_digest=put.digest, request_id="data"
+        )
+        await _until_done(lambda: call_with_retry(datasets.CreateDataset, request, timeout_s=5.0))
+
+
+async def _put(blobs: Any, content: bytes) -> Any:
+    first = storage_service_pb2.PutBlobRequest(expected_bytes=len(content), chunk=content)
+
+    async def attempt(request: Any, *, timeout: float) -> Any:
+        async def messages() -> Any:
+            yield request
+
+        return await blobs.PutBlob(messages(), timeout=timeout)
+
+    return await call_with_retry(attempt, first, timeout_s=5.0)
+
+
+async def _until_done(attempt: Callable[[], Any]) -> Any:
+    while True:
+        try:
+            return await attempt()
+        except PhalanxError as error:
+            if isinstance(error, Aborted):
+                raise
+        await asyncio.sleep(random.uniform(0.2, 0.3))
