@@ -109,7 +109,7 @@ class Oracle:
         held = store.get(version)
         assert held is not None
         piece = ranges._ranges[index].parameters.piece
-        expected = jobs.reference(shape)[version]
+        expected = jobs.version_of(shape, version)
         for (first, count), frame in zip(store.grid, held.frames, strict=True):
             assert frame is not None
             start = piece.first_element + first

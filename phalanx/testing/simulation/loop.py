@@ -28,6 +28,8 @@ HANDLES_AT_ONE_INSTANT_MAX = 200_000
 """More callbacks without the clock moving mean that something spins."""
 
 _EXECUTOR_S = (0.0001, 0.002)
+_NOTE = struct.Struct("<dqI")
+_TRACE_BYTES = 65_536
 
 
 class SimulationFailed(AssertionError):
@@ -190,6 +192,15 @@ class SimulatedLoop:
         self._ready.append(handle)
         return handle
 
+    def interrupt(self, process: Process, callback: Callable[..., object], *args: Any) -> None:
+        """Have a process take something in at once, or when it goes on."""
+        if process.paused:
+            process.deferred.append(_Handle(callback, args, process))
+            return
+        before, self.current = self.current, process
+        callback(*args)
+        self.current = before
+
     def resume(self, process: Process) -> None:
         """Let a paused process go on with what it missed, in order."""
         process.paused = False
@@ -215,18 +226,18 @@ class SimulatedLoop:
         count = 0
         while ready:
             handle = ready.popleft()
-            if handle.dropped:
-                continue
             process = handle.process
-            if not process.alive:
+            if handle.dropped or not process.alive:
                 continue
             if process.paused:
                 process.deferred.append(handle)
                 continue
             count += 1
             self.current = process
-            with suppress(Killed):
+            try:
                 handle.callback(*handle.args)
+            except Killed:
+                continue
             if count > HANDLES_AT_ONE_INSTANT_MAX:
                 raise SimulationFailed(f"{process.name} spins at {self.now_s:.3f} s")
         self.handles_run += count
@@ -266,6 +277,7 @@ class World:
         self.log: Callable[[str], None] | None = None
         self.failure: SimulationFailed | None = None
         """The first thing that must not happen and did; the run ends with it."""
+        self._untold = bytearray()
         self._trace = hashlib.blake2b(digest_size=16)
         self._numbers = itertools.count(1)
 
@@ -277,6 +289,8 @@ class World:
     @property
     def trace_hash(self) -> str:
         """Equal for two runs exactly if they did the same."""
+        self._trace.update(self._untold)
+        self._untold.clear()
         return self._trace.hexdigest()
 
     def fail(self, error: SimulationFailed) -> None:
@@ -287,8 +301,12 @@ class World:
 
     def note(self, number: int, data: bytes) -> None:
         """Add something that happened to the trace."""
-        self._trace.update(struct.pack("<dqI", self.loop.now_s, number, len(data)))
-        self._trace.update(data)
+        trace = self._untold
+        trace += _NOTE.pack(self.loop.now_s, number, len(data))
+        trace += data
+        if len(trace) > _TRACE_BYTES:
+            self._trace.update(trace)
+            trace.clear()
 
     def say(self, text: str) -> None:
         """Tell people who replay a run what happens."""

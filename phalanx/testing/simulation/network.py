@@ -67,8 +67,10 @@ class Pipe:
         """Send on behalf of the sender's kernel, which outlives it."""
         network = self.network
         self.queue.append((kind, content))
-        self.last_s = max(self.last_s, network.world.loop.now_s + network.latency_s(self.link))
-        network.world.loop.call_at_for(network.world.outside, self.last_s, self._arrives)
+        loop = network.world.loop
+        arrives_s = loop.now_s + network.latency_s(self.link)
+        self.last_s = max(self.last_s, arrives_s)
+        loop.call_at_for(network.world.outside, self.last_s, self._arrives)
 
     def close(self) -> None:
         """Forget what is under way."""
@@ -93,9 +95,10 @@ class Pipe:
             self.owed += 1
             return
         kind, content = self.queue.popleft()
-        if self.receiver.alive:
+        receiver = self.receiver
+        if receiver.alive:
             network.delivered += 1
-            network.world.loop.call_soon_for(self.receiver, self._deliver, kind, content)
+            network.world.loop.interrupt(receiver, self._deliver, kind, content)
 
     def _deliver(self, kind: str, content: Any) -> None:
         if self.closed:
@@ -112,6 +115,7 @@ class Network:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self._random = world.jitter.random
         self.blocked: set[Link] = set()
         self.slow: dict[Link, float] = {}
         self.stuck: dict[int, Pipe] = {}
@@ -130,7 +134,7 @@ class Network:
 
     def latency_s(self, link: Link) -> float:
         """How long the next message takes."""
-        latency_s = self.world.jitter.uniform(*LATENCY_S)
+        latency_s = LATENCY_S[0] + self._random() * (LATENCY_S[1] - LATENCY_S[0])
         factor = self.slow.get(link)
         return latency_s if factor is None else latency_s * factor
 
