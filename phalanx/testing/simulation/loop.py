@@ -101,6 +101,7 @@ class SimulatedLoop:
         self.now_s = 0.0
         self.current = Process("world", 0)
         self.handles_run = 0
+        self._running = False
         self._executor_delay_s = executor_delay_s
         self._ready: deque[_Handle] = deque()
         self._timers: list[tuple[float, int, _Handle]] = []
@@ -197,6 +198,9 @@ class SimulatedLoop:
         if process.paused:
             process.deferred.append(_Handle(callback, args, process))
             return
+        if not self._running:
+            self.call_soon_for(process, callback, *args)
+            return
         before, self.current = self.current, process
         callback(*args)
         self.current = before
@@ -213,10 +217,12 @@ class SimulatedLoop:
         asyncio._set_running_loop(this)
         before = sys.get_asyncgen_hooks()
         sys.set_asyncgen_hooks(self._generator_begins, self._generator_left)
+        self._running = True
         try:
             while self._turn(until_s) and not ended():
                 pass
         finally:
+            self._running = False
             sys.set_asyncgen_hooks(*before)
             asyncio._set_running_loop(None)
 
