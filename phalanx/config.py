@@ -141,6 +141,31 @@ class ServiceConfig:
         return ()
 
 
+@dataclass(frozen=True)
+class ServerConfig(ServiceConfig):
+    """What every service takes that others call: how much of it they may take up."""
+
+    connections_max: int = option(
+        4096, "Connections open at once; more are closed at once.", check=at_least(16)
+    )
+    peer_connections_max: int = option(
+        2048, "Connections of one host that may have calls open at once.", check=at_least(1)
+    )
+    calls_max: int = option(16_384, "Calls and streams open at once.", check=at_least(16))
+    peer_calls_max: int = option(
+        8192, "Calls and streams that one host may have open at once.", check=at_least(1)
+    )
+    connection_streams_max: int = option(
+        128, "Calls and streams open at once on one connection; more wait.", check=at_least(1)
+    )
+    first_message_timeout_s: float = option(
+        5.0, "Time after which a call that says nothing is ended.", check=positive
+    )
+    idle_connection_s: float = option(
+        60.0, "Time after which a connection without a call is closed.", check=at_least(1)
+    )
+
+
 def parse(
     config_class: type[ConfigT],
     argv: Sequence[str] | None = None,

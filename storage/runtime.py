@@ -5,6 +5,7 @@ import contextlib
 import os
 
 from phalanx.errors import PhalanxError
+from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.process import announce
 from phalanx.rpc.server import Server
 from phalanx.telemetry.logs import get_logger
@@ -49,6 +50,7 @@ class StorageProcess:
             metrics_listen=config.metrics_listen,
             service_names=SERVICE_NAMES,
             registry=registry,
+            limits=ServerLimits.of(config),
         )
         self.operations = Operations("embedded", metrics)
         self.backend: Backend = open_embedded_backend(

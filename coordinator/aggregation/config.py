@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from phalanx.config import ServiceConfig, address, addresses, option
+from phalanx.config import ServerConfig, address, addresses, at_least, option
 
 
 @dataclass(frozen=True)
-class AggregatorConfig(ServiceConfig):
+class AggregatorConfig(ServerConfig):
     """Owns ranges of the jobs' parameters, reduces contributions and applies updates."""
 
     service: ClassVar[str] = "aggregator"
@@ -23,4 +23,9 @@ class AggregatorConfig(ServiceConfig):
     )
     advertise: str = option(
         "", "Address under which workers reach this process; empty: the one it serves on."
+    )
+    connection_streams_max: int = option(
+        1024,
+        "Streams open at once on one connection, one per job of a worker; more wait.",
+        check=at_least(1),
     )

@@ -31,6 +31,7 @@ from phalanx.errors import (
 )
 from phalanx.ids import new_incarnation
 from phalanx.optimizers import build_optimizer
+from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.member_session import MemberSession, Refused
 from phalanx.rpc.process import announce
 from phalanx.rpc.server import Server
@@ -47,8 +48,6 @@ EXPIRE_EVERY_S = 30.0
 STORAGE_PORT = 7420
 _RETRY_FIRST_S = 0.1
 _RETRY_LONGEST_S = 2.0
-# One stream per worker process and job may share a connection.
-_STREAM_OPTIONS = [("grpc.max_concurrent_streams", 1024)]
 
 _log = get_logger(__name__)
 
@@ -61,7 +60,7 @@ async def serve(config: AggregatorConfig, stop: asyncio.Event) -> None:
         listen=config.listen,
         metrics_listen=config.metrics_listen,
         service_names=[SERVICE],
-        options=_STREAM_OPTIONS,
+        limits=ServerLimits.of(config),
     )
     aggregator = Aggregator(
         config, AggregatorMetrics(server.registry), numeric_fingerprint.compute()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from coordinator.control.core.state import CoreConfig
-from phalanx.config import ServiceConfig, address, at_least, option, positive
+from phalanx.config import ServerConfig, address, at_least, option, positive
 from phalanx.errors import InvalidArgument, Violation
 
 
@@ -16,7 +16,7 @@ def _optional_address(value: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class ControlConfig(ServiceConfig):
+class ControlConfig(ServerConfig):
     """Leads the cluster: who is in it, who does what, what became of each job."""
 
     service: ClassVar[str] = "control"

@@ -18,6 +18,7 @@ from coordinator.control.sessions import CoordinationServicer
 from coordinator.control.store import Store
 from coordinator.control.submission import Submissions
 from phalanx.errors import Aborted, PhalanxError, Unavailable
+from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.process import announce
 from phalanx.rpc.server import Server
 from phalanx.telemetry.logs import get_logger
@@ -54,6 +55,7 @@ class ControlProcess:
             metrics_listen=config.metrics_listen,
             service_names=SERVICE_NAMES,
             registry=registry,
+            limits=ServerLimits.of(config),
         )
         self.store = Store(config.storage)
         self._leader: Leader | None = None

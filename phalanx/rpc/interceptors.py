@@ -1,15 +1,18 @@
-"""The one server interceptor: errors become rich statuses, calls are counted and timed, defects are
-logged.
+"""The one server interceptor: callers are held to limits, errors become rich statuses, calls are
+counted and timed, defects are logged.
 
-It wraps calls, not messages. Handlers that read and write through their context cost nothing more;
-handlers that are async generators are driven by a plain loop here instead of by the same loop
-inside gRPC.
+It wraps calls, and of their messages the first only. Handlers that read and write through their
+context cost nothing more; handlers that are async generators are driven by a plain loop here
+instead of by the same loop inside gRPC.
+
+gRPC waits for ever for the one message of a call that takes one. So such handlers are registered as
+if they took a stream, and read their message here, with a deadline.
 """
 
 import asyncio
 import inspect
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -17,7 +20,8 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from phalanx.errors import Internal, InvalidArgument, PhalanxError
+from phalanx.errors import DeadlineExceeded, Internal, InvalidArgument, PhalanxError
+from phalanx.rpc.limits import Admission
 from phalanx.rpc.status import to_rpc_status
 from phalanx.rpc.types import Handler, ServicerContext
 from phalanx.telemetry.logs import get_logger
@@ -32,8 +36,12 @@ _log = get_logger(__name__)
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every asyncio handler of a server; plain (thread pool) handlers pass untouched."""
 
-    def __init__(self, metrics: GrpcServerMetrics) -> None:
+    def __init__(
+        self, metrics: GrpcServerMetrics, admission: Admission, first_message_timeout_s: float
+    ) -> None:
         self._metrics = metrics
+        self._admission = admission
+        self._first_message_timeout_s = first_message_timeout_s
         # Servicers register the same handler object for every call of a method.
         self._wrapped: dict[str, tuple[Handler, Handler]] = {}
 
@@ -66,15 +74,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         elif not inspect.iscoroutinefunction(behaviour):
             return handler
         decode = handler.request_deserializer and _decoder(handler.request_deserializer, method)
-        if decode and not handler.request_streaming:
-            # gRPC itself would answer UNKNOWN with the text of the exception.
-            behaviour, decode = _decoding(behaviour, decode), None
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[(bool(handler.request_streaming), bool(handler.response_streaming))]
+        timeout_s = self._first_message_timeout_s
+        if handler.request_streaming:
+            behaviour = _impatient(behaviour, timeout_s)
+        else:
+            # gRPC itself would answer bytes that are no message with UNKNOWN and the text of the
+            # exception.
+            behaviour, decode = _of_one_message(behaviour, decode, timeout_s), None
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
         return make(
             self._guarded(behaviour, method),
             request_deserializer=decode,
@@ -83,15 +94,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _guarded(self, behaviour: Behaviour, method: str) -> Behaviour:
         service, _, name = method.lstrip("/").rpartition("/")
-        metrics = self._metrics
+        metrics, admission = self._metrics, self._admission
 
         async def guarded(request: Any, context: ServicerContext) -> Any:
             started = time.perf_counter()
+            connection = ""
 
             def ended(code: grpc.StatusCode) -> None:
                 metrics.observe(service, name, code.name, time.perf_counter() - started)
 
             try:
+                peer = context.peer()
+                admission.enter(peer)
+                connection = peer
                 response = await behaviour(request, context)
             except grpc.aio.AbortError:
                 ended(_code_set_by_handler(context))
@@ -107,6 +122,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             else:
                 ended(_code_set_by_handler(context))
                 return response
+            finally:
+                if connection:
+                    admission.leave(connection)
 
         return guarded
 
@@ -126,13 +144,57 @@ def _decoder(deserializer: Decoder, method: str) -> Decoder:
     return decode
 
 
-def _decoding(behaviour: Behaviour, decode: Decoder) -> Behaviour:
-    """Return a handler of bytes."""
+def _of_one_message(behaviour: Behaviour, decode: Decoder | None, timeout_s: float) -> Behaviour:
+    """Return a handler of a stream that reads its one message, in time, and hands it on."""
 
-    async def decoded(data: bytes, context: ServicerContext) -> Any:
-        return await behaviour(decode(data), context)
+    async def read_one(_: Any, context: ServicerContext) -> Any:
+        try:
+            async with asyncio.timeout(timeout_s):
+                data: Any = await context.read()
+        except TimeoutError:
+            raise _silent(timeout_s) from None
+        if data is grpc.aio.EOF:
+            raise InvalidArgument("the call ended before its request", reason="NO_MESSAGE")
+        return await behaviour(decode(data) if decode else data, context)
 
-    return decoded
+    return read_one
+
+
+def _impatient(behaviour: Behaviour, timeout_s: float) -> Behaviour:
+    """Return a handler whose stream of requests fails where the first does not come in time."""
+
+    async def timed(requests: AsyncIterator[Any], context: ServicerContext) -> Any:
+        return await behaviour(_FirstInTime(requests, timeout_s), context)
+
+    return timed
+
+
+class _FirstInTime(AsyncIterator[Any]):
+    """The messages of a stream; the first has a deadline."""
+
+    def __init__(self, requests: AsyncIterator[Any], timeout_s: float) -> None:
+        self._next = requests.__aiter__().__anext__
+        self._timeout_s = timeout_s
+        self._begun = False
+
+    def __aiter__(self) -> "_FirstInTime":
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._begun:
+            return await self._next()
+        self._begun = True
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._next()
+        except TimeoutError:
+            raise _silent(self._timeout_s) from None
+
+
+def _silent(timeout_s: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"the call was opened and nothing was sent for {timeout_s:g} s", reason="NO_MESSAGE"
+    )
 
 
 def _written(generator: Behaviour) -> Behaviour:

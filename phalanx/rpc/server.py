@@ -13,6 +13,7 @@ streams: async generators, or coroutines that read and write through their conte
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
@@ -24,16 +25,20 @@ from phalanx.addresses import explain_bind_failure, split_address
 from phalanx.rpc import health
 from phalanx.rpc.channel import MESSAGE_LIMIT_BYTES, Options
 from phalanx.rpc.interceptors import CallInterceptor
+from phalanx.rpc.limits import Admission, ServerLimits, make_room_for_connections
 from phalanx.telemetry.http import MetricsServer
+from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import GrpcServerMetrics, new_registry
 
-CONCURRENT_STREAMS = 128
-"""Calls that one connection may have open at once."""
-
 HANDSHAKE_TIMEOUT_MS = 3000
+_DEFAULT_LIMITS = ServerLimits()
+
+_log = get_logger(__name__)
 
 
-def server_options(extra: Iterable[tuple[str, Any]] = ()) -> Options:
+def server_options(
+    extra: Iterable[tuple[str, Any]] = (), limits: ServerLimits = _DEFAULT_LIMITS
+) -> Options:
     """Return the options of every server; one in ``extra`` replaces the usual one."""
     return [
         # Of two options with one name gRPC takes the first.
@@ -42,10 +47,12 @@ def server_options(extra: Iterable[tuple[str, Any]] = ()) -> Options:
         ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
         # A compressed message is refused before a byte of it is inflated.
         ("grpc.compression_enabled_algorithms_bitset", 1),
-        # Connections that never say a word are closed; a bound on calls stops one client starving
-        # others.
+        # Connections that never say a word are closed, later those that have nothing to say; a
+        # bound on calls stops one client starving others.
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
-        ("grpc.max_concurrent_streams", CONCURRENT_STREAMS),
+        ("grpc.max_connection_idle_ms", int(limits.idle_connection_s * 1000)),
+        ("grpc.max_allowed_incoming_connections", limits.connections_max),
+        ("grpc.max_concurrent_streams", limits.connection_streams_max),
         # With it a second server on a used port would silently share its connections.
         ("grpc.so_reuseport", 0),
         # Must allow what channel_options() of our clients does, or healthy calls die as
@@ -62,7 +69,8 @@ class Server:
     ``listen`` and ``metrics_listen`` are HOST:PORT (port 0: a free one); with ``metrics_listen``
     None there is no HTTP server. ``service_names`` are the full names of the services that will be
     added; they get health states and are shown by reflection. ``registry`` is where the metrics of
-    this process live. Make it inside the event loop that runs it.
+    this process live; ``limits`` is what its peers may take up. Make it inside the event loop that
+    runs it.
     """
 
     def __init__(
@@ -73,14 +81,22 @@ class Server:
         service_names: Sequence[str],
         reflection: bool = True,
         registry: CollectorRegistry | None = None,
+        limits: ServerLimits = _DEFAULT_LIMITS,
         options: Iterable[tuple[str, Any]] = (),
     ) -> None:
         self._listen = listen
         self._host, _ = split_address(listen)
         self.registry = registry if registry is not None else new_registry()
+        room = make_room_for_connections(limits)
+        if room < limits.connections_max:
+            _log.warning("few_files", connections_max=room, wanted=limits.connections_max)
+            limits = replace(limits, connections_max=room)
+        self.admission = Admission(limits)
+        interceptor = CallInterceptor(
+            GrpcServerMetrics(self.registry), self.admission, limits.first_message_timeout_s
+        )
         self.raw: grpc.aio.Server = grpc.aio.server(
-            interceptors=[CallInterceptor(GrpcServerMetrics(self.registry))],
-            options=server_options(options),
+            interceptors=[interceptor], options=server_options(options, limits)
         )
         self._health = health.HealthServicer(service_names)
         add_HealthServicer_to_server(self._health, self.raw)

@@ -1,0 +1,133 @@
+"""How much of a server its peers may take up: connections, calls, and time without a word."""
+
+import resource
+from collections import Counter
+from dataclasses import dataclass, fields
+from typing import Self
+
+from phalanx.config import ServerConfig
+from phalanx.errors import ResourceExhausted
+
+_RETRY_S = 1.0
+_FILES_BESIDE_CONNECTIONS = 512
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """The limits of one server; the defaults leave room for several hundred workers.
+
+    A *peer* is a host: as long as nobody proves a name, nothing else of a caller is known.
+    """
+
+    connections_max: int = 4096
+    """Connections in all; one more is closed at once, before it costs anything."""
+    peer_connections_max: int = 2048
+    """Connections of one peer that have calls open; calls on one more are refused."""
+    calls_max: int = 16_384
+    """Open calls and streams in all; one more is refused."""
+    peer_calls_max: int = 8192
+    """Open calls and streams of one peer; one more is refused."""
+    connection_streams_max: int = 128
+    """Open calls and streams of one connection; more wait in their client (HTTP/2 says so)."""
+    first_message_timeout_s: float = 5.0
+    """How long a call may stay open without its first message."""
+    idle_connection_s: float = 60.0
+    """How long a connection without a call stays open."""
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> Self:
+        """Return the limits that a service is configured with."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+
+class Admission:
+    """Counts the open calls of a server, by peer and by connection."""
+
+    def __init__(self, limits: ServerLimits) -> None:
+        self._limits = limits
+        self._calls = 0
+        self._calls_of_peer: Counter[str] = Counter()
+        self._calls_of_connection: Counter[str] = Counter()
+        self._connections_of_peer: Counter[str] = Counter()
+
+    def enter(self, connection: str) -> None:
+        """Count a call on a connection, named as gRPC does (``ipv4:10.0.0.1:4711``).
+
+        Raises ResourceExhausted, and counts nothing, where a limit is reached.
+        """
+        limits, peer = self._limits, peer_of(connection)
+        if self._calls >= limits.calls_max:
+            raise _refused(f"the server has {limits.calls_max} calls open", "TOO_MANY_CALLS")
+        if self._calls_of_peer[peer] >= limits.peer_calls_max:
+            raise _refused(
+                f"{peer} has {limits.peer_calls_max} calls open on this server",
+                "TOO_MANY_CALLS_OF_PEER",
+            )
+        if connection not in self._calls_of_connection:
+            if self._connections_of_peer[peer] >= limits.peer_connections_max:
+                raise _refused(
+                    f"{peer} has {limits.peer_connections_max} connections to this server",
+                    "TOO_MANY_CONNECTIONS_OF_PEER",
+                )
+            self._connections_of_peer[peer] += 1
+        self._calls += 1
+        self._calls_of_peer[peer] += 1
+        self._calls_of_connection[connection] += 1
+
+    def leave(self, connection: str) -> None:
+        """Count off a call that was let in."""
+        peer = peer_of(connection)
+        self._calls -= 1
+        _count_off(self._calls_of_peer, peer)
+        if _count_off(self._calls_of_connection, connection):
+            _count_off(self._connections_of_peer, peer)
+
+    @property
+    def calls(self) -> int:
+        """Calls that are open now."""
+        return self._calls
+
+    @property
+    def peers(self) -> int:
+        """Peers that have calls open now."""
+        return len(self._calls_of_peer)
+
+
+def peer_of(connection: str) -> str:
+    """Return the host of a connection's name; the name itself where it has no port."""
+    kind, _, rest = connection.partition(":")
+    return rest.rpartition(":")[0] if kind in ("ipv4", "ipv6") else connection
+
+
+def make_room_for_connections(limits: ServerLimits) -> int:
+    """Raise this process's limit of open files as far as needed and allowed.
+
+    Returns how many connections there is room for, at most ``limits.connections_max``.
+    """
+    wanted = limits.connections_max + _FILES_BESIDE_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        soft = allowed
+    if soft == resource.RLIM_INFINITY:
+        return limits.connections_max
+    # Files and sockets of its own must never wait for strangers to hang up.
+    return min(limits.connections_max, max(soft - _FILES_BESIDE_CONNECTIONS, soft // 2))
+
+
+def _count_off(counts: Counter[str], key: str) -> bool:
+    """Subtract one; return whether that was the last."""
+    counts[key] -= 1
+    if counts[key] > 0:
+        return False
+    del counts[key]
+    return True
+
+
+def _refused(what: str, reason: str) -> ResourceExhausted:
+    return ResourceExhausted(
+        f"{what}, which is its limit; close some or try again later",
+        reason=reason,
+        retry_after_s=_RETRY_S,
+    )
