@@ -22,6 +22,9 @@ class StorageConfig(ServerConfig):
         "Refuse blobs while less of the disk is free, so that journals can still be written.",
         check=at_least(0),
     )
+    namespace_bytes: int = option(
+        0, "Data sets and models that a namespace may have; 0: no limit.", check=at_least(0)
+    )
     gc_grace_s: float = option(
         3600.0, "Age at which a blob that nothing refers to is garbage.", check=at_least(0)
     )

@@ -56,6 +56,7 @@ class StorageProcess:
         self.backend: Backend = open_embedded_backend(
             config.state,
             reserve_bytes=config.reserve_bytes,
+            namespace_bytes_max=config.namespace_bytes,
             on_corruption=self.operations.corruption,
             on_failure=end_at_once,
         )

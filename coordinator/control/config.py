@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from coordinator.control.core.quotas import Quotas
 from coordinator.control.core.state import CoreConfig
 from phalanx.config import ServerConfig, address, at_least, option, positive
 from phalanx.errors import InvalidArgument, Violation
@@ -51,6 +52,17 @@ class ControlConfig(ServerConfig):
         check=at_least(1),
     )
     running_jobs_max: int = option(64, "Jobs that run at once; others wait.", check=at_least(1))
+    namespace_jobs_max: int = option(
+        10_000, "Queued, running and paused jobs of a namespace; 0: no limit.", check=at_least(0)
+    )
+    namespace_slots_max: int = option(
+        0,
+        "Slots that the jobs of a namespace may insist on (min_workers); 0: no limit.",
+        check=at_least(0),
+    )
+    namespace_memory_bytes: int = option(
+        0, "Memory that they may insist on, on all workers; 0: no limit.", check=at_least(0)
+    )
 
     def violations(self) -> Sequence[Violation]:
         """Check that a lease covers a few heartbeats."""
@@ -67,6 +79,11 @@ class ControlConfig(ServerConfig):
             range_min_bytes=self.range_min_bytes,
             running_jobs_max=self.running_jobs_max,
             ended_jobs_max=self.ended_jobs_max,
+            quotas=Quotas(
+                jobs_max=self.namespace_jobs_max,
+                slots_max=self.namespace_slots_max,
+                memory_bytes_max=self.namespace_memory_bytes,
+            ),
         )
 
     def code_allowed(self) -> bool:

@@ -13,9 +13,11 @@ from coordinator.control.config import checked_request_id
 from coordinator.control.core import events as ev
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.lifecycle import ENDED
+from coordinator.control.core.quotas import check_jobs
 from coordinator.control.core.views import job_view
 from coordinator.control.paging import Page
 from coordinator.control.submission import Submissions
+from coordinator.control.turns import Turns
 from coordinator.control.watching import watch
 from phalanx.errors import InvalidArgument, PhalanxError, Violation
 from phalanx.rpc.types import ServicerContext
@@ -40,6 +42,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
     def __init__(self, process: ControlProcess, submissions: Submissions) -> None:
         self._process = process
         self._submissions = submissions
+        self._turns = Turns()
 
     async def SubmitJob(
         self, request: pb.SubmitJobRequest, context: ServicerContext
@@ -55,9 +58,18 @@ class JobServicer(pb_grpc.JobServiceServicer):
             if isinstance(before, pb.SubmitJobResponse):
                 return before
         leader.check_storage()
-        submitted, dataset = await self._submissions.prepare(
-            request.spec, leader.core, _submitter(context)
-        )
+        namespace = request.spec.namespace or "default"
+        async with self._turns.of(namespace):
+            if not request.validate_only:
+                # Asked before the work too: what is refused anyhow shall cost nothing.
+                check_jobs(leader.core.config.quotas, leader.core.facts, namespace)
+            return await self._submit(request, remembered, _submitter(context))
+
+    async def _submit(
+        self, request: pb.SubmitJobRequest, remembered: RememberedRequest, submitter: str
+    ) -> pb.SubmitJobResponse:
+        leader = self._process.leading()
+        submitted, dataset = await self._submissions.prepare(request.spec, leader.core, submitter)
         if request.validate_only:
             view = job_view(JobFacts(JobSnapshot(submitted=submitted)), None)
             view.id = ""

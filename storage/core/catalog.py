@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from phalanx.errors import AlreadyExists, FailedPrecondition
+from phalanx.errors import AlreadyExists, FailedPrecondition, ResourceExhausted
 from phalanx.v1 import model_service_pb2 as model_pb
 from storage.core.keys import check_digest, check_file_path, check_key, check_word, invalid
 
@@ -35,6 +35,26 @@ class VersionName:
     def __str__(self) -> str:
         name = self.name if self.namespace == DEFAULT_NAMESPACE else f"{self.namespace}/{self.name}"
         return f"{name}@{self.version}" if self.version else name
+
+
+def model_bytes(model: model_pb.ModelVersion) -> int:
+    """Return what the files of a model take up."""
+    return sum(file.size_bytes for file in model.files)
+
+
+def check_quota(namespace: str, limit_bytes: int, used_bytes: int, more_bytes: int) -> None:
+    """Raise ResourceExhausted where so many bytes more are too many for a namespace."""
+    if used_bytes + more_bytes > limit_bytes:
+        raise ResourceExhausted(
+            f"the namespace {namespace!r} may have {limit_bytes} bytes of data sets and models; it "
+            f"has {used_bytes}, and this needs {more_bytes}: delete some versions",
+            reason="QUOTA_EXCEEDED",
+            details={
+                "namespace": namespace,
+                "limit": str(limit_bytes),
+                "used": str(used_bytes),
+            },
+        )
 
 
 @dataclass(frozen=True)

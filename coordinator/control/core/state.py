@@ -22,6 +22,7 @@ from coordinator.control.core.effects import (
 )
 from coordinator.control.core.facts import Facts, JobFacts
 from coordinator.control.core.lifecycle import RUNNING
+from coordinator.control.core.quotas import Quotas
 from phalanx.errors import PhalanxError
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import job_pb2, storage_service_pb2
@@ -44,6 +45,7 @@ class CoreConfig:
     """Jobs that share the workers at once; more wait in the queue."""
     ended_jobs_max: int = 1000
     """Ended jobs that are remembered, so that their number never fills journal and disk."""
+    quotas: Quotas = field(default_factory=Quotas)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from google.protobuf.message import Message
 
-from coordinator.control.core import membership, terms
+from coordinator.control.core import membership, quotas, terms
 from coordinator.control.core.effects import RemoveJob
 from coordinator.control.core.eligibility import explain_waiting, group_of, too_large
 from coordinator.control.core.events import (
@@ -91,6 +91,7 @@ def submit(core: Core, event: SubmitJob) -> None:
     if refusal is not None:
         core.answer(event.token, refusal)
         return
+    quotas.check(core.config.quotas, core.facts, submitted)
     record = ControlRecord(job_submitted=submitted)
     request.subject = submitted.job_id
     index = core.persist(record, request)
@@ -174,6 +175,7 @@ def retry(core: Core, event: RetryJob) -> None:
     """Put a failed job back into the queue; it goes on from its last checkpoint."""
     facts, _ = _find(core, event.job_id)
     state = next_state(event.job_id, facts.state, Verb.RETRY)
+    quotas.check(core.config.quotas, core.facts, facts.kept.submitted)
     changed = JobChanged(job_id=event.job_id, state=state, reason="RETRYING")
     _carry_over(facts, changed)
     event.request.subject = event.job_id

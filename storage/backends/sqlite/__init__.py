@@ -24,6 +24,7 @@ def open_embedded_backend(
     folder: Path,
     *,
     reserve_bytes: int = 0,
+    namespace_bytes_max: int = 0,
     on_corruption: Callable[[str], None] = _ignore,
     on_failure: Callable[[PhalanxError], None] = _ignore,
     now_unix_nanos: Callable[[], int] = time.time_ns,
@@ -58,7 +59,7 @@ def open_embedded_backend(
         journals=SqliteJournals(database),
         leases=SqliteLeases(database),
         jobs=SqliteJobs(database, blobs, now_unix_nanos, on_corruption),
-        catalog=SqliteCatalog(database, blobs, now_unix_nanos),
+        catalog=SqliteCatalog(database, blobs, now_unix_nanos, namespace_bytes_max),
         references=SqliteReferences(database, now_unix_nanos),
         close=close,
     )

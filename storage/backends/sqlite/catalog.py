@@ -2,7 +2,7 @@
 
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from google.protobuf import empty_pb2
@@ -29,11 +29,19 @@ EntryT = TypeVar("EntryT", dataset_pb.Dataset, model_pb.ModelVersion)
 
 
 class SqliteCatalog:
-    """A Catalog. ``now_unix_nanos`` reads the wall clock."""
+    """A Catalog. ``now_unix_nanos`` reads the wall clock.
+
+    ``namespace_bytes_max`` limits the data sets and models of one namespace; 0 for no limit.
+    """
 
     def __init__(
-        self, database: Database, blobs: BlobStore, now_unix_nanos: Callable[[], int]
+        self,
+        database: Database,
+        blobs: BlobStore,
+        now_unix_nanos: Callable[[], int],
+        namespace_bytes_max: int = 0,
     ) -> None:
+        self._namespace_bytes_max = namespace_bytes_max
         self._database = database
         self._blobs = blobs
         self._now_unix_nanos = now_unix_nanos
@@ -57,6 +65,7 @@ class SqliteCatalog:
             self._check_stored(wanted)
             dataset = dataset_pb.Dataset()
             dataset.CopyFrom(summary)
+            self._check_quota(connection, name.namespace, dataset.size_bytes)
             self._insert(connection, DATASET, name, dataset, wanted)
             return dataset
 
@@ -75,6 +84,7 @@ class SqliteCatalog:
             model.CopyFrom(request.model)
             for file in model.files:
                 file.size_bytes = sizes[file.digest]
+            self._check_quota(connection, name.namespace, catalog.model_bytes(model))
             self._insert(connection, MODEL, name, model, sizes_given)
             return model
 
@@ -143,6 +153,18 @@ class SqliteCatalog:
 
     def _now_s(self) -> float:
         return self._now_unix_nanos() / 1e9
+
+    def _check_quota(self, connection: sqlite3.Connection, namespace: str, more: int) -> None:
+        """Raise ResourceExhausted where a namespace would hold more than it may."""
+        if not self._namespace_bytes_max:
+            return
+        used = sum(
+            entry.size_bytes for entry in _all(connection, DATASET, namespace, dataset_pb.Dataset)
+        ) + sum(
+            catalog.model_bytes(entry)
+            for entry in _all(connection, MODEL, namespace, model_pb.ModelVersion)
+        )
+        catalog.check_quota(namespace, self._namespace_bytes_max, used, more)
 
     def _check_stored(self, digests: Iterable[str]) -> Mapping[str, int]:
         wanted = sorted(digests)
@@ -271,6 +293,17 @@ def _load(
     if row is None:
         raise _not_found(kind, name)
     return _parse(kind, name, row[0], row[1], entry_class)
+
+
+def _all(
+    connection: sqlite3.Connection, kind: str, namespace: str, entry_class: type[EntryT]
+) -> Iterator[EntryT]:
+    rows = connection.execute(
+        "SELECT name, version, checksum, message FROM versions WHERE kind = ? AND namespace = ?",
+        (kind, namespace),
+    )
+    for name, version, checksum, message in rows:
+        yield _parse(kind, VersionName(namespace, name, version), checksum, message, entry_class)
 
 
 def _parse(

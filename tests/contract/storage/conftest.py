@@ -17,6 +17,8 @@ class Harness(Protocol):
     backend: Backend
     corruptions: list[str]
     now_unix_nanos: int
+    namespace_bytes_max: int
+    """Holds from the next `reopen` on."""
 
     def reopen(self) -> None:
         """Close the back end and open it again on the same state."""
@@ -33,6 +35,7 @@ class EmbeddedHarness:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.namespace_bytes_max = 0
         self.corruptions: list[str] = []
         self.now_unix_nanos = 1_700_000_000_000_000_000
         self.backend = self._open()
@@ -40,6 +43,7 @@ class EmbeddedHarness:
     def _open(self) -> Backend:
         return open_embedded_backend(
             self._folder,
+            namespace_bytes_max=self.namespace_bytes_max,
             on_corruption=self.corruptions.append,
             now_unix_nanos=lambda: self.now_unix_nanos,
         )

@@ -4,7 +4,13 @@ import threading
 
 import pytest
 
-from phalanx.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from phalanx.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
 from phalanx.testing.storage_messages import digest_of, model
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import model_service_pb2 as model_pb
@@ -306,3 +312,35 @@ def test_a_model_needs_files_each_once(backend, put):
     for wrong in (model("m"), twice):
         with pytest.raises(InvalidArgument):
             backend.catalog.create_model(model_pb.CreateModelRequest(model=wrong))
+
+
+def test_a_namespace_holds_data_sets_and_models_up_to_its_quota(harness, put):
+    harness.namespace_bytes_max = 1000
+    harness.reopen()
+
+    def add_dataset(name, size_bytes, namespace=""):
+        manifest = put(name.encode())
+        request = dataset_pb.CreateDatasetRequest(
+            namespace=namespace, name=name, manifest_digest=manifest
+        )
+        summary = dataset_pb.Dataset(manifest_digest=manifest, size_bytes=size_bytes)
+        return harness.backend.catalog.create_dataset(request, summary, [])
+
+    def add_model(name, content):
+        put(content)
+        request = model_pb.CreateModelRequest(model=model(name, weights=content))
+        return harness.backend.catalog.create_model(request)
+
+    add_dataset("a", 600)
+    add_model("m", b"x" * 300)
+    with pytest.raises(
+        ResourceExhausted, match=r"1000 bytes .* has 900, and this needs 101"
+    ) as caught:
+        add_dataset("b", 101)
+    assert caught.value.reason == "QUOTA_EXCEEDED"
+    with pytest.raises(ResourceExhausted):
+        add_model("n", b"y" * 101)
+    add_dataset("a", 600)  # the same again needs nothing
+    add_dataset("b", 1000, namespace="blue")
+    delete(harness.backend, "a")
+    add_dataset("b", 101)
