@@ -19,6 +19,8 @@ GROUPS = {
     "control": "the leading control process killed, alone and together with a worker",
     "fencing": "writes of a leader that leads no more",
     "goodput": "steps per second under a rain of faults, and the bits",
+    "herd": "200 workers that come back at once after control was killed",
+    "hostile": "memory and honest callers of servers under attack",
 }
 """Module of this package → what it measures. Each has ``run(command, *, quick) -> list[Row]``."""
 

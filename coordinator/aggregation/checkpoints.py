@@ -112,7 +112,7 @@ async def read_part(
     data = await client.get_blob(part.digest, timeout_s=UPLOAD_TIMEOUT_S)
     try:
         return parse_part(data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataLoss(
             f"range {piece.index} of the checkpoint at step {manifest.step} cannot be read: "
             f"{error!r}"

@@ -8,6 +8,7 @@ the name) and because opening must neither copy nor read the data.
 """
 
 import json
+import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def decode_chunk(buffer: memoryview | bytes, name: str = "chunk") -> DenseChunk 
         if chunk.indptr.shape != (chunk.rows + 1,) or chunk.indptr[-1] != chunk.data.shape[0]:
             raise ValueError("row starts do not fit the values")
         return chunk
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataLoss(f"{name} is not a chunk of a data set: {error}") from error
 
 
@@ -179,7 +180,7 @@ def _decode(view: memoryview) -> tuple[dict[str, NDArray[Any]], str]:
         first, stop = entry["data_offsets"]
         shape = tuple(entry["shape"])
         dtype = _DTYPE_OF_NAME[entry["dtype"]]
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         if not 0 <= first <= stop <= len(body) or stop - first != count * dtype.itemsize:
             raise ValueError(f"{name} does not fit the file")
         flat = np.frombuffer(body, dtype=dtype, count=count, offset=first)

@@ -166,7 +166,7 @@ class DatasetManifest:
                     f"version {MANIFEST_VERSION}; add the data set again or use a matching release"
                 )
             return _manifest_from(document)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataLoss(f"not a data set manifest: {error!r}") from error
 
 

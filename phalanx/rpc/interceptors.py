@@ -20,12 +20,21 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from phalanx.errors import DeadlineExceeded, Internal, InvalidArgument, PhalanxError
+from phalanx.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    PhalanxError,
+    Unavailable,
+)
 from phalanx.rpc.limits import Admission
 from phalanx.rpc.status import to_rpc_status
 from phalanx.rpc.types import Handler, ServicerContext
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import GrpcServerMetrics
+
+WRITE_TIMEOUT_S = 60.0
+"""How long a stream of responses may wait for its caller to take one."""
 
 Behaviour = Callable[[Any, ServicerContext], Any]
 Decoder = Callable[[bytes], Any]
@@ -173,20 +182,21 @@ class _FirstInTime(AsyncIterator[Any]):
     """The messages of a stream; the first has a deadline."""
 
     def __init__(self, requests: AsyncIterator[Any], timeout_s: float) -> None:
-        self._next = requests.__aiter__().__anext__
+        self._requests = requests
         self._timeout_s = timeout_s
-        self._begun = False
+        # Made when it is needed: gRPC complains of an iterator that nobody used.
+        self._messages: AsyncIterator[Any] | None = None
 
     def __aiter__(self) -> "_FirstInTime":
         return self
 
     async def __anext__(self) -> Any:
-        if self._begun:
-            return await self._next()
-        self._begun = True
+        if self._messages is not None:
+            return await anext(self._messages)
+        self._messages = aiter(self._requests)
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._next()
+                return await anext(self._messages)
         except TimeoutError:
             raise _silent(self._timeout_s) from None
 
@@ -203,7 +213,14 @@ def _written(generator: Behaviour) -> Behaviour:
     async def write_all(request: Any, context: ServicerContext) -> None:
         async with aclosing(generator(request, context)) as responses:
             async for response in responses:
-                await context.write(response)
+                try:
+                    async with asyncio.timeout(WRITE_TIMEOUT_S):
+                        await context.write(response)
+                except TimeoutError:
+                    raise Unavailable(
+                        f"the caller took nothing for {WRITE_TIMEOUT_S:g} s; call again to go on",
+                        reason="READS_TOO_SLOWLY",
+                    ) from None
 
     return write_all
 

@@ -19,6 +19,8 @@ DIGESTS_PER_CALL = 50_000
 _PIECES_PER_CALL = 10_000
 _UPLOADS = 64
 _IDLE_S = 60.0
+_PATIENCE_S = 2.0
+"""An upload that said nothing for so long makes room for another where all places are taken."""
 
 
 class BlobCalls:
@@ -28,10 +30,12 @@ class BlobCalls:
         self._blobs = blobs
         self._operations = operations
         self._uploads = 0
+        # Uploads whose next message is waited for, and since when; the longest wait is first.
+        self._silent: dict[asyncio.Timeout, float] = {}
 
     async def put(self, requests: AsyncIterator[pb.PutBlobRequest]) -> StoredBlob:
         """Take an upload; what came of a broken one is forgotten."""
-        if self._uploads >= _UPLOADS:
+        if self._uploads >= _UPLOADS and not self._make_room():
             raise ResourceExhausted(
                 f"{_UPLOADS} uploads are running; try again when some have ended",
                 reason="TOO_MANY_UPLOADS",
@@ -50,7 +54,7 @@ class BlobCalls:
         return stored
 
     async def _put(self, requests: AsyncIterator[pb.PutBlobRequest]) -> StoredBlob:
-        first = await _next(requests)
+        first = await self._next(requests)
         if first is None:
             raise invalid("chunk", "an upload has at least one message, empty for an empty blob")
         if first.expected_digest:
@@ -63,7 +67,7 @@ class BlobCalls:
         work: asyncio.Future[Any] = loop.run_in_executor(pool, writer.write, first.chunk)
         try:
             # Reads the next message while a thread hashes and writes the one before.
-            while (request := await _next(requests)) is not None:
+            while (request := await self._next(requests)) is not None:
                 await asyncio.shield(work)
                 work = loop.run_in_executor(pool, writer.write, request.chunk)
             await asyncio.shield(work)
@@ -73,6 +77,33 @@ class BlobCalls:
         except BaseException:
             await self._abandon(writer, work)
             raise
+
+    async def _next(self, requests: AsyncIterator[pb.PutBlobRequest]) -> pb.PutBlobRequest | None:
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        try:
+            async with asyncio.timeout(_IDLE_S) as silence:
+                self._silent[silence] = began_s
+                try:
+                    return await anext(requests, None)
+                finally:
+                    self._silent.pop(silence, None)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"no part of the upload came for {loop.time() - began_s:.0f} s; begin it again",
+                reason="UPLOAD_IDLE",
+            ) from None
+
+    def _make_room(self) -> bool:
+        """End the upload that has been silent for longest, if it is for long enough."""
+        now_s = asyncio.get_running_loop().time()
+        for silence, since_s in self._silent.items():
+            if now_s - since_s >= _PATIENCE_S:
+                del self._silent[silence]
+                silence.reschedule(now_s)
+                return True
+            break
+        return False
 
     async def _abandon(self, writer: BlobWriter, work: asyncio.Future[Any]) -> None:
         """Remove what was written, once no thread is at it any more."""
@@ -152,13 +183,3 @@ def compose(blobs: BlobStore, pieces: Iterable[pb.BlobPiece]) -> StoredBlob:
         writer.abort()
         for reader in readers.values():
             reader.close()
-
-
-async def _next(requests: AsyncIterator[pb.PutBlobRequest]) -> pb.PutBlobRequest | None:
-    try:
-        async with asyncio.timeout(_IDLE_S):
-            return await anext(requests, None)
-    except TimeoutError:
-        raise DeadlineExceeded(
-            f"no part of the upload came for {_IDLE_S:g} s; begin it again", reason="UPLOAD_IDLE"
-        ) from None

@@ -5,6 +5,7 @@ Objects (pickles) are refused.
 
 import contextlib
 import functools
+import math
 import zipfile
 import zlib
 from collections.abc import Generator, Iterator
@@ -189,12 +190,16 @@ def _pieces(
         _read_header(file)
         if member.fortran_order and row_shape:
             # Its rows are scattered over the whole file; there is no way around reading all of it.
-            data = file.read()
+            # Not a byte more than it says: the archive may unfold into anything.
+            whole_bytes = member.dtype.itemsize * math.prod(member.shape)
+            data = file.read(whole_bytes + 1)
+            if len(data) != whole_bytes:
+                raise EOFError(f"{member.key} does not have the bytes of its shape")
             whole = np.frombuffer(data, member.dtype).reshape(member.shape, order="F")
             for first in range(0, rows, step):
                 yield whole[first : first + step]
             return
-        row_bytes = member.dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
+        row_bytes = member.dtype.itemsize * math.prod(row_shape)
         for first in range(0, rows, step):
             count = min(step, rows - first)
             data = file.read(count * row_bytes)

@@ -112,7 +112,7 @@ def _tensors(path: Path) -> dict[str, NDArray[Any]]:
         return {key: _tensor(body, key, entry) for key, entry in header.items()}
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {path}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise InvalidArgument(f"{path.name} is not a safetensors file: {error}") from error
 
 

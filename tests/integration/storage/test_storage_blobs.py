@@ -220,6 +220,7 @@ async def test_an_idle_upload_is_ended(stub, stored_files, monkeypatch):
 
 async def test_too_many_uploads_are_refused_and_the_others_go_on(stub, monkeypatch):
     monkeypatch.setattr("storage.service.blob_calls._UPLOADS", 2)
+    monkeypatch.setattr("storage.service.blob_calls._PATIENCE_S", 60.0)
     calls = [stub.PutBlob(timeout=60) for _ in range(2)]
     for call in calls:
         await call.write(pb.PutBlobRequest(chunk=b"x"))
@@ -238,6 +239,24 @@ async def test_too_many_uploads_are_refused_and_the_others_go_on(stub, monkeypat
         await call.done_writing()
     assert {(await call).digest for call in calls} == {digest_of(b"x")}
     assert await refused() == ""
+
+
+async def test_silent_uploads_make_room_for_others_the_longest_silent_first(
+    stub, client, monkeypatch
+):
+    monkeypatch.setattr("storage.service.blob_calls._UPLOADS", 2)
+    monkeypatch.setattr("storage.service.blob_calls._PATIENCE_S", 0.0)
+    silent = [stub.PutBlob(timeout=60) for _ in range(2)]
+    for call in silent:
+        await call.write(pb.PutBlobRequest(chunk=b"x"))
+        # The next one begins when this one is surely there and waited for.
+        assert await client.get_blob(await client.put_blob(b"y")) == b"y"
+    for number in range(5):
+        await client.put_blob(b"z%d" % number)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await silent[0]
+    assert from_rpc_error(caught.value).reason == "UPLOAD_IDLE"
+    silent[1].cancel()
 
 
 async def test_a_message_beyond_the_limit_harms_nobody(stub, client):

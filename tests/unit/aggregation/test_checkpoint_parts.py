@@ -112,6 +112,7 @@ def test_a_failed_upload_leaves_the_snapshot_whole_for_the_next_try(parameters):
         lambda data: data[: len(data) // 2],
         lambda data: b"\xff" * 8 + data[8:],
         lambda data: data[:8] + b"[]" + data[10:],
+        lambda data: (100_000).to_bytes(8, "little") + b"[" * 100_000,
         lambda data: data.replace(b"parameters", b"parametres"),
         lambda data: data.replace(b"F32", b"F16"),
         lambda data: data.replace(b'"shape":[', b'"shape":[1,'),
