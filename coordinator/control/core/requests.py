@@ -1,6 +1,6 @@
 """Memory of mutating calls: the same id and request gives the first answer, another is refused.
 
-Remembered for 24 hours, in the journal.
+Remembered for 24 hours, in the journal; of more than a hundred thousand the oldest go sooner.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from phalanx.errors import AlreadyExists
 from phalanx.v1.control_journal_pb2 import RememberedRequest
 
 REMEMBERED_NANOS = 24 * 3600 * 1_000_000_000
+REQUESTS_MAX = 100_000
 
 
 class RequestMemory:
@@ -26,12 +27,13 @@ class RequestMemory:
         return iter(self._by_id.values())
 
     def remember(self, request: RememberedRequest, now_nanos: int) -> None:
-        """Keep a request and forget those older than 24 hours."""
+        """Keep a request; forget those older than 24 hours, and the oldest of too many."""
         self._by_id.pop(request.request_id, None)
         self._by_id[request.request_id] = request
         while self._by_id:
             oldest = next(iter(self._by_id.values()))
-            if now_nanos - oldest.time_unix_nanos <= REMEMBERED_NANOS:
+            is_young = now_nanos - oldest.time_unix_nanos <= REMEMBERED_NANOS
+            if is_young and len(self._by_id) <= REQUESTS_MAX:
                 break
             del self._by_id[oldest.request_id]
 

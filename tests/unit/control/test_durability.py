@@ -155,6 +155,14 @@ def test_requests_are_remembered_over_a_restart_and_for_a_day() -> None:
     assert memory.find(RememberedRequest(method="SubmitJob"), 0) is None
 
 
+def test_of_too_many_requests_the_oldest_are_forgotten(monkeypatch: Any) -> None:
+    monkeypatch.setattr("coordinator.control.core.requests.REQUESTS_MAX", 3)
+    memory = RequestMemory()
+    for number in range(5):
+        memory.remember(RememberedRequest(request_id=f"r{number}", time_unix_nanos=number), number)
+    assert [each.request_id for each in memory] == ["r2", "r3", "r4"]
+
+
 def test_ended_jobs_are_forgotten_after_their_time(cluster: Any) -> None:
     def short(spec: Any) -> None:
         spec.retain.seconds = 60
