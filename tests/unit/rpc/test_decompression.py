@@ -3,12 +3,15 @@
 import asyncio
 import os
 import sys
+from collections.abc import Sequence
 
 import grpc
 import grpc.aio
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2
+
+from phalanx.rpc.channel import open_channel
 
 MIB = 1024 * 1024
 BOMB_BYTES = 96 * MIB
@@ -77,4 +80,72 @@ async def test_gzip_bomb_is_refused_without_being_inflated() -> None:
 
 async def test_the_bomb_is_real_where_the_limits_are_off() -> None:
     growth, _ = await _growth_bytes("open")
+    assert growth >= BOMB_BYTES
+
+
+HOSTILE_SERVER = """
+import asyncio, sys
+import grpc, grpc.aio
+
+async def main():
+    server = grpc.aio.server(options=[("grpc.max_send_message_length", -1)],
+                             compression=grpc.Compression.Gzip)
+    async def answer(request, context):
+        return bytes(int(sys.argv[1]))
+    handlers = {"Unfold": grpc.unary_unary_rpc_method_handler(answer)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Bomb", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"127.0.0.1:{port}", flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(0)
+
+asyncio.run(main())
+"""
+
+
+async def _growth_of_client_bytes(options: Sequence[tuple[str, int]]) -> tuple[int, bool]:
+    """Be answered by a bomb; return how much this process grew at most, and whether it was read."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-P",
+        "-c",
+        HOSTILE_SERVER,
+        str(BOMB_BYTES),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    async with asyncio.timeout(GUARD_S):
+        address = (await process.stdout.readline()).decode().strip()
+        before = psutil.Process().memory_info().rss
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as peak:
+            peak.write("5")
+        is_read = True
+        async with open_channel(address, extra=options) as channel:
+            try:
+                await channel.unary_unary("/test.Bomb/Unfold")(b"", timeout=GUARD_S)
+            except grpc.aio.AioRpcError:
+                is_read = False
+        growth = _peak_bytes(os.getpid()) - before
+        process.stdin.close()
+        await process.wait()
+    return growth, is_read
+
+
+async def test_clients_refuse_answers_that_would_unfold() -> None:
+    growth, is_read = await _growth_of_client_bytes([])
+    assert not is_read
+    assert growth <= 16 * MIB
+
+
+async def test_the_answer_is_a_bomb_where_the_limits_are_off() -> None:
+    growth, is_read = await _growth_of_client_bytes(
+        [
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.compression_enabled_algorithms_bitset", 7),
+        ]
+    )
+    assert is_read
     assert growth >= BOMB_BYTES
