@@ -24,7 +24,7 @@ from phalanx.errors import (
 )
 from phalanx.v1 import storage_service_pb2 as pb
 
-_PASSING = frozenset(("DISK_FULL", "TOO_MANY_UPLOADS"))
+_NO_ROOM = "DISK_FULL"
 """Storage has no room at the moment: jobs wait for it, they do not fail of it."""
 
 Operation = fx.RaiseTerm | fx.ReadRow | fx.WriteModel
@@ -53,7 +53,7 @@ class Operations:
             try:
                 return await handler()
             except ResourceExhausted as error:
-                if error.reason not in _PASSING:
+                if error.reason != _NO_ROOM:
                     raise
                 raise Unavailable(error.message, reason=error.reason) from error
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import Any
 
-from phalanx.errors import DeadlineExceeded, PhalanxError, ResourceExhausted
+from phalanx.errors import DeadlineExceeded, PhalanxError, Unavailable
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.core.keys import check_digest, invalid
 from storage.interfaces import BlobReader, BlobStore, BlobWriter, StoredBlob
@@ -35,8 +35,10 @@ class BlobCalls:
 
     async def put(self, requests: AsyncIterator[pb.PutBlobRequest]) -> StoredBlob:
         """Take an upload; what came of a broken one is forgotten."""
+        # Whoever has sent nothing yet takes nobody's place.
+        first = await self._next(requests, has_begun=False)
         if self._uploads >= _UPLOADS and not self._make_room():
-            raise ResourceExhausted(
+            raise Unavailable(
                 f"{_UPLOADS} uploads are running; try again when some have ended",
                 reason="TOO_MANY_UPLOADS",
                 retry_after_s=1.0,
@@ -44,7 +46,7 @@ class BlobCalls:
         self._uploads += 1
         started_s = time.perf_counter()
         try:
-            stored = await self._put(requests)
+            stored = await self._put(first, requests)
         except BaseException as error:
             self._operations.observe("put_blob", started_s, error)
             raise
@@ -53,8 +55,9 @@ class BlobCalls:
         self._operations.observe("put_blob", started_s, None)
         return stored
 
-    async def _put(self, requests: AsyncIterator[pb.PutBlobRequest]) -> StoredBlob:
-        first = await self._next(requests)
+    async def _put(
+        self, first: pb.PutBlobRequest | None, requests: AsyncIterator[pb.PutBlobRequest]
+    ) -> StoredBlob:
         if first is None:
             raise invalid("chunk", "an upload has at least one message, empty for an empty blob")
         if first.expected_digest:
@@ -78,12 +81,15 @@ class BlobCalls:
             await self._abandon(writer, work)
             raise
 
-    async def _next(self, requests: AsyncIterator[pb.PutBlobRequest]) -> pb.PutBlobRequest | None:
+    async def _next(
+        self, requests: AsyncIterator[pb.PutBlobRequest], *, has_begun: bool = True
+    ) -> pb.PutBlobRequest | None:
         loop = asyncio.get_running_loop()
         began_s = loop.time()
         try:
             async with asyncio.timeout(_IDLE_S) as silence:
-                self._silent[silence] = began_s
+                if has_begun:
+                    self._silent[silence] = began_s
                 try:
                     return await anext(requests, None)
                 finally:

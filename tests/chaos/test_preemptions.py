@@ -11,7 +11,7 @@ from phalanx.testing.arena import GUARD_S, Arena, add_blobs, arena, gated_job, w
 
 pytestmark = pytest.mark.slow
 
-PREEMPTIONS = 6
+PREEMPTIONS = 5
 
 
 def _in_the_leaf(ring: Arena, killed: set[str]) -> list[str]:
