@@ -10,7 +10,7 @@ from phalanx.errors import DeadlineExceeded, PhalanxError, Unavailable
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.core.keys import check_digest, invalid
 from storage.interfaces import BlobReader, BlobStore, BlobWriter, StoredBlob
-from storage.service.operations import Operations, made, settled
+from storage.service.operations import Operations, made, settled, to_the_end
 
 CHUNK_BYTES = 1024 * 1024
 """Size of the messages of a download."""
@@ -112,11 +112,14 @@ class BlobCalls:
         return False
 
     async def _abandon(self, writer: BlobWriter, work: asyncio.Future[Any]) -> None:
-        """Remove what was written, once no thread is at it any more."""
+        """Remove what was written, once no thread is at it any more, whatever is cancelled."""
 
-        await settled(work)
-        pool = self._operations.blob_pool
-        await asyncio.shield(asyncio.get_running_loop().run_in_executor(pool, writer.abort))
+        async def remove() -> None:
+            await settled(work)
+            pool = self._operations.blob_pool
+            await asyncio.get_running_loop().run_in_executor(pool, writer.abort)
+
+        await to_the_end(remove())
 
     async def get(self, request: pb.GetBlobRequest) -> AsyncGenerator[pb.GetBlobResponse]:
         """Yield a blob, or a part of it."""

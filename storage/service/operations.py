@@ -5,10 +5,10 @@ There are two pools, so that bulk transfers never make a journal wait for a thre
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from phalanx.errors import DataLoss, PhalanxError
 from phalanx.telemetry.logs import get_logger
@@ -109,9 +109,13 @@ async def made(
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        await settled(work)
-        if not work.cancelled() and work.exception() is None:
-            await asyncio.shield(loop.run_in_executor(pool, discard, work.result()))
+
+        async def undo() -> None:
+            await settled(work)
+            if not work.cancelled() and work.exception() is None:
+                await loop.run_in_executor(pool, discard, work.result())
+
+        await to_the_end(undo())
         raise
 
 
@@ -120,3 +124,15 @@ async def settled(work: asyncio.Future[ResultT]) -> None:
     await asyncio.wait([work])
     if not work.cancelled():
         work.exception()
+
+
+async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await ``work``, which goes on where this call is cancelled meanwhile."""
+    task = asyncio.create_task(work)
+    _going_on.add(task)
+    task.add_done_callback(_going_on.discard)
+    await asyncio.shield(task)
+
+
+_going_on: set[asyncio.Task[None]] = set()
+"""The event loop itself holds no task."""
