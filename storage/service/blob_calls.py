@@ -66,7 +66,9 @@ class BlobCalls:
         pool = self._operations.blob_pool
         # 0 is what a client sends that does not set the field: nobody announces an empty blob.
         expected_bytes = first.expected_bytes if first.expected_bytes > 0 else -1
-        writer = await made(pool, lambda: self._blobs.writer(expected_bytes), BlobWriter.abort)
+        writer = await made(
+            pool, lambda: self._blobs.writer(expected_bytes), lambda new: new.abort()
+        )
         work: asyncio.Future[Any] = loop.run_in_executor(pool, writer.write, first.chunk)
         try:
             # Reads the next message while a thread hashes and writes the one before.
@@ -143,7 +145,7 @@ class BlobCalls:
         started_s = time.perf_counter()
         pool = self._operations.blob_pool
         try:
-            return await made(pool, lambda: self._blobs.open(digest), BlobReader.close)
+            return await made(pool, lambda: self._blobs.open(digest), lambda new: new.close())
         except PhalanxError as error:
             self._operations.observe("get_blob", started_s, error)
             raise

@@ -67,3 +67,30 @@ async def test_a_broken_upload_that_is_cancelled_while_it_is_cleaned_up_leaves_n
         writer.let_go.set()
         assert await asyncio.to_thread(writer.aborted.wait, GUARD_S), "its file stays for ever"
     operations.close()
+
+
+async def test_an_upload_that_is_cancelled_while_its_file_is_made_leaves_nothing() -> None:
+    making, let_go = threading.Event(), threading.Event()
+    writer: Any = SlowWriter()
+
+    class SlowStore:
+        def writer(self, expected_bytes: int = -1) -> SlowWriter:
+            making.set()
+            assert let_go.wait(GUARD_S)
+            return writer
+
+    async def messages() -> AsyncIterator[pb.PutBlobRequest]:
+        yield pb.PutBlobRequest(chunk=b"x")
+
+    operations = Operations("test", StorageMetrics(CollectorRegistry()))
+    store: Any = SlowStore()
+    upload = asyncio.create_task(BlobCalls(store, operations).put(messages()))
+    async with asyncio.timeout(GUARD_S):
+        assert await asyncio.to_thread(making.wait, GUARD_S)
+        upload.cancel()
+        await asyncio.sleep(0)
+        let_go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await upload
+        assert await asyncio.to_thread(writer.aborted.wait, GUARD_S), "its file stays for ever"
+    operations.close()
