@@ -15,6 +15,7 @@ from bench.reliability.rows import Row, print_rows, read_rows, with_table
 from bench.results import write_json
 
 GROUPS = {
+    "simulator": "seeds of the simulator",
     "workers": "a worker killed, stopped, restarted",
     "control": "the leading control process killed, alone and together with a worker",
     "fencing": "writes of a leader that leads no more",

@@ -58,6 +58,7 @@ THIRTY_TWO = Scenario(
     reach_percent=98.0,
 )
 START_TIMEOUT_S = 300.0
+QUICK_S = 20.0
 
 
 def run(command: str, *, quick: bool) -> list[Row]:
@@ -70,9 +71,8 @@ def run(command: str, *, quick: bool) -> list[Row]:
 
 def measure(scenario: Scenario, command: str, *, quick: bool) -> list[Row]:
     """Disturb one cluster; goodput and whether the bits are those of an undisturbed run."""
-    periods = 4 if scenario.every_s < 20 else 2
-    duration_s = periods * scenario.every_s if quick else scenario.duration_s
-    baseline_s = scenario.baseline_s / 2 if quick else scenario.baseline_s
+    duration_s = max(QUICK_S, scenario.every_s) if quick else scenario.duration_s
+    baseline_s = QUICK_S / 2 if quick else scenario.baseline_s
     rounds = -(-scenario.shards // scenario.workers)
     # Enough for the time it takes without any fault, and then a little.
     steps = round((duration_s + 2 * baseline_s + 10) / (rounds * scenario.leaf_s))
