@@ -22,6 +22,9 @@ GROUPS = {
     "goodput": "steps per second under a rain of faults, and the bits",
     "herd": "200 workers that come back at once after control was killed",
     "hostile": "memory and honest callers of servers under attack",
+    "disk_errors": "EIO and ENOSPC at every call of storage",
+    "disk_crashes": "crash, power failure and torn write at every call of storage",
+    "bit_flips": "every bit of a checkpoint flipped",
 }
 """Module of this package → what it measures. Each has ``run(command, *, quick) -> list[Row]``."""
 

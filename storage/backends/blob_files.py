@@ -2,12 +2,12 @@
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from phalanx.errors import DataLoss, InvalidArgument
-from storage.backends.files import create_file, read_errors, write_errors
+from storage.backends.file_system import FileSystem
+from storage.backends.files import read_errors, write_errors
 from storage.core.keys import invalid
 from storage.interfaces import Buffer, StoredBlob
 
@@ -28,14 +28,15 @@ class Publisher(Protocol):
 class FileBlobWriter:
     """A BlobWriter that hashes while it writes."""
 
-    def __init__(self, store: Publisher, uploads: int, name: str) -> None:
+    def __init__(self, store: Publisher, disk: FileSystem, uploads: int, name: str) -> None:
         self._store = store
+        self._disk = disk
         self._uploads = uploads
         self._name = name
         self._hash = hashlib.sha256()
         self._size_bytes = 0
         self._unchecked_bytes = 0
-        self._descriptor = create_file(name, uploads)
+        self._descriptor = disk.create_file(name, uploads)
 
     def write(self, chunk: Buffer) -> None:
         """Take the next bytes."""
@@ -49,7 +50,7 @@ class FileBlobWriter:
             written = 0
             with write_errors("a blob"):
                 while written < len(rest):
-                    written += os.write(self._descriptor, rest[written:])
+                    written += self._disk.write(self._descriptor, rest[written:])
 
     def commit(self, expected_digest: str = "", expected_bytes: int = -1) -> StoredBlob:
         """Make the blob durable and visible."""
@@ -66,7 +67,7 @@ class FileBlobWriter:
                 reason="DIGEST_MISMATCH",
             )
         with write_errors("a blob"):
-            os.fsync(self._descriptor)
+            self._disk.sync(self._descriptor)
             self._close()
             self._store.publish(self._name, digest, self._size_bytes)
         self._name = ""
@@ -78,23 +79,30 @@ class FileBlobWriter:
         if self._name:
             # Left for the next start if even that fails.
             with contextlib.suppress(OSError):
-                os.unlink(self._name, dir_fd=self._uploads)
+                self._disk.unlink(self._name, self._uploads)
             self._name = ""
 
     def _close(self) -> None:
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
-            os.close(descriptor)
+            self._disk.close(descriptor)
 
 
 class FileBlobReader:
     """A BlobReader; ``report(digest, is_corrupt)`` hears the result of every verification."""
 
-    def __init__(self, digest: str, descriptor: int, report: Callable[[str, bool], None]) -> None:
+    def __init__(
+        self, digest: str, disk: FileSystem, descriptor: int, report: Callable[[str, bool], None]
+    ) -> None:
         self._digest = digest
+        self._disk = disk
         self._descriptor = descriptor
         self._report = report
-        self._size_bytes = os.fstat(descriptor).st_size
+        try:
+            self._size_bytes = disk.size_bytes(descriptor)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def size_bytes(self) -> int:
@@ -121,7 +129,7 @@ class FileBlobReader:
     def close(self) -> None:
         """Close the file."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            self._disk.close(self._descriptor)
             self._descriptor = -1
 
     def _verified(self, chunk_bytes: int) -> Iterator[bytes]:
@@ -143,7 +151,7 @@ class FileBlobReader:
         end = offset + length
         while offset < end:
             with read_errors(f"blob {self._digest}"):
-                chunk = os.pread(self._descriptor, min(chunk_bytes, end - offset), offset)
+                chunk = self._disk.read(self._descriptor, min(chunk_bytes, end - offset), offset)
             if not chunk:
                 self._report(self._digest, True)
                 raise self._corrupt()

@@ -12,24 +12,17 @@ After a start, each folder is synced before anything in it is reported as stored
 """
 
 import contextlib
-import os
 import secrets
 import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 from phalanx.errors import DataLoss, FailedPrecondition, NotFound
 from storage.backends.blob_files import FileBlobReader, FileBlobWriter
-from storage.backends.files import (
-    disk_full,
-    folder,
-    make_folder,
-    open_file,
-    open_folder,
-    read_errors,
-    write_errors,
-)
+from storage.backends.file_system import THIS_MACHINE, FileSystem
+from storage.backends.files import disk_full, folder, read_errors, write_errors
 from storage.core.garbage import is_old_enough
 from storage.core.keys import check_digest, is_digest
 from storage.interfaces import StoredBlob
@@ -45,7 +38,10 @@ class DirectoryBlobs:
     cannot.
     """
 
-    def __init__(self, state_fd: int, *, reserve_bytes: int = 0) -> None:
+    def __init__(
+        self, state_fd: int, *, reserve_bytes: int = 0, disk: FileSystem = THIS_MACHINE
+    ) -> None:
+        self._disk = disk
         self._reserve_bytes = reserve_bytes
         self._mutex = threading.Lock()
         # Renamed, but the folder is not synced yet: nobody may rely on them.
@@ -59,9 +55,9 @@ class DirectoryBlobs:
         self._blobs = self._uploads = -1
         try:
             for name in ("blobs", "uploads"):
-                make_folder(name, state_fd)
-            self._blobs = open_folder("blobs", state_fd)
-            self._uploads = open_folder("uploads", state_fd)
+                disk.make_folder(name, state_fd)
+            self._blobs = disk.open_folder("blobs", state_fd)
+            self._uploads = disk.open_folder("uploads", state_fd)
             self._prepare(state_fd)
         except OSError as error:
             self.close()
@@ -71,24 +67,24 @@ class DirectoryBlobs:
 
     def _prepare(self, state_fd: int) -> None:
         """Remove what a crash left behind, make the folders and count what is there."""
-        for name in os.listdir(self._uploads):
-            os.unlink(name, dir_fd=self._uploads)
-        present = set(os.listdir(self._blobs))
+        for name in self._disk.names(self._uploads):
+            self._disk.unlink(name, self._uploads)
+        present = set(self._disk.names(self._blobs))
         for name in _FAN_OUT:
             if name not in present:
-                make_folder(name, self._blobs)
+                self._disk.make_folder(name, self._blobs)
                 continue
-            with folder(name, self._blobs) as descriptor:
-                for entry in os.scandir(descriptor):
-                    self._usage_bytes += entry.stat(follow_symlinks=False).st_size
-        os.fsync(self._blobs)
-        os.fsync(state_fd)
+            with self._folder(name) as parent:
+                for entry in self._disk.names(parent):
+                    self._usage_bytes += self._disk.status(entry, parent).st_size
+        self._disk.sync(self._blobs)
+        self._disk.sync(state_fd)
 
     def close(self) -> None:
         """Close the folders; harmless when called twice."""
         for descriptor in (self._blobs, self._uploads):
             if descriptor >= 0:
-                os.close(descriptor)
+                self._disk.close(descriptor)
         # A number that was closed soon belongs to somebody else's file or socket.
         self._blobs = self._uploads = -1
 
@@ -97,24 +93,25 @@ class DirectoryBlobs:
         name = secrets.token_hex(16)
         self.check_space(max(expected_bytes, 0))
         with write_errors("a blob"):
-            return FileBlobWriter(self, self._uploads, name)
+            return FileBlobWriter(self, self._disk, self._uploads, name)
 
     def check_space(self, needed_bytes: int) -> None:
         """Raise ResourceExhausted (DISK_FULL) unless so much fits beside the reserve."""
-        usage = os.fstatvfs(self._uploads)
-        if usage.f_bavail * usage.f_frsize < needed_bytes + self._reserve_bytes:
+        with write_errors("a blob"):
+            free_bytes = self._disk.free_bytes(self._uploads)
+        if free_bytes < needed_bytes + self._reserve_bytes:
             raise disk_full("a blob")
 
     def publish(self, upload: str, digest: str, size_bytes: int) -> None:
         """Rename a synced upload to its digest and make that durable."""
-        with folder(digest[:2], self._blobs) as target:
+        with self._folder(digest[:2]) as target:
             with self._mutex:
-                before = _size(target, digest)
+                before = self._size(target, digest)
                 if before is None or digest in self._corrupt:
                     self._settling.add(digest)
-                os.rename(upload, digest, src_dir_fd=self._uploads, dst_dir_fd=target)
+                self._disk.rename(upload, self._uploads, digest, target)
                 self._usage_bytes += size_bytes - (before or 0)
-            os.fsync(target)
+            self._disk.sync(target)
         with self._mutex:
             self._synced_folders.add(digest[:2])
             self._settling.discard(digest)
@@ -124,13 +121,13 @@ class DirectoryBlobs:
         """Open a blob for reading."""
         check_digest(digest, "digest")
         try:
-            with folder(digest[:2], self._blobs) as parent:
-                descriptor = open_file(digest, parent)
+            with self._folder(digest[:2]) as parent:
+                descriptor = self._disk.open_file(digest, parent)
+            return FileBlobReader(digest, self._disk, descriptor, self._found_corrupt)
         except FileNotFoundError:
             raise NotFound(f"blob {digest} is not stored", reason="BLOB_NOT_FOUND") from None
         except OSError as error:
             raise DataLoss(f"blob {digest} cannot be opened", reason="IO_ERROR") from error
-        return FileBlobReader(digest, descriptor, self._found_corrupt)
 
     def sizes(self, digests: Iterable[str]) -> Mapping[str, int]:
         """Return the sizes of those that are stored."""
@@ -148,14 +145,13 @@ class DirectoryBlobs:
     def _scan_folder(self, name: str) -> list[StoredBlob]:
         now_s = time.time()
         found: list[StoredBlob] = []
-        with read_errors("the list of blobs"), folder(name, self._blobs) as parent:
-            for entry in os.scandir(parent):
-                if not is_digest(entry.name):
+        with read_errors("the list of blobs"), self._folder(name) as parent:
+            for entry in self._disk.names(parent):
+                if not is_digest(entry):
                     continue
                 with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat(follow_symlinks=False)
-                    age_s = now_s - status.st_mtime
-                    found.append(StoredBlob(entry.name, status.st_size, age_s))
+                    status = self._disk.status(entry, parent)
+                    found.append(StoredBlob(entry, status.st_size, now_s - status.st_mtime))
         return found
 
     def remove_if_old(self, digest: str, grace_s: float) -> int | None:
@@ -163,16 +159,16 @@ class DirectoryBlobs:
         check_digest(digest, "digest")
         with (
             write_errors("the removal of a blob"),
-            folder(digest[:2], self._blobs) as parent,
+            self._folder(digest[:2]) as parent,
             self._mutex,
         ):
             try:
-                status = os.stat(digest, dir_fd=parent, follow_symlinks=False)
+                status = self._disk.status(digest, parent)
             except FileNotFoundError:
                 return None
             if not is_old_enough(time.time() - status.st_mtime, grace_s):
                 return None
-            os.unlink(digest, dir_fd=parent)
+            self._disk.unlink(digest, parent)
             self._settling.discard(digest)
             self._corrupt.discard(digest)
             self._usage_bytes -= status.st_size
@@ -186,14 +182,14 @@ class DirectoryBlobs:
         found: dict[str, int] = {}
         for digest in digests:
             check_digest(digest, "digests")
-            with read_errors("the folders of blobs"), folder(digest[:2], self._blobs) as parent:
+            with read_errors("the folders of blobs"), self._folder(digest[:2]) as parent:
                 self._sync_once(digest[:2], parent)
                 with self._mutex:
-                    size_bytes = _size(parent, digest)
+                    size_bytes = self._size(parent, digest)
                     if size_bytes is None or digest in self._settling or digest in self._corrupt:
                         continue
                     if touch:
-                        os.utime(digest, dir_fd=parent, follow_symlinks=False)
+                        self._disk.touch(digest, parent)
                     found[digest] = size_bytes
         return found
 
@@ -201,7 +197,7 @@ class DirectoryBlobs:
         """Make durable what is visible, before anyone is told that it is stored."""
         if name not in self._synced_folders:
             with write_errors("the folders of blobs"):
-                os.fsync(descriptor)
+                self._disk.sync(descriptor)
             self._synced_folders.add(name)
 
     def _found_corrupt(self, digest: str, is_corrupt: bool) -> None:
@@ -211,11 +207,13 @@ class DirectoryBlobs:
             else:
                 self._corrupt.discard(digest)
 
+    def _folder(self, name: str) -> AbstractContextManager[int]:
+        return folder(self._disk, name, self._blobs)
 
-def _size(parent: int, digest: str) -> int | None:
-    """Return the size of a plain file; anything else in its place (a link) counts as missing."""
-    try:
-        status = os.stat(digest, dir_fd=parent, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+    def _size(self, parent: int, digest: str) -> int | None:
+        """Return the size of a plain file; anything else in its place (a link) is missing."""
+        try:
+            status = self._disk.status(digest, parent)
+        except FileNotFoundError:
+            return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None

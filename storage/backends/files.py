@@ -1,8 +1,4 @@
-"""Files and folders below one state folder, opened without following links.
-
-Everything is opened relative to a folder's descriptor and with O_NOFOLLOW, so that neither a name
-nor a link planted in the state folder leads outside it.
-"""
+"""The state folder itself, and what becomes of an error of the disk."""
 
 import contextlib
 import errno
@@ -13,13 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from phalanx.errors import DataLoss, FailedPrecondition, ResourceExhausted, Unavailable
+from storage.backends.file_system import THIS_MACHINE, FileSystem
 
 _SPARE_BYTES = 256 * 1024
+_COPY_BYTES = 1024 * 1024
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# Without O_NONBLOCK, opening a named pipe would wait for a writer.
-_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def disk_full(what: str) -> ResourceExhausted:
@@ -59,38 +53,14 @@ def read_errors(what: str) -> Iterator[None]:
         ) from error
 
 
-def open_folder(name: str, parent: int | None = None) -> int:
-    """Open a folder; return its descriptor."""
-    return os.open(name, _FOLDER_FLAGS, dir_fd=parent)
-
-
-def make_folder(name: str, parent: int) -> bool:
-    """Make a folder unless it is there; return whether it was made."""
-    try:
-        os.mkdir(name, 0o700, dir_fd=parent)
-    except FileExistsError:
-        return False
-    return True
-
-
-def open_file(name: str, folder: int) -> int:
-    """Open a file for reading; return its descriptor."""
-    return os.open(name, _READ_FLAGS, dir_fd=folder)
-
-
-def create_file(name: str, folder: int) -> int:
-    """Create a file that does not exist yet; return its descriptor."""
-    return os.open(name, _CREATE_FLAGS, 0o600, dir_fd=folder)
-
-
 @contextmanager
-def folder(name: str, parent: int) -> Iterator[int]:
+def folder(disk: FileSystem, name: str, parent: int) -> Iterator[int]:
     """Open a folder for the length of a ``with``."""
-    descriptor = open_folder(name, parent)
+    descriptor = disk.open_folder(name, parent)
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        disk.close(descriptor)
 
 
 class StateFolder:
@@ -100,17 +70,14 @@ class StateFolder:
     (STATE_IN_USE) or if it cannot be used at all (STATE_UNUSABLE).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, disk: FileSystem = THIS_MACHINE) -> None:
         self.path = path
-        self._lock = -1
+        self._disk = disk
+        self.fd = self._lock = -1
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise _unusable(path, error) from error
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._lock = os.open("lock", flags, 0o600, dir_fd=self.fd)
+            self._make()
+            self.fd = disk.open_root(path)
+            self._lock = disk.open_lock("lock", self.fd)
             self._take_lock()
         except OSError as error:
             self.close()
@@ -123,31 +90,95 @@ class StateFolder:
         """Let the folder go."""
         for descriptor in (self._lock, self.fd):
             if descriptor >= 0:
-                os.close(descriptor)
+                self._disk.close(descriptor)
         self._lock = self.fd = -1
+
+    def write_again(self, name: str) -> None:
+        """Write a file's own content over it and sync it, if it exists.
+
+        If a process ended because its sync failed, this file may hold what can be read and is not
+        on the disk, in pages that the kernel takes for clean. Whoever builds on them, only to lose
+        them with the power, has built on nothing; so they are made dirty and synced before anyone
+        reads them. In place, because that takes no space, and harmless if it is cut off anywhere.
+        """
+        try:
+            file = self._disk.open_for_update(name, self.fd)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+        try:
+            offset = 0
+            while content := self._disk.read(file, _COPY_BYTES, offset):
+                written = 0
+                while written < len(content):
+                    written += self._write_if_not_full(file, content[written:])
+                offset += len(content)
+            self._disk.sync(file)
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+        finally:
+            self._disk.close(file)
+
+    def _write_if_not_full(self, file: int, content: bytes) -> int:
+        """Write; where the file system wants space even for this and has none, do without."""
+        try:
+            return self._disk.write(file, content)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            return len(content)
+
+    def sync(self) -> None:
+        """Make the names in the state folder durable."""
+        try:
+            self._disk.sync(self.fd)
+        except OSError as error:
+            raise _unusable(self.path, error) from error
 
     def spend_spare(self) -> None:
         """Free the space that was set aside for starting on a full disk."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink("spare", dir_fd=self.fd)
+        try:
+            self._disk.unlink("spare", self.fd)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _unusable(self.path, error) from error
 
     def set_spare_aside(self) -> None:
         """Set space aside for the next start: opening a database takes some, even to read."""
-        self.spend_spare()
-        descriptor = create_file("spare", self.fd)
-        try:
-            os.posix_fallocate(descriptor, 0, _SPARE_BYTES)
-        except OSError:
-            # No space even for this: the start succeeded, and the next one can try.
+        # The start succeeded; without space even for this, the next one can try.
+        with contextlib.suppress(OSError, FailedPrecondition):
             self.spend_spare()
-        finally:
-            os.close(descriptor)
+            descriptor = self._disk.create_file("spare", self.fd)
+            try:
+                self._disk.allocate(descriptor, _SPARE_BYTES)
+            except OSError:
+                self.spend_spare()
+            finally:
+                self._disk.close(descriptor)
+
+    def _make(self) -> None:
+        """Make the folder, and those above it that are missing, durably."""
+        missing = [each for each in (self.path, *self.path.parents) if not each.exists()]
+        self._disk.make_root(self.path)
+        # One that is there may come from a process that was killed before it got here.
+        for each in missing or [self.path]:
+            try:
+                parent = self._disk.open_root(each.parent)
+            except PermissionError:
+                # Whoever may not look into it did not make the folder either.
+                continue
+            try:
+                self._disk.sync(parent)
+            finally:
+                self._disk.close(parent)
 
     def _take_lock(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip()
+            holder = self._disk.read(self._lock, 32, 0).decode("ascii", "replace").strip()
             raise FailedPrecondition(
                 f"the state folder {self.path} is in use by another storage process (pid "
                 f"{holder or 'unknown'}); stop it or choose another folder",
@@ -155,8 +186,8 @@ class StateFolder:
             ) from None
         pid = f"{os.getpid()}\n".encode()
         try:
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, pid, 0)
+            self._disk.truncate(self._lock, 0)
+            self._disk.write(self._lock, pid)
         except OSError as error:
             # The pid is for people only; a full disk must not keep storage from starting.
             if error.errno not in _FULL:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from phalanx.errors import PhalanxError
 from storage.backends.directory_blobs import DirectoryBlobs
+from storage.backends.file_system import THIS_MACHINE, FileSystem
 from storage.backends.files import StateFolder
 from storage.backends.sqlite.catalog import SqliteCatalog
-from storage.backends.sqlite.database import Database
+from storage.backends.sqlite.database import LOG_NAME, LOG_PAGES, Database
 from storage.backends.sqlite.jobs import SqliteJobs
 from storage.backends.sqlite.journals import SqliteJournals
 from storage.backends.sqlite.leases import SqliteLeases
@@ -28,21 +29,30 @@ def open_embedded_backend(
     on_corruption: Callable[[str], None] = _ignore,
     on_failure: Callable[[PhalanxError], None] = _ignore,
     now_unix_nanos: Callable[[], int] = time.time_ns,
+    disk: FileSystem = THIS_MACHINE,
+    log_pages: int = LOG_PAGES,
 ) -> Backend:
     """Open, and make if it is new, the state folder; it is this process's until ``close``.
 
     ``on_corruption`` hears of manifests that were skipped because they are damaged; ``on_failure``
-    is called when the disk failed so that the process must end. Raises FailedPrecondition
-    (STATE_IN_USE, STATE_UNUSABLE, STATE_TOO_NEW).
+    is called when the disk failed so that the process must end. SQLite does not use ``disk``, and
+    copies its log into the database whenever that has ``log_pages`` pages. Raises
+    FailedPrecondition (STATE_IN_USE, STATE_UNUSABLE, STATE_TOO_NEW).
     """
-    state = StateFolder(folder)
+    state = StateFolder(folder, disk)
     blobs: DirectoryBlobs | None = None
+    database: Database | None = None
     try:
         state.spend_spare()
-        blobs = DirectoryBlobs(state.fd, reserve_bytes=reserve_bytes)
-        database = Database(folder, on_failure)
+        blobs = DirectoryBlobs(state.fd, reserve_bytes=reserve_bytes, disk=disk)
+        state.write_again(LOG_NAME)
+        database = Database(folder, on_failure, log_pages=log_pages)
+        # SQLite does so too, and ignores it if that fails.
+        state.sync()
         state.set_spare_aside()
     except BaseException:
+        if database is not None:
+            database.close()
         if blobs is not None:
             blobs.close()
         state.close()

@@ -13,8 +13,9 @@ repeatable.
 If the disk fails (fsync above all), the pages that were to be written may be marked clean in memory
 although they are not on the disk. Trying again on the same files would acknowledge what the disk
 does not have. The database stops for good, ``on_failure`` is called, and the process is expected to
-end. At the next start, the log that can still be read is written into the database file and synced
-before anything is served.
+end. At the next start, the log that can still be read is written over itself and synced
+(``StateFolder.write_again``), then copied into the database file, and that is synced, before
+anything is served.
 """
 
 import contextlib
@@ -45,6 +46,7 @@ ResultT = TypeVar("ResultT")
 Act = Callable[[sqlite3.Connection], ResultT]
 
 FILE_NAME = "metadata.sqlite3"
+LOG_NAME = f"{FILE_NAME}-wal"
 _INCREMENTAL = 2
 _BATCH_ACTS = 128
 _QUEUE_ACTS = 1024
@@ -52,6 +54,8 @@ _READERS = 16
 _WRITE_TIMEOUT_S = 60.0
 _BUSY_TIMEOUT_S = 10.0
 _LOG_LIMIT_BYTES = 8 * 1024 * 1024
+LOG_PAGES = 1000
+"""Pages of the log at which it is copied into the database file."""
 
 
 @dataclass
@@ -76,8 +80,15 @@ class Database:
     ``on_failure`` is called once, from the writing thread, when the disk failed.
     """
 
-    def __init__(self, folder: Path, on_failure: Callable[[PhalanxError], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        on_failure: Callable[[PhalanxError], None],
+        *,
+        log_pages: int = LOG_PAGES,
+    ) -> None:
         self._path = folder / FILE_NAME
+        self._log_pages = log_pages
         self._on_failure = on_failure
         self._failure: PhalanxError | None = None
         self._queue: queue.Queue[_Job | None] = queue.Queue(_QUEUE_ACTS)
@@ -104,6 +115,7 @@ class Database:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute(f"PRAGMA journal_size_limit = {_LOG_LIMIT_BYTES}")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {self._log_pages}")
             application_id = connection.execute("PRAGMA application_id").fetchone()[0]
             migrate(connection)
             if application_id != APPLICATION_ID:

@@ -1,0 +1,125 @@
+"""A sweep of ``bench.reliability.disk_faults`` at some calls, and the defects that it must find.
+
+All calls are broken by ``python -m bench.reliability disk_errors disk_crashes``.
+"""
+
+import contextlib
+import sys
+
+import pytest
+
+from bench.reliability.disk_faults import CRASHES, ERRORS, sweep
+from bench.reliability.disk_sweep import Sweep, working_folder
+from phalanx.testing.faulty_disk import FaultyDisk
+from phalanx.testing.faulty_sqlite import Unsupported, sqlite_on
+from storage.backends import files
+from storage.backends.directory_blobs import DirectoryBlobs
+from storage.backends.sqlite import database as database_module
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _supported(tmp_path):
+    try:
+        with sqlite_on(FaultyDisk(tmp_path)):
+            pass
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("kind", [*ERRORS, *CRASHES])
+def test_one_call_in_many_fails_and_nothing_is_lost(kind):
+    offset, step = {
+        "EIO at a sync, then no power": (8, 50),
+        "crash in a start after a crash": (6, 11),
+        "ENOSPC once in a start after a crash": (6, 11),
+    }.get(kind, (5, 61))
+    tally = sweep(kind, range(offset, sys.maxsize, step))
+    assert tally.failures == []
+    assert tally.faults >= 1
+    assert tally.restarts >= 1
+    assert tally.stale_writes > 0
+    assert tally.stale_writes_accepted == 0
+
+
+def test_every_call_of_a_blob_and_of_its_registration():
+    with working_folder() as folder:
+        swept = Sweep(folder)
+        recording = swept.record()
+        acts = (5, 6)
+        numbers = [n for n, done in enumerate(recording.acts_done, 1) if done in acts]
+        assert {recording.calls[n - 1].name for n in numbers} >= {
+            "create",
+            "write",
+            "sync",
+            "rename",
+        }
+        chosen = range(numbers[0], numbers[-1] + 1)
+        for kind in ("EIO once", "ENOSPC lasting"):
+            swept.fail_each_call(kind, chosen)
+        swept.crash_at_each_call(recording, chosen)
+    assert swept.tally.failures == []
+    assert swept.tally.faults > 2 * len(numbers)
+    assert swept.tally.processes_ended > 2
+
+
+def no_sync_of_folders(monkeypatch):
+    publish = DirectoryBlobs.publish
+
+    def without(self, upload, digest, size_bytes):
+        sync, self._disk.sync = self._disk.sync, lambda descriptor: None
+        try:
+            publish(self, upload, digest, size_bytes)
+        finally:
+            self._disk.sync = sync
+
+    monkeypatch.setattr(DirectoryBlobs, "publish", without)
+
+
+def no_writing_again(monkeypatch):
+    monkeypatch.setattr(files.StateFolder, "write_again", lambda self, name: None)
+
+
+def no_waiting_for_the_log(monkeypatch):
+    real = database_module.Database._open
+
+    def opened(self):
+        connection = real(self)
+        connection.execute("PRAGMA synchronous = NORMAL")
+        return connection
+
+    monkeypatch.setattr(database_module.Database, "_open", opened)
+
+
+def no_look_at_the_outcome_of_a_sync(monkeypatch):
+    real = FaultyDisk.sync
+
+    def sync(self, descriptor):
+        with contextlib.suppress(OSError):
+            real(self, descriptor)
+
+    monkeypatch.setattr(FaultyDisk, "sync", sync)
+
+
+def no_look_at_the_outcome_of_a_commit(monkeypatch):
+    monkeypatch.setattr(database_module, "_translated", lambda error: None)
+
+
+@pytest.mark.parametrize(
+    ("defect", "kind", "first_act", "last_act"),
+    [
+        (no_sync_of_folders, "crash", 4, 5),
+        (no_waiting_for_the_log, "crash", 1, 2),
+        (no_writing_again, "EIO at a sync, then no power", 0, 3),
+        (no_look_at_the_outcome_of_a_sync, "EIO once", 4, 4),
+        (no_look_at_the_outcome_of_a_commit, "ENOSPC once", 1, 1),
+    ],
+)
+def test_a_planted_defect_is_found(defect, kind, first_act, last_act, monkeypatch):
+    with working_folder() as folder:
+        acts_done = Sweep(folder).record().acts_done
+    numbers = [n for n, done in enumerate(acts_done, 1) if first_act <= done <= last_act]
+    defect(monkeypatch)
+    tally = sweep(kind, range(max(406, numbers[0]), numbers[-1] + 1))
+    assert tally.failures
