@@ -196,6 +196,9 @@ class Catalog(Protocol):
 class ReferenceStore(Protocol):
     """Which blobs are named by anything that is stored."""
 
+    def verify(self) -> None:
+        """Raise DataLoss if what is noted is damaged, so that a name for a blob may be missing."""
+
     def unreferenced(self, digests: Sequence[str]) -> list[str]:
         """Return those that nothing names."""
 

@@ -51,12 +51,14 @@ def open_state(
     state: Path,
     disk: FileSystem = THIS_MACHINE,
     on_failure: Callable[[PhalanxError], None] = lambda _: None,
+    on_corruption: Callable[[str], None] = lambda _: None,
 ) -> Backend:
     """Open the back end as the storage process does."""
     return open_embedded_backend(
         state,
         disk=disk,
         on_failure=on_failure,
+        on_corruption=on_corruption,
         log_pages=LOG_PAGES,
         now_unix_nanos=lambda: 1_700_000_000_000_000_000,
     )

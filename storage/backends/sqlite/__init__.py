@@ -9,7 +9,7 @@ from storage.backends.directory_blobs import DirectoryBlobs
 from storage.backends.file_system import THIS_MACHINE, FileSystem
 from storage.backends.files import StateFolder
 from storage.backends.sqlite.catalog import SqliteCatalog
-from storage.backends.sqlite.database import LOG_NAME, LOG_PAGES, Database
+from storage.backends.sqlite.database import LOG_NAME, LOG_PAGES, Database, ignore
 from storage.backends.sqlite.jobs import SqliteJobs
 from storage.backends.sqlite.journals import SqliteJournals
 from storage.backends.sqlite.leases import SqliteLeases
@@ -17,17 +17,13 @@ from storage.backends.sqlite.references import SqliteReferences
 from storage.interfaces import Backend
 
 
-def _ignore(_: object) -> None:
-    """Take a report that nobody asked for."""
-
-
 def open_embedded_backend(
     folder: Path,
     *,
     reserve_bytes: int = 0,
     namespace_bytes_max: int = 0,
-    on_corruption: Callable[[str], None] = _ignore,
-    on_failure: Callable[[PhalanxError], None] = _ignore,
+    on_corruption: Callable[[str], None] = ignore,
+    on_failure: Callable[[PhalanxError], None] = ignore,
     now_unix_nanos: Callable[[], int] = time.time_ns,
     disk: FileSystem = THIS_MACHINE,
     log_pages: int = LOG_PAGES,
@@ -46,7 +42,7 @@ def open_embedded_backend(
         state.spend_spare()
         blobs = DirectoryBlobs(state.fd, reserve_bytes=reserve_bytes, disk=disk)
         state.write_again(LOG_NAME)
-        database = Database(folder, on_failure, log_pages=log_pages)
+        database = Database(folder, on_failure, on_corruption, log_pages=log_pages)
         # SQLite does so too, and ignores it if that fails.
         state.sync()
         state.set_spare_aside()

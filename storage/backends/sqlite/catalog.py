@@ -16,6 +16,7 @@ from storage.backends.sqlite.database import Database
 from storage.backends.sqlite.leases import check_request_fence
 from storage.backends.sqlite.references import add_references, drop_references
 from storage.backends.sqlite.requests import once
+from storage.backends.sqlite.rows import NAMES, PINS
 from storage.core import catalog
 from storage.core.catalog import Page, VersionName
 from storage.core.keys import check_digest, check_key, check_word, invalid
@@ -142,11 +143,8 @@ class SqliteCatalog:
             for kind, name in versions:
                 if _row_id(connection, kind, name) is None:
                     raise _not_found(kind, name)
-                connection.execute(
-                    "INSERT OR IGNORE INTO pins (holder, kind, namespace, name, version) "
-                    "VALUES (?, ?, ?, ?, ?)",
-                    (holder, kind, name.namespace, name.name, name.version),
-                )
+                pin_row = PINS.sealed(kind, name.namespace, name.name, name.version, holder)
+                connection.execute(f"INSERT OR IGNORE {PINS.insertion}", pin_row)
             add_references(connection, _PIN, holder, 0, blobs)
 
         self._database.write(act)
@@ -311,9 +309,16 @@ def _parse(
 ) -> EntryT:
     if _checksum(kind, name.version, message) == checksum:
         try:
-            return entry_class.FromString(message)
+            entry = entry_class.FromString(message)
         except DecodeError:
             pass
+        else:
+            if (entry.namespace, entry.name, entry.version) == (
+                name.namespace,
+                name.name,
+                name.version,
+            ):
+                return entry
     raise DataLoss(
         f"the entry of {_WORDS[kind]} {name} does not match its checksum; restore storage from a "
         "backup",
@@ -322,13 +327,11 @@ def _parse(
 
 
 def _take_version(connection: sqlite3.Connection, kind: str, name: VersionName) -> int:
-    row = connection.execute(
-        "INSERT INTO names (kind, namespace, name, next_version) VALUES (?, ?, ?, 2) "
-        "ON CONFLICT (kind, namespace, name) DO UPDATE SET next_version = next_version + 1 "
-        "RETURNING next_version - 1",
-        (kind, name.namespace, name.name),
-    ).fetchone()
-    return int(row[0])
+    row = NAMES.find(connection, kind, name.namespace, name.name)
+    version = 1 if row is None else int(row[3])
+    row = NAMES.sealed(kind, name.namespace, name.name, version + 1)
+    connection.execute(f"INSERT OR REPLACE {NAMES.insertion}", row)
+    return version
 
 
 def _checksum(kind: str, version: int, message: bytes) -> int:

@@ -40,6 +40,7 @@ from phalanx.errors import (
     Unavailable,
 )
 from storage.backends.files import disk_full
+from storage.backends.sqlite.rows import TABLES
 from storage.backends.sqlite.schema import APPLICATION_ID, migrate
 
 ResultT = TypeVar("ResultT")
@@ -74,21 +75,28 @@ class _Job:
             self.future.set_result(self.result)
 
 
+def ignore(_: object) -> None:
+    """Take a report that nobody asked for."""
+
+
 class Database:
     """The database in ``folder``.
 
-    ``on_failure`` is called once, from the writing thread, when the disk failed.
+    ``on_failure`` is called once, from the writing thread, when the disk failed; ``on_corruption``
+    hears of damage that was found at the start and does not keep it from serving.
     """
 
     def __init__(
         self,
         folder: Path,
         on_failure: Callable[[PhalanxError], None],
+        on_corruption: Callable[[str], None] = ignore,
         *,
         log_pages: int = LOG_PAGES,
     ) -> None:
         self._path = folder / FILE_NAME
         self._log_pages = log_pages
+        self._on_corruption = on_corruption
         self._on_failure = on_failure
         self._failure: PhalanxError | None = None
         self._queue: queue.Queue[_Job | None] = queue.Queue(_QUEUE_ACTS)
@@ -121,12 +129,35 @@ class Database:
             if application_id != APPLICATION_ID:
                 connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             _settle_log(connection)
+            self._check(connection)
         except BaseException as error:
             connection.close()
             if not isinstance(error, sqlite3.Error):
                 raise
             raise _unusable(error) from error
         return connection
+
+    def _check(self, connection: sqlite3.Connection) -> None:
+        """Look for damage; FailedPrecondition (STATE_UNUSABLE) where it cannot be mended."""
+        found = _damage(connection)
+        if found:
+            # An index is mended from its table.
+            connection.execute("REINDEX")
+            self._on_corruption(f"{FILE_NAME} was damaged, its indexes were made anew: {found}")
+            found = _damage(connection)
+        if found:
+            raise FailedPrecondition(
+                f"{FILE_NAME} in the state folder is damaged: {found}; restore it from a backup",
+                reason="STATE_UNUSABLE",
+            )
+        for orphan in connection.execute("PRAGMA foreign_key_check"):
+            self._on_corruption(f"a row of the table {orphan[0]!r} of storage belongs to nothing")
+        for table in TABLES:
+            try:
+                table.verify(connection)
+            except DataLoss as error:
+                # What needs the row will say so; the rest is served.
+                self._on_corruption(error.message)
 
     def _connect(self) -> sqlite3.Connection:
         try:
@@ -278,6 +309,12 @@ def _unusable(error: sqlite3.Error) -> FailedPrecondition:
     return FailedPrecondition(
         f"cannot open {FILE_NAME} in the state folder: {error}", reason="STATE_UNUSABLE"
     )
+
+
+def _damage(connection: sqlite3.Connection) -> str:
+    """Return what is wrong with the structure of the file, or nothing."""
+    (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    return "" if found == "ok" else str(found)
 
 
 def _settle_log(connection: sqlite3.Connection) -> None:

@@ -11,8 +11,9 @@ from phalanx.v1 import storage_service_pb2 as pb
 from storage.backends.sqlite.database import Database
 from storage.backends.sqlite.leases import check_request_fence
 from storage.backends.sqlite.references import add_references, drop_references
+from storage.backends.sqlite.rows import CHECKPOINTS, JOBS, next_id
 from storage.core import checkpoints
-from storage.core.checkpoints import CheckpointKey, JobRow
+from storage.core.checkpoints import CheckpointKey, JobRow, manifest_checksum
 from storage.core.keys import check_key
 from storage.interfaces import BlobStore
 
@@ -24,6 +25,7 @@ class _Stored(NamedTuple):
     key: CheckpointKey
     whole: bool
     manifest: bytes
+    intact: bool
 
 
 class SqliteJobs:
@@ -52,12 +54,12 @@ class SqliteJobs:
             check_request_fence(connection, request)
             row = checkpoints.raise_term(_load_row(connection, request.job_id), request)
             connection.execute(
-                "INSERT INTO jobs (job_id, term) VALUES (?, ?) "
-                "ON CONFLICT (job_id) DO UPDATE SET term = excluded.term",
-                (request.job_id, row.term),
+                f"INSERT {JOBS.insertion} ON CONFLICT (job_id) "
+                "DO UPDATE SET term = excluded.term, checksum = excluded.checksum",
+                JOBS.sealed(request.job_id, row.term),
             )
             for stored in _load_all(connection, request.job_id):
-                if not stored.whole:
+                if stored.intact and not stored.whole:
                     _drop(connection, request.job_id, stored.id)
             return row.term
 
@@ -84,7 +86,7 @@ class SqliteJobs:
             registration = checkpoints.register_part(
                 _load_row(connection, job_id),
                 manifest,
-                max((s.key for s in stored if s.whole), default=None),
+                max((s.key for s in stored if s.whole and s.intact), default=None),
                 request,
                 self._blobs.sizes([part.digest for part in parts]),
                 self._now_unix_nanos(),
@@ -102,7 +104,7 @@ class SqliteJobs:
         check_key(job_id, "job_id")
         stored = self._database.read(lambda connection: _load_all(connection, job_id))
         stored.sort(key=lambda row: row.key, reverse=True)
-        opened = [self._open(job_id, row) for row in stored if row.whole]
+        opened = [self._open(job_id, row) for row in stored if row.whole or not row.intact]
         return [manifest for manifest in opened if manifest is not None]
 
     def delete_row(self, request: pb.DeleteJobRowRequest) -> None:
@@ -125,8 +127,10 @@ class SqliteJobs:
     def _open(self, job_id: str, stored: _Stored) -> pb.CheckpointManifest | None:
         """Return the manifest, or None after reporting that it is corrupt."""
         manifest = _parse(stored.manifest)
-        if manifest is not None and (
-            not stored.whole or checkpoints.is_intact(manifest, job_id, stored.key)
+        if (
+            manifest is not None
+            and stored.intact
+            and (not stored.whole or checkpoints.is_intact(manifest, job_id, stored.key))
         ):
             return manifest
         self._on_corruption(
@@ -136,30 +140,52 @@ class SqliteJobs:
 
 
 def _load_row(connection: sqlite3.Connection, job_id: str) -> JobRow | None:
-    row = connection.execute("SELECT term FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+    row = JOBS.find(connection, job_id)
     if row is None:
         return None
-    final = next((s for s in _load_all(connection, job_id) if s.whole and s.key.final), None)
+    term = int(row[1])
+    stored = _load_all(connection, job_id)
+    final = next((s for s in stored if _is_final(s)), None)
     if final is None:
-        return JobRow(row[0])
+        return JobRow(term)
     manifest = _parse(final.manifest)
-    if manifest is None or not checkpoints.is_intact(manifest, job_id, final.key):
+    if (
+        manifest is None
+        or not final.intact
+        or not checkpoints.is_intact(manifest, job_id, final.key)
+    ):
         raise DataLoss(
             f"the final manifest of job {job_id!r} does not match its checksum; restore storage "
             "from a backup",
             reason="MANIFEST_CORRUPT",
         )
-    return JobRow(row[0], manifest)
+    return JobRow(term, manifest)
+
+
+def _is_final(stored: _Stored) -> bool:
+    """Say whether a row is about the job's success; of a damaged one, half may be right."""
+    if stored.intact:
+        return stored.whole and stored.key.final
+    manifest = _parse(stored.manifest)
+    if manifest is not None and manifest.manifest_sha256 == manifest_checksum(manifest):
+        return manifest.final
+    return stored.key.final
 
 
 def _load_all(connection: sqlite3.Connection, job_id: str) -> list[_Stored]:
     rows = connection.execute(
-        "SELECT id, term, step, final, whole, manifest FROM checkpoints WHERE job_id = ?",
+        "SELECT id, term, step, final, whole, manifest, checksum FROM checkpoints WHERE job_id = ?",
         (job_id,),
     )
     return [
-        _Stored(row_id, CheckpointKey(term, step, bool(final)), bool(whole), manifest)
-        for row_id, term, step, final, whole, manifest in rows
+        _Stored(
+            row_id,
+            CheckpointKey(term, step, bool(final)),
+            bool(whole),
+            manifest,
+            CHECKPOINTS.checksum((job_id, term, step, final, row_id, whole, manifest)) == checksum,
+        )
+        for row_id, term, step, final, whole, manifest, checksum in rows
     ]
 
 
@@ -180,19 +206,20 @@ def _store(connection: sqlite3.Connection, manifest: pb.CheckpointManifest, whol
     ).fetchone()
     if row is not None:
         _drop(connection, manifest.job_id, row[0])
-    cursor = connection.execute(
-        "INSERT INTO checkpoints (job_id, term, step, final, whole, manifest) "
-        "VALUES (?, ?, ?, ?, ?, ?)",
-        (manifest.job_id, *key, whole, manifest.SerializeToString(deterministic=True)),
+    row_id = next_id(connection, CHECKPOINTS)
+    sealed = CHECKPOINTS.sealed(
+        manifest.job_id,
+        *(key.term, key.step, int(key.final), row_id, int(whole)),
+        manifest.SerializeToString(deterministic=True),
     )
-    assert cursor.lastrowid is not None
+    connection.execute(f"INSERT {CHECKPOINTS.insertion}", sealed)
     digests = [part.digest for part in manifest.parts]
-    add_references(connection, _KIND, manifest.job_id, cursor.lastrowid, digests)
+    add_references(connection, _KIND, manifest.job_id, row_id, digests)
 
 
 def _retain(connection: sqlite3.Connection, request: pb.CommitCheckpointRequest) -> None:
     """Drop older unfinished checkpoints and whole ones beyond ``keep``."""
-    stored = _load_all(connection, request.job_id)
+    stored = [row for row in _load_all(connection, request.job_id) if row.intact]
     completed = checkpoints.key_of(request)
     superfluous = set(
         checkpoints.checkpoints_to_drop([s.key for s in stored if s.whole], request.keep)

@@ -9,6 +9,7 @@ from phalanx.v1 import storage_service_pb2 as pb
 from storage.backends.sqlite.database import Database
 from storage.backends.sqlite.leases import check_request_fence
 from storage.backends.sqlite.references import add_references, drop_references
+from storage.backends.sqlite.rows import STREAMS, next_id
 from storage.core import journals
 from storage.core.garbage import find_digests
 from storage.core.journals import READ_BATCH_BYTES, READ_BATCH_RECORDS, StreamState
@@ -158,26 +159,21 @@ class SqliteJournals:
 
 
 def _load(connection: sqlite3.Connection, name: str) -> _Stream | None:
-    row = connection.execute(
-        "SELECT id, first_sequence, next_sequence FROM streams WHERE name = ?", (name,)
-    ).fetchone()
-    return None if row is None else _Stream(row[0], StreamState(row[1], row[2]))
+    row = STREAMS.find(connection, name)
+    return None if row is None else _Stream(row[1], StreamState(row[2], row[3]))
 
 
 def _store(
     connection: sqlite3.Connection, name: str, stream: _Stream | None, state: StreamState
 ) -> int:
     """Write the bounds of a stream; return its id."""
-    bounds = (state.first_sequence, state.next_sequence)
-    if stream is not None:
+    stream_id = next_id(connection, STREAMS) if stream is None else stream.id
+    row = STREAMS.sealed(name, stream_id, state.first_sequence, state.next_sequence)
+    if stream is None:
+        connection.execute(f"INSERT {STREAMS.insertion}", row)
+    else:
         connection.execute(
-            "UPDATE streams SET first_sequence = ?, next_sequence = ? WHERE id = ?",
-            (*bounds, stream.id),
+            "UPDATE streams SET first_sequence = ?, next_sequence = ?, checksum = ? WHERE id = ?",
+            (*row[2:], stream_id),
         )
-        return stream.id
-    cursor = connection.execute(
-        "INSERT INTO streams (name, first_sequence, next_sequence) VALUES (?, ?, ?)",
-        (name, *bounds),
-    )
-    assert cursor.lastrowid is not None
-    return cursor.lastrowid
+    return stream_id

@@ -4,6 +4,7 @@ import sqlite3
 
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.backends.sqlite.database import Database
+from storage.backends.sqlite.rows import LEASES
 from storage.core import leases
 from storage.core.keys import check_stream, check_word
 from storage.core.leases import LeaseRow
@@ -11,10 +12,8 @@ from storage.core.leases import LeaseRow
 
 def load_lease(connection: sqlite3.Connection, name: str) -> LeaseRow | None:
     """Return the lease's row, or None."""
-    row = connection.execute(
-        "SELECT holder, token, counter FROM leases WHERE name = ?", (name,)
-    ).fetchone()
-    return None if row is None else LeaseRow(*row)
+    row = LEASES.find(connection, name)
+    return None if row is None else LeaseRow(*row[1:])
 
 
 def check_request_fence(
@@ -81,7 +80,5 @@ class SqliteLeases:
 
 
 def _store(connection: sqlite3.Connection, name: str, row: LeaseRow) -> None:
-    connection.execute(
-        "INSERT OR REPLACE INTO leases (name, holder, token, counter) VALUES (?, ?, ?, ?)",
-        (name, row.holder, row.token, row.counter),
-    )
+    sealed = LEASES.sealed(name, row.holder, row.token, row.counter)
+    connection.execute(f"INSERT OR REPLACE {LEASES.insertion}", sealed)

@@ -4,6 +4,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 
 from storage.backends.sqlite.database import Database
+from storage.backends.sqlite.rows import REFERENCES
 from storage.core.catalog import REQUEST_MEMORY_S
 from storage.core.keys import check_digest
 
@@ -15,8 +16,8 @@ def add_references(
 ) -> None:
     """Note that an owner names these blobs."""
     connection.executemany(
-        "INSERT OR IGNORE INTO blob_references (digest, kind, owner, position) VALUES (?, ?, ?, ?)",
-        ((digest, kind, owner, position) for digest in digests),
+        f"INSERT OR IGNORE {REFERENCES.insertion}",
+        (REFERENCES.sealed(digest, kind, owner, position) for digest in digests),
     )
 
 
@@ -41,6 +42,10 @@ class SqliteReferences:
     def __init__(self, database: Database, now_unix_nanos: Callable[[], int]) -> None:
         self._database = database
         self._now_unix_nanos = now_unix_nanos
+
+    def verify(self) -> None:
+        """Read all references; raise DataLoss if one is damaged."""
+        self._database.read(REFERENCES.verify)
 
     def unreferenced(self, digests: Sequence[str]) -> list[str]:
         """Return those that nothing names."""

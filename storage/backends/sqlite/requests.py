@@ -7,6 +7,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from storage.backends.sqlite.database import Act
+from storage.backends.sqlite.rows import REQUESTS
 from storage.core.catalog import Remembered, recall, request_checksum
 
 ResponseT = TypeVar("ResponseT", bound=Message)
@@ -28,19 +29,15 @@ def once(
     kind = request.DESCRIPTOR.full_name
 
     def run(connection: sqlite3.Connection) -> ResponseT:
-        row = connection.execute(
-            "SELECT request_sha256, response FROM requests WHERE kind = ? AND request_id = ?",
-            (kind, request_id),
-        ).fetchone()
-        first = recall(None if row is None else Remembered(*row), request_id, request)
+        row = REQUESTS.find_or_none(connection, kind, request_id)
+        first = recall(None if row is None else Remembered(*row[2:4]), request_id, request)
         if first is not None:
             return response_class.FromString(first)
         response = act(connection)
-        connection.execute(
-            "INSERT INTO requests (kind, request_id, request_sha256, response, create_s) "
-            "VALUES (?, ?, ?, ?, ?)",
-            (kind, request_id, request_checksum(request), response.SerializeToString(), now_s()),
+        row = REQUESTS.sealed(
+            kind, request_id, request_checksum(request), response.SerializeToString(), now_s()
         )
+        connection.execute(f"INSERT {REQUESTS.insertion}", row)
         return response
 
     return run

@@ -7,6 +7,7 @@ transaction together with the new version number.
 import sqlite3
 
 from phalanx.errors import FailedPrecondition
+from storage.backends.sqlite.rows import TABLES, Value
 
 APPLICATION_ID = 0x50484C58  # "PHLX"
 
@@ -104,7 +105,36 @@ CREATE TABLE requests (
 CREATE INDEX requests_by_age ON requests (create_s);
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST,)
+# Every row gets a checksum over all its columns (see ``rows``); row_checksum is a function of this
+# program.
+_SECOND = """
+ALTER TABLE leases ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
+UPDATE leases SET checksum =
+    row_checksum('leases', name, holder, token, counter);
+ALTER TABLE streams ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
+UPDATE streams SET checksum =
+    row_checksum('streams', name, id, first_sequence, next_sequence);
+ALTER TABLE jobs ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
+UPDATE jobs SET checksum =
+    row_checksum('jobs', job_id, term);
+ALTER TABLE checkpoints ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
+UPDATE checkpoints SET checksum =
+    row_checksum('checkpoints', job_id, term, step, final, id, whole, manifest);
+ALTER TABLE blob_references ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
+UPDATE blob_references SET checksum =
+    row_checksum('blob_references', digest, kind, owner, position);
+ALTER TABLE pins ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
+UPDATE pins SET checksum =
+    row_checksum('pins', kind, namespace, name, version, holder);
+ALTER TABLE names ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
+UPDATE names SET checksum =
+    row_checksum('names', kind, namespace, name, next_version);
+ALTER TABLE requests ADD COLUMN checksum INTEGER NOT NULL DEFAULT 0;
+UPDATE requests SET checksum =
+    row_checksum('requests', kind, request_id, request_sha256, response, create_s);
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND)
 
 
 def migrate(connection: sqlite3.Connection, migrations: tuple[str, ...] = MIGRATIONS) -> None:
@@ -116,8 +146,13 @@ def migrate(connection: sqlite3.Connection, migrations: tuple[str, ...] = MIGRAT
             f"{len(migrations)}): start that version, or choose another folder",
             reason="STATE_TOO_NEW",
         )
+    connection.create_function("row_checksum", -1, _row_checksum, deterministic=True)
     for number in range(version, len(migrations)):
         script = (
             f"BEGIN IMMEDIATE; {migrations[number]} PRAGMA user_version = {number + 1}; COMMIT;"
         )
         connection.executescript(script)
+
+
+def _row_checksum(table: str, *row: Value) -> int:
+    return next(each for each in TABLES if each.name == table).checksum(row)

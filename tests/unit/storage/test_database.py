@@ -36,7 +36,7 @@ def database(tmp_path, failures):
 
 def insert(holder):
     def act(connection):
-        connection.execute("INSERT INTO leases VALUES (?, ?, 1, 1)", (holder, holder))
+        connection.execute("INSERT INTO leases VALUES (?, ?, 1, 1, 0)", (holder, holder))
         return holder
 
     return act
