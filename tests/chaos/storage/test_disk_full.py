@@ -84,6 +84,38 @@ def test_journals_on_a_disk_without_a_byte_left(small_storage, small_disk):
     assert small_storage.running()
 
 
+def test_a_disk_that_is_full_when_the_log_is_to_be_copied(small_storage, small_disk):
+    """There is room for SQLite's log and none for the database file that it is copied into."""
+    log = small_storage.state / "metadata.sqlite3-wal"
+    with SyncStorageClient(small_storage.address) as client:
+        client.append_journal("control", [b"before"])
+        database_bytes = (small_storage.state / "metadata.sqlite3").stat().st_size
+        ballast = fill(small_disk, left_bytes=6 * MIB)
+        records = [b"before"]
+        refused = 0
+        while refused < 3:
+            record = random.Random(len(records)).randbytes(60_000)
+            try:
+                client.append_journal("control", [record], expected_sequence=len(records))
+                records.append(record)
+            except ResourceExhausted as error:
+                refused += error.reason == "DISK_FULL"
+        assert log.stat().st_size > 1000 * 4096, "the log was not long enough to be copied"
+        grown = (small_storage.state / "metadata.sqlite3").stat().st_size - database_bytes
+        assert grown < sum(map(len, records)), "it was copied whole, the disk was not full then"
+        assert [record.payload for record in client.read_journal("control")] == records
+
+        ballast.unlink()
+        records.append(b"there is space")
+        client.append_journal("control", records[-1:], expected_sequence=len(records) - 1)
+        assert [record.payload for record in client.read_journal("control")] == records
+    assert small_storage.running()
+    small_storage.kill()
+    small_storage.start()
+    with SyncStorageClient(small_storage.address) as client:
+        assert [record.payload for record in client.read_journal("control")] == records
+
+
 @pytest.mark.parametrize("end", ["kill", "stop"])
 def test_it_starts_on_a_full_disk_and_serves_what_it_has(small_storage, small_disk, end):
     with SyncStorageClient(small_storage.address) as client:
