@@ -70,6 +70,10 @@ class Recording:
     acts_done: list[int]
     started_calls: int
 
+    def syncs(self) -> list[int]:
+        """Return the numbers of the calls that sync something."""
+        return [number for number, call in enumerate(self.calls, 1) if call.name == "sync"]
+
 
 @contextmanager
 def working_folder() -> Iterator[Path]:
@@ -145,13 +149,13 @@ class Sweep:
             self._check_images(label, model, done, in_doubt=True, seed=number)
 
     def fail_each_sync_then_power(self, recording: Recording, numbers: range = ALL) -> None:
-        """Fail a sync; then, at each call of the start that follows, let the power fail.
+        """Fail the first, second, … sync; then let the power fail at each call of the next start.
 
         What a failed sync was to write can be read, and yet is lost with the power.
         """
-        for number, call in enumerate(recording.calls, 1):
-            if call.name == "sync" and number in numbers:
-                self._fail_sync_then_power(number, call)
+        for position, number in enumerate(recording.syncs(), 1):
+            if position in numbers:
+                self._fail_sync_then_power(number, recording.calls[number - 1])
 
     def _fail_sync_then_power(self, number: int, call: Call) -> None:
         disk = FaultyDisk(self._fresh(self._initial), Fault(number))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bench.reliability.disk_faults import CRASHES, ERRORS, sweep
+from bench.reliability.disk_faults import CRASHES, ERRORS, NO_POWER_AFTER_SYNC, sweep
 from bench.reliability.disk_sweep import Sweep, working_folder
 from phalanx.testing.faulty_disk import FaultyDisk
 from phalanx.testing.faulty_sqlite import Unsupported, sqlite_on
@@ -31,10 +31,10 @@ def _supported(tmp_path):
 @pytest.mark.parametrize("kind", [*ERRORS, *CRASHES])
 def test_one_call_in_many_fails_and_nothing_is_lost(kind):
     offset, step = {
-        "EIO at a sync, then no power": (8, 50),
+        NO_POWER_AFTER_SYNC: (12, 30),
         "crash in a start after a crash": (6, 11),
         "ENOSPC once in a start after a crash": (6, 11),
-    }.get(kind, (5, 61))
+    }.get(kind, (5, 131))
     tally = sweep(kind, range(offset, sys.maxsize, step))
     assert tally.failures == []
     assert tally.faults >= 1
@@ -111,15 +111,21 @@ def no_look_at_the_outcome_of_a_commit(monkeypatch):
     [
         (no_sync_of_folders, "crash", 4, 5),
         (no_waiting_for_the_log, "crash", 1, 2),
-        (no_writing_again, "EIO at a sync, then no power", 0, 3),
+        (no_writing_again, NO_POWER_AFTER_SYNC, 0, 3),
         (no_look_at_the_outcome_of_a_sync, "EIO once", 4, 4),
         (no_look_at_the_outcome_of_a_commit, "ENOSPC once", 1, 1),
     ],
 )
 def test_a_planted_defect_is_found(defect, kind, first_act, last_act, monkeypatch):
     with working_folder() as folder:
-        acts_done = Sweep(folder).record().acts_done
-    numbers = [n for n, done in enumerate(acts_done, 1) if first_act <= done <= last_act]
+        recording = Sweep(folder).record()
+    numbers = recording.syncs() if kind == NO_POWER_AFTER_SYNC else range(1, len(recording.calls))
+    chosen = [
+        position
+        for position, number in enumerate(numbers, 1)
+        if number > recording.started_calls
+        and first_act <= recording.acts_done[number - 1] <= last_act
+    ]
     defect(monkeypatch)
-    tally = sweep(kind, range(max(406, numbers[0]), numbers[-1] + 1))
+    tally = sweep(kind, range(chosen[0], chosen[-1] + 1))
     assert tally.failures
