@@ -13,6 +13,7 @@ import errno
 import itertools
 import random
 import shutil
+import sqlite3
 import sys
 import tempfile
 from collections import Counter
@@ -226,7 +227,7 @@ class Sweep:
             disk.heal()
             if observe(backend) != self._states[done]:
                 self.tally.failures.append(f"{label}: the service went on to another end")
-        except PhalanxError as error:
+        except (AssertionError, OSError, PhalanxError, sqlite3.Error) as error:
             self.tally.failures.append(f"{label}: the service does not go on: {error}")
         backend.close()
         return done, False
@@ -281,7 +282,7 @@ class Sweep:
                 self._check_facts(backend, root / "state", done, in_doubt)
             finally:
                 backend.close()
-        except (AssertionError, PhalanxError) as error:
+        except (AssertionError, OSError, PhalanxError, sqlite3.Error) as error:
             self.tally.failures.append(f"{label}: {error}")
 
     def _check_facts(self, backend: Backend, state: Path, done: int, in_doubt: bool) -> None:
