@@ -69,16 +69,16 @@ def stored(client, content):
 def test_a_blob_whose_fsync_fails_is_not_acknowledged_and_the_service_goes_on(tmp_path):
     state = tmp_path / "state"
     StorageProcess(state).close()
-    # Calls are counted per thread; the third is after those of the start.
-    wrapper = strace("-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=3")
+    # Calls are counted per thread; the sixth is after those of a start that finds a log.
+    wrapper = strace("-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=6")
     with (
         StorageProcess(state, wrapper=wrapper) as storage,
         SyncStorageClient(storage.address, attempts=1) as client,
     ):
         failures = 0
-        for number in range(10):
+        for number in range(60):
             content = b"content %d" % number
-            # The next try may meet another thread, whose third call fails as well.
+            # The next try may meet another thread, whose sixth call fails as well.
             while digest_of(content) not in stored(client, content):
                 failures += 1
                 assert failures < 100, "it never stores anything again"
@@ -96,12 +96,12 @@ def test_killed_inside_the_steps_of_a_put(tmp_path, call, when):
         client.put_blob(b"before")
         storage.stop()
     trace = f"trace={call}"
-    skipped = {"fsync": 2}.get(call, 1)
+    skipped = {"fsync": 4}.get(call, 1)
     inject = f"inject={call}:signal=KILL:when={when + skipped}"
     with StorageProcess(state, wrapper=strace("-e", trace, "-e", inject)) as storage:
         with SyncStorageClient(storage.address, attempts=1, timeout_s=10) as client:
             acknowledged = []
-            for number in range(20):
+            for number in range(80):
                 try:
                     acknowledged.append(client.put_blob(b"content %d" % number))
                 except PhalanxError:
