@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,6 +105,10 @@ def chaos(
     with settings.connect() as cluster:
         watched = _job_to_watch(cluster, job)
         victims = victims_of(cluster, (state or default_state_dir()).absolute())
+        if not fault:
+            # What cannot be reached is only an error where it was asked for.
+            within_reach = [each for each in options.mix if each.role in victims.roles]
+            options = replace(options, mix=within_reach)
         run = Chaos(
             cluster, watched, victims, options, tell=(lambda _: None) if settings.json else say
         )
