@@ -17,7 +17,7 @@ one arrived first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -93,6 +93,27 @@ def cover(first: int, stop: int, width: int) -> list[Node]:
     return nodes
 
 
+def shards_mask(nodes: Iterable[Node], width: int) -> int:
+    """Return the shards below any of the nodes of a tree: bit i is shard i."""
+    mask = 0
+    for node in nodes:
+        mask |= (1 << min(node.first + node.span, width)) - (1 << min(node.first, width))
+    return mask
+
+
+def nodes_of_mask(mask: int, width: int) -> list[Node]:
+    """Return the fewest aligned nodes that make up these shards (bit i is shard i), in order."""
+    nodes: list[Node] = []
+    first = 0
+    while mask >> first:
+        first += ((mask >> first) & -(mask >> first)).bit_length() - 1
+        run = mask >> first
+        stop = first + (~run & (run + 1)).bit_length() - 1
+        nodes += cover(first, stop, width)
+        first = stop
+    return nodes
+
+
 def children_present(node: Node, width: int) -> tuple[Node, ...]:
     """Return the children of `node` that hold a shard of a tree over `width` shards."""
     return (node.left,) if node.right.first >= width else (node.left, node.right)
@@ -132,6 +153,17 @@ class TreeReducer:
         """
         value, mask, _ = self._filled[1]
         return value, mask
+
+    @property
+    def filled_shards(self) -> int:
+        """The shards below filled nodes: bit i is shard i, whether present or left out."""
+        mask = 0
+        for index in self._filled:
+            depth = index.bit_length() - 1
+            span = self._top >> depth
+            first = (index - (1 << depth)) * span
+            mask |= (1 << first + span) - (1 << first)
+        return mask & ((1 << self._width) - 1)
 
     def fill(self, node: Node, value: Any, mask: int) -> bool:
         """Fill `node`; return False where it, or a node above it, was filled before.

@@ -47,10 +47,10 @@ class ExchangeServicer:
         welcome = pb.ExchangeWelcome(term=job.ranges.term, ranges=job.ranges.range_indexes)
         await context.write(encode_response(pb.ExchangeResponseHeader(welcome=welcome)))
         key = object()
-        waker = job.open_stream(key)
+        waker = job.open_stream(key, hello)
         tasks = [
-            asyncio.create_task(_send(context, job, waker, hello.takes_joined_go_records)),
-            asyncio.create_task(_receive(context, job)),
+            asyncio.create_task(_send(context, job, key, waker, hello.takes_joined_go_records)),
+            asyncio.create_task(_receive(context, job, key)),
             asyncio.create_task(job.closed()),
         ]
         try:
@@ -90,13 +90,13 @@ async def _hello(context: Any) -> pb.ExchangeHello:
     return header.hello
 
 
-async def _receive(context: Any, job: HostedJob) -> None:
+async def _receive(context: Any, job: HostedJob, key: object) -> None:
     while (data := await context.read()) is not grpc.aio.EOF:
         header, payload = decode_request(data)
         if header.WhichOneof("message") == "frame":
             job.gauges.received(len(data))
         try:
-            _take(job, header, payload)
+            _take(job, key, header, payload)
         except (Internal, MemoryError) as error:
             # Half of a decision may be taken: the round could never complete any more.
             _log.exception("aggregation_failed", job_id=job.ranges.plan.job_id)
@@ -106,12 +106,14 @@ async def _receive(context: Any, job: HostedJob) -> None:
         del data, payload
 
 
-def _take(job: HostedJob, header: pb.ExchangeRequestHeader, payload: memoryview) -> None:
+def _take(
+    job: HostedJob, key: object, header: pb.ExchangeRequestHeader, payload: memoryview
+) -> None:
     """Hand one message to the ranges. Whatever is no error of the sender is raised as Internal."""
     kind = header.WhichOneof("message")
     try:
         if kind == "frame":
-            job.perform(job.ranges.contribute(header.frame, payload, job.elapsed_s))
+            job.contribute(key, header.frame, payload)
         elif kind == "go_record":
             job.perform(job.ranges.go_record(header.go_record))
         else:
@@ -122,10 +124,12 @@ def _take(job: HostedJob, header: pb.ExchangeRequestHeader, payload: memoryview)
         raise Internal(f"{type(error).__name__}: {error}") from error
 
 
-async def _send(context: Any, job: HostedJob, waker: asyncio.Event, joins: bool) -> None:
+async def _send(
+    context: Any, job: HostedJob, key: object, waker: asyncio.Event, joins: bool
+) -> None:
     cursor = job.ranges.cursor(joins=joins)
     while True:
-        message = cursor.take()
+        message = job.copying.next_order(key) or cursor.take()
         if message is None:
             waker.clear()
             await waker.wait()

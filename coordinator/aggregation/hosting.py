@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from coordinator.aggregation.checkpoints import Part, write_part
+from coordinator.aggregation.copying import LOOK_EVERY_S, Copying
 from coordinator.aggregation.core.effects import (
     Committed,
     Effect,
@@ -32,6 +33,7 @@ from phalanx.errors import (
     Unavailable,
 )
 from phalanx.telemetry.logs import get_logger
+from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -94,11 +96,16 @@ class HostedJob:
         self._commits: deque[tuple[float, int]] = deque()
         self._examples = 0
         self._last_commit_unix_nanos = 0
+        self._arrived_unix_nanos = 0
+        self._last_contribution_unix_nanos = 0
         self._checkpoint_step = 0
+        self._steps_replayed = 0
         self._reported = (-1, -1)
         self._report_next_commit = False
         self._final: Report | None = None
         self._ending: asyncio.Task[None] | None = None
+        self.copying = Copying(ranges, send, lambda: not connected())
+        self._watchman = asyncio.create_task(self._watch_round())
         self._reporter = asyncio.create_task(self._report_often())
         self._closed: asyncio.Future[PhalanxError] = asyncio.get_running_loop().create_future()
 
@@ -109,15 +116,23 @@ class HostedJob:
 
     # -- streams
 
-    def open_stream(self, key: object) -> asyncio.Event:
+    def open_stream(self, key: object, hello: pb.ExchangeHello) -> asyncio.Event:
         """Register a stream; the event is set whenever there may be something to send."""
         waker = self._wakers[key] = asyncio.Event()
+        self.copying.stream_opened(key, hello, waker.set)
         return waker
 
     def close_stream(self, key: object) -> None:
         """Forget a stream. A broken one may be a death: the next commit is reported at once."""
         self._wakers.pop(key, None)
         self._report_next_commit = True
+        self.copying.stream_closed(key)
+
+    def contribute(self, key: object, frame: pb.ContributionFrame, payload: memoryview) -> None:
+        """Take a frame that arrived on a stream."""
+        self._arrived_unix_nanos = time.time_ns()
+        self.copying.frame(key, frame)
+        self.perform(self.ranges.contribute(frame, payload, self.elapsed_s))
 
     # -- from control
 
@@ -130,8 +145,9 @@ class HostedJob:
         self.perform(self.ranges.fail(reason, message))
 
     def restored(self, step: int, steps_replayed: int) -> None:
-        """The ranges were loaded from the checkpoint at `step`."""
+        """The ranges were loaded from the checkpoint at `step`, or begun anew (0)."""
         self._checkpoint_step = step
+        self._steps_replayed = steps_replayed
         self.gauges.replayed(steps_replayed)
 
     def session_opened(self) -> None:
@@ -153,7 +169,7 @@ class HostedJob:
         if not self._closed.done():
             gone = f"job {self.ranges.plan.job_id} is not held here any more"
             self._closed.set_result(error or Unavailable(gone, reason="RANGES_RELEASED"))
-        tasks = [self._reporter, *self._checkpoints]
+        tasks = [self._reporter, self._watchman, *self._checkpoints]
         if self._ending is not None:
             tasks.append(self._ending)
         for task in tasks:
@@ -181,10 +197,13 @@ class HostedJob:
                     self._ending = asyncio.create_task(self._end(effect.go))
                 case Failed():
                     self._failed(effect)
+        if effects:
+            self.copying.turn()
 
     def _committed(self, effect: Committed) -> None:
         now_s = time.monotonic()
         self._last_commit_unix_nanos = time.time_ns()
+        self._last_contribution_unix_nanos = self._arrived_unix_nanos
         self._examples += effect.example_count
         # The first commit after a stall ends an incident: its time is told, not a later one's.
         stalled = bool(self._commits) and now_s - self._commits[-1][0] > REPORT_EVERY_S
@@ -328,6 +347,12 @@ class HostedJob:
 
     # -- reports
 
+    async def _watch_round(self) -> None:
+        """Nothing happens when a shard does not come, so somebody has to look."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            self.copying.look()
+
     async def _report_often(self) -> None:
         while True:
             await asyncio.sleep(REPORT_EVERY_S)
@@ -370,6 +395,9 @@ class HostedJob:
             examples_lost=self.ranges.examples_lost,
             examples_doubled=self.ranges.examples_doubled,
             last_commit_unix_nanos=self._last_commit_unix_nanos,
+            last_contribution_unix_nanos=self._last_contribution_unix_nanos,
+            steps_replayed=self._steps_replayed,
+            late_workers=self.copying.late_workers(),
         )
 
     def _examples_per_s(self) -> float:

@@ -252,9 +252,10 @@ class Aggregator:
             ranges, storage, gauges, self._session.report, lambda: self._session.connected
         )
         self._jobs[job_id] = job
-        if message.HasField("restore"):
-            reached = old.ranges.version if old is not None else message.restore.step
-            job.restored(message.restore.step, reached - message.restore.step)
+        # The newest step that is known to have been there: what comes after the checkpoint is
+        # computed again.
+        reached = max(message.reached_step, old.ranges.version if old is not None else 0)
+        job.restored(message.restore.step, max(0, reached - message.restore.step))
         job.perform(effects)
         _log.info("ranges_loaded", job_id=job_id, term=message.term, version=ranges.version)
         self._say_ready(job)

@@ -64,6 +64,11 @@ class Streams:
         clients = {id(client): client for client in self._by_range.values()}
         return [client for client in clients.values() if client is not self.root]
 
+    @property
+    def all(self) -> list[ExchangeClient]:
+        """One stream to each owner."""
+        return [self.root, *self.others]
+
     async def vector(self, version: int) -> Array:
         """A whole version."""
         parts = [await self._by_range[i].whole(version, i) for i in sorted(self._by_range)]
@@ -99,7 +104,12 @@ class Streams:
 
 @contextlib.asynccontextmanager
 async def streams(
-    leaves: Leaves, addresses: Sequence[str], term: int, worker_id: str = "worker"
+    leaves: Leaves,
+    addresses: Sequence[str],
+    term: int,
+    worker_id: str = "worker",
+    *,
+    takes_copies: bool = False,
 ) -> AsyncIterator[Streams]:
     """Open one worker's streams; `addresses` name the owner of each range."""
     async with contextlib.AsyncExitStack() as stack:
@@ -118,6 +128,7 @@ async def streams(
                 owned,
                 worker_id=worker_id,
                 dtype=leaves.plan.layout.dtype,
+                takes_copies=takes_copies,
             )
             clients[address] = await stack.enter_async_context(client)
             by_range |= dict.fromkeys(owned, client)

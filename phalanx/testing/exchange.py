@@ -48,6 +48,7 @@ def node_frames(
     loss: float,
     range_index: int = 0,
     mask: bytes = b"",
+    copy: bool = False,
 ) -> list[tuple[pb.ContributionFrame, memoryview]]:
     """The frames of one node's vector for one range; `vector` is the range's part.
 
@@ -71,6 +72,7 @@ def node_frames(
             shard_mask=mask,
             example_count=count,
             loss_sum=loss,
+            copy=copy,
         )
         payload = memoryview(b"") if empty else vector[first : first + length].data.cast("B")
         frames.append((header, payload))
@@ -94,6 +96,7 @@ class ExchangeClient:
         worker_id: str = "worker",
         dtype: str = "<f4",
         joins: bool = True,
+        takes_copies: bool = False,
     ) -> None:
         hello = pb.ExchangeHello(
             job_id=job_id,
@@ -101,6 +104,7 @@ class ExchangeClient:
             worker_id=worker_id,
             incarnation=worker_id,
             takes_joined_go_records=joins,
+            takes_copies=takes_copies,
         )
         self._hello = pb.ExchangeRequestHeader(hello=hello)
         self._address = address
@@ -110,10 +114,13 @@ class ExchangeClient:
         self._call: Any = None
         self._reader: asyncio.Task[None] | None = None
         self._arrived = asyncio.Condition()
+        self._writing = asyncio.Lock()
         self.versions: dict[int, dict[int, NDArray[Any]]] = {}
         self._missing: dict[int, dict[int, int]] = {}
         self.go_records: list[GoRecord] = []
         self._next_go = 0
+        #: Copies that were asked for and not taken by `next_order` yet.
+        self.orders: list[pb.CopyNodes] = []
         #: How many go records came along with a version.
         self.joined = 0
         self.welcome = pb.ExchangeWelcome()
@@ -159,15 +166,16 @@ class ExchangeClient:
 
     async def send(self, header: pb.ContributionFrame, payload: memoryview) -> None:
         """Send one frame."""
-        await self._call.write(encode_request(pb.ExchangeRequestHeader(frame=header), payload))
+        await self.send_bytes(encode_request(pb.ExchangeRequestHeader(frame=header), payload))
 
     async def send_bytes(self, data: bytes) -> None:
-        """Send one message as it is."""
-        await self._call.write(data)
+        """Send one message as it is; gRPC takes one at a time."""
+        async with self._writing:
+            await self._call.write(data)
 
     async def send_go(self, go: GoRecord) -> None:
         """Carry a go record."""
-        await self._call.write(encode_request(pb.ExchangeRequestHeader(go_record=go)))
+        await self.send_bytes(encode_request(pb.ExchangeRequestHeader(go_record=go)))
 
     async def send_node(
         self,
@@ -196,6 +204,11 @@ class ExchangeClient:
             self._next_go += 1
             if not actions or go.action in actions:
                 return go
+
+    async def next_order(self) -> pb.CopyNodes:
+        """The next order of copies."""
+        await self._until(lambda: self.orders)
+        return self.orders.pop(0)
 
     async def whole(self, version: int, range_index: int = 0) -> NDArray[Any]:
         """A range's part of a version, once all of it is here."""
@@ -240,6 +253,9 @@ class ExchangeClient:
         header, payload = decode_response(data)
         if header.HasField("go_record"):
             self.go_records.append(header.go_record)
+            return
+        if header.HasField("copy_nodes"):
+            self.orders.append(header.copy_nodes)
             return
         frame = header.frame
         version = self.versions.get(frame.version)

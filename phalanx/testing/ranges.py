@@ -184,6 +184,7 @@ class Leaves:
         ranges: Iterable[int] | None = None,
         absent: Sequence[int] = (),
         loss_error: float = 0.0,
+        copy: bool = False,
     ) -> list[Frame]:
         """The frames of nodes for some ranges (all); `parameters` matter to train rounds."""
         frames: list[Frame] = []
@@ -202,6 +203,7 @@ class Leaves:
                     loss=loss + loss_error,
                     range_index=index,
                     mask=mask,
+                    copy=copy,
                 )
         return frames
 

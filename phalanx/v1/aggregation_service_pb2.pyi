@@ -88,12 +88,15 @@ class ExchangeHello(_message.Message):
     WORKER_ID_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     TAKES_JOINED_GO_RECORDS_FIELD_NUMBER: _builtins.int
+    TAKES_COPIES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     takes_joined_go_records: _builtins.bool
     """The worker reads go records that come along with a frame."""
+    takes_copies: _builtins.bool
+    """The worker computes copies of others' nodes when it is asked to."""
     def __init__(
         self,
         *,
@@ -102,10 +105,11 @@ class ExchangeHello(_message.Message):
         worker_id: _builtins.str = ...,
         incarnation: _builtins.str = ...,
         takes_joined_go_records: _builtins.bool = ...,
+        takes_copies: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "job_id", b"job_id", "takes_joined_go_records", b"takes_joined_go_records", "term", b"term", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "job_id", b"job_id", "takes_copies", b"takes_copies", "takes_joined_go_records", b"takes_joined_go_records", "term", b"term", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -128,6 +132,7 @@ class ContributionFrame(_message.Message):
     SHARD_MASK_FIELD_NUMBER: _builtins.int
     EXAMPLE_COUNT_FIELD_NUMBER: _builtins.int
     LOSS_SUM_FIELD_NUMBER: _builtins.int
+    COPY_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     step: _builtins.int
     """Version at which the round runs."""
@@ -145,6 +150,8 @@ class ContributionFrame(_message.Message):
     example_count: _builtins.int
     """Sums over the node's present shards, the same in every frame of a node."""
     loss_sum: _builtins.float
+    copy: _builtins.bool
+    """The node is a copy that an aggregator asked for; its home is elsewhere."""
     @_builtins.property
     def node(self) -> _training_pb2.TreeNode: ...
     def __init__(
@@ -161,10 +168,11 @@ class ContributionFrame(_message.Message):
         shard_mask: _builtins.bytes = ...,
         example_count: _builtins.int = ...,
         loss_sum: _builtins.float = ...,
+        copy: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["element_count", b"element_count", "example_count", b"example_count", "first_element", b"first_element", "loss_sum", b"loss_sum", "node", b"node", "range", b"range", "round", b"round", "shard_mask", b"shard_mask", "step", b"step", "term", b"term", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy", b"copy", "element_count", b"element_count", "example_count", b"example_count", "first_element", b"first_element", "loss_sum", b"loss_sum", "node", b"node", "range", b"range", "round", b"round", "shard_mask", b"shard_mask", "step", b"step", "term", b"term", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -200,6 +208,7 @@ class ExchangeResponseHeader(_message.Message):
     WELCOME_FIELD_NUMBER: _builtins.int
     FRAME_FIELD_NUMBER: _builtins.int
     GO_RECORD_FIELD_NUMBER: _builtins.int
+    COPY_NODES_FIELD_NUMBER: _builtins.int
     JOINED_GO_RECORD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___ExchangeWelcome: ...
@@ -209,6 +218,8 @@ class ExchangeResponseHeader(_message.Message):
     def go_record(self) -> _training_pb2.GoRecord:
         """Only from the owner of range 0."""
 
+    @_builtins.property
+    def copy_nodes(self) -> Global___CopyNodes: ...
     @_builtins.property
     def joined_go_record(self) -> _training_pb2.GoRecord:
         """With a frame that is a whole small version: the go record that follows it,
@@ -221,13 +232,14 @@ class ExchangeResponseHeader(_message.Message):
         welcome: Global___ExchangeWelcome | None = ...,
         frame: Global___VersionFrame | None = ...,
         go_record: _training_pb2.GoRecord | None = ...,
+        copy_nodes: Global___CopyNodes | None = ...,
         joined_go_record: _training_pb2.GoRecord | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["copy_nodes", b"copy_nodes", "frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy_nodes", b"copy_nodes", "frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "frame", "go_record"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "frame", "go_record", "copy_nodes"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -255,6 +267,40 @@ class ExchangeWelcome(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExchangeWelcome: _TypeAlias = ExchangeWelcome  # noqa: Y015
+
+@_typing.final
+class CopyNodes(_message.Message):
+    """These nodes of one round are missing and late: compute and send copies of
+    them, once this round is open. Whoever has them goes on; the first one in
+    counts, and it does not matter which it is.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    version: _builtins.int
+    round: _builtins.int
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.TreeNode]: ...
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        version: _builtins.int = ...,
+        round: _builtins.int = ...,
+        nodes: _abc.Iterable[_training_pb2.TreeNode] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "round", b"round", "term", b"term", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopyNodes: _TypeAlias = CopyNodes  # noqa: Y015
 
 @_typing.final
 class VersionFrame(_message.Message):

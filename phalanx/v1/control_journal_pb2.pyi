@@ -144,15 +144,19 @@ class ControlStarted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTROL_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
     control_id: _builtins.str
+    address: _builtins.str
+    """Where other control processes reach it, to hand calls on."""
     def __init__(
         self,
         *,
         control_id: _builtins.str = ...,
+        address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_id", b"control_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "control_id", b"control_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

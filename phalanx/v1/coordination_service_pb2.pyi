@@ -41,6 +41,7 @@ class SessionRequest(_message.Message):
     METRIC_POINTS_FIELD_NUMBER: _builtins.int
     WORKER_JOB_RELEASED_FIELD_NUMBER: _builtins.int
     MEMBER_EVENT_FIELD_NUMBER: _builtins.int
+    COPIES_STARTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def worker_hello(self) -> Global___WorkerHello: ...
     @_builtins.property
@@ -67,6 +68,8 @@ class SessionRequest(_message.Message):
     def worker_job_released(self) -> Global___WorkerJobReleased: ...
     @_builtins.property
     def member_event(self) -> Global___MemberEvent: ...
+    @_builtins.property
+    def copies_started(self) -> Global___CopiesStarted: ...
     def __init__(
         self,
         *,
@@ -83,12 +86,13 @@ class SessionRequest(_message.Message):
         metric_points: Global___MetricPoints | None = ...,
         worker_job_released: Global___WorkerJobReleased | None = ...,
         member_event: Global___MemberEvent | None = ...,
+        copies_started: Global___CopiesStarted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["aggregator_hello", b"aggregator_hello", "drain_requested", b"drain_requested", "heartbeat", b"heartbeat", "job_described", b"job_described", "job_log_lines", b"job_log_lines", "job_report", b"job_report", "leaf_failed", b"leaf_failed", "member_event", b"member_event", "message", b"message", "metric_points", b"metric_points", "ranges_ready", b"ranges_ready", "worker_hello", b"worker_hello", "worker_job_ready", b"worker_job_ready", "worker_job_released", b"worker_job_released"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["aggregator_hello", b"aggregator_hello", "copies_started", b"copies_started", "drain_requested", b"drain_requested", "heartbeat", b"heartbeat", "job_described", b"job_described", "job_log_lines", b"job_log_lines", "job_report", b"job_report", "leaf_failed", b"leaf_failed", "member_event", b"member_event", "message", b"message", "metric_points", b"metric_points", "ranges_ready", b"ranges_ready", "worker_hello", b"worker_hello", "worker_job_ready", b"worker_job_ready", "worker_job_released", b"worker_job_released"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_hello", b"aggregator_hello", "drain_requested", b"drain_requested", "heartbeat", b"heartbeat", "job_described", b"job_described", "job_log_lines", b"job_log_lines", "job_report", b"job_report", "leaf_failed", b"leaf_failed", "member_event", b"member_event", "message", b"message", "metric_points", b"metric_points", "ranges_ready", b"ranges_ready", "worker_hello", b"worker_hello", "worker_job_ready", b"worker_job_ready", "worker_job_released", b"worker_job_released"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_hello", b"aggregator_hello", "copies_started", b"copies_started", "drain_requested", b"drain_requested", "heartbeat", b"heartbeat", "job_described", b"job_described", "job_log_lines", b"job_log_lines", "job_report", b"job_report", "leaf_failed", b"leaf_failed", "member_event", b"member_event", "message", b"message", "metric_points", b"metric_points", "ranges_ready", b"ranges_ready", "worker_hello", b"worker_hello", "worker_job_ready", b"worker_job_ready", "worker_job_released", b"worker_job_released"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["worker_hello", "aggregator_hello", "heartbeat", "job_described", "worker_job_ready", "leaf_failed", "ranges_ready", "job_report", "drain_requested", "job_log_lines", "metric_points", "worker_job_released", "member_event"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["worker_hello", "aggregator_hello", "heartbeat", "job_described", "worker_job_ready", "leaf_failed", "ranges_ready", "job_report", "drain_requested", "job_log_lines", "metric_points", "worker_job_released", "member_event", "copies_started"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -612,6 +616,8 @@ class JobReport(_message.Message):
     EXAMPLES_DOUBLED_FIELD_NUMBER: _builtins.int
     STEPS_REPLAYED_FIELD_NUMBER: _builtins.int
     LAST_COMMIT_UNIX_NANOS_FIELD_NUMBER: _builtins.int
+    LATE_WORKERS_FIELD_NUMBER: _builtins.int
+    LAST_CONTRIBUTION_UNIX_NANOS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     outcome: Global___JobReport.Outcome.ValueType
@@ -627,10 +633,16 @@ class JobReport(_message.Message):
     steps_replayed: _builtins.int
     last_commit_unix_nanos: _builtins.int
     """Commit times of the newest steps, for recovery time lines."""
+    last_contribution_unix_nanos: _builtins.int
+    """When the last contribution to the newest step came in."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
     def failure(self) -> _job_pb2.Failure: ...
+    @_builtins.property
+    def late_workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LateWorker]:
+        """Workers whose shards others compute, since they deliver nothing in time."""
+
     def __init__(
         self,
         *,
@@ -650,14 +662,92 @@ class JobReport(_message.Message):
         examples_doubled: _builtins.int = ...,
         steps_replayed: _builtins.int = ...,
         last_commit_unix_nanos: _builtins.int = ...,
+        late_workers: _abc.Iterable[Global___LateWorker] | None = ...,
+        last_contribution_unix_nanos: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_step", b"checkpoint_step", "epoch", b"epoch", "examples", b"examples", "examples_doubled", b"examples_doubled", "examples_lost", b"examples_lost", "examples_per_second", b"examples_per_second", "failure", b"failure", "job_id", b"job_id", "last_commit_unix_nanos", b"last_commit_unix_nanos", "message", b"message", "metrics", b"metrics", "outcome", b"outcome", "reason", b"reason", "step", b"step", "steps_replayed", b"steps_replayed", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_step", b"checkpoint_step", "epoch", b"epoch", "examples", b"examples", "examples_doubled", b"examples_doubled", "examples_lost", b"examples_lost", "examples_per_second", b"examples_per_second", "failure", b"failure", "job_id", b"job_id", "last_commit_unix_nanos", b"last_commit_unix_nanos", "last_contribution_unix_nanos", b"last_contribution_unix_nanos", "late_workers", b"late_workers", "message", b"message", "metrics", b"metrics", "outcome", b"outcome", "reason", b"reason", "step", b"step", "steps_replayed", b"steps_replayed", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobReport: _TypeAlias = JobReport  # noqa: Y015
+
+@_typing.final
+class LateWorker(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    LATE_S_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    late_s: _builtins.float
+    """For how long it has been late."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        late_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["late_s", b"late_s", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LateWorker: _TypeAlias = LateWorker  # noqa: Y015
+
+@_typing.final
+class CopiesStarted(_message.Message):
+    """An aggregator has missing shards of an open round copied by other workers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    COPIED_TO_FIELD_NUMBER: _builtins.int
+    WAITED_S_FIELD_NUMBER: _builtins.int
+    PATIENCE_S_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    term: _builtins.int
+    step: _builtins.int
+    worker_id: _builtins.str
+    """Who should have delivered them; empty: not known."""
+    cause: _builtins.str
+    """late: not delivered in time; lost: its stream broke and control is away."""
+    waited_s: _builtins.float
+    """Since the round opened, and what was waited for at least."""
+    patience_s: _builtins.float
+    evaluation: _builtins.bool
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def copied_to(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        term: _builtins.int = ...,
+        step: _builtins.int = ...,
+        worker_id: _builtins.str = ...,
+        cause: _builtins.str = ...,
+        shards: _abc.Iterable[_builtins.int] | None = ...,
+        copied_to: _abc.Iterable[_builtins.str] | None = ...,
+        waited_s: _builtins.float = ...,
+        patience_s: _builtins.float = ...,
+        evaluation: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "copied_to", b"copied_to", "evaluation", b"evaluation", "job_id", b"job_id", "patience_s", b"patience_s", "shards", b"shards", "step", b"step", "term", b"term", "waited_s", b"waited_s", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopiesStarted: _TypeAlias = CopiesStarted  # noqa: Y015
 
 @_typing.final
 class DrainRequested(_message.Message):
@@ -843,6 +933,7 @@ class SessionResponse(_message.Message):
     JOB_COMMAND_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
     ABSENT_SHARDS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_ANSWER_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
@@ -862,6 +953,8 @@ class SessionResponse(_message.Message):
     def drain(self) -> Global___Drain: ...
     @_builtins.property
     def absent_shards(self) -> Global___AbsentShards: ...
+    @_builtins.property
+    def heartbeat_answer(self) -> Global___HeartbeatAnswer: ...
     def __init__(
         self,
         *,
@@ -875,16 +968,36 @@ class SessionResponse(_message.Message):
         job_command: Global___JobCommand | None = ...,
         drain: Global___Drain | None = ...,
         absent_shards: Global___AbsentShards | None = ...,
+        heartbeat_answer: Global___HeartbeatAnswer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["absent_shards", b"absent_shards", "assign_job", b"assign_job", "assign_ranges", b"assign_ranges", "describe_job", b"describe_job", "drain", b"drain", "job_command", b"job_command", "message", b"message", "release_ranges", b"release_ranges", "revoke_job", b"revoke_job", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["absent_shards", b"absent_shards", "assign_job", b"assign_job", "assign_ranges", b"assign_ranges", "describe_job", b"describe_job", "drain", b"drain", "heartbeat_answer", b"heartbeat_answer", "job_command", b"job_command", "message", b"message", "release_ranges", b"release_ranges", "revoke_job", b"revoke_job", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_shards", b"absent_shards", "assign_job", b"assign_job", "assign_ranges", b"assign_ranges", "describe_job", b"describe_job", "drain", b"drain", "generation", b"generation", "job_command", b"job_command", "message", b"message", "release_ranges", b"release_ranges", "revoke_job", b"revoke_job", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_shards", b"absent_shards", "assign_job", b"assign_job", "assign_ranges", b"assign_ranges", "describe_job", b"describe_job", "drain", b"drain", "generation", b"generation", "heartbeat_answer", b"heartbeat_answer", "job_command", b"job_command", "message", b"message", "release_ranges", b"release_ranges", "revoke_job", b"revoke_job", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "describe_job", "assign_job", "revoke_job", "assign_ranges", "release_ranges", "job_command", "drain", "absent_shards"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "describe_job", "assign_job", "revoke_job", "assign_ranges", "release_ranges", "job_command", "drain", "absent_shards", "heartbeat_answer"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015
+
+@_typing.final
+class HeartbeatAnswer(_message.Message):
+    """Control lives: said after each heartbeat, so that a member of a stopped
+    control process, whose sockets stay open, looks for another one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeartbeatAnswer: _TypeAlias = HeartbeatAnswer  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):
@@ -893,20 +1006,24 @@ class Welcome(_message.Message):
     HEARTBEAT_INTERVAL_S_FIELD_NUMBER: _builtins.int
     LEASE_TTL_S_FIELD_NUMBER: _builtins.int
     STORAGE_ADDRESS_FIELD_NUMBER: _builtins.int
+    ANSWERS_HEARTBEATS_FIELD_NUMBER: _builtins.int
     heartbeat_interval_s: _builtins.float
     lease_ttl_s: _builtins.float
     storage_address: _builtins.str
     """Empty: the host that the member dialled, storage's default port."""
+    answers_heartbeats: _builtins.bool
+    """Every heartbeat gets an answer; a lease without one means: look elsewhere."""
     def __init__(
         self,
         *,
         heartbeat_interval_s: _builtins.float = ...,
         lease_ttl_s: _builtins.float = ...,
         storage_address: _builtins.str = ...,
+        answers_heartbeats: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval_s", b"heartbeat_interval_s", "lease_ttl_s", b"lease_ttl_s", "storage_address", b"storage_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_heartbeats", b"answers_heartbeats", "heartbeat_interval_s", b"heartbeat_interval_s", "lease_ttl_s", b"lease_ttl_s", "storage_address", b"storage_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1012,7 +1129,12 @@ class AssignRanges(_message.Message):
     TERM_FIELD_NUMBER: _builtins.int
     RANGES_FIELD_NUMBER: _builtins.int
     RESTORE_FIELD_NUMBER: _builtins.int
+    REACHED_STEP_FIELD_NUMBER: _builtins.int
     term: _builtins.int
+    reached_step: _builtins.int
+    """The newest step that control knew before: those after the checkpoint are
+    replayed.
+    """
     @_builtins.property
     def plan(self) -> _training_pb2.JobPlan: ...
     @_builtins.property
@@ -1030,10 +1152,11 @@ class AssignRanges(_message.Message):
         term: _builtins.int = ...,
         ranges: _abc.Iterable[_training_pb2.ParameterRange] | None = ...,
         restore: _storage_service_pb2.CheckpointManifest | None = ...,
+        reached_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "restore", b"restore"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "ranges", b"ranges", "restore", b"restore", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "ranges", b"ranges", "reached_step", b"reached_step", "restore", b"restore", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

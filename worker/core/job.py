@@ -53,6 +53,8 @@ class JobCore:
         #: Version → its go records in order; the last one counts.
         self._go: dict[int, list[GoRecord]] = {}
         self._absent: dict[int, set[int]] = {}
+        #: (version, round) → nodes of others that aggregators want copies of.
+        self._copies: dict[tuple[int, int], list[Node]] = {}
         self._tasks: dict[int, Task] = {}
         self._losses: dict[Node, int] = {}
 
@@ -107,6 +109,20 @@ class JobCore:
         records.append(go)
         effects: list[Effect] = [Wake(self.job_id, name) for name in self._outbox.carry(go)]
         return effects + self._turn()
+
+    def copy_nodes(self, message: aggregation_service_pb2.CopyNodes) -> list[Effect]:
+        """Some worker is late: compute copies of its nodes, now or once their round opens here."""
+        key = (message.version, message.round)
+        newest = max((version for version, _ in self._copies), default=message.version)
+        if message.term != self.term or message.version < newest - 1:
+            return []
+        for old in [known for known in self._copies if known[0] < message.version - 1]:
+            del self._copies[old]
+        self._copies.setdefault(key, []).extend(_nodes(message.nodes))
+        round = self.round
+        if round is None or (round.go.version, round.go.round) != key:
+            return []
+        return self._owe_copies(round)
 
     def frame_place(self, frame: aggregation_service_pb2.VersionFrame) -> Place | None:
         """Where the payload of a version frame goes; None: not wanted."""
@@ -210,6 +226,7 @@ class JobCore:
         self._outbox = Outbox(message.ranges, itemsize, len(message.plan.evaluation_sums))
         self._go.clear()
         self._absent.clear()
+        self._copies.clear()
         self._losses.clear()
         owners = {piece.aggregator_id: piece.address for piece in message.ranges}
         effects.append(OpenStreams(self.job_id, self.term, tuple(sorted(owners.items()))))
@@ -266,6 +283,7 @@ class JobCore:
             kept = set(round.parts.values())
             self._give_back(part for part in before if part not in kept)
         self._submit(round, new)
+        copies = self._owe_copies(round)
         cancelled = self._cancel(
             task
             for task in self._tasks.values()
@@ -273,7 +291,14 @@ class JobCore:
             and self._dispatcher.running.get(task.slot) is task
             and not any(round.needs(part) for part in task.parts)
         )
-        return [*cancelled, *self._wake()] if round.has_ready else cancelled
+        return [*copies, *cancelled, *self._wake()] if round.has_ready else [*copies, *cancelled]
+
+    def _owe_copies(self, round: Round) -> list[Effect]:
+        wanted = self._copies.get((round.go.version, round.go.round))
+        if not wanted:
+            return []
+        self._submit(round, round.owe_copies(wanted))
+        return self._wake() if round.has_ready else []
 
     def _end_round(self) -> list[Effect]:
         round, self.round = self.round, None

@@ -14,7 +14,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from phalanx.reduction import Node, children_present, full_mask
+from phalanx.reduction import (
+    Node,
+    children_present,
+    full_mask,
+    nodes_of_mask,
+    shards_mask,
+)
 from phalanx.v1 import coordination_service_pb2, training_pb2
 from worker.core.division import contains, divide, shard_count
 
@@ -78,6 +84,8 @@ class Wire:
 
     node: Node
     ready: bool = False
+    copy: bool = False
+    """An aggregator asked for it, since its home is late."""
     fold: Fold | None = None
     totals: Totals = field(default_factory=lambda: Totals(0, 0.0, 0))
 
@@ -118,6 +126,24 @@ class Round:
             if wire.node not in self.wires:
                 self.wires[wire.node] = wire
                 missing += self._missing(wire.node)
+        return self._add_parts(missing)
+
+    def owe_copies(self, nodes: Iterable[Node]) -> list[Part]:
+        """Owe these nodes too, until the next call of `owe`; return the new parts.
+
+        What is owed already stays as it is: a part that failed still waits for control.
+        """
+        missing: list[Node] = []
+        others = shards_mask(nodes, self.width) & ~shards_mask(self.wires, self.width)
+        for node in nodes_of_mask(others, self.width):
+            around = self._part_around(node)
+            wire = Wire(around.node if around is not None else node, copy=True)
+            if wire.node not in self.wires:
+                self.wires[wire.node] = wire
+                missing += self._missing(wire.node)
+        return self._add_parts(missing)
+
+    def _add_parts(self, missing: list[Node]) -> list[Part]:
         pieces = divide(missing, self._slots, self.width, self._retries)
         new = [Part(node, slot) for slot, owned in enumerate(pieces) for node in owned]
         self.parts.update((part.node, part) for part in new)

@@ -47,6 +47,9 @@ class StreamEvents(Protocol):
     def go_record(self, go: training_pb2.GoRecord) -> None:
         """A go record arrived."""
 
+    def copy_nodes(self, wanted: exchange.CopyNodes) -> None:
+        """Copies of late nodes are wanted."""
+
     def version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None:
         """A part of a version arrived."""
 
@@ -186,6 +189,8 @@ class ExchangeStream:
                     self._events.go_record(header.joined_go_record)
             elif kind == "go_record":
                 self._events.go_record(header.go_record)
+            elif kind == "copy_nodes":
+                self._events.copy_nodes(header.copy_nodes)
 
 
 async def _end_of(call: Any) -> PhalanxError:

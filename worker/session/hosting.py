@@ -63,6 +63,7 @@ class HostedJob:
             worker_id=self._worker_id,
             incarnation=self._incarnation,
             takes_joined_go_records=True,
+            takes_copies=True,
         )
         for aggregator_id, address in wanted.owners:
             events = _TermEvents(self, wanted.term)
@@ -99,6 +100,10 @@ class HostedJob:
     def go_record(self, go: training_pb2.GoRecord) -> None:
         """The root decided."""
         self._perform(self.core.go_record(go))
+
+    def copy_nodes(self, wanted: exchange.CopyNodes) -> None:
+        """An aggregator wants copies of what others are late with."""
+        self._perform(self.core.copy_nodes(wanted))
 
     def version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None:
         """Copy a part of a version into its shared buffer."""
@@ -149,6 +154,10 @@ class _TermEvents:
     def go_record(self, go: training_pb2.GoRecord) -> None:
         if self._current:
             self._job.go_record(go)
+
+    def copy_nodes(self, wanted: exchange.CopyNodes) -> None:
+        if self._current:
+            self._job.copy_nodes(wanted)
 
     def version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None:
         if self._current:

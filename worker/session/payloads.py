@@ -44,6 +44,7 @@ class FrameBuilder:
             shard_mask=shard_mask(wire.node, wire.totals.mask, round.width),
             example_count=wire.totals.count,
             loss_sum=wire.totals.loss,
+            copy=wire.copy,
         )
         header = exchange.ExchangeRequestHeader(frame=frame)
         if wire.fold is None:

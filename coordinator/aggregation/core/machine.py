@@ -20,9 +20,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 
 import numpy as np
 
+from coordinator.aggregation.core.copies import OpenRound
 from coordinator.aggregation.core.cursor import Cursor
 from coordinator.aggregation.core.effects import (
     Committed,
@@ -164,6 +167,20 @@ class JobRanges:
     def is_root(self) -> bool:
         """Range 0 is owned here."""
         return self._decider is not None
+
+    @property
+    def open_round(self) -> OpenRound | None:
+        """The oldest open round of the owned ranges, for `Copies`."""
+        keys = [owned.key for owned in self._ranges.values() if owned.round is not None]
+        if not keys or self._failed:
+            return None
+        key = min(keys)
+        spec = next(r.round.spec for r in self._ranges.values() if r.round and r.key == key)
+        return OpenRound(key, spec.action, spec.width, lambda: self._missing(key))
+
+    def _missing(self, key: Key) -> int:
+        rounds = [owned.round for owned in self._ranges.values() if owned.key == key]
+        return reduce(or_, (round.missing for round in rounds if round is not None), 0)
 
     def versions_of(self, range_index: int) -> VersionStore:
         """The versions that an owned range holds."""

@@ -67,6 +67,16 @@ class Round:
         return self._open == 0
 
     @property
+    def missing(self) -> int:
+        """Shards that some frame still lacks: bit i is shard i."""
+        every = (1 << self.spec.width) - 1
+        missing = 0
+        for reducer in self._reducers:
+            if reducer is not None:
+                missing |= every & ~reducer.filled_shards
+        return missing
+
+    @property
     def totals(self) -> Totals:
         """Scalars of the whole tree; only once some frame's tree is complete."""
         return self._scalars.totals()

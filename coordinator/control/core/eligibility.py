@@ -121,7 +121,8 @@ def largest_fingerprint(workers: list[Worker]) -> str:
 def choose_hosts(core: Core, job: JobRuntime, group: Group) -> dict[str, Worker]:
     """Return the workers of the group that host the job: those that do already, then the largest.
 
-    At most `max_workers`. A suspected worker keeps what it has and gets nothing new.
+    At most `max_workers`. A suspected worker keeps what it has and gets nothing new; one that was
+    set aside gets nothing as long as there are others.
     """
     limit = core.facts_of(job).spec.resources.max_workers or len(group.workers)
     wanted = [
@@ -129,6 +130,8 @@ def choose_hosts(core: Core, job: JobRuntime, group: Group) -> dict[str, Worker]
         for worker in group.workers
         if worker.id in job.hosts or worker.state == WorkerView.STATE_READY
     ]
+    well = [worker for worker in wanted if worker.id not in job.set_aside]
+    wanted = well or wanted
     wanted.sort(key=lambda worker: (worker.id not in job.hosts, -worker.slots, worker.id))
     return {worker.id: worker for worker in sorted(wanted[:limit], key=lambda each: each.id)}
 

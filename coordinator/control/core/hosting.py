@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from coordinator.control.core import placement
+from coordinator.control.core import incidents, placement
 from coordinator.control.core.eligibility import (
     announce_ineligible,
     choose_hosts,
@@ -40,6 +40,9 @@ class _Moves:
     placed: list[str]
     balanced: list[str]
 
+
+SET_ASIDE_LEASES = 8
+"""Leases for which a worker that delivered nothing hosts nothing of the job."""
 
 WAITS = frozenset(("WAITING_FOR_WORKERS", "WAITING_FOR_FINGERPRINT"))
 
@@ -78,6 +81,36 @@ def sync(
         _tell(core, job, train.placed, evaluation.placed, cause, incident_id)
     if train.balanced or evaluation.balanced:
         _tell(core, job, train.balanced, evaluation.balanced, "balance", "")
+
+
+def set_aside(core: Core, job: JobRuntime, worker_id: str, late_s: float) -> None:
+    """Move the shards of a worker that lives and delivers nothing: it hangs, or its line does."""
+    if worker_id in job.set_aside or worker_id not in job.hosts:
+        return
+    job.set_aside[worker_id] = core.now.monotonic_s + SET_ASIDE_LEASES * core.lease_ttl_s()
+    incident = incidents.detected(core, "hang", worker_id, core.now.monotonic_s - late_s)
+    incident.jobs[job.job_id] = job.step
+    core.emit(
+        "WORKER_SUSPECTED",
+        f"{worker_id} delivers nothing for {late_s:.1f} s although its heartbeats go on",
+        job_id=job.job_id,
+        worker_id=worker_id,
+        incident_id=incident.id,
+        step=job.step,
+        details={"cause": "hang", "late_s": f"{late_s:.3f}"},
+    )
+    sync(core, job, cause="hang", incident_id=incident.id)
+    incidents.moved(core, incident)
+
+
+def end_set_aside(core: Core, job: JobRuntime) -> None:
+    """Try again, after a while, those that delivered nothing."""
+    over = [key for key, until_s in job.set_aside.items() if core.now.monotonic_s >= until_s]
+    for worker_id in over:
+        del job.set_aside[worker_id]
+        incidents.well(core, worker_id)
+    if over:
+        sync(core, job, balance=True)
 
 
 def job_plan(core: Core, job: JobRuntime) -> JobPlan:

@@ -1,52 +1,61 @@
-"""Deaths and what follows them, told as a story: lost, shards moved, recovered, with the times."""
+"""Failures and what follows, told as a story: suspected, fenced, handed out again, committed.
+
+What goes on with one member is one incident, from the first sign until the member is well again or
+there anew: shards that come late, suspicion, loss and the moves that follow carry one id.
+"""
 
 from __future__ import annotations
 
+from coordinator.control.core.clock import NANOS
 from coordinator.control.core.state import Core, Incident, JobRuntime, seconds_between
 from phalanx.v1 import coordination_service_pb2 as pb
 
 
+def suspected(core: Core, member_id: str) -> str:
+    """Note the first sign that something is wrong with a member; return the incident's id."""
+    return core.episode(member_id).incident_id
+
+
 def detected(core: Core, cause: str, member_id: str, suspected_s: float) -> Incident:
-    """Open an incident and measure how long the death went unnoticed."""
+    """Open an incident and measure how long the failure went unnoticed."""
     incident = core.new_incident(cause, member_id, suspected_s)
-    silence_s = max(0.0, core.now.monotonic_s - suspected_s)
-    core.observe("recovery_seconds", silence_s, cause=cause, phase="detect")
+    _observe(core, incident, "detect", core.now.monotonic_s - suspected_s)
+    if incident.noticed_s is not None and incident.noticed_s < core.now.monotonic_s:
+        _observe(core, incident, "suspect", incident.noticed_s - suspected_s)
     return incident
 
 
 def moved(core: Core, incident: Incident) -> None:
-    """Note that the work of the dead is handed out again; close the incident if there was none."""
-    incident.moved_s = core.now.monotonic_s
+    """Note that the work is handed out again; close the incident if there was none."""
+    incident.moved = core.now
+    _observe(core, incident, "redispatch", core.now.monotonic_s - incident.detected.monotonic_s)
     if not incident.jobs:
         del core.incidents[incident.id]
 
 
+def of_owner(core: Core, job: JobRuntime) -> Incident | None:
+    """The open incident in which a job lost the owner of a range."""
+    for incident in core.incidents.values():
+        if incident.cause == "aggregator_lost" and job.job_id in incident.jobs:
+            return incident
+    return None
+
+
 def committed(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
-    """Close the incidents of a job whose root has committed a step after the death."""
+    """Close the incidents of a job whose root has committed a step after the failure."""
     for incident in list(core.incidents.values()):
         if job.job_id not in incident.jobs:
             continue
-        after_death = report.last_commit_unix_nanos > incident.detected.unix_nanos
-        if not after_death or report.step <= 0:
+        after_failure = report.last_commit_unix_nanos > incident.detected.unix_nanos
+        if not after_failure or report.step <= 0:
             continue
-        took_s = seconds_between(incident.detected, report.last_commit_unix_nanos)
-        silence_s = max(0.0, incident.detected.monotonic_s - incident.suspected_s)
-        core.observe("recovery_seconds", took_s, cause=incident.cause, phase="commit")
-        core.observe("recovery_seconds", took_s + silence_s, cause=incident.cause, phase="total")
-        core.emit(
-            "RECOVERED",
-            f"step {report.step} committed {took_s:.3f} s after the loss of {incident.member_id}",
-            job_id=job.job_id,
-            incident_id=incident.id,
-            step=report.step,
-            details={
-                "cause": incident.cause,
-                "detect_s": f"{silence_s:.6f}",
-                "commit_s": f"{took_s:.6f}",
-                "committed_unix_s": f"{report.last_commit_unix_nanos / 1e9:.6f}",
-            },
-        )
+        _recovered(core, job, incident, report)
         forget(core, job.job_id, incident)
+
+
+def well(core: Core, member_id: str) -> None:
+    """The member is well, or there anew: what happens to it next is another incident."""
+    core.episodes.pop(member_id, None)
 
 
 def forget(core: Core, job_id: str, only: Incident | None = None) -> None:
@@ -55,3 +64,45 @@ def forget(core: Core, job_id: str, only: Incident | None = None) -> None:
         incident.jobs.pop(job_id, None)
         if not incident.jobs:
             core.incidents.pop(incident.id, None)
+
+
+def _recovered(core: Core, job: JobRuntime, incident: Incident, report: pb.JobReport) -> None:
+    """Tell the whole story, with the seconds of each phase since the failure began."""
+    took_s = seconds_between(incident.detected, report.last_commit_unix_nanos)
+    silence_s = max(0.0, incident.detected.monotonic_s - incident.suspected_s)
+    line = {"fenced": silence_s}
+    if incident.noticed_s is not None and incident.noticed_s < incident.detected.monotonic_s:
+        line["suspected"] = max(0.0, incident.noticed_s - incident.suspected_s)
+    if incident.moved is not None:
+        line["redispatched"] = max(0.0, incident.moved.monotonic_s - incident.suspected_s)
+        if report.last_contribution_unix_nanos > incident.detected.unix_nanos:
+            filled_s = seconds_between(incident.detected, report.last_contribution_unix_nanos)
+            line["recomputed"] = silence_s + filled_s
+            handed_s = seconds_between(incident.detected, incident.moved.unix_nanos)
+            _observe(core, incident, "recompute", filled_s - handed_s)
+    line["committed"] = silence_s + took_s
+    _observe(core, incident, "commit", took_s)
+    _observe(core, incident, "total", took_s + silence_s)
+    details = {f"{phase}_after_s": f"{seconds:.6f}" for phase, seconds in line.items()}
+    core.emit(
+        "RECOVERED",
+        f"step {report.step} committed {took_s:.3f} s after the loss of {incident.member_id}"
+        if incident.cause != "late"
+        else f"step {report.step} committed {took_s:.3f} s after copies were asked for",
+        job_id=job.job_id,
+        incident_id=incident.id,
+        step=report.step,
+        details={
+            **details,
+            "cause": incident.cause,
+            "member": incident.member_id,
+            "began_unix_s": f"{incident.detected.unix_nanos / NANOS - silence_s:.6f}",
+            "detect_s": f"{silence_s:.6f}",
+            "commit_s": f"{took_s:.6f}",
+            "committed_unix_s": f"{report.last_commit_unix_nanos / NANOS:.6f}",
+        },
+    )
+
+
+def _observe(core: Core, incident: Incident, phase: str, seconds: float) -> None:
+    core.observe("recovery_seconds", max(0.0, seconds), cause=incident.cause, phase=phase)

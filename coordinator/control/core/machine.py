@@ -97,6 +97,7 @@ def _tick(core: Core) -> None:
             job.adopt_until_s = 0.0
             hosting.sync(core, job, cause="take_over", balance=True)
         hosting.release_keepers(core, job)
+        hosting.end_set_aside(core, job)
         _watch_owners(core, job)
     for worker in core.workers.values():
         if worker.state == WorkerView.STATE_DRAINING and worker.connected:
@@ -189,6 +190,8 @@ def _aggregator_said(
         reports.job_report(core, aggregator, event.message.job_report)
     elif kind == "ranges_ready":
         reports.ranges_ready(core, aggregator, event.message.ranges_ready)
+    elif kind == "copies_started":
+        reports.copies_started(core, aggregator, event.message.copies_started)
 
 
 def _operation_answered(core: Core, event: _Answered) -> None:

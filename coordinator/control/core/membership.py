@@ -66,8 +66,10 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
         worker_id=worker.id,
         details={"incarnation": hello.incarnation, "host": hello.host, "pid": hello.pid},
     )
+    incidents.well(core, worker.id)
     _adopt(core, worker)
     for job in list(core.jobs.values()):
+        job.set_aside.pop(worker.id, None)
         if job.describing == worker.id:
             terms.describing_worker_gone(core, job)  # what it was asked got lost with its session
     _place_everything(core)
@@ -85,6 +87,8 @@ def aggregator_connected(core: Core, session: int, hello: pb.AggregatorHello) ->
     if old is not None and old.connected:
         core.sessions.pop(old.session, None)
         core.close(old.session, Aborted("another session of this aggregator was opened"))
+    if old is None or old.hello.incarnation != hello.incarnation:
+        incidents.well(core, hello.aggregator_id)
     aggregator = Aggregator(hello=hello, session=session, heard_s=core.now.monotonic_s)
     core.aggregators[aggregator.id] = aggregator
     core.sessions[session] = aggregator
@@ -142,6 +146,7 @@ def heard(core: Core, member: Worker | Aggregator) -> None:
         member.suspected = False
     elif member.state == WorkerView.STATE_SUSPECTED:
         member.state, member.reason = WorkerView.STATE_READY, ""
+        incidents.well(core, member.id)
         _place_everything(core)
 
 
@@ -187,7 +192,8 @@ def lose_worker(
     incident = None
     if not left or touched:
         incident = incidents.detected(core, cause, worker.id, suspected_s)
-        incident.jobs = {job.job_id: job.step for job in touched if job.train.held_by(worker.id)}
+        held = {job.job_id: job.step for job in touched if job.train.held_by(worker.id)}
+        incident.jobs.update(held)
     _tell_of_worker(
         core,
         worker,
@@ -293,6 +299,7 @@ def _forget_gone(core: Core) -> None:
     gone = [worker for worker in core.workers.values() if not worker.connected]
     for worker in gone[: max(0, len(gone) - GONE_WORKERS_KEPT)]:
         del core.workers[worker.id]
+        incidents.well(core, worker.id)
 
 
 def _welcome(core: Core) -> pb.SessionResponse:
@@ -377,7 +384,7 @@ def _check_owner(
 def tell_aggregator_lost(core: Core, job: JobRuntime, aggregator_id: str, why: str) -> None:
     """Open an incident for a job whose ranges have to be loaded again."""
     incident = incidents.detected(core, "aggregator_lost", aggregator_id, core.now.monotonic_s)
-    incident.jobs = {job.job_id: job.step}
+    incident.jobs[job.job_id] = job.step
     core.emit(
         "AGGREGATOR_LOST",
         f"{aggregator_id}: {why}; its ranges go back to the last checkpoint",
@@ -406,7 +413,13 @@ def _suspect(core: Core) -> None:
         elif member.state == WorkerView.STATE_READY:
             member.state = WorkerView.STATE_SUSPECTED
             member.reason = f"not heard of for {now - member.heard_s:.1f} s"
-            _tell_of_worker(core, member, _hosted_by(core, member), "WORKER_SUSPECTED")
+            _tell_of_worker(
+                core,
+                member,
+                _hosted_by(core, member),
+                "WORKER_SUSPECTED",
+                incident_id=incidents.suspected(core, member.id),
+            )
 
 
 def _declare_lost(core: Core, member: Worker | Aggregator) -> None:

@@ -6,6 +6,7 @@ from coordinator.control.core import ending, hosting, incidents, terms
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.state import Aggregator, Core, JobRuntime
 from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 
 
 def ranges_ready(core: Core, aggregator: Aggregator, message: pb.RangesReady) -> None:
@@ -50,6 +51,7 @@ def job_report(core: Core, aggregator: Aggregator, report: pb.JobReport) -> None
     job.report, job.report_s = report, core.now.monotonic_s
     incidents.committed(core, job, report)
     _announce_checkpoint(core, job, previous, report)
+    _watch_late(core, job, report)
     if report.outcome == pb.JobReport.OUTCOME_PAUSED:
         if core.facts_of(job).kept.changed.pause_requested and job.ending is None:
             ending.paused(core, job, report)
@@ -62,6 +64,61 @@ def job_report(core: Core, aggregator: Aggregator, report: pb.JobReport) -> None
         _forget_past_failures(job, report.step)
         hosting.release_keepers(core, job)
         core.publish(job.job_id, job.term_after, progress_only=True)
+
+
+def copies_started(core: Core, aggregator: Aggregator, message: pb.CopiesStarted) -> None:
+    """Tell that an aggregator has late shards computed a second time, by others."""
+    job = _current(core, aggregator, message.job_id, message.term)
+    if job is None:
+        return
+    count = len(message.shards)
+    core.observe("redispatches_total", count, cause=message.cause)
+    incident_id = ""
+    if message.worker_id and message.cause == "late":
+        began_s = core.now.monotonic_s - message.waited_s
+        incident = incidents.detected(core, "late", message.worker_id, began_s)
+        incident.jobs[job.job_id] = job.step
+        incident.moved = core.now
+        incident_id = incident.id
+    elif message.worker_id:
+        # Told after the fact: control was away when it happened.
+        incident_id = incidents.suspected(core, message.worker_id)
+    what = f"{count} evaluation shards" if message.evaluation else f"{count} shards"
+    whose = message.worker_id or "nobody known"
+    why = f"nothing came within {message.waited_s:.3f} s (late after {message.patience_s:.3f} s)"
+    if message.cause == "lost":
+        why = "its stream broke while control was away"
+    takers = ", ".join(message.copied_to)
+    core.emit(
+        "SPECULATION_STARTED",
+        f"{what} of {whose} are copied by {takers}: {why}",
+        job_id=job.job_id,
+        worker_id=message.worker_id,
+        incident_id=incident_id,
+        step=message.step,
+        details={
+            "aggregator": aggregator.id,
+            "cause": message.cause,
+            "shards": ",".join(str(shard) for shard in message.shards),
+            "workers": takers,
+            "waited_s": f"{message.waited_s:.6f}",
+            "patience_s": f"{message.patience_s:.6f}",
+        },
+    )
+
+
+def _watch_late(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
+    """A worker that is late for a lease loses its shards; one that is not late any more is well."""
+    late = {each.worker_id: each.late_s for each in report.late_workers}
+    for worker_id, late_s in late.items():
+        if late_s >= core.lease_ttl_s():
+            hosting.set_aside(core, job, worker_id, late_s)
+    for worker_id in job.late - late.keys():
+        worker = core.workers.get(worker_id)
+        ready = worker is not None and worker.state == WorkerView.STATE_READY
+        if ready and worker_id not in job.set_aside:
+            incidents.well(core, worker_id)
+    job.late = set(late)
 
 
 def _failed(core: Core, job: JobRuntime, report: pb.JobReport) -> None:

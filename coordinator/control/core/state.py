@@ -221,6 +221,10 @@ class JobRuntime:
     final: storage_service_pb2.CheckpointManifest | None = None
     failed_leaves: dict[tuple[bool, int], list[FailedLeaf]] = field(default_factory=dict)
     skipped_steps: set[int] = field(default_factory=set)
+    late: set[str] = field(default_factory=set)
+    """Workers whose shards others compute, as the root last said."""
+    set_aside: dict[str, float] = field(default_factory=dict)
+    """Workers that delivered nothing although they live, and until when they get nothing."""
     keep_until_s: float = 0.0
     keep_step: int = 0
     unmatched_since_s: float | None = None
@@ -249,16 +253,27 @@ class FailedLeaf:
 
 @dataclass
 class Incident:
-    """One death and what followed, for the time line."""
+    """One failure and what followed, for the time line."""
 
     id: str
     cause: str
     member_id: str
     suspected_s: float
+    """When it began, as far as one can tell: the last sign of life, the opening of the round."""
     detected: Instant
     jobs: dict[str, int] = field(default_factory=dict)
     """Step of each job that it touched, as known at the time."""
-    moved_s: float = 0.0
+    noticed_s: float | None = None
+    """When the member was first suspected, where that came before."""
+    moved: Instant | None = None
+
+
+@dataclass
+class Episode:
+    """What goes on with one member: all events of it carry one incident id."""
+
+    incident_id: str
+    noticed_s: float
 
 
 class Core:
@@ -273,6 +288,7 @@ class Core:
         self.sessions: dict[int, Worker | Aggregator] = {}
         self.jobs: dict[str, JobRuntime] = {}
         self.incidents: dict[str, Incident] = {}
+        self.episodes: dict[str, Episode] = {}
         self.now = Instant(0.0, 0)
         self.led_s = 0.0
         self.ticked_s: float | None = None
@@ -356,12 +372,24 @@ class Core:
         job.operation = Operation(self._operations, kind)
         return self._operations
 
+    def episode(self, member_id: str) -> Episode:
+        """Return what goes on with a member; the incident id says which leadership saw it."""
+        episode = self.episodes.get(member_id)
+        if episode is None:
+            self._incidents += 1
+            episode = self.episodes[member_id] = Episode(
+                f"incident-{self.generation}-{self._incidents}", self.now.monotonic_s
+            )
+        return episode
+
     def new_incident(self, cause: str, member_id: str, suspected_s: float) -> Incident:
-        """Open an incident; the name says which leadership saw it."""
-        self._incidents += 1
-        incident = Incident(
-            f"incident-{self.generation}-{self._incidents}", cause, member_id, suspected_s, self.now
-        )
+        """Open an incident, or a new phase of the one that the member is in already."""
+        episode = self.episode(member_id)
+        known = self.incidents.get(episode.incident_id)
+        incident = Incident(episode.incident_id, cause, member_id, suspected_s, self.now)
+        incident.noticed_s = episode.noticed_s
+        if known is not None:
+            incident.jobs.update(known.jobs)
         self.incidents[incident.id] = incident
         return incident
 

@@ -6,7 +6,7 @@ most one storage operation per job is under way; what must wait for it is taken 
 
 from __future__ import annotations
 
-from coordinator.control.core import ending, hosting
+from coordinator.control.core import ending, hosting, incidents
 from coordinator.control.core.effects import RaiseTerm, ReadRow
 from coordinator.control.core.eligibility import (
     announce_ineligible,
@@ -153,6 +153,7 @@ def assign_ranges(core: Core, job: JobRuntime, aggregator_id: str) -> None:
     )
     if job.restore is not None:
         message.restore.CopyFrom(job.restore)
+    message.reached_step = job.step
     aggregator = core.aggregators[aggregator_id]
     core.send(aggregator.session, pb.SessionResponse(assign_ranges=message), job.term_after)
     job.owner_incarnations[aggregator_id] = aggregator.hello.incarnation
@@ -266,11 +267,15 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
         assign_ranges(core, job, owner)
     command_pause(core, job)
     hosting.sync(core, job)
+    incident = incidents.of_owner(core, job)
+    if incident is not None:
+        incidents.moved(core, incident)
 
 
 def _tell_start(core: Core, job: JobRuntime, *, first: bool, resumed: bool, before: int) -> None:
     facts = core.facts_of(job)
     step = job.restore.step if job.restore is not None else 0
+    incident = incidents.of_owner(core, job)
     origin = f"from the checkpoint at step {step}" if job.restore is not None else "from the start"
     if first or resumed:
         type_ = "JOB_RESUMED" if resumed else "JOB_STARTED"
@@ -283,14 +288,15 @@ def _tell_start(core: Core, job: JobRuntime, *, first: bool, resumed: bool, befo
             step=step,
             details={"term": facts.term, "fingerprint": facts.fingerprint},
         )
-    elif before > step:
+    elif before > step or incident is not None:
         core.emit(
             "STEPS_REPLAYED",
-            f"{before - step} steps are computed again {origin}, in term {facts.term}",
+            f"{max(0, before - step)} steps are computed again {origin}, in term {facts.term}",
             job_id=job.job_id,
             after=job.after,
             step=step,
-            details={"steps": before - step, "term": facts.term},
+            incident_id=incident.id if incident is not None else "",
+            details={"steps": max(0, before - step), "term": facts.term},
         )
 
 

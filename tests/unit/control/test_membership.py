@@ -31,7 +31,7 @@ def test_a_killed_worker_moves_only_its_own_shards(running: Any) -> None:
     assert recovered.details["commit_s"].startswith("0.1")
     assert not running.core.incidents
     phases = {dict(each.labels)["phase"] for each in running.observed if "recovery" in each.metric}
-    assert phases == {"detect", "commit", "total"}
+    assert phases == {"detect", "redispatch", "commit", "total"}
     redispatched = [each for each in running.observed if each.metric == "redispatches_total"]
     assert sum(each.value for each in redispatched) == len(before["w2"])
 

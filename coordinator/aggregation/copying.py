@@ -1,0 +1,143 @@
+"""Copies of late shards at run time: watches the round, hands orders to streams, tells control."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from coordinator.aggregation.core.copies import Copies, Order, Started
+from coordinator.aggregation.core.machine import JobRanges
+from phalanx.errors import InvalidArgument
+from phalanx.frames import encode_response
+from phalanx.reduction import Node
+from phalanx.telemetry.logs import get_logger
+from phalanx.v1 import aggregation_service_pb2 as pb
+from phalanx.v1 import coordination_service_pb2 as coordination
+from phalanx.v1.training_pb2 import GoRecord, TreeNode
+
+LOOK_EVERY_S = 0.025
+ORDERS_MAX = 16
+"""Orders that wait for one stream; those of older rounds go first, and nobody misses them."""
+
+_log = get_logger(__name__)
+
+
+@dataclass
+class _Stream:
+    worker_id: str
+    wake: Callable[[], None]
+    orders: deque[bytes] = field(default_factory=lambda: deque(maxlen=ORDERS_MAX))
+
+
+class Copying:
+    """The late-shard rule for one job in one term.
+
+    `tell` hands a message to control; `control_away` says whether there is no session with it.
+    """
+
+    def __init__(
+        self,
+        ranges: JobRanges,
+        tell: Callable[[coordination.SessionRequest], None],
+        control_away: Callable[[], bool],
+    ) -> None:
+        self._ranges = ranges
+        self._tell = tell
+        self._control_away = control_away
+        self._copies = Copies()
+        self._streams: dict[object, _Stream] = {}
+
+    def stream_opened(self, key: object, hello: pb.ExchangeHello, wake: Callable[[], None]) -> None:
+        """A worker opened a stream; `wake` makes it look for something to send."""
+        self._streams[key] = _Stream(hello.worker_id, wake)
+        self._copies.stream_opened(hello.worker_id, takes_copies=hello.takes_copies)
+
+    def stream_closed(self, key: object) -> None:
+        """A stream ended."""
+        stream = self._streams.pop(key, None)
+        if stream is not None:
+            self._copies.stream_closed(stream.worker_id)
+            self.look()
+
+    def next_order(self, key: object) -> bytes | None:
+        """Take the next order for a stream, encoded."""
+        stream = self._streams.get(key)
+        return stream.orders.popleft() if stream is not None and stream.orders else None
+
+    def frame(self, key: object, frame: pb.ContributionFrame) -> None:
+        """A frame arrived and is about to be handed to the ranges."""
+        stream = self._streams.get(key)
+        if stream is None or frame.copy:
+            return
+        try:
+            node = Node(frame.node.first, frame.node.span)
+        except InvalidArgument:
+            return  # the ranges refuse it, and say why
+        self._copies.frame(
+            stream.worker_id,
+            (frame.step, frame.round),
+            node,
+            copy=frame.copy,
+            now_s=time.monotonic(),
+        )
+
+    def turn(self) -> None:
+        """The ranges did something: another round may be open."""
+        if self._copies.turn(self._ranges.open_round, time.monotonic()):
+            self.look()
+
+    def look(self) -> None:
+        """Have copied what is due."""
+        orders, started = self._copies.look(time.monotonic(), control_away=self._control_away())
+        for order in orders:
+            self._hand_over(order)
+        for each in started:
+            self._tell_control(each)
+
+    def late_workers(self) -> list[coordination.LateWorker]:
+        """Whose shards others compute, for the report to control."""
+        late = self._copies.late_workers(time.monotonic())
+        return [
+            coordination.LateWorker(worker_id=worker_id, late_s=late_s)
+            for worker_id, late_s in sorted(late.items())
+        ]
+
+    def _hand_over(self, order: Order) -> None:
+        wanted = pb.CopyNodes(
+            term=self._ranges.term,
+            version=max(0, order.key[0]),
+            round=order.key[1],
+            nodes=[TreeNode(first=node.first, span=node.span) for node in order.nodes],
+        )
+        message = encode_response(pb.ExchangeResponseHeader(copy_nodes=wanted))
+        streams = [each for each in self._streams.values() if each.worker_id == order.worker_id]
+        if streams:
+            streams[-1].orders.append(message)
+            streams[-1].wake()
+
+    def _tell_control(self, started: Started) -> None:
+        job_id = self._ranges.plan.job_id
+        _log.info(
+            "copies_started",
+            job_id=job_id,
+            worker_id=started.worker_id,
+            cause=started.cause,
+            step=started.key[0],
+            shards=len(started.shards),
+            waited_s=round(started.waited_s, 4),
+        )
+        message = coordination.CopiesStarted(
+            job_id=job_id,
+            term=self._ranges.term,
+            step=max(0, started.key[0]),
+            worker_id=started.worker_id,
+            cause=started.cause,
+            shards=started.shards,
+            copied_to=started.copied_to,
+            waited_s=started.waited_s,
+            patience_s=started.patience_s,
+            evaluation=started.action == GoRecord.ACTION_EVALUATE,
+        )
+        self._tell(coordination.SessionRequest(copies_started=message))

@@ -1,0 +1,333 @@
+"""Late shards: who should have delivered what is missing, and who computes a copy of it.
+
+Theory of operation. A copy of a leaf is equal to the last bit, so it may be computed anywhere at
+any time; the only question is when it pays. An aggregator sees what nobody else sees: which shards
+of its open round are missing, since when, and who is through with his own. So it asks workers for
+copies itself, on the streams that they have open anyway, and control need not be there.
+
+- A worker's *home* is what it delivered of its own accord in the rounds before (copies say that
+  they are copies), so moves by control are learned and need not be told.
+- A shard that is missing after 2 × p95 + 100 ms is late. The p95 is that of the time from the
+  opening of a round until a worker has delivered all of its home, taken at each worker by itself;
+  the median over workers counts, weighted by shards, so that a slow one cannot raise it. Copies
+  and what was late do not enter it.
+- Late shards go to workers that have delivered everything; the home of a late shard is not asked
+  to do anything else, so its nodes stay whole.
+- A worker that was late is taken to be late again: others compute its home from the start of the
+  next rounds on, until it delivers all of it in a round by itself. So a stopped worker costs one
+  wait, not one in each step.
+- The home of a worker whose stream broke is handed out by control, within milliseconds. Only
+  while control is away is it handed out here, at once and in each round.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from phalanx.reduction import Node, children_present, nodes_of_mask, shards_mask
+
+PATIENCE_FACTOR = 2.0
+PATIENCE_LEAST_S = 0.1
+ROUNDS_MEASURED = 64
+ROUNDS_MEASURED_LEAST = 3
+"""Rounds that a worker must have delivered before its times count."""
+
+COPIES_MAX = 2
+"""Copies of a shard at a time besides the one at home: a leaf that hangs must not hang all."""
+
+LATE, LOST = "late", "lost"
+UNKNOWN = ""
+"""The home of a shard that nobody has delivered yet."""
+
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """The oldest open round of the owned ranges; `missing` tells its missing shards as bits."""
+
+    key: Key
+    action: int
+    width: int
+    missing: Callable[[], int]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Ask a worker for copies of these nodes in a round."""
+
+    worker_id: str
+    key: Key
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Started:
+    """Something new to tell: the home of a worker is copied from now on."""
+
+    worker_id: str
+    cause: str
+    key: Key
+    action: int
+    shards: tuple[int, ...]
+    copied_to: tuple[str, ...]
+    waited_s: float
+    patience_s: float
+
+
+@dataclass
+class _Given:
+    """What a worker was asked for in the present round."""
+
+    worker_id: str
+    mask: int
+    given_s: float
+
+
+@dataclass
+class _Kind:
+    """What is known of rounds of one kind (training, evaluation): by worker."""
+
+    home: dict[str, int] = field(default_factory=dict)
+    frames: dict[str, int] = field(default_factory=dict)
+    times: dict[str, deque[float]] = field(default_factory=dict)
+
+
+@dataclass
+class _Delivered:
+    """What a worker delivered of its own accord in the present round."""
+
+    mask: int = 0
+    frames: int = 0
+    last_s: float = 0.0
+
+
+class Copies:
+    """Decides for one job in one term. Times are monotonic seconds of one clock."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, int] = {}
+        self._takers: set[str] = set()
+        self._kinds: dict[int, _Kind] = {}
+        self._round: OpenRound | None = None
+        self._kind = _Kind()
+        self._opened_s = 0.0
+        self._patience_s: float | None = None
+        self._delivered: dict[str, _Delivered] = {}
+        self._given: list[_Given] = []
+        self._late: dict[str, float] = {}
+        self._told: set[str] = set()
+
+    # -- what happens
+
+    def stream_opened(self, worker_id: str, *, takes_copies: bool) -> None:
+        """A worker opened a stream; some do not compute copies."""
+        self._streams[worker_id] = self._streams.get(worker_id, 0) + 1
+        self._told.discard(worker_id)
+        if takes_copies:
+            self._takers.add(worker_id)
+
+    def stream_closed(self, worker_id: str) -> None:
+        """A stream of a worker ended; what it was asked for is not coming."""
+        left = self._streams.pop(worker_id) - 1
+        if left > 0:
+            self._streams[worker_id] = left
+            return
+        self._takers.discard(worker_id)
+        self._late.pop(worker_id, None)
+        self._told.discard(worker_id)
+        self._given = [given for given in self._given if given.worker_id != worker_id]
+
+    def frame(self, worker_id: str, key: Key, node: Node, *, copy: bool, now_s: float) -> None:
+        """A frame arrived; to be called before the ranges take it."""
+        if copy or self._round is None or key != self._round.key:
+            return
+        delivered = self._delivered.get(worker_id)
+        if delivered is None:
+            delivered = self._delivered[worker_id] = _Delivered()
+        delivered.mask |= (1 << node.first + node.span) - (1 << node.first)
+        delivered.frames += 1
+        delivered.last_s = now_s
+
+    def turn(self, round: OpenRound | None, now_s: float) -> bool:
+        """Another round may be open now; return whether `look` should be asked at once."""
+        known = self._round
+        if (round.key if round is not None else None) == (known.key if known is not None else None):
+            return False
+        if known is not None:
+            self._learn(known)
+        self._round, self._opened_s, self._patience_s = round, now_s, None
+        self._delivered, self._given = {}, []
+        if round is None:
+            return False
+        self._kind = self._kinds.setdefault(round.action, _Kind())
+        return bool(self._late) or any(home not in self._streams for home in self._kind.home)
+
+    # -- what follows
+
+    def late_workers(self, now_s: float) -> dict[str, float]:
+        """Workers whose home others compute, with the seconds since they became late."""
+        return {worker_id: now_s - since_s for worker_id, since_s in self._late.items()}
+
+    def patience_s(self) -> float | None:
+        """How long a round may be open before what is missing is late; None: not measured yet."""
+        if self._patience_s is None:
+            kind = self._kind
+            measured = sorted(
+                (_p95(times), kind.home.get(worker_id, 0).bit_count())
+                for worker_id, times in kind.times.items()
+                if len(times) >= ROUNDS_MEASURED_LEAST
+            )
+            half = sum(weight for _, weight in measured) / 2
+            for seconds, weight in measured:
+                half -= weight
+                if half <= 0:
+                    self._patience_s = PATIENCE_FACTOR * seconds + PATIENCE_LEAST_S
+                    break
+        return self._patience_s
+
+    def look(self, now_s: float, *, control_away: bool) -> tuple[list[Order], list[Started]]:
+        """Decide which copies are due now; cheap while nothing is late."""
+        round = self._round
+        waited_s = now_s - self._opened_s
+        if round is None or (waited_s < PATIENCE_LEAST_S and not self._late and not control_away):
+            return [], []
+        orders: list[Order] = []
+        started: list[Started] = []
+        missing = round.missing()
+        for home, cause, mask in list(self._due(missing, now_s, control_away)):
+            given = self._give(round, missing, home, cause, mask, now_s)
+            if not given:
+                continue
+            orders += given
+            if home in self._streams:
+                self._late.setdefault(home, self._opened_s)
+            if home not in self._told:
+                self._told.add(home)
+                started.append(self._tell(round, home, cause, given, waited_s))
+        return orders, started
+
+    # -- inside
+
+    def _learn(self, round: OpenRound) -> None:
+        """The round is over: take in who delivered what, and in which time."""
+        kind = self._kind
+        within = (1 << round.width) - 1
+        for worker_id, delivered in self._delivered.items():
+            if worker_id in self._late:
+                if delivered.frames < kind.frames.get(worker_id, 0):
+                    continue
+                del self._late[worker_id]
+                self._told.discard(worker_id)
+            mask = delivered.mask & within
+            for other in [other for other in kind.home if other not in self._delivered]:
+                self._shrink(kind, other, kind.home[other] & ~mask)
+            kind.home[worker_id] = mask
+            kind.frames[worker_id] = delivered.frames
+            times = kind.times.setdefault(worker_id, deque(maxlen=ROUNDS_MEASURED))
+            times.append(delivered.last_s - self._opened_s)
+        self._told.discard(UNKNOWN)
+
+    def _shrink(self, kind: _Kind, worker_id: str, home: int) -> None:
+        """Others deliver a part of a worker's home as their own: control moved it."""
+        if home:
+            kind.home[worker_id] = home
+            return
+        for known in (kind.home, kind.frames, kind.times):
+            known.pop(worker_id, None)
+        if all(worker_id not in other.home for other in self._kinds.values()):
+            self._late.pop(worker_id, None)
+            self._told.discard(worker_id)
+
+    def _due(
+        self, missing: int, now_s: float, control_away: bool
+    ) -> Iterator[tuple[str, str, int]]:
+        """(home, cause, shards) of what is missing and due, and not asked for often enough."""
+        patience_s = self.patience_s()
+        overdue = patience_s is not None and now_s - self._opened_s >= patience_s
+        asked = once = 0
+        for given in self._given:
+            if patience_s is None or now_s - given.given_s < patience_s:
+                asked |= given.mask
+            asked |= once & given.mask
+            once |= given.mask
+        free = missing & ~asked
+        known = 0
+        for home, shards in self._kind.home.items():
+            known |= shards
+            if not shards & free:
+                continue
+            if home not in self._streams and control_away:
+                yield home, LOST, shards & free
+            elif overdue or home in self._late:
+                yield home, LATE, shards & free
+        if overdue and free & ~known:
+            yield UNKNOWN, LATE, free & ~known
+
+    def _give(
+        self, round: OpenRound, missing: int, home: str, cause: str, mask: int, now_s: float
+    ) -> list[Order]:
+        """Ask workers for copies: those that are through with their own, where time decides."""
+        load = self._load(missing, mask)
+        if cause == LATE and home not in self._late:
+            load = {worker_id: count for worker_id, count in load.items() if count == 0}
+        if not load:
+            return []
+        nodes: dict[str, list[Node]] = {}
+        for node in _pieces(mask, round.width, len(load)):
+            taker = min(load, key=lambda worker_id: (load[worker_id], worker_id))
+            nodes.setdefault(taker, []).append(node)
+            load[taker] += shards_mask([node], round.width).bit_count()
+        for taker, taken in nodes.items():
+            self._given.append(_Given(taker, shards_mask(taken, round.width), now_s))
+        return [Order(taker, round.key, tuple(taken)) for taker, taken in nodes.items()]
+
+    def _load(self, missing: int, mask: int) -> dict[str, int]:
+        """Missing shards that each worker owes who may be asked for copies of `mask`."""
+        load = {}
+        for worker_id in self._takers:
+            home = self._kind.home.get(worker_id, 0)
+            given = 0
+            for each in self._given:
+                given |= each.mask if each.worker_id == worker_id else 0
+            if worker_id not in self._late and not (home | given) & mask:
+                load[worker_id] = ((home | given) & missing).bit_count()
+        return load
+
+    def _tell(
+        self, round: OpenRound, home: str, cause: str, given: list[Order], waited_s: float
+    ) -> Started:
+        mask = shards_mask((node for order in given for node in order.nodes), round.width)
+        return Started(
+            worker_id=home,
+            cause=cause,
+            key=round.key,
+            action=round.action,
+            shards=tuple(shard for shard in range(round.width) if mask >> shard & 1),
+            copied_to=tuple(sorted(order.worker_id for order in given)),
+            waited_s=waited_s,
+            patience_s=self.patience_s() or 0.0,
+        )
+
+
+def _p95(times: deque[float]) -> float:
+    ordered = sorted(times)
+    return ordered[(len(ordered) * 95 + 99) // 100 - 1]
+
+
+def _pieces(mask: int, width: int, takers: int) -> list[Node]:
+    """Nodes that make up the shards, the largest first, split so that every taker gets some."""
+    nodes = nodes_of_mask(mask, width)
+
+    def size(node: Node) -> int:
+        return shards_mask([node], width).bit_count()
+
+    while len(nodes) < takers:
+        largest = max(nodes, key=size)
+        if largest.is_leaf:
+            break
+        nodes.remove(largest)
+        nodes += children_present(largest, width)
+    return sorted(nodes, key=lambda node: (-size(node), node.first))

@@ -1,0 +1,100 @@
+"""Workers that are neither dead nor well: stopped, or with a hanging leaf and good heartbeats."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import phalanx
+from phalanx.testing.arena import GUARD_S, Arena, add_blobs, arena, gated_job, wait_until
+
+pytestmark = pytest.mark.slow
+
+STEPS = 600
+
+
+@pytest.fixture(scope="module")
+def long_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The bits of a job that takes some seconds, in one process."""
+    os.environ["PHALANX_TEST_GATE"] = str(tmp_path_factory.mktemp("gate"))
+    with phalanx.LocalCluster(workers=0) as cluster:
+        add_blobs(cluster)
+        return str(cluster.submit(gated_job(STEPS)).wait(timeout_s=GUARD_S).parameters_sha256)
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """SIGSTOP, and SIGCONT at the end."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def copied(ring: Arena, victim: str) -> list[phalanx.Event]:
+    return [event for event in ring.events("SPECULATION_STARTED") if event.worker_id == victim]
+
+
+def test_a_stopped_worker_is_copied_long_before_its_lease_is_over(
+    tmp_path: Path, long_sha256: str
+) -> None:
+    with arena(tmp_path, 3) as ring:
+        job = ring.cluster.submit(gated_job(STEPS))
+        ring.at_step(job, 10)
+        victim = ring.caught_in_a_leaf()[0]
+        with stopped(ring.cluster.process(victim).pid):
+            ring.gate.release()
+            wait_until(lambda: copied(ring, victim), "copies of what the stopped worker owes")
+            step = job.refresh().progress.step
+            wait_until(
+                lambda: job.refresh().progress.step >= step + 5 or job.done, "steps without it"
+            )
+            assert not ring.events("WORKER_LOST"), "the others waited for the lease"
+            wait_until(lambda: ring.events("WORKER_LOST"), "the lease to run out")
+        wait_until(
+            lambda: (
+                any(
+                    worker.worker_id == victim and worker.shards
+                    for worker in job.refresh().progress.workers
+                )
+                or job.done
+            ),
+            "the worker to be back",
+        )
+        result = job.wait(timeout_s=GUARD_S)
+        lost = next(event for event in ring.events("WORKER_LOST") if event.worker_id == victim)
+        assert lost.incident_id == copied(ring, victim)[0].incident_id
+    assert result.parameters_sha256 == long_sha256
+    assert (result.examples_lost, result.examples_doubled) == (0, 0)
+
+
+def test_a_leaf_that_hangs_under_good_heartbeats_is_copied_and_moved(
+    tmp_path: Path, long_sha256: str
+) -> None:
+    with arena(tmp_path, 3) as ring:
+        job = ring.cluster.submit(gated_job(STEPS))
+        ring.at_step(job, 10)
+        victim = ring.caught_in_a_leaf()[0]
+        children = psutil.Process(ring.cluster.process(victim).pid).children(recursive=True)
+        leaf = next(child.pid for child in children if child.pid in ring.gate.entered())
+        with stopped(leaf):
+            ring.gate.release()
+            wait_until(lambda: copied(ring, victim), "copies of what the hanging leaf owes")
+            wait_until(
+                lambda: [
+                    event
+                    for event in ring.events("SHARDS_MOVED")
+                    if event.details["cause"] == "hang"
+                ],
+                "the shards of the hanging worker to move",
+            )
+            result = job.wait(timeout_s=GUARD_S)
+        assert not ring.events("WORKER_LOST"), "its heartbeats never stopped"
+    assert result.parameters_sha256 == long_sha256
+    assert (result.examples_lost, result.examples_doubled) == (0, 0)

@@ -1,0 +1,285 @@
+"""The late-shard rule: when copies are asked for, of whom, and when not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from coordinator.aggregation.core.copies import COPIES_MAX, Copies, OpenRound, Order
+from phalanx.reduction import Node, nodes_of_mask, shards_mask
+
+TRAIN, EVALUATE = 2, 3
+WIDTH = 12
+HOMES = {"w1": range(4), "w2": range(4, 8), "w3": range(8, 12)}
+
+
+def mask_of(shards: Iterable[int]) -> int:
+    return sum(1 << shard for shard in shards)
+
+
+class Rounds:
+    """Scripted rounds in virtual time."""
+
+    def __init__(self, homes: dict[str, Iterable[int]] = HOMES) -> None:
+        self.copies = Copies()
+        self.homes = {name: mask_of(shards) for name, shards in homes.items()}
+        self.now_s = 50.0
+        self.version = 0
+        self.missing = 0
+        self.away = False
+        for name in self.homes:
+            self.copies.stream_opened(name, takes_copies=True)
+
+    def open(self, action: int = TRAIN) -> bool:
+        self.version += 1
+        self.missing = (1 << WIDTH) - 1
+        key = (self.version, 0)
+        return self.copies.turn(
+            OpenRound(key, action, WIDTH, lambda: self.missing if key[0] == self.version else 0),
+            self.now_s,
+        )
+
+    def deliver(self, worker: str, shards: int | None = None, *, copy: bool = False) -> None:
+        mask = self.homes[worker] if shards is None else shards
+        for node in nodes_of_mask(mask, WIDTH):
+            key = (self.version, 0)
+            self.copies.frame(worker, key, node, copy=copy, now_s=self.now_s)
+        self.missing &= ~mask
+
+    def whole(self, leaf_s: float = 0.01, action: int = TRAIN, *without: str) -> None:
+        """A round in which everybody delivers."""
+        self.open(action)
+        self.now_s += leaf_s
+        for name in self.homes:
+            if name not in without:
+                self.deliver(name)
+
+    def look(self, after_s: float = 0.0) -> list[Order]:
+        self.now_s += after_s
+        orders, self.told = self.copies.look(self.now_s, control_away=self.away)
+        return orders
+
+
+def shards_of(orders: list[Order]) -> set[int]:
+    mask = shards_mask((node for order in orders for node in order.nodes), WIDTH)
+    return {shard for shard in range(WIDTH) if mask >> shard & 1}
+
+
+@pytest.fixture
+def measured() -> Rounds:
+    """Five whole rounds of 10 ms: shards are late after 120 ms."""
+    rounds = Rounds()
+    for _ in range(5):
+        rounds.whole()
+    return rounds
+
+
+def late_round(rounds: Rounds, late: str = "w2") -> list[Order]:
+    """A round in which one worker delivers nothing; what was asked for once that was late."""
+    rounds.open()
+    rounds.now_s += 0.01
+    for name in rounds.homes:
+        if name != late:
+            rounds.deliver(name)
+    return rounds.look(0.115)
+
+
+def test_late_shards_are_copied_by_those_who_are_through(measured: Rounds) -> None:
+    measured.open()
+    assert measured.copies.patience_s() == pytest.approx(0.12)
+    measured.now_s += 0.01
+    measured.deliver("w1")
+    measured.deliver("w3")
+    assert not measured.look(0.105), "115 ms are not late yet"
+    orders = measured.look(0.01)
+    assert shards_of(orders) == set(HOMES["w2"])
+    assert {order.worker_id for order in orders} == {"w1", "w3"}
+    assert {order.key for order in orders} == {(measured.version, 0)}
+    (told,) = measured.told
+    assert (told.worker_id, told.cause, told.shards) == ("w2", "late", (4, 5, 6, 7))
+    assert told.copied_to == ("w1", "w3")
+    assert measured.copies.late_workers(measured.now_s) == {"w2": pytest.approx(0.125)}
+
+
+def test_nothing_is_asked_of_those_who_are_not_through(measured: Rounds) -> None:
+    measured.open()
+    assert not measured.look(5.0), "all are slow, so nobody is late"
+    measured.deliver("w1")
+    assert {order.worker_id for order in measured.look()} == {"w1"}
+
+
+def test_nothing_is_asked_twice_while_it_may_come(measured: Rounds) -> None:
+    assert late_round(measured)
+    assert not measured.look(0.1)
+
+
+def test_a_late_copy_is_asked_of_another_but_not_of_all(measured: Rounds) -> None:
+    for name in ("w4", "w5", "w6"):
+        measured.homes[name] = 0
+        measured.copies.stream_opened(name, takes_copies=True)
+    asked: dict[int, set[str]] = {shard: set() for shard in HOMES["w2"]}
+    orders = late_round(measured)
+    for _ in range(10):
+        for order in orders:
+            for shard in shards_of([order]):
+                assert order.worker_id not in asked[shard], "asked the same worker again"
+                asked[shard].add(order.worker_id)
+        orders = measured.look(0.13)
+    assert {len(workers) for workers in asked.values()} == {COPIES_MAX}
+
+
+def test_a_late_worker_costs_one_wait_not_one_in_each_round(measured: Rounds) -> None:
+    late_round(measured)
+    for _ in range(3):
+        assert measured.open(), "look at once"
+        orders = measured.look()
+        assert shards_of(orders) == set(HOMES["w2"])
+        assert not measured.told, "told once"
+        measured.now_s += 0.01
+        measured.deliver("w1")
+        measured.deliver("w3")
+        measured.now_s += 0.01
+        for order in orders:
+            measured.deliver(order.worker_id, mask_of(shards_of([order])), copy=True)
+
+
+def test_a_worker_that_delivers_all_of_its_home_is_late_no_more(measured: Rounds) -> None:
+    late_round(measured)
+    measured.whole()
+    assert not measured.open()
+    assert not measured.look(0.05)
+    assert not measured.copies.late_workers(measured.now_s)
+
+
+def test_a_part_of_its_home_is_not_enough(measured: Rounds) -> None:
+    """As over a slow link: the first frames come in time, the others do not."""
+    rounds = Rounds()
+    for _ in range(5):
+        rounds.open()
+        rounds.now_s += 0.01
+        for name in HOMES:
+            for _ in range(3):  # three frames of each node
+                rounds.deliver(name)
+    late_round(rounds)
+    rounds.open()
+    rounds.now_s += 0.01
+    rounds.deliver("w2")  # one frame
+    assert rounds.open()
+    assert "w2" in rounds.copies.late_workers(rounds.now_s)
+
+
+def test_copies_and_slow_ones_do_not_raise_the_patience(measured: Rounds) -> None:
+    for _ in range(20):
+        orders = late_round(measured)
+        for order in orders:
+            measured.deliver(order.worker_id, mask_of(shards_of([order])), copy=True)
+    measured.open()
+    assert measured.copies.patience_s() == pytest.approx(0.12)
+
+
+def test_leaves_that_get_longer_for_all_do(measured: Rounds) -> None:
+    for _ in range(70):
+        measured.whole(leaf_s=0.5)
+    measured.open()
+    assert measured.copies.patience_s() == pytest.approx(1.1)
+
+
+def test_without_measurements_time_decides_nothing() -> None:
+    rounds = Rounds()
+    rounds.whole()
+    rounds.open()
+    rounds.deliver("w1")
+    assert rounds.copies.patience_s() is None
+    assert not rounds.look(100.0)
+
+
+def test_evaluations_are_measured_by_themselves(measured: Rounds) -> None:
+    for _ in range(3):
+        measured.whole(0.4, EVALUATE)
+    measured.open(EVALUATE)
+    assert measured.copies.patience_s() == pytest.approx(0.9)
+    measured.open(TRAIN)
+    assert measured.copies.patience_s() == pytest.approx(0.12)
+
+
+def test_the_shards_of_the_dead_are_left_to_control_while_it_is_there(measured: Rounds) -> None:
+    measured.copies.stream_closed("w2")
+    measured.open()
+    assert not measured.look(0.01)
+    measured.away = True
+    orders = measured.look()
+    assert shards_of(orders) == set(HOMES["w2"])
+    assert [told.cause for told in measured.told] == ["lost"]
+    assert not measured.copies.late_workers(measured.now_s), "who is gone is not late"
+
+
+def test_while_control_is_away_each_round_of_the_dead_is_handed_out_at_once(
+    measured: Rounds,
+) -> None:
+    measured.away = True
+    measured.copies.stream_closed("w2")
+    for _ in range(3):
+        assert measured.open()
+        orders = measured.look()
+        assert shards_of(orders) == set(HOMES["w2"])
+        for name in ("w1", "w3"):
+            measured.deliver(name)
+        for order in orders:
+            measured.deliver(order.worker_id, mask_of(shards_of([order])), copy=True)
+
+
+def test_a_move_by_control_is_learned(measured: Rounds) -> None:
+    late_round(measured)
+    measured.homes = {"w1": mask_of(range(6)), "w3": mask_of(range(6, 12))}
+    measured.whole()
+    assert not measured.open(), "nobody's home is late any more"
+    assert not measured.look(0.05)
+
+
+def test_a_taker_that_dies_is_replaced(measured: Rounds) -> None:
+    orders = late_round(measured)
+    measured.copies.stream_closed("w1")
+    again = measured.look()
+    assert shards_of(again) == shards_of([each for each in orders if each.worker_id == "w1"])
+    assert {order.worker_id for order in again} == {"w3"}
+
+
+def test_workers_that_take_no_copies_are_not_asked() -> None:
+    rounds = Rounds({"w1": range(6), "w2": range(6, 12)})
+    rounds.copies.stream_closed("w1")
+    rounds.copies.stream_opened("w1", takes_copies=False)
+    for _ in range(5):
+        rounds.whole()
+    assert not late_round(rounds)
+
+
+def test_shards_that_nobody_delivered_before_are_copied_too(measured: Rounds) -> None:
+    measured.open()
+    measured.now_s += 0.01
+    for name in HOMES:
+        measured.deliver(name, measured.homes[name] & ~(1 << 4))
+    # From now on shard 4 is nobody's.
+    measured.open()
+    measured.now_s += 0.01
+    for name in HOMES:
+        measured.deliver(name, measured.homes[name] & ~(1 << 4))
+    orders = measured.look(0.2)
+    assert shards_of(orders) == {4}
+    assert len(orders) == 1
+
+
+def test_a_second_stream_of_a_worker_counts_once(measured: Rounds) -> None:
+    measured.copies.stream_opened("w2", takes_copies=True)
+    measured.copies.stream_closed("w2")
+    measured.away = True
+    measured.open()
+    assert not measured.look(0.01)
+
+
+@pytest.mark.parametrize("mask", [0, 1, 0b1011, 0b111100001111, (1 << WIDTH) - 1])
+def test_nodes_of_a_mask_are_the_mask(mask: int) -> None:
+    nodes = nodes_of_mask(mask, WIDTH)
+    assert shards_mask(nodes, WIDTH) == mask
+    assert nodes == sorted(nodes)
+    assert not mask or all(isinstance(node, Node) for node in nodes)
