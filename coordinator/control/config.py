@@ -29,6 +29,11 @@ class ControlConfig(ServerConfig):
         "Address under which clients reach storage; empty: the host that they dialled.",
         check=_optional_address,
     )
+    advertise: str = option(
+        "",
+        "Address under which other control processes reach this one; empty: that of --listen.",
+        check=_optional_address,
+    )
     heartbeat_interval_s: float = option(
         0.5, "Time between heartbeats of a member.", check=positive, common=True
     )

@@ -200,6 +200,11 @@ class Leader:
                 self.streams.add_points(message.metric_points)
         elif kind == "member_event":
             self._member_event(session.member_id, message.member_event)
+        elif kind == "heartbeat":
+            answer = pb.SessionResponse(
+                generation=self.core.generation, heartbeat_answer=pb.HeartbeatAnswer()
+            )
+            self.sessions.send(session.number, answer)
         if kind is not None:
             self.dispatch(ev.MemberSaid(session.number, message))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from coordinator.control.store import LEASE, Store
 from phalanx.errors import Aborted, NotFound, PhalanxError
@@ -20,11 +20,14 @@ _log = get_logger(__name__)
 
 
 async def acquire(
-    store: Store, holder: str, lease_ttl_s: float, on_following: Callable[[], None]
+    store: Store,
+    holder: str,
+    lease_ttl_s: float,
+    on_following: Callable[[pb.Lease], Awaitable[None]],
 ) -> int:
     """Wait until this process leads; return its generation.
 
-    `on_following` is called whenever another one is seen to lead.
+    `on_following` is called with the lease whenever another one is seen to renew it.
     """
     seen, since_s = (0, 0), time.monotonic()
     challenge = (0, 0)
@@ -40,7 +43,7 @@ async def acquire(
         if held != seen:
             seen, since_s = held, time.monotonic()
             _log.debug("follows", leader=answer.lease.holder, generation=answer.lease.token)
-            on_following()
+            await on_following(answer.lease)
         waited_s = time.monotonic() - since_s
         challenge = seen if waited_s >= lease_ttl_s else (0, 0)
         if challenge == (0, 0):

@@ -10,6 +10,7 @@ from coordinator.control.cluster_servicer import ClusterServicer
 from coordinator.control.config import ControlConfig
 from coordinator.control.core.facts import Facts
 from coordinator.control.event_log import STREAM as EVENTS
+from coordinator.control.forwarding import Forwarding, announce_leader, find_leader
 from coordinator.control.gauges import Gauges
 from coordinator.control.job_servicer import JobServicer
 from coordinator.control.journal import replay
@@ -38,28 +39,32 @@ SERVICE_NAMES = (
     cluster_service_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
     coordination_service_pb2.DESCRIPTOR.services_by_name["CoordinationService"].full_name,
 )
+FORWARDED_SERVICES = SERVICE_NAMES[:2]
 SETTLE_S = 1.0
 
 _log = get_logger(__name__)
 
 
 class ControlProcess:
-    """Serves while it leads; a follower tells callers to try again."""
+    """Leads, or stands by: then it hands calls on to the leader and tells members to look there."""
 
     def __init__(self, config: ControlConfig) -> None:
         self.config = config
         registry = new_registry()
         self.gauges = Gauges(ControlMetrics(registry))
+        self._forwarding = Forwarding(FORWARDED_SERVICES, lambda: self._leader is not None)
         self.server = Server(
             listen=config.listen,
             metrics_listen=config.metrics_listen,
             service_names=SERVICE_NAMES,
             registry=registry,
             limits=ServerLimits.of(config),
+            interceptors=[self._forwarding],
         )
         self.store = Store(config.storage)
         self._leader: Leader | None = None
         self._announced = False
+        self._followed = 0
         submissions = Submissions(config, self.store)
         job_service_pb2_grpc.add_JobServiceServicer_to_server(
             JobServicer(self, submissions), self.server.raw
@@ -96,6 +101,7 @@ class ControlProcess:
             with contextlib.suppress(asyncio.CancelledError):
                 await leading
             await self.server.stop()
+            await self._forwarding.leader_is_at("")
             await self.store.close()
 
     async def _lead_again_and_again(self) -> None:
@@ -103,16 +109,18 @@ class ControlProcess:
         while True:
             lease_ttl_s = self.config.lease_ttl_s
             generation = await leadership.acquire(
-                self.store, self.config.id, lease_ttl_s, self._announce
+                self.store, self.config.id, lease_ttl_s, self._follow
             )
             self.store.fence = storage_pb.Fence(lease="leader", token=generation)
             keeper = asyncio.create_task(
                 leadership.keep(self.store, self.config.id, generation, lease_ttl_s)
             )
+            telling = asyncio.create_task(self._tell_where(generation))
             try:
                 leader = await self._replay(generation)
                 leader.start()
                 self._leader = leader
+                await self._forwarding.leader_is_at("")
                 self.gauges.leads(generation)
                 self._set_serving(serving=True)
                 self._announce()
@@ -128,6 +136,28 @@ class ControlProcess:
                 await self._step_down(error)
             finally:
                 keeper.cancel()
+                telling.cancel()
+
+    async def _tell_where(self, generation: int) -> None:
+        """Let the others know where this leader is reached, as soon as storage takes it."""
+        address = self.config.advertise or self.server.address
+        try:
+            await announce_leader(self.store, generation, self.config.id, address)
+        except PhalanxError as error:
+            _log.warning("leader_not_announced", reason=error.reason, message=error.message)
+
+    async def _follow(self, lease: storage_pb.Lease) -> None:
+        """Another process holds the lease: find out where it is, and hand calls on to it."""
+        self._announce()
+        if lease.token == self._followed:
+            return
+        try:
+            address = await find_leader(self.store, lease.token)
+        except PhalanxError as error:
+            _log.debug("leader_not_found", message=error.message)
+            return
+        await self._forwarding.leader_is_at(address)
+        self._followed = lease.token if address else 0
 
     def _announce(self) -> None:
         """Say once that this process does what it is there for: leads, or stands by."""
@@ -162,6 +192,7 @@ class ControlProcess:
     async def _step_down(self, error: PhalanxError) -> None:
         """Stop leading; what callers and members were told stays true."""
         _log.warning("steps_down", reason=error.reason, message=error.message)
+        self._followed = 0
         self._set_serving(serving=False)
         self.gauges.leads(0)
         leader, self._leader = self._leader, None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,12 +28,18 @@ WELCOME_TIMEOUT_S = 5.0
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 2.0
 _REPORTS_MAX = 1000
+_UNANSWERED_LEAST = 3
+"""Heartbeats without an answer, at least, before a session counts as dead."""
 
 _log = get_logger(__name__)
 
 
 class Refused(Exception):
     """Control's generation is lower than one seen before."""
+
+
+class _Silent(Exception):
+    """Control holds the stream open and says nothing: it is stopped, or cut off."""
 
 
 class MemberSession:
@@ -61,6 +68,7 @@ class MemberSession:
         self._task: asyncio.Task[None] | None = None
         self.connected = False
         self.dropped_reports = 0
+        self._unanswered = 0
 
     def start(self) -> None:
         """Begin to connect."""
@@ -119,10 +127,11 @@ class MemberSession:
             welcomed = True
             self.connected = True
             self._on_open(welcome)
-            await self._both_ways(call, welcome.heartbeat_interval_s or 0.5)
+            await self._both_ways(call, welcome)
         except grpc.aio.AioRpcError as error:
             return welcomed, from_rpc_error(error).message
-        except Refused as error:
+        except (Refused, _Silent) as error:
+            # The next address may be that of another control process.
             return False, str(error)
         except TimeoutError:
             return False, "control does not answer"
@@ -147,18 +156,23 @@ class MemberSession:
             raise Unavailable("control did not answer the hello")
         return response.welcome  # type: ignore[no-any-return]
 
-    async def _both_ways(self, call: Any, heartbeat_interval_s: float) -> None:
+    async def _both_ways(self, call: Any, welcome: coordination.Welcome) -> None:
+        interval_s = welcome.heartbeat_interval_s or 0.5
+        unanswered_max = 0
+        if welcome.answers_heartbeats:
+            unanswered_max = max(_UNANSWERED_LEAST, math.ceil(welcome.lease_ttl_s / interval_s))
+        self._unanswered = 0
         tasks = [
             asyncio.create_task(self._receive(call)),
             asyncio.create_task(self._send(call)),
-            asyncio.create_task(self._beat(heartbeat_interval_s)),
+            asyncio.create_task(self._beat(interval_s, unanswered_max)),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if tasks[0] not in done:
+            if tasks[0] not in done and not _is_silence(done):
                 # The receiver knows why a session ended.
                 await asyncio.wait([tasks[0]], timeout=1.0)
-            ended = tasks[0] if tasks[0].done() else done.pop()
+            ended = tasks[0] if tasks[0].done() else next(iter(done))
             if ended.cancelled():
                 # Not this task: the call was, and that must not end the member's search.
                 raise Unavailable("the call was cancelled")
@@ -170,6 +184,7 @@ class MemberSession:
 
     async def _receive(self, call: Any) -> None:
         while (response := await call.read()) is not grpc.aio.EOF:
+            self._unanswered = 0
             self._on_message(response)
         raise Unavailable(await call.details() or "control ended the session")
 
@@ -186,7 +201,18 @@ class MemberSession:
             if self._reports and self._reports[0] is message:
                 self._reports.popleft()
 
-    async def _beat(self, interval_s: float) -> None:
+    async def _beat(self, interval_s: float, unanswered_max: int) -> None:
+        """Send heartbeats; with `unanswered_max` (0: no limit) end the session of a mute control.
+
+        Counted in heartbeats and not in seconds, since this process may have been the one asleep.
+        """
         while True:
+            if 0 < unanswered_max <= self._unanswered:
+                raise _Silent(f"control has not answered {self._unanswered} heartbeats")
+            self._unanswered += 1
             self.report(coordination.SessionRequest(heartbeat=self._heartbeat()))
             await asyncio.sleep(interval_s)
+
+
+def _is_silence(done: set[asyncio.Task[None]]) -> bool:
+    return any(not task.cancelled() and isinstance(task.exception(), _Silent) for task in done)

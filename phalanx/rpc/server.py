@@ -69,8 +69,8 @@ class Server:
     ``listen`` and ``metrics_listen`` are HOST:PORT (port 0: a free one); with ``metrics_listen``
     None there is no HTTP server. ``service_names`` are the full names of the services that will be
     added; they get health states and are shown by reflection. ``registry`` is where the metrics of
-    this process live; ``limits`` is what its peers may take up. Make it inside the event loop that
-    runs it.
+    this process live; ``limits`` is what its peers may take up. ``interceptors`` come after the one
+    that turns errors into statuses. Make it inside the event loop that runs it.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Server:
         registry: CollectorRegistry | None = None,
         limits: ServerLimits = _DEFAULT_LIMITS,
         options: Iterable[tuple[str, Any]] = (),
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
         self._listen = listen
         self._host, _ = split_address(listen)
@@ -96,7 +97,7 @@ class Server:
             GrpcServerMetrics(self.registry), self.admission, limits.first_message_timeout_s
         )
         self.raw: grpc.aio.Server = grpc.aio.server(
-            interceptors=[interceptor], options=server_options(options, limits)
+            interceptors=[interceptor, *interceptors], options=server_options(options, limits)
         )
         self._health = health.HealthServicer(service_names)
         add_HealthServicer_to_server(self._health, self.raw)

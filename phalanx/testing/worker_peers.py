@@ -123,6 +123,7 @@ class ScriptedControl(_ScriptedServer, coordination_grpc.CoordinationServiceServ
         super().__init__()
         self.address = address
         self.generation = generation
+        self.welcome = coordination.Welcome(heartbeat_interval_s=0.05, lease_ttl_s=2.0)
         self._sessions: asyncio.Queue[ScriptedSession] = asyncio.Queue()
         self._open: list[ScriptedSession] = []
 
@@ -137,8 +138,7 @@ class ScriptedControl(_ScriptedServer, coordination_grpc.CoordinationServiceServ
         """Serve one worker."""
         session = ScriptedSession(context)
         session.hello = (await context.read()).worker_hello
-        welcome = coordination.Welcome(heartbeat_interval_s=0.05, lease_ttl_s=2.0)
-        await session.send(self.generation, welcome=welcome)
+        await session.send(self.generation, welcome=self.welcome)
         self._open.append(session)
         self._sessions.put_nowait(session)
         await session.serve()

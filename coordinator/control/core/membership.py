@@ -308,6 +308,7 @@ def _welcome(core: Core) -> pb.SessionResponse:
             heartbeat_interval_s=core.config.heartbeat_interval_s * core.crowding(),
             lease_ttl_s=core.lease_ttl_s(),
             storage_address=core.config.storage_address,
+            answers_heartbeats=True,
         )
     )
 

@@ -226,7 +226,7 @@ class RealCluster:
         call = self.operators().ListEvents(request, timeout=GUARD_S)
         return [response.event async for response in call]
 
-    async def wait_until_it_leads(self) -> None:
+    async def wait_until_it_answers(self) -> None:
         async with asyncio.timeout(GUARD_S):
             while True:
                 try:

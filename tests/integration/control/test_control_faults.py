@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
+from coordinator.control.forwarding import FORWARDED
 from phalanx.errors import Unavailable
 from phalanx.rpc.channel import open_channel
 from phalanx.rpc.status import from_rpc_error
@@ -141,22 +142,61 @@ async def test_an_aggregator_that_does_not_come_back_is_replaced(storage_only: A
         assert (assigned.term, assigned.restore.step) == (2, 12)
 
 
-async def test_a_follower_says_so_and_takes_over(storage_only: Any) -> None:
+async def test_a_follower_hands_calls_on_and_takes_over(storage_only: Any) -> None:
     await storage_only.spawn_control("first")
     job = await storage_only.submit("nightly-1")
+    first = storage_only.control_address
     await storage_only.start_control("second", lease_ttl_s=1.0, heartbeat_interval_s=0.2)
+    assert storage_only.control_address != first
+    await storage_only.wait_until_it_answers()
+    listed = await storage_only.jobs().ListJobs(job_service_pb2.ListJobsRequest(), timeout=GUARD_S)
+    assert [each.id for each in listed.jobs] == [job.id]
+    assert (await storage_only.submit("nightly-1")).id == job.id
+    request = job_service_pb2.WatchJobRequest(job_id=job.id)
+    watching = storage_only.jobs().WatchJob(request, timeout=GUARD_S)
+    assert (await watching.read()).job.id == job.id
+    missing = job_service_pb2.GetJobRequest(job_id="nobody-knows")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await storage_only.jobs().ListJobs(job_service_pb2.ListJobsRequest(), timeout=GUARD_S)
-    error = from_rpc_error(caught.value)
-    assert isinstance(error, Unavailable)
-    assert (error.reason, error.retry_after_s) == ("NOT_LEADER", 0.2)
-    await storage_only.kill_control()
-    await storage_only.wait_until_it_leads()
+        await storage_only.jobs().GetJob(missing, timeout=GUARD_S)
+    assert from_rpc_error(caught.value).reason == "JOB_NOT_FOUND", "errors come as they are"
+    storage_only.process.kill()  # the watching channel stays open
+    await storage_only.process.wait()
+    storage_only.process = None
+    with pytest.raises(grpc.aio.AioRpcError) as broken:
+        while await watching.read() is not grpc.aio.EOF:
+            pass
+    assert from_rpc_error(broken.value).reason == "NOT_LEADER", "it says to try again"
+    await storage_only.wait_until_it_answers()
     assert (await storage_only.submit("nightly-1")).id == job.id
     answer = await storage_only.operators().GetCluster(
         cluster_service_pb2.GetClusterRequest(), timeout=GUARD_S
     )
     assert (answer.leader, answer.generation) == ("second", 2)
+
+
+async def test_a_call_is_handed_on_once_at_most(storage_only: Any) -> None:
+    """Two processes that take each other for the leader must not play ball with it."""
+    await storage_only.spawn_control("first")
+    await storage_only.start_control("second", lease_ttl_s=1.0, heartbeat_interval_s=0.2)
+    await storage_only.wait_until_it_answers()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await storage_only.jobs().ListJobs(
+            job_service_pb2.ListJobsRequest(), timeout=GUARD_S, metadata=[(FORWARDED, "1")]
+        )
+    error = from_rpc_error(caught.value)
+    assert isinstance(error, Unavailable)
+    assert (error.reason, error.retry_after_s) == ("NOT_LEADER", 0.2)
+
+
+async def test_members_are_not_handed_on(storage_only: Any) -> None:
+    """A session is with the leader itself: a follower in between would hide who died."""
+    await storage_only.spawn_control("first")
+    await storage_only.start_control("second", lease_ttl_s=1.0, heartbeat_interval_s=0.2)
+    await storage_only.wait_until_it_answers()
+    with pytest.raises(Unavailable) as refused:
+        async with ScriptedWorker(storage_only.control_address, "w1"):
+            pass
+    assert refused.value.reason == "NOT_LEADER"
 
 
 async def test_a_leader_whose_lease_was_taken_steps_down(storage_only: Any) -> None:
@@ -195,7 +235,7 @@ async def test_a_leader_whose_lease_was_taken_steps_down(storage_only: Any) -> N
             await asyncio.sleep(0.01)
     release = storage_pb.ReleaseLeaseRequest(name="leader", holder="other", token=taken.lease.token)
     await store.ReleaseLease(release, timeout=GUARD_S)
-    await storage_only.wait_until_it_leads()
+    await storage_only.wait_until_it_answers()
     assert (await storage_only.submit()).id
 
 

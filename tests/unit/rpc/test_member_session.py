@@ -71,4 +71,39 @@ async def test_a_call_that_was_cancelled_is_one_session_that_ended() -> None:
     session = MemberSession(["127.0.0.1:1"], hello, pb.Heartbeat, lambda _: None, lambda _: None)
     async with asyncio.timeout(GUARD_S):
         with pytest.raises(Unavailable, match="cancelled"):
-            await session._both_ways(CancelledCall(), 60.0)
+            await session._both_ways(CancelledCall(), pb.Welcome(heartbeat_interval_s=60.0))
+
+
+async def test_a_control_that_holds_the_stream_and_says_nothing_is_left() -> None:
+    """As a stopped process does: its sockets stay open, and no call ever fails."""
+    async with ScriptedControl() as mute, ScriptedControl() as other:
+        for control in (mute, other):
+            control.welcome.answers_heartbeats = True
+            control.welcome.lease_ttl_s = 0.2
+        addresses = [mute.address, other.address]
+        session = MemberSession(addresses, hello, pb.Heartbeat, lambda _: None, lambda _: None)
+        session.start()
+        try:
+            await mute.next_session()
+            await other.next_session()
+        finally:
+            await session.close()
+
+
+async def test_a_control_that_answers_is_kept() -> None:
+    async with ScriptedControl() as control:
+        control.welcome.answers_heartbeats = True
+        control.welcome.lease_ttl_s = 0.2
+        session = MemberSession(
+            [control.address], hello, pb.Heartbeat, lambda _: None, lambda _: None
+        )
+        session.start()
+        try:
+            opened = await control.next_session()
+            for _ in range(20):
+                await opened.receive("heartbeat")
+                await opened.send(heartbeat_answer=pb.HeartbeatAnswer())
+            assert session.connected
+            assert control._sessions.empty(), "it never looked for another"
+        finally:
+            await session.close()
