@@ -100,6 +100,7 @@ class HostedJob:
         self._last_contribution_unix_nanos = 0
         self._checkpoint_step = 0
         self._steps_replayed = 0
+        self._storage_lost_s: float | None = None
         self._reported = (-1, -1)
         self._report_next_commit = False
         self._final: Report | None = None
@@ -305,7 +306,7 @@ class HostedJob:
         wait_s = _RETRY_FIRST_S
         while True:
             try:
-                return await attempt()
+                result = await attempt()
             except _TRANSIENT as error:
                 _log.warning(
                     "checkpoint_waits",
@@ -313,8 +314,33 @@ class HostedJob:
                     reason=error.reason,
                     message=error.message,
                 )
+                self._storage_away(error)
+            else:
+                self._storage_back()
+                return result
             await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
             wait_s = min(wait_s * 2, _RETRY_LONGEST_S)
+
+    def _storage_away(self, error: PhalanxError) -> None:
+        if self._storage_lost_s is None:
+            self._storage_lost_s = time.monotonic()
+            text = f"a checkpoint waits, training goes on: {error.message}"
+            self._tell("STORAGE_UNAVAILABLE", text, reason=error.reason)
+
+    def _storage_back(self) -> None:
+        if self._storage_lost_s is not None:
+            away_s, self._storage_lost_s = time.monotonic() - self._storage_lost_s, None
+            self._tell("STORAGE_RESTORED", f"checkpoints are written again after {away_s:.1f} s")
+
+    def _tell(self, type_: str, message: str, **details: str) -> None:
+        event = coordination.MemberEvent(
+            type=type_,
+            job_id=self.ranges.plan.job_id,
+            message=message,
+            step=max(0, self.ranges.version),
+            details=details,
+        )
+        self._send(coordination.SessionRequest(member_event=event))
 
     async def _completed(self, effect: StartCheckpoint) -> bool:
         """Wait for the other ranges' parts; without an end only where the term ends with them."""

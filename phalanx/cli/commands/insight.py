@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phalanx.cli.commands.jobs import JOB
-from phalanx.cli.context import settings_of
+from phalanx.cli.context import Settings, settings_of
+from phalanx.errors import InvalidArgument, NotFound
 
 if TYPE_CHECKING:
     from phalanx.sdk.values import LogLine
@@ -93,13 +94,39 @@ def events(
     context: typer.Context,
     job: Annotated[str, typer.Option(metavar="J", help="Only of this job.")] = "",
     follow: FOLLOW = False,
+    incidents: Annotated[
+        bool,
+        typer.Option(
+            "--incidents",
+            help="One line for each failure: seconds until each phase of its recovery.",
+        ),
+    ] = False,
+    incident: Annotated[
+        str, typer.Option(metavar="ID", help="The time line of one incident.")
+    ] = "",
 ) -> None:
-    """Show deaths, moved shards, recoveries, checkpoints."""
+    """Show deaths, moved shards, recoveries, checkpoints.
+
+    What belongs to one failure carries one incident id, in brackets at the end.
+
+    [bold]Examples[/bold]
+
+    phalanx events -f
+
+    phalanx events --incidents
+
+    phalanx events --incident incident-1-3
+    """
     from phalanx.cli.output import print_json
     from phalanx.cli.watch_view import event_text
     from phalanx.sdk.values import event_value
 
     settings = settings_of(context)
+    if incident or incidents:
+        if follow:
+            raise InvalidArgument("--follow does not go with incidents: they are told as a whole")
+        _show_incidents(settings, job, incident)
+        return
     with settings.connect() as cluster:
         for message in cluster.event_messages(job, follow=follow):
             if settings.json:
@@ -107,7 +134,52 @@ def events(
                 continue
             event = event_value(message)
             where = f" [{event.job_id}]" if event.job_id and not job else ""
+            where += f" [{event.incident_id}]" if event.incident_id else ""
             print(f"{event.time:%Y-%m-%d} {event_text(event)}{where}", flush=follow)
+
+
+def _show_incidents(settings: Settings, job: str, incident: str) -> None:
+    from phalanx.cli.incident_view import HEADINGS, PHASES, by_incident, summary, time_line
+    from phalanx.cli.output import console, print_json, print_json_list, print_table
+    from phalanx.sdk.values import event_value
+    from phalanx.sdk.wire_json import message_to_json
+
+    with settings.connect() as cluster:
+        # An incident is told whole, also where it touched other jobs.
+        messages = [each for each in cluster.event_messages() if each.incident_id]
+    found = by_incident(event_value(each) for each in messages)
+    if incident:
+        if incident not in found:
+            raise NotFound(f"no event belongs to an incident {incident!r}")
+        if settings.json:
+            events = [message_to_json(each) for each in messages if each.incident_id == incident]
+            print_json({**summary(found[incident]), "events": events})
+        else:
+            for line in time_line(found[incident], console().width):
+                print(line)
+        return
+    rows = [summary(events) for events in found.values()]
+    rows = [row for row in rows if not job or job in row["job_ids"]]
+    if settings.json:
+        print_json_list("incidents", rows)
+        return
+    print_table(
+        ("INCIDENT", "MEMBER", "CAUSE", *HEADINGS),
+        [
+            (
+                row["incident_id"],
+                row["member"],
+                row["cause"],
+                *(_seconds_text(row[f"{phase}_after_s"]) for phase in PHASES),
+            )
+            for row in rows
+        ],
+        empty="nothing has failed; the event log keeps the newest 100,000 events",
+    )
+
+
+def _seconds_text(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.2f}"
 
 
 def _log_text(line: LogLine) -> str:

@@ -141,12 +141,23 @@ def jobs(
         list[str] | None,
         typer.Option(metavar="S", help="queued, running, paused, succeeded, failed, cancelled."),
     ] = None,
+    dead_letters: Annotated[
+        bool,
+        typer.Option("--dead-letters", help="The shards that failed for good, with their rows."),
+    ] = False,
 ) -> None:
-    """List the jobs, newest first."""
+    """List the jobs, newest first.
+
+    `--dead-letters` lists what made jobs fail: each shard with its rows, attempts, workers and what
+    it said. `phalanx show JOB` has the traceback, `phalanx retry JOB` tries again.
+    """
     from phalanx.cli.output import print_json_list, print_table
     from phalanx.sdk.values import local_time
 
     settings = settings_of(context)
+    if dead_letters:
+        _show_dead_letters(settings, state)
+        return
     with settings.connect() as cluster:
         found = cluster.jobs(*(state or []))
     if settings.json:
@@ -165,6 +176,41 @@ def jobs(
             for job in found
         ],
         empty="no jobs; submit one with `phalanx submit job.yaml`",
+    )
+
+
+def _show_dead_letters(settings: Settings, state: list[str] | None) -> None:
+    """The failures of failed jobs, each with the job that it belongs to."""
+    from phalanx.cli.output import print_json_list, say
+    from phalanx.sdk.wire_json import message_to_json
+
+    if state:
+        raise InvalidArgument("--dead-letters are of failed jobs; leave --state out")
+    with settings.connect() as cluster:
+        found = [
+            (job, failure) for job in cluster.jobs("failed") for failure in job.message.failures
+        ]
+    if settings.json:
+        letters = [{"job_id": job.id, **message_to_json(failure)} for job, failure in found]
+        print_json_list("dead_letters", letters)
+        return
+    for job, failure in found:
+        print(f"{job.id}  {failure.code}  {_place_of(failure)}")
+        print(f"  {failure.message}")
+    if found:
+        say("\nwith traceback: phalanx show JOB · once mended: phalanx retry JOB")
+    else:
+        say("no dead letters: no job has failed")
+
+
+def _place_of(failure: job_pb2.Failure) -> str:
+    """Where a leaf failed, how often and on which workers; empty for what is no leaf's failure."""
+    if failure.shard < 0:
+        return ""
+    last = failure.first_row + failure.row_count - 1
+    return (
+        f"shard {failure.shard}, rows {failure.first_row:,} to {last:,}, step {failure.step}, "
+        f"{failure.attempts} attempts on {', '.join(failure.worker_ids)}"
     )
 
 
@@ -400,11 +446,10 @@ def _show_job(job: Job) -> None:
         ]
     )
     show_result(job)
-    for failure in job.failures:
-        place = f"shard {failure.shard}, rows {failure.first_row:,} to "
-        place += f"{failure.first_row + failure.row_count - 1:,}, step {failure.step}"
+    for failure in message.failures:
         say(f"\nfailure {failure.code}: {failure.message}")
-        say(f"  {place}, {failure.attempts} attempts on {', '.join(failure.worker_ids)}")
+        if place := _place_of(failure):
+            say(f"  {place}")
         if failure.traceback:
             say(failure.traceback.rstrip())
     print("\nspec:")

@@ -66,16 +66,28 @@ class Bench:
         return member
 
     def assignment(
-        self, plan: Any, owners: Sequence[str] = ("a",), term: int = 1, restore: Any = None
+        self,
+        plan: Any,
+        owners: Sequence[str] = ("a",),
+        term: int = 1,
+        restore: Any = None,
+        reached_step: int = 0,
     ) -> AssignRanges:
         pieces = parameter_ranges(plan, lambda index: owners[index])
-        return AssignRanges(plan=plan, term=term, ranges=pieces, restore=restore)
+        return AssignRanges(
+            plan=plan, term=term, ranges=pieces, restore=restore, reached_step=reached_step
+        )
 
     async def assign(
-        self, plan: Any, owners: Sequence[str] = ("a",), term: int = 1, restore: Any = None
+        self,
+        plan: Any,
+        owners: Sequence[str] = ("a",),
+        term: int = 1,
+        restore: Any = None,
+        reached_step: int = 0,
     ) -> None:
         """Assign the ranges to the live members that own them and wait until they are ready."""
-        message = self.assignment(plan, owners, term, restore)
+        message = self.assignment(plan, owners, term, restore, reached_step)
         for member in self.members:
             if member.id in owners:
                 await member.session.send(assign_ranges=message)

@@ -158,10 +158,12 @@ async def test_a_lost_aggregator_is_replaced_from_the_last_checkpoint(bench, sto
 
     await storage.raise_term("job-test", 1)
     async with streams(leaves, [addresses[0]] * 2, 1, "old") as old:
-        await bench.assign(plan, ("a", "a"), term=2, restore=saved[0])
+        await bench.assign(plan, ("a", "a"), term=2, restore=saved[0], reached_step=3)
         assert (await old.root.ended()).reason == "STALE_TERM"
     await train(leaves, [addresses[0]] * 2, term=2)
-    await outcome(members[0].session, pb.JobReport.OUTCOME_STOPPED)
+    report = await outcome(members[0].session, pb.JobReport.OUTCOME_STOPPED)
+    assert report.steps_replayed == 3 - saved[0].step
+    assert 0 < report.last_contribution_unix_nanos <= report.last_commit_unix_nanos
     assert await final_bytes(storage) == reference(plan)[6].tobytes()
 
 
@@ -195,7 +197,11 @@ async def test_training_goes_on_while_storage_is_away(bench, start_storage):
     await bench.assign(plan)
     go = await train(Leaves(plan), [member.address])
     assert (go.action, go.version) == (GoRecord.ACTION_STOP, 12)
+    away = await member.session.receive("member_event")
+    assert (away.type, away.job_id) == ("STORAGE_UNAVAILABLE", "job-test")
     await start_storage(address, "late")
+    back = await member.session.receive("member_event")
+    assert back.type == "STORAGE_RESTORED", "told once, however often it was tried"
     async with StorageClient(address) as storage:
         await outcome(member.session, pb.JobReport.OUTCOME_STOPPED)
         assert await final_bytes(storage) == reference(plan)[12].tobytes()
