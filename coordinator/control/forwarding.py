@@ -85,7 +85,7 @@ class Forwarding(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """Return the wrapped handler of a method that only the leader can serve."""
         handler = await continuation(handler_call_details)
-        method = handler_call_details.method
+        method: str | bytes = handler_call_details.method
         name = method.decode() if isinstance(method, bytes) else method
         service = name.lstrip("/").rpartition("/")[0]
         if handler is None or service not in self._services or handler.request_streaming:
@@ -99,10 +99,11 @@ class Forwarding(grpc.aio.ServerInterceptor):
         service, _, name = method.lstrip("/").rpartition("/")
         described = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name]
         response_type = GetMessageClass(described.output_type)
+        local: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
         async def unary(request: Message, context: ServicerContext) -> Any:
             if self._here(context):
-                return await handler.unary_unary(request, context)  # type: ignore[misc]
+                return await local(request, context)
             call = self._leader().unary_unary(method, _serialize, response_type.FromString)
             try:
                 return await call(request, **_as_called(context))
@@ -111,7 +112,7 @@ class Forwarding(grpc.aio.ServerInterceptor):
 
         async def stream(request: Message, context: ServicerContext) -> AsyncIterator[Any]:
             if self._here(context):
-                async for response in handler.unary_stream(request, context):  # type: ignore[misc]
+                async for response in local(request, context):
                     yield response
                 return
             call = self._leader().unary_stream(method, _serialize, response_type.FromString)
@@ -154,7 +155,7 @@ def _serialize(message: Message) -> bytes:
 
 
 def _metadata(context: ServicerContext) -> list[tuple[str, str | bytes]]:
-    return list(context.invocation_metadata() or ())  # type: ignore[arg-type]
+    return list(context.invocation_metadata() or ())
 
 
 def _as_called(context: ServicerContext) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import phalanx
+from phalanx.sdk.job import Job
 from phalanx.testing.arena import GUARD_S, Arena, add_blobs, arena, gated_job, wait_until
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,7 @@ def long_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
         return str(cluster.submit(gated_job(STEPS)).wait(timeout_s=GUARD_S).parameters_sha256)
 
 
-def commits(job: phalanx.Job) -> list[float]:
+def commits(job: Job) -> list[float]:
     """When each step was committed, as the aggregator wrote it down."""
     points = [point for point in job.metric_messages() if point.name == "train/loss"]
     return [point.time.ToNanoseconds() / 1e9 for point in points]

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 import phalanx
+from phalanx.sdk.values import Event
 from phalanx.testing.arena import GUARD_S, Arena, add_blobs, arena, gated_job, wait_until
 
 pytestmark = pytest.mark.slow
@@ -37,7 +38,7 @@ def stopped(pid: int) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def copied(ring: Arena, victim: str) -> list[phalanx.Event]:
+def copied(ring: Arena, victim: str) -> list[Event]:
     return [event for event in ring.events("SPECULATION_STARTED") if event.worker_id == victim]
 
 

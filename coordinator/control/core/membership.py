@@ -56,6 +56,7 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
     core.workers.pop(worker.id, None)
     core.workers[worker.id] = worker
     core.sessions[session] = worker
+    worker.lease_s = core.lease_ttl_s()
     _recall_drain(core, worker)
     _forget_gone(core)
     core.send(session, _welcome(core))
@@ -92,6 +93,7 @@ def aggregator_connected(core: Core, session: int, hello: pb.AggregatorHello) ->
     aggregator = Aggregator(hello=hello, session=session, heard_s=core.now.monotonic_s)
     core.aggregators[aggregator.id] = aggregator
     core.sessions[session] = aggregator
+    aggregator.lease_s = core.lease_ttl_s()
     core.send(session, _welcome(core))
     held = {each.job_id: each for each in hello.held_ranges}
     for each in hello.held_ranges:
@@ -165,7 +167,7 @@ def check_silence(core: Core) -> None:
     now, lease = core.now.monotonic_s, core.lease_ttl_s()
     _forgive_own_sleep(core)
     core.ticked_s = now
-    silent = [each for each in core.sessions.values() if now - each.heard_s >= lease]
+    silent = [m for m in core.sessions.values() if now - m.heard_s >= core.lease_of(m)]
     total = len(core.sessions)
     if total >= MASS and 2 * len(silent) > total:
         if core.mass_silence_since_s is None:
@@ -405,9 +407,9 @@ def _forgive_own_sleep(core: Core) -> None:
 
 
 def _suspect(core: Core) -> None:
-    now, patience = core.now.monotonic_s, core.lease_ttl_s() * SUSPECTED_AFTER
+    now = core.now.monotonic_s
     for member in core.sessions.values():
-        if now - member.heard_s < patience:
+        if now - member.heard_s < core.lease_of(member) * SUSPECTED_AFTER:
             continue
         if isinstance(member, Aggregator):
             member.suspected = True

@@ -94,6 +94,8 @@ def choose_owners(core: Core, job: JobRuntime, plan: JobPlan) -> Owners | None:
 def _silent(core: Core, job: JobRuntime, owner: str) -> bool:
     now, lease = core.now.monotonic_s, core.lease_ttl_s()
     aggregator = core.aggregators.get(owner)
+    if aggregator is not None:
+        lease = core.lease_of(aggregator)
     heard_s = aggregator.heard_s if aggregator is not None else core.led_s
     if now - max(heard_s, core.led_s) < lease or core.mass_silence_since_s is not None:
         return False

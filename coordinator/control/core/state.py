@@ -78,6 +78,8 @@ class Worker:
     state: WorkerView.State.ValueType
     join_unix_nanos: int
     heard_s: float
+    lease_s: float = 0.0
+    """The lease that it was told, with the heartbeats that go with it."""
     reason: str = ""
     resident_bytes: int = 0
     cpu_fraction: float = 0.0
@@ -107,6 +109,8 @@ class Aggregator:
     hello: pb.AggregatorHello
     session: int
     heard_s: float
+    lease_s: float = 0.0
+    """The lease that it was told, with the heartbeats that go with it."""
     suspected: bool = False
 
     @property
@@ -396,6 +400,13 @@ class Core:
     def lease_ttl_s(self) -> float:
         """Return the lease, which grows with the size of the cluster, as heartbeats do."""
         return self.config.lease_ttl_s * self.crowding()
+
+    def lease_of(self, member: Worker | Aggregator) -> float:
+        """Return the silence after which a member is lost.
+
+        It keeps the slow heartbeats of a large cluster also when most of the others have left.
+        """
+        return max(self.lease_ttl_s(), member.lease_s)
 
     def crowding(self) -> float:
         """Return by how much intervals are stretched: 1 up to 100 members."""

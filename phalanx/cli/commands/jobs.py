@@ -14,6 +14,8 @@ from phalanx.cli.context import Settings, settings_of
 from phalanx.errors import InvalidArgument, NotFound, PhalanxError
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
     from phalanx.sdk.cluster import Cluster
     from phalanx.sdk.job import Job
     from phalanx.specs import Document
@@ -191,7 +193,9 @@ def _show_dead_letters(settings: Settings, state: list[str] | None) -> None:
             (job, failure) for job in cluster.jobs("failed") for failure in job.message.failures
         ]
     if settings.json:
-        letters = [{"job_id": job.id, **message_to_json(failure)} for job, failure in found]
+        letters: list[Message | dict[str, object]] = [
+            {"job_id": job.id, **message_to_json(failure)} for job, failure in found
+        ]
         print_json_list("dead_letters", letters)
         return
     for job, failure in found:

@@ -274,3 +274,56 @@ def test_a_suspected_worker_that_speaks_again_takes_what_nobody_hosts(cluster: A
     assert "not been heard of" in cluster.job().message
     cluster.heartbeats("w2")
     assert cluster.shards("w2") == ALL
+
+
+def test_heartbeats_and_leases_grow_with_the_cluster(cluster: Any) -> None:
+    for number in range(150):
+        cluster.worker(f"w{number}")
+    welcome = cluster.told("w149", "welcome")[0]
+    assert welcome.heartbeat_interval_s == pytest.approx(0.75)
+    assert welcome.lease_ttl_s == pytest.approx(3.0)
+    assert welcome.answers_heartbeats
+
+
+def test_a_member_of_a_large_cluster_keeps_its_lease_when_the_others_leave(cluster: Any) -> None:
+    """It still sends the slow heartbeats that it was told to send."""
+    for number in range(150):
+        cluster.worker(f"w{number}")
+    for number in range(149):
+        cluster.kill(f"w{number}")
+    cluster.advance(2.5, alive=False)
+    assert cluster.core.workers["w149"].connected
+    cluster.advance(1.0, alive=False)
+    assert not cluster.core.workers["w149"].connected
+
+
+def test_a_thundering_herd_is_comes_back_and_nothing_moves(cluster: Any) -> None:
+    """After a take-over 60 workers say what they hold: nothing moves and no term is raised."""
+    cluster.aggregator()
+    for number in range(16):
+        cluster.worker(f"w{number}")
+    cluster.submit()
+    held = {name: cluster.told(name, "assign_job")[-1] for name in list(cluster.sessions)[1:]}
+    cluster.lead()
+    ranges = [pb.HeldRanges(job_id="job-1", term=1, range_indexes=[0], version=3)]
+    cluster.aggregator(held_ranges=ranges)
+    for number in range(60):
+        name = f"w{number}"
+        mine = held.get(name)
+        jobs = []
+        if mine is not None:
+            jobs = [
+                pb.HeldWorkerJob(
+                    job_id="job-1",
+                    term=1,
+                    placement=mine.placement,
+                    train_nodes=mine.train_nodes,
+                    evaluation_nodes=mine.evaluation_nodes,
+                    ready=True,
+                )
+            ]
+        cluster.worker(name, held_jobs=jobs)
+    assert cluster.core.facts.jobs["job-1"].term == 1
+    owners = set(cluster.core.jobs["job-1"].train.owners.values())
+    assert owners == {name for name, each in held.items() if each.train_nodes}
+    assert "SHARDS_MOVED" not in cluster.types()
