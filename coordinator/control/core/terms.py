@@ -236,6 +236,7 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
     if owners is None:
         return  # the reason is set; an aggregator that joins raises the term once more
     restore = _newest_good(job, event.checkpoints)
+    _miss_checkpoint(core, job, restore)
     started = TermStarted(
         job_id=job.job_id,
         term=event.term,
@@ -314,6 +315,24 @@ def _newest_good(
         if manifest.manifest_sha256 not in job.bad_checkpoints:
             return manifest
     return None
+
+
+def _miss_checkpoint(
+    core: Core, job: JobRuntime, restore: storage_pb.CheckpointManifest | None
+) -> None:
+    """Say so where storage does not list a checkpoint that was complete: it is damaged there."""
+    known = job.report.checkpoint_step if job.report is not None else 0
+    newest = restore.step if restore is not None else 0
+    if known > newest and not job.bad_checkpoints:
+        origin = "the one before it is taken" if restore is not None else "the job starts anew"
+        core.emit(
+            "CHECKPOINT_CORRUPT",
+            f"storage has no whole checkpoint at step {known} any more; {origin}",
+            job_id=job.job_id,
+            after=job.after,
+            step=known,
+            details={"code": "CHECKPOINT_NOT_LISTED", "taken_step": newest},
+        )
 
 
 def _complete_plan(core: Core, job: JobRuntime) -> JobPlan:

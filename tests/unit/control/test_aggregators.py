@@ -83,6 +83,24 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(running: Any) -> None
     assert running.core.facts.jobs["job-1"].term == 3
 
 
+def test_a_checkpoint_that_storage_lists_no_more_is_told(running: Any) -> None:
+    """Its manifest rotted, so storage leaves it out; nobody would see that a step was given up."""
+    running.checkpoints["job-1"] = [manifest(20)]
+    running.report("job-1", 45, checkpoint_step=40)
+    running.kill("a1")
+    running.aggregator("a1", incarnation="a1-2")
+    corrupt = [event for event in running.events if event.type == "CHECKPOINT_CORRUPT"]
+    assert [(each.step, each.details["taken_step"]) for each in corrupt] == [(40, "20")]
+
+
+def test_a_checkpoint_that_is_there_is_not_told_as_damaged(running: Any) -> None:
+    running.checkpoints["job-1"] = [manifest(40), manifest(20)]
+    running.report("job-1", 45, checkpoint_step=40)
+    running.kill("a1")
+    running.aggregator("a1", incarnation="a1-2")
+    assert "CHECKPOINT_CORRUPT" not in running.types()
+
+
 def test_a_failure_in_any_range_fails_the_job_and_nothing_else_of_it_is_believed(
     make_cluster: Any,
 ) -> None:
