@@ -27,7 +27,8 @@ LEAF_S_VARIABLE = "PHALANX_BENCH_LEAF_S"
 MARKS_VARIABLE = "PHALANX_BENCH_MARKS"
 """A folder in which each leaf process leaves a file after its first leaf."""
 GUARD_S = 600.0
-ROWS = 640
+ROWS = 1116
+"""A multiple of every number of shards used here, so that an epoch is one whole step."""
 
 PATIENT_MODEL = '''
 """A softmax regression whose leaves take a set time."""
@@ -95,7 +96,8 @@ def add_clouds(running: phalanx.Cluster) -> None:
 def patient_job(
     name: str, shards: int, steps: int, *, checkpoint_every: int = 20
 ) -> dict[str, Any]:
-    """So many steps over so many shards. Each is an epoch, so that the time of each is recorded."""
+    """So many steps over so many shards, each of them an epoch."""
+    assert ROWS % shards == 0, "a rest would make every other step a short one"
     return {
         "name": name,
         "data": {"name": "clouds", "shards": shards},

@@ -142,6 +142,21 @@ def gaps(commits: Sequence[Commit], span: Span) -> list[float]:
     ]
 
 
+def longest_wait(commits: Sequence[Commit], span: Span, usual_gap_s: float) -> float:
+    """Return the longest time without a commit, as far as it lies in the span; the usual gap before
+    the span counts as well, since what happens within a step delays the whole of it.
+
+    Of several steps that were only seen together all but one are taken to have been usual ones.
+    """
+    longest = 0.0
+    for earlier, later in itertools.pairwise(commits):
+        start_s = max(earlier.unix_s, span.start_s - usual_gap_s)
+        end_s = min(later.unix_s, span.end_s)
+        together = later.step - earlier.step - 1
+        longest = max(longest, end_s - start_s - together * usual_gap_s)
+    return longest
+
+
 def percentile(values: Sequence[float], percent: float) -> float | None:
     """Return the smallest value that so many percent of all do not exceed; None of nothing."""
     if not values:
@@ -153,12 +168,12 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 def injuries(
     commits: Sequence[Commit], injected: Sequence[Injected], disturbed: Span, usual_gap_s: float
 ) -> list[Injury]:
-    """Return what each fault cost: it answers for all until the next one."""
+    """Return what each fault cost: it answers for what is lost until the next one."""
     ends_s = [each.unix_s for each in injected[1:]] + [disturbed.end_s]
     found = []
     for each, end_s in zip(injected, ends_s, strict=False):
-        waits = gaps(commits, Span(each.unix_s, max(end_s, each.unix_s)))
-        recovery_s = max(0.0, max(waits, default=0.0) - usual_gap_s)
+        wait_s = longest_wait(commits, Span(each.unix_s, end_s), usual_gap_s)
+        recovery_s = max(0.0, wait_s - usual_gap_s)
         at_s = each.unix_s - disturbed.start_s
         found.append(Injury(round(at_s, 3), each.fault, each.victim, round(recovery_s, 6)))
     return found
@@ -195,7 +210,7 @@ def summarise(
         undisturbed_steps_per_s=normal,
         goodput=slow / normal if slow is not None and normal else None,
         usual_gap_s=usual_gap_s,
-        longest_gap_s=max(gaps(commits, disturbed), default=None),
+        longest_gap_s=longest_wait(commits, disturbed, usual_gap_s) if usual_gap_s else None,
         recovery_p50_s=percentile(recoveries, 50),
         recovery_p99_s=percentile(recoveries, 99),
         recovery_max_s=max(recoveries, default=None),

@@ -10,6 +10,7 @@ from phalanx.chaos.report import (
     Injected,
     Span,
     gaps,
+    longest_wait,
     percentile,
     rate,
     steps_at,
@@ -57,11 +58,25 @@ def test_a_pause_of_two_seconds_costs_a_fifth_of_ten():
     assert report.longest_gap_s == pytest.approx(2.5)
 
 
-def test_a_gap_that_began_before_the_fault_belongs_to_it():
+def test_a_gap_is_in_every_span_that_it_touches():
     commits = _commits(0, 1, 2, 6, 7)
     assert gaps(commits, Span(3, 4)) == [4]
     assert gaps(commits, Span(2, 6)) == [4]
     assert gaps(commits, Span(6.5, 8)) == [1]
+
+
+def test_a_wait_begins_with_the_step_in_which_the_fault_happened_and_ends_with_the_next_fault():
+    commits = _commits(0, 1, 2, 6, 7)
+    assert longest_wait(commits, Span(2.5, 9), 1.0) == 4
+    assert longest_wait(commits, Span(4, 9), 1.0) == 3, "it had not begun yet"
+    assert longest_wait(commits, Span(0.5, 2.3), 1.0) == 1, "another fault made it so long"
+    assert longest_wait(commits, Span(6.5, 9), 1.0) == 1
+    assert longest_wait([], Span(0, 1), 1.0) == 0
+
+
+def test_steps_that_were_seen_together_do_not_hide_a_wait():
+    commits = [Commit(1, 0.0), Commit(2, 0.1), Commit(13, 3.1), Commit(14, 3.2)]
+    assert longest_wait(commits, Span(0.1, 3.2), 0.1) == pytest.approx(2.0)
 
 
 def test_thinned_commits_count_per_step():
