@@ -7,6 +7,7 @@ processes that take each other for the leader do not play ball with it.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -104,24 +105,32 @@ class Forwarding(grpc.aio.ServerInterceptor):
         async def unary(request: Message, context: ServicerContext) -> Any:
             if self._here(context):
                 return await local(request, context)
-            call = self._leader().unary_unary(method, _serialize, response_type.FromString)
+            channel = self._leader()
+            call = channel.unary_unary(method, _serialize, response_type.FromString)
             try:
                 return await call(request, **_as_called(context))
             except grpc.aio.AioRpcError as error:
                 raise self._told(error) from error
+            except asyncio.CancelledError:
+                self._check_still(channel)
+                raise
 
         async def stream(request: Message, context: ServicerContext) -> AsyncIterator[Any]:
             if self._here(context):
                 async for response in local(request, context):
                     yield response
                 return
-            call = self._leader().unary_stream(method, _serialize, response_type.FromString)
+            channel = self._leader()
+            call = channel.unary_stream(method, _serialize, response_type.FromString)
             responses: Any = call(request, **_as_called(context))
             try:
                 async for response in responses:
                     yield response
             except grpc.aio.AioRpcError as error:
                 raise self._told(error) from error
+            except asyncio.CancelledError:
+                self._check_still(channel)
+                raise
             finally:
                 responses.cancel()
 
@@ -138,6 +147,14 @@ class Forwarding(grpc.aio.ServerInterceptor):
         if self._channel is None:
             raise _nobody("no control process leads (yet); try again")
         return self._channel
+
+    def _check_still(self, channel: grpc.aio.Channel) -> None:
+        """Raise where a call was cancelled by closing its channel: the caller is still there.
+
+        A leader that was stopped never answers; this ends the waiting once another one leads.
+        """
+        if channel is not self._channel:
+            raise _nobody("another control process leads now; try again") from None
 
     def _told(self, error: grpc.aio.AioRpcError) -> PhalanxError:
         found = from_rpc_error(error)

@@ -32,7 +32,7 @@ PATIENCE_FACTOR = 2.0
 PATIENCE_LEAST_S = 0.1
 ROUNDS_MEASURED = 64
 ROUNDS_MEASURED_LEAST = 3
-"""Rounds that a worker must have delivered before its times count."""
+"""Rounds that a worker must have delivered before its times count, besides the first."""
 
 COPIES_MAX = 2
 """Copies of a shard at a time besides the one at home: a leaf that hangs must not hang all."""
@@ -226,8 +226,11 @@ class Copies:
                 self._shrink(kind, other, kind.home[other] & ~mask)
             kind.home[worker_id] = mask
             kind.frames[worker_id] = delivered.frames
-            times = kind.times.setdefault(worker_id, deque(maxlen=ROUNDS_MEASURED))
-            times.append(delivered.last_s - self._opened_s)
+            if worker_id in kind.times:
+                kind.times[worker_id].append(delivered.last_s - self._opened_s)
+            else:
+                # In its first round a worker loads code and data; that is no measure.
+                kind.times[worker_id] = deque(maxlen=ROUNDS_MEASURED)
         self._told.discard(UNKNOWN)
 
     def _shrink(self, kind: _Kind, worker_id: str, home: int) -> None:
@@ -313,8 +316,8 @@ class Copies:
 
 
 def _p95(times: deque[float]) -> float:
-    ordered = sorted(times)
-    return ordered[(len(ordered) * 95 + 99) // 100 - 1]
+    """The 95th percentile, rounded down: of a few times it is not the largest."""
+    return sorted(times)[(len(times) - 1) * 95 // 100]
 
 
 def _pieces(mask: int, width: int, takers: int) -> list[Node]:

@@ -178,6 +178,15 @@ def test_copies_and_slow_ones_do_not_raise_the_patience(measured: Rounds) -> Non
     assert measured.copies.patience_s() == pytest.approx(0.12)
 
 
+def test_the_first_round_and_one_slow_one_are_no_measure() -> None:
+    """Code and data are loaded in the first; a lease would be over before twice that time."""
+    rounds = Rounds()
+    for leaf_s in (3.0, 0.01, 0.01, 2.0, 0.01):
+        rounds.whole(leaf_s)
+    rounds.open()
+    assert rounds.copies.patience_s() == pytest.approx(0.12)
+
+
 def test_leaves_that_get_longer_for_all_do(measured: Rounds) -> None:
     for _ in range(70):
         measured.whole(leaf_s=0.5)
@@ -195,7 +204,7 @@ def test_without_measurements_time_decides_nothing() -> None:
 
 
 def test_evaluations_are_measured_by_themselves(measured: Rounds) -> None:
-    for _ in range(3):
+    for _ in range(4):
         measured.whole(0.4, EVALUATE)
     measured.open(EVALUATE)
     assert measured.copies.patience_s() == pytest.approx(0.9)

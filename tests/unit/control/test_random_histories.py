@@ -184,6 +184,20 @@ def machine_for(make_cluster: Any) -> type[RuleBasedStateMachine]:
                 self.cluster.checkpoints.setdefault(job_id, []).insert(0, manifest)
             self.cluster.report(job_id, step, root, checkpoint_step=step if checkpoint else 0)
 
+        @rule(job_id=jobs, name=workers, late_s=st.sampled_from((0.2, 3.0)), told=st.booleans())
+        def a_worker_is_late(self, job_id: str, name: str, late_s: float, told: bool) -> None:
+            root = self.root_of(job_id)
+            if not self.runs(job_id) or not self.connected(root):
+                return
+            term, step = self.job(job_id).term, self.steps.get(job_id, 0)
+            if told:
+                started = pb.CopiesStarted(
+                    job_id=job_id, term=term, step=step, worker_id=name, cause="late", shards=[1]
+                )
+                self.cluster.say(self.cluster.sessions[root], copies_started=started)
+            late = [pb.LateWorker(worker_id=name, late_s=late_s)]
+            self.cluster.report(job_id, step, root, late_workers=late)
+
         @rule(job_id=jobs, outcome=st.sampled_from((2, 3, 4)))
         def root_ends(self, job_id: str, outcome: int) -> None:
             root = self.root_of(job_id)
