@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,23 @@ async def test_a_follower_hands_calls_on_and_takes_over(storage_only: Any) -> No
         cluster_service_pb2.GetClusterRequest(), timeout=GUARD_S
     )
     assert (answer.leader, answer.generation) == ("second", 2)
+
+
+async def test_a_call_to_a_leader_that_stopped_ends_when_another_one_leads(
+    storage_only: Any,
+) -> None:
+    """A stopped process keeps its sockets and never answers; the caller must not wait for it."""
+    await storage_only.spawn_control("first")
+    await storage_only.start_control("second", lease_ttl_s=1.0, heartbeat_interval_s=0.2)
+    await storage_only.wait_until_it_answers()
+    storage_only.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await storage_only.jobs().ListJobs(job_service_pb2.ListJobsRequest(), timeout=GUARD_S)
+        assert from_rpc_error(caught.value).reason == "NOT_LEADER"
+        await storage_only.wait_until_it_answers()
+    finally:
+        storage_only.process.send_signal(signal.SIGCONT)
 
 
 async def test_a_call_is_handed_on_once_at_most(storage_only: Any) -> None:
