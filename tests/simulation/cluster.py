@@ -27,7 +27,9 @@ from phalanx.testing.simulation import Network, Process, World
 from phalanx.testing.simulation.clocks import Environment, environment
 from phalanx.testing.simulation.rpc import process_died
 from storage.config import StorageConfig
+from tests.simulation import jobs
 from tests.simulation.hosts import Arena, Cache, Leaf, Machines
+from tests.simulation.oracle import LEASE_TTL_S
 from tests.simulation.stored import Machine
 from worker.config import WorkerConfig
 
@@ -128,7 +130,7 @@ class Services:
 
     def compute(self) -> str:
         """The numeric fingerprint of an aggregator."""
-        return "fingerprint"
+        return jobs.FINGERPRINTS[0]
 
     def create(self, name: str, element_count: int, dtype: Any) -> Arena:
         """The arena of a job."""
@@ -180,6 +182,8 @@ class Cluster:
         self.controls = [f"control-{n + 1}" for n in range(settings.controls)]
         self.aggregators = [f"aggregator-{n + 1}" for n in range(settings.aggregators)]
         self.workers = [f"worker-{n + 1}" for n in range(settings.workers)]
+        if settings.mixed:
+            self.machines.fingerprints[self.workers[-1]] = jobs.FINGERPRINTS[1]
         self.slowness: dict[str, float] = {}
         self.healed = False
 
@@ -222,6 +226,7 @@ class Cluster:
         self.network.heal()
         self.slowness.clear()
         self.machines.hung.clear()
+        self.machines.bad.clear()
         self.storage_machine.disk.full = self.storage_machine.disk.failing = False
         for name in ("storage", *self.controls, *self.aggregators, *self.workers):
             self.ensure(name)
@@ -255,7 +260,7 @@ class Cluster:
             range_min_bytes=self.settings.range_min_bytes,
             snapshot_every_records=self.settings.snapshot_every_records,
             heartbeat_interval_s=0.5,
-            lease_ttl_s=2.0,
+            lease_ttl_s=LEASE_TTL_S,
         )
         await coordinator.control.process.serve(config, stop)
 

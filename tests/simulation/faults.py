@@ -30,6 +30,7 @@ class Faults:
         self.world = cluster.world
         self.network = cluster.network
         self._hung = 0
+        self._bad = 0
         self._joined = 0
         self._rotten: set[str] = set()
 
@@ -57,6 +58,7 @@ class Faults:
             "bit_rot": self._rot,
             "clock_jump": self._clock_jump,
             "hung_leaf": self._hang,
+            "bad_leaf": self._bad_leaf,
             "worker_joins": self._join,
             "worker_leaves": self._leave,
             "control_hands_over": self._hand_over,
@@ -220,6 +222,15 @@ class Faults:
         name = chance.choice(alive)
         self.cluster.machines.hung.add(name)
         return f"a leaf of {name} hangs", None, 0.0
+
+    def _bad_leaf(self, chance: random.Random) -> Begun:
+        alive = self._alive(self.cluster.workers)
+        if self._bad or not alive:
+            return None
+        self._bad += 1
+        name = chance.choice(alive)
+        self.cluster.machines.bad.add(name)
+        return f"a leaf of {name} is not finite", None, 0.0
 
     def _join(self, chance: random.Random) -> Begun:
         if self._joined >= 2:

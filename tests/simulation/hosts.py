@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -36,6 +37,8 @@ class Machines:
         self.files: dict[tuple[str, str], bytes] = {}
         self.hung: set[str] = set()
         """Workers whose present leaf never ends."""
+        self.bad: set[str] = set()
+        """Workers whose next leaf gives no finite number."""
         self.fingerprints: dict[str, str] = {}
         self.leaves_run = 0
 
@@ -100,6 +103,7 @@ class Leaf:
         self._machines = machines
         self._loop = machines.world.loop
         self._worker = self._loop.current.name
+        self._fingerprint = machines.fingerprints.get(self._worker, jobs.FINGERPRINTS[0])
         self._on_message = on_message
         self._on_exit = on_exit
         self._dead = False
@@ -170,8 +174,8 @@ class Leaf:
         elif kind is Kind.DROP:
             self._plans.pop(ipc.unpack_json(body)[0]["job"], None)
         elif kind is Kind.FINGERPRINT:
-            found = self._machines.fingerprints.get(self._worker, "fingerprint")
-            self._say(Kind.FINGERPRINTED, ipc.pack_json({"fingerprint": found, "error": ""}))
+            found = {"fingerprint": self._fingerprint, "error": ""}
+            self._say(Kind.FINGERPRINTED, ipc.pack_json(found))
 
     def _begin(self, order: ipc.RunOrder) -> None:
         self.page.task, self.page.step = order.task, order.version
@@ -207,6 +211,11 @@ class Leaf:
         self.page.shard = shards[0]
         if self._worker in self._machines.hung:
             return  # until it is killed
+        if self._worker in self._machines.bad and order.action == GoRecord.ACTION_TRAIN:
+            self._machines.bad.discard(self._worker)
+            self._part_failed(order, index, shards[0])
+            self._parts(order, index + 1)
+            return
         leaf_s = self._machines.leaf_s(self._worker)
 
         def ends() -> None:
@@ -232,7 +241,9 @@ class Leaf:
             return np.array(jobs.evaluation_sums(shard)), stop - first, 0.0
         count = jobs.examples(shape, shard, order.version)
         out = np.empty(shape.elements, shape.dtype)
-        jobs.gradient(shape, shard, order.version, arena.array(order.parameters), out)
+        # Whatever the job wants, this machine computes as it does.
+        here = replace(shape, fingerprint=self._fingerprint)
+        jobs.gradient(here, shard, order.version, arena.array(order.parameters), out)
         return out, count, jobs.loss(shard, order.version)
 
     def _part_done(
@@ -263,6 +274,20 @@ class Leaf:
             order.task, index, count, total.loss, total.mask, sums, tuple(seconds)
         )
         self._say(Kind.PART_DONE, answer.pack())
+
+    def _part_failed(self, order: ipc.RunOrder, index: int, shard: int) -> None:
+        failure = {
+            "task": order.task,
+            "index": index,
+            "shard": shard,
+            "kind": int(coordination_service_pb2.LeafFailed.KIND_NON_FINITE),
+            "message": "the gradient or the loss of this leaf is not finite",
+            "traceback": "",
+            "rows": (0, 0),
+            "seconds": 0.0,
+        }
+        self.page.shard = -1
+        self._say(Kind.PART_FAILED, ipc.pack_json(failure))
 
     def _over(self, order: ipc.RunOrder) -> None:
         self.page.task, self.page.shard = 0, -1

@@ -2,26 +2,25 @@
 
 A *transition* is one event handled by a core: a call of control's `handle`; a frame, go record or
 command taken by an aggregator's `JobRanges`; a message given out by a cursor; a message, go record,
-frame, part or task taken by a worker's core or given out by its outbox; a transaction of storage.
+frame, part or task taken by a worker's core or given out by its outbox; a transaction or a blob of
+storage.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any, NoReturn
-
-import numpy as np
 
 from coordinator.aggregation.core.cursor import Cursor
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.core.versions import payload_of
+from coordinator.aggregation.process import Aggregator
 from coordinator.control import leader
 from coordinator.control.core import invariants
+from phalanx.rpc.member_session import Refused
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.testing.simulation.loop import SimulationFailed, World
 from phalanx.v1 import storage_service_pb2 as pb
-from phalanx.v1.training_pb2 import GoRecord
 from storage.backends.sqlite.jobs import SqliteJobs
 from storage.backends.sqlite.journals import SqliteJournals
 from storage.backends.sqlite.leases import SqliteLeases
@@ -29,6 +28,8 @@ from tests.simulation import jobs
 from worker.core.job import JobCore
 from worker.core.outbox import Outbox
 from worker.core.session import WorkerCore
+
+LEASE_TTL_S = 2.0
 
 
 class Oracle:
@@ -42,9 +43,15 @@ class Oracle:
         self.doubled = 0
         self.stale_accepted = 0
         self.stale_refused = 0
+        self.fingerprints: dict[str, str] = {}
+        """Fingerprint that each job started with."""
+        self._lease: pb.Lease | None = None
+        self._lease_s = 0.0
         self._token = 0
-        self._terms: dict[str, int] = {}
-        self._final: dict[str, str] = {}
+        self._generations: dict[int, tuple[Any, int]] = {}
+        self.terms: dict[str, int] = {}
+        self.final: dict[str, str] = {}
+        """Seals of the final checkpoints, by job."""
         self._leaders: dict[int, str] = {}
         self._checked: dict[tuple[int, int], int] = {}
         self._worker_order: dict[int, tuple[int, int]] = {}
@@ -91,6 +98,8 @@ class Oracle:
             self._checked[key] = version
             shape = shape or jobs.shape_of(ranges.plan)
             self._check_bits(ranges, index, version, shape)
+            first = self.fingerprints.setdefault(ranges.plan.job_id, shape.fingerprint)
+            self.demand(first == shape.fingerprint, "the job goes on with another fingerprint")
         for effect in effects:
             if type(effect).__name__ == "Committed":
                 job_id = ranges.plan.job_id
@@ -133,11 +142,58 @@ class Oracle:
 
     # Storage
 
-    def granted(self, response: pb.AcquireLeaseResponse) -> None:
-        if response.acquired:
-            token = response.lease.token
-            self.demand(token > self._token, f"lease token {token} after {self._token}")
-            self._token = token
+    def granted(self, request: pb.AcquireLeaseRequest, response: pb.AcquireLeaseResponse) -> None:
+        if not response.acquired:
+            return
+        held, token, holder = self._lease, response.lease.token, response.lease.holder
+        self.demand(token > self._token, f"lease token {token} after {self._token}")
+        if held is not None and held.holder not in ("", holder):
+            seen = (request.seen_token, request.seen_counter)
+            self.demand(
+                seen == (held.token, held.counter),
+                f"{holder} took the lease of {held.holder} over, which had been renewed meanwhile",
+            )
+            kept_s = self.world.now_s - self._lease_s
+            self.demand(
+                kept_s >= LEASE_TTL_S,
+                f"{holder} took the lease of {held.holder} over {kept_s:.2f} s after its renewal",
+            )
+        self._token = token
+        self._kept(response.lease)
+
+    def _kept(self, lease: pb.Lease) -> None:
+        self._lease, self._lease_s = lease, self.world.now_s
+
+    def renewed(self, request: pb.RenewLeaseRequest, row: Any) -> None:
+        self.demand(
+            request.token == self._token,
+            f"{request.holder} renewed generation {request.token}; {self._token} leads",
+        )
+        self._kept(row.message(request.name))
+
+    def released(self, request: pb.ReleaseLeaseRequest) -> None:
+        held = self._lease
+        if held is not None and (held.holder, held.token) == (request.holder, request.token):
+            held.holder = ""
+
+    def appended(self, request: pb.AppendJournalRequest, following: int) -> None:
+        self.fenced(request)
+        at = following - len(request.records)
+        self.demand(
+            request.expected_sequence in (-1, at),
+            f"records of {request.stream} for {request.expected_sequence} were put at {at}",
+        )
+
+    # Members
+
+    def member_heard(self, member: Any, generation: int, obeyed: bool) -> None:
+        """A member that has seen a generation obeys no lower one."""
+        seen = self._generations.get(id(member), (member, 0))[1]
+        self.demand(
+            not obeyed or generation >= seen,
+            f"{self.world.loop.current.name} obeys generation {generation} after {seen}",
+        )
+        self._generations[id(member)] = (member, max(seen, generation))
 
     def fenced(self, request: Any) -> None:
         """A write with a fence was accepted."""
@@ -149,31 +205,34 @@ class Oracle:
             )
 
     def term_raised(self, request: pb.RaiseTermRequest, term: int) -> None:
-        before = self._terms.get(request.job_id, 0)
+        before = self.terms.get(request.job_id, 0)
         self.demand(term > before, f"{request.job_id}: term {term} after {before}")
         self.demand(
-            request.job_id not in self._final,
+            request.job_id not in self.final,
             f"{request.job_id}: a term after its final checkpoint",
         )
-        self._terms[request.job_id] = term
+        self.terms[request.job_id] = term
 
     def committed(
         self, request: pb.CommitCheckpointRequest, response: pb.CommitCheckpointResponse
     ) -> None:
-        current = self._terms.get(request.job_id, 0)
+        current = self.terms.get(request.job_id, 0)
         if request.term != current:
             self.stale_accepted += 1
             self.fail(
                 f"{request.job_id}: a part of term {request.term} was taken in term {current}"
             )
-        if response.complete and response.manifest.final:
+        if not response.complete:
+            return
+        parts = sorted(part.range for part in response.manifest.parts)
+        self.demand(
+            parts == list(range(request.range_count)),
+            f"{request.job_id}: the checkpoint at step {request.step} has the ranges {parts}",
+        )
+        if response.manifest.final:
             seal = response.manifest.manifest_sha256
-            first = self._final.setdefault(request.job_id, seal)
+            first = self.final.setdefault(request.job_id, seal)
             self.demand(first == seal, f"{request.job_id} has two final checkpoints")
-            parts = {part.range for part in response.manifest.parts}
-            self.demand(
-                parts == set(range(request.range_count)), f"{request.job_id}: parts are missing"
-            )
 
     def install(self, environment: Environment) -> None:
         """Look at everything that the cores do."""
@@ -191,8 +250,10 @@ class Oracle:
             return effects
 
         environment.replace(leader, "handle", handle)
-        for name in ("begin", "begin_restored", "contribute", "go_record", "pause", "fail"):
+        for name in ("begin", "begin_restored", "pause", "fail"):
             environment.replace(JobRanges, name, self._after(JobRanges, name, self.ranges_acted))
+        for name in ("contribute", "go_record"):
+            environment.replace(JobRanges, name, self._in_term(getattr(JobRanges, name)))
         environment.replace(Cursor, "take", self._counted_if_any(Cursor, "take"))
         environment.replace(Outbox, "next", self._counted_if_any(Outbox, "next"))
         for name in (
@@ -208,17 +269,23 @@ class Oracle:
             environment.replace(
                 JobCore, name, self._after(JobCore, name, lambda core, _: self.worker_acted(core))
             )
-        for name in ("message", "slot_idle"):
-            environment.replace(WorkerCore, name, self._after(WorkerCore, name, lambda *_: None))
+        environment.replace(
+            WorkerCore, "slot_idle", self._after(WorkerCore, "slot_idle", lambda *_: None)
+        )
+        environment.replace(WorkerCore, "message", self._worker_message(WorkerCore.message))
+        environment.replace(
+            Aggregator, "_on_message", self._aggregator_message(Aggregator._on_message)
+        )
         self._install_storage(environment)
 
     def _install_storage(self, environment: Environment) -> None:
         fenced = self.fenced
         for owner, name, check in (
-            (SqliteJournals, "append", lambda request, _: fenced(request)),
+            (SqliteJournals, "append", self.appended),
             (SqliteJournals, "truncate", lambda request, _: fenced(request)),
-            (SqliteLeases, "acquire", lambda _, response: self.granted(response)),
-            (SqliteLeases, "renew", lambda *_: None),
+            (SqliteLeases, "acquire", self.granted),
+            (SqliteLeases, "renew", self.renewed),
+            (SqliteLeases, "release", lambda request, _: self.released(request)),
             (SqliteJobs, "commit", self.committed),
         ):
             environment.replace(owner, name, self._after_request(owner, name, check))
@@ -230,6 +297,42 @@ class Oracle:
         environment.replace(
             SqliteJobs, "raise_term", self._after_request(SqliteJobs, "raise_term", raised)
         )
+
+    def _in_term(self, real: Any) -> Any:
+        """A frame or a go record of another term is never taken."""
+
+        def taken(ranges: JobRanges, message: Any, *more: Any) -> Any:
+            self.world.transitions += 1
+            effects = real(ranges, message, *more)
+            if message.term != ranges.term:
+                self.stale_accepted += 1
+                self.fail(f"term {ranges.term} took {type(message).__name__} of {message.term}")
+            self.ranges_acted(ranges, effects)
+            return effects
+
+        return taken
+
+    def _worker_message(self, real: Any) -> Any:
+        def message(core: WorkerCore, said: Any) -> Any:
+            self.world.transitions += 1
+            effects = real(core, said)
+            refused = any(type(effect).__name__ == "RefuseSession" for effect in effects)
+            self.member_heard(core, said.generation, not refused)
+            return effects
+
+        return message
+
+    def _aggregator_message(self, real: Any) -> Any:
+        def message(aggregator: Aggregator, said: Any) -> None:
+            self.world.transitions += 1
+            try:
+                real(aggregator, said)
+            except Refused:
+                self.member_heard(aggregator, said.generation, False)
+                raise
+            self.member_heard(aggregator, said.generation, True)
+
+        return message
 
     def _after(self, owner: Any, name: str, check: Callable[[Any, Any], None]) -> Any:
         real = getattr(owner, name)
@@ -247,10 +350,7 @@ class Oracle:
         return self._after_with_request(getattr(owner, name), check)
 
     def _after_with_request(self, real: Any, check: Callable[[Any, Any], None]) -> Any:
-        world = self.world
-
         def acted(target: Any, request: Any) -> Any:
-            world.transitions += 1
             try:
                 result = real(target, request)
             except Exception as error:
@@ -273,11 +373,3 @@ class Oracle:
             return result
 
         return taken
-
-
-def sha256_of(vector: np.ndarray[Any, Any]) -> str:
-    """How the parameters of a model are told."""
-    return hashlib.sha256(vector.tobytes()).hexdigest()
-
-
-TERMINAL = (GoRecord.ACTION_STOP, GoRecord.ACTION_PAUSE, GoRecord.ACTION_FAIL)

@@ -6,7 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from phalanx.testing.simulation import Network, World
@@ -42,6 +42,8 @@ class Settings:
     snapshot_every_records: int
     faults_s: float
     every_s: float
+    mixed: bool
+    """Whether one worker computes other bits."""
     shapes: tuple[jobs.Shape, ...]
 
 
@@ -63,6 +65,8 @@ class Outcome:
     jobs: int = 0
     sha_equal: int = 0
     cancelled: int = 0
+    terms: int = 0
+    """Highest term of any job."""
     trace: str = ""
 
 
@@ -81,6 +85,7 @@ def draw(seed: int) -> Settings:
         snapshot_every_records=chance.choice([10, 30, 2000]),
         faults_s=chance.uniform(5.0, 9.0),
         every_s=chance.choice([0.5, 0.8, 1.2]),
+        mixed=chance.random() < 0.2,
         shapes=tuple(draw_shape(chance) for _ in range(job_count)),
     )
 
@@ -150,6 +155,7 @@ class Run:
         outcome.lost, outcome.doubled = self.oracle.lost, self.oracle.doubled
         outcome.stale_accepted = self.oracle.stale_accepted
         outcome.stale_refused = self.oracle.stale_refused
+        outcome.terms = max(self.oracle.terms.values(), default=0)
         outcome.trace = world.trace_hash
         if schedule is not None:
             outcome.faults.update(schedule.fired)
@@ -163,6 +169,7 @@ class Run:
     def _judge_job(self, outcome: Outcome, job_id: str, shape: jobs.Shape) -> None:
         job = self.user.last[job_id]
         if job.state == Job.STATE_SUCCEEDED:
+            shape = replace(shape, fingerprint=self.oracle.fingerprints[job_id])
             right = job.result.parameters_sha256 == jobs.reference_sha256(shape)
             outcome.sha_equal += right
             if not right:
@@ -171,6 +178,8 @@ class Run:
                 self.world.fail(SimulationFailed(f"{job_id} ended early: {job.result}"))
         elif job.state == Job.STATE_CANCELLED and job_id in self.user.cancelled:
             outcome.cancelled += 1
+            if job_id in self.oracle.final:
+                self.world.fail(SimulationFailed(f"{job_id} was cancelled and has been finished"))
         else:
             told = f"{Job.State.Name(job.state)}: {job.reason}: {job.message}"
             self.world.fail(SimulationFailed(f"{job_id} ended as {told}"))

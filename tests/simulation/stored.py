@@ -35,7 +35,6 @@ class Machine:
         self.connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=256)
         self.connection.execute("PRAGMA foreign_keys = ON")
         migrate(self.connection)
-        self.transactions = 0
 
     def backend(
         self,
@@ -69,6 +68,7 @@ class Database:
 
     def write(self, act: Callable[[sqlite3.Connection], Any]) -> Any:
         machine = self._machine
+        machine.world.transitions += 1
         if machine.disk.full:
             raise disk_full("the record")
         if machine.disk.failing and machine.world.chance.random() < 0.5:
@@ -81,12 +81,12 @@ class Database:
             connection.execute("ROLLBACK")
             raise
         connection.execute("COMMIT")
-        machine.transactions += 1
         if machine.disk.failing:
             self._fail()
         return result
 
     def read(self, act: Callable[[sqlite3.Connection], Any]) -> Any:
+        self._machine.world.transitions += 1
         return act(self._machine.connection)
 
     def _fail(self) -> None:
@@ -113,10 +113,12 @@ class Blobs:
         if self._disk.full:
             raise disk_full("a blob")
         self._uploads += 1
+        self._world.transitions += 1
         return _Writer(self._disk, f"upload-{self._uploads}", self._corrupt)
 
     def open(self, digest: str) -> _Reader:
         check_digest(digest, "digest")
+        self._world.transitions += 1
         content = self._disk.read(digest)
         if content is None:
             raise NotFound(f"blob {digest} is not stored", reason="BLOB_NOT_FOUND")

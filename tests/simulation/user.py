@@ -73,6 +73,12 @@ class User:
                 await self._look(job_id)
         for change in changes:
             change.cancel()
+        listed = await self._insist(lambda stub: stub.ListJobs, job_service_pb2.ListJobsRequest())
+        if sorted(job.id for job in listed.jobs) != sorted(self.ids):
+            raise SimulationFailed(
+                f"{len(listed.jobs)} jobs are there, {len(self.ids)} were submitted, each under "
+                "one request id"
+            )
         self.ended = True
 
     # Inside

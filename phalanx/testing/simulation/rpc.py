@@ -127,8 +127,11 @@ class Call:
     def _server_hears(self, kind: str, content: Any) -> None:
         if kind == "message":
             self.server_half.received(content)
-        elif kind == "start":
+        elif kind in {"start", "request"}:
             self.context = ServerContext(self)
+            if kind == "request":
+                self.server_half.arrived.append(content)
+                self.server_half.eof = True
             self._server_of.accept(self.context)
         elif kind == "half-close":
             self.server_half.ended()
@@ -140,9 +143,11 @@ class Call:
             return
         if kind == "message":
             self.client_half.received(content)
-        else:
-            self.over()
-            self._on_client(kind, content)
+            return
+        if content is not None and content[1] is not None:
+            self.client_half.arrived.append(content[1])
+        self.over()
+        self._on_client(kind, content)
 
     def over(self) -> None:
         """The client needs the call no more."""
@@ -168,7 +173,7 @@ class Call:
     def peer_died(self, process: Process) -> None:
         """The kernel of a dead process tells the other end, if it can be reached."""
         pipe = self.down if process is self.server else self.up
-        pipe.push("reset")
+        pipe.push("reset", None)
 
 
 class ServerContext:
@@ -216,6 +221,7 @@ class ServerContext:
         """Run the handler to its end and send what it returns, and the status."""
         self.serialize = handler.response_serializer or _same
         status: Status = (Code.OK, "", ())
+        answer: bytes | None = None
         try:
             behaviour, request = self._prepared(handler)
             if not handler.request_streaming:
@@ -223,15 +229,15 @@ class ServerContext:
                 request = handler.request_deserializer or _same
                 request = request(data or b"")
             response = await behaviour(request, self)
-            if not handler.response_streaming:
-                await self.write(response)
+            if not handler.response_streaming and not self.finished:
+                answer = self.serialize(response)
         except grpc.aio.AbortError:
             status = self._status or status
         except asyncio.CancelledError:
             status = (Code.CANCELLED, "cancelled", ())
         if not self.finished:
             self.finished = True
-            self.call.down.send(f"status {status[0].name}", status)
+            self.call.down.send(f"status {status[0].name}", (status, answer))
         self._end()
 
     def _prepared(self, handler: Any) -> tuple[Any, Any]:
@@ -345,6 +351,7 @@ class ClientCall:
         serialize: Serialize,
         deserialize: Callable[[bytes], Any],
         timeout: float | None,
+        request: bytes | None,
     ) -> None:
         self._channel = channel
         self._serialize = serialize
@@ -358,9 +365,9 @@ class ClientCall:
         loop = channel.world.loop
         self._timer = loop.call_later(timeout, self._too_late) if timeout is not None else None
         channel.open_calls[id(self)] = self
-        self._connect(path)
+        self._connect(path, request)
 
-    def _connect(self, path: str) -> None:
+    def _connect(self, path: str, request: bytes | None) -> None:
         channel = self._channel
         network, loop = channel.network, channel.world.loop
         server = network.servers.get(channel.address)
@@ -383,15 +390,20 @@ class ClientCall:
             server,
             exact=self._serialize is _same,
         )
-        self._call.up.send("start", path.encode())
+        if request is None:
+            self._call.up.send("start", path.encode())
+        else:
+            self._half.done_writing = True
+            self._half.unread += 1
+            self._call.up.send("request", request)
 
     # What ends a call
 
-    def _hears(self, kind: str, status: Any) -> None:
+    def _hears(self, kind: str, content: Any) -> None:
         if kind == "reset":
             self._finish((Code.UNAVAILABLE, "the connection was reset", ()))
         else:
-            self._finish(status)
+            self._finish(content[0])
 
     def _refused(self, why: str) -> None:
         self._finish((Code.UNAVAILABLE, why, ()))
@@ -482,13 +494,6 @@ class ClientCall:
         if self._call is not None:
             self._call.up.send("half-close")
 
-    def send_only(self, message: Any) -> None:
-        """The one request of a unary call."""
-        if self._call is not None:
-            self._call.up.send("message", self._serialize(message))
-            self._half.unread += 1
-        self.half_close()
-
     def feed(self, messages: AsyncIterator[Any]) -> None:
         """Send the requests of an iterator."""
         self._feeder = asyncio.get_running_loop().create_task(self._feed(messages))
@@ -558,9 +563,7 @@ class SimulatedChannel:
         make = self._maker(path, serializers, more)
 
         def call(request: Any, *, timeout: float | None = None, **_: Any) -> ClientCall:
-            made = make(timeout)
-            made.send_only(request)
-            return made
+            return make(timeout, request)
 
         return call
 
@@ -572,7 +575,7 @@ class SimulatedChannel:
         def call(
             requests: AsyncIterator[Any] | None = None, *, timeout: float | None = None, **_: Any
         ) -> ClientCall:
-            made = make(timeout)
+            made = make(timeout, None)
             if requests is not None:
                 made.feed(requests)
             return made
@@ -583,14 +586,19 @@ class SimulatedChannel:
 
     def _maker(
         self, path: str, serializers: tuple[Any, ...], more: dict[str, Any]
-    ) -> Callable[[float | None], ClientCall]:
+    ) -> Callable[[float | None, Any], ClientCall]:
         given = dict(
             zip(("request_serializer", "response_deserializer"), serializers, strict=False)
         )
         given.update(more)
         serialize = given.get("request_serializer") or _same
         deserialize = given.get("response_deserializer") or _same
-        return lambda timeout: ClientCall(self, path, serialize, deserialize, timeout)
+
+        def make(timeout: float | None, request: Any) -> ClientCall:
+            data = None if request is None else serialize(request)
+            return ClientCall(self, path, serialize, deserialize, timeout, data)
+
+        return make
 
 
 def process_died(network: Network, process: Process) -> None:

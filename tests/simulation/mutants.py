@@ -1,0 +1,338 @@
+"""Planted bugs: each takes one rule out of the code that ships, and the simulator must notice.
+
+    python -m tests.simulation.hunt              # finds each anew, from seed 0 on
+    python -m tests.simulation.hunt NAME         # one of them
+
+A mutant is a function and a change of its text. `rule` is the rule of the data plane that it takes
+out: 1 whole versions, 2 terms and generations, 3 the root decides, 5 nodes, 6 non-finite leaves,
+7 no producer waits, 8 budgets, 9 checkpoints, 11 roll-back, 12 leases, 16 fingerprint; 0 where it
+is a rule of control or storage. `seed` is one that is known to find it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Change:
+    """Replaces text in the source of one function, `module:qualified.name`."""
+
+    where: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted bug."""
+
+    name: str
+    rule: int
+    changes: tuple[Change, ...]
+    seed: int
+
+
+def function_at(where: str) -> FunctionType:
+    """The function that a change is about."""
+    module, _, path = where.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in path.split("."):
+        found = inspect.getattr_static(found, part)
+    function = found.fget if isinstance(found, property) else found
+    assert isinstance(function, FunctionType), where
+    return function
+
+
+def changed_code(function: FunctionType, changes: tuple[Change, ...]) -> CodeType:
+    """The function's code with changes of its text, each of which must fit exactly once."""
+    source = textwrap.dedent(inspect.getsource(function))
+    for change in changes:
+        if source.count(change.old) != 1:
+            raise LookupError(
+                f"{change.where} holds {source.count(change.old)} times {change.old!r}; adapt the "
+                "mutant to the code"
+            )
+        source = source.replace(change.old, change.new)
+    space: dict[str, Any] = dict(function.__globals__)
+    exec(compile("from __future__ import annotations\n" + source, "<mutant>", "exec"), space)
+    made = space[function.__name__]
+    return (made.fget if isinstance(made, property) else made).__code__
+
+
+@contextmanager
+def planted(mutant: Mutant) -> Iterator[None]:
+    """The bug is there for as long as the block runs."""
+    by_function: dict[str, list[Change]] = {}
+    for change in mutant.changes:
+        by_function.setdefault(change.where, []).append(change)
+    before: list[tuple[FunctionType, CodeType]] = []
+    try:
+        for where, changes in by_function.items():
+            function = function_at(where)
+            code = changed_code(function, tuple(changes))
+            before.append((function, function.__code__))
+            function.__code__ = code
+        yield
+    finally:
+        for function, code in before:
+            function.__code__ = code
+
+
+_AGGREGATION = "coordinator.aggregation"
+_CONTROL = "coordinator.control"
+_MACHINE = f"{_AGGREGATION}.core.machine:JobRanges"
+_STATE = f"{_AGGREGATION}.core.state:RangeParameters"
+_LEASES = "storage.core.leases"
+_CHECKPOINTS = "storage.core.checkpoints"
+_REDUCER = "phalanx.reduction:TreeReducer"
+_VERSIONS = "worker.core.versions:VersionAssembly"
+_OUTBOX = "worker.core.outbox:Outbox"
+_JOURNAL = f"{_CONTROL}.journal:JournalWriter"
+
+_ARRIVAL_ORDER = """\
+filled[index] = (value, mask, False)
+    starts = {i: (i * (self._top >> i.bit_length() - 1) - self._top) for i in filled}
+    spans = {i: self._top >> i.bit_length() - 1 for i in filled}
+    ends = {i: min(starts[i] + spans[i], self._width) for i in filled}
+    if sum(ends[i] - starts[i] for i in filled) == self._width:
+        total, present = None, 0
+        for i, (part, part_mask, _) in filled.items():
+            present |= part_mask << starts[i]
+            if part is not None:
+                total = part if total is None else total + part
+        filled.clear()
+        filled[1] = (total, present, False)"""
+
+_COUNT_DEATHS = """\
+del job.hosts[worker.id]
+        job.deaths = getattr(job, "deaths", 0) + 1
+        if job.deaths > 1:
+            from coordinator.control.core import ending
+            ending.fail(core, job, "POISON_SHARD", "two of its workers died")"""
+
+_EARLY = """\
+started = time.monotonic()
+    for index, record, _ in batch:
+        self._on_durable(index, record)"""
+
+_TRUNCATE_FIRST = """\
+first = self._next
+    await self._store.insist_call(
+        self._store.storage.TruncateJournal,
+        pb.TruncateJournalRequest(
+            stream=STREAM, before_sequence=first, fence=self._store.fence
+        ),
+    )"""
+
+
+def _one(name: str, rule: int, where: str, old: str, new: str, seed: int = 0) -> Mutant:
+    return Mutant(name, rule, (Change(where, old, new),), seed)
+
+
+MUTANTS = (
+    # Storage
+    _one(
+        "storage takes writes of any generation", 2, f"{_LEASES}:check_fence",
+        "if fence.token != token:", "if False:",
+    ),
+    _one(
+        "a lost lease can be renewed", 12, f"{_LEASES}:_held",
+        "if (row.holder, row.token) != (holder, token):", "if False:",
+    ),
+    _one(
+        "a lease is taken over although it was renewed", 12, f"{_LEASES}:acquire",
+        "if (request.seen_token, request.seen_counter) == (current.token, current.counter):",
+        "if request.seen_token:",
+    ),
+    _one(
+        "a lease is taken over before it has expired", 12,
+        f"{_CONTROL}.leadership:acquire",
+        "challenge = seen if waited_s >= lease_ttl_s else (0, 0)",
+        "challenge = seen if waited_s >= lease_ttl_s / 8 else (0, 0)",
+    ),
+    _one(
+        "the generation does not rise", 12, f"{_LEASES}:acquire",
+        "granted = LeaseRow(request.holder, current.token + 1, 1)",
+        "granted = LeaseRow(request.holder, current.token, 1)",
+    ),
+    _one(
+        "records are appended wherever there is room", 0, "storage.core.journals:append",
+        "if expected not in (-1, state.next_sequence):", "if False:",
+    ),
+    _one(
+        "a checkpoint takes parts of an old term", 2, f"{_CHECKPOINTS}:register_part",
+        "if request.term != row.term:", "if False:",
+    ),
+    Mutant(
+        "a checkpoint is whole with its first part", 9,
+        (
+            Change(
+                f"{_CHECKPOINTS}:register_part",
+                "if len(manifest.parts) < manifest.range_count:", "if not manifest.parts:",
+            ),
+            Change(f"{_CHECKPOINTS}:register_part", "_check_cover(manifest)", "pass"),
+        ),
+        0,
+    ),
+    _one(
+        "a finished job gets another term", 9, f"{_CHECKPOINTS}:raise_term",
+        "if row is not None and row.final is not None:", "if False:",
+    ),
+    # Aggregators
+    Mutant(
+        "ranges take frames of any term", 2,
+        (
+            Change(f"{_MACHINE}._check_term", "if term != self.term:", "if False:"),
+            Change(
+                f"{_AGGREGATION}.exchange:ExchangeServicer._hosted",
+                "if job.ranges.term > hello.term:", "if False:",
+            ),
+        ),
+        0,
+    ),
+    Mutant(
+        "a filled node adds what comes again", 5,
+        (
+            Change(f"{_REDUCER}.fill", "if above in filled:", "if False:"),
+            Change(
+                f"{_REDUCER}._put", "filled[index] = entry",
+                "filled[index] = _sum(filled[index], entry, 0) if index in filled else entry",
+            ),
+        ),
+        0,
+    ),
+    _one(
+        "nodes are added in the order in which they arrive", 5, f"{_REDUCER}.fill",
+        "self._put(index, node, (value, mask, False))", _ARRIVAL_ORDER,
+    ),
+    _one(
+        "a round takes frames of other steps", 5, f"{_MACHINE}.contribute",
+        "if current is None or owned.key != (frame.step, frame.round):", "if current is None:",
+    ),
+    _one(
+        "a range drops a version once it has the next", 1, f"{_MACHINE}._close",
+        "owned.round = owned.root = None",
+        "owned.round = owned.root = None\n"
+        "    owned.parameters.versions.drop_before(owned.version)",
+    ),
+    _one(
+        "a range keeps what nobody needs any more", 1, f"{_MACHINE}._drop_before",
+        "if owned.parameters.versions.oldest < version:", "if False:",
+    ),
+    _one(
+        "a round opens before its version is whole", 1, f"{_MACHINE}._accept",
+        "if owned.version < version:", "if owned.version < version - 1:",
+    ),
+    _one(
+        "the optimizer's state is not restored", 9, f"{_STATE}.load",
+        "array[:] = state[name][first : first + count]", "pass",
+    ),
+    _one(
+        "a checkpoint shares state with the steps after it", 9, f"{_STATE}._keep_snapshots_whole",
+        "if any(snapshot.state[index] is state for snapshot in self._snapshots):", "if False:",
+    ),
+    Mutant(
+        "the end is reported before its checkpoint is whole", 9,
+        (
+            Change(
+                f"{_AGGREGATION}.hosting:HostedJob._end", "if self._checkpoints:", "if False:"
+            ),
+            Change(
+                f"{_AGGREGATION}.hosting:HostedJob._end",
+                " or self._checkpoint_step < go.version", "",
+            ),
+        ),
+        0,
+    ),
+    _one(
+        "an aggregator obeys an old generation", 2,
+        f"{_AGGREGATION}.process:Aggregator._on_message",
+        "if message.generation < self._generation:", "if False:",
+    ),
+    # Workers
+    _one(
+        "leaves run on a part of a version", 1, f"{_VERSIONS}.stored",
+        "if held.missing or place.version <= self._whole:",
+        "if place.version <= self._whole:",
+    ),
+    _one(
+        "the newer version is overwritten", 1, f"{_VERSIONS}._take_buffer",
+        "oldest = min(self._held)", "oldest = max(self._held)",
+    ),
+    _one(
+        "nothing is sent again on a new stream", 7, f"{_OUTBOX}.opened",
+        "stream.sent.clear()", "pass",
+    ),
+    _one(
+        "workers do not carry go records", 3, f"{_OUTBOX}.carry",
+        "if stream.open and not stream.has_root:", "if False:",
+    ),
+    _one(
+        "workers do not carry go records again", 3, f"{_OUTBOX}.opened",
+        "stream.go_due = [] if stream.has_root else list(go_records)", "stream.go_due = []",
+    ),
+    _one(
+        "a worker obeys an old generation", 2, "worker.core.session:WorkerCore.message",
+        "if message.generation < self.generation:", "if False:",
+    ),
+    # Control
+    _one(
+        "effects do not wait for their records", 0, f"{_CONTROL}.leader:Leader.dispatch",
+        "elif effect.after <= self._durable_index:", "elif True:",
+    ),
+    _one(
+        "records count as durable before they are written", 0, f"{_JOURNAL}._write_batch",
+        "started = time.monotonic()", _EARLY,
+    ),
+    _one(
+        "the journal is cut before its snapshot is written", 0, f"{_JOURNAL}._snapshot",
+        "first = self._next", _TRUNCATE_FIRST,
+    ),
+    _one(
+        "request ids are forgotten", 0, f"{_CONTROL}.core.verbs:first_answer",
+        "if first is None:", "if True:",
+    ),
+    _one(
+        "an aggregator that came back empty is adopted", 0,
+        f"{_CONTROL}.core.membership:_check_owner",
+        "if held is not None and held.term == facts.term and mine <= set(held.range_indexes):",
+        "if True:",
+    ),
+    _one(
+        "a new leader does not look at the jobs' rows", 2, f"{_CONTROL}.core.machine:_led",
+        "job.row_known = False", "pass",
+    ),
+    _one(
+        "a job ends without being fenced off", 2, f"{_CONTROL}.core.terms:_end",
+        "if max(job.storage_term, core.facts_of(job).term) == 0:", "if True:",
+    ),
+    _one(
+        "a broken session keeps its shards", 0, f"{_CONTROL}.core.membership:session_broken",
+        "member.session = 0\n        lose_worker(", "member.session = 0\n        (lambda *_: 0)(",
+    ),
+    _one(
+        "workers with other bits take part", 16, f"{_CONTROL}.core.eligibility:group_of",
+        "if worker.hello.fingerprint == fingerprint:", "if True:",
+    ),
+    _one(
+        "a leaf that is not finite is believed at once", 6, f"{_CONTROL}.core.budgets:_non_finite",
+        "if len(bad) < CONFIRMATIONS:", "if False:",
+    ),
+    _one(
+        "the deaths of workers count against a job", 8, f"{_CONTROL}.core.membership:lose_worker",
+        "del job.hosts[worker.id]", _COUNT_DEATHS,
+    ),
+    _one(
+        "control takes ranges without a lease of silence", 11, f"{_CONTROL}.core.ownership:_silent",
+        "if now - max(heard_s, core.led_s) < lease or core.mass_silence_since_s is not None:",
+        "if False:",
+    ),
+)  # fmt: skip

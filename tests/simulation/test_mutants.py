@@ -1,0 +1,50 @@
+"""Bugs that are planted into the code that ships are found, each by a seed that is known for it.
+
+The seeds come from `python -m tests.simulation.hunt`. Where the code changes so much that a mutant
+does not fit any more, or that its seed takes another way, this says so: hunt again.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from phalanx.testing.simulation.loop import SimulationFailed
+from tests.simulation.cluster import services
+from tests.simulation.mutants import MUTANTS, Change, Mutant, function_at, planted
+from tests.simulation.runs import simulate
+
+RULES = {1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 16}
+"""Rules of the data plane that what is built so far has to keep."""
+
+
+@pytest.fixture(scope="module")
+def given():
+    with services() as made:
+        yield made
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
+def test_a_planted_bug_is_found(given, mutant):
+    with planted(mutant):
+        outcome = simulate(given, mutant.seed)
+    assert outcome.failure, f"seed {mutant.seed} does not find it; hunt again"
+
+
+def test_the_seeds_find_nothing_in_what_ships(given):
+    for seed in sorted({mutant.seed for mutant in MUTANTS}):
+        assert simulate(given, seed).failure == ""
+
+
+def test_every_rule_has_a_mutant():
+    assert {mutant.rule for mutant in MUTANTS} - {0} == RULES
+    assert len(MUTANTS) >= 20
+
+
+def test_a_mutant_that_does_not_fit_says_so():
+    where = "storage.core.leases:check_fence"
+    mutant = Mutant("nowhere", 0, (Change(where, "no such text", ""),), 0)
+    code = function_at(where).__code__
+    with pytest.raises(LookupError, match="adapt the mutant"), planted(mutant):
+        pass
+    assert function_at(where).__code__ is code
+    assert issubclass(SimulationFailed, AssertionError)
