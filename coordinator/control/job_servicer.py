@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +20,7 @@ from coordinator.control.paging import Page
 from coordinator.control.submission import Submissions
 from coordinator.control.turns import Turns
 from coordinator.control.watching import watch
-from phalanx.errors import InvalidArgument, PhalanxError, Violation
+from phalanx.errors import Aborted, InvalidArgument, PhalanxError, Violation
 from phalanx.rpc.types import ServicerContext
 from phalanx.v1 import job_pb2
 from phalanx.v1 import job_service_pb2 as pb
@@ -76,12 +77,17 @@ class JobServicer(pb_grpc.JobServiceServicer):
             view.ClearField("create_time")
             view.state = job_pb2.Job.STATE_UNSPECIFIED
             return pb.SubmitJobResponse(job=view, plan=submitted.announced_plan)
-        await self._submissions.store(submitted, dataset)
+        try:
+            await self._submissions.store(submitted, dataset)
+        except Aborted as error:
+            raise leader.superseded(error) from error
         try:
             answer = await leader.request(lambda token: ev.SubmitJob(token, submitted, remembered))
         except PhalanxError:
             if submitted.job_id not in leader.core.facts.jobs:
-                await self._submissions.discard(submitted.job_id)
+                # What cannot be let go now is held by nobody's job; the answer matters more.
+                with contextlib.suppress(PhalanxError):
+                    await self._submissions.discard(submitted.job_id)
             raise
         return _of_type(answer, pb.SubmitJobResponse)
 

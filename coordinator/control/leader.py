@@ -33,7 +33,7 @@ from coordinator.control.operations import Operations
 from coordinator.control.sessions import MemberSession, Sessions
 from coordinator.control.store import Store
 from coordinator.control.watching import WatchHub
-from phalanx.errors import NotFound, PhalanxError, Unavailable
+from phalanx.errors import Aborted, NotFound, PhalanxError, Unavailable
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
@@ -232,6 +232,16 @@ class Leader:
                 reason="STORAGE_UNAVAILABLE",
                 retry_after_s=1.0,
             )
+
+    def superseded(self, error: Aborted) -> Unavailable:
+        """Storage refused a write of this generation: stop leading; return what callers are told.
+
+        The fence is between control and storage. A caller only has to try again, elsewhere.
+        """
+        self._fail(Unavailable(error.message, reason=error.reason))
+        return Unavailable(
+            "this control process leads no more; try again", reason="NOT_LEADER", retry_after_s=0.2
+        )
 
     # -- effects out ------------------------------------------------------------------------
 

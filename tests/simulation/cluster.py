@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,8 +160,13 @@ async def _fingerprint(folder: Any, compute: Callable[[], Any]) -> Any:
 @contextmanager
 def services() -> Iterator[Services]:
     """Everything replaced, for as long as the block runs."""
-    with environment() as made:
-        yield Services(made)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: collections after runs need not walk through it
+    try:
+        with environment() as made:
+            yield Services(made)
+    finally:
+        gc.unfreeze()
 
 
 class Cluster:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections import Counter
@@ -193,16 +194,27 @@ class Run:
 
 
 def simulate(
-    given: Services, seed: int, log: Callable[[str], None] | None = None, **changed: Any
+    given: Services,
+    seed: int,
+    log: Callable[[str], None] | None = None,
+    only: frozenset[str] | None = None,
+    **changed: Any,
 ) -> Outcome:
-    """Run one seed from beginning to end."""
-    settings = draw(seed)
+    """Run one seed from beginning to end: with all its faults, or `only` with some kinds of them.
+
+    `changed` are settings that differ from what the seed draws.
+    """
+    settings = replace(draw(seed), **changed)
     run = Run(given, settings, seed, log)
     try:
         run.start()
         kinds = Faults(run.cluster).kinds()
-        schedule = Schedule(run.world, kinds, every_s=settings.every_s)
-        _user_changes_her_mind(run, random.Random(f"user {seed}"))
+        if only is None:
+            schedule = Schedule(run.world, kinds, every_s=settings.every_s)
+            _user_changes_her_mind(run, random.Random(f"user {seed}"))
+        else:
+            chosen = {kind: kinds[kind] for kind in sorted(only)}
+            schedule = Schedule(run.world, chosen, every_s=settings.every_s, share=1.0)
         schedule.begin(FIRST_FAULT_S, settings.faults_s)
         run.world.run(settings.faults_s)
         run.cluster.healed = True
@@ -212,6 +224,8 @@ def simulate(
         return run.judge(schedule)
     finally:
         run.close()
+        del run
+        gc.collect()
 
 
 def _user_changes_her_mind(run: Run, chance: random.Random) -> None:

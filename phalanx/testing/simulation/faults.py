@@ -32,14 +32,13 @@ class Schedule:
         *,
         every_s: float,
         share: float = 0.6,
-        only: frozenset[str] = frozenset(),
     ) -> None:
         self.fired: Counter[str] = Counter()
         self._world = world
         self._kinds = kinds
         self._every_s = every_s
         self._chance = random.Random(f"faults {world.seed}")
-        chosen = [kind for kind in kinds if kind in only or self._chance.random() < share]
+        chosen = [kind for kind in kinds if self._chance.random() < share]
         self.weights = {kind: self._chance.expovariate(1.0) + 0.15 for kind in chosen}
         self._open: dict[int, tuple[str, End]] = {}
         self._number = 0

@@ -18,6 +18,7 @@ import itertools
 import random
 import struct
 import sys
+import warnings
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
@@ -368,11 +369,13 @@ class World:
     def _unwind(self, process: Process) -> None:
         # Coroutines that the collector finds later would run their last lines at some other time.
         log, self.log = self.log, None
-        for task in sorted(process.tasks, key=lambda each: each.number):
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
-            coroutine = task.get_coro()
-            with suppress(BaseException):
-                coroutine.close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a dying program begins, nobody awaits
+            for task in sorted(process.tasks, key=lambda each: each.number):
+                task._log_destroy_pending = False  # type: ignore[attr-defined]
+                coroutine = task.get_coro()
+                with suppress(BaseException):
+                    coroutine.close()
         self.log = log
 
     def end_self(self) -> None:
