@@ -21,7 +21,7 @@ from tests.simulation.oracle import Oracle
 from tests.simulation.user import Job, User
 
 FIRST_FAULT_S = 0.3
-CONVERGES_S = 120.0
+CONVERGES_S = 60.0
 """Virtual time after the last fault within which every job must have ended."""
 
 

@@ -12,7 +12,7 @@ from tests.simulation.batch import command, run_seeds, summary, told, vacuous
 from tests.simulation.cluster import services
 from tests.simulation.runs import KINDS, simulate
 
-SEEDS = range(1000, 1100)
+SEEDS = range(1000, 1300)
 BLOCK = 25
 
 
