@@ -6,10 +6,9 @@ goes on, every few calls on a connection of its own.
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +48,17 @@ def run(command: str, *, quick: bool) -> list[Row]:
             p99_ms[f"{id} left alone"] = _p99(_latencies_ms(server.address, call, calls))
             for kind in ATTACKS:
                 _forget_peak(server.pid)
-                with _standing(kind, server.address):
+                attack = Attack(kind, server.address)
+                with attack:
                     latencies = _latencies_ms(server.address, call, calls)
-                p99_ms[f"{id} under {kind}"] = _p99(latencies)
-                growth_mib[f"{id} under {kind}"] = (_peak_bytes(server.pid) - before) / MIB
+                name = f"{id} under {kind}"
+                p99_ms[name] = _p99(latencies)
+                growth_mib[name] = (_peak_bytes(server.pid) - before) / MIB
+                print(
+                    f"    {name}: p99 {p99_ms[name]:.1f} ms, {growth_mib[name]:+.1f} MiB; "
+                    f"{attack.report}",
+                    flush=True,
+                )
             assert running.process(id).pid == server.pid, f"{id} died"
     undisturbed = {name: p99_ms.pop(name) for name in list(p99_ms) if "left alone" in name}
     worst, slowest = (
@@ -89,14 +95,6 @@ def run(command: str, *, quick: bool) -> list[Row]:
             quick=quick,
         ),
     ]
-
-
-@contextlib.contextmanager
-def _standing(kind: str, address: str) -> Iterator[None]:
-    attack = Attack(kind, address)
-    with attack:
-        yield
-    print(f"    {kind} on {address}: {attack.report}", flush=True)
 
 
 Call = Callable[[grpc.Channel], Any]
