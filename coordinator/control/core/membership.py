@@ -73,7 +73,8 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
         job.set_aside.pop(worker.id, None)
         if job.describing == worker.id:
             terms.describing_worker_gone(core, job)  # what it was asked got lost with its session
-    _place_everything(core)
+    # One that is back with a job in hand is ready at once: no later word would give it a share.
+    _place_everything(core, balance=bool(hello.held_jobs))
 
 
 def aggregator_connected(core: Core, session: int, hello: pb.AggregatorHello) -> None:
@@ -349,9 +350,9 @@ def _claim(tree: TreePlacement, worker: Worker, nodes: object) -> set[int]:
     return shards
 
 
-def _place_everything(core: Core) -> None:
+def _place_everything(core: Core, *, balance: bool = False) -> None:
     for job in core.running():
-        hosting.sync(core, job)
+        hosting.sync(core, job, balance=balance)
     terms.advance_queue(core)
 
 

@@ -44,6 +44,20 @@ def test_a_commit_from_before_the_death_recovers_nothing(running: Any) -> None:
     assert "RECOVERED" not in running.types()
 
 
+def test_a_worker_that_returns_with_the_job_in_hand_gets_a_share_again(running: Any) -> None:
+    assigned = running.told("w2", "assign_job")[-1]
+    running.kill("w2")
+    assert running.shards("w1") | running.shards("w3") == ALL
+    held = pb.HeldWorkerJob(job_id="job-1", term=1, placement=assigned.placement, ready=True)
+    held.train_nodes.extend(assigned.train_nodes)
+    running.worker("w2", held_jobs=[held])
+    assert len(running.shards("w2")) >= len(ALL) // 4
+    running.report("job-1", running.job().progress.step + 3)
+    owners = [running.shards(name) for name in ("w1", "w2", "w3")]
+    assert set().union(*owners) == ALL
+    assert sum(map(len, owners)) == len(ALL)
+
+
 def test_the_last_worker_dies_and_another_comes(running: Any) -> None:
     for name in ("w1", "w2", "w3"):
         running.kill(name)
