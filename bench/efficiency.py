@@ -17,7 +17,7 @@ from phalanx.data.options import IngestOptions
 
 STEPS = 120
 WARM_UP = 20
-ROUNDS = 2
+ROUNDS = 5
 BATCH = 4096
 
 

@@ -19,7 +19,7 @@ PARAMETER_BYTES = ELEMENTS * 4
 WORKERS = 2
 STEPS = 14
 WARM_UP = 4
-ROUNDS = 3
+ROUNDS = 4
 SGD = {"sgd": {"learning_rate": 0.1}}
 ADAM = {"adam": {"learning_rate": 0.001}}
 

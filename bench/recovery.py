@@ -43,10 +43,17 @@ def kill_to_commit_s(trials: int) -> list[float]:
         job = running.submit(idle_job("recovery", 10_000, 8, 10_000_000, sgd))
         draw = random.Random(7)
         for _ in range(trials):
-            wait_for(lambda: _hosting(job) == WORKERS, f"{WORKERS} workers that hold shards")
+            _wait_until_all_train(job)
             seconds.append(_kill_one(running, job, draw))
         job.cancel()
     return sorted(seconds)
+
+
+def _wait_until_all_train(job: phalanx.Job) -> None:
+    """Wait for a step since all workers hold shards: before it there is nothing to interrupt."""
+    wait_for(lambda: _hosting(job) == WORKERS, f"{WORKERS} workers that hold shards")
+    step = job.progress.step
+    wait_for(lambda: job.refresh().progress.step > step, "a step of all workers")
 
 
 def _hosting(job: phalanx.Job) -> int:

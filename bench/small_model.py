@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.clusters import add_tiny_data, cluster, idle_job, median, steps_per_s
 from bench.results import Measurement
 
-STEPS = 3_000
+STEPS = 4_000
 ROUNDS = 3
 
 

@@ -40,6 +40,11 @@ from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import GoRecord
 
 REPORT_EVERY_S = 0.2
+COMMITS_TOLD_AFTER_A_BREAK = 4
+"""A worker that dies may have delivered its part of the open round, so the first commit after its
+stream broke can be one that needed nothing of it any more, and others can have copied its shards
+for the next before control has noticed. One of these is the first that control counts from."""
+
 POINTS_MAX = 20_000
 POINTS_SAID_AGAIN = 500
 _POINTS_PER_MESSAGE = 1000
@@ -102,7 +107,7 @@ class HostedJob:
         self._steps_replayed = 0
         self._storage_lost_s: float | None = None
         self._reported = (-1, -1)
-        self._report_next_commit = False
+        self._commits_to_report = 0
         self._final: Report | None = None
         self._ending: asyncio.Task[None] | None = None
         self.copying = Copying(ranges, send, lambda: not connected())
@@ -124,9 +129,9 @@ class HostedJob:
         return waker
 
     def close_stream(self, key: object) -> None:
-        """Forget a stream. A broken one may be a death: the next commit is reported at once."""
+        """Forget a stream. A broken one may be a death: the next commits are reported at once."""
         self._wakers.pop(key, None)
-        self._report_next_commit = True
+        self._commits_to_report = COMMITS_TOLD_AFTER_A_BREAK
         self.copying.stream_closed(key)
 
     def contribute(self, key: object, frame: pb.ContributionFrame, payload: memoryview) -> None:
@@ -212,8 +217,8 @@ class HostedJob:
         while self._commits[0][0] < now_s - _RATE_WINDOW_S and len(self._commits) > 2:
             self._commits.popleft()
         self.gauges.committed(effect, now_s)
-        if self._report_next_commit or stalled:
-            self._report_next_commit = False
+        if self._commits_to_report or stalled:
+            self._commits_to_report = max(0, self._commits_to_report - 1)
             self._report()
 
     def _keep_points(self, effect: Points) -> None:

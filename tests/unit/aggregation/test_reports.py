@@ -1,0 +1,57 @@
+"""When the root tells control of a commit at once, not with the next of the regular reports."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.aggregation import hosting
+from coordinator.aggregation.core.effects import Committed
+from coordinator.aggregation.core.machine import JobRanges
+from coordinator.aggregation.gauges import JobGauges
+from coordinator.aggregation.hosting import HostedJob
+from phalanx.optimizers import build_optimizer
+from phalanx.telemetry.metrics import AggregatorMetrics, new_registry
+from phalanx.testing.ranges import make_plan, parameter_ranges
+from phalanx.training.decisions import RootDecider
+from phalanx.v1.aggregation_service_pb2 import ExchangeHello
+from phalanx.v1.job_spec_pb2 import JobSpec
+
+
+@pytest.fixture
+async def sent():
+    return []
+
+
+@pytest.fixture
+async def job(sent, monkeypatch):
+    monkeypatch.setattr(hosting, "REPORT_EVERY_S", 3600.0)
+    plan = make_plan(elements=10, steps=40)
+    optimizer = build_optimizer(JobSpec.FromString(plan.spec).train, plan.total_steps)
+    owned = parameter_ranges(plan, lambda _: "a")
+    ranges = JobRanges(plan, 1, owned, optimizer, RootDecider(plan, 1))
+    gauges = JobGauges(AggregatorMetrics(new_registry()), plan.job_id)
+    made = HostedJob(ranges, None, gauges, sent.append)
+    yield made
+    await made.close()
+
+
+def commit(job, version):
+    job.perform([Committed(version, 8, 8)])
+
+
+async def test_without_trouble_no_commit_is_told_by_itself(job, sent):
+    for version in range(1, 6):
+        commit(job, version)
+    assert sent == []
+
+
+async def test_the_first_commit_without_the_dead_is_told_at_once(job, sent):
+    commit(job, 1)
+    job.open_stream("a", ExchangeHello(worker_id="a"))
+    job.close_stream("a")
+    commit(job, 2)  # The dead may have had its part in this one.
+    commit(job, 3)
+    assert [message.WhichOneof("message") for message in sent] == ["job_report", "job_report"]
+    for version in range(4, 20):
+        commit(job, version)
+    assert len(sent) == hosting.COMMITS_TOLD_AFTER_A_BREAK
