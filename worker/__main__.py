@@ -13,6 +13,7 @@ from pathlib import Path
 from phalanx.clients.storage import StorageClient
 from phalanx.config import parse
 from phalanx.errors import DeadlineExceeded, Unavailable
+from phalanx.rpc.buffers import reuse_large_buffers
 from phalanx.rpc.process import announce, run_service
 from phalanx.telemetry.http import MetricsServer
 from phalanx.telemetry.metrics import WorkerMetrics, new_registry
@@ -88,6 +89,7 @@ async def serve(config: WorkerConfig, stop: asyncio.Event) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the settings and run; returns the exit code."""
+    reuse_large_buffers()
     return run_service(parse(WorkerConfig, argv, prog="phalanx worker"), serve, role="worker")
 
 
