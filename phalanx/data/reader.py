@@ -1,5 +1,6 @@
 """Rows of a split, in any order, out of mapped chunks."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,14 +64,11 @@ class ChunkReader:
         self.split = split
         self.chunks: tuple[ChunkInfo, ...] = tuple(manifest.splits[split])
         self.dtype: np.dtype[Any] = np.dtype(dtype)
+        #: Rows of each chunk in order.
+        self.chunk_rows: tuple[int, ...] = tuple(chunk.rows for chunk in self.chunks)
         self._fetch = fetch
         self._open_limit = open_limit
         self._open: OrderedDict[int, DenseChunk | CsrChunk] = OrderedDict()
-
-    @property
-    def chunk_rows(self) -> tuple[int, ...]:
-        """Rows of each chunk in order."""
-        return tuple(chunk.rows for chunk in self.chunks)
 
     def rows(self, selections: Sequence[Selection]) -> Batch:
         """The rows of the selections one after another.
@@ -174,7 +172,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     Vector kernels may treat the first elements of an unaligned array apart; with one alignment
     everywhere the bits cannot depend on the allocator.
     """
-    size_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size_bytes = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size_bytes + _ALIGNMENT_BYTES, dtype=np.uint8)
     offset = -buffer.ctypes.data % _ALIGNMENT_BYTES
     return buffer[offset : offset + size_bytes].view(dtype).reshape(shape)
@@ -182,7 +180,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 def _as_slice(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:
     """Neighbouring rows as a slice, which is one copy instead of a gather."""
-    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and bool(np.all(np.diff(rows) == 1)):
+    if (
+        len(rows)
+        and rows[-1] - rows[0] == len(rows) - 1
+        and bool((rows[1:] - rows[:-1] == 1).all())
+    ):
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return rows
 

@@ -87,13 +87,25 @@ def run_leaf(
         step: the version at which the gradient is taken; it fixes epoch and rows.
         out: (n,) the gradient sum, written whole unless the count is 0.
     """
+    return run_batch(model, parameters, leaf_batch(reader, plan, shard, step), out)
+
+
+def leaf_batch(reader: RowReader, plan: JobPlan, shard: int, step: int) -> Batch | None:
+    """Return the rows of one training leaf as its model takes them; None: the shard has none left.
+
+    They do not depend on the parameters, so they can be had before these are there.
+    """
     settings = _settings(plan.spec)
     epoch, step_in_epoch = divmod(step, max(1, plan.steps_per_epoch))
     rows = shard_rows(shard, plan.shards, reader.chunk_rows)
     selections = rows_for_leaf(rows, settings.seed, epoch, step_in_epoch, plan.rows_per_leaf)
-    if not selections:
+    return _batch(reader, selections, settings) if selections else None
+
+
+def run_batch(model: Model, parameters: Array, batch: Batch | None, out: Array) -> LeafOutcome:
+    """Run a training leaf on the rows that `leaf_batch` returned; see `run_leaf`."""
+    if batch is None:
         return LeafOutcome(0, 0.0, True)
-    batch = _batch(reader, selections, settings)
     with np.errstate(all="ignore"):
         sums = model.gradient(parameters, batch, out)
         finite = isfinite(sums.loss_sum) and all_finite(out)

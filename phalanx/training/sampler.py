@@ -169,7 +169,8 @@ def _row_order(seed: int, shard: int, epoch: int, window: int, rows: int) -> NDA
     return order
 
 
-def _pieces(shard: ShardRows, piece_rows: int) -> list[_Piece]:
+@lru_cache(maxsize=256)
+def _pieces(shard: ShardRows, piece_rows: int) -> tuple[_Piece, ...]:
     """Cut the shard's rows at chunk borders and every ``piece_rows`` rows."""
     ends = list(accumulate(shard.chunk_rows))
     pieces = []
@@ -180,7 +181,7 @@ def _pieces(shard: ShardRows, piece_rows: int) -> list[_Piece]:
         count = min(piece_rows, ends[chunk] - row, shard.stop - row)
         pieces.append(_Piece(chunk, row - chunk_first, count))
         row += count
-    return pieces
+    return tuple(pieces)
 
 
 def _generator(seed: int, shard: int, epoch: int, window: int) -> np.random.Generator:

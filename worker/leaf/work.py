@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from phalanx.data.manifest import ChunkInfo, DatasetManifest
 from phalanx.data.reader import ChunkReader
 from phalanx.models import DataSchema, Model, build_model
-from phalanx.training.leaf import LeafOutcome, leaf_chunks, run_evaluation_leaf, run_leaf
+from phalanx.training.leaf import LeafOutcome, leaf_chunks, run_batch, run_evaluation_leaf
 from phalanx.training.sampler import chunks_in_order, shard_rows
 from phalanx.training.start import load_start_parameters
 from phalanx.v1 import job_spec_pb2, training_pb2
@@ -104,9 +104,9 @@ class JobWork:
         return self._reader(self.spec.data.split or "train")
 
     @cached_property
-    def training_reader(self) -> ReadAhead:
-        """Rows of the training split."""
-        return ReadAhead(self.training_chunks, self.plan, self.spec.seed)
+    def training_batches(self) -> ReadAhead:
+        """Rows of the training leaves."""
+        return ReadAhead(self.training_chunks, self.plan)
 
     @cached_property
     def evaluation_reader(self) -> ChunkReader:
@@ -127,8 +127,8 @@ class JobWork:
 
     def train(self, parameters: Array, shard: int, step: int, out: Array) -> LeafOutcome:
         """Run one training leaf."""
-        reader = self.training_reader
-        return run_leaf(self.model, parameters, reader, self.plan, shard, step, out)
+        batch = self.training_batches.take(shard, step)
+        return run_batch(self.model, parameters, batch, out)
 
     def evaluate(self, parameters: Array, shard: int) -> tuple[LeafOutcome, Array]:
         """Run one evaluation leaf: its sums."""
@@ -174,7 +174,7 @@ class JobWork:
         """Gather the rows of a later leaf; False: no room, or its chunks are not mapped."""
         self._may_fetch = False
         try:
-            return self.training_reader.prepare(shard, step)
+            return self.training_batches.prepare(shard, step)
         except NotMapped:
             return False
         finally:
@@ -182,8 +182,8 @@ class JobWork:
 
     def forget_rows(self) -> None:
         """Throw out rows that were gathered ahead for shards that have moved away."""
-        if "training_reader" in self.__dict__:
-            self.training_reader.forget()
+        if "training_batches" in self.__dict__:
+            self.training_batches.forget()
 
     def rows_of(self, shard: int, evaluation: bool) -> tuple[int, int]:
         """First row and number of rows of a shard, for messages."""

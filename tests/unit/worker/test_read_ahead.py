@@ -11,7 +11,7 @@ import pytest
 from phalanx.data.chunks import encode_dense
 from phalanx.data.manifest import ChunkInfo, DatasetManifest, Statistics
 from phalanx.data.reader import ChunkReader
-from phalanx.training.sampler import RowSelection, rows_for_leaf, shard_rows
+from phalanx.training.leaf import leaf_batch
 from phalanx.v1 import training_pb2
 from worker.leaf import read_ahead
 from worker.leaf.read_ahead import ReadAhead
@@ -51,55 +51,57 @@ def reader(tmp_path: Path) -> CountingReader:
     return CountingReader(manifest, "train", lambda digest: tmp_path / digest)
 
 
-def _selections(step: int, shard: int) -> list[RowSelection]:
-    rows = shard_rows(shard, 3, (10, 23))
-    return rows_for_leaf(rows, 5, step // 3, step % 3, 4)
-
-
 def test_rows_are_the_same_and_gathered_once(reader: CountingReader) -> None:
-    ahead = ReadAhead(reader, PLAN, seed=5)
+    ahead = ReadAhead(reader, PLAN)
     for step in range(7):
         for shard in range(3):
             assert ahead.prepare(shard, step)
         before = reader.gathered
-        for shard in range(3):
-            selections = _selections(step, shard)
-            batch = ahead.rows(selections)
-            expected = ChunkReader.rows(reader, selections)
+        batches = [ahead.take(shard, step) for shard in range(3)]
+        assert reader.gathered == before
+        for shard, batch in enumerate(batches):
+            expected = leaf_batch(reader, PLAN, shard, step)
+            assert batch is not None
+            assert expected is not None
             assert batch.features.tobytes() == expected.features.tobytes()
             assert batch.targets.tobytes() == expected.targets.tobytes()
-        assert reader.gathered == before
 
 
 def test_a_batch_is_handed_out_once_since_leaves_change_it(reader: CountingReader) -> None:
-    ahead = ReadAhead(reader, PLAN, seed=5)
+    ahead = ReadAhead(reader, PLAN)
     ahead.prepare(0, 0)
-    first, second = ahead.rows(_selections(0, 0)), ahead.rows(_selections(0, 0))
+    first, second = ahead.take(0, 0), ahead.take(0, 0)
+    assert first is not None
+    assert second is not None
     assert first.features is not second.features
     assert reader.gathered == 2
 
 
 def test_other_rows_are_read_as_ever(reader: CountingReader) -> None:
-    ahead = ReadAhead(reader, PLAN, seed=5)
+    ahead = ReadAhead(reader, PLAN)
     ahead.prepare(0, 0)
-    batch = ahead.rows(_selections(1, 2))
-    assert batch.targets.tolist() == ChunkReader.rows(reader, _selections(1, 2)).targets.tolist()
+    batch, expected = ahead.take(2, 1), leaf_batch(reader, PLAN, 2, 1)
+    assert batch is not None
+    assert expected is not None
+    assert batch.targets.tolist() == expected.targets.tolist()
     ahead.forget()
     before = reader.gathered
-    ahead.rows(_selections(0, 0))
+    ahead.take(0, 0)
     assert reader.gathered == before + 1
 
 
 def test_memory_is_bounded(reader: CountingReader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_ahead, "LIMIT_BYTES", 100)
-    ahead = ReadAhead(reader, PLAN, seed=5)
+    ahead = ReadAhead(reader, PLAN)
     assert ahead.prepare(0, 0)
     assert not ahead.prepare(1, 0)
-    ahead.rows(_selections(0, 0))
+    ahead.take(0, 0)
     assert ahead.prepare(1, 0)
 
 
 def test_an_exhausted_shard_has_nothing_to_gather(reader: CountingReader) -> None:
-    ahead = ReadAhead(reader, PLAN, seed=5)
-    assert ahead.prepare(0, 3 * 3 - 1)
-    assert _selections(8, 0) == [] or reader.gathered == 1
+    plan = training_pb2.JobPlan(shards=3, rows_per_leaf=4, steps_per_epoch=4)
+    ahead = ReadAhead(reader, plan)
+    assert ahead.prepare(0, 3)
+    assert ahead.take(0, 3) is None
+    assert reader.gathered == 0
