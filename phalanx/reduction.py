@@ -18,9 +18,8 @@ one arrived first.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,19 +29,27 @@ from phalanx.errors import InvalidArgument
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True, order=True)
-class Node:
-    """An aligned sub-tree: the shards [first, first + span)."""
-
+class _Shards(NamedTuple):
     first: int
     span: int
 
-    def __post_init__(self) -> None:
-        if self.span < 1 or self.span & (self.span - 1) or self.first < 0 or self.first % self.span:
+
+class Node(_Shards):
+    """An aligned sub-tree: the shards [first, first + span).
+
+    A tuple, since nodes are made, hashed and compared many times in every step.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, first: int, span: int) -> Self:
+        """Make the node; raises `InvalidArgument` where there is none."""
+        if span < 1 or span & (span - 1) or first < 0 or first % span:
             raise InvalidArgument(
-                f"[{self.first}, {self.first + self.span}) is no node: the span must be a power of "
+                f"[{first}, {first + span}) is no node: the span must be a power of "
                 "two and the first shard a multiple of it"
             )
+        return tuple.__new__(cls, (first, span))
 
     @property
     def is_leaf(self) -> bool:
@@ -69,9 +76,13 @@ class Node:
 
 def root(width: int) -> Node:
     """Return the smallest node that covers `width` shards (1 or more)."""
+    return Node(0, _root_span(width))
+
+
+def _root_span(width: int) -> int:
     if width < 1:
         raise InvalidArgument(f"a tree needs at least 1 shard, not {width}")
-    return Node(0, 1 << (width - 1).bit_length())
+    return 1 << (width - 1).bit_length()
 
 
 def cover(first: int, stop: int, width: int) -> list[Node]:
@@ -136,7 +147,7 @@ class TreeReducer:
 
     def __init__(self, width: int) -> None:
         self._width = width
-        self._top = root(width).span
+        self._top = _root_span(width)
         self._filled: dict[int, tuple[Any, int, bool]] = {}
         self._form: tuple[Any, ...] | None = None
 

@@ -87,7 +87,11 @@ class ChunkReader:
             assert isinstance(chunk, DenseChunk)
             stop = position + len(selection.rows)
             index = _as_slice(selection.rows)
-            features[position:stop] = chunk.features[index]
+            if isinstance(index, slice) or chunk.features.dtype != self.dtype:
+                features[position:stop] = chunk.features[index]
+            else:
+                # Without a copy in between: mode "raise" would make one, and `_chunk` has looked.
+                np.take(chunk.features, index, axis=0, out=features[position:stop], mode="clip")
             targets[position:stop] = chunk.targets[index]
             position = stop
         return Batch(features=features, targets=targets)

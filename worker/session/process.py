@@ -55,6 +55,7 @@ class LeafProcess:
         self._loop = asyncio.get_running_loop()
         self._assembler = ipc.Assembler()
         self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._waits_for_room = False
         self._oom_kills = _oom_kills()
         self._logs: list[int] = []
         self._socket, child = socket.socketpair()
@@ -151,9 +152,12 @@ class LeafProcess:
             if sent < len(data):
                 self._unsent[0] = (data[sent:], fds if sent == 0 else ())
                 self._loop.add_writer(self._socket, self._flush)
+                self._waits_for_room = True
                 return
             self._unsent.popleft()
-        self._loop.remove_writer(self._socket)
+        if self._waits_for_room:
+            self._waits_for_room = False
+            self._loop.remove_writer(self._socket)
 
     def _printed(self, reader: int, level: str) -> None:
         try:

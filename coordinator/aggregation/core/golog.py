@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cached_property
 
-from phalanx.frames import encode_response, join_go_record
+from phalanx.frames import FRAME_BYTES, encode_response, join_go_record
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1.training_pb2 import GoRecord
 
-JOINED_FRAME_LIMIT_BYTES = 256 * 1024
-"""Larger frames are not copied once more to save a message."""
+JOINED_FRAME_LIMIT_BYTES = FRAME_BYTES + 4096
+"""A whole frame. A copy of it costs less than a message more for each worker, which has to be sent,
+to wake a process and to be taken in before its leaves can start."""
 
 
-@dataclass(frozen=True)
 class GoEntry:
-    """One issued record: its number in the log and its message."""
+    """One issued record: its number in the log and its messages."""
 
-    number: int
-    version: int
-    data: bytes
-    #: The whole version in one message with this record, where it is small.
-    joined: bytes | None
+    def __init__(self, number: int, go: GoRecord, joined: bytes | None) -> None:
+        self.number = number
+        self.version = go.version
+        #: The whole version in one message with this record, where it is small.
+        self.joined = joined
+        self._go = go
+
+    @cached_property
+    def data(self) -> bytes:
+        """The record by itself; most streams take it joined."""
+        return encode_response(pb.ExchangeResponseHeader(go_record=self._go))
 
 
 class GoLog:
@@ -33,12 +39,10 @@ class GoLog:
 
     def append(self, go: GoRecord, frame: bytes | None) -> None:
         """Encode a record and make it available; `frame` is its version, if that is one frame."""
-        header = pb.ExchangeResponseHeader(go_record=go)
         joined = None
         if frame is not None and len(frame) <= JOINED_FRAME_LIMIT_BYTES:
             joined = join_go_record(frame, go.SerializeToString())
-        entry = GoEntry(self._next, go.version, encode_response(header), joined)
-        self._entries.append(entry)
+        self._entries.append(GoEntry(self._next, go, joined))
         self._next += 1
         self.newest = go
 

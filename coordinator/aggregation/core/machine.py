@@ -385,7 +385,7 @@ class JobRanges:
     def _open(self, owned: _Range, go: GoRecord) -> None:
         """Start the round of a go record, unless it is none of this range's business."""
         parameters = owned.parameters
-        spec = round_spec(self.plan, go, parameters.grid)
+        spec = round_spec(self.plan, go, parameters.grid, parameters.dtype)
         if go.action == GoRecord.ACTION_INITIALISE:
             owned.root = AssignRoot(parameters, go.version)
         elif go.action == GoRecord.ACTION_TRAIN:

@@ -15,9 +15,13 @@ PARAMETERS_VECTOR = "parameters"
 TERMINAL_ACTIONS = (GoRecord.ACTION_PAUSE, GoRecord.ACTION_STOP, GoRecord.ACTION_FAIL)
 
 
-def round_spec(plan: training_pb2.JobPlan, go: GoRecord, grid: list[tuple[int, int]]) -> RoundSpec:
-    """What the round of a go record reduces in a range that is cut as `grid`."""
-    parameters = np.dtype(plan.layout.dtype).newbyteorder("<")
+def round_spec(
+    plan: training_pb2.JobPlan,
+    go: GoRecord,
+    grid: list[tuple[int, int]],
+    parameters: np.dtype[np.generic],
+) -> RoundSpec:
+    """What the round of a go record reduces in a range of such `parameters`, cut as `grid`."""
     if go.action == GoRecord.ACTION_EVALUATE:
         sums = len(plan.evaluation_sums)
         return RoundSpec(

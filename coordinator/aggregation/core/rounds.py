@@ -135,6 +135,19 @@ class Round:
         return index, np.frombuffer(payload, spec.dtype) if mask else None
 
 
+class _Sums:
+    """Examples and loss of a node, as one value of a tree."""
+
+    __slots__ = ("count", "loss")
+
+    def __init__(self, count: int, loss: float) -> None:
+        self.count = count
+        self.loss = loss
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(self.count + other.count, self.loss + other.loss)
+
+
 class _NodeScalars:
     """Example count, loss and presence: pinned by a node's first frame, reduced by the tree."""
 
@@ -143,8 +156,7 @@ class _NodeScalars:
         self._pinned: dict[tuple[int, int], tuple[int, bytes, int]] = {}
         self._known = 0
         self.present = 0
-        self._losses = TreeReducer(spec.width)
-        self._counts = TreeReducer(spec.width)
+        self._sums = TreeReducer(spec.width)
 
     def pin(self, node: Node, count: int, loss: float, mask: int) -> None:
         key = (node.first, node.span)
@@ -162,17 +174,13 @@ class _NodeScalars:
         self._pinned[key] = (count, bits, mask)
         self._known |= span
         self.present |= mask
-        present = mask != 0
-        own = mask >> node.first
-        self._losses.fill(node, loss if present else None, own)
-        self._counts.fill(node, count if present else None, own)
+        self._sums.fill(node, _Sums(count, loss) if mask else None, mask >> node.first)
 
     def totals(self) -> Totals:
-        losses, _ = self._losses.result
-        counts, _ = self._counts.result
-        if losses is None or counts is None:
+        sums, _ = self._sums.result
+        if sums is None:
             return Totals(0, 0.0, 0)
-        return Totals(counts, losses, self.present)
+        return Totals(sums.count, sums.loss, self.present)
 
     def _disagreement(self, node: Node, what: str) -> Disagreement:
         spec = self._spec

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phalanx.frames import BLOCK_ELEMENTS, decode_response
+from phalanx.frames import BLOCK_ELEMENTS, FRAME_BYTES, decode_response
 from phalanx.reduction import Node
 from phalanx.testing.ranges import ROWS_PER_LEAF, ScriptedJob, make_plan, reference
 from phalanx.v1.training_pb2 import GoRecord
@@ -177,8 +177,11 @@ def messages(cursor: Any) -> list[Any]:
     return found
 
 
-def test_a_small_version_comes_in_one_message_with_its_go_record(jobs: Any) -> None:
-    job = jobs.started(make_plan(elements=SMALL, steps=9))
+@pytest.mark.parametrize("elements", [SMALL, FRAME_BYTES // 4])
+def test_a_version_of_one_frame_comes_in_one_message_with_its_go_record(
+    jobs: Any, elements: int
+) -> None:
+    job = jobs.started(make_plan(elements=elements, steps=9))
     steady = job.root.cursor(joins=True)
     assert messages(steady) == [(None, 0), (0, 0)]
     job.run_round()
