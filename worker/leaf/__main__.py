@@ -22,6 +22,7 @@ def main() -> int:
 
     limits.die_with(parent_pid)
     limits.no_core_dumps()
+    limits.give_way()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()

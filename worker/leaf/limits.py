@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -20,6 +21,17 @@ def die_with(parent_pid: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def give_way() -> None:
+    """Be scheduled as what it is, a batch process: whoever has little to do at once goes first.
+
+    The session process and the aggregator wake up for a moment in every step, and all leaves wait
+    for what they do then.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def limit_memory(limit_bytes: int) -> None:

@@ -109,6 +109,7 @@ async def test_a_killed_session_process_leaves_no_orphan(bench: Any, spawn: Any)
             )
             children = worker.children()
             assert len(children) >= 2
+            assert os.SCHED_BATCH in map(os.sched_getscheduler, children)
             pidfds = [os.pidfd_open(pid) for pid in children]
             os.kill(worker.pid, signal.SIGKILL)
             try:
