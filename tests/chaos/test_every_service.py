@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from phalanx.clients.storage_sync import SyncStorageClient as StorageClient
 from phalanx.testing.arena import GUARD_S, arena, gated_job, wait_until
 
 pytestmark = pytest.mark.slow
@@ -123,34 +122,3 @@ def test_pause_resume_on_another_number_of_workers(tmp_path: Path, undisturbed_s
         wait_until(lambda: len(ring.cluster.describe().workers) >= 3, "three workers")
         job.resume()
         assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
-
-
-def test_the_newest_checkpoint_rots_and_the_one_before_is_taken(
-    tmp_path: Path, undisturbed_sha256: str
-) -> None:
-    with arena(tmp_path, 2, state=tmp_path / "state") as ring:
-        job = ring.cluster.submit(gated_job())
-        ring.at_step(job, 25)
-        ring.caught_in_a_leaf()
-        storage_address = ring.cluster.process("storage").address
-        with StorageClient(storage_address) as storage:
-            newest, before, *_ = wait_until(
-                lambda: (
-                    len(found := storage.list_checkpoints(job.id)) > 1
-                    and found[0].step == 20
-                    and found
-                ),
-                "two checkpoints",
-            )
-        (blob,) = (tmp_path / "state").rglob(newest.parts[0].digest)
-        content = bytearray(blob.read_bytes())
-        content[newest.parts[0].parameters_offset] ^= 1
-        blob.chmod(0o600)
-        blob.write_bytes(content)
-        ring.signal("aggregator-1")
-        ring.gate.release()
-        result = job.wait(timeout_s=GUARD_S)
-        (corrupt,) = ring.events("CHECKPOINT_CORRUPT")
-        assert (corrupt.step, before.step) == (20, 10)
-        assert ring.events("STEPS_REPLAYED")[-1].step == 10
-    assert result.parameters_sha256 == undisturbed_sha256
