@@ -42,6 +42,38 @@ class _Silent(Exception):
     """Control holds the stream open and says nothing: it is stopped, or cut off."""
 
 
+class Search:
+    """Which of `count` addresses is tried next, and after how long.
+
+    A round over all addresses is quick, since any of them may lead by now; rounds are further and
+    further apart. Once a lease is known they stay well below it: a leader that took over waits a
+    lease for its members before it takes those that are not there for lost.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.turn = 0
+        self._count = count
+        self._wait_s = _FIRST_WAIT_S
+        self._longest_s = _LONGEST_WAIT_S
+
+    def found(self, lease_ttl_s: float) -> None:
+        """A leader welcomed the member."""
+        if lease_ttl_s > 0:
+            self._longest_s = max(_FIRST_WAIT_S, min(_LONGEST_WAIT_S, lease_ttl_s / 4))
+
+    def wait_after(self, *, welcomed: bool) -> float:
+        """The session at this turn has ended: how long to wait at most before the next."""
+        if welcomed:
+            self._wait_s = _FIRST_WAIT_S
+            return _FIRST_WAIT_S
+        self.turn = (self.turn + 1) % self._count
+        if self.turn:
+            return _FIRST_WAIT_S
+        wait_s = min(self._wait_s, self._longest_s)
+        self._wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
+        return wait_s
+
+
 class MemberSession:
     """Keeps a session with one of `addresses` until `close`.
 
@@ -69,6 +101,7 @@ class MemberSession:
         self.connected = False
         self.dropped_reports = 0
         self._unanswered = 0
+        self.search = Search(len(self._addresses))
 
     def start(self) -> None:
         """Begin to connect."""
@@ -99,19 +132,11 @@ class MemberSession:
     # Inside
 
     async def _keep_open(self) -> None:
-        wait_s = _FIRST_WAIT_S
-        turn = 0
         while True:
-            address = self._addresses[turn % len(self._addresses)]
-            turn += 1
+            address = self._addresses[self.search.turn]
             welcomed, reason = await self._once(address)
-            if welcomed:
-                wait_s = _FIRST_WAIT_S
-                turn -= 1
             _log.info("session_ended", address=address, reason=reason)
-            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
-            if turn % len(self._addresses) == 0:
-                wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
+            await asyncio.sleep(self.search.wait_after(welcomed=welcomed) * random.uniform(0.5, 1))
 
     async def _once(self, address: str) -> tuple[bool, str]:
         """Run one session to its end: whether control welcomed the member, and why it ended."""
@@ -126,6 +151,7 @@ class MemberSession:
                 welcome = await self._welcome(call)
             welcomed = True
             self.connected = True
+            self.search.found(welcome.lease_ttl_s)
             self._on_open(welcome)
             await self._both_ways(call, welcome)
         except grpc.aio.AioRpcError as error:

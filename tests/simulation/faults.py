@@ -153,9 +153,13 @@ class Faults:
             self.network.block([link])
 
     def _reset(self, chance: random.Random) -> Begun:
-        first, second = self._pair(chance)
+        calls = self.network.calls.values()
+        pairs = sorted({(call.client.name, call.server.name) for call in calls})
+        if not pairs:
+            return None
+        first, second = chance.choice(pairs)
         broken = self.network.reset(first, second)
-        return (f"{first} - {second}, {broken} calls", None, 0.0) if broken else None
+        return f"{first} - {second}, {broken} calls", None, 0.0
 
     def _slow_worker(self, chance: random.Random) -> Begun:
         name = chance.choice(self.cluster.workers)

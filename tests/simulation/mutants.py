@@ -158,17 +158,49 @@ def _many(name: str, rule: int, *changes: Change) -> Mutant:
     return Mutant(name, rule, changes, _KNOWN.get(name))
 
 
+_CONTROLS = (("controls", 3),)
+_STREAMS = ("broken_connections", "kill_worker", "pause_worker", "worker_joins", "worker_leaves")
+
 _KNOWN = {
+    "storage takes writes of any generation": Known(
+        3, ("control_hands_over", "isolation", "kill_control", "pause_control"), _CONTROLS
+    ),
+    "a lost lease can be renewed": Known(1, ("isolation", "pause_control"), _CONTROLS),
+    "a lease is taken over although it was renewed": Known(
+        8, ("isolation", "one_way_partition", "pause_storage", "slow_link"), _CONTROLS
+    ),
+    "records are appended wherever there is room": Known(
+        13,
+        ("broken_connections", "disk_failure", "kill_control", "kill_storage", "pause_storage"),
+    ),
+    "ranges take frames of any term": Known(
+        6,
+        (*_STREAMS, "isolation", "kill_aggregator", "kill_control", "pause_aggregator"),
+        (("aggregators", 2),),
+    ),
+    "a lease is taken over before it has expired": Known(1, ("slow_link",), _CONTROLS),
     "the generation does not rise": Known(1),
     "a checkpoint is whole with its first part": Known(1),
+    "a filled node adds what comes again": Known(0, (*_STREAMS, "slow_worker"), (("workers", 4),)),
     "nodes are added in the order in which they arrive": Known(0),
+    "a round takes frames of other steps": Known(
+        1, (*_STREAMS, "slow_link", "slow_worker"), (("workers", 4),)
+    ),
     "a range keeps what nobody needs any more": Known(0),
     "a round opens before its version is whole": Known(1),
-    "the optimizer's state is not restored": Known(1),
+    "the optimizer's state is not restored": Known(0, ("kill_aggregator",)),
     "the end is reported before its checkpoint is whole": Known(0),
     "leaves run on a part of a version": Known(1),
-    "workers do not carry go records": Known(1),
-    "workers do not carry go records again": Known(1),
+    "workers do not carry go records": Known(3),
+    "workers do not carry go records again": Known(5),
+    "an aggregator that came back empty is adopted": Known(0, ("kill_aggregator",)),
+    "a broken session keeps its shards": Known(0, _STREAMS),
+    "workers with other bits take part": Known(0, (), (("mixed", True),)),
+    "a leaf that is not finite is believed at once": Known(0, ("bad_leaf",)),
+    "the deaths of workers count against a job": Known(0, ("kill_worker",)),
+    "control takes ranges without a lease of silence": Known(
+        0, ("kill_control",), (("controls", 2), ("terms_max", 1))
+    ),
 }
 """Where each bug is known to show; found by `hunt`."""
 

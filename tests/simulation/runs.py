@@ -46,6 +46,8 @@ class Settings:
     mixed: bool
     """Whether one worker computes other bits."""
     shapes: tuple[jobs.Shape, ...]
+    terms_max: int = 0
+    """Terms that a job may need under the faults of a scenario; 0: any number."""
 
 
 @dataclass
@@ -117,6 +119,10 @@ class Run:
         self.cluster = Cluster(self.world, self.network, given, settings)
         self.oracle = Oracle(self.world)
         self.user = User(self.cluster.control_addresses, STORAGE, list(settings.shapes))
+        chance = random.Random(f"submissions {seed}")
+        self.user.waits_s = [
+            chance.choice([0.0, 0.0, chance.uniform(0.0, 4.0)]) for _ in settings.shapes
+        ]
         self._watched = Environment()
         self._clock_s = time.process_time()
 
@@ -157,6 +163,9 @@ class Run:
         outcome.stale_accepted = self.oracle.stale_accepted
         outcome.stale_refused = self.oracle.stale_refused
         outcome.terms = max(self.oracle.terms.values(), default=0)
+        if 0 < self.settings.terms_max < outcome.terms and world.failure is None:
+            world.fail(SimulationFailed(f"a job was rolled back: it is in term {outcome.terms}"))
+            outcome.failure = str(world.failure)
         outcome.trace = world.trace_hash
         if schedule is not None:
             outcome.faults.update(schedule.fired)

@@ -18,6 +18,7 @@ BLOCK = 25
 
 FOUND_BUGS = (
     20008,  # a submission that storage fenced off was answered ABORTED, not "try elsewhere"
+    40037,  # a job failed because a leaf of another job hung in the process that described it
 )
 
 
@@ -37,6 +38,16 @@ def test_every_seed_keeps_every_promise(first, outcomes):
 def test_seeds_that_once_found_bugs_find_them_no_more():
     failed = [told(outcome) for outcome in run_seeds(FOUND_BUGS) if outcome.failure]
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("controls", [2, 3])
+def test_the_deaths_of_control_alone_roll_nothing_back(controls):
+    with services() as given:
+        for seed in (0, 1):
+            only = frozenset(["kill_control"])
+            outcome = simulate(given, seed, only=only, controls=controls, mixed=False, terms_max=1)
+            assert outcome.faults["kill_control"] > 3
+            assert outcome.failure == ""
 
 
 def test_the_batch_proves_something(outcomes):

@@ -14,6 +14,7 @@ from phalanx.errors import (
     FailedPrecondition,
     NotFound,
     PhalanxError,
+    ResourceExhausted,
     Unavailable,
 )
 from phalanx.rpc.channel import call_with_retry, open_channel
@@ -51,17 +52,26 @@ class User:
         self._turn = 0
         self._stubs: list[Any] = []
         self._plan: list[tuple[float, str, int]] = []
+        self.waits_s = [0.0] * len(shapes)
+        """How long she waits before she submits each job."""
 
     def will(self, after_s: float, act: str, index: int) -> None:
         """Plan to pause and resume, or to cancel, one of the jobs."""
         self._plan.append((after_s, act, index))
 
     async def run(self) -> None:
+        try:
+            await self._run()
+        except PhalanxError as error:
+            raise SimulationFailed(f"the user was told {error!r}") from error
+
+    async def _run(self) -> None:
         self._stubs = [
             job_service_pb2_grpc.JobServiceStub(open_channel(each)) for each in self._controls
         ]
         await self._add_data()
         for number, shape in enumerate(self.shapes):
+            await asyncio.sleep(self.waits_s[number])
             spec = jobs.job_spec(shape, f"job-{number}-{shape.elements}")
             request = job_service_pb2.SubmitJobRequest(spec=spec, request_id=f"submit-{number}")
             answer = await self._insist(lambda stub: stub.SubmitJob, request)
@@ -130,8 +140,8 @@ class User:
             stub = self._stubs[self._turn % len(self._stubs)]
             try:
                 return await call_with_retry(method(stub), request, timeout_s=ATTEMPT_S, attempts=1)
-            except (Unavailable, DeadlineExceeded):
-                self._turn += 1
+            except (Unavailable, DeadlineExceeded, ResourceExhausted):
+                self._turn += 1  # a full disk is a reason to try again, too
             await asyncio.sleep(0.1)
 
     async def _add_data(self) -> None:

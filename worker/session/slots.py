@@ -71,6 +71,7 @@ class _Place:
     task: Task | None = None
     job: PreparedJob | None = None
     describing: asyncio.Future[bytes] | None = None
+    description: bytes = b""
     setting_up: dict[int, asyncio.Future[None]] = field(default_factory=dict)
     fetching: int = 0
 
@@ -127,7 +128,8 @@ class SlotPool:
         while place.describing is not None:
             await asyncio.wait([place.describing])
         place.describing = asyncio.get_running_loop().create_future()
-        self._tell(place, Kind.DESCRIBE, job.describe_body())
+        place.description = job.describe_body()
+        self._tell(place, Kind.DESCRIBE, place.description)
         try:
             await self._patiently(place, place.describing)
             answer = coordination.JobDescribed.FromString(place.describing.result())
@@ -241,6 +243,8 @@ class SlotPool:
             self._order(place, place.task, place.job)
         if self._fingerprint is not None and not self._fingerprint.done() and place.slot == 0:
             self._tell(place, Kind.FINGERPRINT)
+        if place.describing is not None and not place.describing.done():
+            self._tell(place, Kind.DESCRIBE, place.description)
 
     def _remove(self, place: _Place) -> None:
         """End the process of a place for good; its slot is free for others."""
@@ -259,7 +263,8 @@ class SlotPool:
         spent_s = 0.0
         while not answer.done():
             await asyncio.wait([answer], timeout=TICK_S)
-            spent_s += 0.0 if place.fetching else TICK_S
+            # A task that runs before it has a limit of its own.
+            spent_s += 0.0 if place.fetching or place.task is not None else TICK_S
             if spent_s > self._leaf_timeout_s:
                 raise TimeoutError
 
@@ -349,6 +354,10 @@ class SlotPool:
             done.set_result(None)
         place.setting_up.clear()
         task, job = place.task, place.job
+        # What a process is told it does in turn: while a task ran no model was being built.
+        guiltless = task is not None and process.page.task == task.id
+        if place.describing is not None and not place.describing.done() and not guiltless:
+            place.describing.set_exception(_Died(how))
         if task is not None:
             self._leave(place)
             self._blame(task, job, process, code)
@@ -360,8 +369,6 @@ class SlotPool:
             self._restarting.add(loop.call_later(wait_s, self._start, place))
         else:
             self._start(place)
-        if place.describing is not None and not place.describing.done():
-            place.describing.set_exception(_Died(how))
 
     def _blame(self, task: Task, job: PreparedJob | None, process: LeafProcess, code: int) -> None:
         """Name the shard whose leaf was running when the process ended."""

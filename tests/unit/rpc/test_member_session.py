@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from phalanx.errors import Unavailable
-from phalanx.rpc.member_session import MemberSession
+from phalanx.rpc.member_session import MemberSession, Search
 from phalanx.testing.worker_peers import ScriptedControl
 from phalanx.v1 import coordination_service_pb2 as pb
 
@@ -107,3 +107,32 @@ async def test_a_control_that_answers_is_kept() -> None:
             assert control._sessions.empty(), "it never looked for another"
         finally:
             await session.close()
+
+
+def test_every_address_is_asked_well_within_a_lease_however_long_nobody_answered() -> None:
+    search = Search(3)
+    search.found(lease_ttl_s=2.0)
+    for _ in range(60):
+        search.wait_after(welcomed=False)
+    turns = [search.turn]
+    waited_s = 0.0
+    for _ in range(3):
+        waited_s += search.wait_after(welcomed=False)
+        turns.append(search.turn)
+    assert turns == [0, 1, 2, 0]
+    assert waited_s <= 2.0 / 2
+
+
+def test_without_a_lease_rounds_are_at_most_two_seconds_apart_and_a_welcome_begins_anew() -> None:
+    search = Search(1)
+    waits = [search.wait_after(welcomed=False) for _ in range(7)]
+    assert waits == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+    assert search.wait_after(welcomed=True) == 0.1
+    assert search.wait_after(welcomed=False) == 0.1
+
+
+def test_the_address_that_welcomed_is_asked_first() -> None:
+    search = Search(2)
+    search.wait_after(welcomed=False)
+    search.wait_after(welcomed=True)
+    assert search.turn == 1

@@ -1,0 +1,86 @@
+"""The slots of a worker without processes: whose fault a death is."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from phalanx.v1 import coordination_service_pb2, training_pb2
+from worker import ipc
+from worker.ipc import Kind, Message
+from worker.session import slots
+from worker.session.slots import SlotPool
+
+SIGKILL = -9
+
+
+class FakeProcess:
+    """Keeps what it is told; dies when the test wants."""
+
+    def __init__(self, limit, on_message, on_log, on_exit) -> None:
+        self.page = SimpleNamespace(task=0, shard=-1, leaves=0)
+        self.known_jobs: set[int] = set()
+        self.ready = self.killed_as_hung = False
+        self.pid = 1
+        self.told: list[Kind] = []
+        self.on_message, self.on_exit = on_message, on_exit
+        started.append(self)
+
+    def send(self, kind, body=b"", fds=()) -> None:
+        self.told.append(kind)
+
+    def was_out_of_memory(self, code) -> bool:
+        return False
+
+    def die(self) -> None:
+        self.on_exit(self, SIGKILL)
+
+
+started: list[FakeProcess] = []
+EVENTS = SimpleNamespace(
+    slot_idle=lambda slot: None,
+    task_ended=lambda task, lost: None,
+    part_failed=lambda task, index, failure: None,
+    process_gone=lambda process: None,
+    printed=lambda process, level, data: None,
+)
+JOB = SimpleNamespace(
+    code_key="", plan=training_pb2.JobPlan(job_id="job-2"), describe_body=lambda: b""
+)
+
+
+@pytest.fixture
+async def pool(monkeypatch):
+    started.clear()
+    monkeypatch.setattr(slots, "LeafProcess", FakeProcess)
+    pool = SlotPool(1, 0, 60.0, EVENTS)
+    pool.start()
+    return pool
+
+
+async def test_a_model_is_built_anew_where_the_leaf_of_another_job_took_the_process_along(pool):
+    process = started[0]
+    task = SimpleNamespace(id=7, slot=0, parts=[])
+    place = pool._places[0, ""]
+    place.task, place.job, process.page.task = task, JOB, task.id
+    describing = asyncio.create_task(pool.describe(JOB))
+    await asyncio.sleep(0)
+    process.die()
+    assert Kind.DESCRIBE in started[-1].told
+    assert started[-1] is not process
+    described = coordination_service_pb2.JobDescribed(leaf_sha256="right")
+    body = ipc.pack_json({"job": 1}, described.SerializeToString())
+    started[-1].on_message(started[-1], Message(Kind.DESCRIBED, body))
+    answer = await describing
+    assert answer.leaf_sha256 == "right"
+    assert not answer.HasField("failure")
+
+
+async def test_a_process_that_dies_over_a_model_is_told_as_the_fault_of_its_job(pool):
+    describing = asyncio.create_task(pool.describe(JOB))
+    await asyncio.sleep(0)
+    started[0].die()
+    answer = await describing
+    assert answer.failure.code == "JOB_CODE"
