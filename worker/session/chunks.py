@@ -41,7 +41,8 @@ class ChunkServer:
     def cancel(self, task: Task) -> None:
         """Nobody wants the task any more: a leaf of it that waits for data gives up."""
         for work, (process, waiting, digest) in list(self._waiting.items()):
-            if waiting is task:
+            # One answer each: the leaf and the count of what it waits for go by answers.
+            if waiting is task and self._waiting.pop(work, None) is not None:
                 work.cancel()
                 body = ipc.pack_json({"digest": digest, "cancelled": True})
                 self._answer(process, body)
@@ -72,11 +73,13 @@ class ChunkServer:
         except Exception as error:  # noqa: BLE001 - the leaf waits for an answer, without a limit
             known = isinstance(error, PhalanxError | OSError)
             text = str(error) if known else f"{type(error).__name__}: {error}"
-            self._answer(process, ipc.pack_json({"digest": digest, "error": text}))
-            return
-        self._keep(process, pinned)
-        answer = {"digest": digest, "error": "", "path": str(pinned.path)}
-        self._answer(process, ipc.pack_json(answer))
+            answer = {"digest": digest, "error": text}
+        else:
+            self._keep(process, pinned)
+            answer = {"digest": digest, "error": "", "path": str(pinned.path)}
+        this = asyncio.current_task()
+        if this is not None and self._waiting.pop(this, None) is not None:
+            self._answer(process, ipc.pack_json(answer))
 
     def _keep(self, process: LeafProcess, pinned: Pinned) -> None:
         """Pin it; the oldest go, since a process has a bounded number of chunks mapped."""

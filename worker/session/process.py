@@ -9,13 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from phalanx.telemetry.logs import get_logger
 from worker import ipc
 from worker.ipc import ConnectionClosed, Kind, Message
 from worker.memory import ProgressPage
+from worker.session.sending import SocketSender
 
 SINGLE_THREAD = {
     "OPENBLAS_NUM_THREADS": "1",
@@ -28,11 +29,16 @@ SINGLE_THREAD = {
 """Numeric libraries read these when they are loaded; more threads would give other bits."""
 
 _LOG_READ_BYTES = 65_536
+_LAST_READS_MAX = 64
 _OOM_EVENTS = Path("/sys/fs/cgroup/memory.events")
+
+_log = get_logger(__name__)
 
 
 class LeafProcess:
     """A running leaf process. Made in the event loop's thread, which must outlive it.
+
+    Raises OSError where it cannot be started; then nothing of it is left.
 
     `on_message(process, message)` gets what it says, `on_log(process, level, data)` what it prints
     and `on_exit(process, code)` its end, once and last.
@@ -54,23 +60,27 @@ class LeafProcess:
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
         self._assembler = ipc.Assembler()
-        self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
-        self._waits_for_room = False
         self._oom_kills = _oom_kills()
-        self._logs: list[int] = []
-        self._socket, child = socket.socketpair()
-        self._popen = self._spawn(child, memory_limit_bytes)
-        self.pid = self._popen.pid
-        self._pidfd = os.pidfd_open(self.pid)
+        self._logs: dict[int, str] = {}
+        with contextlib.ExitStack() as unmade:
+            unmade.callback(self.page.close)
+            self._socket, child = socket.socketpair()
+            unmade.callback(self._socket.close)
+            unmade.callback(self._close_logs)
+            self._popen = self._spawn(child, memory_limit_bytes)
+            self.pid = self._popen.pid
+            unmade.callback(self._popen.wait)
+            unmade.callback(self.kill)
+            self._pidfd = os.pidfd_open(self.pid)
+            unmade.pop_all()
         self._socket.setblocking(False)
+        self._sender = SocketSender(self._loop, self._socket)
         self._loop.add_reader(self._socket, self._readable)
         self._loop.add_reader(self._pidfd, self._exited)
 
     def send(self, kind: Kind, body: bytes = b"", fds: tuple[int, ...] = ()) -> None:
         """Send a message; what the socket does not take at once follows as soon as it does."""
-        self._unsent.append((ipc.frame(kind, body), fds))
-        if len(self._unsent) == 1:
-            self._flush()
+        self._sender.send(ipc.frame(kind, body), fds)
 
     def kill(self) -> None:
         """End the process and whatever it started, at once; `on_exit` follows."""
@@ -89,35 +99,33 @@ class LeafProcess:
     # Inside
 
     def _spawn(self, child: socket.socket, memory_limit_bytes: int) -> subprocess.Popen[bytes]:
-        outputs = [os.pipe(), os.pipe()]
-        try:
-            with child:
-                popen = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-P",
-                        "-m",
-                        "worker.leaf",
-                        str(child.fileno()),
-                        str(self.page.fd),
-                        str(os.getpid()),
-                        str(memory_limit_bytes),
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=outputs[0][1],
-                    stderr=outputs[1][1],
-                    pass_fds=(child.fileno(), self.page.fd),
-                    env=_environment(os.environ),
-                    start_new_session=True,
-                )
-        finally:
-            for _, writer in outputs:
-                os.close(writer)
-        for (reader, _), level in zip(outputs, ("info", "error"), strict=True):
-            os.set_blocking(reader, False)
-            self._loop.add_reader(reader, self._printed, reader, level)
-            self._logs.append(reader)
-        return popen
+        with child, contextlib.ExitStack() as writers:
+            outputs = []
+            for level in ("info", "error"):
+                reader, writer = os.pipe()
+                writers.callback(os.close, writer)
+                outputs.append(writer)
+                os.set_blocking(reader, False)
+                self._logs[reader] = level
+                self._loop.add_reader(reader, self._printed, reader)
+            return subprocess.Popen(
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "worker.leaf",
+                    str(child.fileno()),
+                    str(self.page.fd),
+                    str(os.getpid()),
+                    str(memory_limit_bytes),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=outputs[0],
+                stderr=outputs[1],
+                pass_fds=(child.fileno(), self.page.fd),
+                env=_environment(os.environ),
+                start_new_session=True,
+            )
 
     def _readable(self) -> None:
         try:
@@ -135,66 +143,58 @@ class LeafProcess:
         for message in messages:
             self._on_message(self, message)
 
-    def _flush(self) -> None:
-        while self._unsent:
-            data, fds = self._unsent[0]
-            try:
-                if fds:
-                    sent = socket.send_fds(self._socket, [data], fds)
-                else:
-                    sent = self._socket.send(data)
-            except BlockingIOError:
-                sent = 0
-            except OSError:
-                # It is dying; its exit is what counts.
-                self._unsent.clear()
-                break
-            if sent < len(data):
-                self._unsent[0] = (data[sent:], fds if sent == 0 else ())
-                self._loop.add_writer(self._socket, self._flush)
-                self._waits_for_room = True
-                return
-            self._unsent.popleft()
-        if self._waits_for_room:
-            self._waits_for_room = False
-            self._loop.remove_writer(self._socket)
-
-    def _printed(self, reader: int, level: str) -> None:
+    def _printed(self, reader: int) -> None:
         try:
             data = os.read(reader, _LOG_READ_BYTES)
         except BlockingIOError:
             return
         if data:
-            self._on_log(self, level, data)
+            self._on_log(self, self._logs[reader], data)
         else:
             self._close_log(reader)
 
     def _close_log(self, reader: int) -> None:
-        if reader in self._logs:
-            self._logs.remove(reader)
+        if self._logs.pop(reader, None) is not None:
             self._loop.remove_reader(reader)
             os.close(reader)
+
+    def _close_logs(self) -> None:
+        for reader in list(self._logs):
+            self._close_log(reader)
 
     def _exited(self) -> None:
         """Take what it still said and printed, then report its end."""
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        with contextlib.suppress(BlockingIOError, ConnectionClosed, ValueError):
+        for take in (self._last_messages, self.kill, self._last_prints):
+            try:
+                take()
+            except Exception:  # noqa: BLE001 - a slot whose process has no end is lost for good
+                _log.exception("last_words_of_leaf_process_lost", pid=self.pid)
+        code = self._popen.wait()
+        self._close_logs()
+        self._sender.close()
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+        try:
+            self._on_exit(self, code)
+        finally:
+            self.page.close()
+
+    def _last_messages(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionClosed):
             while True:
                 for message in self._assembler.feed(*ipc.receive_some(self._socket)):
                     self._on_message(self, message)
-        self.kill()
-        code = self._popen.wait()
-        for reader, level in zip(list(self._logs), ("info", "error"), strict=False):
+
+    def _last_prints(self) -> None:
+        """Take what is in the pipes, but not for ever: who left the group may still write."""
+        for reader, level in list(self._logs.items()):
             with contextlib.suppress(BlockingIOError):
-                while data := os.read(reader, _LOG_READ_BYTES):
+                for _ in range(_LAST_READS_MAX):
+                    if not (data := os.read(reader, _LOG_READ_BYTES)):
+                        break
                     self._on_log(self, level, data)
-            self._close_log(reader)
-        self._loop.remove_reader(self._socket)
-        self._loop.remove_writer(self._socket)
-        self._socket.close()
-        self._on_exit(self, code)
-        self.page.close()
 
 
 def describe_exit(code: int) -> str:

@@ -128,6 +128,7 @@ class SlotPool:
         while place.describing is not None:
             await asyncio.wait([place.describing])
         place.describing = asyncio.get_running_loop().create_future()
+        # Kept: a process that is about to start is told when it is there.
         place.description = job.describe_body()
         self._tell(place, Kind.DESCRIBE, place.description)
         try:
@@ -141,7 +142,7 @@ class SlotPool:
         except _Died as error:
             answer = _not_described(f"a leaf process died while it built the model: {error}")
         finally:
-            place.describing = None
+            place.describing, place.description = None, b""
         answer.job_id = job.plan.job_id
         return answer
 
@@ -170,10 +171,15 @@ class SlotPool:
         self._tell(place, Kind.RUN, order.pack())
 
     def cancel(self, task: Task) -> None:
-        """Have a running task stop after its present leaf."""
+        """Have a running task stop after its present leaf; one without a process ends at once."""
         place = self._running.get(task.slot)
-        if place is not None and place.task is task and place.process is not None:
+        if place is None or place.task is not task:
+            return
+        if place.process is not None:
             place.process.page.cancel(task.id)
+            return
+        self._leave(place)
+        self._events.task_ended(task, lost=False)
 
     def fetched(self, process: LeafProcess, body: bytes) -> None:
         """Answer a leaf process that waits for a chunk."""
@@ -188,7 +194,7 @@ class SlotPool:
             process = place.process
             if place.code != job.code_key:
                 continue
-            if job.code_key and not code_in_use:
+            if job.code_key and not code_in_use and place.describing is None:
                 self._remove(place)
             elif process is not None and job.number in process.known_jobs:
                 process.known_jobs.discard(job.number)
@@ -234,9 +240,15 @@ class SlotPool:
     def _start(self, place: _Place) -> None:
         if self._closing or self._places.get((place.slot, place.code)) is not place:
             return
-        process = LeafProcess(
-            self._memory_limit_bytes, self._on_message, self._events.printed, self._on_exit
-        )
+        try:
+            process = LeafProcess(
+                self._memory_limit_bytes, self._on_message, self._events.printed, self._on_exit
+            )
+        except OSError as error:
+            # No memory or no process to be had, most likely for a moment.
+            _log.error("leaf_process_not_started", slot=place.slot, message=str(error))
+            self._start_again(place)
+            return
         place.process = process
         self._gone[process] = asyncio.get_running_loop().create_future()
         if place.task is not None and place.job is not None:
@@ -245,6 +257,20 @@ class SlotPool:
             self._tell(place, Kind.FINGERPRINT)
         if place.describing is not None and not place.describing.done():
             self._tell(place, Kind.DESCRIBE, place.description)
+
+    def _start_again(self, place: _Place) -> None:
+        """Start the process of a place once more, at once the first time and later each time."""
+        wait_s = place.restarts.wait_after_death(time.monotonic())
+        if not wait_s:
+            self._start(place)
+            return
+
+        def start() -> None:
+            self._restarting.discard(handle)
+            self._start(place)
+
+        handle = asyncio.get_running_loop().call_later(wait_s, start)
+        self._restarting.add(handle)
 
     def _remove(self, place: _Place) -> None:
         """End the process of a place for good; its slot is free for others."""
@@ -339,11 +365,11 @@ class SlotPool:
 
     def _on_exit(self, process: LeafProcess, code: int) -> None:
         gone = self._gone.pop(process)
+        gone.set_result(None)
         self._events.process_gone(process)
         place = self._place_of(process)
         if place is not None and not self._closing:
             self._died(place, process, code)
-        gone.set_result(None)
 
     def _died(self, place: _Place, process: LeafProcess, code: int) -> None:
         how = describe_exit(code)
@@ -362,13 +388,7 @@ class SlotPool:
             self._leave(place)
             self._blame(task, job, process, code)
             self._events.task_ended(task, lost=True)
-        wait_s = place.restarts.wait_after_death(time.monotonic())
-        if wait_s:
-            loop = asyncio.get_running_loop()
-            self._restarting = {each for each in self._restarting if not each.cancelled()}
-            self._restarting.add(loop.call_later(wait_s, self._start, place))
-        else:
-            self._start(place)
+        self._start_again(place)
 
     def _blame(self, task: Task, job: PreparedJob | None, process: LeafProcess, code: int) -> None:
         """Name the shard whose leaf was running when the process ended."""
