@@ -12,8 +12,9 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 from phalanx.errors import PhalanxError
 from phalanx.ids import new_incarnation
@@ -250,7 +251,7 @@ class Session:
         core = self._core.jobs[job_id]
         job = HostedJob(core, self._config.id, self._incarnation, self._settle)
         self._jobs[job_id] = job
-        job.preparing = asyncio.create_task(self._host(job))
+        job.preparing = self._spawn(self._host(job))
 
     async def _host(self, job: HostedJob) -> None:
         """Fetch what the job needs, however long storage is away, and set it up in all slots."""
@@ -282,12 +283,12 @@ class Session:
 
     async def _describe(self, plan: training_pb2.JobPlan) -> None:
         prepared = None
+        answer = coordination.JobDescribed(job_id=plan.job_id)
         try:
             prepared = await prepare(plan, self._cache, self._code_root)
             self._logs.hosted(prepared.number, plan.job_id)
             answer = await self._slots.describe(prepared)
         except Exception as error:  # noqa: BLE001 - control waits for an answer
-            answer = coordination.JobDescribed(job_id=plan.job_id)
             answer.failure.code = "JOB_DATA"
             answer.failure.message = _text_of(error)
         finally:
@@ -380,13 +381,11 @@ class Session:
 
     # Helpers
 
-    def _spawn(self, work: Awaitable[None]) -> None:
-        async def run() -> None:
-            await work
-
-        task = asyncio.create_task(run())
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._finished)
+        return task
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._background.discard(task)
@@ -396,7 +395,10 @@ class Session:
     async def _every(self, interval_s: float, act: Callable[[], None]) -> None:
         while True:
             await asyncio.sleep(interval_s)
-            act()
+            try:
+                act()
+            except Exception:  # noqa: BLE001 - or hangs and log lines would go unseen from now on
+                _log.exception("periodic_task_failed")
 
 
 def _not_prepared(job: HostedJob, error: Exception) -> Iterator[coordination.SessionRequest]:

@@ -7,7 +7,6 @@ aggregator blocks this stream and nothing else.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from typing import Any, Protocol
 
@@ -116,8 +115,8 @@ class ExchangeStream:
         call: Any = channel.stream_stream(METHOD)(timeout=STREAM_TIMEOUT_S)
         opened = False
         try:
-            await call.write(encode_request(exchange.ExchangeRequestHeader(hello=self._hello)))
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                await call.write(encode_request(exchange.ExchangeRequestHeader(hello=self._hello)))
                 await self._welcomed(call)
             opened = True
             self._events.opened(self.aggregator_id)
@@ -155,8 +154,7 @@ class ExchangeStream:
             done, _ = await asyncio.wait((sender, receiver), return_when=asyncio.FIRST_COMPLETED)
             # The receiver knows why a stream ended; a failed write only says that it did.
             if sender in done and receiver not in done:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(asyncio.shield(receiver), 1.0)
+                await asyncio.wait((receiver,), timeout=1.0)
             ended = receiver if receiver.done() else sender
             if ended.cancelled():
                 # Not this task: the call was, and that must not end the stream for good.
