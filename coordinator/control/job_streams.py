@@ -232,7 +232,9 @@ class JobStreams:
         """Keep what is in memory bounded however many jobs there were."""
         for job_id in list(self._series)[: max(0, len(self._series) - SERIES_JOBS_MAX)]:
             busy = job_id in self._lines or job_id in self._arrived or job_id in self._new_points
-            if not busy and not self._loading[job_id].locked():
+            # A job that was removed while its series was read has no lock any more.
+            loading = self._loading.get(job_id)
+            if not busy and (loading is None or not loading.locked()):
                 self.forget(job_id)
         for job_id in list(self._bytes)[: max(0, len(self._bytes) - SERIES_JOBS_MAX)]:
             if job_id not in self._lines and job_id not in self._series:

@@ -56,6 +56,13 @@ MEMBER_EVENTS = frozenset(
 _log = get_logger(__name__)
 
 
+def leads_no_more() -> Unavailable:
+    """The error for members and callers of a leadership that has ended."""
+    return Unavailable(
+        "this control process leads no more; try again", reason="NOT_LEADER", retry_after_s=0.2
+    )
+
+
 def now() -> Instant:
     """Read both clocks."""
     return Instant(time.monotonic(), time.time_ns())
@@ -115,7 +122,12 @@ class Leader:
         self.dispatch(ev.Led(self._config.id))
 
     async def stop(self, error: PhalanxError) -> None:
-        """Stop leading: members and callers are sent away, what is not durable is forgotten."""
+        """Stop leading: members and callers are sent away, what is not durable is forgotten.
+
+        Nothing is decided any more: storage would take it for the next leadership's.
+        """
+        if not self.failed.done():
+            self.failed.set_result(error)
         self._store.on_change = lambda _: None
         self.watchers.close(error)
         self.sessions.end_all(error)
@@ -159,9 +171,12 @@ class Leader:
     async def request(self, make: Callable[[int], ev.Event]) -> Message:
         """Hand a caller's event to the core; return the answer once it is durable.
 
-        Raises PhalanxError: the core's refusal, or Unavailable while storage is away.
+        Raises PhalanxError: the core's refusal, or Unavailable while storage is away and once this
+        leadership has ended.
         """
         self.check_storage()
+        if self.failed.done():
+            raise leads_no_more()
         token = next(self._tokens)
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._answers[token] = answer
@@ -170,23 +185,21 @@ class Leader:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 return await answer
         except TimeoutError:
-            raise Unavailable(
-                "storage does not take the decision; call again with the same request_id"
-            ) from None
+            raise _undecided() from None
         finally:
             del self._answers[token]
 
     async def answered_before(self, request: RememberedRequest) -> Message | None:
         """Return the answer to an earlier call with this request id, once that call is durable.
 
-        Raises AlreadyExists if the id stands for another request.
+        Raises AlreadyExists if the id stands for another request, and Unavailable while storage
+        is away and once this leadership has ended.
         """
         self.core.now = now()
         answer = verbs.first_answer(self.core, request)
         if answer is not None:
             self.check_storage()
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                await self._journal.drained()
+            await self._all_durable()
         return answer
 
     def member_said(self, session: MemberSession, message: pb.SessionRequest) -> None:
@@ -239,9 +252,20 @@ class Leader:
         The fence is between control and storage. A caller only has to try again, elsewhere.
         """
         self._fail(Unavailable(error.message, reason=error.reason))
-        return Unavailable(
-            "this control process leads no more; try again", reason="NOT_LEADER", retry_after_s=0.2
-        )
+        return leads_no_more()
+
+    async def _all_durable(self) -> None:
+        drained = asyncio.ensure_future(self._journal.drained())
+        try:
+            done, _ = await asyncio.wait(
+                (drained, self.failed),
+                timeout=ANSWER_TIMEOUT_S,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            drained.cancel()
+        if drained not in done:
+            raise leads_no_more() if self.failed in done else _undecided()
 
     # -- effects out ------------------------------------------------------------------------
 
@@ -396,3 +420,7 @@ class Leader:
         if not self.failed.done():
             _log.warning("leadership_ends", reason=error.reason, message=error.message)
             self.failed.set_result(error)
+
+
+def _undecided() -> Unavailable:
+    return Unavailable("storage does not take the decision; call again with the same request_id")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 from coordinator.control import leadership
 from coordinator.control.cluster_servicer import ClusterServicer
@@ -14,7 +13,7 @@ from coordinator.control.forwarding import Forwarding, announce_leader, find_lea
 from coordinator.control.gauges import Gauges
 from coordinator.control.job_servicer import JobServicer
 from coordinator.control.journal import replay
-from coordinator.control.leader import Leader
+from coordinator.control.leader import Leader, leads_no_more
 from coordinator.control.sessions import CoordinationServicer
 from coordinator.control.store import Store
 from coordinator.control.submission import Submissions
@@ -98,8 +97,7 @@ class ControlProcess:
         finally:
             stopped.cancel()
             leading.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await leading
+            await asyncio.gather(leading, return_exceptions=True)
             await self.server.stop()
             await self._forwarding.leader_is_at("")
             await self.store.close()
@@ -197,28 +195,22 @@ class ControlProcess:
         self.gauges.leads(0)
         leader, self._leader = self._leader, None
         if leader is not None:
-            await leader.stop(_elsewhere())
+            await leader.stop(leads_no_more())
 
     async def _hand_over(self, generation: int) -> None:
         """End in good order: write what is left, release the lease."""
         self._set_serving(serving=False)
         leader, self._leader = self._leader, None
         if leader is not None:
-            leader.sessions.end_all(_elsewhere())
+            leader.sessions.end_all(leads_no_more())
             await leader.settle(SETTLE_S)
-            await leader.stop(_elsewhere())
+            await leader.stop(leads_no_more())
         await leadership.release(self.store, self.config.id, generation)
 
     def _set_serving(self, *, serving: bool) -> None:
         self.server.set_serving(serving)
         for name in SERVICE_NAMES:
             self.server.set_serving(serving, name)
-
-
-def _elsewhere() -> Unavailable:
-    return Unavailable(
-        "this control process leads no more; try again", reason="NOT_LEADER", retry_after_s=0.2
-    )
 
 
 async def serve(config: ControlConfig, stop: asyncio.Event) -> None:

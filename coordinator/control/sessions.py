@@ -8,7 +8,13 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from coordinator.control.core import events as ev
-from phalanx.errors import DeadlineExceeded, InvalidArgument, PhalanxError, ResourceExhausted
+from phalanx.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    PhalanxError,
+    ResourceExhausted,
+)
 from phalanx.rpc.types import ServicerContext
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -120,14 +126,30 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         request_iterator: AsyncIterator[pb.SessionRequest],
     ) -> None:
         """Hand what a member says to the core; when it says no more, end the session."""
+        error = None
         try:
             async for message in request_iterator:
-                leader.member_said(session, message)
+                error = _hand_over(leader, session, message)
+                if error is not None:
+                    break
         except asyncio.CancelledError:
             raise
         except Exception:  # noqa: BLE001 - a broken stream surfaces as many kinds of error
             _log.debug("session_broken", member_id=session.member_id, exc_info=True)
-        session.end(None)
+        session.end(error)
+
+
+def _hand_over(
+    leader: Leader, session: MemberSession, message: pb.SessionRequest
+) -> PhalanxError | None:
+    """Hand a message on; what ends the session instead, if it cannot be taken."""
+    try:
+        leader.member_said(session, message)
+    except Exception as error:  # noqa: BLE001 - the member must hear of it, whatever it is
+        kind = message.WhichOneof("message")
+        _log.exception("member_message_failed", member_id=session.member_id, kind=kind)
+        return Internal(f"control cannot take a {kind}: {type(error).__name__}; see its log")
+    return None
 
 
 async def _hello(request_iterator: AsyncIterator[pb.SessionRequest]):  # type: ignore[no-untyped-def]

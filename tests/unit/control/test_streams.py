@@ -245,6 +245,30 @@ async def test_memory_does_not_grow_with_the_number_of_jobs(
     assert [each.step for each in await JobStreams(store).points("job-0", [], -1, 0)] == [1, 2]
 
 
+async def test_a_job_that_is_removed_while_its_series_is_read_does_no_harm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class SlowStore(MemoryStore):
+        async def read(self, *place: Any) -> AsyncIterator[pb.JournalRecord]:
+            await self.open.wait()
+            async for record in super().read(*place):
+                yield record
+
+    monkeypatch.setattr(job_streams, "SERIES_JOBS_MAX", 1)
+    store: Any = SlowStore()
+    store.open.clear()
+    streams = JobStreams(store)
+    reading = asyncio.create_task(streams.points("removed", [], -1, 0))
+    await asyncio.sleep(0)
+    streams.forget("removed")
+    store.open.set()
+    async with asyncio.timeout(5):
+        assert await reading == []
+        await streams.points("other", [], -1, 0)
+        await streams.flush()
+    assert list(streams._series) == ["other"]
+
+
 async def test_logs_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_streams, "LOG_LIMIT_BYTES", 10_000)
     monkeypatch.setattr(job_streams, "RECORD_BYTES", 1000)

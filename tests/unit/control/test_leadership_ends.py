@@ -1,0 +1,190 @@
+"""Around the end of a leadership: nobody waits in vain, and nothing is decided after it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.control import journal
+from coordinator.control import leader as leader_module
+from coordinator.control.config import ControlConfig
+from coordinator.control.core import events as ev
+from coordinator.control.core.facts import Facts
+from coordinator.control.gauges import Gauges
+from coordinator.control.leader import Leader, leads_no_more
+from coordinator.control.process import ControlProcess
+from coordinator.control.sessions import CoordinationServicer
+from phalanx.errors import DataLoss, Internal, Unavailable
+from phalanx.telemetry.metrics import ControlMetrics, new_registry
+from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1 import storage_service_pb2 as storage_pb
+from phalanx.v1.control_journal_pb2 import RememberedRequest
+from phalanx.v1.job_service_pb2 import CancelJobResponse
+
+GUARD_S = 30.0
+
+
+class AwayStore:
+    """Storage that is there, takes nothing and answers nothing."""
+
+    def __init__(self) -> None:
+        self.available = True
+        self.fence = storage_pb.Fence(lease="leader", token=1)
+        self.storage = self
+        self.CollectGarbage = None
+        self.on_change: Any = None
+
+    async def append_exactly(self, *_: Any) -> int:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    insist_call = call = append_exactly
+
+
+@pytest.fixture
+async def leader() -> AsyncIterator[Leader]:
+    made = Leader(
+        ControlConfig(id="control-1"),
+        AwayStore(),  # type: ignore[arg-type]
+        Gauges(ControlMetrics(new_registry())),
+        generation=1,
+        replayed=(Facts(), Facts()),
+        control_sequence=(0, 0),
+        event_sequence=0,
+    )
+    made.start()
+    made.dispatch(worker_hello(1))
+    made.dispatch(drain(0))  # a fact that has to become durable
+    assert made._journal.lag
+    yield made
+    await made.stop(leads_no_more())
+
+
+def worker_hello(session: int) -> ev.WorkerConnected:
+    hello = pb.WorkerHello(worker_id="w1", incarnation="w1-1", slots=1, fingerprint="f")
+    return ev.WorkerConnected(session, hello)
+
+
+def drain(token: int) -> ev.DrainWorker:
+    return ev.DrainWorker(token, "w1", RememberedRequest())
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> RememberedRequest:
+    """A request that was answered before, by a decision that is not durable yet."""
+    monkeypatch.setattr(leader_module.verbs, "first_answer", lambda *_: CancelJobResponse())
+    return RememberedRequest(request_id="r1")
+
+
+async def test_a_repeated_call_is_told_to_come_again_when_storage_takes_too_long(
+    leader: Leader, known: RememberedRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leader_module, "ANSWER_TIMEOUT_S", 0.01)
+    async with asyncio.timeout(GUARD_S):
+        with pytest.raises(Unavailable, match="same request_id"):
+            await leader.answered_before(known)
+
+
+async def test_a_repeated_call_is_sent_away_as_soon_as_the_leadership_ends(
+    leader: Leader, known: RememberedRequest
+) -> None:
+    waiting = asyncio.create_task(leader.answered_before(known))
+    await asyncio.sleep(0)
+    await leader.stop(leads_no_more())
+    async with asyncio.timeout(GUARD_S):
+        with pytest.raises(Unavailable) as sent_away:
+            await waiting
+    assert sent_away.value.reason == "NOT_LEADER"
+
+
+async def test_a_call_that_comes_after_the_end_is_sent_away_at_once(leader: Leader) -> None:
+    await leader.stop(leads_no_more())
+    async with asyncio.timeout(GUARD_S):
+        with pytest.raises(Unavailable) as sent_away:
+            await leader.request(drain)
+    assert sent_away.value.reason == "NOT_LEADER"
+
+
+async def test_rule_12_facts_that_have_to_be_durable_are_not_taken_without_end(
+    leader: Leader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "QUEUE_MAX", leader._journal.lag)
+    asked: list[int] = []
+    async with asyncio.timeout(GUARD_S):
+        with pytest.raises(Unavailable) as refusal:
+            await leader.request(lambda token: asked.append(token) or drain(token))  # type: ignore[func-returns-value]
+    assert refusal.value.reason == "STORAGE_UNAVAILABLE"
+    assert not asked
+
+
+async def test_nothing_is_decided_after_the_end(leader: Leader) -> None:
+    """The fence of the store is by then that of the next leadership."""
+    await leader.stop(leads_no_more())
+    lag, workers = leader._journal.lag, dict(leader.core.workers)
+    leader.dispatch(ev.SessionBroken(1, "its session broke"))
+    leader.dispatch(worker_hello(2))
+    leader.dispatch(drain(0))
+    assert (leader._journal.lag, leader.core.workers) == (lag, workers)
+    assert not leader._tasks
+
+
+class Leading:
+    """A control process as a session sees it."""
+
+    def __init__(self, leader: Leader) -> None:
+        self._leader = leader
+
+    def leading(self) -> Leader:
+        return self._leader
+
+
+async def test_a_message_that_control_cannot_take_is_logged_and_told(
+    leader: Leader, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(leader, "member_said", fail)
+
+    async def requests() -> AsyncIterator[pb.SessionRequest]:
+        hello = pb.WorkerHello(worker_id="w2", incarnation="w2-1", slots=1, fingerprint="f")
+        yield pb.SessionRequest(worker_hello=hello)
+        yield pb.SessionRequest(heartbeat=pb.Heartbeat())
+        await asyncio.Event().wait()
+
+    servicer = CoordinationServicer(Leading(leader))  # type: ignore[arg-type]
+    context: Any = None
+    async with asyncio.timeout(GUARD_S):
+        with pytest.raises(Internal, match="cannot take a heartbeat"):
+            async for _ in servicer.Session(requests(), context):
+                pass
+    assert "member_message_failed" in capsys.readouterr().out
+
+
+async def test_a_journal_that_cannot_be_read_ends_the_process_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = ControlProcess(
+        ControlConfig(id="control-1", listen="127.0.0.1:0", metrics_listen="127.0.0.1:0")
+    )
+
+    async def damaged() -> None:
+        raise DataLoss("record 7 of the control journal is damaged")
+
+    monkeypatch.setattr(process, "_lead_again_and_again", damaged)
+    stopped: list[str] = []
+    stop = process.server.stop
+
+    async def note() -> None:
+        stopped.append("server")
+        await stop()
+
+    monkeypatch.setattr(process.server, "stop", note)
+    async with asyncio.timeout(GUARD_S):
+        with pytest.raises(DataLoss, match="record 7"):
+            await process.run(asyncio.Event())
+    assert stopped == ["server"]
