@@ -103,10 +103,11 @@ class HostedJob:
         self._last_commit_unix_nanos = 0
         self._arrived_unix_nanos = 0
         self._last_contribution_unix_nanos = 0
-        self._checkpoint_step = 0
+        #: The newest complete checkpoint; -1: none.
+        self._checkpoint_step = -1
         self._steps_replayed = 0
         self._storage_lost_s: float | None = None
-        self._reported = (-1, -1)
+        self._reported: tuple[int, int] | None = None
         self._commits_to_report = 0
         self._final: Report | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -158,7 +159,10 @@ class HostedJob:
 
     def session_opened(self) -> None:
         """Control is new or back: tell it where the job is."""
-        self._points.extendleft(reversed(self._points_sent))
+        # As many as there is room for: what was never said comes before what is said again.
+        room = POINTS_MAX - len(self._points)
+        again = list(self._points_sent)[-room:] if room else []
+        self._points.extendleft(reversed(again))
         self._points_sent.clear()
         self._flush_points()
         if self._final is not None:
@@ -421,7 +425,7 @@ class HostedJob:
             examples=0 if decider is None else decider.examples,
             examples_per_second=self._examples_per_s(),
             metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
-            checkpoint_step=self._checkpoint_step,
+            checkpoint_step=max(0, self._checkpoint_step),
             failure=failure,
             examples_lost=self.ranges.examples_lost,
             examples_doubled=self.ranges.examples_doubled,

@@ -1,0 +1,94 @@
+"""One job's ranges at run time, without server, storage and control."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from coordinator.aggregation import hosting
+from coordinator.aggregation.core.effects import Points
+from coordinator.aggregation.hosting import HostedJob
+from phalanx.errors import Aborted
+from phalanx.testing.ranges import make_plan
+from phalanx.v1 import coordination_service_pb2 as coordination
+from phalanx.v1 import storage_service_pb2 as storage_pb
+
+
+class Gauges:
+    """Shows nothing."""
+
+    def ended(self) -> None:
+        pass
+
+    def checkpointed(self, _: float) -> None:
+        pass
+
+
+class Storage:
+    """Takes every blob; what becomes of a checkpoint is up to the test."""
+
+    def __init__(self, refusal: Exception | None) -> None:
+        self.refusal = refusal
+
+    async def put_blob(self, _: Any, **__: Any) -> str:
+        return "ab" * 32
+
+    async def commit_checkpoint(self, _: Any) -> storage_pb.CommitCheckpointResponse:
+        if self.refusal is not None:
+            raise self.refusal
+        return storage_pb.CommitCheckpointResponse(complete=True)
+
+
+@pytest.mark.parametrize("fenced", [False, True])
+async def test_rule_09_paused_means_that_the_checkpoint_is_complete(
+    jobs: Any, fenced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosting, "REPORT_EVERY_S", 3600.0)
+    told: list[coordination.SessionRequest] = []
+    refusal = Aborted("another term is in force", reason="STALE_TERM") if fenced else None
+    job = HostedJob(
+        jobs.started(make_plan(elements=100)).root,
+        storage=Storage(refusal),  # type: ignore[arg-type]
+        gauges=Gauges(),  # type: ignore[arg-type]
+        send=told.append,
+    )
+    try:
+        job.pause()
+        assert job._ending is not None
+        async with asyncio.timeout(30.0):
+            await asyncio.wait([job._ending])
+    finally:
+        await job.close()
+    outcomes = [each.job_report.outcome for each in told if each.HasField("job_report")]
+    assert outcomes == ([] if fenced else [coordination.JobReport.OUTCOME_PAUSED])
+
+
+async def test_points_that_were_never_told_are_not_lost_for_those_that_were(
+    jobs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a long absence of control: as many wait as may wait, and some may have got lost."""
+    monkeypatch.setattr(hosting, "POINTS_MAX", 10)
+    monkeypatch.setattr(hosting, "REPORT_EVERY_S", 3600.0)
+    told: list[coordination.SessionRequest] = []
+    connected = [True]
+    job = HostedJob(
+        jobs.started(make_plan(elements=100)).root,
+        storage=None,  # type: ignore[arg-type]
+        gauges=Gauges(),  # type: ignore[arg-type]
+        send=told.append,
+        connected=lambda: connected[0],
+    )
+    try:
+        job.perform([Points(((1, "train/loss", 0.5), (2, "train/loss", 0.4)))])
+        job._flush_points()
+        connected[0] = False
+        job.perform([Points(tuple((step, "train/loss", 0.1) for step in range(3, 12)))])
+        connected[0] = True
+        told.clear()
+        job.session_opened()
+    finally:
+        await job.close()
+    steps = [point.step for message in told for point in message.metric_points.points]
+    assert steps == list(range(2, 12))
