@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from coordinator.aggregation.core.effects import Committed, Ended, Failed
-from phalanx.errors import Aborted, FailedPrecondition, InvalidArgument
+from coordinator.aggregation.core.machine import PENDING_GO_RECORDS
+from phalanx.errors import Aborted, FailedPrecondition, Internal, InvalidArgument
 from phalanx.frames import BLOCK_ELEMENTS
 from phalanx.reduction import Node
 from phalanx.testing.ranges import ROWS_PER_LEAF, make_plan, reference
@@ -61,6 +62,15 @@ def test_rule_01_a_frame_of_a_version_cannot_be_changed_or_made_twice(jobs: Any)
         values[0] = 1
     with pytest.raises(Exception, match="made twice"):
         versions.publish(0, 0, np.zeros(SMALL, np.float32))
+
+
+def test_rule_01_there_is_never_a_third_version(jobs: Any) -> None:
+    job = jobs.started(make_plan(elements=SMALL))
+    versions = job.root.versions_of(0)
+    zeros = np.zeros(SMALL, np.float32)
+    versions.publish(1, 0, zeros)
+    with pytest.raises(Internal, match=r"a third version, 2, beside \[0, 1\]"):
+        versions.publish(2, 0, zeros)
 
 
 # Rule 2: terms
@@ -122,6 +132,21 @@ def test_rule_03_a_go_record_that_comes_early_is_kept_until_the_range_has_its_ve
     assert job.vector(1).tobytes() == reference(job.plan)[1].tobytes()
 
 
+def test_rule_03_go_records_of_versions_to_come_are_kept_up_to_a_bound(jobs: Any) -> None:
+    job = jobs.started(make_plan(elements=THREE_BLOCKS, ranges=2), owners=[[0], [1]])
+    other = job.owner_of(1)
+    records = [
+        GoRecord(term=1, version=5 + number, action=GoRecord.ACTION_TRAIN)
+        for number in range(PENDING_GO_RECORDS + 1)
+    ]
+    for record in records[:-1]:
+        assert other.go_record(record) == []
+    assert other.go_record(records[0]) == []
+    with pytest.raises(FailedPrecondition) as refusal:
+        other.go_record(records[-1])
+    assert refusal.value.reason == "TOO_MANY_GO_RECORDS"
+
+
 def test_rule_03_go_records_are_taken_in_order_and_repeated_ones_change_nothing(jobs: Any) -> None:
     job = jobs.started(make_plan(elements=THREE_BLOCKS, ranges=2), owners=[[0], [1]])
     older = job.go_records[0]
@@ -141,6 +166,18 @@ def test_rule_03_nobody_but_the_root_decides(jobs: Any) -> None:
     assert job.root.go_record(forged) == []
     job.run()
     assert jobs.final_bytes(job) == reference(job.plan)[3].tobytes()
+
+
+def test_rule_03_a_round_that_has_made_a_part_of_the_next_version_is_finished(jobs: Any) -> None:
+    plan = make_plan(elements=10 * BLOCK_ELEMENTS, ranges=2, shards=1)
+    job = jobs.started(plan, owners=[[0], [1]])
+    job.carry()
+    first, second = job.nodes_frames([Node(0, 1)], ranges=[1])
+    job.send([first])
+    late = GoRecord(term=1, version=0, round=9, action=GoRecord.ACTION_PAUSE, checkpoint=True)
+    assert job.owner_of(1).go_record(late) == []
+    job.send([second])
+    assert job.owner_of(1).version == 1
 
 
 def test_rule_03_the_root_goes_at_most_one_version_ahead_of_the_other_ranges(jobs: Any) -> None:

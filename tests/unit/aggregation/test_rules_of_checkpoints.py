@@ -34,6 +34,19 @@ def test_rule_09_checkpoints_are_ordered_by_the_go_record_one_at_a_time(jobs: An
     assert [each.version for each in jobs.checkpoints(job)] == [1, 4]
 
 
+def test_rule_09_a_checkpoint_that_was_due_while_another_was_written_comes_after_it(
+    jobs: Any,
+) -> None:
+    plan = make_plan(elements=SMALL, steps=9, checkpoint_every=2)
+    job = jobs.started(plan)
+    for _ in range(4):
+        job.run_round()
+    assert [each.version for each in jobs.checkpoints(job)] == [2]
+    job.root.checkpoint_done()
+    job.run_round()
+    assert [each.version for each in jobs.checkpoints(job)] == [2, 5]
+
+
 def test_rule_09_the_end_has_its_checkpoint_even_while_another_one_is_being_written(
     jobs: Any,
 ) -> None:

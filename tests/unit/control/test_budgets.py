@@ -79,10 +79,15 @@ def test_failures_at_different_steps_do_not_add_up(running: Any) -> None:
     assert running.state() == "RUNNING"
 
 
-def test_deaths_of_workers_never_count_against_a_shard(running: Any) -> None:
+def test_rule_08_deaths_of_workers_never_count_against_a_shard(running: Any) -> None:
+    running.report("job-1", 7)
     for turn in range(20):
-        running.kill("w2")
-        running.worker("w2", incarnation=f"w2-{turn + 2}")
+        victim = host_of(running, 3)
+        running.kill(victim)
+        running.worker(victim, incarnation=f"{victim}-{turn + 2}")
+    assert running.state() == "RUNNING"
+    # The shard's whole budget is still there: one failure is tried elsewhere.
+    leaf_failure(running, host_of(running, 3), pb.LeafFailed.KIND_CRASHED)
     assert running.state() == "RUNNING"
     assert running.shards("w1") | running.shards("w2") | running.shards("w3") == ALL
 

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from phalanx.errors import Unavailable
+from phalanx.rpc import member_session
 from phalanx.rpc.member_session import MemberSession, Search
 from phalanx.testing.worker_peers import ScriptedControl
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -58,6 +59,16 @@ async def test_a_defect_in_a_handler_costs_one_session_and_not_the_member(where:
         finally:
             await session.close()
     assert not broken
+
+
+async def test_of_too_many_reports_the_oldest_go_and_are_counted() -> None:
+    session = MemberSession(["127.0.0.1:1"], hello, pb.Heartbeat, lambda _: None, lambda _: None)
+    for number in range(member_session._REPORTS_MAX + 2):
+        ready = pb.WorkerJobReady(job_id="job-1", term=number)
+        session.report(pb.SessionRequest(worker_job_ready=ready))
+    waiting = [message.worker_job_ready.term for message in session._reports]
+    assert waiting == list(range(2, member_session._REPORTS_MAX + 2))
+    assert session.dropped_reports == 2
 
 
 async def test_a_call_that_was_cancelled_is_one_session_that_ended() -> None:

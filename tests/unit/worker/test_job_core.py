@@ -283,9 +283,13 @@ def test_a_new_term_forgets_versions_rounds_and_streams() -> None:
     assert driver.core.versions.held_versions == []
     driver.end(old)
     driver.frame(3)
+    stale = GoRecord(term=1, version=3, round=9, action=GoRecord.ACTION_TRAIN)
+    assert driver.take(driver.core.go_record(stale)) == []
+    assert not driver.running
     driver.go(3)
     assert driver.running[0].term == 2
     assert driver.assign([Node(0, 1)], term=1, placement=99) == []
+    assert (driver.core.term, driver.core.train_nodes) == (2, [Node(0, 4)])
     assert [m.worker_job_ready.term for m in driver.reports if m.HasField("worker_job_ready")] == [
         1,
         2,
