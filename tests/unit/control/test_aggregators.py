@@ -57,6 +57,32 @@ def test_a_silent_aggregator_loses_its_ranges_to_another(running: Any) -> None:
     assert "AGGREGATOR_LOST" in running.types()
 
 
+def test_rule_11_an_owner_has_a_lease_to_come_back_after_a_take_over(running: Any) -> None:
+    running.time_s += 100.0
+    running.lead()
+    running.aggregator("a2")
+    running.advance(1.5)
+    assert running.core.facts.jobs["job-1"].term == 1
+    running.advance(1.0)
+    facts = running.core.facts.jobs["job-1"]
+    assert (facts.term, facts.ranges[0].aggregator_id) == (2, "a2")
+
+
+def test_rule_11_no_range_is_taken_while_most_members_are_silent(running: Any) -> None:
+    running.aggregator("a2")
+    running.kill("a1")
+
+    def with_a2_alone(seconds: float) -> int:
+        for _ in range(int(seconds / 0.25)):
+            running.time_s += 0.25
+            running.heartbeats("a2")
+            running.feed(ev.Tick())
+        return int(running.core.facts.jobs["job-1"].term)
+
+    assert with_a2_alone(3.0) == 1
+    assert with_a2_alone(3.0) == 2, "silence that lasts is believed"
+
+
 def test_an_owner_with_which_workers_make_progress_is_not_lost(running: Any) -> None:
     running.aggregator("a2")
     running.kill("a1")

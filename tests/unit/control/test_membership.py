@@ -119,6 +119,16 @@ def test_a_pause_of_control_itself_blames_nobody(running: Any) -> None:
     assert "AGGREGATOR_LOST" not in running.types()
 
 
+def test_rule_11_who_is_heard_late_after_a_pause_of_control_was_not_silent(running: Any) -> None:
+    running.feed(ev.Tick())
+    running.time_s += 60.0
+    running.heartbeats("w1", "w2", "a1")
+    running.feed(ev.Tick())
+    assert "WORKER_LOST" not in running.types()
+    running.advance(1.0)
+    assert "WORKER_LOST" not in running.types()
+
+
 def test_a_new_worker_loads_first_and_then_takes_its_share(running: Any) -> None:
     running.auto = False
     running.worker("w4")
@@ -181,7 +191,8 @@ def test_max_workers_and_labels_are_respected(cluster: Any) -> None:
 
 def test_the_largest_fingerprint_group_is_chosen_and_journalled(cluster: Any) -> None:
     cluster.aggregator()
-    cluster.worker("odd", fingerprint="g", slots=3)
+    # The first by name and by age, and the largest single worker.
+    cluster.worker("odd", fingerprint="e", slots=3)
     cluster.worker("w1")
     cluster.worker("w2")
     cluster.submit()
