@@ -7,9 +7,9 @@
         world.run(until_s=60.0)
 
 `loop` runs asyncio programs on a clock that jumps; `network` carries their messages, late, in
-order per stream, or not at all; `rpc` stands in for `grpc.aio`; `disk` forgets what was not
-synced; `clocks` gives modules virtual clocks and seeded chance; `faults` draws what goes wrong
-when. The programs are the ones that ship: they cannot tell. See docs/TESTING.md.
+order per stream, or not at all; `rpc` and `rpc_client` stand in for `grpc.aio`; `disk` forgets
+what was not synced; `clocks` gives modules virtual clocks and seeded chance; `faults` draws what
+goes wrong when. The programs are the ones that ship: they cannot tell. See docs/TESTING.md.
 """
 
 from phalanx.testing.simulation.loop import Process, World

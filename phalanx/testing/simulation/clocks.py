@@ -21,7 +21,8 @@ import grpc.aio
 
 from phalanx.testing.simulation.loop import World
 from phalanx.testing.simulation.network import Network
-from phalanx.testing.simulation.rpc import SimulatedChannel, SimulatedServer
+from phalanx.testing.simulation.rpc import SimulatedServer
+from phalanx.testing.simulation.rpc_client import SimulatedChannel
 
 EPOCH_NS = 1_700_000_000 * 1_000_000_000
 """Wall time at which every run begins."""

@@ -1,4 +1,4 @@
-"""`grpc.aio` on the simulated network: what our services use of it, with its errors and its ends.
+"""`grpc.aio` on the simulated network: calls and the server's end of them, with their errors.
 
 A call is two pipes. What gRPC promises holds: messages arrive in order, a status ends a call, a
 deadline ends it at the caller's side only, a dead peer breaks it. What it does not promise does
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -19,7 +19,6 @@ import grpc.aio
 from phalanx.testing.simulation.loop import Process, World
 from phalanx.testing.simulation.network import Network, Pipe
 
-CONNECT_TIMEOUT_S = 5.0
 WINDOW_MESSAGES = 64
 """Messages under way or unread on one direction of a call before its writer waits."""
 
@@ -28,11 +27,12 @@ Status = tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]
 Serialize = Callable[[Any], bytes]
 
 
-def _same(data: Any) -> Any:
+def same(data: Any) -> Any:
+    """Leave raw bytes as they are: what stands for a missing serializer."""
     return data
 
 
-class _Half:
+class Half:
     """What one side of a call sends, with gRPC's flow control, and what it has received."""
 
     __slots__ = ("_room", "_waiter", "arrived", "done_writing", "eof", "pipe", "unread")
@@ -59,7 +59,7 @@ class _Half:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    async def next(self, other: _Half) -> bytes | None:
+    async def next(self, other: Half) -> bytes | None:
         """The next message; None at the end."""
         while not self.arrived:
             if self.eof:
@@ -99,7 +99,7 @@ class Call:
         client: Process,
         server: Process,
         path: str,
-        client_half: _Half,
+        client_half: Half,
         on_client: Callable[[str, Any], None],
         handler_of: SimulatedServer,
         *,
@@ -112,7 +112,7 @@ class Call:
         network.calls_made += 1
         self.number = network.calls_made
         self.client_half = client_half
-        self.server_half = _Half()
+        self.server_half = Half()
         self._on_client = on_client
         self._server_of = handler_of
         self.context: ServerContext | None = None
@@ -215,18 +215,18 @@ class ServerContext:
     def cancelled(self) -> bool:
         return self.finished
 
-    serialize: Serialize = staticmethod(_same)
+    serialize: Serialize = staticmethod(same)
 
     async def run(self, handler: Any) -> None:
         """Run the handler to its end and send what it returns, and the status."""
-        self.serialize = handler.response_serializer or _same
+        self.serialize = handler.response_serializer or same
         status: Status = (Code.OK, "", ())
         answer: bytes | None = None
         try:
             behaviour, request = self._prepared(handler)
             if not handler.request_streaming:
                 data = await self.call.server_half.next(self.call.client_half)
-                request = handler.request_deserializer or _same
+                request = handler.request_deserializer or same
                 request = request(data or b"")
             response = await behaviour(request, self)
             if not handler.response_streaming and not self.finished:
@@ -247,7 +247,7 @@ class ServerContext:
             or handler.stream_unary
             or handler.stream_stream
         )
-        decode = handler.request_deserializer or _same
+        decode = handler.request_deserializer or same
         return behaviour, self._requests(decode) if handler.request_streaming else None
 
     async def _requests(self, decode: Callable[[bytes], Any]) -> AsyncIterator[Any]:
@@ -339,266 +339,6 @@ class _Details:
     def __init__(self, method: str) -> None:
         self.method = method
         self.invocation_metadata = ()
-
-
-class ClientCall:
-    """The client's end of a call, of any kind."""
-
-    def __init__(
-        self,
-        channel: SimulatedChannel,
-        path: str,
-        serialize: Serialize,
-        deserialize: Callable[[bytes], Any],
-        timeout: float | None,
-        request: bytes | None,
-    ) -> None:
-        self._channel = channel
-        self._serialize = serialize
-        self._deserialize = deserialize
-        self._half = _Half()
-        self._status: Status | None = None
-        self._cancelled = False
-        self._over: asyncio.Future[None] | None = None
-        self._call: Call | None = None
-        self._feeder: asyncio.Task[None] | None = None
-        loop = channel.world.loop
-        self._timer = loop.call_later(timeout, self._too_late) if timeout is not None else None
-        channel.open_calls[id(self)] = self
-        self._connect(path, request)
-
-    def _connect(self, path: str, request: bytes | None) -> None:
-        channel = self._channel
-        network, loop = channel.network, channel.world.loop
-        server = network.servers.get(channel.address)
-        if server is None or not server.process.alive:
-            wait_s = 2 * network.latency_s((channel.client.name, channel.address))
-            loop.call_later(wait_s, self._refused, "connection refused")
-            return
-        blocked = network.is_blocked(channel.client.name, server.process.name)
-        if blocked and channel.connected is not server:
-            loop.call_later(CONNECT_TIMEOUT_S, self._refused, "no answer to the connection")
-            return
-        channel.connected = server
-        self._call = Call(
-            network,
-            channel.client,
-            server.process,
-            path,
-            self._half,
-            self._hears,
-            server,
-            exact=self._serialize is _same,
-        )
-        if request is None:
-            self._call.up.send("start", path.encode())
-        else:
-            self._half.done_writing = True
-            self._half.unread += 1
-            self._call.up.send("request", request)
-
-    # What ends a call
-
-    def _hears(self, kind: str, content: Any) -> None:
-        if kind == "reset":
-            self._finish((Code.UNAVAILABLE, "the connection was reset", ()))
-        else:
-            self._finish(content[0])
-
-    def _refused(self, why: str) -> None:
-        self._finish((Code.UNAVAILABLE, why, ()))
-
-    def _too_late(self) -> None:
-        self._leave((Code.DEADLINE_EXCEEDED, "Deadline Exceeded", ()))
-
-    def _leave(self, status: Status) -> None:
-        """End the call from this side; the server hears of it later."""
-        if self._status is None:
-            if self._call is not None:
-                self._call.up.send("cancel")
-                self._call.over()
-            self._finish(status)
-
-    def _finish(self, status: Status) -> None:
-        if self._status is not None:
-            return
-        self._status = status
-        self._channel.open_calls.pop(id(self), None)
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._feeder is not None:
-            self._feeder.cancel()
-        self._half.ended()
-        self._half.open_room()
-        if self._over is not None and not self._over.done():
-            self._over.set_result(None)
-
-    async def _wait(self) -> Status:
-        while self._status is None:
-            if self._over is None:
-                self._over = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._over)
-        return self._status
-
-    # What callers use
-
-    def cancel(self) -> bool:
-        if self._status is not None:
-            return False
-        self._cancelled = True
-        self._leave((Code.CANCELLED, "Locally cancelled by application!", ()))
-        return True
-
-    def cancelled(self) -> bool:
-        return self._cancelled
-
-    def done(self) -> bool:
-        return self._status is not None
-
-    async def code(self) -> grpc.StatusCode:
-        return (await self._wait())[0]
-
-    async def details(self) -> str:
-        return (await self._wait())[1]
-
-    async def initial_metadata(self) -> tuple[tuple[str, bytes], ...]:
-        return ()
-
-    async def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
-        return (await self._wait())[2]
-
-    async def raise_for_status(self) -> None:
-        status = await self._wait()
-        if self._cancelled:
-            raise asyncio.CancelledError
-        if status[0] is not Code.OK:
-            metadata: Any = ()
-            trailing: Any = status[2]
-            raise grpc.aio.AioRpcError(status[0], metadata, trailing, details=status[1])
-
-    async def write(self, message: Any) -> None:
-        if self._status is not None or self._half.done_writing:
-            raise asyncio.InvalidStateError("RPC already finished.")
-        if self._call is None:
-            await self.raise_for_status()
-            return
-        await self._half.send(self._serialize(message))
-        if self.done():
-            await self.raise_for_status()
-
-    async def done_writing(self) -> None:
-        self.half_close()
-
-    def half_close(self) -> None:
-        self._half.done_writing = True
-        if self._call is not None:
-            self._call.up.send("half-close")
-
-    def feed(self, messages: AsyncIterator[Any]) -> None:
-        """Send the requests of an iterator."""
-        self._feeder = asyncio.get_running_loop().create_task(self._feed(messages))
-
-    async def _feed(self, messages: AsyncIterator[Any]) -> None:
-        try:
-            async for message in messages:
-                await self.write(message)
-        except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
-            return
-        self._feeder = None
-        self.half_close()
-
-    async def read(self) -> Any:
-        try:
-            data = await self._next()
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-        if data is None:
-            await self.raise_for_status()
-            return grpc.aio.EOF
-        return self._deserialize(data)
-
-    async def _next(self) -> bytes | None:
-        if self._call is None:
-            await self._wait()
-            return None
-        return await self._half.next(self._call.server_half)
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        return self._unary().__await__()
-
-    async def _unary(self) -> Any:
-        try:
-            await self._wait()
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-        await self.raise_for_status()
-        return self._deserialize(self._half.arrived.popleft())
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self._responses()
-
-    async def _responses(self) -> AsyncIterator[Any]:
-        while (message := await self.read()) is not grpc.aio.EOF:
-            yield message
-
-
-class SimulatedChannel:
-    """Stands in for `grpc.aio.insecure_channel(...)`."""
-
-    def __init__(self, world: World, network: Network, target: str) -> None:
-        self.world = world
-        self.network = network
-        self.address = target
-        self.client = world.loop.current
-        self.connected: SimulatedServer | None = None
-        self.open_calls: dict[int, ClientCall] = {}
-
-    async def close(self, grace: float | None = None) -> None:
-        for call in list(self.open_calls.values()):
-            call.cancel()
-
-    def unary_unary(self, path: str, *serializers: Any, **more: Any) -> Any:
-        make = self._maker(path, serializers, more)
-
-        def call(request: Any, *, timeout: float | None = None, **_: Any) -> ClientCall:
-            return make(timeout, request)
-
-        return call
-
-    unary_stream = unary_unary
-
-    def stream_unary(self, path: str, *serializers: Any, **more: Any) -> Any:
-        make = self._maker(path, serializers, more)
-
-        def call(
-            requests: AsyncIterator[Any] | None = None, *, timeout: float | None = None, **_: Any
-        ) -> ClientCall:
-            made = make(timeout, None)
-            if requests is not None:
-                made.feed(requests)
-            return made
-
-        return call
-
-    stream_stream = stream_unary
-
-    def _maker(
-        self, path: str, serializers: tuple[Any, ...], more: dict[str, Any]
-    ) -> Callable[[float | None, Any], ClientCall]:
-        given = dict(
-            zip(("request_serializer", "response_deserializer"), serializers, strict=False)
-        )
-        given.update(more)
-        serialize = given.get("request_serializer") or _same
-        deserialize = given.get("response_deserializer") or _same
-
-        def make(timeout: float | None, request: Any) -> ClientCall:
-            data = None if request is None else serialize(request)
-            return ClientCall(self, path, serialize, deserialize, timeout, data)
-
-        return make
 
 
 def process_died(network: Network, process: Process) -> None:

@@ -1,0 +1,284 @@
+"""`grpc.aio` on the simulated network: the client's end of calls; see `rpc`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from phalanx.testing.simulation.loop import World
+from phalanx.testing.simulation.network import Network
+from phalanx.testing.simulation.rpc import (
+    Call,
+    Code,
+    Half,
+    Serialize,
+    SimulatedServer,
+    Status,
+    same,
+)
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+class ClientCall:
+    """The client's end of a call, of any kind."""
+
+    def __init__(
+        self,
+        channel: SimulatedChannel,
+        path: str,
+        serialize: Serialize,
+        deserialize: Callable[[bytes], Any],
+        timeout: float | None,
+        request: bytes | None,
+    ) -> None:
+        self._channel = channel
+        self._serialize = serialize
+        self._deserialize = deserialize
+        self._half = Half()
+        self._status: Status | None = None
+        self._cancelled = False
+        self._over: asyncio.Future[None] | None = None
+        self._call: Call | None = None
+        self._feeder: asyncio.Task[None] | None = None
+        loop = channel.world.loop
+        self._timer = loop.call_later(timeout, self._too_late) if timeout is not None else None
+        channel.open_calls[id(self)] = self
+        self._connect(path, request)
+
+    def _connect(self, path: str, request: bytes | None) -> None:
+        channel = self._channel
+        network, loop = channel.network, channel.world.loop
+        server = network.servers.get(channel.address)
+        if server is None or not server.process.alive:
+            wait_s = 2 * network.latency_s((channel.client.name, channel.address))
+            loop.call_later(wait_s, self._refused, "connection refused")
+            return
+        blocked = network.is_blocked(channel.client.name, server.process.name)
+        if blocked and channel.connected is not server:
+            loop.call_later(CONNECT_TIMEOUT_S, self._refused, "no answer to the connection")
+            return
+        channel.connected = server
+        self._call = Call(
+            network,
+            channel.client,
+            server.process,
+            path,
+            self._half,
+            self._hears,
+            server,
+            exact=self._serialize is same,
+        )
+        if request is None:
+            self._call.up.send("start", path.encode())
+        else:
+            self._half.done_writing = True
+            self._half.unread += 1
+            self._call.up.send("request", request)
+
+    # What ends a call
+
+    def _hears(self, kind: str, content: Any) -> None:
+        if kind == "reset":
+            self._finish((Code.UNAVAILABLE, "the connection was reset", ()))
+        else:
+            self._finish(content[0])
+
+    def _refused(self, why: str) -> None:
+        self._finish((Code.UNAVAILABLE, why, ()))
+
+    def _too_late(self) -> None:
+        self._leave((Code.DEADLINE_EXCEEDED, "Deadline Exceeded", ()))
+
+    def _leave(self, status: Status) -> None:
+        """End the call from this side; the server hears of it later."""
+        if self._status is None:
+            if self._call is not None:
+                self._call.up.send("cancel")
+                self._call.over()
+            self._finish(status)
+
+    def _finish(self, status: Status) -> None:
+        if self._status is not None:
+            return
+        self._status = status
+        self._channel.open_calls.pop(id(self), None)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._feeder is not None:
+            self._feeder.cancel()
+        self._half.ended()
+        self._half.open_room()
+        if self._over is not None and not self._over.done():
+            self._over.set_result(None)
+
+    async def _wait(self) -> Status:
+        while self._status is None:
+            if self._over is None:
+                self._over = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._over)
+        return self._status
+
+    # What callers use
+
+    def cancel(self) -> bool:
+        if self._status is not None:
+            return False
+        self._cancelled = True
+        self._leave((Code.CANCELLED, "Locally cancelled by application!", ()))
+        return True
+
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def done(self) -> bool:
+        return self._status is not None
+
+    async def code(self) -> grpc.StatusCode:
+        return (await self._wait())[0]
+
+    async def details(self) -> str:
+        return (await self._wait())[1]
+
+    async def initial_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        return ()
+
+    async def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        return (await self._wait())[2]
+
+    async def raise_for_status(self) -> None:
+        status = await self._wait()
+        if self._cancelled:
+            raise asyncio.CancelledError
+        if status[0] is not Code.OK:
+            metadata: Any = ()
+            trailing: Any = status[2]
+            raise grpc.aio.AioRpcError(status[0], metadata, trailing, details=status[1])
+
+    async def write(self, message: Any) -> None:
+        if self._status is not None or self._half.done_writing:
+            raise asyncio.InvalidStateError("RPC already finished.")
+        if self._call is None:
+            await self.raise_for_status()
+            return
+        await self._half.send(self._serialize(message))
+        if self.done():
+            await self.raise_for_status()
+
+    async def done_writing(self) -> None:
+        self.half_close()
+
+    def half_close(self) -> None:
+        self._half.done_writing = True
+        if self._call is not None:
+            self._call.up.send("half-close")
+
+    def feed(self, messages: AsyncIterator[Any]) -> None:
+        """Send the requests of an iterator."""
+        self._feeder = asyncio.get_running_loop().create_task(self._feed(messages))
+
+    async def _feed(self, messages: AsyncIterator[Any]) -> None:
+        try:
+            async for message in messages:
+                await self.write(message)
+        except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            return
+        self._feeder = None
+        self.half_close()
+
+    async def read(self) -> Any:
+        try:
+            data = await self._next()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if data is None:
+            await self.raise_for_status()
+            return grpc.aio.EOF
+        return self._deserialize(data)
+
+    async def _next(self) -> bytes | None:
+        if self._call is None:
+            await self._wait()
+            return None
+        return await self._half.next(self._call.server_half)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._unary().__await__()
+
+    async def _unary(self) -> Any:
+        try:
+            await self._wait()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        await self.raise_for_status()
+        return self._deserialize(self._half.arrived.popleft())
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._responses()
+
+    async def _responses(self) -> AsyncIterator[Any]:
+        while (message := await self.read()) is not grpc.aio.EOF:
+            yield message
+
+
+class SimulatedChannel:
+    """Stands in for `grpc.aio.insecure_channel(...)`."""
+
+    def __init__(self, world: World, network: Network, target: str) -> None:
+        self.world = world
+        self.network = network
+        self.address = target
+        self.client = world.loop.current
+        self.connected: SimulatedServer | None = None
+        self.open_calls: dict[int, ClientCall] = {}
+
+    async def close(self, grace: float | None = None) -> None:
+        for call in list(self.open_calls.values()):
+            call.cancel()
+
+    def unary_unary(self, path: str, *serializers: Any, **more: Any) -> Any:
+        make = self._maker(path, serializers, more)
+
+        def call(request: Any, *, timeout: float | None = None, **_: Any) -> ClientCall:
+            return make(timeout, request)
+
+        return call
+
+    unary_stream = unary_unary
+
+    def stream_unary(self, path: str, *serializers: Any, **more: Any) -> Any:
+        make = self._maker(path, serializers, more)
+
+        def call(
+            requests: AsyncIterator[Any] | None = None, *, timeout: float | None = None, **_: Any
+        ) -> ClientCall:
+            made = make(timeout, None)
+            if requests is not None:
+                made.feed(requests)
+            return made
+
+        return call
+
+    stream_stream = stream_unary
+
+    def _maker(
+        self, path: str, serializers: tuple[Any, ...], more: dict[str, Any]
+    ) -> Callable[[float | None, Any], ClientCall]:
+        given = dict(
+            zip(("request_serializer", "response_deserializer"), serializers, strict=False)
+        )
+        given.update(more)
+        serialize = given.get("request_serializer") or same
+        deserialize = given.get("response_deserializer") or same
+
+        def make(timeout: float | None, request: Any) -> ClientCall:
+            data = None if request is None else serialize(request)
+            return ClientCall(self, path, serialize, deserialize, timeout, data)
+
+        return make
