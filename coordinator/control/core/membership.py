@@ -146,7 +146,9 @@ def heard(core: Core, member: Worker | Aggregator) -> None:
     """Note that a member lives."""
     member.heard_s = core.now.monotonic_s
     if isinstance(member, Aggregator):
-        member.suspected = False
+        if member.suspected:
+            member.suspected = False
+            terms.advance_all(core)
     elif member.state == WorkerView.STATE_SUSPECTED:
         member.state, member.reason = WorkerView.STATE_READY, ""
         incidents.well(core, member.id)

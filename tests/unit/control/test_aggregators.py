@@ -46,6 +46,17 @@ def test_an_aggregator_that_comes_back_whole_costs_nothing(running: Any) -> None
     assert "AGGREGATOR_LOST" not in running.types()
 
 
+def test_a_job_that_waits_for_aggregators_starts_once_a_suspected_one_speaks(cluster: Any) -> None:
+    cluster.worker("w1")
+    cluster.aggregator("a1")
+    cluster.heartbeats("w1", "a1")
+    cluster.advance(1.25, alive=False)
+    cluster.submit()
+    assert cluster.job().reason == "WAITING_FOR_AGGREGATORS"
+    cluster.heartbeats("a1")
+    assert cluster.state() == "RUNNING"
+
+
 def test_a_silent_aggregator_loses_its_ranges_to_another(running: Any) -> None:
     running.aggregator("a2")
     running.kill("a1")
