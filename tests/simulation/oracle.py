@@ -148,7 +148,7 @@ class Oracle:
         held, token, holder = self._lease, response.lease.token, response.lease.holder
         self.demand(token > self._token, f"lease token {token} after {self._token}")
         if held is not None and held.holder not in ("", holder):
-            # A renewal may be stored and yet not answered: storage is never behind what it answered.
+            # A renewal may be stored and yet unanswered; storage is never behind its answers.
             seen = (request.seen_token, request.seen_counter)
             self.demand(
                 seen >= (held.token, held.counter),

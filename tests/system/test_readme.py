@@ -66,18 +66,31 @@ def test_every_code_block_has_a_language_that_is_tested_here() -> None:
     assert languages <= {"sh", "yaml", "python", "mermaid"}
 
 
+def arguments_unknown_to(program: list[str], arguments: list[str]) -> set[str]:
+    """Options among the arguments that a program of ours does not have, by its own help."""
+    done = subprocess.run(
+        [sys.executable, *program, "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        timeout=GUARD_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    options = set(re.findall(r"--[a-z-]+", done.stdout.decode()))
+    return {word.partition("=")[0] for word in arguments if word.startswith("--")} - options
+
+
 @pytest.mark.parametrize(("document", "command"), commands())
 def test_commands_exist(document: str, command: str) -> None:
     program, *arguments = shlex.split(command)
     if program == "phalanx":
         positions = [word for word in arguments if not word.startswith("-")]
         known = 2 if arguments[0] in {"data", "code", "models"} else 1
-        help_of = [sys.executable, "-P", "-m", "phalanx.cli", *positions[:known], "--help"]
-        done = subprocess.run(help_of, capture_output=True, timeout=GUARD_S, check=False)
-        assert done.returncode == 0, done.stderr
-        options = set(re.findall(r"--[a-z-]+", done.stdout.decode()))
-        used = {word.partition("=")[0] for word in arguments if word.startswith("--")}
-        assert used <= options, f"{document} shows {used - options} of {command}"
+        unknown = arguments_unknown_to(["-P", "-m", "phalanx.cli", *positions[:known]], arguments)
+        assert not unknown, f"{document} shows {unknown} of {command}"
+    elif program == "python" and arguments[0] == "-m":
+        unknown = arguments_unknown_to(arguments[:2], arguments)
+        assert not unknown, f"{document} shows {unknown} of {command}"
     elif program == "make":
         makefile = (REPOSITORY / "Makefile").read_text()
         assert re.search(rf"^[\w -]*\b{arguments[0]}\b[\w -]*:", makefile, re.MULTILINE), command
