@@ -193,7 +193,9 @@ class ScriptedWorker(ScriptedMember):
             self.say(job_described=described)
         elif kind == "assign_job":
             assign = message.assign_job
-            ready = pb.WorkerJobReady(job_id=assign.plan.job_id, term=assign.term)
+            ready = pb.WorkerJobReady(
+                job_id=assign.plan.job_id, term=assign.term, leaf_sha256="00" * 32
+            )
             self.say(worker_job_ready=ready)
         elif kind == "revoke_job":
             revoke = message.revoke_job

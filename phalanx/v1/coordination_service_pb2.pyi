@@ -186,10 +186,13 @@ class HeldWorkerJob(_message.Message):
     TRAIN_NODES_FIELD_NUMBER: _builtins.int
     EVALUATION_NODES_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
+    LEAF_SHA256_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     placement: _builtins.int
     ready: _builtins.bool
+    leaf_sha256: _builtins.str
+    """As in WorkerJobReady; empty while the job is set up."""
     @_builtins.property
     def train_nodes(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.TreeNode]: ...
     @_builtins.property
@@ -203,10 +206,11 @@ class HeldWorkerJob(_message.Message):
         train_nodes: _abc.Iterable[_training_pb2.TreeNode] | None = ...,
         evaluation_nodes: _abc.Iterable[_training_pb2.TreeNode] | None = ...,
         ready: _builtins.bool = ...,
+        leaf_sha256: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation_nodes", b"evaluation_nodes", "job_id", b"job_id", "placement", b"placement", "ready", b"ready", "term", b"term", "train_nodes", b"train_nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation_nodes", b"evaluation_nodes", "job_id", b"job_id", "leaf_sha256", b"leaf_sha256", "placement", b"placement", "ready", b"ready", "term", b"term", "train_nodes", b"train_nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -388,23 +392,35 @@ Global___JobDescribed: _TypeAlias = JobDescribed  # noqa: Y015
 
 @_typing.final
 class WorkerJobReady(_message.Message):
-    """The worker holds the job's code and data and may be given nodes."""
+    """The worker holds the job's code and data and may be given nodes; it computes
+    them if its leaf is the one that AssignJob names, or failed.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
+    LEAF_SHA256_FIELD_NUMBER: _builtins.int
+    LEAF_FAILED_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
+    leaf_sha256: _builtins.str
+    """Of a reproducible job: SHA-256 of this worker's own leaf, made as that of
+    JobDescribed.
+    """
+    leaf_failed: _builtins.bool
+    """That leaf failed here; it will again where it counts, and names its shard."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         term: _builtins.int = ...,
+        leaf_sha256: _builtins.str = ...,
+        leaf_failed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "leaf_failed", b"leaf_failed", "leaf_sha256", b"leaf_sha256", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1063,9 +1079,14 @@ class AssignJob(_message.Message):
     PLACEMENT_FIELD_NUMBER: _builtins.int
     TRAIN_NODES_FIELD_NUMBER: _builtins.int
     EVALUATION_NODES_FIELD_NUMBER: _builtins.int
+    LEAF_SHA256_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     placement: _builtins.int
     """Rises with every change of placement of this job."""
+    leaf_sha256: _builtins.str
+    """The leaf that the job began with: a worker whose own is another computes
+    nothing of this job. Empty: any will do.
+    """
     @_builtins.property
     def plan(self) -> _training_pb2.JobPlan: ...
     @_builtins.property
@@ -1085,10 +1106,11 @@ class AssignJob(_message.Message):
         placement: _builtins.int = ...,
         train_nodes: _abc.Iterable[_training_pb2.TreeNode] | None = ...,
         evaluation_nodes: _abc.Iterable[_training_pb2.TreeNode] | None = ...,
+        leaf_sha256: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation_nodes", b"evaluation_nodes", "placement", b"placement", "plan", b"plan", "ranges", b"ranges", "term", b"term", "train_nodes", b"train_nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation_nodes", b"evaluation_nodes", "leaf_sha256", b"leaf_sha256", "placement", b"placement", "plan", b"plan", "ranges", b"ranges", "term", b"term", "train_nodes", b"train_nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

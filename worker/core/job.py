@@ -42,6 +42,9 @@ class JobCore:
         self.term = 0
         self.placement = -1
         self.prepared = False
+        self.leaf_sha256 = ""
+        self._set_up = False
+        self._wanted_leaf = ""
         self.train_nodes: list[Node] = []
         self.evaluation_nodes: list[Node] = []
         self.round: Round | None = None
@@ -74,15 +77,22 @@ class JobCore:
             effects += self._owe(self.round)
         return effects
 
-    def prepare_done(self) -> list[Effect]:
-        """Code and data are here and the leaf processes know the job."""
-        self.prepared = True
+    def prepare_done(self, leaf_sha256: str = "") -> list[Effect]:
+        """Code and data are here and the leaf processes know the job.
+
+        `leaf_sha256` is that of this worker's own leaf, of a reproducible job; empty if it failed.
+        With another one than the job began with nothing is computed here: control takes the job
+        away once it hears of it.
+        """
+        self._set_up = True
+        self.leaf_sha256 = leaf_sha256
+        self._compare_leaves()
         effects: list[Effect] = [self._ready_report()]
         return effects + self._turn()
 
     def leave(self) -> list[Effect]:
         """The job was revoked: stop computing it."""
-        self.prepared = False
+        self._set_up = self.prepared = False
         self.train_nodes, self.evaluation_nodes = [], []
         return self._end_round()
 
@@ -222,6 +232,8 @@ class JobCore:
         itemsize = np.dtype(layout.dtype or "float32").itemsize
         self.plan = message.plan
         self.term = message.term
+        self._wanted_leaf = message.leaf_sha256
+        self._compare_leaves()
         self.versions = VersionAssembly(message.ranges, itemsize)
         self._outbox = Outbox(message.ranges, itemsize, len(message.plan.evaluation_sums))
         self._go.clear()
@@ -230,9 +242,14 @@ class JobCore:
         self._losses.clear()
         owners = {piece.aggregator_id: piece.address for piece in message.ranges}
         effects.append(OpenStreams(self.job_id, self.term, tuple(sorted(owners.items()))))
-        if self.prepared:
+        if self._set_up:
             effects.append(self._ready_report())
         return effects
+
+    def _compare_leaves(self) -> None:
+        """Compute only with the bits that the job began with; a leaf that failed has none yet."""
+        same = not self._wanted_leaf or self.leaf_sha256 in ("", self._wanted_leaf)
+        self.prepared = self._set_up and same
 
     def _target(self) -> GoRecord | None:
         """The go record of the round that is open for this worker."""
@@ -364,7 +381,12 @@ class JobCore:
         return [Wake(self.job_id, name) for name in self._outbox.open_streams]
 
     def _ready_report(self) -> Report:
-        ready = coordination.WorkerJobReady(job_id=self.job_id, term=self.term)
+        ready = coordination.WorkerJobReady(
+            job_id=self.job_id,
+            term=self.term,
+            leaf_sha256=self.leaf_sha256,
+            leaf_failed=self.plan.bitwise and not self.leaf_sha256,
+        )
         return Report(coordination.SessionRequest(worker_job_ready=ready))
 
     def _failure_report(self, round: Round, failure: LeafFailure) -> Report:

@@ -75,6 +75,7 @@ class WorkerCore:
                 train_nodes=_messages(job.train_nodes),
                 evaluation_nodes=_messages(job.evaluation_nodes),
                 ready=job.prepared,
+                leaf_sha256=job.leaf_sha256,
             )
             for job in self.jobs.values()
         ]
@@ -83,10 +84,10 @@ class WorkerCore:
         """Add what follows for the slots: call it on the effects of every event of a job."""
         return effects + [Run(task) for task in self.dispatcher.start()]
 
-    def prepare_done(self, job_id: str) -> list[Effect]:
+    def prepare_done(self, job_id: str, leaf_sha256: str = "") -> list[Effect]:
         """Everything that the job needs is here."""
         job = self.jobs.get(job_id)
-        return self.settle(job.prepare_done()) if job is not None else []
+        return self.settle(job.prepare_done(leaf_sha256)) if job is not None else []
 
     def slot_idle(self, slot: int) -> list[Effect]:
         """A leaf process is up, or through with a task."""

@@ -45,6 +45,7 @@ LeafFailed = coordination.LeafFailed
 _LOG_FLUSH_S = 0.25
 _PREPARE_RETRY_S = 2.0
 _PREPARE_RETRY_LONGEST_S = 30.0
+_LEAF_ATTEMPTS = 2
 _NOT_PREPARED_SHARDS_MAX = 64
 """Shards told of at once; those that control cannot move away are told again."""
 _PROGRAM = "train"
@@ -259,7 +260,7 @@ class Session:
         while not await self._set_up(job):
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 2, _PREPARE_RETRY_LONGEST_S)
-        self._perform(self._core.prepare_done(job.core.job_id))
+        self._perform(self._core.prepare_done(job.core.job_id, await self._own_leaf(job)))
 
     async def _set_up(self, job: HostedJob) -> bool:
         """Try once; what keeps the job from running here is told for each of its shards here.
@@ -280,6 +281,22 @@ class Session:
                 self._report(report)
             return False
         return True
+
+    async def _own_leaf(self, job: HostedJob) -> str:
+        """Return the hash of this worker's own leaf of a reproducible job, empty if it fails.
+
+        Its failure is not told: the same leaf fails again as that of its shard.
+        """
+        assert job.prepared is not None
+        if not job.core.plan.bitwise:
+            return ""
+        for _ in range(_LEAF_ATTEMPTS):  # the first may die with the leaf of another job
+            described = await self._slots.describe(job.prepared)
+            if not described.HasField("failure"):
+                return described.leaf_sha256
+        text = described.failure.message
+        _log.warning("own_leaf_failed", job_id=job.core.job_id, message=text)
+        return ""
 
     async def _describe(self, plan: training_pb2.JobPlan) -> None:
         prepared = None

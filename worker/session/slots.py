@@ -72,6 +72,7 @@ class _Place:
     job: PreparedJob | None = None
     describing: asyncio.Future[bytes] | None = None
     description: bytes = b""
+    described_job: int = 0
     setting_up: dict[int, asyncio.Future[None]] = field(default_factory=dict)
     fetching: int = 0
 
@@ -130,6 +131,7 @@ class SlotPool:
         place.describing = asyncio.get_running_loop().create_future()
         # Kept: a process that is about to start is told when it is there.
         place.description = job.describe_body()
+        place.described_job = job.number
         self._tell(place, Kind.DESCRIBE, place.description)
         try:
             await self._patiently(place, place.describing)
@@ -142,6 +144,7 @@ class SlotPool:
         except _Died as error:
             answer = _not_described(f"a leaf process died while it built the model: {error}")
         finally:
+            place.describing.cancel()  # whoever waits for its turn has it now
             place.describing, place.description = None, b""
         answer.job_id = job.plan.job_id
         return answer
@@ -337,8 +340,11 @@ class SlotPool:
             case Kind.SETUP_DONE:
                 self._has_set_up(place, ipc.unpack_json(message.body)[0])
             case Kind.DESCRIBED:
-                if place.describing is not None and not place.describing.done():
-                    place.describing.set_result(ipc.unpack_json(message.body)[1])
+                document, answer = ipc.unpack_json(message.body)
+                # One that was given up may still answer.
+                wanted = document["job"] == place.described_job
+                if wanted and place.describing is not None and not place.describing.done():
+                    place.describing.set_result(answer)
             case Kind.FINGERPRINTED:
                 self._has_fingerprint(ipc.unpack_json(message.body)[0])
 

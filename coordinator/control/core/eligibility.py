@@ -102,12 +102,23 @@ def group_of(core: Core, job: JobRuntime) -> Group:
     chosen: list[Worker] = []
     unmatched: list[str] = []
     for worker in fitting:
-        if worker.hello.fingerprint == fingerprint:
-            chosen.append(worker)
-        else:
-            unmatched.append(worker.id)
+        if worker.hello.fingerprint != fingerprint:
             excluded[worker.id] = "its processor or libraries give other bits (fingerprint)"
+        elif facts.leaf_sha256 and worker.id in job.other_leaves:
+            excluded[worker.id] = _other_leaf(facts.leaf_sha256, job.other_leaves[worker.id])
+        else:
+            chosen.append(worker)
+            continue
+        unmatched.append(worker.id)
     return Group(fingerprint, tuple(chosen), excluded, tuple(unmatched))
+
+
+def _other_leaf(wanted: str, own: str) -> str:
+    found = f"its own is {own}" if own else "it tells none, as it runs an older version"
+    return (
+        f"it gives other bits in this job: the leaf that the job began with is {wanted}, {found} "
+        "(code that depends on more than its seed and its rows does so, too)"
+    )
 
 
 def largest_fingerprint(workers: list[Worker]) -> str:
@@ -170,5 +181,9 @@ def announce_ineligible(core: Core, job: JobRuntime, group: Group) -> None:
             job_id=job.job_id,
             worker_id=worker_id,
             after=job.term_after,
-            details={"fingerprint": core.workers[worker_id].hello.fingerprint},
+            details={
+                "fingerprint": core.workers[worker_id].hello.fingerprint,
+                "leaf_sha256": job.other_leaves.get(worker_id, ""),
+                "job_leaf_sha256": core.facts_of(job).leaf_sha256,
+            },
         )

@@ -85,6 +85,11 @@ class JobFacts:
         return self.plan.fingerprint
 
     @property
+    def leaf_sha256(self) -> str:
+        """The leaf that the job's workers must compute as well; empty for any."""
+        return self.kept.term_started.leaf_sha256 if self.bit_identical else ""
+
+    @property
     def bit_identical(self) -> bool:
         """Whether the result is promised to be the same bits again."""
         return self.kept.submitted.plan.bitwise and not self.kept.bit_identity_lost

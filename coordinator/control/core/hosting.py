@@ -103,6 +103,21 @@ def set_aside(core: Core, job: JobRuntime, worker_id: str, late_s: float) -> Non
     incidents.moved(core, incident)
 
 
+def leave_out(core: Core, job: JobRuntime, worker_id: str, leaf_sha256: str) -> None:
+    """Take the job from a worker whose own leaf has other bits than the one it began with.
+
+    It has computed nothing of the job, so it keeps nothing until others take over.
+    """
+    job.other_leaves[worker_id] = leaf_sha256
+    hosting = job.hosts.pop(worker_id, None)
+    if hosting is None:
+        return
+    why = "the worker gives other bits in this job"
+    revoke(core, job, worker_id, hosting.term, why, job.term_after)
+    freed, freed_evaluation = job.train.forget(worker_id), job.evaluation.forget(worker_id)
+    sync(core, job, cause="fingerprint", freed=freed, freed_evaluation=freed_evaluation)
+
+
 def end_set_aside(core: Core, job: JobRuntime) -> None:
     """Try again, after a while, those that delivered nothing."""
     over = [key for key, until_s in job.set_aside.items() if core.now.monotonic_s >= until_s]
@@ -254,6 +269,7 @@ def _send(core: Core, job: JobRuntime, worker: Worker, hosting: Hosting) -> None
         placement=job.placement,
         train_nodes=nodes_of(hosting.train, job.train.width),
         evaluation_nodes=nodes_of(hosting.evaluation, job.evaluation.width),
+        leaf_sha256=facts.leaf_sha256,
     )
     core.send(worker.session, pb.SessionResponse(assign_job=assign), job.term_after)
 

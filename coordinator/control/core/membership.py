@@ -68,6 +68,8 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
         details={"incarnation": hello.incarnation, "host": hello.host, "pid": hello.pid},
     )
     incidents.well(core, worker.id)
+    if not same:
+        _forget_leaves(core, worker)
     _adopt(core, worker)
     for job in list(core.jobs.values()):
         job.set_aside.pop(worker.id, None)
@@ -158,8 +160,15 @@ def heard(core: Core, member: Worker | Aggregator) -> None:
 def worker_ready(core: Core, worker: Worker, message: pb.WorkerJobReady) -> None:
     """A worker holds a job's code and data: it may take its share."""
     job = core.jobs.get(message.job_id)
-    hosted = job.hosts.get(worker.id) if job is not None else None
-    if job is None or hosted is None or hosted.term != message.term:
+    if job is None:
+        return
+    wanted = core.facts_of(job).leaf_sha256
+    if wanted and message.leaf_sha256 != wanted and not message.leaf_failed:
+        # Whatever term it speaks of: it sets the job up once and tells its leaf once.
+        hosting.leave_out(core, job, worker.id, message.leaf_sha256)
+        return
+    hosted = job.hosts.get(worker.id)
+    if hosted is None or hosted.term != message.term:
         return
     newly, hosted.ready = not hosted.ready, True
     hosting.sync(core, job, balance=newly)
@@ -324,7 +333,9 @@ def _adopt(core: Core, worker: Worker) -> None:
     for each in held.values():
         job = core.jobs.get(each.job_id)
         facts = core.facts_of(job) if job is not None else None
-        if job is None or facts is None or not _may_hold(facts, worker, each):
+        if job is not None and facts is not None and _has_other_leaf(facts, each):
+            hosting.leave_out(core, job, worker.id, each.leaf_sha256)
+        if job is None or facts is None or not _may_hold(job, facts, worker, each):
             revoke = pb.RevokeJob(
                 job_id=each.job_id, term=each.term, reason="the job does not run here in this term"
             )
@@ -339,8 +350,22 @@ def _adopt(core: Core, worker: Worker) -> None:
             del job.hosts[worker.id]  # what it was told got lost on the way; it is told again
 
 
-def _may_hold(facts: JobFacts, worker: Worker, held: pb.HeldWorkerJob) -> bool:
+def _has_other_leaf(facts: JobFacts, held: pb.HeldWorkerJob) -> bool:
+    """One that tells none is either setting the job up, or it failed or is older, and stays."""
+    return bool(facts.leaf_sha256 and held.leaf_sha256 not in ("", facts.leaf_sha256))
+
+
+def _forget_leaves(core: Core, worker: Worker) -> None:
+    """A new start of a worker may have other libraries: its leaves are compared anew."""
+    for job in core.jobs.values():
+        if job.other_leaves.pop(worker.id, None) is not None:
+            job.told_ineligible.discard(worker.id)
+
+
+def _may_hold(job: JobRuntime, facts: JobFacts, worker: Worker, held: pb.HeldWorkerJob) -> bool:
     same_bits = not facts.plan.bitwise or worker.hello.fingerprint == facts.fingerprint
+    if facts.leaf_sha256 and worker.id in job.other_leaves:
+        same_bits = False
     return facts.state == RUNNING and facts.term == held.term and same_bits
 
 

@@ -235,6 +235,8 @@ class JobRuntime:
     owners_may_differ: bool = False
     """`fall_back_after` is over: its ranges may go on on aggregators that give other bits."""
     told_ineligible: set[str] = field(default_factory=set)
+    other_leaves: dict[str, str] = field(default_factory=dict)
+    """Hashes of the leaves of workers that give other bits in this very job."""
 
     @property
     def step(self) -> int:

@@ -168,6 +168,54 @@ async def test_a_job_describes_itself(bench: Any) -> None:
         assert (await session.receive("job_described")).leaf_sha256 == described.leaf_sha256
 
 
+async def test_rule_16_a_worker_computes_only_with_the_leaf_that_the_job_began_with(
+    bench: Any,
+) -> None:
+    bench.job(shards=4)
+    bench.plan.bitwise = True
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        bench.own(aggregator)
+        await bench.worker(control.address)
+        session = await control.next_session()
+        await session.send(describe_job={"plan": bench.plan})
+        own = (await session.receive("job_described")).leaf_sha256
+        assign = bench.assign([(0, 4)])
+        assign.leaf_sha256 = "00" * 32
+        await session.send(assign_job=assign)
+        stream = await aggregator.next_stream()
+        await stream.send_version(0, 0, bench.version(0))
+        await stream.send_go(bench.go(0))
+        ready = await session.receive("worker_job_ready")
+        assert (ready.leaf_sha256, ready.leaf_failed) == (own, False)
+        right = bench.assign([(0, 4)], term=2)
+        right.leaf_sha256 = own
+        await session.send(assign_job=right)
+        stream = await aggregator.next_stream()
+        await stream.send_version(0, 0, bench.version(0), term=2)
+        await stream.send_go(bench.go(0, term=2))
+        frame, _payload = await stream.receive_frame()
+        assert frame.term == 2, "nothing was computed with the other leaf"
+
+
+async def test_a_leaf_that_fails_at_set_up_is_told_once_as_that_of_its_shard(bench: Any) -> None:
+    bench.job(shards=4, custom={"row": 3, "act": "raise_error"})
+    bench.plan.bitwise = True
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        bench.own(aggregator)
+        await bench.worker(control.address)
+        session = await control.next_session()
+        assign = bench.assign([(0, 4)])
+        assign.leaf_sha256 = "00" * 32
+        await session.send(assign_job=assign)
+        ready = await session.receive("worker_job_ready")
+        assert (ready.leaf_sha256, ready.leaf_failed) == ("", True)
+        assert not session.has_received("leaf_failed")
+        stream = await aggregator.next_stream()
+        await stream.send_version(0, 0, bench.version(0))
+        await stream.send_go(bench.go(0))
+        assert "cursed" in (await session.receive("leaf_failed")).message
+
+
 @pytest.mark.parametrize(
     ("code", "words"),
     [

@@ -141,11 +141,13 @@ async def test_a_process_that_cannot_be_started_is_tried_again(pool: SlotPool) -
 
 async def test_a_description_is_asked_of_the_process_that_comes_next(pool: SlotPool) -> None:
     die_until_it_waits(pool)
-    describing = asyncio.create_task(pool.describe(job()))
+    described_job = job()
+    describing = asyncio.create_task(pool.describe(described_job))
     leaf = await next_leaf()
     assert leaf.sent == [Kind.DESCRIBE]
     answer = coordination.JobDescribed(leaf_sha256="ab")
-    leaf.say(Kind.DESCRIBED, ipc.pack_json({}, answer.SerializeToString()))
+    body = ipc.pack_json({"job": described_job.number}, answer.SerializeToString())
+    leaf.say(Kind.DESCRIBED, body)
     async with asyncio.timeout(GUARD_S):
         assert (await describing).leaf_sha256 == "ab"
 
@@ -166,7 +168,7 @@ async def test_code_that_is_being_described_outlives_a_job_that_ends(pool: SlotP
     pool.drop(job("code"), code_in_use=False)
     leaf = Leaf.made[-1]
     assert Kind.DESCRIBE in leaf.sent
-    leaf.say(Kind.DESCRIBED, ipc.pack_json({}, b""))
+    leaf.say(Kind.DESCRIBED, ipc.pack_json({"job": 1}, b""))
     async with asyncio.timeout(GUARD_S):
         assert not (await describing).HasField("failure")
 

@@ -63,7 +63,9 @@ class Driver:
         self.running += self.dispatcher.start()
         return effects
 
-    def assign(self, nodes: list[Node], term: int = 1, placement: int = 1) -> list[do.Effect]:
+    def assign(
+        self, nodes: list[Node], term: int = 1, placement: int = 1, leaf_sha256: str = ""
+    ) -> list[do.Effect]:
         messages = [training_pb2.TreeNode(first=n.first, span=n.span) for n in nodes]
         return self.take(
             self.core.assign(
@@ -74,12 +76,13 @@ class Driver:
                     placement=placement,
                     train_nodes=messages,
                     evaluation_nodes=[training_pb2.TreeNode(first=0, span=2)],
+                    leaf_sha256=leaf_sha256,
                 )
             )
         )
 
-    def prepared(self) -> None:
-        self.take(self.core.prepare_done())
+    def prepared(self, leaf_sha256: str = "") -> None:
+        self.take(self.core.prepare_done(leaf_sha256))
 
     def go(self, version: int, action: Any = GoRecord.ACTION_TRAIN, round: int = 0) -> GoRecord:
         term = self.core.term
@@ -153,6 +156,39 @@ def test_nothing_runs_before_the_job_is_prepared() -> None:
     driver.prepared()
     assert [part.node for part in driver.running[0].parts] == [Node(0, 4)]
     assert driver.reports[0].worker_job_ready.term == 1
+
+
+def test_rule_16_a_worker_with_another_leaf_says_so_and_computes_nothing() -> None:
+    driver = Driver()
+    driver.plan.bitwise = True
+    driver.assign([Node(0, 4)], leaf_sha256="right")
+    driver.prepared("wrong")
+    driver.frame(0)
+    driver.go(0)
+    assert not driver.running
+    ready = driver.reports[-1].worker_job_ready
+    assert (ready.leaf_sha256, ready.leaf_failed) == ("wrong", False)
+    driver.assign([Node(0, 4)], term=2, leaf_sha256="right")
+    assert driver.reports[-1].worker_job_ready.term == 2, "control may have missed the first"
+    driver.frame(0)
+    driver.go(0)
+    assert not driver.running
+    driver.assign([Node(0, 4)], term=3)
+    driver.frame(0)
+    driver.go(0)
+    assert driver.running, "the job gave its bits up"
+
+
+@pytest.mark.parametrize("leaf_sha256", ["right", ""])
+def test_a_worker_with_the_right_leaf_or_one_that_fails_computes(leaf_sha256: str) -> None:
+    driver = Driver()
+    driver.plan.bitwise = True
+    driver.assign([Node(0, 4)], leaf_sha256="right")
+    driver.prepared(leaf_sha256)
+    driver.frame(0)
+    driver.go(0)
+    assert driver.running
+    assert driver.reports[0].worker_job_ready.leaf_failed is not bool(leaf_sha256)
 
 
 @pytest.mark.parametrize("go_first", [True, False])

@@ -47,7 +47,7 @@ EVENTS = SimpleNamespace(
     printed=lambda process, level, data: None,
 )
 JOB = SimpleNamespace(
-    code_key="", plan=training_pb2.JobPlan(job_id="job-2"), describe_body=lambda: b""
+    code_key="", number=1, plan=training_pb2.JobPlan(job_id="job-2"), describe_body=lambda: b""
 )
 
 
@@ -76,6 +76,25 @@ async def test_a_model_is_built_anew_where_the_leaf_of_another_job_took_the_proc
     answer = await describing
     assert answer.leaf_sha256 == "right"
     assert not answer.HasField("failure")
+
+
+async def test_a_description_that_was_given_up_answers_nobody_and_holds_nobody_up(pool):
+    process = started[0]
+    given_up = asyncio.create_task(pool.describe(JOB))
+    await asyncio.sleep(0)
+    other = SimpleNamespace(**{**vars(JOB), "number": 2})
+    waiting = asyncio.create_task(pool.describe(other))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    await asyncio.wait([given_up])
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert process.told.count(Kind.DESCRIBE) == 2
+    for number, leaf in ((1, "of the first"), (2, "of the second")):
+        described = coordination_service_pb2.JobDescribed(leaf_sha256=leaf)
+        body = ipc.pack_json({"job": number}, described.SerializeToString())
+        process.on_message(process, Message(Kind.DESCRIBED, body))
+    assert (await waiting).leaf_sha256 == "of the second"
 
 
 async def test_a_process_that_dies_over_a_model_is_told_as_the_fault_of_its_job(pool):
