@@ -500,6 +500,7 @@ class LeafFailed(_message.Message):
     FIRST_ROW_FIELD_NUMBER: _builtins.int
     ROW_COUNT_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     step: _builtins.int
@@ -511,6 +512,10 @@ class LeafFailed(_message.Message):
     first_row: _builtins.int
     row_count: _builtins.int
     evaluation: _builtins.bool
+    task: _builtins.int
+    """The worker's number for the computation that failed, so that control counts
+    it once, however often and on however many sessions it is told; 0: none.
+    """
     def __init__(
         self,
         *,
@@ -525,10 +530,11 @@ class LeafFailed(_message.Message):
         first_row: _builtins.int = ...,
         row_count: _builtins.int = ...,
         evaluation: _builtins.bool = ...,
+        task: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "first_row", b"first_row", "job_id", b"job_id", "kind", b"kind", "message", b"message", "round", b"round", "row_count", b"row_count", "shard", b"shard", "step", b"step", "term", b"term", "traceback", b"traceback"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "first_row", b"first_row", "job_id", b"job_id", "kind", b"kind", "message", b"message", "round", b"round", "row_count", b"row_count", "shard", b"shard", "step", b"step", "task", b"task", "term", b"term", "traceback", b"traceback"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

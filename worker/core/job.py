@@ -181,17 +181,17 @@ class JobCore:
         if round is not self.round or task.cancelled:
             return []
         part.state = PartState.FAILED
-        part.failure = failure
+        part.failure, part.failed_task = failure, task.id
         if failure.shard in round.absent and failure.shard not in task.absent:
             return self._owe(round)
-        return [self._failure_report(round, failure)]
+        return [self._failure_report(round, failure, task.id)]
 
     def open_failures(self) -> list[Effect]:
         """Reports of the failures that still wait for control, for one that may not have heard."""
         round = self.round
         parts = round.parts.values() if round is not None else ()
         return [
-            self._failure_report(round, part.failure)
+            self._failure_report(round, part.failure, part.failed_task)
             for part in parts
             if round is not None and part.state is PartState.FAILED and part.failure is not None
         ]
@@ -389,7 +389,7 @@ class JobCore:
         )
         return Report(coordination.SessionRequest(worker_job_ready=ready))
 
-    def _failure_report(self, round: Round, failure: LeafFailure) -> Report:
+    def _failure_report(self, round: Round, failure: LeafFailure, task_id: int) -> Report:
         failed = coordination.LeafFailed(
             job_id=self.job_id,
             term=self.term,
@@ -402,6 +402,7 @@ class JobCore:
             first_row=failure.first_row,
             row_count=failure.row_count,
             evaluation=round.is_evaluation,
+            task=task_id,
         )
         return Report(coordination.SessionRequest(leaf_failed=failed))
 

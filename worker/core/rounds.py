@@ -63,6 +63,8 @@ class Part:
     sums: tuple[float, ...] = ()
     #: Why it is FAILED, for a control that was away when it was told.
     failure: LeafFailure | None = None
+    #: The task that it failed in: which of its computations this was.
+    failed_task: int = 0
 
 
 Fold = Part | tuple["Fold", "Fold"]

@@ -1,6 +1,7 @@
 """Leaves that fail: tried elsewhere, then the shard is named and the job fails (or skips it).
 
-Only what a leaf's own process did counts. A worker's death never gets here.
+Only what a leaf's own process did counts. A worker's death never gets here. A worker tells a
+failure again on each new session, as it cannot know what was heard; one computation counts once.
 """
 
 from __future__ import annotations
@@ -29,23 +30,37 @@ def leaf_failed(core: Core, worker: Worker, message: pb.LeafFailed) -> None:
     failures = job.failed_leaves.setdefault((message.evaluation, message.shard), [])
     # Another step is another try: the shard got through in between.
     failures[:] = [each for each in failures if each.step == message.step]
-    failures.append(
-        FailedLeaf(
-            worker.id,
-            message.step,
-            message.kind,
-            message.message,
-            message.traceback,
-            message.first_row,
-            message.row_count,
-        )
+    failed = FailedLeaf(
+        worker.id,
+        message.step,
+        message.kind,
+        message.message,
+        message.traceback,
+        message.first_row,
+        message.row_count,
+        worker.hello.incarnation,
+        message.task,
     )
+    if not any(_same_computation(each, failed) for each in failures):
+        failures.append(failed)
+    elif tree.owners.get(message.shard) != worker.id:
+        return  # somebody else has it already
+    # Said again by the one who still has the shard: the answer to it may be lost, decide as before.
     if message.kind == pb.LeafFailed.KIND_NON_FINITE:
         _non_finite(core, job, message, failures)
     elif len({each.worker_id for each in failures}) >= WORKERS_MAX or len(failures) >= ATTEMPTS_MAX:
         _poisoned(core, job, message, failures)
     else:
         _try_elsewhere(core, job, message, failures)
+
+
+def _same_computation(first: FailedLeaf, second: FailedLeaf) -> bool:
+    """Whether the second report only repeats the first."""
+    return second.task != 0 and (first.worker_id, first.incarnation, first.task) == (
+        second.worker_id,
+        second.incarnation,
+        second.task,
+    )
 
 
 def _non_finite(

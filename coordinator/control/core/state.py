@@ -255,6 +255,9 @@ class FailedLeaf:
     traceback: str
     first_row: int
     row_count: int
+    incarnation: str
+    task: int
+    """The worker's number for the computation, within its incarnation; 0: it has none."""
 
 
 @dataclass

@@ -17,7 +17,9 @@ def manifest(step: int, *, final: bool = False) -> storage_pb.CheckpointManifest
     )
 
 
-def leaf_failure(cluster: Any, worker: str, kind: Any, shard: int = 3, step: int = 7) -> None:
+def leaf_failure(
+    cluster: Any, worker: str, kind: Any, shard: int = 3, step: int = 7, task: int = 0
+) -> None:
     failed = pb.LeafFailed(
         job_id="job-1",
         term=1,
@@ -28,6 +30,7 @@ def leaf_failure(cluster: Any, worker: str, kind: Any, shard: int = 3, step: int
         traceback="Traceback (most recent call last)",
         first_row=100,
         row_count=64,
+        task=task,
     )
     cluster.say(cluster.sessions[worker], leaf_failed=failed)
 
@@ -99,6 +102,43 @@ def test_a_non_finite_leaf_is_confirmed_elsewhere_and_fails_the_job(running: Any
     assert second != first
     leaf_failure(running, second, pb.LeafFailed.KIND_NON_FINITE)
     assert running.job().reason == "NON_FINITE"
+
+
+def test_a_failure_that_is_told_again_counts_once(running: Any) -> None:
+    first = host_of(running, 3)
+    leaf_failure(running, first, pb.LeafFailed.KIND_NON_FINITE, task=5)
+    second = host_of(running, 3)
+    for _ in range(3):
+        running.kill(first)
+        running.worker(first)
+        leaf_failure(running, first, pb.LeafFailed.KIND_NON_FINITE, task=5)
+        assert host_of(running, 3) == second, "it computes the shard already"
+    assert running.state() == "RUNNING"
+    # The other worker's numbers are its own.
+    leaf_failure(running, second, pb.LeafFailed.KIND_NON_FINITE, task=5)
+    assert running.job().reason == "NON_FINITE"
+    assert running.job().failures[0].attempts == 2
+
+
+def test_a_lone_worker_is_told_again_to_try_again_and_its_attempts_are_not_used_up(
+    cluster: Any,
+) -> None:
+    cluster.aggregator()
+    cluster.worker("w1")
+    cluster.submit()
+    for _ in range(5):
+        before = cluster.told("w1", "assign_job")[-1].placement
+        leaf_failure(cluster, "w1", pb.LeafFailed.KIND_RAISED, task=5)
+        assert cluster.told("w1", "assign_job")[-1].placement > before
+    assert cluster.state() == "RUNNING"
+    # Another process of the worker numbers its tasks from the start again.
+    cluster.kill("w1")
+    cluster.worker("w1", incarnation="w1-2")
+    for task in (5, 6):
+        assert cluster.state() == "RUNNING"
+        leaf_failure(cluster, "w1", pb.LeafFailed.KIND_RAISED, task=task)
+    assert cluster.job().reason == "POISON_SHARD"
+    assert cluster.job().failures[0].attempts == 3
 
 
 def test_a_non_finite_leaf_is_skipped_where_the_job_says_so(cluster: Any) -> None:

@@ -414,6 +414,23 @@ def test_shards_of_another_term_are_not_left_out() -> None:
     (report,) = driver.core.open_failures()
     assert isinstance(report, do.Report)
     assert report.message.leaf_failed.shard == 2
+    # Told again it is the same computation, which control counts once.
+    assert report.message.leaf_failed == driver.reports[-1].leaf_failed
+    assert report.message.leaf_failed.task == task.id > 0
+
+
+def test_a_leaf_that_is_computed_again_and_fails_again_is_another_failure() -> None:
+    driver = _started()
+    driver.frame(0)
+    driver.go(0)
+    for placement in (2, 3):
+        task = driver.running[0]
+        failure = LeafFailure(2, LeafFailed.KIND_NON_FINITE, "inf")
+        driver.take(driver.core.part_failed(task, task.parts[0], failure))
+        driver.end(task)
+        driver.assign([Node(0, 4)], placement=placement)
+    first, second = [each.leaf_failed.task for each in driver.reports[-2:]]
+    assert 0 < first < second
 
 
 def test_sums_of_an_evaluation_go_to_range_0_only() -> None:
