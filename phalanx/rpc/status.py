@@ -20,6 +20,7 @@ from phalanx.errors import (
     Internal,
     InvalidArgument,
     PhalanxError,
+    Unavailable,
     Violation,
 )
 
@@ -29,6 +30,9 @@ _TRAILER = "grpc-status-details-bin"
 _DETAILS_LIMIT_BYTES = 3840
 _MESSAGE_LIMIT_BYTES = 768
 _MORE_BYTES = 64
+# What grpc.aio makes of a message that it cannot write since the other side has ended the call: the
+# real status is lost, and the next try gets it.
+_WRITE_FAILED = "Internal error from Core"
 
 
 class RpcStatus(NamedTuple):
@@ -63,6 +67,10 @@ def from_rpc_error(error: grpc.RpcError) -> PhalanxError:
     code = _code_of(error)
     message = str(_call(error, "details") or code.value)
     status = _rich_status(error)
+    if status is None and code is Internal.code and message == _WRITE_FAILED:
+        return Unavailable(
+            "the call ended while it was being written; try again", reason="CALL_ENDED"
+        )
     if status is None:
         return ERROR_OF_CODE[code](message)
     return _from_status(code, status, message)

@@ -84,6 +84,16 @@ def test_statuses_without_a_class_become_the_nearest(status: grpc.StatusCode, co
     assert from_rpc_error(error).code is code
 
 
+def test_a_call_that_ended_while_it_was_written_may_be_tried_again() -> None:
+    none = grpc.aio.Metadata()
+    error = grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL, none, none, "Internal error from Core", "execute_batch"
+    )
+    assert isinstance(from_rpc_error(error), Unavailable)
+    real = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, none, none, "a defect")
+    assert from_rpc_error(real).code is Code.INTERNAL
+
+
 def test_garbage_in_the_trailer_is_ignored() -> None:
     trailer = grpc.aio.Metadata(("grpc-status-details-bin", b"\xff\xff\xff"))
     error = grpc.aio.AioRpcError(
