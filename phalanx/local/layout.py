@@ -9,6 +9,12 @@ from phalanx.local.options import HOST, LocalOptions
 from phalanx.local.ports import check_free, free_ports
 
 CONTROL, AGGREGATOR, WORKER, STORAGE = "control", "aggregator", "worker", "storage"
+_IMPORTS = {
+    STORAGE: ("storage.config", "storage.runtime"),
+    CONTROL: ("coordinator.control.main",),
+    AGGREGATOR: ("coordinator.aggregation.main",),
+    WORKER: ("worker.main",),
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class Layout:
             arguments=(*arguments, "--log-level", self.options.log_level),
             log=self._state_dir / "logs" / f"{id}.log",
             announce=self._state_dir / "run" / f"{id}.json",
+            imports=_IMPORTS[role],
         )
 
     @property

@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from phalanx.local.forks import ForkedProcess, ForkServer
 from phalanx.local.restarts import RestartPolicy
 from phalanx.local.state import Member
 
@@ -19,27 +18,29 @@ _TAIL_BYTES = 4096
 
 @dataclass(frozen=True)
 class MemberPlan:
-    """What is the same at each start: ``arguments`` come after ``python -P -m``."""
+    """What is the same at each start: ``arguments`` come after ``python -P -m``, ``imports`` are
+    the modules that this needs."""
 
     role: str
     id: str
     arguments: tuple[str, ...]
     log: Path
     announce: Path
+    imports: tuple[str, ...] = ()
 
 
 class MemberProcess:
     """A member and its present process, if it has one. Not thread-safe: one thread owns it."""
 
-    def __init__(self, plan: MemberPlan, environment: Mapping[str, str], cwd: Path) -> None:
+    def __init__(self, plan: MemberPlan, server: ForkServer, cwd: Path) -> None:
         self.plan = plan
         self.policy = RestartPolicy()
         self.restarts = 0
         self.start_at_s: float | None = 0.0
         """When to start it next; None while it runs or shall stay down."""
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: ForkedProcess | None = None
         self.announced: Mapping[str, object] | None = None
-        self._environment = dict(environment)
+        self._server = server
         self._cwd = cwd
         self._started_at_s = 0.0
 
@@ -59,20 +60,16 @@ class MemberProcess:
         self.announced = None
         self.start_at_s = None
         self._started_at_s = time.monotonic()
+        module, *arguments = self.plan.arguments
+        arguments += ["--id", self.plan.id, "--announce", str(self.plan.announce)]
         with open(self.plan.log, "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", *self.plan.arguments, *self._common_arguments()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+            self.process = self._server.fork(
+                module,
+                arguments,
+                imports=self.plan.imports,
                 cwd=self._cwd,
-                env=self._environment,
-                start_new_session=True,
+                log=log.fileno(),
             )
-
-    def _common_arguments(self) -> Sequence[str]:
-        announce = str(self.plan.announce)
-        return ["--id", self.plan.id, "--announce", announce, "--parent-pid", str(os.getpid())]
 
     def look_for_announcement(self) -> bool:
         """Return whether the process has said that it is ready."""
@@ -101,16 +98,13 @@ class MemberProcess:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process, if there is one."""
         if self.process is not None:
-            # Popen sends nothing once the process was collected, so a recycled pid is never hit.
             self.process.send_signal(number)
 
     def wait(self, deadline_s: float) -> bool:
         """Wait for the end of the process until a time of the monotonic clock; return whether it
         ended."""
         if self.process is not None:
-            try:
-                self.process.wait(timeout=max(deadline_s - time.monotonic(), 0.0))
-            except subprocess.TimeoutExpired:
+            if not self.process.wait(max(deadline_s - time.monotonic(), 0.0)):
                 return False
             self.collect()
         return True

@@ -1,8 +1,8 @@
 """Starts the processes of a local cluster, starts again what dies, and ends them all.
 
-One thread owns every process: it starts them (the operating system kills a child when the *thread*
-that started it ends), waits for deaths without polling, and ends them. Other threads only send it
-commands.
+One thread owns every process: it has them started by a fork server (the operating system kills a
+child when the *thread* that started it ends), waits for deaths without polling, and ends them.
+Other threads only send it commands.
 """
 
 import os
@@ -18,8 +18,9 @@ from typing import IO, TypeVar
 
 import phalanx
 from phalanx.errors import DeadlineExceeded, FailedPrecondition, NotFound, PhalanxError, Unavailable
+from phalanx.local.forks import ForkServer
 from phalanx.local.layout import WORKER, Layout
-from phalanx.local.members import MemberProcess
+from phalanx.local.members import MemberPlan, MemberProcess
 from phalanx.local.options import LocalOptions
 from phalanx.local.state import ClusterState, Member, lock, remove_state, write_state
 
@@ -45,6 +46,7 @@ class Supervisor:
         self._on_remark = on_remark
         self.layout = Layout.choose(options)
         self._members: list[MemberProcess] = []
+        self._server = ForkServer({**os.environ, **options.environment})
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._ready: Future[None] = Future()
         self._ended = threading.Event()
@@ -171,6 +173,7 @@ class Supervisor:
                 self._ready.set_exception(error)
         finally:
             self._end_members()
+            self._server.close()
             self._release()
             with self._pipe_lock:
                 os.close(self._wake_read)
@@ -182,11 +185,7 @@ class Supervisor:
                 )
 
     def _start_members(self) -> None:
-        environment = {**os.environ, **self.options.environment}
-        self._members = [
-            MemberProcess(plan, environment, self.options.state_dir)
-            for plan in self.layout.members()
-        ]
+        self._members = [self._new_member(plan) for plan in self.layout.members()]
         self._start_due()
 
     def _wait_for_something(self) -> None:
@@ -194,18 +193,11 @@ class Supervisor:
         files."""
         poller = select.poll()
         poller.register(self._wake_read, select.POLLIN)
-        handles = []
         for member in self._members:
-            if member.pid:
-                # The process is our child and not yet collected, so the id cannot mean another one.
-                handles.append(os.pidfd_open(member.pid))
-                poller.register(handles[-1], select.POLLIN)
-        try:
-            timeout_s = self._next_look_s()
-            poller.poll(None if timeout_s is None else timeout_s * 1000)
-        finally:
-            for handle in handles:
-                os.close(handle)
+            if member.process is not None:
+                poller.register(member.process.handle, select.POLLIN)
+        timeout_s = self._next_look_s()
+        poller.poll(None if timeout_s is None else timeout_s * 1000)
 
     def _next_look_s(self) -> float | None:
         if any(member.pid and member.announced is None for member in self._members):
@@ -279,9 +271,11 @@ class Supervisor:
     def _add_worker(self) -> str:
         plan = self.layout.worker(self._next_worker)
         self._next_worker += 1
-        environment = {**os.environ, **self.options.environment}
-        self._members.append(MemberProcess(plan, environment, self.options.state_dir))
+        self._members.append(self._new_member(plan))
         return plan.id
+
+    def _new_member(self, plan: MemberPlan) -> MemberProcess:
+        return MemberProcess(plan, self._server, self.options.state_dir)
 
     def _begin_stop(self) -> None:
         self._stopping = True

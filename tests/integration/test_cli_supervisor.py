@@ -113,6 +113,36 @@ def test_what_dies_is_started_again_under_the_same_name(idle, id):
         supervisor.stop()
 
 
+def test_the_death_of_the_process_that_starts_them_is_one_more_death_to_survive(idle):
+    supervisor = Supervisor.launch(idle())
+    try:
+        before = {member.id: member.pid for member in supervisor.members()}
+        server = {psutil.Process(pid).ppid() for pid in before.values()}
+        assert len(server) == 1
+        os.kill(server.pop(), signal.SIGKILL)
+
+        def all_are_new():
+            now = {member.id: member.pid for member in supervisor.members() if member.address}
+            return now.keys() == before.keys() and not set(now.values()) & set(before.values())
+
+        wait_for(all_are_new, "every process is there again")
+        assert not alive(before.values())
+    finally:
+        supervisor.stop()
+
+
+def test_processes_show_what_they_are(idle):
+    supervisor = Supervisor.launch(idle())
+    try:
+        member = supervisor.member("worker-1")
+        words = psutil.Process(member.pid).cmdline()
+        assert words[1:4] == ["-P", "-m", "idle_member"]
+        assert words[words.index("--id") + 1] == "worker-1"
+        assert os.getsid(member.pid) == member.pid
+    finally:
+        supervisor.stop()
+
+
 def test_a_worker_that_left_is_not_started_again(idle):
     supervisor = Supervisor.launch(idle())
     try:

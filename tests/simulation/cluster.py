@@ -17,7 +17,7 @@ import phalanx.clients.blob_transfers
 import phalanx.frames
 import phalanx.rpc.server
 import storage.runtime
-import worker.__main__
+import worker.main
 import worker.session.app
 import worker.session.setup
 import worker.session.slots
@@ -91,7 +91,7 @@ class Services:
             coordinator.aggregation.process,
             coordinator.control.process,
             storage.runtime,
-            worker.__main__,
+            worker.main,
         ):
             made.replace(module, "announce", lambda *_, **__: None)
         self._measure_nothing()
@@ -107,14 +107,14 @@ class Services:
             (coordinator.aggregation.process, ("AggregatorMetrics", "JobGauges")),
             (phalanx.rpc.server, ("GrpcServerMetrics", "new_registry", "_add_reflection")),
             (storage.runtime, ("StorageMetrics", "new_registry")),
-            (worker.__main__, ("WorkerMetrics", "new_registry")),
+            (worker.main, ("WorkerMetrics", "new_registry")),
         ):
             for name in names:
                 replace(module, name, NOTHING)
 
     def _replace_machine(self) -> None:
         replace = self.environment.replace
-        replace(worker.__main__, "gc", NOTHING)
+        replace(worker.main, "gc", NOTHING)
         replace(coordinator.aggregation.process, "psutil", _Psutil())
         replace(coordinator.aggregation.process, "numeric_fingerprint", self)
         replace(worker.session.app, "_resident_bytes", lambda _: 0)
@@ -290,4 +290,4 @@ class Cluster:
             cache_dir=Path("/cache"),
             leaf_timeout_s=self.settings.leaf_timeout_s,
         )
-        await worker.__main__.serve(config, stop)
+        await worker.main.serve(config, stop)

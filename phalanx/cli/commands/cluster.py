@@ -84,10 +84,7 @@ def up(
     )
     if not detach:
         raise typer.Exit(run_in_foreground(options, settings))
-    arguments = [f"--workers={workers}", f"--port={port}", f"--state={options.state_dir}"]
-    arguments += [f"--aggregators={aggregators}", f"--controls={controls}"]
-    arguments += [f"--log-level={log_level}"] + ([f"--slots={slots}"] if slots else [])
-    start_in_background(options, settings, arguments)
+    start_in_background(options, settings)
 
 
 def down(context: typer.Context, state: STATE = None) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
+
+import psutil
+from setproctitle import setproctitle
 
 from phalanx.cli.context import Settings
 from phalanx.cli.errors import Exit
@@ -69,10 +71,8 @@ def run_in_foreground(options: LocalOptions, settings: Settings) -> int:
     return code
 
 
-def start_in_background(
-    options: LocalOptions, settings: Settings, arguments: Sequence[str]
-) -> None:
-    """Start `phalanx up ARGUMENTS` as a process of its own and wait until it is ready."""
+def start_in_background(options: LocalOptions, settings: Settings) -> None:
+    """Run a cluster in a process of its own, a fork of this one, and wait until it is ready."""
     if is_locked(options.state_dir):
         raise FailedPrecondition(
             f"a cluster already runs with its state in {options.state_dir}; "
@@ -84,14 +84,11 @@ def start_in_background(
     started_at_s = time.monotonic()
     (options.state_dir / "logs").mkdir(parents=True, exist_ok=True, mode=0o700)
     log_path = options.state_dir / "logs" / "up.log"
-    with open(log_path, "wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "phalanx.cli", "up", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    pid = os.fork()
+    if pid == 0:
+        _leave_the_terminal(log_path, options.state_dir)
+        raise SystemExit(run_in_foreground(options, settings))
+    process = psutil.Process(pid)
     try:
         state = _wait_until_ready(process, options.state_dir, log_path)
     except BaseException:
@@ -101,12 +98,22 @@ def start_in_background(
     show_started(state, options.state_dir, settings, time.monotonic() - started_at_s)
 
 
-def _wait_until_ready(
-    process: subprocess.Popen[bytes], state_dir: Path, log_path: Path
-) -> ClusterState:
+def _leave_the_terminal(log_path: Path, state_dir: Path) -> None:
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    for source, stream in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(source, stream)
+    os.close(nothing)
+    os.close(log)
+    setproctitle(f"{sys.executable} -P -m phalanx.cli up --state={state_dir}")
+
+
+def _wait_until_ready(process: psutil.Process, state_dir: Path, log_path: Path) -> ClusterState:
     deadline_s = time.monotonic() + START_TIMEOUT_S + 5
     while time.monotonic() < deadline_s:
-        if process.poll() is not None:
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(0)
             said = log_path.read_text(errors="replace").strip().removeprefix("error: ")
             raise FailedPrecondition(said or f"the cluster did not start; see {log_path}")
         state = read_state(state_dir)

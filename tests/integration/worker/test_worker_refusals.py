@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-import worker.__main__ as main
 from phalanx.errors import DeadlineExceeded, Unavailable
 from phalanx.testing.worker_peers import ScriptedAggregator, ScriptedControl
 from phalanx.v1 import coordination_service_pb2 as pb
+from worker import main
 from worker.session import app
 from worker.session.hosting import HostedJob
 

@@ -1,0 +1,92 @@
+"""What a worker process consists of, from its settings to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from phalanx.clients.storage import StorageClient
+from phalanx.config import parse
+from phalanx.errors import DeadlineExceeded, Unavailable
+from phalanx.rpc.buffers import reuse_large_buffers
+from phalanx.rpc.process import announce, run_service
+from phalanx.telemetry.http import MetricsServer
+from phalanx.telemetry.metrics import WorkerMetrics, new_registry
+from worker.config import WorkerConfig
+from worker.session.app import Session
+
+_RETRY_MAX_S = 2.0
+
+
+class Downloads:
+    """Blobs from storage; waits for as long as storage is away."""
+
+    def __init__(self, address: str | None) -> None:
+        self._client = StorageClient(address) if address is not None else None
+        self._known = asyncio.Event()
+        if self._client is not None:
+            self._known.set()
+
+    def found(self, address: str) -> None:
+        """Control says where storage is; an address from the settings is not replaced."""
+        if self._client is None:
+            self._client = StorageClient(address)
+            self._known.set()
+
+    async def to_file(self, digest: str, path: Path) -> None:
+        """Write a blob to a file. Raises PhalanxError for all but a storage that is away."""
+        await self._known.wait()
+        assert self._client is not None
+        wait_s = 0.1
+        while True:
+            try:
+                await self._client.get_blob_to(digest, path)
+                return
+            except (Unavailable, DeadlineExceeded):
+                await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+                wait_s = min(_RETRY_MAX_S, wait_s * 2)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._client is not None:
+            await self._client.close()
+
+
+async def serve(config: WorkerConfig, stop: asyncio.Event) -> None:
+    """Run a worker until `stop` is set or control has drained it."""
+    registry = new_registry()
+    downloads = Downloads(config.storage[0] if config.storage else None)
+    session = Session(config, WorkerMetrics(registry), downloads.to_file, downloads.found)
+    http: MetricsServer | None = None
+    if config.metrics_listen is not None:
+        http = MetricsServer(config.metrics_listen, registry, lambda: True)
+        await http.start()
+    try:
+        await session.start()
+        # What is loaded stays: the collector need not walk through it at every step.
+        gc.collect()
+        gc.freeze()
+        metrics_address = http.address if http is not None else ""
+        announce(config, role="worker", metrics_address=metrics_address)
+        asked = asyncio.create_task(stop.wait())
+        drained = asyncio.create_task(session.wait_drained())
+        await asyncio.wait((asked, drained), return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
+        drained.cancel()
+        await session.leave()
+    finally:
+        await session.close()
+        await downloads.close()
+        if http is not None:
+            with contextlib.suppress(OSError):
+                await http.stop()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the settings and run; returns the exit code."""
+    reuse_large_buffers()
+    return run_service(parse(WorkerConfig, argv, prog="phalanx worker"), serve, role="worker")
