@@ -33,8 +33,10 @@ ROWS = 1116
 PATIENT_MODEL = '''
 """A softmax regression whose leaves take a set time."""
 
+import contextlib
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 

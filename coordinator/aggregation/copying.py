@@ -34,7 +34,8 @@ class _Stream:
 class Copying:
     """The late-shard rule for one job in one term.
 
-    `tell` hands a message to control; `control_away` says whether there is no session with it.
+    `tell` hands a message to control; `control_away` says whether it is not there
+    to move the shards of the dead.
     """
 
     def __init__(

@@ -74,8 +74,9 @@ _OUTCOMES = {
 class HostedJob:
     """The owned ranges of one job in one term, with its streams, checkpoints and reports.
 
-    Made in the event loop. `send` hands a message to control. While control is away nothing is
-    handed over: the newest report stands for all before it, and metric points wait here.
+    Made in the event loop. `send` hands a message to control. While control is away (not
+    `connected`) nothing is handed over: the newest report stands for all before it, and metric
+    points wait here. `settled` says whether control moves the shards of the dead at once.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class HostedJob:
         gauges: JobGauges,
         send: Send,
         connected: Callable[[], bool] = lambda: True,
+        settled: Callable[[], bool] = lambda: True,
     ) -> None:
         self.ranges = ranges
         self.gauges = gauges
@@ -111,7 +113,7 @@ class HostedJob:
         self._commits_to_report = 0
         self._final: Report | None = None
         self._ending: asyncio.Task[None] | None = None
-        self.copying = Copying(ranges, send, lambda: not connected())
+        self.copying = Copying(ranges, send, lambda: not settled())
         self._watchman = asyncio.create_task(self._watch_round())
         self._reporter = asyncio.create_task(self._report_often())
         self._closed: asyncio.Future[PhalanxError] = asyncio.get_running_loop().create_future()

@@ -249,7 +249,12 @@ class Aggregator:
         effects = await self._begin(message, ranges)
         gauges = JobGauges(self._metrics, job_id)
         job = HostedJob(
-            ranges, storage, gauges, self._session.report, lambda: self._session.connected
+            ranges,
+            storage,
+            gauges,
+            self._session.report,
+            connected=lambda: self._session.connected,
+            settled=lambda: self._session.settled,
         )
         self._jobs[job_id] = job
         # The newest step that is known to have been there: what comes after the checkpoint is

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import math
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -99,6 +100,7 @@ class MemberSession:
         self._all_sent = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.connected = False
+        self._settled_at_s = 0.0
         self.dropped_reports = 0
         self._unanswered = 0
         self.search = Search(len(self._addresses))
@@ -106,6 +108,15 @@ class MemberSession:
     def start(self) -> None:
         """Begin to connect."""
         self._task = asyncio.create_task(self._keep_open())
+
+    @property
+    def settled(self) -> bool:
+        """Whether the session is a lease old.
+
+        A control process that has just taken over may wait so long for members to come back; until
+        then it leaves alone what it does not know to be lost.
+        """
+        return self.connected and time.monotonic() >= self._settled_at_s
 
     def report(self, message: coordination.SessionRequest) -> None:
         """Send a message, now or once there is a session; the oldest go when too many wait."""
@@ -151,6 +162,7 @@ class MemberSession:
                 welcome = await self._welcome(call)
             welcomed = True
             self.connected = True
+            self._settled_at_s = time.monotonic() + welcome.lease_ttl_s
             self.search.found(welcome.lease_ttl_s)
             self._on_open(welcome)
             await self._both_ways(call, welcome)

@@ -17,7 +17,9 @@ copies itself, on the streams that they have open anyway, and control need not b
   next rounds on, until it delivers all of it in a round by itself. So a stopped worker costs one
   wait, not one in each step.
 - The home of a worker whose stream broke is handed out by control, within milliseconds. Only
-  while control is away is it handed out here, at once and in each round.
+  while control is away is it handed out here, at once and in each round; and, since a control that
+  has just taken over moves what nobody claims after a lease only, until somebody delivers it of
+  his own accord.
 """
 
 from __future__ import annotations
@@ -118,6 +120,10 @@ class Copies:
         self._delivered: dict[str, _Delivered] = {}
         self._given: list[_Given] = []
         self._late: dict[str, float] = {}
+        # Homes whose streams broke while control was away, and which it has not moved since.
+        self._orphaned: set[str] = set()
+        # Workers that lost a stream in the present round: it says nothing about their homes.
+        self._broken: set[str] = set()
         self._told: set[str] = set()
 
     # -- what happens
@@ -137,6 +143,7 @@ class Copies:
             return
         self._takers.discard(worker_id)
         self._late.pop(worker_id, None)
+        self._broken.add(worker_id)
         self._told.discard(worker_id)
         self._given = [given for given in self._given if given.worker_id != worker_id]
 
@@ -160,10 +167,12 @@ class Copies:
             self._learn(known)
         self._round, self._opened_s, self._patience_s = round, now_s, None
         self._delivered, self._given = {}, []
+        self._broken = set()
         if round is None:
             return False
         self._kind = self._kinds.setdefault(round.action, _Kind())
-        return bool(self._late) or any(home not in self._streams for home in self._kind.home)
+        hurt = self._late or self._orphaned
+        return bool(hurt) or any(home not in self._streams for home in self._kind.home)
 
     # -- what follows
 
@@ -192,17 +201,19 @@ class Copies:
         """Decide which copies are due now; cheap while nothing is late."""
         round = self._round
         waited_s = now_s - self._opened_s
-        if round is None or (waited_s < PATIENCE_LEAST_S and not self._late and not control_away):
+        if control_away:
+            self._orphaned.update(home for home in self._kind.home if home not in self._streams)
+        if round is None or (waited_s < PATIENCE_LEAST_S and not self._late and not self._orphaned):
             return [], []
         orders: list[Order] = []
         started: list[Started] = []
         missing = round.missing()
-        for home, cause, mask in list(self._due(missing, now_s, control_away)):
+        for home, cause, mask in list(self._due(missing, now_s)):
             given = self._give(round, missing, home, cause, mask, now_s)
             if not given:
                 continue
             orders += given
-            if home in self._streams:
+            if cause == LATE and home in self._streams:
                 self._late.setdefault(home, self._opened_s)
             if home not in self._told:
                 self._told.add(home)
@@ -216,10 +227,15 @@ class Copies:
         kind = self._kind
         within = (1 << round.width) - 1
         for worker_id, delivered in self._delivered.items():
+            if worker_id in self._broken:
+                continue
             if worker_id in self._late:
                 if delivered.frames < kind.frames.get(worker_id, 0):
                     continue
                 del self._late[worker_id]
+                self._told.discard(worker_id)
+            elif worker_id in self._orphaned:
+                self._orphaned.discard(worker_id)
                 self._told.discard(worker_id)
             mask = delivered.mask & within
             for other in [other for other in kind.home if other not in self._delivered]:
@@ -240,13 +256,12 @@ class Copies:
             return
         for known in (kind.home, kind.frames, kind.times):
             known.pop(worker_id, None)
-        if all(worker_id not in other.home for other in self._kinds.values()):
-            self._late.pop(worker_id, None)
-            self._told.discard(worker_id)
+        # Also where it has a home in rounds of another kind, which may come late or never.
+        self._late.pop(worker_id, None)
+        self._orphaned.discard(worker_id)
+        self._told.discard(worker_id)
 
-    def _due(
-        self, missing: int, now_s: float, control_away: bool
-    ) -> Iterator[tuple[str, str, int]]:
+    def _due(self, missing: int, now_s: float) -> Iterator[tuple[str, str, int]]:
         """(home, cause, shards) of what is missing and due, and not asked for often enough."""
         patience_s = self.patience_s()
         overdue = patience_s is not None and now_s - self._opened_s >= patience_s
@@ -262,7 +277,7 @@ class Copies:
             known |= shards
             if not shards & free:
                 continue
-            if home not in self._streams and control_away:
+            if home in self._orphaned:
                 yield home, LOST, shards & free
             elif overdue or home in self._late:
                 yield home, LATE, shards & free

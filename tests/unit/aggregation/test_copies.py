@@ -238,6 +238,77 @@ def test_while_control_is_away_each_round_of_the_dead_is_handed_out_at_once(
             measured.deliver(order.worker_id, mask_of(shards_of([order])), copy=True)
 
 
+def test_what_broke_while_control_was_away_is_handed_out_until_control_has_moved_it(
+    measured: Rounds,
+) -> None:
+    measured.away = True
+    measured.copies.stream_closed("w2")
+    measured.open()
+    measured.look()
+    measured.away = False  # it is back, and waits a lease for those that nobody claims
+    measured.copies.stream_opened("w2", takes_copies=True)  # started again, and hosts nothing
+    for _ in range(3):
+        measured.now_s += 0.01
+        measured.deliver("w1")
+        measured.deliver("w3")
+        assert measured.open(), "look at once"
+        assert shards_of(measured.look()) == set(HOMES["w2"])
+    measured.homes = {"w1": mask_of(range(6)), "w3": mask_of(range(6, 12))}
+    measured.whole()
+    assert not measured.open(), "control has moved them"
+    assert not measured.look(0.01)
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_what_the_dead_had_delivered_of_a_round_is_not_all_of_its_home(
+    measured: Rounds, away: bool
+) -> None:
+    measured.open()
+    measured.deliver("w2", mask_of([4, 5]))
+    measured.copies.stream_closed("w2")
+    measured.away = away
+    measured.look()
+    measured.open()
+    measured.away = True
+    assert shards_of(measured.look()) == set(HOMES["w2"])
+    assert {told.cause for told in measured.told} <= {"lost"}
+
+
+def test_a_worker_whose_shards_were_moved_is_late_no_more_whatever_else_it_hosted(
+    measured: Rounds,
+) -> None:
+    measured.whole(0.01, EVALUATE)
+    measured.whole()
+    late_round(measured)
+    assert measured.copies.late_workers(measured.now_s)
+    measured.homes = {"w1": mask_of(range(6)), "w3": mask_of(range(6, 12))}
+    measured.whole()
+    measured.open()
+    assert not measured.copies.late_workers(measured.now_s), "no evaluation will come soon"
+
+
+def test_one_that_is_back_after_its_death_is_not_late(measured: Rounds) -> None:
+    measured.away = True
+    measured.copies.stream_closed("w2")
+    measured.look()
+    measured.copies.stream_opened("w2", takes_copies=True)
+    measured.open()
+    assert shards_of(measured.look()) == set(HOMES["w2"])
+    assert not measured.copies.late_workers(measured.now_s)
+
+
+def test_a_worker_that_is_back_and_delivers_is_handed_out_no_more(measured: Rounds) -> None:
+    measured.away = True
+    measured.copies.stream_closed("w2")
+    measured.open()
+    assert shards_of(measured.look()) == set(HOMES["w2"])
+    measured.copies.stream_opened("w2", takes_copies=True)
+    measured.away = False
+    measured.deliver("w2", mask_of([4, 5]))
+    assert not measured.open(), "what it hosts now is its own"
+    assert not measured.look(0.01)
+
+
 def test_a_move_by_control_is_learned(measured: Rounds) -> None:
     late_round(measured)
     measured.homes = {"w1": mask_of(range(6)), "w3": mask_of(range(6, 12))}

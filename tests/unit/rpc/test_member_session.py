@@ -120,6 +120,27 @@ async def test_a_control_that_answers_is_kept() -> None:
             await session.close()
 
 
+async def test_a_session_is_settled_once_it_is_a_lease_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr(member_session.time, "monotonic", lambda: now_s[0])
+    async with ScriptedControl() as control:
+        control.welcome.lease_ttl_s = 2.0
+        session = MemberSession(
+            [control.address], hello, pb.Heartbeat, lambda _: None, lambda _: None
+        )
+        assert not session.settled
+        session.start()
+        try:
+            await (await control.next_session()).receive("heartbeat")
+            assert session.connected
+            assert not session.settled, "others may still come back to this leader"
+            now_s[0] += 2.0
+            assert session.settled
+        finally:
+            await session.close()
+    assert not session.settled
+
+
 def test_every_address_is_asked_well_within_a_lease_however_long_nobody_answered() -> None:
     search = Search(3)
     search.found(lease_ttl_s=2.0)
