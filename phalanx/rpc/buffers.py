@@ -3,6 +3,10 @@
 A message of a megabyte lives in several buffers of that size for a moment. By default glibc maps
 each anew and unmaps it at once, so that every page of it is cleared and faulted in again: about a
 third of the cost of moving tensors or blobs.
+
+By default each thread also has a heap of its own, and gRPC's threads each keep what their largest
+burst of messages took. One heap for all of them halves what an aggregator keeps free, at no cost
+that could be measured.
 """
 
 import ctypes
@@ -10,12 +14,14 @@ import sys
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 _BUFFER_BYTES = 32 * 1024 * 1024
 _KEPT_BYTES = 128 * 1024 * 1024
 
 
 def reuse_large_buffers() -> bool:
-    """Have buffers of up to 32 MiB reused from up to 128 MiB of free heap; call it once at start.
+    """Have buffers of up to 32 MiB reused from up to 128 MiB of free heap, the same heap in all
+    threads; call it once at start, before there are threads.
 
     Returns whether it could be done: only glibc can.
     """
@@ -25,6 +31,10 @@ def reuse_large_buffers() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return False
-    settings = ((_M_MMAP_THRESHOLD, _BUFFER_BYTES), (_M_TRIM_THRESHOLD, _KEPT_BYTES))
+    settings = (
+        (_M_MMAP_THRESHOLD, _BUFFER_BYTES),
+        (_M_TRIM_THRESHOLD, _KEPT_BYTES),
+        (_M_ARENA_MAX, 1),
+    )
     done = [mallopt(name, value) == 1 for name, value in settings]
     return all(done)
