@@ -36,6 +36,8 @@ from phalanx.telemetry.metrics import GrpcServerMetrics
 WRITE_TIMEOUT_S = 60.0
 """How long a stream of responses may wait for its caller to take one."""
 
+_STATUS_OF_NUMBER = {status.value[0]: status for status in grpc.StatusCode}
+
 Behaviour = Callable[[Any, ServicerContext], Any]
 Decoder = Callable[[bytes], Any]
 
@@ -239,13 +241,10 @@ def _public(error: Exception, method: str) -> PhalanxError:
 
 
 def _code_set_by_handler(context: ServicerContext) -> grpc.StatusCode:
-    code: object = context.code()
+    code: Any = context.code()
     if isinstance(code, grpc.StatusCode):
         return code
-    for status in grpc.StatusCode:
-        if status.value[0] == code:
-            return status
-    return grpc.StatusCode.OK
+    return _STATUS_OF_NUMBER.get(code, grpc.StatusCode.OK)
 
 
 def _text(method: str | bytes) -> str:

@@ -1,7 +1,6 @@
 """How much of a server its peers may take up: connections, calls, and time without a word."""
 
 import resource
-from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -46,9 +45,9 @@ class Admission:
     def __init__(self, limits: ServerLimits) -> None:
         self._limits = limits
         self._calls = 0
-        self._calls_of_peer: Counter[str] = Counter()
-        self._calls_of_connection: Counter[str] = Counter()
-        self._connections_of_peer: Counter[str] = Counter()
+        self._calls_of_peer: dict[str, int] = {}
+        self._calls_of_connection: dict[str, int] = {}
+        self._connections_of_peer: dict[str, int] = {}
 
     def enter(self, connection: str) -> None:
         """Count a call on a connection, named as gRPC does (``ipv4:10.0.0.1:4711``).
@@ -56,23 +55,26 @@ class Admission:
         Raises ResourceExhausted, and counts nothing, where a limit is reached.
         """
         limits, peer = self._limits, peer_of(connection)
+        calls_of_peer = self._calls_of_peer.get(peer, 0)
+        calls_of_connection = self._calls_of_connection.get(connection, 0)
         if self._calls >= limits.calls_max:
             raise _refused(f"the server has {limits.calls_max} calls open", "TOO_MANY_CALLS")
-        if self._calls_of_peer[peer] >= limits.peer_calls_max:
+        if calls_of_peer >= limits.peer_calls_max:
             raise _refused(
                 f"{peer} has {limits.peer_calls_max} calls open on this server",
                 "TOO_MANY_CALLS_OF_PEER",
             )
-        if connection not in self._calls_of_connection:
-            if self._connections_of_peer[peer] >= limits.peer_connections_max:
+        if not calls_of_connection:
+            connections = self._connections_of_peer.get(peer, 0)
+            if connections >= limits.peer_connections_max:
                 raise _refused(
                     f"{peer} has {limits.peer_connections_max} connections to this server",
                     "TOO_MANY_CONNECTIONS_OF_PEER",
                 )
-            self._connections_of_peer[peer] += 1
+            self._connections_of_peer[peer] = connections + 1
         self._calls += 1
-        self._calls_of_peer[peer] += 1
-        self._calls_of_connection[connection] += 1
+        self._calls_of_peer[peer] = calls_of_peer + 1
+        self._calls_of_connection[connection] = calls_of_connection + 1
 
     def leave(self, connection: str) -> None:
         """Count off a call that was let in."""
@@ -116,10 +118,11 @@ def make_room_for_connections(limits: ServerLimits) -> int:
     return min(limits.connections_max, max(soft - _FILES_BESIDE_CONNECTIONS, soft // 2))
 
 
-def _count_off(counts: Counter[str], key: str) -> bool:
+def _count_off(counts: dict[str, int], key: str) -> bool:
     """Subtract one; return whether that was the last."""
-    counts[key] -= 1
-    if counts[key] > 0:
+    left = counts[key] - 1
+    if left > 0:
+        counts[key] = left
         return False
     del counts[key]
     return True

@@ -37,6 +37,7 @@ from worker.config import WorkerConfig
 STORAGE = "storage:7420"
 BLOCK_ELEMENTS = 32
 FRAME_BYTES = 2 * BLOCK_ELEMENTS * 4
+RUNS_PER_COLLECTION = 8
 _PORTS = {"control": 7410, "aggregator": 7430}
 
 
@@ -87,6 +88,7 @@ class Services:
         self.environment = made
         self.machines: Machines | None = None
         self.storage: Machine | None = None
+        self._runs = 0
         for module in (
             coordinator.aggregation.process,
             coordinator.control.process,
@@ -129,6 +131,12 @@ class Services:
         replace(phalanx.clients.blob_transfers, "FileSink", _FileSink)
         replace(storage.runtime, "open_embedded_backend", self._backend)
 
+    def collect_garbage(self) -> None:
+        """Between runs only, see `loop`; seldom, since each time everything is walked through."""
+        self._runs += 1
+        if self._runs % RUNS_PER_COLLECTION == 0:
+            gc.collect()
+
     def compute(self) -> str:
         """The numeric fingerprint of an aggregator."""
         return jobs.FINGERPRINTS[0]
@@ -160,13 +168,17 @@ async def _fingerprint(folder: Any, compute: Callable[[], Any]) -> Any:
 @contextmanager
 def services() -> Iterator[Services]:
     """Everything replaced, for as long as the block runs."""
+    collects = gc.isenabled()
     gc.collect()
     gc.freeze()  # what is loaded stays: collections after runs need not walk through it
+    gc.disable()  # see `collect_garbage`
     try:
         with environment() as made:
             yield Services(made)
     finally:
         gc.unfreeze()
+        if collects:
+            gc.enable()
 
 
 class Cluster:

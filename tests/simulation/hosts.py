@@ -108,6 +108,7 @@ class Leaf:
         self._on_exit = on_exit
         self._dead = False
         self._plans: dict[int, tuple[jobs.Shape, training_pb2.JobPlan, Arena]] = {}
+        self._scratch: dict[int, Scratch] = {}
         self._orders: deque[tuple[Kind, bytes, tuple[int, ...]]] = deque()
         self._busy = True
         self._loop.call_later(0.01, self._up)
@@ -157,7 +158,10 @@ class Leaf:
             document, plan_bytes = ipc.unpack_json(body)
             plan = training_pb2.JobPlan.FromString(plan_bytes)
             arena = self._machines.arenas[fds[0]]
-            self._plans[document["job"]] = (jobs.shape_of(plan), plan, arena)
+            # Whatever the job wants, this machine computes as it does.
+            shape = replace(jobs.shape_of(plan), fingerprint=self._fingerprint)
+            self._plans[document["job"]] = (shape, plan, arena)
+            self._scratch[document["job"]] = Scratch(arena.element_count, arena.dtype)
             answer = {"job": document["job"], "error": "", "traceback": ""}
             self._say(Kind.SETUP_DONE, ipc.pack_json(answer))
         elif kind is Kind.DESCRIBE:
@@ -172,7 +176,9 @@ class Leaf:
             reply = ipc.pack_json({"job": document["job"]}, described.SerializeToString())
             self._say(Kind.DESCRIBED, reply)
         elif kind is Kind.DROP:
-            self._plans.pop(ipc.unpack_json(body)[0]["job"], None)
+            job = ipc.unpack_json(body)[0]["job"]
+            self._plans.pop(job, None)
+            self._scratch.pop(job, None)
         elif kind is Kind.FINGERPRINT:
             found = {"fingerprint": self._fingerprint, "error": ""}
             self._say(Kind.FINGERPRINTED, ipc.pack_json(found))
@@ -241,9 +247,7 @@ class Leaf:
             return np.array(jobs.evaluation_sums(shard)), stop - first, 0.0
         count = jobs.examples(shape, shard, order.version)
         out = np.empty(shape.elements, shape.dtype)
-        # Whatever the job wants, this machine computes as it does.
-        here = replace(shape, fingerprint=self._fingerprint)
-        jobs.gradient(here, shard, order.version, arena.array(order.parameters), out)
+        jobs.gradient(shape, shard, order.version, arena.array(order.parameters), out)
         return out, count, jobs.loss(shard, order.version)
 
     def _part_done(
@@ -266,7 +270,7 @@ class Leaf:
             return Sums(count, loss, 1 if count or initialises else 0)
 
         out = np.zeros(len(jobs.SUMS)) if evaluates else arena.array(buffer)
-        scratch = Scratch(len(out), out.dtype)
+        scratch = Scratch(len(out), out.dtype) if evaluates else self._scratch[order.job]
         total = reduce_node(Node(first, span), self._width(order), leaf, out, scratch)
         sums = tuple(out.tolist()) if evaluates else ()
         count = 0 if initialises else total.count

@@ -172,9 +172,9 @@ def reference(shape: Shape) -> list[Array]:
     return _reference(_plain(shape))[: shape.steps + 1]
 
 
-def version_of(shape: Shape, version: int) -> Array:
-    """One version."""
-    return _reference(_plain(shape))[version]
+def versions(shape: Shape) -> list[Array]:
+    """The versions of a job of this shape, however many steps it has."""
+    return _reference(_plain(shape))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -182,7 +182,7 @@ def _plain(shape: Shape) -> Shape:
     return replace(shape, steps=STEPS_MAX, checkpoint_every=0, evaluate_every=0)
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=512)
 def _reference(shape: Shape) -> list[Array]:
     train = job_spec(shape, f"job-{shape.elements}").train
     optimizer = build_optimizer(train, shape.steps)

@@ -1,19 +1,28 @@
 """What must hold, looked at after every transition, from outside of what it watches.
 
-A *transition* is one event handled by a core: a call of control's `handle`; a frame, go record or
-command taken by an aggregator's `JobRanges`; a message given out by a cursor; a message, go record,
-frame, part or task taken by a worker's core or given out by its outbox; a transaction or a blob of
-storage.
+A *transition* is one event handled by a core, counted once however many methods it goes through:
+
+- control: each call of `handle`;
+- an aggregator: a message from control, a frame, a go record, the end of a checkpoint, a stream
+  that opens or ends, a look that finds shards late, a message given out by a cursor;
+- a worker: a message from control, a go record, a version frame, an order of copies, a stream
+  that opens or ends, a part, a task or a slot, a message given out by an outbox;
+- storage: a transaction, and a blob that is opened to be written or read.
+
+A question that finds nothing to do is none, nor is what runtimes do between cores: tasks, timers,
+retries, messages on their way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+from coordinator.aggregation.core.copies import Copies
 from coordinator.aggregation.core.cursor import Cursor
+from coordinator.aggregation.core.effects import Committed
 from coordinator.aggregation.core.machine import JobRanges
-from coordinator.aggregation.core.versions import payload_of
+from coordinator.aggregation.core.versions import VersionStore
 from coordinator.aggregation.process import Aggregator
 from coordinator.control import leader
 from coordinator.control.core import invariants
@@ -30,6 +39,17 @@ from worker.core.outbox import Outbox
 from worker.core.session import WorkerCore
 
 LEASE_TTL_S = 2.0
+
+
+class _Watched:
+    """The ranges of one job in one term at one aggregator; what of them was found right."""
+
+    def __init__(self, ranges: JobRanges) -> None:
+        self.ranges = ranges  # keeps its id from being used again
+        self.shape = jobs.shape_of(ranges.plan)
+        self.expected = jobs.versions(self.shape)
+        self.stores = [(index, ranges.versions_of(index)) for index in ranges.range_indexes]
+        self.checked = dict.fromkeys(ranges.range_indexes, -1)
 
 
 class Oracle:
@@ -53,9 +73,8 @@ class Oracle:
         self.final: dict[str, str] = {}
         """Seals of the final checkpoints, by job."""
         self._leaders: dict[int, str] = {}
-        self._checked: dict[tuple[int, int], int] = {}
+        self._watched: dict[int, _Watched] = {}
         self._worker_order: dict[int, tuple[int, int]] = {}
-        self._ranges: dict[int, JobRanges] = {}
 
     def demand(self, holds: bool, message: str) -> None:
         """Fail the run unless something holds."""
@@ -82,54 +101,55 @@ class Oracle:
     # Aggregators
 
     def ranges_acted(self, ranges: JobRanges, effects: list[Any]) -> None:
-        self._ranges[id(ranges)] = ranges  # keeps its id from being used again
-        shape = None
-        for index in ranges.range_indexes:
-            store = ranges.versions_of(index)
-            version = store.newest_whole
-            key = (id(ranges), index)
-            before = self._checked.get(key, -1)
+        watched = self._watched.get(id(ranges))
+        if watched is None:
+            watched = self._watched[id(ranges)] = _Watched(ranges)
+        checked = watched.checked
+        for index, store in watched.stores:
             held = store.held
             if len(held) > 2 or (len(held) == 2 and held[1] != held[0] + 1):
                 self.fail(f"range {index} holds the versions {held}")
+            version, before = store.newest_whole, checked[index]
             if version == before:
                 continue
-            self.demand(version > before, f"range {index} went from version {before} to {version}")
-            self._checked[key] = version
-            shape = shape or jobs.shape_of(ranges.plan)
-            self._check_bits(ranges, index, version, shape)
-            first = self.fingerprints.setdefault(ranges.plan.job_id, shape.fingerprint)
-            self.demand(first == shape.fingerprint, "the job goes on with another fingerprint")
+            if version < before:
+                self.fail(f"range {index} went from version {before} to {version}")
+            checked[index] = version
+            self._check_bits(watched, index, store, version)
         for effect in effects:
-            if type(effect).__name__ == "Committed":
-                job_id = ranges.plan.job_id
-                self.commits[job_id] = self.commits.get(job_id, 0) + 1
-                self.lost += max(0, effect.expected_count - effect.example_count)
-                self.doubled += max(0, effect.example_count - effect.expected_count)
-                self.demand(
-                    effect.example_count == effect.expected_count,
-                    f"{job_id}: {effect.example_count} of {effect.expected_count} examples in "
-                    f"step {effect.version}",
-                )
+            if isinstance(effect, Committed):
+                self._committed(ranges.plan.job_id, effect)
 
-    def _check_bits(self, ranges: JobRanges, index: int, version: int, shape: jobs.Shape) -> None:
+    def _committed(self, job_id: str, effect: Committed) -> None:
+        self.commits[job_id] = self.commits.get(job_id, 0) + 1
+        self.lost += max(0, effect.expected_count - effect.example_count)
+        self.doubled += max(0, effect.example_count - effect.expected_count)
+        self.demand(
+            effect.example_count == effect.expected_count,
+            f"{job_id}: {effect.example_count} of {effect.expected_count} examples in step "
+            f"{effect.version}",
+        )
+
+    def _check_bits(self, watched: _Watched, index: int, store: VersionStore, version: int) -> None:
         """A committed version must be what a machine without faults computes."""
-        store = ranges.versions_of(index)
+        ranges = watched.ranges
         held = store.get(version)
         assert held is not None
-        piece = ranges._ranges[index].parameters.piece
-        expected = jobs.version_of(shape, version)
+        start = ranges._ranges[index].parameters.piece.first_element
+        expected = watched.expected[version]
         for (first, count), frame in zip(store.grid, held.frames, strict=True):
             assert frame is not None
-            start = piece.first_element + first
-            same = payload_of(frame, count, store.dtype).tobytes() == (
-                expected[start : start + count].tobytes()
-            )
-            self.demand(
-                same,
-                f"{ranges.plan.job_id}: term {ranges.term}, range {index}, version {version} has "
-                "other bits than without faults",
-            )
+            # The elements are the end of the message.
+            if not frame.endswith(expected[start + first : start + first + count].tobytes()):
+                self.fail(
+                    f"{ranges.plan.job_id}: term {ranges.term}, range {index}, version {version} "
+                    "has other bits than without faults"
+                )
+        shape = watched.shape
+        first_fingerprint = self.fingerprints.setdefault(ranges.plan.job_id, shape.fingerprint)
+        self.demand(
+            first_fingerprint == shape.fingerprint, "the job goes on with another fingerprint"
+        )
 
     # Workers
 
@@ -251,33 +271,37 @@ class Oracle:
             return effects
 
         environment.replace(leader, "handle", handle)
-        for name in ("begin", "begin_restored", "pause", "fail"):
-            environment.replace(JobRanges, name, self._after(JobRanges, name, self.ranges_acted))
-        for name in ("contribute", "go_record"):
-            environment.replace(JobRanges, name, self._in_term(getattr(JobRanges, name)))
-        environment.replace(Cursor, "take", self._counted_if_any(Cursor, "take"))
-        environment.replace(Outbox, "next", self._counted_if_any(Outbox, "next"))
-        for name in (
-            "assign",
-            "prepare_done",
-            "go_record",
-            "frame_stored",
-            "stream_opened",
-            "part_done",
-            "part_failed",
-            "task_ended",
-        ):
-            environment.replace(
-                JobCore, name, self._after(JobCore, name, lambda core, _: self.worker_acted(core))
-            )
-        environment.replace(
-            WorkerCore, "slot_idle", self._after(WorkerCore, "slot_idle", lambda *_: None)
-        )
-        environment.replace(WorkerCore, "message", self._worker_message(WorkerCore.message))
+        self._install_aggregator(environment)
+        self._install_worker(environment)
+        self._install_storage(environment)
+
+    def _install_aggregator(self, environment: Environment) -> None:
         environment.replace(
             Aggregator, "_on_message", self._aggregator_message(Aggregator._on_message)
         )
-        self._install_storage(environment)
+        self._after(environment, JobRanges, ("begin", "begin_restored"), self.ranges_acted)
+        # These come with a message from control, or are what a frame leads to.
+        self._after(environment, JobRanges, ("pause", "fail"), self.ranges_acted, counts=False)
+        for name in ("contribute", "go_record"):
+            environment.replace(JobRanges, name, self._in_term(getattr(JobRanges, name)))
+        self._after(environment, JobRanges, ("checkpoint_done",), _nothing)
+        self._after(environment, Copies, ("stream_opened", "stream_closed"), _nothing)
+        environment.replace(Copies, "look", self._counted_if(Copies, "look", any))
+        environment.replace(Cursor, "take", self._counted_if(Cursor, "take", _given))
+
+    def _install_worker(self, environment: Environment) -> None:
+        def acted(core: JobCore, _: Any) -> None:
+            self.worker_acted(core)
+
+        environment.replace(WorkerCore, "message", self._worker_message(WorkerCore.message))
+        events = ("slot_idle", "task_ended", "prepare_done", "drain")
+        self._after(environment, WorkerCore, events, _nothing)
+        events = ("go_record", "frame_place", "copy_nodes", "stream_opened", "stream_closed")
+        self._after(environment, JobCore, (*events, "part_done", "part_failed"), acted)
+        # Parts of events that are counted already.
+        parts = ("assign", "prepare_done", "frame_stored", "task_ended")
+        self._after(environment, JobCore, parts, acted, counts=False)
+        environment.replace(Outbox, "next", self._counted_if(Outbox, "next", _given))
 
     def _install_storage(self, environment: Environment) -> None:
         fenced = self.fenced
@@ -335,12 +359,24 @@ class Oracle:
 
         return message
 
-    def _after(self, owner: Any, name: str, check: Callable[[Any, Any], None]) -> Any:
-        real = getattr(owner, name)
+    def _after(
+        self,
+        environment: Environment,
+        owner: Any,
+        names: Iterable[str],
+        check: Callable[[Any, Any], None],
+        *,
+        counts: bool = True,
+    ) -> None:
+        """Have `check` look at the owner and the result after each call of these methods."""
+        for name in names:
+            environment.replace(owner, name, self._checked(getattr(owner, name), check, counts))
+
+    def _checked(self, real: Any, check: Callable[[Any, Any], None], counts: bool) -> Any:
         world = self.world
 
         def acted(target: Any, *args: Any, **more: Any) -> Any:
-            world.transitions += 1
+            world.transitions += counts
             result = real(target, *args, **more)
             check(target, result)
             return result
@@ -363,14 +399,22 @@ class Oracle:
 
         return acted
 
-    def _counted_if_any(self, owner: Any, name: str) -> Any:
+    def _counted_if(self, owner: Any, name: str, counts: Callable[[Any], bool]) -> Any:
         real = getattr(owner, name)
         world = self.world
 
-        def taken(target: Any, *args: Any) -> Any:
-            result = real(target, *args)
-            if result is not None:
+        def taken(target: Any, *args: Any, **more: Any) -> Any:
+            result = real(target, *args, **more)
+            if counts(result):
                 world.transitions += 1
             return result
 
         return taken
+
+
+def _given(message: Any) -> bool:
+    return message is not None
+
+
+def _nothing(_: Any, __: Any) -> None:
+    """No invariant is about this event alone."""

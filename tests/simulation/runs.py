@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import time
 from collections import Counter
@@ -124,7 +123,6 @@ class Run:
             chance.choice([0.0, 0.0, chance.uniform(0.0, 4.0)]) for _ in settings.shapes
         ]
         self._watched = Environment()
-        self._clock_s = time.process_time()
 
     def start(self) -> None:
         """Start the cluster and its user."""
@@ -173,7 +171,6 @@ class Run:
             outcome.faults["job_paused"] += user.pauses
         if user.cancelled:
             outcome.faults["job_cancelled"] += len(user.cancelled)
-        outcome.cpu_s = time.process_time() - self._clock_s
         return outcome
 
     def _judge_job(self, outcome: Outcome, job_id: str, shape: jobs.Shape) -> None:
@@ -213,6 +210,7 @@ def simulate(
 
     `changed` are settings that differ from what the seed draws.
     """
+    clock_s = time.process_time()
     settings = replace(draw(seed), **changed)
     run = Run(given, settings, seed, log)
     try:
@@ -230,11 +228,12 @@ def simulate(
         schedule.heal()
         run.cluster.heal()
         run.converge()
-        return run.judge(schedule)
+        outcome = run.judge(schedule)
     finally:
         run.close()
-        del run
-        gc.collect()
+        given.collect_garbage()
+    outcome.cpu_s = time.process_time() - clock_s
+    return outcome
 
 
 def _user_changes_her_mind(run: Run, chance: random.Random) -> None:

@@ -61,6 +61,8 @@ class Dispatcher:
 
     def start(self) -> list[Task]:
         """Give waiting tasks to idle slots; `task.slot` is then the slot that runs it."""
+        if not self._idle or not any(self._queues):
+            return []
         started = []
         for slot in sorted(self._idle):
             queue = self._queues[slot]

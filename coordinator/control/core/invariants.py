@@ -5,7 +5,7 @@ from __future__ import annotations
 from coordinator.control.core.eligibility import TAKES_WORK, choose_hosts, group_of
 from coordinator.control.core.lifecycle import ENDED, PAUSED, QUEUED, RUNNING
 from coordinator.control.core.state import Aggregator, Core, JobRuntime, TreePlacement, Worker
-from coordinator.control.core.tree import nodes_of, shards_of
+from coordinator.control.core.tree import cover, runs
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 
 
@@ -86,10 +86,22 @@ def _hosts(core: Core, job: JobRuntime) -> None:
             raise InvariantBroken(f"{worker_id} was told a term that does not exist")
         if bitwise and worker.state in TAKES_WORK and worker.hello.fingerprint != fingerprint:
             raise InvariantBroken(f"{worker_id} hosts {job.job_id} with other bits")
-        for told, tree in ((hosting.train, job.train), (hosting.evaluation, job.evaluation)):
-            nodes = nodes_of(told, tree.width)
-            if shards_of(nodes, tree.width) != told:
-                raise InvariantBroken(f"{worker_id}: nodes are not its shards")
+        if not (
+            _made_of_nodes(hosting.train, job.train.width)
+            and _made_of_nodes(hosting.evaluation, job.evaluation.width)
+        ):
+            raise InvariantBroken(f"{worker_id}: nodes are not its shards")
+
+
+def _made_of_nodes(told: set[int], width: int) -> bool:
+    """Whether the nodes that a worker was told have exactly these shards below them."""
+    below = [
+        shard
+        for run in runs(told)
+        for first, span in cover(*run, width)
+        for shard in range(first, min(first + span, width))
+    ]
+    return below == sorted(told)
 
 
 def _tree(job: JobRuntime, tree: TreePlacement) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
-import heapq
 import itertools
 import random
 import struct
@@ -23,6 +22,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import suppress
+from heapq import heappop, heappush
 from typing import Any
 
 HANDLES_AT_ONE_INSTANT_MAX = 200_000
@@ -141,7 +141,10 @@ class SimulatedLoop:
     def call_later(
         self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None
     ) -> _Handle:
-        return self.call_at_for(self.current, self.now_s + delay, callback, *args)
+        when_s = self.now_s + delay if delay > 0 else self.now_s
+        handle = _Handle(callback, args, self.current, when_s)
+        heappush(self._timers, (when_s, next(self._numbers), handle))
+        return handle
 
     def create_future(self) -> asyncio.Future[Any]:
         this: Any = self
@@ -183,7 +186,7 @@ class SimulatedLoop:
         """Schedule a callback that belongs to a process."""
         when_s = max(when_s, self.now_s)
         handle = _Handle(callback, args, process, when_s)
-        heapq.heappush(self._timers, (when_s, next(self._numbers), handle))
+        heappush(self._timers, (when_s, next(self._numbers), handle))
         return handle
 
     def call_soon_for(
@@ -212,6 +215,11 @@ class SimulatedLoop:
         self._ready.extend(process.deferred)
         process.deferred.clear()
 
+    def forget(self) -> None:
+        """Drop every callback: they hold everything that is left of a run."""
+        self._ready.clear()
+        self._timers.clear()
+
     def run(self, until_s: float, ended: Callable[[], bool]) -> None:
         """Run until a time, or until `ended()`, asked whenever the clock is about to move."""
         this: Any = self
@@ -220,19 +228,35 @@ class SimulatedLoop:
         sys.set_asyncgen_hooks(self._generator_begins, self._generator_left)
         self._running = True
         try:
-            while self._turn(until_s) and not ended():
-                pass
+            self._run(until_s, ended)
         finally:
             self._running = False
             sys.set_asyncgen_hooks(*before)
             asyncio._set_running_loop(None)
 
-    def _turn(self, until_s: float) -> bool:
-        """Run everything at this instant, then move the clock; False: there is nothing more."""
-        ready = self._ready
+    def _run(self, until_s: float, ended: Callable[[], bool]) -> None:
+        ready, timers, pop = self._ready, self._timers, heappop
+        while True:
+            if ready:
+                self._run_ready()
+            while timers and (timers[0][2].dropped or not timers[0][2].process.alive):
+                pop(timers)
+            if not timers or timers[0][0] > until_s:
+                self.now_s = max(self.now_s, until_s)
+                return
+            self.now_s = now_s = timers[0][0]
+            ready.append(pop(timers)[2])
+            while timers and timers[0][0] <= now_s:
+                ready.append(pop(timers)[2])
+            if ended():
+                return
+
+    def _run_ready(self) -> None:
+        """Run everything at this instant, and what follows from it at once."""
+        take = self._ready.popleft
         count = 0
-        while ready:
-            handle = ready.popleft()
+        while self._ready:
+            handle = take()
             process = handle.process
             if handle.dropped or not process.alive:
                 continue
@@ -248,16 +272,6 @@ class SimulatedLoop:
             if count > HANDLES_AT_ONE_INSTANT_MAX:
                 raise SimulationFailed(f"{process.name} spins at {self.now_s:.3f} s")
         self.handles_run += count
-        timers = self._timers
-        while timers and (timers[0][2].dropped or not timers[0][2].process.alive):
-            heapq.heappop(timers)
-        if not timers or timers[0][0] > until_s:
-            self.now_s = max(self.now_s, until_s)
-            return False
-        self.now_s = now_s = timers[0][0]
-        while timers and timers[0][0] <= now_s:
-            ready.append(heapq.heappop(timers)[2])
-        return True
 
     def _generator_begins(self, generator: AsyncGenerator[Any, Any]) -> None:
         self._generators[generator] = self.current
@@ -371,11 +385,14 @@ class World:
         log, self.log = self.log, None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a dying program begins, nobody awaits
-            for task in sorted(process.tasks, key=lambda each: each.number):
-                task._log_destroy_pending = False  # type: ignore[attr-defined]
-                coroutine = task.get_coro()
-                with suppress(BaseException):
-                    coroutine.close()
+            last = -1
+            # Cleaning up begins tasks, which never run: they are closed as well.
+            while tasks := [each for each in process.tasks if each.number > last]:
+                for task in sorted(tasks, key=lambda each: each.number):
+                    last = task.number
+                    task._log_destroy_pending = False  # type: ignore[attr-defined]
+                    with suppress(BaseException):
+                        task.get_coro().close()
         self.log = log
 
     def end_self(self) -> None:
@@ -411,9 +428,10 @@ class World:
                 gc.enable()
 
     def close(self) -> None:
-        """End all processes."""
+        """End all processes, and let go of what they still waited for."""
         for process in self.processes:
             self.kill(process)
+        self.loop.forget()
 
 
 def _set_result(future: asyncio.Future[Any], result: Any) -> None:

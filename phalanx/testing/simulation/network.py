@@ -67,10 +67,10 @@ class Pipe:
         """Send on behalf of the sender's kernel, which outlives it."""
         network = self.network
         self.queue.append((kind, content))
-        loop = network.world.loop
+        loop = network.loop
         arrives_s = loop.now_s + network.latency_s(self.link)
         self.last_s = max(self.last_s, arrives_s)
-        loop.call_at_for(network.world.outside, self.last_s, self._arrives)
+        loop.call_at_for(network.outside, self.last_s, self._arrives)
 
     def close(self) -> None:
         """Forget what is under way."""
@@ -98,7 +98,7 @@ class Pipe:
         receiver = self.receiver
         if receiver.alive:
             network.delivered += 1
-            network.world.loop.interrupt(receiver, self._deliver, kind, content)
+            network.loop.interrupt(receiver, self._deliver, kind, content)
 
     def _deliver(self, kind: str, content: Any) -> None:
         if self.closed:
@@ -115,6 +115,8 @@ class Network:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.loop = world.loop
+        self.outside = world.outside
         self._random = world.jitter.random
         self.blocked: set[Link] = set()
         self.slow: dict[Link, float] = {}

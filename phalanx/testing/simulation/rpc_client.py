@@ -42,7 +42,7 @@ class ClientCall:
         self._half = Half()
         self._status: Status | None = None
         self._cancelled = False
-        self._over: asyncio.Future[None] | None = None
+        self._waiting: list[asyncio.Future[None]] = []
         self._call: Call | None = None
         self._feeder: asyncio.Task[None] | None = None
         loop = channel.world.loop
@@ -113,14 +113,16 @@ class ClientCall:
             self._feeder.cancel()
         self._half.ended()
         self._half.open_room()
-        if self._over is not None and not self._over.done():
-            self._over.set_result(None)
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
 
     async def _wait(self) -> Status:
-        while self._status is None:
-            if self._over is None:
-                self._over = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._over)
+        if self._status is None:
+            waiter = self._channel.world.loop.create_future()
+            self._waiting.append(waiter)
+            await waiter
+        assert self._status is not None
         return self._status
 
     # What callers use

@@ -11,6 +11,7 @@ import sqlite3
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from phalanx.errors import DataLoss
@@ -26,16 +27,25 @@ class Table:
     columns: tuple[str, ...]
     key: int
 
-    @property
+    @cached_property
     def insertion(self) -> str:
         """The statement that inserts a row of ``sealed``."""
         marks = ", ".join("?" * (len(self.columns) + 1))
         return f"INTO {self.name} ({', '.join(self.columns)}, checksum) VALUES ({marks})"
 
-    @property
+    @cached_property
     def _selection(self) -> str:
         # All names are constants of this program.
         return f"SELECT {', '.join(self.columns)}, checksum FROM {self.name}"  # noqa: S608
+
+    @cached_property
+    def _selection_by_key(self) -> str:
+        where = " AND ".join(f"{column} = ?" for column in self.columns[: self.key])
+        return f"{self._selection} WHERE {where}"
+
+    @cached_property
+    def _checksum_of_name(self) -> int:
+        return zlib.crc32(self.name.encode())
 
     def sealed(self, *row: Value) -> tuple[Value, ...]:
         """Return a row with its checksum."""
@@ -44,7 +54,7 @@ class Table:
     def checksum(self, row: Sequence[Value]) -> int:
         """Return the checksum of a row without it."""
         assert len(row) == len(self.columns)
-        found = zlib.crc32(self.name.encode())
+        found = self._checksum_of_name
         for value in row:
             data = value if isinstance(value, bytes) else str(value).encode()
             found = zlib.crc32(data, zlib.crc32(b"%d:" % len(data), found))
@@ -62,8 +72,7 @@ class Table:
 
     def find_or_none(self, connection: sqlite3.Connection, *key: Value) -> tuple[Any, ...] | None:
         """Do the same, but believe that a row that is not found was never there."""
-        where = " AND ".join(f"{column} = ?" for column in self.columns[: self.key])
-        row = connection.execute(f"{self._selection} WHERE {where}", key).fetchone()
+        row = connection.execute(self._selection_by_key, key).fetchone()
         return None if row is None else self.opened(row)
 
     def opened(self, row: Sequence[Value]) -> tuple[Any, ...]:
