@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import secrets
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from phalanx.errors import FailedPrecondition
@@ -12,7 +13,7 @@ from phalanx.errors import FailedPrecondition
 _INLINE_BYTES = 64 * 1024
 
 
-class Sink:
+class Sink(ABC):
     """Takes the parts of a download in order; subclasses say where they go."""
 
     def __init__(self) -> None:
@@ -50,8 +51,9 @@ class Sink:
         self.size_bytes += len(chunk)
         self._keep(chunk)
 
+    @abstractmethod
     def _keep(self, chunk: bytes) -> None:
-        raise NotImplementedError
+        """Put the bytes where they go; in a thread, where there are many."""
 
 
 class MemorySink(Sink):

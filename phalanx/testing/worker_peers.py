@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from abc import ABC, abstractmethod
 from typing import Any, Self
 
 import grpc
@@ -33,7 +34,7 @@ from phalanx.v1 import training_pb2
 DEADLINE_S = 30.0
 
 
-class _ScriptedServer:
+class _ScriptedServer(ABC):
     def __init__(self) -> None:
         self._server = grpc.aio.server(options=server_options())
         self.address = ""
@@ -48,8 +49,9 @@ class _ScriptedServer:
     async def __aexit__(self, *_: object) -> None:
         await self._server.stop(0)
 
+    @abstractmethod
     def _register(self, server: grpc.aio.Server) -> None:
-        raise NotImplementedError
+        """Add the service that is spoken for."""
 
 
 class ScriptedSession:

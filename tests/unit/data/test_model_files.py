@@ -340,9 +340,9 @@ class Plain(UserModel):
     def __init__(self, schema):
         super().__init__(schema, {"w": (schema.features, schema.classes)})
     def initial(self, seed):
-        raise NotImplementedError
+        raise AssertionError("the model has its parameters")
     def loss_and_gradients(self, parameters, features, targets):
-        raise NotImplementedError
+        raise AssertionError("a model that was loaded only predicts")
     def predictions(self, parameters, features):
         return features @ parameters["w"]
 
