@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, Self
 
 import grpc.aio
@@ -36,7 +37,26 @@ LAYOUT = Layout(
 )
 
 
-class ScriptedMember:
+def held_jobs(told: Iterable[pb.SessionResponse]) -> tuple[pb.HeldWorkerJob, ...]:
+    """Return what a worker says it holds after what control has told it."""
+    held: dict[str, pb.HeldWorkerJob] = {}
+    for message in told:
+        if message.WhichOneof("message") == "assign_job":
+            assign = message.assign_job
+            held[assign.plan.job_id] = pb.HeldWorkerJob(
+                job_id=assign.plan.job_id,
+                term=assign.term,
+                placement=assign.placement,
+                train_nodes=assign.train_nodes,
+                evaluation_nodes=assign.evaluation_nodes,
+                ready=True,
+            )
+        elif message.WhichOneof("message") == "revoke_job":
+            held.pop(message.revoke_job.job_id, None)
+    return tuple(held.values())
+
+
+class ScriptedMember(ABC):
     """One session with control. `received` holds what control has sent, in order."""
 
     def __init__(self, control: str, member_id: str, *, scripted: bool = True) -> None:
@@ -51,10 +71,11 @@ class ScriptedMember:
         self._tasks: list[asyncio.Task[None]] = []
         self._channel: grpc.aio.Channel | None = None
 
+    @abstractmethod
     def hello(self) -> pb.SessionRequest:
         """Return the first message; subclasses say who they are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, message: pb.SessionResponse) -> None:
         """React to a message from control; subclasses do what a real member would say."""
 
@@ -204,21 +225,7 @@ class ScriptedWorker(ScriptedMember):
 
     def holding(self) -> tuple[pb.HeldWorkerJob, ...]:
         """Return what a real worker would say it holds after what it was told."""
-        held: dict[str, pb.HeldWorkerJob] = {}
-        for message in self.received:
-            if message.WhichOneof("message") == "assign_job":
-                assign = message.assign_job
-                held[assign.plan.job_id] = pb.HeldWorkerJob(
-                    job_id=assign.plan.job_id,
-                    term=assign.term,
-                    placement=assign.placement,
-                    train_nodes=assign.train_nodes,
-                    evaluation_nodes=assign.evaluation_nodes,
-                    ready=True,
-                )
-            elif message.WhichOneof("message") == "revoke_job":
-                held.pop(message.revoke_job.job_id, None)
-        return tuple(held.values())
+        return held_jobs(self.received)
 
 
 class ScriptedAggregator(ScriptedMember):
