@@ -153,6 +153,16 @@ class Arena:
         wait_until(lambda: job.refresh().progress.step >= step or job.done, f"step {step}")
         assert not job.done, "the job was over before the fault could be injected"
 
+    def hosting(self, job: Job, worker_id: str) -> None:
+        """Wait until a worker holds shards of the job, or the job is over."""
+
+        def hosts() -> bool:
+            workers = job.refresh().progress.workers
+            held = any(each.worker_id == worker_id and each.shards for each in workers)
+            return held or job.done
+
+        wait_until(hosts, f"{worker_id} to hold shards")
+
     def caught_in_a_leaf(self) -> list[str]:
         """Hold the gate; ids of the workers that are in the middle of a leaf, at least one."""
         self.gate.hold()
@@ -203,10 +213,10 @@ def undisturbed_sha256_of(job: Mapping[str, Any], folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def arena(folder: Path, workers: int, **options: Any) -> Iterator[Arena]:
-    """A cluster of real processes with a gate."""
+def arena(folder: Path, workers: int, *, leaf_s: float = 0.0, **options: Any) -> Iterator[Arena]:
+    """A cluster of real processes with a gate; leaves of `unhurried_job` take `leaf_s`."""
     gate = Gate(folder)
-    environment = {"PHALANX_TEST_GATE": str(folder)}
+    environment = {"PHALANX_TEST_GATE": str(folder), "PHALANX_TEST_LEAF_S": str(leaf_s)}
     with phalanx.LocalCluster(
         workers=workers, slots=1, environment=environment, **options
     ) as cluster:

@@ -5,25 +5,15 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import phalanx
 from phalanx.sdk.job import Job
-from phalanx.testing.arena import GUARD_S, Arena, add_blobs, arena, gated_job, wait_until
+from phalanx.testing.arena import GUARD_S, Arena, arena, wait_until
 
 pytestmark = pytest.mark.slow
-
-STEPS = 600
-
-
-@pytest.fixture(scope="module")
-def long_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The bits of a job that takes some seconds, in one process."""
-    os.environ["PHALANX_TEST_GATE"] = str(tmp_path_factory.mktemp("gate"))
-    with phalanx.LocalCluster(workers=0) as cluster:
-        add_blobs(cluster)
-        return str(cluster.submit(gated_job(STEPS)).wait(timeout_s=GUARD_S).parameters_sha256)
 
 
 def commits(job: Job) -> list[float]:
@@ -37,10 +27,10 @@ def leader_of(ring: Arena) -> str:
 
 
 def test_control_and_a_worker_die_together_and_training_goes_on(
-    tmp_path: Path, long_sha256: str
+    tmp_path: Path, long_job: dict[str, Any], long_sha256: str
 ) -> None:
     with arena(tmp_path, 3, controls=2) as ring:
-        job = ring.cluster.submit(gated_job(STEPS))
+        job = ring.cluster.submit(long_job)
         ring.at_step(job, 10)
         victim = ring.caught_in_a_leaf()[0]
         generation = ring.cluster.describe().generation
@@ -58,10 +48,12 @@ def test_control_and_a_worker_die_together_and_training_goes_on(
     assert (result.examples_lost, result.examples_doubled) == (0, 0)
 
 
-def test_a_stopped_leader_is_left_by_its_members(tmp_path: Path, long_sha256: str) -> None:
+def test_a_stopped_leader_is_left_by_its_members(
+    tmp_path: Path, long_job: dict[str, Any], long_sha256: str
+) -> None:
     """It holds all its sockets open, and it believes to lead when it goes on."""
     with arena(tmp_path, 2, controls=2) as ring:
-        job = ring.cluster.submit(gated_job(STEPS))
+        job = ring.cluster.submit(long_job)
         ring.at_step(job, 10)
         ring.caught_in_a_leaf()
         leader = ring.cluster.process(leader_of(ring))

@@ -5,26 +5,17 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-import phalanx
 from phalanx.sdk.values import Event
-from phalanx.testing.arena import GUARD_S, Arena, add_blobs, arena, gated_job, wait_until
+from phalanx.testing.arena import GUARD_S, Arena, arena, wait_until
 
 pytestmark = pytest.mark.slow
 
-STEPS = 600
-
-
-@pytest.fixture(scope="module")
-def long_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The bits of a job that takes some seconds, in one process."""
-    os.environ["PHALANX_TEST_GATE"] = str(tmp_path_factory.mktemp("gate"))
-    with phalanx.LocalCluster(workers=0) as cluster:
-        add_blobs(cluster)
-        return str(cluster.submit(gated_job(STEPS)).wait(timeout_s=GUARD_S).parameters_sha256)
+LEAF_S = 0.005
 
 
 @contextlib.contextmanager
@@ -43,26 +34,17 @@ def copied(ring: Arena, victim: str) -> list[Event]:
 
 
 def test_a_stopped_worker_is_copied_long_before_its_lease_is_over(
-    tmp_path: Path, long_sha256: str
+    tmp_path: Path, long_job: dict[str, Any], long_sha256: str
 ) -> None:
-    with arena(tmp_path, 3) as ring:
-        job = ring.cluster.submit(gated_job(STEPS))
+    with arena(tmp_path, 3, leaf_s=LEAF_S) as ring:
+        job = ring.cluster.submit(long_job)
         ring.at_step(job, 10)
         victim = ring.caught_in_a_leaf()[0]
         with stopped(ring.cluster.process(victim).pid):
             ring.gate.release()
             wait_until(lambda: copied(ring, victim), "copies of what the stopped worker owes")
             wait_until(lambda: ring.events("WORKER_LOST"), "the lease to run out")
-        wait_until(
-            lambda: (
-                any(
-                    worker.worker_id == victim and worker.shards
-                    for worker in job.refresh().progress.workers
-                )
-                or job.done
-            ),
-            "the worker to be back",
-        )
+        ring.hosting(job, victim)
         result = job.wait(timeout_s=GUARD_S)
         lost = next(event for event in ring.events("WORKER_LOST") if event.worker_id == victim)
         first = copied(ring, victim)[0]
@@ -76,10 +58,10 @@ def test_a_stopped_worker_is_copied_long_before_its_lease_is_over(
 
 
 def test_a_leaf_that_hangs_under_good_heartbeats_is_copied_and_moved(
-    tmp_path: Path, long_sha256: str
+    tmp_path: Path, long_job: dict[str, Any], long_sha256: str
 ) -> None:
-    with arena(tmp_path, 3) as ring:
-        job = ring.cluster.submit(gated_job(STEPS))
+    with arena(tmp_path, 3, leaf_s=LEAF_S) as ring:
+        job = ring.cluster.submit(long_job)
         ring.at_step(job, 10)
         victim = ring.caught_in_a_leaf()[0]
         children = psutil.Process(ring.cluster.process(victim).pid).children(recursive=True)
