@@ -161,6 +161,71 @@ def test_streams_without_deadline_are_methods_that_exist() -> None:
     assert STREAMS <= RPC_METHODS
 
 
+CLOCKS = {"monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "time", "time_ns"}
+
+
+def _times_in_tests(tree: Iterator[ast.AST]) -> Iterator[str]:
+    """Say where a test sleeps without looking for anything, and where it asserts how long it took.
+
+    A sleep inside ``while`` is between two looks, ``sleep(0)`` lets others go on, and a deadline is
+    compared with the clock as it is; a duration is a difference of two of its readings.
+    """
+    nodes = list(tree)
+    looped = {
+        inner
+        for node in nodes
+        if isinstance(node, ast.While)
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Call)
+    }
+    for node in nodes:
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.sleep", "asyncio.sleep"):
+            if node not in looped and ast.unparse(node.args[0]) != "0":
+                yield f"line {node.lineno}: sleeps"
+        elif isinstance(node, ast.Assert):
+            for inner in ast.walk(node.test):
+                if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Sub):
+                    calls = [each for each in ast.walk(inner) if isinstance(each, ast.Call)]
+                    if any(ast.unparse(each.func).rpartition(".")[2] in CLOCKS for each in calls):
+                        yield f"line {node.lineno}: asserts how long something took"
+
+
+TIMELESS = tuple(
+    f"tests/{layer}"
+    for layer in ("chaos", "contract", "integration", "reference", "system", "unit")
+)
+"""The simulation has a clock of its own."""
+
+
+def test_no_test_sleeps_or_measures_time() -> None:
+    assert _found(_times_in_tests, *TIMELESS) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "time.sleep(1)",
+        "for _ in range(3):\n    await asyncio.sleep(0.1)",
+        "assert time.monotonic() - began < 10",
+        "assert 0 < loop.time() - began",
+    ],
+)
+def test_sleeps_and_measured_times_are_seen(source: str) -> None:
+    assert list(_times_in_tests(ast.walk(ast.parse(source)))) != []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "while not done():\n    time.sleep(0.01)",
+        "await asyncio.sleep(0)",
+        "assert time.monotonic() < deadline_s",
+    ],
+)
+def test_waiting_for_something_is_no_sleep(source: str) -> None:
+    assert list(_times_in_tests(ast.walk(ast.parse(source)))) == []
+
+
 def test_no_file_is_too_long_to_read() -> None:
     sources = _sources(*PACKAGES, "tests", "bench", "examples")
     lengths = {_name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in sources}
