@@ -267,7 +267,10 @@ def test_a_default_written_out_is_accepted(make_dataset: MakeDataset) -> None:
         "resources.gpus=0",
         "data.rows={}",
     )
-    specs.prepare(spec, make_dataset())
+    resolved = specs.prepare(spec, make_dataset())
+    resolved.train.ClearField("compression")  # stays as it was written: empty, which is none
+    without = specs.prepare(edited(), make_dataset())
+    assert (resolved.data, resolved.train) == (without.data, without.train)
 
 
 def test_specs_need_no_numeric_library() -> None:
