@@ -12,6 +12,8 @@ from phalanx.testing.simulation.loop import SimulationFailed
 from tests.simulation.cluster import services
 from tests.simulation.mutants import MUTANTS, Change, Mutant, function_at, planted
 
+pytestmark = pytest.mark.slow
+
 RULES = {1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 16}
 """Rules of the data plane that what is built so far has to keep."""
 

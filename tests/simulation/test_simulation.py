@@ -12,6 +12,8 @@ from tests.simulation.batch import command, run_seeds, summary, told, vacuous
 from tests.simulation.cluster import services
 from tests.simulation.runs import KINDS, simulate
 
+pytestmark = pytest.mark.slow
+
 SEEDS = range(1000, 1300)
 BLOCK = 25
 
