@@ -120,6 +120,17 @@ def wait_until(condition: Callable[[], Any], what: str) -> Any:
         time.sleep(0.01)
 
 
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """SIGSTOP, and SIGCONT at the end."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
 @dataclass
 class Gate:
     """Holds leaves in the middle of their work."""

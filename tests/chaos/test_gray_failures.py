@@ -1,9 +1,5 @@
 """Workers that are neither dead nor well: stopped, or with a hanging leaf and good heartbeats."""
 
-import contextlib
-import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +7,11 @@ import psutil
 import pytest
 
 from phalanx.sdk.values import Event
-from phalanx.testing.arena import GUARD_S, Arena, arena, wait_until
+from phalanx.testing.arena import GUARD_S, Arena, arena, stopped, wait_until
 
 pytestmark = pytest.mark.slow
 
 LEAF_S = 0.005
-
-
-@contextlib.contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """SIGSTOP, and SIGCONT at the end."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
 
 
 def copied(ring: Arena, victim: str) -> list[Event]:
