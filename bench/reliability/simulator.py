@@ -64,7 +64,7 @@ def rows_of(found: dict[str, Any], command: str, *, quick: bool) -> list[Row]:
         ),
         at_least(
             "transitions_per_s",
-            "core transitions per processor second, invariants on",
+            f"core transitions per second by {found['processes']} processes, invariants on",
             found["transitions_per_s"],
             "1/s",
             20_000,

@@ -7,7 +7,9 @@ The summary is one JSON object:
 
     first, seeds, processes, wall_s        what was run, and how long that took
     cpu_s                                  processor seconds of all runs together
-    transitions, transitions_per_s         events handled by cores; per processor second
+    transitions                            events handled by cores, see `oracle`
+    transitions_per_s                      of them by wall clock, all processes together
+    transitions_per_cpu_s                  of them per processor second
     steps_per_seed, virtual_s_per_seed     committed steps and virtual seconds, on average
     faults                                 how often each kind of fault fired
     faults_per_seed, fault_kinds_per_seed  faults, and different kinds of them, on average
@@ -27,16 +29,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from tests.simulation.batch import replay, run_seeds, summary, told
-
-_BLOCK = 25
+from tests.simulation.batch import replay, run_in_processes, summary, told
+from tests.simulation.cluster import services
+from tests.simulation.runs import Outcome, simulate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,25 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.replay is not None:
         return 1 if replay(given.replay, print) else 0
     started = time.perf_counter()
-    blocks = [
-        range(first, min(first + _BLOCK, given.first + given.seeds))
-        for first in range(given.first, given.first + given.seeds, _BLOCK)
-    ]
-    outcomes: list[Any] = []
+    seeds = range(given.first, given.first + given.seeds)
     if given.processes == 1:
-        done = map(run_seeds, blocks)
-        pool = None
+        with services() as entered:
+            outcomes = [_told(simulate(entered, seed)) for seed in seeds]
     else:
-        pool = multiprocessing.get_context("spawn").Pool(given.processes)
-        done = pool.imap_unordered(run_seeds, blocks)
-    for block in done:
-        outcomes += block
-        for outcome in block:
-            if outcome.failure:
-                print(told(outcome), file=sys.stderr, flush=True)
-    if pool is not None:
-        pool.close()
-        pool.join()
+        outcomes = [_told(each) for each in run_in_processes(seeds, given.processes)]
     found = summary(outcomes, given.processes, time.perf_counter() - started)
     text = json.dumps(found, indent=1)
     if given.json is None:
@@ -77,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         given.json.write_text(text + "\n")
     return 1 if found["failures"] or found["vacuous"] else 0
+
+
+def _told(outcome: Outcome) -> Outcome:
+    """Say at once where a seed failed."""
+    if outcome.failure:
+        print(told(outcome), file=sys.stderr, flush=True)
+    return outcome
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-from tests.simulation.cluster import services
+from tests.simulation.cluster import Services, services
 from tests.simulation.runs import KINDS, Outcome, simulate
 
 STEPS_PER_SEED = 50.0
 FAULT_KINDS_PER_SEED = 5.0
+_SEEDS_AT_ONCE = 5
 SEEDS_FOR_EVERY_KIND = 100
 """From so many seeds on, each kind of fault must have fired somewhere."""
 
@@ -19,6 +22,27 @@ def run_seeds(seeds: Iterable[int]) -> list[Outcome]:
     """Run seeds one after another in this process."""
     with services() as given:
         return [simulate(given, seed) for seed in seeds]
+
+
+def run_in_processes(seeds: Sequence[int], processes: int) -> Iterator[Outcome]:
+    """Run seeds in so many processes of their own, in whatever order they end."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(processes, initializer=_enter) as pool:
+        yield from pool.imap_unordered(_run_seed, seeds, _SEEDS_AT_ONCE)
+        pool.close()
+        pool.join()
+
+
+_entered = ExitStack()
+_given: list[Services] = []
+
+
+def _enter() -> None:
+    _given.append(_entered.enter_context(services()))
+
+
+def _run_seed(seed: int) -> Outcome:
+    return simulate(_given[0], seed)
 
 
 def replay(seed: int, tell: Callable[[str], None]) -> str:
@@ -51,14 +75,16 @@ def summary(outcomes: Sequence[Outcome], processes: int, wall_s: float) -> dict[
     jobs, equal = sum(each.jobs for each in outcomes), sum(each.sha_equal for each in outcomes)
     cancelled = sum(each.cancelled for each in outcomes)
     transitions = sum(each.transitions for each in outcomes)
+    cpu_s = sum(each.cpu_s for each in outcomes)
     found: dict[str, Any] = {
         "first": min((each.seed for each in outcomes), default=0),
         "seeds": len(outcomes),
         "processes": processes,
         "wall_s": round(wall_s, 1),
-        "cpu_s": round(sum(each.cpu_s for each in outcomes), 1),
+        "cpu_s": round(cpu_s, 1),
         "transitions": transitions,
-        "transitions_per_s": round(transitions / max(1e-9, sum(each.cpu_s for each in outcomes))),
+        "transitions_per_s": round(transitions / max(1e-9, wall_s)),
+        "transitions_per_cpu_s": round(transitions / max(1e-9, cpu_s)),
         "steps_per_seed": sum(each.steps for each in outcomes) / count,
         "virtual_s_per_seed": sum(each.virtual_s for each in outcomes) / count,
         "faults": dict(sorted(faults.items())),

@@ -4,6 +4,7 @@ from bench.reliability.simulator import rows_of
 
 SUMMARY = {
     "seeds": 300,
+    "processes": 2,
     "transitions_per_s": 25_000,
     "steps_per_seed": 60.0,
     "faults_per_seed": 9.5,
