@@ -41,8 +41,9 @@ class _Moves:
     balanced: list[str]
 
 
-SET_ASIDE_LEASES = 8
-"""Leases for which a worker that delivered nothing hosts nothing of the job."""
+SET_ASIDE_LEASES, SET_ASIDE_LEASES_MAX = 1, 8
+"""Leases for which a worker that delivered nothing hosts nothing of the job: the first time, and
+at most, since they double as long as it is the same again soon after."""
 
 WAITS = frozenset(("WAITING_FOR_WORKERS", "WAITING_FOR_FINGERPRINT"))
 
@@ -87,7 +88,14 @@ def set_aside(core: Core, job: JobRuntime, worker_id: str, late_s: float) -> Non
     """Move the shards of a worker that lives and delivers nothing: it hangs, or its line does."""
     if worker_id in job.set_aside or worker_id not in job.hosts:
         return
-    job.set_aside[worker_id] = core.now.monotonic_s + SET_ASIDE_LEASES * core.lease_ttl_s()
+    leases, until_s = job.set_aside_before.get(worker_id, (0, 0.0))
+    if core.now.monotonic_s >= until_s:
+        leases = 0
+    leases = min(2 * leases, SET_ASIDE_LEASES_MAX) or SET_ASIDE_LEASES
+    over_s = core.now.monotonic_s + leases * core.lease_ttl_s()
+    job.set_aside[worker_id] = over_s
+    # Whoever keeps well for so long begins anew.
+    job.set_aside_before[worker_id] = leases, over_s + SET_ASIDE_LEASES_MAX * core.lease_ttl_s()
     incident = incidents.detected(core, "hang", worker_id, core.now.monotonic_s - late_s)
     incident.jobs[job.job_id] = job.step
     core.emit(

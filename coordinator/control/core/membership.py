@@ -73,6 +73,8 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
     _adopt(core, worker)
     for job in list(core.jobs.values()):
         job.set_aside.pop(worker.id, None)
+        if not same:
+            job.set_aside_before.pop(worker.id, None)
         if job.describing == worker.id:
             terms.describing_worker_gone(core, job)  # what it was asked got lost with its session
     # One that is back with a job in hand is ready at once: no later word would give it a share.
@@ -341,7 +343,9 @@ def _adopt(core: Core, worker: Worker) -> None:
             )
             core.send(worker.session, pb.SessionResponse(revoke_job=revoke))
             continue
-        hosted = job.hosts[worker.id] = Hosting(term=each.term, ready=each.ready)
+        hosted = job.hosts[worker.id] = Hosting(
+            term=each.term, ready=each.ready, back_s=core.now.monotonic_s
+        )
         hosted.train = _claim(job.train, worker, each.train_nodes)
         hosted.evaluation = _claim(job.evaluation, worker, each.evaluation_nodes)
         job.placement = max(job.placement, each.placement)

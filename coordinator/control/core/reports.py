@@ -108,9 +108,19 @@ def copies_started(core: Core, aggregator: Aggregator, message: pb.CopiesStarted
 
 
 def _watch_late(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
-    """A worker that is late for a lease loses its shards; one that is not late any more is well."""
+    """A worker that is late for a lease loses its shards; one that is not late any more is well.
+
+    Silence is another matter, with its own lease; and what one that has come back owed before it
+    was away others have done.
+    """
     late = {each.worker_id: each.late_s for each in report.late_workers}
-    for worker_id, late_s in late.items():
+    for worker_id, reported_s in late.items():
+        worker, hosted = core.workers.get(worker_id), job.hosts.get(worker_id)
+        if worker is None or hosted is None or worker.state == WorkerView.STATE_SUSPECTED:
+            continue
+        late_s = reported_s
+        if hosted.back_s is not None:
+            late_s = min(late_s, core.now.monotonic_s - hosted.back_s)
         if late_s >= core.lease_ttl_s():
             hosting.set_aside(core, job, worker_id, late_s)
     for worker_id in job.late - late.keys():

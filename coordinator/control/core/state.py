@@ -67,6 +67,8 @@ class Hosting:
     train: set[int] = field(default_factory=set)
     evaluation: set[int] = field(default_factory=set)
     progress: Progress = field(default_factory=Progress)
+    back_s: float | None = None
+    """When a worker that held the job already came back with it; None: it never was away."""
 
 
 @dataclass
@@ -229,6 +231,8 @@ class JobRuntime:
     """Workers whose shards others compute, as the root last said."""
     set_aside: dict[str, float] = field(default_factory=dict)
     """Workers that delivered nothing although they live, and until when they get nothing."""
+    set_aside_before: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """For how many leases each was set aside the last time, and until when that counts."""
     keep_until_s: float = 0.0
     keep_step: int = 0
     unmatched_since_s: float | None = None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from coordinator.control.core import events as ev
-from coordinator.control.core.hosting import SET_ASIDE_LEASES
+from coordinator.control.core.hosting import SET_ASIDE_LEASES, SET_ASIDE_LEASES_MAX
 from phalanx.v1 import coordination_service_pb2 as pb
 
 ALL = set(range(16))
@@ -112,15 +114,68 @@ def test_a_worker_that_beats_and_delivers_nothing_loses_its_shards(running: Any)
     assert "WORKER_LOST" not in running.types()
 
 
-def test_a_worker_set_aside_is_tried_again_after_a_while(running: Any) -> None:
-    report(running, 8, w2=2.5)
-    for step in range(9, 14):
+def test_silence_is_no_hang(running: Any) -> None:
+    running.time_s += 1.5
+    running.heartbeats("w1", "w3", "a1")
+    running.feed(ev.Tick())
+    suspected = of_type(running, "WORKER_SUSPECTED")
+    report(running, 9, w2=2.1)
+    assert running.shards("w2"), "its lease is not over"
+    assert of_type(running, "WORKER_SUSPECTED") == suspected
+
+
+def test_one_that_is_back_is_not_late_for_what_others_have_done_meanwhile(running: Any) -> None:
+    report(running, 8)
+    told = running.told("w2", "assign_job")[-1]
+    held = pb.HeldWorkerJob(
+        job_id="job-1",
+        term=told.term,
+        placement=told.placement,
+        train_nodes=told.train_nodes,
+        evaluation_nodes=told.evaluation_nodes,
+        ready=True,
+    )
+    running.kill("w2")
+    running.time_s += 0.1
+    running.worker("w2", held_jobs=[held])
+    running.say(running.sessions["w2"], worker_job_ready=pb.WorkerJobReady(job_id="job-1", term=1))
+    assert running.shards("w2")
+    report(running, 9, w2=2.5)
+    assert "hang" not in [each.details.get("cause") for each in running.events]
+    running.advance(2.0)
+    report(running, 10, w2=4.5)
+    assert "hang" in [each.details.get("cause") for each in running.events]
+
+
+LEASE_S = 2.0
+
+
+def set_aside(running: Any) -> float:
+    """A worker delivers nothing, and is set aside; for how long."""
+    step = running.core.jobs["job-1"].step
+    report(running, step + 1, w2=2.5)
+    for further in range(2, 7):
         running.time_s += 0.1
-        report(running, step)
+        report(running, step + further)
     assert "w2" not in running.core.jobs["job-1"].hosts
-    running.advance(SET_ASIDE_LEASES * 2.0)
+    return float(running.core.jobs["job-1"].set_aside["w2"] - running.time_s + 0.5)
+
+
+def test_a_worker_set_aside_is_tried_again_after_a_while(running: Any) -> None:
+    assert set_aside(running) == pytest.approx(SET_ASIDE_LEASES * LEASE_S)
+    running.advance(SET_ASIDE_LEASES * LEASE_S)
     assert running.shards("w2")
     assert running.shards("w1") | running.shards("w2") | running.shards("w3") == ALL
+
+
+def test_one_that_is_set_aside_again_and_again_waits_longer_each_time(running: Any) -> None:
+    waits_s = []
+    for _ in range(5):
+        waits_s.append(set_aside(running))
+        running.advance(waits_s[-1])
+    assert waits_s == pytest.approx([LEASE_S * leases for leases in (1, 2, 4, 8, 8)])
+    running.advance(SET_ASIDE_LEASES_MAX * LEASE_S)
+    assert set_aside(running) == pytest.approx(LEASE_S * SET_ASIDE_LEASES), "it was well for long"
 
 
 def test_the_only_worker_left_keeps_its_shards(running: Any) -> None:
