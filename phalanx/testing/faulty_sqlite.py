@@ -32,6 +32,7 @@ _TRUNCATE = CFUNCTYPE(c_int, c_void_p, c_int64)
 _SYNC = CFUNCTYPE(c_int, c_void_p, c_int)
 _SIZE = CFUNCTYPE(c_int, c_void_p, c_void_p)
 _SHARE = CFUNCTYPE(c_int, c_void_p, c_int, c_int, c_int, c_void_p)
+_RANDOMNESS = CFUNCTYPE(c_int, c_void_p, c_int, c_void_p)
 
 
 class _Methods(ctypes.Structure):
@@ -110,14 +111,22 @@ class _Shim:
             "file_size": _SIZE(self._size),
             "shm_map": _SHARE(self._share),
         }
-        self._vfs_callbacks = _OPEN(self._open), _DELETE(self._delete)
-        self._vfs.open, self._vfs.delete = (
+        self._vfs_callbacks = (
+            _OPEN(self._open),
+            _DELETE(self._delete),
+            _RANDOMNESS(self._randomness),
+        )
+        self._vfs.open, self._vfs.delete, self._vfs.randomness = (
             ctypes.cast(callback, c_void_p).value for callback in self._vfs_callbacks
         )
 
     def register(self) -> None:
         """Make it the one that new connections use."""
         self._library.sqlite3_vfs_register(ctypes.byref(self._vfs), 1)
+
+    def draw_anew(self) -> None:
+        """Have SQLite ask for randomness before it draws the next salt of a log."""
+        self._library.sqlite3_randomness(0, None)
 
     def unregister(self) -> None:
         """Give SQLite its own back."""
@@ -207,6 +216,12 @@ class _Shim:
                 return code
 
         return self._guarded(sqlite3.SQLITE_IOERR_DELETE, delete)
+
+    @staticmethod
+    def _randomness(_: int, size: int, out: int) -> int:
+        """Give the same each time: equal runs leave equal bytes behind."""
+        ctypes.memset(out, 7, size)
+        return size
 
     def _close(self, file: int) -> int:
         opened = self._files.pop(file)
@@ -304,13 +319,15 @@ def sqlite_on(disk: FaultyDisk) -> Iterator[None]:
     """Hand SQLite's files below the disk's root to the disk for the length of a ``with``.
 
     Raises Unsupported where the library inside this Python cannot be reached. Connections that are
-    opened inside must be closed before the end.
+    opened inside must be closed before the end. What SQLite draws (the salts of its logs) is the
+    same each time.
     """
     global _shim  # noqa: PLW0603
     if _shim is None:
         _shim = _Shim()
     if not _shim.disks:
         _shim.register()
+        _shim.draw_anew()
     _shim.disks.append(disk)
     try:
         yield
@@ -318,6 +335,7 @@ def sqlite_on(disk: FaultyDisk) -> Iterator[None]:
         _shim.disks.remove(disk)
         if not _shim.disks:
             _shim.unregister()
+            _shim.draw_anew()
         defects, _shim.defects = _shim.defects, []
     if defects:
         raise defects[0]
@@ -338,6 +356,8 @@ def _library() -> Any:
         library.sqlite3_vfs_find.argtypes = [c_char_p]
         library.sqlite3_vfs_register.argtypes = [POINTER(_Vfs), c_int]
         library.sqlite3_vfs_unregister.argtypes = [POINTER(_Vfs)]
+        library.sqlite3_randomness.argtypes = [c_int, c_void_p]
+        library.sqlite3_randomness.restype = None
     except AttributeError as error:
         raise Unsupported(f"this Python's SQLite hides its virtual file systems: {error}") from None
     return library

@@ -4,6 +4,7 @@
         job = network.cluster.submit(...)
         network.control_links[0].disturb(to_server=Link(black_hole=True))
         network.data_link.reset()
+        network.cut_off(1)
 
 Each worker reaches control through a proxy of its own, and all reach the aggregator through one.
 Nobody starts again what dies.
@@ -21,9 +22,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
+import psutil
+
 import phalanx
+from phalanx.addresses import split_address
 from phalanx.local.ports import free_ports
-from phalanx.testing.tcp_proxy import TcpProxy
+from phalanx.testing.tcp_proxy import Link, TcpProxy
 
 GUARD_S = 60.0
 """Longest wait for a process to begin or to end; a guard against a hang, not a measure."""
@@ -116,6 +120,24 @@ class ProxiedCluster:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+
+    def cut_off(self, index: int) -> None:
+        """Let nothing pass between one worker and the others, either way, until `heal`."""
+        black_hole = Link(black_hole=True)
+        self.control_links[index].disturb(both=black_hole)
+        port = split_address(self.data_link.address)[1]
+        process = psutil.Process(self.workers[index].process.pid)
+        own = [
+            each.laddr.port
+            for each in process.net_connections("tcp")
+            if each.raddr and each.raddr.port == port
+        ]
+        self.data_link.disturb(both=black_hole, client_ports=own)
+
+    def heal(self) -> None:
+        """End every disturbance of every link."""
+        for link in self.links():
+            link.heal()
 
     def links(self) -> list[TcpProxy]:
         """Return all proxies."""

@@ -22,7 +22,7 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
@@ -117,16 +117,28 @@ class TcpProxy:
         to_server: Link | None = None,
         to_client: Link | None = None,
         both: Link | None = None,
+        client_ports: Collection[int] | None = None,
     ) -> None:
-        """Set what a direction does from now on, to connections that are open too."""
+        """Set what a direction does from now on, to connections that are open too.
+
+        With `client_ports` only to those that are open now and come from these ports, so that one
+        of several clients is cut off.
+        """
 
         def change() -> None:
-            for direction, link in (
-                (Direction.TO_SERVER, to_server or both),
-                (Direction.TO_CLIENT, to_client or both),
-            ):
-                if link is not None:
-                    self._links[direction] = link
+            links = {
+                direction: link
+                for direction, link in (
+                    (Direction.TO_SERVER, to_server or both),
+                    (Direction.TO_CLIENT, to_client or both),
+                )
+                if link is not None
+            }
+            if client_ports is None:
+                self._links |= links
+            for connection in self._connections:
+                if client_ports is not None and connection.client_port in client_ports:
+                    connection.links |= links
             self._wake()
 
         self._do(change)
@@ -136,6 +148,8 @@ class TcpProxy:
 
         def change() -> None:
             self._links = dict.fromkeys(Direction, CLEAR)
+            for connection in self._connections:
+                connection.links.clear()
             self._refuses = False
             self._wake()
 
@@ -238,6 +252,9 @@ class TcpProxy:
             )
         except OSError:
             connection.reset(by_proxy=False)
+        except asyncio.CancelledError:
+            # The proxy ends; asyncio would print it as a failure of its own.
+            connection.reset(by_proxy=False)
         finally:
             self._connections.discard(connection)
             connection.close()
@@ -259,7 +276,7 @@ class TcpProxy:
             due_s = 0.0
             while True:
                 data = await reader.read(READ_BYTES)
-                link = self._links[direction]
+                link = connection.links.get(direction, self._links[direction])
                 delay_s = link.latency_s + self._random.uniform(0.0, link.jitter_s)
                 due_s = max(due_s, asyncio.get_running_loop().time() + delay_s)
                 put = asyncio.ensure_future(under_way.put((due_s, data)))
@@ -288,12 +305,12 @@ class TcpProxy:
             due_s, data = await under_way.get()
             await asyncio.sleep(due_s - loop.time())
             if not data:
-                await self._link(direction)
+                await self._link(connection, direction)
                 writer.write_eof()
                 return
             rest = memoryview(data)
             while rest:
-                link = await self._link(direction)
+                link = await self._link(connection, direction)
                 size = min(len(rest), link.slice_bytes or len(rest), _paced_bytes(link))
                 if link.reset_after_bytes:
                     size = min(size, max(0, link.reset_after_bytes - passed))
@@ -310,11 +327,13 @@ class TcpProxy:
                 if link.slice_pause_s and rest:
                     await asyncio.sleep(link.slice_pause_s)
 
-    async def _link(self, direction: Direction) -> Link:
-        """Return the link once it lets bytes through."""
-        while self._links[direction].black_hole:
+    async def _link(self, connection: _Connection, direction: Direction) -> Link:
+        """Return the link of a connection once it lets bytes through."""
+        while True:
+            link = connection.links.get(direction, self._links[direction])
+            if not link.black_hole:
+                return link
             await self._changed.wait()
-        return self._links[direction]
 
 
 class _Connection:
@@ -323,6 +342,8 @@ class _Connection:
     def __init__(
         self, writers: tuple[asyncio.StreamWriter, ...], on_reset: Callable[[], None]
     ) -> None:
+        self.client_port: int = writers[0].get_extra_info("peername")[1]
+        self.links: dict[Direction, Link] = {}
         self._writers = writers
         self._on_reset = on_reset
         self._is_reset = False

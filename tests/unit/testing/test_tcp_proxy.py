@@ -107,6 +107,24 @@ def test_whatever_a_link_does_every_byte_arrives_once_and_in_order(
     assert proxy.resets == 0
 
 
+def test_one_of_two_clients_is_cut_off_until_it_heals(proxy: TcpProxy) -> None:
+    with dial(proxy) as cut, dial(proxy) as other:
+        for connection in (cut, other):
+            assert exchange(connection, b"before") == b"before"
+        own = cut.getsockname()[1]
+        proxy.disturb(both=Link(black_hole=True), client_ports=[own])
+        cut.sendall(b"meanwhile")
+        assert exchange(other, DATA) == DATA
+        cut.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            cut.recv(1)
+        cut.settimeout(GUARD_S)
+        with dial(proxy) as later:
+            assert exchange(later, b"later") == b"later"
+        proxy.heal()
+        assert receive(cut, len(b"meanwhile")) == b"meanwhile"
+
+
 def test_latency_and_bandwidth_take_at_least_the_time_that_they_say(proxy: TcpProxy) -> None:
     # Lower bounds hold on any machine, however busy.
     loop_time = time.monotonic
