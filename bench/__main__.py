@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import time
 from pathlib import Path
 
+from bench.groups import add_names, modules
 from bench.results import Measurement, print_table, write_json
 
 SUITES = {
@@ -21,19 +20,12 @@ SUITES = {
 def main() -> int:
     """Runs the named suites (default: all) and returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("suites", nargs="*", metavar="NAME", help=", ".join(SUITES))
+    add_names(parser, SUITES)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results.json"))
     arguments = parser.parse_args()
-    unknown = set(arguments.suites) - set(SUITES)
-    if unknown:
-        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; have {', '.join(SUITES)}")
     measurements: list[Measurement] = []
-    for suite in arguments.suites or SUITES:
-        print(f"… {suite}: {SUITES[suite]}", flush=True)
-        start = time.monotonic()
-        module = importlib.import_module(f"bench.{suite}")
-        measurements.extend(module.run(f"python -m bench {suite}"))
-        print(f"  {time.monotonic() - start:.0f} s", flush=True)
+    for module, command in modules("bench", SUITES, arguments.names):
+        measurements.extend(module.run(command))
     print_table(measurements)
     write_json(measurements, arguments.output)
     print(f"written: {arguments.output}")

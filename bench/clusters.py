@@ -130,6 +130,11 @@ def steps_per_s(job: Job, warm_up: int) -> float:
     return (kept[-1].step - kept[0].step) / seconds
 
 
+def hosting(job: Job) -> int:
+    """How many workers hold shards of a job, as far as it is known here."""
+    return sum(bool(worker.shards) for worker in job.progress.workers)
+
+
 def median(values: list[float]) -> float:
     """The middle value."""
     return statistics.median(values)

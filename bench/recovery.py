@@ -8,7 +8,7 @@ import signal
 import time
 
 import phalanx
-from bench.clusters import add_tiny_data, cluster, idle_job, wait_for
+from bench.clusters import add_tiny_data, cluster, hosting, idle_job, wait_for
 from bench.results import Measurement
 
 TRIALS = 50
@@ -51,13 +51,9 @@ def kill_to_commit_s(trials: int) -> list[float]:
 
 def _wait_until_all_train(job: phalanx.Job) -> None:
     """Wait for a step since all workers hold shards: before it there is nothing to interrupt."""
-    wait_for(lambda: _hosting(job) == WORKERS, f"{WORKERS} workers that hold shards")
+    wait_for(lambda: hosting(job.refresh()) == WORKERS, f"{WORKERS} workers that hold shards")
     step = job.progress.step
     wait_for(lambda: job.refresh().progress.step > step, "a step of all workers")
-
-
-def _hosting(job: phalanx.Job) -> int:
-    return sum(bool(worker.shards) for worker in job.refresh().progress.workers)
 
 
 def _kill_one(running: phalanx.LocalCluster, job: phalanx.Job, draw: random.Random) -> float:

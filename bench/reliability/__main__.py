@@ -7,22 +7,23 @@ name is not given keep their last value.
 from __future__ import annotations
 
 import argparse
-import importlib
-import time
 from pathlib import Path
 
+from bench.groups import add_names, modules
 from bench.reliability.rows import Row, print_rows, read_rows, with_table
 from bench.results import write_json
 
 GROUPS = {
     "simulator": "seeds of the simulator",
-    "workers": "a worker killed, stopped, restarted",
+    "workers": "a worker killed, and one that comes back",
+    "late": "a worker stopped, hanging, cut off",
     "control": "the leading control process killed, alone and together with a worker",
     "fencing": "writes of a leader that leads no more",
     "goodput": "steps per second under a rain of faults, and the bits",
     "herd": "200 workers that come back at once after control was killed",
     "hostile": "memory and honest callers of servers under attack",
-    "disk_errors": "EIO and ENOSPC at every call of storage",
+    "disk_errors": "EIO at every call of storage",
+    "disk_full": "ENOSPC at every call of storage",
     "disk_crashes": "crash, power failure and torn write at every call of storage",
     "bit_flips": "every bit of a checkpoint flipped",
 }
@@ -34,25 +35,17 @@ ROOT = Path(__file__).resolve().parents[2]
 def main() -> int:
     """Runs the named groups (default: all) and returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.reliability", description=__doc__)
-    parser.add_argument("groups", nargs="*", metavar="NAME", help=", ".join(GROUPS))
+    add_names(parser, GROUPS)
     parser.add_argument("--quick", action="store_true", help="fewer trials; the rows say so")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "reliability.json")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "RELIABILITY.md")
     arguments = parser.parse_args()
-    unknown = set(arguments.groups) - set(GROUPS)
-    if unknown:
-        parser.error(f"no such group: {', '.join(sorted(unknown))}; have {', '.join(GROUPS)}")
     measured: list[Row] = []
-    for group in arguments.groups or GROUPS:
-        print(f"… {group}: {GROUPS[group]}", flush=True)
-        start = time.monotonic()
-        module = importlib.import_module(f"bench.reliability.{group}")
-        command = f"python -m bench.reliability {group}" + " --quick" * arguments.quick
-        rows = module.run(command, quick=arguments.quick)
+    for module, command in modules("bench.reliability", GROUPS, arguments.names):
+        rows = module.run(command + " --quick" * arguments.quick, quick=arguments.quick)
         # Kept at once: a later group that fails must not cost what this one has measured.
         write_json(rows, arguments.output)
         measured.extend(rows)
-        print(f"  {time.monotonic() - start:.0f} s", flush=True)
     document = arguments.document.read_text(encoding="utf-8")
     arguments.document.write_text(
         with_table(document, read_rows(arguments.output)), encoding="utf-8"

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.reliability.disk_sweep import working_folder
-from bench.reliability.rows import Row
+from bench.reliability.rows import Row, Rows
 from coordinator.aggregation.checkpoints import layout_part, read_part
 from coordinator.aggregation.core.state import RangeParameters
 from phalanx.clients.storage import StorageClient
@@ -166,28 +166,21 @@ def run(command: str, *, quick: bool) -> list[Row]:
     tried, detected = (sum(column) for column in zip(*results, strict=True))
     with working_folder() as folder:
         way_tried, way_right = asyncio.run(whole_way(folder, range(0, BITS, _WHOLE_WAY_STRIDE)))
+    made = Rows(command, quick)
     return [
-        Row(
-            name="checkpoint_bit_flips_detected",
-            what=f"single-bit flips of a checkpoint of {PART_BYTES // 1024} KiB, detected",
-            value=detected,
-            unit="flips",
-            reach=f"{tried:,} of {tried:,}",
-            reached=detected == tried,
+        made.all_of(
+            "checkpoint_bit_flips_detected",
+            f"single-bit flips of a checkpoint of {PART_BYTES // 1024} KiB, detected",
+            detected,
+            "flips",
             trials=tried,
-            command=command,
             note="read as a download reads; not one damaged byte was handed out",
-            quick=quick,
         ),
-        Row(
-            name="checkpoint_bit_flips_gone_around",
-            what="of those, an aggregator that was refused and then read the checkpoint before",
-            value=way_right,
-            unit="flips",
-            reach=f"{way_tried:,} of {way_tried:,}",
-            reached=way_right == way_tried,
+        made.all_of(
+            "checkpoint_bit_flips_gone_around",
+            "of those, an aggregator that was refused and then read the checkpoint before",
+            way_right,
+            "flips",
             trials=way_tried,
-            command=command,
-            quick=quick,
         ),
     ]

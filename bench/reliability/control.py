@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import phalanx
 from bench.clusters import wait_for
 from bench.reliability.jobs import all_ready, commits_of, patient_cluster, patient_job
-from bench.reliability.rows import Row
+from bench.reliability.rows import Row, Rows
 from phalanx.chaos.report import Commit, Span, gaps, percentile
 from phalanx.errors import Unavailable
 
@@ -92,43 +92,29 @@ def _rows(
     ratio = max(longest_s) / usual_s
     alone = [s for s, kill in zip(longest_s, kills, strict=True) if not kill.with_worker]
     together = [s for s, kill in zip(longest_s, kills, strict=True) if kill.with_worker]
-    led_s = [kill.led_after_s for kill in kills]
-    trials = len(kills)
+    made = Rows(command, quick)
     return [
-        Row(
-            name="control_kill_steps_lost",
-            what="control `kill -9` while training, every other time with a worker: steps lost",
-            value=float(replayed),
-            unit="",
-            reach="0",
-            reached=replayed == 0,
-            trials=trials,
-            command=command,
-            quick=quick,
+        made.none(
+            "control_kill_steps_lost",
+            "control `kill -9` while training, every other time with a worker: steps lost",
+            replayed,
+            trials=len(kills),
         ),
-        Row(
-            name="control_kill_gap_ratio",
-            what="longest gap between two commits after it ÷ the longest undisturbed one",
-            value=ratio,
-            unit="ratio",
-            reach="<= 2",
-            reached=ratio <= 2,
-            trials=trials,
-            command=command,
+        made.at_most(
+            "control_kill_gap_ratio",
+            "longest gap between two commits after it ÷ the longest undisturbed one",
+            ratio,
+            "",
+            2.0,
+            trials=len(kills),
             note=f"undisturbed {usual_s:.2f} s; control alone {max(alone):.2f} s, "
             f"with a worker {max(together):.2f} s; median {percentile(longest_s, 50):.2f} s",
-            quick=quick,
         ),
-        Row(
-            name="control_kill_standby_leads_s",
-            what="control `kill -9` → the next generation leads",
-            value=max(led_s),
-            unit="s",
-            reach="<= 3",
-            reached=max(led_s) <= 3,
-            trials=trials,
-            command=command,
-            note=f"largest; median {percentile(led_s, 50):.2f} s",
-            quick=quick,
+        made.largest(
+            "control_kill_standby_leads_s",
+            "control `kill -9` → the next generation leads",
+            [kill.led_after_s for kill in kills],
+            "s",
+            3.0,
         ),
     ]

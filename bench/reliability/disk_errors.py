@@ -1,4 +1,4 @@
-"""I/O errors and full disks at every call of storage's journal, lease, blob and checkpoint code."""
+"""I/O errors at every call of storage's journal, lease, blob and checkpoint code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from bench.reliability.rows import Row
 
 
 def run(command: str, *, quick: bool) -> list[Row]:
-    """EIO and ENOSPC, once and lasting, also in a start after a crash."""
-    what = "EIO and ENOSPC at every I/O call of journal and checkpoint code"
+    """EIO, once and lasting, also in a start after a crash."""
+    what = "EIO at every I/O call of journal and checkpoint code"
     return rows("disk_errors", what, ERRORS, command, quick=quick)

@@ -11,11 +11,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from bench.reliability.disk_sweep import FAULTS, Recording, Sweep, Tally, working_folder
-from bench.reliability.rows import Row
+from bench.reliability.rows import Row, Rows
 
 _AFTER_CRASH = " in a start after a crash"
 NO_POWER_AFTER_SYNC = "EIO at a sync, then no power"
-ERRORS = [*FAULTS, f"EIO once{_AFTER_CRASH}", f"ENOSPC once{_AFTER_CRASH}"]
+ERRORS = ["EIO once", "EIO lasting", f"EIO once{_AFTER_CRASH}"]
+FULL = ["ENOSPC once", "ENOSPC lasting", f"ENOSPC once{_AFTER_CRASH}"]
 CRASHES = ["crash", f"crash{_AFTER_CRASH}", NO_POWER_AFTER_SYNC]
 
 _SLICES = 16
@@ -42,31 +43,24 @@ def rows(name: str, what: str, kinds: list[str], command: str, *, quick: bool) -
         print(f"  {failure[:600]}")
     by_kind = ", ".join(f"{kind} {tally.faults}" for kind, tally in tallies.items())
     by_call = ", ".join(f"{call} {count}" for call, count in sorted(whole.calls.items()))
+    made = Rows(command, quick)
     return [
-        Row(
-            name=f"{name}_facts_lost",
-            what=f"{what}: faults after which an acknowledged fact was missing, something was "
+        made.none(
+            f"{name}_facts_lost",
+            f"{what}: faults after which an acknowledged fact was missing, something was "
             "there by half, or the service did not go on",
-            value=len(whole.failures),
+            len(whole.failures),
             unit="faults",
-            reach="0",
-            reached=not whole.failures and whole.faults > 0,
             trials=whole.faults,
-            command=command,
             note=f"{by_kind}; by call: {by_call}; {whole.restarts} restarts on what was left, "
             f"{whole.processes_ended} ends of the process as designed",
-            quick=quick,
         ),
-        Row(
-            name=f"{name}_stale_writes_accepted",
-            what=f"{what}: writes of a replaced leader that were accepted afterwards",
-            value=whole.stale_writes_accepted,
+        made.none(
+            f"{name}_stale_writes_accepted",
+            f"{what}: writes of a replaced leader that were accepted afterwards",
+            whole.stale_writes_accepted,
             unit="writes",
-            reach="0",
-            reached=not whole.stale_writes_accepted,
             trials=whole.stale_writes,
-            command=command,
-            quick=quick,
         ),
     ]
 

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import errno
 import itertools
+import os
 import random
 import shutil
 import sqlite3
@@ -98,7 +99,6 @@ class Sweep:
         self._done = done
         self._numbers = itertools.count()
         self._states = expected_states(self._fresh({}))
-        # Many faults leave the same behind.
         self._checked: set[int] = set()
         self.tally = Tally()
 
@@ -201,7 +201,9 @@ class Sweep:
             self.tally.faults += 1
             self.tally.calls[call.name] += 1
             label += f" ({call.name} {call.path})"
-            self._check(f"{label}, killed", root, done, in_doubt)
+            # What really is there, which has SQLite's shared memory besides.
+            if self._is_new(disk.model.as_it_is(), done, in_doubt):
+                self._check(f"{label}, killed", root, done, in_doubt)
             self._check_images(
                 label, disk.model, done, in_doubt=in_doubt, seed=fault.at_call, killed=False
             )
@@ -265,13 +267,18 @@ class Sweep:
         if killed:
             images["killed"] = model.as_it_is()
         for name, image in images.items():
-            key = hash((tuple(image.items()), done, in_doubt))
-            if key in self._checked:
+            if not self._is_new(image, done, in_doubt):
                 continue
-            self._checked.add(key)
             root = self._fresh(image)
             self._check(f"{label}, {name}", root, done, in_doubt)
             self._remove(root)
+
+    def _is_new(self, image: Image, done: int, in_doubt: bool) -> bool:
+        """Whether this was never checked; many faults leave the same behind."""
+        key = hash((tuple(image.items()), done, in_doubt))
+        known = key in self._checked
+        self._checked.add(key)
+        return not known
 
     def _check(self, label: str, root: Path, done: int, in_doubt: bool) -> None:
         """Start the service that ships on what is left, and have it go on to the end."""
@@ -304,8 +311,9 @@ class Sweep:
 
     @staticmethod
     def _remove(root: Path) -> None:
-        for folder in (root / "state" / "blobs").glob("*"):
-            # Most are empty, and this is several times as fast.
+        blobs = f"{root}/state/blobs"
+        # Most are empty, and this is several times as fast.
+        for name in os.listdir(blobs) if os.path.isdir(blobs) else ():
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                os.rmdir(f"{blobs}/{name}")
         shutil.rmtree(root)

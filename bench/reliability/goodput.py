@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.reliability.jobs import GUARD_S, patient_cluster, patient_job, undisturbed_sha256
-from bench.reliability.rows import Row
+from bench.reliability.rows import Row, Rows
 from phalanx.chaos.report import Report
 from phalanx.chaos.run import Chaos, ChaosOptions
 from phalanx.chaos.schedule import faults_named
@@ -30,6 +30,7 @@ class Scenario:
     baseline_s: float
     faults: tuple[str, ...]
     reach_percent: float
+    checkpoint_every: int
 
 
 FOUR = Scenario(
@@ -40,10 +41,11 @@ FOUR = Scenario(
     shards=9,
     leaf_s=0.1,
     every_s=5.0,
-    duration_s=160.0,
-    baseline_s=30.0,
+    duration_s=110.0,
+    baseline_s=12.0,
     faults=(),
     reach_percent=90.0,
+    checkpoint_every=5,
 )
 THIRTY_TWO = Scenario(
     name="goodput_32_workers",
@@ -52,10 +54,11 @@ THIRTY_TWO = Scenario(
     shards=62,
     leaf_s=0.2,
     every_s=29.0,
-    duration_s=29.0 * 8,
-    baseline_s=40.0,
+    duration_s=29.0 * 3,
+    baseline_s=15.0,
     faults=("kill-worker",),
     reach_percent=98.0,
+    checkpoint_every=20,
 )
 START_TIMEOUT_S = 300.0
 QUICK_S = 20.0
@@ -76,7 +79,7 @@ def measure(scenario: Scenario, command: str, *, quick: bool) -> list[Row]:
     rounds = -(-scenario.shards // scenario.workers)
     # Enough for the time it takes without any fault, and then a little.
     steps = round((duration_s + 2 * baseline_s + 10) / (rounds * scenario.leaf_s))
-    job = patient_job("goodput", scenario.shards, steps)
+    job = patient_job("goodput", scenario.shards, steps, checkpoint_every=scenario.checkpoint_every)
     with patient_cluster(
         scenario.workers, scenario.leaf_s, aggregators=2, timeout_s=START_TIMEOUT_S
     ) as running:
@@ -102,31 +105,25 @@ def _rows(
     percent = 100 * (report.goodput or 0.0)
     trials = len(report.injuries)
     broken = (report.counters.examples_lost or 0) + (report.counters.examples_doubled or 0)
+    made = Rows(command, quick)
     return [
-        Row(
-            name=scenario.name,
-            what=scenario.what,
-            value=percent,
-            unit="%",
-            reach=f">= {scenario.reach_percent:g}",
-            reached=percent >= scenario.reach_percent,
+        made.at_least(
+            scenario.name,
+            scenario.what,
+            percent,
+            "%",
+            scenario.reach_percent,
             trials=trials,
-            command=command,
             note=f"recovery p50 {report.recovery_p50_s:.2f} s, p99 {report.recovery_p99_s:.2f} s; "
             f"{report.steps_per_s:.2f} of {report.undisturbed_steps_per_s:.2f} steps/s; "
-            f"{scenario.shards} leaves of {scenario.leaf_s:g} s per step",
-            quick=quick,
+            f"{scenario.shards} leaves of {scenario.leaf_s:g} s per step, a checkpoint "
+            f"every {scenario.checkpoint_every} steps",
         ),
-        Row(
-            name=f"{scenario.name}_broken",
-            what="examples lost or doubled in that run, plus one if its final SHA-256 is not that "
+        made.none(
+            f"{scenario.name}_broken",
+            "examples lost or doubled in that run, plus one if its final SHA-256 is not that "
             "of the undisturbed computation",
-            value=broken + (not equal),
-            unit="",
-            reach="0",
-            reached=broken == 0 and equal,
+            broken + (not equal),
             trials=trials,
-            command=command,
-            quick=quick,
         ),
     ]

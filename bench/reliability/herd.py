@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import subprocess
@@ -11,14 +10,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from bench.reliability.rows import Row
+from bench.reliability.rows import Row, Rows
 from phalanx.ids import new_incarnation
 from phalanx.local.ports import free_ports
 from phalanx.rpc.member_session import MemberSession
+from phalanx.testing.proxied_cluster import ServiceProcess
 from phalanx.testing.storage_process import StorageProcess
 from phalanx.v1 import coordination_service_pb2 as pb
 
@@ -37,39 +38,31 @@ def run(command: str, *, quick: bool) -> list[Row]:
     with (
         tempfile.TemporaryDirectory() as folder,
         StorageProcess(Path(folder) / "state") as storage,
-        _Control(Path(folder), storage.address) as control,
+        _control_process(Path(folder), storage.address) as control,
         _Herd(control.address) as herd,
     ):
         herd.wait_for_all(after_unix_s=0.0)
         for _ in range(trials):
-            killed_unix_s = control.kill_and_restart()
+            killed_unix_s = time.time()
+            control.restart()
             registered.append([at - killed_unix_s for at in herd.wait_for_all(killed_unix_s)])
-    seconds = max(max(times) for times in registered)
-    evenness = max(_peak_over_mean(times) for times in registered)
     first = max(min(times) for times in registered)
+    made = Rows(command, quick)
     return [
-        Row(
-            name="herd_registered_s",
-            what=f"control `kill -9` and restart → all {WORKERS} workers registered again",
-            value=seconds,
-            unit="s",
-            reach=f"<= {REACH_S:g}",
-            reached=seconds <= REACH_S,
-            trials=trials,
-            command=command,
-            note=f"the first came after {first:.1f} s at the latest",
-            quick=quick,
+        made.largest(
+            "herd_registered_s",
+            f"control `kill -9` and restart → all {WORKERS} workers registered again",
+            [max(times) for times in registered],
+            "s",
+            REACH_S,
+            f"the first came after {first:.1f} s at the latest",
         ),
-        Row(
-            name="herd_peak_over_mean",
-            what="most registrations in one second, over the mean from the first to the last",
-            value=evenness,
-            unit="ratio",
-            reach=f"<= {REACH_EVENNESS:g}",
-            reached=evenness <= REACH_EVENNESS,
-            trials=trials,
-            command=command,
-            quick=quick,
+        made.largest(
+            "herd_peak_over_mean",
+            "most registrations in one second, over the mean from the first to the last",
+            [_peak_over_mean(times) for times in registered],
+            "",
+            REACH_EVENNESS,
         ),
     ]
 
@@ -80,50 +73,17 @@ def _peak_over_mean(times: Sequence[float]) -> float:
     return peak / (len(times) / max(1.0, max(times) - min(times)))
 
 
-class _Control:
-    """A control process on a fixed port, started again as a supervisor would."""
-
-    def __init__(self, folder: Path, storage: str) -> None:
-        self.address = f"127.0.0.1:{free_ports(1)[0]}"
-        self._announcements = (folder / f"control-{number}.json" for number in itertools.count())
-        self._log = folder / "control.log"
-        self._storage = storage
-        self._process = self._start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def kill_and_restart(self) -> float:
-        """Kill it and start it at once; return when it was killed."""
-        killed_unix_s = time.time()
-        self._process.kill()
-        self._process.wait()
-        self._process = self._start()
-        return killed_unix_s
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        announcement = next(self._announcements)
-        with self._log.open("ab") as log:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "coordinator", "control", "--id", "control"),
-                    *("--listen", self.address, "--storage", self._storage),
-                    *("--announce", str(announcement), "--parent-pid", str(os.getpid())),
-                ],
-                stdout=log,
-                stderr=log,
-                env=_environment(),
-            )
-        deadline = time.monotonic() + GUARD_S
-        while not announcement.exists():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"control did not start:\n{self._log.read_text()[-2000:]}")
-            time.sleep(0.005)
-        return process
+@contextmanager
+def _control_process(folder: Path, storage: str) -> Iterator[ServiceProcess]:
+    """A control process on a fixed port."""
+    listen = f"127.0.0.1:{free_ports(1)[0]}"
+    arguments = ("coordinator", "control", "--listen", listen, "--storage", storage)
+    control = ServiceProcess("control", arguments, folder)
+    try:
+        control.wait_until_ready()
+        yield control
+    finally:
+        control.kill()
 
 
 class _Herd:
@@ -139,7 +99,8 @@ class _Herd:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,  # each lost session is logged
                 env={
-                    **_environment(),
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
                     "HERD": json.dumps([control, index * share, share, str(path)]),
                 },
             )
@@ -169,10 +130,6 @@ class _Herd:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{len(welcomed)} of {WORKERS} workers came back")
             time.sleep(0.05)
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 async def _serve_herd(control: str, first: int, count: int, path: Path) -> None:

@@ -16,7 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bench.clusters import cluster
-from bench.reliability.rows import Row
+from bench.reliability.rows import Row, Rows
 from phalanx.rpc.channel import channel_options
 from phalanx.testing.attackers import ATTACKS, Attack
 from phalanx.v1 import (
@@ -65,34 +65,24 @@ def run(command: str, *, quick: bool) -> list[Row]:
         max(growth_mib, key=growth_mib.__getitem__),
         max(p99_ms, key=p99_ms.__getitem__),
     )
+    made = Rows(command, quick)
     return [
-        Row(
-            name="hostile_memory_growth_mib",
-            what="peak memory of a server under hostile input, above what it had before",
-            value=growth_mib[worst],
-            unit="MiB",
-            reach=f"<= {MEMORY_REACH_MIB}",
-            reached=growth_mib[worst] <= MEMORY_REACH_MIB,
-            trials=len(growth_mib),
-            command=command,
-            note=f"the most: {worst}; attacks: {', '.join(ATTACKS)}",
-            quick=quick,
+        made.largest(
+            "hostile_memory_growth_mib",
+            "peak memory of a server under hostile input, above what it had before",
+            list(growth_mib.values()),
+            "MiB",
+            MEMORY_REACH_MIB,
+            f"the most: {worst}; attacks: {', '.join(ATTACKS)}",
         ),
-        Row(
-            name="hostile_honest_p99_ms",
-            what="p99 of honest calls meanwhile",
-            value=p99_ms[slowest],
-            unit="ms",
-            reach=f"<= {P99_REACH_MS}",
-            reached=p99_ms[slowest] <= P99_REACH_MS,
-            trials=len(p99_ms),
-            command=command,
-            note=(
-                f"the slowest: {slowest}, of {calls} calls each; median of all "
-                f"{statistics.median(p99_ms.values()):.1f} ms, left alone "
-                f"{max(undisturbed.values()):.1f} ms"
-            ),
-            quick=quick,
+        made.largest(
+            "hostile_honest_p99_ms",
+            "p99 of honest calls meanwhile",
+            list(p99_ms.values()),
+            "ms",
+            P99_REACH_MS,
+            f"the slowest: {slowest}, of {calls} calls each; "
+            f"left alone {max(undisturbed.values()):.1f} ms",
         ),
     ]
 

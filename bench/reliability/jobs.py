@@ -9,7 +9,7 @@ of the workers: a computation without it, in one process, gives the same bits at
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 import phalanx
-from bench.clusters import cluster
+from bench.clusters import cluster, hosting
 from phalanx.chaos.report import Commit
 from phalanx.chaos.victims import LocalVictims
 from phalanx.errors import Unavailable
+from phalanx.testing.arena import SOFTMAX_MODEL
 from phalanx.v1.cluster_service_pb2 import Worker
 
 LEAF_S_VARIABLE = "PHALANX_BENCH_LEAF_S"
@@ -38,47 +39,37 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
-
-from phalanx.models import UserModel
+from softmax import Softmax
 
 TICK_S = 0.005
 TICKS = round(float(os.environ.get("PHALANX_BENCH_LEAF_S", "0")) / TICK_S)
 MARKS = os.environ.get("PHALANX_BENCH_MARKS")
 
 
-class Patient(UserModel):
-    def __init__(self, schema):
-        super().__init__(schema, {"w": (schema.features, schema.classes)})
-
-    def initial(self, seed):
-        rows, columns = self.layout.tensors[0].shape
-        return {"w": np.linspace(-1, 1, rows * columns).reshape(rows, columns)}
-
+class Patient(Softmax):
     def loss_and_gradients(self, parameters, features, targets):
         for _ in range(TICKS):
             time.sleep(TICK_S)
-        scores = features @ parameters["w"]
-        scores -= scores.max(axis=1, keepdims=True)
-        p = np.exp(scores)
-        p /= p.sum(axis=1, keepdims=True)
-        rows = np.arange(len(targets))
-        loss = -np.log(p[rows, targets]).sum()
-        p[rows, targets] -= 1
+        found = super().loss_and_gradients(parameters, features, targets)
         if MARKS:
             # Made once: its time is that of the first leaf of this process.
             with contextlib.suppress(FileExistsError):
                 Path(MARKS, str(os.getpid())).touch(exist_ok=False)
-        return float(loss), {"w": features.T @ p}
+        return found
 '''
 
 
 @contextmanager
 def patient_cluster(
-    workers: int, leaf_s: float, *, marks: Path | None = None, **options: Any
+    workers: int,
+    leaf_s: float,
+    *,
+    marks: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> Iterator[phalanx.LocalCluster]:
     """A cluster with the data set of the job, whose leaves take so long."""
-    environment = {LEAF_S_VARIABLE: str(leaf_s)}
+    environment = {**(environment or {}), LEAF_S_VARIABLE: str(leaf_s)}
     if marks is not None:
         environment[MARKS_VARIABLE] = str(marks)
     with cluster(workers=workers, environment=environment, **options) as running:
@@ -103,7 +94,7 @@ def patient_job(
     return {
         "name": name,
         "data": {"name": "clouds", "shards": shards},
-        "code": {"files": {"patient.py": PATIENT_MODEL}},
+        "code": {"files": {"softmax.py": SOFTMAX_MODEL, "patient.py": PATIENT_MODEL}},
         "train": {
             "model": {"custom": {"entrypoint": "patient:Patient"}},
             "optimizer": {"adam": {"learning_rate": 0.01}},
@@ -125,10 +116,10 @@ def undisturbed_sha256(job: dict[str, Any]) -> str:
 def all_host(running: phalanx.LocalCluster, job: phalanx.Job, workers: int) -> bool:
     """Whether all processes are up and so many workers hold shards of the job."""
     try:
-        hosting = sum(bool(worker.shards) for worker in job.refresh().progress.workers)
+        hosts = hosting(job.refresh())
     except Unavailable:
         return False
-    return hosting == workers and LocalVictims(running.state_dir).all_up()
+    return hosts == workers and LocalVictims(running.state_dir).all_up()
 
 
 def all_ready(running: phalanx.LocalCluster, workers: int) -> bool:

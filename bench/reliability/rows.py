@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,60 @@ class Row:
     command: str
     note: str = ""
     quick: bool = False
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Makes the rows of one run of one group."""
+
+    command: str
+    quick: bool
+
+    def at_most(
+        self, name: str, what: str, value: float, unit: str, bound: float, *, trials: int, note: str
+    ) -> Row:
+        """A figure with an upper bound."""
+        return self._row(name, what, value, unit, f"<= {bound:g}", value <= bound, trials, note)
+
+    def at_least(
+        self, name: str, what: str, value: float, unit: str, bound: float, *, trials: int, note: str
+    ) -> Row:
+        """A figure with a lower bound."""
+        return self._row(name, what, value, unit, f">= {bound:,g}", value >= bound, trials, note)
+
+    def largest(
+        self, name: str, what: str, values: Sequence[float], unit: str, bound: float, note: str = ""
+    ) -> Row:
+        """The largest of some values, one from each trial, with an upper bound."""
+        middle = f"largest; median {statistics.median(values):.2f} {unit}"
+        note = f"{middle}; {note}" if note else middle
+        return self.at_most(name, what, max(values), unit, bound, trials=len(values), note=note)
+
+    def none(
+        self, name: str, what: str, count: int, *, trials: int, unit: str = "", note: str = ""
+    ) -> Row:
+        """A count of what must not happen; without a trial nothing was shown."""
+        return self._row(name, what, count, unit, "0", count == 0 and trials > 0, trials, note)
+
+    def all_of(
+        self, name: str, what: str, count: int, unit: str, *, trials: int, note: str = ""
+    ) -> Row:
+        """A count of what must happen in every trial."""
+        reach = f"{trials:,} of {trials:,}"
+        return self._row(name, what, count, unit, reach, count == trials, trials, note)
+
+    def _row(
+        self,
+        name: str,
+        what: str,
+        value: float,
+        unit: str,
+        reach: str,
+        reached: bool,
+        trials: int,
+        note: str,
+    ) -> Row:
+        return Row(name, what, value, unit, reach, reached, trials, self.command, note, self.quick)
 
 
 def print_rows(rows: Sequence[Row]) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.reliability.rows import Row
+from bench.reliability.rows import Row, Rows
 
 SEEDS, QUICK_SEEDS = 10_000, 40
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,29 +38,21 @@ def rows_of(found: dict[str, Any], command: str, *, quick: bool) -> list[Row]:
     failed = "; ".join(each["command"] for each in found["failures"][:3])
     weak = "; ".join(found["vacuous"])
 
-    def row(name: str, what: str, value: float, unit: str, reach: str, reached: bool) -> Row:
-        return Row(
-            f"simulator_{name}", what, value, unit, reach, reached, seeds, command, "", quick
-        )
+    made = Rows(command, quick)
+    compared = found["jobs"] - found["cancelled"]
 
     def at_least(name: str, what: str, value: float, unit: str, bound: float) -> Row:
-        return row(name, what, value, unit, f">= {bound:,g}", value >= bound)
+        return made.at_least(f"simulator_{name}", what, value, unit, bound, trials=seeds, note="")
 
-    def none(name: str, what: str, value: float) -> Row:
-        return row(name, what, value, "", "0", value == 0)
+    def none(name: str, what: str, count: int, note: str = "") -> Row:
+        return made.none(f"simulator_{name}", what, count, trials=seeds, note=note)
 
     return [
-        Row(
-            "simulator_seeds_failed",
+        none(
+            "seeds_failed",
             "seeds in which something happened that must not, or that proved too little",
             len(found["failures"]) + len(found["vacuous"]),
-            "",
-            "0",
-            not found["failures"] and not found["vacuous"],
-            seeds,
-            command,
             "; ".join(part for part in (failed, weak) if part),
-            quick,
         ),
         at_least(
             "transitions_per_s",
@@ -79,13 +71,12 @@ def rows_of(found: dict[str, Any], command: str, *, quick: bool) -> list[Row]:
         ),
         none("examples_lost", "examples that committed steps missed", found["lost"]),
         none("examples_doubled", "examples that committed steps had twice", found["doubled"]),
-        row(
-            "sha_equal",
-            f"jobs with the SHA-256 of the plain loop, of {found['jobs'] - found['cancelled']:,}",
-            100 * found["sha_equal_fraction"],
-            "%",
-            "100",
-            found["sha_equal"] == found["jobs"] - found["cancelled"],
+        made.all_of(
+            "simulator_sha_equal",
+            "jobs with the SHA-256 of the plain loop",
+            found["sha_equal"],
+            "jobs",
+            trials=compared,
         ),
         none(
             "stale_writes_accepted",

@@ -1,6 +1,6 @@
 """A sweep of ``bench.reliability.disk_faults`` at some calls, and the defects that it must find.
 
-All calls are broken by ``python -m bench.reliability disk_errors disk_crashes``.
+All calls are broken by ``python -m bench.reliability disk_errors disk_full disk_crashes``.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bench.reliability.disk_faults import CRASHES, ERRORS, NO_POWER_AFTER_SYNC, sweep
+from bench.reliability.disk_faults import CRASHES, ERRORS, FULL, NO_POWER_AFTER_SYNC, sweep
 from bench.reliability.disk_sweep import Sweep, working_folder
 from phalanx.testing.faulty_disk import FaultyDisk
 from phalanx.testing.faulty_sqlite import Unsupported, sqlite_on
@@ -28,7 +28,7 @@ def _supported(tmp_path):
         pytest.skip(str(reason))
 
 
-@pytest.mark.parametrize("kind", [*ERRORS, *CRASHES])
+@pytest.mark.parametrize("kind", [*ERRORS, *FULL, *CRASHES])
 def test_one_call_in_many_fails_and_nothing_is_lost(kind):
     offset, step = {
         NO_POWER_AFTER_SYNC: (12, 30),

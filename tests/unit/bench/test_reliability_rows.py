@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.reliability.rows import BEGIN, END, Row, read_rows, with_table
+from bench.reliability.rows import BEGIN, END, Row, Rows, read_rows, with_table
 from bench.results import write_json
 
 ROW = Row("gap_s", "longest gap", 0.25, "s", "<= 0.3", True, 50, "python -m bench.reliability gap")
@@ -36,3 +36,16 @@ def test_figures_that_were_not_measured_again_keep_their_value(tmp_path):
         replace(ROW, value=0.5, reached=False),
         replace(ROW, name="other_s"),
     ]
+
+
+def test_a_figure_is_judged_by_its_bound_and_a_count_by_its_trials():
+    made = Rows("command", quick=False)
+    worst = made.largest("a", "what", [0.1, 0.31, 0.2], "s", 0.3)
+    assert (worst.value, worst.reached, worst.trials, worst.reach) == (0.31, False, 3, "<= 0.3")
+    assert made.largest("a", "what", [0.1, 0.3], "s", 0.3).reached
+    assert made.at_least("a", "what", 89.9, "%", 90, trials=1, note="").reached is False
+    assert made.none("a", "what", 0, trials=3).reached
+    assert made.none("a", "what", 0, trials=0).reached is False, "nothing was shown"
+    assert made.none("a", "what", 1, trials=3).reached is False
+    assert made.all_of("a", "what", 2, "", trials=3).reached is False
+    assert made.all_of("a", "what", 3, "", trials=3).reached

@@ -24,7 +24,9 @@ SUMMARY = {
 
 def _missed(**changed):
     rows = rows_of({**SUMMARY, **changed}, "command", quick=False)
-    assert all(row.trials == 300 for row in rows)
+    assert {row.name: row.trials for row in rows if row.trials != 300} == {
+        "simulator_sha_equal": 390
+    }
     return {row.name.removeprefix("simulator_") for row in rows if not row.reached}
 
 

@@ -1,0 +1,12 @@
+"""A full disk at every call of storage's journal, lease, blob and checkpoint code."""
+
+from __future__ import annotations
+
+from bench.reliability.disk_faults import FULL, rows
+from bench.reliability.rows import Row
+
+
+def run(command: str, *, quick: bool) -> list[Row]:
+    """ENOSPC, once and lasting, also in a start after a crash."""
+    what = "ENOSPC at every I/O call of journal and checkpoint code"
+    return rows("disk_full", what, FULL, command, quick=quick)
