@@ -37,6 +37,7 @@ class Optimizer:
         self._l2 = l2
         self._total_steps = total_steps
         self._scratch: Array = np.empty((2, 0))
+        self._rate = (-1, 0.0)
         self.state_names = rule.state_names
 
     def apply(
@@ -62,7 +63,7 @@ class Optimizer:
         """
         if count < 1:
             raise InvalidArgument(f"a step needs at least 1 example, not {count}")
-        rate = learning_rate(self._message, step, self._total_steps)
+        rate = self._rate_at(step)
         gradient, scratch = self._buffers(min(PIECE_ELEMENTS, len(parameters)), parameters.dtype)
         with np.errstate(all="ignore"):  # the caller looks whether the result is finite
             for first in range(0, len(parameters), PIECE_ELEMENTS):
@@ -79,6 +80,12 @@ class Optimizer:
                 if self._rule.decoupled_decay and where is not None:
                     np.multiply(w, w.dtype.type(rate * self._rule.decoupled_decay), out=s)
                     np.subtract(out[piece], s, out=out[piece], where=where)
+
+    def _rate_at(self, step: int) -> float:
+        """The learning rate, which is the same for all pieces and frames of a step."""
+        if self._rate[0] != step:
+            self._rate = (step, learning_rate(self._message, step, self._total_steps))
+        return self._rate[1]
 
     def _buffers(self, size: int, dtype: np.dtype[Any]) -> Array:
         """Two vectors of scratch memory, kept from call to call."""

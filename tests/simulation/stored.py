@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from phalanx.errors import DataLoss, InvalidArgument, NotFound, PhalanxError, Unavailable
@@ -26,6 +27,16 @@ from storage.core.keys import check_digest, invalid, is_digest
 from storage.interfaces import Backend, Buffer, StoredBlob
 
 
+@cache
+def _new_database() -> bytes:
+    """A database with its tables and no rows."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    migrate(connection)
+    content: bytes = connection.serialize()
+    connection.close()
+    return content
+
+
 class Machine:
     """The machine of storage: what outlives its processes."""
 
@@ -33,8 +44,8 @@ class Machine:
         self.world = world
         self.disk = SimulatedDisk()
         self.connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=256)
+        self.connection.deserialize(_new_database())
         self.connection.execute("PRAGMA foreign_keys = ON")
-        migrate(self.connection)
 
     def backend(
         self,

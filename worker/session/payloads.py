@@ -32,21 +32,18 @@ class FrameBuilder:
     def encode(self, out: FrameOut, arena: Arena) -> bytes:
         """The message for one frame, with the canonical sum of the node's parts as payload."""
         round, wire = out.round, out.wire
-        frame = exchange.ContributionFrame(
-            term=round.go.term,
-            step=round.go.version,
-            round=round.go.round,
-            range=out.range_index,
-            node=training_pb2.TreeNode(first=wire.node.first, span=wire.node.span),
-            vector=_VECTORS[round.go.action],
-            first_element=out.first_element,
-            element_count=out.element_count,
-            shard_mask=shard_mask(wire.node, wire.totals.mask, round.width),
-            example_count=wire.totals.count,
-            loss_sum=wire.totals.loss,
-            copy=wire.copy,
-        )
-        header = exchange.ExchangeRequestHeader(frame=frame)
+        go, totals = round.go, wire.totals
+        # Filled where it is: a frame of its own would be copied into the header.
+        header = exchange.ExchangeRequestHeader()
+        frame = header.frame
+        frame.term, frame.step, frame.round = go.term, go.version, go.round
+        frame.range = out.range_index
+        frame.node.first, frame.node.span = wire.node
+        frame.vector = _VECTORS[go.action]
+        frame.first_element, frame.element_count = out.first_element, out.element_count
+        frame.shard_mask = shard_mask(wire.node, totals.mask, round.width)
+        frame.example_count, frame.loss_sum = totals.count, totals.loss
+        frame.copy = wire.copy
         if wire.fold is None:
             return encode_request(header)
         if round.is_evaluation:

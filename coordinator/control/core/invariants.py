@@ -62,7 +62,7 @@ def _jobs(core: Core) -> None:
 
 def _ranges(core: Core, job: JobRuntime) -> None:
     facts = core.facts_of(job)
-    first, ranges = 0, facts.ranges
+    first, ranges = 0, facts.kept.term_started.ranges
     for index, each in enumerate(ranges):
         if each.index != index or each.first_element != first:
             raise InvariantBroken(f"{job.job_id}: gap in ranges")
