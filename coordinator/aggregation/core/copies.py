@@ -10,12 +10,16 @@ copies itself, on the streams that they have open anyway, and control need not b
 - A shard that is missing after 2 × p95 + 100 ms is late. The p95 is that of the time from the
   opening of a round until a worker has delivered all of its home, taken at each worker by itself;
   the median over workers counts, weighted by shards, so that a slow one cannot raise it. Copies
-  and what was late do not enter it.
+  and what was late do not enter it. Before anything is measured, late is what is missing after
+  10 s: a worker whose first payload never comes must not hold a job up for good.
 - Late shards go to workers that have delivered everything; the home of a late shard is not asked
-  to do anything else, so its nodes stay whole.
+  to do anything else, so its nodes stay whole. Only where nobody else could, its home is asked
+  for a copy, too: it may not be its home any more.
 - A worker that was late is taken to be late again: others compute its home from the start of the
   next rounds on, until it delivers all of it in a round by itself. So a stopped worker costs one
   wait, not one in each step.
+- Shards that nobody has delivered yet are probably those of a worker that never delivered
+  anything, so he is not asked for them. They count as late until somebody delivers them.
 - The home of a worker whose stream broke is handed out by control, within milliseconds. Only
   while control is away is it handed out here, at once and in each round; and, since a control that
   has just taken over moves what nobody claims after a lease only, until somebody delivers it of
@@ -27,11 +31,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import and_, or_
 
 from phalanx.reduction import Node, children_present, nodes_of_mask, shards_mask
 
 PATIENCE_FACTOR = 2.0
 PATIENCE_LEAST_S = 0.1
+PATIENCE_UNMEASURED_S = 10.0
+"""Before anything is measured: about as long as it takes to load code and data."""
+
 ROUNDS_MEASURED = 64
 ROUNDS_MEASURED_LEAST = 3
 """Rounds that a worker must have delivered before its times count, besides the first."""
@@ -95,6 +104,8 @@ class _Kind:
     home: dict[str, int] = field(default_factory=dict)
     frames: dict[str, int] = field(default_factory=dict)
     times: dict[str, deque[float]] = field(default_factory=dict)
+    #: Shards that nobody delivered were late, and still nobody delivered them of his own accord.
+    unknown_late: bool = False
 
 
 @dataclass
@@ -171,7 +182,7 @@ class Copies:
         if round is None:
             return False
         self._kind = self._kinds.setdefault(round.action, _Kind())
-        hurt = self._late or self._orphaned
+        hurt = self._late or self._orphaned or self._kind.unknown_late
         return bool(hurt) or any(home not in self._streams for home in self._kind.home)
 
     # -- what follows
@@ -203,7 +214,8 @@ class Copies:
         waited_s = now_s - self._opened_s
         if control_away:
             self._orphaned.update(home for home in self._kind.home if home not in self._streams)
-        if round is None or (waited_s < PATIENCE_LEAST_S and not self._late and not self._orphaned):
+        hurt = self._late or self._orphaned or self._kind.unknown_late
+        if round is None or (waited_s < PATIENCE_LEAST_S and not hurt):
             return [], []
         orders: list[Order] = []
         started: list[Started] = []
@@ -213,8 +225,12 @@ class Copies:
             if not given:
                 continue
             orders += given
+            if all(order.worker_id == home for order in given):
+                continue
             if cause == LATE and home in self._streams:
                 self._late.setdefault(home, self._opened_s)
+            elif home == UNKNOWN:
+                self._kind.unknown_late = True
             if home not in self._told:
                 self._told.add(home)
                 started.append(self._tell(round, home, cause, given, waited_s))
@@ -247,7 +263,10 @@ class Copies:
             else:
                 # In its first round a worker loads code and data; that is no measure.
                 kind.times[worker_id] = deque(maxlen=ROUNDS_MEASURED)
-        self._told.discard(UNKNOWN)
+        if not reduce(and_, (~home for home in kind.home.values()), within):
+            kind.unknown_late = False
+        if not kind.unknown_late:
+            self._told.discard(UNKNOWN)
 
     def _shrink(self, kind: _Kind, worker_id: str, home: int) -> None:
         """Others deliver a part of a worker's home as their own: control moved it."""
@@ -264,10 +283,12 @@ class Copies:
     def _due(self, missing: int, now_s: float) -> Iterator[tuple[str, str, int]]:
         """(home, cause, shards) of what is missing and due, and not asked for often enough."""
         patience_s = self.patience_s()
-        overdue = patience_s is not None and now_s - self._opened_s >= patience_s
+        if patience_s is None:
+            patience_s = PATIENCE_UNMEASURED_S
+        overdue = now_s - self._opened_s >= patience_s
         asked = once = 0
         for given in self._given:
-            if patience_s is None or now_s - given.given_s < patience_s:
+            if now_s - given.given_s < patience_s:
                 asked |= given.mask
             asked |= once & given.mask
             once |= given.mask
@@ -281,7 +302,7 @@ class Copies:
                 yield home, LOST, shards & free
             elif overdue or home in self._late:
                 yield home, LATE, shards & free
-        if overdue and free & ~known:
+        if (overdue or self._kind.unknown_late) and free & ~known:
             yield UNKNOWN, LATE, free & ~known
 
     def _give(
@@ -289,7 +310,15 @@ class Copies:
     ) -> list[Order]:
         """Ask workers for copies: those that are through with their own, where time decides."""
         load = self._load(missing, mask)
-        if cause == LATE and home not in self._late:
+        if not load and home in self._takers and not self._given_to(home) & mask:
+            # Nobody else could. What is his he owes anyway, but control may have moved it to a
+            # worker that is not heard of.
+            load = {home: 0}
+        if home == UNKNOWN:
+            proven = self._kind.home.keys() | self._delivered.keys()
+            load = {name: count for name, count in load.items() if name in proven} or load
+        known_late = home in self._late or (home == UNKNOWN and self._kind.unknown_late)
+        if cause == LATE and not known_late:
             load = {worker_id: count for worker_id, count in load.items() if count == 0}
         if not load:
             return []
@@ -307,12 +336,15 @@ class Copies:
         load = {}
         for worker_id in self._takers:
             home = self._kind.home.get(worker_id, 0)
-            given = 0
-            for each in self._given:
-                given |= each.mask if each.worker_id == worker_id else 0
+            given = self._given_to(worker_id)
             if worker_id not in self._late and not (home | given) & mask:
                 load[worker_id] = ((home | given) & missing).bit_count()
         return load
+
+    def _given_to(self, worker_id: str) -> int:
+        """Shards that a worker was asked for in this round."""
+        masks = (each.mask for each in self._given if each.worker_id == worker_id)
+        return reduce(or_, masks, 0)
 
     def _tell(
         self, round: OpenRound, home: str, cause: str, given: list[Order], waited_s: float
@@ -326,7 +358,7 @@ class Copies:
             shards=tuple(shard for shard in range(round.width) if mask >> shard & 1),
             copied_to=tuple(sorted(order.worker_id for order in given)),
             waited_s=waited_s,
-            patience_s=self.patience_s() or 0.0,
+            patience_s=self.patience_s() or PATIENCE_UNMEASURED_S,
         )
 
 

@@ -6,7 +6,13 @@ from collections.abc import Iterable
 
 import pytest
 
-from coordinator.aggregation.core.copies import COPIES_MAX, Copies, OpenRound, Order
+from coordinator.aggregation.core.copies import (
+    COPIES_MAX,
+    PATIENCE_UNMEASURED_S,
+    Copies,
+    OpenRound,
+    Order,
+)
 from phalanx.reduction import Node, nodes_of_mask, shards_mask
 
 TRAIN, EVALUATE = 2, 3
@@ -194,13 +200,39 @@ def test_leaves_that_get_longer_for_all_do(measured: Rounds) -> None:
     assert measured.copies.patience_s() == pytest.approx(1.1)
 
 
-def test_without_measurements_time_decides_nothing() -> None:
+def test_without_measurements_only_a_long_time_decides() -> None:
     rounds = Rounds()
     rounds.whole()
     rounds.open()
     rounds.deliver("w1")
+    rounds.deliver("w3")
     assert rounds.copies.patience_s() is None
-    assert not rounds.look(100.0)
+    assert not rounds.look(PATIENCE_UNMEASURED_S - 0.1)
+    assert shards_of(rounds.look(0.2)) == set(HOMES["w2"])
+
+
+def test_a_worker_that_never_delivers_holds_a_new_job_up_once() -> None:
+    rounds = Rounds()
+    waited_s = []
+    for _ in range(6):
+        rounds.open()
+        opened_s = rounds.now_s
+        rounds.now_s += 0.01
+        orders = rounds.look()
+        for name in ("w1", "w3"):
+            rounds.deliver(name)
+        if not orders:
+            orders = rounds.look(PATIENCE_UNMEASURED_S)
+        assert shards_of(orders) == set(HOMES["w2"])
+        assert {order.worker_id for order in orders} == {"w1", "w3"}
+        for order in orders:
+            rounds.deliver(order.worker_id, mask_of(shards_of([order])), copy=True)
+        waited_s.append(rounds.now_s - opened_s)
+    assert waited_s[0] > PATIENCE_UNMEASURED_S
+    assert max(waited_s[1:]) < 0.1
+    rounds.whole()
+    assert not rounds.open(), "who delivers is not late any more"
+    assert not rounds.look(0.05)
 
 
 def test_evaluations_are_measured_by_themselves(measured: Rounds) -> None:
@@ -331,7 +363,8 @@ def test_workers_that_take_no_copies_are_not_asked() -> None:
     rounds.copies.stream_opened("w1", takes_copies=False)
     for _ in range(5):
         rounds.whole()
-    assert not late_round(rounds)
+    assert {order.worker_id for order in late_round(rounds)} == {"w2"}, "only its home is left"
+    assert not rounds.copies.late_workers(rounds.now_s)
 
 
 def test_shards_that_nobody_delivered_before_are_copied_too(measured: Rounds) -> None:
@@ -347,6 +380,26 @@ def test_shards_that_nobody_delivered_before_are_copied_too(measured: Rounds) ->
     orders = measured.look(0.2)
     assert shards_of(orders) == {4}
     assert len(orders) == 1
+
+
+def test_what_moved_to_a_worker_that_is_never_heard_of_is_copied_by_its_last_home() -> None:
+    rounds = Rounds({"w1": range(WIDTH)})
+    for _ in range(5):
+        rounds.whole()
+    # Control moves half of it to a worker that opens no stream.
+    rounds.homes = {"w1": mask_of(range(6))}
+    for round in range(3):
+        rounds.open()
+        rounds.now_s += 0.01
+        orders = rounds.look() if round else []
+        rounds.deliver("w1")
+        orders = orders or rounds.look(0.12)
+        assert shards_of(orders) == set(range(6, WIDTH))
+        assert {order.worker_id for order in orders} == {"w1"}
+        rounds.deliver("w1", mask_of(range(6, WIDTH)), copy=True)
+        assert not rounds.copies.late_workers(rounds.now_s)
+    rounds.open()
+    assert shards_of(rounds.look()) == set(range(6, WIDTH)), "no more waiting"
 
 
 def test_a_second_stream_of_a_worker_counts_once(measured: Rounds) -> None:
