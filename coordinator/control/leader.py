@@ -227,6 +227,8 @@ class Leader:
         """Return a job as far as it is durable. Raises NotFound."""
         facts = self.durable.jobs.get(job_id)
         if facts is None:
+            # Cut off from storage: somebody else may lead by now, and may have taken it.
+            self.check_storage()
             raise NotFound(f"there is no job {job_id[:100]!r}", reason="JOB_NOT_FOUND")
         return job_view(facts, self.core.jobs.get(job_id))
 

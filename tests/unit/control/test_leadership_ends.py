@@ -18,7 +18,7 @@ from coordinator.control.gauges import Gauges
 from coordinator.control.leader import Leader, leads_no_more
 from coordinator.control.process import ControlProcess
 from coordinator.control.sessions import CoordinationServicer
-from phalanx.errors import DataLoss, Internal, Unavailable
+from phalanx.errors import DataLoss, Internal, NotFound, Unavailable
 from phalanx.telemetry.metrics import ControlMetrics, new_registry
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
@@ -188,3 +188,14 @@ async def test_a_journal_that_cannot_be_read_ends_the_process_in_order(
         with pytest.raises(DataLoss, match="record 7"):
             await process.run(asyncio.Event())
     assert stopped == ["server"]
+
+
+async def test_a_leader_without_storage_does_not_know_that_a_job_is_not_there(
+    leader: Leader,
+) -> None:
+    with pytest.raises(NotFound, match="there is no job"):
+        leader.job_view("job-1")
+    leader._store.available = False
+    with pytest.raises(Unavailable) as caught:
+        leader.job_view("job-1")  # the next leader may have taken it meanwhile
+    assert caught.value.reason == "STORAGE_UNAVAILABLE"
