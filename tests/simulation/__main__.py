@@ -19,6 +19,8 @@ The summary is one JSON object:
     lost, doubled                          examples that committed steps missed or had twice
     stale_accepted, stale_refused          writes of an old generation or term that storage took,
                                            and that it refused
+    copies_asked, copies_raced             copies of late shards that were asked for, and shards
+                                           that came both as a copy and from their own worker
     failures                               seed, what must not happen and did, command that replays
     vacuous                                why the batch proves too little; empty: it does not
 

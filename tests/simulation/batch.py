@@ -98,6 +98,8 @@ def summary(outcomes: Sequence[Outcome], processes: int, wall_s: float) -> dict[
         "doubled": sum(each.doubled for each in outcomes),
         "stale_accepted": sum(each.stale_accepted for each in outcomes),
         "stale_refused": sum(each.stale_refused for each in outcomes),
+        "copies_asked": sum(each.copies_asked for each in outcomes),
+        "copies_raced": sum(each.copies_raced for each in outcomes),
         "failures": [
             {"seed": each.seed, "failure": each.failure, "command": command(each.seed)}
             for each in outcomes
@@ -119,4 +121,6 @@ def vacuous(found: dict[str, Any], faults: Counter[str]) -> list[str]:
         missing = sorted(KINDS - faults.keys())
         if missing:
             why.append(f"these faults never happened: {', '.join(missing)}")
+        if not found["copies_raced"]:
+            why.append("no late shard ever came both as a copy and from its own worker")
     return why

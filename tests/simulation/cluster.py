@@ -26,6 +26,7 @@ from coordinator.control.config import ControlConfig
 from coordinator.control.core import ownership
 from phalanx.testing.simulation import Network, Process, World
 from phalanx.testing.simulation.clocks import Environment, environment
+from phalanx.testing.simulation.network import Link
 from phalanx.testing.simulation.rpc import process_died
 from storage.config import StorageConfig
 from tests.simulation import jobs
@@ -204,6 +205,10 @@ class Cluster:
             self.machines.fingerprints[self.workers[-1]] = jobs.FINGERPRINTS[1]
         self.slowness: dict[str, float] = {}
         self.healed = False
+        self.lost: set[str] = set()
+        """Processes that nothing brings back: what lasts is not healed."""
+        self.cut: list[Link] = []
+        """Links that stay cut."""
 
     @property
     def control_addresses(self) -> tuple[str, ...]:
@@ -242,16 +247,20 @@ class Cluster:
     def heal(self) -> None:
         """Make everything work: links, disks, and every process runs."""
         self.network.heal()
+        self.network.block(self.cut)
         self.slowness.clear()
         self.machines.hung.clear()
         self.machines.bad.clear()
         self.storage_machine.disk.full = self.storage_machine.disk.failing = False
         for name in ("storage", *self.controls, *self.aggregators, *self.workers):
             self.ensure(name)
-            self.world.resume(self.alive[name])
+            if name not in self.lost:
+                self.world.resume(self.alive[name])
 
     def ensure(self, name: str) -> None:
         """Have a process run that is not about to end; one that takes long to stop is killed."""
+        if name in self.lost:
+            return
         if self.is_alive(name) and self.stops[name].is_set():
             self.kill(name)
         if not self.is_alive(name):

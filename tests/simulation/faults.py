@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,22 +12,27 @@ from phalanx.testing.simulation.faults import Begin, End, nothing
 from phalanx.testing.simulation.network import Link
 from storage.core.keys import is_digest
 from tests.simulation.cluster import Cluster
+from tests.simulation.moments import MOMENTS, Moments
 
 CLOCK_JUMP_S = 3600.0
+STRIKES_SHARE = 0.4
 Begun = tuple[str, End | None, float] | None
 
 
 def fault_kinds() -> list[str]:
     """The name of every kind of fault."""
     nowhere: Any = SimpleNamespace(world=None, network=None)
-    return list(Faults(nowhere).kinds())
+    return list(Faults(nowhere, Moments(nowhere)).kinds())
 
 
 class Faults:
     """The faults of one cluster, by kind; see `kinds`."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, moments: Moments) -> None:
         self.cluster = cluster
+        self.moments = moments
+        self.struck = 0
+        """Processes that were struck in the act."""
         self.world = cluster.world
         self.network = cluster.network
         self._hung = 0
@@ -51,6 +57,8 @@ class Faults:
             "isolation": self._isolate,
             "slow_link": self._slow_link,
             "slow_worker": self._slow_worker,
+            "late_payloads": self._late_payloads,
+            "control_without_storage": self._part_from_storage,
             "clogged_links": self._swizzle,
             "broken_connections": self._reset,
             "disk_full": self._disk_full,
@@ -62,6 +70,7 @@ class Faults:
             "worker_joins": self._join,
             "worker_leaves": self._leave,
             "control_hands_over": self._hand_over,
+            "struck_in_the_act": self._strike,
         }
 
     # Processes
@@ -115,7 +124,10 @@ class Faults:
         return f"{link[0]} -/-> {link[1]}", self._blocked([link]), chance.uniform(0.2, 5.0)
 
     def _isolate(self, chance: random.Random) -> Begun:
-        name = chance.choice(self._everyone())
+        return self._cut_off(chance, self._everyone())
+
+    def _cut_off(self, chance: random.Random, names: list[str]) -> Begun:
+        name = chance.choice(names)
         links = [(name, other) for other in self._everyone() if other != name]
         links += [(b, a) for a, b in links]
         return f"nobody reaches {name}", self._blocked(links), chance.uniform(0.2, 5.0)
@@ -153,8 +165,12 @@ class Faults:
             self.network.block([link])
 
     def _reset(self, chance: random.Random) -> Begun:
+        return self._break_off(chance, ["user-1", *self._everyone()])
+
+    def _break_off(self, chance: random.Random, names: list[str]) -> Begun:
         calls = self.network.calls.values()
         pairs = sorted({(call.client.name, call.server.name) for call in calls})
+        pairs = [pair for pair in pairs if not {*pair}.isdisjoint(names)]
         if not pairs:
             return None
         first, second = chance.choice(pairs)
@@ -165,7 +181,69 @@ class Faults:
         name = chance.choice(self.cluster.workers)
         self.cluster.slowness[name] = 10.0
         end = lambda: self.cluster.slowness.pop(name, None)  # noqa: E731
-        return f"{name} is 10 times slower", end, chance.uniform(0.5, 4.0)
+        return f"{name} is 10 times slower", end, chance.uniform(1.0, 6.0)
+
+    def _late_payloads(self, chance: random.Random) -> Begun:
+        """What a worker computes does not reach some aggregators; everything else of it works."""
+        name = chance.choice(self.cluster.workers)
+        aggregators = self.cluster.aggregators
+        cut = chance.sample(aggregators, chance.randint(1, len(aggregators)))
+        what = f"payloads of {name} for {'+'.join(cut)} are stuck"
+        return what, self._blocked([(name, each) for each in cut]), chance.uniform(0.3, 4.0)
+
+    def _part_from_storage(self, chance: random.Random) -> Begun:
+        """A control process that everybody reaches but storage: it may lead on and decide."""
+        name = chance.choice(self.cluster.controls)
+        links = [(name, "storage"), ("storage", name)]
+        return f"{name} without storage", self._blocked(links), chance.uniform(0.5, 7.0)
+
+    def lie_in_wait(self, chance: random.Random) -> None:
+        """In a part of the runs, be there from the beginning: some moments come only once."""
+        if chance.random() < STRIKES_SHARE:
+            self._strike(chance)
+
+    def strike_at(self, what: str, chance: random.Random) -> None:
+        """Strike again and again: "MOMENT KIND ACT"; for scenarios."""
+        if what and not self.cluster.healed:
+            moment, kind, act = what.split()
+
+            def strike() -> None:
+                self._struck(chance, moment, kind, act)
+                self.world.at(self.world.now_s + 1.0, lambda: self.strike_at(what, chance))
+
+            self.moments.wait(moment, strike)
+
+    def _strike(self, chance: random.Random) -> Begun:
+        """Harm a process at the very moment at which it has begun something."""
+        for moment in chance.sample(sorted(MOMENTS), 3):
+            kind = chance.choice(MOMENTS[moment])
+            act = chance.choice(["kill", "kill", "pause", "isolate", "reset"])
+            plan = partial(self._struck, random.Random(chance.random()), moment, kind, act)
+            self.moments.wait(moment, plan)
+        return None  # it is counted when it strikes
+
+    def _struck(self, chance: random.Random, moment: str, kind: str, act: str) -> None:
+        cluster = self.cluster
+        names = {
+            "control": cluster.controls,
+            "aggregator": cluster.aggregators,
+            "worker": cluster.workers,
+            "user": ["user-1"],
+            "storage": ["storage"],
+        }[kind]
+        begin = {
+            "kill": self._kill,
+            "pause": lambda chance, names: self._pause(chance, names, 5.0),
+            "isolate": self._cut_off,
+            "reset": self._break_off,
+        }[act if kind != "user" else "reset"]
+        begun = None if cluster.healed else begin(chance, names)
+        if begun is None:
+            return
+        what, end, after_s = begun
+        self.struck += 1
+        self.world.say(f"FAULT struck_in_the_act: at {moment} {what} for {after_s:.2f} s")
+        self.world.at(self.world.now_s + after_s, end or nothing)
 
     # Storage
 

@@ -93,7 +93,11 @@ def job_spec(shape: Shape, name: str) -> JobSpec:
 
 def shape_of(plan: training_pb2.JobPlan) -> Shape:
     """The shape of the job that a plan belongs to; its name tells the number of elements."""
-    spec = JobSpec.FromString(plan.spec)
+    return shape_of_spec(JobSpec.FromString(plan.spec), plan.fingerprint)
+
+
+def shape_of_spec(spec: JobSpec, fingerprint: str) -> Shape:
+    """The shape of the job that a spec describes, on machines with a fingerprint."""
     train = spec.train
     optimizer = train.optimizer.WhichOneof("kind")
     if optimizer == "sgd":
@@ -106,7 +110,7 @@ def shape_of(plan: training_pb2.JobPlan) -> Shape:
         dtype=train.dtype,
         checkpoint_every=train.checkpoints.every_steps,
         evaluate_every=train.evaluation.every_steps,
-        fingerprint=plan.fingerprint or FINGERPRINTS[0],
+        fingerprint=fingerprint or FINGERPRINTS[0],
     )
 
 
@@ -142,6 +146,8 @@ def gradient(shape: Shape, shard: int, step: int, parameters: Array, out: Array)
     """The gradient sum of one leaf, on a machine with the fingerprint of the shape."""
     scalar = parameters.dtype.type
     np.multiply(parameters, scalar(0.3), out=out)
+    # Each element depends on another one, which may be in another frame and another range.
+    out += parameters[::-1] * scalar(0.05)
     out += _wave(shape.elements, shard, shape.dtype)
     out *= scalar((0.001, 1.0, 37.0)[(shard + step) % 3] / (1 + step % 7))
     if shape.fingerprint != FINGERPRINTS[0]:
@@ -169,12 +175,41 @@ def evaluation_sums(shard: int) -> tuple[float, ...]:
 def reference(shape: Shape) -> list[Array]:
     """All versions, from 0 to the last."""
     # Where checkpoints lie does not change what is computed, nor does when it ends.
-    return _reference(_plain(shape))[: shape.steps + 1]
+    return _reference(_plain(shape))[0][: shape.steps + 1]
 
 
 def versions(shape: Shape) -> list[Array]:
     """The versions of a job of this shape, however many steps it has."""
-    return _reference(_plain(shape))
+    return _reference(_plain(shape))[0]
+
+
+def state_of(shape: Shape, version: int) -> dict[str, Array]:
+    """The optimizer's state with which the step after a version begins."""
+    return _reference(_plain(shape))[1][version]
+
+
+@functools.lru_cache(maxsize=4096)
+def train_loss(shards: int, version: int) -> float:
+    """The mean loss of the step that made a version."""
+    shape = Shape(shards=shards)
+    losses: dict[int, Array | None] = {
+        shard: np.array([loss(shard, version - 1)]) for shard in range(shards)
+    }
+    total = reduce_leaves(losses, shards)
+    assert total is not None
+    count = sum(examples(shape, shard, version - 1) for shard in range(shards))
+    return float(total[0]) / count
+
+
+@functools.lru_cache(maxsize=64)
+def evaluation_metrics(shards: int) -> dict[str, float]:
+    """What every evaluation over so many shards gives."""
+    sums: dict[int, Array | None] = {
+        shard: np.array(evaluation_sums(shard)) for shard in range(shards)
+    }
+    total = reduce_leaves(sums, shards)
+    assert total is not None
+    return {"test/loss": float(total[0]) / TEST_ROWS, "test/accuracy": float(total[1]) / TEST_ROWS}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -183,11 +218,11 @@ def _plain(shape: Shape) -> Shape:
 
 
 @functools.lru_cache(maxsize=512)
-def _reference(shape: Shape) -> list[Array]:
+def _reference(shape: Shape) -> tuple[list[Array], list[dict[str, Array]]]:
     train = job_spec(shape, f"job-{shape.elements}").train
     optimizer = build_optimizer(train, shape.steps)
     state = {name: np.zeros(shape.elements, shape.dtype) for name in optimizer.state_names}
-    versions = [initial(shape).copy()]
+    versions, states = [initial(shape).copy()], [_copied(state)]
     mask = decay_mask(layout_of(shape))
     for step in range(shape.steps):
         parameters = versions[-1]
@@ -202,7 +237,12 @@ def _reference(shape: Shape) -> list[Array]:
             count = sum(examples(shape, shard, step) for shard in range(shape.shards))
             optimizer.apply(parameters, total, count, mask, state, step, out)
         versions.append(out)
-    return versions
+        states.append(_copied(state))
+    return versions, states
+
+
+def _copied(state: dict[str, Array]) -> dict[str, Array]:
+    return {name: array.copy() for name, array in state.items()}
 
 
 def reference_sha256(shape: Shape) -> str:

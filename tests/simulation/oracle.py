@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from coordinator.aggregation.core.copies import Copies
 from coordinator.aggregation.core.cursor import Cursor
-from coordinator.aggregation.core.effects import Committed
+from coordinator.aggregation.core.effects import Committed, Points
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.core.versions import VersionStore
 from coordinator.aggregation.process import Aggregator
@@ -34,6 +34,7 @@ from storage.backends.sqlite.jobs import SqliteJobs
 from storage.backends.sqlite.journals import SqliteJournals
 from storage.backends.sqlite.leases import SqliteLeases
 from tests.simulation import jobs
+from tests.simulation.moments import Moments
 from worker.core.job import JobCore
 from worker.core.outbox import Outbox
 from worker.core.session import WorkerCore
@@ -57,6 +58,7 @@ class Oracle:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.moments = Moments(world)
         self.commits: dict[str, int] = {}
         """Committed steps by job, those that were computed again included."""
         self.lost = 0
@@ -75,6 +77,7 @@ class Oracle:
         self._leaders: dict[int, str] = {}
         self._watched: dict[int, _Watched] = {}
         self._worker_order: dict[int, tuple[int, int]] = {}
+        self._newest: dict[tuple[str, int], int] = {}
 
     def demand(self, holds: bool, message: str) -> None:
         """Fail the run unless something holds."""
@@ -116,9 +119,13 @@ class Oracle:
                 self.fail(f"range {index} went from version {before} to {version}")
             checked[index] = version
             self._check_bits(watched, index, store, version)
+            if ranges.plan.range_count > 1:
+                self._is_ahead(ranges, version)
         for effect in effects:
             if isinstance(effect, Committed):
                 self._committed(ranges.plan.job_id, effect)
+            elif isinstance(effect, Points):
+                self._check_points(ranges, effect.points)
 
     def _committed(self, job_id: str, effect: Committed) -> None:
         self.commits[job_id] = self.commits.get(job_id, 0) + 1
@@ -129,6 +136,25 @@ class Oracle:
             f"{job_id}: {effect.example_count} of {effect.expected_count} examples in step "
             f"{effect.version}",
         )
+
+    def _is_ahead(self, ranges: JobRanges, version: int) -> None:
+        key = (ranges.plan.job_id, ranges.term)
+        if version > self._newest.get(key, 0):
+            self._newest[key] = version
+            self.moments.met("range_ahead")
+
+    def _check_points(self, ranges: JobRanges, points: tuple[tuple[int, str, float], ...]) -> None:
+        """What is told of a step is what its leaves gave, each of them once."""
+        plan = ranges.plan
+        for step, name, value in points:
+            if name == "train/loss":
+                expected = jobs.train_loss(plan.shards, step)
+            else:
+                expected = jobs.evaluation_metrics(plan.evaluation_shards)[name]
+            self.demand(
+                value == expected,
+                f"{plan.job_id}: {name} at step {step} is {value}, without faults {expected}",
+            )
 
     def _check_bits(self, watched: _Watched, index: int, store: VersionStore, version: int) -> None:
         """A committed version must be what a machine without faults computes."""
@@ -181,6 +207,11 @@ class Oracle:
             )
         self._token = token
         self._kept(response.lease)
+        self.moments.met("lease_granted")
+
+    def leader(self) -> str:
+        """Who holds the lease, as far as storage has said."""
+        return self._lease.holder if self._lease is not None else ""
 
     def _kept(self, lease: pb.Lease) -> None:
         self._lease, self._lease_s = lease, self.world.now_s
@@ -233,6 +264,7 @@ class Oracle:
             f"{request.job_id}: a term after its final checkpoint",
         )
         self.terms[request.job_id] = term
+        self.moments.met("term_raised")
 
     def committed(
         self, request: pb.CommitCheckpointRequest, response: pb.CommitCheckpointResponse
@@ -244,6 +276,7 @@ class Oracle:
                 f"{request.job_id}: a part of term {request.term} was taken in term {current}"
             )
         if not response.complete:
+            self.moments.met("part_registered")
             return
         parts = sorted(part.range for part in response.manifest.parts)
         self.demand(
@@ -254,6 +287,7 @@ class Oracle:
             seal = response.manifest.manifest_sha256
             first = self.final.setdefault(request.job_id, seal)
             self.demand(first == seal, f"{request.job_id} has two final checkpoints")
+            self.moments.met("final_checkpoint")
 
     def install(self, environment: Environment) -> None:
         """Look at everything that the cores do."""

@@ -16,7 +16,10 @@ from phalanx.testing.simulation.loop import SimulationFailed
 from tests.simulation import jobs
 from tests.simulation.cluster import STORAGE, Cluster, Services
 from tests.simulation.faults import Faults, fault_kinds
+from tests.simulation.ledger import Ledger
 from tests.simulation.oracle import Oracle
+from tests.simulation.races import Races
+from tests.simulation.scripts import play
 from tests.simulation.user import Job, User
 
 FIRST_FAULT_S = 0.3
@@ -24,7 +27,7 @@ CONVERGES_S = 60.0
 """Virtual time after the last fault within which every job must have ended."""
 
 
-KINDS = frozenset(fault_kinds()) | {"job_paused", "job_cancelled"}
+KINDS = frozenset(fault_kinds()) | {"job_paused", "job_cancelled", "call_repeated"}
 """Every kind of fault that a batch must have met."""
 
 
@@ -47,6 +50,10 @@ class Settings:
     shapes: tuple[jobs.Shape, ...]
     terms_max: int = 0
     """Terms that a job may need under the faults of a scenario; 0: any number."""
+    strike: str = ""
+    """A strike in the act that comes again and again, see `Faults.strike_at`."""
+    script: str = ""
+    """What is done to the cluster besides what is drawn, see `scripts`."""
 
 
 @dataclass
@@ -69,6 +76,9 @@ class Outcome:
     cancelled: int = 0
     terms: int = 0
     """Highest term of any job."""
+    copies_asked: int = 0
+    copies_raced: int = 0
+    """Copies of late shards that were asked for; shards that came as a copy and from home."""
     trace: str = ""
 
 
@@ -76,10 +86,11 @@ def draw(seed: int) -> Settings:
     """Draw a cluster and its jobs."""
     chance = random.Random(f"settings {seed}")
     job_count = chance.choice([1, 1, 2])
+    workers = chance.choice([1, 2, 2, 3, 4])
     return Settings(
         controls=chance.choice([1, 2, 2, 3]),
         aggregators=chance.choice([1, 2, 2, 3]),
-        workers=chance.choice([2, 2, 3, 4]),
+        workers=workers,
         slots=chance.choice([1, 1, 2]),
         leaf_s=chance.choice([0.02, 0.03, 0.05]),
         leaf_timeout_s=2.0,
@@ -87,7 +98,7 @@ def draw(seed: int) -> Settings:
         snapshot_every_records=chance.choice([10, 30, 2000]),
         faults_s=chance.uniform(5.0, 9.0),
         every_s=chance.choice([0.5, 0.8, 1.2]),
-        mixed=chance.random() < 0.2,
+        mixed=chance.random() < 0.2 and workers > 1,
         shapes=tuple(draw_shape(chance) for _ in range(job_count)),
     )
 
@@ -117,8 +128,16 @@ class Run:
         self.network = Network(self.world)
         self.cluster = Cluster(self.world, self.network, given, settings)
         self.oracle = Oracle(self.world)
-        self.user = User(self.cluster.control_addresses, STORAGE, list(settings.shapes))
+        self.ledger = Ledger(self.oracle)
+        self.races = Races(self.oracle.moments)
+        self.faults = Faults(self.cluster, self.oracle.moments)
         chance = random.Random(f"submissions {seed}")
+        self.user = User(
+            self.cluster.control_addresses,
+            STORAGE,
+            list(settings.shapes),
+            random.Random(f"calls {seed}"),
+        )
         self.user.waits_s = [
             chance.choice([0.0, 0.0, chance.uniform(0.0, 4.0)]) for _ in settings.shapes
         ]
@@ -127,6 +146,8 @@ class Run:
     def start(self) -> None:
         """Start the cluster and its user."""
         self.oracle.install(self._watched)
+        self.ledger.install(self._watched)
+        self.races.install(self._watched)
         self.cluster.start_all()
         self.world.start("user-1", self.user.run)
 
@@ -167,10 +188,15 @@ class Run:
         outcome.trace = world.trace_hash
         if schedule is not None:
             outcome.faults.update(schedule.fired)
+            outcome.faults["struck_in_the_act"] = self.faults.struck
+        outcome.copies_asked, outcome.copies_raced = self.races.asked, self.races.raced
+        if user.repeats:
+            outcome.faults["call_repeated"] += user.repeats
         if user.pauses:
             outcome.faults["job_paused"] += user.pauses
         if user.cancelled:
             outcome.faults["job_cancelled"] += len(user.cancelled)
+        outcome.faults = +outcome.faults
         return outcome
 
     def _judge_job(self, outcome: Outcome, job_id: str, shape: jobs.Shape) -> None:
@@ -215,14 +241,17 @@ def simulate(
     run = Run(given, settings, seed, log)
     try:
         run.start()
-        kinds = Faults(run.cluster).kinds()
+        kinds = run.faults.kinds()
         if only is None:
             schedule = Schedule(run.world, kinds, every_s=settings.every_s)
             _user_changes_her_mind(run, random.Random(f"user {seed}"))
+            run.faults.lie_in_wait(random.Random(f"strikes {seed}"))
         else:
             chosen = {kind: kinds[kind] for kind in sorted(only)}
             schedule = Schedule(run.world, chosen, every_s=settings.every_s, share=1.0)
         schedule.begin(FIRST_FAULT_S, settings.faults_s)
+        run.faults.strike_at(settings.strike, random.Random(f"strike {seed}"))
+        play(run.cluster, settings.script, run.oracle)
         run.world.run(settings.faults_s)
         run.cluster.healed = True
         schedule.heal()

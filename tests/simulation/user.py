@@ -34,21 +34,31 @@ Job = job_pb2.Job
 ENDED = (Job.STATE_SUCCEEDED, Job.STATE_FAILED, Job.STATE_CANCELLED)
 POLL_S = 0.5
 ATTEMPT_S = 5.0
+REPEATED = 0.3
 
 
 class User:
     """Runs in a process of its own; `ended` once all her jobs are."""
 
-    def __init__(self, controls: tuple[str, ...], storage: str, shapes: list[jobs.Shape]) -> None:
+    def __init__(
+        self,
+        controls: tuple[str, ...],
+        storage: str,
+        shapes: list[jobs.Shape],
+        chance: random.Random,
+    ) -> None:
         self.shapes = shapes
         self.ids: list[str] = []
         self.last: dict[str, Any] = {}
         self.cancelled: set[str] = set()
         """Jobs whose cancellation was acknowledged."""
         self.pauses = 0
+        self.repeats = 0
+        """Calls that she made again although they had been answered."""
         self.ended = False
         self._controls = controls
         self._storage = storage
+        self._chance = chance
         self._turn = 0
         self._stubs: list[Any] = []
         self._plan: list[tuple[float, str, int]] = []
@@ -74,7 +84,7 @@ class User:
             await asyncio.sleep(self.waits_s[number])
             spec = jobs.job_spec(shape, f"job-{number}-{shape.elements}")
             request = job_service_pb2.SubmitJobRequest(spec=spec, request_id=f"submit-{number}")
-            answer = await self._insist(lambda stub: stub.SubmitJob, request)
+            answer = await self._insist_twice(lambda stub: stub.SubmitJob, request)
             self.ids.append(answer.job.id)
         changes = [asyncio.create_task(self._change(*each)) for each in self._plan]
         while not self._all_ended():
@@ -116,11 +126,11 @@ class User:
         try:
             if act == "cancel":
                 cancel = job_service_pb2.CancelJobRequest(job_id=job_id, request_id=f"c-{job_id}")
-                await self._insist(lambda stub: stub.CancelJob, cancel)
+                await self._insist_twice(lambda stub: stub.CancelJob, cancel)
                 self.cancelled.add(job_id)
                 return
             pause = job_service_pb2.PauseJobRequest(job_id=job_id, request_id=f"p-{job_id}")
-            await self._insist(lambda stub: stub.PauseJob, pause)
+            await self._insist_twice(lambda stub: stub.PauseJob, pause)
             self.pauses += 1
         except FailedPrecondition:
             return  # it had ended
@@ -128,11 +138,23 @@ class User:
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                await self._insist(lambda stub: stub.ResumeJob, resume)
+                await self._insist_twice(lambda stub: stub.ResumeJob, resume)
             except FailedPrecondition as error:
                 if error.reason == "STILL_PAUSING":
                     continue
             return
+
+    async def _insist_twice(self, method: Callable[[Any], Any], request: Any) -> Any:
+        """Now and then she asks again, as one does whose answer was lost: it is the first one."""
+        answer = await self._insist(method, request)
+        if self._chance.random() < REPEATED:
+            self.repeats += 1
+            again = await self._insist(method, request)
+            if again.job.id != answer.job.id:
+                raise SimulationFailed(
+                    f"{request.request_id} made {answer.job.id}, and {again.job.id} when repeated"
+                )
+        return answer
 
     async def _insist(self, method: Callable[[Any], Any], request: Any) -> Any:
         """Call whoever leads until somebody answers; the request id makes that harmless."""
@@ -148,12 +170,23 @@ class User:
         channel = open_channel(self._storage)
         blobs = storage_service_pb2_grpc.StorageServiceStub(channel)
         datasets = dataset_service_pb2_grpc.DatasetServiceStub(channel)
-        await _until_done(lambda: _put(blobs, jobs.CHUNK))
-        put = await _until_done(lambda: _put(blobs, jobs.manifest().to_json()))
+        await self._until_done(lambda: _put(blobs, jobs.CHUNK))
+        put = await self._until_done(lambda: _put(blobs, jobs.manifest().to_json()))
         request = dataset_service_pb2.CreateDatasetRequest(
             name=jobs.DATASET, manifest_digest=put.digest, request_id="data"
         )
-        await _until_done(lambda: call_with_retry(datasets.CreateDataset, request, timeout_s=5.0))
+        await self._until_done(
+            lambda: call_with_retry(datasets.CreateDataset, request, timeout_s=5.0)
+        )
+
+    async def _until_done(self, attempt: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return await attempt()
+            except PhalanxError as error:
+                if isinstance(error, Aborted):
+                    raise
+            await asyncio.sleep(self._chance.uniform(0.2, 0.3))
 
 
 async def _put(blobs: Any, content: bytes) -> Any:
@@ -166,13 +199,3 @@ async def _put(blobs: Any, content: bytes) -> Any:
         return await blobs.PutBlob(messages(), timeout=timeout)
 
     return await call_with_retry(attempt, first, timeout_s=5.0)
-
-
-async def _until_done(attempt: Callable[[], Any]) -> Any:
-    while True:
-        try:
-            return await attempt()
-        except PhalanxError as error:
-            if isinstance(error, Aborted):
-                raise
-        await asyncio.sleep(random.uniform(0.2, 0.3))

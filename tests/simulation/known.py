@@ -1,0 +1,119 @@
+"""Where each planted bug is known to show: a scenario that `make test` runs again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.simulation.cluster import Services
+from tests.simulation.runs import Outcome, simulate
+
+
+@dataclass(frozen=True)
+class Known:
+    """A scenario that shows a bug: a seed, with all its faults or with some kinds only."""
+
+    seed: int
+    only: tuple[str, ...] | None = None
+    settings: tuple[tuple[str, int | float | str], ...] = ()
+
+    def run(self, given: Services) -> Outcome:
+        """Simulate the scenario; in directed ones all machines give the same bits."""
+        if self.only is None:
+            return simulate(given, self.seed, **dict(self.settings))
+        settings = {"mixed": False, **dict(self.settings)}
+        return simulate(given, self.seed, only=frozenset(self.only), **settings)
+
+
+_CONTROLS = (("controls", 3),)
+_RANGES = (("aggregators", 2), ("range_min_bytes", 64))
+_TWO_LEADERS = (("controls", 3), ("faults_s", 18.0), ("script", "two_leaders"))
+_STREAMS = ("broken_connections", "kill_worker", "pause_worker", "worker_joins", "worker_leaves")
+
+KNOWN = {
+    "storage takes writes of any generation": Known(
+        6, ("control_hands_over", "isolation", "kill_control", "pause_control"), _CONTROLS
+    ),
+    "a lost lease can be renewed": Known(2, ("isolation", "pause_control"), _CONTROLS),
+    "a lease is taken over although it was renewed": Known(
+        2, ("isolation", "one_way_partition", "pause_storage", "slow_link"), _CONTROLS
+    ),
+    "a lease is taken over before it has expired": Known(1, ("slow_link",), _CONTROLS),
+    "the generation does not rise": Known(2),
+    "records are appended wherever there is room": Known(
+        8,
+        ("broken_connections", "disk_failure", "kill_control", "kill_storage", "pause_storage"),
+    ),
+    "a checkpoint takes parts of an old term": Known(
+        2,
+        ("isolation", "pause_aggregator"),
+        (*_RANGES, ("strike", "part_registered aggregator isolate")),
+    ),
+    "a checkpoint is whole with its first part": Known(1),
+    "a finished job gets another term": Known(
+        3, (), (("strike", "final_checkpoint aggregator kill"),)
+    ),
+    "ranges take frames of any term": Known(
+        3,
+        (*_STREAMS, "isolation", "kill_aggregator", "kill_control", "pause_aggregator"),
+        (("aggregators", 2),),
+    ),
+    "a filled node adds what comes again": Known(0, (*_STREAMS, "slow_worker"), (("workers", 4),)),
+    "nodes are added in the order in which they arrive": Known(0),
+    "a round takes frames of other steps": Known(0),
+    "a range drops a version once it has the next": Known(
+        6, ("broken_connections", "kill_worker", "late_payloads"), (("workers", 1), *_RANGES)
+    ),
+    "a range keeps what nobody needs any more": Known(0),
+    "a round opens before its version is whole": Known(3),
+    "the optimizer's state is not restored": Known(0, ("kill_aggregator",)),
+    "a checkpoint shares state with the steps after it": Known(5),
+    "the end is reported before its checkpoint is whole": Known(0),
+    "an aggregator obeys an old generation": Known(0, (), _TWO_LEADERS),
+    "one stream waits for another": Known(2, (), (("workers", 2), ("script", "stopped_worker"))),
+    "a laggard waits for a version that is gone": Known(
+        2,
+        (),
+        (
+            ("workers", 2),
+            ("faults_s", 8.0),
+            ("range_min_bytes", 1 << 20),
+            ("script", "others_leave_a_laggard"),
+        ),
+    ),
+    "late shards are not copied": Known(
+        0, (), (("aggregators", 2), ("workers", 2), ("script", "stuck_payloads"))
+    ),
+    "a copy is added to what came from home": Known(5),
+    "what came from home is added to its copy": Known(3),
+    "examples are summed over all that came": Known(0),
+    "decay begins anew in every range": Known(1),
+    "leaves run on a part of a version": Known(1),
+    "the newer version is overwritten": Known(
+        1, (), (("workers", 2), ("script", "dies_between_ranges"), *_RANGES)
+    ),
+    "nothing is sent again on a new stream": Known(
+        0, ("broken_connections", "late_payloads"), (("workers", 1),)
+    ),
+    "workers do not carry go records": Known(3),
+    "workers do not carry go records again": Known(1),
+    "a worker obeys an old generation": Known(0, (), _TWO_LEADERS),
+    "effects do not wait for their records": Known(0),
+    "records count as durable before they are written": Known(0),
+    "the journal is cut before its snapshot is written": Known(3),
+    "request ids are forgotten": Known(0),
+    "an aggregator that came back empty is adopted": Known(0, ("kill_aggregator",)),
+    "a new leader does not look at the jobs' rows": Known(
+        3,
+        ("isolation", "pause_aggregator"),
+        (("controls", 1), ("aggregators", 2), ("strike", "term_raised control kill")),
+    ),
+    "a job ends without being fenced off": Known(17),
+    "a broken session keeps its shards": Known(0, _STREAMS),
+    "workers with other bits take part": Known(0, (), (("mixed", True),)),
+    "a leaf that is not finite is believed at once": Known(0, ("bad_leaf",)),
+    "the deaths of workers count against a job": Known(0, ("kill_worker",)),
+    "control takes ranges without a lease of silence": Known(
+        0, ("kill_control",), (("controls", 2), ("terms_max", 1))
+    ),
+}
+"""Where each bug is known to show; found by `hunt`."""

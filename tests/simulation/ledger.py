@@ -1,0 +1,212 @@
+"""What rests on what: nothing is answered, sent or begun before the fact behind it is durable.
+
+The journal is looked at where storage takes it, and replayed beside the cluster. So a fact that
+could be lost is noticed at once, not only in the rare run in which a crash does lose it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from typing import Any
+
+from coordinator.aggregation.checkpoints import parse_part
+from coordinator.aggregation.core.machine import JobRanges
+from coordinator.control.core.facts import Facts
+from coordinator.control.core.lifecycle import CANCELLED, SUCCEEDED
+from coordinator.control.journal import STREAM, JournalWriter
+from coordinator.control.leader import Leader
+from phalanx.testing.simulation.clocks import Environment
+from phalanx.v1 import storage_service_pb2 as pb
+from phalanx.v1.control_journal_pb2 import ControlRecord
+from storage.backends.sqlite.jobs import SqliteJobs
+from storage.backends.sqlite.journals import SqliteJournals
+from tests.simulation import jobs
+from tests.simulation.oracle import Oracle
+
+_RECORDS = (
+    "SELECT sequence, payload FROM records JOIN streams ON records.stream = streams.id "
+    "WHERE streams.name = ? AND sequence >= ? ORDER BY sequence"
+)
+_FINAL = "SELECT 1 FROM checkpoints WHERE job_id = ? AND final = 1 AND whole = 1"
+
+
+class Ledger:
+    """The facts of control as storage holds them."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        self.facts = Facts()
+        """What every record that was ever stored amounts to."""
+        self._oracle = oracle
+        self._world = oracle.world
+        self._demand = oracle.demand
+        self._stored: set[bytes] = set()
+        self._next = 0
+        self._owed: dict[int, tuple[Any, deque[tuple[int, bytes]]]] = {}
+        self._terms: dict[tuple[int, str], int] = {}
+
+    # Control
+
+    def _decided(self, writer: JournalWriter) -> None:
+        """A record was queued: it is owed to storage."""
+        index, _, payload = writer._queue[-1]
+        owed = self._owed.setdefault(id(writer), (writer, deque()))[1]
+        owed.append((index, payload))
+
+    def _demand_stored(self, writer: JournalWriter, after: int, what: str) -> None:
+        if after == 0 or id(writer) not in self._owed:
+            return
+        owed = self._owed[id(writer)][1]
+        while owed and owed[0][1] in self._stored:
+            owed.popleft()
+        self._demand(
+            not owed or owed[0][0] > after,
+            f"{self._world.loop.current.name}: {what} before its record is stored",
+        )
+
+    # Storage
+
+    def _catch_up(self, journals: SqliteJournals) -> None:
+        """Take in what the journal holds by now, whether storage lived to say so or not."""
+        database: Any = journals._database
+        connection = database._machine.connection
+        for sequence, payload in connection.execute(_RECORDS, (STREAM, self._next)).fetchall():
+            self._next = sequence + 1
+            self._stored.add(payload)
+            record = ControlRecord.FromString(payload)
+            if record.WhichOneof("fact") == "job_changed":
+                self._ends(record, connection)
+            self.facts.apply(record)
+            self._oracle.moments.met(record.WhichOneof("fact") or "")
+
+    def _ends(self, record: ControlRecord, connection: Any) -> None:
+        """A job ends only where nothing of it can go on, and succeeds only where all is done."""
+        changed, oracle = record.job_changed, self._oracle
+        job_id, facts = changed.job_id, self.facts.jobs.get(changed.job_id)
+        if facts is None:
+            return
+        if changed.state == CANCELLED and facts.term:
+            self._demand(
+                oracle.terms.get(job_id, 0) > facts.term,
+                f"{job_id} is cancelled in term {facts.term}, which storage still takes",
+            )
+        if changed.state == SUCCEEDED:
+            steps = facts.spec.train.stop.steps
+            final = connection.execute(_FINAL, (job_id,)).fetchone()
+            self._demand(final is not None, f"{job_id} succeeds without a final checkpoint")
+            self._demand(
+                changed.result.steps == steps,
+                f"{job_id} succeeds after {changed.result.steps} of {steps} steps",
+            )
+
+    def _truncated(self, journals: SqliteJournals, request: pb.TruncateJournalRequest) -> None:
+        """What was cut off must be said by what is left."""
+        if request.stream != STREAM:
+            return
+        left = Facts()
+        database: Any = journals._database
+        for _, payload in database._machine.connection.execute(_RECORDS, (STREAM, 0)).fetchall():
+            left.apply(ControlRecord.FromString(payload))
+        self._demand(
+            left.digest() == self.facts.digest(),
+            f"facts are lost with the records before {request.before_sequence} of the journal",
+        )
+        self._oracle.moments.met("snapshot")
+
+    def _checkpointed(
+        self,
+        store: SqliteJobs,
+        request: pb.CommitCheckpointRequest,
+        response: pb.CommitCheckpointResponse,
+    ) -> None:
+        """A whole checkpoint holds what a machine without faults has at that step."""
+        facts = self.facts.jobs.get(request.job_id)
+        if not response.complete or facts is None:
+            return
+        shape = jobs.shape_of_spec(facts.spec, facts.fingerprint)
+        blobs: Any = store._blobs
+        for part in response.manifest.parts:
+            content = blobs._disk.read(part.digest)
+            if hashlib.sha256(content or b"").hexdigest() != part.digest:
+                continue  # the disk has spoilt it meanwhile
+            parameters, state = parse_part(content)
+            first, stop = part.first_element, part.first_element + part.element_count
+            step = request.step
+            expected = {
+                name: vector[first:stop] for name, vector in jobs.state_of(shape, step).items()
+            }
+            expected["parameters"] = jobs.versions(shape)[step][first:stop]
+            for name, vector in {**state, "parameters": parameters}.items():
+                self._demand(
+                    vector.tobytes() == expected[name].tobytes(),
+                    f"{request.job_id}: range {part.range} of the checkpoint at step {step} has "
+                    f"other {name} than without faults",
+                )
+
+    # Aggregators
+
+    def _begins(self, ranges: JobRanges) -> None:
+        key = (self._world.loop.current.number, ranges.plan.job_id)
+        before = self._terms.get(key, 0)
+        self._demand(
+            ranges.term >= before,
+            f"{self._world.loop.current.name} goes from term {before} back to {ranges.term}",
+        )
+        self._terms[key] = ranges.term
+
+    def install(self, environment: Environment) -> None:
+        """Look at everything that makes a fact, or rests on one."""
+        replace = environment.replace
+        append, perform, durable = JournalWriter.append, Leader._perform, Leader._on_durable
+
+        def appending(writer: JournalWriter, index: int, record: ControlRecord) -> None:
+            append(writer, index, record)
+            self._decided(writer)
+
+        def performing(leader: Leader, effect: Any) -> None:
+            self._demand_stored(leader._journal, effect.after, f"{type(effect).__name__} is done")
+            perform(leader, effect)
+
+        def being_durable(leader: Leader, index: int, record: ControlRecord) -> None:
+            self._demand_stored(leader._journal, index, f"record {index} counts as durable")
+            durable(leader, index, record)
+
+        replace(JournalWriter, "append", appending)
+        replace(Leader, "_perform", performing)
+        replace(Leader, "_on_durable", being_durable)
+        self._install_storage(environment)
+        for name in ("begin", "begin_restored"):
+            replace(JobRanges, name, self._beginning(getattr(JobRanges, name)))
+
+    def _install_storage(self, environment: Environment) -> None:
+        append, truncate = SqliteJournals.append, SqliteJournals.truncate
+        commit = SqliteJobs.commit
+
+        def appending(journals: SqliteJournals, request: pb.AppendJournalRequest) -> int:
+            try:
+                return append(journals, request)
+            finally:
+                if request.stream == STREAM:
+                    self._catch_up(journals)
+
+        def truncating(journals: SqliteJournals, request: pb.TruncateJournalRequest) -> None:
+            truncate(journals, request)
+            self._truncated(journals, request)
+
+        def committing(
+            store: SqliteJobs, request: pb.CommitCheckpointRequest
+        ) -> pb.CommitCheckpointResponse:
+            response = commit(store, request)
+            self._checkpointed(store, request, response)
+            return response
+
+        environment.replace(SqliteJournals, "append", appending)
+        environment.replace(SqliteJournals, "truncate", truncating)
+        environment.replace(SqliteJobs, "commit", committing)
+
+    def _beginning(self, real: Any) -> Any:
+        def begin(ranges: JobRanges, *args: Any) -> Any:
+            self._begins(ranges)
+            return real(ranges, *args)
+
+        return begin

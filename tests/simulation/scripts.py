@@ -1,0 +1,92 @@
+"""What happens in directed scenarios, besides the faults that are drawn.
+
+Some of it is never healed: the work must end without whoever it struck.
+"""
+
+from __future__ import annotations
+
+from tests.simulation.cluster import Cluster
+from tests.simulation.oracle import Oracle
+
+BEGINS_S = 1.5
+LAGS_S = 4.0
+MEETS_S = 3.0
+RETURNS_S = 11.0
+
+
+def play(cluster: Cluster, name: str, oracle: Oracle) -> None:
+    """Plan a script; nothing is planned for an empty name."""
+    if name:
+        first = cluster.workers[0]
+        begin = {
+            "stopped_worker": lambda: _stop(cluster, first),
+            "stuck_payloads": lambda: _cut(cluster, first),
+            "others_leave_a_laggard": lambda: _lag(cluster, first),
+            "dies_between_ranges": lambda: _die(cluster, oracle, first),
+            "two_leaders": lambda: _part(cluster, oracle),
+        }[name]
+        cluster.world.at(BEGINS_S, begin)
+
+
+def _stop(cluster: Cluster, name: str) -> None:
+    """A worker is stopped with all its sockets open, for good."""
+    cluster.lost.add(name)
+    cluster.world.pause(cluster.alive[name])
+
+
+def _cut(cluster: Cluster, name: str) -> None:
+    """What a worker computes never reaches an aggregator; control hears that it is well."""
+    cluster.cut += [(name, aggregator) for aggregator in cluster.aggregators]
+    cluster.network.block(cluster.cut)
+
+
+def _lag(cluster: Cluster, name: str) -> None:
+    """A worker is stopped for some versions; soon after it goes on the others are gone for good."""
+    world = cluster.world
+    process = cluster.alive[name]
+    world.pause(process)
+    world.at(world.now_s + LAGS_S, lambda: world.resume(process))
+    world.at(world.now_s + LAGS_S + 0.5, lambda: _lose(cluster, cluster.workers[1:]))
+
+
+def _lose(cluster: Cluster, names: list[str]) -> None:
+    cluster.lost.update(names)
+    for name in names:
+        if cluster.is_alive(name):
+            cluster.kill(name)
+
+
+def _die(cluster: Cluster, oracle: Oracle, name: str) -> None:
+    """A worker has delivered to one range and not to another, and is gone for good."""
+    link = (name, cluster.aggregators[-1])
+    cluster.network.block([link])
+
+    def die() -> None:
+        cluster.network.reset(*link)
+        cluster.network.unblock([link])
+        _lose(cluster, [name])
+
+    oracle.moments.wait("range_ahead", die)
+
+
+def _part(cluster: Cluster, oracle: Oracle) -> None:
+    """A leader without storage leads on; members that have met its successor come back to it."""
+    world, network = cluster.world, cluster.network
+    old = oracle.leader()
+    members = [*cluster.workers, *cluster.aggregators]
+    links = [link for member in members for link in ((member, old), (old, member))]
+    network.block([(old, "storage"), ("storage", old)])
+
+    def leave() -> None:
+        network.block(links)
+        for member in members:
+            network.reset(member, old)
+
+    def come_back() -> None:
+        network.unblock(links)
+        for name in cluster.controls:
+            if name != old and cluster.is_alive(name):
+                cluster.kill(name)
+
+    world.at(world.now_s + MEETS_S, leave)
+    world.at(world.now_s + RETURNS_S, come_back)
