@@ -102,7 +102,8 @@ def _rows(
         ),
         made.at_most(
             "control_kill_gap_ratio",
-            "longest gap between two commits after it ÷ the longest undisturbed one",
+            "control `kill -9`, every other time with a worker: longest gap between two commits "
+            "after it ÷ the longest undisturbed one",
             ratio,
             "",
             2.0,

@@ -132,6 +132,7 @@ def _table(rows: Sequence[Row]) -> str:
         trials = f"{row.trials:,}" + (" (short run)" if row.quick else "")
         reach = row.reach.replace("<=", "≤").replace(">=", "≥")
         reached = "**no**" if row.reached is False else _VERDICTS[row.reached]
-        cells = (what, f"{row.value:.4g} {row.unit}", reach, reached, trials)
+        value = f"{row.value:,.0f}" if float(row.value).is_integer() else f"{row.value:.4g}"
+        cells = (what, f"{value} {row.unit}".strip(), reach, reached, trials)
         lines.append(f"| {' | '.join(cells)} | `{row.command}` |")
     return "\n".join(lines)
