@@ -15,7 +15,8 @@ from bench.results import write_json
 
 GROUPS = {
     "simulator": "seeds of the simulator",
-    "workers": "a worker killed, and one that comes back",
+    "kills": "a worker killed",
+    "joins": "a worker that comes back",
     "late": "a worker stopped, hanging, cut off",
     "control": "the leading control process killed, alone and together with a worker",
     "fencing": "writes of a leader that leads no more",

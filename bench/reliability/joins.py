@@ -1,4 +1,4 @@
-"""What it costs when a worker is killed, and when it comes back."""
+"""What it costs when a worker that was killed comes back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import psutil
 
 import phalanx
 from bench.clusters import wait_for
-from bench.recovery import kill_to_commit_s
 from bench.reliability.jobs import all_host, commits_of, patient_cluster, patient_job
 from bench.reliability.rows import Row, Rows
 from phalanx.chaos.report import Span, gaps, percentile
@@ -33,8 +32,7 @@ class _Joins:
 
 
 def run(command: str, *, quick: bool) -> list[Row]:
-    """A worker killed, and a worker that comes back."""
-    seconds = kill_to_commit_s(10 if quick else 50)
+    """Workers that are killed and started again by their supervisor."""
     trials = 3 if quick else 12
     with tempfile.TemporaryDirectory() as folder:
         marks = Path(folder)
@@ -47,13 +45,6 @@ def run(command: str, *, quick: bool) -> list[Row]:
     made = Rows(command, quick)
     pause_s = percentile(joins.pauses_s, 50) or 0.0
     return [
-        made.largest(
-            "worker_kill_to_commit_s",
-            "worker `kill -9` → next committed step, beyond recomputing its undelivered leaves",
-            seconds,
-            "s",
-            0.3,
-        ),
         made.largest(
             "worker_restart_to_leaf_s",
             "restarted worker: start of the process → its first leaf is computed",
