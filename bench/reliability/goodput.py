@@ -47,6 +47,7 @@ FOUR = Scenario(
     reach_percent=90.0,
     checkpoint_every=5,
 )
+STEP_OVER_LEAVES = 1.05
 START_TIMEOUT_S = 300.0
 QUICK_S = 20.0
 
@@ -61,8 +62,8 @@ def measure(scenario: Scenario, command: str, *, quick: bool) -> list[Row]:
     duration_s = max(QUICK_S, scenario.every_s) if quick else scenario.duration_s
     baseline_s = QUICK_S / 2 if quick else scenario.baseline_s
     rounds = -(-scenario.shards // scenario.workers)
-    # Enough for the time it takes without any fault, and then a little.
-    steps = round((duration_s + 2 * baseline_s + 10) / (rounds * scenario.leaf_s))
+    # Enough for the time it takes without any fault: a step takes a little longer than its leaves.
+    steps = round((duration_s + 2 * baseline_s) / (rounds * scenario.leaf_s * STEP_OVER_LEAVES))
     job = patient_job("goodput", scenario.shards, steps, checkpoint_every=scenario.checkpoint_every)
     with patient_cluster(
         scenario.workers, scenario.leaf_s, aggregators=2, timeout_s=START_TIMEOUT_S
