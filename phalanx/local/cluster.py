@@ -1,5 +1,6 @@
 """A cluster for the length of a ``with`` block: on this machine, or within this process."""
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -64,11 +65,11 @@ class LocalCluster(Cluster):
                 self._supervisor = Supervisor.launch(options, timeout_s)
             backend = self._open_backend()
         except BaseException:
-            _end(self._supervisor, temporary)
+            _end(self._supervisor, temporary, os.getpid())
             raise
         super().__init__(backend, namespace=namespace)
         # Also at the end of a program that forgot to close it.
-        self._finalizer = weakref.finalize(self, _end, self._supervisor, temporary)
+        self._finalizer = weakref.finalize(self, _end, self._supervisor, temporary, os.getpid())
 
     def _open_backend(self) -> Backend:
         if self._supervisor is not None:
@@ -102,7 +103,10 @@ class LocalCluster(Cluster):
         return self._supervisor
 
 
-def _end(supervisor: Supervisor | None, temporary: Path | None) -> None:
+def _end(supervisor: Supervisor | None, temporary: Path | None, owner_pid: int) -> None:
+    if os.getpid() != owner_pid:
+        # A fork of the program ends, or leaves the ``with`` block: the cluster is not its own.
+        return
     try:
         if supervisor is not None:
             supervisor.stop()

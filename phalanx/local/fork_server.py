@@ -2,7 +2,7 @@
 
 A Python program of this size spends most of its start on imports. Here they are paid once for all
 members, and not again when one is restarted. It runs as ``python -P -m phalanx.local.fork_server
-SOCKET_FD PARENT_PID`` and answers requests, one at a time, on a socket that its parent inherits
+PARENT_PID`` and answers requests, one at a time, on a socket that is its standard input
 (``phalanx.local.forks`` is the other side):
 
     {"fork": {"module", "arguments", "imports", "cwd"}} + log file  ->  {"pid"} + process handle
@@ -82,7 +82,7 @@ def _import(names: Sequence[str]) -> None:
 
 def _leave_the_server(requests: socket.socket, log: int, cwd: str) -> None:
     """Give the forked process what a new one has: a session, streams and a folder of its own."""
-    requests.close()
+    requests.detach()
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -99,11 +99,15 @@ def _answer(requests: socket.socket, answer: dict[str, int], handles: Sequence[i
 
 def main(argv: Sequence[str]) -> None:
     """Serve; in a forked member, run the member."""
-    socket_fd, parent_pid = map(int, argv)
+    (parent_pid,) = map(int, argv)
+    # A program may have other ideas of signals than its cluster: where SIGCHLD is ignored nobody
+    # gets exit codes, and members must hear SIGTERM.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     # Only the supervisor ends this process: what a terminal sends is meant for the supervisor.
     die_with_parent(parent_pid, signal.SIGKILL)
     server_pid = os.getpid()
-    plan = serve(socket.socket(fileno=socket_fd))
+    plan = serve(socket.socket(fileno=sys.stdin.fileno()))
     if plan is not None:
         become(plan, server_pid)
 

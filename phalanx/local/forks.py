@@ -39,7 +39,7 @@ class ForkServer:
         memory or no process slot, and where the server is dead: the next call starts a new one.
         """
         if self._server is None:
-            self._start_server()
+            self._start_server(log)
         plan = {
             "module": module,
             "arguments": list(arguments),
@@ -49,19 +49,24 @@ class ForkServer:
         answer, handles = self._ask({"fork": plan}, [log])
         if "errno" in answer:
             raise OSError(answer["errno"], os.strerror(answer["errno"]))
-        return ForkedProcess(answer["pid"], handles[0], self)
+        assert self._server is not None
+        return ForkedProcess(answer["pid"], handles[0], self, self._server)
 
-    def collect(self, pid: int) -> int:
+    def collect(self, pid: int, parent: subprocess.Popen[bytes]) -> int:
         """Return the exit code of a process that has ended; negative: the signal that killed it."""
-        try:
-            return int(self._ask({"collect": pid}, [])[0]["code"])
-        except OSError:
-            # The server is gone, and with it everything that it had started.
-            return -signal.SIGKILL
+        # A server that has been replaced is gone, and with it everything that it had started; its
+        # successor knows nothing of those, or another process by that id.
+        if parent is self._server:
+            with contextlib.suppress(OSError):
+                return int(self._ask({"collect": pid}, [])[0]["code"])
+        return -signal.SIGKILL
 
     def close(self) -> None:
         """End the server, and with it what it started and still runs."""
         if self._socket is not None:
+            # Closing is not enough where a fork of this program holds a copy.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
             self._socket = None
         if self._server is not None:
@@ -72,18 +77,18 @@ class ForkServer:
                 self._server.wait()
             self._server = None
 
-    def _start_server(self) -> None:
+    def _start_server(self, log: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(ANSWER_TIMEOUT_S)
+        # It has all three streams, also where this program has none: members inherit them. What it
+        # has to complain of is in the log of the first member that it was to start.
         with theirs:
             self._server = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "phalanx.local.fork_server"),
-                    *(str(theirs.fileno()), str(os.getpid())),
-                ],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-P", "-m", "phalanx.local.fork_server", str(os.getpid())],
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
                 env=self._environment,
-                pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
         self._socket = ours
@@ -93,7 +98,9 @@ class ForkServer:
             raise OSError("the process that starts the members has ended")
         try:
             socket.send_fds(self._socket, [json.dumps(request).encode()], handles)
-            answer, received, _, _ = socket.recv_fds(self._socket, REQUEST_LIMIT_BYTES, 1)
+            answer, received, _, _ = socket.recv_fds(
+                self._socket, REQUEST_LIMIT_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+            )
         except OSError:
             answer, received = b"", []
         if not answer:
@@ -107,17 +114,20 @@ class ForkServer:
 class ForkedProcess:
     """One process, by a handle that never comes to mean another one."""
 
-    def __init__(self, pid: int, handle: int, server: ForkServer) -> None:
+    def __init__(
+        self, pid: int, handle: int, server: ForkServer, parent: subprocess.Popen[bytes]
+    ) -> None:
         self.pid = pid
         self.handle = handle
         """Readable once the process has ended."""
         self._server = server
+        self._parent = parent
         self._code: int | None = None
 
     def poll(self) -> int | None:
         """Return the exit code, or None while it runs."""
         if self._code is None and self.wait(0):
-            self._code = self._server.collect(self.pid)
+            self._code = self._server.collect(self.pid, self._parent)
             os.close(self.handle)
         return self._code
 

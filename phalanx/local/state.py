@@ -106,3 +106,9 @@ def lock(state_dir: Path) -> IO[bytes]:
         "or give another folder with --state",
         reason="STATE_IN_USE",
     )
+
+
+def unlock(lock_file: IO[bytes]) -> None:
+    """Give the folder back, also where a fork of this program still holds a copy of the file."""
+    fcntl.flock(lock_file, fcntl.LOCK_UN)
+    lock_file.close()

@@ -5,6 +5,7 @@ child when the *thread* that started it ends), waits for deaths without polling,
 Other threads only send it commands.
 """
 
+import contextlib
 import os
 import queue
 import random
@@ -22,7 +23,7 @@ from phalanx.local.forks import ForkServer
 from phalanx.local.layout import WORKER, Layout
 from phalanx.local.members import MemberPlan, MemberProcess
 from phalanx.local.options import LocalOptions
-from phalanx.local.state import ClusterState, Member, lock, remove_state, write_state
+from phalanx.local.state import ClusterState, Member, lock, remove_state, unlock, write_state
 
 START_TIMEOUT_S = 60.0
 DRAIN_S = 3.0
@@ -96,7 +97,11 @@ class Supervisor:
         Raises FailedPrecondition when the state folder is taken or a process cannot run, with the
         end of its log; DeadlineExceeded after ``timeout_s``. Nothing is left behind then.
         """
-        self._lock_file = lock(self.options.state_dir)
+        try:
+            self._lock_file = lock(self.options.state_dir)
+        except BaseException:
+            self._close_pipe()
+            raise
         # The file of a supervisor that was killed; the lock says that nobody runs here any more.
         remove_state(self.options.state_dir)
         for folder in ("logs", "run", "cache"):
@@ -122,6 +127,7 @@ class Supervisor:
             self._hurry.set()
         if self._thread.ident is None:
             self._release()
+            self._close_pipe()
             return
         self._post(self._begin_stop)
         try:
@@ -172,13 +178,12 @@ class Supervisor:
             if not self._ready.done():
                 self._ready.set_exception(error)
         finally:
-            self._end_members()
-            self._server.close()
-            self._release()
-            with self._pipe_lock:
-                os.close(self._wake_read)
-                os.close(self._wake_write)
-                self._ended.set()
+            try:
+                self._end_members()
+            finally:
+                self._server.close()
+                self._release()
+                self._close_pipe()
             if not self._ready.done():
                 self._ready.set_exception(
                     Unavailable("the cluster was stopped before it was ready")
@@ -306,8 +311,15 @@ class Supervisor:
     def _release(self) -> None:
         if self._lock_file is not None:
             remove_state(self.options.state_dir)
-            self._lock_file.close()
+            unlock(self._lock_file)
             self._lock_file = None
+
+    def _close_pipe(self) -> None:
+        with self._pipe_lock:
+            if not self._ended.is_set():
+                os.close(self._wake_read)
+                os.close(self._wake_write)
+                self._ended.set()
 
     def _write_state(self, ready: bool | None = None) -> None:
         state = ClusterState(
@@ -327,7 +339,9 @@ class Supervisor:
 
     def _remark(self, text: str) -> None:
         if self._on_remark is not None and self._ready.done():
-            self._on_remark(text)
+            # Whoever listens may fail for reasons of their own; members must not pay for it.
+            with contextlib.suppress(Exception):
+                self._on_remark(text)
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._pipe_lock:

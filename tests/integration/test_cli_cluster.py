@@ -4,6 +4,7 @@ import asyncio
 import csv
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -297,8 +298,16 @@ def own_state(tmp_path):
 
 
 def test_up_status_and_down(own_state):
-    up = phalanx_command("--json", "up", "--detach", "--workers=1", "--port=0", env=own_state)
-    assert up.returncode == 0, up.stderr
+    ours, of_a_script = os.pipe()
+    with open(ours, "rb") as reader:
+        with open(of_a_script, "wb"):
+            up = phalanx_command(
+                *("--json", "up", "--detach", "--workers=1", "--port=0"),
+                env=own_state,
+                pass_fds=[of_a_script],
+            )
+        assert up.returncode == 0, up.stderr
+        assert select.select([reader], [], [], GUARD_S)[0], "a cluster holds its starter's files"
     state = json.loads(up.stdout)
     pids = [state["pid"], *(process["pid"] for process in state["processes"])]
     assert len(set(pids)) == 5

@@ -113,6 +113,24 @@ def test_what_dies_is_started_again_under_the_same_name(idle, id):
         supervisor.stop()
 
 
+def test_a_listener_that_fails_does_not_take_the_cluster_down(idle):
+    told = threading.Event()
+
+    def full_disk(_text):
+        told.set()
+        raise OSError(28, "No space left on device")
+
+    supervisor = Supervisor.launch(idle(), on_remark=full_disk)
+    try:
+        before = supervisor.member("worker-1")
+        os.kill(before.pid, signal.SIGKILL)
+        wait_for(lambda: supervisor.member("worker-1").pid not in (0, before.pid), "a new process")
+        assert told.is_set()
+        assert not supervisor.wait(0)
+    finally:
+        supervisor.stop()
+
+
 def test_the_death_of_the_process_that_starts_them_is_one_more_death_to_survive(idle):
     supervisor = Supervisor.launch(idle())
     try:
@@ -203,9 +221,11 @@ def test_a_process_that_is_stopped_may_still_end_in_order(idle, monkeypatch):
 
 def test_two_supervisors_cannot_have_one_folder(idle):
     supervisor = Supervisor.launch(idle())
+    before = os.listdir("/proc/self/fd")
     try:
         with pytest.raises(FailedPrecondition, match="already runs"):
             Supervisor.launch(idle())
+        assert os.listdir("/proc/self/fd") == before
     finally:
         supervisor.stop()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import queue
 import select
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -30,45 +31,66 @@ if TYPE_CHECKING:
 
 DOWN_TIMEOUT_S = 20.0
 _PROBE_TIMEOUT_S = 2.0
+_REMARKS_MAX = 1000
 
 
 def run_in_foreground(options: LocalOptions, settings: Settings) -> int:
     """Run a cluster until Ctrl-C or SIGTERM; return the exit code. A second one ends it at once."""
     from phalanx.cli.output import say
 
-    stop = threading.Event()
     supervisor: Supervisor | None = None
-
+    # Written by this thread alone: a terminal that is held (Ctrl-S) must not hold up restarts. None
+    # is a wish to stop; a handler of signals may put it there at any moment.
+    remarks: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    stopping = False
     code = Exit.DONE
 
+    def on_remark(text: str) -> None:
+        if remarks.qsize() < _REMARKS_MAX:
+            remarks.put(text)
+
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        nonlocal code
+        nonlocal code, stopping
         code = Exit.INTERRUPTED if number == signal.SIGINT else Exit.DONE
-        if stop.is_set() and supervisor is not None:
-            supervisor.hurry()
         if supervisor is None:
             # Still starting: the start is given up and leaves nothing behind.
             raise KeyboardInterrupt
-        stop.set()
+        if stopping:
+            supervisor.hurry()
+        stopping = True
+        remarks.put(None)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, on_signal)
     started_at_s = time.monotonic()
-    supervisor = Supervisor.launch(options, on_remark=say)
+    supervisor = Supervisor.launch(options, on_remark=on_remark)
     try:
         state = read_state(options.state_dir)
         if state is not None:
             show_started(state, options.state_dir, settings, time.monotonic() - started_at_s)
         if not settings.json:
             say("  Ctrl-C stops the cluster; its data stays in the state folder")
-        while not stop.wait(1.0):
-            if supervisor.wait(0):
-                raise FailedPrecondition("the supervisor has ended by itself; see the logs")
-    finally:
+        _say_remarks(remarks, supervisor)
         if not settings.json:
             say("stopping …")
+    finally:
         supervisor.stop()
     return code
+
+
+def _say_remarks(remarks: queue.SimpleQueue[str | None], supervisor: Supervisor) -> None:
+    from phalanx.cli.output import say
+
+    while True:
+        with contextlib.suppress(queue.Empty):
+            remark = remarks.get(timeout=1.0)
+            if remark is None:
+                return
+            # On a full disk, or when nobody reads any more, the cluster goes on without.
+            with contextlib.suppress(OSError):
+                say(remark)
+        if supervisor.wait(0):
+            raise FailedPrecondition("the supervisor has ended by itself; see the logs")
 
 
 def start_in_background(options: LocalOptions, settings: Settings) -> None:
@@ -100,12 +122,17 @@ def start_in_background(options: LocalOptions, settings: Settings) -> None:
 
 def _leave_the_terminal(log_path: Path, state_dir: Path) -> None:
     os.setsid()
-    nothing = os.open(os.devnull, os.O_RDONLY)
+    # Above the streams, of which this program may lack some.
+    nothing = fcntl.fcntl(os.open(os.devnull, os.O_RDONLY), fcntl.F_DUPFD, 3)
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    log = fcntl.fcntl(log, fcntl.F_DUPFD, 3)
     for source, stream in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, stream)
-    os.close(nothing)
-    os.close(log)
+    # Also what the shell had open, such as the lock of a script: nobody must wait for the cluster.
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2:
+            with contextlib.suppress(OSError):
+                os.close(number)
     setproctitle(f"{sys.executable} -P -m phalanx.cli up --state={state_dir}")
 
 

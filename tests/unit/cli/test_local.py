@@ -1,10 +1,13 @@
+import contextlib
 import json
 import os
+import signal
 import socket
 
 import pytest
 
 from phalanx.errors import FailedPrecondition, InvalidArgument
+from phalanx.local.cluster import LocalCluster
 from phalanx.local.layout import Layout
 from phalanx.local.options import LocalOptions
 from phalanx.local.ports import check_free, free_ports
@@ -16,6 +19,7 @@ from phalanx.local.state import (
     lock,
     read_state,
     remove_state,
+    unlock,
     write_state,
 )
 
@@ -130,3 +134,36 @@ def test_without_a_cluster_there_is_nothing_to_stop_or_show(offline, command):
     outcome = offline("--timeout", "2", command)
     assert outcome.code == (3 if command == "down" else 4)
     assert "phalanx up" in outcome.err
+
+
+@contextlib.contextmanager
+def a_fork_that_lives():
+    """Fork this program, as multiprocessing and data loaders do; the copy ends with the block."""
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_folder_is_free_again_although_a_fork_of_the_program_lives_on(tmp_path):
+    held = lock(tmp_path)
+    with a_fork_that_lives():
+        unlock(held)
+        assert not is_locked(tmp_path)
+
+
+def test_a_fork_of_the_program_does_not_end_its_cluster():
+    with LocalCluster(workers=0) as cluster:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                cluster.close()
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        assert cluster.state_dir.exists()
+    assert not cluster.state_dir.exists()
