@@ -211,3 +211,14 @@ ERROR_OF_CODE: Mapping[Code, type[PhalanxError]] = {
     )
 }
 """The class of each code."""
+
+
+def passes_by_itself(error: Exception) -> bool:
+    """Return whether the same call may succeed later although nobody does anything else.
+
+    So it is with servers that are away, slow or overloaded, and with a full disk: what is used up
+    says with ``retry_after_s`` that it is worth another try.
+    """
+    if isinstance(error, ResourceExhausted):
+        return error.retry_after_s is not None
+    return isinstance(error, Unavailable | DeadlineExceeded)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from phalanx.clients.storage import StorageClient
 from phalanx.config import parse
-from phalanx.errors import DeadlineExceeded, Unavailable
+from phalanx.errors import PhalanxError, passes_by_itself
 from phalanx.rpc.buffers import reuse_large_buffers
 from phalanx.rpc.process import announce, run_service
 from phalanx.telemetry.http import MetricsServer
@@ -23,7 +23,7 @@ _RETRY_MAX_S = 2.0
 
 
 class Downloads:
-    """Blobs from storage; waits for as long as storage is away."""
+    """Blobs from storage; waits for as long as storage is away or takes no more calls."""
 
     def __init__(self, address: str | None) -> None:
         self._client = StorageClient(address) if address is not None else None
@@ -38,7 +38,7 @@ class Downloads:
             self._known.set()
 
     async def to_file(self, digest: str, path: Path) -> None:
-        """Write a blob to a file. Raises PhalanxError for all but a storage that is away."""
+        """Write a blob to a file. Raises PhalanxError for what does not pass by itself."""
         await self._known.wait()
         assert self._client is not None
         wait_s = 0.1
@@ -46,7 +46,9 @@ class Downloads:
             try:
                 await self._client.get_blob_to(digest, path)
                 return
-            except (Unavailable, DeadlineExceeded):
+            except PhalanxError as error:
+                if not passes_by_itself(error):
+                    raise
                 await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
                 wait_s = min(_RETRY_MAX_S, wait_s * 2)
 

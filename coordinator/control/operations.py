@@ -1,6 +1,7 @@
 """Storage operations that the core asks for: terms, rows, models, clearing up.
 
-Each ends with one event to the core. While storage is away they wait, as the core expects.
+Each ends with one event to the core. While storage is away, or has no room, they wait, as the core
+expects; a job does not fail of it.
 """
 
 from __future__ import annotations
@@ -19,13 +20,8 @@ from phalanx.errors import (
     FailedPrecondition,
     NotFound,
     PhalanxError,
-    ResourceExhausted,
-    Unavailable,
 )
 from phalanx.v1 import storage_service_pb2 as pb
-
-_NO_ROOM = "DISK_FULL"
-"""Storage has no room at the moment: jobs wait for it, they do not fail of it."""
 
 Operation = fx.RaiseTerm | fx.ReadRow | fx.WriteModel
 
@@ -49,16 +45,8 @@ class Operations:
             case fx.WriteModel():
                 handler = lambda: self._write_model(effect)  # noqa: E731
 
-        async def attempt() -> ev.Event:
-            try:
-                return await handler()
-            except ResourceExhausted as error:
-                if error.reason != _NO_ROOM:
-                    raise
-                raise Unavailable(error.message, reason=error.reason) from error
-
         try:
-            return await self._store.insist(attempt)
+            return await self._store.insist(handler)
         except PhalanxError as error:
             if isinstance(error, Aborted) and error.reason == "STALE_GENERATION":
                 raise

@@ -1,4 +1,4 @@
-"""Control's way to storage: one channel, deadlines, patience while storage is away.
+"""Control's way to storage: one channel, deadlines, patience while storage is away or full.
 
 `call` tries a few times and raises. `insist` tries until storage answers: for what must happen and
 may wait. The first failure and the return of storage are told to `on_change`.
@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
-from phalanx.errors import Aborted, DeadlineExceeded, PhalanxError, Unavailable
+from phalanx.errors import (
+    Aborted,
+    DeadlineExceeded,
+    PhalanxError,
+    Unavailable,
+    passes_by_itself,
+)
 from phalanx.rpc.channel import ATTEMPTS, call_with_retry, open_channel
 from phalanx.rpc.status import from_rpc_error
 from phalanx.telemetry.logs import get_logger
@@ -72,14 +78,18 @@ class Store:
     async def insist(self, attempt: Callable[[], Awaitable[ResultT]]) -> ResultT:
         """Repeat `attempt` until storage answers it, with growing jittered waits.
 
-        Raises what is neither Unavailable nor DeadlineExceeded; ends by cancellation.
+        Also where its disk is full or it has too many calls open. Raises what does not pass by
+        itself; ends by cancellation.
         """
         wait_s = _WAIT_S
         while True:
             try:
                 return await attempt()
-            except (Unavailable, DeadlineExceeded) as error:
-                _log.debug("storage_away", message=error.message)
+            except PhalanxError as error:
+                if not passes_by_itself(error):
+                    raise
+                say = _log.warning if wait_s == _WAIT_S else _log.debug
+                say("storage_waited_for", reason=error.reason, message=error.message)
             await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
             wait_s = min(wait_s * 2, _WAIT_LONGEST_S)
 

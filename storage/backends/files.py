@@ -22,6 +22,7 @@ def disk_full(what: str) -> ResourceExhausted:
         f"the disk of the storage service is full; {what} was not stored: free space, or delete "
         "jobs, models or data sets and collect garbage; storage goes on by itself",
         reason="DISK_FULL",
+        retry_after_s=1.0,
     )
 
 

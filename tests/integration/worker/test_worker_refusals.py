@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from phalanx.errors import DeadlineExceeded, Unavailable
+from phalanx.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 from phalanx.testing.worker_peers import ScriptedAggregator, ScriptedControl
 from phalanx.v1 import coordination_service_pb2 as pb
 from worker import main
@@ -59,8 +59,15 @@ async def test_a_description_that_fails_in_any_way_is_answered(bench: Any) -> No
         assert described.failure.message
 
 
-@pytest.mark.parametrize("error", [Unavailable("gone"), DeadlineExceeded("stopped")])
-async def test_a_storage_that_is_stopped_is_waited_for_like_one_that_is_gone(
+@pytest.mark.parametrize(
+    "error",
+    [
+        Unavailable("gone"),
+        DeadlineExceeded("stopped"),
+        ResourceExhausted("too many calls", retry_after_s=1.0),
+    ],
+)
+async def test_a_storage_that_is_stopped_or_busy_is_waited_for_like_one_that_is_gone(
     tmp_path: Path, error: Exception
 ) -> None:
     downloads = main.Downloads("127.0.0.1:1")

@@ -8,11 +8,20 @@ from typing import Any
 import pytest
 
 from coordinator.control import leadership, operations
+from coordinator.control import store as control_store
 from coordinator.control.core import effects as fx
 from coordinator.control.core import events as ev
 from coordinator.control.core.facts import Facts
 from coordinator.control.operations import Operations
-from phalanx.errors import Aborted, DataLoss, Internal, ResourceExhausted, Unavailable
+from phalanx.errors import (
+    Aborted,
+    DataLoss,
+    Internal,
+    PhalanxError,
+    ResourceExhausted,
+    Unavailable,
+    passes_by_itself,
+)
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
 
@@ -89,6 +98,39 @@ def test_a_worker_is_not_let_go_before_it_hears_what_it_is_let_go_of(running: An
     assert kinds.index("revoke_job") > len(kinds) - 1 - kinds[::-1].index("assign_job")
 
 
+class FullDisk(control_store.Store):
+    """A store whose calls fail because the disk is full, a few times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__("127.0.0.1:1")
+        self.times = times
+
+    async def call(self, method: Any, request: Any, **limits: Any) -> Any:
+        if self.times:
+            self.times -= 1
+            raise ResourceExhausted("no room", reason="DISK_FULL", retry_after_s=0.001)
+        if isinstance(request, storage_pb.AppendJournalRequest):
+            return storage_pb.AppendJournalResponse(next_sequence=request.expected_sequence + 1)
+        return storage_pb.AcquireLeaseResponse(acquired=True, lease=storage_pb.Lease(token=4))
+
+
+async def test_a_full_disk_neither_ends_a_leadership_nor_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(control_store, "_WAIT_S", 0.001)
+    store = FullDisk(3)
+    try:
+        assert await leadership.acquire(store, "control-1", 2.0, never) == 4
+        store.times = 3
+        assert await store.append_exactly("control", 7, [b"fact"]) == 8
+    finally:
+        await store.close()
+
+
+async def never(_: storage_pb.Lease) -> None:
+    raise AssertionError("nobody else leads")
+
+
 class Store:
     """A store whose calls fail with what a test says; `insist` tries a few times."""
 
@@ -110,15 +152,16 @@ class Store:
         for _ in range(TRIES_MAX):
             try:
                 return await attempt()
-            except Unavailable:
-                continue
+            except PhalanxError as error:
+                if not passes_by_itself(error):
+                    raise
         raise AssertionError("it is tried for ever")
 
 
 @pytest.mark.parametrize(
     ("error", "waits"),
     [
-        (ResourceExhausted("no room", reason="DISK_FULL"), True),
+        (ResourceExhausted("no room", reason="DISK_FULL", retry_after_s=0.001), True),
         (ResourceExhausted("the message is too large"), False),
         (DataLoss("damaged"), False),
     ],
@@ -132,7 +175,7 @@ async def test_a_full_disk_is_waited_for(error: Exception, waits: bool) -> None:
 async def test_a_leader_that_cannot_renew_goes_on_until_somebody_else_leads() -> None:
     store: Any = Store(
         Unavailable("gone"),
-        ResourceExhausted("no room", reason="DISK_FULL"),
+        ResourceExhausted("no room", reason="DISK_FULL", retry_after_s=0.001),
         Internal("odd"),
         Aborted("another one leads", reason="STALE_GENERATION"),
     )
