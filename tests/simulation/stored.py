@@ -77,7 +77,7 @@ class Database:
         self._machine = machine
         self._on_failure = on_failure
 
-    def write(self, act: Callable[[sqlite3.Connection], Any]) -> Any:
+    def write(self, act: Callable[[sqlite3.Connection], Any], *, alone: bool = False) -> Any:
         machine = self._machine
         machine.world.transitions += 1
         if machine.disk.full:

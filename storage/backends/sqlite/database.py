@@ -6,6 +6,9 @@ its own, so that one that raises undoes only itself. Nobody hears the outcome of
 its error, before the transaction is durable: an error may rest on what another act of the same
 transaction did.
 
+An act that does something outside of the database, which no rollback undoes, asks to be *alone*:
+what it sees is durable by then. A blob that only an open transaction has let go of must stay.
+
 If the transaction itself fails because the disk is full, it is rolled back and its acts are tried
 one by one, so that a large one does not take small ones down with it. Acts must therefore be
 repeatable.
@@ -64,6 +67,7 @@ class _Job:
     """One act on its way through the writing thread."""
 
     act: Act[Any]
+    alone: bool = False
     future: Future[Any] = field(default_factory=Future)
     result: Any = None
     error: Exception | None = None
@@ -171,13 +175,13 @@ class Database:
         except sqlite3.Error as error:
             raise _unusable(error) from error
 
-    def write(self, act: Act[ResultT]) -> ResultT:
-        """Run ``act`` in a transaction and return its result once that is durable.
+    def write(self, act: Act[ResultT], *, alone: bool = False) -> ResultT:
+        """Run ``act`` in a transaction, or ``alone`` in it; return its result once that is durable.
 
         The act may be run more than once and must have no effects but those on its connection, or
         repeatable ones. What it raises is raised here.
         """
-        job = _Job(act)
+        job = _Job(act, alone)
         with self._closing:
             if self._failure is not None:
                 raise self._failure
@@ -241,13 +245,16 @@ class Database:
         while (first := self._queue.get()) is not None:
             jobs = [first]
             stopping = False
-            while len(jobs) < _BATCH_ACTS and not stopping:
+            while len(jobs) < _BATCH_ACTS and not stopping and not jobs[-1].alone:
                 try:
                     following = self._queue.get_nowait()
                 except queue.Empty:
                     break
                 if following is None:
                     stopping = True
+                elif following.alone:
+                    self._commit_all(jobs)
+                    jobs = [following]
                 else:
                     jobs.append(following)
             self._commit_all(jobs)

@@ -58,7 +58,7 @@ class SqliteReferences:
             results = [remove(digest) for digest in _unreferenced(connection, digests)]
             return [size_bytes for size_bytes in results if size_bytes is not None]
 
-        return self._database.write(act)
+        return self._database.write(act, alone=True)
 
     def reclaim(self) -> None:
         """Forget old request ids and shrink the file."""

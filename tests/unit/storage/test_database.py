@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+from functools import partial
 
 import pytest
 
@@ -17,6 +18,11 @@ from phalanx.errors import (
 )
 from storage.backends.sqlite import database as database_module
 from storage.backends.sqlite.database import FILE_NAME, Database
+from storage.backends.sqlite.references import (
+    SqliteReferences,
+    add_references,
+    drop_references,
+)
 from storage.backends.sqlite.schema import MIGRATIONS, migrate
 
 GUARD_S = 30
@@ -136,6 +142,35 @@ def test_an_act_sees_what_those_before_it_in_its_transaction_did(database):
         return connection.execute("SELECT count(*) FROM leases").fetchone()[0]
 
     assert run_together(database, [insert("a"), insert("b"), count])[2] == 2
+
+
+def test_a_blob_goes_only_once_what_let_go_of_it_is_durable(database):
+    """Else a crash at that moment brings back a checkpoint whose blob is gone."""
+    digest = "ab" * 32
+    references = SqliteReferences(database, lambda: 0)
+    database.write(lambda connection: add_references(connection, "pin", "job-1", 0, [digest]))
+    removed = []
+
+    def remove(found):
+        # A reader sees what a restart would find.
+        assert references.unreferenced([found]) == [found]
+        removed.append(found)
+        return 1
+
+    sweep = partial(references.sweep, [digest], remove)
+    acts = [lambda connection: drop_references(connection, "pin", "job-1"), sweep, insert("a")]
+    gate = Gate(database)
+    threads = []
+    for index, act in enumerate(acts):
+        run = act if act is sweep else partial(database.write, act)
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+        queued(database, index + 1)
+    gate.open()
+    for thread in threads:
+        thread.join()
+    assert removed == [digest]
+    assert holders(database) == ["a"]
 
 
 class FailingConnection:
