@@ -8,6 +8,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TypeVar
 
 from coordinator.aggregation.checkpoints import Part, write_part
@@ -27,6 +28,7 @@ from phalanx.clients.storage import StorageClient
 from phalanx.errors import (
     Aborted,
     DeadlineExceeded,
+    FailedPrecondition,
     Internal,
     PhalanxError,
     ResourceExhausted,
@@ -36,6 +38,7 @@ from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_pb2
+from phalanx.v1 import storage_service_pb2 as storage_pb
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import GoRecord
 
@@ -55,6 +58,8 @@ _POLL_FIRST_S = 0.02
 _POLL_LONGEST_S = 0.5
 OTHER_PARTS_WAIT_S = 60.0
 """How long the root waits for other owners' parts before it may order the next checkpoint."""
+UPLOADS_MAX = 3
+"""How often the part of a last checkpoint is uploaded before the job fails of it."""
 
 _TRANSIENT = (Unavailable, DeadlineExceeded, ResourceExhausted)
 ResultT = TypeVar("ResultT")
@@ -297,9 +302,7 @@ class HostedJob:
         try:
             if earlier:
                 await asyncio.wait(earlier)
-            request = await self._insist(lambda: write_part(self._storage, effect.snapshot, part))
-            effect.snapshot.release()
-            response = await self._insist(lambda: self._storage.commit_checkpoint(request))
+            response = await self._store_part(effect, part)
             self.gauges.checkpointed(time.monotonic() - started_s)
             if response.complete or await self._completed(effect):
                 self._checkpoint_step = max(self._checkpoint_step, effect.version)
@@ -311,6 +314,25 @@ class HostedJob:
         finally:
             effect.snapshot.release()
             self.ranges.checkpoint_done()
+
+    async def _store_part(
+        self, effect: StartCheckpoint, part: Part
+    ) -> storage_pb.CommitCheckpointResponse:
+        """Upload and register one range. What nothing names for long is garbage to storage, and a
+        registration may have to wait: a part that is gone by then is uploaded again."""
+        uploads = 0
+        while True:
+            request = await self._insist(lambda: write_part(self._storage, effect.snapshot, part))
+            uploads += 1
+            if not effect.terminal:
+                # Steps go on, and have to copy what this snapshot still needs.
+                effect.snapshot.release()
+            try:
+                return await self._insist(partial(self._storage.commit_checkpoint, request))
+            except FailedPrecondition as error:
+                gone = effect.terminal and error.reason == "BLOB_MISSING"
+                if not gone or uploads == UPLOADS_MAX:
+                    raise
 
     async def _insist(self, attempt: Callable[[], Awaitable[ResultT]]) -> ResultT:
         """Return what `attempt` returns, however long storage is away; training goes on."""

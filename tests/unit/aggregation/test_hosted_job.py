@@ -10,7 +10,7 @@ import pytest
 from coordinator.aggregation import hosting
 from coordinator.aggregation.core.effects import Points
 from coordinator.aggregation.hosting import HostedJob
-from phalanx.errors import Aborted
+from phalanx.errors import Aborted, FailedPrecondition
 from phalanx.testing.ranges import make_plan
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import storage_service_pb2 as storage_pb
@@ -63,6 +63,41 @@ async def test_rule_09_paused_means_that_the_checkpoint_is_complete(
         await job.close()
     outcomes = [each.job_report.outcome for each in told if each.HasField("job_report")]
     assert outcomes == ([] if fenced else [coordination.JobReport.OUTCOME_PAUSED])
+
+
+async def test_a_last_part_that_was_taken_for_garbage_is_uploaded_again(
+    jobs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage was full or away for longer than it spares what nothing names."""
+    monkeypatch.setattr(hosting, "REPORT_EVERY_S", 3600.0)
+    told: list[coordination.SessionRequest] = []
+    storage = Storage(FailedPrecondition("put it and register again", reason="BLOB_MISSING"))
+    uploads: list[int] = []
+
+    async def put_blob(pieces: Any, **_: Any) -> str:
+        uploads.append(sum(len(piece) for piece in pieces))
+        if len(uploads) == 2:
+            storage.refusal = None
+        return "ab" * 32
+
+    storage.put_blob = put_blob  # type: ignore[method-assign]
+    plan = make_plan(elements=100, optimizer="adam")
+    job = HostedJob(
+        jobs.started(plan).root,
+        storage=storage,  # type: ignore[arg-type]
+        gauges=Gauges(),  # type: ignore[arg-type]
+        send=told.append,
+    )
+    try:
+        job.pause()
+        assert job._ending is not None
+        async with asyncio.timeout(30.0):
+            await asyncio.wait([job._ending])
+    finally:
+        await job.close()
+    assert uploads[0] == uploads[1]
+    outcomes = [each.job_report.outcome for each in told if each.HasField("job_report")]
+    assert outcomes == [coordination.JobReport.OUTCOME_PAUSED]
 
 
 async def test_points_that_were_never_told_are_not_lost_for_those_that_were(
