@@ -22,10 +22,10 @@ from coordinator.control.turns import Turns
 from coordinator.control.watching import watch
 from phalanx.errors import Aborted, InvalidArgument, PhalanxError, Violation
 from phalanx.rpc.types import ServicerContext
-from phalanx.v1 import job_pb2
+from phalanx.v1 import dataset_service_pb2, job_pb2
 from phalanx.v1 import job_service_pb2 as pb
 from phalanx.v1 import job_service_pb2_grpc as pb_grpc
-from phalanx.v1.control_journal_pb2 import JobSnapshot, RememberedRequest
+from phalanx.v1.control_journal_pb2 import JobSnapshot, JobSubmitted, RememberedRequest
 from phalanx.v1.coordination_service_pb2 import JobLogLine
 
 if TYPE_CHECKING:
@@ -78,18 +78,23 @@ class JobServicer(pb_grpc.JobServiceServicer):
             view.state = job_pb2.Job.STATE_UNSPECIFIED
             return pb.SubmitJobResponse(job=view, plan=submitted.announced_plan)
         try:
-            await self._submissions.store(submitted, dataset)
-        except Aborted as error:
-            raise leader.superseded(error) from error
-        try:
+            await self._store(leader, submitted, dataset)
             answer = await leader.request(lambda token: ev.SubmitJob(token, submitted, remembered))
-        except PhalanxError:
+        finally:
+            # Refused, given up, or the second of two calls with one request id.
             if submitted.job_id not in leader.core.facts.jobs:
                 # What cannot be let go now is held by nobody's job; the answer matters more.
                 with contextlib.suppress(PhalanxError):
                     await self._submissions.discard(submitted.job_id)
-            raise
         return _of_type(answer, pb.SubmitJobResponse)
+
+    async def _store(
+        self, leader: Leader, submitted: JobSubmitted, dataset: dataset_service_pb2.Dataset
+    ) -> None:
+        try:
+            await self._submissions.store(submitted, dataset)
+        except Aborted as error:
+            raise leader.superseded(error) from error
 
     async def GetJob(
         self, request: pb.GetJobRequest, context: ServicerContext

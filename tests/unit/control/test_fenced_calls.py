@@ -25,6 +25,7 @@ class Submissions:
 
     def __init__(self, *, stores: bool) -> None:
         self._stores = stores
+        self.discarded: list[str] = []
 
     async def prepare(self, *_):
         return JobSubmitted(job_id="job-1"), None
@@ -34,6 +35,7 @@ class Submissions:
             raise STALE
 
     async def discard(self, job_id):
+        self.discarded.append(job_id)
         raise STALE
 
 
@@ -75,3 +77,33 @@ async def test_what_ended_the_call_is_told_although_its_pins_cannot_be_let_go():
     leader.request = request
     with pytest.raises(Unavailable, match="does not take the decision"):
         await submit(leader, Submissions(stores=True))
+
+
+async def test_the_second_of_two_calls_with_one_request_id_keeps_no_pins():
+    """It was under way while the first was answered, and had pinned what its own job would need."""
+    leader, submissions = a_leader(), Submissions(stores=True)
+    first = job_service_pb2.SubmitJobResponse(job={"id": "job-0"})
+
+    async def request(_):
+        return first
+
+    leader.request = request
+    assert await submit(leader, submissions) == first
+    assert submissions.discarded == ["job-1"]
+
+
+async def test_a_caller_that_gave_up_keeps_no_pins():
+    leader, submissions = a_leader(), Submissions(stores=True)
+    stored = asyncio.Event()
+
+    async def store(*_):
+        stored.set()
+        await asyncio.Event().wait()
+
+    submissions.store = store
+    call = asyncio.create_task(submit(leader, submissions))
+    await stored.wait()
+    call.cancel()
+    await asyncio.wait([call])
+    assert call.cancelled()
+    assert submissions.discarded == ["job-1"]
