@@ -1,13 +1,14 @@
 """What a download goes into: hashed by a thread while the next part is on its way."""
 
 import asyncio
+import errno
 import hashlib
 import os
 import secrets
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from phalanx.errors import FailedPrecondition
+from phalanx.errors import FailedPrecondition, PhalanxError, ResourceExhausted
 
 # Handing less than this to a thread costs more than it saves.
 _INLINE_BYTES = 64 * 1024
@@ -74,7 +75,8 @@ class MemorySink(Sink):
 class FileSink(Sink):
     """Writes to a file beside ``path`` that becomes ``path`` by ``publish``.
 
-    Making it raises FailedPrecondition (FILE_UNWRITABLE), as all writing does; close it always.
+    Making it raises FailedPrecondition (FILE_UNWRITABLE), or ResourceExhausted where the disk is
+    full, as all writing does; close it always.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,7 +112,7 @@ class FileSink(Sink):
             raise _unwritable(self._path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> FailedPrecondition:
-    return FailedPrecondition(
-        f"cannot write {path}: {error.strerror or error}", reason="FILE_UNWRITABLE"
-    )
+def _unwritable(path: Path, error: OSError) -> PhalanxError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    kind = ResourceExhausted if full else FailedPrecondition
+    return kind(f"cannot write {path}: {error.strerror or error}", reason="FILE_UNWRITABLE")

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from phalanx.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
+from phalanx.clients.blob_sinks import FileSink
+from phalanx.errors import DataLoss, InvalidArgument, NotFound, PhalanxError, ResourceExhausted
 from phalanx.telemetry.metrics import WorkerMetrics, new_registry
 from worker.cache import BlobCache
 
@@ -192,13 +193,30 @@ async def test_errors_reach_those_who_ask_and_can_be_tried_again(
         await cache.get("../../etc/passwd")
 
 
+async def full_disk(folder: Path) -> Exception:
+    """What the download of a blob raises on a full disk."""
+    sink = FileSink(folder / "blob")
+    sink._file.close()
+    sink._file = Path("/dev/full").open("wb", buffering=0)
+    try:
+        await sink.write(b"bytes")
+    except PhalanxError as error:
+        return error
+    finally:
+        await sink.close()
+    raise AssertionError
+
+
+@pytest.mark.parametrize("where", ["before", "in the download"])
 async def test_a_full_disk_makes_room_and_then_says_so(
-    caches: Caches, store: Store, tmp_path: Path
+    caches: Caches, store: Store, tmp_path: Path, where: str
 ) -> None:
     cache = caches()
     old = store.put(b"old")
     (await cache.get(old)).release()
-    full = OSError(errno.ENOSPC, "No space left on device")
+    full: Exception = OSError(errno.ENOSPC, "No space left on device")
+    if where == "in the download":
+        full = await full_disk(tmp_path)
     store.errors = [full]
     new = store.put(b"new")
     (await cache.get(new)).release()
