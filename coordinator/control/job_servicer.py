@@ -29,6 +29,7 @@ from phalanx.v1.control_journal_pb2 import JobSnapshot, JobSubmitted, Remembered
 from phalanx.v1.coordination_service_pb2 import JobLogLine
 
 if TYPE_CHECKING:
+    from coordinator.control.leader import Leader
     from coordinator.control.process import ControlProcess
 
 FOLLOW_POLL_S = 5.0

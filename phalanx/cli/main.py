@@ -143,7 +143,9 @@ def main() -> None:
     """Run the command line of this process."""
     code = run(sys.argv[1:])
     try:
-        sys.stdout.flush()
+        # A program that was started with its output closed has none.
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # Else the interpreter complains at exit that it cannot flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -85,7 +85,7 @@ class ForkServer:
         with theirs:
             self._server = subprocess.Popen(
                 [sys.executable, "-P", "-m", "phalanx.local.fork_server", str(os.getpid())],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=log,
                 env=self._environment,
@@ -96,6 +96,9 @@ class ForkServer:
     def _ask(self, request: dict[str, Any], handles: list[int]) -> tuple[dict[str, Any], list[int]]:
         if self._socket is None:
             raise OSError("the process that starts the members has ended")
+        if self._server is not None:
+            # Whoever stopped it meant a member; waiting for it would cost them all their lives.
+            self._server.send_signal(signal.SIGCONT)
         try:
             socket.send_fds(self._socket, [json.dumps(request).encode()], handles)
             answer, received, _, _ = socket.recv_fds(

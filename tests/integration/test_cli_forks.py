@@ -57,6 +57,14 @@ def test_a_late_death_of_an_old_servers_member_does_not_harm_the_new_server(serv
         assert process.poll() == -signal.SIGTERM
 
 
+def test_a_server_that_is_stopped_is_woken_up(server, tmp_path):
+    process = start(server, tmp_path)
+    os.kill(server._server.pid, signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(GUARD_S)
+    assert process.poll() == -signal.SIGTERM
+
+
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path

@@ -197,7 +197,7 @@ async def full_disk(folder: Path) -> Exception:
     """What the download of a blob raises on a full disk."""
     sink = FileSink(folder / "blob")
     sink._file.close()
-    sink._file = Path("/dev/full").open("wb", buffering=0)
+    sink._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115 - closed with the sink
     try:
         await sink.write(b"bytes")
     except PhalanxError as error:
