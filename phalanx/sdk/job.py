@@ -27,6 +27,10 @@ from phalanx.sdk.values import (
 from phalanx.v1 import job_pb2, job_service_pb2
 
 REATTACH_S = 60.0
+WATCH_S = 30.0
+"""Life of one stream of a watch. A process that was stopped keeps its streams open and says nothing
+on them, as a job may that waits; so each of them ends, and the next goes to whoever leads by then.
+"""
 """How long a watch keeps trying to attach again to a cluster that went away."""
 METRIC_PAGE = 10_000
 
@@ -138,7 +142,8 @@ class Job:
         while True:
             try:
                 request = job_service_pb2.WatchJobRequest(job_id=self.id, after_sequence=sequence)
-                for item in self._backend.stream(methods.WATCH_JOB, request):
+                stream = self._backend.stream(methods.WATCH_JOB, request, timeout_s=WATCH_S)
+                for item in stream:
                     give_up_at = None
                     kind = item.WhichOneof("update")
                     if kind == "event":
@@ -148,9 +153,8 @@ class Job:
                     yield item
                 if self.done:
                     return
-            except DeadlineExceeded:
-                continue
-            except Unavailable:
+            except (Unavailable, DeadlineExceeded):
+                # A server that lives sends the job at once: silence is as good as a refusal.
                 now = time.monotonic()
                 give_up_at = give_up_at or now + REATTACH_S
                 if now >= give_up_at:
@@ -162,7 +166,8 @@ class Job:
 
         A cluster that goes away for a while (a control process restarts) is asked again. Raises
         JobFailed or JobCancelled when the job ended without a result, DeadlineExceeded after
-        ``timeout_s`` (the job goes on then) and Unavailable when the cluster stays away.
+        ``timeout_s`` (the job goes on then), and Unavailable, or DeadlineExceeded where it is
+        stopped, when the cluster stays away.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         answered_s = time.monotonic()
@@ -180,7 +185,7 @@ class Job:
             try:
                 self.refresh()
                 answered_s = time.monotonic()
-            except Unavailable:
+            except (Unavailable, DeadlineExceeded):
                 if time.monotonic() - answered_s > REATTACH_S:
                     raise
         self.raise_if_failed()

@@ -103,8 +103,8 @@ class Transport:
         """Make one call that answers with a stream; closing the iterator cancels it. Raises
         PhalanxError.
 
-        It is not retried: only the caller knows where to go on. After ``Unavailable`` the next
-        stream goes to the next address.
+        It is not retried: only the caller knows where to go on. After ``Unavailable`` or
+        ``DeadlineExceeded`` the next stream goes to the next address.
         """
         address = self.address
         opener: Any = self._channel(address).unary_stream(
@@ -117,7 +117,7 @@ class Transport:
             yield from call
         except grpc.RpcError as rpc_error:
             error = self._explain(rpc_error)
-            if isinstance(error, Unavailable):
+            if isinstance(error, Unavailable | DeadlineExceeded):
                 self._move_on(address)
             raise error from None
         finally:

@@ -145,6 +145,27 @@ def test_watch_survives_a_restart_of_the_server(script):
             assert [update.state for update in job.watch()] == ["SUCCEEDED"]
 
 
+def test_watch_leaves_an_address_that_says_nothing(script, monkeypatch):
+    monkeypatch.setattr("phalanx.sdk.job.WATCH_S", 0.2)
+    job_in(script, job_pb2.Job.STATE_SUCCEEDED)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as mute,
+        phalanx.connect(script.address) as cluster,
+        phalanx.connect(f"127.0.0.1:{mute.getsockname()[1]},{script.address}") as both,
+    ):
+        job = cluster.get("digits-1")
+        job._backend = both.backend
+        assert [update.state for update in job.watch()] == ["SUCCEEDED"]
+
+
+def test_wait_asks_again_where_nobody_answered_in_time(script, cluster):
+    job_in(script)
+    job = cluster.get("digits-1")
+    script.fail("GetJob", DeadlineExceeded("it was stopped for a while"))
+    job_in(script, job_pb2.Job.STATE_SUCCEEDED, result=job_pb2.Result(model="digits@3"))
+    assert job.wait().model == "digits@3"
+
+
 def test_wait_gives_the_result(script, cluster):
     job_in(
         script,
