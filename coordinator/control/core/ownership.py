@@ -146,7 +146,7 @@ def _distribute(
     ):
         owner = former.get(index, "")
         if owner not in live:
-            owner = min(load, key=lambda each: (load[each], each))
+            owner = min(load, key=lambda each: (each in job.too_small, load[each], each))
         load[owner] += 1
         ranges.append(
             ParameterRange(

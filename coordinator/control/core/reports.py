@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from coordinator.control.core import ending, hosting, incidents, terms
 from coordinator.control.core.lifecycle import RUNNING
+from coordinator.control.core.ownership import live_aggregators
 from coordinator.control.core.state import Aggregator, Core, JobRuntime
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
@@ -16,12 +17,16 @@ def ranges_ready(core: Core, aggregator: Aggregator, message: pb.RangesReady) ->
         return
     if not message.HasField("failure"):
         job.ready_aggregators.add(aggregator.id)
+        job.too_small.discard(aggregator.id)
         if core.facts_of(job).ranges[0].aggregator_id == aggregator.id:
             # While it was loading it could not hear of a pause.
             terms.command_pause(core, job)
         return
     failure = message.failure
-    if job.restore is None:
+    if failure.code == "AGGREGATOR_MEMORY" and _another_may_hold(core, job, aggregator):
+        # That says nothing of the checkpoint.
+        job.lost_owners.add(aggregator.id)
+    elif job.restore is None or failure.code == "AGGREGATOR_MEMORY":
         text = f"{aggregator.id} cannot hold the ranges: {failure.message}"
         ending.fail(core, job, failure.code or "RANGES_NOT_LOADED", text, [failure])
     else:
@@ -105,6 +110,14 @@ def copies_started(core: Core, aggregator: Aggregator, message: pb.CopiesStarted
             "patience_s": f"{message.patience_s:.6f}",
         },
     )
+
+
+def _another_may_hold(core: Core, job: JobRuntime, aggregator: Aggregator) -> bool:
+    """Note that one has not enough memory for its ranges; it is asked twice only if others may not
+    own them."""
+    known = aggregator.id in job.too_small
+    job.too_small.add(aggregator.id)
+    return not known and any(each.id not in job.too_small for each in live_aggregators(core))
 
 
 def _watch_late(core: Core, job: JobRuntime, report: pb.JobReport) -> None:

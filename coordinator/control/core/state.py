@@ -219,6 +219,8 @@ class JobRuntime:
     """Aggregators known to hold their ranges of the current term."""
     lost_owners: set[str] = field(default_factory=set)
     ready_aggregators: set[str] = field(default_factory=set)
+    too_small: set[str] = field(default_factory=set)
+    """Aggregators that had not enough memory for its ranges."""
     restore: storage_service_pb2.CheckpointManifest | None = None
     bad_checkpoints: set[str] = field(default_factory=set)
     report: pb.JobReport | None = None

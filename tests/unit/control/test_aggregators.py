@@ -120,6 +120,27 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(running: Any) -> None
     assert running.core.facts.jobs["job-1"].term == 3
 
 
+def test_memory_that_is_short_somewhere_says_nothing_of_the_checkpoint(running: Any) -> None:
+    running.checkpoints["job-1"] = [manifest(40), manifest(20)]
+    running.auto = False
+    running.aggregator("a2")
+    running.kill("a1")
+    running.aggregator("a1", incarnation="a1-2")
+
+    def refuse(aggregator: str, term: int) -> None:
+        failure = Failure(code="AGGREGATOR_MEMORY", message="has not enough memory")
+        ready = pb.RangesReady(job_id="job-1", term=term, failure=failure)
+        running.say(running.sessions[aggregator], ranges_ready=ready)
+
+    refuse("a1", 2)
+    told = running.told("a2", "assign_ranges")
+    assert [(each.term, each.restore.step) for each in told] == [(3, 40)]
+    assert "CHECKPOINT_CORRUPT" not in running.types()
+    refuse("a2", 3)
+    assert running.state() == "FAILED"
+    assert running.job().failures[0].code == "AGGREGATOR_MEMORY"
+
+
 def test_a_checkpoint_that_storage_lists_no_more_is_told(running: Any) -> None:
     """Its manifest rotted, so storage leaves it out; nobody would see that a step was given up."""
     running.checkpoints["job-1"] = [manifest(20)]
