@@ -23,6 +23,8 @@ STREAM = "control"
 BATCH_RECORDS = 512
 BATCH_BYTES = 3 * 1024 * 1024
 QUEUE_MAX = 10_000
+STUCK_S = 2.0
+"""An append that takes longer waits for storage, or for room on its disk."""
 
 _log = get_logger(__name__)
 
@@ -75,6 +77,7 @@ class JournalWriter:
         self._filled = asyncio.Event()
         self._drained = asyncio.Event()
         self._drained.set()
+        self._began_s: float | None = None
 
     @property
     def lag(self) -> int:
@@ -84,7 +87,8 @@ class JournalWriter:
     @property
     def full(self) -> bool:
         """Whether callers should be sent away until storage has caught up."""
-        return len(self._queue) >= QUEUE_MAX
+        stuck = self._began_s is not None and time.monotonic() - self._began_s >= STUCK_S
+        return stuck or len(self._queue) >= QUEUE_MAX
 
     def append(self, index: int, record: ControlRecord) -> None:
         """Queue one record."""
@@ -115,10 +119,11 @@ class JournalWriter:
             if batch and (size > BATCH_BYTES or len(batch) >= BATCH_RECORDS):
                 break
             batch.append(entry)
-        started = time.monotonic()
+        started = self._began_s = time.monotonic()
         self._next = await self._store.append_exactly(
             STREAM, self._next, [payload for _, _, payload in batch]
         )
+        self._began_s = None
         self._observe_append_s(time.monotonic() - started)
         self._since_snapshot += len(batch)
         for index, record, _ in batch:

@@ -243,7 +243,8 @@ class Leader:
         """Raise Unavailable while nothing can be made durable."""
         if not self._store.available or self._journal.full:
             raise Unavailable(
-                "storage does not answer, so nothing new can be decided; try again soon",
+                "storage does not answer, or takes nothing because its disk is full, so nothing "
+                "new can be decided; try again soon",
                 reason="STORAGE_UNAVAILABLE",
                 retry_after_s=1.0,
             )

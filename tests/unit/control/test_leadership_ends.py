@@ -121,6 +121,19 @@ async def test_rule_12_facts_that_have_to_be_durable_are_not_taken_without_end(
     assert not asked
 
 
+async def test_while_a_fact_waits_for_storage_nothing_new_is_taken(
+    leader: Leader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk is full, say: it answers, and reads go on."""
+    await asyncio.sleep(0)
+    leader.check_storage()
+    monkeypatch.setattr(journal, "STUCK_S", 0.0)
+    with pytest.raises(Unavailable) as refusal:
+        leader.check_storage()
+    assert refusal.value.reason == "STORAGE_UNAVAILABLE"
+    assert refusal.value.retry_after_s
+
+
 async def test_nothing_is_decided_after_the_end(leader: Leader) -> None:
     """The fence of the store is by then that of the next leadership."""
     await leader.stop(leads_no_more())
