@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,8 +27,13 @@ async def stored_fingerprint(folder: Path, compute: Callable[[], Awaitable[str]]
         pass
     fingerprint = await compute()
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps({"fingerprint": fingerprint}))
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps({"fingerprint": fingerprint}))
+        partial.replace(path)
+    except OSError:
+        # On a full disk, say; then it is computed again the next time.
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return fingerprint
 
 

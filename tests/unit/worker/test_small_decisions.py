@@ -1,6 +1,10 @@
-"""Back-off, patience, rates and log lines."""
+"""Back-off, patience, rates, log lines and the kept fingerprint."""
 
 from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +21,7 @@ from worker.core.patience import Patience
 from worker.core.progress import JobProgress
 from worker.core.restarts import Restarts
 from worker.core.rows import rows_of_shard
+from worker.session.fingerprint import stored_fingerprint
 
 
 def test_a_first_death_costs_no_wait_and_a_series_costs_more_and_more() -> None:
@@ -129,3 +134,19 @@ def test_lines_outside_of_leaves_have_no_shard() -> None:
     batch = limiter.take(9)
     assert batch is not None
     assert not batch.lines[0].HasField("shard")
+
+
+async def test_a_fingerprint_that_cannot_be_kept_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def compute() -> str:
+        return "f" * 8
+
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "write_text", full)
+        assert await stored_fingerprint(tmp_path, compute) == "f" * 8
+    assert await stored_fingerprint(tmp_path, compute) == "f" * 8
+    assert len(list(tmp_path.iterdir())) == 1
