@@ -60,7 +60,7 @@ def run_in_foreground(options: LocalOptions, settings: Settings) -> int:
         stopping = True
         remarks.put(None)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in signals_that_stop():
         signal.signal(number, on_signal)
     started_at_s = time.monotonic()
     supervisor = Supervisor.launch(options, on_remark=on_remark)
@@ -76,6 +76,14 @@ def run_in_foreground(options: LocalOptions, settings: Settings) -> int:
     finally:
         supervisor.stop()
     return code
+
+
+def signals_that_stop() -> list[signal.Signals]:
+    """Return what ends a cluster in the foreground: not the end of the terminal, under nohup."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 def _say_remarks(remarks: queue.SimpleQueue[str | None], supervisor: Supervisor) -> None:

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from phalanx.cli.commands.local import signals_that_stop
 from phalanx.errors import FailedPrecondition, InvalidArgument
 from phalanx.local.cluster import LocalCluster
 from phalanx.local.layout import Layout
@@ -167,3 +168,13 @@ def test_a_fork_of_the_program_does_not_end_its_cluster():
         os.waitpid(pid, 0)
         assert cluster.state_dir.exists()
     assert not cluster.state_dir.exists()
+
+
+def test_a_cluster_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in signals_that_stop()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in signals_that_stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
