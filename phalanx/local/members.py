@@ -56,7 +56,10 @@ class MemberProcess:
         and dies when this process dies.
         """
         _bound_log(self.plan.log)
-        self.plan.announce.unlink(missing_ok=True)
+        if not self.restarts:
+            # That of another cluster, whose process ids may be the same. Later it is written over,
+            # which works on a full disk too.
+            self.plan.announce.unlink(missing_ok=True)
         self.announced = None
         self.start_at_s = None
         self._started_at_s = time.monotonic()
@@ -75,8 +78,11 @@ class MemberProcess:
         """Return whether the process has said that it is ready."""
         if self.announced is None and self.process is not None:
             try:
-                self.announced = json.loads(self.plan.announce.read_text())
-            except (OSError, ValueError):
+                announced = json.loads(self.plan.announce.read_text())
+                # Until then it is what the process before said.
+                if announced["pid"] == self.pid:
+                    self.announced = announced
+            except (OSError, ValueError, KeyError, TypeError):
                 return False
         return self.announced is not None
 

@@ -18,6 +18,7 @@ SIGTERM and SIGINT set ``stop``; a second one ends the process at once with 130.
 import asyncio
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -37,6 +38,7 @@ ConfigT = TypeVar("ConfigT", bound=ServiceConfig)
 Main = Callable[[ConfigT, asyncio.Event], Awaitable[int | None]]
 
 _PR_SET_PDEATHSIG = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _log = get_logger(__name__)
 
@@ -121,6 +123,20 @@ def _write_atomically(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if error.errno in _FULL and _write_over(path, text):
+            return
         raise FailedPrecondition(
             f"cannot write the announcement {path}: {error.strerror}", reason="ANNOUNCE_FAILED"
         ) from error
+
+
+def _write_over(path: Path, text: str) -> bool:
+    """Write into the file of the process before, which takes no space: on a full disk too, whoever
+    died must be able to come back. Whoever reads half of it reads again."""
+    try:
+        with path.open("r+", encoding="utf-8") as file:
+            file.write(text)
+            file.truncate()
+    except OSError:
+        return False
+    return True

@@ -1,5 +1,6 @@
 """What a service process does at its start and its end, shown on real processes."""
 
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from phalanx.config import ServiceConfig
+from phalanx.errors import FailedPrecondition
+from phalanx.rpc.process import announce
 
 GUARD_S = 60
 
@@ -154,3 +159,23 @@ def _ended(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(GUARD_S * 1000))
+
+
+def test_on_a_full_disk_an_announcement_takes_the_place_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever died there must be able to come back."""
+    path = tmp_path / "member.json"
+    config = ServiceConfig(id="member-1", announce=path)
+    announce(config, role="test", address="127.0.0.1:12345")
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    announce(config, role="test", address="127.0.0.1:1")
+    assert json.loads(path.read_text())["address"] == "127.0.0.1:1"
+    assert os.listdir(tmp_path) == ["member.json"]
+    path.unlink()
+    with pytest.raises(FailedPrecondition, match="No space left"):
+        announce(config, role="test", address="127.0.0.1:1")
