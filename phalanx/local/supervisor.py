@@ -54,6 +54,7 @@ class Supervisor:
         self._stopping = False
         self._hurry = threading.Event()
         self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
         self._pipe_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="phalanx-supervisor", daemon=True)
         self._lock_file: IO[bytes] | None = None
@@ -178,12 +179,12 @@ class Supervisor:
             if not self._ready.done():
                 self._ready.set_exception(error)
         finally:
-            try:
+            with contextlib.ExitStack() as end:
+                # The last one first: whoever waits for the end must not wait for ever.
+                end.callback(self._close_pipe)
+                end.callback(self._release)
+                end.callback(self._server.close)
                 self._end_members()
-            finally:
-                self._server.close()
-                self._release()
-                self._close_pipe()
             if not self._ready.done():
                 self._ready.set_exception(
                     Unavailable("the cluster was stopped before it was ready")
@@ -211,7 +212,7 @@ class Supervisor:
         return max(min(starts) - time.monotonic(), 0.0) if starts else None
 
     def _serve_commands(self) -> None:
-        if select.select([self._wake_read], [], [], 0)[0]:
+        with contextlib.suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
         while True:
             try:

@@ -1,5 +1,6 @@
 """The supervisor with real processes that do nothing: quick, and every way to die can be tried."""
 
+import contextlib
 import json
 import os
 import signal
@@ -217,6 +218,34 @@ def test_a_process_that_is_stopped_may_still_end_in_order(idle, monkeypatch):
     stopping.join(GUARD_S)
     assert in_order
     assert not alive([pid])
+
+
+def test_an_end_that_goes_wrong_is_an_end(idle, monkeypatch):
+    supervisor = Supervisor.launch(idle())
+    pids = [member.pid for member in supervisor.members()]
+
+    def fails(_):
+        raise PermissionError("the folder belongs to somebody else now")
+
+    monkeypatch.setattr("phalanx.local.supervisor.remove_state", fails)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    stopping = threading.Thread(target=supervisor.stop)
+    stopping.start()
+    stopping.join(GUARD_S)
+    assert not stopping.is_alive()
+    assert not alive(pids)
+    supervisor._lock_file.close()
+
+
+def test_a_program_with_many_open_files_can_have_a_cluster(idle):
+    with contextlib.ExitStack() as files:
+        for _ in range(1100):
+            files.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        supervisor = Supervisor.launch(idle())
+        try:
+            assert supervisor.members()
+        finally:
+            supervisor.stop()
 
 
 def test_two_supervisors_cannot_have_one_folder(idle):
