@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phalanx.errors import FailedPrecondition
+from phalanx.errors import FailedPrecondition, InvalidArgument, NotFound
 
 if TYPE_CHECKING:
     from phalanx.sdk.job import Job
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DEATH, RECOVERY = "death", "recovery"
 MARKS_MAX = 12
+FORMATS = (".png", ".svg", ".pdf")
 _DEATHS = ("WORKER_LOST", "AGGREGATOR_LOST", "CONTROL_TOOK_OVER", "STORAGE_UNAVAILABLE")
 _RECOVERIES = ("RECOVERED", "STORAGE_RESTORED")
 _COLOURS = {DEATH: "#c0392b", RECOVERY: "#1e8449"}
@@ -41,6 +42,15 @@ def require_matplotlib() -> None:
             "or leave --plot out",
             reason="PLOT_NOT_INSTALLED",
         ) from None
+
+
+def require_plot(file: Path) -> None:
+    """Raise the error that drawing to ``file`` would end with."""
+    require_matplotlib()
+    if file.suffix.lower() not in FORMATS:
+        raise InvalidArgument(f"{file} is no picture; write to one of {', '.join(FORMATS)}")
+    if not file.absolute().parent.is_dir():
+        raise NotFound(f"there is no folder {file.parent} for {file.name}; make it first")
 
 
 def plot_job(job: Job, file: Path) -> None:

@@ -1,11 +1,12 @@
 """Exit codes, and how an error is told to people and to programs."""
 
+import errno
 import json
 import re
 import sys
 from enum import IntEnum
 
-from phalanx.errors import Code, PhalanxError, Violation
+from phalanx.errors import ERROR_OF_CODE, Code, PhalanxError, Violation
 
 
 class Exit(IntEnum):
@@ -38,6 +39,27 @@ EXIT_OF_CODE = {
     Code.DATA_LOSS: Exit.BUG,
     Code.CANCELLED: Exit.INTERRUPTED,
 }
+
+
+_CODE_OF_ERRNO = {
+    errno.ENOENT: Code.NOT_FOUND,
+    errno.ENOTDIR: Code.NOT_FOUND,
+    errno.EACCES: Code.PERMISSION_DENIED,
+    errno.EPERM: Code.PERMISSION_DENIED,
+    errno.EROFS: Code.PERMISSION_DENIED,
+    errno.EEXIST: Code.ALREADY_EXISTS,
+    errno.ENOSPC: Code.RESOURCE_EXHAUSTED,
+    errno.EDQUOT: Code.RESOURCE_EXHAUSTED,
+}
+
+
+def file_error(error: OSError) -> PhalanxError:
+    """Return what a file or folder of the user that cannot be used is told as."""
+    code = _CODE_OF_ERRNO.get(error.errno or 0, Code.INVALID_ARGUMENT)
+    why = (error.strerror or type(error).__name__).lower()
+    return ERROR_OF_CODE[code](
+        f"cannot use {error.filename}: {why}; name another path", reason="FILE"
+    )
 
 
 # What stands before the first violation: FILE: or FILE:LINE: and so on.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from phalanx.cli.commands import (
     chaos,
@@ -21,9 +22,10 @@ from phalanx.cli.commands import (
     services,
 )
 from phalanx.cli.context import Settings
-from phalanx.cli.errors import EXIT_OF_CODE, Exit, show_error
+from phalanx.cli.errors import EXIT_OF_CODE, Exit, file_error, show_error
 from phalanx.errors import InvalidArgument, PhalanxError, Unimplemented
 
+_WITH_VALUE = ("--address", "--namespace", "--token-file", "--ca", "--timeout")
 EPILOG = "Start with: phalanx up   ·   Help on one command: phalanx COMMAND --help"
 
 app = typer.Typer(
@@ -101,18 +103,38 @@ chaos.register(app)
 services.register(app)
 
 
-def _unwrap_help(group: typer.Typer) -> None:
+class _Command(TyperCommand):
+    def get_help_option(self, ctx: typer.Context) -> TyperOption | None:
+        return _without_type(super().get_help_option(ctx))
+
+
+class _Group(TyperGroup):
+    def get_help_option(self, ctx: typer.Context) -> TyperOption | None:
+        return _without_type(super().get_help_option(ctx))
+
+
+def _without_type(option: TyperOption | None) -> TyperOption | None:
+    """Show ``--help`` as the other flags, which take no value and show none."""
+    if option is not None:
+        option.metavar = ""
+    return option
+
+
+def _polish_help(group: typer.Typer) -> None:
     """Let paragraphs of docstrings fill the terminal: their line ends are those of the source."""
+    group.info.cls = _Group
     for command in group.registered_commands:
+        command.cls = _Command
         text = inspect.getdoc(command.callback) or ""
         paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
         command.help = "\n\n".join(paragraphs)
     for inner in group.registered_groups:
         if inner.typer_instance is not None:
-            _unwrap_help(inner.typer_instance)
+            inner.cls = _Group
+            _polish_help(inner.typer_instance)
 
 
-_unwrap_help(app)
+_polish_help(app)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -134,6 +156,11 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit:
         # Whoever read our output has seen enough (phalanx jobs | head).
         return Exit.DONE
+    except OSError as error:
+        # Only an error that names a file can be one of the user's.
+        shown = _bug(error) if error.filename is None else file_error(error)
+        show_error(shown, as_json=as_json)
+        return EXIT_OF_CODE[shown.code]
     except Exception as error:  # noqa: BLE001 - the last resort of the program
         show_error(_bug(error), as_json=as_json)
         return Exit.BUG
@@ -162,9 +189,9 @@ def _exit_code(error: PhalanxError) -> int:
 def _usage_error(error: typer.TyperException) -> InvalidArgument:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "phalanx"
-    return InvalidArgument(
-        f"{error.format_message().rstrip('.')}; see {path} --help", reason="USAGE"
-    )
+    # Without a command the help has just been shown, and the message is empty.
+    what = error.format_message().rstrip(".") or "a command is missing"
+    return InvalidArgument(f"{what}; see {path} --help", reason="USAGE")
 
 
 def _bug(error: Exception) -> PhalanxError:
@@ -181,13 +208,22 @@ def _bug(error: Exception) -> PhalanxError:
     )
 
 
+def _command_at(arguments: Sequence[str]) -> int:
+    """Return the place of the command: a data set may have the name of one."""
+    index = 0
+    while index < len(arguments) and arguments[index].startswith("-"):
+        index += 2 if arguments[index] in _WITH_VALUE else 1
+    return index
+
+
 def _hoist_json(arguments: Sequence[str]) -> list[str]:
     """Return the command line with ``--json`` in front.
 
     It belongs before the command, but who writes it at the end means the same; and errors of a
     command line that does not parse shall be JSON as well. The services have options of their own.
     """
-    own = next((i for i, word in enumerate(arguments) if word in services.NAMES), len(arguments))
+    at = _command_at(arguments)
+    own = at if arguments[at : at + 1] and arguments[at] in services.NAMES else len(arguments)
     end = next((i for i, word in enumerate(arguments[:own]) if word == "--"), own)
     if "--json" not in arguments[:end]:
         return list(arguments)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
 
@@ -15,7 +16,12 @@ from phalanx.sdk.wire_json import message_to_json
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from phalanx.v1.job_spec_pb2 import JobSpec
+
 NARROW_COLUMNS = 80
+# Text that YAML reads as text without quotes, and lines that it keeps as they are.
+_PLAIN = re.compile(r"(?!(?i:true|false|null)$)[A-Za-z][\w.@/-]*|[0-9.]+s", re.ASCII)
+_BLOCK = re.compile(r"(?! )[\t -~\n]+[!-~]\n")
 
 
 def print_json(value: object) -> None:
@@ -76,6 +82,34 @@ def print_fields(fields: Iterable[tuple[str, object]]) -> None:
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
         print(f"{name:<{width}}  {value}")
+
+
+def print_spec(spec: JobSpec, *, indent: int = 0) -> None:
+    """Write a job's spec as the YAML of a job file."""
+    from phalanx.specs import to_json
+
+    _print_tree(to_json(spec), indent)
+
+
+def _print_tree(tree: Mapping[str, Any], indent: int) -> None:
+    margin = " " * indent
+    for key, item in tree.items():
+        name = margin + _scalar_text(key)
+        if isinstance(item, dict) and item:
+            print(f"{name}:")
+            _print_tree(item, indent + 2)
+        elif isinstance(item, str) and _BLOCK.fullmatch(item):
+            print(f"{name}: |")
+            for line in item.splitlines():
+                print(f"{margin}  {line}" if line else "")
+        else:
+            print(f"{name}: {_scalar_text(item)}")
+
+
+def _scalar_text(item: object) -> str:
+    if isinstance(item, str) and _PLAIN.fullmatch(item):
+        return item
+    return json.dumps(item, ensure_ascii=False)
 
 
 def bytes_text(size_bytes: int) -> str:

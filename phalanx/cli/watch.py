@@ -25,10 +25,10 @@ def follow(job: Job, settings: Settings, *, plot: Path | None = None) -> int:
     Ctrl-C leaves the job running and says how to attach again.
     """
     if plot is not None:
-        from phalanx.plotting import require_matplotlib
+        from phalanx.plotting import require_plot
 
         # Told now rather than after an hour of training.
-        require_matplotlib()
+        require_plot(plot)
     try:
         if settings.json:
             for item in job.watch_messages():

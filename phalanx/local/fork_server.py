@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from setproctitle import setproctitle
+from setproctitle import setproctitle, setthreadtitle
 
 from phalanx.rpc.process import die_with_parent
 
@@ -65,7 +65,12 @@ def serve(requests: socket.socket) -> dict[str, Any] | None:
 def become(plan: dict[str, Any], server_pid: int) -> None:
     """Run a member's module as ``python -P -m`` would."""
     arguments = [*plan["arguments"], "--parent-pid", str(server_pid)]
-    setproctitle(" ".join([sys.executable, "-P", "-m", plan["module"], *arguments]))
+    # Without the folder of Python: what it runs is in sight where `ps` cuts the line.
+    command = os.path.basename(sys.executable)
+    setproctitle(" ".join([command, "-P", "-m", plan["module"], *arguments]))
+    if "--id" in arguments:
+        # The short name, which `top` and `ps -e` show.
+        setthreadtitle(arguments[arguments.index("--id") + 1])
     sys.argv = [plan["module"], *arguments]
     runpy.run_module(plan["module"], run_name="__main__", alter_sys=True)
 

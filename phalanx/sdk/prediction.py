@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -38,7 +39,10 @@ def predict_file(model: LoadedModel, input: Path, output: Path | BinaryIO) -> Pr
     Raises InvalidArgument for a wrong row, with its place.
     """
     if not isinstance(output, Path):
-        return _predict(model, input, _csv_writer(model, output))
+        # A file that is missing or wrong from the start is told before anything is written.
+        blocks = model.predict_batches(input)
+        begun = list(islice(blocks, 1))
+        return _predict(model, chain(begun, blocks), _csv_writer(model, output))
     if output.suffix not in (".csv", ".parquet"):
         raise InvalidArgument(f"{output} ends in neither .csv nor .parquet")
     partial = output.with_name(f".{output.name}.partial")
@@ -49,7 +53,7 @@ def predict_file(model: LoadedModel, input: Path, output: Path | BinaryIO) -> Pr
                 write = stack.enter_context(_ParquetWriter(model, partial))
             else:
                 write = _csv_writer(model, stack.enter_context(partial.open("wb")))
-            predicted = _predict(model, input, write)
+            predicted = _predict(model, model.predict_batches(input), write)
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
@@ -68,9 +72,9 @@ def predicted_rows(model: LoadedModel, input: Path) -> Iterator[dict[str, Any]]:
             yield {"prediction": label, "probabilities": dict(zip(classes, row, strict=True))}
 
 
-def _predict(model: LoadedModel, input: Path, write: Write) -> Predicted:
+def _predict(model: LoadedModel, blocks: Iterable[Predictions], write: Write) -> Predicted:
     rows = 0
-    for block in model.predict_batches(input):
+    for block in blocks:
         write(block)
         rows += block.rows
     return Predicted(rows, model.remarks.sentences)

@@ -51,7 +51,7 @@ class Document:
     def _line(self, path: str) -> int | None:
         while path:
             if path in self.lines:
-                return self.lines[path]
+                return self.lines[path] or None
             cut = max(path.rfind("."), path.rfind("["))
             path = path[: max(cut, 0)]
         return None

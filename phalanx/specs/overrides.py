@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
-from phalanx.specs.tree import Entry, Node, Problems
+from phalanx.specs.tree import NO_LINE, Entry, Node, Problems
 from phalanx.specs.yaml_text import parse_yaml
 
 _PATH = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
@@ -30,10 +31,22 @@ def apply_overrides(root: Node, settings: Iterable[str], problems: Problems) -> 
 
 def _parse_value(setting: str, text: str, problems: Problems) -> Node | None:
     inner = Problems("--set")
-    node = parse_yaml(text, inner) if text.strip() else Node(1, "scalar", "")
+    node = parse_yaml(text, inner) if text.strip() else Node(NO_LINE, "scalar", "")
     for each in inner.violations:
         problems.add(each.field, f"--set {setting}: {each.message}", None)
-    return node
+    return None if node is None else _without_lines(node)
+
+
+def _without_lines(node: Node) -> Node:
+    """Return a value that stands nowhere in the file."""
+    return replace(
+        node,
+        line=NO_LINE,
+        entries=tuple(
+            Entry(each.key, NO_LINE, _without_lines(each.value)) for each in node.entries
+        ),
+        items=tuple(map(_without_lines, node.items)),
+    )
 
 
 def _put(node: Node, names: list[str], value: Node, setting: str, problems: Problems) -> Node:
@@ -47,11 +60,11 @@ def _put(node: Node, names: list[str], value: Node, setting: str, problems: Prob
     for index, entry in enumerate(entries):
         if _same(entry.key, names[0]):
             put = _put(entry.value, names[1:], value, setting, problems)
-            entries[index] = Entry(entry.key, entry.line, put)
+            entries[index] = Entry(entry.key, entry.line if names[1:] else NO_LINE, put)
             break
     else:
-        put = _put(Node(node.line, "mapping"), names[1:], value, setting, problems)
-        entries.append(Entry(names[0], node.line, put))
+        put = _put(Node(NO_LINE, "mapping"), names[1:], value, setting, problems)
+        entries.append(Entry(names[0], NO_LINE, put))
     return Node(node.line, "mapping", entries=tuple(entries))
 
 

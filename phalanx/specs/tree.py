@@ -12,6 +12,9 @@ TEXT_LIMIT_BYTES = 1024 * 1024
 NODE_LIMIT = 100_000
 DEPTH_LIMIT = 64
 
+NO_LINE = 0
+"""The line of what does not stand in the text."""
+
 Scalar = str | int | float | bool | None
 
 
@@ -62,7 +65,7 @@ class Problems:
 
     def add(self, path: str, message: str, line: int | None) -> None:
         """Note one wrong field."""
-        self.violations.append(Violation(path, message, line))
+        self.violations.append(Violation(path, message, line or None))
 
     def raise_if_any(self) -> None:
         """Raise InvalidArgument with all of them, in the order of the text."""

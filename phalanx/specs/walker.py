@@ -85,9 +85,10 @@ class Walker:
             members[choice.name] = (field.name, line)
             return False
         first, first_line = members[choice.name]
+        where = f"on line {first_line}" if first_line else "by --set"
         self._problems.add(
             join(path, field.name),
-            f"choose one {choice.name}: {first} is already given on line {first_line}",
+            f"choose one {choice.name}: {first} is already given {where}",
             line,
         )
         return True

@@ -239,6 +239,10 @@ def test_workers_status_and_drain(cli, cluster):
     code, out, _ = cli("status", "--state", str(cluster.state_dir))
     assert code == 0
     assert "2 ready" in out
+    for process in cluster.processes():
+        assert process.id in out
+        assert str(process.pid) in out
+        assert process.metrics_address in out
     added = cluster.add_worker()
     wait_for(lambda: state_of(cluster, added) == "STATE_READY", "the new worker is ready")
     code, _, err = cli("drain", added, "--wait")

@@ -157,6 +157,8 @@ def test_processes_show_what_they_are(idle):
         words = psutil.Process(member.pid).cmdline()
         assert words[1:4] == ["-P", "-m", "idle_member"]
         assert words[words.index("--id") + 1] == "worker-1"
+        assert "/" not in words[0], "what it runs is in sight where the line is cut"
+        assert psutil.Process(member.pid).name() == "worker-1"
         assert os.getsid(member.pid) == member.pid
     finally:
         supervisor.stop()

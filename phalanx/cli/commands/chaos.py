@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from phalanx.cli.commands.cluster import PANEL, STATE
 from phalanx.cli.context import Settings, settings_of
 from phalanx.cli.errors import Exit
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from phalanx.chaos.run import Chaos
     from phalanx.sdk.cluster import Cluster
     from phalanx.sdk.job import Job
-
-PANEL = "Look after the cluster"
 
 
 def register(app: typer.Typer) -> None:
@@ -51,18 +49,14 @@ def chaos(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Wait for the job's end, compute it again here, compare the bits."
+            "--verify",
+            metavar="",
+            help="Wait for the job's end, compute it again here, compare the bits.",
         ),
     ] = False,
-    state: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="State folder of `phalanx up`. Default: $PHALANX_STATE, else ~/.local.",
-        ),
-    ] = None,
+    state: STATE = None,
     list_faults: Annotated[
-        bool, typer.Option("--list-faults", help="Show the kinds of fault and end.")
+        bool, typer.Option("--list-faults", metavar="", help="Show the kinds of fault and end.")
     ] = False,
 ) -> None:
     """Harm the cluster on purpose and see what it costs.

@@ -103,8 +103,11 @@ def down(context: typer.Context, state: STATE = None) -> None:
 
 
 def status(context: typer.Context, state: STATE = None) -> None:
-    """Show the cluster at a glance: processes, workers, jobs."""
-    from phalanx.cli.commands.local import show_members, state_to_json
+    """Show the cluster at a glance: processes, workers, jobs.
+
+    The processes are shown of a cluster of `phalanx up`; METRICS is where Prometheus may ask.
+    """
+    from phalanx.cli.commands.local import list_members, state_to_json
     from phalanx.cli.output import print_fields, print_json
     from phalanx.local.state import read_state
     from phalanx.sdk.cluster import connect
@@ -118,7 +121,8 @@ def status(context: typer.Context, state: STATE = None) -> None:
     with connect(address, timeout_s=settings.timeout_s) as cluster:
         found = cluster.describe()
         # Another cluster may be meant than the one of this machine.
-        local = local if local is not None and cluster.address in local.address else None
+        if local is not None and cluster.address not in (local.address, *local.address.split(",")):
+            local = None
         if settings.json:
             shown: dict[str, object] = {"address": cluster.address}
             shown["cluster"] = message_to_json(found)
@@ -138,8 +142,8 @@ def status(context: typer.Context, state: STATE = None) -> None:
             ]
         )
     if local is not None:
-        print(f"state        {folder}")
-        show_members(local)
+        print(f"state        {folder}\n")
+        list_members(local)
 
 
 def doctor(context: typer.Context, state: STATE = None) -> None:

@@ -20,19 +20,20 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="data", rich_help_panel=PANEL)
 
 
-NAME = Annotated[str, typer.Argument(help="Name of the data set, or NAME@VERSION.")]
+NAME = Annotated[str, typer.Argument(metavar="NAME", help="Name of the data set, or NAME@VERSION.")]
 
 
 @group.command()
 def add(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(help="Name to give it; an existing one gets a new version.")
+        str,
+        typer.Argument(metavar="NAME", help="Name to give it; an existing one gets a new version."),
     ],
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="PATH…",
+            metavar="PATH",
             help="csv, parquet, npz, libsvm, safetensors or idx; several files are read one after "
             "another (idx: images, then labels).",
         ),
@@ -71,7 +72,8 @@ def add(
         str | None, typer.Option(metavar="F", help="Default: by the file's ending.")
     ] = None,
     header: Annotated[
-        bool | None, typer.Option(help="Whether the first line names the columns. Default: look.")
+        bool | None,
+        typer.Option(metavar="", help="Whether the first line names the columns. Default: look."),
     ] = None,
     columns: Annotated[
         str | None, typer.Option(metavar="A,B,…", help="Column names of a file without header.")
@@ -86,7 +88,7 @@ def add(
         str | None, typer.Option(metavar="A,B,…", help="Columns to leave out.")
     ] = None,
     delimiter: Annotated[
-        str | None, typer.Option(metavar="C", help="Default: comma, semicolon or tab.")
+        str | None, typer.Option(metavar="C", help="Default: comma, semicolon, tab or bar.")
     ] = None,
     comment: Annotated[
         str | None, typer.Option(metavar="C", help="Lines that start with it are skipped.")

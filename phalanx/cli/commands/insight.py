@@ -55,14 +55,13 @@ def metrics(
     ] = False,
 ) -> None:
     """Show a job's measured values by step."""
-    from phalanx.cli.output import metric_text, print_json, print_table
-    from phalanx.sdk.wire_json import message_to_json
+    from phalanx.cli.output import metric_text, print_json_list, print_table
 
     settings = settings_of(context)
     with settings.connect() as cluster:
         points = cluster.get(job_id).metric_messages()
     if settings.json:
-        print_json({"points": [message_to_json(point) for point in points]})
+        print_json_list("points", points)
         return
     names = sorted({point.name for point in points})
     by_step: dict[int, dict[str, float]] = {}
@@ -98,6 +97,7 @@ def events(
         bool,
         typer.Option(
             "--incidents",
+            metavar="",
             help="One line for each failure: seconds until each phase of its recovery.",
         ),
     ] = False,
@@ -125,9 +125,14 @@ def events(
     if incident or incidents:
         if follow:
             raise InvalidArgument("--follow does not go with incidents: they are told as a whole")
+        if incident and incidents:
+            raise InvalidArgument("--incidents lists all and --incident tells one; leave one out")
         _show_incidents(settings, job, incident)
         return
     with settings.connect() as cluster:
+        if job:
+            # Without it a wrong id would look like a job to which nothing happened.
+            cluster.get(job)
         for message in cluster.event_messages(job, follow=follow):
             if settings.json:
                 print_json(message)

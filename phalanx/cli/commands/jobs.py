@@ -124,9 +124,12 @@ def train(
     from phalanx.cli.commands.local import cluster_for_training
     from phalanx.cli.output import say
     from phalanx.cli.watch import follow
+    from phalanx.plotting import require_plot
 
     settings = settings_of(context)
     document = read_job(file, sets or [])
+    if plot is not None:
+        require_plot(plot)
     with cluster_for_training(settings, workers, state) as cluster:
         if data:
             _add_data(cluster, document, data, target=target, test=test, missing=missing)
@@ -145,7 +148,11 @@ def jobs(
     ] = None,
     dead_letters: Annotated[
         bool,
-        typer.Option("--dead-letters", help="The shards that failed for good, with their rows."),
+        typer.Option(
+            "--dead-letters",
+            metavar="",
+            help="The shards that failed for good, with their rows.",
+        ),
     ] = False,
 ) -> None:
     """List the jobs, newest first.
@@ -199,7 +206,7 @@ def _show_dead_letters(settings: Settings, state: list[str] | None) -> None:
         print_json_list("dead_letters", letters)
         return
     for job, failure in found:
-        print(f"{job.id}  {failure.code}  {_place_of(failure)}")
+        print(f"{job.id}  {failure.code}  {_place_of(failure)}".rstrip())
         print(f"  {failure.message}")
     if found:
         say("\nwith traceback: phalanx show JOB · once mended: phalanx retry JOB")
@@ -209,7 +216,7 @@ def _show_dead_letters(settings: Settings, state: list[str] | None) -> None:
 
 def _place_of(failure: job_pb2.Failure) -> str:
     """Where a leaf failed, how often and on which workers; empty for what is no leaf's failure."""
-    if failure.shard < 0:
+    if failure.shard < 0 or not failure.row_count:
         return ""
     last = failure.first_row + failure.row_count - 1
     return (
@@ -292,6 +299,7 @@ def verify(context: typer.Context, job_id: JOB) -> None:
 
     settings = settings_of(context)
     with settings.connect() as cluster:
+        cluster.get(job_id)
         if not settings.json:
             say(f"computing {job_id} again in this process …")
         outcome = verify_job(cluster, job_id)
@@ -348,7 +356,7 @@ def show_plan(plan: job_pb2.Plan | None) -> None:
 
 
 def _show_dry_run(cluster: Cluster, document: Document, settings: Settings) -> None:
-    from phalanx.cli.output import print_json, say
+    from phalanx.cli.output import print_json, print_spec, say
 
     try:
         answer = cluster.plan(document.spec)
@@ -359,13 +367,17 @@ def _show_dry_run(cluster: Cluster, document: Document, settings: Settings) -> N
         return
     say("the job is valid; nothing was submitted")
     show_plan(answer.plan)
+    print_spec(answer.job.spec)
 
 
 def _with_source(document: Document, error: PhalanxError) -> PhalanxError:
     """Name the file and its lines in an error that the server found."""
+    document.locate_error(error)
     if error.violations and document.source not in error.message:
-        error.message = f"{document.source}: {error.message}"
-    return document.locate_error(error)
+        line = error.violations[0].line
+        place = document.source if line is None else f"{document.source}:{line}"
+        error.message = f"{place}: {error.message}"
+    return error
 
 
 def _print_submitted(job: Job) -> None:
@@ -429,10 +441,9 @@ def _act(context: typer.Context, job_id: str, action: Callable[[Job], Job]) -> N
 
 
 def _show_job(job: Job) -> None:
-    from phalanx.cli.output import print_fields, say
+    from phalanx.cli.output import print_fields, print_spec, say
     from phalanx.cli.watch import show_result
     from phalanx.sdk.values import local_time
-    from phalanx.specs import to_json
 
     message = job.message
     print_fields(
@@ -457,17 +468,7 @@ def _show_job(job: Job) -> None:
         if failure.traceback:
             say(failure.traceback.rstrip())
     print("\nspec:")
-    _print_tree(to_json(message.spec), 2)
-
-
-def _print_tree(value: Any, indent: int) -> None:
-    """Write a spec in the form in which people write one."""
-    for key, item in value.items():
-        if isinstance(item, dict) and item:
-            print(" " * indent + f"{key}:")
-            _print_tree(item, indent + 2)
-        else:
-            print(" " * indent + f"{key}: {'{}' if item == {} else item}")
+    print_spec(message.spec, indent=2)
 
 
 def _state_text(job: Job) -> str:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import psutil
-from setproctitle import setproctitle
+from setproctitle import setproctitle, setthreadtitle
 
 from phalanx.cli.context import Settings
 from phalanx.cli.errors import Exit
@@ -141,7 +141,8 @@ def _leave_the_terminal(log_path: Path, state_dir: Path) -> None:
         if number > 2:
             with contextlib.suppress(OSError):
                 os.close(number)
-    setproctitle(f"{sys.executable} -P -m phalanx.cli up --state={state_dir}")
+    setproctitle(f"{os.path.basename(sys.executable)} -P -m phalanx.cli up --state={state_dir}")
+    setthreadtitle("phalanx up")
 
 
 def _wait_until_ready(process: psutil.Process, state_dir: Path, log_path: Path) -> ClusterState:
@@ -166,22 +167,33 @@ def show_started(state: ClusterState, state_dir: Path, settings: Settings, took_
         print_json(state_to_json(state, state_dir))
         return
     say(f"the cluster is ready after {took_s:.1f} s")
-    show_members(state)
+    for member in state.members:
+        where = member.address if member.role != "worker" else ""
+        say(f"  {member.id:<14} pid {member.pid:<8} {where}".rstrip())
     say(f"  state in {state_dir}")
     if state_dir != default_state_dir() and state.address != DEFAULT_ADDRESS:
         say(f"  export PHALANX_ADDRESS={state.address}")
     say("  next: phalanx data add NAME FILE · phalanx submit job.yaml · phalanx watch JOB")
 
 
-def show_members(state: ClusterState) -> None:
-    """Write one line per process."""
-    from phalanx.cli.output import say
+def list_members(state: ClusterState) -> None:
+    """Write a table of the processes to standard output."""
+    from phalanx.cli.output import print_table
 
-    for member in state.members:
-        restarts = f"  restarted {member.restarts}×" if member.restarts else ""
-        where = member.address if member.role != "worker" else ""
-        pid = f"pid {member.pid}" if member.pid else "down"
-        say(f"  {member.id:<14} {pid:<12} {where:<22}{restarts}".rstrip())
+    print_table(
+        ("PROCESS", "PID", "ADDRESS", "METRICS", "RESTARTS"),
+        [
+            (
+                member.id,
+                str(member.pid) if member.pid else "down",
+                member.address if member.role != "worker" else "",
+                member.metrics_address,
+                member.restarts,
+            )
+            for member in state.members
+        ],
+        empty="no process runs",
+    )
 
 
 def state_to_json(state: ClusterState, state_dir: Path) -> dict[str, object]:

@@ -1,8 +1,12 @@
+import errno
 import io
+import json
+import os
 
 import pytest
 
 from phalanx.errors import InvalidArgument, Violation
+from phalanx.specs import load_yaml, to_json
 from phalanx.testing.wheels import make_wheel
 from phalanx.v1 import cluster_service_pb2, job_pb2, job_service_pb2
 
@@ -186,3 +190,74 @@ def test_code_refuses_a_wheel_for_one_kind_of_machine(phalanx, tmp_path):
     outcome = phalanx("code", "add", str(wheel))
     assert outcome.code == 2
     assert "linux_x86_64" in outcome.err
+
+
+def test_what_the_server_finds_wrong_in_a_setting_has_no_line(phalanx, cluster, tmp_path):
+    wrong = Violation("train.batch_size", "is negative")
+    cluster.fail("SubmitJob", InvalidArgument("train.batch_size: is negative", violations=[wrong]))
+    file = write(tmp_path, "name: digits\ntrain:\n  batch_size: 1\n")
+    outcome = phalanx("submit", file, "--set", "train.batch_size=-1")
+    assert outcome.err == f"error: {file}: train.batch_size: is negative\n"
+
+
+def test_one_wrong_field_that_the_server_finds_is_told_like_one_of_the_file(
+    phalanx, cluster, tmp_path
+):
+    wrong = Violation("train.batch_size", "is negative")
+    cluster.fail("SubmitJob", InvalidArgument("train.batch_size: is negative", violations=[wrong]))
+    file = write(tmp_path, "name: digits\ntrain:\n  batch_size: -1\n")
+    assert phalanx("submit", file).err == f"error: {file}:3: train.batch_size: is negative\n"
+
+
+def test_the_spec_that_a_dry_run_shows_is_a_job_file(phalanx, cluster, tmp_path):
+    code = "import numpy as np\n\n\ndef model():\n    return np.pi\n"
+    spec = load_yaml("name: digits\nseed: 7\nretain: 1.5h\ndata: {name: d@2, shards: 3}\n")
+    spec.code.files["m.py"] = code
+    spec.code.files["odd.py"] = " # begins with a space"
+    spec.labels["since"] = "true"
+    spec.labels["a: b"] = "#1\n"
+    spec.train.model.mlp.hidden.extend([32, 8])
+    spec.train.model.standardise = True
+    job = write(tmp_path, json.dumps(to_json(spec)), "job.json")
+    shown = phalanx("submit", job, "--dry-run")
+    assert load_yaml(shown.out) == cluster.requests("SubmitJob")[0].spec
+    assert f"\n{' ' * 4}m.py: |\n{' ' * 6}import numpy as np\n\n" in shown.out
+    assert "nothing was submitted" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("models", "get", "digits", "{file}/new"), 3),
+        (("events", "--job", "nobody"), 3),
+        (("watch", "digits-1", "--plot", "{file}.mp3"), 2),
+        (("watch", "digits-1", "--plot", "nowhere/curves.png"), 3),
+        (("events", "--incidents", "--incident", "incident-1-1"), 2),
+    ],
+)
+def test_what_cannot_be_is_no_defect(phalanx, cluster, tmp_path, arguments, code):
+    file = write(tmp_path, "")
+    cluster.jobs["digits-1"] = job_pb2.Job(id="digits-1", state=job_pb2.Job.STATE_SUCCEEDED)
+    outcome = phalanx(*(each.format(file=file) for each in arguments))
+    assert outcome.code == code
+    assert outcome.err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.ENOENT, 3), (errno.EACCES, 5), (errno.ENOSPC, 6), (errno.EISDIR, 2)],
+)
+def test_a_file_that_cannot_be_used_is_no_defect(phalanx, cluster, monkeypatch, number, code):
+    def refuse(self, *states):
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr("phalanx.sdk.cluster.Cluster.jobs", refuse)
+    outcome = phalanx("--json", "jobs")
+    assert outcome.code == code
+    assert "/some/file" in outcome.error()["message"]
+
+
+def test_a_data_set_may_be_called_like_a_service(offline):
+    outcome = offline("--address", "127.0.0.1:9", "data", "add", "storage", "nowhere.csv", "--json")
+    assert outcome.code == 3
+    assert outcome.error()["code"] == "NOT_FOUND"

@@ -56,8 +56,21 @@ def test_each_summary_fits_one_line(offline):
         assert summary.rstrip(" │").endswith(".")
 
 
-def test_no_command_shows_the_help_and_is_a_usage_error(offline):
-    assert offline().code == 2
+@pytest.mark.parametrize("command", [(), ("data",)])
+def test_no_command_shows_the_help_and_is_a_usage_error(offline, command):
+    outcome = offline(*command)
+    assert outcome.code == 2
+    assert "Usage: phalanx" in outcome.out
+    assert outcome.err.startswith("error: a command is missing; see phalanx")
+
+
+@pytest.mark.parametrize(
+    "command", [*((each,) for each in COMMANDS), *((g, c) for g, cs in GROUPS.items() for c in cs)]
+)
+def test_no_type_is_shown_where_no_value_is_wanted(offline, command):
+    shown = offline(*command, "--help").out
+    assert "<bool>" not in shown
+    assert "{name}" not in shown
 
 
 def test_version(offline):

@@ -125,6 +125,16 @@ def test_dead_letters_name_shard_rows_attempts_and_workers(phalanx, failed):
     assert letter["traceback"] == "Traceback …"
 
 
+def test_a_failure_before_the_first_leaf_names_no_shard(phalanx, cluster):
+    job = job_pb2.Job(id="digits-1", state=job_pb2.Job.STATE_FAILED)
+    job.failures.add(code="JOB_CODE", message="TypeError: no such layer", traceback="Traceback …")
+    cluster.jobs[job.id] = job
+    assert phalanx("jobs", "--dead-letters").out == (
+        "digits-1  JOB_CODE\n  TypeError: no such layer\n"
+    )
+    assert "shard" not in phalanx("show", "digits-1").err
+
+
 def test_no_dead_letters(phalanx, cluster):
     shown = phalanx("jobs", "--dead-letters")
     assert (shown.code, shown.out) == (0, "")

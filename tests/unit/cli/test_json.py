@@ -175,6 +175,7 @@ def test_metrics_and_their_csv(phalanx, cluster, job):
     ]
     shown = phalanx("--json", "metrics", "digits-1").json()
     assert [point["value"] for point in shown["points"]] == [0.5, 0.25, 0.125]
+    assert shown["next_page_token"] == ""
     assert phalanx("metrics", "digits-1", "--csv").out == (
         "step,test/loss,train/loss\n1,0.25,0.5\n2,,0.125\n"
     )

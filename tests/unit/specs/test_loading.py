@@ -338,6 +338,7 @@ def test_wrong_settings_are_told(setting: str, says: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         specs.load_document(DESIGN_JOB, "job.yaml", overrides=[setting])
     assert says in caught.value.message
+    assert caught.value.message.startswith("job.yaml: "), "it stands on no line of the file"
 
 
 def test_settings_on_a_message_replace_lists_and_choices() -> None:
