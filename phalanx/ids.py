@@ -51,18 +51,6 @@ def check_name(text: str, what: str) -> str:
     )
 
 
-def check_name_path(text: str, what: str, parts_max: int = 3) -> str:
-    """Return ``text`` if it is names joined by ``/``, ``parts_max`` at most; else raise."""
-    parts = text.split("/")
-    if len(parts) > parts_max:
-        raise InvalidArgument(
-            f"{what} {text[:140]!r} has more than {parts_max} parts", reason="BAD_NAME"
-        )
-    for part in parts:
-        check_name(part, what)
-    return text
-
-
 def check_blob_id(text: str) -> BlobId:
     """Return ``text`` if it is a lower-case hexadecimal SHA-256; else raise InvalidArgument."""
     if _BLOB_ID.fullmatch(text) is None:

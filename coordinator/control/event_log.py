@@ -39,11 +39,6 @@ class EventLog:
         self._readers: set[asyncio.Event] = set()
         self.dropped = 0
 
-    @property
-    def last_sequence(self) -> int:
-        """The sequence of the newest event that readers may see."""
-        return self._next
-
     def append(self, event: Event) -> None:
         """Queue one event."""
         if len(self._held) >= HELD_MAX:

@@ -83,15 +83,7 @@ class ModelWriter:
         model.files.add(
             path=PARAMETERS_FILE, digest=composed.digest, size_bytes=composed.size_bytes
         )
-        for path, content in sorted(description_files(description).items()):
-            digest, size = await self._store.put_blob(content)
-            model.files.add(path=path, digest=digest, size_bytes=size)
-        for digest in spec.code.wheels:
-            # Whoever predicts needs the code; it is stored already, so its bytes do not come here.
-            stored = await self._compose([pb.BlobPiece(slice=pb.BlobSlice(digest=digest))])
-            model.files.add(
-                path=wheel_path(digest), digest=stored.digest, size_bytes=stored.size_bytes
-            )
+        await self._add_files(model, description)
         created = await self._create(model)
         return Result(
             model=f"{created.name}@{created.version}",
@@ -100,6 +92,20 @@ class ModelWriter:
             metrics=metrics,
             steps=final.step,
         )
+
+    async def _add_files(
+        self, model: model_service_pb2.ModelVersion, description: ModelDescription
+    ) -> None:
+        """Add what stands beside the parameters: descriptions, and the code of the user."""
+        for path, content in sorted(description_files(description).items()):
+            digest, size = await self._store.put_blob(content)
+            model.files.add(path=path, digest=digest, size_bytes=size)
+        for digest in description.spec.code.wheels:
+            # Whoever predicts needs the code; it is stored already, so its bytes do not come here.
+            stored = await self._compose([pb.BlobPiece(slice=pb.BlobSlice(digest=digest))])
+            model.files.add(
+                path=wheel_path(digest), digest=stored.digest, size_bytes=stored.size_bytes
+            )
 
     async def _compose(self, pieces: list[pb.BlobPiece]) -> pb.ComposeBlobResponse:
         request = pb.ComposeBlobRequest(pieces=pieces)

@@ -112,23 +112,6 @@ async def call_with_retry(
         await asyncio.sleep(wait_s)
 
 
-def call_with_retry_sync(
-    method: Callable[..., Any],
-    request: Any,
-    *,
-    timeout_s: float,
-    attempts: int = ATTEMPTS,
-) -> Any:
-    """Do the same as ``call_with_retry`` with a blocking stub."""
-    retry = _Retry(timeout_s, attempts)
-    while True:
-        try:
-            return method(request, timeout=retry.remaining_s())
-        except grpc.RpcError as error:
-            wait_s = retry.wait_after(from_rpc_error(error))
-        time.sleep(wait_s)
-
-
 class _Retry:
     """The one retry policy: attempts, deadline and waits of one call."""
 

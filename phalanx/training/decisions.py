@@ -46,7 +46,6 @@ class RootDecider:
         self._interval_count = 0
         self._interval_loss = 0.0
         self._pause = False
-        self._fail_reason = ""
         self.metrics: dict[str, float] = {}
         self._points: list[tuple[int, str, float]] = []
 
@@ -144,10 +143,6 @@ class RootDecider:
         """Pause at the next step boundary."""
         self._pause = True
 
-    def request_fail(self, reason: str) -> None:
-        """Fail at the next step boundary."""
-        self._fail_reason = self._fail_reason or reason
-
     def failed(self, reason: str) -> GoRecord:
         """Return a FAIL record for right now, whatever round is open."""
         return self._record(GoRecord.ACTION_FAIL, reason=reason)
@@ -200,8 +195,6 @@ class RootDecider:
         self._stop.observe_time(self._elapsed_s)
 
     def _next(self) -> GoRecord:
-        if self._fail_reason:
-            return self._record(GoRecord.ACTION_FAIL, reason=self._fail_reason)
         if self._evaluation_due():
             return self._record(GoRecord.ACTION_EVALUATE)
         if self._stop.reason:

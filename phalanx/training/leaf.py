@@ -25,7 +25,6 @@ from phalanx.training.sampler import (
     RowSelection,
     ShardRows,
     chunks_for_leaf,
-    chunks_in_order,
     rows_for_leaf,
     rows_in_order,
     shard_rows,
@@ -141,11 +140,6 @@ def leaf_chunks(plan: JobPlan, chunk_rows: Sequence[int], shard: int, step: int)
     rows = shard_rows(shard, plan.shards, chunk_rows)
     seed = _settings(plan.spec).seed
     return chunks_for_leaf(rows, seed, epoch, step_in_epoch, plan.rows_per_leaf)
-
-
-def evaluation_leaf_chunks(plan: JobPlan, chunk_rows: Sequence[int], shard: int) -> list[int]:
-    """Return the indices of the chunks that an evaluation leaf reads."""
-    return chunks_in_order(shard_rows(shard, plan.evaluation_shards, chunk_rows))
 
 
 def shard_row_range(plan: JobPlan, shard: int, evaluation: bool) -> ShardRows:

@@ -40,7 +40,6 @@ class Machines:
         self.bad: set[str] = set()
         """Workers whose next leaf gives no finite number."""
         self.fingerprints: dict[str, str] = {}
-        self.leaves_run = 0
 
 
 class Arena:
@@ -231,7 +230,6 @@ class Leaf:
             seconds.append(leaf_s)
             self.page.shard = -1
             self.page.leaves += 1
-            self._machines.leaves_run += 1
             self._leaves(order, index, shards[1:], done, seconds)
 
         self._loop.call_later(leaf_s, ends)

@@ -53,7 +53,7 @@ def job_report(core: Core, aggregator: Aggregator, report: pb.JobReport) -> None
             _failed(core, job, report)
         return
     previous = job.report
-    job.report, job.report_s = report, core.now.monotonic_s
+    job.report = report
     incidents.committed(core, job, report)
     _announce_checkpoint(core, job, previous, report)
     _watch_late(core, job, report)

@@ -224,7 +224,6 @@ class JobRuntime:
     restore: storage_service_pb2.CheckpointManifest | None = None
     bad_checkpoints: set[str] = field(default_factory=set)
     report: pb.JobReport | None = None
-    report_s: float = 0.0
     stopped: bool = False
     final: storage_service_pb2.CheckpointManifest | None = None
     failed_leaves: dict[tuple[bool, int], list[FailedLeaf]] = field(default_factory=dict)

@@ -101,7 +101,6 @@ class SimulatedLoop:
     def __init__(self, executor_delay_s: Callable[[], float]) -> None:
         self.now_s = 0.0
         self.current = Process("world", 0)
-        self.handles_run = 0
         self._running = False
         self._executor_delay_s = executor_delay_s
         self._ready: deque[_Handle] = deque()
@@ -271,7 +270,6 @@ class SimulatedLoop:
                 continue
             if count > HANDLES_AT_ONE_INSTANT_MAX:
                 raise SimulationFailed(f"{process.name} spins at {self.now_s:.3f} s")
-        self.handles_run += count
 
     def _generator_begins(self, generator: AsyncGenerator[Any, Any]) -> None:
         self._generators[generator] = self.current

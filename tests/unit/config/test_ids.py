@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phalanx.errors import InvalidArgument
-from phalanx.ids import check_blob_id, check_name, check_name_path, is_name, new_id
+from phalanx.ids import check_blob_id, check_name, is_name, new_id
 
 BAD = [
     "",
@@ -35,13 +35,6 @@ def test_bad_names_are_refused_with_what_they_were_for(text: str) -> None:
 @pytest.mark.parametrize("text", ["a", "0", "fashion-mlp", "a.b_c-d", "a" * 128])
 def test_good_names_are_kept(text: str) -> None:
     assert check_name(text, "job name") == text
-
-
-@pytest.mark.parametrize("text", ["a/", "/a", "a//b", "a/../b", "a/b/c/d"])
-def test_paths_of_names_are_names_and_not_too_many(text: str) -> None:
-    with pytest.raises(InvalidArgument):
-        check_name_path(text, "key")
-    assert check_name_path("a/b/c", "key") == "a/b/c"
 
 
 @given(st.text(max_size=140))

@@ -12,7 +12,6 @@ from phalanx.models import Batch, DataSchema, LeafSums, Model, build_model
 from phalanx.reduction import all_finite
 from phalanx.testing.datasets import StoredDataset, classification, sparse_classification, store
 from phalanx.training.leaf import (
-    evaluation_leaf_chunks,
     leaf_chunks,
     run_evaluation_leaf,
     run_leaf,
@@ -143,9 +142,6 @@ def test_chunks_for_prefetching(dataset: StoredDataset) -> None:
         chunks = leaf_chunks(plan, chunk_rows, shard, 2)
         assert chunks
         assert set(chunks) < set(range(len(chunk_rows)))
-    test_rows = dataset.reader("test").chunk_rows
-    named = [evaluation_leaf_chunks(plan, test_rows, shard) for shard in range(2)]
-    assert sorted({chunk for each in named for chunk in each}) == list(range(len(test_rows)))
 
 
 def test_row_ranges_for_messages() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from phalanx.errors import FailedPrecondition, InvalidArgument, Unavailable
 from phalanx.rpc import channel as channel_module
-from phalanx.rpc.channel import call_with_retry, call_with_retry_sync, channel_options, target_of
+from phalanx.rpc.channel import call_with_retry, channel_options, target_of
 from phalanx.rpc.status import to_rpc_status
 
 
@@ -89,18 +89,6 @@ async def test_other_errors_are_not_retried(waits: list[float], error: Exception
     with pytest.raises(type(error)):
         await call_with_retry(method, "x", timeout_s=10)
     assert (len(method.timeouts), waits) == (1, [])
-
-
-def test_blocking_twin_has_the_same_policy(waits: list[float]) -> None:
-    errors = [_soon(), _soon()]
-
-    def method(request: str, *, timeout: float) -> str:
-        if errors:
-            raise _rpc_error(errors.pop())
-        return request.upper()
-
-    assert call_with_retry_sync(method, "x", timeout_s=10) == "X"
-    assert len(waits) == 2
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,10 @@ def test_predictions_go_to_a_stream_and_to_json(model, rows):
     stream = io.BytesIO()
     predict_file(model, rows, stream)
     assert stream.getvalue().startswith(b"prediction,")
+    nothing = io.BytesIO()
+    with pytest.raises(NotFound):
+        predict_file(model, rows.with_name("missing.csv"), nothing)
+    assert nothing.getvalue() == b"", "no heading either"
     first = next(predicted_rows(model, rows))
     assert first["prediction"] == "big"
     assert set(first["probabilities"]) == {"big", "small"}
