@@ -18,7 +18,7 @@ def test_what_a_killed_process_begins_while_it_is_cleaned_up_is_closed_too():
 
     async def main() -> None:
         try:
-            await asyncio.sleep(60.0)
+            await asyncio.Event().wait()
         finally:
             closed.append("cleaned up")
             await asyncio.shield(asyncio.ensure_future(remove()))
@@ -46,7 +46,9 @@ def test_callbacks_of_one_instant_run_in_the_order_in_which_they_were_scheduled(
         loop.call_later(1.0, ran.append, "third").cancel()
         loop.call_at(1.0, ran.append, "fourth")
         loop.call_later(-1.0, ran.append, "at once")
-        await asyncio.sleep(5.0)
+        end = asyncio.Event()
+        loop.call_later(5.0, end.set)
+        await end.wait()
 
     process = world.start("one", main)
     world.run(until_s=0.75)
