@@ -19,10 +19,13 @@ FRAMES_PER_S = 8
 PLAIN_EVERY_S = 2.0
 
 
-def follow(job: Job, settings: Settings, *, plot: Path | None = None) -> int:
+def follow(
+    job: Job, settings: Settings, *, plot: Path | None = None, go_on: str | None = None
+) -> int:
     """Show a job until it has ended; return the exit code.
 
-    Ctrl-C leaves the job running and says how to attach again.
+    Ctrl-C leaves the job running and says how to attach again; ``go_on`` is the command that goes
+    on with it where its cluster ends with this program.
     """
     if plot is not None:
         from phalanx.plotting import require_plot
@@ -38,6 +41,10 @@ def follow(job: Job, settings: Settings, *, plot: Path | None = None) -> int:
         else:
             _follow_plain(job)
     except KeyboardInterrupt:
+        if go_on is not None:
+            say("\nthe job stops with its cluster; from its last checkpoint it goes on")
+            say(f"when the cluster is there again:       {go_on}")
+            return Exit.INTERRUPTED
         say(f"\nthe job goes on; attach again with: phalanx watch {job.id}")
         say(f"or end it with:                        phalanx cancel {job.id}")
         return Exit.INTERRUPTED

@@ -124,6 +124,7 @@ def train(
     from phalanx.cli.commands.local import cluster_for_training
     from phalanx.cli.output import say
     from phalanx.cli.watch import follow
+    from phalanx.local.cluster import LocalCluster
     from phalanx.plotting import require_plot
 
     settings = settings_of(context)
@@ -137,7 +138,10 @@ def train(
         if not settings.json:
             say(f"job {job.id}")
             show_plan(job.plan)
-        raise typer.Exit(follow(job, settings, plot=plot))
+        go_on = None
+        if isinstance(cluster, LocalCluster):
+            go_on = "phalanx up" if state is None else f"phalanx up --state {state}"
+        raise typer.Exit(follow(job, settings, plot=plot, go_on=go_on))
 
 
 def jobs(

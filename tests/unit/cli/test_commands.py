@@ -112,6 +112,27 @@ def test_ctrl_c_in_watch_says_how_to_attach_again(phalanx, cluster, monkeypatch)
     assert "phalanx watch digits-1" in outcome.err
 
 
+def test_ctrl_c_in_train_does_not_promise_a_cluster_that_ends_with_it(
+    phalanx, cluster, tmp_path, monkeypatch
+):
+    from phalanx.sdk.cluster import Cluster
+    from phalanx.sdk.job import Job
+
+    def interrupted(self, after_sequence=0):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(Job, "watch_messages", interrupted)
+    file = write(tmp_path, "name: digits\n")
+    assert "phalanx watch" in phalanx("train", file).err
+    # The cluster of the test stands for one that `train` started itself.
+    monkeypatch.setattr("phalanx.local.cluster.LocalCluster", Cluster)
+    outcome = phalanx("train", file, "--state", "here")
+    assert outcome.code == 130
+    assert "phalanx watch" not in outcome.err
+    assert "phalanx up --state here" in outcome.err
+
+
 def test_watch_writes_plain_lines_without_a_terminal(phalanx, cluster):
     running = job_pb2.Job(id="digits-1", state=job_pb2.Job.STATE_RUNNING)
     cluster.jobs["digits-1"] = running
