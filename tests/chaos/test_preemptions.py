@@ -12,6 +12,8 @@ from phalanx.testing.arena import GUARD_S, Arena, add_blobs, arena, gated_job, w
 pytestmark = pytest.mark.slow
 
 PREEMPTIONS = 5
+STEPS = 400
+"""Enough that the gate is held long before the end, however quick a step is."""
 
 
 def _in_the_leaf(ring: Arena, killed: set[str]) -> list[str]:
@@ -35,8 +37,8 @@ def test_a_shard_whose_workers_are_preempted_again_and_again_is_neither_dropped_
         with phalanx.LocalCluster(workers=0) as inside, pytest.MonkeyPatch.context() as patch:
             patch.setenv("PHALANX_TEST_GATE", str(tmp_path))
             add_blobs(inside)
-            expected = inside.submit(gated_job(steps=30, shards=1)).wait(timeout_s=GUARD_S)
-        job = ring.cluster.submit(gated_job(steps=30, shards=1))
+            expected = inside.submit(gated_job(steps=STEPS, shards=1)).wait(timeout_s=GUARD_S)
+        job = ring.cluster.submit(gated_job(steps=STEPS, shards=1))
         ring.at_step(job, 5)
         ring.gate.hold()
         killed: set[str] = set()

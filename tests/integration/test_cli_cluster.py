@@ -208,7 +208,7 @@ def test_a_wheel_that_was_never_added_is_refused(cli, cluster, folder, result):
         code, _, err = cli("submit", "wheel.yaml", *more)
         assert code == 3
         assert "phalanx code add" in err
-        assert "line 4" in err
+        assert "wheel.yaml:4: " in err
     # A blob that is stored but was not added as a wheel, such as a file of a model.
     blob = cluster.models.describe("iris").files[0].digest
     (folder / "wheel.yaml").write_text(WHEEL_JOB % blob)
@@ -272,7 +272,7 @@ def test_wrong_jobs_are_refused_with_line_and_reason(cli, folder, result):
     (folder / "wrong.yaml").write_text(JOB.replace("batch_size: 64", "batch_size: -64"))
     code, _, err = cli("submit", "wrong.yaml")
     assert code == 2
-    assert "line 7" in err
+    assert "wrong.yaml:7: " in err
     assert "train.batch_size" in err
     code, _, err = cli("submit", "job.yaml", "--set", "data.name=nothing")
     assert code == 3

@@ -66,7 +66,7 @@ KNOWN = {
     "a range keeps what nobody needs any more": Known(0),
     "a round opens before its version is whole": Known(3),
     "the optimizer's state is not restored": Known(0, ("kill_aggregator",)),
-    "a checkpoint shares state with the steps after it": Known(5),
+    "a checkpoint shares state with the steps after it": Known(19),
     "the end is reported before its checkpoint is whole": Known(0),
     "an aggregator obeys an old generation": Known(0, (), _TWO_LEADERS),
     "one stream waits for another": Known(2, (), (("workers", 2), ("script", "stopped_worker"))),
@@ -83,7 +83,7 @@ KNOWN = {
     "late shards are not copied": Known(
         0, (), (("aggregators", 2), ("workers", 2), ("script", "stuck_payloads"))
     ),
-    "a copy is added to what came from home": Known(5),
+    "a copy is added to what came from home": Known(14),
     "what came from home is added to its copy": Known(3),
     "examples are summed over all that came": Known(0),
     "decay begins anew in every range": Known(1),

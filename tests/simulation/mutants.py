@@ -122,7 +122,7 @@ del job.hosts[worker.id]
             ending.fail(core, job, "POISON_SHARD", "two of its workers died")"""
 
 _EARLY = """\
-started = time.monotonic()
+started = self._began_s = time.monotonic()
     for index, record, _ in batch:
         self._on_durable(index, record)"""
 
@@ -363,7 +363,7 @@ MUTANTS = (
     ),
     _one(
         "records count as durable before they are written", 0, f"{_JOURNAL}._write_batch",
-        "started = time.monotonic()", _EARLY,
+        "started = self._began_s = time.monotonic()", _EARLY,
     ),
     _one(
         "the journal is cut before its snapshot is written", 0, f"{_JOURNAL}._snapshot",
