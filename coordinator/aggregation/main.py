@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(AggregatorConfig, argv, prog="phalanx aggregator")
     # Before NumPy is imported, so that its arithmetic is that of leaf processes.
     pin_one_thread(os.environ)
-    reuse_large_buffers()
+    reuse_large_buffers(heaps=1)
     from coordinator.aggregation.process import serve
 
     return run_service(config, serve, role="aggregator")

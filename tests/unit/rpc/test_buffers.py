@@ -11,7 +11,7 @@ import ctypes, sys, threading
 from phalanx.rpc.buffers import reuse_large_buffers
 
 if "reuse" in sys.argv:
-    assert reuse_large_buffers()
+    assert reuse_large_buffers(heaps=1)
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]
