@@ -123,7 +123,7 @@ class Database:
             # Said again of a database that has it already, it writes, which a full disk refuses.
             if connection.execute("PRAGMA auto_vacuum").fetchone()[0] != _INCREMENTAL:
                 connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            connection.execute("PRAGMA journal_mode = WAL")
+            _write_ahead(connection)
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute(f"PRAGMA journal_size_limit = {_LOG_LIMIT_BYTES}")
@@ -322,6 +322,17 @@ def _damage(connection: sqlite3.Connection) -> str:
     """Return what is wrong with the structure of the file, or nothing."""
     (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     return "" if found == "ok" else str(found)
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Log before writing. SQLite says which mode it has then, and no error where it is another:
+    without the log, the last commit before a power failure can be lost."""
+    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    if mode != "wal":
+        raise sqlite3.OperationalError(
+            f"its write-ahead log cannot be used (journal mode {mode}); start storage again, and "
+            "look at the disk if that does not help"
+        )
 
 
 def _settle_log(connection: sqlite3.Connection) -> None:

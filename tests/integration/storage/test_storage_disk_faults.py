@@ -43,6 +43,17 @@ def test_one_call_in_many_fails_and_nothing_is_lost(kind):
     assert tally.stale_writes_accepted == 0
 
 
+def test_a_first_start_that_cannot_log_ahead_is_no_start():
+    """SQLite would go on with another journal, which loses the last commit with the power."""
+    with working_folder() as folder:
+        swept = Sweep(folder)
+        calls = [(call.name, call.path) for call in swept.record().calls]
+        first_of_the_log = calls.index(("create", "state/metadata.sqlite3-wal")) + 1
+        swept.fail_each_call("EIO once", range(first_of_the_log - 16, first_of_the_log + 2))
+        assert swept.tally.failures == []
+        assert swept.tally.calls["sync"] >= 3
+
+
 def test_every_call_of_a_blob_and_of_its_registration():
     with working_folder() as folder:
         swept = Sweep(folder)
