@@ -41,49 +41,13 @@ class Storage:
         return storage_pb.CommitCheckpointResponse(complete=True)
 
 
-@pytest.mark.parametrize("fenced", [False, True])
-async def test_rule_09_paused_means_that_the_checkpoint_is_complete(
-    jobs: Any, fenced: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hosting, "REPORT_EVERY_S", 3600.0)
+async def outcomes_of_a_pause(
+    started: Any, storage: Storage
+) -> list[coordination.JobReport.Outcome.ValueType]:
+    """What control is told of a job that is paused."""
     told: list[coordination.SessionRequest] = []
-    refusal = Aborted("another term is in force", reason="STALE_TERM") if fenced else None
     job = HostedJob(
-        jobs.started(make_plan(elements=100)).root,
-        storage=Storage(refusal),  # type: ignore[arg-type]
-        gauges=Gauges(),  # type: ignore[arg-type]
-        send=told.append,
-    )
-    try:
-        job.pause()
-        assert job._ending is not None
-        async with asyncio.timeout(30.0):
-            await asyncio.wait([job._ending])
-    finally:
-        await job.close()
-    outcomes = [each.job_report.outcome for each in told if each.HasField("job_report")]
-    assert outcomes == ([] if fenced else [coordination.JobReport.OUTCOME_PAUSED])
-
-
-async def test_a_last_part_that_was_taken_for_garbage_is_uploaded_again(
-    jobs: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Storage was full or away for longer than it spares what nothing names."""
-    monkeypatch.setattr(hosting, "REPORT_EVERY_S", 3600.0)
-    told: list[coordination.SessionRequest] = []
-    storage = Storage(FailedPrecondition("put it and register again", reason="BLOB_MISSING"))
-    uploads: list[int] = []
-
-    async def put_blob(pieces: Any, **_: Any) -> str:
-        uploads.append(sum(len(piece) for piece in pieces))
-        if len(uploads) == 2:
-            storage.refusal = None
-        return "ab" * 32
-
-    storage.put_blob = put_blob  # type: ignore[method-assign]
-    plan = make_plan(elements=100, optimizer="adam")
-    job = HostedJob(
-        jobs.started(plan).root,
+        started.root,
         storage=storage,  # type: ignore[arg-type]
         gauges=Gauges(),  # type: ignore[arg-type]
         send=told.append,
@@ -95,8 +59,37 @@ async def test_a_last_part_that_was_taken_for_garbage_is_uploaded_again(
             await asyncio.wait([job._ending])
     finally:
         await job.close()
+    return [each.job_report.outcome for each in told if each.HasField("job_report")]
+
+
+@pytest.mark.parametrize("fenced", [False, True])
+async def test_rule_09_paused_means_that_the_checkpoint_is_complete(
+    jobs: Any, fenced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosting, "REPORT_EVERY_S", 3600.0)
+    refusal = Aborted("another term is in force", reason="STALE_TERM") if fenced else None
+    outcomes = await outcomes_of_a_pause(jobs.started(make_plan(elements=100)), Storage(refusal))
+    assert outcomes == ([] if fenced else [coordination.JobReport.OUTCOME_PAUSED])
+
+
+async def test_a_last_part_that_was_taken_for_garbage_is_uploaded_again(
+    jobs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage was full or away for longer than it spares what nothing names."""
+    monkeypatch.setattr(hosting, "REPORT_EVERY_S", 3600.0)
+    storage = Storage(FailedPrecondition("put it and register again", reason="BLOB_MISSING"))
+    uploads: list[int] = []
+
+    async def put_blob(pieces: Any, **_: Any) -> str:
+        uploads.append(sum(len(piece) for piece in pieces))
+        if len(uploads) == 2:
+            storage.refusal = None
+        return "ab" * 32
+
+    storage.put_blob = put_blob  # type: ignore[method-assign]
+    plan = make_plan(elements=100, optimizer="adam")
+    outcomes = await outcomes_of_a_pause(jobs.started(plan), storage)
     assert uploads[0] == uploads[1]
-    outcomes = [each.job_report.outcome for each in told if each.HasField("job_report")]
     assert outcomes == [coordination.JobReport.OUTCOME_PAUSED]
 
 
