@@ -27,7 +27,7 @@ from typing import Any
 
 from setproctitle import setproctitle, setthreadtitle
 
-from phalanx.rpc.process import die_with_parent
+from phalanx.parent import die_with_parent
 
 REQUEST_LIMIT_BYTES = 65_536
 

@@ -17,7 +17,6 @@ SIGTERM and SIGINT set ``stop``; a second one ends the process at once with 130.
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import json
 import os
@@ -29,15 +28,14 @@ from typing import TypeVar
 
 from phalanx.config import EXIT_USAGE, ServiceConfig
 from phalanx.errors import FailedPrecondition, InvalidArgument
+from phalanx.parent import EXIT_INTERRUPTED, die_with_parent
 from phalanx.telemetry.logs import configure_logging, get_logger
 
 EXIT_BUG = 70
-EXIT_INTERRUPTED = 130
 
 ConfigT = TypeVar("ConfigT", bound=ServiceConfig)
 Main = Callable[[ConfigT, asyncio.Event], Awaitable[int | None]]
 
-_PR_SET_PDEATHSIG = 1
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _log = get_logger(__name__)
@@ -78,25 +76,6 @@ async def _until_stopped(config: ConfigT, main: Main[ConfigT]) -> int | None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     return await main(config, stop)
-
-
-def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
-    """Have the kernel send ``signal_number`` to this process when its parent dies (Linux); 0: no
-    parent.
-
-    SIGKILL by default: it also ends a process that is stopped or busy, and every service survives
-    it anyhow. If ``parent_pid`` is not the parent any more, the parent died before this call: exit
-    at once. Beware: for the kernel, "parent" is the *thread* that started this process, so start
-    processes from a thread that lives as long as they should.
-    """
-    if parent_pid == 0:
-        return
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent_pid:
-        os._exit(EXIT_INTERRUPTED)
 
 
 def announce(

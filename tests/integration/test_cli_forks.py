@@ -14,7 +14,7 @@ GUARD_S = 20.0
 
 MEMBER = """
 import signal, sys
-from phalanx.rpc.process import die_with_parent
+from phalanx.parent import die_with_parent
 if "--dies-alone" not in sys.argv:
     die_with_parent(int(sys.argv[-1]))
 print("out", flush=True)

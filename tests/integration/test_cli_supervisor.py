@@ -24,7 +24,7 @@ GUARD_S = 20.0
 
 IDLE_MEMBER = """
 import json, os, pathlib, signal, sys, time
-from phalanx.rpc.process import die_with_parent
+from phalanx.parent import die_with_parent
 
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 die_with_parent(int(options["--parent-pid"]))
