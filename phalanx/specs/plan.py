@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phalanx.specs import catalog
+from phalanx.specs import catalog, parts
 from phalanx.specs.canonical import spec_sha256
 from phalanx.specs.resolve import rows_per_leaf, steps_per_epoch, total_steps, train_rows
 from phalanx.v1 import dataset_service_pb2, job_pb2, job_spec_pb2, training_pb2
@@ -42,6 +42,7 @@ def job_plan(
         evaluation_rows=held_out,
         manifest_digest=dataset.manifest_digest,
         bitwise=spec.reproducibility.WhichOneof("mode") == "bitwise",
+        unit_span=parts.unit_span(spec),
     )
 
 
@@ -89,8 +90,11 @@ def worker_bytes(
     all_rows = max(1, sum(dataset.rows.values()))
     bytes_per_row = max(itemsize * _activations(spec, dataset), dataset.size_bytes // all_rows)
     leaf = rows_per_leaf(spec, train_rows(spec, dataset)) * bytes_per_row
-    # Two versions and the payload for all slots, a buffer and a gradient for each of them.
-    shared = SHARED_COPIES * elements * itemsize
+    # Two versions and the payload for all slots, a buffer and a gradient for each of them. Nodes
+    # that travel by themselves have a payload each.
+    units = -(-spec.data.shards // max(1, parts.unit_span(spec))) if parts.unit_span(spec) else 1
+    payloads = -(-units // max(1, spec.resources.min_workers))
+    shared = (SHARED_COPIES - 1 + payloads) * elements * itemsize
     return shared + slots * (COPIES_PER_SLOT * elements * itemsize + 3 * leaf)
 
 
@@ -108,6 +112,7 @@ def _warnings(
         *_leaf_warnings(spec, rows, eligible_workers),
         *_stop_warnings(spec, rows),
         *_schedule_warnings(spec, rows),
+        *_reduction_warnings(spec, rows),
     ]
 
 
@@ -175,3 +180,15 @@ def _schedule_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
     if steps and saved >= steps and not spec.train.checkpoints.HasField("every"):
         found.append("the only checkpoint is the last one: a lost aggregator starts the job again")
     return found
+
+
+def _reduction_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
+    """The shards that are a row longer have the last step of an epoch for themselves, at times."""
+    small, larger = divmod(rows, max(1, spec.data.shards))
+    least = parts.least_shards(spec.train.reduction)
+    if not larger or small % rows_per_leaf(spec, rows) or larger >= least:
+        return []
+    return [
+        f"the last step of each epoch has rows of {larger} shards only and changes nothing: "
+        f"the reducer needs {least}; use another batch_size"
+    ]

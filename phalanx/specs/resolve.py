@@ -146,6 +146,8 @@ def _training(train: job_spec_pb2.Train) -> None:
         train.parameter_server.SetInParent()
     if train.reduction.WhichOneof("kind") is None:
         train.reduction.weighted_mean.SetInParent()
+    if train.reduction.HasField("krum") and not train.reduction.krum.HasField("keep"):
+        train.reduction.krum.keep = 1
     if train.on_nonfinite.WhichOneof("action") is None:
         train.on_nonfinite.fail.SetInParent()
     train.dtype = train.dtype or "float32"

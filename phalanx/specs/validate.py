@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from google.protobuf.descriptor import FieldDescriptor
 
 from phalanx.errors import InvalidArgument, Violation
-from phalanx.specs import catalog
+from phalanx.specs import catalog, composition
 from phalanx.specs.fields import walk
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
 
@@ -90,6 +90,9 @@ _RANGES: dict[str, _Range] = {
     "train.stop.steps": _WHOLE,
     "train.stop.epochs": _Range(0, 1e9, open_low=True),
     "train.stop.plateau.min_change": _NOT_NEGATIVE,
+    "train.reduction.clip_norm": _ABOVE_ZERO,
+    "train.reduction.krum.faulty": _Range(0, SHARDS_LIMIT),
+    "train.reduction.krum.keep": _Range(1, SHARDS_LIMIT),
     "train.evaluation.every_steps": _Range(0, _EXACT),
     "train.checkpoints.every_steps": _Range(0, _EXACT),
     "train.checkpoints.keep": _Range(1, 1000),
@@ -220,6 +223,7 @@ def _program(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     elif program == "train":
         yield from _model(spec.train.model)
         yield from _optimizer(spec.train)
+        yield from composition.violations(spec)
         yield from _stop(spec.train.stop)
         if spec.train.dtype and spec.train.dtype not in catalog.DTYPES:
             known = " or ".join(catalog.DTYPES)

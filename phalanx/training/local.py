@@ -25,6 +25,7 @@ from phalanx.models import DataSchema, Model, build_model
 from phalanx.models.base import decay_mask
 from phalanx.models.code import deactivate_user_code
 from phalanx.optimizers import build_optimizer
+from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import Node, TreeReducer, all_finite
 from phalanx.training.decisions import RootDecider
 from phalanx.training.leaf import (
@@ -173,6 +174,7 @@ class _Job:
         self._evaluation_reader = evaluation_reader
         self._start_model = start_model
         self._optimizer = build_optimizer(self._spec.train, plan.total_steps)
+        self._reducer = build_reducer(self._spec.train.reduction, plan.shards)
         self._decay = decay_mask(model.layout)
         self.decider = RootDecider(self._plan, term=1)
         self._skipped_steps: set[int] = set()
@@ -232,6 +234,7 @@ class _Job:
 
     def _train(self, version: int) -> tuple[int, float]:
         tree = _Tree(self._plan.shards)
+        leaves: dict[int, Contribution] = {}
         for shard in range(self._plan.shards):
             out = np.empty_like(self._parameters)
             outcome = run_leaf(
@@ -240,10 +243,17 @@ class _Job:
             if not outcome.finite:
                 self._skip(shard, version)
             tree.fill(shard, out, outcome)
+            if self._reducer is not None and outcome.count and outcome.finite:
+                leaves[shard] = Contribution([out], outcome.count)
         gradient, count, loss = tree.result()
+        divisor = count
+        if self._reducer is not None:
+            reduced = self._reducer.reduce(leaves)
+            gradient = None if reduced is None else reduced.pieces[0]
+            divisor = 0 if reduced is None else reduced.divisor
         if gradient is not None:
             self._optimizer.apply(
-                self._parameters, gradient, count, self._decay, self._state, version, self._next
+                self._parameters, gradient, divisor, self._decay, self._state, version, self._next
             )
             if not all_finite(self._next):
                 message = f"step {version + 1} made parameters that are not finite"

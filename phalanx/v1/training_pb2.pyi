@@ -268,6 +268,7 @@ class JobPlan(_message.Message):
     START_MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     BITWISE_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    UNIT_SPAN_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     spec: _builtins.bytes
     """JobSpec in its resolved form, serialized protobuf (not JSON)."""
@@ -290,6 +291,10 @@ class JobPlan(_message.Message):
     bitwise: _builtins.bool
     fingerprint: _builtins.str
     """The fingerprint of the group that was chosen at first dispatch."""
+    unit_span: _builtins.int
+    """Shards of the nodes that travel in a train round: exactly these nodes are
+    computed whole by one worker; 0: any node may travel.
+    """
     @_builtins.property
     def layout(self) -> Global___Layout: ...
     @_builtins.property
@@ -324,10 +329,11 @@ class JobPlan(_message.Message):
         start_model_digest: _builtins.str = ...,
         bitwise: _builtins.bool = ...,
         fingerprint: _builtins.str = ...,
+        unit_span: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bitwise", b"bitwise", "code_digests", b"code_digests", "evaluation_rows", b"evaluation_rows", "evaluation_shards", b"evaluation_shards", "evaluation_sums", b"evaluation_sums", "fingerprint", b"fingerprint", "job_id", b"job_id", "layout", b"layout", "manifest_digest", b"manifest_digest", "range_count", b"range_count", "rows_per_leaf", b"rows_per_leaf", "shards", b"shards", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_model_digest", b"start_model_digest", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_rows", b"train_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bitwise", b"bitwise", "code_digests", b"code_digests", "evaluation_rows", b"evaluation_rows", "evaluation_shards", b"evaluation_shards", "evaluation_sums", b"evaluation_sums", "fingerprint", b"fingerprint", "job_id", b"job_id", "layout", b"layout", "manifest_digest", b"manifest_digest", "range_count", b"range_count", "rows_per_leaf", b"rows_per_leaf", "shards", b"shards", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_model_digest", b"start_model_digest", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_rows", b"train_rows", "unit_span", b"unit_span"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

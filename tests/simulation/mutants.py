@@ -319,8 +319,8 @@ MUTANTS = (
     _one(
         "examples are summed over all that came", 5,
         f"{_AGGREGATION}.core.rounds:_NodeScalars.totals",
-        "return Totals(sums.count, sums.loss, self.present)",
-        "return Totals(sum(each[0] for each in self._pinned.values()), sums.loss, self.present)",
+        "return Totals(sums.count, sums.loss, present, sums.count)",
+        "count = sum(each[0] for each in self._pinned.values()); return Totals(count, sums.loss, present, count)",
     ),
     _one(
         "decay begins anew in every range", 14, f"{_AGGREGATION}.core.state:_decay_frames",

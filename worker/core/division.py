@@ -24,18 +24,32 @@ def contains(outer: Node, inner: Node) -> bool:
     return outer.first <= inner.first and inner.first + inner.span <= outer.first + outer.span
 
 
-def divide(nodes: Iterable[Node], slots: int, width: int, start: int = 0) -> list[list[Node]]:
+def units_around(nodes: Iterable[Node], unit: int, width: int) -> list[Node]:
+    """Return the nodes of `unit` shards that hold a shard of `nodes`, in order."""
+    firsts = {
+        first
+        for node in nodes
+        for first in range(node.first - node.first % unit, node.first + node.span, unit)
+        if first < width
+    }
+    return [Node(first, unit) for first in sorted(firsts)]
+
+
+def divide(
+    nodes: Iterable[Node], slots: int, width: int, start: int = 0, grain: int = 1
+) -> list[list[Node]]:
     """Split disjoint `nodes` into aligned pieces: one list per slot, in shard order.
 
-    No slot gets more than ceil(shards / slots) shards. Large pieces are kept whole where that
-    bound allows it. `start` rotates the slots, so that a retry meets another process.
+    No slot gets more than ceil(shards / slots) shards, but for pieces of `grain` shards, which are
+    never split. Large pieces are kept whole where that bound allows it. `start` rotates the slots,
+    so that a retry meets another process.
     """
-    return [list(owned) for owned in _divide(tuple(nodes), slots, width, start)]
+    return [list(owned) for owned in _divide(tuple(nodes), slots, width, start, grain)]
 
 
 @lru_cache(maxsize=64)
 def _divide(
-    nodes: tuple[Node, ...], slots: int, width: int, start: int
+    nodes: tuple[Node, ...], slots: int, width: int, start: int, grain: int
 ) -> tuple[tuple[Node, ...], ...]:
     # The same division comes back every step.
     heap = [(-shard_count(node, width), node) for node in nodes]
@@ -47,7 +61,7 @@ def _divide(
     while heap:
         size, node = heapq.heappop(heap)
         load, slot = loads[0]
-        if load - size > share:
+        if load - size > share and node.span > grain:
             for child in children_present(node, width):
                 heapq.heappush(heap, (-shard_count(child, width), child))
             continue

@@ -277,8 +277,10 @@ class JobCore:
             GoRecord.ACTION_INITIALISE: 1,
             GoRecord.ACTION_EVALUATE: self.plan.evaluation_shards,
         }.get(go.action, self.plan.shards)
-        self.round = Round(go, width, self._dispatcher.slots)
-        if go.action == GoRecord.ACTION_TRAIN:
+        trains = go.action == GoRecord.ACTION_TRAIN
+        unit = self.plan.unit_span if trains else 0
+        self.round = Round(go, width, self._dispatcher.slots, unit)
+        if trains:
             self.round.absent = set(self._absent.get(go.version, ()))
         self._outbox.turn_to(self.round)
         return effects + self._owe(self.round)

@@ -22,7 +22,7 @@ from phalanx.reduction import (
     shards_mask,
 )
 from phalanx.v1 import coordination_service_pb2, training_pb2
-from worker.core.division import contains, divide, shard_count
+from worker.core.division import contains, divide, shard_count, units_around
 
 GoRecord = training_pb2.GoRecord
 
@@ -93,15 +93,19 @@ class Wire:
 
 
 class Round:
-    """The worker's share of the round that `go` opened, over a tree of `width` shards."""
+    """The worker's share of the round that `go` opened, over a tree of `width` shards.
 
-    def __init__(self, go: GoRecord, width: int, slots: int) -> None:
+    With a `unit` exactly the nodes of so many shards travel, each computed in one part.
+    """
+
+    def __init__(self, go: GoRecord, width: int, slots: int, unit: int = 0) -> None:
         self.go = go
         self.width = width
         self.absent: set[int] = set()
         self.wires: dict[Node, Wire] = {}
         self.parts: dict[Node, Part] = {}
         self._slots = slots
+        self._unit = unit
         self._retries = 0
 
     @property
@@ -120,7 +124,7 @@ class Round:
         kept = {node: wire for node, wire in self.wires.items() if wire.ready}
         self.wires = kept
         missing: list[Node] = []
-        for node in nodes:
+        for node in self._units(nodes):
             if any(contains(sent, node) for sent in kept):
                 continue
             around = self._part_around(node)
@@ -136,8 +140,9 @@ class Round:
         What is owed already stays as it is: a part that failed still waits for control.
         """
         missing: list[Node] = []
-        others = shards_mask(nodes, self.width) & ~shards_mask(self.wires, self.width)
-        for node in nodes_of_mask(others, self.width):
+        wanted = shards_mask(self._units(nodes), self.width)
+        others = wanted & ~shards_mask(self.wires, self.width)
+        for node in self._units(nodes_of_mask(others, self.width)):
             around = self._part_around(node)
             wire = Wire(around.node if around is not None else node, copy=True)
             if wire.node not in self.wires:
@@ -146,11 +151,16 @@ class Round:
         return self._add_parts(missing)
 
     def _add_parts(self, missing: list[Node]) -> list[Part]:
-        pieces = divide(missing, self._slots, self.width, self._retries)
+        grain = max(1, self._unit)
+        pieces = divide(missing, self._slots, self.width, self._retries, grain)
         new = [Part(node, slot) for slot, owned in enumerate(pieces) for node in owned]
         self.parts.update((part.node, part) for part in new)
         self._settle()
         return new
+
+    def _units(self, nodes: Iterable[Node]) -> Iterable[Node]:
+        """The nodes that travel for `nodes`: whole units, if only these do."""
+        return units_around(nodes, self._unit, self.width) if self._unit else nodes
 
     def skip(self, shards: Iterable[int]) -> bool:
         """Leave these shards out. True: a failed part can be tried again without them."""

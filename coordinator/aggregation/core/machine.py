@@ -39,8 +39,9 @@ from coordinator.aggregation.core.effects import (
 from coordinator.aggregation.core.golog import GoLog
 from coordinator.aggregation.core.plan import (
     TERMINAL_ACTIONS,
+    AnyRound,
+    Rounds,
     expected_examples,
-    round_spec,
 )
 from coordinator.aggregation.core.roots import (
     AssignRoot,
@@ -49,7 +50,7 @@ from coordinator.aggregation.core.roots import (
     RootFunction,
     SumRoot,
 )
-from coordinator.aggregation.core.rounds import Disagreement, Round
+from coordinator.aggregation.core.rounds import Disagreement
 from coordinator.aggregation.core.state import Array, RangeParameters
 from coordinator.aggregation.core.versions import NONE, VersionStore
 from phalanx.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument
@@ -70,7 +71,7 @@ class _Range:
     parameters: RangeParameters
     #: (version, round) of the newest go record in force.
     key: Key = (NONE, NONE)
-    round: Round | None = None
+    round: AnyRound | None = None
     root: RootFunction | None = None
     touched: bool = False
     ended: bool = False
@@ -106,6 +107,7 @@ class JobRanges:
         if (0 in self._ranges) != (decider is not None):
             raise InvalidArgument("the owner of range 0, and only it, needs a decider")
         self._decider = decider
+        self._rounds = Rounds(plan)
         self._go_log = GoLog()
         self._terminal: GoRecord | None = None
         self._failed = False
@@ -263,7 +265,7 @@ class JobRanges:
     def _fill(
         self,
         owned: _Range,
-        current: Round,
+        current: AnyRound,
         frame: pb.ContributionFrame,
         payload: memoryview,
         elapsed_s: float,
@@ -272,13 +274,14 @@ class JobRanges:
         try:
             # An overflow is no warning here: it is looked for in the result.
             with np.errstate(over="ignore", invalid="ignore"):
-                index = current.contribute(frame, payload)
+                done = current.contribute(frame, payload)
                 self._drop_before(owned, frame.step)
-                if index is None:
+                if not done:
                     return []
                 owned.touched = True
-                values = current.take(index)
-                made = owned.root.frame_complete(index, values, current.totals)
+                totals, made = current.totals, False
+                for index in done:
+                    made |= owned.root.frame_complete(index, current.take(index), totals)
         except Disagreement as error:
             return self.fail("CONTRIBUTIONS_DISAGREE", str(error))
         except NonFiniteResult as error:
@@ -294,7 +297,7 @@ class JobRanges:
             if self.is_root and owned is self._ranges[0]:
                 self._go_log.drop_before(version)
 
-    def _close(self, owned: _Range, current: Round, elapsed_s: float) -> list[Effect]:
+    def _close(self, owned: _Range, current: AnyRound, elapsed_s: float) -> list[Effect]:
         sums = owned.root.result.tolist() if isinstance(owned.root, SumRoot) else []
         owned.round = owned.root = None
         if self._decider is None or owned is not self._ranges[0]:
@@ -385,7 +388,8 @@ class JobRanges:
     def _open(self, owned: _Range, go: GoRecord) -> None:
         """Start the round of a go record, unless it is none of this range's business."""
         parameters = owned.parameters
-        spec = round_spec(self.plan, go, parameters.grid, parameters.dtype)
+        opened = self._rounds.open(go, parameters.grid, parameters.dtype)
+        spec = opened.spec
         if go.action == GoRecord.ACTION_INITIALISE:
             owned.root = AssignRoot(parameters, go.version)
         elif go.action == GoRecord.ACTION_TRAIN:
@@ -394,7 +398,7 @@ class JobRanges:
             owned.root = SumRoot(spec.grid, spec.dtype, "the evaluation")
         else:
             return
-        owned.round = Round(spec)
+        owned.round = opened
         owned.touched = False
 
     def _checkpoint(self, owned: _Range, go: GoRecord) -> list[Effect]:

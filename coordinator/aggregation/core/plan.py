@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from coordinator.aggregation.core.rounds import RoundSpec
-from phalanx.v1 import training_pb2
+from coordinator.aggregation.core.rounds import Round, RoundSpec
+from coordinator.aggregation.core.whole import LeavesRound
+from phalanx.reducers import build_reducer
+from phalanx.v1 import job_spec_pb2, training_pb2
 from phalanx.v1.training_pb2 import GoRecord
 
 EVALUATION_VECTOR = "evaluation"
@@ -13,6 +15,27 @@ GRADIENT_VECTOR = "gradient"
 PARAMETERS_VECTOR = "parameters"
 
 TERMINAL_ACTIONS = (GoRecord.ACTION_PAUSE, GoRecord.ACTION_STOP, GoRecord.ACTION_FAIL)
+
+
+AnyRound = Round | LeavesRound
+
+
+class Rounds:
+    """Makes the rounds of a job's ranges, of the parts that the job is composed of."""
+
+    def __init__(self, plan: training_pb2.JobPlan) -> None:
+        self._plan = plan
+        train = job_spec_pb2.JobSpec.FromString(plan.spec).train
+        self._reducer = build_reducer(train.reduction, plan.shards)
+
+    def open(
+        self, go: GoRecord, grid: list[tuple[int, int]], parameters: np.dtype[np.generic]
+    ) -> AnyRound:
+        """The round of a go record in a range of such `parameters`, cut as `grid`."""
+        spec = round_spec(self._plan, go, grid, parameters)
+        if go.action == GoRecord.ACTION_TRAIN and self._reducer is not None:
+            return LeavesRound(spec, self._reducer)
+        return Round(spec)
 
 
 def round_spec(

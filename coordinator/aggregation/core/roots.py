@@ -63,10 +63,10 @@ class OptimizerRoot:
         self, index: int, values: NDArray[np.generic] | None, totals: Totals
     ) -> bool:
         """Apply the frame; without any example the parameters stay as they are."""
-        if values is None or totals.example_count == 0:
+        if values is None or totals.divisor == 0:
             self._parameters.keep(index, self._version)
             return True
-        updated = self._parameters.apply(index, self._version, values, totals.example_count)
+        updated = self._parameters.apply(index, self._version, values, totals.divisor)
         require_finite(updated, f"step {self._version + 1} made parameters that are not finite")
         self._parameters.versions.publish(self._version + 1, index, updated)
         return True

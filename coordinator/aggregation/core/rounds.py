@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,8 @@ class Totals:
     loss_sum: float
     #: Bit i: shard i is present.
     present: int
+    #: What the reduced vector is to be divided by.
+    divisor: int
 
 
 class Round:
@@ -58,7 +61,7 @@ class Round:
         self.spec = spec
         self._frames = {first: index for index, (first, _) in enumerate(spec.grid)}
         self._reducers: list[TreeReducer | None] = [TreeReducer(spec.width) for _ in spec.grid]
-        self._scalars = _NodeScalars(spec)
+        self._scalars = NodeScalars(spec)
         self._open = len(spec.grid)
 
     @property
@@ -81,21 +84,22 @@ class Round:
         """Scalars of the whole tree; only once some frame's tree is complete."""
         return self._scalars.totals()
 
-    def contribute(self, frame: pb.ContributionFrame, payload: memoryview) -> int | None:
-        """Fill the frame's node. Return the index of the frame whose tree this completes, if any.
+    def contribute(self, frame: pb.ContributionFrame, payload: memoryview) -> Sequence[int]:
+        """Fill the frame's node. Return the indexes of the frames that this completes.
 
         Copies of what is there already are ignored. Raises `InvalidArgument` for what does not
         fit the round and `Disagreement` where pinned scalars differ.
         """
         node = check_node(frame.node, self.spec.width)
         mask = mask_of(frame, node, self.spec.width)
-        index, values = self._values(frame, payload, mask)
-        self._scalars.pin(node, frame.example_count, frame.loss_sum, mask)
+        index, values = payload_values(self.spec, self._frames, frame, payload, mask)
+        if self._scalars.pin(node, frame.example_count, frame.loss_sum, mask):
+            self._scalars.fill(node, frame.example_count, frame.loss_sum, mask)
         reducer = self._reducers[index]
         if reducer is None:
-            return None
+            return ()
         reducer.fill(node, values, mask >> node.first)
-        return index if reducer.complete else None
+        return (index,) if reducer.complete else ()
 
     def take(self, index: int) -> NDArray[np.generic] | None:
         """Hand over the reduced frame `index`, None where no shard was present, and forget it."""
@@ -113,26 +117,35 @@ class Round:
             )
         return values
 
-    def _values(
-        self, frame: pb.ContributionFrame, payload: memoryview, mask: int
-    ) -> tuple[int, NDArray[np.generic] | None]:
-        spec = self.spec
-        index = self._frames.get(frame.first_element)
-        if frame.vector != spec.vector:
-            raise InvalidArgument(
-                f"vector {frame.vector!r} does not belong to this round; it takes {spec.vector!r}"
-            )
-        if index is None or spec.grid[index][1] != frame.element_count:
-            raise InvalidArgument(
-                f"elements {frame.first_element}+{frame.element_count} are no frame of the range"
-            )
-        expected = frame.element_count * spec.dtype.itemsize if mask else 0
-        if len(payload) != expected:
-            raise InvalidArgument(
-                f"the payload of elements {frame.first_element}+{frame.element_count} has "
-                f"{len(payload)} bytes instead of {expected}"
-            )
-        return index, np.frombuffer(payload, spec.dtype) if mask else None
+
+def payload_values(
+    spec: RoundSpec,
+    frames: Mapping[int, int],
+    frame: pb.ContributionFrame,
+    payload: memoryview,
+    mask: int,
+) -> tuple[int, NDArray[np.generic] | None]:
+    """Which frame of the grid this is, and its elements; None where no shard is present.
+
+    `frames` gives the index of a frame by its first element. Raises `InvalidArgument` for what is
+    no frame of the round.
+    """
+    index = frames.get(frame.first_element)
+    if frame.vector != spec.vector:
+        raise InvalidArgument(
+            f"vector {frame.vector!r} does not belong to this round; it takes {spec.vector!r}"
+        )
+    if index is None or spec.grid[index][1] != frame.element_count:
+        raise InvalidArgument(
+            f"elements {frame.first_element}+{frame.element_count} are no frame of the range"
+        )
+    expected = frame.element_count * spec.dtype.itemsize if mask else 0
+    if len(payload) != expected:
+        raise InvalidArgument(
+            f"the payload of elements {frame.first_element}+{frame.element_count} has "
+            f"{len(payload)} bytes instead of {expected}"
+        )
+    return index, np.frombuffer(payload, spec.dtype) if mask else None
 
 
 class _Sums:
@@ -148,7 +161,7 @@ class _Sums:
         return _Sums(self.count + other.count, self.loss + other.loss)
 
 
-class _NodeScalars:
+class NodeScalars:
     """Example count, loss and presence: pinned by a node's first frame, reduced by the tree."""
 
     def __init__(self, spec: RoundSpec) -> None:
@@ -158,7 +171,8 @@ class _NodeScalars:
         self.present = 0
         self._sums = TreeReducer(spec.width)
 
-    def pin(self, node: Node, count: int, loss: float, mask: int) -> None:
+    def pin(self, node: Node, count: int, loss: float, mask: int) -> bool:
+        """Return whether this is the node's first frame. Raises `Disagreement`."""
         key = (node.first, node.span)
         bits = struct.pack("<d", loss)
         seen = self._pinned.get(key)
@@ -167,20 +181,25 @@ class _NodeScalars:
                 raise self._disagreement(node, "example count or shards present")
             if seen[1] != bits and self._spec.bitwise:
                 raise self._disagreement(node, "loss")
-            return
+            return False
         span = shards_of(node, self._spec.width)
         if self._known & span & (self.present ^ mask):
             raise self._disagreement(node, "shards present")
         self._pinned[key] = (count, bits, mask)
         self._known |= span
         self.present |= mask
+        return True
+
+    def fill(self, node: Node, count: int, loss: float, mask: int) -> None:
+        """Let a node that was pinned enter the sums."""
         self._sums.fill(node, _Sums(count, loss) if mask else None, mask >> node.first)
 
     def totals(self) -> Totals:
-        sums, _ = self._sums.result
+        """The sums over all nodes; only once they make up the tree."""
+        sums, present = self._sums.result
         if sums is None:
-            return Totals(0, 0.0, 0)
-        return Totals(sums.count, sums.loss, self.present)
+            return Totals(0, 0.0, 0, 0)
+        return Totals(sums.count, sums.loss, present, sums.count)
 
     def _disagreement(self, node: Node, what: str) -> Disagreement:
         spec = self._spec

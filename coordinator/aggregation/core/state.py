@@ -69,14 +69,14 @@ class RangeParameters:
         self._snapshots: list[Snapshot] = []
         self._scratch = np.empty(max(count for _, count in self.grid), self.dtype)
 
-    def apply(self, index: int, version: int, gradient_sum: Array, example_count: int) -> Array:
+    def apply(self, index: int, version: int, gradient_sum: Array, divisor: int) -> Array:
         """New elements of frame `index` at `version + 1`, in scratch memory of this object."""
         self._keep_snapshots_whole(index)
         out = self._scratch[: self.grid[index][1]]
         self._optimizer.apply(
             self.versions.values(version, index),
             gradient_sum,
-            example_count,
+            divisor,
             self._decay[index],
             self._state[index],
             version,

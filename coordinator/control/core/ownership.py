@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from coordinator.control.core.state import Aggregator, Core, JobRuntime
 from phalanx.frames import BLOCK_ELEMENTS, split_ranges
+from phalanx.specs.parts import needs_one_range
 from phalanx.v1.control_journal_pb2 import ControlRecord, FingerprintChanged
+from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan, ParameterRange
 
 _ITEM_BYTES = {"float32": 4, "float64": 8}
@@ -86,7 +88,7 @@ def choose_owners(core: Core, job: JobRuntime, plan: JobPlan) -> Owners | None:
         core.set_reason(job, *_NO_AGGREGATOR)
         return None
     job.owners_may_differ = False
-    count = plan.range_count or _range_count(core, plan, len(candidates))
+    count = plan.range_count or _range_count(core, plan, core.facts_of(job).spec, len(candidates))
     plan.range_count = count
     return Owners(tuple(_distribute(core, job, plan, candidates)), fingerprint)
 
@@ -122,7 +124,9 @@ def _fall_back(core: Core, job: JobRuntime, plan: JobPlan, candidates: list[Aggr
     return _commonest(candidates)
 
 
-def _range_count(core: Core, plan: JobPlan, aggregators: int) -> int:
+def _range_count(core: Core, plan: JobPlan, spec: JobSpec, aggregators: int) -> int:
+    if needs_one_range(spec.train):
+        return 1
     elements = plan.layout.element_count
     wanted = elements * _ITEM_BYTES[plan.layout.dtype] // core.config.range_min_bytes
     blocks = -(-elements // BLOCK_ELEMENTS)

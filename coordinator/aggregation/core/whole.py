@@ -1,0 +1,118 @@
+"""A round whose contributions count only once they are whole.
+
+Rules that compare the shards' contributions, and rules by which the first so many count, need one
+range and whole contributions: a part of one must never be in a step that the rest of it is not in.
+So frames are collected by node, a whole contribution goes to a *sink*, and when all that the round
+needs are in, all of its frames complete at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.aggregation.core.rounds import (
+    NodeScalars,
+    RoundSpec,
+    Totals,
+    check_node,
+    mask_of,
+    payload_values,
+    shards_of,
+)
+from phalanx.errors import InvalidArgument
+from phalanx.reducers import Contribution, Reducer
+from phalanx.reduction import Node
+from phalanx.v1 import aggregation_service_pb2 as pb
+
+Array = NDArray[Any]
+
+
+@dataclass
+class _Arriving:
+    """Frames of one node that are here; `left` are still to come."""
+
+    frames: list[Array | None]
+    left: int
+
+
+class LeavesRound:
+    """Collects the contribution of each shard and hands all of them to a reducer."""
+
+    def __init__(self, spec: RoundSpec, reducer: Reducer) -> None:
+        self.spec = spec
+        self._reducer = reducer
+        self._index = {first: index for index, (first, _) in enumerate(spec.grid)}
+        self._scalars = NodeScalars(spec)
+        self._arriving: dict[int, _Arriving] = {}
+        self._leaves: dict[int, Contribution] = {}
+        self._in = 0
+        self._reduced: list[Array | None] = []
+        self._left = len(spec.grid)
+        self._divisor = 0
+
+    @property
+    def complete(self) -> bool:
+        """Every frame was taken."""
+        return self._left == 0
+
+    @property
+    def missing(self) -> int:
+        """Shards that are not whole here: bit i is shard i."""
+        return ~self._in & ((1 << self.spec.width) - 1)
+
+    @property
+    def totals(self) -> Totals:
+        """Scalars of all contributions; only once the round has what it needs."""
+        totals = self._scalars.totals()
+        return Totals(totals.example_count, totals.loss_sum, totals.present, self._divisor)
+
+    def contribute(self, frame: pb.ContributionFrame, payload: memoryview) -> Sequence[int]:
+        """Take one frame; see `Round.contribute`. All frames complete with the last one."""
+        node = check_node(frame.node, self.spec.width)
+        if node.span != 1:
+            raise InvalidArgument(
+                f"{node} cannot be reduced: this job's reducer takes each shard by itself"
+            )
+        mask = mask_of(frame, node, self.spec.width)
+        index, values = payload_values(self.spec, self._index, frame, payload, mask)
+        if self._scalars.pin(node, frame.example_count, frame.loss_sum, mask):
+            self._arriving[node.first] = _Arriving([None] * len(self.spec.grid), len(self.spec.grid))
+        arriving = self._arriving.get(node.first)
+        if arriving is None:
+            return ()
+        if values is None:
+            arriving.left = 0
+        elif arriving.frames[index] is None:
+            arriving.frames[index] = values
+            arriving.left -= 1
+        if arriving.left == 0:
+            self._whole(node, frame, mask)
+        return () if self.missing or self._reduced else self._reduce()
+
+    def take(self, index: int) -> Array | None:
+        """Hand over reduced frame `index`; None: the step changes nothing."""
+        self._left -= 1
+        values, self._reduced[index] = self._reduced[index], None
+        return values
+
+    def _whole(self, node: Node, frame: pb.ContributionFrame, mask: int) -> None:
+        frames = self._arriving.pop(node.first).frames
+        self._in |= shards_of(node, self.spec.width)
+        self._scalars.fill(node, frame.example_count, frame.loss_sum, mask)
+        pieces = [each for each in frames if each is not None]
+        if mask and frame.example_count:
+            self._leaves[node.first] = Contribution(pieces, frame.example_count)
+
+    def _reduce(self) -> Sequence[int]:
+        leaves, self._leaves = self._leaves, {}
+        reduced = self._reducer.reduce(leaves)
+        if reduced is None:
+            self._reduced = [None] * self._left
+        else:
+            self._reduced, self._divisor = list(reduced.pieces), reduced.divisor
+        return range(self._left)

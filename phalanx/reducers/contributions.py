@@ -1,0 +1,62 @@
+"""Whole contributions, and arithmetic on them that does not depend on how vectors are cut.
+
+Norms and distances are sums over the whole vector. They are formed block by block, in double
+precision and in order, so that they have the same bits whether a vector is one array or many
+frames: frames are whole blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.frames import BLOCK_ELEMENTS
+from phalanx.reduction import all_finite
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one shard contributes to a step.
+
+    Attributes:
+        pieces: the sum over its examples, cut at multiples of a block; never written to.
+        count: number of its examples, 1 or more.
+    """
+
+    pieces: Sequence[Array]
+    count: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether no element is NaN or infinite."""
+        return all(all_finite(piece) for piece in self.pieces)
+
+    def norm(self) -> float:
+        """The Euclidean norm of the sum."""
+        total = 0.0
+        for piece, block in blocks_of(self.pieces):
+            values = self.pieces[piece][block].astype(np.float64)
+            total += float(np.dot(values, values))
+        return math.sqrt(total)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What an optimizer takes: the gradient is `pieces` divided by `divisor`, which is 1 or more."""
+
+    pieces: list[Array]
+    divisor: int
+
+
+def blocks_of(pieces: Sequence[Array]) -> Iterator[tuple[int, slice]]:
+    """The blocks of a vector in order: which piece, and which of its elements."""
+    for index, piece in enumerate(pieces):
+        for first in range(0, len(piece), BLOCK_ELEMENTS):
+            yield index, slice(first, min(first + BLOCK_ELEMENTS, len(piece)))

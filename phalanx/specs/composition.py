@@ -1,0 +1,48 @@
+"""Which parts of a job do not go together, each with a sentence that says why.
+
+Works on raw as well as resolved specs: what is not written yet is not complained about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from phalanx.errors import Violation
+from phalanx.specs import parts
+from phalanx.v1 import job_spec_pb2
+
+
+def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
+    """Yield what cannot hold together in a training job."""
+    if spec.train.reduction.HasField("trimmed_mean") and spec.train.reduction.trimmed_mean.trim < 1:
+        yield Violation("train.reduction.trimmed_mean.trim", "must be at least 1")
+    if spec.data.HasField("shards"):
+        yield from _reduction(spec.train.reduction, spec.data.shards)
+
+
+def _reduction(reduction: job_spec_pb2.Reduction, shards: int) -> Iterator[Violation]:
+    kind, least = reduction.WhichOneof("kind"), parts.least_shards(reduction)
+    if kind == "median" and shards < 3:
+        message = f"needs at least 3 shards to outvote one, and the job has {shards}"
+        yield Violation("train.reduction.median", f"{message}; raise data.shards")
+    elif kind == "trimmed_mean" and shards < least:
+        trim = reduction.trimmed_mean.trim
+        message = (
+            f"leaves out the {trim} largest and the {trim} smallest of {shards} values, which "
+            f"is all of them; raise data.shards to at least {least}"
+        )
+        yield Violation("train.reduction.trimmed_mean.trim", message)
+    elif kind == "krum":
+        faulty, keep = reduction.krum.faulty, reduction.krum.keep
+        if shards < least:
+            message = (
+                f"{faulty} faulty shards can be told from the others among at least {least} "
+                f"(2 · faulty + 3), and the job has {shards}; raise data.shards"
+            )
+            yield Violation("train.reduction.krum.faulty", message)
+        elif keep > shards - faulty:
+            message = (
+                f"{keep} of {shards} shards cannot be kept if {faulty} may be faulty; use at most "
+                f"{shards - faulty}"
+            )
+            yield Violation("train.reduction.krum.keep", message)

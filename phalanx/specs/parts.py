@@ -1,0 +1,33 @@
+"""What the parts that a job is composed of ask of the data plane; see docs/decisions.
+
+Pure facts of a resolved spec. Control places by them, aggregators and workers find them in the
+plan, and validation tells from them which parts do not go together.
+"""
+
+from __future__ import annotations
+
+from phalanx.v1 import job_spec_pb2
+
+
+def reduces_leaves(train: job_spec_pb2.Train) -> bool:
+    """Whether the reducer has to see the contribution of each shard by itself."""
+    kind = train.reduction.WhichOneof("kind")
+    return train.reduction.HasField("clip_norm") or kind not in (None, "weighted_mean")
+
+
+def least_shards(reduction: job_spec_pb2.Reduction) -> int:
+    """Return how many shards must contribute to a step for the reducer to hold."""
+    kind = reduction.WhichOneof("kind")
+    if kind == "trimmed_mean":
+        return 2 * reduction.trimmed_mean.trim + 1
+    return 2 * reduction.krum.faulty + 3 if kind == "krum" else 1
+
+
+def needs_one_range(train: job_spec_pb2.Train) -> bool:
+    """Whether one aggregator must see all of each contribution, so that there is one range."""
+    return reduces_leaves(train)
+
+
+def unit_span(spec: job_spec_pb2.JobSpec) -> int:
+    """Return the shards of the nodes that travel in a train round; 0: any node may."""
+    return 1 if reduces_leaves(spec.train) else 0

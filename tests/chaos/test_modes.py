@@ -1,0 +1,52 @@
+"""Every way of training keeps its bits through a death in the middle of a leaf."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import phalanx
+from phalanx.testing.arena import (
+    GUARD_S,
+    Arena,
+    add_blobs,
+    arena,
+    gated_job,
+    undisturbed_sha256_of,
+)
+
+pytestmark = pytest.mark.slow
+
+MODES: dict[str, dict[str, Any]] = {
+    "median": {"reduction": {"median": {}}},
+    "multi-krum": {"reduction": {"krum": {"faulty": 2, "keep": 5}, "clip_norm": 20.0}},
+}
+
+
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with arena(tmp_path_factory.mktemp("gate"), 3) as ring:
+        yield ring
+
+
+@pytest.fixture(scope="module")
+def plain_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return undisturbed_sha256_of(gated_job(steps=30), tmp_path_factory.mktemp("gate"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_worker_killed_in_the_middle_of_a_leaf(
+    ring: Arena, plain_sha256: str, tmp_path: Path, mode: str
+) -> None:
+    document = gated_job(steps=30, **MODES[mode])
+    with phalanx.LocalCluster(workers=0) as alone:
+        add_blobs(alone)
+        undisturbed = alone.submit(document).wait(timeout_s=GUARD_S).parameters_sha256
+    assert undisturbed != plain_sha256, "the mode changes nothing, so nothing is shown"
+    job = ring.cluster.submit(document)
+    ring.at_step(job, 5)
+    ring.signal(ring.caught_in_a_leaf()[0])
+    ring.gate.release()
+    result = job.wait(timeout_s=GUARD_S)
+    assert result.parameters_sha256 == undisturbed
+    assert (result.examples_lost, result.examples_doubled) == (0, 0)
