@@ -81,7 +81,9 @@ class LeavesRound:
         mask = mask_of(frame, node, self.spec.width)
         index, values = payload_values(self.spec, self._index, frame, payload, mask)
         if self._scalars.pin(node, frame.example_count, frame.loss_sum, mask):
-            self._arriving[node.first] = _Arriving([None] * len(self.spec.grid), len(self.spec.grid))
+            self._arriving[node.first] = _Arriving(
+                [None] * len(self.spec.grid), len(self.spec.grid)
+            )
         arriving = self._arriving.get(node.first)
         if arriving is None:
             return ()

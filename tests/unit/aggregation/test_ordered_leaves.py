@@ -61,9 +61,7 @@ def expected(plan: JobPlan, absent: tuple[int, ...] = ()) -> Any:
         out = vector.copy()
         if reduced is not None:
             mask = decay_mask(plan.layout)
-            optimizer.apply(
-                vector, reduced.pieces[0], reduced.divisor, mask, state, step, out
-            )
+            optimizer.apply(vector, reduced.pieces[0], reduced.divisor, mask, state, step, out)
         vector = out
     return vector
 

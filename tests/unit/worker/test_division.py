@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phalanx.reduction import Node, cover
-from worker.core.division import contains, divide, shard_count
+from worker.core.division import contains, divide, shard_count, units_around
 
 
 def _shards(nodes: list[Node], width: int) -> list[int]:
@@ -48,3 +48,16 @@ def test_a_retry_meets_another_slot() -> None:
 def test_the_right_edge_counts_only_shards_that_exist() -> None:
     assert shard_count(Node(4, 4), 5) == 1
     assert divide([Node(0, 8)], 2, 5) == [[Node(0, 2), Node(4, 4)], [Node(2, 2)]]
+
+
+def test_units_are_never_split() -> None:
+    units = units_around([Node(0, 8)], 4, 7)
+    assert units == [Node(0, 4), Node(4, 4)]
+    assert divide(units, 3, 7, grain=4) == [[Node(0, 4)], [Node(4, 4)], []]
+
+
+def test_units_around_nodes_are_whole_and_each_comes_once() -> None:
+    assert units_around([Node(2, 1), Node(3, 1), Node(6, 2)], 4, 9) == [Node(0, 4), Node(4, 4)]
+    assert units_around([Node(8, 8)], 4, 9) == [Node(8, 4)]
+    assert units_around([Node(0, 4)], 1, 3) == [Node(0, 1), Node(1, 1), Node(2, 1)]
+    assert units_around([], 2, 9) == []

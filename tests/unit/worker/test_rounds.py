@@ -186,3 +186,30 @@ def _is_canonical(fold: Fold | None, node: Node, width: int) -> bool:
     if node.right.first >= width:
         return _is_canonical(fold, node.left, width)
     return _is_canonical(fold[0], node.left, width) and _is_canonical(fold[1], node.right, width)
+
+
+def test_only_whole_units_travel_and_each_is_one_part() -> None:
+    round = Round(GO, 7, 3, unit=2)
+    parts = round.owe([Node(0, 4), Node(5, 1)])
+    assert sorted(part.node for part in parts) == [Node(0, 2), Node(2, 2), Node(4, 2)]
+    for part in parts:
+        (wire,) = _finish(round, part)
+        assert (wire.node, wire.fold) == (part.node, part)
+
+
+def test_copies_are_of_whole_units_too() -> None:
+    round = Round(GO, 8, 1, unit=2)
+    round.owe([Node(0, 2)])
+    copies = round.owe_copies([Node(3, 1), Node(1, 1), Node(4, 1), Node(5, 1)])
+    assert sorted(part.node for part in copies) == [Node(2, 2), Node(4, 2)]
+    assert not round.wires[Node(0, 2)].copy
+    assert round.wires[Node(2, 2)].copy
+
+
+def test_a_unit_that_is_done_stays_when_others_are_owed() -> None:
+    round = Round(GO, 4, 1, unit=1)
+    first, second = round.owe([Node(0, 2)])
+    _finish(round, first)
+    assert round.owe([Node(1, 1), Node(2, 2)]) != []
+    assert sorted(round.wires) == [Node(0, 1), Node(1, 1), Node(2, 1), Node(3, 1)]
+    assert round.wires[Node(0, 1)].ready

@@ -1,0 +1,105 @@
+"""Parts of a job that do not go together are refused, with the reason; those that do are planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from phalanx import specs
+from phalanx.errors import InvalidArgument
+from phalanx.specs.parts import needs_one_range, unit_span
+from phalanx.v1.dataset_service_pb2 import Dataset
+from phalanx.v1.job_pb2 import Plan
+from phalanx.v1.job_spec_pb2 import JobSpec
+
+MakeDataset = Callable[..., Dataset]
+BASE = "name: job\ndata: {name: fashion}\ntrain: {model: {mlp: {hidden: [8]}}, batch_size: 4096}"
+
+
+def edited(*settings: str) -> JobSpec:
+    return specs.apply_sets(specs.load_yaml(BASE), settings)
+
+
+def complaints(dataset: Dataset, *settings: str) -> dict[str, str]:
+    with pytest.raises(InvalidArgument) as caught:
+        specs.prepare(edited(*settings), dataset)
+    return {each.field: each.message for each in caught.value.violations}
+
+
+def planned(dataset: Dataset, *settings: str) -> Plan:
+    resolved = specs.prepare(edited(*settings), dataset)
+    return specs.plan(resolved, dataset)
+
+
+@pytest.mark.parametrize(
+    ("shards", "setting", "field", "says"),
+    [
+        (2, "reduction={median: {}}", "reduction.median", "at least 3 shards"),
+        (4, "reduction={trimmed_mean: {}}", "reduction.trimmed_mean.trim", "at least 1"),
+        (
+            4,
+            "reduction={trimmed_mean: {trim: 2}}",
+            "reduction.trimmed_mean.trim",
+            "all of them; raise data.shards to at least 5",
+        ),
+        (6, "reduction={krum: {faulty: 2}}", "reduction.krum.faulty", "at least 7"),
+        (7, "reduction={krum: {faulty: 2, keep: 6}}", "reduction.krum.keep", "at most 5"),
+        (7, "reduction={krum: {faulty: 2, keep: 0}}", "reduction.krum.keep", "at least 1"),
+        (7, "reduction={krum: {faulty: -1}}", "reduction.krum.faulty", "at least 0"),
+        (7, "reduction={clip_norm: 0}", "reduction.clip_norm", "above 0"),
+    ],
+)
+def test_parts_that_cannot_hold_are_refused(
+    make_dataset: MakeDataset, shards: int, setting: str, field: str, says: str
+) -> None:
+    found = complaints(make_dataset(), f"data.shards={shards}", f"train.{setting}")
+    assert says in found[f"train.{field}"]
+
+
+def test_the_default_number_of_shards_counts(make_dataset: MakeDataset) -> None:
+    setting = "train.reduction={krum: {faulty: 7}}"
+    assert "the job has 16" in complaints(make_dataset(), setting)["train.reduction.krum.faulty"]
+    specs.prepare(edited("train.reduction={krum: {faulty: 6}}"), make_dataset())
+
+
+@pytest.mark.parametrize(
+    ("setting", "span"),
+    [
+        ("reduction={median: {}}", 1),
+        ("reduction={trimmed_mean: {trim: 1}}", 1),
+        ("reduction={krum: {faulty: 1}}", 1),
+        ("reduction={clip_norm: 1}", 1),
+        ("reduction={weighted_mean: {}}", 0),
+    ],
+)
+def test_a_reducer_of_leaves_gets_leaves_and_all_of_each(
+    make_dataset: MakeDataset, setting: str, span: int
+) -> None:
+    dataset = make_dataset()
+    resolved = specs.prepare(edited(f"train.{setting}"), dataset)
+    assert unit_span(resolved) == specs.job_plan(resolved, dataset, "job-1").unit_span == span
+    assert needs_one_range(resolved.train) == (span == 1)
+
+
+def test_payloads_that_travel_by_themselves_need_memory(make_dataset: MakeDataset) -> None:
+    plain = planned(make_dataset()).worker_bytes
+    leaves = planned(make_dataset(), "train.reduction={median: {}}").worker_bytes
+    parameters = 4 * ((784 + 1) * 8 + (8 + 1) * 10)
+    assert leaves - plain == 15 * parameters
+    shared = planned(
+        make_dataset(), "train.reduction={median: {}}", "resources.min_workers=4"
+    ).worker_bytes
+    assert shared - plain == 3 * parameters
+
+
+def test_the_plan_warns_of_steps_that_change_nothing(make_dataset: MakeDataset) -> None:
+    krum = "train.reduction={krum: {faulty: 2}}"
+    # 10,000 rows on 9 shards: one shard has a row more than the others, 1112 instead of 1111.
+    settings = ("data.shards=9", f"train.batch_size={101 * 9}", krum)
+    (warning,) = [each for each in planned(make_dataset(), *settings).warnings if "epoch" in each]
+    assert "rows of 1 shards only" in warning
+    assert "needs 7" in warning
+    other = planned(make_dataset(), "data.shards=9", f"train.batch_size={100 * 9}", krum)
+    assert not [each for each in other.warnings if "epoch" in each]
