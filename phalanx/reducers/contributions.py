@@ -49,7 +49,7 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Reduced:
-    """What an optimizer takes: the gradient is `pieces` divided by `divisor`, which is 1 or more."""
+    """What an optimizer takes: the gradient is `pieces` divided by `divisor`, 1 or more."""
 
     pieces: list[Array]
     divisor: int

@@ -188,7 +188,8 @@ def _reduction_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
     least = parts.least_shards(spec.train.reduction)
     if not larger or small % rows_per_leaf(spec, rows) or larger >= least:
         return []
-    return [
+    found = (
         f"the last step of each epoch has rows of {larger} shards only and changes nothing: "
         f"the reducer needs {least}; use another batch_size"
-    ]
+    )
+    return [found]

@@ -163,9 +163,6 @@ NOT_BUILT = {
         "train.stale",
         "train.local",
         "train.synchronous.backup_shards",
-        "train.reduction.median",
-        "train.reduction.trimmed_mean",
-        "train.reduction.krum",
         "train.optimizer.clip_norm",
     ),
     10: (
@@ -318,9 +315,10 @@ MUTANTS = (
     ),
     _one(
         "examples are summed over all that came", 5,
-        f"{_AGGREGATION}.core.rounds:_NodeScalars.totals",
+        f"{_AGGREGATION}.core.rounds:NodeScalars.totals",
         "return Totals(sums.count, sums.loss, present, sums.count)",
-        "count = sum(each[0] for each in self._pinned.values()); return Totals(count, sums.loss, present, count)",
+        "count = sum(each[0] for each in self._pinned.values())\n"
+        "    return Totals(count, sums.loss, present, count)",
     ),
     _one(
         "decay begins anew in every range", 14, f"{_AGGREGATION}.core.state:_decay_frames",

@@ -125,7 +125,7 @@ def test_a_lie_that_is_not_finite_does_not_fail_the_job(jobs: Any) -> None:
     plan = robust_plan(RULES[1], steps=1)
     job = jobs.started(plan)
     frames = job.nodes_frames(leaves(5))
-    header, payload = frames[2]
+    header, _ = frames[2]
     frames[2] = header, memoryview(np.full(1000, np.nan, np.float32)).cast("B")
     job.send(frames)
     job.pull()

@@ -1,9 +1,8 @@
-"""Parts of a job that do not go together are refused, with the reason; those that do are planned."""
+"""Parts of a job that do not go together are refused with the reason; others are planned."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 

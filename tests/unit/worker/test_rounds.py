@@ -208,7 +208,7 @@ def test_copies_are_of_whole_units_too() -> None:
 
 def test_a_unit_that_is_done_stays_when_others_are_owed() -> None:
     round = Round(GO, 4, 1, unit=1)
-    first, second = round.owe([Node(0, 2)])
+    first, _ = round.owe([Node(0, 2)])
     _finish(round, first)
     assert round.owe([Node(1, 1), Node(2, 2)]) != []
     assert sorted(round.wires) == [Node(0, 1), Node(1, 1), Node(2, 1), Node(3, 1)]
