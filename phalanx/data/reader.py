@@ -111,12 +111,18 @@ class ChunkReader:
             chunk = self._chunk(selection)
             assert isinstance(chunk, CsrChunk)
             stop = position + len(selection.rows)
-            starts = chunk.indptr[selection.rows].astype(np.int64)
-            row_lengths = chunk.indptr[selection.rows + 1] - starts
-            where = _value_positions(starts, row_lengths)
+            index = _as_slice(selection.rows)
+            if isinstance(index, slice):
+                bounds = chunk.indptr[index.start : index.stop + 1].astype(np.int64)
+                row_lengths = np.diff(bounds)
+                where: slice | NDArray[np.int64] = slice(int(bounds[0]), int(bounds[-1]))
+            else:
+                starts = chunk.indptr[index].astype(np.int64)
+                row_lengths = chunk.indptr[index + 1] - starts
+                where = _value_positions(starts, row_lengths)
             gathered.append((chunk.data[where], chunk.indices[where]))
             lengths[position:stop] = row_lengths
-            targets[position:stop] = chunk.targets[selection.rows]
+            targets[position:stop] = chunk.targets[index]
             position = stop
         count = int(lengths.sum())
         data = aligned_empty((count,), self.dtype)

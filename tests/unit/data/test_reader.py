@@ -79,12 +79,17 @@ def whole(reader: ChunkReader) -> list[RowSelection]:
 
 @pytest.mark.parametrize("rows", [[0, 2, 1, 3], [3, 2, 1, 0], [0, 0, 2, 3], [2, 3, 4, 5]])
 def test_rows_that_only_begin_and_end_like_neighbours(
-    dense: datasets.StoredDataset, rows: list[int]
+    dense: datasets.StoredDataset, sparse: datasets.StoredDataset, rows: list[int]
 ) -> None:
     features, targets = datasets.classification(rows=300)
     batch = dense.reader().rows([RowSelection(0, np.array(rows))])
     assert batch.features.tolist() == features[rows].tolist()
     assert batch.targets.tolist() == targets[rows].tolist()
+    sparse_features, sparse_targets = datasets.sparse_classification(rows=300)
+    batch = sparse.reader().rows([RowSelection(0, np.array(rows))])
+    assert scipy.sparse.issparse(batch.features)
+    assert batch.features.toarray().tolist() == sparse_features.toarray()[rows].tolist()
+    assert batch.targets.tolist() == sparse_targets[rows].tolist()
 
 
 def test_features_come_in_the_wanted_type_and_aligned(dense: datasets.StoredDataset) -> None:
