@@ -28,6 +28,7 @@ class Arena:
         self._stride = -(-max(1, element_count * dtype.itemsize) // _PAGE) * _PAGE
         self._size = 0
         self._arrays: dict[int, NDArray[Any]] = {}
+        self._raw: dict[int, NDArray[np.uint8]] = {}
 
     @classmethod
     def create(cls, name: str, element_count: int, dtype: np.dtype[Any]) -> Arena:
@@ -44,11 +45,18 @@ class Arena:
         """The elements of a buffer, page aligned. The file grows on the creator's side only."""
         array = self._arrays.get(buffer)
         if array is None:
-            self.reserve(buffer)
-            mapped = mmap.mmap(self.fd, self._stride, offset=buffer * self._stride)
-            array = np.frombuffer(mapped, self.dtype, self.element_count)
+            array = self.raw(buffer)[: self.element_count * self.dtype.itemsize].view(self.dtype)
             self._arrays[buffer] = array
         return array
+
+    def raw(self, buffer: int) -> NDArray[np.uint8]:
+        """All bytes of a buffer, to the end of its last page."""
+        raw = self._raw.get(buffer)
+        if raw is None:
+            self.reserve(buffer)
+            mapped = mmap.mmap(self.fd, self._stride, offset=buffer * self._stride)
+            raw = self._raw[buffer] = np.frombuffer(mapped, np.uint8)
+        return raw
 
     def reserve(self, buffer: int) -> None:
         """Make the file long enough for a buffer before another process maps it."""
@@ -60,6 +68,7 @@ class Arena:
     def close(self) -> None:
         """Let go of it; the memory is free once no array and no other process holds it."""
         self._arrays.clear()
+        self._raw.clear()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -94,7 +94,7 @@ async def _receive(context: Any, job: HostedJob, key: object) -> None:
     while (data := await context.read()) is not grpc.aio.EOF:
         header, payload = decode_request(data)
         if header.WhichOneof("message") == "frame":
-            job.gauges.received(len(data))
+            job.gauges.received(header.frame, len(data), len(payload))
         try:
             _take(job, key, header, payload)
         except (Internal, MemoryError) as error:
@@ -134,7 +134,7 @@ async def _send(
             waker.clear()
             await waker.wait()
             continue
-        job.gauges.sent(len(message))
+        job.gauges.sent(message)
         try:
             await context.write(message)
         except asyncio.InvalidStateError as error:

@@ -5,15 +5,31 @@ from __future__ import annotations
 import math
 import time
 
+import numpy as np
+
 from coordinator.aggregation.core.effects import Committed
+from coordinator.aggregation.core.plan import GRADIENT_VECTOR
+from phalanx.compressors import build_down_codec, build_up_codec
+from phalanx.frames import decode_response
 from phalanx.telemetry.metrics import AggregatorMetrics
 from phalanx.training.decisions import RootDecider
+from phalanx.v1 import aggregation_service_pb2 as pb
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import JobPlan
 
 
 class JobGauges:
     """The series of one job; nothing is counted where the limit of jobs with series is reached."""
 
-    def __init__(self, metrics: AggregatorMetrics, job_id: str) -> None:
+    def __init__(
+        self, metrics: AggregatorMetrics, job_id: str, plan: JobPlan | None = None
+    ) -> None:
+        """The `plan` tells how frames are encoded; without one they are not."""
+        spec = JobSpec.FromString(plan.spec) if plan is not None else JobSpec()
+        up, down = build_up_codec(spec), build_down_codec(spec.train)
+        self._up = None if up is None else up.name
+        self._down = down
+        self._itemsize = np.dtype(spec.train.dtype or "float32").itemsize
         self._metrics = metrics
         self._job_id = job_id
         self._admitted = metrics.per_job.admits(job_id)
@@ -22,7 +38,11 @@ class JobGauges:
             metrics.per_job.resume(job_id)
             wire = metrics.wire_bytes_total
             self._received = wire.labels(job_id, "in", "raw")
-            self._sent = wire.labels(job_id, "out", "raw")
+            self._received_encoded = wire.labels(job_id, "in", self._up or "raw")
+            self._sent = wire.labels(job_id, "out", "raw" if down is None else down.name)
+            whole = metrics.wire_uncompressed_bytes_total
+            self._received_whole = whole.labels(job_id, "in")
+            self._sent_whole = whole.labels(job_id, "out")
             self._steps = metrics.step_seconds.labels(job_id)
             self._step = metrics.job_step.labels(job_id)
             self._examples = metrics.job_examples_total.labels(job_id)
@@ -30,15 +50,28 @@ class JobGauges:
             self._doubled = metrics.job_examples_doubled_total.labels(job_id)
             self._staleness = metrics.staleness_versions.labels(job_id)
 
-    def received(self, size_bytes: int) -> None:
+    def received(self, frame: pb.ContributionFrame, size_bytes: int, payload_bytes: int) -> None:
         """A frame came in."""
-        if self._admitted:
+        if not self._admitted:
+            return
+        if self._up is None or frame.vector != GRADIENT_VECTOR or not payload_bytes:
             self._received.inc(size_bytes)
+            self._received_whole.inc(size_bytes)
+        else:
+            self._received_encoded.inc(size_bytes)
+            whole_bytes = frame.element_count * self._itemsize
+            self._received_whole.inc(size_bytes - payload_bytes + whole_bytes)
 
-    def sent(self, size_bytes: int) -> None:
+    def sent(self, message: bytes) -> None:
         """A message went out."""
-        if self._admitted:
-            self._sent.inc(size_bytes)
+        if not self._admitted:
+            return
+        size_bytes = len(message)
+        self._sent.inc(size_bytes)
+        if self._down is not None:
+            header, payload = decode_response(message)
+            size_bytes += header.frame.element_count * self._itemsize - len(payload)
+        self._sent_whole.inc(size_bytes)
 
     def committed(self, effect: Committed, now_s: float) -> None:
         """A step is done."""

@@ -247,7 +247,7 @@ class Aggregator:
             RootDecider(message.plan, message.term) if owned[0].index == 0 else None,
         )
         effects = await self._begin(message, ranges)
-        gauges = JobGauges(self._metrics, job_id)
+        gauges = JobGauges(self._metrics, job_id, message.plan)
         job = HostedJob(
             ranges,
             storage,

@@ -12,6 +12,7 @@ REGRESSION = "regression"
 ACTIVATIONS = ("relu", "tanh", "sigmoid")
 MLP_LOSSES = {"cross_entropy": CLASSIFICATION, "squared_error": REGRESSION}
 DTYPES = {"float32": 4, "float64": 8}
+CASTS = ("bfloat16", "float16")
 
 _METRICS = {CLASSIFICATION: ("loss", "accuracy"), REGRESSION: ("loss", "rmse", "mae", "r2")}
 _TASKS = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from phalanx.errors import Violation
-from phalanx.specs import parts
+from phalanx.specs import catalog, parts
 from phalanx.v1 import job_spec_pb2
 
 
@@ -16,8 +16,17 @@ def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     """Yield what cannot hold together in a training job."""
     if spec.train.reduction.HasField("trimmed_mean") and spec.train.reduction.trimmed_mean.trim < 1:
         yield Violation("train.reduction.trimmed_mean.trim", "must be at least 1")
+    yield from _compression(spec.train.compression)
     if spec.data.HasField("shards"):
         yield from _reduction(spec.train.reduction, spec.data.shards)
+
+
+def _compression(compression: job_spec_pb2.Compression) -> Iterator[Violation]:
+    for field in ("cast_to", "down_cast_to"):
+        name = getattr(compression, field)
+        if (name or compression.WhichOneof("up") == field) and name not in catalog.CASTS:
+            message = f"{name[:40]!r} is not known; use {' or '.join(catalog.CASTS)}"
+            yield Violation(f"train.compression.{field}", message)
 
 
 def _reduction(reduction: job_spec_pb2.Reduction, shards: int) -> Iterator[Violation]:

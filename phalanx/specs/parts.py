@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from phalanx.v1 import job_spec_pb2
 
+UNITS_MAX = 8
+"""Nodes in which lossy contributions travel."""
+
 
 def reduces_leaves(train: job_spec_pb2.Train) -> bool:
     """Whether the reducer has to see the contribution of each shard by itself."""
@@ -29,5 +32,16 @@ def needs_one_range(train: job_spec_pb2.Train) -> bool:
 
 
 def unit_span(spec: job_spec_pb2.JobSpec) -> int:
-    """Return the shards of the nodes that travel in a train round; 0: any node may."""
-    return 1 if reduces_leaves(spec.train) else 0
+    """Return the shards of the nodes that travel in a train round; 0: any node may.
+
+    What is encoded with a loss must be the same node whoever computes it: as large as a few nodes
+    for all shards allow, since each of them crosses the wire.
+    """
+    if reduces_leaves(spec.train):
+        return 1
+    if spec.train.compression.WhichOneof("up") is None:
+        return 0
+    span = 1
+    while span * UNITS_MAX < spec.data.shards:
+        span *= 2
+    return span

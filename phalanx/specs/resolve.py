@@ -16,6 +16,7 @@ CHECKPOINT_EVERY_S = 60
 CHECKPOINTS_KEPT = 3
 EPOCHS = 10
 PRIORITY = 50
+INT8_BUCKET = 512
 EVALUATION_SPLITS = ("test", "validation")
 
 _LEARNING_RATES = {"sgd": 0.01, "adagrad": 0.01, "adam": 0.001, "adamw": 0.001}
@@ -148,6 +149,8 @@ def _training(train: job_spec_pb2.Train) -> None:
         train.reduction.weighted_mean.SetInParent()
     if train.reduction.HasField("krum") and not train.reduction.krum.HasField("keep"):
         train.reduction.krum.keep = 1
+    if train.compression.HasField("int8") and not train.compression.int8.HasField("bucket"):
+        train.compression.int8.bucket = INT8_BUCKET
     if train.on_nonfinite.WhichOneof("action") is None:
         train.on_nonfinite.fail.SetInParent()
     train.dtype = train.dtype or "float32"

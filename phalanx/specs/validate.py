@@ -90,6 +90,7 @@ _RANGES: dict[str, _Range] = {
     "train.stop.steps": _WHOLE,
     "train.stop.epochs": _Range(0, 1e9, open_low=True),
     "train.stop.plateau.min_change": _NOT_NEGATIVE,
+    "train.compression.int8.bucket": _Range(16, 65_536),
     "train.reduction.clip_norm": _ABOVE_ZERO,
     "train.reduction.krum.faulty": _Range(0, SHARDS_LIMIT),
     "train.reduction.krum.keep": _Range(1, SHARDS_LIMIT),

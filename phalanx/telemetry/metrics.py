@@ -143,6 +143,12 @@ class AggregatorMetrics:
         self.wire_bytes_total = make.counter(
             "wire_bytes_total", "Bytes of tensor frames.", "job_id", "direction", "encoding"
         )
+        self.wire_uncompressed_bytes_total = make.counter(
+            "wire_uncompressed_bytes_total",
+            "Bytes that the tensor frames would have without compression.",
+            "job_id",
+            "direction",
+        )
         self.checkpoint_seconds = make.histogram(
             "checkpoint_seconds", "Time from the copy to the durable part.", _SLOW_S, "job_id"
         )

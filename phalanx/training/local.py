@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.blas import one_blas_thread
+from phalanx.compressors import Key, build_down_codec, build_up_codec, decoded, encoded
 from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import FailedPrecondition, PhalanxError
 from phalanx.models import DataSchema, Model, build_model
@@ -26,7 +27,7 @@ from phalanx.models.base import decay_mask
 from phalanx.models.code import deactivate_user_code
 from phalanx.optimizers import build_optimizer
 from phalanx.reducers import Contribution, build_reducer
-from phalanx.reduction import Node, TreeReducer, all_finite
+from phalanx.reduction import Node, TreeReducer, all_finite, reduce_leaves
 from phalanx.training.decisions import RootDecider
 from phalanx.training.leaf import (
     LeafOutcome,
@@ -175,6 +176,12 @@ class _Job:
         self._start_model = start_model
         self._optimizer = build_optimizer(self._spec.train, plan.total_steps)
         self._reducer = build_reducer(self._spec.train.reduction, plan.shards)
+        self._up_codec = build_up_codec(self._spec)
+        self._down_codec = build_down_codec(self._spec.train)
+        span = max(1, plan.unit_span)
+        self._units = [
+            range(first, min(first + span, plan.shards)) for first in range(0, plan.shards, span)
+        ]
         self._decay = decay_mask(model.layout)
         self.decider = RootDecider(self._plan, term=1)
         self._skipped_steps: set[int] = set()
@@ -235,16 +242,23 @@ class _Job:
     def _train(self, version: int) -> tuple[int, float]:
         tree = _Tree(self._plan.shards)
         leaves: dict[int, Contribution] = {}
-        for shard in range(self._plan.shards):
-            out = np.empty_like(self._parameters)
-            outcome = run_leaf(
-                self._model, self._parameters, self._reader, self._plan, shard, version, out
-            )
-            if not outcome.finite:
-                self._skip(shard, version)
-            tree.fill(shard, out, outcome)
-            if self._reducer is not None and outcome.count and outcome.finite:
-                leaves[shard] = Contribution([out], outcome.count)
+        parameters = self._seen()
+        for unit in self._units:
+            payloads: dict[int, Array | None] = {}
+            for shard in unit:
+                out = np.empty_like(parameters)
+                outcome = run_leaf(
+                    self._model, parameters, self._reader, self._plan, shard, version, out
+                )
+                if not outcome.finite:
+                    self._skip(shard, version)
+                present = outcome.count > 0 and outcome.finite
+                tree.count(shard, outcome, present)
+                payloads[shard - unit.start] = out if present else None
+            values = self._contribution(reduce_leaves(payloads, len(unit)), unit.start, version)
+            tree.fill(unit, values, payloads)
+            if self._reducer is not None and values is not None:
+                leaves[unit.start] = Contribution([values], outcome.count)
         gradient, count, loss = tree.result()
         divisor = count
         if self._reducer is not None:
@@ -260,6 +274,20 @@ class _Job:
                 raise _failure(message, "PARAMETERS_NON_FINITE")
             self._parameters, self._next = self._next, self._parameters
         return count, loss
+
+    def _seen(self) -> Array:
+        """The parameters as workers see them."""
+        if self._down_codec is None:
+            return self._parameters
+        count = len(self._parameters)
+        return decoded(self._down_codec, encoded(self._down_codec, self._parameters), count)
+
+    def _contribution(self, values: Array | None, first: int, version: int) -> Array | None:
+        """A node's contribution as the root sees it."""
+        if values is None or self._up_codec is None:
+            return values
+        data = encoded(self._up_codec, values, Key(first, version))
+        return decoded(self._up_codec, data, len(values))
 
     def _skip(self, shard: int, version: int) -> None:
         """Leave a leaf that is not finite out of its step, or fail, as the spec says."""
@@ -278,12 +306,14 @@ class _Job:
     def _evaluate(self) -> tuple[NDArray[np.float64], int]:
         assert self._evaluation_reader is not None, "the plan evaluates, and there is no reader"
         tree = _Tree(self._plan.evaluation_shards)
+        parameters = self._seen()
         for shard in range(self._plan.evaluation_shards):
             sums = np.zeros(len(self._plan.evaluation_sums))
             outcome = run_evaluation_leaf(
-                self._model, self._parameters, self._evaluation_reader, self._plan, shard, sums
+                self._model, parameters, self._evaluation_reader, self._plan, shard, sums
             )
-            tree.fill(shard, sums, outcome)
+            tree.count(shard, outcome, outcome.count > 0)
+            tree.fill(range(shard, shard + 1), sums, {0: sums} if outcome.count else {})
         total, count, _ = tree.result()
         if total is None:
             return np.zeros(len(self._plan.evaluation_sums)), 0
@@ -301,16 +331,16 @@ class _Tree:
         self._losses = TreeReducer(width)
         self._count = 0
 
-    def fill(self, shard: int, vector: Array, outcome: LeafOutcome) -> None:
-        """Fill a leaf; an empty one, or one that is not finite, is an absent child."""
-        node = Node(shard, 1)
-        if outcome.count == 0 or not outcome.finite:
-            self._vectors.fill(node, None, 0)
-            self._losses.fill(node, None, 0)
-            return
-        self._vectors.fill(node, vector, 1)
-        self._losses.fill(node, outcome.loss_sum, 1)
-        self._count += outcome.count
+    def count(self, shard: int, outcome: LeafOutcome, present: bool) -> None:
+        """Count a leaf; an empty one, or one that is not finite, is an absent child."""
+        self._losses.fill(Node(shard, 1), outcome.loss_sum if present else None, int(present))
+        self._count += outcome.count if present else 0
+
+    def fill(self, shards: range, vector: Array | None, payloads: Mapping[int, Any]) -> None:
+        """Fill the node of these shards; `payloads` tells which of them are present."""
+        span = 1 << (len(shards) - 1).bit_length()
+        mask = sum(1 << each for each, payload in payloads.items() if payload is not None)
+        self._vectors.fill(Node(shards.start, span), vector if mask else None, mask)
 
     def result(self) -> tuple[Array | None, int, float]:
         vector, _ = self._vectors.result

@@ -19,6 +19,9 @@ pytestmark = pytest.mark.slow
 
 MODES: dict[str, dict[str, Any]] = {
     "median": {"reduction": {"median": {}}},
+    "bfloat16 both ways": {"compression": {"cast_to": "bfloat16", "down_cast_to": "bfloat16"}},
+    "int8": {"compression": {"int8": {"bucket": 16}, "down_cast_to": "float16"}},
+    "float16, median": {"compression": {"cast_to": "float16"}, "reduction": {"median": {}}},
     "multi-krum": {"reduction": {"krum": {"faulty": 2, "keep": 5}, "clip_norm": 20.0}},
 }
 

@@ -166,13 +166,11 @@ NOT_BUILT = {
         "train.optimizer.clip_norm",
     ),
     10: (
-        "train.compression.cast_to",
-        "train.compression.int8",
         "train.compression.top_k",
         "train.compression.sign",
     ),
     13: ("train.all_reduce",),
-    14: ("train.optimizer.clip_norm", "train.compression.int8", "train.privacy"),
+    14: ("train.optimizer.clip_norm", "train.privacy"),
     15: ("train.verification.replicas", "train.verification.audit_fraction"),
 }
 """Rules of the data plane, or parts of them, about fields of jobs that are refused so far."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from phalanx.data.manifest import ChunkInfo
 from phalanx.errors import DataLoss, PhalanxError
-from phalanx.reduction import Node
+from phalanx.reduction import Node, all_finite
 from phalanx.v1 import coordination_service_pb2, training_pb2
 from worker import ipc
 from worker.ipc import BlockingConnection, Kind
@@ -200,7 +200,12 @@ class LeafLoop:
         else:
             parameters = work.parameters(order.parameters)
             run = leaf.training(work, parameters, frozenset(order.absent))
-            total = reduce_node(node, plan.shards, run, work.payload(buffer), work.scratch)
+            payload = work.payload(buffer)
+            total = reduce_node(node, plan.shards, run, payload, work.scratch)
+            if work.up_codec is not None and total.mask:
+                if not all_finite(payload):
+                    raise _NotFinite("the sum of leaves that are finite is not")
+                work.compress(buffer, node.first, order.version)
         seconds = tuple(leaf.seconds)
         return ipc.PartDone(order.task, index, total.count, total.loss, total.mask, sums, seconds)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.compressors import Codec, Key, build_up_codec, compress_in_place
 from phalanx.data.manifest import ChunkInfo, DatasetManifest
 from phalanx.data.reader import ChunkReader
 from phalanx.models import DataSchema, Model, build_model
@@ -94,6 +95,11 @@ class JobWork:
         return np.dtype(self.model.layout.dtype)
 
     @cached_property
+    def up_codec(self) -> Codec | None:
+        """What contributions are encoded with."""
+        return build_up_codec(self.spec)
+
+    @cached_property
     def scratch(self) -> Scratch:
         """Buffers of the reduction."""
         return Scratch(self.plan.layout.element_count, self.dtype)
@@ -124,6 +130,13 @@ class JobWork:
         """A payload buffer in shared memory."""
         assert self.arena is not None
         return self.arena.array(buffer)
+
+    def compress(self, buffer: int, first: int, step: int) -> None:
+        """Encode the contribution of the node at shard `first`, in its payload buffer."""
+        assert self.arena is not None
+        assert self.up_codec is not None
+        values, data = self.arena.array(buffer), self.arena.raw(buffer)
+        compress_in_place(self.up_codec, values, data, Key(first, step))
 
     def train(self, parameters: Array, shard: int, step: int, out: Array) -> LeafOutcome:
         """Run one training leaf."""

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from phalanx.compressors import build_down_codec, build_up_codec, decoded
 from phalanx.errors import InvalidArgument
 from phalanx.frames import encode_request
 from phalanx.v1 import aggregation_service_pb2 as exchange
-from phalanx.v1 import training_pb2
+from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.core.effects import Effect, OpenStreams
 from worker.core.job import JobCore
 from worker.core.outbox import GoOut
@@ -43,7 +44,9 @@ class HostedJob:
         self._perform = perform
         self._streams: dict[str, ExchangeStream] = {}
         self._closing: set[asyncio.Task[None]] = set()
-        self._builder = FrameBuilder()
+        spec = job_spec_pb2.JobSpec.FromString(core.plan.spec)
+        self._builder = FrameBuilder(build_up_codec(spec))
+        self._down_codec = build_down_codec(spec.train)
         self._wanted: OpenStreams | None = None
 
     def became_prepared(self, prepared: PreparedJob) -> None:
@@ -111,12 +114,16 @@ class HostedJob:
         if place is None or self.prepared is None:
             return
         arena = self.prepared.arena
-        if len(payload) != place.element_count * arena.dtype.itemsize:
+        values: Any
+        if self._down_codec is not None:
+            values = decoded(self._down_codec, payload, place.element_count)
+        elif len(payload) != place.element_count * arena.dtype.itemsize:
             raise InvalidArgument(
                 f"{place.element_count} elements of version {place.version} came in "
                 f"{len(payload)} bytes; check that both ends run the same version of Phalanx"
             )
-        values: Any = np.frombuffer(payload, arena.dtype)
+        else:
+            values = np.frombuffer(payload, arena.dtype)
         first = place.first_element
         arena.array(place.buffer)[first : first + place.element_count] = values
         self._perform(self.core.frame_stored(place))

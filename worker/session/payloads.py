@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.compressors import Codec, encoded_span
 from phalanx.frames import encode_request
 from phalanx.v1 import aggregation_service_pb2 as exchange
 from phalanx.v1 import training_pb2
@@ -24,9 +25,13 @@ _VECTORS = {
 
 
 class FrameBuilder:
-    """Encodes frames of one job; keeps small buffers for sums of parts."""
+    """Encodes frames of one job; keeps small buffers for sums of parts.
 
-    def __init__(self) -> None:
+    `codec` is what the leaf processes encode contributions with.
+    """
+
+    def __init__(self, codec: Codec | None = None) -> None:
+        self._codec = codec
         self._sums: list[NDArray[Any]] = []
 
     def encode(self, out: FrameOut, arena: Arena) -> bytes:
@@ -50,6 +55,11 @@ class FrameBuilder:
             payload = _sums(wire.fold)
         else:
             first = out.first_vector_element
+            if self._codec is not None and go.action == GoRecord.ACTION_TRAIN:
+                assert isinstance(wire.fold, Part), "an encoded node is one part"
+                start, size = encoded_span(self._codec, first, out.element_count)
+                raw = arena.raw(wire.fold.buffer)[start : start + size]
+                return encode_request(header, raw.data)
             payload = self._piece(wire.fold, arena, first, first + out.element_count, 0)
         return encode_request(header, payload.data)
 

@@ -53,11 +53,13 @@ from coordinator.aggregation.core.roots import (
 from coordinator.aggregation.core.rounds import Disagreement
 from coordinator.aggregation.core.state import Array, RangeParameters
 from coordinator.aggregation.core.versions import NONE, VersionStore
+from phalanx.compressors import build_down_codec
 from phalanx.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument
 from phalanx.optimizers import Optimizer
 from phalanx.training.decisions import RootDecider
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import training_pb2
+from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import GoRecord
 
 PENDING_GO_RECORDS = 16
@@ -100,8 +102,9 @@ class JobRanges:
         """`decider` is given exactly where range 0 is among the `owned`."""
         self.plan = plan
         self.term = term
+        codec = build_down_codec(JobSpec.FromString(plan.spec).train)
         self._ranges = {
-            piece.index: _Range(RangeParameters(term, piece, plan.layout, optimizer))
+            piece.index: _Range(RangeParameters(term, piece, plan.layout, optimizer, codec))
             for piece in owned
         }
         if (0 in self._ranges) != (decider is not None):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from coordinator.aggregation.core.rounds import Round, RoundSpec
 from coordinator.aggregation.core.whole import LeavesRound
+from phalanx.compressors import build_up_codec
 from phalanx.reducers import build_reducer
 from phalanx.v1 import job_spec_pb2, training_pb2
 from phalanx.v1.training_pb2 import GoRecord
@@ -25,38 +28,39 @@ class Rounds:
 
     def __init__(self, plan: training_pb2.JobPlan) -> None:
         self._plan = plan
-        train = job_spec_pb2.JobSpec.FromString(plan.spec).train
-        self._reducer = build_reducer(train.reduction, plan.shards)
+        spec = job_spec_pb2.JobSpec.FromString(plan.spec)
+        self._reducer = build_reducer(spec.train.reduction, plan.shards)
+        self._codec = build_up_codec(spec)
 
     def open(
         self, go: GoRecord, grid: list[tuple[int, int]], parameters: np.dtype[np.generic]
     ) -> AnyRound:
         """The round of a go record in a range of such `parameters`, cut as `grid`."""
-        spec = round_spec(self._plan, go, grid, parameters)
-        if go.action == GoRecord.ACTION_TRAIN and self._reducer is not None:
-            return LeavesRound(spec, self._reducer)
-        return Round(spec)
+        plan = self._plan
+        if go.action == GoRecord.ACTION_EVALUATE:
+            grid = [(0, len(plan.evaluation_sums))]
+            return Round(
+                self._spec(go, EVALUATION_VECTOR, plan.evaluation_shards, np.dtype("<f8"), grid)
+            )
+        if go.action == GoRecord.ACTION_INITIALISE:
+            return Round(self._spec(go, PARAMETERS_VECTOR, 1, parameters, grid))
+        spec = replace(
+            self._spec(go, GRADIENT_VECTOR, plan.shards, parameters, grid),
+            codec=self._codec,
+            unit=plan.unit_span,
+        )
+        return Round(spec) if self._reducer is None else LeavesRound(spec, self._reducer)
 
-
-def round_spec(
-    plan: training_pb2.JobPlan,
-    go: GoRecord,
-    grid: list[tuple[int, int]],
-    parameters: np.dtype[np.generic],
-) -> RoundSpec:
-    """What the round of a go record reduces in a range of such `parameters`, cut as `grid`."""
-    if go.action == GoRecord.ACTION_EVALUATE:
-        sums = len(plan.evaluation_sums)
-        return RoundSpec(
-            go.version, go.round, go.action, EVALUATION_VECTOR, np.dtype("<f8"),
-            plan.evaluation_shards, [(0, sums)], plan.bitwise,
-        )  # fmt: skip
-    initialise = go.action == GoRecord.ACTION_INITIALISE
-    return RoundSpec(
-        go.version, go.round, go.action,
-        PARAMETERS_VECTOR if initialise else GRADIENT_VECTOR, parameters,
-        1 if initialise else plan.shards, grid, plan.bitwise,
-    )  # fmt: skip
+    def _spec(
+        self,
+        go: GoRecord,
+        vector: str,
+        width: int,
+        dtype: np.dtype[np.generic],
+        grid: list[tuple[int, int]],
+    ) -> RoundSpec:
+        bitwise = self._plan.bitwise
+        return RoundSpec(go.version, go.round, go.action, vector, dtype, width, grid, bitwise)
 
 
 def expected_examples(plan: training_pb2.JobPlan, version: int) -> int:

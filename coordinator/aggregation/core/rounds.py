@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.compressors import Codec, decoded
 from phalanx.errors import InvalidArgument
 from phalanx.reduction import Node, TreeReducer
 from phalanx.v1 import aggregation_service_pb2 as pb
@@ -40,6 +41,10 @@ class RoundSpec:
     grid: list[tuple[int, int]]
     #: Copies of a leaf have equal bits on all workers of the job, so their losses must be equal.
     bitwise: bool = True
+    #: What payloads are encoded with; None: raw elements.
+    codec: Codec | None = None
+    #: Shards of the nodes that may travel; 0: any.
+    unit: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,13 @@ def payload_values(
         raise InvalidArgument(
             f"elements {frame.first_element}+{frame.element_count} are no frame of the range"
         )
+    if spec.unit and frame.node.span != spec.unit:
+        raise InvalidArgument(
+            f"the contribution of {frame.node.span} shards from {frame.node.first} on cannot be "
+            f"taken: this job's travel by nodes of {spec.unit}"
+        )
+    if spec.codec is not None and mask:
+        return index, decoded(spec.codec, payload, frame.element_count)
     expected = frame.element_count * spec.dtype.itemsize if mask else 0
     if len(payload) != expected:
         raise InvalidArgument(

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.aggregation.core.versions import VersionStore, payload_of
+from coordinator.aggregation.core.versions import VersionStore
+from phalanx.compressors import Codec
 from phalanx.errors import DataLoss
 from phalanx.frames import frame_grid
 from phalanx.optimizers import Optimizer
@@ -32,13 +33,13 @@ class Snapshot:
     dtype: np.dtype[np.generic]
     grid: list[tuple[int, int]]
     state_names: tuple[str, ...]
-    frames: list[bytes]
+    frames: list[Array]
     #: Per frame the shared state arrays; None once they are not needed any more.
     state: list[dict[str, Array] | None] = field(default_factory=list)
 
     def parameters(self, index: int) -> Array:
         """The elements of parameter frame `index`."""
-        return payload_of(self.frames[index], self.grid[index][1], self.dtype)
+        return self.frames[index]
 
     def release(self) -> None:
         """Nothing of the state is needed any more: the steps stop copying it."""
@@ -55,11 +56,13 @@ class RangeParameters:
         piece: training_pb2.ParameterRange,
         layout: training_pb2.Layout,
         optimizer: Optimizer,
+        codec: Codec | None = None,
     ) -> None:
+        """`codec` is what versions are encoded with on their way to the workers."""
         self.piece = piece
         self.dtype = np.dtype(layout.dtype).newbyteorder("<")
         self.grid = frame_grid(piece.element_count, self.dtype.itemsize)
-        self.versions = VersionStore(term, piece.index, self.grid, self.dtype)
+        self.versions = VersionStore(term, piece.index, self.grid, self.dtype, codec)
         self._optimizer = optimizer
         self._decay = _decay_frames(layout, piece, self.grid)
         self._state: list[dict[str, Array]] = [
@@ -115,7 +118,7 @@ class RangeParameters:
             dtype=self.dtype,
             grid=self.grid,
             state_names=self._optimizer.state_names,
-            frames=[frame for frame in held.frames if frame is not None],
+            frames=[values for values in held.values if values is not None],
             state=list(self._state),
         )
         self._snapshots = [kept for kept in self._snapshots if any(kept.state)]

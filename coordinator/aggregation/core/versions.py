@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.compressors import Codec, encoded
 from phalanx.errors import Internal
 from phalanx.frames import encode_response
 from phalanx.v1 import aggregation_service_pb2 as pb
@@ -22,10 +23,12 @@ NONE = -1
 class Version:
     """One parameter version of one range."""
 
-    __slots__ = ("frames", "number", "order")
+    __slots__ = ("frames", "number", "order", "values")
 
     def __init__(self, number: int, frame_count: int) -> None:
         self.number = number
+        #: Per frame the elements: views of `frames`, unless these are encoded with a loss.
+        self.values: list[NDArray[np.generic] | None] = [None] * frame_count
         self.frames: list[bytes | None] = [None] * frame_count
         #: Frame indexes in the order in which they were published; senders follow it.
         self.order: list[int] = []
@@ -40,9 +43,15 @@ class VersionStore:
     """At most two versions of one range: the newest whole one and the one that grows from it."""
 
     def __init__(
-        self, term: int, range_index: int, grid: list[tuple[int, int]], dtype: np.dtype[np.generic]
+        self,
+        term: int,
+        range_index: int,
+        grid: list[tuple[int, int]],
+        dtype: np.dtype[np.generic],
+        codec: Codec | None = None,
     ) -> None:
         self.grid = grid
+        self._codec = codec
         self.dtype = dtype
         self._headers = [
             pb.ExchangeResponseHeader(
@@ -90,17 +99,23 @@ class VersionStore:
             raise Internal(f"frame {index} of version {number} was made twice")
         header = self._headers[index]
         header.frame.version = number
-        version.frames[index] = encode_response(header, values.data)
+        if self._codec is None:
+            frame = version.frames[index] = encode_response(header, values.data)
+            version.values[index] = payload_of(frame, len(values), self.dtype)
+        else:
+            kept = version.values[index] = values.copy()
+            kept.flags.writeable = False
+            version.frames[index] = encode_response(header, encoded(self._codec, kept).data)
         version.order.append(index)
         if version.whole:
             self.newest_whole = number
 
     def values(self, number: int, index: int) -> NDArray[np.generic]:
-        """The elements of one published frame, as a read-only view of what is sent."""
-        frame = self._versions[number].frames[index]
-        if frame is None:
+        """The elements of one published frame, read-only; not what is sent if that has a loss."""
+        values = self._versions[number].values[index]
+        if values is None:
             raise Internal(f"frame {index} of version {number} does not exist yet")
-        return payload_of(frame, self.grid[index][1], self.dtype)
+        return values
 
     def drop_before(self, number: int) -> None:
         """Forget all versions below `number`."""

@@ -23,7 +23,6 @@ from coordinator.aggregation.core.rounds import (
     payload_values,
     shards_of,
 )
-from phalanx.errors import InvalidArgument
 from phalanx.reducers import Contribution, Reducer
 from phalanx.reduction import Node
 from phalanx.v1 import aggregation_service_pb2 as pb
@@ -73,10 +72,6 @@ class LeavesRound:
     def contribute(self, frame: pb.ContributionFrame, payload: memoryview) -> Sequence[int]:
         """Take one frame; see `Round.contribute`. All frames complete with the last one."""
         node = check_node(frame.node, self.spec.width)
-        if node.span != 1:
-            raise InvalidArgument(
-                f"{node} cannot be reduced: this job's reducer takes each shard by itself"
-            )
         mask = mask_of(frame, node, self.spec.width)
         index, values = payload_values(self.spec, self._index, frame, payload, mask)
         if self._scalars.pin(node, frame.example_count, frame.loss_sum, mask):

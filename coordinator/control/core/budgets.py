@@ -134,14 +134,16 @@ def _try_elsewhere(
     """Give the shard to a worker that has not failed at it, or again to the only one there is."""
     tree = job.evaluation if message.evaluation else job.train
     failed = frozenset(each.worker_id for each in failures)
-    before = tree.owners.pop(message.shard, "")
-    tree.keepers.pop(message.shard, None)
+    before, freed = tree.owners.get(message.shard, ""), tree.unit_of(message.shard)
+    for shard in freed:
+        tree.owners.pop(shard, None)
+        tree.keepers.pop(shard, None)
     hosting.sync(
         core,
         job,
         cause="leaf_failed",
-        freed=() if message.evaluation else (message.shard,),
-        freed_evaluation=(message.shard,) if message.evaluation else (),
+        freed=() if message.evaluation else freed,
+        freed_evaluation=freed if message.evaluation else (),
         avoided=failed,
     )
     after = tree.owners.get(message.shard, "")

@@ -193,11 +193,11 @@ def _place(
         orphans &= wish.freed
     takers = ready or staying
     if len(orphans) == tree.width and not tree.keepers and not wish.avoided:
-        result = placement.place_first(tree.width, staying)
+        result = placement.place_first(tree.width, staying, tree.unit)
     else:
         avoided = dict.fromkeys(wish.freed, wish.avoided)
         result = placement.place_orphans(
-            tree.owners, orphans, tree.width, takers, tree.keepers, avoided
+            tree.owners, orphans, tree.width, takers, tree.keepers, avoided, tree.unit
         )
     tree.owners = result.owners
     placed = [result.owners[shard] for shard in sorted(result.moved)]
@@ -227,7 +227,7 @@ def _balance(
     staying: dict[str, int],
     takers: dict[str, int],
 ) -> list[str]:
-    result = placement.rebalance(tree.owners, tree.width, staying, takers)
+    result = placement.rebalance(tree.owners, tree.width, staying, takers, tree.unit)
     for shard in result.moved:
         tree.keepers[shard] = tree.owners[shard]
     if result.moved:

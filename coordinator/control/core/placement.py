@@ -37,13 +37,13 @@ def loads(owners: Owners, slots: Mapping[str, int]) -> dict[str, int]:
     return counted
 
 
-def place_first(width: int, slots: Mapping[str, int]) -> Placement:
-    """Place all shards of a tree on workers that hold nothing of it yet."""
+def place_first(width: int, slots: Mapping[str, int], unit: int = 1) -> Placement:
+    """Place all shards of a tree on workers that hold nothing of it yet; whole nodes of `unit`."""
     if not slots or width == 0:
         return Placement({}, frozenset(), "no worker to place shards on")
     candidates = []
-    grain = 1
-    while grain <= width:
+    grain = unit
+    while grain <= max(width, unit):
         owners = _contiguous(width, slots, grain)
         slowest = _slowest(owners, slots)
         vectors = sum(node_count(shards, width) for shards in _by_worker(owners).values())
@@ -65,6 +65,7 @@ def place_orphans(
     takers: Mapping[str, int],
     preferred: Mapping[int, str] | None = None,
     avoided: Mapping[int, frozenset[str]] | None = None,
+    unit: int = 1,
 ) -> Placement:
     """Give `orphans` to workers in `takers` (slots by worker); all other shards stay.
 
@@ -82,7 +83,7 @@ def place_orphans(
             counted[holder] += 1
         else:
             single.append(shard)
-    largest = max(1, len(single) // len(takers))
+    largest = max(unit, len(single) // len(takers))
     for first, span in _pieces(single, width, largest):
         piece = list(range(first, min(first + span, width)))
         chosen = _least_loaded(piece, result, counted, takers, avoided or {})
@@ -94,7 +95,11 @@ def place_orphans(
 
 
 def rebalance(
-    owners: Owners, width: int, slots: Mapping[str, int], takers: Collection[str]
+    owners: Owners,
+    width: int,
+    slots: Mapping[str, int],
+    takers: Collection[str],
+    unit: int = 1,
 ) -> Placement:
     """Move whole nodes from the slowest worker to the fastest of `takers` while that helps.
 
@@ -108,7 +113,7 @@ def rebalance(
         taker = min(takers, key=lambda worker: (counted[worker] / slots[worker], worker))
         # Nobody gives below its share or takes above it, so that no shard moves twice.
         count = min(counted[donor] - share[donor], share[taker] - counted[taker])
-        if count <= 0:
+        if count < unit:
             break
         node = _largest_node(result, width, donor, taker, count)
         result.update(dict.fromkeys(node, taker))

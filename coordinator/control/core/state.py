@@ -162,6 +162,13 @@ class TreePlacement:
     width: int
     owners: dict[int, str] = field(default_factory=dict)
     keepers: dict[int, str] = field(default_factory=dict)
+    unit: int = 1
+    """Shards that are computed by one worker, and move together."""
+
+    def unit_of(self, shard: int) -> range:
+        """Return the shards that move together with one."""
+        first = shard - shard % self.unit
+        return range(first, min(first + self.unit, self.width))
 
     def held_by(self, worker_id: str) -> set[int]:
         """Return the shards that a worker owns or still keeps."""
@@ -453,7 +460,7 @@ def new_runtime(facts: JobFacts) -> JobRuntime:
     """Return the soft state of a job about which nothing is known yet."""
     return JobRuntime(
         job_id=facts.job_id,
-        train=TreePlacement(facts.plan.shards),
+        train=TreePlacement(facts.plan.shards, unit=max(1, facts.plan.unit_span)),
         evaluation=TreePlacement(facts.plan.evaluation_shards),
         storage_term=facts.term,
     )

@@ -100,7 +100,7 @@ def test_nothing_is_applied_before_everything_is_there(jobs: Any) -> None:
 
 def test_a_node_of_several_shards_is_refused(jobs: Any) -> None:
     job = jobs.started(robust_plan(RULES[0]))
-    with pytest.raises(InvalidArgument, match="each shard by itself"):
+    with pytest.raises(InvalidArgument, match="by nodes of 1"):
         job.send(job.nodes_frames([Node(0, 2)]))
 
 

@@ -131,3 +131,26 @@ def test_every_decision_tells_its_reason() -> None:
     assert place_first(4, {}).reason == "no worker to place shards on"
     assert "least load" in place_orphans({}, [0], 1, {"a": 1}).reason
     assert rebalance({0: "a"}, 1, {"a": 1}, ["a"]).reason == "already balanced"
+
+
+def units_whole(owners: dict[int, str], width: int, unit: int) -> bool:
+    return all(owners[shard] == owners[shard - shard % unit] for shard in range(width))
+
+
+def test_units_are_placed_moved_and_balanced_whole() -> None:
+    width, unit, slots = 22, 4, {"a": 1, "b": 1, "c": 2}
+    placed = place_first(width, slots, unit)
+    assert units_whole(placed.owners, width, unit)
+    kept = {shard: worker for shard, worker in placed.owners.items() if worker != "c"}
+    orphans = set(range(width)) - set(kept)
+    after = place_orphans(kept, orphans, width, {"a": 1, "b": 1}, unit=unit)
+    assert units_whole(after.owners, width, unit)
+    joined = {"a": 1, "b": 1, "d": 1}
+    balanced = rebalance(after.owners, width, joined, ["d"], unit)
+    assert balanced.moved
+    assert units_whole(balanced.owners, width, unit)
+
+
+def test_a_tree_of_one_unit_has_one_host() -> None:
+    assert set(place_first(3, {"a": 1, "b": 1}, 4).owners) == {0, 1, 2}
+    assert len(set(place_first(3, {"a": 1, "b": 1}, 4).owners.values())) == 1

@@ -48,6 +48,10 @@ def planned(dataset: Dataset, *settings: str) -> Plan:
         (7, "reduction={krum: {faulty: 2, keep: 0}}", "reduction.krum.keep", "at least 1"),
         (7, "reduction={krum: {faulty: -1}}", "reduction.krum.faulty", "at least 0"),
         (7, "reduction={clip_norm: 0}", "reduction.clip_norm", "above 0"),
+        (7, "compression={cast_to: int4}", "compression.cast_to", "bfloat16 or float16"),
+        (7, "compression={cast_to: ''}", "compression.cast_to", "bfloat16 or float16"),
+        (7, "compression={down_cast_to: int8}", "compression.down_cast_to", "or float16"),
+        (7, "compression={int8: {bucket: 8}}", "compression.int8.bucket", "at least 16"),
     ],
 )
 def test_parts_that_cannot_hold_are_refused(
@@ -71,15 +75,32 @@ def test_the_default_number_of_shards_counts(make_dataset: MakeDataset) -> None:
         ("reduction={krum: {faulty: 1}}", 1),
         ("reduction={clip_norm: 1}", 1),
         ("reduction={weighted_mean: {}}", 0),
+        ("compression={cast_to: float16}", 2),
+        ("compression={int8: {}}", 2),
+        ("compression={down_cast_to: float16}", 0),
     ],
 )
-def test_a_reducer_of_leaves_gets_leaves_and_all_of_each(
-    make_dataset: MakeDataset, setting: str, span: int
-) -> None:
+def test_what_travels(make_dataset: MakeDataset, setting: str, span: int) -> None:
     dataset = make_dataset()
     resolved = specs.prepare(edited(f"train.{setting}"), dataset)
     assert unit_span(resolved) == specs.job_plan(resolved, dataset, "job-1").unit_span == span
     assert needs_one_range(resolved.train) == (span == 1)
+
+
+@pytest.mark.parametrize(
+    ("shards", "span"), [(1, 1), (8, 1), (9, 2), (16, 2), (17, 4), (64, 8), (65, 16)]
+)
+def test_lossy_contributions_travel_in_at_most_eight_nodes(
+    make_dataset: MakeDataset, shards: int, span: int
+) -> None:
+    spec = edited(f"data.shards={shards}", "train.compression={cast_to: bfloat16}")
+    assert unit_span(specs.prepare(spec, make_dataset())) == span
+    assert -(-shards // span) <= 8
+
+
+def test_compressors_have_defaults(make_dataset: MakeDataset) -> None:
+    resolved = specs.prepare(edited("train.compression={int8: {}}"), make_dataset())
+    assert resolved.train.compression.int8.bucket == 512
 
 
 def test_payloads_that_travel_by_themselves_need_memory(make_dataset: MakeDataset) -> None:

@@ -216,8 +216,6 @@ def test_code_has_a_size(make_dataset: MakeDataset) -> None:
         "train.local={steps: 5}",
         "train.all_reduce={}",
         "train.optimizer.clip_norm=1.0",
-        "train.compression={cast_to: bfloat16}",
-        "train.compression={down_cast_to: bfloat16}",
         "train.compression={top_k: {fraction: 0.1}}",
         "train.verification={replicas: 2}",
         "train.privacy={clip_norm: 1.0}",

@@ -42,6 +42,7 @@ CONTRACT = {
         "phalanx_steps_replayed_total": (COUNTER, ("job_id",)),
         "phalanx_staleness_versions": (HISTOGRAM, ("job_id",)),
         "phalanx_wire_bytes_total": (COUNTER, ("job_id", "direction", "encoding")),
+        "phalanx_wire_uncompressed_bytes_total": (COUNTER, ("job_id", "direction")),
         "phalanx_checkpoint_seconds": (HISTOGRAM, ("job_id",)),
         "phalanx_checkpoint_last_success_timestamp_seconds": (GAUGE, ("job_id",)),
     },
