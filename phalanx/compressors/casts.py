@@ -33,7 +33,8 @@ class Bfloat16(Codec):
         # Rounding must not make an infinity of a finite number.
         infinite = (upper & 0x7FFF) == 0x7F80
         upper[infinite] -= 1
-        return upper.astype("<u2").view(np.uint8)
+        data: Bytes = upper.astype("<u2").view(np.uint8)
+        return data
 
     def decode_block(self, data: Bytes, out: Array) -> None:
         """See `Codec`."""
