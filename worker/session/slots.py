@@ -1,7 +1,8 @@
 """The slots of the worker: which leaf process runs what, and what happens when one dies.
 
-A slot runs one task at a time. It has one process for all jobs without code of their own, started
-in advance, and one for each set of user code, so that the code of two jobs never meets.
+A slot runs one task at a time. It has one process for all jobs without code of their own and one
+for each set of user code, so that the code of two jobs never meets. One is started in advance; the
+first job takes it over, whichever kind it is.
 """
 
 from __future__ import annotations
@@ -233,9 +234,22 @@ class SlotPool:
     def _place(self, slot: int, code: str) -> _Place:
         place = self._places.get((slot, code))
         if place is None:
-            place = self._places[slot, code] = _Place(slot, code)
-            self._start(place)
+            spare = self._take_spare(slot)
+            place = self._places[slot, code] = _Place(slot, code, spare)
+            if spare is None:
+                self._start(place)
         return place
+
+    def _take_spare(self, slot: int) -> LeafProcess | None:
+        """A process of the slot that has not heard of any job yet: a start less to wait for."""
+        place = self._places.get((slot, ""))
+        if place is None or place.process is None or place.process.known_jobs:
+            return None
+        asked = slot == 0 and self._fingerprint is not None and not self._fingerprint.done()
+        if asked or place.task is not None or place.describing is not None:
+            return None
+        del self._places[slot, ""]
+        return place.process
 
     def _place_of(self, process: LeafProcess) -> _Place | None:
         return next((each for each in self._places.values() if each.process is process), None)
@@ -284,6 +298,8 @@ class SlotPool:
         if task is not None:
             self._leave(place)
             self._events.task_ended(task, lost=True)
+        if not self._closing and all(slot != place.slot for slot, _ in self._places):
+            self._place(place.slot, "")
         if place.slot not in self._running:
             self._events.slot_idle(place.slot)
 

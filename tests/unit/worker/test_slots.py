@@ -22,7 +22,7 @@ class FakeProcess:
     def __init__(self, limit, on_message, on_log, on_exit) -> None:
         self.page = SimpleNamespace(task=0, shard=-1, leaves=0)
         self.known_jobs: set[int] = set()
-        self.ready = self.killed_as_hung = False
+        self.ready = self.killed_as_hung = self.killed = False
         self.pid = 1
         self.told: list[Kind] = []
         self.on_message, self.on_exit = on_message, on_exit
@@ -33,6 +33,9 @@ class FakeProcess:
 
     def was_out_of_memory(self, code) -> bool:
         return False
+
+    def kill(self) -> None:
+        self.killed = True
 
     def die(self) -> None:
         self.on_exit(self, SIGKILL)
@@ -103,3 +106,53 @@ async def test_a_process_that_dies_over_a_model_is_told_as_the_fault_of_its_job(
     started[0].die()
     answer = await describing
     assert answer.failure.code == "JOB_CODE"
+
+
+CODED = SimpleNamespace(
+    **{**vars(JOB), "code_key": "code", "number": 3, "setup_body": lambda: b""},
+    arena=SimpleNamespace(fd=0),
+)
+
+
+async def set_up(pool, job, process) -> None:
+    """Set a job up; the process says that it has it."""
+    setting_up = asyncio.create_task(pool.set_up(job))
+    await asyncio.sleep(0)
+    body = ipc.pack_json({"job": job.number, "error": ""})
+    process.on_message(process, Message(Kind.SETUP_DONE, body))
+    await setting_up
+
+
+async def test_a_job_with_code_takes_over_the_process_that_was_started_in_advance(pool):
+    await set_up(pool, CODED, started[0])
+    assert started[0].told == [Kind.SETUP]
+    assert len(started) == 1
+
+
+async def test_code_never_gets_a_process_that_has_heard_of_another_job(pool):
+    plain = SimpleNamespace(**{**vars(CODED), "code_key": "", "number": 4})
+    await set_up(pool, plain, started[0])
+    setting_up = asyncio.create_task(pool.set_up(CODED))
+    await asyncio.sleep(0)
+    assert [process.told for process in started] == [[Kind.SETUP], [Kind.SETUP]]
+    setting_up.cancel()
+
+
+async def test_a_process_that_computes_the_fingerprint_is_not_taken_over(pool):
+    asked = asyncio.create_task(pool.fingerprint())
+    await asyncio.sleep(0)
+    setting_up = asyncio.create_task(pool.set_up(CODED))
+    await asyncio.sleep(0)
+    assert started[0].told == [Kind.FINGERPRINT]
+    assert Kind.SETUP in started[1].told
+    setting_up.cancel()
+    asked.cancel()
+
+
+async def test_the_end_of_the_only_code_leaves_a_fresh_process_for_the_next_job(pool):
+    await set_up(pool, CODED, started[0])
+    pool.drop(CODED, code_in_use=False)
+    assert started[0].killed
+    assert len(started) == 2
+    await set_up(pool, SimpleNamespace(**{**vars(CODED), "code_key": "other"}), started[1])
+    assert len(started) == 2
