@@ -7,7 +7,7 @@ import os
 from phalanx.errors import PhalanxError
 from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.process import announce
-from phalanx.rpc.server import Server
+from phalanx.rpc.server import FIXED_WINDOWS, Server
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import StorageMetrics, new_registry
 from phalanx.v1 import (
@@ -51,6 +51,7 @@ class StorageProcess:
             service_names=SERVICE_NAMES,
             registry=registry,
             limits=ServerLimits.of(config),
+            options=FIXED_WINDOWS,
         )
         self.operations = Operations("embedded", metrics)
         self.backend: Backend = open_embedded_backend(

@@ -20,7 +20,7 @@ from coordinator.control.submission import Submissions
 from phalanx.errors import Aborted, PhalanxError, Unavailable
 from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.process import announce
-from phalanx.rpc.server import Server
+from phalanx.rpc.server import FIXED_WINDOWS, Server
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import ControlMetrics, new_registry
 from phalanx.v1 import (
@@ -58,6 +58,7 @@ class ControlProcess:
             service_names=SERVICE_NAMES,
             registry=registry,
             limits=ServerLimits.of(config),
+            options=FIXED_WINDOWS,
             interceptors=[self._forwarding],
         )
         self.store = Store(config.storage)

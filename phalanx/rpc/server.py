@@ -33,6 +33,15 @@ from phalanx.telemetry.metrics import GrpcServerMetrics, new_registry
 HANDSHAKE_TIMEOUT_MS = 3000
 _DEFAULT_LIMITS = ServerLimits()
 
+FIXED_WINDOWS: Options = [
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1024 * 1024),
+]
+"""Options of a server that strangers may send to: so much of a stream is received before somebody
+reads it. Otherwise the window follows the speed of the line, on a fast one to tens of mebibytes,
+which a caller fills with a message that is refused. Messages within the limit are still let in
+whole."""
+
 _log = get_logger(__name__)
 
 
