@@ -209,7 +209,7 @@ class Run:
                 self.world.fail(SimulationFailed(f"{job_id} ended with other bits"))
             elif not job.result.bit_identical or job.result.steps != shape.steps:
                 self.world.fail(SimulationFailed(f"{job_id} ended early: {job.result}"))
-        elif job.state == Job.STATE_CANCELLED and job_id in self.user.cancelled:
+        elif job.state == Job.STATE_CANCELLED and job_id in self.user.cancels:
             outcome.cancelled += 1
             if job_id in self.oracle.final:
                 self.world.fail(SimulationFailed(f"{job_id} was cancelled and has been finished"))

@@ -50,6 +50,8 @@ class User:
         self.shapes = shapes
         self.ids: list[str] = []
         self.last: dict[str, Any] = {}
+        self.cancels: set[str] = set()
+        """Jobs that she asked to cancel, whether she was answered yet or not."""
         self.cancelled: set[str] = set()
         """Jobs whose cancellation was acknowledged."""
         self.pauses = 0
@@ -125,6 +127,7 @@ class User:
         job_id = self.ids[index]
         try:
             if act == "cancel":
+                self.cancels.add(job_id)
                 cancel = job_service_pb2.CancelJobRequest(job_id=job_id, request_id=f"c-{job_id}")
                 await self._insist_twice(lambda stub: stub.CancelJob, cancel)
                 self.cancelled.add(job_id)
