@@ -46,6 +46,7 @@ class _Nothing:
     """Takes every measurement and keeps none."""
 
     def __getattr__(self, name: str) -> _Nothing:
+        setattr(self, name, self)  # found without this the next time
         return self
 
     def __call__(self, *_: Any, **__: Any) -> _Nothing:

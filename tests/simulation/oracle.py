@@ -320,8 +320,22 @@ class Oracle:
             environment.replace(JobRanges, name, self._in_term(getattr(JobRanges, name)))
         self._after(environment, JobRanges, ("checkpoint_done",), _nothing)
         self._after(environment, Copies, ("stream_opened", "stream_closed"), _nothing)
-        environment.replace(Copies, "look", self._counted_if(Copies, "look", any))
-        environment.replace(Cursor, "take", self._counted_if(Cursor, "take", _given))
+        look, take, world = Copies.look, Cursor.take, self.world
+
+        def looked(copies: Copies, now_s: float, *, control_away: bool) -> Any:
+            orders, started = look(copies, now_s, control_away=control_away)
+            if orders or started:
+                world.transitions += 1
+            return orders, started
+
+        def taken(cursor: Cursor) -> bytes | None:
+            message = take(cursor)
+            if message is not None:
+                world.transitions += 1
+            return message
+
+        environment.replace(Copies, "look", looked)
+        environment.replace(Cursor, "take", taken)
 
     def _install_worker(self, environment: Environment) -> None:
         def acted(core: JobCore, _: Any) -> None:
@@ -335,7 +349,15 @@ class Oracle:
         # Parts of events that are counted already.
         parts = ("assign", "prepare_done", "frame_stored", "task_ended")
         self._after(environment, JobCore, parts, acted, counts=False)
-        environment.replace(Outbox, "next", self._counted_if(Outbox, "next", _given))
+        take, world = Outbox.next, self.world
+
+        def taken(outbox: Outbox, aggregator_id: str) -> Any:
+            message = take(outbox, aggregator_id)
+            if message is not None:
+                world.transitions += 1
+            return message
+
+        environment.replace(Outbox, "next", taken)
 
     def _install_storage(self, environment: Environment) -> None:
         fenced = self.fenced
@@ -432,22 +454,6 @@ class Oracle:
             return result
 
         return acted
-
-    def _counted_if(self, owner: Any, name: str, counts: Callable[[Any], bool]) -> Any:
-        real = getattr(owner, name)
-        world = self.world
-
-        def taken(target: Any, *args: Any, **more: Any) -> Any:
-            result = real(target, *args, **more)
-            if counts(result):
-                world.transitions += 1
-            return result
-
-        return taken
-
-
-def _given(message: Any) -> bool:
-    return message is not None
 
 
 def _nothing(_: Any, __: Any) -> None:

@@ -154,8 +154,10 @@ class Run:
     def converge(self) -> None:
         """Run until every job has ended, as they must."""
         world = self.world
-        limit_s = world.now_s + CONVERGES_S
-        world.run(limit_s, lambda: self.user.ended)
+        if self.user.ended:
+            world.stop()
+        self.user.on_end = world.stop
+        world.run(world.now_s + CONVERGES_S)
         if world.failure is None and not self.user.ended:
             states = {
                 job_id: f"{Job.State.Name(job.state)} {job.reason} {job.message}"

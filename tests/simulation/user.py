@@ -58,6 +58,7 @@ class User:
         self.repeats = 0
         """Calls that she made again although they had been answered."""
         self.ended = False
+        self.on_end: Callable[[], None] = lambda: None
         self._controls = controls
         self._storage = storage
         self._chance = chance
@@ -102,6 +103,7 @@ class User:
                 "one request id"
             )
         self.ended = True
+        self.on_end()
 
     # Inside
 

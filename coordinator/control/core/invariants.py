@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from coordinator.control.core.eligibility import TAKES_WORK, choose_hosts, group_of
 from coordinator.control.core.lifecycle import ENDED, PAUSED, QUEUED, RUNNING
 from coordinator.control.core.state import Aggregator, Core, JobRuntime, TreePlacement, Worker
@@ -95,6 +97,11 @@ def _hosts(core: Core, job: JobRuntime) -> None:
 
 def _made_of_nodes(told: set[int], width: int) -> bool:
     """Whether the nodes that a worker was told have exactly these shards below them."""
+    return _nodes_hold(frozenset(told), width)  # few sets, looked at after every event
+
+
+@lru_cache(maxsize=4096)
+def _nodes_hold(told: frozenset[int], width: int) -> bool:
     below = [
         shard
         for run in runs(told)

@@ -117,7 +117,9 @@ class _Time(_Facade):
     """Monotonic clocks are right everywhere; wall clocks are as wrong as faults make them."""
 
     def monotonic(self) -> float:
-        return self._world.loop.now_s
+        world = self._environment.world
+        assert world is not None, "no world is in use"
+        return world.loop.now_s
 
     perf_counter = monotonic
 

@@ -22,6 +22,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import suppress
+from functools import partial
 from heapq import heappop, heappush
 from typing import Any
 
@@ -31,6 +32,8 @@ HANDLES_AT_ONE_INSTANT_MAX = 200_000
 _EXECUTOR_S = (0.0001, 0.002)
 _NOTE = struct.Struct("<dqI")
 _TRACE_BYTES = 65_536
+_TASKS_KEPT = 64
+_WHEN_S, _, _CALLBACK, _, _PROCESS = range(5)
 
 
 class SimulationFailed(AssertionError):
@@ -51,39 +54,32 @@ class Process:
         self.paused = False
         self.wall_offset_ns = 0
         self.deferred: list[_Handle] = []
-        self.tasks: weakref.WeakSet[_Task] = weakref.WeakSet()
+        self.tasks: list[weakref.ref[_Task]] = []
         self.on_death: list[Callable[[], None]] = []
 
     def __repr__(self) -> str:
         return f"<{self.name}#{self.number}>"
 
 
-class _Handle:
-    """A callback of a process; the parts of asyncio.Handle that programs use."""
+class _Handle(list[Any]):
+    """A callback of a process, as far as programs know asyncio.Handle: due when, number, callback
+    (None: cancelled), arguments, process.
 
-    __slots__ = ("args", "callback", "dropped", "process", "when_s")
+    A list, since a run makes very many: they are made and compared without any Python code.
+    """
 
-    def __init__(
-        self,
-        callback: Callable[..., object],
-        args: tuple[Any, ...],
-        process: Process,
-        when_s: float = 0.0,
-    ) -> None:
-        self.callback = callback
-        self.args = args
-        self.process = process
-        self.when_s = when_s
-        self.dropped = False
+    __slots__ = ()
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def cancel(self) -> None:
-        self.dropped = True
+        self[_CALLBACK] = None
 
     def cancelled(self) -> bool:
-        return self.dropped
+        return self[_CALLBACK] is None
 
     def when(self) -> float:
-        return self.when_s
+        when_s: float = self[_WHEN_S]
+        return when_s
 
 
 class _Task(asyncio.Task[Any]):
@@ -104,18 +100,21 @@ class SimulatedLoop:
         self._running = False
         self._executor_delay_s = executor_delay_s
         self._ready: deque[_Handle] = deque()
-        self._timers: list[tuple[float, int, _Handle]] = []
+        self._timers: list[_Handle] = []
         self._numbers = itertools.count(1)
         self._generators: weakref.WeakKeyDictionary[Any, Process] = weakref.WeakKeyDictionary()
-        self.unhandled: list[dict[str, Any]] = []
+        self.stopped = False
+        """Whether the run ends as soon as the clock would move."""
+        this: Any = self
+        # Asked for with each wait, so without Python code in between.
+        self.create_future: Callable[[], asyncio.Future[Any]] = partial(asyncio.Future, loop=this)
 
     # asyncio's side
 
+    get_debug = bool  # no: each future asks
+
     def time(self) -> float:
         return self.now_s
-
-    def get_debug(self) -> bool:
-        return False
 
     def is_running(self) -> bool:
         return True
@@ -126,7 +125,7 @@ class SimulatedLoop:
     def call_soon(
         self, callback: Callable[..., object], *args: Any, context: Any = None
     ) -> _Handle:
-        handle = _Handle(callback, args, self.current)
+        handle = _Handle((0.0, 0, callback, args, self.current))
         self._ready.append(handle)
         return handle
 
@@ -141,13 +140,9 @@ class SimulatedLoop:
         self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None
     ) -> _Handle:
         when_s = self.now_s + delay if delay > 0 else self.now_s
-        handle = _Handle(callback, args, self.current, when_s)
-        heappush(self._timers, (when_s, next(self._numbers), handle))
+        handle = _Handle((when_s, next(self._numbers), callback, args, self.current))
+        heappush(self._timers, handle)
         return handle
-
-    def create_future(self) -> asyncio.Future[Any]:
-        this: Any = self
-        return asyncio.Future(loop=this)
 
     def create_task(
         self, coro: Coroutine[Any, Any, Any] | Generator[Any, None, Any], **_: Any
@@ -156,7 +151,10 @@ class SimulatedLoop:
         task: _Task = _Task.__new__(_Task)
         task.number = number
         task.__init__(coro, loop=self, name="")  # type: ignore[misc]
-        self.current.tasks.add(task)
+        tasks = self.current.tasks
+        tasks.append(weakref.ref(task))
+        if len(tasks) >= _TASKS_KEPT and not len(tasks) & (len(tasks) - 1):
+            tasks[:] = [each for each in tasks if each() is not None]
         return task
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
@@ -175,7 +173,7 @@ class SimulatedLoop:
         return future
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        self.unhandled.append(context)
+        """What asyncio would log."""
 
     # The simulation's side
 
@@ -184,22 +182,22 @@ class SimulatedLoop:
     ) -> _Handle:
         """Schedule a callback that belongs to a process."""
         when_s = max(when_s, self.now_s)
-        handle = _Handle(callback, args, process, when_s)
-        heappush(self._timers, (when_s, next(self._numbers), handle))
+        handle = _Handle((when_s, next(self._numbers), callback, args, process))
+        heappush(self._timers, handle)
         return handle
 
     def call_soon_for(
         self, process: Process, callback: Callable[..., object], *args: Any
     ) -> _Handle:
         """Schedule a callback that belongs to a process, at this instant."""
-        handle = _Handle(callback, args, process)
+        handle = _Handle((0.0, 0, callback, args, process))
         self._ready.append(handle)
         return handle
 
     def interrupt(self, process: Process, callback: Callable[..., object], *args: Any) -> None:
         """Have a process take something in at once, or when it goes on."""
         if process.paused:
-            process.deferred.append(_Handle(callback, args, process))
+            process.deferred.append(_Handle((0.0, 0, callback, args, process)))
             return
         if not self._running:
             self.call_soon_for(process, callback, *args)
@@ -219,8 +217,8 @@ class SimulatedLoop:
         self._ready.clear()
         self._timers.clear()
 
-    def run(self, until_s: float, ended: Callable[[], bool]) -> None:
-        """Run until a time, or until `ended()`, asked whenever the clock is about to move."""
+    def run(self, until_s: float, ended: Callable[[], bool] | None) -> None:
+        """Run until a time, until stopped, or until `ended()`, asked whenever the clock moved."""
         this: Any = self
         asyncio._set_running_loop(this)
         before = sys.get_asyncgen_hooks()
@@ -233,31 +231,33 @@ class SimulatedLoop:
             sys.set_asyncgen_hooks(*before)
             asyncio._set_running_loop(None)
 
-    def _run(self, until_s: float, ended: Callable[[], bool]) -> None:
+    def _run(self, until_s: float, ended: Callable[[], bool] | None) -> None:
         ready, timers, pop = self._ready, self._timers, heappop
         while True:
             if ready:
                 self._run_ready()
-            while timers and (timers[0][2].dropped or not timers[0][2].process.alive):
+            while timers and (timers[0][_CALLBACK] is None or not timers[0][_PROCESS].alive):
                 pop(timers)
-            if not timers or timers[0][0] > until_s:
+            if not timers or timers[0][_WHEN_S] > until_s:
                 self.now_s = max(self.now_s, until_s)
                 return
-            self.now_s = now_s = timers[0][0]
-            ready.append(pop(timers)[2])
-            while timers and timers[0][0] <= now_s:
-                ready.append(pop(timers)[2])
-            if ended():
+            handle = pop(timers)
+            self.now_s = now_s = handle[_WHEN_S]
+            ready.append(handle)
+            while timers and timers[0][_WHEN_S] <= now_s:
+                ready.append(pop(timers))
+            if self.stopped or (ended is not None and ended()):
                 return
 
     def _run_ready(self) -> None:
         """Run everything at this instant, and what follows from it at once."""
-        take = self._ready.popleft
+        ready = self._ready
+        take = ready.popleft
         count = 0
-        while self._ready:
+        while ready:
             handle = take()
-            process = handle.process
-            if handle.dropped or not process.alive:
+            _, _, callback, args, process = handle
+            if callback is None or not process.alive:
                 continue
             if process.paused:
                 process.deferred.append(handle)
@@ -265,7 +265,7 @@ class SimulatedLoop:
             count += 1
             self.current = process
             try:
-                handle.callback(*handle.args)
+                callback(*args)
             except Killed:
                 continue
             if count > HANDLES_AT_ONE_INSTANT_MAX:
@@ -316,6 +316,7 @@ class World:
         """End the run as failed. The programs may catch what is raised in them; this stays."""
         if self.failure is None:
             self.failure = error
+            self.loop.stopped = True
             self.say(f"FAILED: {error}")
 
     def note(self, number: int, data: bytes) -> None:
@@ -385,8 +386,12 @@ class World:
             warnings.simplefilter("ignore")  # what a dying program begins, nobody awaits
             last = -1
             # Cleaning up begins tasks, which never run: they are closed as well.
-            while tasks := [each for each in process.tasks if each.number > last]:
-                for task in sorted(tasks, key=lambda each: each.number):
+            while tasks := [
+                task
+                for each in process.tasks
+                if (task := each()) is not None and task.number > last
+            ]:
+                for task in tasks:
                     last = task.number
                     task._log_destroy_pending = False  # type: ignore[attr-defined]
                     with suppress(BaseException):
@@ -415,13 +420,18 @@ class World:
         """Do something from outside of all processes."""
         self.loop.call_at_for(self.outside, when_s, act)
 
-    def run(self, until_s: float, ended: Callable[[], bool] = lambda: False) -> None:
-        """Run until a virtual time or `ended()`."""
+    def stop(self) -> None:
+        """End this run, or else the next one, before the clock moves again."""
+        self.loop.stopped = True
+
+    def run(self, until_s: float, ended: Callable[[], bool] | None = None) -> None:
+        """Run until a virtual time, `stop` or `ended()`."""
         collects = gc.isenabled()
         gc.disable()
         try:
-            self.loop.run(until_s, lambda: self.failure is not None or ended())
+            self.loop.run(until_s, ended)
         finally:
+            self.loop.stopped = self.failure is not None
             if collects:
                 gc.enable()
 

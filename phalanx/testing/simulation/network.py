@@ -17,6 +17,7 @@ Link = tuple[str, str]
 """Names of sender and receiver."""
 
 LATENCY_S = (0.0001, 0.003)
+_LEAST_S, _SPREAD_S = LATENCY_S[0], LATENCY_S[1] - LATENCY_S[0]
 
 
 class Pipe:
@@ -136,9 +137,8 @@ class Network:
 
     def latency_s(self, link: Link) -> float:
         """How long the next message takes."""
-        latency_s = LATENCY_S[0] + self._random() * (LATENCY_S[1] - LATENCY_S[0])
-        factor = self.slow.get(link)
-        return latency_s if factor is None else latency_s * factor
+        latency_s = _LEAST_S + self._random() * _SPREAD_S
+        return latency_s * self.slow.get(link, 1.0) if self.slow else latency_s
 
     def is_blocked(self, first: str, second: str) -> bool:
         """Whether a connection between two processes cannot be made."""

@@ -61,16 +61,20 @@ class Half:
 
     async def next(self, other: Half) -> bytes | None:
         """The next message; None at the end."""
-        while not self.arrived:
+        arrived = self.arrived
+        while not arrived:
             if self.eof:
                 return None
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        other.consumed()
-        return self.arrived.popleft()
+            self._waiter = waiter = asyncio.get_running_loop().create_future()
+            await waiter
+        # What `other` has under way or unread is one less.
+        other.unread -= 1
+        if other._room is not None:
+            other.consumed()
+        return arrived.popleft()
 
     def consumed(self) -> None:
-        self.unread -= 1
+        """The other side took a message, and this one's writer waits for room."""
         if self._room is not None and self.unread < WINDOW_MESSAGES and self.pipe is not None:
             room, self._room = self._room, None
             self.pipe.network.world.loop.call_soon_for(self.pipe.sender, _release, room)
@@ -81,13 +85,15 @@ class Half:
         if room is not None:
             _release(room)
 
-    async def send(self, data: bytes) -> None:
+    def send(self, data: bytes) -> asyncio.Future[None] | None:
+        """Send a message; returns what to wait for where the window is full now."""
         assert self.pipe is not None
         self.unread += 1
         self.pipe.send("message", data)
-        if self.unread >= WINDOW_MESSAGES:
-            self._room = asyncio.get_running_loop().create_future()
-            await self._room
+        if self.unread < WINDOW_MESSAGES:
+            return None
+        self._room = asyncio.get_running_loop().create_future()
+        return self._room
 
 
 class Call:
@@ -193,8 +199,9 @@ class ServerContext:
     async def write(self, message: Any) -> None:
         if self.finished:
             raise asyncio.InvalidStateError("the call is over")
-        data = self.serialize(message)
-        await self.call.server_half.send(data)
+        room = self.call.server_half.send(self.serialize(message))
+        if room is not None:
+            await room
 
     async def abort(
         self,

@@ -167,7 +167,9 @@ class ClientCall:
         if self._call is None:
             await self.raise_for_status()
             return
-        await self._half.send(self._serialize(message))
+        room = self._half.send(self._serialize(message))
+        if room is not None:
+            await room
         if self.done():
             await self.raise_for_status()
 
@@ -194,7 +196,11 @@ class ClientCall:
 
     async def read(self) -> Any:
         try:
-            data = await self._next()
+            if self._call is not None:
+                data = await self._half.next(self._call.server_half)
+            else:
+                data = None
+                await self._wait()
         except asyncio.CancelledError:
             self.cancel()
             raise
@@ -202,12 +208,6 @@ class ClientCall:
             await self.raise_for_status()
             return grpc.aio.EOF
         return self._deserialize(data)
-
-    async def _next(self) -> bytes | None:
-        if self._call is None:
-            await self._wait()
-            return None
-        return await self._half.next(self._call.server_half)
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self._unary().__await__()
