@@ -19,7 +19,7 @@ from tests.simulation.faults import Faults, fault_kinds
 from tests.simulation.ledger import Ledger
 from tests.simulation.oracle import Oracle
 from tests.simulation.races import Races
-from tests.simulation.scripts import play
+from tests.simulation.scripts import drawn, play
 from tests.simulation.user import Job, User
 
 FIRST_FAULT_S = 0.3
@@ -54,6 +54,10 @@ class Settings:
     """A strike in the act that comes again and again, see `Faults.strike_at`."""
     script: str = ""
     """What is done to the cluster besides what is drawn, see `scripts`."""
+    script_s: float = 1.5
+    """When it begins."""
+    lasting: bool = True
+    """Whether a run of the swarm may draw a script, see `scripts.drawn`."""
 
 
 @dataclass
@@ -240,6 +244,8 @@ def simulate(
     """
     clock_s = time.process_time()
     settings = replace(draw(seed), **changed)
+    if only is None:
+        settings = drawn(settings, random.Random(f"script {seed}"))
     run = Run(given, settings, seed, log)
     try:
         run.start()
@@ -253,7 +259,7 @@ def simulate(
             schedule = Schedule(run.world, chosen, every_s=settings.every_s, share=1.0)
         schedule.begin(FIRST_FAULT_S, settings.faults_s)
         run.faults.strike_at(settings.strike, random.Random(f"strike {seed}"))
-        play(run.cluster, settings.script, run.oracle)
+        play(run.cluster, settings.script, run.oracle, settings.script_s)
         run.world.run(settings.faults_s)
         run.cluster.healed = True
         schedule.heal()

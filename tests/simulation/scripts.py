@@ -1,20 +1,43 @@
-"""What happens in directed scenarios, besides the faults that are drawn.
+"""What happens in directed scenarios and in part of the swarm, besides the faults that are drawn.
 
 Some of it is never healed: the work must end without whoever it struck.
 """
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+from typing import Any
+
 from tests.simulation.cluster import Cluster
 from tests.simulation.oracle import Oracle
 
-BEGINS_S = 1.5
+SHARE = 0.15
+"""Part of the swarm's runs that have a script, too."""
+
 LAGS_S = 4.0
 MEETS_S = 3.0
 RETURNS_S = 11.0
 
 
-def play(cluster: Cluster, name: str, oracle: Oracle) -> None:
+def drawn(settings: Any, chance: random.Random) -> Any:
+    """The settings of a run of the swarm, in some of which something lasts, too."""
+    possible = []
+    if settings.workers > 1 and not settings.mixed:  # somebody is left who has the job's bits
+        possible += ["stopped_worker", "stuck_payloads", "others_leave_a_laggard"]
+        possible += ["dies_between_ranges"] * (settings.aggregators > 1)
+    if settings.controls > 1:
+        possible.append("two_leaders")
+    if settings.script or not settings.lasting or not possible or chance.random() >= SHARE:
+        return settings
+    script, begins_s = chance.choice(possible), chance.uniform(0.5, 3.0)
+    faults_s = settings.faults_s
+    if script == "two_leaders":
+        faults_s = max(faults_s, begins_s + RETURNS_S + 1.0)
+    return replace(settings, script=script, script_s=begins_s, faults_s=faults_s)
+
+
+def play(cluster: Cluster, name: str, oracle: Oracle, begins_s: float) -> None:
     """Plan a script; nothing is planned for an empty name."""
     if name:
         first = cluster.workers[0]
@@ -25,13 +48,14 @@ def play(cluster: Cluster, name: str, oracle: Oracle) -> None:
             "dies_between_ranges": lambda: _die(cluster, oracle, first),
             "two_leaders": lambda: _part(cluster, oracle),
         }[name]
-        cluster.world.at(BEGINS_S, begin)
+        cluster.world.at(begins_s, begin)
 
 
 def _stop(cluster: Cluster, name: str) -> None:
     """A worker is stopped with all its sockets open, for good."""
     cluster.lost.add(name)
-    cluster.world.pause(cluster.alive[name])
+    if cluster.is_alive(name):
+        cluster.world.pause(cluster.alive[name])
 
 
 def _cut(cluster: Cluster, name: str) -> None:
@@ -43,6 +67,8 @@ def _cut(cluster: Cluster, name: str) -> None:
 def _lag(cluster: Cluster, name: str) -> None:
     """A worker is stopped for some versions; soon after it goes on the others are gone for good."""
     world = cluster.world
+    if not cluster.is_alive(name):
+        return
     process = cluster.alive[name]
     world.pause(process)
     world.at(world.now_s + LAGS_S, lambda: world.resume(process))
