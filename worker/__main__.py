@@ -1,8 +1,13 @@
 """`python -P -m worker`: the worker as a process of its own."""
 
+import os
 import sys
 
-from worker.main import main
+from phalanx.blas import pin_one_thread
 
 if __name__ == "__main__":
+    # Before NumPy is imported: leaf processes are forks of this one.
+    pin_one_thread(os.environ)
+    from worker.main import main
+
     sys.exit(main())

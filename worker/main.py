@@ -7,6 +7,7 @@ import contextlib
 import gc
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from phalanx.clients.storage import StorageClient
@@ -18,6 +19,7 @@ from phalanx.telemetry.http import MetricsServer
 from phalanx.telemetry.metrics import WorkerMetrics, new_registry
 from worker.config import WorkerConfig
 from worker.session.app import Session
+from worker.session.leaf_server import LeafServer
 
 _RETRY_MAX_S = 2.0
 
@@ -58,11 +60,14 @@ class Downloads:
             await self._client.close()
 
 
-async def serve(config: WorkerConfig, stop: asyncio.Event) -> None:
+async def serve(
+    config: WorkerConfig, stop: asyncio.Event, leaves: LeafServer | None = None
+) -> None:
     """Run a worker until `stop` is set or control has drained it."""
     registry = new_registry()
     downloads = Downloads(config.storage[0] if config.storage else None)
-    session = Session(config, WorkerMetrics(registry), downloads.to_file, downloads.found)
+    metrics = WorkerMetrics(registry)
+    session = Session(config, metrics, downloads.to_file, downloads.found, leaves)
     http: MetricsServer | None = None
     if config.metrics_listen is not None:
         http = MetricsServer(config.metrics_listen, registry, lambda: True)
@@ -90,5 +95,8 @@ async def serve(config: WorkerConfig, stop: asyncio.Event) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the settings and run; returns the exit code."""
+    config = parse(WorkerConfig, argv, prog="phalanx worker")
+    # Before there are threads and connections, and with the memory allocator's own settings.
+    leaves = LeafServer.forked()
     reuse_large_buffers()
-    return run_service(parse(WorkerConfig, argv, prog="phalanx worker"), serve, role="worker")
+    return run_service(config, partial(serve, leaves=leaves), role="worker")

@@ -13,7 +13,8 @@ _IMPORTS = {
     STORAGE: ("storage.config", "storage.runtime"),
     CONTROL: ("coordinator.control.main",),
     AGGREGATOR: ("coordinator.aggregation.main",),
-    WORKER: ("worker.main",),
+    # The last three are what a worker's leaf processes load.
+    WORKER: ("worker.main", "worker.leaf.loop", "phalanx.numeric_fingerprint", "numpy.random"),
 }
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from phalanx.local.forks import ForkedProcess, ForkServer
+from phalanx.forking.client import ForkedProcess
+from phalanx.local.forks import ForkServer
 from phalanx.local.restarts import RestartPolicy
 from phalanx.local.state import Member
 

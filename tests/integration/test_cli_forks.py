@@ -1,11 +1,13 @@
 """Members as forks: what a program around them, and deaths in an odd order, must not do to them."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from phalanx.local.forks import ForkServer
@@ -63,6 +65,22 @@ def test_a_server_that_is_stopped_is_woken_up(server, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(GUARD_S)
     assert process.poll() == -signal.SIGTERM
+
+
+def test_a_process_whose_handle_finds_no_room_here_is_ended(server, tmp_path):
+    start(server, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(tmp_path / "member.log", "ab") as log:
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                server.fork("forked_member", [], imports=(), cwd=tmp_path, log=log.fileno())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(psutil.Process(server._server.pid).children()) == 1
+    assert start(server, tmp_path).poll() is None
 
 
 PROGRAM = """

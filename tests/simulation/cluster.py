@@ -83,6 +83,15 @@ class _FileSink(phalanx.clients.blob_transfers.MemorySink):
         return self.size_bytes
 
 
+class _LeafServer:
+    """Leaf processes of simulated machines need nobody who starts them."""
+
+    ready = True
+
+    def forget(self) -> None:
+        pass
+
+
 class Services:
     """Replaces what the services would ask of the machine; one for as many runs as wanted."""
 
@@ -128,6 +137,7 @@ class Services:
         replace(coordinator.control.model_writer, "_versions", dict)
         replace(worker.session.app, "stored_fingerprint", _fingerprint)
         replace(worker.session.app, "BlobCache", self._cache)
+        replace(worker.session.slots, "LeafServer", _LeafServer)
         replace(worker.session.slots, "LeafProcess", self._leaf)
         replace(worker.session.setup, "Arena", self)
         replace(phalanx.clients.blob_transfers, "FileSink", _FileSink)
@@ -152,7 +162,7 @@ class Services:
         assert self.machines is not None
         return Cache(self.machines, download)
 
-    def _leaf(self, limit: int, on_message: Any, on_log: Any, on_exit: Any) -> Leaf:
+    def _leaf(self, _leaves: Any, _limit: int, on_message: Any, on_log: Any, on_exit: Any) -> Leaf:
         assert self.machines is not None
         return Leaf(self.machines, on_message, on_exit)
 

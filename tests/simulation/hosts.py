@@ -97,7 +97,7 @@ class Leaf:
         self.page = Page()
         self.ready = False
         self.known_jobs: set[int] = set()
-        self.killed_as_hung = False
+        self.killed_as_hung = self.orphaned = False
         self.pid = 0
         self._machines = machines
         self._loop = machines.world.loop

@@ -34,6 +34,7 @@ from worker.core.session import WorkerCore
 from worker.session.chunks import ChunkServer
 from worker.session.fingerprint import stored_fingerprint
 from worker.session.hosting import HostedJob
+from worker.session.leaf_server import LeafServer
 from worker.session.logs import LogCollector
 from worker.session.process import LeafProcess
 from worker.session.setup import PreparedJob, prepare
@@ -55,7 +56,8 @@ _log = get_logger(__name__)
 
 
 class Session:
-    """One worker. `download` gets blobs from storage; `storage_found` learns its address."""
+    """One worker. `download` gets blobs from storage; `storage_found` learns its address; `leaves`
+    starts its leaf processes."""
 
     def __init__(
         self,
@@ -63,6 +65,7 @@ class Session:
         metrics: WorkerMetrics,
         download: Download,
         storage_found: Callable[[str], None],
+        leaves: LeafServer | None = None,
     ) -> None:
         self._config = config
         self._metrics = metrics
@@ -72,7 +75,7 @@ class Session:
         self._core = WorkerCore(config.slot_count)
         self._cache = BlobCache(config.cache_dir, config.cache_bytes, download, metrics)
         self._slots = SlotPool(
-            config.slot_count, config.slot_memory_bytes, config.leaf_timeout_s, self
+            config.slot_count, config.slot_memory_bytes, config.leaf_timeout_s, self, leaves
         )
         self._chunks = ChunkServer(self._cache, self._slots.fetched)
         self._control = MemberSession(

@@ -7,26 +7,16 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
+from phalanx.forking.client import ForkedProcess
 from phalanx.telemetry.logs import get_logger
 from worker import ipc
 from worker.ipc import ConnectionClosed, Kind, Message
 from worker.memory import ProgressPage
+from worker.session.leaf_server import LeafServer
 from worker.session.sending import SocketSender
-
-SINGLE_THREAD = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "BLIS_NUM_THREADS": "1",
-    "NUMEXPR_NUM_THREADS": "1",
-    "VECLIB_MAXIMUM_THREADS": "1",
-}
-"""Numeric libraries read these when they are loaded; more threads would give other bits."""
 
 _LOG_READ_BYTES = 65_536
 _LAST_READS_MAX = 64
@@ -36,7 +26,7 @@ _log = get_logger(__name__)
 
 
 class LeafProcess:
-    """A running leaf process. Made in the event loop's thread, which must outlive it.
+    """A running leaf process. Made in the event loop's thread, by a leaf server that is ready.
 
     Raises OSError where it cannot be started; then nothing of it is left.
 
@@ -46,6 +36,7 @@ class LeafProcess:
 
     def __init__(
         self,
+        leaves: LeafServer,
         memory_limit_bytes: int,
         on_message: Callable[[LeafProcess, Message], None],
         on_log: Callable[[LeafProcess, str, bytes], None],
@@ -67,16 +58,13 @@ class LeafProcess:
             self._socket, child = socket.socketpair()
             unmade.callback(self._socket.close)
             unmade.callback(self._close_logs)
-            self._popen = self._spawn(child, memory_limit_bytes)
-            self.pid = self._popen.pid
-            unmade.callback(self._popen.wait)
-            unmade.callback(self.kill)
-            self._pidfd = os.pidfd_open(self.pid)
+            self._process = self._spawn(leaves, child, memory_limit_bytes)
             unmade.pop_all()
+        self.pid = self._process.pid
         self._socket.setblocking(False)
         self._sender = SocketSender(self._loop, self._socket)
         self._loop.add_reader(self._socket, self._readable)
-        self._loop.add_reader(self._pidfd, self._exited)
+        self._loop.add_reader(self._process.handle, self._exited)
 
     def send(self, kind: Kind, body: bytes = b"", fds: tuple[int, ...] = ()) -> None:
         """Send a message; what the socket does not take at once follows as soon as it does."""
@@ -84,8 +72,7 @@ class LeafProcess:
 
     def kill(self) -> None:
         """End the process and whatever it started, at once; `on_exit` follows."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill_group()
 
     def hung(self) -> None:
         """Kill it for not making progress."""
@@ -96,9 +83,16 @@ class LeafProcess:
         """Whether its end was the kernel's way of making room."""
         return code == -signal.SIGKILL and _oom_kills() > self._oom_kills
 
+    @property
+    def orphaned(self) -> bool:
+        """Whether its end was that of the process that had started it."""
+        return self._process.orphaned
+
     # Inside
 
-    def _spawn(self, child: socket.socket, memory_limit_bytes: int) -> subprocess.Popen[bytes]:
+    def _spawn(
+        self, leaves: LeafServer, child: socket.socket, memory_limit_bytes: int
+    ) -> ForkedProcess:
         with child, contextlib.ExitStack() as writers:
             outputs = []
             for level in ("info", "error"):
@@ -108,24 +102,7 @@ class LeafProcess:
                 os.set_blocking(reader, False)
                 self._logs[reader] = level
                 self._loop.add_reader(reader, self._printed, reader)
-            return subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "worker.leaf",
-                    str(child.fileno()),
-                    str(self.page.fd),
-                    str(os.getpid()),
-                    str(memory_limit_bytes),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=outputs[0],
-                stderr=outputs[1],
-                pass_fds=(child.fileno(), self.page.fd),
-                env=_environment(os.environ),
-                start_new_session=True,
-            )
+            return leaves.start_leaf(memory_limit_bytes, [*outputs, child.fileno(), self.page.fd])
 
     def _readable(self) -> None:
         try:
@@ -164,14 +141,14 @@ class LeafProcess:
 
     def _exited(self) -> None:
         """Take what it still said and printed, then report its end."""
-        self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
+        self._loop.remove_reader(self._process.handle)
         for take in (self._last_messages, self.kill, self._last_prints):
             try:
                 take()
             except Exception:  # noqa: BLE001 - a slot whose process has no end is lost for good
                 _log.exception("last_words_of_leaf_process_lost", pid=self.pid)
-        code = self._popen.wait()
+        code = self._process.poll()
+        assert code is not None
         self._close_logs()
         self._sender.close()
         self._loop.remove_reader(self._socket)
@@ -205,13 +182,6 @@ def describe_exit(code: int) -> str:
         return f"signal {signal.Signals(-code).name}"
     except ValueError:
         return f"signal {-code}"
-
-
-def _environment(parent: Mapping[str, str]) -> dict[str, str]:
-    # Python finds this very code, wherever the session process was started from.
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, [parent.get("PYTHONPATH")])]
-    return {**parent, **SINGLE_THREAD, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _oom_kills() -> int:

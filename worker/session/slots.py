@@ -22,6 +22,7 @@ from worker.core.restarts import Restarts
 from worker.core.rounds import LeafFailure, PartState
 from worker.core.rows import rows_of_shard
 from worker.ipc import Kind, Message
+from worker.session.leaf_server import LeafServer
 from worker.session.process import LeafProcess, describe_exit
 from worker.session.setup import PreparedJob
 
@@ -82,9 +83,15 @@ class SlotPool:
     """Leaf processes of `count` slots. Use it in one event loop."""
 
     def __init__(
-        self, count: int, memory_limit_bytes: int, leaf_timeout_s: float, events: SlotEvents
+        self,
+        count: int,
+        memory_limit_bytes: int,
+        leaf_timeout_s: float,
+        events: SlotEvents,
+        leaves: LeafServer | None = None,
     ) -> None:
         self._events = events
+        self._leaves = leaves if leaves is not None else LeafServer()
         self._memory_limit_bytes = memory_limit_bytes
         self._patience = [Patience(leaf_timeout_s, _TICK_MAX_S) for _ in range(count)]
         self._leaf_timeout_s = leaf_timeout_s
@@ -228,6 +235,7 @@ class SlotPool:
             process.kill()
         if self._gone:
             await asyncio.wait(list(self._gone.values()), timeout=5.0)
+        self._leaves.forget()
 
     # Inside
 
@@ -257,9 +265,16 @@ class SlotPool:
     def _start(self, place: _Place) -> None:
         if self._closing or self._places.get((place.slot, place.code)) is not place:
             return
+        if not self._leaves.ready:
+            self._leaves.call_when_ready(lambda: self._start(place))
+            return
         try:
             process = LeafProcess(
-                self._memory_limit_bytes, self._on_message, self._events.printed, self._on_exit
+                self._leaves,
+                self._memory_limit_bytes,
+                self._on_message,
+                self._events.printed,
+                self._on_exit,
             )
         except OSError as error:
             # No memory or no process to be had, most likely for a moment.
@@ -403,12 +418,13 @@ class SlotPool:
         place.setting_up.clear()
         task, job = place.task, place.job
         # What a process is told it does in turn: while a task ran no model was being built.
-        guiltless = task is not None and process.page.task == task.id
+        guiltless = process.orphaned or (task is not None and process.page.task == task.id)
         if place.describing is not None and not place.describing.done() and not guiltless:
             place.describing.set_exception(_Died(how))
         if task is not None:
             self._leave(place)
-            self._blame(task, job, process, code)
+            if not process.orphaned:
+                self._blame(task, job, process, code)
             self._events.task_ended(task, lost=True)
         self._start_again(place)
 

@@ -33,14 +33,30 @@ FICKLE = '''
 """A model that does what its arguments say when a leaf holds a certain row."""
 
 import ctypes
+import faulthandler
+import json
 import os
+import random
+import resource
 import signal
+import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 
 from phalanx.models import UserModel
+
+
+def multiplied_in_a_child():
+    """Whether threads and processes of user code work."""
+    program = [sys.executable, "-c", "import phalanx; print(6 * 7)"]
+    found = []
+    thread = threading.Thread(target=lambda: found.append(subprocess.check_output(program)))
+    thread.start()
+    thread.join()
+    return int(found[0])
 
 
 class Fickle(UserModel):
@@ -90,6 +106,21 @@ class Fickle(UserModel):
         print("said by the leaf")
         print("complained by the leaf", file=sys.stderr)
         os.write(1, b"said without Python\\n")
+
+    def tell(self):
+        """What user code may notice of the process that it runs in."""
+        facts = {
+            "drawn": [random.random(), np.random.random()],
+            "folder": os.getcwd(),
+            "path": sys.path,
+            "threads": os.environ["OPENBLAS_NUM_THREADS"],
+            "read": sys.stdin.read(),
+            "session": os.getsid(0) == os.getpid(),
+            "core": resource.getrlimit(resource.RLIMIT_CORE)[0],
+            "faults": faulthandler.is_enabled(),
+            "multiplied": multiplied_in_a_child(),
+        }
+        print("facts", json.dumps(facts))
 
 
 def build(schema, **arguments):

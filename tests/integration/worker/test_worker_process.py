@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from phalanx.testing.servers import ScriptedCluster
@@ -37,30 +38,41 @@ class WorkerProcess:
         facts: dict[str, Any] = json.loads(self._announce.read_text())
         return facts
 
-    def children(self) -> list[int]:
-        path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
-        return [int(pid) for pid in path.read_text().split()]
+    def leaf_server(self) -> int:
+        (server,) = _children(self.pid)
+        return server
+
+    def leaves(self) -> list[int]:
+        return _children(self.leaf_server())
 
     async def exit_code(self) -> int:
         async with asyncio.timeout(DEADLINE_S):
             return await self.process.wait()
 
 
+def _children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()]
+
+
 @pytest.fixture
 async def spawn(tmp_path: Path) -> AsyncIterator[Any]:
     started: list[WorkerProcess] = []
 
-    async def start(control: str, storage: str, *arguments: str) -> WorkerProcess:
+    async def start(
+        control: str, storage: str, *arguments: str, program: tuple[str, ...] = ("-P", "-m")
+    ) -> WorkerProcess:
         name = f"worker-{len(started)}"
         log = tmp_path / f"{name}.log"
         announce = tmp_path / f"{name}.json"
         with log.open("wb") as stderr:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-P", "-m", "worker", "--id", name, "--control", control),
+                *(*program, "worker", "--id", name, "--control", control),
                 *("--storage", storage, "--slots", "2", "--announce", str(announce)),
                 *("--cache-dir", str(tmp_path / "cache"), *arguments),
                 stderr=stderr,
+                cwd=tmp_path,
                 env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
             )
         worker = WorkerProcess(process, announce, log)
@@ -107,16 +119,140 @@ async def test_a_killed_session_process_leaves_no_orphan(bench: Any, spawn: Any)
             worker, _, _ = await _busy_worker(
                 bench, spawn, control, aggregator, cluster, hold_s=600
             )
-            children = worker.children()
-            assert len(children) >= 2
-            assert os.SCHED_BATCH in map(os.sched_getscheduler, children)
-            pidfds = [os.pidfd_open(pid) for pid in children]
+            leaves = worker.leaves()
+            assert len(leaves) >= 2
+            assert {os.sched_getscheduler(leaf) for leaf in leaves} == {os.SCHED_BATCH}
+            pidfds = [os.pidfd_open(pid) for pid in (worker.leaf_server(), *leaves)]
+            # Neither who is busy nor who is stopped may stay.
+            os.kill(leaves[0], signal.SIGSTOP)
+            os.kill(worker.leaf_server(), signal.SIGSTOP)
             os.kill(worker.pid, signal.SIGKILL)
             try:
                 await _gone(pidfds)
             finally:
                 for fd in pidfds:
                     os.close(fd)
+
+
+def _descriptors(pid: int) -> list[str]:
+    """What a process has open, in order, without numbers that tell nothing."""
+    numbers = sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+    return [os.readlink(f"/proc/{pid}/fd/{number}").split(":")[0] for number in numbers]
+
+
+async def test_leaf_processes_inherit_nothing_of_the_session_process(
+    bench: Any, spawn: Any
+) -> None:
+    plan = bench.job(shards=4)
+    with ScriptedCluster() as cluster:
+        cluster.blobs.update(bench.blobs)
+        async with ScriptedControl() as control:
+            worker = await spawn(control.address, cluster.address)
+            session = await control.next_session()
+            await session.send(describe_job={"plan": plan})
+            assert (await session.receive("job_described")).leaf_sha256
+            server, leaves = psutil.Process(worker.leaf_server()), worker.leaves()
+            assert _descriptors(server.pid)[:2] == ["socket", "/dev/null"]
+            assert len(_descriptors(server.pid)) == 3
+            for leaf in map(psutil.Process, leaves):
+                found = _descriptors(leaf.pid)
+                assert found[:3] == ["/dev/null", "pipe", "pipe"]
+                # Its own connection; the rest is memory and chunks that it has mapped.
+                assert found[3:].count("socket") == 1
+                assert not {"pipe", "anon_inode"} & set(found[3:])
+                assert leaf.name() == "leaf"
+                assert f"leaf of process {worker.pid}" in " ".join(leaf.cmdline())
+            assert server.name() == "leaf-server"
+            # One thread each: a fork of more copies locks that nobody will ever open.
+            assert {psutil.Process(pid).num_threads() for pid in (server.pid, *leaves)} == {1}
+            assert len({os.getsid(pid) for pid in (worker.pid, server.pid, *leaves)}) == 4
+
+
+async def test_a_leaf_server_that_dies_is_replaced_and_no_leaf_is_blamed(
+    bench: Any, spawn: Any
+) -> None:
+    with ScriptedCluster() as cluster:
+        async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+            worker, session, stream = await _busy_worker(
+                bench, spawn, control, aggregator, cluster, hold_s=1
+            )
+            old = {worker.leaf_server(), *worker.leaves()}
+            os.kill(worker.leaf_server(), signal.SIGKILL)
+            frame, _ = await stream.receive_frame()
+            assert (frame.step, frame.example_count) == (0, 64)
+            assert not session.has_received("leaf_failed")
+            assert not old & {worker.leaf_server(), *worker.leaves()}
+            for leaf in worker.leaves():
+                # Of the session process's connections, which it has by now, they have none.
+                assert _descriptors(leaf).count("socket") == 1
+
+
+async def test_a_leaf_server_that_is_stopped_is_woken_up(bench: Any, spawn: Any) -> None:
+    with ScriptedCluster() as cluster:
+        async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+            worker, _, stream = await _busy_worker(
+                bench, spawn, control, aggregator, cluster, hold_s=0
+            )
+            await stream.receive_frame()
+            server = worker.leaf_server()
+            os.kill(server, signal.SIGSTOP)
+            for leaf in worker.leaves():
+                os.kill(leaf, signal.SIGKILL)
+            await stream.send_version(1, 0, np.zeros(3, np.float32))
+            await stream.send_go(bench.go(1))
+            frame, _ = await stream.receive_frame()
+            assert frame.step == 1
+            assert worker.leaf_server() == server
+
+
+CLOSED = """
+import os, sys
+for number in range(3):
+    os.close(number)
+os.execv(sys.executable, [sys.executable, "-P", "-m", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize(
+    "program", [("-P", "-m"), ("-m",), ("-c", CLOSED)], ids=["usual", "unsafe path", "no streams"]
+)
+async def test_user_code_meets_a_process_of_its_own(
+    bench: Any, spawn: Any, tmp_path: Path, program: tuple[str, ...]
+) -> None:
+    bench.job(shards=2, custom={"row": 1, "act": "tell"})
+    with ScriptedCluster() as cluster:
+        cluster.blobs.update(bench.blobs)
+        async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+            bench.own(aggregator)
+            worker = await spawn(control.address, cluster.address, program=program)
+            session = await control.next_session()
+            await session.send(assign_job=bench.assign([(0, 2)]))
+            stream = await aggregator.next_stream()
+            found = []
+            for step in range(2):
+                await stream.send_version(step, 0, np.zeros(3, np.float32))
+                await stream.send_go(bench.go(step))
+                await stream.receive_frame()
+                line = await session.log_line("facts")
+                session.logs.clear()
+                found.append(json.loads(line.text.removeprefix("facts ")))
+                for leaf in worker.leaves():
+                    os.kill(leaf, signal.SIGKILL)
+            first, second = (each.pop("drawn") for each in found)
+            assert not set(first) & set(second), "another process, other numbers"
+            for facts in found:
+                path = facts.pop("path")
+                assert str(tmp_path) not in path
+                assert str(Path(__file__).parents[3]) in path
+                assert facts == {
+                    "folder": str(tmp_path),
+                    "threads": "1",
+                    "read": "",
+                    "session": True,
+                    "core": 0,
+                    "faults": True,
+                    "multiplied": 42,
+                }
 
 
 async def test_a_drained_worker_leaves_when_its_work_has_moved(bench: Any, spawn: Any) -> None:

@@ -10,10 +10,11 @@ import select
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from phalanx.v1 import coordination_service_pb2 as coordination
@@ -24,6 +25,7 @@ from worker.core.rounds import Round
 from worker.ipc import Kind, Message
 from worker.session import slots
 from worker.session.chunks import ChunkServer
+from worker.session.leaf_server import LeafServer
 from worker.session.process import LeafProcess
 from worker.session.sending import SocketSender
 from worker.session.slots import SlotPool
@@ -39,12 +41,14 @@ class Leaf:
     refusals: int
     started: asyncio.Event
 
-    def __init__(self, _limit: int, on_message: Any, _on_log: Any, on_exit: Any) -> None:
+    def __init__(
+        self, _leaves: Any, _limit: int, on_message: Any, _on_log: Any, on_exit: Any
+    ) -> None:
         if Leaf.refusals:
             Leaf.refusals -= 1
             raise OSError(12, "Cannot allocate memory")
         self.pid = len(Leaf.made) + 1
-        self.killed_as_hung = False
+        self.killed_as_hung = self.orphaned = False
         self.known_jobs: set[int] = set()
         self.sent: list[Kind] = []
         self.cancelled: list[int] = []
@@ -109,7 +113,8 @@ def task(number: int = 7) -> Task:
 async def pool(monkeypatch: pytest.MonkeyPatch) -> SlotPool:
     Leaf.made, Leaf.refusals, Leaf.started = [], 0, asyncio.Event()
     monkeypatch.setattr(slots, "LeafProcess", Leaf)
-    made = SlotPool(1, 0, LEAF_TIMEOUT_S, Events())  # type: ignore[arg-type]
+    leaves: Any = SimpleNamespace(ready=True)
+    made = SlotPool(1, 0, LEAF_TIMEOUT_S, Events(), leaves)  # type: ignore[arg-type]
     made.start()
     return made
 
@@ -236,26 +241,44 @@ def open_descriptors(*kinds: str) -> set[str]:
 OF_A_PROCESS = ("/memfd:phalanx-progress", "pipe:")
 
 
-async def test_a_start_that_fails_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
+def nothing(*_: Any) -> None:
+    """Nobody listens."""
+
+
+@pytest.fixture
+async def leaves() -> AsyncIterator[LeafServer]:
+    """A leaf server that is ready."""
+    server, ready = LeafServer(), asyncio.Event()
+    server.call_when_ready(ready.set)
+    async with asyncio.timeout(GUARD_S):
+        await ready.wait()
+    yield server
+    server.forget()
+
+
+async def test_a_start_that_fails_leaves_no_descriptor(
+    leaves: LeafServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(subprocess, "Popen", refuse)
-    nothing: Callable[..., None] = lambda *_: None  # noqa: E731
+    monkeypatch.setattr(leaves, "start_leaf", refuse)
     before = open_descriptors(*OF_A_PROCESS)
     with pytest.raises(OSError, match="temporarily"):
-        LeafProcess(0, nothing, nothing, nothing)
+        LeafProcess(leaves, 0, nothing, nothing, nothing)
     assert open_descriptors(*OF_A_PROCESS) <= before
 
 
-async def test_the_end_of_a_process_is_told_whatever_its_last_words_break() -> None:
+async def test_the_end_of_a_process_is_told_whatever_its_last_words_break(
+    leaves: LeafServer,
+) -> None:
     gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     before = open_descriptors(*OF_A_PROCESS)
 
     def break_down(*_: Any) -> None:
         raise KeyError("a defect")
 
-    process = LeafProcess(0, break_down, break_down, lambda _, code: gone.set_result(code))
+    process = LeafProcess(leaves, 0, break_down, break_down, lambda _, code: gone.set_result(code))
     # Only the end itself is to read what was said.
     asyncio.get_running_loop().remove_reader(process._socket)
     async with asyncio.timeout(GUARD_S):
@@ -264,6 +287,68 @@ async def test_the_end_of_a_process_is_told_whatever_its_last_words_break() -> N
         assert await gone == -9
     del process
     assert open_descriptors(*OF_A_PROCESS) <= before
+
+
+async def test_processes_that_come_and_go_leave_no_descriptor_on_either_side(
+    leaves: LeafServer,
+) -> None:
+    async def come_and_go() -> None:
+        gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        process = LeafProcess(leaves, 0, nothing, nothing, lambda _, code: gone.set_result(code))
+        # At once: it may have neither its group nor its limits yet.
+        process.kill()
+        assert await gone == -9
+
+    async with asyncio.timeout(GUARD_S):
+        await come_and_go()
+        (server,) = psutil.Process().children()
+        ours, theirs = open_descriptors(""), server.num_fds()
+        for _ in range(5):
+            await come_and_go()
+    assert open_descriptors("") <= ours
+    assert server.num_fds() == theirs == 3
+    assert not server.children()
+    assert server.num_threads() == 1
+
+
+async def test_a_server_that_is_not_ready_is_ended_at_once() -> None:
+    server = LeafServer()
+    server.call_when_ready(lambda: pytest.fail("nobody waits any more"))
+    (process,) = psutil.Process().children()
+    server.forget()
+    assert not process.is_running()
+
+
+async def test_a_server_that_cannot_be_started_is_started_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refusals = [OSError(11, "Resource temporarily unavailable")] * 2
+    popen = subprocess.Popen
+
+    def start(*args: Any, **more: Any) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return popen(*args, **more)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    server, ready = LeafServer(), asyncio.Event()
+    server.call_when_ready(ready.set)
+    async with asyncio.timeout(GUARD_S):
+        await ready.wait()
+    assert server.ready
+    server.forget()
+    assert not server.ready
+
+
+async def test_a_server_that_dies_before_it_is_ready_is_replaced() -> None:
+    server, ready = LeafServer(), asyncio.Event()
+    server.call_when_ready(ready.set)
+    (first,) = psutil.Process().children()
+    first.kill()
+    async with asyncio.timeout(GUARD_S):
+        await ready.wait()
+    assert first not in psutil.Process().children()
+    server.forget()
 
 
 # Sending

@@ -9,6 +9,7 @@ import pytest
 
 from phalanx.v1 import coordination_service_pb2, training_pb2
 from worker import ipc
+from worker.core.rounds import PartState
 from worker.ipc import Kind, Message
 from worker.session import slots
 from worker.session.slots import SlotPool
@@ -19,10 +20,10 @@ SIGKILL = -9
 class FakeProcess:
     """Keeps what it is told; dies when the test wants."""
 
-    def __init__(self, limit, on_message, on_log, on_exit) -> None:
+    def __init__(self, leaves, limit, on_message, on_log, on_exit) -> None:
         self.page = SimpleNamespace(task=0, shard=-1, leaves=0)
         self.known_jobs: set[int] = set()
-        self.ready = self.killed_as_hung = self.killed = False
+        self.ready = self.killed_as_hung = self.orphaned = self.killed = False
         self.pid = 1
         self.told: list[Kind] = []
         self.on_message, self.on_exit = on_message, on_exit
@@ -58,7 +59,7 @@ JOB = SimpleNamespace(
 async def pool(monkeypatch):
     started.clear()
     monkeypatch.setattr(slots, "LeafProcess", FakeProcess)
-    pool = SlotPool(1, 0, 60.0, EVENTS)
+    pool = SlotPool(1, 0, 60.0, EVENTS, SimpleNamespace(ready=True))
     pool.start()
     return pool
 
@@ -155,4 +156,46 @@ async def test_the_end_of_the_only_code_leaves_a_fresh_process_for_the_next_job(
     assert started[0].killed
     assert len(started) == 2
     await set_up(pool, SimpleNamespace(**{**vars(CODED), "code_key": "other"}), started[1])
+
+
+@pytest.mark.parametrize("orphaned", [False, True])
+async def test_what_died_with_its_server_is_nobodys_fault(pool, monkeypatch, orphaned):
+    told = []
+    monkeypatch.setattr(EVENTS, "part_failed", lambda *failure: told.append("failed"))
+    monkeypatch.setattr(EVENTS, "task_ended", lambda task, lost: told.append(lost))
+    part = SimpleNamespace(node=SimpleNamespace(first=0, span=4), state=PartState.RUNNING)
+    round = SimpleNamespace(is_evaluation=False)
+    process, place = started[0], pool._places[0, ""]
+    place.task = SimpleNamespace(id=7, slot=0, parts=[part], round=round)
+    place.job = JOB
+    process.page = SimpleNamespace(task=7, shard=2, leaf_seconds=lambda _: 0.0)
+    process.orphaned = orphaned
+    monkeypatch.setattr(slots, "rows_of_shard", lambda *_: (0, 1))
+    process.die()
+    assert told == ([True] if orphaned else ["failed", True])
+
+
+async def test_a_model_whose_process_died_with_its_server_is_built_by_the_next(pool):
+    describing = asyncio.create_task(pool.describe(JOB))
+    await asyncio.sleep(0)
+    started[0].orphaned = True
+    started[0].die()
+    assert started[1].told == [Kind.DESCRIBE]
+    answer = coordination_service_pb2.JobDescribed(leaf_sha256="right")
+    body = ipc.pack_json({"job": 1}, answer.SerializeToString())
+    started[1].on_message(started[1], Message(Kind.DESCRIBED, body))
+    assert (await describing).leaf_sha256 == "right"
+
+
+async def test_processes_start_once_their_server_is_ready(monkeypatch):
+    started.clear()
+    monkeypatch.setattr(slots, "LeafProcess", FakeProcess)
+    waiting = []
+    leaves = SimpleNamespace(ready=False, call_when_ready=waiting.append, forget=waiting.clear)
+    pool = SlotPool(2, 0, 60.0, EVENTS, leaves)
+    pool.start()
+    assert not started
+    leaves.ready = True
+    for callback in waiting:
+        callback()
     assert len(started) == 2

@@ -1,0 +1,102 @@
+"""The process whose forks are a worker's leaf processes: it has their code loaded.
+
+It answers the session process (`phalanx.forking`) on a socket, has one thread and runs no job's
+code. A plan is "memory_limit_bytes" and comes with four descriptors: standard output and error, the
+socket and the progress page of the leaf process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import os
+import signal
+import socket
+import sys
+from typing import NoReturn
+
+from setproctitle import setproctitle, setthreadtitle
+
+from phalanx.forking.server import print_to, serve
+from worker.leaf import limits
+
+READY = b"ready"
+"""Its first message, without being asked: from now on a fork takes no time."""
+IMPORTS = ("worker.leaf.loop", "phalanx.numeric_fingerprint", "numpy.random")
+
+
+def run(requests: socket.socket, parent_pid: int) -> NoReturn:
+    """Fork leaf processes until the session process closes the socket or dies; in a leaf process,
+    be one until then."""
+    code = 1
+    try:
+        _prepare(parent_pid)
+        server_pid = os.getpid()
+        requests.send(READY)
+        forked = serve(requests)
+        if forked is not None:
+            plan, (stdout, stderr, socket_fd, progress_fd) = forked
+            print_to(stdout, stderr)
+            _show("leaf", parent_pid)
+            _restrict(server_pid, plan["memory_limit_bytes"])
+            _serve_leaves(socket_fd, progress_fd)
+        code = 0
+    except BaseException:  # noqa: BLE001 - nothing may get back to what ran before the fork
+        sys.excepthook(*sys.exc_info())
+    # Threads and exit hooks of user code do not keep a process that has no work any more.
+    os._exit(code)
+
+
+def _prepare(parent_pid: int) -> None:
+    limits.die_with(parent_pid)
+    limits.no_core_dumps()
+    # A program may have other ideas: where SIGCHLD is ignored nobody gets exit codes.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.argv = ["worker.leaf"]
+    _show("leaf-server", parent_pid)
+    for name in IMPORTS:
+        importlib.import_module(name)
+    # What is loaded stays: the collector need not walk through it, and a collection in a leaf
+    # process would only copy these pages.
+    gc.collect()
+    gc.freeze()
+
+
+def _restrict(server_pid: int, memory_limit_bytes: int) -> None:
+    """Make a fork what the session process expects of a leaf process."""
+    limits.die_with(server_pid)
+    limits.give_way()
+    faulthandler.enable(2)
+    if sys.stdin is None:
+        # Where the worker was started without; output streams are made anew anyway.
+        sys.stdin = os.fdopen(0)
+    _forget_chance()
+    limits.limit_memory(memory_limit_bytes)
+
+
+def _forget_chance() -> None:
+    """Let user code that draws without a seed draw other numbers in each process; Python does this
+    for its own generator."""
+    sys.modules["numpy.random"].seed()
+
+
+def _serve_leaves(socket_fd: int, progress_fd: int) -> None:
+    from worker.ipc import BlockingConnection, ConnectionClosed
+    from worker.leaf.loop import LeafLoop
+    from worker.memory import ProgressPage
+
+    connection = BlockingConnection(socket.socket(fileno=socket_fd))
+    with contextlib.suppress(ConnectionClosed):
+        LeafLoop(connection, ProgressPage(progress_fd)).serve()
+
+
+def _show(what: str, session_pid: int) -> None:
+    """Name this process in the long and the short column of `ps`."""
+    command = os.path.basename(sys.executable)
+    setproctitle(f"{command} -P -m worker.leaf: {what} of process {session_pid}")
+    setthreadtitle(what)
