@@ -4,7 +4,7 @@ import re
 import secrets
 from typing import NewType
 
-from phalanx.errors import InvalidArgument
+from phalanx.errors import InvalidArgument, Violation
 
 JobId = NewType("JobId", str)
 WorkerId = NewType("WorkerId", str)
@@ -15,9 +15,12 @@ BlobId = NewType("BlobId", str)
 """Lower-case hexadecimal SHA-256 of a blob's bytes."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}", re.ASCII)
+_SHORT_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?", re.ASCII)
 _BLOB_ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
 # No vowels and no look-alikes: ids are read aloud, and must not spell words.
 _ALPHABET = "23456789bcdfghjkmnpqrstvwxz"
+
+SHORT_NAME_RULE = "a-z, 0-9 and -, at most 40, first and last a letter or digit"
 
 
 def new_id(prefix: str, length: int = 8) -> str:
@@ -48,6 +51,21 @@ def check_name(text: str, what: str) -> str:
         f"{what} {text[:140]!r} is not a name: use a-z, 0-9 and . _ - (the first a letter or "
         "digit), at most 128 characters",
         reason="BAD_NAME",
+    )
+
+
+def is_short_name(text: str) -> bool:
+    """Return whether ``text`` may name a job or a namespace: see ``SHORT_NAME_RULE``."""
+    return _SHORT_NAME.fullmatch(text) is not None
+
+
+def check_namespace(text: str, field: str = "namespace") -> str:
+    """Return ``text`` if it may name a namespace; else raise InvalidArgument naming ``field``."""
+    if is_short_name(text):
+        return text
+    message = f"{text[:60]!r} is not allowed; use {SHORT_NAME_RULE}"
+    raise InvalidArgument(
+        f"{field}: {message}", reason="BAD_NAME", violations=[Violation("namespace", message)]
     )
 
 

@@ -21,6 +21,7 @@ from coordinator.control.submission import Submissions
 from coordinator.control.turns import Turns
 from coordinator.control.watching import watch
 from phalanx.errors import Aborted, InvalidArgument, PhalanxError, Violation
+from phalanx.ids import check_namespace
 from phalanx.rpc.types import ServicerContext
 from phalanx.v1 import dataset_service_pb2, job_pb2
 from phalanx.v1 import job_service_pb2 as pb
@@ -108,6 +109,8 @@ class JobServicer(pb_grpc.JobServiceServicer):
     ) -> pb.ListJobsResponse:
         """List jobs, newest first."""
         leader = self._process.leading()
+        if request.namespace:
+            check_namespace(request.namespace)
         page = Page(request.page_size, request.page_token)
         chosen = [
             facts

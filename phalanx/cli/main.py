@@ -24,6 +24,7 @@ from phalanx.cli.commands import (
 from phalanx.cli.context import Settings
 from phalanx.cli.errors import EXIT_OF_CODE, Exit, file_error, show_error
 from phalanx.errors import InvalidArgument, PhalanxError, Unimplemented
+from phalanx.ids import check_namespace
 
 _WITH_VALUE = ("--address", "--namespace", "--token-file", "--ca", "--timeout")
 EPILOG = "Start with: phalanx up   ·   Help on one command: phalanx COMMAND --help"
@@ -89,6 +90,7 @@ def global_options(
                 f"{option} is not carried out by this version: connections are neither encrypted "
                 "nor authenticated yet; leave it out and keep the cluster on the loopback interface"
             )
+    check_namespace(namespace, "--namespace")
     context.obj = Settings(address=address, namespace=namespace, timeout_s=timeout, json=json)
 
 

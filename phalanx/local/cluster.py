@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from phalanx.errors import FailedPrecondition, InvalidArgument
+from phalanx.ids import check_namespace
 from phalanx.local.options import LocalOptions
 from phalanx.local.state import Member
 from phalanx.local.supervisor import START_TIMEOUT_S, Supervisor
@@ -48,6 +49,7 @@ class LocalCluster(Cluster):
     ) -> None:
         if not workers and (state is not None or port):
             raise InvalidArgument("workers=0 has no processes: it takes neither state nor port")
+        check_namespace(namespace)
         temporary = Path(tempfile.mkdtemp(prefix="phalanx-")) if state is None else None
         self.state_dir = temporary or Path(state or "").resolve()
         self._supervisor: Supervisor | None = None

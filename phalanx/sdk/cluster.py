@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from phalanx.errors import DeadlineExceeded, InvalidArgument, PhalanxError
-from phalanx.ids import new_request_id
+from phalanx.ids import check_namespace, new_request_id
 from phalanx.sdk import methods
 from phalanx.sdk.backend import Backend, RemoteBackend
 from phalanx.sdk.data import DataSets
@@ -39,8 +39,9 @@ def connect(
     ``address`` is HOST:PORT or several of them with commas, tried in turn; by default
     PHALANX_ADDRESS, else the cluster that ``phalanx up`` runs on this machine, else 127.0.0.1:7410.
     Nothing is dialled before the first call. ``timeout_s`` bounds each call. Raises InvalidArgument
-    for a malformed address.
+    for a malformed address or namespace.
     """
+    check_namespace(namespace)
     backend = RemoteBackend(resolve_addresses(address), timeout_s=timeout_s)
     return Cluster(backend, namespace=namespace)
 
@@ -54,7 +55,7 @@ class Cluster:
 
     def __init__(self, backend: Backend, *, namespace: str = DEFAULT_NAMESPACE) -> None:
         self.backend = backend
-        self.namespace = namespace
+        self.namespace = check_namespace(namespace)
         self.data = DataSets(backend, namespace)
         self.models = Models(backend, namespace)
         self.code = Wheels(backend)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from google.protobuf.descriptor import FieldDescriptor
 
 from phalanx.errors import InvalidArgument, Violation
+from phalanx.ids import SHORT_NAME_RULE, is_short_name
 from phalanx.specs import catalog, composition
 from phalanx.specs.fields import walk
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
 
 CODE_LIMIT_BYTES = 256 * 1024
 SHARDS_LIMIT = 65_536
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?", re.ASCII)
 _DATASET = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}(@[1-9][0-9]{0,17})?", re.ASCII)
 _KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}", re.ASCII)
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?", re.ASCII)
@@ -28,8 +28,6 @@ _ENTRYPOINT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII
 _CODE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,7}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _METRIC = re.compile(r"(train|validation|test)/[A-Za-z0-9][A-Za-z0-9_.@-]{0,62}", re.ASCII)
-
-NAME_RULE = "a-z, 0-9 and -, at most 40, first and last a letter or digit"
 
 
 @dataclass(frozen=True)
@@ -142,11 +140,13 @@ def refuse(violations: list[Violation]) -> None:
 
 def _names(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     if not spec.name:
-        yield Violation("name", f"is missing; give the job a name of {NAME_RULE}")
-    elif not _NAME.fullmatch(spec.name):
-        yield Violation("name", f"{spec.name[:60]!r} is not allowed; use {NAME_RULE}")
-    if spec.namespace and not _NAME.fullmatch(spec.namespace):
-        yield Violation("namespace", f"{spec.namespace[:60]!r} is not allowed; use {NAME_RULE}")
+        yield Violation("name", f"is missing; give the job a name of {SHORT_NAME_RULE}")
+    elif not is_short_name(spec.name):
+        yield Violation("name", f"{spec.name[:60]!r} is not allowed; use {SHORT_NAME_RULE}")
+    if spec.namespace and not is_short_name(spec.namespace):
+        yield Violation(
+            "namespace", f"{spec.namespace[:60]!r} is not allowed; use {SHORT_NAME_RULE}"
+        )
     if not spec.data.name:
         yield Violation(
             "data.name", "is missing; name a data set, as `phalanx data list` shows them"

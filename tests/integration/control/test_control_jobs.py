@@ -220,11 +220,13 @@ async def test_lists_come_in_pages_newest_first(cluster: Any) -> None:
     assert seen == ids[::-1]
     request = job_service_pb2.ListJobsRequest(states=[Job.STATE_RUNNING])
     assert not (await stub.ListJobs(request, timeout=GUARD_S)).jobs
-    code, _ = await details_of(
-        stub.ListJobs(job_service_pb2.ListJobsRequest(page_token="x"), timeout=GUARD_S),
-        error_details_pb2.BadRequest,
-    )
-    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    for wrong, field in (({"page_token": "x"}, "page_token"), ({"namespace": "a b"}, "namespace")):
+        code, details = await details_of(
+            stub.ListJobs(job_service_pb2.ListJobsRequest(**wrong), timeout=GUARD_S),
+            error_details_pb2.BadRequest,
+        )
+        assert code == grpc.StatusCode.INVALID_ARGUMENT
+        assert details.field_violations[0].field == field
 
 
 async def test_logs_and_metric_points_are_kept(cluster: Any) -> None:

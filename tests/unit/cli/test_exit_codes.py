@@ -82,6 +82,7 @@ def test_nobody_at_the_address_gives_4_and_says_what_to_do(offline):
         ("--address", "nowhere", "jobs"),
         ("--address", "127.0.0.1:0", "jobs"),
         ("--token-file", "token", "jobs"),
+        ("--namespace", "a b", "jobs"),
         ("jobs", "--state", "sleeping"),
         ("up", "--workers", "-1"),
     ],
@@ -91,6 +92,13 @@ def test_a_wrong_command_line_gives_2(offline, arguments):
     assert outcome.code == 2
     assert outcome.err.startswith("error: ")
     assert "Traceback" not in outcome.err
+
+
+def test_a_wrong_namespace_is_refused_before_anything_is_asked(offline):
+    outcome = offline("--json", "--namespace", "a b", "data", "list")
+    assert outcome.code == 2
+    assert outcome.error()["message"].startswith("--namespace: 'a b' is not allowed; use a-z")
+    assert outcome.error()["violations"][0]["field"] == "namespace"
 
 
 def test_json_errors_have_the_shape_of_the_contract(phalanx, cluster):

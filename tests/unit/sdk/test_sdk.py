@@ -1,11 +1,18 @@
 import socket
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 import phalanx
-from phalanx.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
+from phalanx.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
 from phalanx.local.ports import free_ports
 from phalanx.sdk.backend import reachable_address
 from phalanx.sdk.discovery import resolve_addresses
@@ -31,6 +38,13 @@ def job_in(script, state=job_pb2.Job.STATE_RUNNING, **fields):
     job = job_pb2.Job(id="digits-1", state=state, **fields)
     script.jobs[job.id] = job
     return job
+
+
+@pytest.mark.parametrize("make", [partial(phalanx.connect, "127.0.0.1:1"), phalanx.LocalCluster])
+def test_a_wrong_namespace_is_refused_at_once(make):
+    with pytest.raises(InvalidArgument, match="namespace: 'a b' is not allowed") as caught:
+        make(namespace="a b")
+    assert [each.field for each in caught.value.violations] == ["namespace"]
 
 
 def test_import_is_light():
