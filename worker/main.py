@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from phalanx.clients.storage import StorageClient
 from phalanx.config import parse
-from phalanx.errors import PhalanxError, passes_by_itself
 from phalanx.rpc.buffers import reuse_large_buffers
+from phalanx.rpc.patience import Patience, insist
 from phalanx.rpc.process import announce, run_service
 from phalanx.telemetry.http import MetricsServer
 from phalanx.telemetry.metrics import WorkerMetrics, new_registry
@@ -21,7 +20,7 @@ from worker.config import WorkerConfig
 from worker.session.app import Session
 from worker.session.leaf_server import LeafServer
 
-_RETRY_MAX_S = 2.0
+_PATIENCE = Patience(first_s=0.1, longest_s=2.0)
 
 
 class Downloads:
@@ -43,16 +42,7 @@ class Downloads:
         """Write a blob to a file. Raises PhalanxError for what does not pass by itself."""
         await self._known.wait()
         assert self._client is not None
-        wait_s = 0.1
-        while True:
-            try:
-                await self._client.get_blob_to(digest, path)
-                return
-            except PhalanxError as error:
-                if not passes_by_itself(error):
-                    raise
-                await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
-                wait_s = min(_RETRY_MAX_S, wait_s * 2)
+        await insist(partial(self._client.get_blob_to, digest, path), _PATIENCE)
 
     async def close(self) -> None:
         """Close the connection."""

@@ -17,15 +17,29 @@ import numpy as np
 from coordinator.aggregation.core.state import Array, Snapshot
 from phalanx.clients.storage import StorageClient
 from phalanx.data.model_files import safetensors_header
-from phalanx.errors import DataLoss
+from phalanx.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    PhalanxError,
+    ResourceExhausted,
+    Unavailable,
+)
+from phalanx.rpc.patience import Patience
 from phalanx.v1 import storage_service_pb2 as storage
 from phalanx.v1.training_pb2 import Layout, ParameterRange, TensorSpec
 
 PARAMETERS = "parameters"
 UPLOAD_TIMEOUT_S = 600.0
 HEADER_LIMIT_BYTES = 1024 * 1024
+PATIENCE = Patience(first_s=0.1, longest_s=2.0)
+"""With storage; without a limit, since training goes on meanwhile."""
 
 _DTYPES = {"F32": "<f4", "F64": "<f8"}
+
+
+def may_be_stored_later(error: PhalanxError) -> bool:
+    """Return whether a checkpoint waits because of an error, whatever uses the disk up."""
+    return isinstance(error, Unavailable | DeadlineExceeded | ResourceExhausted)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
-from coordinator.aggregation.checkpoints import Part, write_part
+from coordinator.aggregation.checkpoints import PATIENCE, Part, may_be_stored_later, write_part
 from coordinator.aggregation.copying import LOOK_EVERY_S, Copying
 from coordinator.aggregation.core.effects import (
     Committed,
@@ -27,13 +26,12 @@ from coordinator.aggregation.gauges import JobGauges
 from phalanx.clients.storage import StorageClient
 from phalanx.errors import (
     Aborted,
-    DeadlineExceeded,
     FailedPrecondition,
     Internal,
     PhalanxError,
-    ResourceExhausted,
     Unavailable,
 )
+from phalanx.rpc.patience import insist
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import coordination_service_pb2 as coordination
@@ -52,8 +50,6 @@ POINTS_MAX = 20_000
 POINTS_SAID_AGAIN = 500
 _POINTS_PER_MESSAGE = 1000
 _RATE_WINDOW_S = 2.0
-_RETRY_FIRST_S = 0.1
-_RETRY_LONGEST_S = 2.0
 _POLL_FIRST_S = 0.02
 _POLL_LONGEST_S = 0.5
 OTHER_PARTS_WAIT_S = 60.0
@@ -61,7 +57,6 @@ OTHER_PARTS_WAIT_S = 60.0
 UPLOADS_MAX = 3
 """How often the part of a last checkpoint is uploaded before the job fails of it."""
 
-_TRANSIENT = (Unavailable, DeadlineExceeded, ResourceExhausted)
 ResultT = TypeVar("ResultT")
 
 _log = get_logger(__name__)
@@ -336,25 +331,19 @@ class HostedJob:
 
     async def _insist(self, attempt: Callable[[], Awaitable[ResultT]]) -> ResultT:
         """Return what `attempt` returns, however long storage is away; training goes on."""
-        wait_s = _RETRY_FIRST_S
-        while True:
-            try:
-                result = await attempt()
-            except _TRANSIENT as error:
-                _log.warning(
-                    "checkpoint_waits",
-                    job_id=self.ranges.plan.job_id,
-                    reason=error.reason,
-                    message=error.message,
-                )
-                self._storage_away(error)
-            else:
-                self._storage_back()
-                return result
-            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
-            wait_s = min(wait_s * 2, _RETRY_LONGEST_S)
+        result = await insist(
+            attempt, PATIENCE, passes=may_be_stored_later, on_failure=self._storage_away
+        )
+        self._storage_back()
+        return result
 
-    def _storage_away(self, error: PhalanxError) -> None:
+    def _storage_away(self, error: PhalanxError, _number: int) -> None:
+        _log.warning(
+            "checkpoint_waits",
+            job_id=self.ranges.plan.job_id,
+            reason=error.reason,
+            message=error.message,
+        )
         if self._storage_lost_s is None:
             self._storage_lost_s = time.monotonic()
             text = f"a checkpoint waits, training goes on: {error.message}"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import socket
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import psutil
 
-from coordinator.aggregation.checkpoints import read_part
+from coordinator.aggregation.checkpoints import PATIENCE, may_be_stored_later, read_part
 from coordinator.aggregation.config import AggregatorConfig
 from coordinator.aggregation.core.effects import Effect
 from coordinator.aggregation.core.machine import JobRanges, stale_term
@@ -22,17 +22,12 @@ from coordinator.aggregation.gauges import JobGauges
 from coordinator.aggregation.hosting import HostedJob
 from phalanx import numeric_fingerprint
 from phalanx.clients.storage import StorageClient
-from phalanx.errors import (
-    DeadlineExceeded,
-    Internal,
-    PhalanxError,
-    ResourceExhausted,
-    Unavailable,
-)
+from phalanx.errors import Internal, PhalanxError, ResourceExhausted
 from phalanx.ids import new_incarnation
 from phalanx.optimizers import build_optimizer
 from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.member_session import MemberSession, Refused
+from phalanx.rpc.patience import insist
 from phalanx.rpc.process import announce
 from phalanx.rpc.server import Server
 from phalanx.telemetry.logs import get_logger
@@ -46,8 +41,6 @@ from phalanx.v1.training_pb2 import ParameterRange
 
 EXPIRE_EVERY_S = 30.0
 STORAGE_PORT = 7420
-_RETRY_FIRST_S = 0.1
-_RETRY_LONGEST_S = 2.0
 
 _log = get_logger(__name__)
 
@@ -279,14 +272,11 @@ class Aggregator:
     async def _read(
         self, manifest: storage.CheckpointManifest, piece: ParameterRange
     ) -> tuple[Array, Mapping[str, Array]]:
-        wait_s = _RETRY_FIRST_S
-        while True:
-            try:
-                return await read_part(await self._known_storage(), manifest, piece)
-            except (Unavailable, DeadlineExceeded, ResourceExhausted) as error:
-                _log.warning("checkpoint_not_reachable", message=error.message)
-            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
-            wait_s = min(wait_s * 2, _RETRY_LONGEST_S)
+        def say(error: PhalanxError, _number: int) -> None:
+            _log.warning("checkpoint_not_reachable", message=error.message)
+
+        attempt = partial(read_part, await self._known_storage(), manifest, piece)
+        return await insist(attempt, PATIENCE, passes=may_be_stored_later, on_failure=say)
 
     async def _known_storage(self) -> StorageClient:
         await self._storage_known.wait()

@@ -6,21 +6,14 @@ may wait. The first failure and the return of storage are told to `on_change`.
 
 from __future__ import annotations
 
-import asyncio
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc.aio
 
-from phalanx.errors import (
-    Aborted,
-    DeadlineExceeded,
-    PhalanxError,
-    Unavailable,
-    passes_by_itself,
-)
+from phalanx.errors import Aborted, DeadlineExceeded, PhalanxError, Unavailable
 from phalanx.rpc.channel import ATTEMPTS, call_with_retry, open_channel
+from phalanx.rpc.patience import Patience, insist
 from phalanx.rpc.status import from_rpc_error
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import dataset_service_pb2_grpc, model_service_pb2_grpc, storage_service_pb2_grpc
@@ -30,8 +23,7 @@ CALL_TIMEOUT_S = 5.0
 COMPOSE_TIMEOUT_S = 600.0
 LEASE = "leader"
 _CHUNK_BYTES = 1024 * 1024
-_WAIT_S = 0.05
-_WAIT_LONGEST_S = 1.0
+_PATIENCE = Patience(first_s=0.05, longest_s=1.0)
 
 ResultT = TypeVar("ResultT")
 _log = get_logger(__name__)
@@ -81,17 +73,7 @@ class Store:
         Also where its disk is full or it has too many calls open. Raises what does not pass by
         itself; ends by cancellation.
         """
-        wait_s = _WAIT_S
-        while True:
-            try:
-                return await attempt()
-            except PhalanxError as error:
-                if not passes_by_itself(error):
-                    raise
-                say = _log.warning if wait_s == _WAIT_S else _log.debug
-                say("storage_waited_for", reason=error.reason, message=error.message)
-            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
-            wait_s = min(wait_s * 2, _WAIT_LONGEST_S)
+        return await insist(attempt, _PATIENCE, on_failure=_waits)
 
     async def insist_call(
         self, method: Any, request: Any, *, timeout_s: float = CALL_TIMEOUT_S
@@ -183,3 +165,8 @@ class Store:
             self.available = available
             _log.warning("storage_returned" if available else "storage_away")
             self.on_change(available)
+
+
+def _waits(error: PhalanxError, number: int) -> None:
+    say = _log.warning if number == 1 else _log.debug
+    say("storage_waited_for", reason=error.reason, message=error.message)

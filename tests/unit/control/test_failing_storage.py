@@ -22,6 +22,7 @@ from phalanx.errors import (
     Unavailable,
     passes_by_itself,
 )
+from phalanx.rpc.patience import Patience
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
 
@@ -117,7 +118,7 @@ class FullDisk(control_store.Store):
 async def test_a_full_disk_neither_ends_a_leadership_nor_the_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(control_store, "_WAIT_S", 0.001)
+    monkeypatch.setattr(control_store, "_PATIENCE", Patience(first_s=0.001, longest_s=0.002))
     store = FullDisk(3)
     try:
         assert await leadership.acquire(store, "control-1", 2.0, never) == 4
