@@ -14,6 +14,7 @@ from __future__ import annotations
 from google.protobuf.message import DecodeError
 
 from phalanx.errors import InvalidArgument
+from phalanx.texts import number_of
 from phalanx.v1 import aggregation_service_pb2 as pb
 
 BLOCK_ELEMENTS = 65_536
@@ -110,8 +111,8 @@ def split_ranges(element_count: int, range_count: int) -> list[tuple[int, int]]:
     blocks = -(-element_count // BLOCK_ELEMENTS)
     if element_count <= 0 or not 1 <= range_count <= blocks:
         raise InvalidArgument(
-            f"{element_count} elements make {max(blocks, 0)} blocks and cannot be split into "
-            f"{range_count} ranges; use between 1 and {max(blocks, 1)} ranges"
+            f"{number_of(element_count, 'element')} in {number_of(max(blocks, 0), 'block')} cannot "
+            f"be split into {number_of(range_count, 'range')}; use 1 to {max(blocks, 1)}"
         )
     cuts = [index * blocks // range_count * BLOCK_ELEMENTS for index in range(range_count)]
     ends = [*cuts[1:], element_count]

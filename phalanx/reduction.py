@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.errors import InvalidArgument
+from phalanx.texts import number_of
 
 Array = NDArray[Any]
 
@@ -202,7 +203,9 @@ class TreeReducer:
 
     def _check(self, node: Node, value: Any, mask: int) -> None:
         if node.first >= self._width or node.span > self._top:
-            raise InvalidArgument(f"{node} lies outside a tree over {self._width} shards")
+            raise InvalidArgument(
+                f"{node} lies outside a tree over {number_of(self._width, 'shard')}"
+            )
         if mask < 0 or mask >> min(node.span, self._width - node.first):
             raise InvalidArgument(f"the shard mask {mask:#x} names shards outside {node}")
         if (value is None) != (mask == 0):

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from phalanx.errors import InvalidArgument
+from phalanx.texts import number_of
 
 STREAM = "code"
 """The journal that lists the wheels that were added: JSON with file_name, sha256, size_bytes."""
@@ -112,7 +113,9 @@ def _tags(archive: zipfile.ZipFile, name: str) -> list[str]:
         if member.endswith(".dist-info/WHEEL") and member.count("/") == 1
     ]
     if len(found) != 1:
-        raise _no_wheel(name, f"it has {len(found)} files *.dist-info/WHEEL instead of one")
+        raise _no_wheel(
+            name, f"it has {number_of(len(found), 'file')} *.dist-info/WHEEL instead of one"
+        )
     if archive.getinfo(found[0]).file_size > 64 * 1024:
         raise _no_wheel(name, f"{found[0]} is too long")
     text = _read(archive, archive.getinfo(found[0]), name).decode("utf-8", "replace")
@@ -142,7 +145,9 @@ def _members(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[str, zipfile
     """(path below the folder, entry) of all files; what a folder of code has no use for is left."""
     entries = archive.infolist()
     if len(entries) > FILES_LIMIT:
-        message = f"{name} has {len(entries)} files; at most {FILES_LIMIT} travel with a job"
+        message = (
+            f"{name} has {number_of(len(entries), 'file')}; at most {FILES_LIMIT} travel with a job"
+        )
         raise InvalidArgument(message, reason="WHEEL_TOO_LARGE")
     total = sum(entry.file_size for entry in entries)
     if total > UNPACKED_LIMIT_BYTES:

@@ -24,6 +24,7 @@ from phalanx.errors import DataLoss, ResourceExhausted
 from phalanx.ids import check_blob_id
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import WorkerMetrics
+from phalanx.texts import number_of
 
 Download = Callable[[str, Path], Awaitable[None]]
 """(digest, path): writes the blob to the path. Raises PhalanxError."""
@@ -95,8 +96,9 @@ class BlobCache:
                 break
             if arrivals == _ARRIVALS_MAX:
                 raise DataLoss(
-                    f"blob {digest[:12]} arrived {arrivals} times and was not {size_bytes} bytes "
-                    "long, or did not stay; check the data set's manifest and the cache's folder",
+                    f"blob {digest[:12]} arrived {number_of(arrivals, 'time')} and was not "
+                    f"{size_bytes} bytes long, or did not stay; check the data set's manifest "
+                    "and the cache's folder",
                     reason="BLOB_DOES_NOT_FIT",
                 )
             outcome = "miss"

@@ -38,16 +38,7 @@ class ModelWriter:
     ) -> Result:
         """Compose and register the model. Raises PhalanxError; may be called again."""
         spec, plan = facts.spec, facts.plan
-        slices = [
-            pb.BlobPiece(
-                slice=pb.BlobSlice(
-                    digest=part.digest,
-                    offset=part.parameters_offset,
-                    length=part.parameters_length,
-                )
-            )
-            for part in sorted(final.parts, key=lambda each: each.range)
-        ]
+        slices = _parameter_slices(final)
         parameters = await self._compose(slices)
         header = pb.BlobPiece(inline=safetensors_header(plan.layout))
         composed = await self._compose([header, *slices])
@@ -124,6 +115,20 @@ class ModelWriter:
         answer = await self._store.call(self._store.models.CreateModel, request)
         assert isinstance(answer, model_service_pb2.CreateModelResponse)
         return answer.model
+
+
+def _parameter_slices(final: pb.CheckpointManifest) -> list[pb.BlobPiece]:
+    """Where the parameters stand in the parts of a checkpoint, in the order of the ranges."""
+    return [
+        pb.BlobPiece(
+            slice=pb.BlobSlice(
+                digest=part.digest,
+                offset=part.parameters_offset,
+                length=part.parameters_length,
+            )
+        )
+        for part in sorted(final.parts, key=lambda each: each.range)
+    ]
 
 
 def _metrics(root_state: str) -> dict[str, float]:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from phalanx.errors import ResourceExhausted
+from phalanx.texts import number_of
 
 AT_ONCE = 4
 WAITING_MAX = 256
@@ -30,8 +31,8 @@ class Turns:
         semaphore, there = self._turns.setdefault(namespace, (asyncio.Semaphore(self._at_once), []))
         if len(there) >= self._at_once + self._waiting_max:
             raise ResourceExhausted(
-                f"{len(there)} submissions of the namespace {namespace!r} are under way, which is "
-                "its limit; try again when some are answered",
+                f"{number_of(len(there), 'submission')} of the namespace {namespace!r} under "
+                "way, which is its limit; try again when some are answered",
                 reason="TOO_MANY_SUBMISSIONS",
                 retry_after_s=1.0,
             )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from phalanx.errors import PhalanxError
 from phalanx.sdk.discovery import DEFAULT_ADDRESS, resolve_addresses
+from phalanx.texts import number_of
 
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written to
@@ -165,4 +166,8 @@ def _cluster(address: str | None) -> Check:
         return Check("cluster", PROBLEM if asked else NOTE, f"none answers at {shown}", advice)
     if not found.storage_available:
         return Check("cluster", PROBLEM, f"{shown}: storage does not answer", "phalanx status")
-    return Check("cluster", OK, f"{shown}: version {found.version}, {len(found.workers)} workers")
+    return Check(
+        "cluster",
+        OK,
+        f"{shown}: version {found.version}, {number_of(len(found.workers), 'worker')}",
+    )

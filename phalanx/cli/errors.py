@@ -7,6 +7,7 @@ import sys
 from enum import IntEnum
 
 from phalanx.errors import ERROR_OF_CODE, Code, PhalanxError, Violation
+from phalanx.texts import number_of
 
 
 class Exit(IntEnum):
@@ -102,7 +103,7 @@ def error_to_text(error: PhalanxError) -> str:
     if repeated is not None:
         source = _SOURCE.match(error.message.partition(repeated.field or repeated.message)[0])
         where = f"{source['name']}: " if source else ""
-        summary = f"{where}{len(violations)} fields are wrong"
+        summary = f"{where}{number_of(len(violations), 'field')} are wrong"
     lines = [f"error: {summary}"]
     places = [_place(wrong.line, wrong.field) for wrong in violations]
     width = min(max(map(len, places), default=0), 44)

@@ -14,6 +14,7 @@ from phalanx.cli.output import console, print_fields, print_json, say
 from phalanx.cli.watch_state import WatchState
 from phalanx.sdk.job import Job
 from phalanx.sdk.values import event_value
+from phalanx.texts import number_of
 
 FRAMES_PER_S = 8
 PLAIN_EVERY_S = 2.0
@@ -82,7 +83,8 @@ def show_result(job: Job) -> None:
         ]
     )
     if result.examples_lost or result.examples_doubled:
-        say(f"warning: {result.examples_lost} examples lost, {result.examples_doubled} doubled")
+        lost = number_of(result.examples_lost, "example")
+        say(f"warning: {lost} lost, {result.examples_doubled} doubled")
 
 
 def show_failures(job: Job) -> None:
@@ -91,7 +93,7 @@ def show_failures(job: Job) -> None:
         if failure.traceback:
             say(failure.traceback.rstrip())
     if len(job.failures) > 1:
-        say(f"{len(job.failures) - 1} more failures: phalanx show {job.id}")
+        say(f"{number_of(len(job.failures) - 1, 'more failure')}: phalanx show {job.id}")
 
 
 def _follow_plain(job: Job) -> None:

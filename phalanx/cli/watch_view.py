@@ -11,6 +11,7 @@ from rich.text import Text
 
 from phalanx.cli.watch_state import WatchState, WorkerRow, ranges_text
 from phalanx.sdk.values import Event
+from phalanx.texts import number_of
 
 CELLS_MAX = 32
 SPARK = "▁▂▃▄▅▆▇█"
@@ -49,7 +50,7 @@ def _headline(state: WatchState) -> Text:
         line.append(f"  {reason}", style="yellow")
     data = state.job.spec.data.name
     if data:
-        line.append(f"  {data}, {state.shard_count} shards", style="dim")
+        line.append(f"  {data}, {number_of(state.shard_count, 'shard')}", style="dim")
     return line
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.errors import DataLoss, InvalidArgument
+from phalanx.texts import number_of
 
 CHUNK_LIMIT_BYTES = 16 * 1024 * 1024
 """No chunk is larger than this."""
@@ -80,7 +81,8 @@ def encode_csr(
     rows = targets.shape[0]
     if indptr.shape != (rows + 1,) or indptr[0] != 0 or indptr[-1] != data.shape[0]:
         raise InvalidArgument(
-            f"a CSR chunk of {rows} rows takes {rows + 1} row starts from 0 to {data.shape[0]}"
+            f"a CSR chunk of {number_of(rows, 'row')} takes {rows + 1} row starts from 0 to "
+            f"{data.shape[0]}"
         )
     if indices.shape != data.shape:
         raise InvalidArgument(

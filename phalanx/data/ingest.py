@@ -35,6 +35,7 @@ from phalanx.data.statistics import FEATURE_LIMIT
 from phalanx.data.targets import Target, TargetEncoder, TargetScan
 from phalanx.data.writer import BlobSink, DatasetWriter
 from phalanx.errors import InvalidArgument, Unimplemented, Violation
+from phalanx.texts import number_of
 
 DENSE_FEATURE_LIMIT = 1_000_000
 
@@ -211,7 +212,9 @@ class _TableIngest(_Ingest):
         columns, target = self._scan(shape, names, target_name)
         encoder = Encoder(columns, self.options.dtype)
         if encoder.width > DENSE_FEATURE_LIMIT:
-            raise InvalidArgument(f"{encoder.width} features are more than {DENSE_FEATURE_LIMIT}")
+            raise InvalidArgument(
+                f"{number_of(encoder.width, 'feature')} are more than {DENSE_FEATURE_LIMIT}"
+            )
         sparse = self.options.layout == "csr"
         targets = TargetEncoder(target, self.options.trim_labels)
         writer = self._writer(encoder.width, sparse, self.options.dtype, targets.dtype)
@@ -313,7 +316,8 @@ class _ArrayIngest(_Ingest):
         for other in shapes[1:]:
             if other.features not in {None, features}:
                 raise InvalidArgument(
-                    f"the splits differ in width: {features} and {other.features} features"
+                    f"the splits differ in width: {features} and "
+                    f"{number_of(other.features, 'feature')}"
                 )
         sparse = shape.sparse if self.options.layout == "auto" else self.options.layout == "csr"
         whole_bytes = all(each.whole_bytes for each in shapes) and not sparse and not shape.sparse
@@ -384,7 +388,7 @@ def _widened(batch: ArrayBatch, features: int) -> Any:
         row = int(np.searchsorted(rows.indptr, too_wide, side="right")) - 1
         index = int(rows.indices[too_wide]) + 1
         raise InvalidArgument(
-            f"{batch.where(row, f'index {index}')}: the train data has {features} features; say "
-            "--features with the full width"
+            f"{batch.where(row, f'index {index}')}: the train data has "
+            f"{number_of(features, 'feature')}; say --features with the full width"
         )
     return type(rows)((rows.data, rows.indices, rows.indptr), shape=(rows.shape[0], features))

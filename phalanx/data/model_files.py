@@ -19,6 +19,7 @@ from google.protobuf.json_format import MessageToDict
 
 from phalanx.data.manifest import Column, DatasetManifest
 from phalanx.errors import InvalidArgument
+from phalanx.texts import number_of
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import Layout
 
@@ -141,20 +142,20 @@ def readme(description: ModelDescription) -> str:
     manifest = description.manifest
     kind = description.spec.train.model.WhichOneof("kind") or "model"
     what = (
-        f"tells {len(manifest.classes)} classes of `{manifest.target}` apart"
+        f"tells {number_of(len(manifest.classes), 'class', 'classes')} of `{manifest.target}` apart"
         if manifest.task == "classification"
         else f"predicts the number `{manifest.target}`"
     )
-    rows = ", ".join(f"{count:,} {split}" for split, count in manifest.rows_by_split().items())
+    rows_text = ", ".join(f"{count:,} {split}" for split, count in manifest.rows_by_split().items())
     identical = (
         "The same job gives the same SHA-256 again, on any number of workers."
         if description.bit_identical
         else "The same job may give other last bits: it did not run on equal processors only."
     )
     origin = (
-        f"A `{kind}` that {what}. Trained by Phalanx in {description.steps:,} steps "
-        f"(job `{description.job_id}`) on `{description.dataset or 'data'}`: {rows} rows, "
-        f"{manifest.features:,} features."
+        f"A `{kind}` that {what}. Trained by Phalanx in {number_of(description.steps, 'step')} "
+        f"(job `{description.job_id}`) on `{description.dataset or 'data'}`: {rows_text} rows, "
+        f"{number_of(manifest.features, 'feature')}."
     )
     parameters = (
         f"`{PARAMETERS_FILE}`: {description.layout.element_count:,} of type "

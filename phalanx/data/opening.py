@@ -18,6 +18,7 @@ from phalanx.data.formats.tables import MemoryTable, ParquetTable, arrow_column,
 from phalanx.data.options import IngestOptions
 from phalanx.data.sources import TARGET, Opened, Source, TableShape
 from phalanx.errors import InvalidArgument, NotFound
+from phalanx.texts import number_of
 
 FORMATS = ("csv", "parquet", "npz", "libsvm", "safetensors", "idx")
 
@@ -105,7 +106,9 @@ def frame_of_objects(array: Any, names: Sequence[str] = ()) -> dict[str, Any]:
         raise InvalidArgument(f"rows by columns are needed, not an array of shape {array.shape}")
     names = list(names) or [f"x{index + 1}" for index in range(array.shape[1])]
     if len(names) != array.shape[1]:
-        raise InvalidArgument(f"{len(names)} names for {array.shape[1]} columns")
+        raise InvalidArgument(
+            f"{number_of(len(names), 'name')} for {number_of(array.shape[1], 'column')}"
+        )
     return {name: array[:, index] for index, name in enumerate(names)}
 
 
@@ -165,5 +168,7 @@ def _with_target(table: pa.Table, targets: Any) -> pa.Table:
         )
     column = arrow_column(targets, "the targets", TARGET)
     if len(column) != table.num_rows:
-        raise InvalidArgument(f"{table.num_rows} rows, but {len(column)} targets")
+        raise InvalidArgument(
+            f"{number_of(table.num_rows, 'row')}, but {number_of(len(column), 'target')}"
+        )
     return table.append_column(TARGET, column)

@@ -21,6 +21,7 @@ from phalanx.data.preprocess import Encoder
 from phalanx.data.scan import ArrayEncoder
 from phalanx.data.sources import ArrayBatch, TableSource
 from phalanx.errors import InvalidArgument, NotFound
+from phalanx.texts import number_of
 
 
 @dataclass
@@ -86,7 +87,8 @@ class RawRows:
         """Features that are encoded already; raises InvalidArgument for another width."""
         if features.ndim != 2 or features.shape[1] != self.features:
             raise InvalidArgument(
-                f"prepared rows have {self.features} features, not the shape {features.shape}"
+                f"prepared rows have {number_of(self.features, 'feature')}, not the shape "
+                f"{features.shape}"
             )
         yield self._stored(features.astype(self.dtype, copy=False))
 
@@ -154,7 +156,8 @@ class RawRows:
                 )
             if features.shape[1] != self.features:
                 raise InvalidArgument(
-                    f"rows have {features.shape[1]} features, the model needs {self.features}"
+                    f"rows have {number_of(features.shape[1], 'feature')}, the model needs "
+                    f"{self.features}"
                 )
             yield self._stored(encoder.encode(features, batch.where))
 
@@ -168,7 +171,8 @@ class RawRows:
         names = [column.name for column in self.columns]
         if names and array.ndim == 2 and array.shape[1] == self.features != len(names):
             raise InvalidArgument(
-                f"rows have {array.shape[1]} values, the model needs the {len(names)} columns "
+                f"rows have {number_of(array.shape[1], 'value')}, the model needs the "
+                f"{number_of(len(names), 'column')} "
                 f"{_listed(names)}; rows that are encoded already go to predict_prepared"
             )
         return frame_of_objects(array, names)

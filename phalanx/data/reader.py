@@ -13,6 +13,7 @@ from phalanx.data.chunks import CsrChunk, DenseChunk, open_chunk
 from phalanx.data.manifest import ChunkInfo, DatasetManifest
 from phalanx.errors import DataLoss, InvalidArgument
 from phalanx.models.base import Batch
+from phalanx.texts import number_of
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -140,7 +141,8 @@ class ChunkReader:
         index = selection.chunk_index
         if not 0 <= index < len(self.chunks):
             raise InvalidArgument(
-                f"split {self.split!r} has {len(self.chunks)} chunks, none with index {index}"
+                f"split {self.split!r} has {number_of(len(self.chunks), 'chunk')}, "
+                f"none with index {index}"
             )
         chunk = self._open.get(index)
         if chunk is None:
@@ -163,11 +165,12 @@ class ChunkReader:
         if not isinstance(chunk, expected) or chunk.rows != info.rows:
             raise DataLoss(
                 f"chunk {info.digest[:12]} is not the {self.manifest.format} chunk of "
-                f"{info.rows} rows that the manifest names"
+                f"{number_of(info.rows, 'row')} that the manifest names"
             )
         if isinstance(chunk, DenseChunk) and chunk.features.shape[1] != self.manifest.features:
             raise DataLoss(
-                f"chunk {info.digest[:12]} has {chunk.features.shape[1]} features, "
+                f"chunk {info.digest[:12]} has "
+                f"{number_of(chunk.features.shape[1], 'feature')}, "
                 f"the manifest says {self.manifest.features}"
             )
         return chunk

@@ -15,6 +15,7 @@ from phalanx.data.manifest import ChunkInfo, Statistics
 from phalanx.data.options import CHUNK_BYTES_MAXIMUM
 from phalanx.data.statistics import accumulator
 from phalanx.errors import InvalidArgument
+from phalanx.texts import number_of
 
 _TARGET_BYTES = 8
 
@@ -70,8 +71,8 @@ class DenseWriter:
         row_bytes = features * np.dtype(dtype).itemsize + _TARGET_BYTES
         if row_bytes > CHUNK_BYTES_MAXIMUM:
             raise InvalidArgument(
-                f"a row of {features} features takes {row_bytes} bytes, more than a chunk may hold "
-                f"({CHUNK_BYTES_MAXIMUM}); use the csr layout or fewer features"
+                f"a row of {number_of(features, 'feature')} takes {row_bytes} bytes, more than a "
+                f"chunk may hold ({CHUNK_BYTES_MAXIMUM}); use the csr layout or fewer features"
             )
         rows = max(1, chunk_bytes // row_bytes)
         self._sink = sink

@@ -11,6 +11,7 @@ from phalanx.models.linear import LinearModel
 from phalanx.models.losses import Logistic, OutputLayer, Softmax, SquaredError
 from phalanx.models.mlp import Mlp
 from phalanx.models.user import UserModel
+from phalanx.texts import number_of
 from phalanx.v1 import job_spec_pb2
 
 __all__ = ["Batch", "DataSchema", "LeafSums", "Model", "UserModel", "build_model"]
@@ -68,7 +69,10 @@ def _mlp(mlp: job_spec_pb2.Mlp, schema: DataSchema) -> Model:
 
 def _needs_regression(schema: DataSchema, what: str) -> None:
     if schema.classes:
-        raise InvalidArgument(f"{what} predicts numbers, but the data has {schema.classes} classes")
+        raise InvalidArgument(
+            f"{what} predicts numbers, but the data has "
+            f"{number_of(schema.classes, 'class', 'classes')}"
+        )
 
 
 def _needs_classes(schema: DataSchema, what: str) -> None:

@@ -6,6 +6,7 @@ from typing import Self
 
 from phalanx.config import ServerConfig
 from phalanx.errors import ResourceExhausted
+from phalanx.texts import number_of
 
 _RETRY_S = 1.0
 _FILES_BESIDE_CONNECTIONS = 512
@@ -58,19 +59,20 @@ class Admission:
         calls_of_peer = self._calls_of_peer.get(peer, 0)
         calls_of_connection = self._calls_of_connection.get(connection, 0)
         if self._calls >= limits.calls_max:
-            raise _refused(f"the server has {limits.calls_max} calls open", "TOO_MANY_CALLS")
+            raise _refused(
+                f"the server has {number_of(limits.calls_max, 'call')} open", "TOO_MANY_CALLS"
+            )
         if calls_of_peer >= limits.peer_calls_max:
             raise _refused(
-                f"{peer} has {limits.peer_calls_max} calls open on this server",
+                f"{peer} has {number_of(limits.peer_calls_max, 'call')} open on this server",
                 "TOO_MANY_CALLS_OF_PEER",
             )
         if not calls_of_connection:
             connections = self._connections_of_peer.get(peer, 0)
             if connections >= limits.peer_connections_max:
-                raise _refused(
-                    f"{peer} has {limits.peer_connections_max} connections to this server",
-                    "TOO_MANY_CONNECTIONS_OF_PEER",
-                )
+                there = number_of(limits.peer_connections_max, "connection")
+                what = f"{peer} has {there} to this server"
+                raise _refused(what, "TOO_MANY_CONNECTIONS_OF_PEER")
             self._connections_of_peer[peer] = connections + 1
         self._calls += 1
         self._calls_of_peer[peer] = calls_of_peer + 1

@@ -21,6 +21,7 @@ from phalanx.errors import PhalanxError, Unavailable
 from phalanx.rpc.channel import open_channel
 from phalanx.rpc.status import from_rpc_error
 from phalanx.telemetry.logs import get_logger
+from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import coordination_service_pb2_grpc as coordination_grpc
 
@@ -246,7 +247,9 @@ class MemberSession:
         """
         while True:
             if 0 < unanswered_max <= self._unanswered:
-                raise _Silent(f"control has not answered {self._unanswered} heartbeats")
+                raise _Silent(
+                    f"control has not answered {number_of(self._unanswered, 'heartbeat')}"
+                )
             self._unanswered += 1
             self.report(coordination.SessionRequest(heartbeat=self._heartbeat()))
             await asyncio.sleep(interval_s)

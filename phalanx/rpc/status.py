@@ -23,6 +23,7 @@ from phalanx.errors import (
     Unavailable,
     Violation,
 )
+from phalanx.texts import number_of
 
 DOMAIN = "phalanx"
 _TRAILER = "grpc-status-details-bin"
@@ -118,7 +119,7 @@ def _bad_request(
         )
         if request.ByteSize() + item.ByteSize() + _MORE_BYTES > room_bytes:
             left = len(violations) - index
-            request.field_violations.add(description=f"and {left} more wrong fields")
+            request.field_violations.add(description=f"and {number_of(left, 'more wrong field')}")
             break
         request.field_violations.append(item)
     return request

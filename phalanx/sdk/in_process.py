@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -400,23 +400,11 @@ class InProcessBackend:
         )
         contents = description_files(description)
         contents[PARAMETERS_FILE] = safetensors_header(trained.layout) + flat.tobytes()
-        files = [
-            model_service_pb2.ModelFile(path=path, digest=self.put_blob(data), size_bytes=len(data))
-            for path, data in sorted(contents.items())
-        ]
-        files += [
-            model_service_pb2.ModelFile(
-                path=wheel_path(digest),
-                digest=digest,
-                size_bytes=self._blob_path(digest).stat().st_size,
-            )
-            for digest in spec.code.wheels
-        ]
         model = self._models.register(
             model_service_pb2.ModelVersion(
                 namespace=spec.namespace,
                 name=spec.output.model,
-                files=files,
+                files=self._put_files(contents, spec.code.wheels),
                 job_id=job.id,
                 parameters_sha256=trained.parameters_sha256,
                 bit_identical=True,
@@ -425,6 +413,23 @@ class InProcessBackend:
             )
         )
         return f"{model.name}@{model.version}"
+
+    def _put_files(
+        self, contents: Mapping[str, bytes], wheels: Iterable[str]
+    ) -> list[model_service_pb2.ModelFile]:
+        """Keep the files of a model; return how they are listed, wheels last."""
+        files = [
+            model_service_pb2.ModelFile(path=path, digest=self.put_blob(data), size_bytes=len(data))
+            for path, data in sorted(contents.items())
+        ]
+        return files + [
+            model_service_pb2.ModelFile(
+                path=wheel_path(digest),
+                digest=digest,
+                size_bytes=self._blob_path(digest).stat().st_size,
+            )
+            for digest in wheels
+        ]
 
 
 def job_code(spec: JobSpec, blob: Callable[[str], Path], folder: Path) -> Path | None:

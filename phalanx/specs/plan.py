@@ -5,6 +5,7 @@ from __future__ import annotations
 from phalanx.specs import catalog, parts
 from phalanx.specs.canonical import spec_sha256
 from phalanx.specs.resolve import rows_per_leaf, steps_per_epoch, total_steps, train_rows
+from phalanx.texts import number_of, verb_for
 from phalanx.v1 import dataset_service_pb2, job_pb2, job_spec_pb2, training_pb2
 
 EVALUATION_SHARD_ROWS = 256
@@ -121,20 +122,23 @@ def _leaf_warnings(spec: job_spec_pb2.JobSpec, rows: int, eligible_workers: int)
     found = []
     if leaf < SMALL_LEAF_ROWS and shards > 1:
         found.append(
-            f"a leaf has {leaf} rows, under {SMALL_LEAF_ROWS}: most of the time is overhead; "
-            "use fewer shards or a larger batch"
+            f"a leaf has {number_of(leaf, 'row')}, under {SMALL_LEAF_ROWS}: most of the time is "
+            "overhead; use fewer shards or a larger batch"
         )
     if batch > rows:
         found.append(
-            f"batch_size {batch} is more than the {rows} rows: every step uses all of them"
+            f"batch_size {batch} is more than the {number_of(rows, 'row')}: "
+            "every step uses all of them"
         )
     elif batch and batch % shards:
         found.append(
-            f"batch_size {batch} is no multiple of {shards} shards: a step has {leaf * shards} rows"
+            f"batch_size {batch} is no multiple of {number_of(shards, 'shard')}: "
+            f"a step has {number_of(leaf * shards, 'row')}"
         )
     if eligible_workers > shards:
         found.append(
-            f"{shards} shards keep {shards} of {eligible_workers} workers busy; use more shards"
+            f"{number_of(shards, 'shard')} {verb_for(shards, 'keeps', 'keep')} {shards} of "
+            f"{number_of(eligible_workers, 'worker')} busy; use more shards"
         )
     return found
 
@@ -159,8 +163,8 @@ def _stop_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
     patience = stop.plateau.evaluations * every
     if not stop.plateau.metric.startswith("train/") and 0 < steps <= patience:
         found.append(
-            f"stop.plateau never fires: {stop.plateau.evaluations} evaluations without change "
-            f"take {patience} steps, the job has {steps}"
+            f"stop.plateau never fires: {number_of(stop.plateau.evaluations, 'evaluation')} "
+            f"without change take {number_of(patience, 'step')}, the job has {steps}"
         )
     if stop.HasField("wall_time"):
         found.append("stop.wall_time depends on the clock: repeated runs may stop at other steps")
@@ -172,7 +176,8 @@ def _schedule_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
     found = []
     if steps and schedule.warm_up_steps >= steps:
         found.append(
-            f"the warm-up of {schedule.warm_up_steps} steps never ends: the job has {steps}"
+            f"the warm-up of {number_of(schedule.warm_up_steps, 'step')} never ends: "
+            f"the job has {steps}"
         )
     if steps and schedule.WhichOneof("kind") == "step" and schedule.step.every_steps >= steps:
         found.append("the step schedule never lowers the learning rate within this job")

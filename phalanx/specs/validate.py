@@ -17,6 +17,7 @@ from phalanx.errors import InvalidArgument, Violation
 from phalanx.ids import SHORT_NAME_RULE, is_short_name
 from phalanx.specs import catalog, composition
 from phalanx.specs.fields import walk
+from phalanx.texts import number_of
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
 
 CODE_LIMIT_BYTES = 256 * 1024
@@ -307,9 +308,13 @@ def _data(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> I
         message = f"{spec.data.name} has no rows in the split {spec.data.split!r}; it has: {known}"
         yield Violation("data.split", message)
     elif spec.data.shards > rows:
-        yield Violation("data.shards", f"{spec.data.shards} shards are more than the {rows} rows")
+        yield Violation(
+            "data.shards",
+            f"{number_of(spec.data.shards, 'shard')}: more than the {number_of(rows, 'row')}",
+        )
     if 0 < spec.train.batch_size < spec.data.shards:
-        message = f"{spec.train.batch_size} rows cannot be spread over {spec.data.shards} shards"
+        message = f"{number_of(spec.train.batch_size, 'row')} cannot be spread over "
+        message += number_of(spec.data.shards, "shard")
         yield Violation("train.batch_size", f"{message}; each needs at least one")
     if spec.data.target != dataset.target:
         message = f"{spec.data.name} was added with the target {dataset.target!r}"

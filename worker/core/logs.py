@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from phalanx.texts import number_of, verb_for
 from phalanx.v1 import coordination_service_pb2 as coordination
 
 LINE_LIMIT_BYTES = 4096
@@ -101,7 +102,8 @@ class LogLimiter:
     def take(self, unix_nanos: int) -> coordination.JobLogLines | None:
         """The next batch to send, None where there is nothing."""
         if self._dropped and len(self._waiting) < BATCH_LINES:
-            text = f"{self._dropped} lines were dropped: the job prints too much"
+            were = verb_for(self._dropped, "was", "were")
+            text = f"{number_of(self._dropped, 'line')} {were} dropped: the job prints too much"
             self._waiting.append(
                 coordination.JobLogLine(
                     time_unix_nanos=unix_nanos,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from phalanx.compressors import Codec, decoded
 from phalanx.errors import InvalidArgument
 from phalanx.reduction import Node, TreeReducer
+from phalanx.texts import number_of
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import training_pb2
 
@@ -226,9 +227,11 @@ def check_node(message: training_pb2.TreeNode, width: int) -> Node:
     """The node of a message, once it is known to be an aligned sub-tree of `width` shards."""
     first, span = message.first, message.span
     if span < 1 or span & (span - 1) or first < 0 or first % span or first >= width:
-        raise InvalidArgument(f"({first}, {span}) is no node of a tree over {width} shards")
+        raise InvalidArgument(
+            f"({first}, {span}) is no node of a tree over {number_of(width, 'shard')}"
+        )
     if span >= 2 * width:
-        raise InvalidArgument(f"({first}, {span}) is above the root of {width} shards")
+        raise InvalidArgument(f"({first}, {span}) is above the root of {number_of(width, 'shard')}")
     return Node(first, span)
 
 
@@ -249,8 +252,8 @@ def mask_of(frame: pb.ContributionFrame, node: Node, width: int) -> int:
             raise InvalidArgument(f"the shard mask of {node} names shards outside of it")
     if frame.example_count < 0 or not math.isfinite(frame.loss_sum):
         raise InvalidArgument(
-            f"{node} carries {frame.example_count} examples and loss {frame.loss_sum}; a leaf "
-            "that is not finite must be left out"
+            f"{node} carries {number_of(frame.example_count, 'example')} and "
+            f"loss {frame.loss_sum}; a leaf that is not finite must be left out"
         )
     if not mask and (frame.example_count or frame.loss_sum):
         raise InvalidArgument(f"{node} has no shard present and yet examples or a loss")

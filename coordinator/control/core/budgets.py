@@ -9,6 +9,7 @@ from __future__ import annotations
 from coordinator.control.core import ending, hosting, terms
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.state import Core, FailedLeaf, JobRuntime, Worker
+from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.job_pb2 import Failure
 
@@ -112,8 +113,8 @@ def _poisoned(
     last = message.first_row + max(0, message.row_count - 1)
     text = (
         f"the leaf of {where} {message.shard} (rows {message.first_row} to {last}) failed "
-        f"{len(failures)} times at step {message.step} on {', '.join(workers)}: {kind}: "
-        f"{message.message}"
+        f"{number_of(len(failures), 'time')} at step {message.step} on "
+        f"{', '.join(workers)}: {kind}: {message.message}"
     )
     core.emit(
         "POISON_SHARD",

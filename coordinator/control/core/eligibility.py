@@ -8,6 +8,7 @@ from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core, JobRuntime, Worker
 from phalanx.errors import PhalanxError, ResourceExhausted
 from phalanx.specs.plan import PARAMETER_COPIES
+from phalanx.texts import number_of, verb_for
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 from phalanx.v1.training_pb2 import Layout
 
@@ -53,8 +54,9 @@ def too_large(core: Core, needed: int) -> PhalanxError | None:
     if needed <= largest:
         return None
     return ResourceExhausted(
-        f"each worker needs {needed} bytes for this job, and the largest of {len(known)} workers "
-        f"has {largest}; use a smaller model, batch_size or more shards",
+        f"each worker needs {needed} bytes for this job, and the largest of "
+        f"{number_of(len(known), 'worker')} has {largest}; use a smaller model, "
+        "batch_size or more shards",
         reason="JOB_TOO_LARGE",
         details={"worker_bytes": str(needed), "largest_worker_bytes": str(largest)},
     )
@@ -157,9 +159,13 @@ def explain_waiting(core: Core, job: JobRuntime, group: Group) -> tuple[str, str
         )
         return "WAITING_FOR_FINGERPRINT", message
     ready = sum(worker.state == WorkerView.STATE_READY for worker in group.workers)
-    message = f"{ready} of {max(1, wanted)} workers are there"
+    wanted = max(1, wanted)
+    message = f"{ready} of {number_of(wanted, 'worker')} {verb_for(wanted, 'is', 'are')} there"
     if ready < len(group.workers):
-        message += f", {len(group.workers) - ready} more have not been heard of for a moment"
+        silent = len(group.workers) - ready
+        message += (
+            f", {silent} more {verb_for(silent, 'has', 'have')} not been heard of for a moment"
+        )
     if group.excluded:
         worker_id, why = next(iter(sorted(group.excluded.items())))
         more = len(group.excluded) - 1

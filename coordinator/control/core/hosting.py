@@ -20,6 +20,7 @@ from coordinator.control.core.eligibility import (
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.state import Core, Hosting, JobRuntime, TreePlacement, Worker
 from coordinator.control.core.tree import nodes_of
+from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.training_pb2 import JobPlan
 
@@ -302,10 +303,10 @@ def _tell(
     incident_id: str,
 ) -> None:
     takers = ", ".join(sorted({*train, *evaluation}))
-    also = f" and {len(evaluation)} evaluation shards" if evaluation else ""
+    also = f" and {number_of(len(evaluation), 'evaluation shard')}" if evaluation else ""
     core.emit(
         "SHARDS_MOVED",
-        f"{len(train)} shards{also} moved to {takers}",
+        f"{number_of(len(train), 'shard')}{also} moved to {takers}",
         job_id=job.job_id,
         after=job.term_after,
         incident_id=incident_id,

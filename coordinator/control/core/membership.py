@@ -22,6 +22,7 @@ from coordinator.control.core.state import (
 from coordinator.control.core.tree import shards_of
 from phalanx.errors import Aborted, FailedPrecondition, InvalidArgument, PhalanxError, Unavailable
 from phalanx.ids import is_name
+from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 from phalanx.v1.control_journal_pb2 import ControlRecord, WorkerDrained
@@ -38,7 +39,7 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
     """Take a worker in: new, back after a broken stream, or from before a take-over."""
     wrong = _wrong_hello(core, hello.worker_id, hello.incarnation, hello.generation)
     if wrong is None and not 1 <= hello.slots <= SLOTS_MAX:
-        wrong = InvalidArgument(f"{hello.worker_id} says it has {hello.slots} slots")
+        wrong = InvalidArgument(f"{hello.worker_id} says it has {number_of(hello.slots, 'slot')}")
     if wrong is not None:
         core.close(session, wrong)
         return
@@ -60,10 +61,10 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
     _recall_drain(core, worker)
     _forget_gone(core)
     core.send(session, _welcome(core))
-    back = f" with {len(hello.held_jobs)} jobs in hand" if hello.held_jobs else ""
+    back = f" with {number_of(len(hello.held_jobs), 'job')} in hand" if hello.held_jobs else ""
     core.emit(
         "WORKER_JOINED",
-        f"{worker.id} joined with {worker.slots} slots{back}",
+        f"{worker.id} joined with {number_of(worker.slots, 'slot')}{back}",
         worker_id=worker.id,
         details={"incarnation": hello.incarnation, "host": hello.host, "pid": hello.pid},
     )

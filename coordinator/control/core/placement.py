@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from coordinator.control.core.tree import cover, node_count, runs
+from phalanx.texts import number_of
 
 Owners = dict[int, str]
 """Worker by shard; a shard without an owner is missing."""
@@ -53,7 +54,8 @@ def place_first(width: int, slots: Mapping[str, int], unit: int = 1) -> Placemen
     fitting = [each for each in candidates if each[0] <= limit]
     _, vectors, grain, owners = min(fitting, key=lambda each: (each[1], each[0]))
     reason = (
-        f"{width} shards on {len(slots)} workers by slots, in runs of {grain}: {vectors} vectors"
+        f"{number_of(width, 'shard')} on {number_of(len(slots), 'worker')} by slots, "
+        f"in runs of {grain}: {number_of(vectors, 'vector')}"
     )
     return Placement(owners, frozenset(owners), reason)
 
@@ -90,7 +92,7 @@ def place_orphans(
         result.update(dict.fromkeys(piece, chosen))
         counted[chosen] += len(piece)
     names = ", ".join(sorted({result[shard] for shard in wanted}))
-    reason = f"{len(wanted)} shards without a host go to {names}, who had the least load"
+    reason = f"{number_of(len(wanted), 'shard')} without a host, to {names}, who had the least load"
     return Placement(result, frozenset(wanted), reason)
 
 
@@ -122,7 +124,9 @@ def rebalance(
         counted[taker] += len(node)
     if not moved or _slowest(result, slots) * UNEVEN_ACCEPTED > _slowest(owners, slots):
         return Placement(dict(owners), frozenset(), "already balanced")
-    reason = f"{len(moved)} shards move so that no worker has much more per slot than another"
+    reason = (
+        f"{number_of(len(moved), 'shard')} moved: no worker has much more per slot than another"
+    )
     return Placement(result, frozenset(moved), reason)
 
 

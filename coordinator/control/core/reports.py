@@ -6,6 +6,7 @@ from coordinator.control.core import ending, hosting, incidents, terms
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.ownership import live_aggregators
 from coordinator.control.core.state import Aggregator, Core, JobRuntime
+from phalanx.texts import number_of, verb_for
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 
@@ -88,7 +89,8 @@ def copies_started(core: Core, aggregator: Aggregator, message: pb.CopiesStarted
     elif message.worker_id:
         # Told after the fact: control was away when it happened.
         incident_id = incidents.suspected(core, message.worker_id)
-    what = f"{count} evaluation shards" if message.evaluation else f"{count} shards"
+    what = number_of(count, "evaluation shard" if message.evaluation else "shard")
+    are = verb_for(count, "is", "are")
     whose = message.worker_id or "nobody known"
     why = f"nothing came within {message.waited_s:.3f} s (late after {message.patience_s:.3f} s)"
     if message.cause == "lost":
@@ -96,7 +98,7 @@ def copies_started(core: Core, aggregator: Aggregator, message: pb.CopiesStarted
     takers = ", ".join(message.copied_to)
     core.emit(
         "SPECULATION_STARTED",
-        f"{what} of {whose} are copied by {takers}: {why}",
+        f"{what} of {whose} {are} copied by {takers}: {why}",
         job_id=job.job_id,
         worker_id=message.worker_id,
         incident_id=incident_id,

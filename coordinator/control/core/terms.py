@@ -20,6 +20,7 @@ from coordinator.control.core.lifecycle import QUEUED, RUNNING
 from coordinator.control.core.ownership import choose_owners, lost_owners, may_be_owned
 from coordinator.control.core.state import Core, JobRuntime, OperationKind, Worker
 from phalanx.errors import Internal
+from phalanx.texts import number_of, verb_for
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
 from phalanx.v1.control_journal_pb2 import ControlRecord, TermStarted
@@ -137,7 +138,7 @@ def check_describe_deadline(core: Core, job: JobRuntime) -> None:
     job.describe_attempts += 1
     if job.describe_attempts >= DESCRIBE_ATTEMPTS_MAX:
         text = (
-            f"{job.describe_attempts} workers did not build the model within "
+            f"{number_of(job.describe_attempts, 'worker')} did not build the model within "
             f"{core.config.describe_timeout_s:g} s each, the last was {job.describing}"
         )
         ending.fail(core, job, "DESCRIBE_TIMEOUT", text)
@@ -197,7 +198,9 @@ def _dispatch(core: Core, job: JobRuntime) -> None:
     facts = core.facts_of(job)
     running = sum(1 for _ in core.running())
     if running >= core.config.running_jobs_max:
-        core.set_reason(job, "QUEUED_BEHIND_OTHERS", f"{running} jobs are running")
+        are = verb_for(running, "is", "are")
+        text = f"{number_of(running, 'job')} {are} running"
+        core.set_reason(job, "QUEUED_BEHIND_OTHERS", text)
         return
     group = group_of(core, job)
     announce_ineligible(core, job, group)
@@ -283,21 +286,24 @@ def _tell_start(core: Core, job: JobRuntime, *, first: bool, resumed: bool, befo
         owners = sorted({each.aggregator_id for each in facts.ranges})
         core.emit(
             type_,
-            f"term {facts.term} {origin}, {len(facts.ranges)} ranges on {', '.join(owners)}",
+            f"term {facts.term} {origin}, {number_of(len(facts.ranges), 'range')} "
+            f"on {', '.join(owners)}",
             job_id=job.job_id,
             after=job.after,
             step=step,
             details={"term": facts.term, "fingerprint": facts.fingerprint},
         )
     elif before > step or incident is not None:
+        replayed = max(0, before - step)
+        are = verb_for(replayed, "is", "are")
         core.emit(
             "STEPS_REPLAYED",
-            f"{max(0, before - step)} steps are computed again {origin}, in term {facts.term}",
+            f"{number_of(replayed, 'step')} {are} computed again {origin}, in term {facts.term}",
             job_id=job.job_id,
             after=job.after,
             step=step,
             incident_id=incident.id if incident is not None else "",
-            details={"steps": max(0, before - step), "term": facts.term},
+            details={"steps": replayed, "term": facts.term},
         )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from phalanx.cli.context import settings_of
+from phalanx.texts import number_of
 
 START = "Start here"
 PANEL = "Look after the cluster"
@@ -241,7 +242,7 @@ def gc(
         return
     verb = "would be removed" if dry_run else "removed"
     size = bytes_text(answer.bytes_removed)
-    say(f"{answer.blobs_removed:,} blobs ({size}) {verb}, {answer.blobs_kept:,} kept")
+    say(f"{number_of(answer.blobs_removed, 'blob')} ({size}) {verb}, {answer.blobs_kept:,} kept")
 
 
 def _worker_state(state: int) -> str:

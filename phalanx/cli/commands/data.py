@@ -10,6 +10,7 @@ import typer
 
 from phalanx.cli.context import settings_of
 from phalanx.errors import InvalidArgument
+from phalanx.texts import number_of
 
 group = typer.Typer(no_args_is_help=True, help="Add and list data sets.")
 PANEL = "Data, jobs and models"
@@ -267,11 +268,10 @@ def delete(context: typer.Context, name: NAME) -> None:
 def _describe_short(dataset: Any) -> None:
     from phalanx.cli.output import bytes_text, say
 
-    rows = ", ".join(f"{split} {count:,}" for split, count in sorted(dataset.rows.items()))
-    kind = f"{len(dataset.classes)} classes" if dataset.classes else dataset.task
-    say(
-        f"  {rows} rows · {dataset.features:,} features · {kind} · {bytes_text(dataset.size_bytes)}"
-    )
+    rows_text = ", ".join(f"{split} {count:,}" for split, count in sorted(dataset.rows.items()))
+    kind = number_of(len(dataset.classes), "class", "classes") if dataset.classes else dataset.task
+    features = number_of(dataset.features, "feature")
+    say(f"  {rows_text} rows · {features} · {kind} · {bytes_text(dataset.size_bytes)}")
 
 
 def _column(text: str | None) -> str | int | None:

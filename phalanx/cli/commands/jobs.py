@@ -12,6 +12,7 @@ import typer
 from phalanx.cli.commands.data import PANEL
 from phalanx.cli.context import Settings, settings_of
 from phalanx.errors import InvalidArgument, NotFound, PhalanxError
+from phalanx.texts import number_of
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -225,7 +226,7 @@ def _place_of(failure: job_pb2.Failure) -> str:
     last = failure.first_row + failure.row_count - 1
     return (
         f"shard {failure.shard}, rows {failure.first_row:,} to {last:,}, step {failure.step}, "
-        f"{failure.attempts} attempts on {', '.join(failure.worker_ids)}"
+        f"{number_of(failure.attempts, 'attempt')} on {', '.join(failure.worker_ids)}"
     )
 
 
@@ -350,10 +351,11 @@ def show_plan(plan: job_pb2.Plan | None) -> None:
 
     if plan is None:
         return
-    parts = [f"{plan.steps:,} steps" if plan.steps else "no fixed number of steps"]
-    parts += [f"{plan.rows_per_leaf:,} rows per leaf"]
-    parts += [f"{plan.evaluations:,} evaluations", f"{plan.checkpoints:,} checkpoints"]
-    parts += [f"{bytes_text(plan.worker_bytes)} per worker", f"{plan.eligible_workers} workers"]
+    parts = [number_of(plan.steps, "step") if plan.steps else "no fixed number of steps"]
+    parts += [f"{number_of(plan.rows_per_leaf, 'row')} per leaf"]
+    parts += [number_of(plan.evaluations, "evaluation"), number_of(plan.checkpoints, "checkpoint")]
+    parts += [f"{bytes_text(plan.worker_bytes)} per worker"]
+    parts += [number_of(plan.eligible_workers, "worker")]
     say("  " + " · ".join(parts))
     for warning in plan.warnings:
         say(f"  warning: {warning}")

@@ -25,6 +25,7 @@ from phalanx.local.ports import check_free
 from phalanx.local.state import ClusterState, is_locked, read_state
 from phalanx.local.supervisor import START_TIMEOUT_S, Supervisor
 from phalanx.sdk.discovery import DEFAULT_ADDRESS, default_state_dir
+from phalanx.texts import number_of
 
 if TYPE_CHECKING:
     from phalanx.sdk.cluster import Cluster
@@ -262,7 +263,7 @@ def cluster_for_training(settings: Settings, workers: int, state: Path | None) -
     if state is None and _answers(DEFAULT_ADDRESS):
         return settings.connect()
     if not settings.json:
-        say(f"no cluster runs; starting one with {workers} workers, state in {folder}")
+        say(f"no cluster runs; starting one with {number_of(workers, 'worker')}, state in {folder}")
     return LocalCluster(workers, state=folder, namespace=settings.namespace)
 
 

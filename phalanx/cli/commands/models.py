@@ -10,6 +10,7 @@ import typer
 
 from phalanx.cli.commands.data import PANEL
 from phalanx.cli.context import settings_of
+from phalanx.texts import number_of
 
 group = typer.Typer(no_args_is_help=True, help="List, download and delete models.")
 NAME = Annotated[str, typer.Argument(metavar="MODEL", help="NAME (the newest) or NAME@VERSION.")]
@@ -189,7 +190,7 @@ def predict(
     elif settings.json:
         print_json({"path": str(output), "rows": predicted.rows})
     else:
-        say(f"{predicted.rows:,} predictions written to {output}")
+        say(f"{number_of(predicted.rows, 'prediction')} written to {output}")
 
 
 def _metrics_text(metrics: dict[str, float]) -> str:

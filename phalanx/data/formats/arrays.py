@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from phalanx.data.manifest import SourceFile
 from phalanx.data.preprocess import ColumnValues, NumericValues
 from phalanx.data.sources import TARGET, ArrayBatch, ArrayShape
 from phalanx.errors import InvalidArgument
+from phalanx.texts import number_of
 
 _BATCH_BYTES = 4 << 20
 _NUMBER_KINDS = "biuf"
@@ -71,7 +73,36 @@ def target_values(targets: NDArray[Any], name: str) -> ColumnValues:
 def check_rows(features: int, targets: int, name: str) -> None:
     """Raises InvalidArgument unless there is one target per row."""
     if features != targets:
-        raise InvalidArgument(f"{name}: {features} rows of features, but {targets} targets")
+        raise InvalidArgument(
+            f"{name}: {number_of(features, 'row')} of features, but {number_of(targets, 'target')}"
+        )
+
+
+class PairInFile:
+    """What the formats have in common that keep features and targets under keys of one file."""
+
+    def __init__(self, path: Path, features_key: str, target_key: str) -> None:
+        self._path = path
+        self._note = f"features are {features_key!r}, targets {target_key!r} of {path.name}"
+        self._shape = ArrayShape(features=None)
+
+    def _describe(self, width: int, features: np.dtype[Any], targets: np.dtype[Any]) -> None:
+        self._shape = ArrayShape(
+            features=width,
+            whole_bytes=is_whole_bytes(features),
+            boolean_target=targets.kind == "b",
+            notes=(self._note,),
+        )
+
+    @property
+    def shape(self) -> ArrayShape:
+        """What the arrays are."""
+        return self._shape
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Name and size."""
+        return (SourceFile(self._path.name, self._path.stat().st_size),)
 
 
 class MemoryArrays:
@@ -88,7 +119,9 @@ class MemoryArrays:
         check_numeric(self._features.dtype, name)
         check_rows(self._features.shape[0], len(self._targets), name)
         if names and len(names) != width:
-            raise InvalidArgument(f"{len(names)} feature names for {width} features")
+            raise InvalidArgument(
+                f"{number_of(len(names), 'feature name')} for {number_of(width, 'feature')}"
+            )
         self._shape = ArrayShape(
             features=width,
             whole_bytes=is_whole_bytes(self._features.dtype),
@@ -127,10 +160,8 @@ class ArraySeries:
     def __init__(self, sources: Sequence[Any]) -> None:
         widths = {source.shape.features for source in sources}
         if len(widths) > 1:
-            raise InvalidArgument(
-                f"the files differ in width: {', '.join(str(width) for width in sorted(widths))} "
-                "features"
-            )
+            widths_text = ", ".join(str(width) for width in sorted(widths))
+            raise InvalidArgument(f"the files differ in width: {widths_text} features")
         self._sources = tuple(sources)
 
     @property

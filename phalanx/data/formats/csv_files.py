@@ -24,6 +24,7 @@ from phalanx.data.options import IngestOptions
 from phalanx.data.preprocess import ColumnValues
 from phalanx.data.sources import TableBatch, TableShape
 from phalanx.errors import InvalidArgument, PhalanxError
+from phalanx.texts import number_of
 
 _BLOCK_BYTES_MINIMUM = 64
 _WIDEST_BLOCK_BYTES = 1 << 30
@@ -167,7 +168,7 @@ class CsvTable:
                         )
         except PhalanxError as found:
             return found
-        return InvalidArgument(f"{path.name}, after {rows} good rows: {error}")
+        return InvalidArgument(f"{path.name}, after {number_of(rows, 'good row')}: {error}")
 
 
 class _Body(io.RawIOBase):
@@ -211,8 +212,8 @@ def _matched(
         return shape.names
     if len(shape.names) != len(like):
         raise InvalidArgument(
-            f"{path.name} has no header line and {len(shape.names)} columns, "
-            f"expected the {len(like)} columns {', '.join(like)}"
+            f"{path.name} has no header line and {number_of(len(shape.names), 'column')}, "
+            f"expected the {number_of(len(like), 'column')} {', '.join(like)}"
         )
     return tuple(like)
 

@@ -19,6 +19,7 @@ from phalanx.data.manifest import ColumnKind
 from phalanx.data.options import IngestOptions
 from phalanx.data.sources import TableShape
 from phalanx.errors import InvalidArgument, NotFound
+from phalanx.texts import number_of
 
 SAMPLE_ROWS = 10_000
 """Kinds of columns are decided by this many rows."""
@@ -205,7 +206,8 @@ def _names(
         names = [name.strip() for name in options.columns]
         if len(names) != width:
             raise InvalidArgument(
-                f"{len(names)} column names were given, {path.name} has {width} columns"
+                f"{number_of(len(names), 'column name')} given, {path.name} has "
+                f"{number_of(width, 'column')}"
             )
     elif header:
         names = [cell.strip() for cell in header.cells]

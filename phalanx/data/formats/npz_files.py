@@ -17,18 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.data.formats.arrays import (
+    PairInFile,
     array_where,
     batch_rows,
     check_numeric,
     check_rows,
     flat_width,
-    is_whole_bytes,
     target_values,
 )
-from phalanx.data.manifest import SourceFile
 from phalanx.data.options import IngestOptions
 from phalanx.data.preprocess import NumericValues
-from phalanx.data.sources import ArrayBatch, ArrayShape, Opened
+from phalanx.data.sources import ArrayBatch, Opened
 from phalanx.errors import InvalidArgument, NotFound
 
 _FEATURE_KEYS = ("X", "x", "features", "data", "X_train", "x_train")
@@ -46,34 +45,19 @@ class _Member:
     fortran_order: bool
 
 
-class NpzArrays:
+class NpzArrays(PairInFile):
     """One pair of arrays of an NPZ file."""
 
     def __init__(self, path: Path, features_key: str, target_key: str) -> None:
         members = _members(path)
-        self._path = path
+        super().__init__(path, features_key, target_key)
         self._features = _member(members, features_key, path)
         self._targets = _member(members, target_key, path)
         self._width = flat_width(self._features.shape, path.name, f"{features_key!r}")
         check_numeric(self._features.dtype, path.name)
         targets = self._targets.shape[0] if self._targets.shape else 0
         check_rows(self._features.shape[0], targets, path.name)
-        self._shape = ArrayShape(
-            features=self._width,
-            whole_bytes=is_whole_bytes(self._features.dtype),
-            boolean_target=self._targets.dtype.kind == "b",
-            notes=(f"features are {features_key!r}, targets {target_key!r} of {path.name}",),
-        )
-
-    @property
-    def shape(self) -> ArrayShape:
-        """What the arrays are."""
-        return self._shape
-
-    @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """Name and size."""
-        return (SourceFile(self._path.name, self._path.stat().st_size),)
+        self._describe(self._width, self._features.dtype, self._targets.dtype)
 
     def batches(self) -> Iterator[ArrayBatch]:
         """All rows in order."""

@@ -11,16 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.data.formats.arrays import (
+    PairInFile,
     array_where,
     batch_rows,
     check_rows,
     flat_width,
-    is_whole_bytes,
     target_values,
 )
-from phalanx.data.manifest import SourceFile
 from phalanx.data.options import IngestOptions
-from phalanx.data.sources import ArrayBatch, ArrayShape
+from phalanx.data.sources import ArrayBatch
 from phalanx.errors import InvalidArgument, NotFound
 
 _FEATURE_KEYS = ("features", "X", "x", "data")
@@ -41,11 +40,10 @@ _DTYPES = {
 }
 
 
-class SafetensorsArrays:
+class SafetensorsArrays(PairInFile):
     """One pair of tensors of a file."""
 
     def __init__(self, path: Path, options: IngestOptions) -> None:
-        self._path = path
         tensors = _tensors(path)
         features_key = options.features_key or _usual(tensors, _FEATURE_KEYS, "features", path)
         target_key = options.target_key or _usual(tensors, _TARGET_KEYS, "target", path)
@@ -54,27 +52,13 @@ class SafetensorsArrays:
                 raise InvalidArgument(
                     f"{path.name} has no tensor {key!r}; it has {', '.join(tensors)}"
                 )
+        super().__init__(path, features_key, target_key)
         features, targets = tensors[features_key], tensors[target_key]
         width = flat_width(features.shape, path.name, f"{features_key!r}")
         check_rows(len(features), targets.shape[0] if targets.ndim else 0, path.name)
         self._features = features.reshape(len(features), width)
         self._targets = targets
-        self._shape = ArrayShape(
-            features=width,
-            whole_bytes=is_whole_bytes(features.dtype),
-            boolean_target=targets.dtype.kind == "b",
-            notes=(f"features are {features_key!r}, targets {target_key!r} of {path.name}",),
-        )
-
-    @property
-    def shape(self) -> ArrayShape:
-        """What the arrays are."""
-        return self._shape
-
-    @property
-    def files(self) -> tuple[SourceFile, ...]:
-        """Name and size."""
-        return (SourceFile(self._path.name, self._path.stat().st_size),)
+        self._describe(width, features.dtype, targets.dtype)
 
     def batches(self) -> Iterator[ArrayBatch]:
         """All rows in order."""

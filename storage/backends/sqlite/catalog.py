@@ -9,6 +9,7 @@ from google.protobuf import empty_pb2
 from google.protobuf.message import DecodeError
 
 from phalanx.errors import DataLoss, FailedPrecondition, NotFound
+from phalanx.texts import number_of
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import model_service_pb2 as model_pb
 from phalanx.v1 import storage_service_pb2 as pb
@@ -170,8 +171,8 @@ class SqliteCatalog:
         missing = [digest for digest in wanted if digest not in sizes]
         if missing:
             raise FailedPrecondition(
-                f"{len(missing)} of {len(wanted)} blobs are not stored, as {missing[0]}; put them "
-                "first",
+                f"{len(missing)} of {number_of(len(wanted), 'blob')} not stored, as {missing[0]}; "
+                "put what is missing first",
                 reason="BLOB_MISSING",
                 details={"digest": missing[0]},
             )

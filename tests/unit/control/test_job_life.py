@@ -218,7 +218,7 @@ def test_a_model_that_turns_out_too_large_fails_its_job(cluster: Any) -> None:
     cluster.submit(edit=custom)
     cluster.describe(cluster.sessions["w1"], "job-1", **described(10**8))
     assert (cluster.state(), cluster.job().reason) == ("FAILED", "JOB_TOO_LARGE")
-    assert "the largest of 1 workers has 1000000000" in cluster.job().message
+    assert "the largest of 1 worker has 1000000000" in cluster.job().message
 
 
 def test_a_model_that_fits_some_workers_runs_on_those(cluster: Any) -> None:

@@ -494,7 +494,7 @@ def test_chunks_hold_as_many_rows_as_fit_and_depend_on_nothing_else(tmp_path: Pa
 
 
 def test_a_row_that_no_chunk_can_hold_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match="a row of 5000000 features takes 20000008 bytes"):
+    with pytest.raises(InvalidArgument, match="a row of 5,000,000 features takes 20000008 bytes"):
         datasets.store(tmp_path, np.zeros((2, 5_000_000), np.float32), [0, 1])
     wide = scipy.sparse.csr_array(np.ones((2, 1000), np.float32))
     stored = datasets.store(tmp_path, wide, [0, 1], chunk_bytes=1024)

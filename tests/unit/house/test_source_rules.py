@@ -1,6 +1,8 @@
 """Rules of the house that no linter knows, checked on the source itself."""
 
 import ast
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +27,14 @@ MULTIPROCESSING_ALLOWED = {"shared_memory", "resource_tracker"}
 
 # These calls are open as long as a member or a watcher lives; they are ended by it, not by a clock.
 STREAMS = {"Exchange", "ReadJobLogs", "Session", "WatchJob"}
+
+
+# Nouns that follow numbers in messages; bytes and seconds are units, and stay as they are.
+COUNTED = re.compile(
+    r" (?:evaluation |good |more |wrong )?(?:attempts|blobs|checkpoints|chunks|classes|columns|"
+    r"connections|evaluations|examples|failures|features|fields|files|jobs|lines|nodes|predictions|ranges|rows|"
+    r"shards|slots|steps|submissions|targets|times|vectors|workers)(?![\w/])"
+)
 
 
 def _sources(*folders: str) -> list[Path]:
@@ -244,3 +254,33 @@ def test_every_package_is_one() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_package_tells_type_checkers_that_it_is_typed(package: str) -> None:
     assert (ROOT / package / "py.typed").exists()
+
+
+def _uncounted(tree: Iterator[ast.AST]) -> Iterator[str]:
+    """Say where a message puts a number before a plural that stays one when the number is 1."""
+    for node in tree:
+        if not isinstance(node, ast.JoinedStr):
+            continue
+        for value, text in itertools.pairwise(node.values):
+            if not isinstance(value, ast.FormattedValue) or not isinstance(text, ast.Constant):
+                continue
+            shown = ast.unparse(value.value)
+            # Not numbers: a quoted text, `what` and the like. Constants are larger than 1.
+            text_or_constant = (
+                value.conversion != -1
+                or shown.endswith(("name", "_text", "what"))
+                or shown.startswith("number_of(")
+                or shown.rpartition(".")[2].isupper()
+            )
+            if not text_or_constant and COUNTED.match(text.value):
+                yield f"line {value.lineno}: {{{shown}}}{text.value[:20]}"
+
+
+def test_numbers_and_their_nouns_agree() -> None:
+    """`number_of` writes both."""
+    assert not _found(_uncounted, *PACKAGES)
+
+
+def test_a_number_before_a_plural_would_be_found() -> None:
+    tree = ast.parse("f'{len(found)} shards, {n} evaluation shards, {LIMIT} rows'")
+    assert len(list(_uncounted(ast.walk(tree)))) == 2
