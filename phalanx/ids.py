@@ -19,6 +19,7 @@ _SHORT_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?", re.ASCII)
 _BLOB_ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
 # No vowels and no look-alikes: ids are read aloud, and must not spell words.
 _ALPHABET = "23456789bcdfghjkmnpqrstvwxz"
+_MADE_ID = re.compile(rf"[a-z0-9][-a-z0-9]*-[{_ALPHABET}]{{8}}", re.ASCII)
 
 SHORT_NAME_RULE = "a-z, 0-9 and -, at most 40, first and last a letter or digit"
 
@@ -26,6 +27,11 @@ SHORT_NAME_RULE = "a-z, 0-9 and -, at most 40, first and last a letter or digit"
 def new_id(prefix: str, length: int = 8) -> str:
     """Return ``PREFIX-xxxxxxxx`` with random characters that are allowed in names."""
     return f"{prefix}-" + "".join(secrets.choice(_ALPHABET) for _ in range(length))
+
+
+def is_made_id(text: str) -> bool:
+    """Return whether ``text`` looks like what ``new_id`` returns."""
+    return _MADE_ID.fullmatch(text) is not None
 
 
 def new_request_id() -> str:

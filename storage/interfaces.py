@@ -192,6 +192,9 @@ class Catalog(Protocol):
     def set_pins(self, request: pb.SetPinsRequest) -> None:
         """Replace the pins of a holder; NotFound names what does not exist."""
 
+    def pin_holders(self, after: str, limit: int) -> list[str]:
+        """Return who holds pins, in order, from the first one after ``after``."""
+
 
 class ReferenceStore(Protocol):
     """Which blobs are named by anything that is stored."""

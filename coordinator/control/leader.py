@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from google.protobuf.message import Message
@@ -81,6 +81,7 @@ class Leader:
         replayed: tuple[Facts, Facts],
         control_sequence: tuple[int, int],
         event_sequence: int,
+        unclaimed_pins: Sequence[str] = (),
     ) -> None:
         live, self.durable = replayed
         self._config = config
@@ -103,6 +104,7 @@ class Leader:
             observe_append_s=gauges.observe_append,
         )
         self._operations = Operations(store, self.durable)
+        self._unclaimed_pins = unclaimed_pins
         self._durable_index = 0
         self._waiting: deque[fx.Effect] = deque()
         self._answers: dict[int, asyncio.Future[Message]] = {}
@@ -112,14 +114,15 @@ class Leader:
 
     # -- life -------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Begin to lead."""
+    def start(self, lost: ev.LostLeader | None = None) -> None:
+        """Begin to lead, in the place of a leader that was lost if there was one."""
         for work in (self._journal.run, self.event_log.run, self.streams.run):
             self._spawn(work(), vital=True)
         self._spawn(self._tick(), vital=True)
         self._spawn(self._collect_garbage(), vital=False)
+        self._spawn(self._let_go_of_pins(), vital=False)
         self._store.on_change = self._storage_changed
-        self.dispatch(ev.Led(self._config.id))
+        self.dispatch(ev.Led(self._config.id, lost))
 
     async def stop(self, error: PhalanxError) -> None:
         """Stop leading: members and callers are sent away, what is not durable is forgotten.
@@ -371,6 +374,11 @@ class Leader:
             ticks += 1
             if ticks % 5 == 0:
                 self._gauges.show(self.core, self.durable, self._journal.lag)
+
+    async def _let_go_of_pins(self) -> None:
+        for job_id in self._unclaimed_pins:
+            await self._operations.release_pins(job_id)
+            _log.info("pins_let_go", job_id=job_id)
 
     async def _collect_garbage(self) -> None:
         while True:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
+from coordinator.control.core.events import LostLeader
 from coordinator.control.store import LEASE, Store
 from phalanx.errors import Aborted, NotFound, PhalanxError
 from phalanx.telemetry.logs import get_logger
@@ -19,13 +21,21 @@ from phalanx.v1 import storage_service_pb2 as pb
 _log = get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class Acquired:
+    """A lease that is ours, and what became of who held it before."""
+
+    generation: int
+    lost: LostLeader | None = None
+
+
 async def acquire(
     store: Store,
     holder: str,
     lease_ttl_s: float,
     on_following: Callable[[pb.Lease], Awaitable[None]],
-) -> int:
-    """Wait until this process leads; return its generation.
+) -> Acquired:
+    """Wait until this process leads; return its generation, and whom it took the lease from.
 
     `on_following` is called with the lease whenever another one is seen to renew it.
     """
@@ -38,7 +48,10 @@ async def acquire(
         answer = await store.insist_call(store.storage.AcquireLease, request)
         if answer.acquired:
             _log.info("leads", generation=answer.lease.token)
-            return int(answer.lease.token)
+            lost = None
+            if answer.lost_holder:
+                lost = LostLeader(answer.lost_holder, since_s, time.monotonic())
+            return Acquired(answer.lease.token, lost)
         held = (answer.lease.token, answer.lease.counter)
         if held != seen:
             seen, since_s = held, time.monotonic()

@@ -14,6 +14,7 @@ from coordinator.control.gauges import Gauges
 from coordinator.control.job_servicer import JobServicer
 from coordinator.control.journal import replay
 from coordinator.control.leader import Leader, leads_no_more
+from coordinator.control.pins import unclaimed
 from coordinator.control.sessions import CoordinationServicer
 from coordinator.control.store import Store
 from coordinator.control.submission import Submissions
@@ -107,9 +108,10 @@ class ControlProcess:
         self.gauges.leads(0)
         while True:
             lease_ttl_s = self.config.lease_ttl_s
-            generation = await leadership.acquire(
+            acquired = await leadership.acquire(
                 self.store, self.config.id, lease_ttl_s, self._follow
             )
+            generation = acquired.generation
             self.store.fence = storage_pb.Fence(lease="leader", token=generation)
             keeper = asyncio.create_task(
                 leadership.keep(self.store, self.config.id, generation, lease_ttl_s)
@@ -117,7 +119,7 @@ class ControlProcess:
             telling = asyncio.create_task(self._tell_where(generation))
             try:
                 leader = await self._replay(generation)
-                leader.start()
+                leader.start(acquired.lost)
                 self._leader = leader
                 await self._forwarding.leader_is_at("")
                 self.gauges.leads(generation)
@@ -186,6 +188,7 @@ class ControlProcess:
             replayed=(facts, durable),
             control_sequence=(following, count),
             event_sequence=events,
+            unclaimed_pins=await unclaimed(self.store, facts),
         )
 
     async def _step_down(self, error: PhalanxError) -> None:

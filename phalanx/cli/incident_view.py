@@ -9,9 +9,24 @@ from typing import Any
 
 from phalanx.sdk.values import Event
 
-PHASES = ("suspected", "fenced", "redispatched", "recomputed", "committed")
-HEADINGS = ("SEEN", "FENCED", "MOVED", "FILLED", "COMMIT")
-"""The phases in a table of 80 columns."""
+PHASES = (
+    "suspected",
+    "fenced",
+    "replayed",
+    "adopted",
+    "redispatched",
+    "recomputed",
+    "committed",
+)
+COLUMNS = {
+    "SEEN": ("suspected",),
+    "FENCED": ("fenced",),
+    # A new leader moves no work: it adopts who has it.
+    "MOVED": ("redispatched", "adopted"),
+    "FILLED": ("recomputed",),
+    "COMMIT": ("committed",),
+}
+"""The phases in a table of 80 columns: the first of each that was reached."""
 
 _TIME_WIDTH = 11
 
@@ -32,6 +47,9 @@ def summary(events: Sequence[Event]) -> dict[str, Any]:
     """
     ends = [event for event in events if event.type == "RECOVERED"]
     last = ends[-1].details if ends else {}
+    # A take-over is told in parts: its first phases are known before any job has gone on.
+    reached = {name: value for event in events[:1] for name, value in event.details.items()}
+    reached.update(last)
     causes = [event.details["cause"] for event in events if "cause" in event.details]
     return {
         "incident_id": events[0].incident_id,
@@ -41,12 +59,22 @@ def summary(events: Sequence[Event]) -> dict[str, Any]:
         "began_unix_s": _began(events).timestamp(),
         "recovered": bool(ends),
         **{
-            f"{phase}_after_s": float(last[f"{phase}_after_s"])
-            if f"{phase}_after_s" in last
+            f"{phase}_after_s": float(reached[f"{phase}_after_s"])
+            if f"{phase}_after_s" in reached
             else None
             for phase in PHASES
         },
     }
+
+
+def cells(found: dict[str, Any]) -> list[float | None]:
+    """Return the seconds of a summary for a row of `COLUMNS`."""
+    return [
+        next(
+            (found[name] for phase in phases if found[name := f"{phase}_after_s"] is not None), None
+        )
+        for phases in COLUMNS.values()
+    ]
 
 
 def time_line(events: Sequence[Event], width: int) -> list[str]:

@@ -125,6 +125,11 @@ class StorageServiceStub:
                 request_serializer=phalanx_dot_v1_dot_storage__service__pb2.SetPinsRequest.SerializeToString,
                 response_deserializer=phalanx_dot_v1_dot_storage__service__pb2.SetPinsResponse.FromString,
                 _registered_method=True)
+        self.ListPins = channel.unary_unary(
+                '/phalanx.v1.StorageService/ListPins',
+                request_serializer=phalanx_dot_v1_dot_storage__service__pb2.ListPinsRequest.SerializeToString,
+                response_deserializer=phalanx_dot_v1_dot_storage__service__pb2.ListPinsResponse.FromString,
+                _registered_method=True)
         self.CollectGarbage = channel.unary_unary(
                 '/phalanx.v1.StorageService/CollectGarbage',
                 request_serializer=phalanx_dot_v1_dot_storage__service__pb2.CollectGarbageRequest.SerializeToString,
@@ -265,6 +270,14 @@ class StorageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListPins(self, request, context):
+        """Says who holds pins, some at a time: a leader of control lets go of what
+        one before it pinned for jobs that it did not live to take.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CollectGarbage(self, request, context):
         """Mark and sweep of blobs that nothing refers to and that are old enough.
         """
@@ -364,6 +377,11 @@ def add_StorageServiceServicer_to_server(servicer, server):
                     servicer.SetPins,
                     request_deserializer=phalanx_dot_v1_dot_storage__service__pb2.SetPinsRequest.FromString,
                     response_serializer=phalanx_dot_v1_dot_storage__service__pb2.SetPinsResponse.SerializeToString,
+            ),
+            'ListPins': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPins,
+                    request_deserializer=phalanx_dot_v1_dot_storage__service__pb2.ListPinsRequest.FromString,
+                    response_serializer=phalanx_dot_v1_dot_storage__service__pb2.ListPinsResponse.SerializeToString,
             ),
             'CollectGarbage': grpc.unary_unary_rpc_method_handler(
                     servicer.CollectGarbage,
@@ -858,6 +876,33 @@ class StorageService:
             '/phalanx.v1.StorageService/SetPins',
             phalanx_dot_v1_dot_storage__service__pb2.SetPinsRequest.SerializeToString,
             phalanx_dot_v1_dot_storage__service__pb2.SetPinsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phalanx.v1.StorageService/ListPins',
+            phalanx_dot_v1_dot_storage__service__pb2.ListPinsRequest.SerializeToString,
+            phalanx_dot_v1_dot_storage__service__pb2.ListPinsResponse.FromString,
             options,
             channel_credentials,
             insecure,

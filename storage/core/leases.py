@@ -36,11 +36,15 @@ class LeaseRow:
 
 @dataclass(frozen=True)
 class Acquisition:
-    """The answer to an attempt: ``row`` is the lease afterwards, ``reason`` says why."""
+    """The answer to an attempt: ``row`` is the lease afterwards, ``reason`` says why.
+
+    ``lost_holder`` is who held an acquired lease and did not release it.
+    """
 
     acquired: bool
     row: LeaseRow
     reason: str
+    lost_holder: str = ""
 
 
 def check_acquire(request: pb.AcquireLeaseRequest) -> None:
@@ -59,9 +63,9 @@ def acquire(current: LeaseRow | None, request: pb.AcquireLeaseRequest) -> Acquis
     if not current.holder:
         return Acquisition(True, granted, "FREE")
     if current.holder == request.holder:
-        return Acquisition(True, granted, "SAME_HOLDER")
+        return Acquisition(True, granted, "SAME_HOLDER", current.holder)
     if (request.seen_token, request.seen_counter) == (current.token, current.counter):
-        return Acquisition(True, granted, "UNCHANGED_FOR_A_TTL")
+        return Acquisition(True, granted, "UNCHANGED_FOR_A_TTL", current.holder)
     return Acquisition(False, current, "HELD")
 
 

@@ -11,6 +11,8 @@ from storage.service.blob_calls import BlobCalls
 from storage.service.collection import Collector
 from storage.service.operations import Operations
 
+PIN_HOLDERS_MAX = 1000
+
 
 class StorageServicer(pb_grpc.StorageServiceServicer):
     """Decodes, has the back end work in a thread, encodes."""
@@ -169,6 +171,16 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
         """Replace the pins of a holder."""
         await self._operations.state("set_pins", lambda: self._backend.catalog.set_pins(request))
         return pb.SetPinsResponse()
+
+    async def ListPins(
+        self, request: pb.ListPinsRequest, context: ServicerContext
+    ) -> pb.ListPinsResponse:
+        """Say who holds pins."""
+        holders = await self._operations.state(
+            "list_pins",
+            lambda: self._backend.catalog.pin_holders(request.after_holder, PIN_HOLDERS_MAX),
+        )
+        return pb.ListPinsResponse(holders=holders)
 
     async def CollectGarbage(
         self, request: pb.CollectGarbageRequest, context: ServicerContext

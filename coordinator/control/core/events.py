@@ -46,10 +46,21 @@ class Tick:
 
 
 @dataclass(frozen=True)
+class LostLeader:
+    """Who led before and did not hand over; seconds on the clock of the one that took over."""
+
+    control_id: str
+    silent_since_s: float
+    fenced_s: float
+    """When storage gave its lease away: from then on it decides nothing."""
+
+
+@dataclass(frozen=True)
 class Led:
     """This process has just become the leader; its facts are replayed."""
 
     control_id: str
+    lost: LostLeader | None = None
 
 
 @dataclass(frozen=True)

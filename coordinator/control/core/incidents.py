@@ -6,9 +6,14 @@ there anew: shards that come late, suspicion, loss and the moves that follow car
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from coordinator.control.core.clock import NANOS
+from coordinator.control.core.events import LostLeader
 from coordinator.control.core.state import Core, Incident, JobRuntime, seconds_between
 from phalanx.v1 import coordination_service_pb2 as pb
+
+CONTROL_LOST = "control_lost"
 
 
 def suspected(core: Core, member_id: str) -> str:
@@ -33,6 +38,44 @@ def moved(core: Core, incident: Incident) -> None:
         del core.incidents[incident.id]
 
 
+def took_over(core: Core, lost: LostLeader) -> tuple[Incident, dict[str, str]]:
+    """Open the incident of a leader that was lost; return it with what is known so far.
+
+    It has been replaced by now, and the journal replayed. Of the jobs that run each closes it with
+    the first step after its members came back.
+    """
+    incident = core.new_incident(CONTROL_LOST, lost.control_id, lost.silent_since_s)
+    incident.noticed_s = None
+    incident.fenced_s = lost.fenced_s
+    incident.jobs = {job.job_id: job.step for job in core.running()}
+    if not incident.jobs:
+        del core.incidents[incident.id]
+    # Another control process of this name is another incident.
+    well(core, lost.control_id)
+    _observe(core, incident, "detect", lost.fenced_s - lost.silent_since_s)
+    _observe(core, incident, "replay", core.now.monotonic_s - lost.fenced_s)
+    line = _line_of_take_over(incident)
+    return incident, {
+        **{f"{phase}_after_s": f"{seconds:.6f}" for phase, seconds in line.items()},
+        "cause": CONTROL_LOST,
+        "member": lost.control_id,
+        "began_unix_s": f"{_began_unix_s(incident):.6f}",
+    }
+
+
+def returned(core: Core, job_ids: Iterable[str]) -> str:
+    """Note that a member is back with these jobs in hand; return the incident that this is part of.
+
+    Empty where none is: nobody was away, or the jobs have gone on already.
+    """
+    back = set(job_ids)
+    for incident in core.incidents.values():
+        if incident.cause == CONTROL_LOST and back & incident.jobs.keys():
+            incident.moved = core.now
+            return incident.id
+    return ""
+
+
 def of_owner(core: Core, job: JobRuntime) -> Incident | None:
     """The open incident in which a job lost the owner of a range."""
     for incident in core.incidents.values():
@@ -46,8 +89,12 @@ def committed(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
     for incident in list(core.incidents.values()):
         if job.job_id not in incident.jobs:
             continue
-        after_failure = report.last_commit_unix_nanos > incident.detected.unix_nanos
-        if not after_failure or report.step <= 0:
+        since = incident.detected
+        if incident.cause == CONTROL_LOST:
+            if not job.hosts:
+                continue  # the steps since then needed nobody's leave, and nobody is back yet
+            since = incident.moved or since
+        if report.last_commit_unix_nanos <= since.unix_nanos or report.step <= 0:
             continue
         _recovered(core, job, incident, report)
         forget(core, job.job_id, incident)
@@ -71,9 +118,14 @@ def _recovered(core: Core, job: JobRuntime, incident: Incident, report: pb.JobRe
     took_s = seconds_between(incident.detected, report.last_commit_unix_nanos)
     silence_s = max(0.0, incident.detected.monotonic_s - incident.suspected_s)
     line = {"fenced": silence_s}
-    if incident.noticed_s is not None and incident.noticed_s < incident.detected.monotonic_s:
+    if incident.cause == CONTROL_LOST:
+        line = _line_of_take_over(incident)
+        if incident.moved is not None:
+            adopted_s = incident.moved.monotonic_s - incident.detected.monotonic_s
+            _observe(core, incident, "adopt", adopted_s)
+    elif incident.noticed_s is not None and incident.noticed_s < incident.detected.monotonic_s:
         line["suspected"] = max(0.0, incident.noticed_s - incident.suspected_s)
-    if incident.moved is not None:
+    if incident.moved is not None and incident.cause != CONTROL_LOST:
         line["redispatched"] = max(0.0, incident.moved.monotonic_s - incident.suspected_s)
         if report.last_contribution_unix_nanos > incident.detected.unix_nanos:
             filled_s = seconds_between(incident.detected, report.last_contribution_unix_nanos)
@@ -86,9 +138,7 @@ def _recovered(core: Core, job: JobRuntime, incident: Incident, report: pb.JobRe
     details = {f"{phase}_after_s": f"{seconds:.6f}" for phase, seconds in line.items()}
     core.emit(
         "RECOVERED",
-        f"step {report.step} committed {took_s:.3f} s after the loss of {incident.member_id}"
-        if incident.cause != "late"
-        else f"step {report.step} committed {took_s:.3f} s after copies were asked for",
+        f"step {report.step} committed {took_s:.3f} s after {_what(incident)}",
         job_id=job.job_id,
         incident_id=incident.id,
         step=report.step,
@@ -96,12 +146,37 @@ def _recovered(core: Core, job: JobRuntime, incident: Incident, report: pb.JobRe
             **details,
             "cause": incident.cause,
             "member": incident.member_id,
-            "began_unix_s": f"{incident.detected.unix_nanos / NANOS - silence_s:.6f}",
+            "began_unix_s": f"{_began_unix_s(incident):.6f}",
             "detect_s": f"{silence_s:.6f}",
             "commit_s": f"{took_s:.6f}",
             "committed_unix_s": f"{report.last_commit_unix_nanos / NANOS:.6f}",
         },
     )
+
+
+def _what(incident: Incident) -> str:
+    if incident.cause == "late":
+        return "copies were asked for"
+    if incident.cause == CONTROL_LOST:
+        return f"control was taken over from {incident.member_id}"
+    return f"the loss of {incident.member_id}"
+
+
+def _line_of_take_over(incident: Incident) -> dict[str, float]:
+    """Seconds since the last sign of life of a leader until what is known of its replacement."""
+    assert incident.fenced_s is not None
+    line = {
+        "fenced": incident.fenced_s - incident.suspected_s,
+        "replayed": incident.detected.monotonic_s - incident.suspected_s,
+    }
+    if incident.moved is not None:
+        line["adopted"] = incident.moved.monotonic_s - incident.suspected_s
+    return {phase: max(0.0, seconds) for phase, seconds in line.items()}
+
+
+def _began_unix_s(incident: Incident) -> float:
+    silence_s = max(0.0, incident.detected.monotonic_s - incident.suspected_s)
+    return incident.detected.unix_nanos / NANOS - silence_s
 
 
 def _observe(core: Core, incident: Incident, phase: str, seconds: float) -> None:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from coordinator.control.core import budgets, ending, hosting, membership, reports, terms, verbs
+from coordinator.control.core import (
+    budgets,
+    ending,
+    hosting,
+    incidents,
+    membership,
+    reports,
+    terms,
+    verbs,
+)
 from coordinator.control.core.clock import Instant
 from coordinator.control.core.effects import Effect
 from coordinator.control.core.eligibility import group_of
@@ -73,7 +82,6 @@ def _led(core: Core, event: Led) -> None:
     """Begin to lead: rebuild what is soft from the facts, and find out what ended meanwhile."""
     core.led_s = core.now.monotonic_s
     core.persist(ControlRecord(control_started=ControlStarted(control_id=event.control_id)))
-    core.emit("CONTROL_TOOK_OVER", f"{event.control_id} leads generation {core.generation}")
     for facts in core.facts.jobs.values():
         if facts.ended:
             continue
@@ -83,7 +91,18 @@ def _led(core: Core, event: Led) -> None:
             job.adopt_until_s = core.led_s + core.lease_ttl_s()
         if facts.resuming:
             job.lost_owners.update(each.aggregator_id for each in facts.ranges)
+    _tell_take_over(core, event)
     terms.advance_all(core)
+
+
+def _tell_take_over(core: Core, event: Led) -> None:
+    text = f"{event.control_id} leads generation {core.generation}"
+    incident_id, details = "", dict[str, str]()
+    if event.lost is not None:
+        incident, details = incidents.took_over(core, event.lost)
+        text += f" in the place of {event.lost.control_id}, which was lost"
+        incident_id = incident.id
+    core.emit("CONTROL_TOOK_OVER", text, incident_id=incident_id, details=details)
 
 
 def _tick(core: Core) -> None:

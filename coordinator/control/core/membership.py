@@ -66,6 +66,7 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
         "WORKER_JOINED",
         f"{worker.id} joined with {number_of(worker.slots, 'slot')}{back}",
         worker_id=worker.id,
+        incident_id=incidents.returned(core, [each.job_id for each in hello.held_jobs]),
         details={"incarnation": hello.incarnation, "host": hello.host, "pid": hello.pid},
     )
     incidents.well(core, worker.id)
@@ -406,6 +407,7 @@ def _check_owner(
     incarnation = aggregator.hello.incarnation
     if held is not None and held.term == facts.term and mine <= set(held.range_indexes):
         job.owner_incarnations[aggregator.id] = incarnation
+        incidents.returned(core, [job.job_id])
         terms.command_pause(core, job)
         return
     told = job.owner_incarnations.get(aggregator.id) == incarnation

@@ -286,6 +286,8 @@ class Incident:
     """Step of each job that it touched, as known at the time."""
     noticed_s: float | None = None
     """When the member was first suspected, where that came before."""
+    fenced_s: float | None = None
+    """When a lost leader was fenced off; `detected` is when its replacement began."""
     moved: Instant | None = None
 
 

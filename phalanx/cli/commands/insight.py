@@ -144,7 +144,7 @@ def events(
 
 
 def _show_incidents(settings: Settings, job: str, incident: str) -> None:
-    from phalanx.cli.incident_view import HEADINGS, PHASES, by_incident, summary, time_line
+    from phalanx.cli.incident_view import COLUMNS, by_incident, cells, summary, time_line
     from phalanx.cli.output import console, print_json, print_json_list, print_table
     from phalanx.sdk.values import event_value
     from phalanx.sdk.wire_json import message_to_json
@@ -169,13 +169,13 @@ def _show_incidents(settings: Settings, job: str, incident: str) -> None:
         print_json_list("incidents", rows)
         return
     print_table(
-        ("INCIDENT", "MEMBER", "CAUSE", *HEADINGS),
+        ("INCIDENT", "MEMBER", "CAUSE", *COLUMNS),
         [
             (
                 row["incident_id"],
                 row["member"],
                 row["cause"],
-                *(_seconds_text(row[f"{phase}_after_s"]) for phase in PHASES),
+                *map(_seconds_text, cells(row)),
             )
             for row in rows
         ],

@@ -17,7 +17,7 @@ from storage.backends.sqlite.database import Database
 from storage.backends.sqlite.leases import check_request_fence
 from storage.backends.sqlite.references import add_references, drop_references
 from storage.backends.sqlite.requests import once
-from storage.backends.sqlite.rows import NAMES, PINS
+from storage.backends.sqlite.rows import NAMES, PINS, REFERENCES
 from storage.core import catalog
 from storage.core.catalog import Page, VersionName
 from storage.core.keys import check_digest, check_key, check_word, invalid
@@ -149,6 +149,17 @@ class SqliteCatalog:
             add_references(connection, _PIN, holder, 0, blobs)
 
         self._database.write(act)
+
+    def pin_holders(self, after: str, limit: int) -> list[str]:
+        """Return who holds pins."""
+
+        def read(connection: sqlite3.Connection) -> list[str]:
+            # A damaged name would be taken for that of nobody, and its pins let go.
+            found = {row[4] for row in PINS.select(connection, "holder > ?", after)}
+            owned = REFERENCES.select(connection, "kind = ? AND owner > ?", _PIN, after)
+            return sorted(found | {row[2] for row in owned})[:limit]
+
+        return self._database.read(read)
 
     def _now_s(self) -> float:
         return self._now_unix_nanos() / 1e9

@@ -45,7 +45,9 @@ class SqliteLeases:
             if result.acquired:
                 _store(connection, request.name, result.row)
             return pb.AcquireLeaseResponse(
-                acquired=result.acquired, lease=result.row.message(request.name)
+                acquired=result.acquired,
+                lease=result.row.message(request.name),
+                lost_holder=result.lost_holder,
             )
 
         return self._database.write(act)

@@ -9,7 +9,7 @@ of its table are intact: the damaged one may be the one that was looked for.
 
 import sqlite3
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -85,6 +85,13 @@ class Table:
                 reason="ROW_CORRUPT",
             )
         return tuple(values)
+
+    def select(
+        self, connection: sqlite3.Connection, where: str, *values: Value
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yield the rows of which ``where`` holds (a constant of this program), verified."""
+        for row in connection.execute(f"{self._selection} WHERE {where}", values):
+            yield self.opened(row)
 
     def verify(self, connection: sqlite3.Connection, absent: Sequence[Value] = ()) -> None:
         """Raise DataLoss (ROW_CORRUPT) if a row is damaged, or if one with this key is there."""

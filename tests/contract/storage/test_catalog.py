@@ -123,7 +123,7 @@ def test_what_refers_to_missing_blobs_is_refused(backend, put):
     with pytest.raises(FailedPrecondition) as caught:
         backend.catalog.create_dataset(request, dataset_pb.Dataset(), [digest_of(b"nowhere")])
     assert caught.value.details == {"digest": digest_of(b"nowhere")}
-    with pytest.raises(FailedPrecondition, match="1 of 1 blobs"):
+    with pytest.raises(FailedPrecondition, match="1 of 1 blob not stored"):
         backend.catalog.create_model(model_pb.CreateModelRequest(model=model("m", model=b"{}")))
     with pytest.raises(NotFound):
         get(backend, "adult")
@@ -251,6 +251,22 @@ def test_pins_replace_those_before_or_change_nothing(backend, add):
     delete(backend, "a")
     with pytest.raises(FailedPrecondition):
         delete(backend, "b")
+
+
+def test_holders_of_pins_come_in_order_a_page_at_a_time(harness, add, put):
+    backend = harness.backend
+    add("a")
+    for holder in ("job-3", "job-1"):
+        backend.catalog.set_pins(pins(holder, ("a", 1)))
+    backend.catalog.set_pins(pins("job-2", blobs=[put(b"code")]))
+    backend.catalog.set_pins(pins("job-1", ("a", 1), blobs=[digest_of(b"code")]))
+    harness.reopen()
+    backend = harness.backend
+    assert backend.catalog.pin_holders("", 2) == ["job-1", "job-2"]
+    assert backend.catalog.pin_holders("job-2", 2) == ["job-3"]
+    assert backend.catalog.pin_holders("job-3", 2) == []
+    backend.catalog.set_pins(pins("job-2"))
+    assert backend.catalog.pin_holders("", 9) == ["job-1", "job-3"]
 
 
 @pytest.mark.parametrize(

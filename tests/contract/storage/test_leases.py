@@ -26,6 +26,7 @@ def test_a_free_lease_is_taken_and_survives_reopening(harness):
     answer = harness.backend.leases.acquire(acquire("leader", "one"))
     assert answer.acquired
     assert (answer.lease.holder, answer.lease.token, answer.lease.counter) == ("one", 1, 1)
+    assert not answer.lost_holder
     harness.reopen()
     row = harness.backend.leases.get("leader")
     assert (row.holder, row.token, row.counter) == ("one", 1, 1)
@@ -43,6 +44,7 @@ def test_a_lease_that_stood_still_is_taken_over(backend):
     answer = backend.leases.acquire(acquire("leader", "two", (held.token, held.counter)))
     assert answer.acquired
     assert (answer.lease.holder, answer.lease.token) == ("two", held.token + 1)
+    assert answer.lost_holder == "one"
     with pytest.raises(Aborted) as caught:
         renew(backend, held)
     assert caught.value.reason == "STALE_GENERATION"
@@ -127,3 +129,12 @@ def test_renewing_what_was_never_held_is_not_found(backend):
 def test_wrong_requests_are_refused(backend, name, holder, seen):
     with pytest.raises(InvalidArgument):
         backend.leases.acquire(acquire(name, holder, seen))
+
+
+def test_who_lost_a_lease_is_told_unless_it_was_released(backend):
+    held = backend.leases.acquire(acquire("leader", "one")).lease
+    release(backend, held)
+    assert not backend.leases.acquire(acquire("leader", "two")).lost_holder
+    # A process that was started again takes the place of the one that died.
+    assert backend.leases.acquire(acquire("leader", "two")).lost_holder == "two"
+    assert not backend.leases.acquire(acquire("leader", "one")).lost_holder

@@ -102,6 +102,14 @@ async def test_a_killed_control_comes_back_and_adopts_what_runs(storage_only: An
         assert "AGGREGATOR_LOST" not in [event.type for event in after]
         generations = {event.generation for event in after}
         assert generations == {1, 2}
+        same.report(job.id, 8, last_commit_unix_nanos=2**62)
+        recovered = await storage_only.wait_for_event("RECOVERED", job.id)
+        assert (recovered.details["cause"], recovered.details["member"]) == (
+            "control_lost",
+            "control",
+        )
+        story = [each for each in after if each.incident_id == recovered.incident_id]
+        assert [each.type for each in story] == ["CONTROL_TOOK_OVER", "WORKER_JOINED"]
         same.report(job.id, 9)
         await storage_only.finish(same, job.id)
         await storage_only.wait_for_state(job.id, "SUCCEEDED")

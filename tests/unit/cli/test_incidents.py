@@ -78,6 +78,40 @@ def test_incidents_for_programs(phalanx, story):
     assert [each["sequence"] for each in told["events"]] == [2, 3, 4]
 
 
+def test_a_take_over_is_told_like_any_other_failure(phalanx, cluster):
+    known = {
+        "cause": "control_lost",
+        "member": "control-1",
+        "began_unix_s": f"{START_NANOS / 1e9:.6f}",
+        "fenced_after_s": "2.0",
+        "replayed_after_s": "2.1",
+    }
+    cluster.events = [
+        event(1, "CONTROL_TOOK_OVER", 2.1, message="control-2 leads", details=known),
+        event(2, "WORKER_JOINED", 2.5, worker_id="worker-1", message="worker-1 joined"),
+        event(
+            3,
+            "RECOVERED",
+            2.625,
+            message="step 8 committed",
+            details={**known, "adopted_after_s": "2.5", "committed_after_s": "2.625"},
+        ),
+    ]
+    cluster.events[0].job_id = cluster.events[1].job_id = ""
+    (row,) = phalanx("events", "--incidents").out.splitlines()[1:]
+    assert row.split() == [ID, "control-1", "control_lost", "2.00", "2.50", "2.62"]
+    lines = phalanx("events", "--incident", ID).out.splitlines()
+    assert lines[0] == f"{ID}: control_lost of control-1"
+    assert max(map(len, lines)) <= 80
+    told = "fenced 2.000, replayed 2.100, adopted 2.500, committed 2.625"
+    assert told in " ".join(" ".join(lines).split())
+    # Before a job has gone on: what is known by then.
+    cluster.events = cluster.events[:2]
+    (found,) = phalanx("--json", "events", "--incidents").json()["incidents"]
+    assert (found["member"], found["recovered"]) == ("control-1", False)
+    assert (found["replayed_after_s"], found["adopted_after_s"]) == (2.1, None)
+
+
 def test_an_incident_without_an_end_says_so(phalanx, cluster, story):
     cluster.events = story[:3]
     assert "not recovered yet" in phalanx("events", "--incident", ID).out

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phalanx.errors import InvalidArgument
-from phalanx.ids import check_blob_id, check_name, is_name, new_id
+from phalanx.ids import check_blob_id, check_name, is_made_id, is_name, new_id
 
 BAD = [
     "",
@@ -59,3 +59,9 @@ def test_new_ids_are_names_and_differ() -> None:
     made = {new_id("job") for _ in range(100)}
     assert len(made) == 100
     assert all(is_name(one) and one.startswith("job-") for one in made)
+
+
+def test_made_ids_are_told_from_other_names() -> None:
+    assert is_made_id(new_id("fashion-mlp"))
+    for other in ("fashion-mlp", "code.0123456789abcdef", "job-1", "job-aeiouaei", "-bcdfghjk"):
+        assert not is_made_id(other)

@@ -70,7 +70,7 @@ class Cluster:
 
     # -- the leadership ---------------------------------------------------------------------
 
-    def lead(self) -> None:
+    def lead(self, lost: ev.LostLeader | None = None) -> None:
         """Start a control process over the journal, as after a crash; members are gone from it."""
         self.generation += 1
         facts = Facts()
@@ -89,7 +89,7 @@ class Cluster:
         self.observed: list[fx.Observe] = []
         self.operations: list[fx.Effect] = []
         self.sessions: dict[str, int] = {}
-        self.feed(ev.Led(control_id="control-1"))
+        self.feed(ev.Led("control-1", lost))
 
     @property
     def now(self) -> Instant:

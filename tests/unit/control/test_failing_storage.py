@@ -121,7 +121,7 @@ async def test_a_full_disk_neither_ends_a_leadership_nor_the_process(
     monkeypatch.setattr(control_store, "_PATIENCE", Patience(first_s=0.001, longest_s=0.002))
     store = FullDisk(3)
     try:
-        assert await leadership.acquire(store, "control-1", 2.0, never) == 4
+        assert (await leadership.acquire(store, "control-1", 2.0, never)).generation == 4
         store.times = 3
         assert await store.append_exactly("control", 7, [b"fact"]) == 8
     finally:

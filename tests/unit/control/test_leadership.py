@@ -37,7 +37,11 @@ class Leases:
         if request.seen_token:
             self.challenges.append((self.now_s, request.seen_token, request.seen_counter))
             lease.holder, lease.token = request.holder, 8
-        return pb.AcquireLeaseResponse(acquired=bool(request.seen_token), lease=lease)
+        return pb.AcquireLeaseResponse(
+            acquired=bool(request.seen_token),
+            lease=lease,
+            lost_holder="other" if request.seen_token else "",
+        )
 
 
 @pytest.mark.parametrize("renewals", [0, 1, 30])
@@ -52,8 +56,13 @@ async def test_rule_12_a_lease_is_challenged_once_it_stood_still_for_a_whole_ttl
     async def follow(lease: pb.Lease) -> None:
         followed.append(lease.holder)
 
-    generation = await leadership.acquire(leases, "control-2", TTL_S, follow)
-    assert generation == 8
+    acquired = await leadership.acquire(leases, "control-2", TTL_S, follow)
+    assert acquired.generation == 8
+    assert acquired.lost is not None
+    assert acquired.lost.control_id == "other"
+    assert acquired.lost.fenced_s == leases.now_s
+    # As far as one can tell who looks now and then.
+    assert 0 <= acquired.lost.silent_since_s - leases.last_renewal_s <= TTL_S / 4
     ((challenged_s, token, counter),) = leases.challenges
     assert (token, counter) == (7, 1 + renewals)
     assert TTL_S <= challenged_s - leases.last_renewal_s <= 2 * TTL_S

@@ -1,0 +1,45 @@
+"""Pins that nobody needs any more, although nobody let go of them.
+
+A submission pins its data and code before its job is journalled, and lets go after it has ended; a
+leader can die in between. The next one finds what is left by comparing storage with its journal:
+nobody pins anything for a job meanwhile, since storage refuses the one before.
+"""
+
+from __future__ import annotations
+
+from coordinator.control.core.facts import Facts
+from coordinator.control.core.lifecycle import CANCELLED, SUCCEEDED
+from coordinator.control.store import Store
+from phalanx.errors import PhalanxError
+from phalanx.ids import is_made_id
+from phalanx.telemetry.logs import get_logger
+from phalanx.v1 import storage_service_pb2 as pb
+
+_log = get_logger(__name__)
+
+
+async def unclaimed(store: Store, facts: Facts) -> list[str]:
+    """Return the jobs whose pins can go. To be called while nothing can be submitted.
+
+    Pins of others, such as those of wheels, have no id of a job. If storage cannot tell, the pins
+    stay until the next leadership.
+    """
+    found: list[str] = []
+    request = pb.ListPinsRequest()
+    try:
+        while True:
+            answer = await store.call(store.storage.ListPins, request)
+            if not answer.holders:
+                return found
+            found += [each for each in answer.holders if _may_go(facts, each)]
+            request.after_holder = answer.holders[-1]
+    except PhalanxError as error:
+        _log.warning("pins_not_compared", reason=error.reason, message=error.message)
+        return []
+
+
+def _may_go(facts: Facts, holder: str) -> bool:
+    if not is_made_id(holder):
+        return False
+    job = facts.jobs.get(holder)
+    return job is None or job.state in (SUCCEEDED, CANCELLED)

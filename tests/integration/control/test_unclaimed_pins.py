@@ -1,0 +1,95 @@
+"""What a leader pinned for a job that it did not live to take is let go by the next one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from coordinator.control.core.facts import Facts
+from coordinator.control.leader import Leader
+from coordinator.control.operations import Operations
+from coordinator.control.pins import unclaimed
+from coordinator.control.store import Store
+from phalanx.errors import Unimplemented
+from phalanx.v1 import job_service_pb2
+from phalanx.v1 import storage_service_pb2 as pb
+
+GUARD_S = 30.0
+
+
+async def holders(cluster: Any) -> list[str]:
+    answer = await cluster.store().ListPins(pb.ListPinsRequest(), timeout=GUARD_S)
+    return list(answer.holders)
+
+
+async def wait_for_holders(cluster: Any, wanted: list[str]) -> None:
+    async with asyncio.timeout(GUARD_S):
+        while await holders(cluster) != sorted(wanted):
+            await asyncio.sleep(0.02)
+
+
+async def test_a_leader_that_dies_between_pins_and_journal_leaves_none(
+    storage_only: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await storage_only.start_control("first")
+    taken = await storage_only.submit()
+    blob = await storage_only.put_blob(b"a wheel")
+    # Not control's: the pin of a wheel.
+    pins = pb.SetPinsRequest(holder="code.0123456789abcdef", pins=[pb.Pin(blob=blob)])
+    await storage_only.store().SetPins(pins, timeout=GUARD_S)
+
+    reached = asyncio.Event()
+
+    async def dies(*_: Any) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as dying:
+        dying.setattr(Leader, "request", dies)
+        # Killed, it lets go of nothing.
+        dying.setattr("coordinator.control.submission.Submissions.discard", dies)
+        submitting = asyncio.create_task(storage_only.submit())
+        await asyncio.wait_for(reached.wait(), GUARD_S)
+        left = set(await holders(storage_only)) - {taken.id, pins.holder}
+        assert len(left) == 1
+        submitting.cancel()
+        await storage_only.stop_control()
+    assert left <= set(await holders(storage_only))
+
+    await storage_only.start_control("second")
+    await wait_for_holders(storage_only, [taken.id, pins.holder])
+
+
+async def test_pins_of_a_job_that_ended_with_its_leader_go_too(
+    storage_only: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await storage_only.start_control("first")
+    queued, cancelled = await storage_only.submit(), await storage_only.submit()
+
+    async def dies(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as dying:
+        dying.setattr(Operations, "release_pins", dies)
+        request = job_service_pb2.CancelJobRequest(job_id=cancelled.id)
+        await storage_only.jobs().CancelJob(request, timeout=GUARD_S)
+        await storage_only.stop_control()
+    assert cancelled.id in await holders(storage_only)
+
+    await storage_only.start_control("second")
+    await wait_for_holders(storage_only, [queued.id])
+
+
+async def test_a_storage_that_cannot_tell_keeps_nobody_from_leading(storage_only: Any) -> None:
+    store = Store(storage_only.storage_address)
+
+    async def unknown(*_: Any, **__: Any) -> Any:
+        raise Unimplemented("ListPins is not known")
+
+    store.call = unknown  # type: ignore[method-assign]
+    try:
+        assert await unclaimed(store, Facts()) == []
+    finally:
+        await store.close()
