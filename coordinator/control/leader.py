@@ -198,7 +198,8 @@ class Leader:
         Raises AlreadyExists if the id stands for another request, and Unavailable while storage
         is away and once this leadership has ended.
         """
-        self.core.now = now()
+        # Takes note of the time, and of a clock that was set.
+        self.dispatch(ev.Tick())
         answer = verbs.first_answer(self.core, request)
         if answer is not None:
             self.check_storage()

@@ -41,6 +41,7 @@ class ControlRecord(_message.Message):
     JOB_REMOVED_FIELD_NUMBER: _builtins.int
     FINGERPRINT_CHANGED_FIELD_NUMBER: _builtins.int
     WORKER_DRAINED_FIELD_NUMBER: _builtins.int
+    CLOCK_STEPPED_FIELD_NUMBER: _builtins.int
     SNAPSHOT_BEGIN_FIELD_NUMBER: _builtins.int
     JOB_SNAPSHOT_FIELD_NUMBER: _builtins.int
     REQUESTS_SNAPSHOT_FIELD_NUMBER: _builtins.int
@@ -66,6 +67,8 @@ class ControlRecord(_message.Message):
     @_builtins.property
     def worker_drained(self) -> Global___WorkerDrained: ...
     @_builtins.property
+    def clock_stepped(self) -> Global___ClockStepped: ...
+    @_builtins.property
     def snapshot_begin(self) -> Global___SnapshotBegin: ...
     @_builtins.property
     def job_snapshot(self) -> Global___JobSnapshot: ...
@@ -86,16 +89,17 @@ class ControlRecord(_message.Message):
         job_removed: Global___JobRemoved | None = ...,
         fingerprint_changed: Global___FingerprintChanged | None = ...,
         worker_drained: Global___WorkerDrained | None = ...,
+        clock_stepped: Global___ClockStepped | None = ...,
         snapshot_begin: Global___SnapshotBegin | None = ...,
         job_snapshot: Global___JobSnapshot | None = ...,
         requests_snapshot: Global___RequestsSnapshot | None = ...,
         snapshot_end: Global___SnapshotEnd | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["control_started", b"control_started", "fact", b"fact", "fingerprint_changed", b"fingerprint_changed", "job_changed", b"job_changed", "job_removed", b"job_removed", "job_snapshot", b"job_snapshot", "job_submitted", b"job_submitted", "request", b"request", "requests_snapshot", b"requests_snapshot", "snapshot_begin", b"snapshot_begin", "snapshot_end", b"snapshot_end", "term_started", b"term_started", "worker_drained", b"worker_drained"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clock_stepped", b"clock_stepped", "control_started", b"control_started", "fact", b"fact", "fingerprint_changed", b"fingerprint_changed", "job_changed", b"job_changed", "job_removed", b"job_removed", "job_snapshot", b"job_snapshot", "job_submitted", b"job_submitted", "request", b"request", "requests_snapshot", b"requests_snapshot", "snapshot_begin", b"snapshot_begin", "snapshot_end", b"snapshot_end", "term_started", b"term_started", "worker_drained", b"worker_drained"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_started", b"control_started", "fact", b"fact", "fingerprint_changed", b"fingerprint_changed", "generation", b"generation", "job_changed", b"job_changed", "job_removed", b"job_removed", "job_snapshot", b"job_snapshot", "job_submitted", b"job_submitted", "request", b"request", "requests_snapshot", b"requests_snapshot", "snapshot_begin", b"snapshot_begin", "snapshot_end", b"snapshot_end", "term_started", b"term_started", "time_unix_nanos", b"time_unix_nanos", "worker_drained", b"worker_drained"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_stepped", b"clock_stepped", "control_started", b"control_started", "fact", b"fact", "fingerprint_changed", b"fingerprint_changed", "generation", b"generation", "job_changed", b"job_changed", "job_removed", b"job_removed", "job_snapshot", b"job_snapshot", "job_submitted", b"job_submitted", "request", b"request", "requests_snapshot", b"requests_snapshot", "snapshot_begin", b"snapshot_begin", "snapshot_end", b"snapshot_end", "term_started", b"term_started", "time_unix_nanos", b"time_unix_nanos", "worker_drained", b"worker_drained"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_fact: _TypeAlias = _typing.Literal["control_started", "job_submitted", "term_started", "job_changed", "job_removed", "fingerprint_changed", "worker_drained", "snapshot_begin", "job_snapshot", "requests_snapshot", "snapshot_end"]  # noqa: Y015
+    _WhichOneofReturnType_fact: _TypeAlias = _typing.Literal["control_started", "job_submitted", "term_started", "job_changed", "job_removed", "fingerprint_changed", "worker_drained", "clock_stepped", "snapshot_begin", "job_snapshot", "requests_snapshot", "snapshot_end"]  # noqa: Y015
     _WhichOneofArgType_fact: _TypeAlias = _typing.Literal["fact", b"fact"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_fact) -> _WhichOneofReturnType_fact | None: ...
 
@@ -391,10 +395,13 @@ class JobSnapshot(_message.Message):
     START_UNIX_NANOS_FIELD_NUMBER: _builtins.int
     END_UNIX_NANOS_FIELD_NUMBER: _builtins.int
     BIT_IDENTITY_LOST_FIELD_NUMBER: _builtins.int
+    CLOCK_STEPS_NANOS_FIELD_NUMBER: _builtins.int
     submit_unix_nanos: _builtins.int
     start_unix_nanos: _builtins.int
     end_unix_nanos: _builtins.int
     bit_identity_lost: _builtins.bool
+    clock_steps_nanos: _builtins.int
+    """What the wall clock was moved by since the job ended."""
     @_builtins.property
     def submitted(self) -> Global___JobSubmitted: ...
     @_builtins.property
@@ -413,14 +420,38 @@ class JobSnapshot(_message.Message):
         start_unix_nanos: _builtins.int = ...,
         end_unix_nanos: _builtins.int = ...,
         bit_identity_lost: _builtins.bool = ...,
+        clock_steps_nanos: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "submitted", b"submitted", "term_started", b"term_started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bit_identity_lost", b"bit_identity_lost", "changed", b"changed", "end_unix_nanos", b"end_unix_nanos", "start_unix_nanos", b"start_unix_nanos", "submit_unix_nanos", b"submit_unix_nanos", "submitted", b"submitted", "term_started", b"term_started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bit_identity_lost", b"bit_identity_lost", "changed", b"changed", "clock_steps_nanos", b"clock_steps_nanos", "end_unix_nanos", b"end_unix_nanos", "start_unix_nanos", b"start_unix_nanos", "submit_unix_nanos", b"submit_unix_nanos", "submitted", b"submitted", "term_started", b"term_started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobSnapshot: _TypeAlias = JobSnapshot  # noqa: Y015
+
+@_typing.final
+class ClockStepped(_message.Message):
+    """The wall clock did not go on as time did: it was set, or another machine leads.
+    What is kept for a time is kept that much longer, or shorter.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NANOS_FIELD_NUMBER: _builtins.int
+    nanos: _builtins.int
+    def __init__(
+        self,
+        *,
+        nanos: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nanos", b"nanos"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClockStepped: _TypeAlias = ClockStepped  # noqa: Y015
 
 @_typing.final
 class RequestsSnapshot(_message.Message):

@@ -103,6 +103,8 @@ class Facts:
         self.requests = RequestMemory()
         self.drains: dict[str, str] = {}
         self.generation = 0
+        self.told_unix_nanos = 0
+        """When the newest fact was told, on the wall clock of who told it; 0: not known."""
         self._unfinished: Facts | None = None
 
     def apply(self, record: ControlRecord) -> None:
@@ -119,6 +121,7 @@ class Facts:
             self._unfinished = None  # the writer died in the middle of a snapshot
             self._apply_fact(kind, record)
         self.generation = max(self.generation, record.generation)
+        self.told_unix_nanos = record.time_unix_nanos or self.told_unix_nanos
 
     def job(self, job_id: str) -> JobFacts:
         """Return a job. Raises DataLoss: a record names a job that no record made."""
@@ -171,6 +174,8 @@ class Facts:
                 self._change_fingerprint(record.fingerprint_changed)
             case "worker_drained":
                 self._drain(record.worker_drained)
+            case "clock_stepped":
+                self._step_clock(record.clock_stepped.nanos)
             case _:
                 pass  # control_started says only who leads, and that is in every record
 
@@ -186,11 +191,18 @@ class Facts:
         kept = self.job(changed.job_id).kept
         kept.changed.CopyFrom(changed)
         kept.end_unix_nanos = now if changed.state in ENDED else 0
+        kept.clock_steps_nanos = 0
 
     def _change_fingerprint(self, changed: FingerprintChanged) -> None:
         kept = self.job(changed.job_id).kept
         kept.term_started.plan.fingerprint = changed.fingerprint
         kept.bit_identity_lost = True
+
+    def _step_clock(self, nanos: int) -> None:
+        self.requests.step(nanos)
+        for job in self.jobs.values():
+            if job.ended:
+                job.kept.clock_steps_nanos += nanos
 
     def _drain(self, drained: WorkerDrained) -> None:
         if drained.done:
@@ -203,6 +215,10 @@ class Facts:
             return
         whole, self._unfinished = self._unfinished, None
         self.jobs, self.requests, self.drains = whole.jobs, whole.requests, whole.drains
+        kept = [job.kept for job in self.jobs.values()]
+        known = [each.time_unix_nanos for each in self.requests]
+        known += [max(each.submit_unix_nanos, each.end_unix_nanos) for each in kept]
+        self.told_unix_nanos = max([self.told_unix_nanos, *known])
 
 
 def _take_snapshot(facts: Facts, record: ControlRecord) -> None:
@@ -221,4 +237,5 @@ def _take_snapshot(facts: Facts, record: ControlRecord) -> None:
 def expires_unix_nanos(job: JobFacts) -> int:
     """Return when an ended job may be forgotten."""
     retain = job.spec.retain
-    return int(job.kept.end_unix_nanos + retain.seconds * NANOS + retain.nanos)
+    ended = job.kept.end_unix_nanos + job.kept.clock_steps_nanos
+    return int(ended + retain.seconds * NANOS + retain.nanos)

@@ -12,7 +12,7 @@ from coordinator.control.core import (
     terms,
     verbs,
 )
-from coordinator.control.core.clock import Instant
+from coordinator.control.core.clock import NANOS, Instant
 from coordinator.control.core.effects import Effect
 from coordinator.control.core.eligibility import group_of
 from coordinator.control.core.events import (
@@ -41,9 +41,18 @@ from coordinator.control.core.ownership import lost_owners
 from coordinator.control.core.state import Aggregator, Core, JobRuntime, Worker, new_runtime
 from phalanx.errors import PhalanxError
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
-from phalanx.v1.control_journal_pb2 import ControlRecord, ControlStarted, FingerprintChanged
+from phalanx.v1.control_journal_pb2 import (
+    ClockStepped,
+    ControlRecord,
+    ControlStarted,
+    FingerprintChanged,
+)
 
 EXPIRE_EVERY_S = 10.0
+CLOCK_STEP_S = 60.0
+"""By how much the wall clock has to differ from elapsed time for anybody to care."""
+AWAY_S = 3600.0
+"""How long nobody may have led as far as the wall clock, another machine's maybe, is believed."""
 
 _Request = SubmitJob | CancelJob | PauseJob | ResumeJob | RetryJob | DeleteJob | DrainWorker
 _Answered = TermRaised | TermRefused | RowRead | ModelWritten | OperationFailed
@@ -51,7 +60,10 @@ _Answered = TermRaised | TermRefused | RowRead | ModelWritten | OperationFailed
 
 def handle(core: Core, event: Event, now: Instant) -> list[Effect]:
     """Decide what one event means. The effects are to be performed in order, see `effects`."""
-    core.now = now
+    before, core.now = core.now, now
+    if not isinstance(event, Led):
+        elapsed_nanos = int((now.monotonic_s - before.monotonic_s) * NANOS)
+        _notice_clock(core, now.unix_nanos - before.unix_nanos - elapsed_nanos, CLOCK_STEP_S)
     match event:
         case Tick():
             _tick(core)
@@ -81,6 +93,10 @@ def handle(core: Core, event: Event, now: Instant) -> list[Effect]:
 def _led(core: Core, event: Led) -> None:
     """Begin to lead: rebuild what is soft from the facts, and find out what ended meanwhile."""
     core.led_s = core.now.monotonic_s
+    if core.facts.told_unix_nanos:
+        away_nanos = core.now.unix_nanos - core.facts.told_unix_nanos
+        believed_nanos = min(max(0, away_nanos), int(AWAY_S * NANOS))
+        _notice_clock(core, away_nanos - believed_nanos, CLOCK_STEP_S)
     core.persist(ControlRecord(control_started=ControlStarted(control_id=event.control_id)))
     for facts in core.facts.jobs.values():
         if facts.ended:
@@ -93,6 +109,12 @@ def _led(core: Core, event: Led) -> None:
             job.lost_owners.update(each.aggregator_id for each in facts.ranges)
     _tell_take_over(core, event)
     terms.advance_all(core)
+
+
+def _notice_clock(core: Core, step_nanos: int, limit_s: float) -> None:
+    """Keep what is kept for a time for that time, although the wall clock was moved."""
+    if abs(step_nanos) >= limit_s * NANOS:
+        core.persist(ControlRecord(clock_stepped=ClockStepped(nanos=step_nanos)))
 
 
 def _tell_take_over(core: Core, event: Led) -> None:

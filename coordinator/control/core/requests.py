@@ -1,6 +1,7 @@
 """Memory of mutating calls: the same id and request gives the first answer, another is refused.
 
-Remembered for 24 hours, in the journal; of more than a hundred thousand the oldest go sooner.
+Remembered for 24 hours, in the journal, whatever the wall clock does meanwhile; of more than a
+hundred thousand the oldest go sooner.
 """
 
 from __future__ import annotations
@@ -36,6 +37,15 @@ class RequestMemory:
             if is_young and len(self._by_id) <= REQUESTS_MAX:
                 break
             del self._by_id[oldest.request_id]
+
+    def step(self, nanos: int) -> None:
+        """The wall clock was moved by so much; nothing has become older by that."""
+        for request_id, request in self._by_id.items():
+            # Others hold the same message.
+            moved = RememberedRequest()
+            moved.CopyFrom(request)
+            moved.time_unix_nanos += nanos
+            self._by_id[request_id] = moved
 
     def find(self, request: RememberedRequest, now_nanos: int) -> RememberedRequest | None:
         """Return the first call with this id, None if there is none (or the id is empty).

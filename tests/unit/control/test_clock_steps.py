@@ -1,0 +1,103 @@
+"""A wall clock that is set forward or back makes nothing forgotten: only elapsed time does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from coordinator.control.core import events as ev
+from coordinator.control.core.clock import NANOS, Instant
+from coordinator.control.core.facts import Facts
+from phalanx.v1.job_spec_pb2 import JobSpec
+
+DAY_S = 24 * 3600.0
+
+
+@pytest.fixture
+def jumping(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A cluster whose wall clock is `cluster.offset_s` off."""
+    right = type(cluster).now
+
+    def now(self: Any) -> Instant:
+        exact = right.fget(self)
+        return replace(exact, unix_nanos=exact.unix_nanos + int(self.offset_s * NANOS))
+
+    cluster.offset_s = 0.0
+    monkeypatch.setattr(type(cluster), "now", property(now))
+    return cluster
+
+
+def submitted(cluster: Any, job_id: str) -> str:
+    """The job that a submission with the request id `nightly` leads to."""
+    token = cluster.submit(job_id, request_id="nightly")
+    job: str = cluster.answers[token].job.id
+    return job
+
+
+@pytest.mark.parametrize("jump_s", [25 * 3600.0, 400 * DAY_S, -400 * DAY_S])
+def test_a_repeated_submission_is_the_same_job_after_a_jump(jumping: Any, jump_s: float) -> None:
+    assert submitted(jumping, "job-1") == "job-1"
+    jumping.offset_s = jump_s
+    assert submitted(jumping, "job-2") == "job-1"
+    # Nor does time that really goes on stop to count.
+    jumping.advance(DAY_S - 120, tick_s=600.0)
+    assert submitted(jumping, "job-3") == "job-1"
+    jumping.advance(240, tick_s=60.0)
+    assert submitted(jumping, "job-4") == "job-4"
+
+
+@pytest.mark.parametrize("jump_s", [25 * 3600.0, -400 * DAY_S])
+def test_so_it_is_where_a_machine_with_another_clock_takes_over(
+    jumping: Any, jump_s: float
+) -> None:
+    assert submitted(jumping, "job-1") == "job-1"
+    jumping.offset_s = jump_s
+    jumping.lead()
+    assert submitted(jumping, "job-2") == "job-1"
+
+
+def test_the_time_until_a_take_over_counts_as_far_as_it_is_believed(jumping: Any) -> None:
+    assert submitted(jumping, "job-1") == "job-1"
+    jumping.advance(DAY_S - 1800, tick_s=600.0)
+    jumping.submit("job-2", request_id="other")
+    jumping.time_s += 2000.0
+    jumping.lead()
+    assert submitted(jumping, "job-3") == "job-3"
+
+
+def test_steps_survive_in_a_snapshot(jumping: Any) -> None:
+    assert submitted(jumping, "job-1") == "job-1"
+    jumping.offset_s = 25 * 3600.0
+    jumping.advance(1.0)
+    copied = Facts()
+    for record in jumping.durable.snapshot():
+        copied.apply(record)
+    assert copied.digest() == jumping.durable.digest()
+    assert copied.told_unix_nanos
+    jumping.journal = list(jumping.durable.snapshot())
+    jumping.lead()
+    assert submitted(jumping, "job-2") == "job-1"
+
+
+def test_an_ended_job_is_kept_for_its_time(jumping: Any) -> None:
+    def short(spec: JobSpec) -> None:
+        spec.retain.seconds = 3600
+
+    jumping.submit("job-1", edit=short)
+    jumping.call(ev.CancelJob, "job-1")
+    ended = jumping.job().end_time.ToNanoseconds()
+    jumping.offset_s = 7200.0
+    jumping.advance(60.0)
+    assert "job-1" in jumping.core.facts.jobs
+    assert jumping.job().end_time.ToNanoseconds() == ended
+    jumping.advance(3600.0, tick_s=60.0)
+    assert "job-1" not in jumping.core.facts.jobs
+
+
+def test_small_corrections_are_no_step(jumping: Any) -> None:
+    jumping.advance(10.0)
+    jumping.offset_s = 5.0
+    jumping.advance(10.0)
+    assert not any(each.HasField("clock_stepped") for each in jumping.journal)
