@@ -15,11 +15,11 @@ import contextlib
 import secrets
 import stat
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 from phalanx.errors import DataLoss, FailedPrecondition, NotFound
+from storage.backends.blob_ages import BlobAges
 from storage.backends.blob_files import FileBlobReader, FileBlobWriter
 from storage.backends.file_system import THIS_MACHINE, FileSystem
 from storage.backends.files import disk_full, folder, read_errors, write_errors
@@ -52,6 +52,7 @@ class DirectoryBlobs:
         # visible but may not be durable.
         self._synced_folders: set[str] = set()
         self._usage_bytes = 0
+        self._ages = BlobAges()
         self._blobs = self._uploads = -1
         try:
             for name in ("blobs", "uploads"):
@@ -110,6 +111,7 @@ class DirectoryBlobs:
                 if before is None or digest in self._corrupt:
                     self._settling.add(digest)
                 self._disk.rename(upload, self._uploads, digest, target)
+                self._ages.touched(digest)
                 self._usage_bytes += size_bytes - (before or 0)
             self._disk.sync(target)
         with self._mutex:
@@ -143,7 +145,6 @@ class DirectoryBlobs:
             yield from self._scan_folder(name)
 
     def _scan_folder(self, name: str) -> list[StoredBlob]:
-        now_s = time.time()
         found: list[StoredBlob] = []
         with read_errors("the list of blobs"), self._folder(name) as parent:
             for entry in self._disk.names(parent):
@@ -151,7 +152,8 @@ class DirectoryBlobs:
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     status = self._disk.status(entry, parent)
-                    found.append(StoredBlob(entry, status.st_size, now_s - status.st_mtime))
+                    age_s = self._age_s(entry, status.st_mtime)
+                    found.append(StoredBlob(entry, status.st_size, age_s))
         return found
 
     def remove_if_old(self, digest: str, grace_s: float) -> int | None:
@@ -166,11 +168,12 @@ class DirectoryBlobs:
                 status = self._disk.status(digest, parent)
             except FileNotFoundError:
                 return None
-            if not is_old_enough(time.time() - status.st_mtime, grace_s):
+            if not is_old_enough(self._ages.age_s(digest, status.st_mtime), grace_s):
                 return None
             self._disk.unlink(digest, parent)
             self._settling.discard(digest)
             self._corrupt.discard(digest)
+            self._ages.removed(digest)
             self._usage_bytes -= status.st_size
             return status.st_size
 
@@ -190,6 +193,7 @@ class DirectoryBlobs:
                         continue
                     if touch:
                         self._disk.touch(digest, parent)
+                        self._ages.touched(digest)
                     found[digest] = size_bytes
         return found
 
@@ -209,6 +213,10 @@ class DirectoryBlobs:
 
     def _folder(self, name: str) -> AbstractContextManager[int]:
         return folder(self._disk, name, self._blobs)
+
+    def _age_s(self, digest: str, modified_s: float) -> float:
+        with self._mutex:
+            return self._ages.age_s(digest, modified_s)
 
     def _size(self, parent: int, digest: str) -> int | None:
         """Return the size of a plain file; anything else in its place (a link) is missing."""
