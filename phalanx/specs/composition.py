@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from phalanx.errors import Violation
 from phalanx.specs import catalog, parts
+from phalanx.texts import number_of
 from phalanx.v1 import job_spec_pb2
 
 
@@ -51,7 +52,7 @@ def _reduction(reduction: job_spec_pb2.Reduction, shards: int) -> Iterator[Viola
             yield Violation("train.reduction.krum.faulty", message)
         elif keep > shards - faulty:
             message = (
-                f"{keep} of {shards} shards cannot be kept if {faulty} may be faulty; use at most "
+                f"{keep} of {number_of(shards, 'shard')} cannot be kept if {faulty} may be faulty; use at most "
                 f"{shards - faulty}"
             )
             yield Violation("train.reduction.krum.keep", message)

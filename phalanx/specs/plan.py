@@ -194,7 +194,7 @@ def _reduction_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
     if not larger or small % rows_per_leaf(spec, rows) or larger >= least:
         return []
     found = (
-        f"the last step of each epoch has rows of {larger} shards only and changes nothing: "
-        f"the reducer needs {least}; use another batch_size"
+        f"the last step of each epoch has rows of {number_of(larger, 'shard')} only and changes "
+        f"nothing: the reducer needs {least}; use another batch_size"
     )
     return [found]

@@ -119,7 +119,7 @@ def test_the_plan_warns_of_steps_that_change_nothing(make_dataset: MakeDataset) 
     # 10,000 rows on 9 shards: one shard has a row more than the others, 1112 instead of 1111.
     settings = ("data.shards=9", f"train.batch_size={101 * 9}", krum)
     (warning,) = [each for each in planned(make_dataset(), *settings).warnings if "epoch" in each]
-    assert "rows of 1 shards only" in warning
+    assert "rows of 1 shard only" in warning
     assert "needs 7" in warning
     other = planned(make_dataset(), "data.shards=9", f"train.batch_size={100 * 9}", krum)
     assert not [each for each in other.warnings if "epoch" in each]
