@@ -52,7 +52,7 @@ def _reduction(reduction: job_spec_pb2.Reduction, shards: int) -> Iterator[Viola
             yield Violation("train.reduction.krum.faulty", message)
         elif keep > shards - faulty:
             message = (
-                f"{keep} of {number_of(shards, 'shard')} cannot be kept if {faulty} may be faulty; use at most "
-                f"{shards - faulty}"
+                f"{keep} of {number_of(shards, 'shard')} cannot be kept if {faulty} may be "
+                f"faulty; use at most {shards - faulty}"
             )
             yield Violation("train.reduction.krum.keep", message)
