@@ -89,7 +89,9 @@ class Job(_message.Message):
     message: _builtins.str
     """The same for people."""
     submitter: _builtins.str
-    """Who submitted it."""
+    """The host that submitted it, as far as the leader saw: that of the control
+    process which handed the call on, if one did.
+    """
     @_builtins.property
     def spec(self) -> _job_spec_pb2.JobSpec:
         """The resolved spec: every default and every version is written in it."""
