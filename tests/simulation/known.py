@@ -32,7 +32,9 @@ _STREAMS = ("broken_connections", "kill_worker", "pause_worker", "worker_joins",
 
 KNOWN = {
     "storage takes writes of any generation": Known(
-        6, ("control_hands_over", "isolation", "kill_control", "pause_control"), _CONTROLS
+        2,
+        ("control_hands_over", "isolation", "kill_control", "pause_control"),
+        (*_CONTROLS, ("faults_s", 18.0)),
     ),
     "a lost lease can be renewed": Known(2, ("isolation", "pause_control"), _CONTROLS),
     "a lease is taken over although it was renewed": Known(
@@ -54,20 +56,20 @@ KNOWN = {
         3, (), (("strike", "final_checkpoint aggregator kill"),)
     ),
     "ranges take frames of any term": Known(
-        3,
+        23,
         (*_STREAMS, "isolation", "kill_aggregator", "kill_control", "pause_aggregator"),
         (("aggregators", 2),),
     ),
     "a filled node adds what comes again": Known(0, (*_STREAMS, "slow_worker"), (("workers", 4),)),
     "nodes are added in the order in which they arrive": Known(0),
-    "a round takes frames of other steps": Known(0),
+    "a round takes frames of other steps": Known(6, settings=_HEALED),
     "a range drops a version once it has the next": Known(
         6, ("broken_connections", "kill_worker", "late_payloads"), (("workers", 1), *_RANGES)
     ),
     "a range keeps what nobody needs any more": Known(0),
     "a round opens before its version is whole": Known(3, settings=_HEALED),
     "the optimizer's state is not restored": Known(0, ("kill_aggregator",)),
-    "a checkpoint shares state with the steps after it": Known(19, settings=_HEALED),
+    "a checkpoint shares state with the steps after it": Known(5, settings=_HEALED),
     "the end is reported before its checkpoint is whole": Known(0),
     "an aggregator obeys an old generation": Known(0, (), _TWO_LEADERS),
     "one stream waits for another": Known(2, (), (("workers", 2), ("script", "stopped_worker"))),
@@ -96,7 +98,7 @@ KNOWN = {
         0, ("broken_connections", "late_payloads"), (("workers", 1),)
     ),
     "workers do not carry go records": Known(3, settings=_HEALED),
-    "workers do not carry go records again": Known(1),
+    "workers do not carry go records again": Known(2, settings=_HEALED),
     "a worker obeys an old generation": Known(0, (), _TWO_LEADERS),
     "effects do not wait for their records": Known(0),
     "records count as durable before they are written": Known(0),
