@@ -147,8 +147,8 @@ def payload_values(
         )
     if spec.unit and frame.node.span != spec.unit:
         raise InvalidArgument(
-            f"the contribution of {frame.node.span} shards from {frame.node.first} on cannot be "
-            f"taken: this job's travel by nodes of {spec.unit}"
+            f"the contribution of {number_of(frame.node.span, 'shard')} from {frame.node.first} on "
+            f"cannot be taken: this job's travel by nodes of {spec.unit}"
         )
     if spec.codec is not None and mask:
         return index, decoded(spec.codec, payload, frame.element_count)
