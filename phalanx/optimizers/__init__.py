@@ -12,7 +12,7 @@ from phalanx.optimizers.rules import AdagradRule, AdamRule, MomentumRule, Rule, 
 from phalanx.optimizers.schedules import learning_rate
 from phalanx.v1 import job_spec_pb2
 
-__all__ = ["Optimizer", "build_optimizer", "learning_rate"]
+__all__ = ["Optimizer", "build_local_optimizer", "build_optimizer", "learning_rate"]
 
 Array = NDArray[Any]
 
@@ -102,11 +102,22 @@ def _where(decay: Array) -> Array | bool | None:
 
 
 def build_optimizer(train: job_spec_pb2.Train, total_steps: int) -> Optimizer:
-    """Return the optimizer of a resolved spec; ``total_steps`` is 0 where the job has no length.
+    """Return what makes the next version; ``total_steps`` is 0 where the job has no length.
 
+    With local steps it is the outer optimizer, which takes the shards' differences for gradients.
     Raises InvalidArgument where no optimizer is named.
     """
-    message = train.optimizer
+    if train.HasField("local"):
+        return _build(train.local.outer, 0.0, total_steps)
+    return _build(train.optimizer, train.l2, total_steps)
+
+
+def build_local_optimizer(train: job_spec_pb2.Train, total_steps: int) -> Optimizer:
+    """Return what a shard takes its local steps with; ``total_steps`` counts those of a shard."""
+    return _build(train.optimizer, train.l2, total_steps)
+
+
+def _build(message: job_spec_pb2.Optimizer, l2: float, total_steps: int) -> Optimizer:
     rule: Rule
     match message.WhichOneof("kind"):
         case "sgd":
@@ -118,5 +129,5 @@ def build_optimizer(train: job_spec_pb2.Train, total_steps: int) -> Optimizer:
         case "adamw":
             rule = AdamRule(message.adamw)
         case other:
-            raise InvalidArgument(f"train.optimizer: {other!r} is not an optimizer")
-    return Optimizer(rule, message, train.l2, total_steps)
+            raise InvalidArgument(f"{other!r} is not an optimizer")
+    return Optimizer(rule, message, l2, total_steps)

@@ -12,11 +12,16 @@ from phalanx.specs import catalog, parts
 from phalanx.texts import number_of
 from phalanx.v1 import job_spec_pb2
 
+LOCAL_STEPS_MAX = 65_536
+
 
 def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     """Yield what cannot hold together in a training job."""
     if spec.train.reduction.HasField("trimmed_mean") and spec.train.reduction.trimmed_mean.trim < 1:
         yield Violation("train.reduction.trimmed_mean.trim", "must be at least 1")
+    if spec.train.HasField("local") and not 1 <= spec.train.local.steps <= LOCAL_STEPS_MAX:
+        message = f"must be at least 1 and at most {LOCAL_STEPS_MAX}, not {spec.train.local.steps}"
+        yield Violation("train.local.steps", message)
     yield from _compression(spec.train.compression)
     if spec.data.HasField("shards"):
         yield from _reduction(spec.train.reduction, spec.data.shards)

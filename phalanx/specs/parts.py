@@ -18,6 +18,11 @@ def reduces_leaves(train: job_spec_pb2.Train) -> bool:
     return train.reduction.HasField("clip_norm") or kind not in (None, "weighted_mean")
 
 
+def local_steps(train: job_spec_pb2.Train) -> int:
+    """Return the steps of a shard between two commits; 0 where shards contribute gradients."""
+    return train.local.steps if train.HasField("local") else 0
+
+
 def least_shards(reduction: job_spec_pb2.Reduction) -> int:
     """Return how many shards must contribute to a step for the reducer to hold."""
     kind = reduction.WhichOneof("kind")

@@ -44,6 +44,7 @@ def job_plan(
         manifest_digest=dataset.manifest_digest,
         bitwise=spec.reproducibility.WhichOneof("mode") == "bitwise",
         unit_span=parts.unit_span(spec),
+        local_steps=parts.local_steps(spec.train),
     )
 
 
@@ -74,6 +75,9 @@ def plan(
 
 SHARED_COPIES = 3
 COPIES_PER_SLOT = 2
+LOCAL_COPIES = 3
+"""More of them for a slot whose leaves take steps of their own."""
+
 PARAMETER_COPIES = SHARED_COPIES + COPIES_PER_SLOT
 """Copies of the parameters on a worker with one slot."""
 
@@ -96,7 +100,8 @@ def worker_bytes(
     units = -(-spec.data.shards // max(1, parts.unit_span(spec))) if parts.unit_span(spec) else 1
     payloads = -(-units // max(1, spec.resources.min_workers))
     shared = (SHARED_COPIES - 1 + payloads) * elements * itemsize
-    return shared + slots * (COPIES_PER_SLOT * elements * itemsize + 3 * leaf)
+    copies = COPIES_PER_SLOT + (LOCAL_COPIES if spec.train.HasField("local") else 0)
+    return shared + slots * (copies * elements * itemsize + 3 * leaf)
 
 
 def _activations(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> int:
@@ -147,7 +152,8 @@ def _stop_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
     stop, steps = spec.train.stop, total_steps(spec, rows)
     found = []
     if stop.HasField("steps") and stop.HasField("epochs"):
-        by_epochs = stop.epochs * steps_per_epoch(spec, rows)
+        each = max(1, parts.local_steps(spec.train))
+        by_epochs = stop.epochs * steps_per_epoch(spec, rows) / each
         if by_epochs > stop.steps:
             found.append(f"stop.epochs never fires: stop.steps comes first, at {stop.steps}")
         elif by_epochs < stop.steps:
@@ -191,7 +197,12 @@ def _reduction_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
     """The shards that are a row longer have the last step of an epoch for themselves, at times."""
     small, larger = divmod(rows, max(1, spec.data.shards))
     least = parts.least_shards(spec.train.reduction)
-    if not larger or small % rows_per_leaf(spec, rows) or larger >= least:
+    if (
+        parts.local_steps(spec.train) > 1
+        or not larger
+        or small % rows_per_leaf(spec, rows)
+        or larger >= least
+    ):
         return []
     found = (
         f"the last step of each epoch has rows of {number_of(larger, 'shard')} only and changes "

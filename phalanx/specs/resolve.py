@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from phalanx.specs import catalog
+from phalanx.specs import catalog, parts
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
 
 ROWS_PER_LEAF = 256
@@ -38,6 +38,8 @@ def resolve(
         _data(result, dataset)
         _model(result.train, dataset)
         _optimizer(result.train.optimizer)
+        if result.train.HasField("local"):
+            _outer(result.train.local.outer)
         _training(result.train)
         _evaluation(result, dataset)
         _checkpoints(result.train.checkpoints)
@@ -59,7 +61,10 @@ def rows_per_leaf(spec: job_spec_pb2.JobSpec, rows: int) -> int:
 
 
 def steps_per_epoch(spec: job_spec_pb2.JobSpec, rows: int) -> int:
-    """Return the steps in which every row is used once: by the largest shard."""
+    """Return the steps in which every row is used once: by the largest shard.
+
+    With local steps these are the shards' own, several of which make a step of the job.
+    """
     largest = -(-rows // max(1, spec.data.shards))
     return max(1, -(-largest // rows_per_leaf(spec, rows)))
 
@@ -71,7 +76,8 @@ def total_steps(spec: job_spec_pb2.JobSpec, rows: int) -> int:
     if stop.HasField("steps"):
         bounds.append(stop.steps)
     if stop.HasField("epochs"):
-        bounds.append(max(1, math.ceil(stop.epochs * steps_per_epoch(spec, rows))))
+        each = max(1, parts.local_steps(spec.train))
+        bounds.append(max(1, math.ceil(stop.epochs * steps_per_epoch(spec, rows) / each)))
     return min(bounds, default=0)
 
 
@@ -140,6 +146,15 @@ def _optimizer(optimizer: job_spec_pb2.Optimizer) -> None:
         optimizer.schedule.constant.SetInParent()
 
 
+def _outer(outer: job_spec_pb2.Optimizer) -> None:
+    """The mean difference is taken as it is, unless something else is said."""
+    if outer.WhichOneof("kind") is None:
+        outer.sgd.SetInParent()
+    if outer.HasField("sgd") and not outer.sgd.HasField("learning_rate"):
+        outer.sgd.learning_rate = 1.0
+    _optimizer(outer)
+
+
 def _training(train: job_spec_pb2.Train) -> None:
     if train.WhichOneof("consistency") is None:
         train.synchronous.SetInParent()
@@ -167,7 +182,9 @@ def _evaluation(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
         return  # no held-out rows and nobody asked for any
     train.evaluation.split = split or EVALUATION_SPLITS[0]
     if train.evaluation.every_steps == 0:
-        train.evaluation.every_steps = steps_per_epoch(spec, train_rows(spec, dataset))
+        each = max(1, parts.local_steps(train))
+        per_epoch = steps_per_epoch(spec, train_rows(spec, dataset))
+        train.evaluation.every_steps = max(1, per_epoch // each)
     if train.stop.HasField("plateau") and not train.stop.plateau.metric:
         train.stop.plateau.metric = f"{train.evaluation.split}/loss"
 

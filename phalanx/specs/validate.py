@@ -99,6 +99,13 @@ _RANGES: dict[str, _Range] = {
     "train.on_nonfinite.skip.max_steps": _NOT_NEGATIVE,
 }
 
+# The outer optimizer of local steps is one like any other.
+_RANGES |= {
+    path.replace("train.optimizer", "train.local.outer"): each
+    for path, each in _RANGES.items()
+    if path.startswith("train.optimizer")
+}
+
 _LOWEST_DURATION: dict[str, tuple[float, str]] = {
     "retain": (0, "must not be negative"),
     "reproducibility.bitwise.fall_back_after": (0, "must not be negative"),
@@ -224,7 +231,9 @@ def _program(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         )
     elif program == "train":
         yield from _model(spec.train.model)
-        yield from _optimizer(spec.train)
+        yield from _optimizer(spec.train.optimizer, spec.train.stop, "train.optimizer")
+        if spec.train.HasField("local"):
+            yield from _optimizer(spec.train.local.outer, spec.train.stop, "train.local.outer")
         yield from composition.violations(spec)
         yield from _stop(spec.train.stop)
         if spec.train.dtype and spec.train.dtype not in catalog.DTYPES:
@@ -264,23 +273,24 @@ def _model(model: job_spec_pb2.Model) -> Iterator[Violation]:
         yield Violation("train.model.custom.entrypoint", message)
 
 
-def _optimizer(train: job_spec_pb2.Train) -> Iterator[Violation]:
-    sgd = train.optimizer.sgd
+def _optimizer(
+    optimizer: job_spec_pb2.Optimizer, stop: job_spec_pb2.Stop, path: str
+) -> Iterator[Violation]:
+    sgd = optimizer.sgd
     if sgd.nesterov and not sgd.momentum:
         message = "needs a momentum above 0, as momentum: 0.9"
-        yield Violation("train.optimizer.sgd.nesterov", message)
-    schedule = train.optimizer.schedule
+        yield Violation(f"{path}.sgd.nesterov", message)
+    schedule = optimizer.schedule
     kind = schedule.WhichOneof("kind")
     if kind == "step" and schedule.step.every_steps < 1:
         message = f"must be at least 1, not {schedule.step.every_steps}"
-        yield Violation("train.optimizer.schedule.step.every_steps", message)
+        yield Violation(f"{path}.schedule.step.every_steps", message)
     if kind == "step" and schedule.step.factor == 0:
-        yield Violation("train.optimizer.schedule.step.factor", "must be above 0")
-    stop = train.stop
+        yield Violation(f"{path}.schedule.step.factor", "must be above 0")
     open_end = stop.HasField("wall_time") or stop.thresholds or stop.HasField("plateau")
     if kind == "cosine" and open_end and not stop.HasField("steps") and not stop.HasField("epochs"):
         message = "needs to know the last step; give stop.steps or stop.epochs"
-        yield Violation("train.optimizer.schedule.cosine", message)
+        yield Violation(f"{path}.schedule.cosine", message)
 
 
 def _stop(stop: job_spec_pb2.Stop) -> Iterator[Violation]:

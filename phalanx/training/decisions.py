@@ -62,7 +62,8 @@ class RootDecider:
     @property
     def epoch(self) -> float:
         """Passes over the data so far."""
-        return self._version / max(1, self._plan.steps_per_epoch)
+        steps = self._version * max(1, self._plan.local_steps)
+        return steps / max(1, self._plan.steps_per_epoch)
 
     def start(self) -> GoRecord:
         """Return the first record of a fresh job."""

@@ -7,7 +7,7 @@ since a matrix product of half the rows has other bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from phalanx.data.manifest import DatasetManifest
 from phalanx.data.statistics import manifest_mean_and_scale, standardise
-from phalanx.models.base import Array, Batch, Model
+from phalanx.models.base import Array, Batch, Model, decay_mask
+from phalanx.optimizers import build_local_optimizer
 from phalanx.reduction import all_finite
 from phalanx.training.sampler import (
     RowSelection,
@@ -30,7 +31,7 @@ from phalanx.training.sampler import (
     shard_rows,
 )
 from phalanx.v1.job_spec_pb2 import JobSpec
-from phalanx.v1.training_pb2 import JobPlan
+from phalanx.v1.training_pb2 import JobPlan, Layout
 
 
 class RowReader(Protocol):
@@ -109,6 +110,56 @@ def run_batch(model: Model, parameters: Array, batch: Batch | None, out: Array) 
         sums = model.gradient(parameters, batch, out)
         finite = isfinite(sums.loss_sum) and all_finite(out)
     return LeafOutcome(sums.count, sums.loss_sum, finite)
+
+
+class LocalSteps:
+    """What the leaves of a job with local steps share; for one thread at a time.
+
+    A leaf starts at the parameters of its version, takes ``plan.local_steps`` steps of its own and
+    contributes the difference: (start - end) · examples. So the mean over all examples is the
+    shards' mean difference, which the outer optimizer takes for a gradient. With one step and an
+    outer rate of 1 that is a synchronous step.
+    """
+
+    def __init__(self, plan: JobPlan, layout: Layout) -> None:
+        train = JobSpec.FromString(plan.spec).train
+        self.count = plan.local_steps
+        self._optimizer = build_local_optimizer(train, plan.total_steps * plan.local_steps)
+        self._decay = decay_mask(layout)
+        self._buffers: Array = np.empty((3, layout.element_count), layout.dtype)
+
+    def steps_of(self, version: int) -> range:
+        """The shards' own steps between ``version`` and the next one."""
+        return range(version * self.count, (version + 1) * self.count)
+
+    def run(
+        self,
+        model: Model,
+        parameters: Array,
+        version: int,
+        batch_of: Callable[[int], Batch | None],
+        out: Array,
+    ) -> LeafOutcome:
+        """Run one leaf; ``batch_of`` gives the rows of one of the shard's own steps."""
+        weights, following, gradient = self._buffers
+        weights[:] = parameters
+        count, loss_sum = 0, 0.0
+        with np.errstate(all="ignore"):
+            for step in self.steps_of(version):
+                batch = batch_of(step)
+                if batch is None:
+                    continue
+                sums = model.gradient(weights, batch, gradient)
+                self._optimizer.apply(
+                    weights, gradient, sums.count, self._decay, {}, step, following
+                )
+                weights, following = following, weights
+                count, loss_sum = count + sums.count, loss_sum + sums.loss_sum
+            if count == 0:
+                return LeafOutcome(0, 0.0, True)
+            np.subtract(parameters, weights, out=out)
+            np.multiply(out, out.dtype.type(count), out=out)
+        return LeafOutcome(count, loss_sum, isfinite(loss_sum) and all_finite(out))
 
 
 def run_evaluation_leaf(

@@ -23,7 +23,7 @@ from phalanx.compressors import Key, build_down_codec, build_up_codec, decoded, 
 from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import FailedPrecondition, PhalanxError
 from phalanx.models import DataSchema, Model, build_model
-from phalanx.models.base import decay_mask
+from phalanx.models.base import Batch, decay_mask
 from phalanx.models.code import deactivate_user_code
 from phalanx.optimizers import build_optimizer
 from phalanx.reducers import Contribution, build_reducer
@@ -31,7 +31,9 @@ from phalanx.reduction import Node, TreeReducer, all_finite, reduce_leaves
 from phalanx.training.decisions import RootDecider
 from phalanx.training.leaf import (
     LeafOutcome,
+    LocalSteps,
     RowReader,
+    leaf_batch,
     run_evaluation_leaf,
     run_leaf,
     shard_row_range,
@@ -182,6 +184,7 @@ class _Job:
         self._units = [
             range(first, min(first + span, plan.shards)) for first in range(0, plan.shards, span)
         ]
+        self._local = LocalSteps(self._plan, model.layout) if plan.local_steps else None
         self._decay = decay_mask(model.layout)
         self.decider = RootDecider(self._plan, term=1)
         self._skipped_steps: set[int] = set()
@@ -247,9 +250,7 @@ class _Job:
             payloads: dict[int, Array | None] = {}
             for shard in unit:
                 out = np.empty_like(parameters)
-                outcome = run_leaf(
-                    self._model, parameters, self._reader, self._plan, shard, version, out
-                )
+                outcome = self._leaf(parameters, shard, version, out)
                 if not outcome.finite:
                     self._skip(shard, version)
                 present = outcome.count > 0 and outcome.finite
@@ -274,6 +275,16 @@ class _Job:
                 raise _failure(message, "PARAMETERS_NON_FINITE")
             self._parameters, self._next = self._next, self._parameters
         return count, loss
+
+    def _leaf(self, parameters: Array, shard: int, version: int, out: Array) -> LeafOutcome:
+        model, reader, plan = self._model, self._reader, self._plan
+        if self._local is None:
+            return run_leaf(model, parameters, reader, plan, shard, version, out)
+
+        def batch_of(step: int) -> Batch | None:
+            return leaf_batch(reader, plan, shard, step)
+
+        return self._local.run(model, parameters, version, batch_of, out)
 
     def _seen(self) -> Array:
         """The parameters as workers see them."""

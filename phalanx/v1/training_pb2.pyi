@@ -269,6 +269,7 @@ class JobPlan(_message.Message):
     BITWISE_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     UNIT_SPAN_FIELD_NUMBER: _builtins.int
+    LOCAL_STEPS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     spec: _builtins.bytes
     """JobSpec in its resolved form, serialized protobuf (not JSON)."""
@@ -295,6 +296,8 @@ class JobPlan(_message.Message):
     """Shards of the nodes that travel in a train round: exactly these nodes are
     computed whole by one worker; 0: any node may travel.
     """
+    local_steps: _builtins.int
+    """Local steps of a shard between two commits; 0: shards contribute gradients."""
     @_builtins.property
     def layout(self) -> Global___Layout: ...
     @_builtins.property
@@ -330,10 +333,11 @@ class JobPlan(_message.Message):
         bitwise: _builtins.bool = ...,
         fingerprint: _builtins.str = ...,
         unit_span: _builtins.int = ...,
+        local_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bitwise", b"bitwise", "code_digests", b"code_digests", "evaluation_rows", b"evaluation_rows", "evaluation_shards", b"evaluation_shards", "evaluation_sums", b"evaluation_sums", "fingerprint", b"fingerprint", "job_id", b"job_id", "layout", b"layout", "manifest_digest", b"manifest_digest", "range_count", b"range_count", "rows_per_leaf", b"rows_per_leaf", "shards", b"shards", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_model_digest", b"start_model_digest", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_rows", b"train_rows", "unit_span", b"unit_span"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bitwise", b"bitwise", "code_digests", b"code_digests", "evaluation_rows", b"evaluation_rows", "evaluation_shards", b"evaluation_shards", "evaluation_sums", b"evaluation_sums", "fingerprint", b"fingerprint", "job_id", b"job_id", "layout", b"layout", "local_steps", b"local_steps", "manifest_digest", b"manifest_digest", "range_count", b"range_count", "rows_per_leaf", b"rows_per_leaf", "shards", b"shards", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_model_digest", b"start_model_digest", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_rows", b"train_rows", "unit_span", b"unit_span"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

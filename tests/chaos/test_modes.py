@@ -18,10 +18,13 @@ from phalanx.testing.arena import (
 pytestmark = pytest.mark.slow
 
 MODES: dict[str, dict[str, Any]] = {
-    "median": {"reduction": {"median": {}}},
-    "bfloat16 both ways": {"compression": {"cast_to": "bfloat16", "down_cast_to": "bfloat16"}},
-    "int8": {"compression": {"int8": {"bucket": 16}, "down_cast_to": "float16"}},
-    "float16, median": {"compression": {"cast_to": "float16"}, "reduction": {"median": {}}},
+    "median, float16": {"compression": {"cast_to": "float16"}, "reduction": {"median": {}}},
+    "int8, down bfloat16": {"compression": {"int8": {"bucket": 16}, "down_cast_to": "bfloat16"}},
+    "local steps": {
+        "local": {"steps": 4, "outer": {"sgd": {"learning_rate": 0.7, "momentum": 0.9}}},
+        "optimizer": {"sgd": {"learning_rate": 0.01}},
+        "compression": {"cast_to": "bfloat16"},
+    },
     "multi-krum": {"reduction": {"krum": {"faulty": 2, "keep": 5}, "clip_norm": 20.0}},
 }
 

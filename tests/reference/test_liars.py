@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
-from phalanx.data.ingest import ingest_arrays
-from phalanx.data.options import IngestOptions
-from phalanx.data.writer import DirectoryBlobs
 from phalanx.errors import FailedPrecondition
-from phalanx.testing.datasets import StoredDataset, digits
+from phalanx.testing.datasets import StoredDataset, store_digits
 from phalanx.testing.plans import plan_for
 from phalanx.training import local
 from phalanx.training.leaf import LeafOutcome, run_leaf
@@ -32,13 +28,7 @@ RULES: dict[str, tuple[dict[str, Any], float]] = {
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> StoredDataset:
-    features, targets = digits()
-    order = np.random.default_rng(1234).permutation(len(targets))
-    features, targets = features[order] / 16, targets[order]
-    blobs = DirectoryBlobs(tmp_path_factory.mktemp("digits"))
-    held_out = (features[1437:], targets[1437:])
-    manifest = ingest_arrays(features[:1437], targets[:1437], IngestOptions(), blobs, test=held_out)
-    return StoredDataset(manifest, blobs)
+    return store_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(autouse=True)

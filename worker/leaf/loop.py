@@ -219,7 +219,8 @@ class LeafLoop:
             for shard in range(first, min(first + span, work.plan.shards))
         ]
         self._later.clear()
-        self._later.extend((work, shard, order.version + 1) for shard in shards)
+        steps = work.own_steps(order.version + 1)
+        self._later.extend((work, shard, step) for shard in shards for step in steps)
         try:
             chunks = work.chunks_to_prefetch(shards, order.version)
         except Exception:  # noqa: BLE001

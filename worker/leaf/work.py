@@ -15,8 +15,14 @@ from numpy.typing import NDArray
 from phalanx.compressors import Codec, Key, build_up_codec, compress_in_place
 from phalanx.data.manifest import ChunkInfo, DatasetManifest
 from phalanx.data.reader import ChunkReader
-from phalanx.models import DataSchema, Model, build_model
-from phalanx.training.leaf import LeafOutcome, leaf_chunks, run_batch, run_evaluation_leaf
+from phalanx.models import Batch, DataSchema, Model, build_model
+from phalanx.training.leaf import (
+    LeafOutcome,
+    LocalSteps,
+    leaf_chunks,
+    run_batch,
+    run_evaluation_leaf,
+)
 from phalanx.training.sampler import chunks_in_order, shard_rows
 from phalanx.training.start import load_start_parameters
 from phalanx.v1 import job_spec_pb2, training_pb2
@@ -100,6 +106,11 @@ class JobWork:
         return build_up_codec(self.spec)
 
     @cached_property
+    def local(self) -> LocalSteps | None:
+        """The leaves' own steps; None: they contribute gradients."""
+        return LocalSteps(self.plan, self.model.layout) if self.plan.local_steps else None
+
+    @cached_property
     def scratch(self) -> Scratch:
         """Buffers of the reduction."""
         return Scratch(self.plan.layout.element_count, self.dtype)
@@ -140,8 +151,18 @@ class JobWork:
 
     def train(self, parameters: Array, shard: int, step: int, out: Array) -> LeafOutcome:
         """Run one training leaf."""
-        batch = self.training_batches.take(shard, step)
-        return run_batch(self.model, parameters, batch, out)
+        batches = self.training_batches
+        if self.local is None:
+            return run_batch(self.model, parameters, batches.take(shard, step), out)
+
+        def batch_of(own_step: int) -> Batch | None:
+            return batches.take(shard, own_step)
+
+        return self.local.run(self.model, parameters, step, batch_of, out)
+
+    def own_steps(self, step: int) -> range:
+        """The steps of a shard that make up a step of the job."""
+        return range(step, step + 1) if self.local is None else self.local.steps_of(step)
 
     def evaluate(self, parameters: Array, shard: int) -> tuple[LeafOutcome, Array]:
         """Run one evaluation leaf: its sums."""
@@ -174,7 +195,7 @@ class JobWork:
         if not incomplete:
             return []
         wanted: dict[int, None] = {}
-        for each in (step, step + 1):
+        for each in (*self.own_steps(step), *self.own_steps(step + 1)):
             for shard in incomplete:
                 wanted.update(dict.fromkeys(leaf_chunks(plan, reader.chunk_rows, shard, each)))
         fresh = self._hints.new(wanted)

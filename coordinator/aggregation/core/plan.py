@@ -67,9 +67,14 @@ def expected_examples(plan: training_pb2.JobPlan, version: int) -> int:
     """Examples that the sampler gives to the step at `version`, over all shards.
 
     Shards differ by one row at most, and each gives `rows_per_leaf` rows until it runs out in the
-    last step of an epoch.
+    last step of an epoch. With local steps a step of the job is several of each shard.
     """
-    step_in_epoch = version % max(plan.steps_per_epoch, 1)
+    each = max(1, plan.local_steps)
+    return sum(_examples_of(plan, step) for step in range(version * each, (version + 1) * each))
+
+
+def _examples_of(plan: training_pb2.JobPlan, step: int) -> int:
+    step_in_epoch = step % max(plan.steps_per_epoch, 1)
     small, larger = divmod(plan.train_rows, plan.shards)
     skipped = step_in_epoch * plan.rows_per_leaf
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from phalanx import specs
-from phalanx.errors import InvalidArgument
+from phalanx.errors import InvalidArgument, Unimplemented
 from phalanx.specs.parts import needs_one_range, unit_span
 from phalanx.v1.dataset_service_pb2 import Dataset
 from phalanx.v1.job_pb2 import Plan
@@ -48,6 +48,20 @@ def planned(dataset: Dataset, *settings: str) -> Plan:
         (7, "reduction={krum: {faulty: 2, keep: 0}}", "reduction.krum.keep", "at least 1"),
         (7, "reduction={krum: {faulty: -1}}", "reduction.krum.faulty", "at least 0"),
         (7, "reduction={clip_norm: 0}", "reduction.clip_norm", "above 0"),
+        (7, "local={}", "local.steps", "at least 1"),
+        (7, "local={steps: 100000}", "local.steps", "at most 65536"),
+        (
+            7,
+            "local={steps: 2, outer: {sgd: {nesterov: true}}}",
+            "local.outer.sgd.nesterov",
+            "needs a momentum",
+        ),
+        (
+            7,
+            "local={steps: 2, outer: {sgd: {learning_rate: -1}}}",
+            "local.outer.sgd.learning_rate",
+            "above 0",
+        ),
         (7, "compression={cast_to: int4}", "compression.cast_to", "bfloat16 or float16"),
         (7, "compression={cast_to: ''}", "compression.cast_to", "bfloat16 or float16"),
         (7, "compression={down_cast_to: int8}", "compression.down_cast_to", "or float16"),
@@ -123,3 +137,44 @@ def test_the_plan_warns_of_steps_that_change_nothing(make_dataset: MakeDataset) 
     assert "needs 7" in warning
     other = planned(make_dataset(), "data.shards=9", f"train.batch_size={100 * 9}", krum)
     assert not [each for each in other.warnings if "epoch" in each]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "path"),
+    [
+        ("{sgd: {momentum: 0.9}}", "train.optimizer.sgd.momentum"),
+        ("{adam: {}}", "train.optimizer.adam"),
+    ],
+)
+def test_inner_optimizers_with_a_state_are_not_carried_out(
+    make_dataset: MakeDataset, optimizer: str, path: str
+) -> None:
+    spec = edited("train.local={steps: 5}", f"train.optimizer={optimizer}")
+    with pytest.raises(Unimplemented) as caught:
+        specs.prepare(spec, make_dataset())
+    assert [each.field for each in caught.value.violations] == [path]
+    specs.prepare(edited("train.synchronous={}", f"train.optimizer={optimizer}"), make_dataset())
+
+
+def test_local_steps_count_in_commits(make_dataset: MakeDataset) -> None:
+    """10,000 rows on 16 shards of 256 rows a step: 3 own steps in an epoch."""
+    settings = (
+        "train.local={steps: 5}",
+        "train.stop={epochs: 10}",
+        "train.evaluation={split: test}",
+    )
+    resolved = specs.prepare(edited(*settings), make_dataset())
+    outer = resolved.train.local.outer
+    assert (outer.sgd.learning_rate, outer.sgd.momentum) == (1.0, 0.0)
+    assert resolved.train.evaluation.every_steps == 1
+    plan = specs.job_plan(resolved, make_dataset(), "job-1")
+    assert (plan.local_steps, plan.steps_per_epoch, plan.total_steps) == (5, 3, 6)
+    assert planned(make_dataset(), *settings).steps == 6
+    synchronous = specs.job_plan(specs.prepare(edited(), make_dataset()), make_dataset(), "job-1")
+    assert (synchronous.local_steps, synchronous.total_steps) == (0, 30)
+
+
+def test_steps_and_epochs_of_local_jobs_are_compared_in_commits(make_dataset: MakeDataset) -> None:
+    settings = ("train.local={steps: 3}", "train.stop={epochs: 10, steps: 11}")
+    warnings = planned(make_dataset(), *settings).warnings
+    assert [each for each in warnings if "stop.steps never fires" in each]

@@ -213,7 +213,7 @@ def test_code_has_a_size(make_dataset: MakeDataset) -> None:
         "train.synchronous={backup_shards: 1}",
         "train.asynchronous={}",
         "train.stale={bound: 2}",
-        "train.local={steps: 5}",
+        "train.local={steps: 5, fragments: 2}",
         "train.all_reduce={}",
         "train.optimizer.clip_norm=1.0",
         "train.compression={top_k: {fraction: 0.1}}",

@@ -1,0 +1,56 @@
+"""What compression costs in accuracy on digits, and what it saves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from phalanx.testing.datasets import StoredDataset, store_digits
+from phalanx.testing.plans import plan_for
+from phalanx.training.local import train_in_process
+
+pytestmark = pytest.mark.soak
+
+NONE: dict[str, Any] = {}
+KINDS: dict[str, dict[str, Any]] = {
+    "bfloat16": {"cast_to": "bfloat16", "down_cast_to": "bfloat16"},
+    "float16": {"cast_to": "float16", "down_cast_to": "float16"},
+    "int8": {"int8": {}},
+}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> StoredDataset:
+    return store_digits(tmp_path_factory.mktemp("digits"))
+
+
+def accuracy(stored: StoredDataset, compression: dict[str, Any]) -> float:
+    plan = plan_for(
+        stored,
+        {
+            "model": {"mlp": {"hidden": [64]}, "standardise": False},
+            "optimizer": {"sgd": {"learning_rate": 0.3}},
+            "batch_size": 32,
+            "stop": {"steps": 2000},
+            "evaluation": {"every_steps": 2000},
+            "compression": compression,
+        },
+        data={"name": "data", "shards": 4},
+    )
+    trained = train_in_process(plan, stored.manifest, stored.fetch)
+    print(f"{compression}: {trained.metrics['test/accuracy']:.4f}")
+    return trained.metrics["test/accuracy"]
+
+
+@pytest.fixture(scope="module")
+def plain(stored: StoredDataset) -> float:
+    return accuracy(stored, NONE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unbiased_and_fine_rounding_costs_next_to_nothing(
+    stored: StoredDataset, plain: float, kind: str
+) -> None:
+    assert plain > 0.97
+    assert accuracy(stored, KINDS[kind]) > plain - 0.005
