@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from phalanx.reducers.contributions import Contribution, Reduced
 from phalanx.reducers.rules import (
-    ClippedMean,
     Krum,
+    Mean,
     Median,
     Reducer,
     TrimmedMean,
@@ -20,8 +20,9 @@ from phalanx.v1 import job_spec_pb2
 __all__ = ["Contribution", "Reduced", "Reducer", "build_reducer"]
 
 
-def build_reducer(reduction: job_spec_pb2.Reduction, shards: int) -> Reducer | None:
+def build_reducer(train: job_spec_pb2.Train, shards: int) -> Reducer | None:
     """Return the reducer of a resolved spec; None: the tree sums, the root divides."""
+    reduction = train.reduction
     clip_norm = reduction.clip_norm if reduction.HasField("clip_norm") else None
     match reduction.WhichOneof("kind"):
         case "median":
@@ -32,4 +33,5 @@ def build_reducer(reduction: job_spec_pb2.Reduction, shards: int) -> Reducer | N
             krum = reduction.krum
             return Krum(krum.faulty, krum.keep if krum.HasField("keep") else 1, clip_norm)
         case _:
-            return None if clip_norm is None else ClippedMean(shards, clip_norm)
+            by_tree = clip_norm is None and not train.synchronous.backup_shards
+            return None if by_tree else Mean(shards, clip_norm)

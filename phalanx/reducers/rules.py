@@ -1,4 +1,4 @@
-"""The rules: clipped mean, median, trimmed mean, Krum and multi-Krum.
+"""The rules: mean, clipped or not, median, trimmed mean, Krum and multi-Krum.
 
 A contribution that is not finite never enters any arithmetic: it is left out and counts as one of
 those that a rule is there to stand. Where too few are left for a rule to hold, it gives nothing and
@@ -55,13 +55,13 @@ class Reducer(ABC):
         return 1.0 if norm <= self._clip_norm else self._clip_norm / norm
 
 
-class ClippedMean(Reducer):
-    """The mean over all examples, each shard's contribution no longer than the norm.
+class Mean(Reducer):
+    """The mean over all examples, each shard's contribution no longer than the norm, if any.
 
-    Without one that is too long it has the bits of the plain mean.
+    Without one that is too long it has the bits of the tree's mean.
     """
 
-    def __init__(self, shards: int, clip_norm: float) -> None:
+    def __init__(self, shards: int, clip_norm: float | None = None) -> None:
         super().__init__(clip_norm)
         self._shards = shards
 

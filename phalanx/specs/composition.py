@@ -25,6 +25,24 @@ def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     yield from _compression(spec.train.compression)
     if spec.data.HasField("shards"):
         yield from _reduction(spec.train.reduction, spec.data.shards)
+    yield from _backup(spec)
+
+
+def _backup(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
+    backup, path = parts.backup_shards(spec.train), "train.synchronous.backup_shards"
+    least = parts.least_shards(spec.train.reduction)
+    if backup < 0:
+        yield Violation(path, f"must be at least 0, not {backup}")
+    elif backup and spec.reproducibility.WhichOneof("mode") != "tolerant":
+        message = (
+            "who is slow decides which shards count, so no bits can be promised; write "
+            "reproducibility: {tolerant: {}}, or leave this out"
+        )
+        yield Violation(path, message)
+    elif backup and spec.data.HasField("shards") and spec.data.shards - backup < least:
+        message = f"leaves {max(0, spec.data.shards - backup)} of {spec.data.shards} shards"
+        needs = f"a step needs {least}; use at most {max(0, spec.data.shards - least)}"
+        yield Violation(path, f"{message}, and {needs}")
 
 
 def _compression(compression: job_spec_pb2.Compression) -> Iterator[Violation]:

@@ -18,6 +18,11 @@ def reduces_leaves(train: job_spec_pb2.Train) -> bool:
     return train.reduction.HasField("clip_norm") or kind not in (None, "weighted_mean")
 
 
+def backup_shards(train: job_spec_pb2.Train) -> int:
+    """Return how many of the slowest shards a step does not wait for."""
+    return train.synchronous.backup_shards if train.HasField("synchronous") else 0
+
+
 def local_steps(train: job_spec_pb2.Train) -> int:
     """Return the steps of a shard between two commits; 0 where shards contribute gradients."""
     return train.local.steps if train.HasField("local") else 0
@@ -33,7 +38,7 @@ def least_shards(reduction: job_spec_pb2.Reduction) -> int:
 
 def needs_one_range(train: job_spec_pb2.Train) -> bool:
     """Whether one aggregator must see all of each contribution, so that there is one range."""
-    return reduces_leaves(train)
+    return reduces_leaves(train) or backup_shards(train) > 0
 
 
 def unit_span(spec: job_spec_pb2.JobSpec) -> int:
@@ -42,7 +47,7 @@ def unit_span(spec: job_spec_pb2.JobSpec) -> int:
     What is encoded with a loss must be the same node whoever computes it: as large as a few nodes
     for all shards allow, since each of them crosses the wire.
     """
-    if reduces_leaves(spec.train):
+    if reduces_leaves(spec.train) or backup_shards(spec.train):
         return 1
     if spec.train.compression.WhichOneof("up") is None:
         return 0

@@ -20,7 +20,6 @@ _REFUSED: dict[str, str] = {
     "data.oversample": "oversampling is not carried out yet; leave it out",
     "resources.gpus": "GPUs are not carried out yet; leave it out",
     "output.best": "keeping the best evaluation is not carried out yet; the last version is kept",
-    "train.synchronous.backup_shards": "backup shards are not carried out yet; leave it out",
     "train.asynchronous": "asynchronous training is not carried out yet; use synchronous",
     "train.stale": "stale-bounded training is not carried out yet; use synchronous",
     "train.local.fragments": "fragments are not carried out yet; leave it out",

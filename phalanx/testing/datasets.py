@@ -93,7 +93,7 @@ def digits() -> tuple[Float32, Int64]:
 
 
 def store_digits(root: Path) -> StoredDataset:
-    """The digits with pixels from 0 to 1, 1,437 rows to train on and 360 to test, always the same."""
+    """The digits with pixels from 0 to 1: 1,437 rows to train on, 360 to test, always the same."""
     features, targets = digits()
     order = np.random.default_rng(1234).permutation(len(targets))
     features, targets = features[order] / 16, targets[order]

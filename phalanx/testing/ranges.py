@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.compressors import build_down_codec, decoded
 from phalanx.errors import Internal
 from phalanx.frames import decode_response, split_ranges
 from phalanx.models.base import decay_mask
@@ -257,6 +258,7 @@ class ScriptedJob:
         self.plan = plan
         self.term = term
         self.leaves = Leaves(plan)
+        self._codec = build_down_codec(job_spec_pb2.JobSpec.FromString(plan.spec).train)
         self.pieces = self.leaves.pieces
         self.owners: list[Any] = [
             make_owner(plan, term, [self.pieces[index] for index in owned]) for owned in owners
@@ -361,7 +363,11 @@ class ScriptedJob:
         count = self.plan.layout.element_count
         version = self._versions.setdefault(frame.version, np.empty(count, self.plan.layout.dtype))
         first = self.pieces[frame.range].first_element + frame.first_element
-        version[first : first + frame.element_count] = np.frombuffer(payload, version.dtype)
+        version[first : first + frame.element_count] = (
+            np.frombuffer(payload, version.dtype)
+            if self._codec is None
+            else decoded(self._codec, payload, frame.element_count)
+        )
         arrived = self._arrived.setdefault(frame.version, set())
         arrived.add((first, frame.element_count))
         if header.HasField("joined_go_record"):

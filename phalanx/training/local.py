@@ -177,7 +177,7 @@ class _Job:
         self._evaluation_reader = evaluation_reader
         self._start_model = start_model
         self._optimizer = build_optimizer(self._spec.train, plan.total_steps)
-        self._reducer = build_reducer(self._spec.train.reduction, plan.shards)
+        self._reducer = build_reducer(self._spec.train, plan.shards)
         self._up_codec = build_up_codec(self._spec)
         self._down_codec = build_down_codec(self._spec.train)
         span = max(1, plan.unit_span)

@@ -12,7 +12,9 @@ from phalanx.testing.arena import (
     add_blobs,
     arena,
     gated_job,
+    stopped,
     undisturbed_sha256_of,
+    wait_until,
 )
 
 pytestmark = pytest.mark.slow
@@ -56,3 +58,24 @@ def test_a_worker_killed_in_the_middle_of_a_leaf(
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == undisturbed
     assert (result.examples_lost, result.examples_doubled) == (0, 0)
+
+
+def test_backup_shards_do_without_a_stopped_worker_and_count_what_they_leave_out(
+    ring: Arena,
+) -> None:
+    document = gated_job(
+        steps=200, synchronous={"backup_shards": 5}, evaluation={"every_steps": 1000}
+    )
+    document["reproducibility"] = {"tolerant": {}}
+    job = ring.cluster.submit(document)
+    ring.at_step(job, 5)
+    victim = ring.cluster.process(ring.caught_in_a_leaf()[0])
+    with stopped(victim.pid):
+        ring.gate.release()
+        before = job.refresh().progress.step
+        wait_until(lambda: job.refresh().progress.step >= before + 20 or job.done, "20 more steps")
+    result = job.wait(timeout_s=GUARD_S)
+    assert result.steps == 200
+    assert result.examples_lost > 0
+    assert result.examples_doubled == 0
+    assert not result.bit_identical

@@ -161,7 +161,6 @@ NOT_BUILT = {
     4: (
         "train.asynchronous",
         "train.stale",
-        "train.synchronous.backup_shards",
         "train.optimizer.clip_norm",
     ),
     10: (

@@ -29,8 +29,9 @@ class Rounds:
     def __init__(self, plan: training_pb2.JobPlan) -> None:
         self._plan = plan
         spec = job_spec_pb2.JobSpec.FromString(plan.spec)
-        self._reducer = build_reducer(spec.train.reduction, plan.shards)
+        self._reducer = build_reducer(spec.train, plan.shards)
         self._codec = build_up_codec(spec)
+        self._spare = spec.train.synchronous.backup_shards
 
     def open(
         self, go: GoRecord, grid: list[tuple[int, int]], parameters: np.dtype[np.generic]
@@ -49,7 +50,9 @@ class Rounds:
             codec=self._codec,
             unit=plan.unit_span,
         )
-        return Round(spec) if self._reducer is None else LeavesRound(spec, self._reducer)
+        if self._reducer is None:
+            return Round(spec)
+        return LeavesRound(spec, self._reducer, self._spare)
 
     def _spec(
         self,

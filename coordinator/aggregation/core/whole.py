@@ -24,7 +24,7 @@ from coordinator.aggregation.core.rounds import (
     shards_of,
 )
 from phalanx.reducers import Contribution, Reducer
-from phalanx.reduction import Node
+from phalanx.reduction import Node, nodes_of_mask
 from phalanx.v1 import aggregation_service_pb2 as pb
 
 Array = NDArray[Any]
@@ -39,10 +39,14 @@ class _Arriving:
 
 
 class LeavesRound:
-    """Collects the contribution of each shard and hands all of them to a reducer."""
+    """Collects the contribution of each shard and hands all of them to a reducer.
 
-    def __init__(self, spec: RoundSpec, reducer: Reducer) -> None:
+    It is done without the last `spare` shards: what of them is not whole by then is left out.
+    """
+
+    def __init__(self, spec: RoundSpec, reducer: Reducer, spare: int = 0) -> None:
         self.spec = spec
+        self._spare = spare
         self._reducer = reducer
         self._index = {first: index for index, (first, _) in enumerate(spec.grid)}
         self._scalars = NodeScalars(spec)
@@ -72,6 +76,8 @@ class LeavesRound:
     def contribute(self, frame: pb.ContributionFrame, payload: memoryview) -> Sequence[int]:
         """Take one frame; see `Round.contribute`. All frames complete with the last one."""
         node = check_node(frame.node, self.spec.width)
+        if self._reduced:
+            return ()
         mask = mask_of(frame, node, self.spec.width)
         index, values = payload_values(self.spec, self._index, frame, payload, mask)
         if self._scalars.pin(node, frame.example_count, frame.loss_sum, mask):
@@ -88,7 +94,7 @@ class LeavesRound:
             arriving.left -= 1
         if arriving.left == 0:
             self._whole(node, frame, mask)
-        return () if self.missing or self._reduced else self._reduce()
+        return () if self.missing.bit_count() > self._spare else self._reduce()
 
     def take(self, index: int) -> Array | None:
         """Hand over reduced frame `index`; None: the step changes nothing."""
@@ -106,6 +112,9 @@ class LeavesRound:
 
     def _reduce(self) -> Sequence[int]:
         leaves, self._leaves = self._leaves, {}
+        left_out = nodes_of_mask(self.missing, self.spec.width)
+        for node in left_out:
+            self._scalars.fill(node, 0, 0.0, 0)
         reduced = self._reducer.reduce(leaves)
         if reduced is None:
             self._reduced = [None] * self._left

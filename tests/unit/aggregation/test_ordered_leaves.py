@@ -47,7 +47,7 @@ def expected(plan: JobPlan, absent: tuple[int, ...] = ()) -> Any:
     """The last version, by a plain loop over whole leaves."""
     train = JobSpec.FromString(plan.spec).train
     optimizer = build_optimizer(train, plan.total_steps)
-    reducer = build_reducer(train.reduction, plan.shards)
+    reducer = build_reducer(train, plan.shards)
     assert reducer is not None
     vector = initial_vector(plan)
     state = {name: np.zeros_like(vector) for name in optimizer.state_names}

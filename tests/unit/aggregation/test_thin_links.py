@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coordinator.aggregation.gauges import JobGauges
 from phalanx.compressors import (
     Key,
     build_down_codec,
@@ -17,10 +18,11 @@ from phalanx.compressors import (
     encoded_span,
 )
 from phalanx.errors import InvalidArgument
-from phalanx.frames import BLOCK_ELEMENTS, decode_response
+from phalanx.frames import BLOCK_ELEMENTS
 from phalanx.models.base import decay_mask
 from phalanx.optimizers import build_optimizer
 from phalanx.reduction import reduce_leaves
+from phalanx.telemetry.metrics import AggregatorMetrics, new_registry
 from phalanx.testing.ranges import (
     ROWS_PER_LEAF,
     Frame,
@@ -131,26 +133,8 @@ def test_encoded_contributions_give_the_same_bits_in_any_order_and_any_ranges(
 def test_versions_go_out_encoded_and_are_kept_at_full_precision(jobs: Any) -> None:
     compression = Compression(cast_to="bfloat16", down_cast_to="bfloat16")
     plan = thin_plan(compression, elements=1000, checkpoint_every=2)
-    down = build_down_codec(JobSpec.FromString(plan.spec).train)
-    assert down is not None
     job = jobs.scripted(plan)
     versions = expected(plan)
-    take = job._take
-
-    def unpack(message: bytes) -> None:
-        """A worker decodes what it receives."""
-        header, payload = decode_response(message)
-        if header.WhichOneof("message") == "frame":
-            assert len(payload) == 2 * header.frame.element_count
-            values = decoded(down, payload, header.frame.element_count)
-            job._versions[header.frame.version] = values
-            job._arrived.setdefault(header.frame.version, set()).add((0, len(values)))
-            if header.HasField("joined_go_record"):
-                job.go_records.append(header.joined_go_record)
-        else:
-            take(message)
-
-    job._take = unpack
     job.begin()
     job.run_round()
     for version in range(plan.total_steps):
@@ -174,3 +158,28 @@ def test_only_whole_units_and_whole_payloads_are_taken(jobs: Any) -> None:
     header.node.span = 1
     with pytest.raises(InvalidArgument, match="by nodes of 2"):
         job.send([(header, payload)])
+
+
+def test_metrics_tell_the_bytes_before_and_after(jobs: Any) -> None:
+    registry = new_registry()
+    compression = Compression(int8=Int8(bucket=100), down_cast_to="bfloat16")
+    job = jobs.started(thin_plan(compression, elements=1000))
+    gauges = JobGauges(AggregatorMetrics(registry), "job-1", job.plan)
+
+    def value(name: str, **labels: str) -> float:
+        found = registry.get_sample_value(f"phalanx_{name}", {"job_id": "job-1", **labels})
+        return found or 0.0
+
+    message = job.root.versions_of(0).only_frame(0)
+    gauges.sent(message)
+    assert value("wire_bytes_total", direction="out", encoding="bfloat16") == len(message)
+    assert value("wire_uncompressed_bytes_total", direction="out") == len(message) + 2000
+    for header, payload in frames_of(job)[:2]:
+        assert len(payload) == 1000 + 10 * 4
+        gauges.received(header, 50 + len(payload), len(payload))
+    assert value("wire_bytes_total", direction="in", encoding="int8") == 2 * 1090
+    assert value("wire_uncompressed_bytes_total", direction="in") == 2 * 4050
+    evaluation = pb.ContributionFrame(vector="evaluation", element_count=2)
+    gauges.received(evaluation, 60, 16)
+    assert value("wire_bytes_total", direction="in", encoding="raw") == 60
+    assert value("wire_uncompressed_bytes_total", direction="in") == 2 * 4050 + 60

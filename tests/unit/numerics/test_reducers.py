@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from phalanx.frames import BLOCK_ELEMENTS
 from phalanx.reducers import Contribution, Reduced, build_reducer
 from phalanx.reduction import reduce_leaves
-from phalanx.v1.job_spec_pb2 import Krum, Median, Reduction, TrimmedMean
+from phalanx.v1.job_spec_pb2 import Krum, Median, Reduction, Train, TrimmedMean
 
 SHARDS = 7
 RULES = {
@@ -35,7 +35,7 @@ def sums(elements: int, seed: int = 0, dtype: str = "float32") -> dict[int, Any]
 def reduce(
     rule: Reduction, vectors: dict[int, Any], counts: Sequence[int] = (4,) * SHARDS, cut: int = 0
 ) -> Reduced | None:
-    reducer = build_reducer(rule, SHARDS)
+    reducer = build_reducer(Train(reduction=rule), SHARDS)
     assert reducer is not None
     contributions = {}
     for shard, vector in vectors.items():
@@ -168,7 +168,7 @@ def test_too_few_contributions_give_nothing() -> None:
 
 
 def test_the_mean_needs_no_such_rule() -> None:
-    assert build_reducer(Reduction(), SHARDS) is None
+    assert build_reducer(Train(reduction=Reduction()), SHARDS) is None
 
 
 def test_huge_but_finite_lies_do_not_win() -> None:

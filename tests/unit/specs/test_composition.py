@@ -48,6 +48,13 @@ def planned(dataset: Dataset, *settings: str) -> Plan:
         (7, "reduction={krum: {faulty: 2, keep: 0}}", "reduction.krum.keep", "at least 1"),
         (7, "reduction={krum: {faulty: -1}}", "reduction.krum.faulty", "at least 0"),
         (7, "reduction={clip_norm: 0}", "reduction.clip_norm", "above 0"),
+        (7, "synchronous={backup_shards: -1}", "synchronous.backup_shards", "at least 0"),
+        (
+            7,
+            "synchronous={backup_shards: 1}",
+            "synchronous.backup_shards",
+            "no bits can be promised",
+        ),
         (7, "local={}", "local.steps", "at least 1"),
         (7, "local={steps: 100000}", "local.steps", "at most 65536"),
         (
@@ -178,3 +185,20 @@ def test_steps_and_epochs_of_local_jobs_are_compared_in_commits(make_dataset: Ma
     settings = ("train.local={steps: 3}", "train.stop={epochs: 10, steps: 11}")
     warnings = planned(make_dataset(), *settings).warnings
     assert [each for each in warnings if "stop.steps never fires" in each]
+
+
+def test_backup_shards_must_leave_enough(make_dataset: MakeDataset) -> None:
+    path, tolerant = "train.synchronous.backup_shards", "reproducibility={tolerant: {}}"
+    all_of_them = (tolerant, "data.shards=7", "train.synchronous={backup_shards: 7}")
+    assert "use at most 6" in complaints(make_dataset(), *all_of_them)[path]
+    krum = (
+        *all_of_them[:2],
+        "train.synchronous={backup_shards: 1}",
+        "train.reduction={krum: {faulty: 2}}",
+    )
+    assert "a step needs 7; use at most 0" in complaints(make_dataset(), *krum)[path]
+    resolved = specs.prepare(
+        edited(tolerant, "train.synchronous={backup_shards: 2}"), make_dataset()
+    )
+    assert unit_span(resolved) == 1
+    assert needs_one_range(resolved.train)

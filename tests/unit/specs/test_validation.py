@@ -210,7 +210,6 @@ def test_code_has_a_size(make_dataset: MakeDataset) -> None:
         "data.oversample={}",
         "resources.gpus=1",
         "output.best={metric: test/loss, at_most: 1}",
-        "train.synchronous={backup_shards: 1}",
         "train.asynchronous={}",
         "train.stale={bound: 2}",
         "train.local={steps: 5, fragments: 2}",
