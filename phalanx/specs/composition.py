@@ -40,8 +40,9 @@ def _backup(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         )
         yield Violation(path, message)
     elif backup and spec.data.HasField("shards") and spec.data.shards - backup < least:
-        message = f"leaves {max(0, spec.data.shards - backup)} of {spec.data.shards} shards"
-        needs = f"a step needs {least}; use at most {max(0, spec.data.shards - least)}"
+        shards = spec.data.shards
+        message = f"leaves {max(0, shards - backup)} of {number_of(shards, 'shard')}"
+        needs = f"a step needs {least}; use at most {max(0, shards - least)}"
         yield Violation(path, f"{message}, and {needs}")
 
 

@@ -94,9 +94,9 @@ def digits() -> tuple[Float32, Int64]:
 
 def store_digits(root: Path) -> StoredDataset:
     """The digits with pixels from 0 to 1: 1,437 rows to train on, 360 to test, always the same."""
-    features, targets = digits()
-    order = np.random.default_rng(1234).permutation(len(targets))
-    features, targets = features[order] / 16, targets[order]
+    pixels, classes = digits()
+    order = np.random.default_rng(1234).permutation(len(classes))
+    features, targets = pixels[order] / 16, classes[order]
     blobs = DirectoryBlobs(root)
     held_out = (features[1437:], targets[1437:])
     manifest = ingest_arrays(features[:1437], targets[:1437], IngestOptions(), blobs, test=held_out)

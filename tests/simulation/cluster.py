@@ -14,7 +14,9 @@ import coordinator.aggregation.process
 import coordinator.control.model_writer
 import coordinator.control.process
 import phalanx.clients.blob_transfers
+import phalanx.compressors.base
 import phalanx.frames
+import phalanx.reducers.contributions
 import phalanx.rpc.server
 import storage.runtime
 import worker.main
@@ -110,7 +112,8 @@ class Services:
         self._measure_nothing()
         self._replace_machine()
         made.replace(phalanx.frames, "BLOCK_ELEMENTS", BLOCK_ELEMENTS)
-        made.replace(ownership, "BLOCK_ELEMENTS", BLOCK_ELEMENTS)
+        for module in (ownership, phalanx.compressors.base, phalanx.reducers.contributions):
+            made.replace(module, "BLOCK_ELEMENTS", BLOCK_ELEMENTS)
         made.replace(phalanx.frames.frame_grid, "__defaults__", (FRAME_BYTES,))
 
     def _measure_nothing(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.compressors import Key, compress_in_place
 from phalanx.reduction import Node
 from phalanx.testing.simulation.loop import World
 from phalanx.v1 import coordination_service_pb2, training_pb2
@@ -57,6 +58,9 @@ class Arena:
         if array is None:
             array = self._arrays[buffer] = np.zeros(self.element_count, self.dtype)
         return array
+
+    def raw(self, buffer: int) -> NDArray[np.uint8]:
+        return self.array(buffer).view(np.uint8)
 
     def reserve(self, buffer: int) -> None:
         pass
@@ -270,6 +274,10 @@ class Leaf:
         out = np.zeros(len(jobs.SUMS)) if evaluates else arena.array(buffer)
         scratch = Scratch(len(out), out.dtype) if evaluates else self._scratch[order.job]
         total = reduce_node(Node(first, span), self._width(order), leaf, out, scratch)
+        shape = self._plans[order.job][0]
+        codec = jobs.up_codec(shape.parts, shape.dtype)
+        if codec is not None and order.action == GoRecord.ACTION_TRAIN and total.mask:
+            compress_in_place(codec, out, arena.raw(buffer), Key(first, order.version))
         sums = tuple(out.tolist()) if evaluates else ()
         count = 0 if initialises else total.count
         answer = ipc.PartDone(

@@ -13,24 +13,45 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from google.protobuf.json_format import ParseDict
 from numpy.typing import NDArray
 
+from phalanx.compressors import Codec, Key, build_down_codec, build_up_codec, decoded, encoded
 from phalanx.data.manifest import ChunkInfo, DatasetManifest, Statistics
 from phalanx.models.base import decay_mask
 from phalanx.optimizers import build_optimizer
+from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import reduce_leaves
+from phalanx.specs.parts import unit_span
 from phalanx.v1 import training_pb2
-from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.job_spec_pb2 import Compression, JobSpec, Reduction, Train
 
 Array = NDArray[Any]
 
 DATASET = "data"
+SEED = 7
 TRAIN_ROWS = 4096
 TEST_ROWS = 768
 ROWS_PER_LEAF = 8
 STEPS_MAX = 60
 SUMS = ("loss", "correct")
 CHUNK = b"rows" * 64
+PARTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "median": {"reduction": {"median": {}}},
+    "trimmed mean": {"reduction": {"trimmed_mean": {"trim": 1}}},
+    "krum": {"reduction": {"krum": {"faulty": 0, "keep": 2}}},
+    "clip": {"reduction": {"clip_norm": 9.0}},
+    "bfloat16": {"compression": {"cast_to": "bfloat16"}},
+    "int8": {"compression": {"int8": {"bucket": 16}}},
+    "float16, down too": {"compression": {"cast_to": "float16", "down_cast_to": "float16"}},
+    "int8, krum": {
+        "compression": {"int8": {"bucket": 16}, "down_cast_to": "bfloat16"},
+        "reduction": {"krum": {"faulty": 0, "keep": 2}},
+    },
+}
+"""What jobs are composed of besides the tree and vectors as they are."""
+
 FINGERPRINTS = ("fingerprint-1", "fingerprint-2")
 """Machines of another fingerprint compute other bits."""
 
@@ -47,6 +68,8 @@ class Shape:
     checkpoint_every: int = 10
     evaluate_every: int = 0
     fingerprint: str = FINGERPRINTS[0]
+    parts: str = ""
+    """One of `PARTS`."""
 
 
 def manifest() -> DatasetManifest:
@@ -68,7 +91,7 @@ def manifest() -> DatasetManifest:
 
 def job_spec(shape: Shape, name: str) -> JobSpec:
     """The spec that a user would submit."""
-    spec = JobSpec(name=name, seed=7)
+    spec = JobSpec(name=name, seed=SEED)
     spec.data.name, spec.data.shards = DATASET, shape.shards
     train = spec.train
     train.model.logistic_regression.SetInParent()
@@ -88,6 +111,7 @@ def job_spec(shape: Shape, name: str) -> JobSpec:
         train.optimizer.sgd.learning_rate = 0.02
         if shape.optimizer == "momentum":
             train.optimizer.sgd.momentum = 0.9
+    ParseDict(PARTS[shape.parts], train)
     return spec
 
 
@@ -111,7 +135,36 @@ def shape_of_spec(spec: JobSpec, fingerprint: str) -> Shape:
         checkpoint_every=train.checkpoints.every_steps,
         evaluate_every=train.evaluation.every_steps,
         fingerprint=fingerprint or FINGERPRINTS[0],
+        parts=_parts_of(train.reduction.SerializeToString(), train.compression.SerializeToString()),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _parts_of(reduction: bytes, compression: bytes) -> str:
+    found = Reduction.FromString(reduction), Compression.FromString(compression)
+    for name, document in PARTS.items():
+        train = ParseDict(document, Train())
+        if train.reduction.WhichOneof("kind") is None:
+            train.reduction.weighted_mean.SetInParent()
+        if (train.reduction, train.compression) == found:
+            return name
+    raise LookupError(f"no parts are known that give {found}")
+
+
+@functools.lru_cache(maxsize=64)
+def up_codec(parts: str, dtype: str) -> Codec | None:
+    """What contributions are encoded with."""
+    return build_up_codec(_spec_of_parts(parts, dtype))
+
+
+@functools.lru_cache(maxsize=64)
+def down_codec(parts: str, dtype: str) -> Codec | None:
+    """What versions are encoded with."""
+    return build_down_codec(_spec_of_parts(parts, dtype).train)
+
+
+def _spec_of_parts(parts: str, dtype: str) -> JobSpec:
+    return job_spec(Shape(parts=parts, dtype=dtype), "job-100")
 
 
 def layout_of(shape: Shape) -> training_pb2.Layout:
@@ -219,26 +272,67 @@ def _plain(shape: Shape) -> Shape:
 
 @functools.lru_cache(maxsize=512)
 def _reference(shape: Shape) -> tuple[list[Array], list[dict[str, Array]]]:
-    train = job_spec(shape, f"job-{shape.elements}").train
-    optimizer = build_optimizer(train, shape.steps)
+    spec = job_spec(shape, f"job-{shape.elements}")
+    optimizer = build_optimizer(spec.train, shape.steps)
+    reducer = build_reducer(spec.train, shape.shards)
+    unit = unit_span(spec) or 1
     state = {name: np.zeros(shape.elements, shape.dtype) for name in optimizer.state_names}
     versions, states = [initial(shape).copy()], [_copied(state)]
     mask = decay_mask(layout_of(shape))
     for step in range(shape.steps):
         parameters = versions[-1]
+        seen = as_seen(shape, parameters)
         leaves: dict[int, Array] = {}
         for shard in range(shape.shards):
             if examples(shape, shard, step):
                 leaves[shard] = np.empty(shape.elements, shape.dtype)
-                gradient(shape, shard, step, parameters, leaves[shard])
-        total = reduce_leaves(leaves, shape.shards)
+                gradient(shape, shard, step, seen, leaves[shard])
+        nodes = {
+            first: _received(shape, leaves, range(first, min(first + unit, shape.shards)), step)
+            for first in range(0, shape.shards, unit)
+        }
+        total = reduce_leaves(nodes, shape.shards)
+        divisor = sum(examples(shape, shard, step) for shard in range(shape.shards))
+        if reducer is not None:
+            reduced = reducer.reduce(
+                {
+                    shard: Contribution([values], examples(shape, shard, step))
+                    for shard, values in nodes.items()
+                    if values is not None
+                }
+            )
+            assert reduced is not None
+            total, divisor = reduced.pieces[0], reduced.divisor
         out = parameters.copy()
         if total is not None:
-            count = sum(examples(shape, shard, step) for shard in range(shape.shards))
-            optimizer.apply(parameters, total, count, mask, state, step, out)
+            optimizer.apply(parameters, total, divisor, mask, state, step, out)
         versions.append(out)
         states.append(_copied(state))
     return versions, states
+
+
+def on_the_wire(shape: Shape, piece: Array) -> bytes:
+    """A frame's elements of a version as they are sent."""
+    codec = down_codec(shape.parts, shape.dtype)
+    return piece.tobytes() if codec is None else encoded(codec, piece).tobytes()
+
+
+def as_seen(shape: Shape, parameters: Array) -> Array:
+    """A version as workers receive it."""
+    codec = down_codec(shape.parts, shape.dtype)
+    return (
+        parameters if codec is None else decoded(codec, encoded(codec, parameters), len(parameters))
+    )
+
+
+def _received(shape: Shape, leaves: dict[int, Array], shards: range, step: int) -> Array | None:
+    """The contribution of a node as the root receives it."""
+    own = {shard - shards.start: leaves[shard] for shard in shards if shard in leaves}
+    total = reduce_leaves(own, len(shards))
+    codec = up_codec(shape.parts, shape.dtype)
+    if total is None or codec is None:
+        return total
+    return decoded(codec, encoded(codec, total, Key(shards.start, step)), len(total))
 
 
 def _copied(state: dict[str, Array]) -> dict[str, Array]:

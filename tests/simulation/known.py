@@ -89,6 +89,9 @@ KNOWN = {
     "a copy is added to what came from home": Known(14),
     "what came from home is added to its copy": Known(3, settings=_HEALED),
     "examples are summed over all that came": Known(0),
+    "each range reduces what it has of the leaves": Known(0, (), (*_RANGES, ("parts", "krum"))),
+    "a reducer does not wait for the last leaf": Known(0, (), (("parts", "median"),)),
+    "any node is encoded": Known(0, _STREAMS, (("workers", 4), ("parts", "int8"))),
     "decay begins anew in every range": Known(1),
     "leaves run on a part of a version": Known(1),
     "the newer version is overwritten": Known(

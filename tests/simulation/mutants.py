@@ -317,6 +317,21 @@ MUTANTS = (
         "    return Totals(count, sums.loss, present, count)",
     ),
     _one(
+        "each range reduces what it has of the leaves", 4,
+        f"{_CONTROL}.core.ownership:_range_count", "if needs_one_range(spec.train):", "if False:",
+    ),
+    _one(
+        "a reducer does not wait for the last leaf", 4,
+        f"{_AGGREGATION}.core.whole:LeavesRound.contribute",
+        "self.missing.bit_count() > self._spare", "self.missing.bit_count() > self._spare + 1",
+    ),
+    _many(
+        "any node is encoded", 10,
+        Change("worker.core.rounds:Round._units", "if self._unit else", "if False else"),
+        Change("worker.core.rounds:Round._add_parts", "max(1, self._unit)", "self.width"),
+        Change(f"{_AGGREGATION}.core.rounds:payload_values", "if spec.unit and", "if False and"),
+    ),
+    _one(
         "decay begins anew in every range", 14, f"{_AGGREGATION}.core.state:_decay_frames",
         "position = -piece.first_element", "position = 0",
     ),

@@ -166,7 +166,8 @@ class Oracle:
         for (first, count), frame in zip(store.grid, held.frames, strict=True):
             assert frame is not None
             # The elements are the end of the message.
-            if not frame.endswith(expected[start + first : start + first + count].tobytes()):
+            piece = expected[start + first : start + first + count]
+            if not frame.endswith(jobs.on_the_wire(watched.shape, piece)):
                 self.fail(
                     f"{ranges.plan.job_id}: term {ranges.term}, range {index}, version {version} "
                     "has other bits than without faults"

@@ -23,6 +23,7 @@ from tests.simulation.scripts import drawn, play
 from tests.simulation.user import Job, User
 
 FIRST_FAULT_S = 0.3
+PARTS_FROM_SEED = 1000
 CONVERGES_S = 60.0
 """Virtual time after the last fault within which every job must have ended."""
 
@@ -56,6 +57,8 @@ class Settings:
     """What is done to the cluster besides what is drawn, see `scripts`."""
     script_s: float = 1.5
     """When it begins."""
+    parts: str = ""
+    """What all jobs are composed of, one of `jobs.PARTS`; empty: as drawn."""
     lasting: bool = True
     """Whether a run of the swarm may draw a script, see `scripts.drawn`."""
 
@@ -90,6 +93,7 @@ def draw(seed: int) -> Settings:
     """Draw a cluster and its jobs."""
     chance = random.Random(f"settings {seed}")
     job_count = chance.choice([1, 1, 2])
+    parts = random.Random(f"parts {seed}")
     workers = chance.choice([1, 2, 2, 3, 4])
     return Settings(
         controls=chance.choice([1, 2, 2, 3]),
@@ -103,8 +107,17 @@ def draw(seed: int) -> Settings:
         faults_s=chance.uniform(5.0, 9.0),
         every_s=chance.choice([0.5, 0.8, 1.2]),
         mixed=chance.random() < 0.2 and workers > 1,
-        shapes=tuple(draw_shape(chance) for _ in range(job_count)),
+        shapes=tuple(
+            replace(draw_shape(chance), parts=draw_parts(parts, seed)) for _ in range(job_count)
+        ),
     )
+
+
+def draw_parts(chance: random.Random, seed: int) -> str:
+    """Draw what a job is composed of; the first seeds are those of directed scenarios."""
+    if seed < PARTS_FROM_SEED or chance.random() < 0.5:
+        return ""
+    return chance.choice(sorted(jobs.PARTS))
 
 
 def draw_shape(chance: random.Random) -> jobs.Shape:
@@ -244,6 +257,9 @@ def simulate(
     """
     clock_s = time.process_time()
     settings = replace(draw(seed), **changed)
+    if settings.parts:
+        shapes = tuple(replace(shape, parts=settings.parts) for shape in settings.shapes)
+        settings = replace(settings, shapes=shapes)
     if only is None:
         settings = drawn(settings, random.Random(f"script {seed}"))
     run = Run(given, settings, seed, log)
