@@ -13,6 +13,7 @@ Importing this package loads neither NumPy nor gRPC; each name below is loaded w
 used.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
     from phalanx.sdk.values import Update as Update
 
 __version__ = "0.1.0"
+
+# gRPC's C core writes its own unstructured lines to standard error; what matters in them is also in
+# the errors that calls raise. It reads the variable once, when gRPC is first imported: whatever of
+# this package imports it comes after this.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 _HOME_OF_NAME = {
     "Cluster": "phalanx.sdk.cluster",

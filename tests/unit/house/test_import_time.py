@@ -13,15 +13,18 @@ HEAVY = {"grpc", "google.protobuf", "matplotlib", "numpy", "pyarrow", "scipy", "
 
 def _loaded_by(statement: str) -> set[str]:
     program = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
-    result = subprocess.run(
+    return set(json.loads(_output_of(program).splitlines()[-1]))
+
+
+def _output_of(program: str) -> str:
+    return subprocess.run(
         [sys.executable, "-P", "-c", program],
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-    )
-    return set(json.loads(result.stdout.splitlines()[-1]))
+    ).stdout
 
 
 @pytest.mark.parametrize(
@@ -39,3 +42,23 @@ def test_heavy_modules_are_not_loaded(statement: str, refused: set[str]) -> None
 
 def test_a_heavy_module_would_be_seen() -> None:
     assert "numpy" in _loaded_by("import numpy") & HEAVY
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["phalanx.sdk.transport", "coordinator.control.main", "worker.main", "storage.__main__"],
+)
+def test_grpc_is_told_to_keep_its_own_lines_to_itself_before_it_is_loaded(module: str) -> None:
+    program = f"""
+import os, sys
+from importlib.abc import MetaPathFinder
+
+class Look(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "grpc":
+            print(os.environ.get("GRPC_VERBOSITY"))
+
+sys.meta_path.insert(0, Look())
+import {module}, grpc
+"""
+    assert _output_of(program) == "NONE\n"
