@@ -77,8 +77,10 @@ def test_workers_killed_in_the_middle_of_a_leaf(tmp_path: Path, undisturbed_sha2
             wait_until(lambda n=lost: len(ring.events("WORKER_LOST")) > n, "the death to be seen")
             ring.gate.release()
         result = job.wait(timeout_s=GUARD_S)
-        assert len(ring.events("RECOVERED")) >= 3
-        assert ring.events("SHARDS_MOVED")
+        # One that has just come back may only hold copies of what others compute.
+        moved = {each.incident_id for each in ring.events("SHARDS_MOVED")} - {""}
+        assert moved
+        assert moved <= {each.incident_id for each in ring.events("RECOVERED")}
     assert result.parameters_sha256 == undisturbed_sha256
     assert (result.examples_lost, result.examples_doubled) == (0, 0)
 
