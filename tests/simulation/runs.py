@@ -24,9 +24,6 @@ from tests.simulation.user import Job, User
 
 FIRST_FAULT_S = 0.3
 PARTS_FROM_SEED = 1000
-CONVERGES_S = 60.0
-"""Virtual time after the last fault within which every job must have ended."""
-
 
 KINDS = frozenset(fault_kinds()) | {"job_paused", "job_cancelled", "call_repeated"}
 """Every kind of fault that a batch must have met."""
@@ -59,6 +56,10 @@ class Settings:
     """When it begins."""
     parts: str = ""
     """What all jobs are composed of, one of `jobs.PARTS`; empty: as drawn."""
+    converges_s: float = 60.0
+    """Virtual time after the last fault within which every job must have ended."""
+    share: float = 0.6
+    """How likely each kind of fault is there."""
     lasting: bool = True
     """Whether a run of the swarm may draw a script, see `scripts.drawn`."""
 
@@ -174,7 +175,8 @@ class Run:
         if self.user.ended:
             world.stop()
         self.user.on_end = world.stop
-        world.run(world.now_s + CONVERGES_S)
+        converges_s = self.settings.converges_s
+        world.run(world.now_s + converges_s)
         if world.failure is None and not self.user.ended:
             states = {
                 job_id: f"{Job.State.Name(job.state)} {job.reason} {job.message}"
@@ -182,7 +184,7 @@ class Run:
             }
             world.fail(
                 SimulationFailed(
-                    f"not ended {CONVERGES_S:g} s after everything was healed: {states}"
+                    f"not ended {converges_s:g} s after everything was healed: {states}"
                 )
             )
 
@@ -267,7 +269,7 @@ def simulate(
         run.start()
         kinds = run.faults.kinds()
         if only is None:
-            schedule = Schedule(run.world, kinds, every_s=settings.every_s)
+            schedule = Schedule(run.world, kinds, every_s=settings.every_s, share=settings.share)
             _user_changes_her_mind(run, random.Random(f"user {seed}"))
             run.faults.lie_in_wait(random.Random(f"strikes {seed}"))
         else:

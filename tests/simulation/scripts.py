@@ -15,7 +15,12 @@ from tests.simulation.oracle import Oracle
 SHARE = 0.15
 """Part of the swarm's runs that have a script, too."""
 
+QUIET_SHARE = 0.05
+"""Of half of those: most faults would break the streams, or end the processes, that must last."""
+
 LAGS_S = 4.0
+CONVERGES_S = 150.0
+"""Where something is never healed, jobs wait for it again and again."""
 MEETS_S = 3.0
 RETURNS_S = 11.0
 
@@ -31,10 +36,18 @@ def drawn(settings: Any, chance: random.Random) -> Any:
     if settings.script or not settings.lasting or not possible or chance.random() >= SHARE:
         return settings
     script, begins_s = chance.choice(possible), chance.uniform(0.5, 3.0)
+    share = chance.choice([settings.share, QUIET_SHARE])
     faults_s = settings.faults_s
     if script == "two_leaders":
         faults_s = max(faults_s, begins_s + RETURNS_S + 1.0)
-    return replace(settings, script=script, script_s=begins_s, faults_s=faults_s)
+    return replace(
+        settings,
+        script=script,
+        script_s=begins_s,
+        faults_s=faults_s,
+        share=share,
+        converges_s=CONVERGES_S,
+    )
 
 
 def play(cluster: Cluster, name: str, oracle: Oracle, begins_s: float) -> None:
