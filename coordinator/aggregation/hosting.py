@@ -18,6 +18,7 @@ from coordinator.aggregation.core.effects import (
     Ended,
     Failed,
     Points,
+    Refused,
     StartCheckpoint,
     Wake,
 )
@@ -108,6 +109,7 @@ class HostedJob:
         #: The newest complete checkpoint; -1: none.
         self._checkpoint_step = -1
         self._steps_replayed = 0
+        self._refused_shards: tuple[int, ...] = ()
         self._storage_lost_s: float | None = None
         self._reported: tuple[int, int] | None = None
         self._commits_to_report = 0
@@ -201,6 +203,8 @@ class HostedJob:
                         waker.set()
                 case Committed():
                     self._committed(effect)
+                case Refused():
+                    self._refused(effect)
                 case Points():
                     self._keep_points(effect)
                 case StartCheckpoint():
@@ -226,6 +230,15 @@ class HostedJob:
         if self._commits_to_report or stalled:
             self._commits_to_report = max(0, self._commits_to_report - 1)
             self._report()
+
+    def _refused(self, effect: Refused) -> None:
+        """Tell who lies, once for each set of shards: it may be in every step."""
+        if effect.shards == self._refused_shards:
+            return
+        self._refused_shards = effect.shards
+        names = ", ".join(str(shard) for shard in effect.shards)
+        text = f"not finite, and left out of step {effect.version}: what came of shards {names}"
+        self._tell("NON_FINITE_REFUSED", text, shards=names)
 
     def _keep_points(self, effect: Points) -> None:
         seconds, nanos = divmod(time.time_ns(), 1_000_000_000)

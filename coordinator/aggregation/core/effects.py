@@ -25,6 +25,14 @@ class Committed:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """Contributions to the step that made `version` were not finite; the reducer left them out."""
+
+    version: int
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Points:
     """New metric points (version, name, value); a replayed step gives equal ones."""
 
@@ -59,4 +67,4 @@ class Failed:
     message: str
 
 
-Effect = Wake | Committed | Points | StartCheckpoint | Ended | Failed
+Effect = Wake | Committed | Refused | Points | StartCheckpoint | Ended | Failed

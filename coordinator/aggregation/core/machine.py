@@ -33,6 +33,7 @@ from coordinator.aggregation.core.effects import (
     Ended,
     Failed,
     Points,
+    Refused,
     StartCheckpoint,
     Wake,
 )
@@ -313,6 +314,8 @@ class JobRanges:
             go = self._decider.evaluated(sums, totals.example_count, elapsed_s)
         else:
             effects.append(self._account(spec.version, totals.example_count))
+            if current.refused:
+                effects.append(Refused(spec.version + 1, current.refused))
             go = self._decider.committed(
                 spec.version + 1, totals.example_count, totals.loss_sum, elapsed_s
             )

@@ -63,6 +63,9 @@ class Totals:
 class Round:
     """An open round: the trees of its frames, and the pinned scalars of its nodes."""
 
+    refused: tuple[int, ...] = ()
+    """Shards that were left out; here a sum that is not finite fails the job."""
+
     def __init__(self, spec: RoundSpec) -> None:
         self.spec = spec
         self._frames = {first: index for index, (first, _) in enumerate(spec.grid)}

@@ -38,6 +38,16 @@ class _Arriving:
     left: int
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """A contribution all of whose frames are here."""
+
+    node: Node
+    mask: int
+    loss_sum: float
+    values: Contribution
+
+
 class LeavesRound:
     """Collects the contribution of each shard and hands all of them to a reducer.
 
@@ -51,8 +61,10 @@ class LeavesRound:
         self._index = {first: index for index, (first, _) in enumerate(spec.grid)}
         self._scalars = NodeScalars(spec)
         self._arriving: dict[int, _Arriving] = {}
-        self._leaves: dict[int, Contribution] = {}
+        self._whole: list[_Whole] = []
         self._in = 0
+        #: Shards whose contributions were not finite, and so left out.
+        self.refused: tuple[int, ...] = ()
         self._reduced: list[Array | None] = []
         self._left = len(spec.grid)
         self._divisor = 0
@@ -93,7 +105,7 @@ class LeavesRound:
             arriving.frames[index] = values
             arriving.left -= 1
         if arriving.left == 0:
-            self._whole(node, frame, mask)
+            self._keep(node, frame, mask)
         return () if self.missing.bit_count() > self._spare else self._reduce()
 
     def take(self, index: int) -> Array | None:
@@ -102,20 +114,27 @@ class LeavesRound:
         values, self._reduced[index] = self._reduced[index], None
         return values
 
-    def _whole(self, node: Node, frame: pb.ContributionFrame, mask: int) -> None:
+    def _keep(self, node: Node, frame: pb.ContributionFrame, mask: int) -> None:
         frames = self._arriving.pop(node.first).frames
         self._in |= shards_of(node, self.spec.width)
-        self._scalars.fill(node, frame.example_count, frame.loss_sum, mask)
-        pieces = [each for each in frames if each is not None]
         if mask and frame.example_count:
-            self._leaves[node.first] = Contribution(pieces, frame.example_count)
+            pieces = [each for each in frames if each is not None]
+            values = Contribution(pieces, frame.example_count)
+            self._whole.append(_Whole(node, mask, frame.loss_sum, values))
+        else:
+            self._scalars.fill(node, 0, 0.0, 0)
 
     def _reduce(self) -> Sequence[int]:
-        leaves, self._leaves = self._leaves, {}
-        left_out = nodes_of_mask(self.missing, self.spec.width)
-        for node in left_out:
+        whole, self._whole = self._whole, []
+        self.refused = tuple(sorted(each.node.first for each in whole if not each.values.finite))
+        for each in whole:
+            if each.node.first in self.refused:
+                self._scalars.fill(each.node, 0, 0.0, 0)
+            else:
+                self._scalars.fill(each.node, each.values.count, each.loss_sum, each.mask)
+        for node in nodes_of_mask(self.missing, self.spec.width):
             self._scalars.fill(node, 0, 0.0, 0)
-        reduced = self._reducer.reduce(leaves)
+        reduced = self._reducer.reduce({each.node.first: each.values for each in whole})
         if reduced is None:
             self._reduced = [None] * self._left
         else:

@@ -8,14 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.aggregation.core.effects import Committed
+from coordinator.aggregation.core.effects import Committed, Refused
 from phalanx.errors import InvalidArgument
 from phalanx.frames import BLOCK_ELEMENTS
 from phalanx.models.base import decay_mask
 from phalanx.optimizers import build_optimizer
 from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import Node
-from phalanx.testing.ranges import ROWS_PER_LEAF, initial_vector, leaf_gradient, make_plan
+from phalanx.testing.ranges import (
+    ROWS_PER_LEAF,
+    initial_vector,
+    leaf_gradient,
+    leaf_loss,
+    make_plan,
+)
 from phalanx.v1.job_spec_pb2 import JobSpec, Krum, Median, Reduction, TrimmedMean
 from phalanx.v1.training_pb2 import JobPlan
 
@@ -130,6 +136,11 @@ def test_a_lie_that_is_not_finite_does_not_fail_the_job(jobs: Any) -> None:
     job.send(frames)
     job.pull()
     assert np.isfinite(job.vector(1)).all()
+    assert [each for each in job.effects if isinstance(each, Refused)] == [Refused(1, (2,))]
+    (commit,) = [each for each in job.effects if isinstance(each, Committed)]
+    assert commit.example_count == 4 * ROWS_PER_LEAF, "its rows are not in the step"
+    loss = sum(leaf_loss(shard, 0) for shard in (0, 1, 3, 4)) / (4 * ROWS_PER_LEAF)
+    assert job.root.decider.metrics["train/loss"] == pytest.approx(loss)
 
 
 def test_a_checkpoint_is_taken_and_restored_as_with_any_reducer(jobs: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coordinator.aggregation import hosting
-from coordinator.aggregation.core.effects import Committed
+from coordinator.aggregation.core.effects import Committed, Refused
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.gauges import JobGauges
 from coordinator.aggregation.hosting import HostedJob
@@ -55,3 +55,13 @@ async def test_the_first_commit_without_the_dead_is_told_at_once(job, sent):
     for version in range(4, 20):
         commit(job, version)
     assert len(sent) == hosting.COMMITS_TOLD_AFTER_A_BREAK
+
+
+async def test_who_sends_what_is_not_finite_is_told_once(job, sent):
+    for version in range(1, 4):
+        job.perform([Refused(version, (3, 7))])
+    job.perform([Refused(4, (7,))])
+    events = [message.member_event for message in sent]
+    assert [event.type for event in events] == ["NON_FINITE_REFUSED"] * 2
+    assert [event.details["shards"] for event in events] == ["3, 7", "7"]
+    assert "left out of step 1" in events[0].message
