@@ -12,7 +12,13 @@ from phalanx.optimizers.rules import AdagradRule, AdamRule, MomentumRule, Rule, 
 from phalanx.optimizers.schedules import learning_rate
 from phalanx.v1 import job_spec_pb2
 
-__all__ = ["Optimizer", "build_local_optimizer", "build_optimizer", "learning_rate"]
+__all__ = [
+    "Optimizer",
+    "build_local_optimizer",
+    "build_optimizer",
+    "gradient_limit",
+    "learning_rate",
+]
 
 Array = NDArray[Any]
 
@@ -110,6 +116,12 @@ def build_optimizer(train: job_spec_pb2.Train, total_steps: int) -> Optimizer:
     if train.HasField("local"):
         return _build(train.local.outer, 0.0, total_steps)
     return _build(train.optimizer, train.l2, total_steps)
+
+
+def gradient_limit(train: job_spec_pb2.Train) -> float | None:
+    """Return the longest norm of the mean gradient that the root applies; None: no limit."""
+    message = train.local.outer if train.HasField("local") else train.optimizer
+    return message.clip_norm if message.HasField("clip_norm") else None
 
 
 def build_local_optimizer(train: job_spec_pb2.Train, total_steps: int) -> Optimizer:

@@ -38,6 +38,13 @@ class Contribution:
         """Whether no element is NaN or infinite."""
         return all(all_finite(piece) for piece in self.pieces)
 
+    def factor(self, clip_norm: float | None) -> float:
+        """What shortens the mean to a norm, if it is longer; 1 without a limit."""
+        if clip_norm is None:
+            return 1.0
+        norm = self.norm() / self.count
+        return 1.0 if norm <= clip_norm else clip_norm / norm
+
     def norm(self) -> float:
         """The Euclidean norm of the sum."""
         total = 0.0

@@ -49,10 +49,7 @@ class Reducer(ABC):
 
     def _factor(self, contribution: Contribution) -> float:
         """What shortens the mean of a contribution to the longest norm that is allowed."""
-        if self._clip_norm is None:
-            return 1.0
-        norm = contribution.norm() / contribution.count
-        return 1.0 if norm <= self._clip_norm else self._clip_norm / norm
+        return contribution.factor(self._clip_norm)
 
 
 class Mean(Reducer):

@@ -38,7 +38,8 @@ def least_shards(reduction: job_spec_pb2.Reduction) -> int:
 
 def needs_one_range(train: job_spec_pb2.Train) -> bool:
     """Whether one aggregator must see all of each contribution, so that there is one range."""
-    return reduces_leaves(train) or backup_shards(train) > 0
+    root = train.local.outer if train.HasField("local") else train.optimizer
+    return reduces_leaves(train) or backup_shards(train) > 0 or root.HasField("clip_norm")
 
 
 def unit_span(spec: job_spec_pb2.JobSpec) -> int:

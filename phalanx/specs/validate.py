@@ -82,6 +82,7 @@ _RANGES: dict[str, _Range] = {
     "train.optimizer.adamw.beta2": _BELOW_ONE,
     "train.optimizer.adamw.epsilon": _ABOVE_ZERO,
     "train.optimizer.adamw.weight_decay": _NOT_NEGATIVE,
+    "train.optimizer.clip_norm": _ABOVE_ZERO,
     "train.optimizer.schedule.warm_up_steps": _Range(0, _EXACT),
     "train.optimizer.schedule.cosine.final_fraction": _Range(0, 1),
     "train.optimizer.schedule.inverse_time.decay": _NOT_NEGATIVE,

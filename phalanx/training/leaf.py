@@ -21,6 +21,7 @@ from phalanx.data.manifest import DatasetManifest
 from phalanx.data.statistics import manifest_mean_and_scale, standardise
 from phalanx.models.base import Array, Batch, Model, decay_mask
 from phalanx.optimizers import build_local_optimizer
+from phalanx.reducers import Contribution
 from phalanx.reduction import all_finite
 from phalanx.training.sampler import (
     RowSelection,
@@ -125,6 +126,7 @@ class LocalSteps:
         train = JobSpec.FromString(plan.spec).train
         self.count = plan.local_steps
         self._optimizer = build_local_optimizer(train, plan.total_steps * plan.local_steps)
+        self._clip_norm = train.optimizer.clip_norm or None
         self._decay = decay_mask(layout)
         self._buffers: Array = np.empty((3, layout.element_count), layout.dtype)
 
@@ -150,6 +152,9 @@ class LocalSteps:
                 if batch is None:
                     continue
                 sums = model.gradient(weights, batch, gradient)
+                factor = Contribution([gradient], sums.count).factor(self._clip_norm)
+                if factor != 1.0:
+                    np.multiply(gradient, gradient.dtype.type(factor), out=gradient)
                 self._optimizer.apply(
                     weights, gradient, sums.count, self._decay, {}, step, following
                 )

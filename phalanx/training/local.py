@@ -25,7 +25,7 @@ from phalanx.errors import FailedPrecondition, PhalanxError
 from phalanx.models import DataSchema, Model, build_model
 from phalanx.models.base import Batch, decay_mask
 from phalanx.models.code import deactivate_user_code
-from phalanx.optimizers import build_optimizer
+from phalanx.optimizers import build_optimizer, gradient_limit
 from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import Node, TreeReducer, all_finite, reduce_leaves
 from phalanx.training.decisions import RootDecider
@@ -178,6 +178,7 @@ class _Job:
         self._start_model = start_model
         self._optimizer = build_optimizer(self._spec.train, plan.total_steps)
         self._reducer = build_reducer(self._spec.train, plan.shards)
+        self._clip_norm = gradient_limit(self._spec.train)
         self._up_codec = build_up_codec(self._spec)
         self._down_codec = build_down_codec(self._spec.train)
         span = max(1, plan.unit_span)
@@ -267,6 +268,9 @@ class _Job:
             gradient = None if reduced is None else reduced.pieces[0]
             divisor = 0 if reduced is None else reduced.divisor
         if gradient is not None:
+            factor = Contribution([gradient], divisor).factor(self._clip_norm)
+            if factor != 1.0:
+                gradient = gradient * gradient.dtype.type(factor)
             self._optimizer.apply(
                 self._parameters, gradient, divisor, self._decay, self._state, version, self._next
             )

@@ -21,7 +21,10 @@ pytestmark = pytest.mark.slow
 
 MODES: dict[str, dict[str, Any]] = {
     "median, float16": {"compression": {"cast_to": "float16"}, "reduction": {"median": {}}},
-    "int8, down bfloat16": {"compression": {"int8": {"bucket": 16}, "down_cast_to": "bfloat16"}},
+    "int8, down bfloat16, a norm": {
+        "compression": {"int8": {"bucket": 16}, "down_cast_to": "bfloat16"},
+        "optimizer": {"adam": {"learning_rate": 0.01}, "clip_norm": 0.5},
+    },
     "local steps": {
         "local": {"steps": 4, "outer": {"sgd": {"learning_rate": 0.7, "momentum": 0.9}}},
         "optimizer": {"sgd": {"learning_rate": 0.01}},

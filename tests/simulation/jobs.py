@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from phalanx.compressors import Codec, Key, build_down_codec, build_up_codec, decoded, encoded
 from phalanx.data.manifest import ChunkInfo, DatasetManifest, Statistics
 from phalanx.models.base import decay_mask
-from phalanx.optimizers import build_optimizer
+from phalanx.optimizers import build_optimizer, gradient_limit
 from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import reduce_leaves
 from phalanx.specs.parts import unit_span
@@ -45,6 +45,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"compression": {"cast_to": "bfloat16"}},
     "int8": {"compression": {"int8": {"bucket": 16}}},
     "float16, down too": {"compression": {"cast_to": "float16", "down_cast_to": "float16"}},
+    "clipped gradient": {"optimizer": {"clip_norm": 0.5}},
     "int8, krum": {
         "compression": {"int8": {"bucket": 16}, "down_cast_to": "bfloat16"},
         "reduction": {"krum": {"faulty": 0, "keep": 2}},
@@ -135,18 +136,22 @@ def shape_of_spec(spec: JobSpec, fingerprint: str) -> Shape:
         checkpoint_every=train.checkpoints.every_steps,
         evaluate_every=train.evaluation.every_steps,
         fingerprint=fingerprint or FINGERPRINTS[0],
-        parts=_parts_of(train.reduction.SerializeToString(), train.compression.SerializeToString()),
+        parts=_parts_of(
+            train.reduction.SerializeToString(),
+            train.compression.SerializeToString(),
+            train.optimizer.clip_norm,
+        ),
     )
 
 
 @functools.lru_cache(maxsize=64)
-def _parts_of(reduction: bytes, compression: bytes) -> str:
-    found = Reduction.FromString(reduction), Compression.FromString(compression)
+def _parts_of(reduction: bytes, compression: bytes, clip_norm: float) -> str:
+    found = Reduction.FromString(reduction), Compression.FromString(compression), clip_norm
     for name, document in PARTS.items():
         train = ParseDict(document, Train())
         if train.reduction.WhichOneof("kind") is None:
             train.reduction.weighted_mean.SetInParent()
-        if (train.reduction, train.compression) == found:
+        if (train.reduction, train.compression, train.optimizer.clip_norm) == found:
             return name
     raise LookupError(f"no parts are known that give {found}")
 
@@ -275,7 +280,7 @@ def _reference(shape: Shape) -> tuple[list[Array], list[dict[str, Array]]]:
     spec = job_spec(shape, f"job-{shape.elements}")
     optimizer = build_optimizer(spec.train, shape.steps)
     reducer = build_reducer(spec.train, shape.shards)
-    unit = unit_span(spec) or 1
+    unit, limit = unit_span(spec) or 1, gradient_limit(spec.train)
     state = {name: np.zeros(shape.elements, shape.dtype) for name in optimizer.state_names}
     versions, states = [initial(shape).copy()], [_copied(state)]
     mask = decay_mask(layout_of(shape))
@@ -305,6 +310,9 @@ def _reference(shape: Shape) -> tuple[list[Array], list[dict[str, Array]]]:
             total, divisor = reduced.pieces[0], reduced.divisor
         out = parameters.copy()
         if total is not None:
+            factor = Contribution([total], divisor).factor(limit)
+            if factor != 1.0:
+                total = total * total.dtype.type(factor)
             optimizer.apply(parameters, total, divisor, mask, state, step, out)
         versions.append(out)
         states.append(_copied(state))

@@ -161,14 +161,13 @@ NOT_BUILT = {
     4: (
         "train.asynchronous",
         "train.stale",
-        "train.optimizer.clip_norm",
     ),
     10: (
         "train.compression.top_k",
         "train.compression.sign",
     ),
     13: ("train.all_reduce",),
-    14: ("train.optimizer.clip_norm", "train.privacy"),
+    14: ("train.privacy",),
     15: ("train.verification.replicas", "train.verification.audit_fraction"),
 }
 """Rules of the data plane, or parts of them, about fields of jobs that are refused so far."""

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from coordinator.aggregation.core.rounds import Round, RoundSpec
-from coordinator.aggregation.core.whole import LeavesRound
+from coordinator.aggregation.core.whole import HeldRound, LeavesRound
 from phalanx.compressors import build_up_codec
+from phalanx.optimizers import gradient_limit
 from phalanx.reducers import build_reducer
 from phalanx.v1 import job_spec_pb2, training_pb2
 from phalanx.v1.training_pb2 import GoRecord
@@ -31,6 +32,7 @@ class Rounds:
         spec = job_spec_pb2.JobSpec.FromString(plan.spec)
         self._reducer = build_reducer(spec.train, plan.shards)
         self._codec = build_up_codec(spec)
+        self._clip_norm = gradient_limit(spec.train)
         self._spare = spec.train.synchronous.backup_shards
 
     def open(
@@ -50,9 +52,9 @@ class Rounds:
             codec=self._codec,
             unit=plan.unit_span,
         )
-        if self._reducer is None:
-            return Round(spec)
-        return LeavesRound(spec, self._reducer, self._spare)
+        if self._reducer is not None:
+            return LeavesRound(spec, self._reducer, self._spare, self._clip_norm)
+        return Round(spec) if self._clip_norm is None else HeldRound(spec, self._clip_norm)
 
     def _spec(
         self,

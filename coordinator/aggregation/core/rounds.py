@@ -110,6 +110,13 @@ class Round:
         reducer.fill(node, values, mask >> node.first)
         return (index,) if reducer.complete else ()
 
+    def reduced(self, index: int) -> NDArray[np.generic] | None:
+        """Reduced frame `index`, whose tree is complete; None where no shard was present."""
+        reducer = self._reducers[index]
+        assert reducer is not None
+        values: NDArray[np.generic] | None = reducer.result[0]
+        return values
+
     def take(self, index: int) -> NDArray[np.generic] | None:
         """Hand over the reduced frame `index`, None where no shard was present, and forget it."""
         reducer = self._reducers[index]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from coordinator.aggregation.core.rounds import (
     NodeScalars,
+    Round,
     RoundSpec,
     Totals,
     check_node,
@@ -48,15 +49,46 @@ class _Whole:
     values: Contribution
 
 
+class HeldRound(Round):
+    """A round of trees whose mean is shortened to a norm: no frame is done before all are."""
+
+    def __init__(self, spec: RoundSpec, clip_norm: float) -> None:
+        super().__init__(spec)
+        self._clip_norm = clip_norm
+        self._held: set[int] = set()
+        self._factor = 1.0
+
+    def contribute(self, frame: pb.ContributionFrame, payload: memoryview) -> Sequence[int]:
+        """Take one frame; see `Round.contribute`. All frames complete with the last one."""
+        # A copy of what is held completes its frame again.
+        self._held.update(super().contribute(frame, payload))
+        if len(self._held) < len(self.spec.grid):
+            return ()
+        totals = self.totals
+        if totals.divisor:
+            pieces = [self.reduced(index) for index in sorted(self._held)]
+            whole = Contribution([each for each in pieces if each is not None], totals.divisor)
+            self._factor = whole.factor(self._clip_norm)
+        return sorted(self._held)
+
+    def take(self, index: int) -> Array | None:
+        """Hand over reduced frame `index`, shortened."""
+        return _shortened(super().take(index), self._factor)
+
+
 class LeavesRound:
     """Collects the contribution of each shard and hands all of them to a reducer.
 
     It is done without the last `spare` shards: what of them is not whole by then is left out.
     """
 
-    def __init__(self, spec: RoundSpec, reducer: Reducer, spare: int = 0) -> None:
+    def __init__(
+        self, spec: RoundSpec, reducer: Reducer, spare: int = 0, clip_norm: float | None = None
+    ) -> None:
+        """`clip_norm` is the longest norm of what the reducer gives."""
         self.spec = spec
         self._spare = spare
+        self._clip_norm = clip_norm
         self._reducer = reducer
         self._index = {first: index for index, (first, _) in enumerate(spec.grid)}
         self._scalars = NodeScalars(spec)
@@ -138,5 +170,14 @@ class LeavesRound:
         if reduced is None:
             self._reduced = [None] * self._left
         else:
-            self._reduced, self._divisor = list(reduced.pieces), reduced.divisor
+            factor = Contribution(reduced.pieces, reduced.divisor).factor(self._clip_norm)
+            self._reduced = [_shortened(piece, factor) for piece in reduced.pieces]
+            self._divisor = reduced.divisor
         return range(self._left)
+
+
+def _shortened(values: Array | None, factor: float) -> Array | None:
+    if values is None or factor == 1.0:
+        return values
+    shortened: Array = values * values.dtype.type(factor)
+    return shortened

@@ -135,3 +135,36 @@ def test_steps_that_diverge_make_a_leaf_that_is_not_finite(dataset: StoredDatase
     )
     assert not outcome.finite
     assert (w == before).all(), "parameters are only read"
+
+
+def test_the_norms_of_own_steps_and_of_the_difference_are_limited(dataset: StoredDataset) -> None:
+    """With one step a shard's mean gradient is the difference divided by the rate."""
+    inner = {"sgd": {"learning_rate": RATE}, "clip_norm": 0.05}
+    outer = {"clip_norm": 0.02}
+    free = plan(dataset, shards=1, l2=0, stop={"steps": 1}, local={"steps": 1})
+    start = build_model(JobSpec.FromString(free.spec), DataSchema(6, 3, "float64"))
+    w = start.initial_parameters(3)
+    moved = run(dataset, free).parameters - w
+    assert np.linalg.norm(moved) > RATE * 0.05
+    for optimizer, local, norm in (
+        (inner, {"steps": 1}, RATE * 0.05),
+        (inner, {"steps": 1, "outer": {"clip_norm": 0.005}}, 0.005),
+        ({"sgd": {"learning_rate": RATE}}, {"steps": 1, "outer": outer}, 0.02),
+    ):
+        job = plan(dataset, shards=1, l2=0, stop={"steps": 1}, optimizer=optimizer, local=local)
+        shortened = run(dataset, job).parameters - w
+        assert np.linalg.norm(shortened) == pytest.approx(norm, rel=1e-9)
+        np.testing.assert_allclose(
+            shortened / norm, moved / np.linalg.norm(moved), rtol=0, atol=1e-9
+        )
+
+
+def test_a_limit_for_the_synchronous_gradient(dataset: StoredDataset) -> None:
+    free = plan(dataset, l2=0, stop={"steps": 1})
+    optimizer = {"sgd": {"learning_rate": RATE}, "clip_norm": 0.05}
+    limited = plan(dataset, l2=0, stop={"steps": 1}, optimizer=optimizer)
+    model = build_model(JobSpec.FromString(free.spec), DataSchema(6, 3, "float64"))
+    w = model.initial_parameters(3)
+    moved, shortened = run(dataset, free).parameters - w, run(dataset, limited).parameters - w
+    assert np.linalg.norm(moved) > RATE * 0.05
+    assert np.linalg.norm(shortened) == pytest.approx(RATE * 0.05, rel=1e-9)

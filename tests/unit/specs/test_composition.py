@@ -55,6 +55,8 @@ def planned(dataset: Dataset, *settings: str) -> Plan:
             "synchronous.backup_shards",
             "no bits can be promised",
         ),
+        (7, "optimizer={clip_norm: 0}", "optimizer.clip_norm", "above 0"),
+        (7, "local={steps: 1, outer: {clip_norm: -1}}", "local.outer.clip_norm", "above 0"),
         (7, "local={}", "local.steps", "at least 1"),
         (7, "local={steps: 100000}", "local.steps", "at most 65536"),
         (
@@ -96,6 +98,7 @@ def test_the_default_number_of_shards_counts(make_dataset: MakeDataset) -> None:
         ("reduction={krum: {faulty: 1}}", 1),
         ("reduction={clip_norm: 1}", 1),
         ("reduction={weighted_mean: {}}", 0),
+        ("local={steps: 2}", 0),
         ("compression={cast_to: float16}", 2),
         ("compression={int8: {}}", 2),
         ("compression={down_cast_to: float16}", 0),
@@ -202,3 +205,22 @@ def test_backup_shards_must_leave_enough(make_dataset: MakeDataset) -> None:
     )
     assert unit_span(resolved) == 1
     assert needs_one_range(resolved.train)
+
+
+@pytest.mark.parametrize(
+    ("setting", "one"),
+    [
+        ("train.optimizer={clip_norm: 1}", True),
+        ("train.local={steps: 2, outer: {clip_norm: 1}}", True),
+        ("train.local={steps: 2}", False),
+    ],
+)
+def test_a_norm_at_the_root_needs_one_range(
+    make_dataset: MakeDataset, setting: str, one: bool
+) -> None:
+    assert needs_one_range(specs.prepare(edited(setting), make_dataset()).train) == one
+
+
+def test_a_norm_in_the_leaves_does_not(make_dataset: MakeDataset) -> None:
+    settings = ("train.local={steps: 2}", "train.optimizer={clip_norm: 1}")
+    assert not needs_one_range(specs.prepare(edited(*settings), make_dataset()).train)
