@@ -134,7 +134,7 @@ class Facts:
             ) from None
 
     def snapshot(self) -> Iterator[ControlRecord]:
-        """Yield the records that stand for the whole state; generation and time are left empty."""
+        """Yield the records that stand for the whole state; the generation is left empty."""
         yield ControlRecord(snapshot_begin=SnapshotBegin())
         for job in self.jobs.values():
             yield ControlRecord(job_snapshot=job.kept)
@@ -144,7 +144,7 @@ class Facts:
         for first in range(0, len(remembered), REQUESTS_PER_RECORD):
             part = remembered[first : first + REQUESTS_PER_RECORD]
             yield ControlRecord(requests_snapshot=RequestsSnapshot(requests=part))
-        yield ControlRecord(snapshot_end=SnapshotEnd())
+        yield ControlRecord(time_unix_nanos=self.told_unix_nanos, snapshot_end=SnapshotEnd())
 
     def digest(self) -> str:
         """Return a hash of the whole state, to compare a replay with what lived."""
@@ -215,10 +215,6 @@ class Facts:
             return
         whole, self._unfinished = self._unfinished, None
         self.jobs, self.requests, self.drains = whole.jobs, whole.requests, whole.drains
-        kept = [job.kept for job in self.jobs.values()]
-        known = [each.time_unix_nanos for each in self.requests]
-        known += [max(each.submit_unix_nanos, each.end_unix_nanos) for each in kept]
-        self.told_unix_nanos = max([self.told_unix_nanos, *known])
 
 
 def _take_snapshot(facts: Facts, record: ControlRecord) -> None:

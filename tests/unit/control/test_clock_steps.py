@@ -75,7 +75,19 @@ def test_steps_survive_in_a_snapshot(jumping: Any) -> None:
     for record in jumping.durable.snapshot():
         copied.apply(record)
     assert copied.digest() == jumping.durable.digest()
-    assert copied.told_unix_nanos
+    assert copied.told_unix_nanos == jumping.durable.told_unix_nanos
+    jumping.journal = list(jumping.durable.snapshot())
+    jumping.lead()
+    assert submitted(jumping, "job-2") == "job-1"
+
+
+def test_a_snapshot_is_as_old_as_its_newest_fact_whatever_times_its_jobs_have(
+    jumping: Any,
+) -> None:
+    jumping.offset_s = 30 * 3600.0
+    assert submitted(jumping, "job-1") == "job-1"
+    jumping.offset_s = 0.0
+    jumping.advance(1.0)
     jumping.journal = list(jumping.durable.snapshot())
     jumping.lead()
     assert submitted(jumping, "job-2") == "job-1"
