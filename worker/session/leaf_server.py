@@ -51,6 +51,9 @@ class LeafServer(client.ForkServer):
         """Make one whose first process is a fork of this one, which must have one thread and no
         connection; where it has more, a program is started later instead."""
         made = cls()
+        # A program may have other ideas: where SIGCHLD is ignored, the id of a child that ended is
+        # free, and nobody gets its exit code.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _have_streams()
         if len(os.listdir("/proc/self/task")) == 1:
             # Where there is no memory or no process to be had, that is for the next one to find.

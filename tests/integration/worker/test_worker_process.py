@@ -11,6 +11,7 @@ import signal
 import sys
 import urllib.request
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +169,23 @@ async def test_leaf_processes_inherit_nothing_of_the_session_process(
             assert len({os.getsid(pid) for pid in (worker.pid, server.pid, *leaves)}) == 4
 
 
+CHILDREN_IGNORED = """
+import os, signal, sys
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, "-P", "-m", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize(
+    "program", [("-P", "-m"), ("-c", CHILDREN_IGNORED)], ids=["usual", "ends of children ignored"]
+)
 async def test_a_leaf_server_that_dies_is_replaced_and_no_leaf_is_blamed(
-    bench: Any, spawn: Any
+    bench: Any, spawn: Any, program: tuple[str, ...]
 ) -> None:
     with ScriptedCluster() as cluster:
         async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
             worker, session, stream = await _busy_worker(
-                bench, spawn, control, aggregator, cluster, hold_s=1
+                bench, partial(spawn, program=program), control, aggregator, cluster, hold_s=1
             )
             old = {worker.leaf_server(), *worker.leaves()}
             os.kill(worker.leaf_server(), signal.SIGKILL)
