@@ -31,7 +31,7 @@ class Turns:
         semaphore, there = self._turns.setdefault(namespace, (asyncio.Semaphore(self._at_once), []))
         if len(there) >= self._at_once + self._waiting_max:
             raise ResourceExhausted(
-                f"{number_of(len(there), 'submission')} of the namespace {namespace!r} under "
+                f"the namespace {namespace!r} has {number_of(len(there), 'submission')} under "
                 "way, which is its limit; try again when some are answered",
                 reason="TOO_MANY_SUBMISSIONS",
                 retry_after_s=1.0,

@@ -63,7 +63,9 @@ class ForkServer:
                 self._server.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 self._server.kill()
-                self._server.wait()
+                # Asleep in the kernel it may not hear it at once; it can do nothing more either.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._server.wait(_STOP_S)
             self._server = None
 
     def _start(self, launch: Callable[[socket.socket, socket.socket], ServerProcess]) -> None:

@@ -116,7 +116,7 @@ async def test_a_few_of_a_namespace_work_at_once_and_others_are_not_kept_waiting
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert working == ["red", "red", "blue"]
-    with pytest.raises(ResourceExhausted, match="5 submissions of the namespace 'red'"):
+    with pytest.raises(ResourceExhausted, match="the namespace 'red' has 5 submissions under way"):
         await work("red")
     tasks[4].cancel()
     await asyncio.gather(tasks[4], return_exceptions=True)
