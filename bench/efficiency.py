@@ -7,6 +7,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.clusters import FASHION, cluster, fashion_job, median, step_seconds
@@ -18,26 +20,49 @@ from phalanx.sdk.job import Job
 
 STEPS = 120
 WARM_UP = 20
-ROUNDS = 5
+ROUNDS = 9
 CHECKPOINT_PAIRS = 8
 BATCH = 4096
 
 
+@dataclass(frozen=True)
+class Round:
+    """Examples per second of the four, measured within half a minute."""
+
+    loop: float
+    one_worker: float
+    two_workers: float
+    two_loops: float
+
+    @property
+    def efficiency(self) -> float:
+        """One worker ÷ one plain loop."""
+        return self.one_worker / self.loop
+
+    @property
+    def gain(self) -> float:
+        """Two workers ÷ one."""
+        return self.two_workers / self.one_worker
+
+    @property
+    def ideal(self) -> float:
+        """Two independent loops ÷ one."""
+        return self.two_loops / self.loop
+
+
 def run(command: str) -> list[Measurement]:
-    """`worker_efficiency_1` and `scaling_2_workers`, rounds interleaved; `checkpoint_overhead`."""
+    """`worker_efficiency_1`, `scaling_2_workers`, `checkpoint_overhead`.
+
+    The first two are medians of the ratios of single rounds: the machine changes its speed by more
+    within minutes than what is looked for.
+    """
     with tempfile.TemporaryDirectory() as folder:
         loop = NumpyLoop(Path(folder))
-        one_loop, two_loops = [], []
-        rates: dict[int, list[float]] = {1: [], 2: []}
-        for _ in range(ROUNDS):
-            one_loop.append(loop.examples_per_s(1))
-            for workers, values in rates.items():
-                values.append(_examples_per_s(workers))
-            two_loops.append(loop.examples_per_s(2))
-    plain, alone, pair = median(one_loop), median(rates[1]), median(rates[2])
-    efficiency = alone / plain
-    ideal = median(two_loops) / plain
-    scaling = pair / alone / ideal
+        rounds = [_round(loop, backwards=bool(number % 2)) for number in range(ROUNDS)]
+    efficiency = median([each.efficiency for each in rounds])
+    scaling = median([each.gain / each.ideal for each in rounds])
+    plain, alone = median([each.loop for each in rounds]), median([r.one_worker for r in rounds])
+    gain, ideal = median([each.gain for each in rounds]), median([each.ideal for each in rounds])
     overhead = _checkpoint_overhead()
     return [
         Measurement(
@@ -52,7 +77,7 @@ def run(command: str) -> list[Measurement]:
         ),
         Measurement(
             "scaling_2_workers",
-            pair / alone,
+            gain,
             "ratio",
             ideal,
             scaling,
@@ -71,6 +96,17 @@ def run(command: str) -> list[Measurement]:
             command,
         ),
     ]
+
+
+def _round(loop: NumpyLoop, *, backwards: bool) -> Round:
+    measures: dict[str, Callable[[], float]] = {
+        "loop": lambda: loop.examples_per_s(1),
+        "one_worker": lambda: _examples_per_s(1),
+        "two_workers": lambda: _examples_per_s(2),
+        "two_loops": lambda: loop.examples_per_s(2),
+    }
+    names = reversed(measures) if backwards else iter(measures)
+    return Round(**{name: measures[name]() for name in names})
 
 
 def _examples_per_s(workers: int) -> float:
