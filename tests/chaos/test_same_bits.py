@@ -10,7 +10,7 @@ import phalanx
 from phalanx.chaos.harm import Harm
 from phalanx.chaos.schedule import FAULTS
 from phalanx.reduction import Node, TreeReducer, full_mask, root
-from phalanx.testing.arena import GUARD_S, add_blobs, arena, gated_job, wait_until
+from phalanx.testing.arena import GUARD_S, Arena, add_blobs, arena, gated_job, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -66,20 +66,27 @@ def test_any_number_of_workers(tmp_path: Path, undisturbed_sha256: str) -> None:
             assert (result.examples_lost, result.examples_doubled) == (0, 0)
 
 
+def caught_with_shards(ring: Arena, job: phalanx.Job) -> str:
+    """A worker in the middle of a leaf that holds shards of the job; empty: none now."""
+    caught = set(ring.caught_in_a_leaf())
+    holders = (each.worker_id for each in job.refresh().progress.workers if each.shards)
+    return next((each for each in holders if each in caught), "")
+
+
 def test_workers_killed_in_the_middle_of_a_leaf(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 3) as ring:
         job = ring.cluster.submit(gated_job())
         for step in (5, 20, 40):
             ring.at_step(job, step)
-            victim = ring.caught_in_a_leaf()[0]
+            # One that has just come back may only compute copies of what others hold.
+            victim = wait_until(lambda: caught_with_shards(ring, job), "a leaf of its own shard")
             lost = len(ring.events("WORKER_LOST"))
             ring.signal(victim)
             wait_until(lambda n=lost: len(ring.events("WORKER_LOST")) > n, "the death to be seen")
             ring.gate.release()
         result = job.wait(timeout_s=GUARD_S)
-        # One that has just come back may only hold copies of what others compute.
         moved = {each.incident_id for each in ring.events("SHARDS_MOVED")} - {""}
-        assert moved
+        assert len(moved) >= 3
         assert moved <= {each.incident_id for each in ring.events("RECOVERED")}
     assert result.parameters_sha256 == undisturbed_sha256
     assert (result.examples_lost, result.examples_doubled) == (0, 0)

@@ -18,9 +18,9 @@ from phalanx.v1 import storage_service_pb2 as pb
 GUARD_S = 60.0
 ENDED_MAX = 10
 SNAPSHOT_EVERY = 100
-JOBS = 30
-ROUNDS = 2
-FILES_MAX = 30
+JOBS = 40
+ROUNDS = 3
+FILES_MAX = 60
 """Half of what would be there if every job left one file."""
 
 

@@ -76,19 +76,23 @@ def ingest_in_child(path: Path, block_bytes: int) -> dict[str, object]:
 
 def test_thirty_times_the_rows_take_no_more_memory(tmp_path: Path) -> None:
     peaks = []
-    for size_bytes in (4_000_000, 120_000_000):
+    for size_bytes in (10_000_000, 300_000_000):
         rows = write_csv(tmp_path / "data.csv", size_bytes)
         # Small blocks, since the parser reads some dozens of them ahead where there are as many.
         result = ingest_in_child(tmp_path / "data.csv", block_bytes=1 << 17)
         assert result["rows"] == {"train": rows * 9 // 10, "test": rows // 10}
         peaks.append(result["peak_bytes"])
-    assert result["size_bytes"] > 60_000_000  # more than the peaks may differ by
+    assert result["size_bytes"] > 150_000_000  # more than the peaks may differ by
     assert peaks[1] - peaks[0] < 16 * 1024 * 1024
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("size_bytes", [600_000_000, 4_000_000_000])
+@pytest.mark.parametrize(
+    "size_bytes",
+    [
+        600_000_000,
+        pytest.param(4_000_000_000, marks=[pytest.mark.soak, pytest.mark.timeout(1800)]),
+    ],
+)
 def test_a_file_larger_than_the_memory_fits_through(tmp_path: Path, size_bytes: int) -> None:
     assert size_bytes > LIMIT_BYTES
     path = tmp_path / "data.csv"
