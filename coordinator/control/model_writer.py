@@ -43,7 +43,8 @@ class ModelWriter:
         header = pb.BlobPiece(inline=safetensors_header(plan.layout))
         composed = await self._compose([header, *slices])
         manifest_json = await self._store.get_blob(plan.manifest_digest)
-        metrics = _metrics(final.root_state)
+        root = _root_state(final.root_state)
+        metrics = _metrics(root)
         description = ModelDescription(
             name=spec.output.model,
             job_id=facts.job_id,
@@ -82,6 +83,9 @@ class ModelWriter:
             bit_identical=bit_identical,
             metrics=metrics,
             steps=final.step,
+            # Reports of the root say so, too, but may be late or lost; the manifest is the end.
+            examples_lost=int(root.get("examples_lost", 0)),
+            examples_doubled=int(root.get("examples_doubled", 0)),
         )
 
     async def _add_files(
@@ -131,13 +135,17 @@ def _parameter_slices(final: pb.CheckpointManifest) -> list[pb.BlobPiece]:
     ]
 
 
-def _metrics(root_state: str) -> dict[str, float]:
-    """The metrics that the root kept with the checkpoint."""
+def _root_state(text: str) -> dict[str, Any]:
+    """What the root kept with the checkpoint."""
     try:
-        state: Any = json.loads(root_state)
+        state = json.loads(text)
     except ValueError:
         return {}
-    metrics = state.get("metrics", {}) if isinstance(state, dict) else {}
+    return state if isinstance(state, dict) else {}
+
+
+def _metrics(root: dict[str, Any]) -> dict[str, float]:
+    metrics = root.get("metrics", {})
     return {str(name): float(metrics[name]) for name in metrics}
 
 

@@ -67,8 +67,6 @@ def succeed(core: Core, job: JobRuntime, result: job_pb2.Result) -> None:
     facts = core.facts_of(job)
     report = job.report
     if report is not None:
-        result.examples_lost = report.examples_lost
-        result.examples_doubled = report.examples_doubled
         for name, value in report.metrics.items():
             if name not in result.metrics:
                 result.metrics[name] = value
@@ -152,6 +150,10 @@ def _persist(
         changed.progress.CopyFrom(progress)
     elif facts.kept.changed.HasField("progress"):
         changed.progress.CopyFrom(facts.kept.changed.progress)
+    if changed.HasField("result"):
+        # The last report may be from before the end, or lost with whoever heard it.
+        changed.progress.step = changed.result.steps
+        changed.progress.total_steps = facts.plan.total_steps
     job.after = core.persist(ControlRecord(job_changed=changed), request)
     core.publish(job.job_id, job.after)
     return job.after
