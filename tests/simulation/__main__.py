@@ -17,6 +17,8 @@ The summary is one JSON object:
                                            or were cancelled by their user
     sha_equal_fraction                     sha_equal ÷ (jobs − cancelled)
     lost, doubled                          examples that committed steps missed or had twice
+    left_out                               examples that finished jobs with backup shards went
+                                           without, as they may
     stale_accepted, stale_refused          writes of an old generation or term that storage took,
                                            and that it refused
     copies_asked, copies_raced             copies of late shards that were asked for, and shards

@@ -96,6 +96,7 @@ def summary(outcomes: Sequence[Outcome], processes: int, wall_s: float) -> dict[
         "sha_equal_fraction": equal / max(1, jobs - cancelled),
         "lost": sum(each.lost for each in outcomes),
         "doubled": sum(each.doubled for each in outcomes),
+        "left_out": sum(each.left_out for each in outcomes),
         "stale_accepted": sum(each.stale_accepted for each in outcomes),
         "stale_refused": sum(each.stale_refused for each in outcomes),
         "copies_asked": sum(each.copies_asked for each in outcomes),

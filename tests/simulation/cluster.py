@@ -19,6 +19,7 @@ import phalanx.frames
 import phalanx.reducers.contributions
 import phalanx.rpc.server
 import storage.runtime
+import storage.service.operations
 import worker.main
 import worker.session.app
 import worker.session.setup
@@ -148,6 +149,7 @@ class Services:
 
     def collect_garbage(self) -> None:
         """Between runs only, see `loop`; seldom, since each time everything is walked through."""
+        storage.service.operations._going_on.clear()  # of processes that are gone
         self._runs += 1
         if self._runs % RUNS_PER_COLLECTION == 0:
             gc.collect()
@@ -252,6 +254,13 @@ class Cluster:
         self.world.kill(process)
         if name == "storage":
             self.storage_machine.disk.crash(self.world.chance)
+
+    def lose(self, names: list[str]) -> None:
+        """End processes for good."""
+        self.lost.update(names)
+        for name in names:
+            if self.is_alive(name):
+                self.kill(name)
 
     def is_alive(self, name: str) -> bool:
         """Whether the process runs (it may have ended by itself)."""

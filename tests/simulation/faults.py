@@ -16,6 +16,9 @@ from tests.simulation.moments import MOMENTS, Moments
 
 CLOCK_JUMP_S = 3600.0
 STRIKES_SHARE = 0.4
+ACTS = ("kill", "power_cut", "pause", "isolate", "reset")
+"""What may be done to whoever is struck last in a run."""
+
 Begun = tuple[str, End | None, float] | None
 
 
@@ -86,6 +89,23 @@ class Faults:
         name = chance.choice(alive)
         self.cluster.kill(name)
         return f"kill {name}", lambda: self.cluster.ensure(name), chance.uniform(0.05, 2.5)
+
+    def _power_cut(self, chance: random.Random, names: list[str]) -> Begun:
+        """All of a kind are gone at once, and what they had just sent is lost with them."""
+        alive = [name for name in names if self.cluster.is_alive(name)]
+        calls = list(self.network.calls.values())
+        pairs = {(call.client.name, call.server.name) for call in calls}
+        for first, second in sorted(pairs):
+            if first in alive or second in alive:
+                self.network.reset(first, second)
+        for name in alive:
+            self.cluster.kill(name)
+
+        def end() -> None:
+            for name in alive:
+                self.cluster.ensure(name)
+
+        return (f"no power for {'+'.join(alive)}", end, chance.uniform(0.05, 2.5))
 
     def _pause(self, chance: random.Random, names: list[str], longest_s: float) -> Begun:
         alive = self._alive(names)
@@ -167,13 +187,15 @@ class Faults:
     def _reset(self, chance: random.Random) -> Begun:
         return self._break_off(chance, ["user-1", *self._everyone()])
 
-    def _break_off(self, chance: random.Random, names: list[str]) -> Begun:
+    def _break_off(
+        self, chance: random.Random, names: list[str], pair: tuple[str, ...] = ()
+    ) -> Begun:
         calls = self.network.calls.values()
         pairs = sorted({(call.client.name, call.server.name) for call in calls})
-        pairs = [pair for pair in pairs if not {*pair}.isdisjoint(names)]
+        pairs = [each for each in pairs if not {*each}.isdisjoint(names)]
         if not pairs:
             return None
-        first, second = chance.choice(pairs)
+        first, second = pair if pair in pairs else chance.choice(pairs)
         broken = self.network.reset(first, second)
         return f"{first} - {second}, {broken} calls", None, 0.0
 
@@ -223,6 +245,11 @@ class Faults:
         return None  # it is counted when it strikes
 
     def _struck(self, chance: random.Random, moment: str, kind: str, act: str) -> None:
+        if not self.cluster.healed:
+            self.struck += self.strike(chance, moment, kind, act)
+
+    def strike(self, chance: random.Random, moment: str, kind: str, act: str) -> bool:
+        """Harm a process of a kind, rather one of those that the moment is about; was there one?"""
         cluster = self.cluster
         names = {
             "control": cluster.controls,
@@ -231,19 +258,22 @@ class Faults:
             "user": ["user-1"],
             "storage": ["storage"],
         }[kind]
+        actors = self.moments.actors(moment)
         begin = {
             "kill": self._kill,
+            "power_cut": self._power_cut,
             "pause": lambda chance, names: self._pause(chance, names, 5.0),
             "isolate": self._cut_off,
-            "reset": self._break_off,
+            "reset": partial(self._break_off, pair=actors),
         }[act if kind != "user" else "reset"]
-        begun = None if cluster.healed else begin(chance, names)
+        meant = [name for name in actors if name in names]
+        begun = begin(chance, meant if meant and act != "power_cut" else names)
         if begun is None:
-            return
+            return False
         what, end, after_s = begun
-        self.struck += 1
         self.world.say(f"FAULT struck_in_the_act: at {moment} {what} for {after_s:.2f} s")
         self.world.at(self.world.now_s + after_s, end or nothing)
+        return True
 
     # Storage
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from phalanx.compressors import Key, compress_in_place
 from phalanx.reduction import Node
 from phalanx.testing.simulation.loop import World
+from phalanx.training.leaf import LocalSteps
 from phalanx.v1 import coordination_service_pb2, training_pb2
 from tests.simulation import jobs
 from worker import ipc
@@ -112,6 +113,7 @@ class Leaf:
         self._dead = False
         self._plans: dict[int, tuple[jobs.Shape, training_pb2.JobPlan, Arena]] = {}
         self._scratch: dict[int, Scratch] = {}
+        self._local: dict[int, LocalSteps] = {}
         self._orders: deque[tuple[Kind, bytes, tuple[int, ...]]] = deque()
         self._busy = True
         self._loop.call_later(0.01, self._up)
@@ -165,6 +167,8 @@ class Leaf:
             shape = replace(jobs.shape_of(plan), fingerprint=self._fingerprint)
             self._plans[document["job"]] = (shape, plan, arena)
             self._scratch[document["job"]] = Scratch(arena.element_count, arena.dtype)
+            if shape.local_steps:
+                self._local[document["job"]] = LocalSteps(plan, jobs.layout_of(shape))
             answer = {"job": document["job"], "error": "", "traceback": ""}
             self._say(Kind.SETUP_DONE, ipc.pack_json(answer))
         elif kind is Kind.DESCRIBE:
@@ -182,6 +186,7 @@ class Leaf:
             job = ipc.unpack_json(body)[0]["job"]
             self._plans.pop(job, None)
             self._scratch.pop(job, None)
+            self._local.pop(job, None)
         elif kind is Kind.FINGERPRINT:
             found = {"fingerprint": self._fingerprint, "error": ""}
             self._say(Kind.FINGERPRINTED, ipc.pack_json(found))
@@ -247,10 +252,20 @@ class Leaf:
                 edge * plan.evaluation_rows // plan.evaluation_shards for edge in (shard, shard + 1)
             )
             return np.array(jobs.evaluation_sums(shard)), stop - first, 0.0
-        count = jobs.examples(shape, shard, order.version)
         out = np.empty(shape.elements, shape.dtype)
-        jobs.gradient(shape, shard, order.version, arena.array(order.parameters), out)
+        parameters = arena.array(order.parameters)
+        if shape.local_steps:
+            model: Any = jobs.SimulatedModel(shape)
+            outcome = self._local[order.job].run(
+                model, parameters, order.version, self._batches(shape, shard), out
+            )
+            return out, outcome.count, outcome.loss_sum
+        count = jobs.examples(shape, shard, order.version)
+        jobs.gradient(shape, shard, order.version, parameters, out)
         return out, count, jobs.loss(shard, order.version)
+
+    def _batches(self, shape: jobs.Shape, shard: int) -> Callable[[int], Any]:
+        return lambda step: jobs.batch_of(shape, shard, step)
 
     def _part_done(
         self,

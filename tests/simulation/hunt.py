@@ -15,6 +15,7 @@ from pathlib import Path
 from tests.simulation.cluster import services
 from tests.simulation.known import Known
 from tests.simulation.mutants import MUTANTS, Mutant, planted
+from tests.simulation.runs import ALL_FROM_SEED
 
 SEEDS_MAX = 2000
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation.hunt", description=__doc__)
     parser.add_argument("names", nargs="*", help="which (parts of names); else all")
     parser.add_argument("--seeds", type=int, default=SEEDS_MAX, help="seeds to try for each")
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--first", type=int, default=ALL_FROM_SEED, help="the first seed")
     parser.add_argument(
         "--scenarios", action="store_true", help="seeds of each one's own scenario, not the swarm"
     )

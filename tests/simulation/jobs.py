@@ -18,8 +18,13 @@ from numpy.typing import NDArray
 
 from phalanx.compressors import Codec, Key, build_down_codec, build_up_codec, decoded, encoded
 from phalanx.data.manifest import ChunkInfo, DatasetManifest, Statistics
-from phalanx.models.base import decay_mask
-from phalanx.optimizers import build_optimizer, gradient_limit
+from phalanx.models.base import LeafSums, decay_mask
+from phalanx.optimizers import (
+    Optimizer,
+    build_local_optimizer,
+    build_optimizer,
+    gradient_limit,
+)
 from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import reduce_leaves
 from phalanx.specs.parts import unit_span
@@ -50,6 +55,21 @@ PARTS: dict[str, dict[str, Any]] = {
         "compression": {"int8": {"bucket": 16}, "down_cast_to": "bfloat16"},
         "reduction": {"krum": {"faulty": 0, "keep": 2}},
     },
+    "local": {"local": {"steps": 3, "outer": {"sgd": {"learning_rate": 1.0}}}},
+    "local, outer momentum": {
+        "local": {"steps": 2, "outer": {"sgd": {"learning_rate": 0.7, "momentum": 0.5}}}
+    },
+    "local, int8, median": {
+        "local": {"steps": 2, "outer": {"sgd": {"learning_rate": 1.0}}},
+        "compression": {"int8": {"bucket": 16}},
+        "reduction": {"median": {}},
+    },
+    "1 backup": {"synchronous": {"backup_shards": 1}},
+    "2 backups, bfloat16": {
+        "synchronous": {"backup_shards": 2},
+        "compression": {"cast_to": "bfloat16"},
+    },
+    "1 backup, clip": {"synchronous": {"backup_shards": 1}, "reduction": {"clip_norm": 9.0}},
 }
 """What jobs are composed of besides the tree and vectors as they are."""
 
@@ -71,6 +91,22 @@ class Shape:
     fingerprint: str = FINGERPRINTS[0]
     parts: str = ""
     """One of `PARTS`."""
+
+    @property
+    def backup(self) -> int:
+        """Shards that a step does not wait for; with any, who is slow decides the bits."""
+        return int(PARTS[self.parts].get("synchronous", {}).get("backup_shards", 0))
+
+    @property
+    def local_steps(self) -> int:
+        """Steps of a shard between two versions; 0: it contributes a gradient."""
+        return int(PARTS[self.parts].get("local", {}).get("steps", 0))
+
+
+def composed(shape: Shape, parts: str) -> Shape:
+    """The shape with other parts; local steps are plain ones, since they keep no state."""
+    made = replace(shape, parts=parts)
+    return replace(made, optimizer="sgd") if made.local_steps else made
 
 
 def manifest() -> DatasetManifest:
@@ -112,7 +148,11 @@ def job_spec(shape: Shape, name: str) -> JobSpec:
         train.optimizer.sgd.learning_rate = 0.02
         if shape.optimizer == "momentum":
             train.optimizer.sgd.momentum = 0.9
+    if shape.local_steps:
+        train.ClearField("synchronous")
     ParseDict(PARTS[shape.parts], train)
+    if shape.backup:
+        spec.reproducibility.tolerant.SetInParent()
     return spec
 
 
@@ -140,18 +180,23 @@ def shape_of_spec(spec: JobSpec, fingerprint: str) -> Shape:
             train.reduction.SerializeToString(),
             train.compression.SerializeToString(),
             train.optimizer.clip_norm,
+            (train.synchronous.backup_shards, train.local.steps),
         ),
     )
 
 
 @functools.lru_cache(maxsize=64)
-def _parts_of(reduction: bytes, compression: bytes, clip_norm: float) -> str:
-    found = Reduction.FromString(reduction), Compression.FromString(compression), clip_norm
+def _parts_of(
+    reduction: bytes, compression: bytes, clip_norm: float, consistency: tuple[int, int]
+) -> str:
+    parts = Reduction.FromString(reduction), Compression.FromString(compression), clip_norm
+    found = (*parts, consistency)
     for name, document in PARTS.items():
         train = ParseDict(document, Train())
         if train.reduction.WhichOneof("kind") is None:
             train.reduction.weighted_mean.SetInParent()
-        if (train.reduction, train.compression, train.optimizer.clip_norm) == found:
+        known = train.reduction, train.compression, train.optimizer.clip_norm
+        if (*known, (train.synchronous.backup_shards, train.local.steps)) == found:
             return name
     raise LookupError(f"no parts are known that give {found}")
 
@@ -169,7 +214,7 @@ def down_codec(parts: str, dtype: str) -> Codec | None:
 
 
 def _spec_of_parts(parts: str, dtype: str) -> JobSpec:
-    return job_spec(Shape(parts=parts, dtype=dtype), "job-100")
+    return job_spec(composed(Shape(dtype=dtype), parts), "job-100")
 
 
 def layout_of(shape: Shape) -> training_pb2.Layout:
@@ -225,6 +270,59 @@ def loss(shard: int, step: int) -> float:
     return 0.1 * (shard + 1) / (step + 3)
 
 
+class SimulatedModel:
+    """What takes a shard's local steps; a batch is (shard, step)."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+
+    def gradient(self, parameters: Array, batch: tuple[int, int], out: Array) -> LeafSums:
+        """The gradient sum of one local step, and what of it is told."""
+        gradient(self._shape, *batch, parameters, out)
+        return LeafSums(examples(self._shape, *batch), loss(*batch))
+
+
+def batch_of(shape: Shape, shard: int, step: int) -> tuple[int, int] | None:
+    """What a shard computes in a step; None: it has run out of rows."""
+    return (shard, step) if examples(shape, shard, step) else None
+
+
+def steps_of(shape: Shape, version: int) -> range:
+    """The shards' own steps that make the version after this one."""
+    each = max(1, shape.local_steps)
+    return range(version * each, (version + 1) * each)
+
+
+def contribution(
+    shape: Shape, shard: int, version: int, parameters: Array
+) -> tuple[Array | None, int, float]:
+    """What a shard gives to a step: its sum, None where it has no rows, examples and loss."""
+    count, lost = 0, 0.0
+    weights, out = parameters.copy(), np.empty(shape.elements, shape.dtype)
+    for step in steps_of(shape, version):
+        rows = examples(shape, shard, step)
+        if not rows:
+            continue
+        gradient(shape, shard, step, weights, out)
+        count, lost = count + rows, lost + loss(shard, step)
+        if shape.local_steps:
+            following = np.empty_like(weights)
+            mask = decay_mask(layout_of(shape))
+            _local_optimizer(shape).apply(weights, out, rows, mask, {}, step, following)
+            weights = following
+    if not count:
+        return None, 0, 0.0
+    if shape.local_steps:
+        out = (parameters - weights) * out.dtype.type(count)
+    return out, count, lost
+
+
+@functools.lru_cache(maxsize=64)
+def _local_optimizer(shape: Shape) -> Optimizer:
+    train = job_spec(shape, f"job-{shape.elements}").train
+    return build_local_optimizer(train, shape.steps * shape.local_steps)
+
+
 def evaluation_sums(shard: int) -> tuple[float, ...]:
     """The sums of one evaluation leaf."""
     return (0.5 * (shard + 1), 100.0 + shard)
@@ -247,15 +345,20 @@ def state_of(shape: Shape, version: int) -> dict[str, Array]:
 
 
 @functools.lru_cache(maxsize=4096)
-def train_loss(shards: int, version: int) -> float:
-    """The mean loss of the step that made a version."""
-    shape = Shape(shards=shards)
-    losses: dict[int, Array | None] = {
-        shard: np.array([loss(shard, version - 1)]) for shard in range(shards)
-    }
+def train_loss(shards: int, local_steps: int, version: int, left_out: frozenset[int]) -> float:
+    """The mean loss of the step that made a version, without some of the shards."""
+    each = max(1, local_steps)
+    losses: dict[int, Array | None] = {}
+    count = 0
+    for shard in set(range(shards)) - left_out:
+        lost, shape = 0.0, Shape(shards=shards)
+        for step in range((version - 1) * each, version * each):
+            rows = examples(shape, shard, step)
+            lost += loss(shard, step) if rows else 0.0
+            count += rows
+        losses[shard] = np.array([lost])
     total = reduce_leaves(losses, shards)
     assert total is not None
-    count = sum(examples(shape, shard, version - 1) for shard in range(shards))
     return float(total[0]) / count
 
 
@@ -277,46 +380,77 @@ def _plain(shape: Shape) -> Shape:
 
 @functools.lru_cache(maxsize=512)
 def _reference(shape: Shape) -> tuple[list[Array], list[dict[str, Array]]]:
-    spec = job_spec(shape, f"job-{shape.elements}")
-    optimizer = build_optimizer(spec.train, shape.steps)
-    reducer = build_reducer(spec.train, shape.shards)
-    unit, limit = unit_span(spec) or 1, gradient_limit(spec.train)
-    state = {name: np.zeros(shape.elements, shape.dtype) for name in optimizer.state_names}
-    versions, states = [initial(shape).copy()], [_copied(state)]
-    mask = decay_mask(layout_of(shape))
-    for step in range(shape.steps):
-        parameters = versions[-1]
+    steps = Steps(shape)
+    versions, states = [initial(shape).copy()], [steps.first_state()]
+    for version in range(shape.steps):
+        state = {name: array.copy() for name, array in states[-1].items()}
+        versions.append(steps.apply(version, versions[-1], state))
+        states.append(state)
+    return versions, states
+
+
+class Steps:
+    """The steps of a job by a plain loop."""
+
+    def __init__(self, shape: Shape) -> None:
+        spec = job_spec(shape, f"job-{shape.elements}")
+        self._shape = shape
+        self._optimizer = build_optimizer(spec.train, shape.steps)
+        self._reducer = build_reducer(spec.train, shape.shards)
+        self._unit, self._limit = unit_span(spec) or 1, gradient_limit(spec.train)
+        self._mask = decay_mask(layout_of(shape))
+
+    def first_state(self) -> dict[str, Array]:
+        """The optimizer's state before the first step."""
+        names = self._optimizer.state_names
+        return {name: np.zeros(self._shape.elements, self._shape.dtype) for name in names}
+
+    def received(self, version: int, parameters: Array) -> dict[int, tuple[Array | None, int]]:
+        """What the nodes that travel bring to the root at a version, with their examples."""
+        shape, unit = self._shape, self._unit
         seen = as_seen(shape, parameters)
-        leaves: dict[int, Array] = {}
-        for shard in range(shape.shards):
-            if examples(shape, shard, step):
-                leaves[shard] = np.empty(shape.elements, shape.dtype)
-                gradient(shape, shard, step, seen, leaves[shard])
-        nodes = {
-            first: _received(shape, leaves, range(first, min(first + unit, shape.shards)), step)
-            for first in range(0, shape.shards, unit)
-        }
-        total = reduce_leaves(nodes, shape.shards)
-        divisor = sum(examples(shape, shard, step) for shard in range(shape.shards))
-        if reducer is not None:
-            reduced = reducer.reduce(
+        leaves = [contribution(shape, shard, version, seen) for shard in range(shape.shards)]
+        nodes: dict[int, tuple[Array | None, int]] = {}
+        for first in range(0, shape.shards, unit):
+            own = leaves[first : first + unit]
+            total = reduce_leaves({i: each[0] for i, each in enumerate(own)}, len(own))
+            codec = up_codec(shape.parts, shape.dtype)
+            if total is not None and codec is not None:
+                data = encoded(codec, total, Key(first, version))
+                total = decoded(codec, data, len(total))
+            nodes[first] = total, sum(each[1] for each in own)
+        return nodes
+
+    def apply(self, version: int, parameters: Array, state: dict[str, Array]) -> Array:
+        """The next version; the state becomes that after it."""
+        return self.applied(version, parameters, state, self.received(version, parameters))
+
+    def applied(
+        self,
+        version: int,
+        parameters: Array,
+        state: dict[str, Array],
+        nodes: dict[int, tuple[Array | None, int]],
+    ) -> Array:
+        """The next version, made of these nodes only."""
+        total = reduce_leaves({first: each[0] for first, each in nodes.items()}, self._shape.shards)
+        divisor = sum(count for _, count in nodes.values())
+        if self._reducer is not None:
+            reduced = self._reducer.reduce(
                 {
-                    shard: Contribution([values], examples(shape, shard, step))
-                    for shard, values in nodes.items()
+                    first: Contribution([values], count)
+                    for first, (values, count) in nodes.items()
                     if values is not None
                 }
             )
-            assert reduced is not None
-            total, divisor = reduced.pieces[0], reduced.divisor
+            total, divisor = (None, 0) if reduced is None else (reduced.pieces[0], reduced.divisor)
         out = parameters.copy()
         if total is not None:
-            factor = Contribution([total], divisor).factor(limit)
+            factor = Contribution([total], divisor).factor(self._limit)
             if factor != 1.0:
                 total = total * total.dtype.type(factor)
-            optimizer.apply(parameters, total, divisor, mask, state, step, out)
-        versions.append(out)
-        states.append(_copied(state))
-    return versions, states
+            self._optimizer.apply(parameters, total, divisor, self._mask, state, version, out)
+        return out
 
 
 def on_the_wire(shape: Shape, piece: Array) -> bytes:
@@ -331,20 +465,6 @@ def as_seen(shape: Shape, parameters: Array) -> Array:
     return (
         parameters if codec is None else decoded(codec, encoded(codec, parameters), len(parameters))
     )
-
-
-def _received(shape: Shape, leaves: dict[int, Array], shards: range, step: int) -> Array | None:
-    """The contribution of a node as the root receives it."""
-    own = {shard - shards.start: leaves[shard] for shard in shards if shard in leaves}
-    total = reduce_leaves(own, len(shards))
-    codec = up_codec(shape.parts, shape.dtype)
-    if total is None or codec is None:
-        return total
-    return decoded(codec, encoded(codec, total, Key(shards.start, step)), len(total))
-
-
-def _copied(state: dict[str, Array]) -> dict[str, Array]:
-    return {name: array.copy() for name, array in state.items()}
 
 
 def reference_sha256(shape: Shape) -> str:

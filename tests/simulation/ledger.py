@@ -13,7 +13,7 @@ from typing import Any
 from coordinator.aggregation.checkpoints import parse_part
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.control.core.facts import Facts
-from coordinator.control.core.lifecycle import CANCELLED, SUCCEEDED
+from coordinator.control.core.lifecycle import CANCELLED, RUNNING, SUCCEEDED
 from coordinator.control.journal import STREAM, JournalWriter
 from coordinator.control.leader import Leader
 from phalanx.testing.simulation.clocks import Environment
@@ -130,6 +130,12 @@ class Ledger:
             if hashlib.sha256(content or b"").hexdigest() != part.digest:
                 continue  # the disk has spoilt it meanwhile
             parameters, state = parse_part(content)
+            what = f"{request.job_id}: range {part.range} of the checkpoint at step {request.step}"
+            if shape.backup:
+                history = self._oracle.histories.get(request.job_id)
+                known = history is not None and history.knows(request.step, parameters, state)
+                self._demand(known, f"{what} is no version that was followed")
+                continue
             first, stop = part.first_element, part.first_element + part.element_count
             step = request.step
             expected = {
@@ -139,9 +145,12 @@ class Ledger:
             for name, vector in {**state, "parameters": parameters}.items():
                 self._demand(
                     vector.tobytes() == expected[name].tobytes(),
-                    f"{request.job_id}: range {part.range} of the checkpoint at step {step} has "
-                    f"other {name} than without faults",
+                    f"{what} has other {name} than without faults",
                 )
+
+    def _runs(self, job_id: str) -> bool:
+        facts = self.facts.jobs.get(job_id)
+        return facts is not None and facts.state == RUNNING and not facts.resuming
 
     # Aggregators
 
@@ -156,6 +165,7 @@ class Ledger:
 
     def install(self, environment: Environment) -> None:
         """Look at everything that makes a fact, or rests on one."""
+        self._oracle.runs = self._runs
         replace = environment.replace
         append, perform, durable = JournalWriter.append, Leader._perform, Leader._on_durable
 

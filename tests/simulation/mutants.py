@@ -1,13 +1,13 @@
 """Planted bugs: each takes one rule out of the code that ships, and the simulator must notice.
 
-    python -m tests.simulation.hunt              # finds each anew, from seed 0 on
+    python -m tests.simulation.hunt              # finds each anew, from seed 1000 on
     python -m tests.simulation.hunt NAME         # one of them
 
 A mutant is a function and a change of its text. `rule` is the rule of the data plane that it takes
 out: 1 whole versions, 2 terms and generations, 3 the root decides, 5 nodes, 6 non-finite leaves,
 7 no producer waits, 8 budgets, 9 checkpoints, 11 roll-back, 12 leases, 14 the number of ranges does
-not matter, 16 fingerprint; 0 where it is a rule of control, of storage, or of copies. Rules that
-belong to what is refused still are in `NOT_BUILT`.
+not matter, 16 fingerprint; 0 where it is a rule of control, of storage, of copies or of leaves.
+Rules that belong to what is refused still are in `NOT_BUILT`.
 """
 
 from __future__ import annotations
@@ -323,6 +323,21 @@ MUTANTS = (
         "a reducer does not wait for the last leaf", 4,
         f"{_AGGREGATION}.core.whole:LeavesRound.contribute",
         "self.missing.bit_count() > self._spare", "self.missing.bit_count() > self._spare + 1",
+    ),
+    _one(
+        "one shard more than the job says may be left out", 4,
+        f"{_AGGREGATION}.core.plan:Rounds.__init__",
+        "self._spare = spec.train.synchronous.backup_shards",
+        "self._spare = spec.train.synchronous.backup_shards\n"
+        "    self._spare += self._spare > 0",
+    ),
+    _one(
+        "what was left out is forgotten with a checkpoint", 4, f"{_MACHINE}._state",
+        'state["examples_lost"] = self.examples_lost', 'state["examples_lost"] = 0',
+    ),
+    _one(
+        "local steps begin anew in every step", 0, "phalanx.training.leaf:LocalSteps.steps_of",
+        "range(version * self.count, (version + 1) * self.count)", "range(self.count)",
     ),
     _many(
         "any node is encoded", 10,

@@ -15,8 +15,11 @@ retries, messages on their way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
 
 from coordinator.aggregation.core.copies import Copies
 from coordinator.aggregation.core.cursor import Cursor
@@ -34,10 +37,13 @@ from storage.backends.sqlite.jobs import SqliteJobs
 from storage.backends.sqlite.journals import SqliteJournals
 from storage.backends.sqlite.leases import SqliteLeases
 from tests.simulation import jobs
+from tests.simulation.histories import History
 from tests.simulation.moments import Moments
 from worker.core.job import JobCore
-from worker.core.outbox import Outbox
+from worker.core.outbox import FrameOut, Outbox
 from worker.core.session import WorkerCore
+
+Array = NDArray[Any]
 
 LEASE_TTL_S = 2.0
 
@@ -48,7 +54,11 @@ class _Watched:
     def __init__(self, ranges: JobRanges) -> None:
         self.ranges = ranges  # keeps its id from being used again
         self.shape = jobs.shape_of(ranges.plan)
-        self.expected = jobs.versions(self.shape)
+        self.expected: Mapping[int, Array] | Sequence[Array] = ()
+        if not self.shape.backup:
+            self.expected = jobs.versions(self.shape)
+        self.history: History | None = None
+        """What was computed, where no plain loop knows it."""
         self.stores = [(index, ranges.versions_of(index)) for index in ranges.range_indexes]
         self.checked = dict.fromkeys(ranges.range_indexes, -1)
 
@@ -65,6 +75,10 @@ class Oracle:
         self.doubled = 0
         self.stale_accepted = 0
         self.stale_refused = 0
+        self.histories: dict[str, History] = {}
+        """Of jobs whose steps need not wait for all shards."""
+        self.runs: Callable[[str], bool] = lambda _: False
+        """Whether a job runs, by what is recorded."""
         self.fingerprints: dict[str, str] = {}
         """Fingerprint that each job started with."""
         self._lease: pb.Lease | None = None
@@ -118,24 +132,43 @@ class Oracle:
             if version < before:
                 self.fail(f"range {index} went from version {before} to {version}")
             checked[index] = version
+            if watched.shape.backup:
+                self._follow(watched, store, version)
             self._check_bits(watched, index, store, version)
             if ranges.plan.range_count > 1:
                 self._is_ahead(ranges, version)
         for effect in effects:
             if isinstance(effect, Committed):
-                self._committed(ranges.plan.job_id, effect)
+                self._committed(watched, effect)
             elif isinstance(effect, Points):
-                self._check_points(ranges, effect.points)
+                self._check_points(watched, effect.points)
 
-    def _committed(self, job_id: str, effect: Committed) -> None:
+    def _committed(self, watched: _Watched, effect: Committed) -> None:
+        job_id, history = watched.ranges.plan.job_id, watched.history
         self.commits[job_id] = self.commits.get(job_id, 0) + 1
-        self.lost += max(0, effect.expected_count - effect.example_count)
-        self.doubled += max(0, effect.example_count - effect.expected_count)
+        expected = effect.expected_count
+        if history is not None:
+            expected -= history.examples(effect.version, history.left_out(watched.ranges.term))
+        self.lost += max(0, expected - effect.example_count)
+        self.doubled += max(0, effect.example_count - expected)
         self.demand(
-            effect.example_count == effect.expected_count,
-            f"{job_id}: {effect.example_count} of {effect.expected_count} examples in step "
-            f"{effect.version}",
+            effect.example_count == expected,
+            f"{job_id}: {effect.example_count} of {expected} examples in step {effect.version}",
         )
+
+    def _follow(self, watched: _Watched, store: VersionStore, version: int) -> None:
+        """A version whose step may have left shards out must be one that it may be."""
+        ranges, shape = watched.ranges, watched.shape
+        job_id = ranges.plan.job_id
+        history = watched.history = self.histories.setdefault(job_id, History(shape))
+        pieces = [store.values(version, index) for index in range(len(store.grid))]
+        parameters = np.concatenate(pieces)
+        kept = ranges._ranges[0].parameters._state
+        state = {name: np.concatenate([frame[name] for frame in kept]) for name in kept[0]}
+        wrong = history.follow(ranges.term, version, parameters, state)
+        if wrong:
+            self.fail(f"{job_id}: term {ranges.term}, version {version} {wrong}")
+        watched.expected = {version: parameters}
 
     def _is_ahead(self, ranges: JobRanges, version: int) -> None:
         key = (ranges.plan.job_id, ranges.term)
@@ -143,12 +176,14 @@ class Oracle:
             self._newest[key] = version
             self.moments.met("range_ahead")
 
-    def _check_points(self, ranges: JobRanges, points: tuple[tuple[int, str, float], ...]) -> None:
+    def _check_points(self, watched: _Watched, points: tuple[tuple[int, str, float], ...]) -> None:
         """What is told of a step is what its leaves gave, each of them once."""
-        plan = ranges.plan
+        plan, term = watched.ranges.plan, watched.ranges.term
         for step, name, value in points:
             if name == "train/loss":
-                expected = jobs.train_loss(plan.shards, step)
+                history = watched.history
+                left_out = history.left_out(term) if history is not None else frozenset()
+                expected = jobs.train_loss(plan.shards, plan.local_steps, step, left_out)
             else:
                 expected = jobs.evaluation_metrics(plan.evaluation_shards)[name]
             self.demand(
@@ -266,6 +301,8 @@ class Oracle:
         )
         self.terms[request.job_id] = term
         self.moments.met("term_raised")
+        if self.runs(request.job_id):
+            self.moments.met("owner_replaced", self.leader())
 
     def committed(
         self, request: pb.CommitCheckpointRequest, response: pb.CommitCheckpointResponse
@@ -356,6 +393,8 @@ class Oracle:
             message = take(outbox, aggregator_id)
             if message is not None:
                 world.transitions += 1
+                if type(message) is FrameOut:
+                    self.moments.met("payload_sent", world.loop.current.name, aggregator_id)
             return message
 
         environment.replace(Outbox, "next", taken)

@@ -13,7 +13,7 @@ from phalanx.testing.simulation import Network, World
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.testing.simulation.faults import Schedule
 from phalanx.testing.simulation.loop import SimulationFailed
-from tests.simulation import jobs
+from tests.simulation import jobs, last
 from tests.simulation.cluster import STORAGE, Cluster, Services
 from tests.simulation.faults import Faults, fault_kinds
 from tests.simulation.ledger import Ledger
@@ -23,9 +23,10 @@ from tests.simulation.scripts import drawn, play
 from tests.simulation.user import Job, User
 
 FIRST_FAULT_S = 0.3
-PARTS_FROM_SEED = 1000
+ALL_FROM_SEED = 1000
+"""Seeds below draw less: they are those of directed scenarios, and stay what they are."""
 
-KINDS = frozenset(fault_kinds()) | {"job_paused", "job_cancelled", "call_repeated"}
+KINDS = frozenset(fault_kinds()) | {"job_paused", "job_cancelled", "call_repeated", "last_strike"}
 """Every kind of fault that a batch must have met."""
 
 
@@ -62,6 +63,10 @@ class Settings:
     """How likely each kind of fault is there."""
     lasting: bool = True
     """Whether a run of the swarm may draw a script, see `scripts.drawn`."""
+    last: str = ""
+    """The last fault, see `last.LastStrike`."""
+    last_s: float = 1.5
+    """From when on it may come."""
 
 
 @dataclass
@@ -77,6 +82,8 @@ class Outcome:
     faults: Counter[str] = field(default_factory=Counter)
     lost: int = 0
     doubled: int = 0
+    left_out: int = 0
+    """Examples that finished jobs left out as they may: those of backup shards."""
     stale_accepted: int = 0
     stale_refused: int = 0
     jobs: int = 0
@@ -109,14 +116,14 @@ def draw(seed: int) -> Settings:
         every_s=chance.choice([0.5, 0.8, 1.2]),
         mixed=chance.random() < 0.2 and workers > 1,
         shapes=tuple(
-            replace(draw_shape(chance), parts=draw_parts(parts, seed)) for _ in range(job_count)
+            jobs.composed(draw_shape(chance), draw_parts(parts, seed)) for _ in range(job_count)
         ),
     )
 
 
 def draw_parts(chance: random.Random, seed: int) -> str:
-    """Draw what a job is composed of; the first seeds are those of directed scenarios."""
-    if seed < PARTS_FROM_SEED or chance.random() < 0.5:
+    """Draw what a job is composed of."""
+    if seed < ALL_FROM_SEED or chance.random() < 0.5:
         return ""
     return chance.choice(sorted(jobs.PARTS))
 
@@ -149,6 +156,9 @@ class Run:
         self.ledger = Ledger(self.oracle)
         self.races = Races(self.oracle.moments)
         self.faults = Faults(self.cluster, self.oracle.moments)
+        self.last = last.LastStrike(
+            self.cluster, self.faults, settings.last, random.Random(f"last strike {seed}")
+        )
         chance = random.Random(f"submissions {seed}")
         self.user = User(
             self.cluster.control_addresses,
@@ -169,14 +179,23 @@ class Run:
         self.cluster.start_all()
         self.world.start("user-1", self.user.run)
 
+    def heal(self, schedule: Schedule) -> None:
+        """The time of faults is over, if it is not already."""
+        if not self.cluster.healed:
+            self.cluster.healed = True
+            schedule.heal()
+            self.cluster.heal()
+
     def converge(self) -> None:
         """Run until every job has ended, as they must."""
         world = self.world
         if self.user.ended:
             world.stop()
         self.user.on_end = world.stop
-        converges_s = self.settings.converges_s
-        world.run(world.now_s + converges_s)
+        converges_s, begun_s = self.settings.converges_s, world.now_s
+        world.run(begun_s + converges_s)
+        if self.last.struck_s > begun_s and not self.user.ended:
+            world.run(self.last.struck_s + converges_s)
         if world.failure is None and not self.user.ended:
             states = {
                 job_id: f"{Job.State.Name(job.state)} {job.reason} {job.message}"
@@ -210,6 +229,7 @@ class Run:
         if schedule is not None:
             outcome.faults.update(schedule.fired)
             outcome.faults["struck_in_the_act"] = self.faults.struck
+            outcome.faults["last_strike"] = int(self.last.struck)
         outcome.copies_asked, outcome.copies_raced = self.races.asked, self.races.raced
         if user.repeats:
             outcome.faults["call_repeated"] += user.repeats
@@ -224,12 +244,27 @@ class Run:
         job = self.user.last[job_id]
         if job.state == Job.STATE_SUCCEEDED:
             shape = replace(shape, fingerprint=self.oracle.fingerprints[job_id])
-            right = job.result.parameters_sha256 == jobs.reference_sha256(shape)
+            left_out = 0
+            if shape.backup:
+                sha256, left_out = self.oracle.histories[job_id].end()
+                outcome.left_out += left_out
+            else:
+                sha256 = jobs.reference_sha256(shape)
+            right = job.result.parameters_sha256 == sha256
             outcome.sha_equal += right
+            promised = (not shape.backup, shape.steps, left_out, 0, shape.steps)
+            result = job.result
             if not right:
                 self.world.fail(SimulationFailed(f"{job_id} ended with other bits"))
-            elif not job.result.bit_identical or job.result.steps != shape.steps:
-                self.world.fail(SimulationFailed(f"{job_id} ended early: {job.result}"))
+            elif promised != (
+                result.bit_identical,
+                result.steps,
+                result.examples_lost,
+                result.examples_doubled,
+                job.progress.step,
+            ):
+                told = f"{result} {job.progress}, and should say {promised}"
+                self.world.fail(SimulationFailed(f"{job_id} ended with another result: {told}"))
         elif job.state == Job.STATE_CANCELLED and job_id in self.user.cancels:
             outcome.cancelled += 1
             if job_id in self.oracle.final:
@@ -260,10 +295,15 @@ def simulate(
     clock_s = time.process_time()
     settings = replace(draw(seed), **changed)
     if settings.parts:
-        shapes = tuple(replace(shape, parts=settings.parts) for shape in settings.shapes)
+        shapes = tuple(jobs.composed(shape, settings.parts) for shape in settings.shapes)
         settings = replace(settings, shapes=shapes)
+    if any(shape.backup for shape in settings.shapes):
+        # Such a job takes everybody, whatever bits they compute.
+        settings = replace(settings, mixed=False)
     if only is None:
         settings = drawn(settings, random.Random(f"script {seed}"))
+        if seed >= ALL_FROM_SEED:
+            settings = last.drawn(settings, random.Random(f"last {seed}"))
     run = Run(given, settings, seed, log)
     try:
         run.start()
@@ -278,10 +318,9 @@ def simulate(
         schedule.begin(FIRST_FAULT_S, settings.faults_s)
         run.faults.strike_at(settings.strike, random.Random(f"strike {seed}"))
         play(run.cluster, settings.script, run.oracle, settings.script_s)
+        run.last.lie_in_wait(settings.last_s, lambda: run.heal(schedule))
         run.world.run(settings.faults_s)
-        run.cluster.healed = True
-        schedule.heal()
-        run.cluster.heal()
+        run.heal(schedule)
         run.converge()
         outcome = run.judge(schedule)
     finally:

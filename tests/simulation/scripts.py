@@ -85,14 +85,7 @@ def _lag(cluster: Cluster, name: str) -> None:
     process = cluster.alive[name]
     world.pause(process)
     world.at(world.now_s + LAGS_S, lambda: world.resume(process))
-    world.at(world.now_s + LAGS_S + 0.5, lambda: _lose(cluster, cluster.workers[1:]))
-
-
-def _lose(cluster: Cluster, names: list[str]) -> None:
-    cluster.lost.update(names)
-    for name in names:
-        if cluster.is_alive(name):
-            cluster.kill(name)
+    world.at(world.now_s + LAGS_S + 0.5, lambda: cluster.lose(cluster.workers[1:]))
 
 
 def _die(cluster: Cluster, oracle: Oracle, name: str) -> None:
@@ -103,7 +96,7 @@ def _die(cluster: Cluster, oracle: Oracle, name: str) -> None:
     def die() -> None:
         cluster.network.reset(*link)
         cluster.network.unblock([link])
-        _lose(cluster, [name])
+        cluster.lose([name])
 
     oracle.moments.wait("range_ahead", die)
 
