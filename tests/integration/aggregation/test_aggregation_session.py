@@ -7,6 +7,7 @@ import urllib.request
 
 import pytest
 
+from coordinator.aggregation import hosting
 from phalanx.errors import Aborted, FailedPrecondition, InvalidArgument, Unavailable
 from phalanx.frames import encode_request
 from phalanx.reduction import Node
@@ -158,14 +159,15 @@ async def test_a_contribution_without_its_go_record_ends_the_stream(bench):
         assert error.reason == "NO_GO_RECORD"
 
 
-async def test_metrics_of_a_job_are_served(bench):
+async def test_metrics_of_a_job_are_served(bench, monkeypatch):
+    monkeypatch.setattr(hosting, "REPORT_EVERY_S", 3600.0)  # the end shows what is newest
     plan = make_plan(elements=1000, steps=3)
     member = await bench.aggregator()
     await bench.assign(plan)
     leaves = Leaves(plan)
     async with streams(leaves, [member.address], 1) as worker:
         await worker.work(share(leaves, 0, 1))
-        while (await member.session.receive("job_report")).outcome != (
+        while (report := await member.session.receive("job_report")).outcome != (
             pb.JobReport.OUTCOME_STOPPED
         ):
             pass
@@ -179,5 +181,7 @@ async def test_metrics_of_a_job_are_served(bench):
     assert float(values['phalanx_job_examples_lost_total{job_id="job-test"}']) == 0
     assert float(values['phalanx_job_examples_doubled_total{job_id="job-test"}']) == 0
     assert float(values['phalanx_checkpoint_seconds_count{job_id="job-test"}']) == 1
+    loss = 'phalanx_job_metric{job_id="job-test",metric="train/loss"}'
+    assert float(values[loss]) == report.metrics["train/loss"]
     received = 'phalanx_wire_bytes_total{direction="in",encoding="raw",job_id="job-test"}'
     assert float(values[received]) > 4 * 1000 * 4

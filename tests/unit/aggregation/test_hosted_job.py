@@ -25,6 +25,9 @@ class Gauges:
     def checkpointed(self, _: float) -> None:
         pass
 
+    def metrics(self, _: Any) -> None:
+        pass
+
 
 class Storage:
     """Takes every blob; what becomes of a checkpoint is up to the test."""
