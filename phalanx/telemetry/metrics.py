@@ -197,8 +197,8 @@ class PerJob:
     """Bounds the series of per-job metrics.
 
     At most JOB_SERIES_LIMIT jobs have series at once; those of an ended job go after
-    JOB_SERIES_KEPT_S. Ask ``admits`` before touching a metric of a job; call ``expire`` now and
-    then. Times are monotonic seconds.
+    JOB_SERIES_KEPT_S, or when a job that runs needs the place. Ask ``admits`` before touching a
+    metric of a job; call ``expire`` now and then. Times are monotonic seconds.
     """
 
     def __init__(self, metrics: Iterable[MetricWrapperBase], limit: int = JOB_SERIES_LIMIT) -> None:
@@ -212,7 +212,9 @@ class PerJob:
         if job_id in self._jobs:
             return True
         if len(self._jobs) >= self._limit:
-            return False
+            if not self._ended:
+                return False
+            self._drop(next(iter(self._ended)))
         self._jobs.add(job_id)
         return True
 
@@ -229,10 +231,13 @@ class PerJob:
         """Drop the series of jobs that ended JOB_SERIES_KEPT_S ago."""
         for job_id, ended_s in list(self._ended.items()):
             if now_s - ended_s >= JOB_SERIES_KEPT_S:
-                for metric in self._metrics:
-                    metric.remove_by_labels({"job_id": job_id})
-                del self._ended[job_id]
-                self._jobs.discard(job_id)
+                self._drop(job_id)
+
+    def _drop(self, job_id: str) -> None:
+        for metric in self._metrics:
+            metric.remove_by_labels({"job_id": job_id})
+        del self._ended[job_id]
+        self._jobs.discard(job_id)
 
 
 class _Maker:

@@ -121,6 +121,22 @@ def test_series_of_a_job_are_bounded_and_go_after_its_end() -> None:
     assert per_job.admits("c")
 
 
+def test_jobs_that_ended_make_room_for_one_that_runs_the_oldest_first() -> None:
+    registry = CollectorRegistry()
+    metrics = AggregatorMetrics(registry)
+    per_job = PerJob([metrics.job_step], limit=3)
+    for job_id in ("a", "b", "c"):
+        assert per_job.admits(job_id)
+        metrics.job_step.labels(job_id=job_id).set(1)
+    per_job.end("b", now_s=1.0)
+    per_job.end("a", now_s=2.0)
+    assert per_job.admits("d")
+    text = generate_latest(registry).decode()
+    assert [job_id in text for job_id in ('job_id="a"', 'job_id="b"', 'job_id="c"')] == [1, 0, 1]
+    assert per_job.admits("e")
+    assert not per_job.admits("f"), "c, d and e run"
+
+
 def test_a_job_that_comes_back_keeps_its_series() -> None:
     registry = CollectorRegistry()
     metrics = AggregatorMetrics(registry)
