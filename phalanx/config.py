@@ -110,14 +110,11 @@ def _optional_address(value: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class ServiceConfig:
-    """What every service takes; a subclass sets ``service`` and, if it listens, its port."""
+    """What every service takes; a subclass sets ``service``."""
 
     service: ClassVar[str] = "service"
 
     id: str = option("", "Stable name of this process; made up when empty.", check=_optional_name)
-    listen: str = option(
-        "127.0.0.1:0", "Address to serve gRPC on; port 0 takes a free one.", check=address
-    )
     metrics_listen: str | None = option(
         "127.0.0.1:0",
         "Address of /metrics and /healthz; empty for none.",
@@ -143,8 +140,14 @@ class ServiceConfig:
 
 @dataclass(frozen=True)
 class ServerConfig(ServiceConfig):
-    """What every service takes that others call: how much of it they may take up."""
+    """What every service takes that others call: where, and how much of it they may take up."""
 
+    listen: str = option(
+        "127.0.0.1:0", "Address to serve gRPC on; port 0 takes a free one.", check=address
+    )
+    reflection: bool = option(
+        True, "Tell clients such as grpcurl which calls there are (gRPC reflection).", common=True
+    )
     connections_max: int = option(
         4096, "Connections open at once; more are closed at once.", check=at_least(16)
     )

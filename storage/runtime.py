@@ -49,6 +49,7 @@ class StorageProcess:
             listen=config.listen,
             metrics_listen=config.metrics_listen,
             service_names=SERVICE_NAMES,
+            reflection=config.reflection,
             registry=registry,
             limits=ServerLimits.of(config),
             options=FIXED_WINDOWS,

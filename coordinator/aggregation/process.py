@@ -53,6 +53,7 @@ async def serve(config: AggregatorConfig, stop: asyncio.Event) -> None:
         listen=config.listen,
         metrics_listen=config.metrics_listen,
         service_names=[SERVICE],
+        reflection=config.reflection,
         limits=ServerLimits.of(config),
     )
     aggregator = Aggregator(

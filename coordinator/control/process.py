@@ -57,6 +57,7 @@ class ControlProcess:
             listen=config.listen,
             metrics_listen=config.metrics_listen,
             service_names=SERVICE_NAMES,
+            reflection=config.reflection,
             registry=registry,
             limits=ServerLimits.of(config),
             options=FIXED_WINDOWS,

@@ -172,6 +172,23 @@ def test_every_service_is_healthy(cluster: phalanx.LocalCluster) -> None:
                 assert answer.status == health_pb2.HealthCheckResponse.SERVING, name
 
 
+def test_reflection_can_be_switched_off_everywhere() -> None:
+    with phalanx.LocalCluster(workers=1, environment={"PHALANX_REFLECTION": "false"}) as local:
+        servers = [process for process in local.processes() if process.role in SERVICES]
+        assert len(servers) == len(SERVICES)
+        for process in servers:
+            with grpc.insecure_channel(process.address) as channel:
+                stub: Any = health_pb2_grpc.HealthStub(channel)
+                stub.Check(health_pb2.HealthCheckRequest(), timeout=GUARD_S)
+                client = RawClient(process.address)
+                try:
+                    with pytest.raises(grpc.RpcError) as caught:
+                        client.new("JobSpec")
+                finally:
+                    client.channel.close()
+                assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
 def test_every_process_answers_scrapers(cluster: phalanx.LocalCluster) -> None:
     spec = {**readme_job(), "name": "scraped"}
     spec["train"]["stop"] = {"steps": 3}

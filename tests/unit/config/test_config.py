@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 
 from phalanx.config import (
+    ServerConfig,
     ServiceConfig,
     addresses,
     at_least,
@@ -21,7 +22,7 @@ from phalanx.errors import InvalidArgument, Violation
 
 
 @dataclass(frozen=True)
-class ExampleConfig(ServiceConfig):
+class ExampleConfig(ServerConfig):
     """An example."""
 
     service: ClassVar[str] = "example"
