@@ -151,6 +151,7 @@ class TreeReducer:
         self._top = _root_span(width)
         self._filled: dict[int, tuple[Any, int, bool]] = {}
         self._form: tuple[Any, ...] | None = None
+        self._covered = 0
 
     @property
     def complete(self) -> bool:
@@ -169,13 +170,7 @@ class TreeReducer:
     @property
     def filled_shards(self) -> int:
         """The shards below filled nodes: bit i is shard i, whether present or left out."""
-        mask = 0
-        for index in self._filled:
-            depth = index.bit_length() - 1
-            span = self._top >> depth
-            first = (index - (1 << depth)) * span
-            mask |= (1 << first + span) - (1 << first)
-        return mask & ((1 << self._width) - 1)
+        return self._covered
 
     def fill(self, node: Node, value: Any, mask: int) -> bool:
         """Fill `node`; return False where it, or a node above it, was filled before.
@@ -199,6 +194,7 @@ class TreeReducer:
         if node.span > 1 and filled:
             self._free_below(index)
         self._put(index, node, (value, mask, False))
+        self._covered |= shards_mask((node,), self._width)
         return True
 
     def _check(self, node: Node, value: Any, mask: int) -> None:

@@ -21,6 +21,7 @@ from coordinator.aggregation.core.effects import (
     Refused,
     StartCheckpoint,
     Wake,
+    Work,
 )
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.gauges import JobGauges
@@ -115,6 +116,7 @@ class HostedJob:
         self._commits_to_report = 0
         self._final: Report | None = None
         self._ending: asyncio.Task[None] | None = None
+        self._worker: asyncio.Task[None] | None = None
         self.copying = Copying(ranges, send, lambda: not settled())
         self._watchman = asyncio.create_task(self._watch_round())
         self._reporter = asyncio.create_task(self._report_often())
@@ -184,8 +186,7 @@ class HostedJob:
             gone = f"job {self.ranges.plan.job_id} is not held here any more"
             self._closed.set_result(error or Unavailable(gone, reason="RANGES_RELEASED"))
         tasks = [self._reporter, self._watchman, *self._checkpoints]
-        if self._ending is not None:
-            tasks.append(self._ending)
+        tasks += [task for task in (self._ending, self._worker) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -201,6 +202,9 @@ class HostedJob:
                 case Wake():
                     for waker in self._wakers.values():
                         waker.set()
+                case Work():
+                    if self._worker is None or self._worker.done():
+                        self._worker = asyncio.create_task(self._work())
                 case Committed():
                     self._committed(effect)
                 case Refused():
@@ -215,6 +219,16 @@ class HostedJob:
                     self._failed(effect)
         if effects:
             self.copying.turn()
+
+    async def _work(self) -> None:
+        """Do what takes long, slice by slice: heartbeats and other jobs have their turn between."""
+        try:
+            while self.ranges.works:
+                self.perform(self.ranges.work(self.elapsed_s))
+                await asyncio.sleep(0)
+        except Exception as error:  # noqa: BLE001 - the round could never complete any more
+            _log.exception("aggregation_failed", job_id=self.ranges.plan.job_id)
+            self.fail("AGGREGATION_FAILED", f"{type(error).__name__}: {error}")
 
     def _committed(self, effect: Committed) -> None:
         now_s = time.monotonic()

@@ -231,15 +231,8 @@ class Aggregator:
         if old is not None:
             await old.close(stale_term(job_id, old.ranges.term, message.term))
         storage = await self._known_storage()
-        owned = [piece for piece in message.ranges if piece.aggregator_id == self._id]
-        train = JobSpec.FromString(message.plan.spec).train
-        ranges = JobRanges(
-            message.plan,
-            message.term,
-            owned,
-            build_optimizer(train, message.plan.total_steps),
-            RootDecider(message.plan, message.term) if owned[0].index == 0 else None,
-        )
+        # Vectors of gigabytes are laid out and copied: in a thread, which alone knows them yet.
+        ranges = await asyncio.to_thread(self._made, message)
         effects = await self._begin(message, ranges)
         gauges = JobGauges(self._metrics, job_id, message.plan)
         job = HostedJob(
@@ -259,6 +252,17 @@ class Aggregator:
         _log.info("ranges_loaded", job_id=job_id, term=message.term, version=ranges.version)
         self._say_ready(job)
 
+    def _made(self, message: coordination.AssignRanges) -> JobRanges:
+        owned = [piece for piece in message.ranges if piece.aggregator_id == self._id]
+        train = JobSpec.FromString(message.plan.spec).train
+        return JobRanges(
+            message.plan,
+            message.term,
+            owned,
+            build_optimizer(train, message.plan.total_steps),
+            RootDecider(message.plan, message.term) if owned[0].index == 0 else None,
+        )
+
     async def _begin(self, message: coordination.AssignRanges, ranges: JobRanges) -> list[Effect]:
         """Load the checkpoint, if there is one, and begin; waits as long as storage is away."""
         if not message.HasField("restore"):
@@ -268,7 +272,9 @@ class Aggregator:
         vectors = {
             index: await self._read(manifest, pieces[index]) for index in ranges.range_indexes
         }
-        return ranges.begin_restored(manifest.step, vectors, manifest.root_state)
+        return await asyncio.to_thread(
+            ranges.begin_restored, manifest.step, vectors, manifest.root_state
+        )
 
     async def _read(
         self, manifest: storage.CheckpointManifest, piece: ParameterRange

@@ -15,9 +15,10 @@ from phalanx.reducers.rules import (
     Reducer,
     TrimmedMean,
 )
+from phalanx.reducers.slices import Slices, Steps
 from phalanx.v1 import job_spec_pb2
 
-__all__ = ["Contribution", "Reduced", "Reducer", "build_reducer"]
+__all__ = ["Contribution", "Reduced", "Reducer", "Slices", "Steps", "build_reducer"]
 
 
 def build_reducer(train: job_spec_pb2.Train, shards: int) -> Reducer | None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.frames import BLOCK_ELEMENTS
+from phalanx.reducers.slices import Slices, Steps, whole
 from phalanx.reduction import all_finite
 
 Array = NDArray[Any]
@@ -33,24 +35,35 @@ class Contribution:
     pieces: Sequence[Array]
     count: int
 
-    @property
+    @cached_property
     def finite(self) -> bool:
         """Whether no element is NaN or infinite."""
         return all(all_finite(piece) for piece in self.pieces)
 
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return sum(len(piece) for piece in self.pieces)
+
     def factor(self, clip_norm: float | None) -> float:
         """What shortens the mean to a norm, if it is longer; 1 without a limit."""
+        return whole(self.factor_steps(clip_norm, Slices()))
+
+    def factor_steps(self, clip_norm: float | None, slices: Slices) -> Steps[float]:
+        """`factor` in slices."""
         if clip_norm is None:
             return 1.0
-        norm = self.norm() / self.count
+        norm = (yield from self._norm(slices)) / self.count
         return 1.0 if norm <= clip_norm else clip_norm / norm
 
-    def norm(self) -> float:
+    def _norm(self, slices: Slices) -> Steps[float]:
         """The Euclidean norm of the sum."""
         total = 0.0
         for piece, block in blocks_of(self.pieces):
             values = self.pieces[piece][block].astype(np.float64)
             total += float(np.dot(values, values))
+            if slices.due(len(values)):
+                yield
         return math.sqrt(total)
 
 
@@ -64,6 +77,11 @@ class Reduced:
 
 def blocks_of(pieces: Sequence[Array]) -> Iterator[tuple[int, slice]]:
     """The blocks of a vector in order: which piece, and which of its elements."""
+    return cuts_of(pieces, BLOCK_ELEMENTS)
+
+
+def cuts_of(pieces: Sequence[Array], elements: int) -> Iterator[tuple[int, slice]]:
+    """Cuts of so many elements, for what is done with each element by itself."""
     for index, piece in enumerate(pieces):
-        for first in range(0, len(piece), BLOCK_ELEMENTS):
-            yield index, slice(first, min(first + BLOCK_ELEMENTS, len(piece)))
+        for first in range(0, len(piece), elements):
+            yield index, slice(first, min(first + elements, len(piece)))

@@ -17,8 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.reducers.contributions import Contribution, Reduced, blocks_of
+from phalanx.frames import BLOCK_ELEMENTS
+from phalanx.reducers.contributions import Contribution, Reduced, blocks_of, cuts_of
+from phalanx.reducers.slices import SLICE_ELEMENTS, Slices, Steps, whole
 from phalanx.reduction import reduce_leaves
+
+COLUMNS_LEAST = 1024
+"""Elements of each contribution that are handled at once, however many contributions there are."""
 
 Array = NDArray[Any]
 
@@ -35,21 +40,34 @@ class Reducer(ABC):
         Args:
             contributions: shard → what it contributes. All are cut alike.
         """
-        good = {
-            shard: contributions[shard]
-            for shard in sorted(contributions)
-            if contributions[shard].finite
-        }
         with np.errstate(over="ignore", invalid="ignore"):  # the root looks at the result
-            return self._reduce(good, len(contributions) - len(good)) if good else None
+            return whole(self.steps(contributions))
+
+    def steps(self, contributions: Mapping[int, Contribution]) -> Steps[Reduced | None]:
+        """`reduce` in slices; each may overflow, which is no warning."""
+        slices, good = Slices(), {}
+        for shard in sorted(contributions):
+            if contributions[shard].finite:
+                good[shard] = contributions[shard]
+            if slices.due(contributions[shard].size):
+                yield
+        if not good:
+            return None
+        return (yield from self._reduce(good, len(contributions) - len(good), slices))
 
     @abstractmethod
-    def _reduce(self, good: dict[int, Contribution], refused: int) -> Reduced | None:
+    def _reduce(
+        self, good: dict[int, Contribution], refused: int, slices: Slices
+    ) -> Steps[Reduced | None]:
         """Reduce finite contributions, in the order of their shards; `refused` were not finite."""
 
-    def _factor(self, contribution: Contribution) -> float:
-        """What shortens the mean of a contribution to the longest norm that is allowed."""
-        return contribution.factor(self._clip_norm)
+    def _factors(self, contributions: Sequence[Contribution], slices: Slices) -> Steps[list[float]]:
+        """What shortens the mean of each contribution to the longest norm that is allowed."""
+        factors = []
+        for each in contributions:
+            factor = yield from each.factor_steps(self._clip_norm, slices)
+            factors.append(factor)
+        return factors
 
 
 class Mean(Reducer):
@@ -62,30 +80,44 @@ class Mean(Reducer):
         super().__init__(clip_norm)
         self._shards = shards
 
-    def _reduce(self, good: dict[int, Contribution], refused: int) -> Reduced | None:
-        factors = {shard: self._factor(each) for shard, each in good.items()}
-        pieces = []
-        for index in range(len(next(iter(good.values())).pieces)):
+    def _reduce(
+        self, good: dict[int, Contribution], refused: int, slices: Slices
+    ) -> Steps[Reduced | None]:
+        ordered = list(good.values())
+        factors = dict(zip(good, (yield from self._factors(ordered, slices)), strict=True))
+        out = [np.empty_like(piece) for piece in ordered[0].pieces]
+        for index, block in cuts_of(out, _columns(len(good))):
             leaves: dict[int, Array | None] = {
-                shard: _scaled(each.pieces[index], factors[shard]) for shard, each in good.items()
+                shard: _scaled(each.pieces[index][block], factors[shard])
+                for shard, each in good.items()
             }
             total = reduce_leaves(leaves, self._shards)
             assert total is not None
-            pieces.append(total)
-        return Reduced(pieces, sum(each.count for each in good.values()))
+            out[index][block] = total
+            if slices.due(len(good) * len(total)):
+                yield
+        return Reduced(out, sum(each.count for each in good.values()))
 
 
 class _OfMeans(Reducer):
     """A rule that compares the shards' means element by element, each shard counting once."""
 
-    def _reduce(self, good: dict[int, Contribution], refused: int) -> Reduced | None:
+    def _reduce(
+        self, good: dict[int, Contribution], refused: int, slices: Slices
+    ) -> Steps[Reduced | None]:
         if not self._holds(len(good), refused):
             return None
         ordered = list(good.values())
-        means = _Means(ordered, [self._factor(each) for each in ordered])
+        means = _Means(ordered, (yield from self._factors(ordered, slices)), slices)
         out = [np.empty_like(piece) for piece in ordered[0].pieces]
-        for index, block in blocks_of(out):
-            out[index][block] = self._combine(means.block(index, block), refused)
+        at_once = max(1, SLICE_ELEMENTS // len(good))
+        for index, block in cuts_of(out, _columns(len(good))):
+            rows, values = (yield from means.block(index, block)), out[index][block]
+            for first in range(0, len(values), at_once):
+                part = slice(first, first + at_once)
+                values[part] = self._combine(rows[:, part], refused)
+                if slices.due(rows[:, part].size):
+                    yield
         return Reduced(out, 1)
 
     @abstractmethod
@@ -141,30 +173,38 @@ class Krum(Reducer):
         self._faulty = faulty
         self._keep = keep
 
-    def _reduce(self, good: dict[int, Contribution], refused: int) -> Reduced | None:
+    def _reduce(
+        self, good: dict[int, Contribution], refused: int, slices: Slices
+    ) -> Steps[Reduced | None]:
         faulty, count = max(0, self._faulty - refused), len(good)
         if count < 2 * faulty + 3:
             return None
         ordered = list(good.values())
-        means = _Means(ordered, [self._factor(each) for each in ordered])
-        scores = _scores(means.squared_distances(), count - faulty - 2)
+        means = _Means(ordered, (yield from self._factors(ordered, slices)), slices)
+        distances = yield from means.squared_distances()
+        scores = yield from _scores(distances, count - faulty - 2, slices)
         # A stable order: of equal scores the lower shard wins.
         best = sorted(range(count), key=lambda each: scores[each])
         chosen = sorted(best[: min(self._keep, count - faulty)])
         out = [np.empty_like(piece) for piece in ordered[0].pieces]
-        for index, block in blocks_of(out):
-            out[index][block] = _mean(means.block(index, block, chosen))
+        for index, block in cuts_of(out, _columns(len(chosen))):
+            out[index][block] = _mean((yield from means.block(index, block, chosen)))
+            if slices.due(len(chosen) * (block.stop - block.start)):
+                yield
         return Reduced(out, 1)
 
 
 class _Means:
     """The shards' means, made block by block: all of them at once would be another copy of all."""
 
-    def __init__(self, contributions: Sequence[Contribution], factors: Sequence[float]) -> None:
+    def __init__(
+        self, contributions: Sequence[Contribution], factors: Sequence[float], slices: Slices
+    ) -> None:
         self._contributions = contributions
         self._factors = factors
+        self._slices = slices
 
-    def block(self, index: int, block: slice, chosen: Sequence[int] | None = None) -> Array:
+    def block(self, index: int, block: slice, chosen: Sequence[int] | None = None) -> Steps[Array]:
         """One block of the means of some shards (all), one row each."""
         rows = range(len(self._contributions)) if chosen is None else chosen
         like = self._contributions[0].pieces[index]
@@ -174,26 +214,37 @@ class _Means:
             np.divide(contribution.pieces[index][block], like.dtype.type(contribution.count), row)
             if factor != 1.0:
                 np.multiply(row, like.dtype.type(factor), row)
+            if self._slices.due(len(row)):
+                yield
         return out
 
-    def squared_distances(self) -> NDArray[np.float64]:
+    def squared_distances(self) -> Steps[NDArray[np.float64]]:
         """The squared distance of each pair of means."""
         count = len(self._contributions)
         distances = np.zeros((count, count))
         for index, block in blocks_of(self._contributions[0].pieces):
-            means = self.block(index, block).astype(np.float64)
+            means = (yield from self.block(index, block)).astype(np.float64)
             for one, other in combinations(range(count), 2):
                 difference = means[one] - means[other]
                 distances[one, other] += np.dot(difference, difference)
+                if self._slices.due(len(difference)):
+                    yield
         return distances + distances.T
 
 
-def _scores(distances: NDArray[np.float64], neighbours: int) -> list[float]:
+def _columns(rows: int) -> int:
+    """How many elements of so many rows are handled at once, where each is handled by itself."""
+    return min(BLOCK_ELEMENTS, max(COLUMNS_LEAST, SLICE_ELEMENTS // rows))
+
+
+def _scores(distances: NDArray[np.float64], neighbours: int, slices: Slices) -> Steps[list[float]]:
     scores = []
     for own, row in enumerate(distances):
         nearest = np.sort(np.delete(row, own))[:neighbours]
         # Exactly rounded, so in no order at all.
         scores.append(math.fsum(nearest.tolist()) if np.isfinite(nearest).all() else math.inf)
+        if slices.due(16 * len(row)):
+            yield
     return scores
 
 

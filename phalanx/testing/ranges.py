@@ -301,7 +301,15 @@ class ScriptedJob:
     def send(self, frames: Iterable[Frame]) -> None:
         """Frames arrive in this order."""
         for header, payload in frames:
-            self.effects += self.owner_of(header.range).contribute(header, payload, 0.0)
+            owner = self.owner_of(header.range)
+            self.effects += owner.contribute(header, payload, 0.0)
+            check_versions(self.owners)
+            self.work(owner)
+
+    def work(self, owner: Any) -> None:
+        """An owner does what takes long."""
+        while owner.works:
+            self.effects += owner.work(0.0)
             check_versions(self.owners)
 
     # -- workers

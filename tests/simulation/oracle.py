@@ -353,7 +353,8 @@ class Oracle:
         )
         self._after(environment, JobRanges, ("begin", "begin_restored"), self.ranges_acted)
         # These come with a message from control, or are what a frame leads to.
-        self._after(environment, JobRanges, ("pause", "fail"), self.ranges_acted, counts=False)
+        parts = ("pause", "fail", "work")
+        self._after(environment, JobRanges, parts, self.ranges_acted, counts=False)
         for name in ("contribute", "go_record"):
             environment.replace(JobRanges, name, self._in_term(getattr(JobRanges, name)))
         self._after(environment, JobRanges, ("checkpoint_done",), _nothing)

@@ -15,6 +15,11 @@ class Wake:
 
 
 @dataclass(frozen=True)
+class Work:
+    """There is work that takes long: `JobRanges.work` does a slice of it, until none is left."""
+
+
+@dataclass(frozen=True)
 class Committed:
     """Range 0 is whole at `version`: one more step is done."""
 
@@ -67,4 +72,4 @@ class Failed:
     message: str
 
 
-Effect = Wake | Committed | Refused | Points | StartCheckpoint | Ended | Failed
+Effect = Wake | Work | Committed | Refused | Points | StartCheckpoint | Ended | Failed

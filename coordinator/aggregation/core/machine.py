@@ -13,12 +13,16 @@ Rules that hold after every call:
 - A round is open only under a go record for exactly (version, round), and never for a version
   that the range does not hold whole.
 - Order is (version, round) within a term; whatever is older than the newest is ignored.
+
+A round whose frames complete all at once is closed by *work*: slices that the runtime asks for one
+by one (`work`), so that whoever else waits has his turn in between. Until it is done the round
+ignores frames, and nothing but a failure can end it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -36,6 +40,7 @@ from coordinator.aggregation.core.effects import (
     Refused,
     StartCheckpoint,
     Wake,
+    Work,
 )
 from coordinator.aggregation.core.golog import GoLog
 from coordinator.aggregation.core.plan import (
@@ -77,6 +82,8 @@ class _Range:
     round: AnyRound | None = None
     root: RootFunction | None = None
     touched: bool = False
+    #: What is left to do before the round, which has all that it needs, is closed.
+    work: Generator[bool] | None = None
     ended: bool = False
     pending: dict[Key, GoRecord] = field(default_factory=dict)
 
@@ -224,6 +231,18 @@ class JobRanges:
             )
         return self._fill(owned, current, frame, payload, elapsed_s)
 
+    @property
+    def works(self) -> bool:
+        """There is work left: `work` is to be called."""
+        return not self._failed and any(owned.work is not None for owned in self._ranges.values())
+
+    def work(self, elapsed_s: float) -> list[Effect]:
+        """Do a slice of the work that `Work` told of."""
+        for owned in self._ranges.values():
+            if self.works and owned.work is not None and owned.round is not None:
+                return self._do(owned, owned.round, owned.work, elapsed_s)
+        return []
+
     def go_record(self, go: GoRecord) -> list[Effect]:
         """Take a go record that a worker carried from range 0."""
         self._check_term(go.term)
@@ -275,6 +294,8 @@ class JobRanges:
         elapsed_s: float,
     ) -> list[Effect]:
         assert owned.root is not None
+        if owned.work is not None:
+            return []
         try:
             # An overflow is no warning here: it is looked for in the result.
             with np.errstate(over="ignore", invalid="ignore"):
@@ -283,16 +304,34 @@ class JobRanges:
                 if not done:
                     return []
                 owned.touched = True
+                if current.at_once:
+                    owned.work = _closing(owned.root, current, done)
+                    return [Work()]
                 totals, made = current.totals, False
                 for index in done:
                     made |= owned.root.frame_complete(index, current.take(index), totals)
-        except Disagreement as error:
-            return self.fail("CONTRIBUTIONS_DISAGREE", str(error))
-        except NonFiniteResult as error:
-            return self.fail("PARAMETERS_NON_FINITE", f"at version {frame.step}: {error}")
+        except (Disagreement, NonFiniteResult) as error:
+            return self._fail_of(error, frame.step)
         if current.complete:
             return [Wake(), *self._close(owned, current, elapsed_s)]
         return [Wake()] if made else []
+
+    def _do(
+        self, owned: _Range, current: AnyRound, work: Generator[bool], elapsed_s: float
+    ) -> list[Effect]:
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                made = next(work)
+        except StopIteration:
+            return [Wake(), *self._close(owned, current, elapsed_s)]
+        except (Disagreement, NonFiniteResult) as error:
+            return self._fail_of(error, owned.key[0])
+        return [Wake()] if made else []
+
+    def _fail_of(self, error: Exception, version: int) -> list[Effect]:
+        if isinstance(error, Disagreement):
+            return self.fail("CONTRIBUTIONS_DISAGREE", str(error))
+        return self.fail("PARAMETERS_NON_FINITE", f"at version {version}: {error}")
 
     def _drop_before(self, owned: _Range, version: int) -> None:
         """The first contribution to a version shows that every range committed it."""
@@ -303,7 +342,7 @@ class JobRanges:
 
     def _close(self, owned: _Range, current: AnyRound, elapsed_s: float) -> list[Effect]:
         sums = owned.root.result.tolist() if isinstance(owned.root, SumRoot) else []
-        owned.round = owned.root = None
+        owned.round = owned.root = owned.work = None
         if self._decider is None or owned is not self._ranges[0]:
             return self._open_pending(owned)
         spec, totals = current.spec, current.totals
@@ -384,7 +423,7 @@ class JobRanges:
         if owned.version > version or (owned.round is not None and owned.touched):
             return []
         owned.key = key
-        owned.round = owned.root = None
+        owned.round = owned.root = owned.work = None
         effects = self._checkpoint(owned, go)
         if go.action in TERMINAL_ACTIONS:
             return effects + self._end(owned, go)
@@ -429,9 +468,21 @@ class JobRanges:
 
     def _end(self, owned: _Range, go: GoRecord) -> list[Effect]:
         owned.ended = True
-        owned.round = owned.root = None
+        owned.round = owned.root = owned.work = None
         owned.pending.clear()
         return [Ended(go)] if all(other.ended for other in self._ranges.values()) else []
+
+
+def _closing(root: RootFunction, current: AnyRound, done: Sequence[int]) -> Generator[bool]:
+    """Slices of what closes a round whose frames complete at once; tells of each but the last
+    whether it made a frame of parameters."""
+    for _ in current.reduce():
+        yield False
+    totals = current.totals
+    for number, index in enumerate(done):
+        if number:
+            yield True
+        root.frame_complete(index, current.take(index), totals)
 
 
 def stale_term(job_id: str, term: int, current: int) -> Aborted:

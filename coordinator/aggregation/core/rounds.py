@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from phalanx.compressors import Codec, decoded
 from phalanx.errors import InvalidArgument
+from phalanx.reducers import Steps
 from phalanx.reduction import Node, TreeReducer
 from phalanx.texts import number_of
 from phalanx.v1 import aggregation_service_pb2 as pb
@@ -66,6 +67,9 @@ class Round:
     refused: tuple[int, ...] = ()
     """Shards that were left out; here a sum that is not finite fails the job."""
 
+    at_once = False
+    """All frames complete together, with so much to do that others must have their turn."""
+
     def __init__(self, spec: RoundSpec) -> None:
         self.spec = spec
         self._frames = {first: index for index, (first, _) in enumerate(spec.grid)}
@@ -109,6 +113,10 @@ class Round:
             return ()
         reducer.fill(node, values, mask >> node.first)
         return (index,) if reducer.complete else ()
+
+    def reduce(self) -> Steps[None]:
+        """What is to be done before the first frame is taken, in slices: nothing, here."""
+        yield from ()
 
     def reduced(self, index: int) -> NDArray[np.generic] | None:
         """Reduced frame `index`, whose tree is complete; None where no shard was present."""

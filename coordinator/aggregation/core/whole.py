@@ -3,7 +3,8 @@
 Rules that compare the shards' contributions, and rules by which the first so many count, need one
 range and whole contributions: a part of one must never be in a step that the rest of it is not in.
 So frames are collected by node, a whole contribution goes to a *sink*, and when all that the round
-needs are in, all of its frames complete at once.
+needs are in, all of its frames complete at once. What is to be done then is a lot, and is done in
+slices: first `reduce`, then one frame after the other is taken.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from coordinator.aggregation.core.rounds import (
     payload_values,
     shards_of,
 )
-from phalanx.reducers import Contribution, Reducer
+from phalanx.reducers import Contribution, Reducer, Slices, Steps
 from phalanx.reduction import Node, nodes_of_mask
 from phalanx.v1 import aggregation_service_pb2 as pb
 
@@ -52,6 +53,8 @@ class _Whole:
 class HeldRound(Round):
     """A round of trees whose mean is shortened to a norm: no frame is done before all are."""
 
+    at_once = True
+
     def __init__(self, spec: RoundSpec, clip_norm: float) -> None:
         super().__init__(spec)
         self._clip_norm = clip_norm
@@ -62,14 +65,15 @@ class HeldRound(Round):
         """Take one frame; see `Round.contribute`. All frames complete with the last one."""
         # A copy of what is held completes its frame again.
         self._held.update(super().contribute(frame, payload))
-        if len(self._held) < len(self.spec.grid):
-            return ()
+        return () if len(self._held) < len(self.spec.grid) else sorted(self._held)
+
+    def reduce(self) -> Steps[None]:
+        """Find out how much the mean is to be shortened, in slices."""
         totals = self.totals
         if totals.divisor:
             pieces = [self.reduced(index) for index in sorted(self._held)]
-            whole = Contribution([each for each in pieces if each is not None], totals.divisor)
-            self._factor = whole.factor(self._clip_norm)
-        return sorted(self._held)
+            mean = Contribution([each for each in pieces if each is not None], totals.divisor)
+            self._factor = yield from mean.factor_steps(self._clip_norm, Slices())
 
     def take(self, index: int) -> Array | None:
         """Hand over reduced frame `index`, shortened."""
@@ -81,6 +85,8 @@ class LeavesRound:
 
     It is done without the last `spare` shards: what of them is not whole by then is left out.
     """
+
+    at_once = True
 
     def __init__(
         self, spec: RoundSpec, reducer: Reducer, spare: int = 0, clip_norm: float | None = None
@@ -95,11 +101,13 @@ class LeavesRound:
         self._arriving: dict[int, _Arriving] = {}
         self._whole: list[_Whole] = []
         self._in = 0
+        self._closed = False
         #: Shards whose contributions were not finite, and so left out.
         self.refused: tuple[int, ...] = ()
         self._reduced: list[Array | None] = []
         self._left = len(spec.grid)
         self._divisor = 0
+        self._factor = 1.0
 
     @property
     def complete(self) -> bool:
@@ -108,19 +116,19 @@ class LeavesRound:
 
     @property
     def missing(self) -> int:
-        """Shards that are not whole here: bit i is shard i."""
-        return ~self._in & ((1 << self.spec.width) - 1)
+        """Shards that are not whole here and still wanted: bit i is shard i."""
+        return 0 if self._closed else ~self._in & ((1 << self.spec.width) - 1)
 
     @property
     def totals(self) -> Totals:
-        """Scalars of all contributions; only once the round has what it needs."""
+        """Scalars of all contributions; only once they are reduced."""
         totals = self._scalars.totals()
         return Totals(totals.example_count, totals.loss_sum, totals.present, self._divisor)
 
     def contribute(self, frame: pb.ContributionFrame, payload: memoryview) -> Sequence[int]:
         """Take one frame; see `Round.contribute`. All frames complete with the last one."""
         node = check_node(frame.node, self.spec.width)
-        if self._reduced:
+        if self._closed:
             return ()
         mask = mask_of(frame, node, self.spec.width)
         index, values = payload_values(self.spec, self._index, frame, payload, mask)
@@ -138,13 +146,34 @@ class LeavesRound:
             arriving.left -= 1
         if arriving.left == 0:
             self._keep(node, frame, mask)
-        return () if self.missing.bit_count() > self._spare else self._reduce()
+        if self.missing.bit_count() > self._spare:
+            return ()
+        self._close()
+        return range(len(self.spec.grid))
+
+    def reduce(self) -> Steps[None]:
+        """Reduce all contributions, in slices; their memory is free afterwards."""
+        whole, self._whole = self._whole, []
+        reduced = yield from self._reducer.steps({each.node.first: each.values for each in whole})
+        self.refused = tuple(sorted(each.node.first for each in whole if not each.values.finite))
+        for each in whole:
+            if each.node.first in self.refused:
+                self._scalars.fill(each.node, 0, 0.0, 0)
+            else:
+                self._scalars.fill(each.node, each.values.count, each.loss_sum, each.mask)
+        if reduced is None:
+            self._reduced = [None] * self._left
+            return
+        mean = Contribution(reduced.pieces, reduced.divisor)
+        self._factor = yield from mean.factor_steps(self._clip_norm, Slices())
+        self._reduced = list(reduced.pieces)
+        self._divisor = reduced.divisor
 
     def take(self, index: int) -> Array | None:
         """Hand over reduced frame `index`; None: the step changes nothing."""
         self._left -= 1
         values, self._reduced[index] = self._reduced[index], None
-        return values
+        return _shortened(values, self._factor)
 
     def _keep(self, node: Node, frame: pb.ContributionFrame, mask: int) -> None:
         frames = self._arriving.pop(node.first).frames
@@ -156,24 +185,12 @@ class LeavesRound:
         else:
             self._scalars.fill(node, 0, 0.0, 0)
 
-    def _reduce(self) -> Sequence[int]:
-        whole, self._whole = self._whole, []
-        self.refused = tuple(sorted(each.node.first for each in whole if not each.values.finite))
-        for each in whole:
-            if each.node.first in self.refused:
-                self._scalars.fill(each.node, 0, 0.0, 0)
-            else:
-                self._scalars.fill(each.node, each.values.count, each.loss_sum, each.mask)
+    def _close(self) -> None:
+        """What the round needs is in: whatever is not whole by now is left out."""
         for node in nodes_of_mask(self.missing, self.spec.width):
             self._scalars.fill(node, 0, 0.0, 0)
-        reduced = self._reducer.reduce({each.node.first: each.values for each in whole})
-        if reduced is None:
-            self._reduced = [None] * self._left
-        else:
-            factor = Contribution(reduced.pieces, reduced.divisor).factor(self._clip_norm)
-            self._reduced = [_shortened(piece, factor) for piece in reduced.pieces]
-            self._divisor = reduced.divisor
-        return range(self._left)
+        self._arriving.clear()
+        self._closed = True
 
 
 def _shortened(values: Array | None, factor: float) -> Array | None:
