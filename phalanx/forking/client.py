@@ -19,6 +19,10 @@ _STOP_S = 3.0
 class ServerProcess(Protocol):
     """The process that forks, as the one that started it sees it."""
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
     def send_signal(self, sig: int, /) -> None:
         """Send a signal; nothing happens once it was waited for."""
 
@@ -83,7 +87,10 @@ class ForkServer:
     def _fork(self, plan: Plan, handles: Sequence[int]) -> "ForkedProcess":
         """Have a process forked. Raises OSError where there is no memory or no process slot, and
         where the server is dead: it is closed then."""
-        answer, received = self._ask({"fork": plan}, handles)
+        return self._forked(*self._ask({"fork": plan}, handles))
+
+    def _forked(self, answer: dict[str, Any], received: Sequence[int]) -> "ForkedProcess":
+        """Make a process of the server's answer. Raises OSError where that tells of none."""
         if "errno" in answer:
             raise OSError(answer["errno"], os.strerror(answer["errno"]))
         assert self._server is not None
@@ -91,9 +98,14 @@ class ForkServer:
         if not received:
             # No descriptor is free here. The process is not collected: the id is still its own.
             os.kill(pid, signal.SIGKILL)
-            self.collect(pid, self._server)
+            self._forget(pid)
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return ForkedProcess(pid, received[0], self, self._server)
+
+    def _forget(self, pid: int) -> None:
+        """Collect a process that was killed, whatever its exit code."""
+        assert self._server is not None
+        self.collect(pid, self._server)
 
     def _ask(
         self, request: dict[str, Any], handles: Sequence[int]
@@ -104,18 +116,30 @@ class ForkServer:
             # Whoever stopped it meant another one; waiting for it would cost all their lives.
             self._server.send_signal(signal.SIGCONT)
         try:
-            socket.send_fds(self._socket, [json.dumps(request).encode()], handles)
-            answer, received, _, _ = socket.recv_fds(
-                self._socket, REQUEST_LIMIT_BYTES, 1, socket.MSG_CMSG_CLOEXEC
-            )
+            send_request(self._socket, request, handles)
+            answer, received = receive_answer(self._socket)
         except OSError:
-            answer, received = b"", []
+            answer, received = {}, []
         if not answer:
             if self._server is not None:
                 self._server.kill()
             self.close()
             raise OSError("the process that starts others has ended")
-        return json.loads(answer), received
+        return answer, received
+
+
+def send_request(to: socket.socket, request: dict[str, Any], handles: Sequence[int]) -> None:
+    """Send a server a request. Raises OSError."""
+    socket.send_fds(to, [json.dumps(request).encode()], handles)
+
+
+def receive_answer(server: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Return the next answer, empty where the server is gone, and the handle that came with it.
+    Raises OSError."""
+    answer, received, _, _ = socket.recv_fds(
+        server, REQUEST_LIMIT_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+    )
+    return json.loads(answer) if answer else {}, received
 
 
 class ForkedProcess:
@@ -127,17 +151,22 @@ class ForkedProcess:
         """Readable once the process has ended."""
         self.orphaned = False
         """Whether it was its server's death that ended it."""
+        self.parent = parent
+        """The server's process that forked it."""
         self._server = server
-        self._parent = parent
         self._code: int | None = None
 
     def poll(self) -> int | None:
         """Return the exit code, or None while it runs."""
         if self._code is None and self.wait(0):
-            code = self._server.collect(self.pid, self._parent)
-            self.orphaned = code is None
-            self._code = -signal.SIGKILL if code is None else code
-            os.close(self.handle)
+            self.ended(self._server.collect(self.pid, self.parent))
+        return self._code
+
+    def ended(self, code: int | None) -> int:
+        """Note its end, once; return its exit code. None: its server is gone, which ended it."""
+        self.orphaned = code is None
+        self._code = -signal.SIGKILL if code is None else code
+        os.close(self.handle)
         return self._code
 
     def wait(self, timeout_s: float) -> bool:

@@ -2,6 +2,8 @@
 
 The first one is a fork of the session process, made before that has threads or connections; a later
 one starts as a program of its own, which takes the time of some imports.
+
+Nothing here waits for it: a server may hang, and the session process has heartbeats to send.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from setproctitle import getproctitle
 
@@ -35,6 +38,9 @@ _ROOT = str(Path(__file__).resolve().parents[2])
 
 _log = get_logger(__name__)
 
+Answered = Callable[[dict[str, Any], list[int]], None]
+"""Gets the answer and the handle that came with it; both empty: the server is gone."""
+
 
 class LeafServer(client.ForkServer):
     """Starts leaf processes. Use it in one event loop, whose thread must outlive them."""
@@ -45,6 +51,8 @@ class LeafServer(client.ForkServer):
         self._waiting: list[Callable[[], None]] = []
         self._restarts = Restarts()
         self._timer: asyncio.TimerHandle | None = None
+        # Requests that are not answered yet, in the order in which answers come.
+        self._asked: deque[Answered] = deque()
 
     @classmethod
     def forked(cls) -> LeafServer:
@@ -72,26 +80,75 @@ class LeafServer(client.ForkServer):
         if len(self._waiting) == 1:
             self._get_ready()
 
-    def start_leaf(self, memory_limit_bytes: int, handles: Sequence[int]) -> client.ForkedProcess:
+    def start_leaf(
+        self,
+        memory_limit_bytes: int,
+        handles: Sequence[int],
+        then: Callable[[client.ForkedProcess | None], None],
+    ) -> None:
         """Fork a leaf process that gets these descriptors: standard output and error, its socket,
-        its progress page. Raises OSError."""
-        return self._fork({"memory_limit_bytes": memory_limit_bytes}, handles)
+        its progress page. `then` gets it, or None where there is none, which is logged."""
 
-    def close(self) -> None:
-        """End the server and all leaf processes at once; it may be started again."""
+        def answered(answer: dict[str, Any], received: list[int]) -> None:
+            process = None
+            try:
+                if answer:
+                    process = self._forked(answer, received)
+            except OSError as error:
+                # No memory or no process to be had, most likely for a moment.
+                _log.error("leaf_process_not_started", message=str(error))
+            then(process)
+
+        self._request({"fork": {"memory_limit_bytes": memory_limit_bytes}}, handles, answered)
+
+    def collect_leaf(self, process: client.ForkedProcess, then: Callable[[int], None]) -> None:
+        """Hand the exit code of a leaf process that has ended to `then`."""
+
+        def answered(answer: dict[str, Any], _: list[int]) -> None:
+            code = answer["code"] if answer else self.collect(process.pid, process.parent)
+            then(process.ended(code))
+
+        if process.parent is self._server:
+            self._request({"collect": process.pid}, (), answered)
+        else:
+            answered({}, [])
+
+    def forget(self) -> None:
+        """Call nobody back any more, and end the server and all leaf processes at once."""
+        self._waiting.clear()
         self._listen_no_more()
         self._ready = False
         if self._server is not None:
             # It has nothing to finish, and may be busy with imports.
             self._server.kill()
-        super().close()
-
-    def forget(self) -> None:
-        """Call nobody back any more."""
-        self._waiting.clear()
         self.close()
+        self._answer_none()
 
     # Inside
+
+    def _forget(self, pid: int) -> None:
+        self._request({"collect": pid}, (), lambda _answer, _received: None)
+
+    def _request(self, request: dict[str, Any], handles: Sequence[int], answered: Answered) -> None:
+        if self._socket is None or self._server is None or not self._ready:
+            asyncio.get_running_loop().call_soon(answered, {}, [])
+            return
+        # Whoever stopped it meant another one; waiting for it would cost all their lives.
+        self._server.send_signal(signal.SIGCONT)
+        self._asked.append(answered)
+        try:
+            client.send_request(self._socket, request, handles)
+        except OSError as error:
+            # It is gone, or so far behind that its socket is full.
+            asyncio.get_running_loop().call_soon(self._lost, self._server, str(error))
+            return
+        if self._timer is None:
+            self._expect_answer()
+
+    def _expect_answer(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(
+            ANSWER_TIMEOUT_S, self._lost, self._server, f"no answer within {ANSWER_TIMEOUT_S:g} s"
+        )
 
     def _get_ready(self) -> None:
         self._timer = None
@@ -105,11 +162,15 @@ class LeafServer(client.ForkServer):
             self._failed(str(error))
             return
         assert self._socket is not None
+        self._socket.setblocking(False)
         loop = asyncio.get_running_loop()
         loop.add_reader(self._socket, self._heard)
         self._timer = loop.call_later(_READY_TIMEOUT_S, self._failed, "it is not ready in time")
 
     def _heard(self) -> None:
+        if self._ready:
+            self._heard_answer()
+            return
         assert self._socket is not None
         heard = b""
         with contextlib.suppress(OSError):
@@ -117,24 +178,89 @@ class LeafServer(client.ForkServer):
         if heard != READY:
             self._failed("it has ended")
             return
-        self._listen_no_more()
+        self._wait_no_more()
         self._ready = True
         waiting, self._waiting = self._waiting, []
         for callback in waiting:
             callback()
 
+    def _heard_answer(self) -> None:
+        assert self._socket is not None
+        try:
+            answer, received = client.receive_answer(self._socket)
+        except BlockingIOError:
+            return
+        except OSError:
+            answer, received = {}, []
+        if not answer:
+            self._lost(self._server, "it has ended")
+            return
+        self._wait_no_more()
+        answered = self._asked.popleft()
+        if self._asked:
+            self._expect_answer()
+        answered(answer, received)
+
+    def _lost(self, server: client.ServerProcess | None, why: str) -> None:
+        """The server that was ready is of no use any more: the next one starts when it is asked
+        for. What it had started dies with it."""
+        if server is not self._server or server is None:
+            return
+        _log.error("leaf_server_lost", message=why)
+        self._end()
+        self._answer_none()
+
     def _failed(self, why: str) -> None:
         _log.error("leaf_server_not_started", message=why)
-        self.close()
+        self._end()
         wait_s = self._restarts.wait_after_death(time.monotonic())
         self._timer = asyncio.get_running_loop().call_later(wait_s, self._get_ready)
 
+    def _answer_none(self) -> None:
+        asked, self._asked = self._asked, deque()
+        for answered in asked:
+            answered({}, [])
+
+    def _end(self) -> None:
+        """End the server without waiting for its end: asleep in the kernel it does not hear."""
+        self._listen_no_more()
+        self._ready = False
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        server, self._server = self._server, None
+        if server is not None:
+            server.kill()
+            _bury(server)
+
     def _listen_no_more(self) -> None:
+        self._wait_no_more()
+        if self._socket is not None:
+            # Before there was a loop nobody listened.
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop().remove_reader(self._socket)
+
+    def _wait_no_more(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-            if self._socket is not None:
-                asyncio.get_running_loop().remove_reader(self._socket)
+
+
+def _bury(server: client.ServerProcess) -> None:
+    """Collect a server that was killed, once it has ended."""
+    try:
+        handle = os.pidfd_open(server.pid)
+    except OSError:
+        return  # Collected already, or no descriptor is free: then it stays among the processes.
+    loop = asyncio.get_running_loop()
+
+    def collect() -> None:
+        loop.remove_reader(handle)
+        os.close(handle)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(0)
+
+    loop.add_reader(handle, collect)
 
 
 def _have_streams() -> None:
@@ -173,13 +299,13 @@ class _Child:
     """A forked process, with the methods of `subprocess.Popen` that matter here."""
 
     def __init__(self, pid: int) -> None:
-        self._pid = pid
+        self.pid = pid
         self._code: int | None = None
 
     def send_signal(self, sig: int, /) -> None:
         if self._code is None:
             # It is not collected, so the id is still its own.
-            os.kill(self._pid, sig)
+            os.kill(self.pid, sig)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -188,12 +314,12 @@ class _Child:
         if self._code is None:
             if timeout is not None and not self._ends_within(timeout):
                 raise subprocess.TimeoutExpired("leaf server", timeout)
-            _, status = os.waitpid(self._pid, 0)
+            _, status = os.waitpid(self.pid, 0)
             self._code = os.waitstatus_to_exitcode(status)
         return self._code
 
     def _ends_within(self, timeout_s: float) -> bool:
-        handle = os.pidfd_open(self._pid)
+        handle = os.pidfd_open(self.pid)
         try:
             poller = select.poll()
             poller.register(handle, select.POLLIN)

@@ -26,9 +26,11 @@ _log = get_logger(__name__)
 
 
 class LeafProcess:
-    """A running leaf process. Made in the event loop's thread, by a leaf server that is ready.
+    """A leaf process, from the request for it on. Made in the event loop's thread, with a leaf
+    server that is ready. What is sent to it before it runs waits for it.
 
-    Raises OSError where it cannot be started; then nothing of it is left.
+    Raises OSError where there is no descriptor for it; then nothing of it is left. One that the
+    server cannot start ends as if its server had died.
 
     `on_message(process, message)` gets what it says, `on_log(process, level, data)` what it prints
     and `on_exit(process, code)` its end, once and last.
@@ -52,19 +54,25 @@ class LeafProcess:
         self._loop = asyncio.get_running_loop()
         self._assembler = ipc.Assembler()
         self._oom_kills = _oom_kills()
+        self._leaves = leaves
+        self._process: ForkedProcess | None = None
+        self._killed = False
         self._logs: dict[int, str] = {}
         with contextlib.ExitStack() as unmade:
             unmade.callback(self.page.close)
             self._socket, child = socket.socketpair()
             unmade.callback(self._socket.close)
             unmade.callback(self._close_logs)
-            self._process = self._spawn(leaves, child, memory_limit_bytes)
+            self._spawn(leaves, child, memory_limit_bytes)
             unmade.pop_all()
-        self.pid = self._process.pid
         self._socket.setblocking(False)
         self._sender = SocketSender(self._loop, self._socket)
         self._loop.add_reader(self._socket, self._readable)
-        self._loop.add_reader(self._process.handle, self._exited)
+
+    @property
+    def pid(self) -> int:
+        """Its process id; 0: it does not run yet."""
+        return self._process.pid if self._process is not None else 0
 
     def send(self, kind: Kind, body: bytes = b"", fds: tuple[int, ...] = ()) -> None:
         """Send a message; what the socket does not take at once follows as soon as it does."""
@@ -72,7 +80,9 @@ class LeafProcess:
 
     def kill(self) -> None:
         """End the process and whatever it started, at once; `on_exit` follows."""
-        self._process.kill_group()
+        self._killed = True
+        if self._process is not None:
+            self._process.kill_group()
 
     def hung(self) -> None:
         """Kill it for not making progress."""
@@ -85,14 +95,12 @@ class LeafProcess:
 
     @property
     def orphaned(self) -> bool:
-        """Whether its end was that of the process that had started it."""
-        return self._process.orphaned
+        """Whether its end was that of the process that had started it, or was to start it."""
+        return self._process is None or self._process.orphaned
 
     # Inside
 
-    def _spawn(
-        self, leaves: LeafServer, child: socket.socket, memory_limit_bytes: int
-    ) -> ForkedProcess:
+    def _spawn(self, leaves: LeafServer, child: socket.socket, memory_limit_bytes: int) -> None:
         with child, contextlib.ExitStack() as writers:
             outputs = []
             for level in ("info", "error"):
@@ -102,7 +110,17 @@ class LeafProcess:
                 os.set_blocking(reader, False)
                 self._logs[reader] = level
                 self._loop.add_reader(reader, self._printed, reader)
-            return leaves.start_leaf(memory_limit_bytes, [*outputs, child.fileno(), self.page.fd])
+            handles = [*outputs, child.fileno(), self.page.fd]
+            leaves.start_leaf(memory_limit_bytes, handles, self._started)
+
+    def _started(self, process: ForkedProcess | None) -> None:
+        if process is None:
+            self._finish(-signal.SIGKILL)
+            return
+        self._process = process
+        self._loop.add_reader(process.handle, self._exited)
+        if self._killed:
+            self.kill()
 
     def _readable(self) -> None:
         try:
@@ -141,14 +159,16 @@ class LeafProcess:
 
     def _exited(self) -> None:
         """Take what it still said and printed, then report its end."""
+        assert self._process is not None
         self._loop.remove_reader(self._process.handle)
         for take in (self._last_messages, self.kill, self._last_prints):
             try:
                 take()
             except Exception:  # noqa: BLE001 - a slot whose process has no end is lost for good
                 _log.exception("last_words_of_leaf_process_lost", pid=self.pid)
-        code = self._process.poll()
-        assert code is not None
+        self._leaves.collect_leaf(self._process, self._finish)
+
+    def _finish(self, code: int) -> None:
         self._close_logs()
         self._sender.close()
         self._loop.remove_reader(self._socket)

@@ -106,7 +106,7 @@ class SlotPool:
     @property
     def pids(self) -> list[int]:
         """Process ids of the living leaf processes."""
-        return [process.pid for process in self._gone]
+        return [process.pid for process in self._gone if process.pid]
 
     def start(self) -> None:
         """Start one process per slot; each says that its slot is idle once it is up."""

@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from worker import ipc
 from worker.core.dispatch import Task
 from worker.core.rounds import Round
 from worker.ipc import Kind, Message
-from worker.session import slots
+from worker.session import leaf_server, slots
 from worker.session.chunks import ChunkServer
 from worker.session.leaf_server import LeafServer
 from worker.session.process import LeafProcess
@@ -348,6 +349,57 @@ async def test_a_server_that_dies_before_it_is_ready_is_replaced() -> None:
     async with asyncio.timeout(GUARD_S):
         await ready.wait()
     assert first not in psutil.Process().children()
+    server.forget()
+
+
+HANGING_SERVER = """
+import os, socket, sys, time
+from worker.leaf.server import run
+
+setattr(os, sys.argv[2], lambda *_: time.sleep(3600))
+run(socket.socket(fileno=0), int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("hangs", ["fork", "waitpid"])
+async def test_a_server_that_hangs_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch, hangs: str
+) -> None:
+    def start(_ours: socket.socket, theirs: socket.socket) -> Any:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-c", HANGING_SERVER, str(os.getpid()), hangs],
+            stdin=theirs.fileno(),
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": leaf_server._ROOT},
+        )
+
+    monkeypatch.setattr(leaf_server, "_start_program", start)
+    loop = asyncio.get_running_loop()
+    server, ready, given_up = LeafServer(), asyncio.Event(), asyncio.Event()
+    gone: asyncio.Future[int] = loop.create_future()
+    lost = server._lost
+
+    def lose(*why: Any) -> None:
+        given_up.set()
+        lost(*why)
+
+    monkeypatch.setattr(server, "_lost", lose)
+    server.call_when_ready(ready.set)
+    async with asyncio.timeout(GUARD_S):
+        await ready.wait()
+        (child,) = psutil.Process().children()
+        monkeypatch.setattr(leaf_server, "ANSWER_TIMEOUT_S", 0.5)
+        process = LeafProcess(server, 0, nothing, nothing, lambda _, code: gone.set_result(code))
+        process.kill()
+        # The loop turns while there is no answer; it would not if somebody waited for it.
+        assert not given_up.is_set()
+        await given_up.wait()
+        assert await gone == -9
+        assert process.orphaned
+        assert not server.ready
+        while child.is_running():
+            await asyncio.sleep(0)
     server.forget()
 
 
