@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.clusters import fashion_job
+from phalanx.data.described import described
 from phalanx.data.manifest import DatasetManifest
 from phalanx.data.reader import ChunkReader
 from phalanx.models import DataSchema, build_model
@@ -21,7 +22,6 @@ from phalanx.optimizers import build_optimizer
 from phalanx.reduction import reduce_leaves
 from phalanx.specs import job_plan, load_json, resolve
 from phalanx.training.leaf import run_leaf
-from phalanx.v1.dataset_service_pb2 import Dataset
 
 WARM_UP = 3
 
@@ -30,15 +30,8 @@ def main() -> None:
     """Runs the loop and prints its speed."""
     blobs, manifest_path, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     manifest = DatasetManifest.from_json(manifest_path.read_bytes())
-    dataset = Dataset(
-        version=1,
-        rows=manifest.rows_by_split(),
-        features=manifest.features,
-        task=manifest.task,
-        classes=manifest.classes,
-        format=manifest.format,
-        target=manifest.target,
-    )
+    dataset = described(manifest, "")
+    dataset.version = 1
     spec = resolve(load_json(json.dumps(fashion_job("loop", steps))), dataset)
     plan = job_plan(spec, dataset, "loop")
     model = build_model(spec, DataSchema(manifest.features, len(manifest.classes), "float32"))

@@ -135,7 +135,9 @@ class _Ingest:
     splitter: Splitter
     sink: BlobSink
 
-    def _writer(self, features: int, sparse: bool, dtype: str, target_dtype: str) -> DatasetWriter:
+    def _writer(
+        self, features: int, sparse: bool, dtype: str, target_dtype: str, classes: int
+    ) -> DatasetWriter:
         return DatasetWriter(
             self.sink,
             features=features,
@@ -144,6 +146,7 @@ class _Ingest:
             target_dtype=target_dtype,
             chunk_bytes=self.options.chunk_bytes,
             splits=3,
+            classes=classes,
         )
 
     def _manifest(
@@ -217,7 +220,9 @@ class _TableIngest(_Ingest):
             )
         sparse = self.options.layout == "csr"
         targets = TargetEncoder(target, self.options.trim_labels)
-        writer = self._writer(encoder.width, sparse, self.options.dtype, targets.dtype)
+        writer = self._writer(
+            encoder.width, sparse, self.options.dtype, targets.dtype, len(target.classes)
+        )
         kinds = {name: shape.kinds[name] for name in (*names, target_name)}
         for batch, codes in self._all_rows(kinds):
             encoded_targets = targets.encode(batch.columns[target_name], batch.where)
@@ -324,7 +329,7 @@ class _ArrayIngest(_Ingest):
         dtype = "uint8" if whole_bytes else self.options.dtype
         encoder = ArrayEncoder(columns, dtype)
         targets = TargetEncoder(target, self.options.trim_labels)
-        writer = self._writer(features, sparse, dtype, targets.dtype)
+        writer = self._writer(features, sparse, dtype, targets.dtype, len(target.classes))
         for batch, codes in self._all_rows():
             encoded = encoder.encode(_widened(batch, features), batch.where)
             writer.add(encoded, targets.encode(batch.targets, batch.where), codes)

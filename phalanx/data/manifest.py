@@ -59,12 +59,16 @@ class Column:
 
 @dataclass(frozen=True)
 class ChunkInfo:
-    """One chunk blob: ``digest`` is its hex SHA-256, ``nonzeros`` counts stored CSR values."""
+    """One chunk blob: ``digest`` is its hex SHA-256, ``nonzeros`` counts stored CSR values.
+
+    ``class_rows`` are its rows of each class, in the order of the classes; empty for a regression.
+    """
 
     digest: str
     rows: int
     size_bytes: int
     nonzeros: int = 0
+    class_rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,11 @@ class DatasetManifest:
     def rows_by_split(self) -> dict[str, int]:
         """Rows of each split that has any."""
         return {split: self.rows(split) for split in SPLITS if self.rows(split)}
+
+    def class_rows(self, split: str) -> tuple[int, ...]:
+        """Rows of each class in a split; empty for a regression."""
+        chunks = self.splits.get(split, ())
+        return tuple(sum(rows) for rows in zip(*(each.class_rows for each in chunks), strict=True))
 
     @property
     def size_bytes(self) -> int:
@@ -207,12 +216,16 @@ def statistics_from(document: Mapping[str, Any]) -> Statistics:
     )
 
 
+def _chunk_from(document: Mapping[str, Any]) -> ChunkInfo:
+    return ChunkInfo(**{**document, "class_rows": tuple(document["class_rows"])})
+
+
 def _manifest_from(document: Mapping[str, Any]) -> DatasetManifest:
     known = {**document}
     known["columns"] = columns_from(document["columns"])
     known["statistics"] = statistics_from(document["statistics"])
     known["splits"] = {
-        split: tuple(ChunkInfo(**chunk) for chunk in chunks)
+        split: tuple(_chunk_from(chunk) for chunk in chunks)
         for split, chunks in document["splits"].items()
     }
     known["source"] = tuple(SourceFile(**source) for source in document["source"])

@@ -31,7 +31,12 @@ class Selection(Protocol):
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """Which rows of the chunk."""
+        """Which rows of the chunk, or of a class in it."""
+        ...
+
+    @property
+    def label(self) -> int | None:
+        """The class whose rows are counted; None: all rows are."""
         ...
 
 
@@ -70,6 +75,8 @@ class ChunkReader:
         self._fetch = fetch
         self._open_limit = open_limit
         self._open: OrderedDict[int, DenseChunk | CsrChunk] = OrderedDict()
+        #: Where the rows of each class are, for open chunks that are read by class.
+        self._by_class: dict[int, list[NDArray[np.int64]]] = {}
 
     def rows(self, selections: Sequence[Selection]) -> Batch:
         """The rows of the selections one after another.
@@ -84,14 +91,14 @@ class ChunkReader:
         features = aligned_empty((total, self.manifest.features), self.dtype)
         position = 0
         for selection in selections:
-            chunk = self._chunk(selection)
+            chunk, rows = self._located(selection)
             assert isinstance(chunk, DenseChunk)
-            stop = position + len(selection.rows)
-            index = _as_slice(selection.rows)
+            stop = position + len(rows)
+            index = _as_slice(rows)
             if isinstance(index, slice) or chunk.features.dtype != self.dtype:
                 features[position:stop] = chunk.features[index]
             else:
-                # Without a copy in between: mode "raise" would make one, and `_chunk` has looked.
+                # Without a copy in between: mode "raise" would make one, and `_located` has looked.
                 np.take(chunk.features, index, axis=0, out=features[position:stop], mode="clip")
             targets[position:stop] = chunk.targets[index]
             position = stop
@@ -100,6 +107,7 @@ class ChunkReader:
     def close(self) -> None:
         """Lets go of all maps; the reader may be used again."""
         self._open.clear()
+        self._by_class.clear()
 
     def _gather_csr(self, selections: Sequence[Selection], targets: NDArray[Any]) -> "csr_array":
         # Imported here, since a leaf process of dense data should not pay for it.
@@ -109,10 +117,10 @@ class ChunkReader:
         gathered: list[tuple[NDArray[Any], NDArray[np.int32]]] = []
         position = 0
         for selection in selections:
-            chunk = self._chunk(selection)
+            chunk, rows = self._located(selection)
             assert isinstance(chunk, CsrChunk)
-            stop = position + len(selection.rows)
-            index = _as_slice(selection.rows)
+            stop = position + len(rows)
+            index = _as_slice(rows)
             if isinstance(index, slice):
                 bounds = chunk.indptr[index.start : index.stop + 1].astype(np.int64)
                 row_lengths = np.diff(bounds)
@@ -137,8 +145,35 @@ class ChunkReader:
         np.cumsum(lengths, out=indptr[1:])
         return csr_array((data, indices, indptr), shape=(len(targets), self.manifest.features))
 
-    def _chunk(self, selection: Selection) -> DenseChunk | CsrChunk:
-        index = selection.chunk_index
+    def _located(self, selection: Selection) -> tuple[DenseChunk | CsrChunk, NDArray[np.int64]]:
+        """The chunk of a selection, and which of its rows are meant."""
+        chunk, rows, label = self._chunk(selection.chunk_index), selection.rows, selection.label
+        of_class = None if label is None else self._rows_of_class(selection.chunk_index, label)
+        count = chunk.rows if of_class is None else len(of_class)
+        if len(rows) and (rows.min() < 0 or rows.max() >= count):
+            raise InvalidArgument(
+                f"chunk {selection.chunk_index} of split {self.split!r} has rows 0 to {count - 1}"
+                f"{'' if label is None else f' of class {label}'}, "
+                f"asked for {rows.min()} to {rows.max()}"
+            )
+        return chunk, rows if of_class is None else of_class[rows]
+
+    def _rows_of_class(self, index: int, label: int) -> NDArray[np.int64]:
+        """Rows of one class in an open chunk, in order."""
+        if index not in self._by_class:
+            targets, classes = self._open[index].targets, len(self.manifest.classes)
+            order = np.argsort(targets, kind="stable")
+            ends = np.searchsorted(targets[order], np.arange(1, classes))
+            self._by_class[index] = np.split(order, ends)
+            counts = tuple(len(rows) for rows in self._by_class[index])
+            if counts != self.chunks[index].class_rows:
+                raise DataLoss(
+                    f"chunk {self.chunks[index].digest[:12]} has not the rows of each class that "
+                    "the manifest says; add the data set again"
+                )
+        return self._by_class[index][label]
+
+    def _chunk(self, index: int) -> DenseChunk | CsrChunk:
         if not 0 <= index < len(self.chunks):
             raise InvalidArgument(
                 f"split {self.split!r} has {number_of(len(self.chunks), 'chunk')}, "
@@ -149,14 +184,9 @@ class ChunkReader:
             chunk = self._open_verified(self.chunks[index])
             self._open[index] = chunk
             if len(self._open) > self._open_limit:
-                self._open.popitem(last=False)
+                closed, _ = self._open.popitem(last=False)
+                self._by_class.pop(closed, None)
         self._open.move_to_end(index)
-        rows = selection.rows
-        if len(rows) and (rows.min() < 0 or rows.max() >= chunk.rows):
-            raise InvalidArgument(
-                f"chunk {index} of split {self.split!r} has rows 0 to {chunk.rows - 1}, "
-                f"asked for {rows.min()} to {rows.max()}"
-            )
         return chunk
 
     def _open_verified(self, info: ChunkInfo) -> DenseChunk | CsrChunk:

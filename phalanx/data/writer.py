@@ -66,7 +66,13 @@ class DenseWriter:
     """Cuts dense rows after as many as fit ``chunk_bytes``; the cuts depend on nothing else."""
 
     def __init__(
-        self, sink: BlobSink, features: int, dtype: str, target_dtype: str, chunk_bytes: int
+        self,
+        sink: BlobSink,
+        features: int,
+        dtype: str,
+        target_dtype: str,
+        chunk_bytes: int,
+        classes: int,
     ) -> None:
         row_bytes = features * np.dtype(dtype).itemsize + _TARGET_BYTES
         if row_bytes > CHUNK_BYTES_MAXIMUM:
@@ -76,6 +82,7 @@ class DenseWriter:
             )
         rows = max(1, chunk_bytes // row_bytes)
         self._sink = sink
+        self._classes = classes
         self._features: NDArray[Any] = np.empty((rows, features), dtype=dtype)
         self._targets: NDArray[Any] = np.empty(rows, dtype=target_dtype)
         self._filled = 0
@@ -102,16 +109,21 @@ class DenseWriter:
 
     def _flush(self) -> None:
         rows = self._filled
-        data = encode_dense(self._features[:rows], self._targets[:rows])
-        self._chunks.append(ChunkInfo(self._sink.put(data), rows, len(data)))
+        targets = self._targets[:rows]
+        data = encode_dense(self._features[:rows], targets)
+        class_rows = _class_rows(targets, self._classes)
+        self._chunks.append(ChunkInfo(self._sink.put(data), rows, len(data), 0, class_rows))
         self._filled = 0
 
 
 class CsrWriter:
     """Cuts sparse rows before the one that would go over ``chunk_bytes``."""
 
-    def __init__(self, sink: BlobSink, dtype: str, target_dtype: str, chunk_bytes: int) -> None:
+    def __init__(
+        self, sink: BlobSink, dtype: str, target_dtype: str, chunk_bytes: int, classes: int
+    ) -> None:
         self._sink = sink
+        self._classes = classes
         self._dtype: np.dtype[Any] = np.dtype(dtype)
         self._target_dtype: np.dtype[Any] = np.dtype(target_dtype)
         self._chunk_bytes = chunk_bytes
@@ -167,7 +179,13 @@ class CsrWriter:
             targets.astype(self._target_dtype),
         )
         self._chunks.append(
-            ChunkInfo(self._sink.put(data), len(targets), len(data), nonzeros=int(indptr[-1]))
+            ChunkInfo(
+                self._sink.put(data),
+                len(targets),
+                len(data),
+                nonzeros=int(indptr[-1]),
+                class_rows=_class_rows(targets, self._classes),
+            )
         )
         self._pending = []
         self._pending_bytes = 0
@@ -177,6 +195,7 @@ class DatasetWriter:
     """Writers of the three splits, and the statistics of the first.
 
     Features come dense or sparse, whatever the source has, and are stored as ``sparse`` says.
+    ``classes`` is 0 for a regression.
     """
 
     def __init__(
@@ -189,13 +208,14 @@ class DatasetWriter:
         target_dtype: str,
         chunk_bytes: int,
         splits: int,
+        classes: int,
     ) -> None:
         self._sparse = sparse
         self._dtype: np.dtype[Any] = np.dtype(dtype)
         self._writers: Sequence[SplitWriter] = [
-            CsrWriter(sink, dtype, target_dtype, chunk_bytes)
+            CsrWriter(sink, dtype, target_dtype, chunk_bytes, classes)
             if sparse
-            else DenseWriter(sink, features, dtype, target_dtype, chunk_bytes)
+            else DenseWriter(sink, features, dtype, target_dtype, chunk_bytes, classes)
             for _ in range(splits)
         ]
         self._statistics = accumulator(features, sparse)
@@ -222,3 +242,9 @@ class DatasetWriter:
         if scipy.sparse.issparse(features):
             return features.toarray().astype(self._dtype, copy=False)
         return features.astype(self._dtype, copy=False)
+
+
+def _class_rows(targets: NDArray[Any], classes: int) -> tuple[int, ...]:
+    if not classes:
+        return ()
+    return tuple(np.bincount(targets, minlength=classes).tolist())

@@ -35,10 +35,12 @@ class Batch:
     Attributes:
         features: (rows, features) in the dtype of the parameters; dense C order or CSR.
         targets: (rows,) int64 class indices, or the regression targets in the same dtype.
+        weights: (rows,) what each row counts in loss and gradient, in the same dtype; None: 1.
     """
 
     features: Array | csr_array
     targets: Array
+    weights: Array | None = None
 
     @property
     def rows(self) -> int:

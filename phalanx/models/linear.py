@@ -40,7 +40,7 @@ class LinearModel:
     def gradient(self, parameters: Array, batch: Batch, out: Array) -> LeafSums:
         """See ``Model``."""
         scores = self._scores(parameters, batch.features)
-        loss = self._output.residual(scores, batch.targets)
+        loss = self._output.residual(scores, batch.targets, batch.weights)
         tensors = self._views(out)
         residual = scores[:, 0] if self._outputs == 1 else scores
         if isinstance(batch.features, np.ndarray):

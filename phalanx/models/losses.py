@@ -22,8 +22,11 @@ class OutputLayer(Protocol):
 
     sums: tuple[str, ...]
 
-    def residual(self, scores: Array, targets: Array) -> float:
-        """Turn ``scores`` in place into d loss / d scores; return the loss sum."""
+    def residual(self, scores: Array, targets: Array, weights: Array | None = None) -> float:
+        """Turn ``scores`` in place into d loss / d scores; return the loss sum.
+
+        ``weights`` (rows,) multiply the loss of each row.
+        """
 
     def evaluate(self, scores: Array, targets: Array) -> Float64:
         """Return the evaluation sums; may overwrite ``scores``."""
@@ -37,11 +40,15 @@ class SquaredError:
 
     sums: tuple[str, ...] = REGRESSION_SUMS
 
-    def residual(self, scores: Array, targets: Array) -> float:
+    def residual(self, scores: Array, targets: Array, weights: Array | None = None) -> float:
         """See ``OutputLayer``."""
         flat = scores[:, 0]
         np.subtract(flat, targets, out=flat)
-        return 0.5 * float(np.dot(flat, flat))
+        if weights is None:
+            return 0.5 * float(np.dot(flat, flat))
+        loss = 0.5 * float(np.dot(flat * weights, flat))
+        np.multiply(flat, weights, out=flat)
+        return loss
 
     def evaluate(self, scores: Array, targets: Array) -> Float64:
         """See ``OutputLayer``."""
@@ -63,12 +70,14 @@ class Logistic:
 
     sums: tuple[str, ...] = CLASSIFICATION_SUMS
 
-    def residual(self, scores: Array, targets: Array) -> float:
+    def residual(self, scores: Array, targets: Array, weights: Array | None = None) -> float:
         """See ``OutputLayer``."""
         z = scores[:, 0]
-        loss = _logistic_loss(z, targets)
+        loss = _logistic_loss(z, targets, weights)
         probability = _sigmoid(z)
         np.subtract(probability, targets, out=z, casting="same_kind")
+        if weights is not None:
+            np.multiply(z, weights, out=z)
         return loss
 
     def evaluate(self, scores: Array, targets: Array) -> Float64:
@@ -89,10 +98,12 @@ class Softmax:
 
     sums: tuple[str, ...] = CLASSIFICATION_SUMS
 
-    def residual(self, scores: Array, targets: Array) -> float:
+    def residual(self, scores: Array, targets: Array, weights: Array | None = None) -> float:
         """See ``OutputLayer``."""
-        loss = _softmax_in_place(scores, targets)
+        loss = _softmax_in_place(scores, targets, weights)
         scores[np.arange(len(targets)), targets] -= 1
+        if weights is not None:
+            np.multiply(scores, weights[:, np.newaxis], out=scores)
         return loss
 
     def evaluate(self, scores: Array, targets: Array) -> Float64:
@@ -116,18 +127,23 @@ def _sigmoid(z: Array) -> Array:
     return probability
 
 
-def _logistic_loss(z: Array, targets: Array) -> float:
-    """Return Σ log(1 + e^z) − y z, computed as max(z, 0) − y z + log(1 + e^−|z|)."""
+def _logistic_loss(z: Array, targets: Array, weights: Array | None = None) -> float:
+    """Return Σ w (log(1 + e^z) − y z), computed as max(z, 0) − y z + log(1 + e^−|z|)."""
     losses = np.maximum(z, 0) - np.where(targets > 0, z, 0) + np.log1p(np.exp(-np.abs(z)))
-    return float(losses.sum(dtype=np.float64))
+    return _weighted_sum(losses, weights)
 
 
-def _softmax_in_place(scores: Array, targets: Array) -> float:
-    """Turn scores into probabilities; return the summed negative log likelihood."""
+def _softmax_in_place(scores: Array, targets: Array, weights: Array | None = None) -> float:
+    """Turn scores into probabilities; return the weighted sum of negative log likelihoods."""
     scores -= scores.max(axis=1, keepdims=True)
     chosen = scores[np.arange(len(targets)), targets]
     np.exp(scores, out=scores)
     totals = scores.sum(axis=1, keepdims=True)
     scores /= totals
     losses = np.log(totals[:, 0]) - chosen
-    return float(losses.sum(dtype=np.float64))
+    return _weighted_sum(losses, weights)
+
+
+def _weighted_sum(losses: Array, weights: Array | None) -> float:
+    weighted = losses if weights is None else losses * weights
+    return float(weighted.sum(dtype=np.float64))

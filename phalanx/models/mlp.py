@@ -108,7 +108,7 @@ class Mlp:
         slopes = self._layers(out)
         activations = self._forward(layers, batch.features)
         delta = activations[-1]
-        loss = self._output.residual(delta, batch.targets)
+        loss = self._output.residual(delta, batch.targets, batch.weights)
         for index in range(len(layers) - 1, -1, -1):
             below = batch.features if index == 0 else activations[index - 1]
             weights_out, bias_out = slopes[index]

@@ -274,19 +274,12 @@ class InProcessBackend:
         return cluster_service_pb2.ListWorkersResponse()
 
     def _create_dataset(self, request: dataset_service_pb2.CreateDatasetRequest) -> Message:
+        from phalanx.data.described import described
+
         manifest = self._manifest(request.manifest_digest)
-        dataset = dataset_service_pb2.Dataset(
-            namespace=request.namespace or "default",
-            name=request.name,
-            manifest_digest=request.manifest_digest,
-            rows=manifest.rows_by_split(),
-            features=manifest.features,
-            task=manifest.task,
-            classes=manifest.classes,
-            format=manifest.format,
-            size_bytes=manifest.size_bytes,
-            target=manifest.target,
-        )
+        dataset = described(manifest, request.manifest_digest)
+        dataset.namespace = request.namespace or "default"
+        dataset.name = request.name
         registered = self._datasets.register(dataset)
         return dataset_service_pb2.CreateDatasetResponse(dataset=registered)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from phalanx.specs import catalog, parts
+from phalanx.specs import balance, catalog, parts
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
 
 ROWS_PER_LEAF = 256
@@ -47,8 +47,8 @@ def resolve(
 
 
 def train_rows(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> int:
-    """Return the rows of the split that a resolved spec trains on."""
-    return dataset.rows.get(spec.data.split, 0)
+    """Return the rows of an epoch of a resolved spec."""
+    return balance.train_rows(spec.data, dataset)
 
 
 def rows_per_leaf(spec: job_spec_pb2.JobSpec, rows: int) -> int:
@@ -103,8 +103,9 @@ def _data(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> N
     data.target = data.target or dataset.target
     if data.WhichOneof("partition") is None:
         data.rows.SetInParent()
+    balance.resolve(data, dataset)
     if not data.HasField("shards"):
-        rows = dataset.rows.get(data.split, 0)
+        rows = balance.train_rows(data, dataset)
         if spec.train.batch_size > 0:
             wanted = spec.train.batch_size // ROWS_PER_LEAF
         else:

@@ -15,7 +15,7 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from phalanx.errors import InvalidArgument, Violation
 from phalanx.ids import SHORT_NAME_RULE, is_short_name
-from phalanx.specs import catalog, composition
+from phalanx.specs import balance, catalog, composition
 from phalanx.specs.fields import walk
 from phalanx.texts import number_of
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
@@ -133,7 +133,12 @@ def validate_against(
     """Return what is wrong between a resolved spec and its data set."""
     if spec.WhichOneof("program") != "train":
         return []
-    return [*_data(spec, dataset), *_model_fits(spec, dataset), *_metrics(spec, dataset)]
+    return [
+        *_data(spec, dataset),
+        *balance.violations(spec, dataset),
+        *_model_fits(spec, dataset),
+        *_metrics(spec, dataset),
+    ]
 
 
 def refuse(violations: list[Violation]) -> None:
@@ -314,7 +319,7 @@ def _stop(stop: job_spec_pb2.Stop) -> Iterator[Violation]:
 
 def _data(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> Iterator[Violation]:
     known = ", ".join(sorted(dataset.rows)) or "none"
-    rows = dataset.rows.get(spec.data.split, 0)
+    rows = balance.train_rows(spec.data, dataset)
     if rows == 0:
         message = f"{spec.data.name} has no rows in the split {spec.data.split!r}; it has: {known}"
         yield Violation("data.split", message)

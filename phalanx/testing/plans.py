@@ -7,6 +7,7 @@ from typing import Any
 
 from google.protobuf.json_format import ParseDict
 
+from phalanx.data.described import described
 from phalanx.specs import job_plan, prepare
 from phalanx.testing.datasets import StoredDataset
 from phalanx.v1.dataset_service_pb2 import Dataset
@@ -16,20 +17,9 @@ from phalanx.v1.training_pb2 import JobPlan
 
 def dataset_message(stored: StoredDataset, name: str = "data") -> Dataset:
     """What storage says of a data set."""
-    manifest = stored.manifest
-    return Dataset(
-        namespace="default",
-        name=name,
-        version=1,
-        manifest_digest=stored.manifest_digest(),
-        rows=manifest.rows_by_split(),
-        features=manifest.features,
-        task=manifest.task,
-        classes=manifest.classes,
-        format=manifest.format,
-        size_bytes=manifest.size_bytes,
-        target=manifest.target,
-    )
+    message = described(stored.manifest, stored.manifest_digest())
+    message.MergeFrom(Dataset(namespace="default", name=name, version=1))
+    return message
 
 
 def plan_for(stored: StoredDataset, train: Mapping[str, Any], **spec: Any) -> JobPlan:

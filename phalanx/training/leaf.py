@@ -8,7 +8,7 @@ since a matrix product of half the rows has other bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import isfinite
 from typing import Protocol
@@ -17,12 +17,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.data.manifest import DatasetManifest
+from phalanx.data.manifest import ChunkInfo, DatasetManifest
 from phalanx.data.statistics import manifest_mean_and_scale, standardise
 from phalanx.models.base import Array, Batch, Model, decay_mask
 from phalanx.optimizers import build_local_optimizer
 from phalanx.reducers import Contribution
 from phalanx.reduction import all_finite
+from phalanx.specs.balance import by_class
+from phalanx.training.classes import ClassLayout
 from phalanx.training.sampler import (
     RowSelection,
     ShardRows,
@@ -40,6 +42,7 @@ class RowReader(Protocol):
 
     manifest: DatasetManifest
     dtype: np.dtype[np.generic]
+    chunks: tuple[ChunkInfo, ...]
 
     @property
     def chunk_rows(self) -> tuple[int, ...]:
@@ -66,6 +69,10 @@ class LeafOutcome:
 class _Settings:
     seed: int
     standardise: bool
+    by_class: bool
+    oversample: bool
+    #: By class label; empty: every row counts 1.
+    weights: tuple[tuple[str, float], ...]
 
 
 def run_leaf(
@@ -98,9 +105,21 @@ def leaf_batch(reader: RowReader, plan: JobPlan, shard: int, step: int) -> Batch
     """
     settings = _settings(plan.spec)
     epoch, step_in_epoch = divmod(step, max(1, plan.steps_per_epoch))
-    rows = shard_rows(shard, plan.shards, reader.chunk_rows)
+    rows = training_rows(plan, reader, shard)
     selections = rows_for_leaf(rows, settings.seed, epoch, step_in_epoch, plan.rows_per_leaf)
-    return _batch(reader, selections, settings) if selections else None
+    if not selections:
+        return None
+    batch = _batch(reader, selections, settings)
+    if not settings.weights:
+        return batch
+    return replace(batch, weights=_class_weights(reader, settings)[batch.targets])
+
+
+def training_rows(plan: JobPlan, reader: RowReader, shard: int) -> ShardRows:
+    """Return the rows of a shard that its training leaves read."""
+    settings = _settings(plan.spec)
+    classes = _class_layout(reader, settings) if settings.by_class else None
+    return shard_rows(shard, plan.shards, reader.chunk_rows, classes)
 
 
 def run_batch(model: Model, parameters: Array, batch: Batch | None, out: Array) -> LeafOutcome:
@@ -190,10 +209,10 @@ def run_evaluation_leaf(
     return LeafOutcome(batch.rows, 0.0, True)
 
 
-def leaf_chunks(plan: JobPlan, chunk_rows: Sequence[int], shard: int, step: int) -> list[int]:
+def leaf_chunks(plan: JobPlan, reader: RowReader, shard: int, step: int) -> list[int]:
     """Return the indices of the chunks that a training leaf may read."""
     epoch, step_in_epoch = divmod(step, max(1, plan.steps_per_epoch))
-    rows = shard_rows(shard, plan.shards, chunk_rows)
+    rows = training_rows(plan, reader, shard)
     seed = _settings(plan.spec).seed
     return chunks_for_leaf(rows, seed, epoch, step_in_epoch, plan.rows_per_leaf)
 
@@ -223,4 +242,31 @@ def _batch(reader: RowReader, selections: list[RowSelection], settings: _Setting
 @lru_cache(maxsize=16)
 def _settings(spec: bytes) -> _Settings:
     message = JobSpec.FromString(spec)
-    return _Settings(message.seed, message.train.model.standardise)
+    data = message.data
+    return _Settings(
+        message.seed,
+        message.train.model.standardise,
+        by_class=by_class(data),
+        oversample=data.HasField("oversample"),
+        weights=tuple(sorted(data.class_weights.weights.items())),
+    )
+
+
+_LAYOUTS: WeakKeyDictionary[RowReader, ClassLayout] = WeakKeyDictionary()
+_WEIGHTS: WeakKeyDictionary[RowReader, Array] = WeakKeyDictionary()
+"""The even order of each reader's rows, and the weights of its classes, computed once."""
+
+
+def _class_layout(reader: RowReader, settings: _Settings) -> ClassLayout:
+    if reader not in _LAYOUTS:
+        chunk_classes = [chunk.class_rows for chunk in reader.chunks]
+        _LAYOUTS[reader] = ClassLayout(chunk_classes, oversample=settings.oversample)
+    return _LAYOUTS[reader]
+
+
+def _class_weights(reader: RowReader, settings: _Settings) -> Array:
+    if reader not in _WEIGHTS:
+        by_label = dict(settings.weights)
+        weights = [by_label[label] for label in reader.manifest.classes]
+        _WEIGHTS[reader] = np.array(weights, reader.dtype)
+    return _WEIGHTS[reader]

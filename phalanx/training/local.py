@@ -28,6 +28,7 @@ from phalanx.models.code import deactivate_user_code
 from phalanx.optimizers import build_optimizer, gradient_limit
 from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import Node, TreeReducer, all_finite, reduce_leaves
+from phalanx.specs.balance import by_class
 from phalanx.training.decisions import RootDecider
 from phalanx.training.leaf import (
     LeafOutcome,
@@ -308,8 +309,10 @@ class _Job:
         """Leave a leaf that is not finite out of its step, or fail, as the spec says."""
         rule = self._spec.train.on_nonfinite
         rows = shard_row_range(self._plan, shard, evaluation=False)
+        dealt = by_class(self._spec.data)
+        where = "" if dealt else f" (rows {rows.first} to {rows.stop - 1})"
         message = (
-            f"the leaf of shard {shard} (rows {rows.first} to {rows.stop - 1}) in step "
+            f"the leaf of shard {shard}{where} in step "
             f"{version + 1} is not finite; lower the learning rate or check the data"
         )
         if rule.WhichOneof("action") != "skip":

@@ -5,6 +5,9 @@ the shard is cut into *pieces* of at most ``PIECE_ROWS`` rows of one chunk, the 
 and ``WINDOW_PIECES`` of them at a time form a *window* whose rows are permuted together. A leaf
 reads consecutive rows of that order, so it touches a bounded number of chunks however large the
 data set is, and whoever takes a shard over fetches only those.
+
+Where rows are dealt out by class (``phalanx.training.classes``), a shard is a range of their even
+order instead, and a piece is a stretch of it with its share of each class.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.errors import InvalidArgument
+from phalanx.training.classes import ClassLayout, Part
 
 PIECE_ROWS = 2048
 WINDOW_PIECES = 4
@@ -29,39 +33,40 @@ _STREAM = 1
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Some rows of one chunk of the split, in the order in which the leaf uses them."""
+    """Some rows of one chunk of the split, in the order in which the leaf uses them.
+
+    With a ``label``, ``rows`` count the rows of that class only.
+    """
 
     chunk_index: int
     rows: NDArray[np.int64]
+    label: int | None = None
 
 
 @dataclass(frozen=True)
 class ShardRows:
     """The rows [first, stop) of a split over its ordered chunks.
 
-    ``chunk_rows`` are the row counts of all chunks of the split.
+    ``chunk_rows`` are the row counts of all chunks of the split. With ``classes``, the rows are
+    counted in its even order.
     """
 
     shard: int
     first: int
     stop: int
     chunk_rows: tuple[int, ...]
+    classes: ClassLayout | None = None
 
     def __hash__(self) -> int:
         # Caches are keyed on this; hashing thousands of row counts at each leaf would show.
         return hash((self.shard, self.first, self.stop))
 
 
-@dataclass(frozen=True)
-class _Piece:
-    chunk_index: int
-    first: int
-    count: int
-
-
-def shard_rows(shard: int, shards: int, chunk_rows: Sequence[int]) -> ShardRows:
+def shard_rows(
+    shard: int, shards: int, chunk_rows: Sequence[int], classes: ClassLayout | None = None
+) -> ShardRows:
     """Return shard ``shard`` of ``shards``: rows [i·n÷S, (i+1)·n÷S) of the split's n rows."""
-    return _shard_rows(shard, shards, tuple(chunk_rows))
+    return _shard_rows(shard, shards, tuple(chunk_rows), classes)
 
 
 def rows_for_leaf(
@@ -81,7 +86,7 @@ def rows_for_leaf(
     selections: list[RowSelection] = []
     position = 0
     for number, window in enumerate(_windows(shard, seed, epoch)):
-        count = sum(piece.count for piece in window)
+        count = sum(part.count for part in window)
         low, high = max(start - position, 0), min(stop - position, count)
         if low < high:
             order = _row_order(seed, shard.shard, epoch, number, count)
@@ -95,8 +100,8 @@ def rows_for_leaf(
 def rows_in_order(shard: ShardRows) -> list[RowSelection]:
     """Return all rows of a shard in stored order, as evaluation reads them."""
     return [
-        RowSelection(piece.chunk_index, np.arange(piece.first, piece.first + piece.count))
-        for piece in _pieces(shard, max(1, shard.stop - shard.first))
+        RowSelection(part.chunk_index, np.arange(part.first, part.first + part.count), part.label)
+        for part in _all_parts(shard)
     ]
 
 
@@ -114,51 +119,54 @@ def chunks_for_leaf(
     chunks: set[int] = set()
     position = 0
     for window in _windows(shard, seed, epoch):
-        count = sum(piece.count for piece in window)
+        count = sum(part.count for part in window)
         if position < stop and position + count > start:
-            chunks.update(piece.chunk_index for piece in window)
+            chunks.update(part.chunk_index for part in window)
         position += count
     return sorted(chunks)
 
 
 def chunks_in_order(shard: ShardRows) -> list[int]:
     """Return the indices of the chunks that hold a row of the shard."""
-    return [piece.chunk_index for piece in _pieces(shard, max(1, shard.stop - shard.first))]
+    return sorted({part.chunk_index for part in _all_parts(shard)})
 
 
 @lru_cache(maxsize=1024)
-def _shard_rows(shard: int, shards: int, chunk_rows: tuple[int, ...]) -> ShardRows:
+def _shard_rows(
+    shard: int, shards: int, chunk_rows: tuple[int, ...], classes: ClassLayout | None
+) -> ShardRows:
     if not 0 <= shard < shards:
         raise InvalidArgument(f"there is no shard {shard} among {shards}")
-    rows = sum(chunk_rows)
-    return ShardRows(shard, shard * rows // shards, (shard + 1) * rows // shards, chunk_rows)
+    rows = sum(chunk_rows) if classes is None else classes.rows
+    first, stop = shard * rows // shards, (shard + 1) * rows // shards
+    return ShardRows(shard, first, stop, chunk_rows, classes)
 
 
-def _select(window: Sequence[_Piece], order: NDArray[np.int64]) -> list[RowSelection]:
+def _select(window: Sequence[Part], order: NDArray[np.int64]) -> list[RowSelection]:
     """Turn positions within a window into rows of chunks.
 
-    Rows are sorted: their order does not matter to a sum over a leaf, and reading each piece once,
+    Rows are sorted: their order does not matter to a sum over a leaf, and reading each part once,
     front to back, is what disks, caches and vectorised takes like best.
     """
     positions = np.sort(order)
-    starts = list(accumulate((piece.count for piece in window), initial=0))
+    starts = list(accumulate((part.count for part in window), initial=0))
     cuts = np.searchsorted(positions, starts).tolist()
     selections = []
-    for index, piece in enumerate(window):
+    for index, part in enumerate(window):
         low, high = cuts[index], cuts[index + 1]
         if low < high:
-            rows = positions[low:high] + (piece.first - starts[index])
-            selections.append(RowSelection(piece.chunk_index, rows))
+            rows = positions[low:high] + (part.first - starts[index])
+            selections.append(RowSelection(part.chunk_index, rows, part.label))
     return selections
 
 
 @lru_cache(maxsize=256)
-def _windows(shard: ShardRows, seed: int, epoch: int) -> tuple[tuple[_Piece, ...], ...]:
-    pieces = _pieces(shard, PIECE_ROWS)
+def _windows(shard: ShardRows, seed: int, epoch: int) -> tuple[tuple[Part, ...], ...]:
+    pieces = _pieces(shard)
     order = _generator(seed, shard.shard, epoch, 0).permutation(len(pieces))
     shuffled = [pieces[index] for index in order]
     return tuple(
-        tuple(shuffled[first : first + WINDOW_PIECES])
+        tuple(part for piece in shuffled[first : first + WINDOW_PIECES] for part in piece)
         for first in range(0, len(shuffled), WINDOW_PIECES)
     )
 
@@ -170,18 +178,34 @@ def _row_order(seed: int, shard: int, epoch: int, window: int, rows: int) -> NDA
 
 
 @lru_cache(maxsize=256)
-def _pieces(shard: ShardRows, piece_rows: int) -> tuple[_Piece, ...]:
-    """Cut the shard's rows at chunk borders and every ``piece_rows`` rows."""
+def _pieces(shard: ShardRows) -> tuple[tuple[Part, ...], ...]:
+    """Cut the shard's rows at chunk borders and every ``PIECE_ROWS`` rows."""
+    if shard.classes is None:
+        return tuple((part,) for part in _stored_parts(shard, PIECE_ROWS))
+    firsts = range(shard.first, shard.stop, PIECE_ROWS)
+    return tuple(
+        shard.classes.parts(first, min(first + PIECE_ROWS, shard.stop)) for first in firsts
+    )
+
+
+@lru_cache(maxsize=256)
+def _all_parts(shard: ShardRows) -> tuple[Part, ...]:
+    if shard.classes is None:
+        return _stored_parts(shard, max(1, shard.stop - shard.first))
+    return shard.classes.parts(shard.first, shard.stop)
+
+
+def _stored_parts(shard: ShardRows, most_rows: int) -> tuple[Part, ...]:
     ends = list(accumulate(shard.chunk_rows))
-    pieces = []
+    parts = []
     row = shard.first
     while row < shard.stop:
         chunk = bisect_right(ends, row)
         chunk_first = ends[chunk] - shard.chunk_rows[chunk]
-        count = min(piece_rows, ends[chunk] - row, shard.stop - row)
-        pieces.append(_Piece(chunk, row - chunk_first, count))
+        count = min(most_rows, ends[chunk] - row, shard.stop - row)
+        parts.append(Part(chunk, row - chunk_first, count))
         row += count
-    return tuple(pieces)
+    return tuple(parts)
 
 
 def _generator(seed: int, shard: int, epoch: int, window: int) -> np.random.Generator:

@@ -1,5 +1,6 @@
 """DatasetService and ModelService over a back end."""
 
+from phalanx.data.described import described
 from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import DataLoss
 from phalanx.rpc.types import ServicerContext
@@ -32,7 +33,7 @@ class DatasetServicer(dataset_grpc.DatasetServiceServicer):
             catalog.new_name(request.namespace, request.name)
             check_digest(request.manifest_digest, "manifest_digest")
             manifest = _read_manifest(self._backend.blobs, request.manifest_digest)
-            summary = _summary(manifest, request.manifest_digest)
+            summary = described(manifest, request.manifest_digest)
             return self._backend.catalog.create_dataset(request, summary, manifest.digests())
 
         dataset = await self._operations.blobs("create_dataset", create)
@@ -130,16 +131,3 @@ def _read_manifest(blobs: BlobStore, digest: str) -> DatasetManifest:
     except DataLoss as error:
         # The blob is what was put; it was no manifest from the start.
         raise invalid("manifest_digest", error.message) from None
-
-
-def _summary(manifest: DatasetManifest, digest: str) -> dataset_pb.Dataset:
-    return dataset_pb.Dataset(
-        manifest_digest=digest,
-        rows=manifest.rows_by_split(),
-        features=manifest.features,
-        task=manifest.task,
-        classes=manifest.classes,
-        format=manifest.format,
-        size_bytes=manifest.size_bytes,
-        target=manifest.target,
-    )

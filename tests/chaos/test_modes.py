@@ -29,8 +29,12 @@ MODES: dict[str, dict[str, Any]] = {
         "local": {"steps": 4, "outer": {"sgd": {"learning_rate": 0.7, "momentum": 0.9}}},
         "optimizer": {"sgd": {"learning_rate": 0.01}},
         "compression": {"cast_to": "bfloat16"},
+        "data": {"rows": {"stratified": True}},
     },
-    "multi-krum": {"reduction": {"krum": {"faulty": 2, "keep": 5}, "clip_norm": 20.0}},
+    "multi-krum, oversampled": {
+        "reduction": {"krum": {"faulty": 2, "keep": 5}, "clip_norm": 20.0},
+        "data": {"oversample": {}},
+    },
 }
 
 
@@ -49,7 +53,10 @@ def plain_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_worker_killed_in_the_middle_of_a_leaf(
     ring: Arena, plain_sha256: str, tmp_path: Path, mode: str
 ) -> None:
-    document = gated_job(steps=30, **MODES[mode])
+    train = {**MODES[mode]}
+    data = train.pop("data", {})
+    document = gated_job(steps=30, **train)
+    document["data"] = {**document["data"], **data}
     with phalanx.LocalCluster(workers=0) as alone:
         add_blobs(alone)
         undisturbed = alone.submit(document).wait(timeout_s=GUARD_S).parameters_sha256

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from phalanx.v1 import training_pb2
+from phalanx.specs.balance import by_class
+from phalanx.v1 import job_spec_pb2, training_pb2
 
 
 def rows_of_shard(plan: training_pb2.JobPlan, shard: int, evaluation: bool) -> tuple[int, int]:
-    """First row and number of rows of a shard within its split."""
+    """First row and number of rows of a shard within its split.
+
+    No row where the shard's rows are dealt out by class and lie apart.
+    """
+    if not evaluation and by_class(job_spec_pb2.JobSpec.FromString(plan.spec).data):
+        return 0, 0
     rows = plan.evaluation_rows if evaluation else plan.train_rows
     shards = max(1, plan.evaluation_shards if evaluation else plan.shards)
     first = shard * rows // shards

@@ -22,8 +22,9 @@ from phalanx.training.leaf import (
     leaf_chunks,
     run_batch,
     run_evaluation_leaf,
+    training_rows,
 )
-from phalanx.training.sampler import chunks_in_order, shard_rows
+from phalanx.training.sampler import chunks_in_order
 from phalanx.training.start import load_start_parameters
 from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.core.rows import rows_of_shard
@@ -197,10 +198,10 @@ class JobWork:
         wanted: dict[int, None] = {}
         for each in (*self.own_steps(step), *self.own_steps(step + 1)):
             for shard in incomplete:
-                wanted.update(dict.fromkeys(leaf_chunks(plan, reader.chunk_rows, shard, each)))
+                wanted.update(dict.fromkeys(leaf_chunks(plan, reader, shard, each)))
         fresh = self._hints.new(wanted)
         for shard in incomplete:
-            all_rows = shard_rows(shard, plan.shards, reader.chunk_rows)
+            all_rows = training_rows(plan, reader, shard)
             self._hints.check(shard, chunks_in_order(all_rows))
         return [reader.chunks[index] for index in fresh]
 

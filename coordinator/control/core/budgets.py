@@ -110,9 +110,10 @@ def _poisoned(
     workers = sorted({each.worker_id for each in failures})
     kind = pb.LeafFailed.Kind.Name(message.kind).removeprefix("KIND_").lower().replace("_", " ")
     where = "evaluation shard" if message.evaluation else "shard"
-    last = message.first_row + max(0, message.row_count - 1)
+    last = message.first_row + message.row_count - 1
+    rows = f" (rows {message.first_row} to {last})" if message.row_count else ""
     text = (
-        f"the leaf of {where} {message.shard} (rows {message.first_row} to {last}) failed "
+        f"the leaf of {where} {message.shard}{rows} failed "
         f"{number_of(len(failures), 'time')} at step {message.step} on "
         f"{', '.join(workers)}: {kind}: {message.message}"
     )

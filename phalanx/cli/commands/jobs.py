@@ -221,11 +221,12 @@ def _show_dead_letters(settings: Settings, state: list[str] | None) -> None:
 
 def _place_of(failure: job_pb2.Failure) -> str:
     """Where a leaf failed, how often and on which workers; empty for what is no leaf's failure."""
-    if failure.shard < 0 or not failure.row_count:
+    if failure.shard < 0 or not failure.attempts:
         return ""
     last = failure.first_row + failure.row_count - 1
+    rows = f", rows {failure.first_row:,} to {last:,}" if failure.row_count else ""
     return (
-        f"shard {failure.shard}, rows {failure.first_row:,} to {last:,}, step {failure.step}, "
+        f"shard {failure.shard}{rows}, step {failure.step}, "
         f"{number_of(failure.attempts, 'attempt')} on {', '.join(failure.worker_ids)}"
     )
 

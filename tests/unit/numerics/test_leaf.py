@@ -136,12 +136,12 @@ def test_steps_walk_through_epochs(dataset: StoredDataset) -> None:
 
 def test_chunks_for_prefetching(dataset: StoredDataset) -> None:
     plan = make_plan()
-    chunk_rows = dataset.reader("train").chunk_rows
-    assert len(chunk_rows) > 4
+    reader = dataset.reader("train")
+    assert len(reader.chunks) > 4
     for shard in range(4):
-        chunks = leaf_chunks(plan, chunk_rows, shard, 2)
+        chunks = leaf_chunks(plan, reader, shard, 2)
         assert chunks
-        assert set(chunks) < set(range(len(chunk_rows)))
+        assert set(chunks) < set(range(len(reader.chunks)))
 
 
 def test_row_ranges_for_messages() -> None:

@@ -204,10 +204,7 @@ def test_code_has_a_size(make_dataset: MakeDataset) -> None:
     "setting",
     [
         "data.features=[a]",
-        "data.rows={stratified: true}",
         "data.columns={}",
-        "data.class_weights={}",
-        "data.oversample={}",
         "resources.gpus=1",
         "output.best={metric: test/loss, at_most: 1}",
         "train.asynchronous={}",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from phalanx.v1 import training_pb2
+from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.core.logs import (
     BATCH_LINES,
     BURST_LINES,
@@ -117,6 +117,9 @@ def test_rows_of_a_shard() -> None:
     plan = training_pb2.JobPlan(shards=3, train_rows=10, evaluation_shards=2, evaluation_rows=5)
     assert [rows_of_shard(plan, shard, False) for shard in range(3)] == [(0, 3), (3, 3), (6, 4)]
     assert [rows_of_shard(plan, shard, True) for shard in range(2)] == [(0, 2), (2, 3)]
+    plan.spec = job_spec_pb2.JobSpec(data={"rows": {"stratified": True}}).SerializeToString()
+    assert rows_of_shard(plan, 1, False) == (0, 0), "they lie apart"
+    assert rows_of_shard(plan, 1, True) == (2, 3)
 
 
 def test_a_slow_trickle_of_lines_always_passes() -> None:
