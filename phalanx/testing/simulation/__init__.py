@@ -1,8 +1,9 @@
 """Whole clusters in one thread and in virtual time: the same seed, the same run, to the last bit.
 
-    world = World(seed=7)
-    network = Network(world)
-    with simulated(world, network):
+    with environment() as made:
+        world = World(seed=7)
+        network = Network(world)
+        made.use(world, network)
         server = world.start("control-1", lambda: serve(config, stop))
         world.run(until_s=60.0)
 

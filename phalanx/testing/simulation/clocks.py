@@ -1,7 +1,7 @@
 """Gives the modules of the services virtual clocks, seeded chance and the simulated network.
 
 Modules reach the machine through names: `time.monotonic()`, `random.uniform(…)`,
-`grpc.aio.insecure_channel(…)`. Inside `simulated(…)` those names lead to the running world, and
+`grpc.aio.insecure_channel(…)`. Inside `environment()` those names lead to the running world, and
 afterwards they are what they were.
 """
 
