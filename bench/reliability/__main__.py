@@ -28,6 +28,7 @@ GROUPS = {
     "disk_full": "ENOSPC at every call of storage",
     "disk_crashes": "crash, power failure and torn write at every call of storage",
     "bit_flips": "every bit of a checkpoint flipped",
+    "peers": "what other elastic trainers get wrong",
 }
 """Module of this package → what it measures. Each has ``run(command, *, quick) -> list[Row]``."""
 

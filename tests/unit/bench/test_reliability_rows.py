@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from bench.reliability.peers import ROOT, TESTS, all_ran
 from bench.reliability.rows import BEGIN, END, Row, Rows, read_rows, with_table
 from bench.results import write_json
 
@@ -49,3 +50,17 @@ def test_a_figure_is_judged_by_its_bound_and_a_count_by_its_trials():
     assert made.none("a", "what", 1, trials=3).reached is False
     assert made.all_of("a", "what", 2, "", trials=3).reached is False
     assert made.all_of("a", "what", 3, "", trials=3).reached
+
+
+def test_a_test_that_did_not_run_shows_nothing():
+    suite = '<testsuites><testsuite tests="{}" skipped="{}" /></testsuites>'
+    assert all_ran(suite.format(2, 0))
+    assert not all_ran(suite.format(2, 1))
+    assert not all_ran(suite.format(0, 0))
+    assert not all_ran("<testsuites />")
+
+
+def test_the_tests_of_what_others_get_wrong_are_there():
+    for test in TESTS:
+        path, _, name = test.partition("::")
+        assert f"def {name}" in (ROOT / path).read_text()
