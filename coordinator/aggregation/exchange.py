@@ -115,7 +115,7 @@ def _take(
         if kind == "frame":
             job.contribute(key, header.frame, payload)
         elif kind == "go_record":
-            job.perform(job.ranges.go_record(header.go_record))
+            job.go_record(header.go_record)
         else:
             raise InvalidArgument(f"an exchange stream takes frames and go records, not {kind!r}")
     except (PhalanxError, MemoryError):

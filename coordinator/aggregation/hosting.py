@@ -147,6 +147,12 @@ class HostedJob:
         self.copying.frame(key, frame)
         self.perform(self.ranges.contribute(frame, payload, self.elapsed_s))
 
+    def go_record(self, go: GoRecord) -> None:
+        """Take a go record that a worker carried from the root."""
+        self.perform(self.ranges.go_record(go))
+        # It may open a round without any effect, and what is missing of that can be late as well.
+        self.copying.turn()
+
     # -- from control
 
     def pause(self) -> None:

@@ -23,6 +23,7 @@ _STUCK = (("aggregators", 2), ("workers", 2), ("script", "stuck_payloads"))
 FOUND_BUGS = (
     Known(2, (), _STUCK),  # a worker that never delivered anything held a new job up for ever
     Known(5, (), _STUCK),  # so did one that shards were moved to and that opened no stream
+    Known(440),  # ranges that issue no go records saw no late shard in rounds that workers opened
     Known(507),  # a user saw that her job was cancelled before she was answered that it is
     # What was left out was told by reports only, of which the last was lost with an aggregator.
     Known(3, (), (("parts", "1 backup"), ("last", "final_checkpoint aggregator kill"))),

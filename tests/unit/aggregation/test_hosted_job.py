@@ -7,13 +7,20 @@ from typing import Any
 
 import pytest
 
-from coordinator.aggregation import hosting
+from coordinator.aggregation import copying, hosting
+from coordinator.aggregation.core.copies import PATIENCE_UNMEASURED_S
 from coordinator.aggregation.core.effects import Points
+from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.hosting import HostedJob
 from phalanx.errors import Aborted, FailedPrecondition
-from phalanx.testing.ranges import make_plan
+from phalanx.frames import BLOCK_ELEMENTS
+from phalanx.optimizers import build_optimizer
+from phalanx.testing.ranges import make_plan, parameter_ranges
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import storage_service_pb2 as storage_pb
+from phalanx.v1.aggregation_service_pb2 import ExchangeHello
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import GoRecord
 
 
 class Gauges:
@@ -94,6 +101,33 @@ async def test_a_last_part_that_was_taken_for_garbage_is_uploaded_again(
     outcomes = await outcomes_of_a_pause(jobs.started(plan), storage)
     assert uploads[0] == uploads[1]
     assert outcomes == [coordination.JobReport.OUTCOME_PAUSED]
+
+
+async def test_shards_of_a_round_that_a_worker_carried_here_can_be_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only range 0 opens rounds of its own accord; the others see their late shards as well."""
+    monkeypatch.setattr(hosting, "REPORT_EVERY_S", 3600.0)
+    now_s = [100.0]
+    monkeypatch.setattr(copying.time, "monotonic", lambda: now_s[0])
+    plan = make_plan(elements=3 * BLOCK_ELEMENTS, ranges=2)
+    owned = [each for each in parameter_ranges(plan, lambda _: "a") if each.index == 1]
+    optimizer = build_optimizer(JobSpec.FromString(plan.spec).train, plan.total_steps)
+    job = HostedJob(
+        JobRanges(plan, 1, owned, optimizer, None),
+        storage=None,  # type: ignore[arg-type]
+        gauges=Gauges(),  # type: ignore[arg-type]
+        send=lambda _: None,
+    )
+    try:
+        for worker_id in ("a", "b"):
+            job.open_stream(worker_id, ExchangeHello(worker_id=worker_id, takes_copies=True))
+        job.go_record(GoRecord(term=1, action=GoRecord.ACTION_INITIALISE))
+        now_s[0] += PATIENCE_UNMEASURED_S + 0.1
+        job.copying.look()
+        assert job.copying.next_order("a") or job.copying.next_order("b")
+    finally:
+        await job.close()
 
 
 async def test_points_that_were_never_told_are_not_lost_for_those_that_were(
