@@ -1,21 +1,18 @@
 """Checkpoint parts: one range at one version as a safetensors blob, written and read back.
 
-A part holds the tensor `parameters` and one tensor per optimizer state vector, all flat and in this
-order. It is sent out of the snapshot's own buffers, and read back as views of the blob: nothing is
-joined or copied in memory.
+A part holds the tensor `parameters`, one tensor per optimizer state vector and, where it was asked
+for, the replay log, all flat and in this order. It is sent out of the snapshot's own buffers, and
+read back as views of the blob: nothing is joined or copied in memory.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from coordinator.aggregation.core.state import Array, Snapshot
 from phalanx.clients.storage import StorageClient
+from phalanx.data.checkpoint_parts import PARAMETERS, parse_part
 from phalanx.data.model_files import safetensors_header
 from phalanx.errors import (
     DataLoss,
@@ -28,13 +25,9 @@ from phalanx.rpc.patience import Patience
 from phalanx.v1 import storage_service_pb2 as storage
 from phalanx.v1.training_pb2 import Layout, ParameterRange, TensorSpec
 
-PARAMETERS = "parameters"
 UPLOAD_TIMEOUT_S = 600.0
-HEADER_LIMIT_BYTES = 1024 * 1024
 PATIENCE = Patience(first_s=0.1, longest_s=2.0)
 """With storage; without a limit, since training goes on meanwhile."""
-
-_DTYPES = {"F32": "<f4", "F64": "<f8"}
 
 
 def may_be_stored_later(error: PhalanxError) -> bool:
@@ -91,12 +84,13 @@ async def write_part(
 def layout_part(snapshot: Snapshot) -> tuple[bytes, list[memoryview]]:
     """Return the file of a snapshot: its header and the snapshot's buffers, in order."""
     count = snapshot.range.element_count
-    names = (PARAMETERS, *snapshot.state_names)
+    lengths = dict.fromkeys((PARAMETERS, *snapshot.state_names), count)
+    lengths |= {name: len(values) for name, values in snapshot.extra.items()}
     header = safetensors_header(
         Layout(
-            tensors=[TensorSpec(name=name, shape=[count]) for name in names],
+            tensors=[TensorSpec(name=name, shape=[length]) for name, length in lengths.items()],
             dtype=snapshot.dtype.newbyteorder("=").name,
-            element_count=count * len(names),
+            element_count=sum(lengths.values()),
         )
     )
     buffers = [snapshot.parameters(index).data.cast("B") for index in range(len(snapshot.grid))]
@@ -104,6 +98,7 @@ def layout_part(snapshot: Snapshot) -> tuple[bytes, list[memoryview]]:
         for state in snapshot.state:
             assert state is not None, "the snapshot was released before it was written"
             buffers.append(state[name].data.cast("B"))
+    buffers += [values.data.cast("B") for values in snapshot.extra.values() if len(values)]
     return header, buffers
 
 
@@ -131,24 +126,3 @@ async def read_part(
             f"range {piece.index} of the checkpoint at step {manifest.step} cannot be read: "
             f"{error!r}"
         ) from None
-
-
-def parse_part(data: bytes) -> tuple[Array, Mapping[str, Array]]:
-    """Return (parameters, state vectors) of a part as views; raises ValueError and the like."""
-    length = int.from_bytes(data[:8], "little")
-    if not 2 <= length <= min(HEADER_LIMIT_BYTES, len(data) - 8):
-        raise ValueError("its header does not fit")
-    table: dict[str, Any] = json.loads(data[8 : 8 + length])
-    table.pop("__metadata__", None)
-    vectors = {name: _vector(data, 8 + length, entry) for name, entry in table.items()}
-    parameters = vectors.pop(PARAMETERS)
-    return parameters, vectors
-
-
-def _vector(data: bytes, start: int, entry: Mapping[str, Any]) -> Array:
-    dtype = np.dtype(_DTYPES[entry["dtype"]])
-    first, stop = entry["data_offsets"]
-    (count,) = entry["shape"]
-    if not 0 <= first <= stop <= len(data) - start or stop - first != count * dtype.itemsize:
-        raise ValueError("a tensor lies outside of it")
-    return np.frombuffer(data, dtype, count, start + first)

@@ -97,9 +97,12 @@ class Copying:
         for each in started:
             self._tell_control(each)
 
-    def late_workers(self) -> list[coordination.LateWorker]:
-        """Whose shards others compute, for the report to control."""
-        late = self._copies.late_workers(time.monotonic())
+    def late_workers(self, elapsed_s: float) -> list[coordination.LateWorker]:
+        """Whose shards others compute, or should, for the report to control.
+
+        `elapsed_s` is the time since the ranges were assigned.
+        """
+        late = self._copies.late_workers(time.monotonic()) | self._ranges.late_workers(elapsed_s)
         return [
             coordination.LateWorker(worker_id=worker_id, late_s=late_s)
             for worker_id, late_s in sorted(late.items())

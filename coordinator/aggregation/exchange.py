@@ -116,6 +116,8 @@ def _take(
             job.contribute(key, header.frame, payload)
         elif kind == "go_record":
             job.go_record(header.go_record)
+        elif kind == "starts_wanted":
+            job.perform(job.ranges.starts_wanted(key, header.starts_wanted))
         else:
             raise InvalidArgument(f"an exchange stream takes frames and go records, not {kind!r}")
     except (PhalanxError, MemoryError):
@@ -127,9 +129,9 @@ def _take(
 async def _send(
     context: Any, job: HostedJob, key: object, waker: asyncio.Event, joins: bool
 ) -> None:
-    cursor = job.ranges.cursor(joins=joins)
+    cursor = job.ranges.cursor(key, joins=joins)
     while True:
-        message = job.copying.next_order(key) or cursor.take()
+        message = job.copying.next_order(key) or cursor.take(job.elapsed_s)
         if message is None:
             waker.clear()
             await waker.wait()

@@ -81,7 +81,8 @@ class JobGauges:
         self._examples.inc(effect.example_count)
         self._lost.inc(max(0, effect.expected_count - effect.example_count))
         self._doubled.inc(max(0, effect.example_count - effect.expected_count))
-        self._staleness.observe(0)
+        for each in effect.staleness:
+            self._staleness.observe(each)
         if self._last_commit_s is not None:
             self._steps.observe(now_s - self._last_commit_s)
         self._last_commit_s = now_s

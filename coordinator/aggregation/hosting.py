@@ -133,6 +133,7 @@ class HostedJob:
         """Register a stream; the event is set whenever there may be something to send."""
         waker = self._wakers[key] = asyncio.Event()
         self.copying.stream_opened(key, hello, waker.set)
+        self.ranges.stream_opened(key, hello.worker_id)
         return waker
 
     def close_stream(self, key: object) -> None:
@@ -140,12 +141,14 @@ class HostedJob:
         self._wakers.pop(key, None)
         self._commits_to_report = COMMITS_TOLD_AFTER_A_BREAK
         self.copying.stream_closed(key)
+        self.ranges.stream_closed(key)
 
     def contribute(self, key: object, frame: pb.ContributionFrame, payload: memoryview) -> None:
         """Take a frame that arrived on a stream."""
         self._arrived_unix_nanos = time.time_ns()
-        self.copying.frame(key, frame)
-        self.perform(self.ranges.contribute(frame, payload, self.elapsed_s))
+        if not self.ranges.plan.asynchronous:  # what is late there the ranges know themselves
+            self.copying.frame(key, frame)
+        self.perform(self.ranges.contribute(frame, payload, self.elapsed_s, key))
 
     def go_record(self, go: GoRecord) -> None:
         """Take a go record that a worker carried from the root."""
@@ -480,7 +483,7 @@ class HostedJob:
             last_commit_unix_nanos=self._last_commit_unix_nanos,
             last_contribution_unix_nanos=self._last_contribution_unix_nanos,
             steps_replayed=self._steps_replayed,
-            late_workers=self.copying.late_workers(),
+            late_workers=self.copying.late_workers(self.elapsed_s),
         )
 
     def _examples_per_s(self) -> float:

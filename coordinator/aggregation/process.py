@@ -16,6 +16,7 @@ from coordinator.aggregation.checkpoints import PATIENCE, may_be_stored_later, r
 from coordinator.aggregation.config import AggregatorConfig
 from coordinator.aggregation.core.effects import Effect
 from coordinator.aggregation.core.machine import JobRanges, stale_term
+from coordinator.aggregation.core.making import make_ranges
 from coordinator.aggregation.core.state import Array
 from coordinator.aggregation.exchange import SERVICE, ExchangeServicer
 from coordinator.aggregation.gauges import JobGauges
@@ -24,7 +25,6 @@ from phalanx import numeric_fingerprint
 from phalanx.clients.storage import StorageClient
 from phalanx.errors import Internal, PhalanxError, ResourceExhausted
 from phalanx.ids import new_incarnation
-from phalanx.optimizers import build_optimizer
 from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.member_session import MemberSession, Refused
 from phalanx.rpc.patience import insist
@@ -32,11 +32,9 @@ from phalanx.rpc.process import announce
 from phalanx.rpc.server import Server
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import AggregatorMetrics
-from phalanx.training.decisions import RootDecider
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_pb2
 from phalanx.v1 import storage_service_pb2 as storage
-from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import ParameterRange
 
 EXPIRE_EVERY_S = 30.0
@@ -254,14 +252,7 @@ class Aggregator:
 
     def _made(self, message: coordination.AssignRanges) -> JobRanges:
         owned = [piece for piece in message.ranges if piece.aggregator_id == self._id]
-        train = JobSpec.FromString(message.plan.spec).train
-        return JobRanges(
-            message.plan,
-            message.term,
-            owned,
-            build_optimizer(train, message.plan.total_steps),
-            RootDecider(message.plan, message.term) if owned[0].index == 0 else None,
-        )
+        return make_ranges(message.plan, message.term, owned)
 
     async def _begin(self, message: coordination.AssignRanges, ranges: JobRanges) -> list[Effect]:
         """Load the checkpoint, if there is one, and begin; waits as long as storage is away."""

@@ -44,7 +44,7 @@ class Rule(ABC):
             g: mean gradient with L2; may be used as scratch.
             state: this piece of each state vector.
             rate: learning rate of this step.
-            step: version at which the gradient was taken, from 0.
+            step: updates before this one.
             out: new parameters.
             scratch: free to use.
         """

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 VersionT = TypeVar("VersionT", dataset_service_pb2.Dataset, model_service_pb2.ModelVersion)
 _NONE: Iterator[Any] = iter(())
 
+IN_PROCESS = "in-process"
+"""Stands where other backends have an address."""
+
 
 class Catalog(dict[tuple[str, str], list[VersionT]]):
     """Versions by (namespace, name); ``what`` is said in errors."""
@@ -123,7 +126,7 @@ class InProcessBackend:
     @property
     def address(self) -> str:
         """Not an address: there is nothing to dial."""
-        return "in-process"
+        return IN_PROCESS
 
     def call(
         self,
@@ -385,7 +388,7 @@ class InProcessBackend:
             layout=trained.layout,
             parameters_sha256=trained.parameters_sha256,
             steps=trained.steps,
-            bit_identical=True,
+            bit_identical=not plan.asynchronous,
             fingerprint="",
             dataset=spec.data.name,
             metrics=trained.metrics,
@@ -400,7 +403,7 @@ class InProcessBackend:
                 files=self._put_files(contents, spec.code.wheels),
                 job_id=job.id,
                 parameters_sha256=trained.parameters_sha256,
-                bit_identical=True,
+                bit_identical=not plan.asynchronous,
                 metrics=trained.metrics,
                 tags=dict(spec.output.tags),
             )

@@ -218,7 +218,7 @@ class InProcessJobs:
             job_pb2.Result(
                 model=model,
                 parameters_sha256=trained.parameters_sha256,
-                bit_identical=True,
+                bit_identical=not run.plan.asynchronous,
                 metrics=trained.metrics,
                 steps=trained.steps,
             )

@@ -93,6 +93,9 @@ APPEND_JOURNAL = Method(
 READ_JOURNAL = Method(
     _STORAGE, "ReadJournal", storage.ReadJournalRequest, storage.ReadJournalResponse
 )
+LIST_CHECKPOINTS = Method(
+    _STORAGE, "ListCheckpoints", storage.ListCheckpointsRequest, storage.ListCheckpointsResponse
+)
 SET_PINS = Method(_STORAGE, "SetPins", storage.SetPinsRequest, storage.SetPinsResponse)
 
 STORAGE_SERVICES = frozenset({_DATASET, _MODEL, _STORAGE})

@@ -5,10 +5,16 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from phalanx.errors import FailedPrecondition
+from phalanx.errors import FailedPrecondition, NotFound
 from phalanx.sdk.cluster import Cluster
-from phalanx.sdk.in_process import job_code
+from phalanx.sdk.in_process import IN_PROCESS, job_code
+from phalanx.sdk.job import Job
+from phalanx.sdk.methods import LIST_CHECKPOINTS
+
+if TYPE_CHECKING:
+    from phalanx.training.replay import ReplayLog
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,8 @@ class Verdict:
     cluster_sha256: str
     local_sha256: str
     bit_identical: bool
+    #: An asynchronous job, computed again in the order that its log tells.
+    replayed: bool = False
 
     @property
     def equal(self) -> bool:
@@ -29,6 +37,12 @@ class Verdict:
     @property
     def explanation(self) -> str:
         """Why the hashes may differ."""
+        if self.replayed:
+            return (
+                "the order of the contributions is that of the log, so either this machine's "
+                "processor or library versions have another numeric fingerprint, or the workers' "
+                "differed, or the job's code is not a pure function of its arguments"
+            )
         if not self.bit_identical:
             return "the job ran on workers with different numeric fingerprints, as its model says"
         return (
@@ -51,7 +65,8 @@ class Verdict:
 def verify_job(cluster: Cluster, job_id: str) -> Verdict:
     """Compute a job again in this process and return both hashes.
 
-    Downloads the chunks that the job reads. Raises FailedPrecondition unless the job has succeeded.
+    Downloads the chunks that the job reads. An asynchronous job is replayed in the order of its
+    log. Raises FailedPrecondition unless the job has succeeded, and where it has no log.
     """
     from phalanx.data.manifest import DatasetManifest
     from phalanx.specs import job_plan
@@ -65,6 +80,7 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
     spec = job.message.spec
     dataset = cluster.data.get(spec.data.name)
     plan = job_plan(spec, dataset, job_id)
+    replay = replay_log_of(cluster, job) if plan.asynchronous else None
     manifest = DatasetManifest.from_json(cluster.backend.get_blob(plan.manifest_digest))
     with tempfile.TemporaryDirectory(prefix="phalanx-verify-") as name:
         folder = Path(name)
@@ -84,6 +100,7 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
             fetch,
             code_dir=job_code(spec, fetch, folder / "code"),
             start_model=start_model,
+            replay=replay,
         )
     return Verdict(
         job_id=job_id,
@@ -91,4 +108,31 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
         cluster_sha256=job.result.parameters_sha256,
         local_sha256=trained.parameters_sha256,
         bit_identical=job.result.bit_identical,
+        replayed=plan.asynchronous,
     )
+
+
+def replay_log_of(cluster: Cluster, job: Job) -> ReplayLog | None:
+    """Return the order in which a finished asynchronous job applied its contributions.
+
+    None for a job that ran in this process, where it is always the same. Raises FailedPrecondition
+    where the job was not asked to write it down, and NotFound where it is not kept any more.
+    """
+    from phalanx.data.checkpoint_parts import parse_part
+    from phalanx.training.replay import ReplayLog
+    from phalanx.v1.storage_service_pb2 import ListCheckpointsRequest
+
+    train = job.message.spec.train
+    if cluster.backend.address == IN_PROCESS:
+        return None
+    if not train.asynchronous.replay_log:
+        raise FailedPrecondition(
+            f"contributions of job {job.id} were applied in the order in which they came, and it "
+            "was not written down; submit it with train.asynchronous.replay_log: true"
+        )
+    answer = cluster.backend.call(LIST_CHECKPOINTS, ListCheckpointsRequest(job_id=job.id))
+    for checkpoint in answer.checkpoints:
+        if checkpoint.final:
+            _, vectors = parse_part(cluster.backend.get_blob(checkpoint.parts[0].digest))
+            return ReplayLog.restored(vectors, checkpoint.step * job.message.spec.data.shards)
+    raise NotFound(f"the last checkpoint of job {job.id}, which has the log, is not kept any more")

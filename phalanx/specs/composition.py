@@ -5,6 +5,7 @@ Works on raw as well as resolved specs: what is not written yet is not complaine
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from phalanx.errors import Violation
@@ -26,6 +27,38 @@ def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     if spec.data.HasField("shards"):
         yield from _reduction(spec.train.reduction, spec.data.shards)
     yield from _backup(spec)
+    yield from _one_by_one(spec)
+
+
+def _one_by_one(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
+    """What does not go together with contributions that commit by themselves."""
+    train = spec.train
+    barrier, strength = train.asynchronous.barrier_every_clocks, "delay_compensated.strength"
+    if train.HasField("stale") and train.stale.bound < 0:
+        yield Violation("train.stale.bound", f"must be at least 0, not {train.stale.bound}")
+    if barrier < 0:
+        path = "train.asynchronous.barrier_every_clocks"
+        yield Violation(path, f"must be at least 0, not {barrier}")
+    given = train.asynchronous.delay_compensated
+    if given.HasField("strength") and not 0 <= given.strength < math.inf:
+        message = f"must be a number from 0 on, not {given.strength}"
+        yield Violation(f"train.asynchronous.{strength}", message)
+    if not parts.commits_one_by_one(train):
+        return
+    if spec.reproducibility.HasField("bitwise"):
+        message = (
+            "contributions are applied in the order in which they come, so no bits can be "
+            "promised; leave this out, or use synchronous"
+        )
+        yield Violation("reproducibility.bitwise", message)
+    if parts.reduces_leaves(train):
+        kind = train.reduction.WhichOneof("kind")
+        field = kind if kind not in (None, "weighted_mean") else "clip_norm"
+        message = (
+            "compares the contributions of all shards, and here each is applied before the others "
+            "are there; use optimizer.clip_norm against long gradients, or synchronous"
+        )
+        yield Violation(f"train.reduction.{field}", message)
 
 
 def _backup(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:

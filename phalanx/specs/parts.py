@@ -28,6 +28,11 @@ def local_steps(train: job_spec_pb2.Train) -> int:
     return train.local.steps if train.HasField("local") else 0
 
 
+def commits_one_by_one(train: job_spec_pb2.Train) -> bool:
+    """Whether each contribution commits by itself; a stale bound of 0 is synchronous."""
+    return train.HasField("asynchronous") or (train.HasField("stale") and train.stale.bound > 0)
+
+
 def least_shards(reduction: job_spec_pb2.Reduction) -> int:
     """Return how many shards must contribute to a step for the reducer to hold."""
     kind = reduction.WhichOneof("kind")
@@ -39,7 +44,8 @@ def least_shards(reduction: job_spec_pb2.Reduction) -> int:
 def needs_one_range(train: job_spec_pb2.Train) -> bool:
     """Whether one aggregator must see all of each contribution, so that there is one range."""
     root = train.local.outer if train.HasField("local") else train.optimizer
-    return reduces_leaves(train) or backup_shards(train) > 0 or root.HasField("clip_norm")
+    whole = reduces_leaves(train) or backup_shards(train) > 0 or commits_one_by_one(train)
+    return whole or root.HasField("clip_norm")
 
 
 def unit_span(spec: job_spec_pb2.JobSpec) -> int:
@@ -48,9 +54,10 @@ def unit_span(spec: job_spec_pb2.JobSpec) -> int:
     What is encoded with a loss must be the same node whoever computes it: as large as a few nodes
     for all shards allow, since each of them crosses the wire.
     """
-    if reduces_leaves(spec.train) or backup_shards(spec.train):
+    train = spec.train
+    if reduces_leaves(train) or backup_shards(train) or commits_one_by_one(train):
         return 1
-    if spec.train.compression.WhichOneof("up") is None:
+    if train.compression.WhichOneof("up") is None:
         return 0
     span = 1
     while span * UNITS_MAX < spec.data.shards:

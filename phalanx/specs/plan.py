@@ -45,6 +45,7 @@ def job_plan(
         bitwise=spec.reproducibility.WhichOneof("mode") == "bitwise",
         unit_span=parts.unit_span(spec),
         local_steps=parts.local_steps(spec.train),
+        asynchronous=parts.commits_one_by_one(spec.train),
     )
 
 
@@ -119,6 +120,7 @@ def _warnings(
         *_stop_warnings(spec, rows),
         *_schedule_warnings(spec, rows),
         *_reduction_warnings(spec, rows),
+        *_asynchronous_warnings(spec, rows),
     ]
 
 
@@ -209,3 +211,11 @@ def _reduction_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
         f"nothing: the reducer needs {least}; use another batch_size"
     )
     return [found]
+
+
+def _asynchronous_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
+    asynchronous, steps = spec.train.asynchronous, total_steps(spec, rows)
+    if steps and asynchronous.barrier_every_clocks >= steps:
+        count = number_of(steps, "step")
+        return [f"asynchronous.barrier_every_clocks never fires: the job has {count}"]
+    return []

@@ -17,6 +17,7 @@ CHECKPOINTS_KEPT = 3
 EPOCHS = 10
 PRIORITY = 50
 INT8_BUCKET = 512
+COMPENSATION = 2.0
 EVALUATION_SPLITS = ("test", "validation")
 
 _LEARNING_RATES = {"sgd": 0.01, "adagrad": 0.01, "adam": 0.001, "adamw": 0.001}
@@ -92,7 +93,10 @@ def _general(spec: job_spec_pb2.JobSpec) -> None:
     if not spec.resources.HasField("min_workers"):
         spec.resources.min_workers = 1
     if spec.reproducibility.WhichOneof("mode") is None:
-        spec.reproducibility.bitwise.SetInParent()
+        if parts.commits_one_by_one(spec.train):
+            spec.reproducibility.tolerant.SetInParent()
+        else:
+            spec.reproducibility.bitwise.SetInParent()
     spec.output.model = spec.output.model or spec.name
 
 
@@ -156,9 +160,19 @@ def _outer(outer: job_spec_pb2.Optimizer) -> None:
     _optimizer(outer)
 
 
+def _asynchronous(asynchronous: job_spec_pb2.Asynchronous) -> None:
+    if asynchronous.WhichOneof("staleness") is None:
+        asynchronous.scaled.SetInParent()
+    compensated = asynchronous.delay_compensated
+    if asynchronous.HasField("delay_compensated") and not compensated.HasField("strength"):
+        compensated.strength = COMPENSATION
+
+
 def _training(train: job_spec_pb2.Train) -> None:
     if train.WhichOneof("consistency") is None:
         train.synchronous.SetInParent()
+    if train.HasField("asynchronous"):
+        _asynchronous(train.asynchronous)
     if train.WhichOneof("topology") is None:
         train.parameter_server.SetInParent()
     if train.reduction.WhichOneof("kind") is None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from phalanx.training.asynchronous import limit_after
 from phalanx.training.metrics import keeps_point, metrics_from_sums
 from phalanx.training.stop import StopRules
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -65,6 +67,20 @@ class RootDecider:
         steps = self._version * max(1, self._plan.local_steps)
         return steps / max(1, self._plan.steps_per_epoch)
 
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps from one evaluation to the next; each epoch where the spec does not say."""
+        every = self._train.evaluation.every_steps
+        return max(1, every or self._plan.steps_per_epoch)
+
+    @property
+    def limit(self) -> int:
+        """Where contributions commit one by one: the next step that no shard may start before all
+        have completed the steps below it."""
+        evaluates = self.evaluation_interval if self._plan.evaluation_shards else 0
+        barrier = self._train.asynchronous.barrier_every_clocks
+        return limit_after(self._version, (evaluates, barrier), self._plan.total_steps)
+
     def start(self) -> GoRecord:
         """Return the first record of a fresh job."""
         return self._record(GoRecord.ACTION_INITIALISE)
@@ -97,11 +113,17 @@ class RootDecider:
         return self._next()
 
     def committed(
-        self, version: int, example_count: int, loss_sum: float, elapsed_s: float
+        self,
+        version: int,
+        example_count: int,
+        loss_sum: float,
+        elapsed_s: float,
+        others: Mapping[str, float] = MappingProxyType({}),
     ) -> GoRecord:
         """A train round is done: range 0 holds ``version``, made of so many examples.
 
         A count of 0 says that every shard was absent: the step counts, the loss is unknown.
+        ``others`` are metrics of the step that no stop rule looks at.
         """
         self._version, self._round = version, -1
         self._last_count, self._last_loss = example_count, loss_sum
@@ -110,13 +132,14 @@ class RootDecider:
             self._interval_count += example_count
             self._interval_loss += loss_sum
             measured = {TRAIN_LOSS: loss_sum / example_count}
-            self.metrics.update(measured)
+            shown = {**measured, **others}
+            self.metrics.update(shown)
             if keeps_point(version, self._plan.total_steps):
-                self._points.append((version, TRAIN_LOSS, measured[TRAIN_LOSS]))
+                self._points += [(version, name, value) for name, value in shown.items()]
             self._stop.observe(version, measured)
         else:
             self._stop.observe(version, {})
-        if version % self._evaluation_interval == 0:
+        if version % self.evaluation_interval == 0:
             self._end_interval()
         self._observe_time(elapsed_s)
         return self._next()
@@ -143,6 +166,10 @@ class RootDecider:
     def request_pause(self) -> None:
         """Pause at the next step boundary."""
         self._pause = True
+
+    def paused(self) -> GoRecord:
+        """Return a PAUSE record for right now, where no round has changed anything."""
+        return self._record(GoRecord.ACTION_PAUSE, checkpoint=True)
 
     def failed(self, reason: str) -> GoRecord:
         """Return a FAIL record for right now, whatever round is open."""
@@ -172,12 +199,6 @@ class RootDecider:
         }
         return json.dumps(state, sort_keys=True)
 
-    @property
-    def _evaluation_interval(self) -> int:
-        """Steps from one evaluation to the next; each epoch where the spec does not say."""
-        every = self._train.evaluation.every_steps
-        return max(1, every or self._plan.steps_per_epoch)
-
     def _end_interval(self) -> None:
         """A plateau of the training loss looks at its mean since the last evaluation."""
         if self._interval_count:
@@ -187,7 +208,7 @@ class RootDecider:
 
     def _keeps_evaluation(self) -> bool:
         """The last evaluation is always kept: a curve should end where the job does."""
-        every = self._evaluation_interval
+        every = self.evaluation_interval
         total = self._plan.total_steps // every
         return bool(self._stop.reason) or keeps_point(self._version // every, total)
 
@@ -209,7 +230,7 @@ class RootDecider:
             return False
         if self._stop.reason:
             return True
-        return self._version > 0 and self._version % self._evaluation_interval == 0
+        return self._version > 0 and self._version % self.evaluation_interval == 0
 
     def _checkpoint_due(self) -> bool:
         if self._version == self._checkpoint_version:

@@ -29,6 +29,7 @@ from phalanx.optimizers import build_optimizer, gradient_limit
 from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import Node, TreeReducer, all_finite, reduce_leaves
 from phalanx.specs.balance import by_class
+from phalanx.training.asynchronous import StepSums
 from phalanx.training.decisions import RootDecider
 from phalanx.training.leaf import (
     LeafOutcome,
@@ -39,6 +40,8 @@ from phalanx.training.leaf import (
     run_leaf,
     shard_row_range,
 )
+from phalanx.training.local_asynchronous import AsynchronousSteps
+from phalanx.training.replay import ReplayLog
 from phalanx.training.start import load_start_parameters
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import GoRecord, JobPlan, Layout
@@ -90,6 +93,7 @@ def train_in_process(
     start_model: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    replay: ReplayLog | None = None,
 ) -> TrainedModel:
     """Run a job to its end and return the model.
 
@@ -101,6 +105,7 @@ def train_in_process(
         start_model: safetensors file to start from; None: fresh parameters keyed by the seed.
         on_progress: called after each step and evaluation; what it raises ends the job.
         clock: seconds, for the wall-time rule alone.
+        replay: the order of an asynchronous run that is to be computed again.
 
     Raises:
         PhalanxError: the job cannot run, or failed; what a user's model raises passes through.
@@ -125,6 +130,7 @@ def train_in_process(
                 start_model=start_model,
                 on_progress=on_progress,
                 clock=clock,
+                replay=replay,
             )
     finally:
         deactivate_user_code()
@@ -139,13 +145,14 @@ def run_job(
     start_model: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    replay: ReplayLog | None = None,
 ) -> TrainedModel:
     """Run the rounds of a job whose model and readers are there; see `train_in_process`.
 
     BLAS must use one thread already. `evaluation_reader` may be None only where the plan has no
     evaluation shards.
     """
-    job = _Job(plan, model, reader, evaluation_reader, start_model)
+    job = _Job(plan, model, reader, evaluation_reader, start_model, replay)
     begin_s = clock()
     go = job.decider.start()
     while go.action not in (GoRecord.ACTION_STOP, GoRecord.ACTION_FAIL):
@@ -167,6 +174,7 @@ class _Job:
         reader: RowReader,
         evaluation_reader: RowReader | None,
         start_model: Path | None,
+        replay: ReplayLog | None,
     ) -> None:
         self._plan = JobPlan()
         self._plan.CopyFrom(plan)
@@ -198,6 +206,9 @@ class _Job:
         self._state: dict[str, Array] = {
             name: np.zeros(count, dtype) for name in self._optimizer.state_names
         }
+        self._one_by_one: AsynchronousSteps | None = None
+        if plan.asynchronous:
+            self._one_by_one = AsynchronousSteps(plan, self._decay, self._parameters, replay)
 
     def run(self, go: GoRecord, elapsed_s: Callable[[], float]) -> GoRecord:
         """Carry out one record and return the next."""
@@ -207,8 +218,12 @@ class _Job:
         if go.action == GoRecord.ACTION_EVALUATE:
             sums, count = self._evaluate()
             return self._observed(self.decider.evaluated(sums.tolist(), count, elapsed_s()))
-        count, loss = self._train(go.version)
         version = go.version + 1
+        if self._one_by_one is not None:
+            step = self._train_one_by_one(self._one_by_one)
+            go = self.decider.committed(version, step.count, step.loss, elapsed_s(), step.measured)
+            return self._observed(go)
+        count, loss = self._train(go.version)
         return self._observed(self.decider.committed(version, count, loss, elapsed_s()))
 
     def progress(self) -> Progress:
@@ -247,7 +262,7 @@ class _Job:
     def _train(self, version: int) -> tuple[int, float]:
         tree = _Tree(self._plan.shards)
         leaves: dict[int, Contribution] = {}
-        parameters = self._seen()
+        parameters = self._seen(self._parameters)
         for unit in self._units:
             payloads: dict[int, Array | None] = {}
             for shard in unit:
@@ -281,6 +296,24 @@ class _Job:
             self._parameters, self._next = self._next, self._parameters
         return count, loss
 
+    def _train_one_by_one(self, steps: AsynchronousSteps) -> StepSums:
+        def leaf(parameters: Array, shard: int, step: int, out: Array) -> LeafOutcome | None:
+            outcome = self._leaf(parameters, shard, step, out)
+            if not outcome.finite:
+                self._skip(shard, step)
+                return None
+            return outcome
+
+        def received(values: Array, shard: int, step: int) -> Array:
+            contribution = self._contribution(values, shard, step)
+            assert contribution is not None
+            return contribution
+
+        self._parameters, sums = steps.run(
+            self._parameters, self.decider.limit, self._seen, leaf, received
+        )
+        return sums
+
     def _leaf(self, parameters: Array, shard: int, version: int, out: Array) -> LeafOutcome:
         model, reader, plan = self._model, self._reader, self._plan
         if self._local is None:
@@ -291,12 +324,11 @@ class _Job:
 
         return self._local.run(model, parameters, version, batch_of, out)
 
-    def _seen(self) -> Array:
-        """The parameters as workers see them."""
+    def _seen(self, parameters: Array) -> Array:
+        """A version as workers see it."""
         if self._down_codec is None:
-            return self._parameters
-        count = len(self._parameters)
-        return decoded(self._down_codec, encoded(self._down_codec, self._parameters), count)
+            return parameters
+        return decoded(self._down_codec, encoded(self._down_codec, parameters), len(parameters))
 
     def _contribution(self, values: Array | None, first: int, version: int) -> Array | None:
         """A node's contribution as the root sees it."""
@@ -324,7 +356,7 @@ class _Job:
     def _evaluate(self) -> tuple[NDArray[np.float64], int]:
         assert self._evaluation_reader is not None, "the plan evaluates, and there is no reader"
         tree = _Tree(self._plan.evaluation_shards)
-        parameters = self._seen()
+        parameters = self._seen(self._parameters)
         for shard in range(self._plan.evaluation_shards):
             sums = np.zeros(len(self._plan.evaluation_sums))
             outcome = run_evaluation_leaf(

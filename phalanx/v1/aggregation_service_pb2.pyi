@@ -54,6 +54,7 @@ class ExchangeRequestHeader(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     FRAME_FIELD_NUMBER: _builtins.int
     GO_RECORD_FIELD_NUMBER: _builtins.int
+    STARTS_WANTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ExchangeHello: ...
     @_builtins.property
@@ -62,18 +63,23 @@ class ExchangeRequestHeader(_message.Message):
     def go_record(self) -> _training_pb2.GoRecord:
         """The go record that range 0 issued, carried to this aggregator."""
 
+    @_builtins.property
+    def starts_wanted(self) -> Global___StartsWanted:
+        """Only where contributions commit one by one."""
+
     def __init__(
         self,
         *,
         hello: Global___ExchangeHello | None = ...,
         frame: Global___ContributionFrame | None = ...,
         go_record: _training_pb2.GoRecord | None = ...,
+        starts_wanted: Global___StartsWanted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "starts_wanted", b"starts_wanted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "starts_wanted", b"starts_wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "frame", "go_record"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "frame", "go_record", "starts_wanted"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -133,6 +139,7 @@ class ContributionFrame(_message.Message):
     EXAMPLE_COUNT_FIELD_NUMBER: _builtins.int
     LOSS_SUM_FIELD_NUMBER: _builtins.int
     COPY_FIELD_NUMBER: _builtins.int
+    SHARD_STEP_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     step: _builtins.int
     """Version at which the round runs."""
@@ -152,6 +159,10 @@ class ContributionFrame(_message.Message):
     loss_sum: _builtins.float
     copy: _builtins.bool
     """The node is a copy that an aggregator asked for; its home is elsewhere."""
+    shard_step: _builtins.int
+    """Where contributions commit one by one: which of the shard's own steps this
+    is, counted from 0. `step` is then the version that the leaf has read.
+    """
     @_builtins.property
     def node(self) -> _training_pb2.TreeNode: ...
     def __init__(
@@ -169,14 +180,58 @@ class ContributionFrame(_message.Message):
         example_count: _builtins.int = ...,
         loss_sum: _builtins.float = ...,
         copy: _builtins.bool = ...,
+        shard_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy", b"copy", "element_count", b"element_count", "example_count", b"example_count", "first_element", b"first_element", "loss_sum", b"loss_sum", "node", b"node", "range", b"range", "round", b"round", "shard_mask", b"shard_mask", "step", b"step", "term", b"term", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy", b"copy", "element_count", b"element_count", "example_count", b"example_count", "first_element", b"first_element", "loss_sum", b"loss_sum", "node", b"node", "range", b"range", "round", b"round", "shard_mask", b"shard_mask", "shard_step", b"shard_step", "step", b"step", "term", b"term", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ContributionFrame: _TypeAlias = ContributionFrame  # noqa: Y015
+
+@_typing.final
+class StartsWanted(_message.Message):
+    """Leaves that a worker could begin now, where contributions commit one by one.
+    Each message replaces the one before it on its stream.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    WORKING_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    received: _builtins.int
+    """Starts received on this stream."""
+    wanted: _builtins.int
+    """Starts wanted on this stream, those received included."""
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shards that the worker hosts."""
+
+    @_builtins.property
+    def working(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shards of received starts whose contribution was not sent yet."""
+
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        shards: _abc.Iterable[_builtins.int] | None = ...,
+        working: _abc.Iterable[_builtins.int] | None = ...,
+        received: _builtins.int = ...,
+        wanted: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["received", b"received", "shards", b"shards", "term", b"term", "wanted", b"wanted", "working", b"working"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartsWanted: _TypeAlias = StartsWanted  # noqa: Y015
 
 @_typing.final
 class ExchangeResponse(_message.Message):
@@ -209,6 +264,7 @@ class ExchangeResponseHeader(_message.Message):
     FRAME_FIELD_NUMBER: _builtins.int
     GO_RECORD_FIELD_NUMBER: _builtins.int
     COPY_NODES_FIELD_NUMBER: _builtins.int
+    START_LEAF_FIELD_NUMBER: _builtins.int
     JOINED_GO_RECORD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___ExchangeWelcome: ...
@@ -220,6 +276,10 @@ class ExchangeResponseHeader(_message.Message):
 
     @_builtins.property
     def copy_nodes(self) -> Global___CopyNodes: ...
+    @_builtins.property
+    def start_leaf(self) -> Global___StartLeaf:
+        """Only where contributions commit one by one."""
+
     @_builtins.property
     def joined_go_record(self) -> _training_pb2.GoRecord:
         """With a frame that is a whole small version: the go record that follows it,
@@ -233,13 +293,14 @@ class ExchangeResponseHeader(_message.Message):
         frame: Global___VersionFrame | None = ...,
         go_record: _training_pb2.GoRecord | None = ...,
         copy_nodes: Global___CopyNodes | None = ...,
+        start_leaf: Global___StartLeaf | None = ...,
         joined_go_record: _training_pb2.GoRecord | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["copy_nodes", b"copy_nodes", "frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["copy_nodes", b"copy_nodes", "frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "start_leaf", b"start_leaf", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy_nodes", b"copy_nodes", "frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy_nodes", b"copy_nodes", "frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "start_leaf", b"start_leaf", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "frame", "go_record", "copy_nodes"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "frame", "go_record", "copy_nodes", "start_leaf"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -267,6 +328,41 @@ class ExchangeWelcome(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExchangeWelcome: _TypeAlias = ExchangeWelcome  # noqa: Y015
+
+@_typing.final
+class StartLeaf(_message.Message):
+    """The root lets one shard begin one of its own steps, at a version that was
+    sent on this stream before.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
+    SHARD_STEP_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    version: _builtins.int
+    round: _builtins.int
+    shard: _builtins.int
+    shard_step: _builtins.int
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        version: _builtins.int = ...,
+        round: _builtins.int = ...,
+        shard: _builtins.int = ...,
+        shard_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "shard", b"shard", "shard_step", b"shard_step", "term", b"term", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartLeaf: _TypeAlias = StartLeaf  # noqa: Y015
 
 @_typing.final
 class CopyNodes(_message.Message):

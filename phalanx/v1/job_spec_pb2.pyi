@@ -708,7 +708,7 @@ Global___Synchronous: _TypeAlias = Synchronous  # noqa: Y015
 
 @_typing.final
 class Asynchronous(_message.Message):
-    """Each contribution commits by itself."""
+    """Each contribution commits by itself. A step of the job is as many of them as it has shards."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -720,7 +720,7 @@ class Asynchronous(_message.Message):
     barrier_every_clocks: _builtins.int
     """Let all shards meet after so many of their steps; 0: never."""
     replay_log: _builtins.bool
-    """Write down (version, shard, order), so that the run can be replayed bit for bit."""
+    """Write down (version, shard, order) in checkpoints, so that the run can be replayed bit for bit."""
     @_builtins.property
     def scaled(self) -> Global___Scaled: ...
     @_builtins.property
@@ -748,7 +748,7 @@ Global___Asynchronous: _TypeAlias = Asynchronous  # noqa: Y015
 
 @_typing.final
 class Scaled(_message.Message):
-    """The learning rate is divided by the staleness."""
+    """The learning rate is divided by the staleness: the versions made since the one that was read."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -771,6 +771,7 @@ class DelayCompensated(_message.Message):
 
     STRENGTH_FIELD_NUMBER: _builtins.int
     strength: _builtins.float
+    """[2] Weight of the correction."""
     def __init__(
         self,
         *,

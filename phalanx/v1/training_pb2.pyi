@@ -156,7 +156,9 @@ class GoRecord(_message.Message):
         ACTION_INITIALISE: GoRecord._Action.ValueType  # 1
         """Round of width 1: shard 0's host sends the initial parameters."""
         ACTION_TRAIN: GoRecord._Action.ValueType  # 2
-        """Round of width S: every shard sends its gradient sum."""
+        """Round of width S: every shard sends its gradient sum. In a job that is
+        asynchronous: shards may be started, one by one, until the next record.
+        """
         ACTION_EVALUATE: GoRecord._Action.ValueType  # 3
         """Round of width E: every evaluation shard sends its metric sums to range 0."""
         ACTION_PAUSE: GoRecord._Action.ValueType  # 4
@@ -171,7 +173,9 @@ class GoRecord(_message.Message):
     ACTION_INITIALISE: GoRecord.Action.ValueType  # 1
     """Round of width 1: shard 0's host sends the initial parameters."""
     ACTION_TRAIN: GoRecord.Action.ValueType  # 2
-    """Round of width S: every shard sends its gradient sum."""
+    """Round of width S: every shard sends its gradient sum. In a job that is
+    asynchronous: shards may be started, one by one, until the next record.
+    """
     ACTION_EVALUATE: GoRecord.Action.ValueType  # 3
     """Round of width E: every evaluation shard sends its metric sums to range 0."""
     ACTION_PAUSE: GoRecord.Action.ValueType  # 4
@@ -270,6 +274,7 @@ class JobPlan(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     UNIT_SPAN_FIELD_NUMBER: _builtins.int
     LOCAL_STEPS_FIELD_NUMBER: _builtins.int
+    ASYNCHRONOUS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     spec: _builtins.bytes
     """JobSpec in its resolved form, serialized protobuf (not JSON)."""
@@ -298,6 +303,10 @@ class JobPlan(_message.Message):
     """
     local_steps: _builtins.int
     """Local steps of a shard between two commits; 0: shards contribute gradients."""
+    asynchronous: _builtins.bool
+    """Contributions commit one by one: versions count contributions, S of which
+    are one step of the job.
+    """
     @_builtins.property
     def layout(self) -> Global___Layout: ...
     @_builtins.property
@@ -334,10 +343,11 @@ class JobPlan(_message.Message):
         fingerprint: _builtins.str = ...,
         unit_span: _builtins.int = ...,
         local_steps: _builtins.int = ...,
+        asynchronous: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bitwise", b"bitwise", "code_digests", b"code_digests", "evaluation_rows", b"evaluation_rows", "evaluation_shards", b"evaluation_shards", "evaluation_sums", b"evaluation_sums", "fingerprint", b"fingerprint", "job_id", b"job_id", "layout", b"layout", "local_steps", b"local_steps", "manifest_digest", b"manifest_digest", "range_count", b"range_count", "rows_per_leaf", b"rows_per_leaf", "shards", b"shards", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_model_digest", b"start_model_digest", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_rows", b"train_rows", "unit_span", b"unit_span"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asynchronous", b"asynchronous", "bitwise", b"bitwise", "code_digests", b"code_digests", "evaluation_rows", b"evaluation_rows", "evaluation_shards", b"evaluation_shards", "evaluation_sums", b"evaluation_sums", "fingerprint", b"fingerprint", "job_id", b"job_id", "layout", b"layout", "local_steps", b"local_steps", "manifest_digest", b"manifest_digest", "range_count", b"range_count", "rows_per_leaf", b"rows_per_leaf", "shards", b"shards", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_model_digest", b"start_model_digest", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_rows", b"train_rows", "unit_span", b"unit_span"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

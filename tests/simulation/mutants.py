@@ -158,10 +158,6 @@ def _many(name: str, rule: int, *changes: Change) -> Mutant:
 
 
 NOT_BUILT = {
-    4: (
-        "train.asynchronous",
-        "train.stale",
-    ),
     10: (
         "train.compression.top_k",
         "train.compression.sign",
@@ -357,7 +353,7 @@ MUTANTS = (
     ),
     _one(
         "the newer version is overwritten", 1, f"{_VERSIONS}._take_buffer",
-        "oldest = min(self._held)", "oldest = max(self._held)",
+        "oldest = min(free)", "oldest = max(free)",
     ),
     _one(
         "nothing is sent again on a new stream", 7, f"{_OUTBOX}.opened",

@@ -1,4 +1,4 @@
-"""Numbers of the shared buffers of one job: two of parameters, then as many payloads as needed."""
+"""Numbers of the shared buffers of one job: those of parameters, then payloads as needed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from worker.core.versions import BUFFERS
 class BufferPool:
     """Hands out the lowest free payload buffer, so that few are ever touched."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = BUFFERS) -> None:
+        """The buffers below `first` are those of parameters."""
         self._free: list[int] = []
-        self._next = BUFFERS
+        self._next = first
 
     def take(self) -> int:
         """A buffer that nobody uses."""

@@ -24,6 +24,13 @@ def contains(outer: Node, inner: Node) -> bool:
     return outer.first <= inner.first and inner.first + inner.span <= outer.first + outer.span
 
 
+def shards_of(nodes: Iterable[Node], width: int) -> list[int]:
+    """Return the shards below disjoint `nodes` of a tree over `width` shards, in order."""
+    return sorted(
+        shard for node in nodes for shard in range(node.first, min(node.first + node.span, width))
+    )
+
+
 def units_around(nodes: Iterable[Node], unit: int, width: int) -> list[Node]:
     """Return the nodes of `unit` shards that hold a shard of `nodes`, in order."""
     firsts = {

@@ -4,6 +4,9 @@ A round is open for the worker from its go record until the worker holds the nex
 The round that counts is the newest one at the newest whole version, whatever the root has issued
 for later versions: some range may still lack what only this worker can send. INITIALISE is open
 while there is no version at all.
+
+Where contributions commit one by one a TRAIN record opens no round: until the next record the root
+starts leaves one by one (`Starts`).
 """
 
 from __future__ import annotations
@@ -17,16 +20,21 @@ from phalanx.v1 import aggregation_service_pb2, training_pb2
 from phalanx.v1 import coordination_service_pb2 as coordination
 from worker.core.buffers import BufferPool
 from worker.core.dispatch import Dispatcher, Task
+from worker.core.division import shards_of
 from worker.core.effects import Cancel, Effect, OpenStreams, Report, Wake
-from worker.core.outbox import FrameOut, GoOut, Outbox
+from worker.core.outbox import FrameOut, GoOut, Outbox, StartsOut
 from worker.core.rounds import LeafFailure, Part, PartState, Round
-from worker.core.versions import Place, VersionAssembly
+from worker.core.starts import Start, Starts
+from worker.core.versions import BUFFERS, Place, VersionAssembly
 
 GoRecord = training_pb2.GoRecord
 LeafFailed = coordination.LeafFailed
 
 LOSSES_WITHOUT_BLAME_MAX = 3
 """After so many deaths of a leaf process outside any leaf, the part's first shard is named."""
+
+ABSENT_STEPS_MAX = 64
+"""Steps of shards of which is known who is left out."""
 
 _WORK = (GoRecord.ACTION_TRAIN, GoRecord.ACTION_EVALUATE)
 
@@ -52,7 +60,11 @@ class JobCore:
         self._dispatcher = dispatcher
         self._new_task_id = new_task_id
         self._outbox = Outbox((), 4, 0)
-        self._buffers = BufferPool()
+        #: A version is being read by each slot, at most, besides the newest and the next one.
+        self._version_buffers = BUFFERS + (dispatcher.slots if plan.asynchronous else 0)
+        self._buffers = BufferPool(self._version_buffers)
+        #: Only where contributions commit one by one.
+        self._starts: Starts | None = None
         #: Version → its go records in order; the last one counts.
         self._go: dict[int, list[GoRecord]] = {}
         self._absent: dict[int, set[int]] = {}
@@ -75,6 +87,9 @@ class JobCore:
         self.evaluation_nodes = _nodes(message.evaluation_nodes)
         if self.round is not None:
             effects += self._owe(self.round)
+        if self._starts is not None:
+            shards = shards_of(self.train_nodes, self.plan.shards)
+            effects += self._give_up(self._starts.host(shards)) + self._wake()
         return effects
 
     def prepare_done(self, leaf_sha256: str = "") -> list[Effect]:
@@ -94,13 +109,15 @@ class JobCore:
         """The job was revoked: stop computing it."""
         self._set_up = self.prepared = False
         self.train_nodes, self.evaluation_nodes = [], []
-        return self._end_round()
+        return self._end_starts() + self._end_round()
 
     def skip(self, message: coordination.AbsentShards) -> list[Effect]:
         """Control decided that these shards are left out of one step."""
         if message.term != self.term:
             return []
         self._absent.setdefault(message.step, set()).update(message.shards)
+        if self._starts is not None:
+            return self._skip_starts(self._starts, message)
         round = self.round
         if round is None or round.is_evaluation or round.go.version != message.step:
             return []
@@ -119,6 +136,17 @@ class JobCore:
         records.append(go)
         effects: list[Effect] = [Wake(self.job_id, name) for name in self._outbox.carry(go)]
         return effects + self._turn()
+
+    def start_leaf(self, message: aggregation_service_pb2.StartLeaf) -> list[Effect]:
+        """The root starts a leaf here, on a version that is here."""
+        if message.term != self.term or self._starts is None:
+            return []
+        absent = self._absent.get(message.shard_step, ())
+        start, dropped = self._starts.begin(message, absent)
+        effects = self._give_up(dropped)
+        if start is not None:
+            self._submit(start.round, [start.part])
+        return effects + self._wake()
 
     def copy_nodes(self, message: aggregation_service_pb2.CopyNodes) -> list[Effect]:
         """Some worker is late: compute copies of its nodes, now or once their round opens here."""
@@ -151,14 +179,22 @@ class JobCore:
         """An aggregator accepted the stream."""
         records = [go for version in sorted(self._go) for go in self._go[version]]
         self._outbox.opened(aggregator_id, records)
-        return [Wake(self.job_id, aggregator_id)]
+        effects = self._give_up(self._starts.stream_opened()) if self._starts is not None else []
+        return [*effects, Wake(self.job_id, aggregator_id)]
 
     def stream_closed(self, aggregator_id: str) -> None:
         """A stream broke; it will be opened again."""
         self._outbox.closed(aggregator_id)
 
-    def next_message(self, aggregator_id: str) -> FrameOut | GoOut | None:
-        """What to send on a stream now; see `Outbox`."""
+    def next_message(self, aggregator_id: str) -> FrameOut | GoOut | StartsOut | None:
+        """What to send on a stream now; see `Outbox`. What was taken before is on its way."""
+        starts = self._starts
+        if starts is not None:
+            self._let_sent_go(starts)
+            if self._outbox.is_open(aggregator_id):
+                out = starts.next(self._dispatcher.slots - len(self._tasks))
+                if out is not None:
+                    return out
         return self._outbox.next(aggregator_id)
 
     # Leaf processes
@@ -171,29 +207,33 @@ class JobCore:
         self, task: Task, part: Part, count: int, loss: float, mask: int, sums: tuple[float, ...]
     ) -> list[Effect]:
         """A leaf process finished a part."""
-        if task.round is not self.round:
+        if not self._wants(task.round):
             return []
         return self._wake() if task.round.done(part, count, loss, mask, sums) else []
 
     def part_failed(self, task: Task, part: Part, failure: LeafFailure) -> list[Effect]:
         """A shard of a part failed; control decides what happens, the other parts go on."""
         round = task.round
-        if round is not self.round or task.cancelled:
+        if not self._wants(round) or task.cancelled:
             return []
         part.state = PartState.FAILED
         part.failure, part.failed_task = failure, task.id
         if failure.shard in round.absent and failure.shard not in task.absent:
             return self._owe(round)
+        if self._starts is not None:
+            self._starts.slot_free()
         return [self._failure_report(round, failure, task.id)]
 
     def open_failures(self) -> list[Effect]:
         """Reports of the failures that still wait for control, for one that may not have heard."""
-        round = self.round
-        parts = round.parts.values() if round is not None else ()
+        rounds = [] if self.round is None else [self.round]
+        if self._starts is not None:
+            rounds += [start.round for start in self._starts.under_way]
         return [
             self._failure_report(round, part.failure, part.failed_task)
-            for part in parts
-            if round is not None and part.state is PartState.FAILED and part.failure is not None
+            for round in rounds
+            for part in round.parts.values()
+            if part.state is PartState.FAILED and part.failure is not None
         ]
 
     def task_ended(self, task: Task, lost: bool = False) -> list[Effect]:
@@ -203,10 +243,13 @@ class JobCore:
         """
         self._tasks.pop(task.id, None)
         round = task.round
-        if round is not self.round:
-            self._give_back(task.parts)
-            return []
         effects: list[Effect] = []
+        if self._starts is not None:
+            self._starts.slot_free()
+            effects += self._wake()
+        if not self._wants(round):
+            self._give_back(task.parts)
+            return effects
         again = []
         for part in task.parts:
             if part.state is not PartState.RUNNING:
@@ -227,14 +270,18 @@ class JobCore:
     # Inside
 
     def _start_term(self, message: coordination.AssignJob) -> list[Effect]:
-        effects = self._end_round()
+        effects = self._end_starts() + self._end_round()
         layout = message.plan.layout
         itemsize = np.dtype(layout.dtype or "float32").itemsize
         self.plan = message.plan
         self.term = message.term
         self._wanted_leaf = message.leaf_sha256
         self._compare_leaves()
-        self.versions = VersionAssembly(message.ranges, itemsize)
+        # In rounds nobody needs what is read there once two newer versions are coming.
+        in_use = self._buffers_read if message.plan.asynchronous else set
+        self.versions = VersionAssembly(message.ranges, itemsize, self._version_buffers, in_use)
+        if message.plan.asynchronous:
+            self._starts = Starts(message.plan, message.term, message.ranges, itemsize)
         self._outbox = Outbox(message.ranges, itemsize, len(message.plan.evaluation_sums))
         self._go.clear()
         self._absent.clear()
@@ -255,6 +302,10 @@ class JobCore:
         """The go record of the round that is open for this worker."""
         if not self.prepared:
             return None
+        if self._starts is not None and self._go:
+            newest = self._go[max(self._go)][-1]
+            if newest.action == GoRecord.ACTION_TRAIN:
+                return None
         version = self.versions.whole_version
         if version < 0:
             records = self._go.get(0)
@@ -267,6 +318,22 @@ class JobCore:
 
     def _turn(self) -> list[Effect]:
         """Open the round that counts now, if it is another one."""
+        if self._starts is not None:
+            return self._turn_starts(self._starts) + self._turn_round()
+        return self._turn_round()
+
+    def _turn_starts(self, starts: Starts) -> list[Effect]:
+        """Let leaves be started under the newest record, or end that."""
+        newest = self._go[max(self._go)][-1] if self.prepared and self._go else None
+        go = newest if newest is not None and newest.action == GoRecord.ACTION_TRAIN else None
+        if go is starts.go:
+            return []
+        effects = self._give_up(starts.turn_to(go))
+        if go is not None:
+            effects += self._give_up(starts.host(shards_of(self.train_nodes, self.plan.shards)))
+        return effects + self._wake()
+
+    def _turn_round(self) -> list[Effect]:
         go = self._target()
         if (self.round.go if self.round is not None else None) is go:
             return []
@@ -319,11 +386,51 @@ class JobCore:
         self._submit(round, round.owe_copies(wanted))
         return self._wake() if round.has_ready else []
 
+    def _wants(self, round: Round) -> bool:
+        """Whether what a round computes is still wanted."""
+        if round is self.round:
+            return True
+        return self._starts is not None and self._starts.find(round) is not None
+
+    def _give_up(self, starts: Iterable[Start]) -> list[Effect]:
+        """Nobody wants these leaves here any more."""
+        effects: list[Effect] = []
+        for start in starts:
+            effects += self._end_tasks(start.round)
+        return effects
+
+    def _end_starts(self) -> list[Effect]:
+        if self._starts is None:
+            return []
+        self._let_sent_go(self._starts)
+        return self._give_up(self._starts.turn_to(None))
+
+    def _let_sent_go(self, starts: Starts) -> None:
+        for sent in starts.take_sent():
+            self._give_back(sent.round.parts.values())
+
+    def _skip_starts(self, starts: Starts, message: coordination.AbsentShards) -> list[Effect]:
+        """Have a leaf that failed started again, without its shard."""
+        for old in sorted(self._absent)[:-ABSENT_STEPS_MAX]:
+            del self._absent[old]
+        effects: list[Effect] = []
+        for start in starts.under_way:
+            failed = start.part.state is PartState.FAILED
+            if failed and start.shard in message.shards and start.round.step == message.step:
+                starts.give_up(start)
+                effects += self._end_tasks(start.round)
+        return effects + self._wake()
+
+    def _buffers_read(self) -> set[int]:
+        """Buffers of versions that leaves read, or will."""
+        return {task.parameters for task in self._tasks.values()}
+
     def _end_round(self) -> list[Effect]:
         round, self.round = self.round, None
         self._outbox.turn_to(None)
-        if round is None:
-            return []
+        return self._end_tasks(round) if round is not None else []
+
+    def _end_tasks(self, round: Round) -> list[Effect]:
         for task in list(self._tasks.values()):
             if task.round is round and self._dispatcher.withdraw(task):
                 del self._tasks[task.id]
@@ -375,7 +482,9 @@ class JobCore:
 
     def _forget_old(self, newest: int) -> None:
         """Keep what belongs to the two versions that ranges may still hold."""
-        for known in (self._go, self._absent):
+        # Shards that count steps of their own are left out of those, not of versions.
+        versions = (self._go,) if self.plan.asynchronous else (self._go, self._absent)
+        for known in versions:
             for version in [version for version in known if version < newest - 1]:
                 del known[version]
 
@@ -395,7 +504,7 @@ class JobCore:
         failed = coordination.LeafFailed(
             job_id=self.job_id,
             term=self.term,
-            step=round.go.version,
+            step=round.step,
             round=round.go.round,
             shard=failure.shard,
             kind=failure.kind,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from phalanx.frames import frame_grid
 from phalanx.reduction import Node
-from phalanx.v1 import training_pb2
+from phalanx.v1 import aggregation_service_pb2, training_pb2
 from worker.core.rounds import Round, Wire
 
 GoRecord = training_pb2.GoRecord
@@ -35,6 +35,13 @@ class GoOut:
     """Carry a go record to a range that did not issue it."""
 
     go: GoRecord
+
+
+@dataclass(slots=True)
+class StartsOut:
+    """Say which leaves could begin."""
+
+    wish: aggregation_service_pb2.StartsWanted
 
 
 @dataclass(slots=True)
@@ -67,6 +74,10 @@ class Outbox:
     def open_streams(self) -> list[str]:
         """Aggregators that accepted a stream."""
         return [name for name, stream in self._streams.items() if stream.open]
+
+    def is_open(self, aggregator_id: str) -> bool:
+        """Whether this aggregator accepted a stream."""
+        return self._streams[aggregator_id].open
 
     def opened(self, aggregator_id: str, go_records: Iterable[GoRecord]) -> None:
         """A stream was accepted: these go records and the whole open round are due on it."""

@@ -98,8 +98,12 @@ class Round:
     With a `unit` exactly the nodes of so many shards travel, each computed in one part.
     """
 
-    def __init__(self, go: GoRecord, width: int, slots: int, unit: int = 0) -> None:
+    def __init__(
+        self, go: GoRecord, width: int, slots: int, unit: int = 0, shard_step: int | None = None
+    ) -> None:
         self.go = go
+        #: Which of the shard's own steps this is, where shards count their own.
+        self.shard_step = shard_step
         self.width = width
         self.absent: set[int] = set()
         self.wires: dict[Node, Wire] = {}
@@ -107,6 +111,11 @@ class Round:
         self._slots = slots
         self._unit = unit
         self._retries = 0
+
+    @property
+    def step(self) -> int:
+        """Whose rows the leaves read: those of the version, or of the shard's own step."""
+        return self.go.version if self.shard_step is None else self.shard_step
 
     @property
     def is_evaluation(self) -> bool:

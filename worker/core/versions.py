@@ -1,14 +1,17 @@
-"""Which parameter versions the worker holds, and which of its two buffers each one fills.
+"""Which parameter versions the worker holds, and which of its buffers each one fills.
 
 Frames of a version come from the owners of all ranges, in any order. A version is *whole* once
 every frame of every range is in; leaves run on whole versions only. Two buffers are enough: a
 frame of version t + 2 proves that every range has committed t + 1, after which nobody needs a
 gradient at t, so the lower buffer is taken over.
+
+Where contributions commit one by one a leaf reads whatever version it was started with. Then a
+buffer that a leaf reads is left alone, and there are as many more as leaves run at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from phalanx.errors import InvalidArgument
@@ -39,7 +42,16 @@ class _Held:
 class VersionAssembly:
     """The versions of one job in one term."""
 
-    def __init__(self, ranges: Sequence[training_pb2.ParameterRange], itemsize: int) -> None:
+    def __init__(
+        self,
+        ranges: Sequence[training_pb2.ParameterRange],
+        itemsize: int,
+        buffers: int = BUFFERS,
+        in_use: Callable[[], set[int]] = set,
+    ) -> None:
+        """`in_use` tells which of the `buffers` leaves are reading."""
+        self._buffers = buffers
+        self._in_use = in_use
         self._frames: dict[tuple[int, int], tuple[int, int, int]] = {}
         for piece in ranges:
             for first, count in frame_grid(piece.element_count, itemsize):
@@ -96,13 +108,15 @@ class VersionAssembly:
         return True
 
     def _take_buffer(self, version: int) -> _Held | None:
-        if len(self._held) < BUFFERS:
+        if len(self._held) < self._buffers:
             used = {held.buffer for held in self._held.values()}
-            buffer = min(set(range(BUFFERS)) - used)
+            buffer = min(set(range(self._buffers)) - used)
         else:
-            oldest = min(self._held)
-            if version < oldest:
+            in_use = self._in_use()
+            free = [number for number, held in self._held.items() if held.buffer not in in_use]
+            if not free or version < min(free):
                 return None
+            oldest = min(free)
             buffer = self._held.pop(oldest).buffer
             if oldest == self._whole:
                 # Nobody needs this version any more, but it was the whole one.

@@ -219,8 +219,9 @@ class LeafLoop:
             for shard in range(first, min(first + span, work.plan.shards))
         ]
         self._later.clear()
-        steps = work.own_steps(order.version + 1)
-        self._later.extend((work, shard, step) for shard in shards for step in steps)
+        if not work.plan.asynchronous:  # there the next leaf is that of any shard
+            steps = work.own_steps(order.version + 1)
+            self._later.extend((work, shard, step) for shard in shards for step in steps)
         try:
             chunks = work.chunks_to_prefetch(shards, order.version)
         except Exception:  # noqa: BLE001

@@ -49,6 +49,9 @@ class StreamEvents(Protocol):
     def copy_nodes(self, wanted: exchange.CopyNodes) -> None:
         """Copies of late nodes are wanted."""
 
+    def start_leaf(self, start: exchange.StartLeaf) -> None:
+        """The root starts a leaf here."""
+
     def version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None:
         """A part of a version arrived."""
 
@@ -187,6 +190,8 @@ class ExchangeStream:
                     self._events.go_record(header.joined_go_record)
             elif kind == "go_record":
                 self._events.go_record(header.go_record)
+            elif kind == "start_leaf":
+                self._events.start_leaf(header.start_leaf)
             elif kind == "copy_nodes":
                 self._events.copy_nodes(header.copy_nodes)
 

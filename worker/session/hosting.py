@@ -15,7 +15,7 @@ from phalanx.v1 import aggregation_service_pb2 as exchange
 from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.core.effects import Effect, OpenStreams
 from worker.core.job import JobCore
-from worker.core.outbox import GoOut
+from worker.core.outbox import GoOut, StartsOut
 from worker.core.progress import JobProgress
 from worker.session.exchange import ExchangeStream
 from worker.session.payloads import FrameBuilder
@@ -108,6 +108,10 @@ class HostedJob:
         """An aggregator wants copies of what others are late with."""
         self._perform(self.core.copy_nodes(wanted))
 
+    def start_leaf(self, start: exchange.StartLeaf) -> None:
+        """The root starts a leaf here."""
+        self._perform(self.core.start_leaf(start))
+
     def version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None:
         """Copy a part of a version into its shared buffer."""
         place = self.core.frame_place(frame)
@@ -135,6 +139,8 @@ class HostedJob:
             return None
         if isinstance(out, GoOut):
             return encode_request(exchange.ExchangeRequestHeader(go_record=out.go))
+        if isinstance(out, StartsOut):
+            return encode_request(exchange.ExchangeRequestHeader(starts_wanted=out.wish))
         assert self.prepared is not None
         return self._builder.encode(out, self.prepared.arena)
 
@@ -165,6 +171,10 @@ class _TermEvents:
     def copy_nodes(self, wanted: exchange.CopyNodes) -> None:
         if self._current:
             self._job.copy_nodes(wanted)
+
+    def start_leaf(self, start: exchange.StartLeaf) -> None:
+        if self._current:
+            self._job.start_leaf(start)
 
     def version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None:
         if self._current:

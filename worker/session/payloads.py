@@ -49,6 +49,8 @@ class FrameBuilder:
         frame.shard_mask = shard_mask(wire.node, totals.mask, round.width)
         frame.example_count, frame.loss_sum = totals.count, totals.loss
         frame.copy = wire.copy
+        if round.shard_step is not None:
+            frame.shard_step = round.shard_step
         if wire.fold is None:
             return encode_request(header)
         if round.is_evaluation:

@@ -174,7 +174,7 @@ class SlotPool:
             task=task.id,
             job=job.number,
             action=task.round.go.action,
-            version=task.round.go.version,
+            version=task.round.step,
             parameters=task.parameters,
             parts=tuple((part.node.first, part.node.span, part.buffer) for part in task.parts),
             absent=tuple(task.absent),

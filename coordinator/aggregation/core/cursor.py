@@ -8,9 +8,18 @@ back it goes on where it stood, or, if that version is gone, at the next one tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from coordinator.aggregation.core.golog import GoLog
 from coordinator.aggregation.core.versions import NONE, Version, VersionStore
+
+
+class AnyCursor(Protocol):
+    """A stream's position."""
+
+    def take(self, now_s: float = 0.0) -> bytes | None:
+        """The next message for the stream at this time; None: nothing until it is woken."""
+        ...
 
 
 class Cursor:
@@ -28,7 +37,7 @@ class Cursor:
         self._joins = joins
         self._ranges = [_RangeCursor(store) for store in stores]
 
-    def take(self) -> bytes | None:
+    def take(self, now_s: float = 0.0) -> bytes | None:
         """The next message for this stream; None: nothing until something is published."""
         record = self._go_log.after(self._last_go)
         if record is not None:

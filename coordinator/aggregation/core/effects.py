@@ -27,6 +27,8 @@ class Committed:
     example_count: int
     #: Examples that the sampler gave to the step; more than the count where shards were absent.
     expected_count: int
+    #: Of each contribution: versions made between what it has read and its commit.
+    staleness: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,11 @@ class GoEntry:
         self.joined = joined
         self._go = go
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether the record opens an evaluation."""
+        return self._go.action == GoRecord.ACTION_EVALUATE
+
     @cached_property
     def data(self) -> bytes:
         """The record by itself; most streams take it joined."""

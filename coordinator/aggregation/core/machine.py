@@ -26,11 +26,12 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
+from typing import Any
 
 import numpy as np
 
 from coordinator.aggregation.core.copies import OpenRound
-from coordinator.aggregation.core.cursor import Cursor
+from coordinator.aggregation.core.cursor import AnyCursor, Cursor
 from coordinator.aggregation.core.effects import (
     Committed,
     Effect,
@@ -61,7 +62,7 @@ from coordinator.aggregation.core.state import Array, RangeParameters
 from coordinator.aggregation.core.versions import NONE, VersionStore
 from phalanx.compressors import build_down_codec
 from phalanx.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument
-from phalanx.optimizers import Optimizer
+from phalanx.optimizers import ContributionOptimizer, Optimizer
 from phalanx.training.decisions import RootDecider
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import training_pb2
@@ -104,7 +105,7 @@ class JobRanges:
         plan: training_pb2.JobPlan,
         term: int,
         owned: Sequence[training_pb2.ParameterRange],
-        optimizer: Optimizer,
+        optimizer: Optimizer | ContributionOptimizer,
         decider: RootDecider | None,
     ) -> None:
         """`decider` is given exactly where range 0 is among the `owned`."""
@@ -143,10 +144,11 @@ class JobRanges:
 
         Raises `DataLoss` where vectors or state do not fit the job.
         """
+        first = self._version_of(version)
         for index, owned in self._ranges.items():
             parameters, state = vectors[index]
-            owned.parameters.load(version, parameters, state)
-            owned.key = (version, NONE)
+            owned.parameters.load(first, parameters, state)
+            owned.key = (first, NONE)
         if self._decider is None:
             return []
         try:
@@ -199,15 +201,33 @@ class JobRanges:
         """The versions that an owned range holds."""
         return self._ranges[range_index].parameters.versions
 
-    def cursor(self, *, joins: bool = False) -> Cursor:
+    def cursor(self, stream: object = None, *, joins: bool = False) -> AnyCursor:
         """A new stream's position: the oldest held version and go record first."""
         stores = [self._ranges[index].parameters.versions for index in self.range_indexes]
         return Cursor(stores, self._go_log, joins=joins)
 
     # -- from workers
 
+    def stream_opened(self, stream: object, worker_id: str) -> None:
+        """A worker opened a stream."""
+
+    def stream_closed(self, stream: object) -> None:
+        """A stream ended."""
+
+    def starts_wanted(self, stream: object, message: pb.StartsWanted) -> list[Effect]:
+        """A worker says which leaves it could begin."""
+        raise InvalidArgument("leaves are started by go records in this job, not one by one")
+
+    def late_workers(self, elapsed_s: float) -> dict[str, float]:
+        """Who has owed a contribution for too long, and by how many seconds too long."""
+        return {}
+
     def contribute(
-        self, frame: pb.ContributionFrame, payload: memoryview, elapsed_s: float
+        self,
+        frame: pb.ContributionFrame,
+        payload: memoryview,
+        elapsed_s: float,
+        stream: object = None,
     ) -> list[Effect]:
         """Add one frame. Copies and frames of closed rounds change nothing.
 
@@ -382,15 +402,24 @@ class JobRanges:
     def _issue(self, go: GoRecord) -> list[Effect]:
         """Put a go record of the root in force: for our ranges at once, for others by workers."""
         go.term = self.term
+        go.version = self._version_of(go.version)
         if go.action in TERMINAL_ACTIONS:
             self._terminal = go
-        elif (go.checkpoint or self._checkpoint_owed) and go.version > NONE:
-            # One at a time: a slow checkpoint delays the next one, never the step.
+        else:
+            self._settle_checkpoint(go)
+        self._go_log.append(go, self.versions_of(0).only_frame(go.version))
+        return [Wake(), *self._spread(go)]
+
+    def _settle_checkpoint(self, go: GoRecord) -> None:
+        """One at a time: a slow checkpoint delays the next one, never the step."""
+        if (go.checkpoint or self._checkpoint_owed) and go.version > NONE:
             wanted = go.action == GoRecord.ACTION_TRAIN or go.checkpoint
             go.checkpoint = wanted and not self._checkpoint_open
             self._checkpoint_owed = not go.checkpoint
-        self._go_log.append(go, self.versions_of(0).only_frame(go.version))
-        return [Wake(), *self._spread(go)]
+
+    def _version_of(self, step: int) -> int:
+        """The version of the parameters after so many steps of the job."""
+        return step
 
     def _spread(self, go: GoRecord) -> list[Effect]:
         effects: list[Effect] = []
@@ -455,16 +484,16 @@ class JobRanges:
         root_state = ""
         if self._decider is not None:
             self._checkpoint_open = True
-            root_state = self._state()
+            root_state = json.dumps(self._state(), sort_keys=True)
         return [StartCheckpoint(go.version, final, terminal, snapshot, root_state)]
 
-    def _state(self) -> str:
+    def _state(self) -> dict[str, Any]:
         """What range 0's part of a checkpoint keeps: the decider's state and our own counts."""
         assert self._decider is not None
-        state = json.loads(self._decider.state())
+        state: dict[str, Any] = json.loads(self._decider.state())
         state["examples_lost"] = self.examples_lost
         state["examples_doubled"] = self.examples_doubled
-        return json.dumps(state, sort_keys=True)
+        return state
 
     def _end(self, owned: _Range, go: GoRecord) -> list[Effect]:
         owned.ended = True

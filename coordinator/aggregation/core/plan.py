@@ -47,14 +47,22 @@ class Rounds:
             )
         if go.action == GoRecord.ACTION_INITIALISE:
             return Round(self._spec(go, PARAMETERS_VECTOR, 1, parameters, grid))
-        spec = replace(
-            self._spec(go, GRADIENT_VECTOR, plan.shards, parameters, grid),
-            codec=self._codec,
-            unit=plan.unit_span,
-        )
+        spec = self.gradients(go, grid, parameters)
         if self._reducer is not None:
             return LeavesRound(spec, self._reducer, self._spare, self._clip_norm)
         return Round(spec) if self._clip_norm is None else HeldRound(spec, self._clip_norm)
+
+    @property
+    def clip_norm(self) -> float | None:
+        """The longest norm of the mean gradient that is applied; None: no limit."""
+        return self._clip_norm
+
+    def gradients(
+        self, go: GoRecord, grid: list[tuple[int, int]], parameters: np.dtype[np.generic]
+    ) -> RoundSpec:
+        """What contributions to the training look like under a go record."""
+        spec = self._spec(go, GRADIENT_VECTOR, self._plan.shards, parameters, grid)
+        return replace(spec, codec=self._codec, unit=self._plan.unit_span)
 
     def _spec(
         self,
@@ -76,6 +84,13 @@ def expected_examples(plan: training_pb2.JobPlan, version: int) -> int:
     """
     each = max(1, plan.local_steps)
     return sum(_examples_of(plan, step) for step in range(version * each, (version + 1) * each))
+
+
+def expected_of_shard(plan: training_pb2.JobPlan, shard: int, step: int) -> int:
+    """Examples that the sampler gives to one step of one shard."""
+    first, stop = (each * plan.train_rows // plan.shards for each in (shard, shard + 1))
+    skipped = step % max(plan.steps_per_epoch, 1) * plan.rows_per_leaf
+    return min(max(stop - first - skipped, 0), plan.rows_per_leaf)
 
 
 def _examples_of(plan: training_pb2.JobPlan, step: int) -> int:

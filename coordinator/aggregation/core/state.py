@@ -18,7 +18,7 @@ from coordinator.aggregation.core.versions import VersionStore
 from phalanx.compressors import Codec
 from phalanx.errors import DataLoss
 from phalanx.frames import frame_grid
-from phalanx.optimizers import Optimizer
+from phalanx.optimizers import ContributionOptimizer, Late, Optimizer
 from phalanx.v1 import training_pb2
 
 Array = NDArray[np.generic]
@@ -36,6 +36,8 @@ class Snapshot:
     frames: list[Array]
     #: Per frame the shared state arrays; None once they are not needed any more.
     state: list[dict[str, Array] | None] = field(default_factory=list)
+    #: Flat vectors beside those of the optimizer, whole.
+    extra: dict[str, Array] = field(default_factory=dict)
 
     def parameters(self, index: int) -> Array:
         """The elements of parameter frame `index`."""
@@ -55,7 +57,7 @@ class RangeParameters:
         term: int,
         piece: training_pb2.ParameterRange,
         layout: training_pb2.Layout,
-        optimizer: Optimizer,
+        optimizer: Optimizer | ContributionOptimizer,
         codec: Codec | None = None,
     ) -> None:
         """`codec` is what versions are encoded with on their way to the workers."""
@@ -74,6 +76,7 @@ class RangeParameters:
 
     def apply(self, index: int, version: int, gradient_sum: Array, divisor: int) -> Array:
         """New elements of frame `index` at `version + 1`, in scratch memory of this object."""
+        assert isinstance(self._optimizer, Optimizer)
         self._keep_snapshots_whole(index)
         out = self._scratch[: self.grid[index][1]]
         self._optimizer.apply(
@@ -83,6 +86,25 @@ class RangeParameters:
             self._decay[index],
             self._state[index],
             version,
+            out,
+        )
+        return out
+
+    def apply_late(
+        self, index: int, version: int, gradient_sum: Array, count: int, late: Late, read: Array
+    ) -> Array:
+        """As `apply`, of one contribution, which was computed at elements `read`."""
+        assert isinstance(self._optimizer, ContributionOptimizer)
+        self._keep_snapshots_whole(index)
+        out = self._scratch[: self.grid[index][1]]
+        self._optimizer.apply_late(
+            self.versions.values(version, index),
+            gradient_sum,
+            count,
+            self._decay[index],
+            self._state[index],
+            late,
+            read,
             out,
         )
         return out

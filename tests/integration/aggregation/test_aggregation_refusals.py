@@ -34,7 +34,7 @@ async def test_whatever_keeps_ranges_from_being_taken_is_told(
 
     member = await bench.aggregator()
     with monkeypatch.context() as patched:
-        patched.setattr(process, "build_optimizer", fails)
+        patched.setattr(process, "make_ranges", fails)
         await member.session.send(assign_ranges=bench.assignment(make_plan(elements=10)))
         failure = (await member.session.receive("ranges_ready")).failure
     assert failure.code == code

@@ -55,6 +55,19 @@ def planned(dataset: Dataset, *settings: str) -> Plan:
             "synchronous.backup_shards",
             "no bits can be promised",
         ),
+        (7, "stale={bound: -1}", "stale.bound", "at least 0"),
+        (
+            7,
+            "asynchronous={barrier_every_clocks: -1}",
+            "asynchronous.barrier_every_clocks",
+            "at least 0",
+        ),
+        (
+            7,
+            "asynchronous={delay_compensated: {strength: -1}}",
+            "asynchronous.delay_compensated.strength",
+            "a number from 0 on",
+        ),
         (7, "optimizer={clip_norm: 0}", "optimizer.clip_norm", "above 0"),
         (7, "local={steps: 1, outer: {clip_norm: -1}}", "local.outer.clip_norm", "above 0"),
         (7, "local={}", "local.steps", "at least 1"),
@@ -224,3 +237,56 @@ def test_a_norm_at_the_root_needs_one_range(
 def test_a_norm_in_the_leaves_does_not(make_dataset: MakeDataset) -> None:
     settings = ("train.local={steps: 2}", "train.optimizer={clip_norm: 1}")
     assert not needs_one_range(specs.prepare(edited(*settings), make_dataset()).train)
+
+
+@pytest.mark.parametrize("mode", ["asynchronous={}", "stale={bound: 3}"])
+def test_contributions_that_commit_one_by_one_promise_no_bits(
+    make_dataset: MakeDataset, mode: str
+) -> None:
+    resolved = specs.prepare(edited(f"train.{mode}"), make_dataset())
+    assert resolved.reproducibility.HasField("tolerant"), "one field switches"
+    assert needs_one_range(resolved.train)
+    assert unit_span(resolved) == 1
+    found = complaints(make_dataset(), f"train.{mode}", "reproducibility={bitwise: {}}")
+    assert "no bits can be promised" in found["reproducibility.bitwise"]
+
+
+def test_a_bound_of_zero_is_synchronous(make_dataset: MakeDataset) -> None:
+    resolved = specs.prepare(edited("train.stale={bound: 0}"), make_dataset())
+    assert resolved.reproducibility.HasField("bitwise")
+    assert not needs_one_range(resolved.train)
+    assert not specs.job_plan(resolved, make_dataset(), "job").asynchronous
+
+
+@pytest.mark.parametrize(
+    ("reduction", "field"),
+    [
+        ("{median: {}}", "median"),
+        ("{trimmed_mean: {trim: 1}}", "trimmed_mean"),
+        ("{krum: {faulty: 1}}", "krum"),
+        ("{clip_norm: 1}", "clip_norm"),
+    ],
+)
+def test_rules_that_compare_shards_need_all_of_them(
+    make_dataset: MakeDataset, reduction: str, field: str
+) -> None:
+    settings = ("data.shards=7", f"train.reduction={reduction}")
+    for mode in ("asynchronous={}", "stale={bound: 1}"):
+        found = complaints(make_dataset(), f"train.{mode}", *settings)
+        assert "before the others are there" in found[f"train.reduction.{field}"]
+    specs.prepare(edited("train.stale={bound: 0}", *settings), make_dataset())
+
+
+def test_the_rule_for_staleness_has_a_default(make_dataset: MakeDataset) -> None:
+    resolved = specs.prepare(edited("train.asynchronous={}"), make_dataset())
+    assert resolved.train.asynchronous.HasField("scaled")
+    settings = "train.asynchronous={delay_compensated: {}}"
+    resolved = specs.prepare(edited(settings), make_dataset())
+    assert resolved.train.asynchronous.delay_compensated.strength == 2.0
+
+
+def test_a_barrier_beyond_the_end_is_warned_of(make_dataset: MakeDataset) -> None:
+    settings = ("train.asynchronous={barrier_every_clocks: 50}", "train.stop={steps: 50}")
+    resolved = specs.prepare(edited(*settings), make_dataset())
+    warnings = specs.plan(resolved, make_dataset()).warnings
+    assert [each for each in warnings if "barrier_every_clocks never fires" in each]

@@ -222,7 +222,7 @@ train:
   optimiser: {adam: {learning_rate: -1}}
   batch_size: -5
   stop: {epochs: many, steps: 0}
-  stale: {bound: 2}
+  verification: {replicas: 3}
 """
 
 
@@ -241,7 +241,7 @@ def test_wrong_fields_types_and_values_come_in_one_answer(as_json: bool) -> None
         "train.batch_size",
         "train.stop.epochs",
         "train.stop.steps",
-        "train.stale",
+        "train.verification.replicas",
     }
     assert all(found.values())
     if not as_json:

@@ -207,8 +207,6 @@ def test_code_has_a_size(make_dataset: MakeDataset) -> None:
         "data.columns={}",
         "resources.gpus=1",
         "output.best={metric: test/loss, at_most: 1}",
-        "train.asynchronous={}",
-        "train.stale={bound: 2}",
         "train.local={steps: 5, fragments: 2}",
         "train.all_reduce={}",
         "train.compression={top_k: {fraction: 0.1}}",
@@ -236,7 +234,7 @@ def test_other_programs_are_refused(program: str) -> None:
 
 
 def test_all_that_is_not_carried_out_is_named_at_once() -> None:
-    spec = edited("train.asynchronous={}", "resources.gpus=2")
+    spec = edited("train.all_reduce={}", "resources.gpus=2")
     with pytest.raises(Unimplemented, match="and 1 more"):
         specs.check_spec(spec)
 

@@ -1,0 +1,22 @@
+"""Makes the ranges of a job, of whichever kind it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from coordinator.aggregation.core.asynchronous import AsynchronousRanges
+from coordinator.aggregation.core.machine import JobRanges
+from phalanx.optimizers import build_contribution_optimizer, build_optimizer
+from phalanx.training.decisions import RootDecider
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import JobPlan, ParameterRange
+
+
+def make_ranges(plan: JobPlan, term: int, owned: Sequence[ParameterRange]) -> JobRanges:
+    """Return the `owned` ranges of a job in one term."""
+    train = JobSpec.FromString(plan.spec).train
+    decider = RootDecider(plan, term) if owned[0].index == 0 else None
+    if plan.asynchronous:
+        late = build_contribution_optimizer(train, plan.total_steps)
+        return AsynchronousRanges(plan, term, owned, late, decider)
+    return JobRanges(plan, term, owned, build_optimizer(train, plan.total_steps), decider)
