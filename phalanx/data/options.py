@@ -114,12 +114,14 @@ class IngestOptions:
                 check(0 < value < 1, split, f"a fraction lies between 0 and 1, not at {value}")
         both = self.fraction("test") + self.fraction("validation")
         check(
-            both < 1,
+            both < 1 or bool(wrong),
             "validation",
             f"test and validation take {both:g} of the rows; leave some to train",
         )
         check(
-            self.missing in {"error", "category", "mean"}, "missing", "is error, category or mean"
+            self.missing in {"error", "category", "mean"},
+            "missing",
+            f"is error, category or mean, not {self.missing!r}",
         )
         check(
             self.task in {None, "classification", "regression"},

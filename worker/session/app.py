@@ -308,6 +308,7 @@ class Session:
             prepared = await prepare(plan, self._cache, self._code_root)
             self._logs.hosted(prepared.number, plan.job_id)
             answer = await self._slots.describe(prepared)
+            self._logs.add(prepared.number, -1, -1, "error", answer.failure.traceback)
         except Exception as error:  # noqa: BLE001 - control waits for an answer
             answer.failure.code = "JOB_DATA"
             answer.failure.message = _text_of(error)

@@ -152,8 +152,9 @@ def inspect(
 def check_width(path: Path, row: TextRow, width: int, hint: str = "") -> None:
     """Raises InvalidArgument for a row with more or fewer cells than there are columns."""
     if len(row.cells) != width:
+        cells = number_of(len(row.cells), "cell")
         raise InvalidArgument(
-            f"{path.name}, line {row.line}: {len(row.cells)} cells, expected {width}{hint}",
+            f"{path.name}, line {row.line}: {cells}, expected {width}{hint}",
             reason="RAGGED_ROW",
         )
 

@@ -237,3 +237,10 @@ async def test_code_that_cannot_be_described_fails_with_its_traceback(
         described = await session.receive("job_described")
         assert words in described.failure.message + described.failure.traceback
         assert described.failure.code == "JOB_CODE"
+        if described.failure.traceback:
+            line = await session.log_line(words)
+            assert (line.level, line.HasField("shard"), line.HasField("step")) == (
+                "error",
+                False,
+                False,
+            )

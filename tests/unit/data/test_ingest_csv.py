@@ -307,6 +307,7 @@ def test_only_a_test_row_misses_a_category(tmp_path: Path) -> None:
         (PEOPLE.replace("37,", "1_0,"), "data.csv, line 7, column 'age': '1_0' is not a number"),
         (PEOPLE.replace("53,baker,40", "53,baker"), "data.csv, line 5: 3 cells, expected 4"),
         (PEOPLE + "1,clerk,3,low,9\n", "data.csv, line 8: 5 cells, expected 4"),
+        (PEOPLE + "1\n", "data.csv, line 8: 1 cell, expected 4"),
         (
             PEOPLE.replace("28,smith,40", "28,smith,inf"),
             "line 6, column 'hours': inf is not finite",
@@ -413,8 +414,9 @@ def test_missing_files_links_and_unknown_endings(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"test": -0.5}, "test: a fraction lies between 0 and 1, not at -0.5"),
+        ({"test": 1.5}, "test: a fraction lies between 0 and 1, not at 1.5"),
         ({"test": 0.6, "validation": 0.5}, "test and validation take 1.1 of the rows"),
-        ({"missing": "drop"}, "missing: is error, category or mean"),
+        ({"missing": "drop"}, "missing: is error, category or mean, not 'drop'"),
         ({"task": "ranking"}, "task: is classification or regression, not 'ranking'"),
         ({"dtype": "float16"}, "dtype: is float32 or float64"),
         ({"chunk_bytes": 17 << 20}, "chunk_bytes: is 1024 to"),
