@@ -70,7 +70,7 @@ class Copying:
     def frame(self, key: object, frame: pb.ContributionFrame) -> None:
         """A frame arrived and is about to be handed to the ranges."""
         stream = self._streams.get(key)
-        if stream is None or frame.copy:
+        if stream is None:
             return
         try:
             node = Node(frame.node.first, frame.node.span)

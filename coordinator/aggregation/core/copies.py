@@ -18,6 +18,8 @@ copies itself, on the streams that they have open anyway, and control need not b
 - A worker that was late is taken to be late again: others compute its home from the start of the
   next rounds on, until it delivers all of it in a round by itself. So a stopped worker costs one
   wait, not one in each step.
+- Each range looks for itself. Where another one was first, what comes here are copies that nobody
+  here asked for; their home is late then, here as there.
 - Shards that nobody has delivered yet are probably those of a worker that never delivered
   anything, so he is not asked for them. They count as late until somebody delivers them.
 - The home of a worker whose stream broke is handed out by control, within milliseconds. Only
@@ -131,6 +133,8 @@ class Copies:
         self._delivered: dict[str, _Delivered] = {}
         self._given: list[_Given] = []
         self._late: dict[str, float] = {}
+        #: Shards of which copies came in the present round.
+        self._copied = 0
         # Homes whose streams broke while control was away, and which it has not moved since.
         self._orphaned: set[str] = set()
         # Workers that lost a stream in the present round: it says nothing about their homes.
@@ -160,12 +164,16 @@ class Copies:
 
     def frame(self, worker_id: str, key: Key, node: Node, *, copy: bool, now_s: float) -> None:
         """A frame arrived; to be called before the ranges take it."""
-        if copy or self._round is None or key != self._round.key:
+        if self._round is None or key != self._round.key:
+            return
+        mask = (1 << node.first + node.span) - (1 << node.first)
+        if copy:
+            self._copied |= mask
             return
         delivered = self._delivered.get(worker_id)
         if delivered is None:
             delivered = self._delivered[worker_id] = _Delivered()
-        delivered.mask |= (1 << node.first + node.span) - (1 << node.first)
+        delivered.mask |= mask
         delivered.frames += 1
         delivered.last_s = now_s
 
@@ -177,7 +185,7 @@ class Copies:
         if known is not None:
             self._learn(known)
         self._round, self._opened_s, self._patience_s = round, now_s, None
-        self._delivered, self._given = {}, []
+        self._delivered, self._given, self._copied = {}, [], 0
         self._broken = set()
         if round is None:
             return False
@@ -242,6 +250,10 @@ class Copies:
         """The round is over: take in who delivered what, and in which time."""
         kind = self._kind
         within = (1 << round.width) - 1
+        for home, shards in kind.home.items():
+            missed = home not in self._delivered and home not in self._broken
+            if missed and home in self._streams and shards & self._copied:
+                self._late.setdefault(home, self._opened_s)
         for worker_id, delivered in self._delivered.items():
             if worker_id in self._broken:
                 continue

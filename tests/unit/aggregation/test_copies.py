@@ -416,3 +416,30 @@ def test_nodes_of_a_mask_are_the_mask(mask: int) -> None:
     assert shards_mask(nodes, WIDTH) == mask
     assert nodes == sorted(nodes)
     assert not mask or all(isinstance(node, Node) for node in nodes)
+
+
+def test_copies_that_another_range_asked_for_make_their_home_late_here_too() -> None:
+    rounds = Rounds()
+    for _ in range(5):
+        rounds.whole()
+    rounds.open()
+    rounds.now_s += 0.05
+    rounds.deliver("w1")
+    rounds.deliver("w3")
+    rounds.deliver("w1", rounds.homes["w2"], copy=True)
+    rounds.open()
+    assert shards_of(rounds.look()) == set(HOMES["w2"]), "at once, without waiting"
+    assert set(rounds.copies.late_workers(rounds.now_s)) == {"w2"}
+
+
+def test_a_copy_of_what_came_from_home_as_well_makes_nobody_late() -> None:
+    rounds = Rounds()
+    for _ in range(5):
+        rounds.whole()
+    rounds.open()
+    rounds.deliver("w1", rounds.homes["w2"], copy=True)
+    for worker in HOMES:
+        rounds.deliver(worker)
+    rounds.open()
+    assert rounds.look() == []
+    assert rounds.copies.late_workers(rounds.now_s) == {}
