@@ -1,8 +1,24 @@
-"""The order of the tests: files that take long come first, so that none is left to one process."""
+"""What all tests share: their order, and how the logs of services that run inside them look."""
 
 import pytest
+import structlog
+
+
+def pytest_configure() -> None:
+    # Services set their logs up when they start. Without that structlog draws every local variable
+    # of a traceback, which takes half a minute where these are large arrays.
+    plain = structlog.dev.plain_traceback
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%Y-%m-%d %H:%M:%S", utc=False),
+            structlog.dev.ConsoleRenderer(colors=False, exception_formatter=plain),
+        ]
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files that take long come first, so that none is left to one process.
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: item.path not in slow)

@@ -304,10 +304,10 @@ class HostedJob:
         if self._final is None:
             self._final = report
             self._flush_points()
-            # The last evaluation is as new as the end.
-            self.gauges.metrics(self.ranges.decider)
             if self._connected():
                 self._send(coordination.SessionRequest(job_report=report))
+            # The last evaluation is as new as the end.
+            self.gauges.metrics(self.ranges.decider)
 
     # -- checkpoints
 

@@ -144,6 +144,9 @@ class Gauges:
     def committed(self, *_: Any) -> None:
         pass
 
+    def metrics(self, _: Any) -> None:
+        pass
+
 
 @pytest.fixture
 async def hosted(
