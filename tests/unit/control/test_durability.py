@@ -140,6 +140,7 @@ def test_the_first_answer_is_given_again_whatever_happened_since(running: Any) -
 
 
 def test_requests_are_remembered_over_a_restart_and_for_a_day() -> None:
+    assert REMEMBERED_NANOS == 86_400 * 1_000_000_000
     memory = RequestMemory()
     for number in range(3):
         request = RememberedRequest(

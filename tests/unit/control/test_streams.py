@@ -270,6 +270,7 @@ async def test_a_job_that_is_removed_while_its_series_is_read_does_no_harm(
 
 
 async def test_logs_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert job_streams.LOG_LIMIT_BYTES == 10 * 2**20
     monkeypatch.setattr(job_streams, "LOG_LIMIT_BYTES", 10_000)
     monkeypatch.setattr(job_streams, "RECORD_BYTES", 1000)
     store: Any = MemoryStore()
