@@ -69,14 +69,15 @@ async def test_a_worker_that_stops_with_open_streams_is_copied(bench, storage, o
     for version in range(STOPS_AT, 12):
         nodes = [Node(first, span) for step, first, span in asked if step == version]
         assert shards_mask(nodes, 6) == late, "exactly what is missing is copied, in each step"
-    # Each range looks for itself; the one that is first tells.
+    # Each range looks for itself; one that was not the first may tell of the step after.
     tellers = [asyncio.create_task(each.session.receive("copies_started")) for each in members]
     told, _ = await asyncio.wait(tellers, return_when=asyncio.FIRST_COMPLETED)
     started = told.pop().result()
     for teller in tellers:
         teller.cancel()
     await asyncio.gather(*tellers, return_exceptions=True)
-    assert (started.worker_id, started.cause, started.step) == ("worker-1", "late", STOPS_AT)
+    assert (started.worker_id, started.cause) == ("worker-1", "late")
+    assert STOPS_AT <= started.step < STOPS_AT + len(owners)
     assert list(started.copied_to) == ["worker-0"]
     assert set(nodes_of_mask(late, 6)) == set(leaves.division(2, last)[1])
     report = await members[0].session.receive("job_report")
