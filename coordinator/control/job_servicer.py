@@ -79,13 +79,15 @@ class JobServicer(pb_grpc.JobServiceServicer):
             view.ClearField("create_time")
             view.state = job_pb2.Job.STATE_UNSPECIFIED
             return pb.SubmitJobResponse(job=view, plan=submitted.announced_plan)
+        self._submissions.under_way.add(submitted.job_id)
         try:
             await self._store(leader, submitted, dataset)
             answer = await leader.request(lambda token: ev.SubmitJob(token, submitted, remembered))
         finally:
+            self._submissions.under_way.discard(submitted.job_id)
             # Refused, given up, or the second of two calls with one request id.
             if submitted.job_id not in leader.core.facts.jobs:
-                # What cannot be let go now is held by nobody's job; the answer matters more.
+                # What cannot be let go now is let go later; the answer matters more.
                 with contextlib.suppress(PhalanxError):
                     await self._submissions.discard(submitted.job_id)
         return _of_type(answer, pb.SubmitJobResponse)

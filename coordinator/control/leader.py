@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from google.protobuf.message import Message
@@ -30,6 +30,7 @@ from coordinator.control.gauges import Gauges
 from coordinator.control.job_streams import JobStreams
 from coordinator.control.journal import JournalWriter
 from coordinator.control.operations import Operations
+from coordinator.control.pins import unclaimed
 from coordinator.control.sessions import MemberSession, Sessions
 from coordinator.control.store import Store
 from coordinator.control.watching import WatchHub
@@ -81,7 +82,7 @@ class Leader:
         replayed: tuple[Facts, Facts],
         control_sequence: tuple[int, int],
         event_sequence: int,
-        unclaimed_pins: Sequence[str] = (),
+        submitting: Collection[str] = (),
     ) -> None:
         live, self.durable = replayed
         self._config = config
@@ -104,7 +105,7 @@ class Leader:
             observe_append_s=gauges.observe_append,
         )
         self._operations = Operations(store, self.durable)
-        self._unclaimed_pins = unclaimed_pins
+        self._submitting = submitting
         self._durable_index = 0
         self._waiting: deque[fx.Effect] = deque()
         self._answers: dict[int, asyncio.Future[Message]] = {}
@@ -120,7 +121,7 @@ class Leader:
             self._spawn(work(), vital=True)
         self._spawn(self._tick(), vital=True)
         self._spawn(self._collect_garbage(), vital=False)
-        self._spawn(self._let_go_of_pins(), vital=False)
+        self._spawn(self._clear_up(), vital=False)
         self._store.on_change = self._storage_changed
         self.dispatch(ev.Led(self._config.id, lost))
 
@@ -312,7 +313,7 @@ class Leader:
                 self._spawn(self._operate(effect), vital=True)
             case fx.RemoveJob():
                 self.streams.forget(effect.job_id)
-                self._spawn(self._operations.remove(effect.job_id), vital=False)
+                self._spawn(self._remove(effect.job_id), vital=False)
             case fx.Observe():
                 self._gauges.observe(effect)
             case fx.SuspectSelf():
@@ -376,8 +377,20 @@ class Leader:
             if ticks % 5 == 0:
                 self._gauges.show(self.core, self.durable, self._journal.lag)
 
+    async def _remove(self, job_id: str) -> None:
+        """Have storage forget a job. A leader that dies over it leaves it to the next one."""
+        await self._operations.remove(job_id)
+        for facts in (self.core.facts, self.durable):
+            facts.removing.pop(job_id, None)
+
+    async def _clear_up(self) -> None:
+        """Let storage forget what nobody came to tell it to forget."""
+        for job_id in list(self.durable.removing):
+            await self._remove(job_id)
+        await self._let_go_of_pins()
+
     async def _let_go_of_pins(self) -> None:
-        for job_id in self._unclaimed_pins:
+        for job_id in await unclaimed(self._store, self.core.facts, self._submitting):
             await self._operations.release_pins(job_id)
             _log.info("pins_let_go", job_id=job_id)
 
@@ -386,6 +399,7 @@ class Leader:
             await asyncio.sleep(self._config.collect_garbage_every_s)
             request = storage_pb.CollectGarbageRequest(grace_s=-1)
             try:
+                await self._let_go_of_pins()
                 done = await self._store.call(
                     self._store.storage.CollectGarbage, request, timeout_s=600.0
                 )

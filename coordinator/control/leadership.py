@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from coordinator.control.core.events import LostLeader
 from coordinator.control.store import LEASE, Store
 from phalanx.errors import Aborted, NotFound, PhalanxError
+from phalanx.ids import new_request_id
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import storage_service_pb2 as pb
 
@@ -43,7 +44,12 @@ async def acquire(
     challenge = (0, 0)
     while True:
         request = pb.AcquireLeaseRequest(
-            name=LEASE, holder=holder, seen_token=challenge[0], seen_counter=challenge[1]
+            name=LEASE,
+            holder=holder,
+            seen_token=challenge[0],
+            seen_counter=challenge[1],
+            # Or a repeated call would find that this process had lost the lease to itself.
+            request_id=new_request_id(),
         )
         answer = await store.insist_call(store.storage.AcquireLease, request)
         if answer.acquired:

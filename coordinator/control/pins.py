@@ -1,11 +1,14 @@
 """Pins that nobody needs any more, although nobody let go of them.
 
 A submission pins its data and code before its job is journalled, and lets go after it has ended; a
-leader can die in between. The next one finds what is left by comparing storage with its journal:
-nobody pins anything for a job meanwhile, since storage refuses the one before.
+leader can die or lose its lease in between, or storage can be away. What is left is found by
+comparing storage with the journal, when a leadership begins and before garbage is collected:
+nobody else pins anything for a job meanwhile, since storage refuses the leader before.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from coordinator.control.core.facts import Facts
 from coordinator.control.core.lifecycle import CANCELLED, SUCCEEDED
@@ -18,11 +21,11 @@ from phalanx.v1 import storage_service_pb2 as pb
 _log = get_logger(__name__)
 
 
-async def unclaimed(store: Store, facts: Facts) -> list[str]:
-    """Return the jobs whose pins can go. To be called while nothing can be submitted.
+async def unclaimed(store: Store, facts: Facts, submitting: Collection[str]) -> list[str]:
+    """Return the jobs whose pins can go: `submitting` are those of submissions under way.
 
     Pins of others, such as those of wheels, have no id of a job. If storage cannot tell, the pins
-    stay until the next leadership.
+    stay until it is asked again.
     """
     found: list[str] = []
     request = pb.ListPinsRequest()
@@ -31,7 +34,10 @@ async def unclaimed(store: Store, facts: Facts) -> list[str]:
             answer = await store.call(store.storage.ListPins, request)
             if not answer.holders:
                 return found
-            found += [each for each in answer.holders if _may_go(facts, each)]
+            # Those who pinned before the answer was given are known by now.
+            found += [
+                each for each in answer.holders if each not in submitting and _may_go(facts, each)
+            ]
             request.after_holder = answer.holders[-1]
     except PhalanxError as error:
         _log.warning("pins_not_compared", reason=error.reason, message=error.message)

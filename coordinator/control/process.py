@@ -14,7 +14,6 @@ from coordinator.control.gauges import Gauges
 from coordinator.control.job_servicer import JobServicer
 from coordinator.control.journal import replay
 from coordinator.control.leader import Leader, leads_no_more
-from coordinator.control.pins import unclaimed
 from coordinator.control.sessions import CoordinationServicer
 from coordinator.control.store import Store
 from coordinator.control.submission import Submissions
@@ -67,9 +66,9 @@ class ControlProcess:
         self._leader: Leader | None = None
         self._announced = False
         self._followed = 0
-        submissions = Submissions(config, self.store)
+        self._submissions = Submissions(config, self.store)
         job_service_pb2_grpc.add_JobServiceServicer_to_server(
-            JobServicer(self, submissions), self.server.raw
+            JobServicer(self, self._submissions), self.server.raw
         )
         cluster_service_pb2_grpc.add_ClusterServiceServicer_to_server(
             ClusterServicer(self), self.server.raw
@@ -189,7 +188,7 @@ class ControlProcess:
             replayed=(facts, durable),
             control_sequence=(following, count),
             event_sequence=events,
-            unclaimed_pins=await unclaimed(self.store, facts),
+            submitting=self._submissions.under_way,
         )
 
     async def _step_down(self, error: PhalanxError) -> None:

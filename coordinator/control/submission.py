@@ -33,6 +33,8 @@ class Submissions:
     def __init__(self, config: ControlConfig, store: Store) -> None:
         self._config = config
         self._store = store
+        self.under_way: set[str] = set()
+        """Jobs that may be pinned for and not be taken yet."""
 
     async def prepare(
         self, spec: job_spec_pb2.JobSpec, core: Core, submitter: str

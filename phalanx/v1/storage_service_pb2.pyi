@@ -520,6 +520,7 @@ class AcquireLeaseRequest(_message.Message):
     HOLDER_FIELD_NUMBER: _builtins.int
     SEEN_TOKEN_FIELD_NUMBER: _builtins.int
     SEEN_COUNTER_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     holder: _builtins.str
     seen_token: _builtins.int
@@ -527,6 +528,8 @@ class AcquireLeaseRequest(_message.Message):
     free lease or one of the same holder.
     """
     seen_counter: _builtins.int
+    request_id: _builtins.str
+    """A grant whose answer got lost is told again, while the lease is held by it."""
     def __init__(
         self,
         *,
@@ -534,10 +537,11 @@ class AcquireLeaseRequest(_message.Message):
         holder: _builtins.str = ...,
         seen_token: _builtins.int = ...,
         seen_counter: _builtins.int = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "name", b"name", "seen_counter", b"seen_counter", "seen_token", b"seen_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "name", b"name", "request_id", b"request_id", "seen_counter", b"seen_counter", "seen_token", b"seen_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

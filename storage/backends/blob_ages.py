@@ -8,7 +8,8 @@ touched a blob, and believes of others no more than that they are as old as it i
 import time
 
 _REMEMBERED_S = 24 * 3600.0
-"""Longer than any sensible grace time; what is older is as old as its file says."""
+"""Longer than any sensible grace time; what is older is as old as its file says. Where somebody
+asked for a longer one, it is remembered for as long."""
 
 
 class BlobAges:
@@ -19,6 +20,11 @@ class BlobAges:
         # The wall clock as it would be had nobody set it since.
         self._wall_began_s = time.time()
         self._touched_s: dict[str, float] = {}
+        self._remembered_s = _REMEMBERED_S
+
+    def asked_for(self, grace_s: float) -> None:
+        """Note a grace time: nothing is forgotten before it is as old."""
+        self._remembered_s = max(self._remembered_s, grace_s)
 
     def touched(self, digest: str) -> None:
         """Note that a blob is young now."""
@@ -41,7 +47,7 @@ class BlobAges:
         return min(self._wall_began_s + up_s - modified_s, up_s)
 
     def _forget(self) -> None:
-        limit_s = time.monotonic() - _REMEMBERED_S
+        limit_s = time.monotonic() - self._remembered_s
         while self._touched_s:
             oldest = next(iter(self._touched_s))
             if self._touched_s[oldest] >= limit_s:

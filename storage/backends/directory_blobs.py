@@ -168,6 +168,7 @@ class DirectoryBlobs:
                 status = self._disk.status(digest, parent)
             except FileNotFoundError:
                 return None
+            self._ages.asked_for(grace_s)
             if not is_old_enough(self._ages.age_s(digest, status.st_mtime), grace_s):
                 return None
             self._disk.unlink(digest, parent)

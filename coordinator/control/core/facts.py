@@ -17,6 +17,7 @@ from phalanx.v1.control_journal_pb2 import (
     ControlRecord,
     FingerprintChanged,
     JobChanged,
+    JobRemoved,
     JobSnapshot,
     RequestsSnapshot,
     SnapshotBegin,
@@ -105,6 +106,8 @@ class Facts:
         self.generation = 0
         self.told_unix_nanos = 0
         """When the newest fact was told, on the wall clock of who told it; 0: not known."""
+        self.removing: dict[str, None] = {}
+        """Removed jobs of which storage may still keep something, oldest first."""
         self._unfinished: Facts | None = None
 
     def apply(self, record: ControlRecord) -> None:
@@ -135,6 +138,9 @@ class Facts:
 
     def snapshot(self) -> Iterator[ControlRecord]:
         """Yield the records that stand for the whole state; the generation is left empty."""
+        # Before it begins: what is no part of a snapshot would end it.
+        for job_id in self.removing:
+            yield ControlRecord(job_removed=JobRemoved(job_id=job_id))
         yield ControlRecord(snapshot_begin=SnapshotBegin())
         for job in self.jobs.values():
             yield ControlRecord(job_snapshot=job.kept)
@@ -170,6 +176,7 @@ class Facts:
                 self._change(record.job_changed, now)
             case "job_removed":
                 self.jobs.pop(record.job_removed.job_id, None)
+                self.removing[record.job_removed.job_id] = None
             case "fingerprint_changed":
                 self._change_fingerprint(record.fingerprint_changed)
             case "worker_drained":

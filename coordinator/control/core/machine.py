@@ -63,7 +63,10 @@ def handle(core: Core, event: Event, now: Instant) -> list[Effect]:
     before, core.now = core.now, now
     if not isinstance(event, Led):
         elapsed_nanos = int((now.monotonic_s - before.monotonic_s) * NANOS)
-        _notice_clock(core, now.unix_nanos - before.unix_nanos - elapsed_nanos, CLOCK_STEP_S)
+        # Small steps add up, so none is forgotten.
+        core.clock_off_nanos += now.unix_nanos - before.unix_nanos - elapsed_nanos
+        if _notice_clock(core, core.clock_off_nanos, CLOCK_STEP_S):
+            core.clock_off_nanos = 0
     match event:
         case Tick():
             _tick(core)
@@ -111,10 +114,13 @@ def _led(core: Core, event: Led) -> None:
     terms.advance_all(core)
 
 
-def _notice_clock(core: Core, step_nanos: int, limit_s: float) -> None:
-    """Keep what is kept for a time for that time, although the wall clock was moved."""
-    if abs(step_nanos) >= limit_s * NANOS:
-        core.persist(ControlRecord(clock_stepped=ClockStepped(nanos=step_nanos)))
+def _notice_clock(core: Core, step_nanos: int, limit_s: float) -> bool:
+    """Keep what is kept for a time for that time, although the wall clock was moved; return
+    whether it was moved by so much."""
+    if abs(step_nanos) < limit_s * NANOS:
+        return False
+    core.persist(ControlRecord(clock_stepped=ClockStepped(nanos=step_nanos)))
+    return True
 
 
 def _tell_take_over(core: Core, event: Led) -> None:

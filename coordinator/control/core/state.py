@@ -314,6 +314,8 @@ class Core:
         self.episodes: dict[str, Episode] = {}
         self.now = Instant(0.0, 0)
         self.led_s = 0.0
+        self.clock_off_nanos = 0
+        """By how much the wall clock was set since the last step that is a fact."""
         self.ticked_s: float | None = None
         self.expired_s = 0.0
         self.mass_silence_since_s: float | None = None

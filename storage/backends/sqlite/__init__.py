@@ -63,7 +63,7 @@ def open_embedded_backend(
         name="embedded",
         blobs=blobs,
         journals=SqliteJournals(database),
-        leases=SqliteLeases(database),
+        leases=SqliteLeases(database, now_unix_nanos),
         jobs=SqliteJobs(database, blobs, now_unix_nanos, on_corruption),
         catalog=SqliteCatalog(database, blobs, now_unix_nanos, namespace_bytes_max),
         references=SqliteReferences(database, now_unix_nanos),

@@ -26,6 +26,12 @@ from storage.interfaces import BlobStore
 DATASET = "dataset"
 MODEL = "model"
 _PIN = "pin"
+_NEXT_HOLDERS = """
+SELECT holder FROM (SELECT DISTINCT holder FROM pins WHERE holder > ? ORDER BY holder LIMIT ?)
+UNION SELECT owner FROM (
+    SELECT DISTINCT owner FROM blob_references WHERE kind = ? AND owner > ? ORDER BY owner LIMIT ?
+) ORDER BY 1 LIMIT ?
+"""
 
 EntryT = TypeVar("EntryT", dataset_pb.Dataset, model_pb.ModelVersion)
 
@@ -154,10 +160,17 @@ class SqliteCatalog:
         """Return who holds pins."""
 
         def read(connection: sqlite3.Connection) -> list[str]:
+            names = connection.execute(_NEXT_HOLDERS, (after, limit, _PIN, after, limit, limit))
+            page = [name for (name,) in names]
+            if not page:
+                return []
             # A damaged name would be taken for that of nobody, and its pins let go.
-            found = {row[4] for row in PINS.select(connection, "holder > ?", after)}
-            owned = REFERENCES.select(connection, "kind = ? AND owner > ?", _PIN, after)
-            return sorted(found | {row[2] for row in owned})[:limit]
+            span = (after, page[-1])
+            found = {row[4] for row in PINS.select(connection, "holder > ? AND holder <= ?", *span)}
+            owned = REFERENCES.select(
+                connection, "kind = ? AND owner > ? AND owner <= ?", _PIN, *span
+            )
+            return sorted(found | {row[2] for row in owned})
 
         return self._database.read(read)
 

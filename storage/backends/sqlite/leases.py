@@ -1,9 +1,11 @@
 """Leases in SQLite."""
 
 import sqlite3
+from collections.abc import Callable
 
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.backends.sqlite.database import Database
+from storage.backends.sqlite.requests import once
 from storage.backends.sqlite.rows import LEASES
 from storage.core import leases
 from storage.core.keys import check_stream, check_word
@@ -33,14 +35,15 @@ def check_request_fence(
 class SqliteLeases:
     """A LeaseStore."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, now_unix_nanos: Callable[[], int]) -> None:
         self._database = database
+        self._now_unix_nanos = now_unix_nanos
 
     def acquire(self, request: pb.AcquireLeaseRequest) -> pb.AcquireLeaseResponse:
         """Take a lease if the rules allow it."""
         leases.check_acquire(request)
 
-        def act(connection: sqlite3.Connection) -> pb.AcquireLeaseResponse:
+        def decide(connection: sqlite3.Connection) -> pb.AcquireLeaseResponse:
             result = leases.acquire(load_lease(connection, request.name), request)
             if result.acquired:
                 _store(connection, request.name, result.row)
@@ -49,6 +52,21 @@ class SqliteLeases:
                 lease=result.row.message(request.name),
                 lost_holder=result.lost_holder,
             )
+
+        def act(connection: sqlite3.Connection) -> pb.AcquireLeaseResponse:
+            # Only what was granted is remembered: followers ask all the time.
+            granted = once(
+                request,
+                request.request_id,
+                pb.AcquireLeaseResponse,
+                decide,
+                lambda: self._now_unix_nanos() / 1e9,
+                remembers=lambda response: response.acquired,
+            )(connection)
+            row = load_lease(connection, request.name)
+            held = row is not None and row.message(request.name) == granted.lease
+            # A grant that is over by now is no answer any more.
+            return granted if held or not granted.acquired else decide(connection)
 
         return self._database.write(act)
 

@@ -19,10 +19,13 @@ def once(
     response_class: type[ResponseT],
     act: Act[ResponseT],
     now_s: Callable[[], float],
+    *,
+    remembers: Callable[[ResponseT], bool] = lambda _: True,
 ) -> Act[ResponseT]:
     """Return an act that runs ``act`` once per request id and repeats its first answer.
 
-    Requests without an id are run every time. Errors are not remembered.
+    Requests without an id are run every time. Errors are not remembered, nor what
+    ``remembers`` says no to.
     """
     if not request_id:
         return act
@@ -34,6 +37,8 @@ def once(
         if first is not None:
             return response_class.FromString(first)
         response = act(connection)
+        if not remembers(response):
+            return response
         row = REQUESTS.sealed(
             kind, request_id, request_checksum(request), response.SerializeToString(), now_s()
         )

@@ -15,6 +15,7 @@ from phalanx.testing.storage_messages import digest_of, model
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import model_service_pb2 as model_pb
 from phalanx.v1 import storage_service_pb2 as pb
+from storage.backends.sqlite.rows import Table
 from storage.core.catalog import parse_name, parse_page
 
 
@@ -267,6 +268,26 @@ def test_holders_of_pins_come_in_order_a_page_at_a_time(harness, add, put):
     assert backend.catalog.pin_holders("job-3", 2) == []
     backend.catalog.set_pins(pins("job-2"))
     assert backend.catalog.pin_holders("", 9) == ["job-1", "job-3"]
+
+
+def test_a_page_of_holders_costs_what_is_on_it(backend, add, put, monkeypatch):
+    add("a")
+    for number in range(20):
+        blobs = [put(b"code %d" % number)]
+        backend.catalog.set_pins(pins(f"job-{number:02}", ("a", 1), blobs=blobs))
+    opened = []
+    real = Table.opened
+
+    def count(table, row):
+        opened.append(table.name)
+        return real(table, row)
+
+    monkeypatch.setattr(Table, "opened", count)
+    last, pages = "", 0
+    while page := backend.catalog.pin_holders(last, 2):
+        last, pages = page[-1], pages + 1
+    assert pages == 10
+    assert len(opened) == 40
 
 
 @pytest.mark.parametrize(

@@ -138,3 +138,27 @@ def test_who_lost_a_lease_is_told_unless_it_was_released(backend):
     # A process that was started again takes the place of the one that died.
     assert backend.leases.acquire(acquire("leader", "two")).lost_holder == "two"
     assert not backend.leases.acquire(acquire("leader", "one")).lost_holder
+
+
+def test_a_grant_whose_answer_got_lost_is_told_again(harness):
+    request = acquire("leader", "one")
+    request.request_id = "first"
+    first = harness.backend.leases.acquire(request)
+    harness.reopen()
+    leases = harness.backend.leases
+    again = leases.acquire(request)
+    assert again == first
+    assert not again.lost_holder
+    fenced = leases.acquire(acquire("leader", "one"))
+    assert (fenced.lease.token, fenced.lost_holder) == (first.lease.token + 1, "one")
+    assert leases.acquire(request).lease.token == fenced.lease.token + 1, "that grant is over"
+
+
+def test_a_refusal_is_not_remembered(backend):
+    held = backend.leases.acquire(acquire("leader", "one")).lease
+    request = acquire("leader", "two")
+    request.request_id = "first"
+    assert not backend.leases.acquire(request).acquired
+    release = pb.ReleaseLeaseRequest(name="leader", holder="one", token=held.token)
+    backend.leases.release(release)
+    assert backend.leases.acquire(request).acquired

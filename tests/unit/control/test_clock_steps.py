@@ -113,3 +113,12 @@ def test_small_corrections_are_no_step(jumping: Any) -> None:
     jumping.offset_s = 5.0
     jumping.advance(10.0)
     assert not any(each.HasField("clock_stepped") for each in jumping.journal)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_small_corrections_add_up_to_a_step(jumping: Any, sign: int) -> None:
+    assert submitted(jumping, "job-1") == "job-1"
+    for count in range(1, 24 * 60 + 10):
+        jumping.offset_s = sign * count * 59.0
+        jumping.advance(1.0)
+    assert submitted(jumping, "job-2") == "job-1"

@@ -108,6 +108,20 @@ def test_what_is_asked_to_go_at_once_goes_at_once(start, clock):
     assert blobs.remove_if_old(digest, 0) == len(CONTENT)
 
 
+def test_a_longer_grace_time_is_remembered_for_as_long(start, clock):
+    blobs = start()
+    clock.elapsed_s += 40 * 24 * 3600.0
+    long_s = 72 * 3600.0
+    assert blobs.remove_if_old(put(blobs, clock), long_s) is None
+    digest = put(blobs, clock)
+    set_file_time(blobs, digest, 0.0)
+    clock.elapsed_s += 25 * 3600.0
+    blobs._ages.touched(digest_of(b"another"))
+    assert blobs.remove_if_old(digest, long_s) is None
+    clock.elapsed_s += long_s
+    assert blobs.remove_if_old(digest, long_s) == len(CONTENT)
+
+
 def test_what_is_remembered_of_old_blobs_is_dropped(start, clock):
     blobs = start()
     put(blobs, clock)
