@@ -35,6 +35,7 @@ class Dispatcher:
         self.slots = slots
         self._queues: list[deque[Task]] = [deque() for _ in range(slots)]
         self._idle: set[int] = set()
+        self.one_at_a_time = False
         self.running: dict[int, Task] = {}
 
     def submit(self, task: Task) -> None:
@@ -63,8 +64,11 @@ class Dispatcher:
         """Give waiting tasks to idle slots; `task.slot` is then the slot that runs it."""
         if not self._idle or not any(self._queues):
             return []
-        started = []
+        room = 1 - len(self.running) if self.one_at_a_time else self.slots
+        started: list[Task] = []
         for slot in sorted(self._idle):
+            if len(started) >= room:
+                break
             queue = self._queues[slot]
             if not queue:
                 queue = max(self._queues, key=len)

@@ -22,6 +22,7 @@ from worker.core.effects import (
     Run,
 )
 from worker.core.job import JobCore
+from worker.core.suspects import Suspects
 
 
 class WorkerCore:
@@ -29,6 +30,7 @@ class WorkerCore:
 
     def __init__(self, slots: int) -> None:
         self.dispatcher = Dispatcher(slots)
+        self._suspects = Suspects()
         self.jobs: dict[str, JobCore] = {}
         self.generation = 0
         self.draining = False
@@ -94,12 +96,21 @@ class WorkerCore:
         self.dispatcher.slot_idle(slot)
         return self.settle([])
 
+    def server_died(self, task: Task, shard: int) -> bool:
+        """The process that starts leaf processes died while a leaf of a task ran; return whether
+        that leaf is to blame. `task_ended` follows."""
+        blamed = self._suspects.server_died(task, shard)
+        self.dispatcher.one_at_a_time = bool(self._suspects)
+        return blamed
+
     def task_ended(self, task: Task, lost: bool) -> list[Effect]:
         """The leaf process of a task is through with it, or dead (`lost`)."""
         if lost:
             self.dispatcher.slot_lost(task.slot)
         else:
             self.dispatcher.slot_idle(task.slot)
+            self._suspects.ended_well(task)
+            self.dispatcher.one_at_a_time = bool(self._suspects)
         job = self.jobs.get(task.job_id)
         known = job is not None and job.owns(task)
         return self.settle(job.task_ended(task, lost) if job is not None and known else [])

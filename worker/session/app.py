@@ -378,6 +378,10 @@ class Session:
         if job is not None and job.core.owns(task):
             self._settle(job.core.part_failed(task, task.parts[index], failure))
 
+    def server_died(self, task: Task, shard: int) -> bool:
+        """The leaf server died while a leaf of a task ran; whether that leaf is to blame."""
+        return self._core.server_died(task, shard)
+
     def task_ended(self, task: Task, lost: bool) -> None:
         """A leaf process is through with a task, or died over it."""
         self._chunks.ended(task)

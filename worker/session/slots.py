@@ -46,6 +46,9 @@ class SlotEvents(Protocol):
     def part_failed(self, task: Task, index: int, failure: LeafFailure) -> None:
         """A leaf of a part failed."""
 
+    def server_died(self, task: Task, shard: int) -> bool:
+        """The leaf server died while a leaf of a task ran; return whether that is to blame."""
+
     def task_ended(self, task: Task, lost: bool) -> None:
         """The process is through with a task, or died over it."""
 
@@ -423,8 +426,7 @@ class SlotPool:
             place.describing.set_exception(_Died(how))
         if task is not None:
             self._leave(place)
-            if not process.orphaned:
-                self._blame(task, job, process, code)
+            self._blame(task, job, process, code)
             self._events.task_ended(task, lost=True)
         self._start_again(place)
 
@@ -432,6 +434,8 @@ class SlotPool:
         """Name the shard whose leaf was running when the process ended."""
         shard = process.page.shard
         if process.page.task != task.id or shard < 0:
+            return
+        if process.orphaned and not self._events.server_died(task, shard):
             return
         for index, part in enumerate(task.parts):
             inside = part.node.first <= shard < part.node.first + part.node.span
@@ -445,6 +449,9 @@ class SlotPool:
     def _cause(
         self, process: LeafProcess, code: int
     ) -> tuple[coordination.LeafFailed.Kind.ValueType, str]:
+        if process.orphaned:
+            text = "each time it runs, the process that starts leaf processes dies; leave it alone"
+            return LeafFailed.KIND_CRASHED, text
         if process.killed_as_hung:
             limit = f"{self._leaf_timeout_s:g} s"
             text = f"the leaf made no progress for {limit} and was killed; see --leaf-timeout-s"

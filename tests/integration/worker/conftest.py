@@ -88,6 +88,11 @@ class Fickle(UserModel):
     def crash(self):
         os.kill(os.getpid(), signal.SIGSEGV)
 
+    def orphan(self):
+        # Its leaf server, and with that all leaf processes of the worker.
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
+
     def vanish(self):
         os._exit(9)
 

@@ -67,6 +67,23 @@ async def test_a_bad_leaf_is_named_and_the_others_go_on(
         assert stream.is_silent()
 
 
+async def test_a_leaf_that_kills_its_parent_is_named_and_its_neighbours_are_not(
+    bench: Any,
+) -> None:
+    """All leaf processes of the worker die with their server; shard 3 runs beside shard 2."""
+    bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": "orphan"})
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        nodes = [(0, 2), (2, 1), (3, 1)]
+        _, session, stream = await _start(bench, control, aggregator, nodes, slots=3)
+        failed = await session.receive("leaf_failed")
+        assert (failed.kind, failed.shard) == (LeafFailed.KIND_CRASHED, 2)
+        assert (failed.first_row, failed.row_count) == (32, 16)
+        assert "the process that starts leaf processes dies" in failed.message
+        frames = [(await stream.receive_frame())[0] for _ in range(2)]
+        assert {(frame.node.first, frame.node.span) for frame in frames} == {(0, 2), (3, 1)}
+        assert not session.has_received("leaf_failed")
+
+
 async def test_a_skipped_shard_is_left_out_of_its_node(bench: Any) -> None:
     bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": "infinite"})
     async with ScriptedControl() as control, ScriptedAggregator() as aggregator:

@@ -46,6 +46,7 @@ started: list[FakeProcess] = []
 EVENTS = SimpleNamespace(
     slot_idle=lambda slot: None,
     task_ended=lambda task, lost: None,
+    server_died=lambda task, shard: False,
     part_failed=lambda task, index, failure: None,
     process_gone=lambda process: None,
     printed=lambda process, level, data: None,
