@@ -83,6 +83,7 @@ class Oracle:
         """Fingerprint that each job started with."""
         self._lease: pb.Lease | None = None
         self._lease_s = 0.0
+        self._lease_request = ""
         self._token = 0
         self._generations: dict[int, tuple[Any, int]] = {}
         self.terms: dict[str, int] = {}
@@ -228,6 +229,9 @@ class Oracle:
         if not response.acquired:
             return
         held, token, holder = self._lease, response.lease.token, response.lease.holder
+        if request.request_id == self._lease_request and response.lease == held:
+            return  # told again: the first answer got lost
+        self._lease_request = request.request_id
         self.demand(token > self._token, f"lease token {token} after {self._token}")
         if held is not None and held.holder not in ("", holder):
             # A renewal may be stored and yet unanswered; storage is never behind its answers.

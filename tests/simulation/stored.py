@@ -62,7 +62,7 @@ class Machine:
             name="simulated",
             blobs=blobs,
             journals=SqliteJournals(database),
-            leases=SqliteLeases(database),
+            leases=SqliteLeases(database, now_unix_nanos),
             jobs=SqliteJobs(database, blobs, now_unix_nanos, on_corruption),
             catalog=SqliteCatalog(database, blobs, now_unix_nanos),
             references=SqliteReferences(database, now_unix_nanos),

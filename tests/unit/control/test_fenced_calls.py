@@ -26,6 +26,7 @@ class Submissions:
     def __init__(self, *, stores: bool) -> None:
         self._stores = stores
         self.discarded: list[str] = []
+        self.under_way: set[str] = set()
 
     async def prepare(self, *_):
         return JobSubmitted(job_id="job-1"), None
