@@ -371,8 +371,8 @@ class Oracle:
                 world.transitions += 1
             return orders, started
 
-        def taken(cursor: Cursor) -> bytes | None:
-            message = take(cursor)
+        def taken(cursor: Cursor, *more: Any) -> bytes | None:
+            message = take(cursor, *more)
             if message is not None:
                 world.transitions += 1
             return message
