@@ -189,8 +189,19 @@ class StartedLeaves:
         frames = self.contribution(leaf)
         leaf.worker.working.discard(leaf.shard)
         for frame, payload in frames:
-            effects = self.ranges.contribute(frame, payload, elapsed_s, leaf.worker.key)
-            self.perform(effects)
+            self.contribute(frame, payload, leaf.worker, elapsed_s)
+
+    def contribute(
+        self,
+        frame: pb.ContributionFrame,
+        payload: memoryview,
+        worker: ScriptedWorker,
+        elapsed_s: float = 0.0,
+    ) -> None:
+        """Send one frame, and have done all that follows from it."""
+        self.perform(self.ranges.contribute(frame, payload, elapsed_s, worker.key))
+        while self.ranges.works:
+            self.perform(self.ranges.work(elapsed_s))
 
     def evaluate(self) -> None:
         """Send the sums of every evaluation shard."""

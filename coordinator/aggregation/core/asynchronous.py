@@ -11,6 +11,9 @@ checkpoint of the step's version beside it: which steps each shard has completed
 root's state, so nobody needs to wait for it. An evaluation closes the phase; it is a step that no
 shard goes beyond (the limit of `Clocks`), so nothing is under way when it begins.
 
+A contribution of several frames is applied frame by frame, as *work* (see `JobRanges`), while
+others come in; they wait for their turn, in the order in which they became whole.
+
 What counts is decided by the clocks alone. A contribution to a step that its shard has completed is
 a copy and changes nothing, whoever sends it, in whatever order things come.
 """
@@ -35,6 +38,7 @@ from coordinator.aggregation.core.effects import (
     Points,
     StartCheckpoint,
     Wake,
+    Work,
 )
 from coordinator.aggregation.core.golog import GoLog
 from coordinator.aggregation.core.machine import JobRanges, _Range
@@ -47,7 +51,7 @@ from coordinator.aggregation.core.versions import NONE, Version, VersionStore
 from phalanx.errors import DataLoss, InvalidArgument
 from phalanx.frames import encode_response
 from phalanx.optimizers import ContributionOptimizer, Late
-from phalanx.reducers import Contribution
+from phalanx.reducers import Contribution, Slices, Steps
 from phalanx.texts import number_of
 from phalanx.training.asynchronous import Clocks, StepSums, stale_bound
 from phalanx.training.decisions import RootDecider
@@ -87,6 +91,10 @@ class AsynchronousRanges(JobRanges):
         self._expected = 0
         self._staleness: list[int] = []
         self._turnaround_s: deque[float] = deque(maxlen=MEASURED)
+        #: Whole contributions that wait for the one that is being applied.
+        self._whole: deque[Start] = deque()
+        self._committing: Steps[list[Effect]] | None = None
+        self._elapsed_s = 0.0
         #: Contributions to steps that their shards had completed.
         self.duplicates = 0
 
@@ -184,20 +192,53 @@ class AsynchronousRanges(JobRanges):
             raise InvalidArgument(
                 f"step {frame.shard_step} of shard {shard} was not started on this stream"
             )
-        if not start.take(self._phase, self._grid, frame, payload):
+        if start.left == 0 or not start.take(self._phase, self._grid, frame, payload):
             return []
         self._turnaround_s.append(elapsed_s - start.began_s)
+        self._whole.append(start)
+        if len(self._grid) > 1:
+            return [Work()]
+        effects: list[Effect] = []
+        while self.works:
+            effects += self.work(elapsed_s)
+        return effects
+
+    @property
+    def works(self) -> bool:
+        """See `JobRanges.works`: a contribution of several frames is applied frame by frame."""
+        if self._phase is None or self._failed:
+            return super().works
+        return self._committing is not None or bool(self._whole)
+
+    def work(self, elapsed_s: float) -> list[Effect]:
+        """Apply the next frame of the contribution whose turn it is."""
+        if self._phase is None or self._failed:
+            return super().work(elapsed_s)
+        self._elapsed_s = elapsed_s
+        if self._committing is None and self._whole:
+            start = self._whole.popleft()
+            if start.step != self._clocks.step_of(start.shard):
+                self.duplicates += 1
+                return []
+            self._committing = self._commit(start)
+        if self._committing is None:
+            return []
         try:
             with np.errstate(over="ignore", invalid="ignore"):
-                return [Wake(), *self._commit(start, elapsed_s)]
+                next(self._committing)
+        except StopIteration as done:
+            self._committing = None
+            return [Wake(), *done.value]
         except NonFiniteResult as error:
+            self._committing = None
             return self.fail("PARAMETERS_NON_FINITE", str(error))
+        return []
 
     def pause(self) -> list[Effect]:
         """Pause after the present step; at once where nothing of it has committed."""
         assert self._decider is not None
         self._decider.request_pause()
-        if self._phase is None or self._sums.commits:
+        if self._phase is None or self._sums.commits or self.works:
             return []
         return self._issue(self._decider.paused())
 
@@ -212,7 +253,7 @@ class AsynchronousRanges(JobRanges):
         return step * self.plan.shards
 
     def _open(self, owned: _Range, go: GoRecord) -> None:
-        self._phase = None
+        self._close_phase()
         if go.action != GoRecord.ACTION_TRAIN:
             super()._open(owned, go)
             return
@@ -223,20 +264,25 @@ class AsynchronousRanges(JobRanges):
         self._go_log.drop_before(go.version)
 
     def _end(self, owned: _Range, go: GoRecord) -> list[Effect]:
-        self._phase = None
+        self._close_phase()
         told = GoRecord()
         told.CopyFrom(go)
         told.version = max(0, self.version)
         return super()._end(owned, told)
 
-    def _commit(self, start: Start, elapsed_s: float) -> list[Effect]:
+    def _close_phase(self) -> None:
+        """Nothing is started any more, and what comes counts no more."""
+        self._phase = None
+        self._whole.clear()
+
+    def _commit(self, start: Start) -> Steps[list[Effect]]:
         assert start.scalars is not None
         parameters = self._range.parameters
         version = parameters.versions.newest_whole
         count, loss, present = start.scalars
         staleness = version - start.version.number
         if present and count:
-            self._apply(start, count, Late(self._sums_step, version, staleness))
+            yield from self._apply(start, count, Late(self._sums_step, version, staleness))
         else:
             count, loss = 0, 0.0
             for index in range(len(parameters.grid)):
@@ -251,18 +297,21 @@ class AsynchronousRanges(JobRanges):
             self._log.add(start.shard, staleness)
         self._sums.add(count, loss, staleness)
         self._staleness.append(staleness)
-        return self._step_done(elapsed_s) if self._sums.commits == self.plan.shards else []
+        return self._step_done() if self._sums.commits == self.plan.shards else []
 
     @property
     def _sums_step(self) -> int:
         """The step of the job that is being made."""
         return self._clocks.total // self.plan.shards
 
-    def _apply(self, start: Start, count: int, late: Late) -> None:
+    def _apply(self, start: Start, count: int, late: Late) -> Steps[None]:
         parameters, version = self._range.parameters, late.update
         pieces = [piece for piece in start.frames if piece is not None]
-        factor = Contribution(pieces, count).factor(self._rounds.clip_norm)
+        mean = Contribution(pieces, count)
+        factor = yield from mean.factor_steps(self._rounds.clip_norm, Slices())
         for index, piece in enumerate(pieces):
+            if index:
+                yield
             read = start.version.values[index]
             assert read is not None
             shortened = piece if factor == 1.0 else piece * piece.dtype.type(factor)
@@ -273,14 +322,14 @@ class AsynchronousRanges(JobRanges):
             )
             parameters.versions.publish(version + 1, index, updated)
 
-    def _step_done(self, elapsed_s: float) -> list[Effect]:
+    def _step_done(self) -> list[Effect]:
         assert self._decider is not None
         sums, self._sums = self._sums, StepSums()
         staleness, self._staleness = tuple(self._staleness), []
         expected, self._expected = self._expected, 0
         step = self.version
         effects: list[Effect] = [Committed(step, sums.count, expected, staleness)]
-        go = self._decider.committed(step, sums.count, sums.loss, elapsed_s, sums.measured)
+        go = self._decider.committed(step, sums.count, sums.loss, self._elapsed_s, sums.measured)
         points = self._decider.take_points()
         if points:
             effects.append(Points(tuple(points)))

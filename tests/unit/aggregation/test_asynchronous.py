@@ -16,6 +16,7 @@ from coordinator.aggregation.core.effects import (
     Failed,
     Points,
     StartCheckpoint,
+    Work,
 )
 from coordinator.aggregation.core.making import make_ranges
 from phalanx.errors import Aborted, DataLoss, InvalidArgument
@@ -155,13 +156,37 @@ def test_a_part_of_a_contribution_changes_nothing() -> None:
     assert second is not None
     vector = job.vector()
     before = job.contribution(first)
-    job.perform(job.ranges.contribute(*before[0], 0.0, one.key))
+    job.contribute(*before[0], one)
     assert job.vector().tobytes() == vector.tobytes()
     # Frames of two workers never make up one contribution.
-    job.perform(job.ranges.contribute(*job.contribution(second)[1], 0.0, two.key))
+    job.contribute(*job.contribution(second)[1], two)
     assert job.vector().tobytes() == vector.tobytes()
-    job.perform(job.ranges.contribute(*before[1], 0.0, one.key))
+    job.contribute(*before[1], one)
     assert job.ranges.clocks.total == 1
+
+
+def test_what_becomes_whole_while_another_is_applied_waits_for_its_turn() -> None:
+    job = job_of(plan_of(FRAMES, steps=5))
+    workers = [
+        job.worker(f"worker-{number}", shards) for number, shards in enumerate(([0], [0, 1]))
+    ]
+    leaves = [worker.begin() for worker in workers]
+    workers[1].slots = 2
+    leaves.append(workers[1].begin())
+    assert [(leaf.shard, leaf.step) for leaf in leaves if leaf] == [(0, 0), (0, 0), (1, 0)]
+    before = job.vector()
+    for leaf in leaves:
+        assert leaf is not None
+        frames = job.contribution(leaf)
+        for frame, payload in (*frames, frames[-1]):
+            effects = job.ranges.contribute(frame, payload, 0.0, leaf.worker.key)
+            assert set(map(type, effects)) <= {Work}
+    assert job.ranges.work(0.0) == []
+    assert job.vector().tobytes() == before.tobytes(), "a half version is seen by nobody"
+    assert job.ranges.pause() == [], "a step has begun"
+    while job.ranges.works:
+        job.perform(job.ranges.work(0.0))
+    assert (job.ranges.clocks.completed, job.ranges.duplicates) == ((1, 1, 0, 0), 1)
 
 
 def test_what_a_broken_stream_was_given_is_started_again() -> None:
