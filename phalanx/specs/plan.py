@@ -100,7 +100,11 @@ def worker_bytes(
     # that travel by themselves have a payload each.
     units = -(-spec.data.shards // max(1, parts.unit_span(spec))) if parts.unit_span(spec) else 1
     payloads = -(-units // max(1, spec.resources.min_workers))
-    shared = (SHARED_COPIES - 1 + payloads) * elements * itemsize
+    versions = SHARED_COPIES - 1
+    if parts.commits_one_by_one(spec.train):
+        # Each slot reads the version that its leaf was started with, and has one payload.
+        versions, payloads = versions + slots, slots + 1
+    shared = (versions + payloads) * elements * itemsize
     copies = COPIES_PER_SLOT + (LOCAL_COPIES if spec.train.HasField("local") else 0)
     return shared + slots * (copies * elements * itemsize + 3 * leaf)
 

@@ -9,6 +9,7 @@ import pytest
 from phalanx import specs
 from phalanx.errors import InvalidArgument, Unimplemented
 from phalanx.specs.parts import needs_one_range, unit_span
+from phalanx.specs.plan import worker_bytes
 from phalanx.v1.dataset_service_pb2 import Dataset
 from phalanx.v1.job_pb2 import Plan
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -290,3 +291,18 @@ def test_a_barrier_beyond_the_end_is_warned_of(make_dataset: MakeDataset) -> Non
     resolved = specs.prepare(edited(*settings), make_dataset())
     warnings = specs.plan(resolved, make_dataset()).warnings
     assert [each for each in warnings if "barrier_every_clocks never fires" in each]
+
+
+def test_a_worker_of_an_asynchronous_job_keeps_a_version_for_each_slot(
+    make_dataset: MakeDataset,
+) -> None:
+    big = ("train.model={mlp: {hidden: [100000]}}", "data.shards=1", "train.batch_size=64")
+    synchronous, one_by_one = (
+        specs.prepare(edited(*big, *more), make_dataset())
+        for more in ((), ("train.stale={bound: 1}",))
+    )
+    parameters = (784 * 100_000 + 100_000 + 100_000 * 10 + 10) * 4
+    for slots in (1, 4):
+        more = worker_bytes(one_by_one, make_dataset(), slots)
+        less = worker_bytes(synchronous, make_dataset(), slots)
+        assert (more - less) // parameters == 2 * slots
