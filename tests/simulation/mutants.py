@@ -241,8 +241,8 @@ MUTANTS = (
     ),
     _one(
         "a range drops a version once it has the next", 1, f"{_MACHINE}._close",
-        "owned.round = owned.root = None",
-        "owned.round = owned.root = None\n"
+        "owned.round = owned.root = owned.work = None",
+        "owned.round = owned.root = owned.work = None\n"
         "    owned.parameters.versions.drop_before(owned.version)",
     ),
     _one(
