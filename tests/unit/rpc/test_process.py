@@ -19,7 +19,7 @@ GUARD_S = 60
 PROGRAM = """
 import asyncio, os, sys
 from dataclasses import dataclass
-from phalanx.config import ServiceConfig, parse
+from phalanx.config import ServerConfig, parse
 from phalanx.errors import FailedPrecondition
 from phalanx.rpc.process import announce, run_service
 from phalanx.rpc.server import Server
@@ -37,7 +37,7 @@ async def serve(config, stop):
     await server.stop(0)
     print("stopped", flush=True)
 
-sys.exit(run_service(parse(ServiceConfig, prog="phalanx test"), serve, role="test"))
+sys.exit(run_service(parse(ServerConfig, prog="phalanx test"), serve, role="test"))
 """
 
 # Starts the service as its own child, says the child's id, and waits to be killed.
