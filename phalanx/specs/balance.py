@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 from phalanx.errors import Violation
@@ -77,9 +76,9 @@ def _weights(
     for label, weight in sorted(weights.items()):
         if label not in dataset.classes:
             message = f"{spec.data.name} has no class {label[:40]!r}; it has: {known[:200]}"
-            yield Violation(f"{path}.weights[{label[:40]!r}]", message)
-        elif not (math.isfinite(weight) and weight >= 0):
-            message = f"must be a number of at least 0, not {weight:g}"
-            yield Violation(f"{path}.weights[{label[:40]!r}]", message)
+            yield Violation(f"{path}.weights.{label[:40]}", message)
+        elif weight < 0:
+            message = f"must be at least 0, not {weight:g}"
+            yield Violation(f"{path}.weights.{label[:40]}", message)
     if weights and not any(weights.values()):
         yield Violation(f"{path}.weights", "are all 0: no example would count")
