@@ -1,10 +1,16 @@
 """What all tests share: their order, and how the logs of services that run inside them look."""
 
+import signal
+
 import pytest
 import structlog
 
 
 def pytest_configure() -> None:
+    # A shell starts what runs in the background with Ctrl-C ignored, and every process that a test
+    # starts would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Services set their logs up when they start. Without that structlog draws every local variable
     # of a traceback, which takes half a minute where these are large arrays.
     plain = structlog.dev.plain_traceback

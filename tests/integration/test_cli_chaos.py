@@ -73,9 +73,12 @@ def test_ctrl_c_shows_what_there_is_and_continues_what_is_paused(cluster):
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        wait_until(lambda: _stopped(cluster), "a paused worker")
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=GUARD_S)
+        try:
+            wait_until(lambda: _stopped(cluster), "a paused worker")
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=GUARD_S)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "pause-worker" in out
     assert max(map(len, out.splitlines())) <= 80
