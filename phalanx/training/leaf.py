@@ -217,13 +217,6 @@ def leaf_chunks(plan: JobPlan, reader: RowReader, shard: int, step: int) -> list
     return chunks_for_leaf(rows, seed, epoch, step_in_epoch, plan.rows_per_leaf)
 
 
-def shard_row_range(plan: JobPlan, shard: int, evaluation: bool) -> ShardRows:
-    """Return the rows of a shard within its split, for messages."""
-    shards = plan.evaluation_shards if evaluation else plan.shards
-    rows = plan.evaluation_rows if evaluation else plan.train_rows
-    return shard_rows(shard, shards, (rows,))
-
-
 _SCALES: WeakKeyDictionary[RowReader, tuple[Array, Array] | None] = WeakKeyDictionary()
 """Mean and scale of each reader's data set, computed once."""
 

@@ -28,7 +28,7 @@ from phalanx.models.code import deactivate_user_code
 from phalanx.optimizers import build_optimizer, gradient_limit
 from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import Node, TreeReducer, all_finite, reduce_leaves
-from phalanx.specs.balance import by_class
+from phalanx.specs.shard_rows import rows_of_shard
 from phalanx.training.asynchronous import StepSums
 from phalanx.training.decisions import RootDecider
 from phalanx.training.leaf import (
@@ -38,7 +38,6 @@ from phalanx.training.leaf import (
     leaf_batch,
     run_evaluation_leaf,
     run_leaf,
-    shard_row_range,
 )
 from phalanx.training.local_asynchronous import AsynchronousSteps
 from phalanx.training.replay import ReplayLog
@@ -340,9 +339,8 @@ class _Job:
     def _skip(self, shard: int, version: int) -> None:
         """Leave a leaf that is not finite out of its step, or fail, as the spec says."""
         rule = self._spec.train.on_nonfinite
-        rows = shard_row_range(self._plan, shard, evaluation=False)
-        dealt = by_class(self._spec.data)
-        where = "" if dealt else f" (rows {rows.first} to {rows.stop - 1})"
+        first, count = rows_of_shard(self._plan, shard, evaluation=False)
+        where = f" (rows {first} to {first + count - 1})" if count else ""
         message = (
             f"the leaf of shard {shard}{where} in step "
             f"{version + 1} is not finite; lower the learning rate or check the data"

@@ -16,6 +16,7 @@ from phalanx.compressors import Codec, Key, build_up_codec, compress_in_place
 from phalanx.data.manifest import ChunkInfo, DatasetManifest
 from phalanx.data.reader import ChunkReader
 from phalanx.models import Batch, DataSchema, Model, build_model
+from phalanx.specs.shard_rows import rows_of_shard
 from phalanx.training.leaf import (
     LeafOutcome,
     LocalSteps,
@@ -27,7 +28,6 @@ from phalanx.training.leaf import (
 from phalanx.training.sampler import chunks_in_order
 from phalanx.training.start import load_start_parameters
 from phalanx.v1 import job_spec_pb2, training_pb2
-from worker.core.rows import rows_of_shard
 from worker.leaf.read_ahead import ReadAhead
 from worker.leaf.reduce import Scratch
 from worker.memory import Arena

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from phalanx.errors import FailedPrecondition
+from phalanx.specs.shard_rows import rows_of_shard
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as coordination
 from worker import ipc
@@ -20,7 +21,6 @@ from worker.core.dispatch import Task
 from worker.core.patience import Patience
 from worker.core.restarts import Restarts
 from worker.core.rounds import LeafFailure, PartState
-from worker.core.rows import rows_of_shard
 from worker.ipc import Kind, Message
 from worker.session.leaf_server import LeafServer
 from worker.session.process import LeafProcess, describe_exit

@@ -15,7 +15,6 @@ from phalanx.training.leaf import (
     leaf_chunks,
     run_evaluation_leaf,
     run_leaf,
-    shard_row_range,
 )
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan
@@ -142,13 +141,6 @@ def test_chunks_for_prefetching(dataset: StoredDataset) -> None:
         chunks = leaf_chunks(plan, reader, shard, 2)
         assert chunks
         assert set(chunks) < set(range(len(reader.chunks)))
-
-
-def test_row_ranges_for_messages() -> None:
-    plan = make_plan()
-    train, evaluation = shard_row_range(plan, 1, False), shard_row_range(plan, 1, True)
-    assert (train.first, train.stop) == (60, 120)
-    assert (evaluation.first, evaluation.stop) == (30, 60)
 
 
 def test_sparse_rows(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from phalanx.specs.shard_rows import rows_of_shard
 from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.core.logs import (
     BATCH_LINES,
@@ -20,7 +21,6 @@ from worker.core.logs import (
 from worker.core.patience import Patience
 from worker.core.progress import JobProgress
 from worker.core.restarts import Restarts
-from worker.core.rows import rows_of_shard
 from worker.session.fingerprint import stored_fingerprint
 
 
