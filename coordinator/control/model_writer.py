@@ -135,6 +135,11 @@ def _parameter_slices(final: pb.CheckpointManifest) -> list[pb.BlobPiece]:
     ]
 
 
+def stop_reason(final: pb.CheckpointManifest) -> str:
+    """Why the job of a final checkpoint ended, as its root kept it; "" where it kept nothing."""
+    return str(_root_state(final.root_state).get("stop_reason", ""))
+
+
 def _root_state(text: str) -> dict[str, Any]:
     """What the root kept with the checkpoint."""
     try:

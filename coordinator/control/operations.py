@@ -13,7 +13,7 @@ from coordinator.control.core import effects as fx
 from coordinator.control.core import events as ev
 from coordinator.control.core.ending import FINAL_CHECKPOINT_MISSING
 from coordinator.control.core.facts import Facts
-from coordinator.control.model_writer import ModelWriter
+from coordinator.control.model_writer import ModelWriter, stop_reason
 from coordinator.control.store import Store
 from phalanx.errors import (
     Aborted,
@@ -109,4 +109,4 @@ class Operations:
             )
         facts = self._durable.job(effect.job_id)
         result = await self._writer.write(facts, final, bit_identical=effect.bit_identical)
-        return ev.ModelWritten(effect.job_id, effect.operation, result)
+        return ev.ModelWritten(effect.job_id, effect.operation, result, stop_reason(final))

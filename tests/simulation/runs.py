@@ -252,7 +252,7 @@ class Run:
                 sha256 = jobs.reference_sha256(shape)
             right = job.result.parameters_sha256 == sha256
             outcome.sha_equal += right
-            promised = (not shape.backup, shape.steps, left_out, 0, shape.steps)
+            promised = (not shape.backup, shape.steps, left_out, 0, shape.steps, "STOP_STEPS")
             result = job.result
             if not right:
                 self.world.fail(SimulationFailed(f"{job_id} ended with other bits"))
@@ -262,8 +262,9 @@ class Run:
                 result.examples_lost,
                 result.examples_doubled,
                 job.progress.step,
+                job.reason,
             ):
-                told = f"{result} {job.progress}, and should say {promised}"
+                told = f"{result} {job.progress} {job.reason}, and should say {promised}"
                 self.world.fail(SimulationFailed(f"{job_id} ended with another result: {told}"))
         elif job.state == Job.STATE_CANCELLED and job_id in self.user.cancels:
             outcome.cancelled += 1

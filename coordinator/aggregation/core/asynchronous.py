@@ -352,8 +352,8 @@ class AsynchronousRanges(JobRanges):
             effects.append(replace(effect, version=step))
         return effects
 
-    def _state(self) -> dict[str, Any]:
-        return super()._state() | {"completed_steps": list(self._clocks.completed)}
+    def _state(self, go: GoRecord) -> dict[str, Any]:
+        return super()._state(go) | {"completed_steps": list(self._clocks.completed)}
 
 
 class StartsCursor:

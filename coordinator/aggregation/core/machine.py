@@ -484,15 +484,18 @@ class JobRanges:
         root_state = ""
         if self._decider is not None:
             self._checkpoint_open = True
-            root_state = json.dumps(self._state(), sort_keys=True)
+            root_state = json.dumps(self._state(go), sort_keys=True)
         return [StartCheckpoint(go.version, final, terminal, snapshot, root_state)]
 
-    def _state(self) -> dict[str, Any]:
-        """What range 0's part of a checkpoint keeps: the decider's state and our own counts."""
+    def _state(self, go: GoRecord) -> dict[str, Any]:
+        """What range 0's part of a checkpoint keeps: the decider's state, our own counts, and with
+        the final one why the job ended, since the report that says so may be lost."""
         assert self._decider is not None
         state: dict[str, Any] = json.loads(self._decider.state())
         state["examples_lost"] = self.examples_lost
         state["examples_doubled"] = self.examples_doubled
+        if go.action == GoRecord.ACTION_STOP:
+            state["stop_reason"] = go.reason
         return state
 
     def _end(self, owned: _Range, go: GoRecord) -> list[Effect]:

@@ -62,7 +62,7 @@ def end_unfenced(core: Core, job: JobRuntime, code: str, message: str) -> None:
     carry_out(core, job, job.ending)
 
 
-def succeed(core: Core, job: JobRuntime, result: job_pb2.Result) -> None:
+def succeed(core: Core, job: JobRuntime, result: job_pb2.Result, reason: str) -> None:
     """Record the result of a job whose final checkpoint and model are stored."""
     facts = core.facts_of(job)
     report = job.report
@@ -71,7 +71,6 @@ def succeed(core: Core, job: JobRuntime, result: job_pb2.Result) -> None:
             if name not in result.metrics:
                 result.metrics[name] = value
     result.bit_identical = facts.bit_identical
-    reason = report.reason if report is not None else ""
     state = next_state(job.job_id, facts.state, Verb.SUCCEED)
     changed = JobChanged(state=state, reason=reason, result=result)
     changed.message = f"model {result.model}, parameters {result.parameters_sha256[:16]}…"

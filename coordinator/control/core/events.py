@@ -158,11 +158,13 @@ class RowRead:
 
 @dataclass(frozen=True)
 class ModelWritten:
-    """The model of a finished job is registered; `result` is what storage knows of it."""
+    """The model of a finished job is registered; `result` and `reason`, why it ended, are what
+    storage knows of it."""
 
     job_id: str
     operation: int
     result: job_pb2.Result
+    reason: str
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ def _operation_answered(core: Core, event: _Answered) -> None:
         case RowRead():
             terms.row_read(core, job, event)
         case ModelWritten():
-            ending.succeed(core, job, event.result)
+            ending.succeed(core, job, event.result, event.reason)
             terms.advance_queue(core)
         case OperationFailed() if ending.is_beyond_fencing(kind, event.code):
             ending.end_unfenced(core, job, event.code, event.message)

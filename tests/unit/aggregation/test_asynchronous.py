@@ -91,6 +91,7 @@ def test_each_contribution_makes_a_version_and_as_many_as_shards_a_step() -> Non
     (last,) = job.of(StartCheckpoint)
     assert (last.version, last.final, last.snapshot.version) == (3, True, 3)
     assert json.loads(last.root_state)["completed_steps"] == [3, 3, 3, 3]
+    assert json.loads(last.root_state)["stop_reason"] == "STOP_STEPS"
 
 
 @pytest.mark.parametrize("elements", [SMALL, FRAMES])

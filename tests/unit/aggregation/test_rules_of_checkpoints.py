@@ -137,6 +137,7 @@ def test_rule_09_counts_of_lost_examples_survive_a_restore(jobs: Any) -> None:
     job.send(job.nodes_frames([Node(0, 2)], absent=[1]))
     saved = jobs.checkpoints(job)[-1]
     assert json.loads(saved.root_state)["examples_lost"] == ROWS_PER_LEAF
+    assert "stop_reason" not in json.loads(saved.root_state)
     again = jobs.scripted(plan, term=2)
     vector = saved.snapshot.parameters(0)
     again.root.begin_restored(1, {0: (vector, {})}, saved.root_state)

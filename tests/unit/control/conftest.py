@@ -22,6 +22,7 @@ from coordinator.control.core.machine import handle
 from coordinator.control.core.state import Core, CoreConfig
 from coordinator.control.core.tree import shards_of
 from coordinator.control.core.views import job_view
+from coordinator.control.model_writer import stop_reason
 from phalanx.errors import PhalanxError
 from phalanx.specs import job_plan, plan, prepare
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -164,7 +165,7 @@ class Cluster:
         term, final = self.terms.get(job_id, 0), self.finals.get(job_id)
         if isinstance(effect, fx.WriteModel):
             result = job_pb2.Result(model=f"{job_id}@1", parameters_sha256="cd" * 32, steps=9)
-            return ev.ModelWritten(job_id, number, result)
+            return ev.ModelWritten(job_id, number, result, stop_reason(final) if final else "")
         if isinstance(effect, fx.ReadRow) or final is not None:
             return ev.RowRead(job_id, number, term, final)
         if effect.expected_term != term:

@@ -35,9 +35,12 @@ def test_a_raised_term_without_owners_is_started_again_after_a_take_over(running
 
 
 def test_a_final_checkpoint_found_after_a_take_over_is_success(running: Any) -> None:
-    running.finals["job-1"] = storage_pb.CheckpointManifest(job_id="job-1", step=9, final=True)
+    running.finals["job-1"] = storage_pb.CheckpointManifest(
+        job_id="job-1", step=9, final=True, root_state='{"stop_reason": "STOP_STEPS"}'
+    )
     running.lead()
     assert running.state() == "SUCCEEDED"
+    assert running.job().reason == "STOP_STEPS", "no report has said so"
 
 
 def test_a_pause_survives_a_take_over(running: Any) -> None:

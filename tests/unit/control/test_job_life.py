@@ -34,6 +34,8 @@ def test_a_job_goes_from_submission_to_success(cluster: Any) -> None:
     assert list(assign.plan.evaluation_sums) == ["loss", "correct"]
     cluster.report("job-1", 5, metrics={"train/loss": 0.5}, examples_lost=0)
     assert cluster.job().progress.step == 5
+    cluster.finals["job-1"] = manifest(9, final=True)
+    cluster.finals["job-1"].root_state = '{"stop_reason": "STOP_EPOCHS"}'
     cluster.report("job-1", 9, outcome=pb.JobReport.OUTCOME_STOPPED, reason="STOP_EPOCHS")
     job = cluster.job()
     assert cluster.state() == "SUCCEEDED"
