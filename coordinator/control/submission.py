@@ -61,10 +61,14 @@ class Submissions:
         resolved = specs.prepare(spec, dataset)
         await self._check_wheels(list(spec.code.wheels))
         job_id = new_id(resolved.name)
+        start_model_digest = ""
+        if resolved.train.start.WhichOneof("from") == "model":
+            model = await self._start_model(resolved)
+            specs.resolve_start_model(resolved, model)
+            start_model_digest = _parameters_of(model)
         plan = specs.job_plan(resolved, dataset, job_id)
         plan.spec = b""  # the journal keeps the spec once, beside the plan
-        if resolved.train.start.WhichOneof("from") == "model":
-            plan.start_model_digest = await self._start_model(resolved)
+        plan.start_model_digest = start_model_digest
         announced = specs.plan(resolved, dataset)
         submitted = JobSubmitted(
             job_id=job_id,
@@ -136,7 +140,7 @@ class Submissions:
         assert isinstance(answer, dataset_service_pb2.GetDatasetResponse)
         return answer.dataset
 
-    async def _start_model(self, spec: job_spec_pb2.JobSpec) -> str:
+    async def _start_model(self, spec: job_spec_pb2.JobSpec) -> model_service_pb2.ModelVersion:
         name = spec.train.start.model
         request = model_service_pb2.GetModelRequest(namespace=spec.namespace, name=name)
         try:
@@ -148,13 +152,19 @@ class Submissions:
                 reason="MODEL_NOT_FOUND",
                 violations=[Violation("train.start.model", message)],
             ) from error
-        for file in answer.model.files:
-            if file.path == MODEL_FILE:
-                return str(file.digest)
-        raise InvalidArgument(
-            f"model {name!r} has no {MODEL_FILE}",
-            violations=[Violation("train.start.model", "holds no parameters")],
-        )
+        assert isinstance(answer, model_service_pb2.GetModelResponse)
+        return answer.model
+
+
+def _parameters_of(model: model_service_pb2.ModelVersion) -> str:
+    """Return the digest of a model's parameters. Raises InvalidArgument where it has none."""
+    for file in model.files:
+        if file.path == MODEL_FILE:
+            return file.digest
+    raise InvalidArgument(
+        f"model {model.name!r} has no {MODEL_FILE}",
+        violations=[Violation("train.start.model", "holds no parameters")],
+    )
 
 
 def wheel_of(record: bytes) -> str:

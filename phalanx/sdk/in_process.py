@@ -60,9 +60,10 @@ class Catalog(dict[tuple[str, str], list[VersionT]]):
         return item
 
     def find(self, namespace: str, name: str) -> VersionT:
-        """Return NAME (the newest) or NAME@VERSION. Raises NotFound."""
-        stem, at, version = name.partition("@")
-        for item in reversed(self.get((namespace or "default", stem), [])):
+        """Return [NAMESPACE/]NAME (the newest) or …@VERSION. Raises NotFound."""
+        path, at, version = name.partition("@")
+        space, slash, stem = path.rpartition("/")
+        for item in reversed(self.get((space if slash else namespace or "default", stem), [])):
             if not at or str(item.version) == version:
                 return item
         raise NotFound(f"there is no {self.what} {name!r}")
@@ -191,6 +192,7 @@ class InProcessBackend:
             names_dataset,
             plan,
             prepare,
+            resolve_start_model,
             spec_sha256,
         )
 
@@ -203,6 +205,9 @@ class InProcessBackend:
             raise
         spec = prepare(request.spec, dataset)
         self._check_wheels(spec)
+        if spec.train.start.model:
+            model = self._models.find(spec.namespace, spec.train.start.model)
+            resolve_start_model(spec, model)
         shown = plan(spec, dataset)
         digest = spec_sha256(spec)
         if request.validate_only:
@@ -295,14 +300,11 @@ class InProcessBackend:
         return dataset_service_pb2.ListDatasetsResponse(datasets=found)
 
     def _delete_dataset(self, request: dataset_service_pb2.DeleteDatasetRequest) -> Message:
-        stem = request.name.partition("@")[0]
+        unwanted = self._datasets.find(request.namespace, request.name)
         for job in self._jobs.all():
-            in_use = (
-                job.spec.data.name == request.name
-                if "@" in request.name
-                else (job.spec.data.name.partition("@")[0] == stem)
-            )
-            if in_use:
+            used = self._datasets.find(job.spec.namespace, job.spec.data.name)
+            same = (used.namespace, used.name) == (unwanted.namespace, unwanted.name)
+            if same and ("@" not in request.name or used.version == unwanted.version):
                 raise FailedPrecondition(
                     f"job {job.id} refers to data set {request.name}; delete the job first",
                     reason="IN_USE",

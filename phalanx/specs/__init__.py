@@ -16,7 +16,7 @@ from phalanx.specs.documents import (
 )
 from phalanx.specs.plan import job_plan, plan
 from phalanx.specs.prepare import check_spec, names_dataset, prepare
-from phalanx.specs.resolve import resolve
+from phalanx.specs.resolve import resolve, resolve_start_model
 from phalanx.specs.unimplemented import refuse_unimplemented, unimplemented
 from phalanx.specs.validate import validate, validate_against
 
@@ -34,6 +34,7 @@ __all__ = [
     "prepare",
     "refuse_unimplemented",
     "resolve",
+    "resolve_start_model",
     "set_value",
     "spec_sha256",
     "struct_to_python",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from phalanx.specs import balance, catalog, parts
-from phalanx.v1 import dataset_service_pb2, job_spec_pb2
+from phalanx.v1 import dataset_service_pb2, job_spec_pb2, model_service_pb2
 
 ROWS_PER_LEAF = 256
 """Rows of a leaf by default: splitting a batch this way costs 3 to 20 % of one big call."""
@@ -98,6 +98,12 @@ def _general(spec: job_spec_pb2.JobSpec) -> None:
         else:
             spec.reproducibility.bitwise.SetInParent()
     spec.output.model = spec.output.model or spec.name
+
+
+def resolve_start_model(spec: job_spec_pb2.JobSpec, model: model_service_pb2.ModelVersion) -> None:
+    """Write down which version of its model a job starts from."""
+    start = spec.train.start
+    start.model = f"{start.model.partition('@')[0]}@{model.version}"
 
 
 def _data(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> None:

@@ -22,7 +22,9 @@ from phalanx.v1 import dataset_service_pb2, job_spec_pb2
 
 CODE_LIMIT_BYTES = 256 * 1024
 SHARDS_LIMIT = 65_536
-_DATASET = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}(@[1-9][0-9]{0,17})?", re.ASCII)
+_VERSION = re.compile(
+    r"([a-z0-9][a-z0-9._-]{0,127}/)?[a-z0-9][a-z0-9._-]{0,127}(@[1-9][0-9]{0,17})?", re.ASCII
+)
 _KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}", re.ASCII)
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?", re.ASCII)
 _ENTRYPOINT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
@@ -165,8 +167,8 @@ def _names(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         yield Violation(
             "data.name", "is missing; name a data set, as `phalanx data list` shows them"
         )
-    elif not _DATASET.fullmatch(spec.data.name):
-        rule = "write NAME or NAME@VERSION, as `phalanx data list` shows them"
+    elif not _VERSION.fullmatch(spec.data.name):
+        rule = "write NAME, NAME@VERSION or NAMESPACE/NAME@VERSION; see `phalanx data list`"
         yield Violation("data.name", f"{spec.data.name[:160]!r} is not allowed; {rule}")
     if spec.data.split and not _KEY.fullmatch(spec.data.split):
         yield Violation("data.split", f"{spec.data.split[:60]!r} is no name of a split")
@@ -249,8 +251,10 @@ def _program(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
             yield Violation("train.evaluation.split", "is no name of a split")
         if spec.train.start.WhichOneof("from") == "model":
             model = spec.train.start.model
-            if not _DATASET.fullmatch(model):
-                rule = "write NAME or NAME@VERSION, as `phalanx models list` shows them"
+            if not _VERSION.fullmatch(model):
+                rule = (
+                    "write NAME, NAME@VERSION or NAMESPACE/NAME@VERSION; see `phalanx models list`"
+                )
                 yield Violation("train.start.model", f"{model[:160]!r} is not allowed; {rule}")
 
 

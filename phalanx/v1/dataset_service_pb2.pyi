@@ -204,7 +204,7 @@ class GetDatasetRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
-    """NAME or NAME@VERSION; without a version the newest."""
+    """NAME or NAME@VERSION, without a version the newest; NAMESPACE/NAME overrides the namespace."""
     def __init__(
         self,
         *,

@@ -167,7 +167,7 @@ class Data(_message.Message):
     CLASS_WEIGHTS_FIELD_NUMBER: _builtins.int
     OVERSAMPLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """NAME or NAME@VERSION [the newest version]."""
+    """NAME or NAME@VERSION [the newest version]; of another namespace: NAMESPACE/NAME."""
     shards: _builtins.int
     """[batch_size / 256, at least 1; for a full batch rows / 256, from 1 to 64] Fixed slices of the data. The result
     depends on their number, and not on the number of workers.
@@ -1673,7 +1673,7 @@ class Start(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """NAME[@VERSION] of a model: its parameters only."""
+    """[NAMESPACE/]NAME[@VERSION] of a model [the newest version]: its parameters only."""
     job: _builtins.str
     """JOB[@STEP]: all state of another job."""
     def __init__(

@@ -89,15 +89,20 @@ def new_name(namespace: str, name: str, field: str = "name") -> VersionName:
 
 
 def parse_name(namespace: str, text: str) -> VersionName:
-    """Return what ``NAME`` or ``NAME@VERSION`` stands for; raise InvalidArgument if neither."""
-    name, at, version = text.partition("@")
+    """Return what ``[NAMESPACE/]NAME[@VERSION]`` stands for; raise InvalidArgument if nothing.
+
+    A name that says no namespace is in ``namespace``.
+    """
+    path, at, version = text.partition("@")
+    space, slash, name = path.rpartition("/")
+    space = check_key(space, "namespace") if slash else namespace_of(namespace)
     check_key(name, "name")
     if not at:
-        return VersionName(namespace_of(namespace), name, 0)
+        return VersionName(space, name, 0)
     plain = version.isascii() and version.isdigit() and len(version) <= 18
     if not plain or str(int(version)) != version or version == "0":
         raise invalid("name", f"{text!r}: write NAME or NAME@VERSION, with a version of 1 or more")
-    return VersionName(namespace_of(namespace), name, int(version))
+    return VersionName(space, name, int(version))
 
 
 def parse_page(namespace: str, page_size: int, page_token: str) -> Page:

@@ -21,7 +21,13 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="data", rich_help_panel=PANEL)
 
 
-NAME = Annotated[str, typer.Argument(metavar="NAME", help="Name of the data set, or NAME@VERSION.")]
+NAME = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="Name of the data set, or NAME@VERSION; of another namespace: NAMESPACE/NAME.",
+    ),
+]
 
 
 @group.command()

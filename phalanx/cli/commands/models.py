@@ -13,7 +13,13 @@ from phalanx.cli.context import settings_of
 from phalanx.texts import number_of
 
 group = typer.Typer(no_args_is_help=True, help="List, download and delete models.")
-NAME = Annotated[str, typer.Argument(metavar="MODEL", help="NAME (the newest) or NAME@VERSION.")]
+NAME = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="NAME (the newest) or NAME@VERSION; of another namespace: NAMESPACE/NAME.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:

@@ -141,7 +141,24 @@ def test_unknown_names_and_versions(backend, add):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a@", "a@0", "a@-1", "a@01", "a@x", "a@1@2", "A", "../a", "a/b", "@1", "a@１"]
+    "text",
+    [
+        "",
+        "a@",
+        "a@0",
+        "a@-1",
+        "a@01",
+        "a@x",
+        "a@1@2",
+        "A",
+        "../a",
+        "a/",
+        "/a",
+        "a/b/c",
+        "A/b",
+        "@1",
+        "a@１",
+    ],
 )
 def test_names_that_are_none(text):
     with pytest.raises(InvalidArgument):
@@ -154,6 +171,9 @@ def test_namespaces_are_apart(backend, add):
     assert (other.namespace, other.version) == ("team", 1)
     assert pages(backend, 0) == [[("adult", 1)]]
     assert pages(backend, 0, "team") == [[("adult", 1)]]
+    for text in ("team/adult", "team/adult@1", str(parse_name("team", "adult@1"))):
+        assert get(backend, text) == other
+    assert get(backend, "default/adult", namespace="team").namespace == "default"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 0])

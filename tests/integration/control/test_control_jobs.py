@@ -57,6 +57,11 @@ async def test_a_job_runs_and_leaves_a_model(cluster: Any) -> None:
     model = (await cluster.models().GetModel(request, timeout=GUARD_S)).model
     assert [file.path for file in model.files] == ["model.safetensors", "README.md", "model.json"]
     assert model.job_id == job.id
+    again = job_service_pb2.SubmitJobRequest(spec=job.spec, validate_only=True)
+    again.spec.namespace = "team"
+    again.spec.data.name, again.spec.train.start.model = "default/digits", "default/job"
+    planned = (await cluster.jobs().SubmitJob(again, timeout=GUARD_S)).job.spec
+    assert (planned.data.name, planned.train.start.model) == ("default/digits@1", "default/job@1")
 
 
 async def test_the_same_request_id_gives_the_first_answer(cluster: Any) -> None:

@@ -147,6 +147,29 @@ def test_data_and_models_by_version(cluster, data):
         cluster.models.get("toy")
 
 
+def test_a_job_starts_from_the_version_of_a_model_that_was_there(cluster):
+    cluster.submit(SPEC).wait(60)
+    job = cluster.submit(with_train(start={"model": "default/toy"}))
+    assert job.message.spec.train.start.model == "default/toy@1"
+    result = job.wait(60)
+    assert result.model == "toy@2"
+    assert cluster.models.get("toy@1").parameters_sha256 != result.parameters_sha256
+    with pytest.raises(NotFound):
+        cluster.submit(with_train(start={"model": "nobody/toy"}))
+
+
+def test_data_of_another_namespace_goes_by_its_full_name(cluster, data):
+    spec = {**SPEC, "namespace": "team", "data": {"name": "default/toy", "shards": 4}}
+    job = cluster.submit(spec)
+    assert job.message.spec.data.name == "default/toy@1"
+    job.wait(60)
+    assert [model.namespace for model in cluster.models.list()] == []
+    with pytest.raises(FailedPrecondition):
+        cluster.data.delete("toy@1")
+    with pytest.raises(NotFound):
+        cluster.submit({**spec, "data": {"name": "toy"}})
+
+
 def test_data_may_be_a_table_or_have_its_own_test_split(cluster, data):
     features, labels = data
     added = cluster.data.add("pair", features, labels, test=(features[:10], labels[:10]))

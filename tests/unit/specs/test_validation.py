@@ -34,8 +34,8 @@ def complaints(spec: JobSpec, dataset: Dataset) -> dict[str, str]:
         ("name=-x", "name", "is not allowed"),
         ("name=" + "x" * 41, "name", "at most 40"),
         ("namespace=a/b", "namespace", "is not allowed"),
-        ("data.name=../etc", "data.name", "NAME or NAME@VERSION"),
-        ("data.name=fashion@0", "data.name", "NAME or NAME@VERSION"),
+        ("data.name=../etc", "data.name", "NAME, NAME@VERSION or NAMESPACE/NAME@VERSION"),
+        ("data.name=fashion@0", "data.name", "NAME, NAME@VERSION or NAMESPACE/NAME@VERSION"),
         ("data.split=no such", "data.split", "no name of a split"),
         ("data.split=nothing", "data.split", "it has: test, train"),
         ("data.shards=0", "data.shards", "at least 1"),
@@ -123,7 +123,11 @@ def complaints(spec: JobSpec, dataset: Dataset) -> dict[str, str]:
         ("train.evaluation.metrics=[auc]", "train.evaluation.metrics[0]", "loss, accuracy"),
         ("train.checkpoints.keep=0", "train.checkpoints.keep", "at least 1"),
         ("train.checkpoints.every=0s", "train.checkpoints.every", "longer than nothing"),
-        ("train.start={model: '../x'}", "train.start.model", "NAME or NAME@VERSION"),
+        (
+            "train.start={model: '../x'}",
+            "train.start.model",
+            "NAME, NAME@VERSION or NAMESPACE/NAME@VERSION",
+        ),
     ],
 )
 def test_each_wrong_value_is_named(
