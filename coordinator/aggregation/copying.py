@@ -103,10 +103,20 @@ class Copying:
         `elapsed_s` is the time since the ranges were assigned.
         """
         late = self._copies.late_workers(time.monotonic()) | self._ranges.late_workers(elapsed_s)
-        return [
+        told = [
             coordination.LateWorker(worker_id=worker_id, late_s=late_s)
             for worker_id, late_s in sorted(late.items())
         ]
+        shards = self._ranges.late_shards(elapsed_s)
+        if shards:
+            whose = coordination.LateWorker(late_s=max(shards.values()), shards=sorted(shards))
+            told.append(whose)
+        return told
+
+    def waits_for_starts(self, elapsed_s: float) -> bool:
+        """Whether a leaf that was started, or could be, is late: nobody copies those."""
+        ranges = self._ranges
+        return bool(ranges.late_workers(elapsed_s) or ranges.late_shards(elapsed_s))
 
     def _hand_over(self, order: Order) -> None:
         wanted = pb.CopyNodes(
@@ -135,7 +145,7 @@ class Copying:
         message = coordination.CopiesStarted(
             job_id=job_id,
             term=self._ranges.term,
-            step=max(0, started.key[0]),
+            step=self._ranges.step_of(max(0, started.key[0])),
             worker_id=started.worker_id,
             cause=started.cause,
             shards=started.shards,

@@ -444,7 +444,9 @@ class HostedJob:
             await asyncio.sleep(REPORT_EVERY_S)
             self._flush_points()
             if self.ranges.is_root and self._final is None:
-                if (self.ranges.version, self._checkpoint_step) != self._reported:
+                moved = (self.ranges.version, self._checkpoint_step) != self._reported
+                # Where nothing moves without them, nobody else would tell.
+                if moved or self.copying.waits_for_starts(self.elapsed_s):
                     self._report()
                 self.gauges.metrics(self.ranges.decider)
 

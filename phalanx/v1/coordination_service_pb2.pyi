@@ -701,18 +701,27 @@ class LateWorker(_message.Message):
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     LATE_S_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
+    """Empty: whoever hosts the shards."""
     late_s: _builtins.float
     """For how long it has been late."""
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where leaves are started one by one: shards that could start and that no
+        stream asks for.
+        """
+
     def __init__(
         self,
         *,
         worker_id: _builtins.str = ...,
         late_s: _builtins.float = ...,
+        shards: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["late_s", b"late_s", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["late_s", b"late_s", "shards", b"shards", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,6 +23,11 @@ The summary is one JSON object:
                                            and that it refused
     copies_asked, copies_raced             copies of late shards that were asked for, and shards
                                            that came both as a copy and from their own worker
+    one_by_one_seeds, one_by_one_faults    seeds with a job whose contributions commit one by one,
+                                           and how often each kind of fault fired in those
+    leaves_started, leaves_at_bound        leaves that roots started one by one, and those as far
+                                           ahead of the slowest shard as they may be
+    contributions_repeated                 contributions to steps that were completed already
     failures                               seed, what must not happen and did, command that replays
     vacuous                                why the batch proves too little; empty: it does not
 

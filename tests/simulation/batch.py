@@ -16,6 +16,8 @@ FAULT_KINDS_PER_SEED = 5.0
 _SEEDS_AT_ONCE = 5
 SEEDS_FOR_EVERY_KIND = 100
 """From so many seeds on, each kind of fault must have fired somewhere."""
+ONE_BY_ONE_SEEDS_FOR_EVERY_KIND = 75
+"""The same for seeds with jobs whose contributions commit one by one."""
 
 
 def run_seeds(seeds: Iterable[int]) -> list[Outcome]:
@@ -70,8 +72,10 @@ def summary(outcomes: Sequence[Outcome], processes: int, wall_s: float) -> dict[
     """Add outcomes up; see `__main__` for the meaning of each number."""
     count = max(1, len(outcomes))
     faults: Counter[str] = Counter()
+    one_by_one: Counter[str] = Counter()
     for outcome in outcomes:
         faults.update(outcome.faults)
+        one_by_one.update(outcome.faults if outcome.started else {})
     jobs, equal = sum(each.jobs for each in outcomes), sum(each.sha_equal for each in outcomes)
     cancelled = sum(each.cancelled for each in outcomes)
     transitions = sum(each.transitions for each in outcomes)
@@ -101,6 +105,11 @@ def summary(outcomes: Sequence[Outcome], processes: int, wall_s: float) -> dict[
         "stale_refused": sum(each.stale_refused for each in outcomes),
         "copies_asked": sum(each.copies_asked for each in outcomes),
         "copies_raced": sum(each.copies_raced for each in outcomes),
+        "one_by_one_seeds": sum(each.started > 0 for each in outcomes),
+        "one_by_one_faults": dict(sorted(one_by_one.items())),
+        "leaves_started": sum(each.started for each in outcomes),
+        "leaves_at_bound": sum(each.at_bound for each in outcomes),
+        "contributions_repeated": sum(each.repeated for each in outcomes),
         "failures": [
             {"seed": each.seed, "failure": each.failure, "command": command(each.seed)}
             for each in outcomes
@@ -124,4 +133,12 @@ def vacuous(found: dict[str, Any], faults: Counter[str]) -> list[str]:
             why.append(f"these faults never happened: {', '.join(missing)}")
         if not found["copies_raced"]:
             why.append("no late shard ever came both as a copy and from its own worker")
+    if found["one_by_one_seeds"] >= ONE_BY_ONE_SEEDS_FOR_EVERY_KIND:
+        missing = sorted(KINDS - found["one_by_one_faults"].keys())
+        if missing:
+            why.append(f"these never happened to contributions one by one: {', '.join(missing)}")
+        if not found["leaves_at_bound"]:
+            why.append("no shard ever was as far ahead of the others as its bound lets it")
+        if not found["contributions_repeated"]:
+            why.append("no contribution ever came to a step that its shard had completed")
     return why

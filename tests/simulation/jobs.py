@@ -73,6 +73,25 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 """What jobs are composed of besides the tree and vectors as they are."""
 
+ONE_BY_ONE: dict[str, dict[str, Any]] = {
+    "asynchronous": {"asynchronous": {"plain": {}}},
+    "asynchronous, log": {"asynchronous": {"scaled": {}, "replay_log": True}},
+    "asynchronous, barrier": {"asynchronous": {"scaled": {}, "barrier_every_clocks": 5}},
+    "asynchronous, int8, clipped gradient": {
+        "asynchronous": {"plain": {}},
+        "compression": {"int8": {"bucket": 16}, "down_cast_to": "bfloat16"},
+        "optimizer": {"clip_norm": 0.5},
+    },
+    "delay compensated, log": {
+        "asynchronous": {"delay_compensated": {"strength": 0.5}, "replay_log": True}
+    },
+    "stale 1": {"stale": {"bound": 1}},
+    "stale 3, bfloat16": {"stale": {"bound": 3}, "compression": {"cast_to": "bfloat16"}},
+}
+"""Parts of jobs whose contributions commit one by one."""
+
+ALL_PARTS = PARTS | ONE_BY_ONE
+
 FINGERPRINTS = ("fingerprint-1", "fingerprint-2")
 """Machines of another fingerprint compute other bits."""
 
@@ -90,17 +109,27 @@ class Shape:
     evaluate_every: int = 0
     fingerprint: str = FINGERPRINTS[0]
     parts: str = ""
-    """One of `PARTS`."""
+    """One of `ALL_PARTS`."""
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether each contribution commits by itself; then who is fast decides the bits."""
+        return self.parts in ONE_BY_ONE
+
+    @property
+    def tolerant(self) -> bool:
+        """Whether the bits depend on who is fast."""
+        return self.one_by_one or self.backup > 0
 
     @property
     def backup(self) -> int:
         """Shards that a step does not wait for; with any, who is slow decides the bits."""
-        return int(PARTS[self.parts].get("synchronous", {}).get("backup_shards", 0))
+        return int(ALL_PARTS[self.parts].get("synchronous", {}).get("backup_shards", 0))
 
     @property
     def local_steps(self) -> int:
         """Steps of a shard between two versions; 0: it contributes a gradient."""
-        return int(PARTS[self.parts].get("local", {}).get("steps", 0))
+        return int(ALL_PARTS[self.parts].get("local", {}).get("steps", 0))
 
 
 def composed(shape: Shape, parts: str) -> Shape:
@@ -148,10 +177,10 @@ def job_spec(shape: Shape, name: str) -> JobSpec:
         train.optimizer.sgd.learning_rate = 0.02
         if shape.optimizer == "momentum":
             train.optimizer.sgd.momentum = 0.9
-    if shape.local_steps:
+    if shape.local_steps or shape.one_by_one:
         train.ClearField("synchronous")
-    ParseDict(PARTS[shape.parts], train)
-    if shape.backup:
+    ParseDict(ALL_PARTS[shape.parts], train)
+    if shape.tolerant:
         spec.reproducibility.tolerant.SetInParent()
     return spec
 
@@ -180,23 +209,32 @@ def shape_of_spec(spec: JobSpec, fingerprint: str) -> Shape:
             train.reduction.SerializeToString(),
             train.compression.SerializeToString(),
             train.optimizer.clip_norm,
-            (train.synchronous.backup_shards, train.local.steps),
+            _consistency_of(train),
         ),
+    )
+
+
+def _consistency_of(train: Train) -> tuple[int, int, bytes, int]:
+    return (
+        train.synchronous.backup_shards,
+        train.local.steps,
+        train.asynchronous.SerializeToString(),
+        train.stale.bound,
     )
 
 
 @functools.lru_cache(maxsize=64)
 def _parts_of(
-    reduction: bytes, compression: bytes, clip_norm: float, consistency: tuple[int, int]
+    reduction: bytes, compression: bytes, clip_norm: float, consistency: tuple[int, int, bytes, int]
 ) -> str:
     parts = Reduction.FromString(reduction), Compression.FromString(compression), clip_norm
     found = (*parts, consistency)
-    for name, document in PARTS.items():
+    for name, document in ALL_PARTS.items():
         train = ParseDict(document, Train())
         if train.reduction.WhichOneof("kind") is None:
             train.reduction.weighted_mean.SetInParent()
         known = train.reduction, train.compression, train.optimizer.clip_norm
-        if (*known, (train.synchronous.backup_shards, train.local.steps)) == found:
+        if (*known, _consistency_of(train)) == found:
             return name
     raise LookupError(f"no parts are known that give {found}")
 

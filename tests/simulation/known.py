@@ -93,6 +93,21 @@ KNOWN = {
     "a reducer does not wait for the last leaf": Known(0, (), (("parts", "median"),)),
     "one shard more than the job says may be left out": Known(0, (), (("parts", "1 backup"),)),
     "what was left out is forgotten with a checkpoint": Known(0, (), (("parts", "1 backup"),)),
+    "a contribution counts again where it comes again": Known(
+        0, _STREAMS, (("workers", 3), ("parts", "asynchronous"))
+    ),
+    "the bound is forgotten with a checkpoint": Known(
+        0, ("kill_aggregator", "slow_worker"), (("workers", 3), ("parts", "stale 1"))
+    ),
+    "after a roll-back every shard is at the step of the job": Known(
+        0, ("kill_aggregator", "slow_worker"), (("workers", 3), ("parts", "asynchronous"))
+    ),
+    "a shard does not wait for an evaluation": Known(0, (), (("parts", "asynchronous"),)),
+    "nobody tells of those who are not heard of where nothing moves": Known(
+        3,
+        (),
+        (("aggregators", 2), ("workers", 2), ("script", "stuck_payloads"), ("parts", "stale 1")),
+    ),
     "local steps begin anew in every step": Known(0, (), (("parts", "local"),)),
     "any node is encoded": Known(0, _STREAMS, (("workers", 4), ("parts", "int8"))),
     "decay begins anew in every range": Known(1),

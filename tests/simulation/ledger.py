@@ -7,6 +7,7 @@ could be lost is noticed at once, not only in the rare run in which a crash does
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import deque
 from typing import Any
 
@@ -131,6 +132,9 @@ class Ledger:
                 continue  # the disk has spoilt it meanwhile
             parameters, state = parse_part(content)
             what = f"{request.job_id}: range {part.range} of the checkpoint at step {request.step}"
+            if shape.one_by_one:
+                self._demand_followed(what, request, response.manifest, parameters, state)
+                continue
             if shape.backup:
                 history = self._oracle.histories.get(request.job_id)
                 known = history is not None and history.knows(request.step, parameters, state)
@@ -147,6 +151,17 @@ class Ledger:
                     vector.tobytes() == expected[name].tobytes(),
                     f"{what} has other {name} than without faults",
                 )
+
+    def _demand_followed(
+        self, what: str, request: Any, manifest: Any, parameters: Any, vectors: Any
+    ) -> None:
+        """A checkpoint of a job whose contributions commit one by one says what was followed."""
+        history = self._oracle.commit_histories.get(request.job_id)
+        completed = json.loads(manifest.root_state)["completed_steps"]
+        wrong = "is of a job of which nothing is known"
+        if history is not None:
+            wrong = history.checkpointed(request.step, parameters, vectors, completed)
+        self._demand(not wrong, f"{what} {wrong}")
 
     def _runs(self, job_id: str) -> bool:
         facts = self.facts.jobs.get(job_id)

@@ -65,8 +65,11 @@ def changed_code(function: FunctionType, changes: tuple[Change, ...]) -> CodeTyp
             )
         source = source.replace(change.old, change.new)
     space: dict[str, Any] = dict(function.__globals__)
+    # One that calls `super` has its class for a variable of an outer scope.
+    source = "def _make(__class__):\n" + textwrap.indent(source, " ")
+    source += f"\n return {function.__name__}"
     exec(compile("from __future__ import annotations\n" + source, "<mutant>", "exec"), space)
-    made = space[function.__name__]
+    made = space["_make"](None)
     return (made.fget if isinstance(made, property) else made).__code__
 
 
@@ -93,6 +96,7 @@ _AGGREGATION = "coordinator.aggregation"
 _CONTROL = "coordinator.control"
 _MACHINE = f"{_AGGREGATION}.core.machine:JobRanges"
 _STATE = f"{_AGGREGATION}.core.state:RangeParameters"
+_ONE_BY_ONE = f"{_AGGREGATION}.core.asynchronous:AsynchronousRanges"
 _LEASES = "storage.core.leases"
 _CHECKPOINTS = "storage.core.checkpoints"
 _REDUCER = "phalanx.reduction:TreeReducer"
@@ -330,6 +334,44 @@ MUTANTS = (
     _one(
         "what was left out is forgotten with a checkpoint", 4, f"{_MACHINE}._state",
         'state["examples_lost"] = self.examples_lost', 'state["examples_lost"] = 0',
+    ),
+    _many(
+        "a contribution counts again where it comes again", 4,
+            Change(
+                f"{_ONE_BY_ONE}.contribute",
+                "if frame.shard_step < self._clocks.step_of(shard):", "if False:",
+            ),
+            Change(
+                f"{_ONE_BY_ONE}.work", "if start.step != self._clocks.step_of(start.shard):",
+                "if False:",
+            ),
+            Change(
+                f"{_ONE_BY_ONE}._commit", "self._clocks.commit(start.shard, start.step)",
+                "self._clocks.commit(start.shard, self._clocks.step_of(start.shard))",
+            ),
+            Change(
+                f"{_AGGREGATION}.core.starts:Starts.committed",
+                "stream.starts.pop(shard, None)", "stream.starts.get(shard)",
+            ),
+    ),
+    _one(
+        "the bound is forgotten with a checkpoint", 4, f"{_ONE_BY_ONE}._begin_at",
+        "bound = stale_bound(self._train)",
+        "bound = stale_bound(self._train) if completed is None else None",
+    ),
+    _one(
+        "after a roll-back every shard is at the step of the job", 4,
+        f"{_ONE_BY_ONE}.begin_restored",
+        "_completed(root_state, self.plan.shards, version)", "[version] * self.plan.shards",
+    ),
+    _one(
+        "a shard does not wait for an evaluation", 4, f"{_ONE_BY_ONE}._step_done",
+        "self._clocks.limit = self._decider.limit", "self._clocks.limit = 1 << 62",
+    ),
+    _one(
+        "nobody tells of those who are not heard of where nothing moves", 7,
+        f"{_AGGREGATION}.copying:Copying.waits_for_starts",
+        "bool(ranges.late_workers(elapsed_s) or ranges.late_shards(elapsed_s))", "False",
     ),
     _one(
         "local steps begin anew in every step", 0, "phalanx.training.leaf:LocalSteps.steps_of",

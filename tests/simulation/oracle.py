@@ -21,10 +21,13 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.aggregation.core.asynchronous import AsynchronousRanges, StartsCursor
 from coordinator.aggregation.core.copies import Copies
 from coordinator.aggregation.core.cursor import Cursor
 from coordinator.aggregation.core.effects import Committed, Points
 from coordinator.aggregation.core.machine import JobRanges
+from coordinator.aggregation.core.plan import GRADIENT_VECTOR
+from coordinator.aggregation.core.starts import Start
 from coordinator.aggregation.core.versions import VersionStore
 from coordinator.aggregation.process import Aggregator
 from coordinator.control import leader
@@ -37,6 +40,7 @@ from storage.backends.sqlite.jobs import SqliteJobs
 from storage.backends.sqlite.journals import SqliteJournals
 from storage.backends.sqlite.leases import SqliteLeases
 from tests.simulation import jobs
+from tests.simulation.commits import CommitHistory
 from tests.simulation.histories import History
 from tests.simulation.moments import Moments
 from worker.core.job import JobCore
@@ -55,10 +59,12 @@ class _Watched:
         self.ranges = ranges  # keeps its id from being used again
         self.shape = jobs.shape_of(ranges.plan)
         self.expected: Mapping[int, Array] | Sequence[Array] = ()
-        if not self.shape.backup:
+        if not self.shape.tolerant:
             self.expected = jobs.versions(self.shape)
         self.history: History | None = None
         """What was computed, where no plain loop knows it."""
+        self.commits: CommitHistory | None = None
+        """The same, where each contribution commits by itself."""
         self.stores = [(index, ranges.versions_of(index)) for index in ranges.range_indexes]
         self.checked = dict.fromkeys(ranges.range_indexes, -1)
 
@@ -75,8 +81,14 @@ class Oracle:
         self.doubled = 0
         self.stale_accepted = 0
         self.stale_refused = 0
+        self.starts = 0
+        """Leaves that were started one by one."""
+        self.repeated = 0
+        """Contributions to steps that their shards had completed."""
         self.histories: dict[str, History] = {}
         """Of jobs whose steps need not wait for all shards."""
+        self.commit_histories: dict[str, CommitHistory] = {}
+        """Of jobs whose contributions commit one by one."""
         self.runs: Callable[[str], bool] = lambda _: False
         """Whether a job runs, by what is recorded."""
         self.fingerprints: dict[str, str] = {}
@@ -133,7 +145,7 @@ class Oracle:
             if version < before:
                 self.fail(f"range {index} went from version {before} to {version}")
             checked[index] = version
-            if watched.shape.backup:
+            if watched.shape.tolerant:
                 self._follow(watched, store, version)
             self._check_bits(watched, index, store, version)
             if ranges.plan.range_count > 1:
@@ -148,6 +160,8 @@ class Oracle:
         job_id, history = watched.ranges.plan.job_id, watched.history
         self.commits[job_id] = self.commits.get(job_id, 0) + 1
         expected = effect.expected_count
+        if watched.commits is not None:
+            expected = watched.commits.step_sums(watched.ranges.term)[1]
         if history is not None:
             expected -= history.examples(effect.version, history.left_out(watched.ranges.term))
         self.lost += max(0, expected - effect.example_count)
@@ -161,15 +175,36 @@ class Oracle:
         """A version whose step may have left shards out must be one that it may be."""
         ranges, shape = watched.ranges, watched.shape
         job_id = ranges.plan.job_id
-        history = watched.history = self.histories.setdefault(job_id, History(shape))
         pieces = [store.values(version, index) for index in range(len(store.grid))]
         parameters = np.concatenate(pieces)
         kept = ranges._ranges[0].parameters._state
         state = {name: np.concatenate([frame[name] for frame in kept]) for name in kept[0]}
-        wrong = history.follow(ranges.term, version, parameters, state)
+        if isinstance(ranges, AsynchronousRanges):
+            commits = watched.commits = self._commits_of(ranges)
+            completed = ranges.clocks.completed
+            wrong = commits.follow(ranges.term, version, parameters, state, completed)
+        else:
+            history = watched.history = self.histories.setdefault(job_id, History(shape))
+            wrong = history.follow(ranges.term, version, parameters, state)
         if wrong:
             self.fail(f"{job_id}: term {ranges.term}, version {version} {wrong}")
         watched.expected = {version: parameters}
+
+    def _commits_of(self, ranges: AsynchronousRanges) -> CommitHistory:
+        plan = ranges.plan
+        made = CommitHistory(jobs.shape_of(plan), plan)
+        return self.commit_histories.setdefault(plan.job_id, made)
+
+    def started(self, ranges: AsynchronousRanges, start: Start | None) -> None:
+        """A shard starts the step that it is at, on the newest version, where it may."""
+        if start is None:
+            return
+        self.starts += 1
+        read = start.version.number
+        wrong = self._commits_of(ranges).started(ranges.term, start.shard, start.step, read)
+        if wrong:
+            what = f"{ranges.plan.job_id}: term {ranges.term}, step {start.step} of shard"
+            self.fail(f"{what} {start.shard} {wrong}")
 
     def _is_ahead(self, ranges: JobRanges, version: int) -> None:
         key = (ranges.plan.job_id, ranges.term)
@@ -181,7 +216,10 @@ class Oracle:
         """What is told of a step is what its leaves gave, each of them once."""
         plan, term = watched.ranges.plan, watched.ranges.term
         for step, name, value in points:
-            if name == "train/loss":
+            if watched.commits is not None and name.startswith("train/"):
+                sums, _ = watched.commits.step_sums(term)
+                expected = {"train/loss": sums.loss / sums.count, **sums.measured}[name]
+            elif name == "train/loss":
                 history = watched.history
                 left_out = history.left_out(term) if history is not None else frozenset()
                 expected = jobs.train_loss(plan.shards, plan.local_steps, step, left_out)
@@ -342,7 +380,10 @@ class Oracle:
 
         def handle(core: Any, event: Any, now: Any) -> Any:
             count()
-            effects = real_handle(core, event, now)
+            try:
+                effects = real_handle(core, event, now)
+            except Exception as error:
+                self.fail(f"control's core broke at {type(event).__name__}: {error!r}")
             self.control_handled(core)
             return effects
 
@@ -362,8 +403,9 @@ class Oracle:
         for name in ("contribute", "go_record"):
             environment.replace(JobRanges, name, self._in_term(getattr(JobRanges, name)))
         self._after(environment, JobRanges, ("checkpoint_done",), _nothing)
+        self._install_asynchronous(environment)
         self._after(environment, Copies, ("stream_opened", "stream_closed"), _nothing)
-        look, take, world = Copies.look, Cursor.take, self.world
+        look, world = Copies.look, self.world
 
         def looked(copies: Copies, now_s: float, *, control_away: bool) -> Any:
             orders, started = look(copies, now_s, control_away=control_away)
@@ -371,14 +413,40 @@ class Oracle:
                 world.transitions += 1
             return orders, started
 
-        def taken(cursor: Cursor, *more: Any) -> bytes | None:
-            message = take(cursor, *more)
-            if message is not None:
-                world.transitions += 1
+        environment.replace(Copies, "look", looked)
+        environment.replace(Cursor, "take", self._given_out(Cursor.take))
+
+    def _install_asynchronous(self, environment: Environment) -> None:
+        ranges = AsynchronousRanges
+        self._after(environment, ranges, ("work", "pause"), self.ranges_acted, counts=False)
+        events = ("stream_opened", "stream_closed", "starts_wanted")
+        self._after(environment, ranges, events, _nothing)
+        self._after(environment, ranges, ("give_start",), self.started, counts=False)
+        environment.replace(ranges, "contribute", self._contributed(ranges.contribute))
+        environment.replace(StartsCursor, "take", self._given_out(StartsCursor.take))
+
+    def _contributed(self, real: Any) -> Any:
+        """Frames of gradients do not go on to what other ranges do with them."""
+
+        def contributed(ranges: AsynchronousRanges, frame: Any, *more: Any) -> Any:
+            if frame.vector != GRADIENT_VECTOR:
+                return real(ranges, frame, *more)
+            self.world.transitions += 1
+            before = ranges.duplicates
+            effects = real(ranges, frame, *more)
+            self._demand_term(ranges, frame)
+            self.repeated += ranges.duplicates - before
+            return effects
+
+        return contributed
+
+    def _given_out(self, real: Any) -> Any:
+        def taken(cursor: Any, *more: Any) -> bytes | None:
+            message: bytes | None = real(cursor, *more)
+            self.world.transitions += message is not None
             return message
 
-        environment.replace(Copies, "look", looked)
-        environment.replace(Cursor, "take", taken)
+        return taken
 
     def _install_worker(self, environment: Environment) -> None:
         def acted(core: JobCore, _: Any) -> None:
@@ -388,6 +456,7 @@ class Oracle:
         events = ("slot_idle", "task_ended", "prepare_done", "drain")
         self._after(environment, WorkerCore, events, _nothing)
         events = ("go_record", "frame_place", "copy_nodes", "stream_opened", "stream_closed")
+        self._after(environment, JobCore, ("start_leaf",), acted)
         self._after(environment, JobCore, (*events, "part_done", "part_failed"), acted)
         # Parts of events that are counted already.
         parts = ("assign", "prepare_done", "frame_stored", "task_ended")
@@ -430,13 +499,16 @@ class Oracle:
         def taken(ranges: JobRanges, message: Any, *more: Any) -> Any:
             self.world.transitions += 1
             effects = real(ranges, message, *more)
-            if message.term != ranges.term:
-                self.stale_accepted += 1
-                self.fail(f"term {ranges.term} took {type(message).__name__} of {message.term}")
+            self._demand_term(ranges, message)
             self.ranges_acted(ranges, effects)
             return effects
 
         return taken
+
+    def _demand_term(self, ranges: JobRanges, message: Any) -> None:
+        if message.term != ranges.term:
+            self.stale_accepted += 1
+            self.fail(f"term {ranges.term} took {type(message).__name__} of {message.term}")
 
     def _worker_message(self, real: Any) -> Any:
         def message(core: WorkerCore, said: Any) -> Any:

@@ -26,6 +26,9 @@ FIRST_FAULT_S = 0.3
 ALL_FROM_SEED = 1000
 """Seeds below draw less: they are those of directed scenarios, and stay what they are."""
 
+ONE_BY_ONE_SHARE = 0.3
+"""Part of the seeds from there on that have a job whose contributions commit one by one."""
+
 KINDS = frozenset(fault_kinds()) | {"job_paused", "job_cancelled", "call_repeated", "last_strike"}
 """Every kind of fault that a batch must have met."""
 
@@ -84,6 +87,12 @@ class Outcome:
     doubled: int = 0
     left_out: int = 0
     """Examples that finished jobs left out as they may: those of backup shards."""
+    started: int = 0
+    """Leaves that were started one by one."""
+    repeated: int = 0
+    """Contributions to steps that their shards had completed, which change nothing."""
+    at_bound: int = 0
+    """Leaves that were started as far ahead of the slowest shard as their job lets them."""
     stale_accepted: int = 0
     stale_refused: int = 0
     jobs: int = 0
@@ -115,10 +124,22 @@ def draw(seed: int) -> Settings:
         faults_s=chance.uniform(5.0, 9.0),
         every_s=chance.choice([0.5, 0.8, 1.2]),
         mixed=chance.random() < 0.2 and workers > 1,
-        shapes=tuple(
-            jobs.composed(draw_shape(chance), draw_parts(parts, seed)) for _ in range(job_count)
+        shapes=draw_one_by_one(
+            tuple(
+                jobs.composed(draw_shape(chance), draw_parts(parts, seed)) for _ in range(job_count)
+            ),
+            seed,
         ),
     )
+
+
+def draw_one_by_one(shapes: tuple[jobs.Shape, ...], seed: int) -> tuple[jobs.Shape, ...]:
+    """Draw whether the contributions of the first job commit one by one."""
+    chance = random.Random(f"one by one {seed}")
+    if seed < ALL_FROM_SEED or chance.random() >= ONE_BY_ONE_SHARE:
+        return shapes
+    first = jobs.composed(shapes[0], chance.choice(sorted(jobs.ONE_BY_ONE)))
+    return (first, *shapes[1:])
 
 
 def draw_parts(chance: random.Random, seed: int) -> str:
@@ -219,6 +240,9 @@ class Run:
         outcome.steps = sum(self.oracle.commits.values())
         outcome.virtual_s = world.now_s
         outcome.lost, outcome.doubled = self.oracle.lost, self.oracle.doubled
+        outcome.started, outcome.repeated = self.oracle.starts, self.oracle.repeated
+        histories = self.oracle.commit_histories.values()
+        outcome.at_bound = sum(history.at_bound for history in histories)
         outcome.stale_accepted = self.oracle.stale_accepted
         outcome.stale_refused = self.oracle.stale_refused
         outcome.terms = max(self.oracle.terms.values(), default=0)
@@ -244,17 +268,21 @@ class Run:
         job = self.user.last[job_id]
         if job.state == Job.STATE_SUCCEEDED:
             shape = replace(shape, fingerprint=self.oracle.fingerprints[job_id])
-            left_out = 0
-            if shape.backup:
+            left_out, wrong = 0, ""
+            if shape.one_by_one:
+                wrong, sha256 = self.oracle.commit_histories[job_id].end()
+            elif shape.backup:
                 sha256, left_out = self.oracle.histories[job_id].end()
                 outcome.left_out += left_out
             else:
                 sha256 = jobs.reference_sha256(shape)
             right = job.result.parameters_sha256 == sha256
             outcome.sha_equal += right
-            promised = (not shape.backup, shape.steps, left_out, 0, shape.steps, "STOP_STEPS")
+            promised = (not shape.tolerant, shape.steps, left_out, 0, shape.steps, "STOP_STEPS")
             result = job.result
-            if not right:
+            if wrong:
+                self.world.fail(SimulationFailed(f"the history of {job_id} {wrong}"))
+            elif not right:
                 self.world.fail(SimulationFailed(f"{job_id} ended with other bits"))
             elif promised != (
                 result.bit_identical,
@@ -298,7 +326,7 @@ def simulate(
     if settings.parts:
         shapes = tuple(jobs.composed(shape, settings.parts) for shape in settings.shapes)
         settings = replace(settings, shapes=shapes)
-    if any(shape.backup for shape in settings.shapes):
+    if any(shape.tolerant for shape in settings.shapes):
         # Such a job takes everybody, whatever bits they compute.
         settings = replace(settings, mixed=False)
     if only is None:

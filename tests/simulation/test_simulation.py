@@ -25,6 +25,9 @@ FOUND_BUGS = (
     Known(5, (), _STUCK),  # so did one that shards were moved to and that opened no stream
     Known(440),  # ranges that issue no go records saw no late shard in rounds that workers opened
     Known(507),  # a user saw that her job was cancelled before she was answered that it is
+    # Where leaves are started one by one, nobody told of a worker whose wishes did not arrive.
+    Known(1339),
+    Known(3, (), (*_STUCK, ("parts", "stale 1"))),
     # What was left out was told by reports only, of which the last was lost with an aggregator.
     Known(3, (), (("parts", "1 backup"), ("last", "final_checkpoint aggregator kill"))),
 )
@@ -94,6 +97,12 @@ def test_a_batch_without_faults_or_work_is_refused():
     outcome.faults = Counter(["kill_worker"])
     why = vacuous(summary([outcome], 1, 1.0), outcome.faults)
     assert why == ["1.0 kinds of fault per seed are too few"]
+    outcome.started, outcome.faults = 9, Counter(dict.fromkeys(KINDS - {"bit_rot"}, 1))
+    assert summary([outcome] * 90, 1, 1.0)["vacuous"] == [
+        "these never happened to contributions one by one: bit_rot",
+        "no shard ever was as far ahead of the others as its bound lets it",
+        "no contribution ever came to a step that its shard had completed",
+    ]
 
 
 def test_a_failing_seed_prints_the_command_that_replays_it(capsys, monkeypatch):

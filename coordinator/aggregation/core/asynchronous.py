@@ -121,6 +121,10 @@ class AsynchronousRanges(JobRanges):
             self._log = ReplayLog.restored(vectors[0][1], self._clocks.total)
         return super().begin_restored(version, vectors, root_state)
 
+    def step_of(self, version: int) -> int:
+        """See `JobRanges.step_of`."""
+        return version // self.plan.shards
+
     def cursor(self, stream: object = None, *, joins: bool = False) -> StartsCursor:
         """A new stream's position."""
         return StartsCursor(self, stream, self._go_log)
@@ -157,16 +161,26 @@ class AsynchronousRanges(JobRanges):
     def late_workers(self, elapsed_s: float) -> dict[str, float]:
         """Workers that had a leaf for longer than twice the usual time and 100 ms, and 10 s at
         first."""
-        patience_s = PATIENCE_UNMEASURED_S
-        if len(self._turnaround_s) >= MEASURED_LEAST:
-            usual_s = float(np.quantile(self._turnaround_s, 0.95))
-            patience_s = PATIENCE_FACTOR * usual_s + PATIENCE_LEAST_S
+        patience_s = self._patience_s
         late: dict[str, float] = {}
         for stream, start in self._starts.all:
             late_s = elapsed_s - start.began_s - patience_s
             if self._phase is not None and late_s > late.get(stream.worker_id, 0.0):
                 late[stream.worker_id] = late_s
         return late
+
+    def late_shards(self, elapsed_s: float) -> dict[int, float]:
+        """Shards that nobody has asked for in that time, although they could start."""
+        waiting_s = self._starts.unattended_s(elapsed_s, opens=self._phase is None)
+        late = {shard: each - self._patience_s for shard, each in waiting_s.items()}
+        return {shard: late_s for shard, late_s in late.items() if late_s > 0}
+
+    @property
+    def _patience_s(self) -> float:
+        if len(self._turnaround_s) < MEASURED_LEAST:
+            return PATIENCE_UNMEASURED_S
+        usual_s = float(np.quantile(self._turnaround_s, 0.95))
+        return PATIENCE_FACTOR * usual_s + PATIENCE_LEAST_S
 
     def contribute(
         self,

@@ -222,6 +222,10 @@ class JobRanges:
         """Who has owed a contribution for too long, and by how many seconds too long."""
         return {}
 
+    def late_shards(self, elapsed_s: float) -> dict[int, float]:
+        """Shards whose workers are not heard of, and by how many seconds too long."""
+        return {}
+
     def contribute(
         self,
         frame: pb.ContributionFrame,
@@ -420,6 +424,10 @@ class JobRanges:
     def _version_of(self, step: int) -> int:
         """The version of the parameters after so many steps of the job."""
         return step
+
+    def step_of(self, version: int) -> int:
+        """The step of the job that made a version."""
+        return version
 
     def _spread(self, go: GoRecord) -> list[Effect]:
         effects: list[Effect] = []

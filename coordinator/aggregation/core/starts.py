@@ -7,6 +7,9 @@ contribution is collected with the start that it answers and counts once all of 
 
 What a stream was given is forgotten with it. The worker begins anew on the next one, so nothing has
 to be compared after a break: which step a shard is at decides what counts.
+
+A worker that gets its messages and whose own never arrive asks for nothing, so nothing is started
+and nothing is late. Hence shards are looked after that could start and that no stream would take.
 """
 
 from __future__ import annotations
@@ -90,13 +93,21 @@ class StreamStarts:
     wanted: int = 0
     starts: dict[int, Start] = field(default_factory=dict)
 
+    @property
+    def idle(self) -> bool:
+        """It runs nothing and has not asked for more, as if nobody were there."""
+        return not self.starts and self.given >= self.wanted
+
     def want(self, message: pb.StartsWanted) -> None:
-        """Take the newest wish; starts that it does not know of any more were given up."""
+        """Take the newest wish; starts that it does not know of any more were given up.
+
+        Those that are answered wait for their turn to be applied: the worker is through with them.
+        """
         self.hosted = frozenset(message.shards)
         self.wanted = message.wanted
         working = self.hosted.intersection(message.working)
         for shard, start in list(self.starts.items()):
-            if start.number <= message.received and shard not in working:
+            if start.number <= message.received and shard not in working and start.left > 0:
                 del self.starts[shard]
 
 
@@ -107,6 +118,8 @@ class Starts:
         self._clocks = clocks
         self._frame_count = frame_count
         self._streams: dict[object, StreamStarts] = {}
+        self._touched: set[int] = set()
+        self._touched_s = [0.0] * len(clocks.completed)
 
     @property
     def all(self) -> Iterator[tuple[StreamStarts, Start]]:
@@ -131,6 +144,7 @@ class Starts:
         known = self._streams.get(stream)
         if known is not None:
             known.want(message)
+            self._touched |= known.hosted
 
     def give(self, stream: object, version: Version, now_s: float) -> Start | None:
         """Start the leaf that is furthest behind of those that the stream could begin, if any."""
@@ -161,4 +175,21 @@ class Starts:
     def committed(self, shard: int) -> None:
         """A step of a shard has committed: nobody else's contribution to it counts."""
         for stream in self._streams.values():
-            stream.starts.pop(shard, None)
+            if stream.starts.pop(shard, None) is not None:
+                self._touched |= stream.hosted
+
+    def unattended_s(self, now_s: float, *, opens: bool = False) -> dict[int, float]:
+        """Shards that could start and that no stream runs or would take, with for how long.
+
+        As of the last call that found it otherwise; with `opens` nothing could start before.
+        """
+        hosted = [each.hosted for each in self._streams.values() if not each.idle]
+        attended = self._touched.union(*hosted)
+        self._touched = set()
+        unattended: dict[int, float] = {}
+        for shard, touched_s in enumerate(self._touched_s):
+            if opens or shard in attended or not self._clocks.may_start(shard):
+                self._touched_s[shard] = now_s
+            else:
+                unattended[shard] = now_s - touched_s
+        return unattended

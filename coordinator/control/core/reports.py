@@ -128,7 +128,8 @@ def _watch_late(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
     Silence is another matter, with its own lease; and what one that has come back owed before it
     was away others have done.
     """
-    late = {each.worker_id: each.late_s for each in report.late_workers}
+    late = {each.worker_id: each.late_s for each in report.late_workers if each.worker_id}
+    late = _not_heard_of(core, job, report) | late
     for worker_id, reported_s in late.items():
         worker, hosted = core.workers.get(worker_id), job.hosts.get(worker_id)
         if worker is None or hosted is None or worker.state == WorkerView.STATE_SUSPECTED:
@@ -144,6 +145,21 @@ def _watch_late(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
         if ready and worker_id not in job.set_aside:
             incidents.well(core, worker_id)
     job.late = set(late)
+
+
+def _not_heard_of(core: Core, job: JobRuntime, report: pb.JobReport) -> dict[str, float]:
+    """Workers that are ready for shards of which the root hears nothing; since when it says so.
+
+    It does not know who they are, nor that a shard has just been moved.
+    """
+    shards = {shard for each in report.late_workers for shard in each.shards}
+    now_s = core.now.monotonic_s
+    job.not_heard_of = {
+        worker_id: job.not_heard_of.get(worker_id, now_s)
+        for worker_id, hosted in job.hosts.items()
+        if hosted.ready and not hosted.train.isdisjoint(shards)
+    }
+    return {worker_id: now_s - since_s for worker_id, since_s in job.not_heard_of.items()}
 
 
 def _failed(core: Core, job: JobRuntime, report: pb.JobReport) -> None:

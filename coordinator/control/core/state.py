@@ -237,6 +237,8 @@ class JobRuntime:
     skipped_steps: set[int] = field(default_factory=set)
     late: set[str] = field(default_factory=set)
     """Workers whose shards others compute, as the root last said."""
+    not_heard_of: dict[str, float] = field(default_factory=dict)
+    """Workers for whose shards nothing is asked, and since when the root says so."""
     set_aside: dict[str, float] = field(default_factory=dict)
     """Workers that delivered nothing although they live, and until when they get nothing."""
     set_aside_before: dict[str, tuple[int, float]] = field(default_factory=dict)

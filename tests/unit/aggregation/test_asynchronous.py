@@ -190,6 +190,22 @@ def test_what_becomes_whole_while_another_is_applied_waits_for_its_turn() -> Non
     assert (job.ranges.clocks.completed, job.ranges.duplicates) == ((1, 1, 0, 0), 1)
 
 
+def test_a_leaf_whose_contribution_waits_to_be_applied_is_not_started_again() -> None:
+    job = job_of(plan_of(FRAMES, steps=5))
+    worker = job.worker("one", [0])
+    leaf = worker.begin()
+    assert leaf is not None
+    for frame, payload in job.contribution(leaf):
+        job.ranges.contribute(frame, payload, 0.0, worker.key)
+    worker.working.clear()
+    assert worker.begin() is None, "it was delivered as a whole"
+    while job.ranges.works:
+        job.perform(job.ranges.work(0.0))
+    again = worker.begin()
+    assert again is not None
+    assert (again.shard, again.step) == (0, 1)
+
+
 def test_what_a_broken_stream_was_given_is_started_again() -> None:
     job = job_of(plan_of(steps=5))
     one = job.worker("one", [0, 1])
@@ -477,6 +493,51 @@ def test_who_owes_a_contribution_for_long_is_late() -> None:
         assert leaf is not None
         job.deliver(leaf, number + 0.5)
     assert job.ranges.late_workers(4.5) == {"slow": pytest.approx(4.5 - 1.1)}
+
+
+def test_shards_of_a_worker_that_is_not_heard_of_are_late() -> None:
+    job = job_of(plan_of(shards=3, steps=50, stale=1))
+    mute, well = job.worker("mute", [0, 1]), job.worker("well", [2])
+    for _ in range(2):
+        leaf = mute.begin()
+        assert leaf is not None
+        job.deliver(leaf)
+    leaf = well.begin()
+    assert leaf is not None
+    assert job.ranges.late_shards(1.0) == {}, "it was heard of since the last time"
+    # It delivered what it had, and what it asks for since then is lost.
+    assert job.ranges.late_shards(10.9) == {}
+    assert job.ranges.late_shards(12.0) == {0: 1.0, 1: 1.0}
+    assert job.ranges.late_workers(12.0) == {"well": 2.0}
+    mute.want(1)
+    assert job.ranges.late_shards(12.5) == {}, "it is there again"
+    mute.disconnect()
+    assert job.ranges.late_shards(22.0) == {}
+    assert job.ranges.late_shards(23.5) == {0: 1.0, 1: 1.0}, "nobody hosts them"
+
+
+def test_shards_that_may_not_start_are_not_late() -> None:
+    job = job_of(plan_of(shards=2, steps=50, stale=1))
+    job.worker("mute", [0])
+    well = job.worker("well", [1])
+    for _ in range(2):
+        leaf = well.begin()
+        assert leaf is not None
+        job.deliver(leaf)
+    assert job.ranges.late_shards(0.0) == {}
+    assert well.begin() is None, "it is as far ahead as it may be"
+    assert set(job.ranges.late_shards(20.0)) == {0}
+    at_evaluation = job_of(plan_of(shards=2, steps=4, evaluation_shards=2, evaluate_every=1))
+    worker = at_evaluation.worker("one", [0, 1])
+    for _ in range(2):
+        leaf = worker.begin()
+        assert leaf is not None
+        at_evaluation.deliver(leaf)
+    assert at_evaluation.ranges.late_shards(20.0) == {}
+    assert worker.begin() is None
+    at_evaluation.evaluate()
+    assert at_evaluation.ranges.late_shards(21.0) == {}, "it lasted; that is nobody's fault"
+    assert at_evaluation.ranges.step_of(6) == 3
 
 
 def test_several_ranges_are_refused() -> None:

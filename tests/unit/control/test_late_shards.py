@@ -114,6 +114,38 @@ def test_a_worker_that_beats_and_delivers_nothing_loses_its_shards(running: Any)
     assert "WORKER_LOST" not in running.types()
 
 
+def test_one_whose_shards_nobody_asks_for_loses_them_after_a_lease(running: Any) -> None:
+    wanted = sorted(running.shards("w2"))
+    owner = running.core.jobs["job-1"].hosts["w2"]
+    unasked = [pb.LateWorker(late_s=60.0, shards=wanted)]
+    running.report("job-1", 8, late_workers=unasked)
+    running.time_s += 1.9
+    running.heartbeats()
+    running.report("job-1", 8, late_workers=unasked)
+    assert running.shards("w2") == set(wanted), "whoever had them before may have lost that time"
+    owner.ready = False
+    running.time_s += 0.2
+    running.report("job-1", 8, late_workers=unasked)
+    assert running.shards("w2") == set(wanted), "it still loads code and data"
+    owner.ready = True
+    for _ in range(2):
+        running.report("job-1", 8, late_workers=unasked)
+        running.time_s += 1.0
+        running.heartbeats()
+    running.report("job-1", 8, late_workers=unasked)
+    assert running.shards("w1") | running.shards("w3") == ALL
+    assert of_type(running, "SHARDS_MOVED")[-1].details["cause"] == "hang"
+
+
+def test_one_whose_shards_are_asked_for_again_is_well(running: Any) -> None:
+    unasked = [pb.LateWorker(late_s=60.0, shards=sorted(running.shards("w2")))]
+    for late in (unasked, [], unasked):
+        running.report("job-1", 8, late_workers=late)
+        running.time_s += 1.5
+        running.heartbeats()
+    assert running.shards("w2")
+
+
 def test_silence_is_no_hang(running: Any) -> None:
     running.time_s += 1.5
     running.heartbeats("w1", "w3", "a1")
