@@ -382,7 +382,7 @@ class Oracle:
             count()
             try:
                 effects = real_handle(core, event, now)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is a defect
                 self.fail(f"control's core broke at {type(event).__name__}: {error!r}")
             self.control_handled(core)
             return effects
