@@ -13,6 +13,7 @@ SUITES = {
     "small_model": "small_model_steps_per_s",
     "exchange": "exchange_100mb_vs_grpc_echo, …_vs_gloo, aggregator_memory_ratio_…",
     "efficiency": "worker_efficiency_1, scaling_2_workers, checkpoint_overhead",
+    "heterogeneous": "heterogeneous_slow, heterogeneous_straggler, heterogeneous_join",
     "recovery": "kill_to_commit_s, kill_to_commit_large_data_s",
 }
 

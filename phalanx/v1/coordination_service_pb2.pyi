@@ -326,6 +326,8 @@ class WorkerJobProgress(_message.Message):
     LEAVES_DONE_FIELD_NUMBER: _builtins.int
     EXAMPLES_PER_SECOND_FIELD_NUMBER: _builtins.int
     LEAF_SECONDS_P95_FIELD_NUMBER: _builtins.int
+    TRAIN_LEAVES_FIELD_NUMBER: _builtins.int
+    TRAIN_LEAF_SECONDS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     step: _builtins.int
@@ -333,6 +335,12 @@ class WorkerJobProgress(_message.Message):
     """Rises with every finished leaf of the job on this worker."""
     examples_per_second: _builtins.float
     leaf_seconds_p95: _builtins.float
+    train_leaves: _builtins.int
+    """Leaves of train rounds that this start of the worker has finished, and the
+    time that they took in their processes: the quotient is its speed, whatever
+    it waits for between leaves. Both only rise.
+    """
+    train_leaf_seconds: _builtins.float
     def __init__(
         self,
         *,
@@ -342,10 +350,12 @@ class WorkerJobProgress(_message.Message):
         leaves_done: _builtins.int = ...,
         examples_per_second: _builtins.float = ...,
         leaf_seconds_p95: _builtins.float = ...,
+        train_leaves: _builtins.int = ...,
+        train_leaf_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples_per_second", b"examples_per_second", "job_id", b"job_id", "leaf_seconds_p95", b"leaf_seconds_p95", "leaves_done", b"leaves_done", "step", b"step", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples_per_second", b"examples_per_second", "job_id", b"job_id", "leaf_seconds_p95", b"leaf_seconds_p95", "leaves_done", b"leaves_done", "step", b"step", "term", b"term", "train_leaf_seconds", b"train_leaf_seconds", "train_leaves", b"train_leaves"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -14,16 +14,21 @@ class JobProgress:
 
     def __init__(self) -> None:
         self.leaves_done = 0
+        self.train_leaves = 0
+        self.train_leaf_seconds = 0.0
         self._examples = 0
         self._rate = 0.0
         self._last_s: float | None = None
         self._leaf_seconds: deque[float] = deque(maxlen=_LEAF_TIMES_KEPT)
 
-    def add(self, examples: int, leaf_seconds: Iterable[float]) -> None:
+    def add(self, examples: int, leaf_seconds: Iterable[float], *, trains: bool = True) -> None:
         """A part was finished."""
         for seconds in leaf_seconds:
             self._leaf_seconds.append(seconds)
             self.leaves_done += 1
+            if trains:
+                self.train_leaves += 1
+                self.train_leaf_seconds += seconds
         self._examples += examples
 
     def examples_per_second(self, now_s: float) -> float:

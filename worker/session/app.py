@@ -171,6 +171,8 @@ class Session:
                 leaves_done=job.progress.leaves_done,
                 examples_per_second=job.progress.examples_per_second(now_s),
                 leaf_seconds_p95=job.progress.leaf_seconds_p95,
+                train_leaves=job.progress.train_leaves,
+                train_leaf_seconds=job.progress.train_leaf_seconds,
             )
             for job in self._jobs.values()
         ]
@@ -364,8 +366,8 @@ class Session:
         job = self._jobs.get(task.job_id)
         if job is None or not job.core.owns(task):
             return
-        examples = done.count if task.round.go.action == GoRecord.ACTION_TRAIN else 0
-        job.progress.add(examples, done.seconds)
+        trains = task.round.go.action == GoRecord.ACTION_TRAIN
+        job.progress.add(done.count if trains else 0, done.seconds, trains=trains)
         part = task.parts[done.index]
         self._settle(job.core.part_done(task, part, done.count, done.loss, done.mask, done.sums))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from coordinator.control.core import incidents, placement
+from coordinator.control.core import balancing, incidents, placement
 from coordinator.control.core.eligibility import (
     announce_ineligible,
     choose_hosts,
@@ -45,6 +45,9 @@ class _Moves:
 SET_ASIDE_LEASES, SET_ASIDE_LEASES_MAX = 1, 8
 """Leases for which a worker that delivered nothing hosts nothing of the job: the first time, and
 at most, since they double as long as it is the same again soon after."""
+
+HAD_MAX = 4
+"""Former hosts of a shard that are remembered."""
 
 WAITS = frozenset(("WAITING_FOR_WORKERS", "WAITING_FOR_FINGERPRINT"))
 
@@ -83,6 +86,20 @@ def sync(
         _tell(core, job, train.placed, evaluation.placed, cause, incident_id)
     if train.balanced or evaluation.balanced:
         _tell(core, job, train.balanced, evaluation.balanced, "balance", "")
+
+
+def level(core: Core, job: JobRuntime) -> None:
+    """Move shards to where they are computed sooner, if that has been clear for a while."""
+    facts = core.facts_of(job)
+    if facts.resuming or job.ending is not None or core.now.monotonic_s < job.adopt_until_s:
+        return
+    found = balancing.decide(core, job) if balancing.watch(core, job) else None
+    if found is None:
+        return
+    train = _take_over(core, job, job.train, found.train.placement)
+    evaluation = _take_over(core, job, job.evaluation, found.evaluation.placement)
+    _send_differences(core, job, {key: core.workers[key] for key in job.hosts})
+    _tell(core, job, train, evaluation, "speed", "", found.train.placement.reason)
 
 
 def set_aside(core: Core, job: JobRuntime, worker_id: str, late_s: float) -> None:
@@ -185,7 +202,7 @@ def _place(
     core: Core, job: JobRuntime, tree: TreePlacement, hosts: dict[str, Worker], wish: _Wish
 ) -> _Moves:
     """Place one tree: first what nobody hosts, then, if wished, more evenly."""
-    staying = {key: worker.slots for key, worker in hosts.items()}
+    staying = balancing.weights(core, job, hosts.values())
     ready = {key: staying[key] for key in staying if key in job.hosts and job.hosts[key].ready}
     adopting = core.now.monotonic_s < job.adopt_until_s
     _hand_over(core, job, tree, staying)
@@ -208,7 +225,7 @@ def _place(
     return _Moves(placed, balanced)
 
 
-def _hand_over(core: Core, job: JobRuntime, tree: TreePlacement, staying: dict[str, int]) -> None:
+def _hand_over(core: Core, job: JobRuntime, tree: TreePlacement, staying: dict[str, float]) -> None:
     """Free the shards of workers that may not host any more; one that lives keeps them for now."""
     for shard, owner in list(tree.owners.items()):
         if owner in staying:
@@ -225,10 +242,17 @@ def _balance(
     core: Core,
     job: JobRuntime,
     tree: TreePlacement,
-    staying: dict[str, int],
-    takers: dict[str, int],
+    staying: dict[str, float],
+    takers: dict[str, float],
 ) -> list[str]:
     result = placement.rebalance(tree.owners, tree.width, staying, takers, tree.unit)
+    return _take_over(core, job, tree, result)
+
+
+def _take_over(
+    core: Core, job: JobRuntime, tree: TreePlacement, result: placement.Placement
+) -> list[str]:
+    """Move shards between hosts: the old ones keep them until the new ones work."""
     for shard in result.moved:
         tree.keepers[shard] = tree.owners[shard]
     if result.moved:
@@ -255,6 +279,9 @@ def _send_differences(core: Core, job: JobRuntime, hosts: dict[str, Worker]) -> 
             hosting = job.hosts[worker_id] = Hosting(term=0)
         if (hosting.term, hosting.train, hosting.evaluation) == (term, train, evaluation):
             continue
+        for shard in train - hosting.train:
+            others = (each for each in job.had.get(shard, ()) if each != worker_id)
+            job.had[shard] = (worker_id, *others)[:HAD_MAX]
         gains = bool(train - hosting.train)
         hosting.term, hosting.train, hosting.evaluation = term, train, evaluation
         changed.append((not gains, core.workers[worker_id], hosting))
@@ -301,12 +328,13 @@ def _tell(
     evaluation: list[str],
     cause: str,
     incident_id: str,
+    why: str = "",
 ) -> None:
     takers = ", ".join(sorted({*train, *evaluation}))
     also = f" and {number_of(len(evaluation), 'evaluation shard')}" if evaluation else ""
     core.emit(
         "SHARDS_MOVED",
-        f"{number_of(len(train), 'shard')}{also} moved to {takers}",
+        f"{number_of(len(train), 'shard')}{also} moved to {takers}" + (why and f": {why}"),
         job_id=job.job_id,
         after=job.term_after,
         incident_id=incident_id,

@@ -145,6 +145,7 @@ def _tick(core: Core) -> None:
             hosting.sync(core, job, cause="take_over", balance=True)
         hosting.release_keepers(core, job)
         hosting.end_set_aside(core, job)
+        hosting.level(core, job)
         _watch_owners(core, job)
     for worker in core.workers.values():
         if worker.state == WorkerView.STATE_DRAINING and worker.connected:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from coordinator.control.core import hosting, incidents, terms
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.lifecycle import RUNNING
+from coordinator.control.core.speeds import Speed
 from coordinator.control.core.state import (
     Aggregator,
     Core,
@@ -77,6 +78,7 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
         job.set_aside.pop(worker.id, None)
         if not same:
             job.set_aside_before.pop(worker.id, None)
+            job.speeds.pop(worker.id, None)
         if job.describing == worker.id:
             terms.describing_worker_gone(core, job)  # what it was asked got lost with its session
     # One that is back with a job in hand is ready at once: no later word would give it a share.
@@ -134,7 +136,7 @@ def heartbeat(core: Core, member: Worker | Aggregator, message: pb.Heartbeat) ->
     for each in message.jobs:
         job = core.jobs.get(each.job_id)
         hosted = job.hosts.get(member.id) if job is not None else None
-        if hosted is None or hosted.term != each.term:
+        if job is None or hosted is None or hosted.term != each.term:
             continue
         past = hosted.progress
         advanced = (each.step, each.leaves_done) > (past.step, past.leaves_done)
@@ -144,7 +146,9 @@ def heartbeat(core: Core, member: Worker | Aggregator, message: pb.Heartbeat) ->
             examples_per_second=each.examples_per_second,
             changed_s=core.now.monotonic_s if each.step > past.step else past.changed_s,
         )
-        if advanced and job is not None:
+        speed = job.speeds.setdefault(member.id, Speed())
+        speed.told(each.train_leaves, each.train_leaf_seconds, core.now.monotonic_s)
+        if advanced:
             core.publish(job.job_id, job.term_after, progress_only=True)
 
 

@@ -1,8 +1,8 @@
 """Which worker hosts which shards: pure functions, each with the reason of its result.
 
 A worker gets few contiguous runs, so that few vectors cross the wire; runs are proportional to
-slots. Placement is stable: a death moves only the shards of the dead, a join as few as balance
-needs.
+slots, or to slots times speed where workers are known to differ: `slots` may be either. Placement
+is stable: a death moves only the shards of the dead, a join as few as balance needs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Placement:
     reason: str
 
 
-def loads(owners: Owners, slots: Mapping[str, int]) -> dict[str, int]:
+def loads(owners: Owners, slots: Mapping[str, float]) -> dict[str, int]:
     """Return the number of shards of each worker in `slots`."""
     counted = dict.fromkeys(slots, 0)
     for worker in owners.values():
@@ -38,7 +38,7 @@ def loads(owners: Owners, slots: Mapping[str, int]) -> dict[str, int]:
     return counted
 
 
-def place_first(width: int, slots: Mapping[str, int], unit: int = 1) -> Placement:
+def place_first(width: int, slots: Mapping[str, float], unit: int = 1) -> Placement:
     """Place all shards of a tree on workers that hold nothing of it yet; whole nodes of `unit`."""
     if not slots or width == 0:
         return Placement({}, frozenset(), "no worker to place shards on")
@@ -64,7 +64,7 @@ def place_orphans(
     owners: Owners,
     orphans: Iterable[int],
     width: int,
-    takers: Mapping[str, int],
+    takers: Mapping[str, float],
     preferred: Mapping[int, str] | None = None,
     avoided: Mapping[int, frozenset[str]] | None = None,
     unit: int = 1,
@@ -86,7 +86,7 @@ def place_orphans(
         else:
             single.append(shard)
     largest = max(unit, len(single) // len(takers))
-    for first, span in _pieces(single, width, largest):
+    for first, span in pieces(single, width, largest):
         piece = list(range(first, min(first + span, width)))
         chosen = _least_loaded(piece, result, counted, takers, avoided or {})
         result.update(dict.fromkeys(piece, chosen))
@@ -99,7 +99,7 @@ def place_orphans(
 def rebalance(
     owners: Owners,
     width: int,
-    slots: Mapping[str, int],
+    slots: Mapping[str, float],
     takers: Collection[str],
     unit: int = 1,
 ) -> Placement:
@@ -109,7 +109,7 @@ def rebalance(
     """
     result, moved = dict(owners), set[int]()
     counted, total = loads(result, slots), sum(slots.values())
-    share = {worker: -(-width * count // total) for worker, count in slots.items()}
+    share = {worker: int(-(-width * count // total)) for worker, count in slots.items()}
     for _ in range(width if takers else 0):
         donor = max(slots, key=lambda worker: (counted[worker] / slots[worker], worker))
         taker = min(takers, key=lambda worker: (counted[worker] / slots[worker], worker))
@@ -130,20 +130,21 @@ def rebalance(
     return Placement(result, frozenset(moved), reason)
 
 
-def _contiguous(width: int, slots: Mapping[str, int], grain: int) -> Owners:
+def _contiguous(width: int, slots: Mapping[str, float], grain: int) -> Owners:
     """Cut [0, width) into one run per worker, proportional to slots, at multiples of the grain."""
-    total, passed, first, owners = sum(slots.values()), 0, 0, Owners()
+    total, passed, first, owners = sum(slots.values()), 0.0, 0, Owners()
+    last = list(slots)[-1]
     for worker, count in slots.items():
         passed += count
         stop = min(width, round(width * passed / total / grain) * grain)
-        if passed == total:
+        if worker == last:
             stop = width
         owners.update(dict.fromkeys(range(first, stop), worker))
         first = max(first, stop)
     return owners
 
 
-def _slowest(owners: Owners, slots: Mapping[str, int]) -> float:
+def _slowest(owners: Owners, slots: Mapping[str, float]) -> float:
     return max(count / slots[worker] for worker, count in loads(owners, slots).items())
 
 
@@ -158,7 +159,7 @@ def _shards(owners: Owners, worker: str) -> list[int]:
     return [shard for shard, owner in owners.items() if owner == worker]
 
 
-def _pieces(shards: Sequence[int], width: int, largest: int) -> list[tuple[int, int]]:
+def pieces(shards: Sequence[int], width: int, largest: int) -> list[tuple[int, int]]:
     """Nodes that make up the shards, split until none is larger than `largest` shards."""
     pieces = []
     stack = [
@@ -181,8 +182,8 @@ def _pieces(shards: Sequence[int], width: int, largest: int) -> list[tuple[int, 
 def _least_loaded(
     shards: Sequence[int],
     owners: Owners,
-    counted: Mapping[str, int],
-    slots: Mapping[str, int],
+    counted: Mapping[str, float],
+    slots: Mapping[str, float],
     avoided: Mapping[int, frozenset[str]],
 ) -> str:
     failed = frozenset[str]().union(*(avoided.get(shard, frozenset()) for shard in shards))
@@ -198,7 +199,7 @@ def _least_loaded(
 
 def _largest_node(owners: Owners, width: int, donor: str, taker: str, largest: int) -> list[int]:
     """The donor's largest node of at most `largest` shards, beside the taker's if possible."""
-    pieces = _pieces(_shards(owners, donor), width, largest)
+    found = pieces(_shards(owners, donor), width, largest)
     neighbours = {shard for shard, worker in owners.items() if worker == taker}
 
     def worth(piece: tuple[int, int]) -> tuple[int, bool, int]:
@@ -207,5 +208,5 @@ def _largest_node(owners: Owners, width: int, donor: str, taker: str, largest: i
         adjacent = first - 1 in neighbours or first + size in neighbours
         return size, adjacent, first
 
-    first, span = max(pieces, key=worth)
+    first, span = max(found, key=worth)
     return list(range(first, min(first + span, width)))

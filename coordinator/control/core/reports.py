@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coordinator.control.core import ending, hosting, incidents, terms
+from coordinator.control.core.clock import NANOS
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.ownership import live_aggregators
 from coordinator.control.core.state import Aggregator, Core, JobRuntime
@@ -55,6 +56,8 @@ def job_report(core: Core, aggregator: Aggregator, report: pb.JobReport) -> None
         return
     previous = job.report
     job.report = report
+    if previous is not None:
+        _measure_steps(job, previous, report)
     incidents.committed(core, job, report)
     _announce_checkpoint(core, job, previous, report)
     _watch_late(core, job, report)
@@ -160,6 +163,15 @@ def _not_heard_of(core: Core, job: JobRuntime, report: pb.JobReport) -> dict[str
         if hosted.ready and not hosted.train.isdisjoint(shards)
     }
     return {worker_id: now_s - since_s for worker_id, since_s in job.not_heard_of.items()}
+
+
+def _measure_steps(job: JobRuntime, before: pb.JobReport, after: pb.JobReport) -> None:
+    steps = after.step - before.step
+    took_s = (after.last_commit_unix_nanos - before.last_commit_unix_nanos) / NANOS
+    told = before.term == after.term and before.last_commit_unix_nanos > 0
+    if told and steps > 0 and took_s > 0:
+        known_s = job.leveling.step_s or took_s / steps
+        job.leveling.step_s = (known_s + took_s / steps) / 2
 
 
 def _failed(core: Core, job: JobRuntime, report: pb.JobReport) -> None:

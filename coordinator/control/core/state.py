@@ -23,6 +23,7 @@ from coordinator.control.core.effects import (
 from coordinator.control.core.facts import Facts, JobFacts
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.quotas import Quotas
+from coordinator.control.core.speeds import Speed
 from phalanx.errors import PhalanxError
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import job_pb2, storage_service_pb2
@@ -195,6 +196,19 @@ class TreePlacement:
 
 
 @dataclass
+class Leveling:
+    """Where the placement by measured speed stands, see `balancing`."""
+
+    uneven: bool = False
+    """Whether the placement is not that of equal workers."""
+    seen_s: float | None = None
+    """Since when a better placement is in sight."""
+    next_s: float = 0.0
+    step_s: float = 0.0
+    """Smoothed time between commits, as the root reports them."""
+
+
+@dataclass
 class JobRuntime:
     """What is soft of one job that has not ended: rebuilt after a restart, never journalled."""
 
@@ -243,6 +257,10 @@ class JobRuntime:
     """Workers that delivered nothing although they live, and until when they get nothing."""
     set_aside_before: dict[str, tuple[int, float]] = field(default_factory=dict)
     """For how many leases each was set aside the last time, and until when that counts."""
+    speeds: dict[str, Speed] = field(default_factory=dict)
+    leveling: Leveling = field(default_factory=Leveling)
+    had: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """Who hosted a train shard, the newest first: they may still have its data."""
     keep_until_s: float = 0.0
     keep_step: int = 0
     unmatched_since_s: float | None = None

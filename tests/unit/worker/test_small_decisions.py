@@ -65,6 +65,14 @@ def test_rates_are_smoothed_and_times_have_a_percentile() -> None:
     assert progress.leaf_seconds_p95 == 0.5
 
 
+def test_the_speed_of_leaves_counts_train_rounds_only() -> None:
+    progress = JobProgress()
+    progress.add(100, [0.25, 0.25])
+    progress.add(0, [9.0], trains=False)
+    assert (progress.train_leaves, progress.train_leaf_seconds) == (2, 0.5)
+    assert progress.leaves_done == 3
+
+
 def test_lines_carry_the_context_of_the_tag_before_them() -> None:
     splitter = LineSplitter()
     lines = splitter.feed(b"early\n\x1e3 7 2\nfirst\nsec")

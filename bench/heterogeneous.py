@@ -1,0 +1,134 @@
+"""Workers that are not alike: one slower, one a straggler, one that comes when half is done.
+
+Leaves wait instead of computing, so that two cores do for four workers. The ideal is what the total
+speed of the workers allows, measured against four equal ones: a worker that is four times slower
+counts for a quarter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import psutil
+
+import phalanx
+from bench.clusters import wait_for
+from bench.reliability.jobs import (
+    GUARD_S,
+    all_ready,
+    commits_of,
+    patient_cluster,
+    patient_job,
+    undisturbed_sha256,
+)
+from bench.results import Measurement
+from phalanx.chaos.report import Commit
+
+WORKERS, SHARDS, LEAF_S, STEPS = 4, 124, 0.01, 64
+EQUAL_STEPS = 24
+REACH = 1.15
+CYCLE_S = 0.4
+"""A slow worker runs for a part of each such time: long against the ticks of a leaf, short against
+heartbeats."""
+
+
+def run(command: str) -> list[Measurement]:
+    """`heterogeneous_…`: seconds of the job ÷ the ideal ones."""
+    sha256 = undisturbed_sha256(_job(STEPS))
+    step_s = _step_s()
+    equal_s = step_s * (STEPS - 1)
+
+    def measured(name: str, what: str, seconds: float, ideal_s: float) -> Measurement:
+        ratio = seconds / ideal_s
+        return Measurement(
+            f"heterogeneous_{name}",
+            seconds,
+            "s",
+            ideal_s,
+            ratio,
+            f"<= {REACH} ideal",
+            ratio <= REACH,
+            command,
+            note=f"{what}; {WORKERS} equal workers take {equal_s:.1f} s",
+        )
+
+    found = []
+    for name, times in (("slow", 4), ("straggler", 10)):
+        ideal_s = equal_s * WORKERS / (WORKERS - 1 + 1 / times)
+        seconds = _seconds(WORKERS, sha256, slow_times=times)
+        found.append(measured(name, f"one of them {times} × slower", seconds, ideal_s))
+    half = (STEPS - 1) // 2
+    joined_s = _seconds(WORKERS - 1, sha256, join_at=half)
+    with_three_s = equal_s * WORKERS / (WORKERS - 1)
+    ideal_s = (half * with_three_s + (STEPS - 1 - half) * equal_s) / (STEPS - 1)
+    return [*found, measured("join", "the fourth joins half way", joined_s, ideal_s)]
+
+
+def _job(steps: int) -> dict[str, object]:
+    return patient_job("heterogeneous", SHARDS, steps, checkpoint_every=10 * STEPS)
+
+
+def _step_s() -> float:
+    """The time of a step on equal workers."""
+    with patient_cluster(WORKERS, LEAF_S) as running:
+        job = running.submit(_job(EQUAL_STEPS))
+        job.wait(timeout_s=GUARD_S)
+        return _between(commits_of(job)) / (EQUAL_STEPS - 1)
+
+
+def _seconds(workers: int, sha256: str, *, slow_times: int = 1, join_at: int = 0) -> float:
+    """Run the job; return the time from its first committed step to its last."""
+    with patient_cluster(workers, LEAF_S) as running:
+        wait_for(lambda: all_ready(running, workers), "all workers")
+        pid = running.process("worker-1").pid
+        with slowed(pid, slow_times) if slow_times > 1 else contextlib.nullcontext():
+            job = running.submit(_job(STEPS))
+            if join_at:
+                wait_for(_reached(job, join_at), "the step to join at", GUARD_S)
+                running.add_worker()
+            result = job.wait(timeout_s=GUARD_S)
+        assert result.parameters_sha256 == sha256, "the bits are those of other workers"
+        return _between(commits_of(job))
+
+
+def _between(commits: Sequence[Commit]) -> float:
+    return commits[-1].unix_s - commits[0].unix_s
+
+
+def _reached(job: phalanx.Job, step: int) -> Callable[[], bool]:
+    return lambda: job.refresh().progress.step >= step
+
+
+@contextmanager
+def slowed(pid: int, times: int) -> Iterator[None]:
+    """Let a process and its children run for a part of the time only."""
+    over = threading.Event()
+    process = psutil.Process(pid)
+
+    def signalled(number: signal.Signals, family: list[psutil.Process]) -> None:
+        for each in family:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                each.send_signal(number)
+
+    def cycle() -> None:
+        while not over.is_set():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family = [process, *process.children(recursive=True)]
+                try:
+                    signalled(signal.SIGSTOP, family)
+                    over.wait(CYCLE_S * (1 - 1 / times))
+                finally:
+                    signalled(signal.SIGCONT, family)
+            over.wait(CYCLE_S / times)
+
+    thread = threading.Thread(target=cycle, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

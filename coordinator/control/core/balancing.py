@@ -1,0 +1,133 @@
+"""When the measured speeds of workers move shards, and what a move has to bring.
+
+Shards must not dance: what a busy machine does for a moment moves nothing. So a better placement
+has to be in sight for several heartbeats, has to make a step clearly shorter, and the next move
+waits until this one has shown in the measures. While all workers are equally fast, placement is by
+slots alone, and nothing here acts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from coordinator.control.core import levels, speeds
+from coordinator.control.core.eligibility import ITEM_BYTES
+from coordinator.control.core.placement import loads
+from coordinator.control.core.state import Core, JobRuntime, Worker
+from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
+
+SEEN_HEARTBEATS = 3
+"""Heartbeats for which a better placement has to be in sight."""
+
+REST_LEASES, LOOK_AGAIN_S = 2.0, 5.0
+"""No other move for so many leases after one; no other search for so long after one in vain."""
+
+WIRE_BYTES_PER_S = 500e6
+"""What one stream of vectors carries, adding them up included: of the order of what is measured on
+one machine (`python -m bench exchange`); 10 Gbit/s are a little more."""
+
+MOVE_LEAVES = 4
+"""A moved shard costs its new host so many leaves: it reads rows that the old one has cached."""
+
+PAYS_WITHIN_S, PAYS_WITHIN_STEPS = 30.0, 20
+"""A move has to pay within the longer of these."""
+
+STEP_SHARE_LEAST = 0.1
+"""Part of a step, as it is, that a move has to save: where steps take their time with other things
+than leaves, nothing is to be gained."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """New placements of a job's two trees."""
+
+    train: levels.Level
+    evaluation: levels.Level
+
+
+def weights(core: Core, job: JobRuntime, workers: Iterable[Worker]) -> dict[str, float]:
+    """Return what placement is proportional to: slots, times measured speed where it differs."""
+    slots = {worker.id: worker.slots for worker in workers}
+    found = _factors(core, job, slots)
+    return {key: count if found[key] == 1 else count * found[key] for key, count in slots.items()}
+
+
+def watch(core: Core, job: JobRuntime) -> bool:
+    """Return whether a better placement has been in sight for long enough to look for it."""
+    now_s, leveling = core.now.monotonic_s, job.leveling
+    if now_s < leveling.next_s:
+        return False
+    if not _in_sight(core, job):
+        leveling.seen_s = None
+        return False
+    if leveling.seen_s is None:
+        leveling.seen_s = now_s
+    seen_s = SEEN_HEARTBEATS * core.config.heartbeat_interval_s * core.crowding()
+    return now_s - leveling.seen_s >= seen_s
+
+
+def decide(core: Core, job: JobRuntime) -> Levels | None:
+    """Look for a better placement; None: there is none, or it does not pay."""
+    now_s, leveling, facts = core.now.monotonic_s, job.leveling, core.facts_of(job)
+    slots = _slots(core, job)
+    factors = _factors(core, job, slots)
+    leaf_s = speeds.usual_leaf_s(job.speeds, slots)
+    leveling.seen_s = None
+    leveling.next_s = now_s + LOOK_AGAIN_S
+    unit_travels = facts.plan.unit_span > 0 or facts.plan.asynchronous
+    layout = facts.plan.layout
+    vector_s = layout.element_count * ITEM_BYTES.get(layout.dtype, 4) / WIRE_BYTES_PER_S
+    pace = levels.Pace(slots, factors, vector_s / leaf_s)
+    tree = job.train
+    step_s = leaf_s * levels.slowest(
+        tree.owners, tree.width, pace, tree.unit, unit_travels=unit_travels
+    )
+    step_s = max(step_s, leveling.step_s)
+    pays_within_s = max(PAYS_WITHIN_S, PAYS_WITHIN_STEPS * step_s)
+    pace = levels.Pace(slots, factors, pace.vector, MOVE_LEAVES * step_s / pays_within_s)
+    train = levels.level(
+        tree.owners, tree.width, pace, tree.unit, unit_travels=unit_travels, had=job.had
+    )
+    if (train.before - train.after) * leaf_s < STEP_SHARE_LEAST * step_s:
+        return None
+    leveling.next_s = now_s + REST_LEASES * core.lease_ttl_s()
+    leveling.uneven = any(factor != 1 for factor in factors.values())
+    # Sums of an evaluation are a few numbers; its leaves are not measured, and much alike.
+    pace = levels.Pace(slots, factors)
+    return Levels(train, levels.level(job.evaluation.owners, job.evaluation.width, pace))
+
+
+def _in_sight(core: Core, job: JobRuntime) -> bool:
+    """Whether some worker takes clearly longer than a perfect placement would; cheap."""
+    tree = job.train
+    if tree.keepers or job.evaluation.keepers:
+        return False
+    slots = _slots(core, job)
+    factors = _factors(core, job, slots)
+    if not job.leveling.uneven and all(factor == 1 for factor in factors.values()):
+        return False
+    counted = loads(tree.owners, slots)
+    others = loads(job.evaluation.owners, slots)
+    if sum(counted.values()) < tree.width or sum(others.values()) < job.evaluation.width:
+        return False  # somebody has shards who is not heard of, or not ready, or nobody has
+    if any(count and not _measured(job, key) for key, count in counted.items()):
+        return False
+    pace = levels.Pace(slots, factors)
+    slowest = max(pace.time(key, count, 0) for key, count in counted.items())
+    return slowest * (1 - levels.GAIN_LEAST) > pace.least(tree.width)
+
+
+def _slots(core: Core, job: JobRuntime) -> dict[str, int]:
+    """Slots of the hosts that compute."""
+    ready = sorted(key for key, hosted in job.hosts.items() if hosted.ready)
+    workers = [core.workers[key] for key in ready if key not in job.set_aside]
+    return {each.id: each.slots for each in workers if each.state == WorkerView.STATE_READY}
+
+
+def _factors(core: Core, job: JobRuntime, slots: dict[str, int]) -> dict[str, float]:
+    return speeds.factors(job.speeds, slots, core.now.monotonic_s)
+
+
+def _measured(job: JobRuntime, worker_id: str) -> bool:
+    return worker_id in job.speeds and job.speeds[worker_id].known
