@@ -10,7 +10,7 @@ from phalanx.testing.proxied_cluster import ProxiedCluster
 from phalanx.testing.tcp_proxy import Direction, Link
 from phalanx.v1.cluster_service_pb2 import Worker
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
 SLOW = Link(latency_s=0.01, jitter_s=0.005, bytes_per_s=250_000, slice_bytes=500)
 HEARTBEATS = 4

@@ -7,7 +7,7 @@ import pytest
 from phalanx.clients.storage import SyncStorageClient
 from phalanx.testing.arena import GUARD_S, arena, gated_job, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
 
 def test_the_checkpoint_before_a_corrupt_one_is_taken(

@@ -7,7 +7,7 @@ import pytest
 
 from phalanx.testing.arena import GUARD_S, arena, gated_job, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
 
 def test_control_dies_and_training_goes_on(tmp_path: Path, undisturbed_sha256: str) -> None:

@@ -11,7 +11,7 @@ from phalanx.clients.storage import SyncStorageClient
 from phalanx.local.state import Member
 from phalanx.testing.arena import GUARD_S, Arena, arena, stopped, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
 
 def controls(ring: Arena) -> tuple[Member, Member]:

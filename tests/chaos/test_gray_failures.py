@@ -9,7 +9,7 @@ import pytest
 from phalanx.sdk.values import Event
 from phalanx.testing.arena import GUARD_S, Arena, arena, stopped, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
 LEAF_S = 0.005
 

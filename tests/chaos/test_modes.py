@@ -49,6 +49,7 @@ def plain_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
     return undisturbed_sha256_of(gated_job(steps=30), tmp_path_factory.mktemp("gate"))
 
 
+@pytest.mark.same_bits
 @pytest.mark.parametrize("mode", MODES)
 def test_a_worker_killed_in_the_middle_of_a_leaf(
     ring: Arena, plain_sha256: str, tmp_path: Path, mode: str

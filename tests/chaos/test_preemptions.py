@@ -9,7 +9,7 @@ import pytest
 import phalanx
 from phalanx.testing.arena import GUARD_S, Arena, add_blobs, arena, gated_job, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
 PREEMPTIONS = 5
 STEPS = 400

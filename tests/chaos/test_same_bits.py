@@ -50,6 +50,7 @@ def test_summing_in_arrival_order_would_give_other_bits(
     assert result.parameters_sha256 != undisturbed_sha256
 
 
+@pytest.mark.same_bits
 def test_any_number_of_workers(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 1) as ring:
 
@@ -73,6 +74,7 @@ def caught_with_shards(ring: Arena, job: phalanx.Job) -> str:
     return next((each for each in holders if each in caught), "")
 
 
+@pytest.mark.same_bits
 def test_workers_killed_in_the_middle_of_a_leaf(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 3) as ring:
         job = ring.cluster.submit(gated_job())
@@ -92,6 +94,7 @@ def test_workers_killed_in_the_middle_of_a_leaf(tmp_path: Path, undisturbed_sha2
     assert (result.examples_lost, result.examples_doubled) == (0, 0)
 
 
+@pytest.mark.same_bits
 def test_all_workers_killed_at_once(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 2) as ring:
         job = ring.cluster.submit(gated_job())
@@ -103,6 +106,7 @@ def test_all_workers_killed_at_once(tmp_path: Path, undisturbed_sha256: str) -> 
         assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
 
 
+@pytest.mark.same_bits
 def test_a_worker_stopped_past_its_lease_and_continued(
     tmp_path: Path, undisturbed_sha256: str
 ) -> None:
@@ -124,6 +128,7 @@ def test_a_worker_stopped_past_its_lease_and_continued(
     assert result.examples_doubled == 0
 
 
+@pytest.mark.same_bits
 def test_a_worker_ten_times_slower_than_the_others(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 3) as ring, Harm() as harm:
         job = ring.cluster.submit(gated_job())
@@ -139,6 +144,7 @@ def test_a_worker_ten_times_slower_than_the_others(tmp_path: Path, undisturbed_s
     assert (result.examples_lost, result.examples_doubled) == (0, 0)
 
 
+@pytest.mark.same_bits
 def test_workers_join_and_leave(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 2) as ring:
         job = ring.cluster.submit(gated_job())

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from bench.reliability.chaos_bits import MARK, verdicts
+from bench.reliability.mutants import row_of
 from bench.reliability.peers import ROOT, TESTS, all_ran
 from bench.reliability.rows import BEGIN, END, Row, Rows, read_rows, with_table
 from bench.results import write_json
@@ -64,3 +66,32 @@ def test_the_tests_of_what_others_get_wrong_are_there():
     for test in TESTS:
         path, _, name = test.partition("::")
         assert f"def {name}" in (ROOT / path).read_text()
+
+
+def test_a_run_of_chaos_that_did_not_pass_is_no_run_with_the_same_bits():
+    cases = '<testcase name="a" />' + "".join(
+        f'<testcase name="{kind}"><{kind} /></testcase>' for kind in ("failure", "error", "skipped")
+    )
+    suites = f"<testsuites><testsuite>{cases}</testsuite></testsuites>"
+    assert verdicts(suites) == (["a"], ["failure", "error", "skipped"])
+    assert verdicts("<testsuites />") == ([], [])
+
+
+def test_tests_of_chaos_that_compare_bits_are_marked():
+    """What is compared is told in so many words; a test without the mark would not be counted."""
+    assert MARK.startswith("same_bits")
+    for path in sorted((ROOT / "tests/chaos").glob("test_*.py")):
+        text = path.read_text()
+        if "parameters_sha256 == " in text and "soak" not in path.name:
+            assert "pytest.mark.same_bits" in text, path.name
+
+
+def test_a_planted_bug_that_was_not_found_is_named():
+    found = [{"name": f"bug {n}", "seeds": n, "found": True} for n in range(1, 26)]
+    row = row_of(found, "command", quick=False)
+    assert (row.value, row.trials, row.reached) == (25, 25, True)
+    assert row.note == "at once 1, within 20 seeds 20, the last after 25"
+    row = row_of([*found, {"name": "fence", "seeds": 2000, "found": False}], "c", quick=False)
+    assert row.reached is False
+    assert "not found: fence" in row.note
+    assert row_of(found[:5], "c", quick=False).reached is False, "too few were planted"
