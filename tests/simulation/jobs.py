@@ -369,17 +369,18 @@ def evaluation_sums(shard: int) -> tuple[float, ...]:
 def reference(shape: Shape) -> list[Array]:
     """All versions, from 0 to the last."""
     # Where checkpoints lie does not change what is computed, nor does when it ends.
-    return _reference(_plain(shape))[0][: shape.steps + 1]
+    found = _reference(_plain(shape))
+    return [found[version] for version in range(shape.steps + 1)]
 
 
-def versions(shape: Shape) -> list[Array]:
+def versions(shape: Shape) -> Reference:
     """The versions of a job of this shape, however many steps it has."""
-    return _reference(_plain(shape))[0]
+    return _reference(_plain(shape))
 
 
 def state_of(shape: Shape, version: int) -> dict[str, Array]:
     """The optimizer's state with which the step after a version begins."""
-    return _reference(_plain(shape))[1][version]
+    return _reference(_plain(shape)).state(version)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -417,14 +418,32 @@ def _plain(shape: Shape) -> Shape:
 
 
 @functools.lru_cache(maxsize=512)
-def _reference(shape: Shape) -> tuple[list[Array], list[dict[str, Array]]]:
-    steps = Steps(shape)
-    versions, states = [initial(shape).copy()], [steps.first_state()]
-    for version in range(shape.steps):
-        state = {name: array.copy() for name, array in states[-1].items()}
-        versions.append(steps.apply(version, versions[-1], state))
-        states.append(state)
-    return versions, states
+def _reference(shape: Shape) -> Reference:
+    return Reference(shape)
+
+
+class Reference:
+    """The versions of a job by a plain loop, each computed once somebody asks for it."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._steps = Steps(shape)
+        self._versions = [initial(shape).copy()]
+        self._states = [self._steps.first_state()]
+
+    def __getitem__(self, version: int) -> Array:
+        self._reach(version)
+        return self._versions[version]
+
+    def state(self, version: int) -> dict[str, Array]:
+        """The optimizer's state after a version."""
+        self._reach(version)
+        return self._states[version]
+
+    def _reach(self, version: int) -> None:
+        for number in range(len(self._versions) - 1, version):
+            state = {name: array.copy() for name, array in self._states[-1].items()}
+            self._versions.append(self._steps.apply(number, self._versions[-1], state))
+            self._states.append(state)
 
 
 class Steps:

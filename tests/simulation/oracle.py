@@ -15,7 +15,7 @@ retries, messages on their way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -58,7 +58,7 @@ class _Watched:
     def __init__(self, ranges: JobRanges) -> None:
         self.ranges = ranges  # keeps its id from being used again
         self.shape = jobs.shape_of(ranges.plan)
-        self.expected: Mapping[int, Array] | Sequence[Array] = ()
+        self.expected: Mapping[int, Array] | jobs.Reference = {}
         if not self.shape.tolerant:
             self.expected = jobs.versions(self.shape)
         self.history: History | None = None
@@ -191,9 +191,10 @@ class Oracle:
         watched.expected = {version: parameters}
 
     def _commits_of(self, ranges: AsynchronousRanges) -> CommitHistory:
-        plan = ranges.plan
-        made = CommitHistory(jobs.shape_of(plan), plan)
-        return self.commit_histories.setdefault(plan.job_id, made)
+        job_id = ranges.plan.job_id
+        if job_id not in self.commit_histories:
+            self.commit_histories[job_id] = CommitHistory(jobs.shape_of(ranges.plan), ranges.plan)
+        return self.commit_histories[job_id]
 
     def started(self, ranges: AsynchronousRanges, start: Start | None) -> None:
         """A shard starts the step that it is at, on the newest version, where it may."""
