@@ -1,11 +1,11 @@
 """What jobs whose contributions commit one by one computed: any history of whole ones, each once.
 
 Who is fast decides the order, so no plain loop knows the bits. But each version must be the one
-before it with one whole contribution of some shard: to the step that this shard is at, computed on
-a version for which the root had started it in this term. The log of these is kept with the
-versions, so that at the end the whole history is known: from it the same parameters must follow by
-the trainer that users verify their jobs with. A term that begins from a checkpoint goes on from a
-version that was followed before, with every shard at the step at which it was then.
+before it with one contribution of some shard that came as a whole: to the step that this shard is
+at, computed on a version on which the root had started it in this term. The log of these is kept
+with the versions, so that at the end the whole history is known: from it the same parameters must
+follow by the trainer that users verify their jobs with. A term that begins from a checkpoint goes
+on from a version that was followed before, with every shard at the step at which it was then.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.compressors import Key, decoded, encoded
+from phalanx.frames import frame_grid
 from phalanx.models.base import decay_mask
 from phalanx.optimizers import Late, build_contribution_optimizer, gradient_limit
 from phalanx.reducers import Contribution
@@ -27,6 +28,7 @@ from phalanx.training.asynchronous import StepSums
 from phalanx.training.leaf import LeafOutcome
 from phalanx.training.local_asynchronous import AsynchronousSteps
 from phalanx.training.replay import ReplayLog
+from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import training_pb2
 from tests.simulation import jobs
 
@@ -71,8 +73,12 @@ class _Line:
 
     newest: _Known
     versions: dict[int, _Known]
-    started: dict[tuple[int, int], set[int]] = field(default_factory=dict)
-    """(shard, step) → versions on which it was started."""
+    started: set[tuple[int, int, int]] = field(default_factory=set)
+    """Shard, step, and a version on which it was started."""
+    came: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    """(shard, step) → versions on which whole contributions were computed that came, in order."""
+    frames: dict[tuple[object, int, int, int], set[int]] = field(default_factory=dict)
+    """(stream, shard, step, version) → frames of a contribution that came."""
 
 
 def _bits(parameters: Array, state: Mapping[str, Array]) -> bytes:
@@ -93,6 +99,7 @@ class CommitHistory:
         self._optimizer = build_contribution_optimizer(train, shape.steps)
         self._clip_norm = gradient_limit(train)
         self._mask = decay_mask(jobs.layout_of(shape))
+        self._grid = frame_grid(shape.elements, np.dtype(shape.dtype).itemsize)
         self.at_bound = 0
         """Starts that were as far ahead of the slowest shard as they may."""
         self._known: dict[tuple[int, bytes], _Known] = {}
@@ -117,8 +124,23 @@ class CommitHistory:
                 return f"is started before all shards have met, as they do every {every} steps"
         if step >= shape.steps:
             return f"is started, and the job ends after {shape.steps} steps"
-        line.started.setdefault((shard, step), set()).add(read)
+        line.started.add((shard, step, read))
         return ""
+
+    def frame_came(self, term: int, stream: object, frame: pb.ContributionFrame) -> None:
+        """A frame of a contribution arrives; its last one makes it whole."""
+        line, shard, step, read = (
+            self._lines.get(term),
+            frame.node.first,
+            frame.shard_step,
+            frame.step,
+        )
+        if line is None or (shard, step, read) not in line.started:
+            return
+        frames = line.frames.setdefault((stream, shard, step, read), set())
+        frames.add(frame.first_element)
+        if len(frames) == len(self._grid):
+            line.came.setdefault((shard, step), []).append(read)
 
     def follow(
         self,
@@ -138,7 +160,9 @@ class CommitHistory:
         else:
             known = self._next(line, version, parameters, state, completed)
             if known is None:
-                return "is not the version before it with one contribution that was started"
+                return (
+                    "is not the version before it with one contribution that was started and came"
+                )
             line.newest = line.versions[version] = known
         if known.completed != completed:
             return f"has shards at the steps {completed}, and they are at {known.completed}"
@@ -217,7 +241,7 @@ class CommitHistory:
             return None
         shard, bits = moved[0], _bits(parameters, state)
         step = before.completed[shard]
-        for read in sorted(line.started.pop((shard, step), ())):
+        for read in line.came.pop((shard, step), ()):
             made = self._applied(before, shard, step, line.versions[read])
             if _bits(made.parameters, made.state) == bits:
                 return made

@@ -434,6 +434,7 @@ class Oracle:
                 return real(ranges, frame, *more)
             self.world.transitions += 1
             before = ranges.duplicates
+            self._commits_of(ranges).frame_came(ranges.term, more[2], frame)
             effects = real(ranges, frame, *more)
             self._demand_term(ranges, frame)
             self.repeated += ranges.duplicates - before
