@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator.aggregation.core.copies import Copies, Order, Started
 from coordinator.aggregation.core.machine import JobRanges
@@ -29,6 +29,8 @@ class _Stream:
     worker_id: str
     wake: Callable[[], None]
     orders: deque[bytes] = field(default_factory=lambda: deque(maxlen=ORDERS_MAX))
+    #: Nodes of the newest round of which copies are needed to compare them, not sent yet.
+    asked: Order | None = None
 
 
 class Copying:
@@ -65,7 +67,20 @@ class Copying:
     def next_order(self, key: object) -> bytes | None:
         """Take the next order for a stream, encoded."""
         stream = self._streams.get(key)
-        return stream.orders.popleft() if stream is not None and stream.orders else None
+        if stream is None:
+            return None
+        if stream.orders:
+            return stream.orders.popleft()
+        asked, stream.asked = stream.asked, None
+        return self._encoded(asked) if asked is not None else None
+
+    def ask(self, order: Order) -> None:
+        """Ask a worker for copies that are to be compared; what waits of one round goes as one."""
+        stream = self._stream_of(order.worker_id)
+        if stream is not None:
+            waiting = stream.asked.nodes if stream.asked and stream.asked.key == order.key else ()
+            stream.asked = replace(order, nodes=waiting + order.nodes)
+            stream.wake()
 
     def frame(self, key: object, frame: pb.ContributionFrame) -> None:
         """A frame arrived and is about to be handed to the ranges."""
@@ -119,17 +134,24 @@ class Copying:
         return bool(ranges.late_workers(elapsed_s) or ranges.late_shards(elapsed_s))
 
     def _hand_over(self, order: Order) -> None:
+        stream = self._stream_of(order.worker_id)
+        if stream is not None:
+            stream.orders.append(self._encoded(order))
+            stream.wake()
+
+    def _stream_of(self, worker_id: str) -> _Stream | None:
+        """The newest stream of a worker."""
+        streams = [each for each in self._streams.values() if each.worker_id == worker_id]
+        return streams[-1] if streams else None
+
+    def _encoded(self, order: Order) -> bytes:
         wanted = pb.CopyNodes(
             term=self._ranges.term,
             version=max(0, order.key[0]),
             round=order.key[1],
             nodes=[TreeNode(first=node.first, span=node.span) for node in order.nodes],
         )
-        message = encode_response(pb.ExchangeResponseHeader(copy_nodes=wanted))
-        streams = [each for each in self._streams.values() if each.worker_id == order.worker_id]
-        if streams:
-            streams[-1].orders.append(message)
-            streams[-1].wake()
+        return encode_response(pb.ExchangeResponseHeader(copy_nodes=wanted))
 
     def _tell_control(self, started: Started) -> None:
         job_id = self._ranges.plan.job_id

@@ -48,6 +48,8 @@ class JobGauges:
             self._examples = metrics.job_examples_total.labels(job_id)
             self._lost = metrics.job_examples_lost_total.labels(job_id)
             self._doubled = metrics.job_examples_doubled_total.labels(job_id)
+            self._verified = metrics.verified_leaves_total.labels(job_id)
+            self._outvoted = metrics.outvoted_copies_total.labels(job_id)
             self._staleness = metrics.staleness_versions.labels(job_id)
 
     def received(self, frame: pb.ContributionFrame, size_bytes: int, payload_bytes: int) -> None:
@@ -86,6 +88,16 @@ class JobGauges:
         if self._last_commit_s is not None:
             self._steps.observe(now_s - self._last_commit_s)
         self._last_commit_s = now_s
+
+    def verified(self) -> None:
+        """Copies of a contribution are equal."""
+        if self._admitted:
+            self._verified.inc()
+
+    def outvoted(self) -> None:
+        """A worker's copy differs from that of a majority."""
+        if self._admitted:
+            self._outvoted.inc()
 
     def metrics(self, decider: RootDecider | None) -> None:
         """Show the newest values of the job's metrics."""

@@ -13,6 +13,8 @@ from typing import TypeVar
 from coordinator.aggregation.checkpoints import PATIENCE, Part, may_be_stored_later, write_part
 from coordinator.aggregation.copying import LOOK_EVERY_S, Copying
 from coordinator.aggregation.core.effects import (
+    Ask,
+    Caught,
     Committed,
     Effect,
     Ended,
@@ -20,6 +22,7 @@ from coordinator.aggregation.core.effects import (
     Points,
     Refused,
     StartCheckpoint,
+    Verified,
     Wake,
     Work,
 )
@@ -40,7 +43,7 @@ from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_pb2
 from phalanx.v1 import storage_service_pb2 as storage_pb
 from phalanx.v1.job_spec_pb2 import JobSpec
-from phalanx.v1.training_pb2 import GoRecord
+from phalanx.v1.training_pb2 import GoRecord, TreeNode
 
 REPORT_EVERY_S = 0.2
 COMMITS_TOLD_AFTER_A_BREAK = 4
@@ -111,8 +114,11 @@ class HostedJob:
         self._checkpoint_step = -1
         self._steps_replayed = 0
         self._refused_shards: tuple[int, ...] = ()
+        #: In every report, so that no control that comes later misses one.
+        self._outvoted: list[coordination.OutvotedWorker] = []
         self._storage_lost_s: float | None = None
         self._reported: tuple[int, int] | None = None
+        self._missing = False
         self._commits_to_report = 0
         self._final: Report | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -133,7 +139,7 @@ class HostedJob:
         """Register a stream; the event is set whenever there may be something to send."""
         waker = self._wakers[key] = asyncio.Event()
         self.copying.stream_opened(key, hello, waker.set)
-        self.ranges.stream_opened(key, hello.worker_id)
+        self.ranges.stream_opened(key, hello.worker_id, hello.incarnation)
         return waker
 
     def close_stream(self, key: object) -> None:
@@ -222,6 +228,12 @@ class HostedJob:
                     self._keep_points(effect)
                 case StartCheckpoint():
                     self._start_checkpoint(effect)
+                case Ask():
+                    self.copying.ask(effect.order)
+                case Verified():
+                    self.gauges.verified()
+                case Caught():
+                    self._caught(effect)
                 case Ended():
                     self._ending = asyncio.create_task(self._end(effect.go))
                 case Failed():
@@ -262,6 +274,47 @@ class HostedJob:
         names = ", ".join(str(shard) for shard in effect.shards)
         text = f"not finite, and left out of step {effect.version}: what came of shards {names}"
         self._tell("NON_FINITE_REFUSED", text, shards=names)
+
+    def _caught(self, effect: Caught) -> None:
+        """Tell control at once who computes something else than others."""
+        self.gauges.outvoted()
+        node = effect.node
+        outvoted = coordination.OutvotedWorker(
+            worker_id=effect.worker_id,
+            incarnation=effect.incarnation,
+            step=max(0, effect.version),
+            node=TreeNode(first=node.first, span=node.span),
+            evaluation=effect.action == GoRecord.ACTION_EVALUATE,
+            sha256=effect.digest,
+            majority_sha256=effect.majority,
+            agreed=effect.agreed,
+        )
+        self._outvoted.append(outvoted)
+        _log.warning(
+            "worker_outvoted",
+            job_id=self.ranges.plan.job_id,
+            worker_id=effect.worker_id,
+            step=outvoted.step,
+            shard=node.first,
+            sha256=effect.digest,
+            majority_sha256=effect.majority,
+        )
+        if self._final is None:
+            self._report()
+
+    def _verifiers_missing(self) -> coordination.VerifiersMissing | None:
+        missing = self.ranges.verifiers_missing(self.elapsed_s)
+        if missing is None:
+            return None
+        return coordination.VerifiersMissing(
+            leaves=missing.leaves,
+            step=missing.version,
+            node=TreeNode(first=missing.node.first, span=missing.node.span),
+            evaluation=missing.action == GoRecord.ACTION_EVALUATE,
+            copies=missing.copies,
+            results=missing.results,
+            needed=missing.needed,
+        )
 
     def _keep_points(self, effect: Points) -> None:
         seconds, nanos = divmod(time.time_ns(), 1_000_000_000)
@@ -438,6 +491,7 @@ class HostedJob:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             self.copying.look()
+            self.perform(self.ranges.look(self.elapsed_s))
 
     async def _report_often(self) -> None:
         while True:
@@ -445,8 +499,11 @@ class HostedJob:
             self._flush_points()
             if self.ranges.is_root and self._final is None:
                 moved = (self.ranges.version, self._checkpoint_step) != self._reported
+                missing = self.ranges.verifiers_missing(self.elapsed_s) is not None
                 # Where nothing moves without them, nobody else would tell.
-                if moved or self.copying.waits_for_starts(self.elapsed_s):
+                waits = self.copying.waits_for_starts(self.elapsed_s) or missing or self._missing
+                if moved or waits:
+                    self._missing = missing
                     self._report()
                 self.gauges.metrics(self.ranges.decider)
 
@@ -486,6 +543,8 @@ class HostedJob:
             last_contribution_unix_nanos=self._last_contribution_unix_nanos,
             steps_replayed=self._steps_replayed,
             late_workers=self.copying.late_workers(self.elapsed_s),
+            outvoted_workers=self._outvoted,
+            verifiers_missing=self._verifiers_missing(),
         )
 
     def _examples_per_s(self) -> float:

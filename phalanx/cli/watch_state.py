@@ -93,6 +93,7 @@ class WatchState:
             "WORKER_DRAINING": "draining",
             "WORKER_SUSPECTED": "suspected",
             "WORKER_INELIGIBLE": "not eligible",
+            "WORKER_QUARANTINED": "quarantined",
             "WORKER_JOINED": "joined",
         }
         if event.worker_id and event.type in notes:

@@ -14,6 +14,9 @@ from phalanx.texts import number_of
 from phalanx.v1 import job_spec_pb2
 
 LOCAL_STEPS_MAX = 65_536
+REPLICAS_LEAST, REPLICAS_MAX = 3, 63
+AUDIT_WORKERS = 3
+"""Whoever is right, of two workers that disagree, only a third one can say."""
 
 
 def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
@@ -28,6 +31,64 @@ def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         yield from _reduction(spec.train.reduction, spec.data.shards)
     yield from _backup(spec)
     yield from _one_by_one(spec)
+    if parts.verifies(spec.train):
+        yield from _verification(spec)
+
+
+def _verification(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
+    """What does not go together with copies that are compared bit by bit."""
+    verification, path = spec.train.verification, "train.verification"
+    replicas, fraction = verification.replicas, verification.audit_fraction
+    audits = verification.WhichOneof("kind") == "audit_fraction"
+    if audits and not 0 < fraction <= 1:
+        message = f"must be above 0 and at most 1, not {fraction:.16g}"
+        yield Violation(f"{path}.audit_fraction", message)
+    elif verification.WhichOneof("kind") == "replicas":
+        yield from _replicas(replicas)
+    needed = AUDIT_WORKERS if audits else replicas or REPLICAS_LEAST
+    most = spec.resources.max_workers
+    if 0 < most < needed:
+        message = (
+            f"{number_of(most, 'worker')} cannot make {needed} copies of a contribution, each on a "
+            f"worker of its own; use at least {needed}, or no limit"
+        )
+        yield Violation("resources.max_workers", message)
+    if parts.commits_one_by_one(spec.train):
+        kind = spec.train.WhichOneof("consistency")
+        message = (
+            f"each contribution is computed at parameters that {kind} makes in the order of "
+            "arrival and applied at once, so there is no second copy to compare it with; use "
+            "synchronous or local"
+        )
+        yield Violation(path, message)
+    elif spec.reproducibility.WhichOneof("mode") == "tolerant":
+        message = (
+            "workers of a tolerant job may compute other bits, so copies that differ say nothing "
+            "about who is wrong; leave this out"
+        )
+        yield Violation("reproducibility.tolerant", message)
+    elif spec.reproducibility.bitwise.HasField("fall_back_after"):
+        message = (
+            "the job would go on on workers that compute other bits, and copies from before and "
+            "after would differ although nobody is wrong; leave this out"
+        )
+        yield Violation("reproducibility.bitwise.fall_back_after", message)
+
+
+def _replicas(replicas: int) -> Iterator[Violation]:
+    path = "train.verification.replicas"
+    if not REPLICAS_LEAST <= replicas <= REPLICAS_MAX:
+        message = (
+            f"must be at least {REPLICAS_LEAST}, since of fewer copies that differ none has a "
+            f"majority, and at most {REPLICAS_MAX}, not {replicas}"
+        )
+        yield Violation(path, message)
+    elif replicas % 2 == 0:
+        message = (
+            f"must be odd: {replicas} copies stand no more wrong ones than {replicas - 1}; "
+            f"use {replicas - 1} or {replicas + 1}"
+        )
+        yield Violation(path, message)
 
 
 def _one_by_one(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:

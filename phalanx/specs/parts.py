@@ -33,6 +33,19 @@ def commits_one_by_one(train: job_spec_pb2.Train) -> bool:
     return train.HasField("asynchronous") or (train.HasField("stale") and train.stale.bound > 0)
 
 
+def verifies(train: job_spec_pb2.Train) -> bool:
+    """Whether contributions are compared with copies by other workers before they count."""
+    return train.HasField("verification")
+
+
+def equal_copies(train: job_spec_pb2.Train) -> int:
+    """Return how many workers must agree on a contribution that is verified: more than half of
+    the replicas, or the two of an audit."""
+    if train.verification.WhichOneof("kind") == "audit_fraction":
+        return 2
+    return train.verification.replicas // 2 + 1
+
+
 def least_shards(reduction: job_spec_pb2.Reduction) -> int:
     """Return how many shards must contribute to a step for the reducer to hold."""
     kind = reduction.WhichOneof("kind")
@@ -45,20 +58,21 @@ def needs_one_range(train: job_spec_pb2.Train) -> bool:
     """Whether one aggregator must see all of each contribution, so that there is one range."""
     root = train.local.outer if train.HasField("local") else train.optimizer
     whole = reduces_leaves(train) or backup_shards(train) > 0 or commits_one_by_one(train)
-    return whole or root.HasField("clip_norm")
+    return whole or verifies(train) or root.HasField("clip_norm")
 
 
 def unit_span(spec: job_spec_pb2.JobSpec) -> int:
     """Return the shards of the nodes that travel in a train round; 0: any node may.
 
     What is encoded with a loss must be the same node whoever computes it: as large as a few nodes
-    for all shards allow, since each of them crosses the wire.
+    for all shards allow, since each of them crosses the wire. So must be what is compared; without
+    a loss that is one shard, and with it the node that is encoded.
     """
     train = spec.train
     if reduces_leaves(train) or backup_shards(train) or commits_one_by_one(train):
         return 1
     if train.compression.WhichOneof("up") is None:
-        return 0
+        return 1 if verifies(train) else 0
     span = 1
     while span * UNITS_MAX < spec.data.shards:
         span *= 2

@@ -46,6 +46,7 @@ def job_plan(
         unit_span=parts.unit_span(spec),
         local_steps=parts.local_steps(spec.train),
         asynchronous=parts.commits_one_by_one(spec.train),
+        verified=parts.verifies(spec.train),
     )
 
 
@@ -99,14 +100,15 @@ def worker_bytes(
     # Two versions and the payload for all slots, a buffer and a gradient for each of them. Nodes
     # that travel by themselves have a payload each.
     units = -(-spec.data.shards // max(1, parts.unit_span(spec))) if parts.unit_span(spec) else 1
-    payloads = -(-units // max(1, spec.resources.min_workers))
+    copies = parts.equal_copies(spec.train) if parts.verifies(spec.train) else 1
+    payloads = -(-units * copies // max(1, spec.resources.min_workers))
     versions = SHARED_COPIES - 1
     if parts.commits_one_by_one(spec.train):
         # Each slot reads the version that its leaf was started with, and has one payload.
         versions, payloads = versions + slots, slots + 1
     shared = (versions + payloads) * elements * itemsize
-    copies = COPIES_PER_SLOT + (LOCAL_COPIES if spec.train.HasField("local") else 0)
-    return shared + slots * (copies * elements * itemsize + 3 * leaf)
+    per_slot = COPIES_PER_SLOT + (LOCAL_COPIES if spec.train.HasField("local") else 0)
+    return shared + slots * (per_slot * elements * itemsize + 3 * leaf)
 
 
 def _activations(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> int:
@@ -125,6 +127,7 @@ def _warnings(
         *_schedule_warnings(spec, rows),
         *_reduction_warnings(spec, rows),
         *_asynchronous_warnings(spec, rows),
+        *_verification_warnings(spec, eligible_workers),
     ]
 
 
@@ -223,3 +226,17 @@ def _asynchronous_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
         count = number_of(steps, "step")
         return [f"asynchronous.barrier_every_clocks never fires: the job has {count}"]
     return []
+
+
+def _verification_warnings(spec: job_spec_pb2.JobSpec, eligible_workers: int) -> list[str]:
+    """Copies are compared between workers, so there must be enough of them."""
+    if not parts.verifies(spec.train):
+        return []
+    least = parts.equal_copies(spec.train)
+    if not 0 < eligible_workers < least:
+        return []
+    found = (
+        f"{number_of(least, 'worker')} have to agree on what is verified, and there "
+        f"{verb_for(eligible_workers, 'is', 'are')} {eligible_workers}: the job waits for more"
+    )
+    return [found]

@@ -18,6 +18,7 @@ EPOCHS = 10
 PRIORITY = 50
 INT8_BUCKET = 512
 COMPENSATION = 2.0
+REPLICAS = 3
 EVALUATION_SPLITS = ("test", "validation")
 
 _LEARNING_RATES = {"sgd": 0.01, "adagrad": 0.01, "adam": 0.001, "adamw": 0.001}
@@ -187,6 +188,8 @@ def _training(train: job_spec_pb2.Train) -> None:
         train.reduction.krum.keep = 1
     if train.compression.HasField("int8") and not train.compression.int8.HasField("bucket"):
         train.compression.int8.bucket = INT8_BUCKET
+    if train.HasField("verification") and train.verification.WhichOneof("kind") is None:
+        train.verification.replicas = REPLICAS
     if train.on_nonfinite.WhichOneof("action") is None:
         train.on_nonfinite.fail.SetInParent()
     train.dtype = train.dtype or "float32"

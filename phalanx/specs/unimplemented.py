@@ -23,8 +23,6 @@ _REFUSED: dict[str, str] = {
     "train.model.torch": "PyTorch modules are not carried out yet; use mlp or custom",
     "train.compression.top_k": "compression is not carried out yet; leave it out",
     "train.compression.sign": "compression is not carried out yet; leave it out",
-    "train.verification.replicas": "verification is not carried out yet; leave it out",
-    "train.verification.audit_fraction": "verification is not carried out yet; leave it out",
     "train.privacy": "differential privacy is not carried out yet; leave it out",
     "train.start.job": "starting from another job is not carried out yet; use start.model",
 }

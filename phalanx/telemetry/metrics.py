@@ -134,6 +134,14 @@ class AggregatorMetrics:
         self.steps_replayed_total = make.counter(
             "steps_replayed_total", "Steps computed again after a roll-back.", "job_id"
         )
+        self.verified_leaves_total = make.counter(
+            "verified_leaves_total", "Contributions of which enough copies were equal.", "job_id"
+        )
+        self.outvoted_copies_total = make.counter(
+            "outvoted_copies_total",
+            "Copies of contributions that differed from those of a majority.",
+            "job_id",
+        )
         self.staleness_versions = make.histogram(
             "staleness_versions",
             "Version at commit minus version used by a contribution.",

@@ -122,6 +122,10 @@ class Worker(_message.Message):
         STATE_LEFT: Worker._State.ValueType  # 5
         STATE_INELIGIBLE: Worker._State.ValueType  # 6
         """Alive, but excluded by its numeric fingerprint."""
+        STATE_QUARANTINED: Worker._State.ValueType  # 7
+        """Alive, but caught in computing something else than others: it gets no
+        work until it is drained or started again.
+        """
 
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     STATE_UNSPECIFIED: Worker.State.ValueType  # 0
@@ -132,6 +136,10 @@ class Worker(_message.Message):
     STATE_LEFT: Worker.State.ValueType  # 5
     STATE_INELIGIBLE: Worker.State.ValueType  # 6
     """Alive, but excluded by its numeric fingerprint."""
+    STATE_QUARANTINED: Worker.State.ValueType  # 7
+    """Alive, but caught in computing something else than others: it gets no
+    work until it is drained or started again.
+    """
 
     @_typing.final
     class LabelsEntry(_message.Message):

@@ -42,6 +42,7 @@ class ControlRecord(_message.Message):
     FINGERPRINT_CHANGED_FIELD_NUMBER: _builtins.int
     WORKER_DRAINED_FIELD_NUMBER: _builtins.int
     CLOCK_STEPPED_FIELD_NUMBER: _builtins.int
+    WORKER_QUARANTINED_FIELD_NUMBER: _builtins.int
     SNAPSHOT_BEGIN_FIELD_NUMBER: _builtins.int
     JOB_SNAPSHOT_FIELD_NUMBER: _builtins.int
     REQUESTS_SNAPSHOT_FIELD_NUMBER: _builtins.int
@@ -69,6 +70,8 @@ class ControlRecord(_message.Message):
     @_builtins.property
     def clock_stepped(self) -> Global___ClockStepped: ...
     @_builtins.property
+    def worker_quarantined(self) -> Global___WorkerQuarantined: ...
+    @_builtins.property
     def snapshot_begin(self) -> Global___SnapshotBegin: ...
     @_builtins.property
     def job_snapshot(self) -> Global___JobSnapshot: ...
@@ -90,16 +93,17 @@ class ControlRecord(_message.Message):
         fingerprint_changed: Global___FingerprintChanged | None = ...,
         worker_drained: Global___WorkerDrained | None = ...,
         clock_stepped: Global___ClockStepped | None = ...,
+        worker_quarantined: Global___WorkerQuarantined | None = ...,
         snapshot_begin: Global___SnapshotBegin | None = ...,
         job_snapshot: Global___JobSnapshot | None = ...,
         requests_snapshot: Global___RequestsSnapshot | None = ...,
         snapshot_end: Global___SnapshotEnd | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["clock_stepped", b"clock_stepped", "control_started", b"control_started", "fact", b"fact", "fingerprint_changed", b"fingerprint_changed", "job_changed", b"job_changed", "job_removed", b"job_removed", "job_snapshot", b"job_snapshot", "job_submitted", b"job_submitted", "request", b"request", "requests_snapshot", b"requests_snapshot", "snapshot_begin", b"snapshot_begin", "snapshot_end", b"snapshot_end", "term_started", b"term_started", "worker_drained", b"worker_drained"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clock_stepped", b"clock_stepped", "control_started", b"control_started", "fact", b"fact", "fingerprint_changed", b"fingerprint_changed", "job_changed", b"job_changed", "job_removed", b"job_removed", "job_snapshot", b"job_snapshot", "job_submitted", b"job_submitted", "request", b"request", "requests_snapshot", b"requests_snapshot", "snapshot_begin", b"snapshot_begin", "snapshot_end", b"snapshot_end", "term_started", b"term_started", "worker_drained", b"worker_drained", "worker_quarantined", b"worker_quarantined"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_stepped", b"clock_stepped", "control_started", b"control_started", "fact", b"fact", "fingerprint_changed", b"fingerprint_changed", "generation", b"generation", "job_changed", b"job_changed", "job_removed", b"job_removed", "job_snapshot", b"job_snapshot", "job_submitted", b"job_submitted", "request", b"request", "requests_snapshot", b"requests_snapshot", "snapshot_begin", b"snapshot_begin", "snapshot_end", b"snapshot_end", "term_started", b"term_started", "time_unix_nanos", b"time_unix_nanos", "worker_drained", b"worker_drained"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_stepped", b"clock_stepped", "control_started", b"control_started", "fact", b"fact", "fingerprint_changed", b"fingerprint_changed", "generation", b"generation", "job_changed", b"job_changed", "job_removed", b"job_removed", "job_snapshot", b"job_snapshot", "job_submitted", b"job_submitted", "request", b"request", "requests_snapshot", b"requests_snapshot", "snapshot_begin", b"snapshot_begin", "snapshot_end", b"snapshot_end", "term_started", b"term_started", "time_unix_nanos", b"time_unix_nanos", "worker_drained", b"worker_drained", "worker_quarantined", b"worker_quarantined"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_fact: _TypeAlias = _typing.Literal["control_started", "job_submitted", "term_started", "job_changed", "job_removed", "fingerprint_changed", "worker_drained", "clock_stepped", "snapshot_begin", "job_snapshot", "requests_snapshot", "snapshot_end"]  # noqa: Y015
+    _WhichOneofReturnType_fact: _TypeAlias = _typing.Literal["control_started", "job_submitted", "term_started", "job_changed", "job_removed", "fingerprint_changed", "worker_drained", "clock_stepped", "worker_quarantined", "snapshot_begin", "job_snapshot", "requests_snapshot", "snapshot_end"]  # noqa: Y015
     _WhichOneofArgType_fact: _TypeAlias = _typing.Literal["fact", b"fact"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_fact) -> _WhichOneofReturnType_fact | None: ...
 
@@ -368,6 +372,40 @@ class WorkerDrained(_message.Message):
 Global___WorkerDrained: _TypeAlias = WorkerDrained  # noqa: Y015
 
 @_typing.final
+class WorkerQuarantined(_message.Message):
+    """A copy of a contribution that this start of the worker made was outvoted: it
+    gets no work any more.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    incarnation: _builtins.str
+    reason: _builtins.str
+    """Why, in one sentence."""
+    done: _builtins.bool
+    """The worker was drained, or another start of it is there: forget it."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        done: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "incarnation", b"incarnation", "reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerQuarantined: _TypeAlias = WorkerQuarantined  # noqa: Y015
+
+@_typing.final
 class SnapshotBegin(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -459,19 +497,23 @@ class RequestsSnapshot(_message.Message):
 
     REQUESTS_FIELD_NUMBER: _builtins.int
     DRAINS_FIELD_NUMBER: _builtins.int
+    QUARANTINES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RememberedRequest]: ...
     @_builtins.property
     def drains(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerDrained]: ...
+    @_builtins.property
+    def quarantines(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerQuarantined]: ...
     def __init__(
         self,
         *,
         requests: _abc.Iterable[Global___RememberedRequest] | None = ...,
         drains: _abc.Iterable[Global___WorkerDrained] | None = ...,
+        quarantines: _abc.Iterable[Global___WorkerQuarantined] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drains", b"drains", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drains", b"drains", "quarantines", b"quarantines", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

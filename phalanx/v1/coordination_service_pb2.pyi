@@ -650,6 +650,8 @@ class JobReport(_message.Message):
     LAST_COMMIT_UNIX_NANOS_FIELD_NUMBER: _builtins.int
     LATE_WORKERS_FIELD_NUMBER: _builtins.int
     LAST_CONTRIBUTION_UNIX_NANOS_FIELD_NUMBER: _builtins.int
+    OUTVOTED_WORKERS_FIELD_NUMBER: _builtins.int
+    VERIFIERS_MISSING_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     outcome: Global___JobReport.Outcome.ValueType
@@ -675,6 +677,14 @@ class JobReport(_message.Message):
     def late_workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LateWorker]:
         """Workers whose shards others compute, since they deliver nothing in time."""
 
+    @_builtins.property
+    def outvoted_workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutvotedWorker]:
+        """Workers whose copies of a contribution were outvoted, in this term."""
+
+    @_builtins.property
+    def verifiers_missing(self) -> Global___VerifiersMissing:
+        """Set while contributions need copies that no worker is left to compute."""
+
     def __init__(
         self,
         *,
@@ -696,14 +706,104 @@ class JobReport(_message.Message):
         last_commit_unix_nanos: _builtins.int = ...,
         late_workers: _abc.Iterable[Global___LateWorker] | None = ...,
         last_contribution_unix_nanos: _builtins.int = ...,
+        outvoted_workers: _abc.Iterable[Global___OutvotedWorker] | None = ...,
+        verifiers_missing: Global___VerifiersMissing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "verifiers_missing", b"verifiers_missing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_step", b"checkpoint_step", "epoch", b"epoch", "examples", b"examples", "examples_doubled", b"examples_doubled", "examples_lost", b"examples_lost", "examples_per_second", b"examples_per_second", "failure", b"failure", "job_id", b"job_id", "last_commit_unix_nanos", b"last_commit_unix_nanos", "last_contribution_unix_nanos", b"last_contribution_unix_nanos", "late_workers", b"late_workers", "message", b"message", "metrics", b"metrics", "outcome", b"outcome", "reason", b"reason", "step", b"step", "steps_replayed", b"steps_replayed", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_step", b"checkpoint_step", "epoch", b"epoch", "examples", b"examples", "examples_doubled", b"examples_doubled", "examples_lost", b"examples_lost", "examples_per_second", b"examples_per_second", "failure", b"failure", "job_id", b"job_id", "last_commit_unix_nanos", b"last_commit_unix_nanos", "last_contribution_unix_nanos", b"last_contribution_unix_nanos", "late_workers", b"late_workers", "message", b"message", "metrics", b"metrics", "outcome", b"outcome", "outvoted_workers", b"outvoted_workers", "reason", b"reason", "step", b"step", "steps_replayed", b"steps_replayed", "term", b"term", "verifiers_missing", b"verifiers_missing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobReport: _TypeAlias = JobReport  # noqa: Y015
+
+@_typing.final
+class OutvotedWorker(_message.Message):
+    """One copy of a contribution, of a worker, that differs from that of a majority."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    MAJORITY_SHA256_FIELD_NUMBER: _builtins.int
+    AGREED_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    incarnation: _builtins.str
+    step: _builtins.int
+    """The version at which the round ran."""
+    evaluation: _builtins.bool
+    sha256: _builtins.str
+    """SHA-256 over examples, loss, shards present and payload, as received."""
+    majority_sha256: _builtins.str
+    @_builtins.property
+    def node(self) -> _training_pb2.TreeNode: ...
+    @_builtins.property
+    def agreed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Who sent the copies that are equal."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        step: _builtins.int = ...,
+        node: _training_pb2.TreeNode | None = ...,
+        evaluation: _builtins.bool = ...,
+        sha256: _builtins.str = ...,
+        majority_sha256: _builtins.str = ...,
+        agreed: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreed", b"agreed", "evaluation", b"evaluation", "incarnation", b"incarnation", "majority_sha256", b"majority_sha256", "node", b"node", "sha256", b"sha256", "step", b"step", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutvotedWorker: _TypeAlias = OutvotedWorker  # noqa: Y015
+
+@_typing.final
+class VerifiersMissing(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEAVES_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    NEEDED_FIELD_NUMBER: _builtins.int
+    leaves: _builtins.int
+    """Contributions that wait, and the first of them."""
+    step: _builtins.int
+    evaluation: _builtins.bool
+    copies: _builtins.int
+    """Of that: copies that came, results that they differ in, equal ones needed."""
+    results: _builtins.int
+    needed: _builtins.int
+    @_builtins.property
+    def node(self) -> _training_pb2.TreeNode: ...
+    def __init__(
+        self,
+        *,
+        leaves: _builtins.int = ...,
+        step: _builtins.int = ...,
+        node: _training_pb2.TreeNode | None = ...,
+        evaluation: _builtins.bool = ...,
+        copies: _builtins.int = ...,
+        results: _builtins.int = ...,
+        needed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies", b"copies", "evaluation", b"evaluation", "leaves", b"leaves", "needed", b"needed", "node", b"node", "results", b"results", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifiersMissing: _TypeAlias = VerifiersMissing  # noqa: Y015
 
 @_typing.final
 class LateWorker(_message.Message):

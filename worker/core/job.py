@@ -345,7 +345,8 @@ class JobCore:
             GoRecord.ACTION_EVALUATE: self.plan.evaluation_shards,
         }.get(go.action, self.plan.shards)
         trains = go.action == GoRecord.ACTION_TRAIN
-        unit = self.plan.unit_span if trains else 0
+        # What is compared travels by itself in rounds of every kind.
+        unit = self.plan.unit_span if trains else int(self.plan.verified)
         self.round = Round(go, width, self._dispatcher.slots, unit)
         if trains:
             self.round.absent = set(self._absent.get(go.version, ()))

@@ -131,7 +131,7 @@ class AsynchronousRanges(JobRanges):
 
     # -- from workers
 
-    def stream_opened(self, stream: object, worker_id: str) -> None:
+    def stream_opened(self, stream: object, worker_id: str, incarnation: str = "") -> None:
         """A worker opened a stream; it has to say what it could begin."""
         self._starts.open(stream, worker_id)
 

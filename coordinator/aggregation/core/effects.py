@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coordinator.aggregation.core.copies import Order
 from coordinator.aggregation.core.state import Snapshot
+from phalanx.reduction import Node
 from phalanx.v1 import training_pb2
 
 
@@ -74,4 +76,43 @@ class Failed:
     message: str
 
 
-Effect = Wake | Work | Committed | Refused | Points | StartCheckpoint | Ended | Failed
+@dataclass(frozen=True)
+class Ask:
+    """Ask a worker for copies of contributions."""
+
+    order: Order
+
+
+@dataclass(frozen=True)
+class Verified:
+    """As many copies of a contribution as needed are equal, and it counts."""
+
+
+@dataclass(frozen=True)
+class Caught:
+    """A worker's copy of a contribution was outvoted; told once for each start of a worker."""
+
+    worker_id: str
+    incarnation: str
+    #: Of the round.
+    version: int
+    action: training_pb2.GoRecord.Action.ValueType
+    node: Node
+    digest: str
+    majority: str
+    agreed: tuple[str, ...]
+
+
+Effect = (
+    Wake
+    | Work
+    | Committed
+    | Refused
+    | Points
+    | StartCheckpoint
+    | Ended
+    | Failed
+    | Ask
+    | Verified
+    | Caught
+)

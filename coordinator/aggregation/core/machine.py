@@ -63,6 +63,7 @@ from coordinator.aggregation.core.versions import NONE, VersionStore
 from phalanx.compressors import build_down_codec
 from phalanx.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument
 from phalanx.optimizers import ContributionOptimizer, Optimizer
+from phalanx.reduction import Node
 from phalanx.training.decisions import RootDecider
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import training_pb2
@@ -73,6 +74,20 @@ PENDING_GO_RECORDS = 16
 """Bound of the go records that a range keeps until it holds their version."""
 
 Key = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class VerifiersMissing:
+    """Contributions that need more equal copies than there are workers left to compute them."""
+
+    version: int
+    action: GoRecord.Action.ValueType
+    leaves: int
+    #: Of the first of them: its node, copies that came, how many differ, equal ones needed.
+    node: Node
+    copies: int
+    results: int
+    needed: int
 
 
 @dataclass
@@ -208,8 +223,8 @@ class JobRanges:
 
     # -- from workers
 
-    def stream_opened(self, stream: object, worker_id: str) -> None:
-        """A worker opened a stream."""
+    def stream_opened(self, stream: object, worker_id: str, incarnation: str = "") -> None:
+        """A worker, in one of its starts, opened a stream."""
 
     def stream_closed(self, stream: object) -> None:
         """A stream ended."""
@@ -217,6 +232,14 @@ class JobRanges:
     def starts_wanted(self, stream: object, message: pb.StartsWanted) -> list[Effect]:
         """A worker says which leaves it could begin."""
         raise InvalidArgument("leaves are started by go records in this job, not one by one")
+
+    def look(self, elapsed_s: float) -> list[Effect]:
+        """Time went on: do what is due; called often."""
+        return []
+
+    def verifiers_missing(self, elapsed_s: float) -> VerifiersMissing | None:
+        """What waits for copies that nobody is left to compute."""
+        return None
 
     def late_workers(self, elapsed_s: float) -> dict[str, float]:
         """Who has owed a contribution for too long, and by how many seconds too long."""

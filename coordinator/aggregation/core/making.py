@@ -6,17 +6,27 @@ from collections.abc import Sequence
 
 from coordinator.aggregation.core.asynchronous import AsynchronousRanges
 from coordinator.aggregation.core.machine import JobRanges
+from coordinator.aggregation.core.verified import VerifiedRanges
 from phalanx.optimizers import build_contribution_optimizer, build_optimizer
 from phalanx.training.decisions import RootDecider
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan, ParameterRange
 
 
-def make_ranges(plan: JobPlan, term: int, owned: Sequence[ParameterRange]) -> JobRanges:
-    """Return the `owned` ranges of a job in one term."""
+def make_ranges(
+    plan: JobPlan, term: int, owned: Sequence[ParameterRange], secret: int = 0
+) -> JobRanges:
+    """Return the `owned` ranges of a job in one term.
+
+    By the `secret`, of 128 bits, contributions are drawn for an audit: who computes them must not
+    know it.
+    """
     train = JobSpec.FromString(plan.spec).train
     decider = RootDecider(plan, term) if owned[0].index == 0 else None
     if plan.asynchronous:
         late = build_contribution_optimizer(train, plan.total_steps)
         return AsynchronousRanges(plan, term, owned, late, decider)
-    return JobRanges(plan, term, owned, build_optimizer(train, plan.total_steps), decider)
+    optimizer = build_optimizer(train, plan.total_steps)
+    if plan.verified:
+        return VerifiedRanges(plan, term, owned, optimizer, decider, secret)
+    return JobRanges(plan, term, owned, optimizer, decider)

@@ -90,9 +90,11 @@ def _skip(core: Core, job: JobRuntime, message: pb.LeafFailed) -> None:
     absent = pb.AbsentShards(
         job_id=job.job_id, term=message.term, step=message.step, shards=[message.shard]
     )
+    # Where copies are compared, anybody may be asked for one.
+    every = core.facts_of(job).plan.verified
     for worker_id in sorted(job.hosts):
         worker = core.workers[worker_id]
-        if message.shard in job.hosts[worker_id].train:
+        if every or message.shard in job.hosts[worker_id].train:
             core.send(worker.session, pb.SessionResponse(absent_shards=absent), job.term_after)
     core.emit(
         "NON_FINITE_REFUSED",

@@ -91,6 +91,8 @@ def group_of(core: Core, job: JobRuntime) -> Group:
     fitting: list[Worker] = []
     excluded: dict[str, str] = {}
     for worker in core.workers.values():
+        if worker.connected and worker.state == WorkerView.STATE_QUARANTINED:
+            excluded[worker.id] = f"it is quarantined: {worker.reason}"
         if not worker.connected or worker.state not in TAKES_WORK:
             continue
         why = misfit(facts, worker, job.described.layout if job.described else None)

@@ -24,12 +24,14 @@ from phalanx.v1.control_journal_pb2 import (
     SnapshotEnd,
     TermStarted,
     WorkerDrained,
+    WorkerQuarantined,
 )
 from phalanx.v1.job_pb2 import Job
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan, ParameterRange
 
 REQUESTS_PER_RECORD = 1000
+QUARANTINES_MAX = 1000
 RESUMING = "RESUMING"
 
 
@@ -103,6 +105,7 @@ class Facts:
         self.jobs: dict[str, JobFacts] = {}
         self.requests = RequestMemory()
         self.drains: dict[str, str] = {}
+        self.quarantines: dict[str, WorkerQuarantined] = {}
         self.generation = 0
         self.told_unix_nanos = 0
         """When the newest fact was told, on the wall clock of who told it; 0: not known."""
@@ -145,7 +148,9 @@ class Facts:
         for job in self.jobs.values():
             yield ControlRecord(job_snapshot=job.kept)
         drains = [WorkerDrained(worker_id=key, incarnation=self.drains[key]) for key in self.drains]
-        yield ControlRecord(requests_snapshot=RequestsSnapshot(drains=drains))
+        quarantines = self.quarantines.values()
+        snapshot = RequestsSnapshot(drains=drains, quarantines=quarantines)
+        yield ControlRecord(requests_snapshot=snapshot)
         remembered = list(self.requests)
         for first in range(0, len(remembered), REQUESTS_PER_RECORD):
             part = remembered[first : first + REQUESTS_PER_RECORD]
@@ -160,6 +165,8 @@ class Facts:
         for request in self.requests:
             hashed.update(request.SerializeToString(deterministic=True))
         hashed.update(repr(sorted(self.drains.items())).encode())
+        for worker_id in sorted(self.quarantines):
+            hashed.update(self.quarantines[worker_id].SerializeToString(deterministic=True))
         return hashed.hexdigest()
 
     def _apply_fact(self, kind: str | None, record: ControlRecord) -> None:
@@ -181,6 +188,8 @@ class Facts:
                 self._change_fingerprint(record.fingerprint_changed)
             case "worker_drained":
                 self._drain(record.worker_drained)
+            case "worker_quarantined":
+                self._quarantine(record.worker_quarantined)
             case "clock_stepped":
                 self._step_clock(record.clock_stepped.nanos)
             case _:
@@ -217,11 +226,22 @@ class Facts:
         else:
             self.drains[drained.worker_id] = drained.incarnation
 
+    def _quarantine(self, quarantined: WorkerQuarantined) -> None:
+        if quarantined.done:
+            self.quarantines.pop(quarantined.worker_id, None)
+        else:
+            self.quarantines.pop(quarantined.worker_id, None)
+            self.quarantines[quarantined.worker_id] = quarantined
+        # Workers with new names in each start never come back.
+        for worker_id in list(self.quarantines)[:-QUARANTINES_MAX]:
+            del self.quarantines[worker_id]
+
     def _finish_snapshot(self) -> None:
         if self._unfinished is None:
             return
         whole, self._unfinished = self._unfinished, None
         self.jobs, self.requests, self.drains = whole.jobs, whole.requests, whole.drains
+        self.quarantines = whole.quarantines
 
 
 def _take_snapshot(facts: Facts, record: ControlRecord) -> None:
@@ -235,6 +255,8 @@ def _take_snapshot(facts: Facts, record: ControlRecord) -> None:
         facts.requests.remember(request, request.time_unix_nanos)
     for drained in record.requests_snapshot.drains:
         facts.drains[drained.worker_id] = drained.incarnation
+    for quarantined in record.requests_snapshot.quarantines:
+        facts.quarantines[quarantined.worker_id] = quarantined
 
 
 def expires_unix_nanos(job: JobFacts) -> int:

@@ -135,13 +135,18 @@ def leave_out(core: Core, job: JobRuntime, worker_id: str, leaf_sha256: str) -> 
     It has computed nothing of the job, so it keeps nothing until others take over.
     """
     job.other_leaves[worker_id] = leaf_sha256
+    why = "the worker gives other bits in this job"
+    take_away(core, job, worker_id, why, "fingerprint")
+
+
+def take_away(core: Core, job: JobRuntime, worker_id: str, why: str, cause: str) -> None:
+    """Take the job at once from a worker whose results do not count."""
     hosting = job.hosts.pop(worker_id, None)
     if hosting is None:
         return
-    why = "the worker gives other bits in this job"
     revoke(core, job, worker_id, hosting.term, why, job.term_after)
     freed, freed_evaluation = job.train.forget(worker_id), job.evaluation.forget(worker_id)
-    sync(core, job, cause="fingerprint", freed=freed, freed_evaluation=freed_evaluation)
+    sync(core, job, cause=cause, freed=freed, freed_evaluation=freed_evaluation)
 
 
 def end_set_aside(core: Core, job: JobRuntime) -> None:

@@ -84,6 +84,8 @@ def _hosts(core: Core, job: JobRuntime) -> None:
         worker = core.workers.get(worker_id)
         if worker is None or not worker.connected:
             raise InvariantBroken(f"{job.job_id} is hosted by {worker_id}, which is gone")
+        if worker.state == WorkerView.STATE_QUARANTINED:
+            raise InvariantBroken(f"{job.job_id} is hosted by {worker_id}, which is quarantined")
         if hosting.term > term:
             raise InvariantBroken(f"{worker_id} was told a term that does not exist")
         if bitwise and worker.state in TAKES_WORK and worker.hello.fingerprint != fingerprint:

@@ -7,7 +7,8 @@ likely here, and nobody is declared lost for another lease.
 
 from __future__ import annotations
 
-from coordinator.control.core import hosting, incidents, terms
+from coordinator.control.core import hosting, incidents, quarantine, terms
+from coordinator.control.core.eligibility import TAKES_WORK
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.speeds import Speed
@@ -60,6 +61,7 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
     core.sessions[session] = worker
     worker.lease_s = core.lease_ttl_s()
     _recall_drain(core, worker)
+    quarantine.recall(core, worker)
     _forget_gone(core)
     core.send(session, _welcome(core))
     back = f" with {number_of(len(hello.held_jobs), 'job')} in hand" if hello.held_jobs else ""
@@ -210,6 +212,7 @@ def lose_worker(
     worker.reason = "drained" if left else why
     if left:
         _drain_done(core, worker)
+        quarantine.end(core, worker.id)
     touched = _hosted_by(core, worker)
     incident = None
     if not left or touched:
@@ -245,7 +248,7 @@ def lose_worker(
 
 def start_drain(core: Core, worker: Worker, reason: str) -> None:
     """Give a worker nothing new and move away what it has; it leaves when nothing is left."""
-    if worker.state not in (WorkerView.STATE_READY, WorkerView.STATE_SUSPECTED):
+    if worker.state not in (*TAKES_WORK, WorkerView.STATE_QUARANTINED):
         return
     worker.state, worker.reason = WorkerView.STATE_DRAINING, reason
     _tell_of_worker(core, worker, _hosted_by(core, worker), "WORKER_DRAINING")
@@ -376,7 +379,8 @@ def _may_hold(job: JobRuntime, facts: JobFacts, worker: Worker, held: pb.HeldWor
     same_bits = not facts.plan.bitwise or worker.hello.fingerprint == facts.fingerprint
     if facts.leaf_sha256 and worker.id in job.other_leaves:
         same_bits = False
-    return facts.state == RUNNING and facts.term == held.term and same_bits
+    takes_work = worker.state != WorkerView.STATE_QUARANTINED
+    return facts.state == RUNNING and facts.term == held.term and same_bits and takes_work
 
 
 def _claim(tree: TreePlacement, worker: Worker, nodes: object) -> set[int]:

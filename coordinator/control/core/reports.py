@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.control.core import ending, hosting, incidents, terms
+from coordinator.control.core import ending, hosting, incidents, quarantine, terms
 from coordinator.control.core.clock import NANOS
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.ownership import live_aggregators
@@ -61,6 +61,9 @@ def job_report(core: Core, aggregator: Aggregator, report: pb.JobReport) -> None
     incidents.committed(core, job, report)
     _announce_checkpoint(core, job, previous, report)
     _watch_late(core, job, report)
+    for outvoted in report.outvoted_workers:
+        quarantine.outvoted(core, job, outvoted)
+    quarantine.watch_verifiers(core, job, report)
     if report.outcome == pb.JobReport.OUTCOME_PAUSED:
         if core.facts_of(job).kept.changed.pause_requested and job.ending is None:
             ending.paused(core, job, report)

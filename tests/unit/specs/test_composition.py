@@ -8,7 +8,7 @@ import pytest
 
 from phalanx import specs
 from phalanx.errors import InvalidArgument, Unimplemented
-from phalanx.specs.parts import needs_one_range, unit_span
+from phalanx.specs.parts import equal_copies, needs_one_range, unit_span
 from phalanx.specs.plan import worker_bytes
 from phalanx.v1.dataset_service_pb2 import Dataset
 from phalanx.v1.job_pb2 import Plan
@@ -102,6 +102,103 @@ def test_the_default_number_of_shards_counts(make_dataset: MakeDataset) -> None:
     setting = "train.reduction={krum: {faulty: 7}}"
     assert "the job has 16" in complaints(make_dataset(), setting)["train.reduction.krum.faulty"]
     specs.prepare(edited("train.reduction={krum: {faulty: 6}}"), make_dataset())
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "says"),
+    [
+        (["train.verification={replicas: 1}"], "train.verification.replicas", "at least 3"),
+        (["train.verification={replicas: 99}"], "train.verification.replicas", "at most 63"),
+        (["train.verification={replicas: 4}"], "train.verification.replicas", "use 3 or 5"),
+        (
+            ["train.verification={audit_fraction: 0}"],
+            "train.verification.audit_fraction",
+            "above 0",
+        ),
+        (
+            ["train.verification={audit_fraction: 1.5}"],
+            "train.verification.audit_fraction",
+            "at most 1, not 1.5",
+        ),
+        (
+            ["train.verification={replicas: 5}", "resources.max_workers=4"],
+            "resources.max_workers",
+            "use at least 5",
+        ),
+        (
+            ["train.verification={audit_fraction: 0.1}", "resources.max_workers=2"],
+            "resources.max_workers",
+            "use at least 3",
+        ),
+        (
+            ["train.verification={}", "train.asynchronous={}"],
+            "train.verification",
+            "no second copy to compare it with",
+        ),
+        (
+            ["train.verification={}", "train.stale={bound: 2}"],
+            "train.verification",
+            "that stale makes in the order of arrival",
+        ),
+        (
+            ["train.verification={}", "reproducibility={tolerant: {}}"],
+            "reproducibility.tolerant",
+            "say nothing about who is wrong",
+        ),
+        (
+            ["train.verification={}", "reproducibility={bitwise: {fall_back_after: 30s}}"],
+            "reproducibility.bitwise.fall_back_after",
+            "would differ although nobody is wrong",
+        ),
+    ],
+)
+def test_copies_that_cannot_be_compared_are_refused(
+    make_dataset: MakeDataset, settings: list[str], field: str, says: str
+) -> None:
+    found = complaints(make_dataset(), *settings)
+    assert list(found) == [field]
+    assert says in found[field]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["synchronous={}", "stale={bound: 0}", "local={steps: 2}", "reduction={median: {}}"],
+)
+def test_what_is_verified_travels_leaf_by_leaf_to_one_range(
+    make_dataset: MakeDataset, setting: str
+) -> None:
+    dataset = make_dataset()
+    resolved = specs.prepare(edited(f"train.{setting}", "train.verification={}"), dataset)
+    assert resolved.train.verification.replicas == 3
+    assert equal_copies(resolved.train) == 2
+    assert unit_span(resolved) == 1
+    assert needs_one_range(resolved.train)
+    assert specs.job_plan(resolved, dataset, "job-1").verified
+    plain = specs.prepare(edited(f"train.{setting}"), dataset)
+    assert not specs.job_plan(plain, dataset, "job-1").verified
+    assert worker_bytes(resolved, dataset) > worker_bytes(plain, dataset)
+
+
+def test_what_is_encoded_is_verified_by_the_nodes_that_are_encoded(
+    make_dataset: MakeDataset,
+) -> None:
+    settings = ("train.verification={replicas: 5}", "train.compression={int8: {}}")
+    resolved = specs.prepare(edited(*settings), make_dataset())
+    assert (unit_span(resolved), equal_copies(resolved.train)) == (2, 3)
+
+
+def test_too_few_workers_to_agree_are_told_of_before_the_job_runs(
+    make_dataset: MakeDataset,
+) -> None:
+    dataset = make_dataset()
+    resolved = specs.prepare(edited("train.verification={replicas: 5}"), dataset)
+
+    def told(eligible: int) -> bool:
+        return any(
+            "have to agree" in each for each in specs.plan(resolved, dataset, eligible).warnings
+        )
+
+    assert [told(eligible) for eligible in (0, 1, 2, 3)] == [False, True, True, False]
 
 
 @pytest.mark.parametrize(

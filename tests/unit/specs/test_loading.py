@@ -222,7 +222,7 @@ train:
   optimiser: {adam: {learning_rate: -1}}
   batch_size: -5
   stop: {epochs: many, steps: 0}
-  verification: {replicas: 3}
+  verification: {replicas: 4}
 """
 
 

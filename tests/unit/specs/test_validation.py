@@ -214,7 +214,6 @@ def test_code_has_a_size(make_dataset: MakeDataset) -> None:
         "train.local={steps: 5, fragments: 2}",
         "train.all_reduce={}",
         "train.compression={top_k: {fraction: 0.1}}",
-        "train.verification={replicas: 2}",
         "train.privacy={clip_norm: 1.0}",
         "train.start={job: other}",
     ],

@@ -1,0 +1,123 @@
+"""Workers that computed something else than a majority of others: they get no work any more.
+
+It is about one start of a worker, is journalled, and holds for every job. It ends when the worker
+has left after a drain, or is there in another start: then somebody, or the machine below it, has
+done something about it, and if not it is caught again.
+"""
+
+from __future__ import annotations
+
+from coordinator.control.core import hosting, incidents, terms
+from coordinator.control.core.state import Core, JobRuntime, Worker
+from phalanx.texts import number_of, verb_for
+from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
+from phalanx.v1.control_journal_pb2 import ControlRecord, WorkerQuarantined
+from phalanx.v1.training_pb2 import TreeNode
+
+WAITING = "WAITING_FOR_VERIFIERS"
+
+
+def outvoted(core: Core, job: JobRuntime, message: pb.OutvotedWorker) -> None:
+    """Take all work from a worker whose copy of a contribution was outvoted. Said often."""
+    known = core.facts.quarantines.get(message.worker_id)
+    worker = core.workers.get(message.worker_id)
+    if known is not None and known.incarnation == message.incarnation:
+        return
+    if worker is not None and worker.hello.incarnation != message.incarnation:
+        return  # that start of it is gone
+    where = f"{_leaf(message.node, evaluation=message.evaluation)} at step {message.step}"
+    reason = (
+        f"its copy of {where} of job {job.job_id} has SHA-256 {message.sha256}, "
+        f"and that of {', '.join(message.agreed)} {message.majority_sha256}"
+    )
+    fact = WorkerQuarantined(
+        worker_id=message.worker_id, incarnation=message.incarnation, reason=reason
+    )
+    after = core.persist(ControlRecord(worker_quarantined=fact))
+    core.emit(
+        "WORKER_QUARANTINED",
+        f"{message.worker_id} gets no work any more: {reason}",
+        job_id=job.job_id,
+        after=max(after, job.term_after),
+        worker_id=message.worker_id,
+        incident_id=incidents.suspected(core, message.worker_id),
+        shard=message.node.first,
+        step=message.step,
+        details={
+            "incarnation": message.incarnation,
+            "shards": message.node.span,
+            "evaluation": str(message.evaluation).lower(),
+            "sha256": message.sha256,
+            "majority_sha256": message.majority_sha256,
+            "agreed": ",".join(message.agreed),
+        },
+    )
+    if worker is not None and worker.connected:
+        _take_all(core, worker, reason)
+
+
+def recall(core: Core, worker: Worker) -> None:
+    """A worker is here: its quarantine survives a restart of control, but not one of its own."""
+    fact = core.facts.quarantines.get(worker.id)
+    if fact is None:
+        return
+    if fact.incarnation != worker.hello.incarnation:
+        end(core, worker.id)
+    elif worker.state == WorkerView.STATE_READY:
+        worker.state, worker.reason = WorkerView.STATE_QUARANTINED, fact.reason
+
+
+def end(core: Core, worker_id: str) -> None:
+    """Forget it."""
+    if worker_id in core.facts.quarantines:
+        done = WorkerQuarantined(worker_id=worker_id, done=True)
+        core.persist(ControlRecord(worker_quarantined=done))
+
+
+def watch_verifiers(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
+    """Say why a job stands still that has workers, but too few to compare what they compute."""
+    missing = report.verifiers_missing
+    if not report.HasField("verifiers_missing") or not job.hosts:
+        if job.reason == WAITING:
+            core.set_reason(job, "")
+        return
+    if job.reason not in ("", WAITING):
+        return  # something else is to be done first
+    what = _leaf(missing.node, evaluation=missing.evaluation)
+    more = "" if missing.leaves == 1 else f" (and {missing.leaves - 1} more)"
+    came = f"{number_of(missing.copies, 'copy', 'copies')} of it came"
+    if missing.results > 1:
+        came += f", with {missing.results} different results"
+    message = (
+        f"{missing.needed} workers have to agree on {what} of step {missing.step}{more}: {came}, "
+        "and there is no other worker that delivers; add workers"
+    )
+    if missing.results > 2:
+        message += " (code that depends on more than its seed and its rows differs, too)"
+    out = sorted(
+        worker.id
+        for worker in core.workers.values()
+        if worker.state == WorkerView.STATE_QUARANTINED
+    )
+    if out:
+        message += f"; {', '.join(out)} {verb_for(len(out), 'is', 'are')} quarantined"
+    core.set_reason(job, WAITING, message)
+
+
+def _take_all(core: Core, worker: Worker, reason: str) -> None:
+    if worker.state == WorkerView.STATE_DRAINING:
+        return  # it has nothing of its own any more, and leaves
+    worker.state, worker.reason = WorkerView.STATE_QUARANTINED, reason
+    for job in core.running():
+        hosting.take_away(core, job, worker.id, "the worker is quarantined", "quarantine")
+    for job in list(core.jobs.values()):
+        if job.describing == worker.id:
+            terms.describing_worker_gone(core, job)
+
+
+def _leaf(node: TreeNode, *, evaluation: bool) -> str:
+    kind = "evaluation shard" if evaluation else "shard"
+    if node.span == 1:
+        return f"{kind} {node.first}"
+    return f"{kind}s {node.first} to {node.first + node.span - 1}"

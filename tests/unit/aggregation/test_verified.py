@@ -1,0 +1,532 @@
+"""Contributions count once as many copies as needed are equal; who is outvoted is told of."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coordinator.aggregation.core.copies import PATIENCE_UNMEASURED_S
+from coordinator.aggregation.core.effects import Ask, Caught, Verified
+from coordinator.aggregation.core.making import make_ranges
+from coordinator.aggregation.core.verified import MISSING_AFTER_S
+from coordinator.aggregation.core.verifiers import LONG_LATE_S
+from phalanx.errors import InvalidArgument
+from phalanx.frames import BLOCK_ELEMENTS
+from phalanx.reduction import Node
+from phalanx.testing.ranges import Frame, ScriptedJob, initial_vector, make_plan, reference
+from phalanx.v1.job_spec_pb2 import JobSpec, Median, Reduction
+from phalanx.v1.training_pb2 import GoRecord, JobPlan
+
+SHARDS = 5
+TWO_FRAMES = 5 * BLOCK_ELEMENTS + 11
+TRAIN = GoRecord.ACTION_TRAIN
+SECRET = 0x5EC2E7
+
+Lie = Callable[[str, GoRecord, int], bool]
+"""Whether a worker lies about a shard in the round of a go record."""
+
+
+def verified_plan(
+    *, replicas: int = 3, audit: float | None = None, elements: int = 600, **options: Any
+) -> JobPlan:
+    options = {"steps": 3, "evaluation_shards": 3, "evaluate_every": 2, **options}
+    plan = make_plan(elements=elements, shards=SHARDS, optimizer="adam", **options)
+    spec = JobSpec.FromString(plan.spec)
+    if audit is None:
+        spec.train.verification.replicas = replicas
+    else:
+        spec.train.verification.audit_fraction = audit
+    plan.spec = spec.SerializeToString()
+    plan.unit_span, plan.verified = 1, True
+    return plan
+
+
+class Voters:
+    """Workers without a network: each sends its home, and what it is asked for."""
+
+    def __init__(
+        self, plan: JobPlan, workers: int = 4, lie: Lie = lambda *_: False, seed: int = 0
+    ) -> None:
+        self.job = ScriptedJob(lambda *given: make_ranges(*given, secret=SECRET), plan)
+        self.ranges = self.job.root
+        self.lie = lie
+        self.draw = random.Random(seed)
+        self.keys: dict[str, object] = {}
+        self.asked: list[tuple[str, tuple[int, int], Node]] = []
+        self.due: list[tuple[str, Frame]] = []
+        self.caught: list[Caught] = []
+        self.verified = 0
+        self.now_s = 0.0
+        self.homes: dict[int, str] = {}
+        self.names = [f"w{number}" for number in range(1, workers + 1)]
+        for name in self.names:
+            self.connect(name)
+        self.perform(self.ranges.begin())
+        self.job.pull()
+
+    def connect(self, name: str, incarnation: str = "one") -> None:
+        self.keys[name] = object()
+        self.ranges.stream_opened(self.keys[name], name, incarnation)
+
+    def disconnect(self, name: str) -> None:
+        self.ranges.stream_closed(self.keys.pop(name))
+        self.due = [each for each in self.due if each[0] != name]
+
+    def perform(self, effects: list[Any]) -> None:
+        for effect in effects:
+            if isinstance(effect, Ask):
+                order = effect.order
+                self.asked += [(order.worker_id, order.key, node) for node in order.nodes]
+            elif isinstance(effect, Caught):
+                self.caught.append(effect)
+            self.verified += isinstance(effect, Verified)
+        self.job.effects += effects
+        while self.ranges.works:
+            self.perform(self.ranges.work(self.now_s))
+
+    def frames(self, name: str, shard: int, *, copy: bool, **options: Any) -> list[Frame]:
+        """What a worker sends of one shard in the newest round."""
+        go = self.job.go
+        frames = self.job.nodes_frames([Node(shard, 1)], go, copy=copy, **options)
+        if self.lie(name, go, shard):
+            header, payload = frames[-1]
+            wrong = bytearray(payload)
+            wrong[-1] ^= 1 + int(name[1:])
+            frames[-1] = header, memoryview(bytes(wrong))
+        return frames
+
+    def send(self, name: str, frames: list[Frame]) -> None:
+        for frame in frames:
+            if name in self.keys:
+                self.perform(self.ranges.contribute(*frame, self.now_s, self.keys[name]))
+
+    def deliver(self, name: str, shard: int, *, copy: bool = False) -> None:
+        self.send(name, self.frames(name, shard, copy=copy))
+
+    def home(self, shard: int) -> str:
+        return self.homes.get(shard, self.names[shard % len(self.names)])
+
+    def take_asked(self) -> list[tuple[str, int]]:
+        """Who was asked for which shards of the open round since the last call."""
+        go = self.job.go
+        asked = [each for each in self.asked if each[1] == (go.version, go.round)]
+        self.asked.clear()
+        return [(name, node.first) for name, _, node in asked]
+
+    def run_round(self) -> GoRecord:
+        """Frames of all workers in any order, until the round is over."""
+        go = self.job.go
+        width = self.job.leaves.width(go)
+        self.due = []
+        for shard in range(width):
+            self._owe(self.home(shard), shard, copy=False)
+        while self.job.go is go:
+            if not self.due and not self.asked:
+                # Who delivers a shard of one that was caught is not known yet.
+                self.now_s += PATIENCE_UNMEASURED_S
+                self.perform(self.ranges.look(self.now_s))
+            for name, shard in self.take_asked():
+                self._owe(name, shard, copy=True)
+            assert self.due, f"nobody is asked for what is missing in {go}"
+            name, frame = self.due.pop(self.draw.randrange(len(self.due)))
+            self.send(name, [frame])
+            self.job.pull()
+        return go
+
+    def _owe(self, name: str, shard: int, *, copy: bool) -> None:
+        if name in self.keys:
+            self.due += [(name, frame) for frame in self.frames(name, shard, copy=copy)]
+
+    def run(self) -> ScriptedJob:
+        while self.job.go.action not in (GoRecord.ACTION_STOP, GoRecord.ACTION_FAIL):
+            self.run_round()
+        assert self.job.go.action == GoRecord.ACTION_STOP
+        return self.job
+
+
+def final_bytes(plan: JobPlan) -> bytes:
+    return bytes(reference(plan)[-1].tobytes())
+
+
+@pytest.mark.parametrize("elements", [600, TWO_FRAMES])
+def test_the_bits_are_those_of_the_job_without_verification(elements: int) -> None:
+    plan = verified_plan(elements=elements, steps=2)
+    for seed in range(3):
+        voters = Voters(plan, seed=seed)
+        job = voters.run()
+        assert job.vector(2).tobytes() == final_bytes(plan)
+        assert job.root.examples_lost == job.root.examples_doubled == 0
+        assert voters.caught == []
+        assert voters.verified == 1 + 2 * SHARDS + 3, "the parameters, two steps, an evaluation"
+
+
+def test_a_minority_of_liars_changes_nothing_in_any_order_and_is_caught() -> None:
+    plan = verified_plan()
+
+    def lie(name: str, go: GoRecord, shard: int) -> bool:
+        """Three of six lie, never two about the same leaf."""
+        return name in ("w1", "w2", "w3") and (go.version + shard) % 3 == int(name[1:]) - 1
+
+    caught: set[str] = set()
+    for seed in range(30):
+        voters = Voters(plan, workers=6, lie=lie, seed=seed)
+        job = voters.run()
+        assert job.vector(3).tobytes() == final_bytes(plan)
+        assert job.root.examples_lost == job.root.examples_doubled == 0
+        names = [each.worker_id for each in voters.caught]
+        assert len(set(names)) == len(names), "each is told of once"
+        assert {*names} <= {"w1", "w2", "w3"}
+        caught.update(names)
+    assert caught == {"w1", "w2", "w3"}
+
+
+def test_who_is_caught_is_told_with_leaf_and_both_hashes() -> None:
+    voters = Voters(verified_plan(), lie=lambda name, go, _: name == "w2" and go.action == TRAIN)
+    voters.run_round()
+    voters.run_round()
+    [caught] = voters.caught
+    assert (caught.worker_id, caught.incarnation, caught.version) == ("w2", "one", 0)
+    assert caught.action == TRAIN
+    assert caught.node.span == 1
+    assert len(caught.digest) == len(caught.majority) == 64
+    assert caught.digest != caught.majority
+    assert "w2" not in caught.agreed
+    assert len(caught.agreed) == 2
+
+
+def in_training(**options: Any) -> Voters:
+    """A job whose first train round is open."""
+    voters = Voters(verified_plan(**options))
+    voters.run_round()
+    assert voters.job.go.action == TRAIN
+    return voters
+
+
+def test_nothing_enters_a_sum_before_two_are_equal() -> None:
+    voters = in_training()
+    for shard in range(SHARDS):
+        voters.deliver(voters.home(shard), shard)
+    assert voters.job.root.versions_of(0).held == [0]
+    copies = voters.take_asked()
+    assert {shard for _, shard in copies} == set(range(SHARDS))
+    for name, shard in copies[1:]:
+        voters.deliver(name, shard, copy=True)
+    assert voters.job.root.versions_of(0).held == [0]
+    voters.deliver(*copies[0], copy=True)
+    assert voters.job.root.version == 1
+
+
+def test_copies_are_never_asked_of_who_has_voted_nor_of_two_for_one() -> None:
+    voters = in_training()
+    for shard in range(SHARDS):
+        voters.deliver(voters.home(shard), shard)
+    copies = voters.take_asked()
+    assert sorted(shard for _, shard in copies) == list(range(SHARDS))
+    assert all(name != voters.home(shard) for name, shard in copies)
+
+
+def test_two_that_differ_call_a_third_and_a_worker_has_one_vote() -> None:
+    voters = in_training()
+    voters.lie = lambda name, *_: name == "w1"
+    voters.deliver("w1", 0)
+    [(second, _)] = voters.take_asked()
+    voters.deliver("w1", 0)
+    voters.deliver("w1", 0, copy=True)
+    assert voters.job.root.verifiers_missing(0.0) is None
+    assert voters.take_asked() == []
+    voters.deliver(second, 0, copy=True)
+    [(third, shard)] = voters.take_asked()
+    assert (shard, len({"w1", second, third})) == (0, 3)
+    assert voters.caught == []
+    voters.deliver(third, 0, copy=True)
+    [caught] = voters.caught
+    assert (caught.worker_id, caught.agreed) == ("w1", tuple(sorted((second, third))))
+
+
+def test_of_five_three_must_agree() -> None:
+    voters = in_training(replicas=5)
+    voters.deliver("w1", 0)
+    asked = [name for name, _ in voters.take_asked()]
+    assert len(asked) == 2
+    voters.lie = lambda name, *_: name == asked[0]
+    voters.deliver(asked[0], 0, copy=True)
+    [(fourth, _)] = voters.take_asked()
+    voters.deliver(asked[1], 0, copy=True)
+    assert voters.caught == []
+    voters.deliver(fourth, 0, copy=True)
+    assert [each.worker_id for each in voters.caught] == [asked[0]]
+
+
+def test_what_a_caught_worker_has_voted_and_sends_does_not_count() -> None:
+    voters = in_training()
+    voters.lie = lambda name, _, shard: (name, shard) == ("w1", 0)
+    voters.deliver("w1", 4)
+    voters.deliver("w1", 0)
+    voters.deliver("w2", 0, copy=True)
+    voters.deliver("w3", 0, copy=True)
+    assert [each.worker_id for each in voters.caught] == ["w1"]
+    assert [name for name, _ in voters.take_asked() if name == "w1"] == []
+    voters.deliver("w2", 4, copy=True)
+    assert voters.verified == 1 + 1, "the parameters, and shard 0"
+    voters.deliver("w1", 4)
+    assert voters.verified == 2
+    voters.deliver("w3", 4, copy=True)
+    assert voters.verified == 3
+
+
+def test_another_start_of_a_caught_worker_is_believed_again() -> None:
+    voters = in_training()
+    voters.lie = lambda name, *_: name == "w1"
+    for name in ("w1", "w2", "w3"):
+        voters.deliver(name, 0)
+    voters.lie = lambda *_: False
+    voters.disconnect("w1")
+    voters.connect("w1", "one")
+    voters.deliver("w1", 1)
+    voters.deliver("w2", 1)
+    assert voters.verified == 2, "the same start is not"
+    voters.disconnect("w1")
+    voters.connect("w1", "two")
+    voters.deliver("w1", 1)
+    assert voters.verified == 3
+
+
+def test_a_late_vote_that_differs_is_told_too() -> None:
+    voters = in_training()
+    voters.deliver("w1", 0)
+    voters.deliver("w2", 0, copy=True)
+    voters.lie = lambda *_: True
+    voters.deliver("w3", 0, copy=True)
+    [caught] = voters.caught
+    assert (caught.worker_id, caught.agreed) == ("w3", ("w1", "w2"))
+
+
+@pytest.mark.parametrize("what", ["loss", "count"])
+def test_loss_and_examples_are_hashed_too(what: str) -> None:
+    voters = in_training()
+    frames = voters.frames("w1", 0, copy=False)
+    for header, _ in frames:
+        if what == "loss":
+            header.loss_sum += 1.0
+        else:
+            header.example_count += 1
+    voters.send("w1", frames)
+    voters.deliver("w2", 0, copy=True)
+    assert voters.verified == 1
+    voters.deliver("w3", 0, copy=True)
+    assert [each.worker_id for each in voters.caught] == ["w1"]
+
+
+def test_an_absent_shard_is_voted_on_like_any_other() -> None:
+    voters = in_training(elements=TWO_FRAMES)
+    for name in ("w1", "w2"):
+        voters.send(name, voters.frames(name, 0, copy=False, absent=[0]))
+    for shard in range(1, SHARDS):
+        for name in ("w1", "w2"):
+            voters.deliver(name, shard)
+    assert voters.job.root.version == 1
+    assert voters.job.root.examples_lost == 8
+
+
+def test_a_part_of_a_copy_on_a_broken_stream_is_not_continued_on_the_next() -> None:
+    voters = in_training(elements=TWO_FRAMES)
+    first, last = voters.frames("w1", 0, copy=False)
+    voters.send("w1", [first])
+    old = voters.keys["w1"]
+    voters.connect("w1")
+    voters.send("w1", [first])
+    voters.ranges.stream_closed(old)
+    voters.send("w1", [last])
+    voters.deliver("w2", 0, copy=True)
+    assert voters.verified == 2
+
+
+def test_frames_of_one_copy_must_agree_with_each_other() -> None:
+    voters = in_training(elements=TWO_FRAMES)
+    frames = voters.frames("w1", 0, copy=False)
+    frames[1][0].loss_sum += 1.0
+    with pytest.raises(InvalidArgument, match="in one contribution differ"):
+        voters.send("w1", frames)
+    with pytest.raises(InvalidArgument, match="by nodes of 1"):
+        voters.send("w1", voters.job.nodes_frames([Node(0, 2)]))
+
+
+def test_where_a_verifier_dies_another_is_asked() -> None:
+    voters = in_training()
+    voters.deliver("w1", 0)
+    [(second, _)] = voters.take_asked()
+    voters.disconnect(second)
+    voters.perform(voters.ranges.look(0.1))
+    asked = voters.take_asked()
+    third = next(name for name, shard in asked if shard == 0)
+    assert third not in ("w1", second)
+    voters.deliver(third, 0, copy=True)
+    assert voters.verified == 2
+
+
+def test_where_a_verifier_is_late_another_is_asked_and_it_is_told() -> None:
+    voters = in_training()
+    voters.deliver("w1", 0)
+    [(second, _)] = voters.take_asked()
+    voters.perform(voters.ranges.look(PATIENCE_UNMEASURED_S - 0.01))
+    assert voters.take_asked() == []
+    voters.perform(voters.ranges.look(PATIENCE_UNMEASURED_S))
+    assert voters.ranges.late_workers(PATIENCE_UNMEASURED_S + 1) == {second: pytest.approx(11.0)}
+    third = next(name for name, shard in voters.take_asked() if shard == 0)
+    assert third not in ("w1", second)
+
+
+def test_whose_home_is_late_costs_one_wait_and_not_one_in_each_step() -> None:
+    voters = Voters(verified_plan(steps=12, evaluation_shards=0))
+    for _ in range(6):
+        voters.now_s += 0.1
+        voters.run_round()
+    late = voters.home(0)
+    patience_s = voters.ranges._verifiers.patience_s
+    assert patience_s < PATIENCE_UNMEASURED_S
+
+    def owed_by_others() -> None:
+        for shard in range(SHARDS):
+            if voters.home(shard) != late:
+                voters.deliver(voters.home(shard), shard)
+        for name, shard in voters.take_asked():
+            if name != late:
+                voters.deliver(name, shard, copy=True)
+
+    owed_by_others()
+    before = voters.job.root.version
+    assert voters.job.root.version == before
+    voters.now_s += patience_s
+    voters.perform(voters.ranges.look(voters.now_s))
+    while voters.job.root.version == before:
+        copies = voters.take_asked()
+        assert copies, "others are asked for what is late"
+        for name, shard in copies:
+            assert name != late
+            voters.deliver(name, shard, copy=True)
+    voters.job.pull()
+    assert late in voters.ranges.late_workers(voters.now_s)
+    asked = voters.take_asked()
+    voters.asked = [(name, (before + 1, 0), Node(shard, 1)) for name, shard in asked]
+    assert late not in {name for name, _ in asked}
+    owed_by_others()
+    for name, shard in voters.take_asked():
+        voters.deliver(name, shard, copy=True)
+    assert voters.job.root.version == before + 2, "its shards were asked of others at once"
+
+
+def test_without_enough_workers_it_waits_and_says_what_for() -> None:
+    voters = in_training()
+    voters.disconnect("w2")
+    voters.disconnect("w3")
+    voters.disconnect("w4")
+    for shard in range(SHARDS):
+        voters.deliver("w1", shard)
+    assert voters.ranges.verifiers_missing(0.0) is None, "members come and go"
+    missing = voters.ranges.verifiers_missing(MISSING_AFTER_S)
+    assert missing is not None
+    assert (missing.version, missing.leaves, missing.node) == (0, SHARDS, Node(0, 1))
+    assert (missing.copies, missing.results, missing.needed) == (1, 1, 2)
+    assert voters.job.root.version == 0
+    voters.connect("w2")
+    voters.perform(voters.ranges.look(1.5))
+    assert voters.ranges.verifiers_missing(1.5) is None
+    for name, shard in voters.take_asked():
+        voters.deliver(name, shard, copy=True)
+    assert voters.job.root.version == 1
+
+
+def test_workers_that_are_late_for_long_are_not_counted_on() -> None:
+    voters = in_training()
+    for shard in range(SHARDS):
+        voters.deliver("w1", shard)
+    late_s = PATIENCE_UNMEASURED_S
+    for _ in range(3):
+        voters.perform(voters.ranges.look(late_s))
+        late_s += PATIENCE_UNMEASURED_S
+    assert voters.ranges.verifiers_missing(late_s) is None
+    voters.perform(voters.ranges.look(late_s + LONG_LATE_S))
+    assert voters.ranges.verifiers_missing(late_s + LONG_LATE_S + MISSING_AFTER_S) is not None
+
+
+def test_results_that_all_differ_are_told_as_such() -> None:
+    voters = in_training()
+    voters.lie = lambda *_: True
+    for name in ("w1", "w2", "w3", "w4"):
+        voters.deliver(name, 0)
+    assert voters.caught == []
+    voters.ranges.verifiers_missing(0.0)
+    missing = voters.ranges.verifiers_missing(MISSING_AFTER_S)
+    assert missing is not None
+    assert (missing.copies, missing.results, missing.needed) == (4, 4, 2)
+
+
+def audited(seed: int, lie: Lie = lambda *_: False, fraction: float = 0.5) -> Voters:
+    plan = verified_plan(audit=fraction, steps=8, evaluation_shards=0)
+    voters = Voters(plan, lie=lie, seed=seed)
+    voters.run()
+    return voters
+
+
+def test_an_audit_compares_about_the_fraction_and_always_the_same_leaves() -> None:
+    counts = {audited(seed).verified for seed in range(3)}
+    assert len(counts) == 1, "arrival decides nothing"
+    assert 10 < counts.pop() < 31, "of 8 × 5, and the parameters"
+    assert audited(0, fraction=1.0).verified == 1 + 8 * SHARDS
+    assert audited(0, fraction=1e-9).verified == 1, "the parameters are always compared"
+
+
+def test_an_audit_catches_a_liar_and_leaves_it_out_of_what_was_drawn() -> None:
+    voters = audited(1, lambda name, go, _: name == "w3" and go.action == TRAIN)
+    assert [each.worker_id for each in voters.caught] == ["w3"]
+    honest = audited(1)
+    assert honest.job.vector(8).tobytes() == final_bytes(honest.job.plan)
+
+
+def test_the_initial_parameters_are_verified() -> None:
+    plan = verified_plan(audit=0.01, steps=1)
+    voters = Voters(plan, lie=lambda name, go, _: name == "w1" and go.version == 0)
+    voters.run_round()
+    assert voters.job.vector(0).tobytes() == initial_vector(plan).tobytes()
+    assert [each.worker_id for each in voters.caught] == ["w1"]
+
+
+def test_a_robust_reducer_sees_only_what_was_verified() -> None:
+    plan = verified_plan(steps=2)
+    spec = JobSpec.FromString(plan.spec)
+    spec.train.reduction.CopyFrom(Reduction(median=Median()))
+    plan.spec = spec.SerializeToString()
+    wanted = Voters(plan).run().vector(2).tobytes()
+    assert wanted != final_bytes(plan)
+    for seed in range(5):
+        voters = Voters(plan, lie=lambda name, *_: name == "w1", seed=seed)
+        assert voters.run().vector(2).tobytes() == wanted
+
+
+def test_a_pause_in_the_middle_of_votes_forgets_them() -> None:
+    voters = in_training()
+    voters.deliver("w1", 0)
+    voters.perform(voters.ranges.pause())
+    voters.job.pull()
+    assert voters.job.go.action == GoRecord.ACTION_PAUSE
+    assert voters.ranges.verifiers_missing(99.0) is None
+    assert voters.ranges.look(99.0) == []
+
+
+def test_one_range_is_needed() -> None:
+    plan = verified_plan(elements=TWO_FRAMES, ranges=2)
+    with pytest.raises(InvalidArgument, match="in one range, not in 2"):
+        ScriptedJob(make_ranges, plan)
+
+
+def test_a_stream_that_is_not_a_workers_is_refused() -> None:
+    voters = in_training()
+    frames = voters.frames("w1", 0, copy=False)
+    voters.keys["w9"] = object()
+    with pytest.raises(InvalidArgument, match="no worker's stream"):
+        voters.send("w9", frames)
+    assert np.isfinite(voters.job.vector(0)).all()
