@@ -62,6 +62,13 @@ class _Nothing:
 NOTHING = _Nothing()
 
 
+class _Secrets:
+    """What is secret is the same in each run."""
+
+    def randbits(self, bits: int) -> int:
+        return (1 << bits) // 3
+
+
 class _Psutil:
     def Process(self) -> _Psutil:
         return self
@@ -133,6 +140,7 @@ class Services:
         replace = self.environment.replace
         replace(worker.main, "gc", NOTHING)
         replace(coordinator.aggregation.process, "psutil", _Psutil())
+        replace(coordinator.aggregation.process, "secrets", _Secrets())
         replace(coordinator.aggregation.process, "numeric_fingerprint", self)
         replace(worker.session.app, "_resident_bytes", lambda _: 0)
         replace(worker.session.app, "_memory_bytes", lambda: 1 << 34)
@@ -217,6 +225,8 @@ class Cluster:
         self.controls = [f"control-{n + 1}" for n in range(settings.controls)]
         self.aggregators = [f"aggregator-{n + 1}" for n in range(settings.aggregators)]
         self.workers = [f"worker-{n + 1}" for n in range(settings.workers)]
+        for number, name in enumerate(self.workers[: settings.liars]):
+            self.machines.liars[name] = number
         if settings.mixed:
             self.machines.fingerprints[self.workers[-1]] = jobs.FINGERPRINTS[1]
         self.slowness: dict[str, float] = {}

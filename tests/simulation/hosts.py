@@ -27,6 +27,8 @@ from worker.leaf.reduce import Scratch, Sums, reduce_node
 
 GoRecord = training_pb2.GoRecord
 SIGKILL = -9
+LIARS = 3
+"""Lies are about every third leaf."""
 
 
 class Machines:
@@ -41,6 +43,10 @@ class Machines:
         """Workers whose present leaf never ends."""
         self.bad: set[str] = set()
         """Workers whose next leaf gives no finite number."""
+        self.liars: dict[str, int] = {}
+        """Workers that lie about some leaves where that must not change anything, each about
+        other ones: those with its number."""
+        self.lies = 0
         self.fingerprints: dict[str, str] = {}
 
 
@@ -244,7 +250,21 @@ class Leaf:
         self._loop.call_later(leaf_s, ends)
 
     def _compute(self, order: ipc.RunOrder, shard: int) -> tuple[Any, int, float]:
-        shape, plan, arena = self._plans[order.job]
+        shape = self._plans[order.job][0]
+        if self._lies(shape, order, shard):
+            self._machines.lies += 1
+            values, count, loss = self._true(shape, order, shard)
+            return values * values.dtype.type(1.5), count, loss
+        return self._true(shape, order, shard)
+
+    def _lies(self, shape: jobs.Shape, order: ipc.RunOrder, shard: int) -> bool:
+        """Whether this worker lies about a leaf, as it may where copies outvote it."""
+        number = self._machines.liars.get(self._worker)
+        outvoted = "3 replicas" in shape.parts and number is not None
+        return outvoted and (order.version + shard) % LIARS == number
+
+    def _true(self, shape: jobs.Shape, order: ipc.RunOrder, shard: int) -> tuple[Any, int, float]:
+        plan, arena = self._plans[order.job][1:]
         if order.action == GoRecord.ACTION_INITIALISE:
             return jobs.initial(shape), 0, 0.0
         if order.action == GoRecord.ACTION_EVALUATE:

@@ -29,7 +29,7 @@ from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import reduce_leaves
 from phalanx.specs.parts import unit_span
 from phalanx.v1 import training_pb2
-from phalanx.v1.job_spec_pb2 import Compression, JobSpec, Reduction, Train
+from phalanx.v1.job_spec_pb2 import Compression, JobSpec, Reduction, Train, Verification
 
 Array = NDArray[Any]
 
@@ -90,7 +90,22 @@ ONE_BY_ONE: dict[str, dict[str, Any]] = {
 }
 """Parts of jobs whose contributions commit one by one."""
 
-ALL_PARTS = PARTS | ONE_BY_ONE
+VERIFIED: dict[str, dict[str, Any]] = {
+    "3 replicas": {"verification": {"replicas": 3}},
+    "3 replicas, int8, median": {
+        "verification": {"replicas": 3},
+        "compression": {"int8": {"bucket": 16}},
+        "reduction": {"median": {}},
+    },
+    "3 replicas, local": {
+        "verification": {"replicas": 3},
+        "local": {"steps": 2, "outer": {"sgd": {"learning_rate": 1.0}}},
+    },
+    "audit": {"verification": {"audit_fraction": 0.3}},
+}
+"""The same for jobs whose contributions are compared: these need enough workers."""
+
+ALL_PARTS = PARTS | ONE_BY_ONE | VERIFIED
 
 FINGERPRINTS = ("fingerprint-1", "fingerprint-2")
 """Machines of another fingerprint compute other bits."""
@@ -210,6 +225,7 @@ def shape_of_spec(spec: JobSpec, fingerprint: str) -> Shape:
             train.compression.SerializeToString(),
             train.optimizer.clip_norm,
             _consistency_of(train),
+            train.verification.SerializeToString(),
         ),
     )
 
@@ -225,16 +241,20 @@ def _consistency_of(train: Train) -> tuple[int, int, bytes, int]:
 
 @functools.lru_cache(maxsize=64)
 def _parts_of(
-    reduction: bytes, compression: bytes, clip_norm: float, consistency: tuple[int, int, bytes, int]
+    reduction: bytes,
+    compression: bytes,
+    clip_norm: float,
+    consistency: tuple[int, int, bytes, int],
+    verification: bytes,
 ) -> str:
     parts = Reduction.FromString(reduction), Compression.FromString(compression), clip_norm
-    found = (*parts, consistency)
+    found = (*parts, consistency, Verification.FromString(verification))
     for name, document in ALL_PARTS.items():
         train = ParseDict(document, Train())
         if train.reduction.WhichOneof("kind") is None:
             train.reduction.weighted_mean.SetInParent()
         known = train.reduction, train.compression, train.optimizer.clip_norm
-        if (*known, _consistency_of(train)) == found:
+        if (*known, _consistency_of(train), train.verification) == found:
             return name
     raise LookupError(f"no parts are known that give {found}")
 

@@ -110,6 +110,9 @@ KNOWN = {
     ),
     "local steps begin anew in every step": Known(0, (), (("parts", "local"),)),
     "any node is encoded": Known(0, _STREAMS, (("workers", 4), ("parts", "int8"))),
+    "the first copy of a leaf is believed": Known(
+        0, (), (("workers", 4), ("liars", 1), ("parts", "3 replicas"))
+    ),
     "decay begins anew in every range": Known(1),
     "leaves run on a part of a version": Known(1),
     "the newer version is overwritten": Known(

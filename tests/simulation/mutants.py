@@ -6,8 +6,8 @@
 A mutant is a function and a change of its text. `rule` is the rule of the data plane that it takes
 out: 1 whole versions, 2 terms and generations, 3 the root decides, 5 nodes, 6 non-finite leaves,
 7 no producer waits, 8 budgets, 9 checkpoints, 11 roll-back, 12 leases, 14 the number of ranges does
-not matter, 16 fingerprint; 0 where it is a rule of control, of storage, of copies or of leaves.
-Rules that belong to what is refused still are in `NOT_BUILT`.
+not matter, 15 verification, 16 fingerprint; 0 where it is a rule of control, of storage, of copies
+or of leaves. Rules that belong to what is refused still are in `NOT_BUILT`.
 """
 
 from __future__ import annotations
@@ -168,7 +168,6 @@ NOT_BUILT = {
     ),
     13: ("train.all_reduce",),
     14: ("train.privacy",),
-    15: ("train.verification.replicas", "train.verification.audit_fraction"),
 }
 """Rules of the data plane, or parts of them, about fields of jobs that are refused so far."""
 
@@ -382,6 +381,10 @@ MUTANTS = (
         Change("worker.core.rounds:Round._units", "if self._unit else", "if False else"),
         Change("worker.core.rounds:Round._add_parts", "max(1, self._unit)", "self.width"),
         Change(f"{_AGGREGATION}.core.rounds:payload_values", "if spec.unit and", "if False and"),
+    ),
+    _one(
+        "the first copy of a leaf is believed", 15, f"{_AGGREGATION}.core.ballots:Ballot._vote",
+        "if len(agreed) < question.needed:", "if False:",
     ),
     _one(
         "decay begins anew in every range", 14, f"{_AGGREGATION}.core.state:_decay_frames",

@@ -28,6 +28,8 @@ ALL_FROM_SEED = 1000
 
 ONE_BY_ONE_SHARE = 0.3
 """Part of the seeds from there on that have a job whose contributions commit one by one."""
+VERIFIED_SHARE, VERIFIED_WORKERS = 0.3, 3
+"""How many of the runs that have so many workers with the same bits compare contributions."""
 
 KINDS = frozenset(fault_kinds()) | {"job_paused", "job_cancelled", "call_repeated", "last_strike"}
 """Every kind of fault that a batch must have met."""
@@ -59,7 +61,9 @@ class Settings:
     script_s: float = 1.5
     """When it begins."""
     parts: str = ""
-    """What all jobs are composed of, one of `jobs.PARTS`; empty: as drawn."""
+    """What all jobs are composed of, one of `jobs.ALL_PARTS`; empty: as drawn."""
+    liars: int = 0
+    """Workers that lie in jobs that outvote them, see `hosts.Machines.liars`."""
     converges_s: float = 60.0
     """Virtual time after the last fault within which every job must have ended."""
     share: float = 0.6
@@ -100,6 +104,8 @@ class Outcome:
     cancelled: int = 0
     terms: int = 0
     """Highest term of any job."""
+    lies: int = 0
+    """Leaves about which a worker lied."""
     copies_asked: int = 0
     copies_raced: int = 0
     """Copies of late shards that were asked for; shards that came as a copy and from home."""
@@ -140,6 +146,18 @@ def draw_one_by_one(shapes: tuple[jobs.Shape, ...], seed: int) -> tuple[jobs.Sha
         return shapes
     first = jobs.composed(shapes[0], chance.choice(sorted(jobs.ONE_BY_ONE)))
     return (first, *shapes[1:])
+
+
+def draw_verified(settings: Settings, chance: random.Random) -> Settings:
+    """In a part of the swarm contributions are compared, and maybe a worker lies. There must be
+    enough workers for that, and none of them may be gone for good."""
+    possible = settings.workers - settings.mixed >= VERIFIED_WORKERS and not settings.parts
+    tolerant = any(shape.tolerant for shape in settings.shapes)
+    if not possible or tolerant or chance.random() >= VERIFIED_SHARE:
+        return settings
+    parts = chance.choice(sorted(jobs.VERIFIED))
+    shapes = tuple(jobs.composed(shape, parts) for shape in settings.shapes)
+    return replace(settings, shapes=shapes, liars=chance.choice([0, 1]), lasting=False)
 
 
 def draw_parts(chance: random.Random, seed: int) -> str:
@@ -254,6 +272,7 @@ class Run:
             outcome.faults.update(schedule.fired)
             outcome.faults["struck_in_the_act"] = self.faults.struck
             outcome.faults["last_strike"] = int(self.last.struck)
+        outcome.lies = self.cluster.machines.lies
         outcome.copies_asked, outcome.copies_raced = self.races.asked, self.races.raced
         if user.repeats:
             outcome.faults["call_repeated"] += user.repeats
@@ -326,6 +345,8 @@ def simulate(
     if settings.parts:
         shapes = tuple(jobs.composed(shape, settings.parts) for shape in settings.shapes)
         settings = replace(settings, shapes=shapes)
+    if only is None and seed >= ALL_FROM_SEED:
+        settings = draw_verified(settings, random.Random(f"verified {seed}"))
     if any(shape.tolerant for shape in settings.shapes):
         # Such a job takes everybody, whatever bits they compute.
         settings = replace(settings, mixed=False)
