@@ -49,8 +49,9 @@ def _verification(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     most = spec.resources.max_workers
     if 0 < most < needed:
         message = (
-            f"{number_of(most, 'worker')} cannot make {needed} copies of a contribution, each on a "
-            f"worker of its own; use at least {needed}, or no limit"
+            f"{number_of(most, 'worker')} cannot make {number_of(needed, 'copy', 'copies')} of a "
+            "contribution, each on a worker of its own; "
+            f"use at least {needed}, or no limit"
         )
         yield Violation("resources.max_workers", message)
     if parts.commits_one_by_one(spec.train):
@@ -85,8 +86,8 @@ def _replicas(replicas: int) -> Iterator[Violation]:
         yield Violation(path, message)
     elif replicas % 2 == 0:
         message = (
-            f"must be odd: {replicas} copies stand no more wrong ones than {replicas - 1}; "
-            f"use {replicas - 1} or {replicas + 1}"
+            f"must be odd: {number_of(replicas, 'copy', 'copies')} stand no more wrong ones than "
+            f"{replicas - 1}; use {replicas - 1} or {replicas + 1}"
         )
         yield Violation(path, message)
 

@@ -88,10 +88,10 @@ def watch_verifiers(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
     more = "" if missing.leaves == 1 else f" (and {missing.leaves - 1} more)"
     came = f"{number_of(missing.copies, 'copy', 'copies')} of it came"
     if missing.results > 1:
-        came += f", with {missing.results} different results"
+        came += f", with {number_of(missing.results, 'different result')}"
     message = (
-        f"{missing.needed} workers have to agree on {what} of step {missing.step}{more}: {came}, "
-        "and there is no other worker that delivers; add workers"
+        f"{number_of(missing.needed, 'worker')} have to agree on {what} of step "
+        f"{missing.step}{more}: {came}, and there is no other worker that delivers; add workers"
     )
     if missing.results > 2:
         message += " (code that depends on more than its seed and its rows differs, too)"
