@@ -247,6 +247,19 @@ def test_two_that_differ_call_a_third_and_a_worker_has_one_vote() -> None:
     assert (caught.worker_id, caught.agreed) == ("w1", tuple(sorted((second, third))))
 
 
+def test_a_vote_stands_whatever_its_worker_sends_later() -> None:
+    voters = in_training()
+    voters.lie = lambda name, *_: name == "w1"
+    voters.deliver("w1", 0)
+    voters.lie = lambda *_: False
+    voters.deliver("w1", 0)
+    voters.deliver("w2", 0, copy=True)
+    assert voters.verified == 1, "the parameters; these two differ"
+    voters.deliver("w3", 0, copy=True)
+    assert voters.verified == 2
+    assert [each.worker_id for each in voters.caught] == ["w1"]
+
+
 def test_of_five_three_must_agree() -> None:
     voters = in_training(replicas=5)
     voters.deliver("w1", 0)
