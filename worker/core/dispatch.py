@@ -1,7 +1,8 @@
 """Which slot computes what, over all jobs of the worker.
 
 A task is what one slot computes of one round in one go. It waits at the slot that the division
-chose; a slot that has nothing of its own takes over what waits at a busy or broken one.
+chose; a slot that has nothing of its own takes over what waits at a busy or broken one. Where tasks
+of several jobs wait, the job that had least of its share comes first (`shares`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from worker.core.rounds import Part, PartState, Round
+from worker.core.shares import Shares
 
 
 @dataclass(eq=False, slots=True)
@@ -37,10 +39,27 @@ class Dispatcher:
         self._idle: set[int] = set()
         self.one_at_a_time = False
         self.running: dict[int, Task] = {}
+        self.shares = Shares()
+        #: The job that idle slots wait for, and how often they waited for one.
+        self._awaited = ""
+        self.waits = 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether idle slots wait for a job that is behind."""
+        return bool(self._awaited)
 
     def submit(self, task: Task) -> None:
         """Queue a task at its slot."""
         self._queues[task.slot].append(task)
+        if task.job_id == self._awaited:
+            self.shares.came(self._awaited)
+            self._awaited = ""
+
+    def wait_over(self) -> None:
+        """Idle slots have waited long enough: `start` gives them what there is."""
+        self.shares.stayed_away(self._awaited)
+        self._awaited = ""
 
     def withdraw(self, task: Task) -> bool:
         """Take a task back; False: it runs already (or has ended)."""
@@ -72,12 +91,27 @@ class Dispatcher:
             queue = self._queues[slot]
             if not queue:
                 queue = max(self._queues, key=len)
-            if not queue:
+            task = self._take(queue)
+            if task is None:
                 break
-            started.append(queue.popleft())
+            started.append(task)
             started[-1].slot = slot
             self.running[slot] = started[-1]
             for part in started[-1].parts:
                 part.state = PartState.RUNNING
         self._idle.difference_update(task.slot for task in started)
         return started
+
+    def _take(self, queue: deque[Task]) -> Task | None:
+        """Take the task whose turn it is; None: there is none, or its job has to wait."""
+        if not queue or self._awaited:
+            return None
+        job_id = self.shares.first(task.job_id for task in queue)
+        there = {task.job_id for each in self._queues for task in each}
+        self._awaited = self.shares.worth_waiting(job_id, there)
+        if self._awaited:
+            self.waits += 1
+            return None
+        task = next(task for task in queue if task.job_id == job_id)
+        queue.remove(task)
+        return task

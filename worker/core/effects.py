@@ -54,6 +54,13 @@ class Run:
 
 
 @dataclass(slots=True)
+class WaitForJob:
+    """Idle slots wait for a job that is behind others: say `wait_over` with this number soon."""
+
+    number: int
+
+
+@dataclass(slots=True)
 class Cancel:
     """Tell the leaf process that runs the task to stop after its present leaf."""
 
@@ -80,4 +87,15 @@ class Drained:
     """A drain was asked for and nothing is hosted any more."""
 
 
-Effect = Prepare | Discard | OpenStreams | Wake | Run | Cancel | Report | RefuseSession | Drained
+Effect = (
+    Prepare
+    | Discard
+    | OpenStreams
+    | Wake
+    | Run
+    | WaitForJob
+    | Cancel
+    | Report
+    | RefuseSession
+    | Drained
+)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from phalanx.reduction import Node
 from phalanx.v1 import coordination_service_pb2 as coordination
-from phalanx.v1 import training_pb2
+from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.core.dispatch import Dispatcher, Task
 from worker.core.effects import (
     Discard,
@@ -20,8 +20,10 @@ from worker.core.effects import (
     RefuseSession,
     Report,
     Run,
+    WaitForJob,
 )
 from worker.core.job import JobCore
+from worker.core.shares import USUAL_PRIORITY
 from worker.core.suspects import Suspects
 
 
@@ -84,7 +86,22 @@ class WorkerCore:
 
     def settle(self, effects: list[Effect]) -> list[Effect]:
         """Add what follows for the slots: call it on the effects of every event of a job."""
-        return effects + [Run(task) for task in self.dispatcher.start()]
+        waits = self.dispatcher.waits
+        started = [Run(task) for task in self.dispatcher.start()]
+        if self.dispatcher.waits > waits:
+            return [*effects, *started, WaitForJob(self.dispatcher.waits)]
+        return [*effects, *started]
+
+    def wait_over(self, number: int) -> list[Effect]:
+        """The time of a `WaitForJob` is over, whatever happened meanwhile."""
+        if not self.dispatcher.waiting or number != self.dispatcher.waits:
+            return []
+        self.dispatcher.wait_over()
+        return self.settle([])
+
+    def computed(self, job_id: str, seconds: float) -> None:
+        """Leaves of a job took so long: its share of the slots."""
+        self.dispatcher.shares.charge(job_id, seconds)
 
     def prepare_done(self, job_id: str, leaf_sha256: str = "") -> list[Effect]:
         """Everything that the job needs is here."""
@@ -121,6 +138,7 @@ class WorkerCore:
             return job.assign(message)
         job = JobCore(message.plan, self.dispatcher, lambda: next(self._task_ids))
         self.jobs[job.job_id] = job
+        self.dispatcher.shares.enrol(job.job_id, _priority(message.plan))
         return [Prepare(message.plan), *job.assign(message)]
 
     def _revoke(self, message: coordination.RevokeJob) -> list[Effect]:
@@ -132,10 +150,16 @@ class WorkerCore:
         if message.term < job.term:
             return []
         del self.jobs[message.job_id]
+        self.dispatcher.shares.dismiss(message.job_id)
         return [*job.leave(), Discard(message.job_id), report, *self._drained()]
 
     def _drained(self) -> list[Effect]:
         return [Drained()] if self.draining and not self.jobs else []
+
+
+def _priority(plan: training_pb2.JobPlan) -> int:
+    spec = job_spec_pb2.JobSpec.FromString(plan.spec)
+    return spec.priority if spec.HasField("priority") else USUAL_PRIORITY
 
 
 def _messages(nodes: Iterable[Node]) -> list[training_pb2.TreeNode]:

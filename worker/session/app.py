@@ -51,6 +51,8 @@ _NOT_PREPARED_SHARDS_MAX = 64
 """Shards told of at once; those that control cannot move away are told again."""
 _PROGRAM = "train"
 _LEAVE_WITHOUT_CONTROL_S = 1.0
+_JOB_WAIT_S = 0.05
+"""How long idle slots wait for a job that is behind: some round trips."""
 
 _log = get_logger(__name__)
 
@@ -87,6 +89,7 @@ class Session:
         self._described: PreparedJob | None = None
         self._fingerprint = ""
         self._drained = asyncio.Event()
+        self._job_wait: asyncio.TimerHandle | None = None
 
     @property
     def connected(self) -> bool:
@@ -130,6 +133,8 @@ class Session:
 
     async def close(self) -> None:
         """End streams, leaf processes and downloads."""
+        if self._job_wait is not None:
+            self._job_wait.cancel()
         await self._control.close()
         for task in list(self._background):
             task.cancel()
@@ -207,6 +212,9 @@ class Session:
                     self._jobs[effect.job_id].wake(effect.aggregator_id)
                 case do.Run():
                     self._run(effect.task)
+                case do.WaitForJob():
+                    loop = asyncio.get_running_loop()
+                    self._job_wait = loop.call_later(_JOB_WAIT_S, self._wait_over, effect.number)
                 case do.Cancel():
                     self._slots.cancel(effect.task)
                     self._chunks.cancel(effect.task)
@@ -222,6 +230,9 @@ class Session:
                     self._drained.set()
                 case do.RefuseSession():
                     raise AssertionError("refusals are handled where messages arrive")
+
+    def _wait_over(self, number: int) -> None:
+        self._perform(self._core.wait_over(number))
 
     def _settle(self, effects: list[do.Effect]) -> None:
         self._perform(self._core.settle(effects))
@@ -363,6 +374,7 @@ class Session:
         """A part of a task is in its buffer."""
         for seconds in done.seconds:
             self._leaf_done.observe(seconds)
+        self._core.computed(task.job_id, sum(done.seconds))
         job = self._jobs.get(task.job_id)
         if job is None or not job.core.owns(task):
             return
