@@ -77,7 +77,9 @@ class JobSpec(_message.Message):
     seed: _builtins.int
     """[0] Start of all randomness: initial parameters and the order of examples."""
     priority: _builtins.int
-    """[50] 0 to 100; jobs of higher priority run first."""
+    """[50] 0 to 100. Of queued jobs the higher priority begins first (it rises by one
+    for each minute of waiting); running jobs share the slots in proportion to it.
+    """
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free words to find the job by."""

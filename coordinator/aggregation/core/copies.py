@@ -298,13 +298,14 @@ class Copies:
         if patience_s is None:
             patience_s = PATIENCE_UNMEASURED_S
         overdue = now_s - self._opened_s >= patience_s
-        asked = once = 0
+        asked, times = 0, [0] * COPIES_MAX  # shards given once or more, twice or more, …
         for given in self._given:
             if now_s - given.given_s < patience_s:
                 asked |= given.mask
-            asked |= once & given.mask
-            once |= given.mask
-        free = missing & ~asked
+            more = given.mask
+            for number, known in enumerate(times):
+                times[number], more = known | more, known & more
+        free = missing & ~(asked | times[-1])
         known = 0
         for home, shards in self._kind.home.items():
             known |= shards

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from coordinator.control.core import levels, speeds
-from coordinator.control.core.eligibility import ITEM_BYTES
+from coordinator.control.core import levels, sharing, speeds
+from coordinator.control.core.eligibility import ITEM_BYTES, weight_of
 from coordinator.control.core.placement import loads
 from coordinator.control.core.state import Core, JobRuntime, Worker
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
@@ -47,7 +47,8 @@ class Levels:
 
 
 def weights(core: Core, job: JobRuntime, workers: Iterable[Worker]) -> dict[str, float]:
-    """Return what placement is proportional to: slots, times measured speed where it differs."""
+    """Return what placement is proportional to: slots, times measured speed and the job's part of
+    the worker's time where they differ."""
     slots = {worker.id: worker.slots for worker in workers}
     found = _factors(core, job, slots)
     return {key: count if found[key] == 1 else count * found[key] for key, count in slots.items()}
@@ -126,7 +127,26 @@ def _slots(core: Core, job: JobRuntime) -> dict[str, int]:
 
 
 def _factors(core: Core, job: JobRuntime, slots: dict[str, int]) -> dict[str, float]:
-    return speeds.factors(job.speeds, slots, core.now.monotonic_s)
+    found = speeds.factors(job.speeds, slots, core.now.monotonic_s)
+    others = [each for each in core.running() if each is not job]
+    limited = [each for each in others if _is_limited(core, each)]
+    if limited:
+        own = weight_of(core, job)
+        everywhere = sum(weight_of(core, each) for each in others if each not in limited)
+        there = {
+            key: sum(weight_of(core, each) for each in limited if key in each.hosts)
+            for key in slots
+        }
+        parts = sharing.parts(own, everywhere, there)
+        found = {key: factor * parts[key] for key, factor in found.items()}
+    return found
+
+
+def _is_limited(core: Core, job: JobRuntime) -> bool:
+    """Whether a job is on some workers only: others are taken to be on all of them, since who is
+    there first, or last, for a moment must not move a shard."""
+    resources = core.facts_of(job).spec.resources
+    return resources.max_workers > 0 or bool(resources.worker_labels)
 
 
 def _measured(job: JobRuntime, worker_id: str) -> bool:

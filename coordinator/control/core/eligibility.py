@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from coordinator.control.core import sharing
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core, JobRuntime, Worker
 from phalanx.errors import PhalanxError, ResourceExhausted
@@ -134,7 +135,8 @@ def largest_fingerprint(workers: list[Worker]) -> str:
 
 
 def choose_hosts(core: Core, job: JobRuntime, group: Group) -> dict[str, Worker]:
-    """Return the workers of the group that host the job: those that do already, then the largest.
+    """Return the workers of the group that host the job: those that do already, then those with the
+    least to do for other jobs, then the largest.
 
     At most `max_workers`. A suspected worker keeps what it has and gets nothing new; one that was
     set aside gets nothing as long as there are others.
@@ -147,8 +149,29 @@ def choose_hosts(core: Core, job: JobRuntime, group: Group) -> dict[str, Worker]
     ]
     well = [worker for worker in wanted if worker.id not in job.set_aside]
     wanted = well or wanted
-    wanted.sort(key=lambda worker: (worker.id not in job.hosts, -worker.slots, worker.id))
+    crowded = _loads(core, job, wanted) if limit < len(wanted) else {}
+
+    def last(worker: Worker) -> tuple[bool, float, int, str]:
+        new = worker.id not in job.hosts
+        return new, crowded.get(worker.id, 0.0), -worker.slots, worker.id
+
+    wanted.sort(key=last)
     return {worker.id: worker for worker in sorted(wanted[:limit], key=lambda each: each.id)}
+
+
+def _loads(core: Core, job: JobRuntime, workers: list[Worker]) -> dict[str, float]:
+    others = [each for each in core.running() if each is not job]
+    return {
+        worker.id: sharing.load(
+            worker.slots, (weight_of(core, each) for each in others if worker.id in each.hosts)
+        )
+        for worker in workers
+    }
+
+
+def weight_of(core: Core, job: JobRuntime) -> int:
+    """Return how much of the slots a job gets, relative to others."""
+    return sharing.weight(core.facts_of(job).spec.priority)
 
 
 def explain_waiting(core: Core, job: JobRuntime, group: Group) -> tuple[str, str]:

@@ -6,7 +6,8 @@ most one storage operation per job is under way; what must wait for it is taken 
 
 from __future__ import annotations
 
-from coordinator.control.core import ending, hosting, incidents
+from coordinator.control.core import ending, hosting, incidents, sharing
+from coordinator.control.core.clock import NANOS
 from coordinator.control.core.effects import RaiseTerm, ReadRow
 from coordinator.control.core.eligibility import (
     announce_ineligible,
@@ -50,9 +51,15 @@ def advance(core: Core, job: JobRuntime) -> None:
 
 
 def advance_queue(core: Core) -> None:
-    """Advance every queued job, by priority and then age."""
+    """Advance every queued job, by priority, which rises as it waits, and then age."""
     waiting = [job for job in core.jobs.values() if core.facts_of(job).state == QUEUED]
-    for job in sorted(waiting, key=lambda each: -core.facts_of(each).spec.priority):
+
+    def urgency(job: JobRuntime) -> float:
+        kept = core.facts_of(job).kept
+        waited_s = (core.now.unix_nanos - kept.submit_unix_nanos) / NANOS
+        return sharing.rank(kept.submitted.spec.priority, waited_s)
+
+    for job in sorted(waiting, key=urgency, reverse=True):
         advance(core, job)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coordinator.aggregation.core.copies import (
     COPIES_MAX,
@@ -133,6 +136,35 @@ def test_a_late_copy_is_asked_of_another_but_not_of_all(measured: Rounds) -> Non
                 asked[shard].add(order.worker_id)
         orders = measured.look(0.13)
     assert {len(workers) for workers in asked.values()} == {COPIES_MAX}
+
+
+@given(
+    turns=st.lists(
+        st.tuples(st.sampled_from(["look", "w1", "w2", "w3"]), st.floats(0.0, 0.4)), max_size=40
+    )
+)
+@settings(deadline=None)
+def test_copies_are_capped_and_leave_homes_alone(turns: list[tuple[str, float]]) -> None:
+    """Of a shard so many in a round, whoever is late and however long it takes; and who owes it is
+    asked for a copy of it only after others who could be."""
+    rounds = Rounds()
+    for _ in range(5):
+        rounds.whole()
+    rounds.open()
+    given_times: Counter[int] = Counter()
+    for what, after_s in turns:
+        if what != "look":
+            rounds.now_s += after_s
+            rounds.deliver(what)
+            continue
+        orders = rounds.look(after_s)
+        for order in orders:
+            own = shards_of([order]) & set(HOMES[order.worker_id])
+            others = [name for name in HOMES if name != order.worker_id]
+            through = [name for name in others if not rounds.homes[name] & rounds.missing]
+            assert not through or all(given_times[shard] for shard in own)
+        given_times.update(shard for order in orders for shard in shards_of([order]))
+    assert max(given_times.values(), default=0) <= COPIES_MAX
 
 
 def test_a_late_worker_costs_one_wait_not_one_in_each_round(measured: Rounds) -> None:
