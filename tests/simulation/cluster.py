@@ -177,7 +177,7 @@ class Services:
 
     def _leaf(self, _leaves: Any, _limit: int, on_message: Any, on_log: Any, on_exit: Any) -> Leaf:
         assert self.machines is not None
-        return Leaf(self.machines, on_message, on_exit)
+        return Leaf(self.machines, on_message, on_log, on_exit)
 
     def _backend(self, folder: Any, **more: Any) -> Any:
         assert self.storage is not None
@@ -319,6 +319,7 @@ class Cluster:
             metrics_listen=None,
             range_min_bytes=self.settings.range_min_bytes,
             snapshot_every_records=self.settings.snapshot_every_records,
+            namespace_jobs_max=self.settings.namespace_jobs_max,
             heartbeat_interval_s=0.5,
             lease_ttl_s=LEASE_TTL_S,
         )

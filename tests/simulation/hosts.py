@@ -26,6 +26,7 @@ from worker.ipc import Kind, Message
 from worker.leaf.reduce import Scratch, Sums, reduce_node
 
 GoRecord = training_pb2.GoRecord
+LeafFailed = coordination_service_pb2.LeafFailed
 SIGKILL = -9
 LIARS = 3
 """Lies are about every third leaf."""
@@ -48,6 +49,8 @@ class Machines:
         other ones: those with its number."""
         self.lies = 0
         self.fingerprints: dict[str, str] = {}
+        self.crashed: set[str] = set()
+        """Jobs of which a leaf process has crashed, as it must once."""
 
 
 class Arena:
@@ -103,6 +106,7 @@ class Leaf:
         self,
         machines: Machines,
         on_message: Callable[[Any, Message], None],
+        on_log: Callable[[Any, str, bytes], None],
         on_exit: Callable[[Any, int], None],
     ) -> None:
         self.page = Page()
@@ -115,6 +119,7 @@ class Leaf:
         self._worker = self._loop.current.name
         self._fingerprint = machines.fingerprints.get(self._worker, jobs.FINGERPRINTS[0])
         self._on_message = on_message
+        self._on_log = on_log
         self._on_exit = on_exit
         self._dead = False
         self._plans: dict[int, tuple[jobs.Shape, training_pb2.JobPlan, Arena]] = {}
@@ -231,9 +236,12 @@ class Leaf:
         self.page.shard = shards[0]
         if self._worker in self._machines.hung:
             return  # until it is killed
-        if self._worker in self._machines.bad and order.action == GoRecord.ACTION_TRAIN:
-            self._machines.bad.discard(self._worker)
-            self._part_failed(order, index, shards[0])
+        kind = self._what_is_wrong(order, shards[0])
+        if kind == LeafFailed.KIND_CRASHED:
+            self._crash(order)
+            return
+        if kind != LeafFailed.KIND_UNSPECIFIED:
+            self._part_failed(order, index, shards[0], kind)
             self._parts(order, index + 1)
             return
         leaf_s = self._machines.leaf_s(self._worker)
@@ -248,6 +256,30 @@ class Leaf:
             self._leaves(order, index, shards[1:], done, seconds)
 
         self._loop.call_later(leaf_s, ends)
+
+    def _what_is_wrong(self, order: ipc.RunOrder, shard: int) -> LeafFailed.Kind.ValueType:
+        """What makes this leaf fail; unspecified: nothing."""
+        if order.action != GoRecord.ACTION_TRAIN:
+            return LeafFailed.KIND_UNSPECIFIED
+        machines, (shape, plan, _) = self._machines, self._plans[order.job]
+        if self._worker in machines.bad:
+            machines.bad.discard(self._worker)
+            return LeafFailed.KIND_NON_FINITE
+        if not shape.bad or not jobs.is_bad(shard, order.version):
+            return LeafFailed.KIND_UNSPECIFIED
+        if shape.bad == "crash":
+            first = plan.job_id not in machines.crashed
+            machines.crashed.add(plan.job_id)
+            return LeafFailed.KIND_CRASHED if first else LeafFailed.KIND_UNSPECIFIED
+        raises = shape.bad == "poison"
+        return LeafFailed.KIND_RAISED if raises else LeafFailed.KIND_NON_FINITE
+
+    def _crash(self, order: ipc.RunOrder) -> None:
+        """The process ends in the middle of a leaf, and of a line."""
+        self._dead = True
+        context = f"\x1e{order.job} {order.version} {self.page.shard}\n"
+        self._on_log(self, "error", (context + "about to crash\nand in the middle of").encode())
+        self._loop.call_later(0.001, self._on_exit, self, 1)
 
     def _compute(self, order: ipc.RunOrder, shard: int) -> tuple[Any, int, float]:
         shape = self._plans[order.job][0]
@@ -320,15 +352,18 @@ class Leaf:
         )
         self._say(Kind.PART_DONE, answer.pack())
 
-    def _part_failed(self, order: ipc.RunOrder, index: int, shard: int) -> None:
+    def _part_failed(
+        self, order: ipc.RunOrder, index: int, shard: int, kind: LeafFailed.Kind.ValueType
+    ) -> None:
+        raises = kind == LeafFailed.KIND_RAISED
         failure = {
             "task": order.task,
             "index": index,
             "shard": shard,
-            "kind": int(coordination_service_pb2.LeafFailed.KIND_NON_FINITE),
-            "message": "the gradient or the loss of this leaf is not finite",
+            "kind": int(kind),
+            "message": "ValueError" if raises else "the gradient of this leaf is not finite",
             "traceback": "",
-            "rows": (0, 0),
+            "rows": (8 * shard, 8) if raises else (0, 0),
             "seconds": 0.0,
         }
         self.page.shard = -1

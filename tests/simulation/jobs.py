@@ -107,6 +107,11 @@ VERIFIED: dict[str, dict[str, Any]] = {
 
 ALL_PARTS = PARTS | ONE_BY_ONE | VERIFIED
 
+BAD = ("poison", "nan", "skip", "crash")
+"""What a job's name may begin with, and how the leaf of one shard in one step is bad then: it
+raises, or is not finite, wherever it runs (left out with "skip"), or its process dies, once."""
+BAD_SHARD, BAD_STEP = 1, 2
+
 FINGERPRINTS = ("fingerprint-1", "fingerprint-2")
 """Machines of another fingerprint compute other bits."""
 
@@ -125,6 +130,8 @@ class Shape:
     fingerprint: str = FINGERPRINTS[0]
     parts: str = ""
     """One of `ALL_PARTS`."""
+    bad: str = ""
+    """One of `BAD`; empty: all leaves are good."""
 
     @property
     def one_by_one(self) -> bool:
@@ -195,6 +202,8 @@ def job_spec(shape: Shape, name: str) -> JobSpec:
     if shape.local_steps or shape.one_by_one:
         train.ClearField("synchronous")
     ParseDict(ALL_PARTS[shape.parts], train)
+    if shape.bad == "skip":
+        train.on_nonfinite.skip.SetInParent()
     if shape.tolerant:
         spec.reproducibility.tolerant.SetInParent()
     return spec
@@ -220,6 +229,7 @@ def shape_of_spec(spec: JobSpec, fingerprint: str) -> Shape:
         checkpoint_every=train.checkpoints.every_steps,
         evaluate_every=train.evaluation.every_steps,
         fingerprint=fingerprint or FINGERPRINTS[0],
+        bad=spec.name.partition("-")[0] if spec.name.partition("-")[0] in BAD else "",
         parts=_parts_of(
             train.reduction.SerializeToString(),
             train.compression.SerializeToString(),
@@ -351,10 +361,17 @@ def steps_of(shape: Shape, version: int) -> range:
     return range(version * each, (version + 1) * each)
 
 
+def is_bad(shard: int, step: int) -> bool:
+    """Whether this is the leaf that is bad in a job with a bad one."""
+    return (shard, step) == (BAD_SHARD, BAD_STEP)
+
+
 def contribution(
     shape: Shape, shard: int, version: int, parameters: Array
 ) -> tuple[Array | None, int, float]:
     """What a shard gives to a step: its sum, None where it has no rows, examples and loss."""
+    if shape.bad == "skip" and is_bad(shard, version):
+        return None, 0, 0.0
     count, lost = 0, 0.0
     weights, out = parameters.copy(), np.empty(shape.elements, shape.dtype)
     for step in steps_of(shape, version):

@@ -162,6 +162,8 @@ class Oracle:
         expected = effect.expected_count
         if watched.commits is not None:
             expected = watched.commits.step_sums(watched.ranges.term)[1]
+        if watched.shape.bad == "skip" and effect.version - 1 == jobs.BAD_STEP:
+            expected -= jobs.examples(watched.shape, jobs.BAD_SHARD, jobs.BAD_STEP)
         if history is not None:
             expected -= history.examples(effect.version, history.left_out(watched.ranges.term))
         self.lost += max(0, expected - effect.example_count)
@@ -223,6 +225,8 @@ class Oracle:
             elif name == "train/loss":
                 history = watched.history
                 left_out = history.left_out(term) if history is not None else frozenset()
+                if watched.shape.bad == "skip" and step - 1 == jobs.BAD_STEP:
+                    left_out = frozenset([jobs.BAD_SHARD])
                 expected = jobs.train_loss(plan.shards, plan.local_steps, step, left_out)
             else:
                 expected = jobs.evaluation_metrics(plan.evaluation_shards)[name]

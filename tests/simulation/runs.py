@@ -17,6 +17,7 @@ from tests.simulation import jobs, last
 from tests.simulation.cluster import STORAGE, Cluster, Services
 from tests.simulation.faults import Faults, fault_kinds
 from tests.simulation.ledger import Ledger
+from tests.simulation.neighbour import JOBS_MAX, Neighbour
 from tests.simulation.oracle import Oracle
 from tests.simulation.races import Races
 from tests.simulation.scripts import drawn, play
@@ -30,6 +31,9 @@ ONE_BY_ONE_SHARE = 0.3
 """Part of the seeds from there on that have a job whose contributions commit one by one."""
 VERIFIED_SHARE, VERIFIED_WORKERS = 0.3, 3
 """How many of the runs that have so many workers with the same bits compare contributions."""
+
+NEIGHBOUR_SHARE = 0.03
+"""Part of them in which a second user is there."""
 
 KINDS = frozenset(fault_kinds()) | {"job_paused", "job_cancelled", "call_repeated", "last_strike"}
 """Every kind of fault that a batch must have met."""
@@ -70,6 +74,9 @@ class Settings:
     """How likely each kind of fault is there."""
     lasting: bool = True
     """Whether a run of the swarm may draw a script, see `scripts.drawn`."""
+    neighbour: bool = False
+    """Whether a second user is there, see `neighbour`."""
+    namespace_jobs_max: int = 10_000
     last: str = ""
     """The last fault, see `last.LastStrike`."""
     last_s: float = 1.5
@@ -95,6 +102,10 @@ class Outcome:
     """Leaves that were started one by one."""
     repeated: int = 0
     """Contributions to steps that their shards had completed, which change nothing."""
+    errands: int = 0
+    """What a second user did."""
+    bad_jobs: Counter[str] = field(default_factory=Counter)
+    """Her jobs with a bad leaf that ended as they must, by what was bad."""
     at_bound: int = 0
     """Leaves that were started as far ahead of the slowest shard as their job lets them."""
     stale_accepted: int = 0
@@ -208,6 +219,9 @@ class Run:
         self.user.waits_s = [
             chance.choice([0.0, 0.0, chance.uniform(0.0, 4.0)]) for _ in settings.shapes
         ]
+        self.neighbour = Neighbour(
+            self.cluster, random.Random(f"neighbour {seed}"), self.oracle.fingerprints
+        )
         self._watched = Environment()
 
     def start(self) -> None:
@@ -217,6 +231,8 @@ class Run:
         self.races.install(self._watched)
         self.cluster.start_all()
         self.world.start("user-1", self.user.run)
+        if self.settings.neighbour:
+            self.world.start("user-2", self.neighbour.run)
 
     def heal(self, schedule: Schedule) -> None:
         """The time of faults is over, if it is not already."""
@@ -259,6 +275,7 @@ class Run:
         outcome.virtual_s = world.now_s
         outcome.lost, outcome.doubled = self.oracle.lost, self.oracle.doubled
         outcome.started, outcome.repeated = self.oracle.starts, self.oracle.repeated
+        outcome.errands, outcome.bad_jobs = self.neighbour.errands, Counter(self.neighbour.ends)
         histories = self.oracle.commit_histories.values()
         outcome.at_bound = sum(history.at_bound for history in histories)
         outcome.stale_accepted = self.oracle.stale_accepted
@@ -352,8 +369,12 @@ def simulate(
         settings = replace(settings, mixed=False)
     if only is None:
         settings = drawn(settings, random.Random(f"script {seed}"))
+        if seed >= ALL_FROM_SEED and random.Random(f"neighbours {seed}").random() < NEIGHBOUR_SHARE:
+            settings = replace(settings, neighbour=True)
         if seed >= ALL_FROM_SEED:
             settings = last.drawn(settings, random.Random(f"last {seed}"))
+    if settings.neighbour:
+        settings = replace(settings, namespace_jobs_max=JOBS_MAX)
     run = Run(given, settings, seed, log)
     try:
         run.start()

@@ -82,7 +82,7 @@ class User:
         self._stubs = [
             job_service_pb2_grpc.JobServiceStub(open_channel(each)) for each in self._controls
         ]
-        await self._add_data()
+        await put_data(self._storage, self._chance)
         for number, shape in enumerate(self.shapes):
             await asyncio.sleep(self.waits_s[number])
             spec = jobs.job_spec(shape, f"job-{number}-{shape.elements}")
@@ -96,7 +96,8 @@ class User:
                 await self._look(job_id)
         for change in changes:
             change.cancel()
-        listed = await self._insist(lambda stub: stub.ListJobs, job_service_pb2.ListJobsRequest())
+        request = job_service_pb2.ListJobsRequest(namespace="default")
+        listed = await self._insist(lambda stub: stub.ListJobs, request)
         if sorted(job.id for job in listed.jobs) != sorted(self.ids):
             raise SimulationFailed(
                 f"{len(listed.jobs)} jobs are there, {len(self.ids)} were submitted, each under "
@@ -171,27 +172,33 @@ class User:
                 self._turn += 1  # a full disk is a reason to try again, too
             await asyncio.sleep(0.1)
 
-    async def _add_data(self) -> None:
-        channel = open_channel(self._storage)
-        blobs = storage_service_pb2_grpc.StorageServiceStub(channel)
-        datasets = dataset_service_pb2_grpc.DatasetServiceStub(channel)
-        await self._until_done(lambda: _put(blobs, jobs.CHUNK))
-        put = await self._until_done(lambda: _put(blobs, jobs.manifest().to_json()))
-        request = dataset_service_pb2.CreateDatasetRequest(
-            name=jobs.DATASET, manifest_digest=put.digest, request_id="data"
-        )
-        await self._until_done(
-            lambda: call_with_retry(datasets.CreateDataset, request, timeout_s=5.0)
-        )
 
-    async def _until_done(self, attempt: Callable[[], Any]) -> Any:
-        while True:
-            try:
-                return await attempt()
-            except PhalanxError as error:
-                if isinstance(error, Aborted):
-                    raise
-            await asyncio.sleep(self._chance.uniform(0.2, 0.3))
+async def put_data(storage: str, chance: random.Random, namespace: str = "") -> None:
+    """Put the data set that all jobs read into a namespace."""
+    channel = open_channel(storage)
+    blobs = storage_service_pb2_grpc.StorageServiceStub(channel)
+    datasets = dataset_service_pb2_grpc.DatasetServiceStub(channel)
+    await _until_done(chance, lambda: _put(blobs, jobs.CHUNK))
+    put = await _until_done(chance, lambda: _put(blobs, jobs.manifest().to_json()))
+    request = dataset_service_pb2.CreateDatasetRequest(
+        namespace=namespace,
+        name=jobs.DATASET,
+        manifest_digest=put.digest,
+        request_id=f"data{namespace}",
+    )
+    await _until_done(
+        chance, lambda: call_with_retry(datasets.CreateDataset, request, timeout_s=5.0)
+    )
+
+
+async def _until_done(chance: random.Random, attempt: Callable[[], Any]) -> Any:
+    while True:
+        try:
+            return await attempt()
+        except PhalanxError as error:
+            if isinstance(error, Aborted):
+                raise
+        await asyncio.sleep(chance.uniform(0.2, 0.3))
 
 
 async def _put(blobs: Any, content: bytes) -> Any:
