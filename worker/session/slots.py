@@ -322,12 +322,14 @@ class SlotPool:
             self._events.slot_idle(place.slot)
 
     async def _patiently(self, place: _Place, answer: asyncio.Future[bytes]) -> None:
-        """Wait for an answer; time in which the process waits for data does not count."""
+        """Wait for an answer; time in which the process waits for data, or is not there since the
+        ones before it died, does not count."""
         spent_s = 0.0
         while not answer.done():
             await asyncio.wait([answer], timeout=TICK_S)
             # A task that runs before it has a limit of its own.
-            spent_s += 0.0 if place.fetching or place.task is not None else TICK_S
+            idle = place.process is None or place.fetching or place.task is not None
+            spent_s += 0.0 if idle else TICK_S
             if spent_s > self._leaf_timeout_s:
                 raise TimeoutError
 

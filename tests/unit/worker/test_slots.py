@@ -200,3 +200,23 @@ async def test_processes_start_once_their_server_is_ready(monkeypatch):
     for callback in waiting:
         callback()
     assert len(started) == 2
+
+
+async def test_a_job_does_not_answer_for_the_time_without_a_process(pool, monkeypatch):
+    """After some deaths the next process comes late; whose model it is to build did not do that."""
+    place, passed_s = pool._places[0, ""], []
+    answer = asyncio.get_running_loop().create_future()
+
+    async def tick(_waits, timeout):
+        passed_s.append(timeout)
+        if sum(passed_s) > 100.0 and not answer.done():
+            answer.set_result(b"")
+
+    monkeypatch.setattr(slots, "asyncio", SimpleNamespace(wait=tick))
+    process, place.process = place.process, None
+    await pool._patiently(place, answer)
+    place.process = process
+    answer = asyncio.get_running_loop().create_future()
+    passed_s.clear()
+    with pytest.raises(TimeoutError):
+        await pool._patiently(place, answer)
