@@ -78,18 +78,23 @@ class Neighbour:
 
     async def _run(self) -> None:
         await put_data(STORAGE, self._chance, NAMESPACE)
-        errands = (
-            *(self._bad_job(bad) for bad in jobs.BAD),
-            self._changes_her_mind,
-            self._more_than_her_share,
+        looks = (
             self._looks_at_members,
             self._looks_at_jobs,
             self._looks_at_data,
             self._looks_at_models,
+        )
+        errands = (
+            *(self._bad_job(bad) for bad in jobs.BAD),
+            self._changes_her_mind,
+            self._more_than_her_share,
             self._drains,
+            *looks,
         )
         while True:
-            for errand in self._chance.sample(errands, len(errands)):
+            # Others have to get through in the end, so there is no more work from her then.
+            able = looks if self._cluster.healed else errands
+            for errand in self._chance.sample(able, len(able)):
                 try:
                     await errand()
                     self.errands += 1
