@@ -98,9 +98,9 @@ class Neighbour:
                 try:
                     await errand()
                     self.errands += 1
-                except (Unavailable, DeadlineExceeded):
-                    pass  # something is broken; another time
-                await self._look_at_bad_jobs()
+                    await self._look_at_bad_jobs()
+                except (Unavailable, DeadlineExceeded, ResourceExhausted):
+                    pass  # something is broken, or the disk is full; another time
                 await asyncio.sleep(self._chance.uniform(0.1, 0.4))
 
     # Jobs
@@ -125,10 +125,7 @@ class Neighbour:
 
     async def _look_at_bad_jobs(self) -> None:
         for job_id, shape in list(self._jobs.items()):
-            try:
-                job = (await self._control("GetJob", Pb.GetJobRequest(job_id=job_id))).job
-            except (Unavailable, DeadlineExceeded):
-                return
+            job = (await self._control("GetJob", Pb.GetJobRequest(job_id=job_id))).job
             if job.state in ENDED:
                 del self._jobs[job_id]
                 self._judge(job, shape)
