@@ -14,6 +14,7 @@ SUITES = {
     "exchange": "exchange_100mb_vs_grpc_echo, …_vs_gloo, aggregator_memory_ratio_…",
     "efficiency": "worker_efficiency_1, scaling_2_workers, checkpoint_overhead",
     "heterogeneous": "heterogeneous_slow, heterogeneous_straggler, heterogeneous_join",
+    "tasks": "tasks_per_s, task_round_trip_ms",
     "recovery": "kill_to_commit_s, kill_to_commit_large_data_s",
 }
 

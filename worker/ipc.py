@@ -24,6 +24,7 @@ _RUN = struct.Struct("<QIBqiHH")
 _RUN_PART = struct.Struct("<iii")
 _DONE = struct.Struct("<QHqdHHH")
 _ENDED = struct.Struct("<Q")
+_CALL = struct.Struct("<QHd")
 _RECEIVE_BYTES = 256 * 1024
 _FDS_MAX = 4
 
@@ -49,6 +50,7 @@ class Kind(IntEnum):
     FETCH = 22
     PREFETCH = 23
     FINGERPRINTED = 24
+    CALL_DONE = 25
 
 
 @dataclass(slots=True)
@@ -143,6 +145,17 @@ class PartDone:
         floats = struct.unpack_from(f"<{sums}d{seconds}f", body, end)
         mask = int.from_bytes(body[at:end], "little")
         return cls(task, index, count, loss, mask, floats[:sums], floats[sums:])
+
+
+def pack_call(task: int, index: int, seconds: float, value_json: bytes) -> bytes:
+    """Body of CALL_DONE: call `index` of a task took so long and returned this."""
+    return _CALL.pack(task, index, seconds) + value_json
+
+
+def unpack_call(body: bytes) -> tuple[int, int, float, bytes]:
+    """What `pack_call` packed."""
+    task, index, seconds = _CALL.unpack_from(body)
+    return task, index, seconds, body[_CALL.size :]
 
 
 def pack_ended(task: int) -> bytes:

@@ -23,8 +23,8 @@ from worker.session.leaf_server import LeafServer
 _PATIENCE = Patience(first_s=0.1, longest_s=2.0)
 
 
-class Downloads:
-    """Blobs from storage; waits for as long as storage is away or takes no more calls."""
+class Transfers:
+    """Blobs from and to storage; waits for as long as storage is away or takes no more calls."""
 
     def __init__(self, address: str | None) -> None:
         self._client = StorageClient(address) if address is not None else None
@@ -44,6 +44,12 @@ class Downloads:
         assert self._client is not None
         await insist(partial(self._client.get_blob_to, digest, path), _PATIENCE)
 
+    async def store(self, content: bytes) -> str:
+        """Keep a blob; return its digest. Raises PhalanxError for what does not pass by itself."""
+        await self._known.wait()
+        assert self._client is not None
+        return await insist(partial(self._client.put_blob, content), _PATIENCE)
+
     async def close(self) -> None:
         """Close the connection."""
         if self._client is not None:
@@ -55,9 +61,9 @@ async def serve(
 ) -> None:
     """Run a worker until `stop` is set or control has drained it."""
     registry = new_registry()
-    downloads = Downloads(config.storage[0] if config.storage else None)
+    blobs = Transfers(config.storage[0] if config.storage else None)
     metrics = WorkerMetrics(registry)
-    session = Session(config, metrics, downloads.to_file, downloads.found, leaves)
+    session = Session(config, metrics, blobs.to_file, blobs.found, leaves, blobs.store)
     http: MetricsServer | None = None
     if config.metrics_listen is not None:
         http = MetricsServer(config.metrics_listen, registry, lambda: True)
@@ -77,7 +83,7 @@ async def serve(
         await session.leave()
     finally:
         await session.close()
-        await downloads.close()
+        await blobs.close()
         if http is not None:
             with contextlib.suppress(OSError):
                 await http.stop()

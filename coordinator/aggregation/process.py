@@ -22,6 +22,9 @@ from coordinator.aggregation.core.state import Array
 from coordinator.aggregation.exchange import SERVICE, ExchangeServicer
 from coordinator.aggregation.gauges import JobGauges
 from coordinator.aggregation.hosting import HostedJob
+from coordinator.aggregation.task_servicer import SERVICE as TASK_SERVICE
+from coordinator.aggregation.task_servicer import TaskServicer
+from coordinator.aggregation.tasks import HostedTasks
 from phalanx import numeric_fingerprint
 from phalanx.clients.storage import StorageClient
 from phalanx.errors import Internal, PhalanxError, ResourceExhausted
@@ -31,11 +34,13 @@ from phalanx.rpc.member_session import MemberSession, Refused
 from phalanx.rpc.patience import insist
 from phalanx.rpc.process import announce
 from phalanx.rpc.server import Server
+from phalanx.tasks import is_task_set
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import AggregatorMetrics
 from phalanx.v1 import coordination_service_pb2 as coordination
-from phalanx.v1 import job_pb2
+from phalanx.v1 import job_pb2, task_service_pb2_grpc
 from phalanx.v1 import storage_service_pb2 as storage
+from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import ParameterRange
 
 EXPIRE_EVERY_S = 30.0
@@ -51,7 +56,7 @@ async def serve(config: AggregatorConfig, stop: asyncio.Event) -> None:
     server = Server(
         listen=config.listen,
         metrics_listen=config.metrics_listen,
-        service_names=[SERVICE],
+        service_names=[SERVICE, TASK_SERVICE],
         reflection=config.reflection,
         limits=ServerLimits.of(config),
     )
@@ -59,6 +64,8 @@ async def serve(config: AggregatorConfig, stop: asyncio.Event) -> None:
         config, AggregatorMetrics(server.registry), numeric_fingerprint.compute()
     )
     ExchangeServicer(aggregator.find).add_to(server.raw)
+    servicer = TaskServicer(aggregator.find_tasks)
+    task_service_pb2_grpc.add_TaskServiceServicer_to_server(servicer, server.raw)
     await server.start()
     aggregator.start(config.advertise or server.address)
     server.set_serving(True)
@@ -88,7 +95,7 @@ class Aggregator:
         self._incarnation = new_incarnation()
         self._address = ""
         self._generation = 0
-        self._jobs: dict[str, HostedJob] = {}
+        self._jobs: dict[str, HostedJob | HostedTasks] = {}
         self._loading: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self._background: set[asyncio.Task[Any]] = set()
         self._storage: StorageClient | None = None
@@ -102,7 +109,13 @@ class Aggregator:
 
     def find(self, job_id: str) -> HostedJob | None:
         """The job, if its ranges are loaded here."""
-        return self._jobs.get(job_id)
+        job = self._jobs.get(job_id)
+        return job if isinstance(job, HostedJob) else None
+
+    def find_tasks(self, job_id: str) -> HostedTasks | None:
+        """The job, if it is a set of tasks that are handed out here."""
+        job = self._jobs.get(job_id)
+        return job if isinstance(job, HostedTasks) else None
 
     def start(self, address: str) -> None:
         """Look for control; `address` is where workers reach this process."""
@@ -230,6 +243,19 @@ class Aggregator:
         if old is not None:
             await old.close(stale_term(job_id, old.ranges.term, message.term))
         storage = await self._known_storage()
+        if is_task_set(JobSpec.FromString(message.plan.spec)):
+            tasks = await HostedTasks.open(
+                message.plan,
+                message.term,
+                storage,
+                self._metrics,
+                self._session.report,
+                lambda: self._session.connected,
+            )
+            self._jobs[job_id] = tasks
+            tasks.begin()
+            self._say_ready(tasks)
+            return
         # Vectors of gigabytes are laid out and copied: in a thread, which alone knows them yet.
         ranges = await asyncio.to_thread(self._made, message)
         effects = await self._begin(message, ranges)
@@ -282,7 +308,7 @@ class Aggregator:
         assert self._storage is not None
         return self._storage
 
-    def _say_ready(self, job: HostedJob) -> None:
+    def _say_ready(self, job: HostedJob | HostedTasks) -> None:
         self._session.report(
             coordination.SessionRequest(
                 ranges_ready=coordination.RangesReady(

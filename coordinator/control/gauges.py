@@ -51,11 +51,11 @@ class Gauges:
         """Note how long it took until facts were durable."""
         self._metrics.journal_append_seconds.observe(seconds)
 
-    def job_changed(self, changed: JobChanged) -> None:
+    def job_changed(self, changed: JobChanged, program: str) -> None:
         """Count a job that ended."""
         if changed.state in ENDED:
             outcome = state_name(changed.state).lower()
-            self._metrics.tasks_total.labels(program="train", outcome=outcome).inc()
+            self._metrics.tasks_total.labels(program=program, outcome=outcome).inc()
 
     def show(self, core: Core, durable: Facts, lag: int) -> None:
         """Copy the number of workers, slots and jobs by state."""

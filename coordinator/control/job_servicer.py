@@ -20,9 +20,16 @@ from coordinator.control.paging import Page
 from coordinator.control.submission import Submissions
 from coordinator.control.turns import Turns
 from coordinator.control.watching import watch
-from phalanx.errors import Aborted, InvalidArgument, PhalanxError, Violation
+from phalanx.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    PhalanxError,
+    Violation,
+)
 from phalanx.ids import check_namespace
 from phalanx.rpc.types import ServicerContext
+from phalanx.tasks import is_task_set
 from phalanx.v1 import dataset_service_pb2, job_pb2
 from phalanx.v1 import job_service_pb2 as pb
 from phalanx.v1 import job_service_pb2_grpc as pb_grpc
@@ -93,7 +100,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
         return _of_type(answer, pb.SubmitJobResponse)
 
     async def _store(
-        self, leader: Leader, submitted: JobSubmitted, dataset: dataset_service_pb2.Dataset
+        self, leader: Leader, submitted: JobSubmitted, dataset: dataset_service_pb2.Dataset | None
     ) -> None:
         try:
             await self._submissions.store(submitted, dataset)
@@ -221,6 +228,18 @@ class JobServicer(pb_grpc.JobServiceServicer):
                     continue
         finally:
             leader.streams.unsubscribe(request.job_id, wake)
+
+    async def ReadTaskResults(
+        self, request: pb.ReadTaskResultsRequest, context: ServicerContext
+    ) -> AsyncIterator[pb.ReadTaskResultsResponse]:
+        """Return what came of the tasks of a job so far."""
+        leader = self._process.leading()
+        job = leader.job_view(request.job_id)
+        if not is_task_set(job.spec):
+            text = f"job {request.job_id} is no set of tasks and has no results of tasks"
+            raise FailedPrecondition(text, reason="NO_TASKS")
+        async for results in leader.task_results(request.job_id, frozenset(request.tasks)):
+            yield pb.ReadTaskResultsResponse(results=results)
 
     async def ListJobMetrics(
         self, request: pb.ListJobMetricsRequest, context: ServicerContext

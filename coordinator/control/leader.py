@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from typing import Any
 
 from google.protobuf.message import Message
@@ -33,6 +33,7 @@ from coordinator.control.operations import Operations
 from coordinator.control.pins import unclaimed
 from coordinator.control.sessions import MemberSession, Sessions
 from coordinator.control.store import Store
+from coordinator.control.task_results import read_results
 from coordinator.control.watching import WatchHub
 from phalanx.errors import Aborted, NotFound, PhalanxError, Unavailable
 from phalanx.telemetry.logs import get_logger
@@ -40,6 +41,7 @@ from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
 from phalanx.v1.control_journal_pb2 import ControlRecord, RememberedRequest
 from phalanx.v1.job_pb2 import Event, Job, Progress
+from phalanx.v1.task_service_pb2 import TaskResult
 
 TICK_S = 0.1
 ANSWER_TIMEOUT_S = 60.0
@@ -244,6 +246,10 @@ class Leader:
             return Progress()
         return progress_view(facts, runtime)
 
+    def task_results(self, job_id: str, wanted: Collection[int]) -> AsyncIterator[list[TaskResult]]:
+        """Yield what came of a job's tasks so far."""
+        return read_results(self._store, job_id, wanted)
+
     def check_storage(self) -> None:
         """Raise Unavailable while nothing can be made durable."""
         if not self._store.available or self._journal.full:
@@ -342,7 +348,8 @@ class Leader:
         """What follows from a durable fact whoever decided it."""
         changed = record.job_changed
         if record.WhichOneof("fact") == "job_changed":
-            self._gauges.job_changed(changed)
+            facts = self.durable.job(changed.job_id)
+            self._gauges.job_changed(changed, facts.spec.WhichOneof("program") or "train")
             if changed.state in (SUCCEEDED, CANCELLED):
                 self._spawn(self._operations.release_pins(changed.job_id), vital=False)
 

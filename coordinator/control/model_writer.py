@@ -140,6 +140,11 @@ def stop_reason(final: pb.CheckpointManifest) -> str:
     return str(_root_state(final.root_state).get("stop_reason", ""))
 
 
+def read_metrics(root_state: str) -> dict[str, float]:
+    """Return the metrics that the root kept with the final checkpoint."""
+    return _metrics(_root_state(root_state))
+
+
 def _root_state(text: str) -> dict[str, Any]:
     """What the root kept with the checkpoint."""
     try:

@@ -13,15 +13,18 @@ from coordinator.control.core import effects as fx
 from coordinator.control.core import events as ev
 from coordinator.control.core.ending import FINAL_CHECKPOINT_MISSING
 from coordinator.control.core.facts import Facts
-from coordinator.control.model_writer import ModelWriter, stop_reason
+from coordinator.control.model_writer import ModelWriter, read_metrics, stop_reason
 from coordinator.control.store import Store
+from coordinator.control.task_results import release_values
 from phalanx.errors import (
     Aborted,
     FailedPrecondition,
     NotFound,
     PhalanxError,
 )
+from phalanx.tasks import is_task_set, journal_stream
 from phalanx.v1 import storage_service_pb2 as pb
+from phalanx.v1.job_pb2 import Result
 
 Operation = fx.RaiseTerm | fx.ReadRow | fx.WriteModel
 
@@ -58,7 +61,8 @@ class Operations:
         row = pb.DeleteJobRowRequest(job_id=job_id, fence=fence)
         with contextlib.suppress(NotFound):  # it may never have had a term
             await self._store.insist_call(storage.DeleteJobRow, row)
-        for stream in (f"logs/{job_id}", f"metrics/{job_id}"):
+        await release_values(self._store, job_id)
+        for stream in (f"logs/{job_id}", f"metrics/{job_id}", journal_stream(job_id)):
             request = pb.DeleteJournalRequest(stream=stream, fence=fence)
             with contextlib.suppress(NotFound):
                 await self._store.insist_call(storage.DeleteJournal, request)
@@ -108,5 +112,8 @@ class Operations:
                 effect.job_id, effect.operation, FINAL_CHECKPOINT_MISSING, message
             )
         facts = self._durable.job(effect.job_id)
+        if is_task_set(facts.spec):
+            result = Result(steps=final.step, metrics=read_metrics(final.root_state))
+            return ev.ModelWritten(effect.job_id, effect.operation, result, stop_reason(final))
         result = await self._writer.write(facts, final, bit_identical=effect.bit_identical)
         return ev.ModelWritten(effect.job_id, effect.operation, result, stop_reason(final))

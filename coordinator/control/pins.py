@@ -45,7 +45,11 @@ async def unclaimed(store: Store, facts: Facts, submitting: Collection[str]) -> 
 
 
 def _may_go(facts: Facts, holder: str) -> bool:
-    if not is_made_id(holder):
+    job_id, _, value = holder.partition("/")
+    if not is_made_id(job_id):
         return False
-    job = facts.jobs.get(holder)
+    job = facts.jobs.get(job_id)
+    if value:
+        # A large result of a task stays as long as its job does, however that ended.
+        return job is None and job_id not in facts.removing
     return job is None or job.state in (SUCCEEDED, CANCELLED)

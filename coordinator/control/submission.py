@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 from coordinator.control.config import ControlConfig
@@ -17,6 +18,7 @@ from phalanx.v1 import (
     job_pb2,
     job_spec_pb2,
     model_service_pb2,
+    training_pb2,
 )
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
@@ -38,8 +40,8 @@ class Submissions:
 
     async def prepare(
         self, spec: job_spec_pb2.JobSpec, core: Core, submitter: str
-    ) -> tuple[JobSubmitted, dataset_service_pb2.Dataset]:
-        """Return what is journalled of a new job, and its data set.
+    ) -> tuple[JobSubmitted, dataset_service_pb2.Dataset | None]:
+        """Return what is journalled of a new job, and its data set if it reads one.
 
         Raises InvalidArgument (every wrong field), Unimplemented, NotFound, PermissionDenied,
         Unavailable.
@@ -51,14 +53,8 @@ class Submissions:
                 reason="CODE_NOT_ALLOWED",
                 violations=[Violation("code", "is not allowed on this cluster")],
             )
-        if not specs.names_dataset(spec):
-            specs.check_spec(spec)
-        try:
-            dataset = await self._dataset(spec)
-        except NotFound as error:
-            specs.check_spec(spec, also=error.violations)
-            raise
-        resolved = specs.prepare(spec, dataset)
+        dataset = await self._dataset(spec) if specs.reads_dataset(spec) else None
+        resolved = await _prepared(spec, dataset)
         await self._check_wheels(list(spec.code.wheels))
         job_id = new_id(resolved.name)
         start_model_digest = ""
@@ -66,7 +62,7 @@ class Submissions:
             model = await self._start_model(resolved)
             specs.resolve_start_model(resolved, model)
             start_model_digest = _parameters_of(model)
-        plan = specs.job_plan(resolved, dataset, job_id)
+        plan = await _planned(resolved, dataset, job_id)
         plan.spec = b""  # the journal keeps the spec once, beside the plan
         plan.start_model_digest = start_model_digest
         announced = specs.plan(resolved, dataset)
@@ -82,7 +78,9 @@ class Submissions:
         submitted.announced_plan.CopyFrom(specs.plan(resolved, dataset, eligible))
         return submitted, dataset
 
-    async def store(self, submitted: JobSubmitted, dataset: dataset_service_pb2.Dataset) -> None:
+    async def store(
+        self, submitted: JobSubmitted, dataset: dataset_service_pb2.Dataset | None
+    ) -> None:
         """Store the job's code and pin everything that it needs. Raises PhalanxError."""
         plan, code = submitted.plan, submitted.spec.code
         for path, source in sorted(code.files.items()):
@@ -90,10 +88,12 @@ class Submissions:
             plan.code_digests[path] = digest
         for digest in code.wheels:
             plan.code_digests[wheel_path(digest)] = digest
-        version = pb.PinnedVersion(
-            namespace=dataset.namespace, name=dataset.name, version=dataset.version
-        )
-        pins = [pb.Pin(dataset=version)]
+        pins = []
+        if dataset is not None:
+            version = pb.PinnedVersion(
+                namespace=dataset.namespace, name=dataset.name, version=dataset.version
+            )
+            pins.append(pb.Pin(dataset=version))
         pins += [pb.Pin(blob=digest) for digest in sorted(set(plan.code_digests.values()))]
         if plan.start_model_digest:
             pins.append(pb.Pin(blob=plan.start_model_digest))
@@ -125,6 +125,15 @@ class Submissions:
             raise NotFound(violations[0].message, reason="WHEEL_NOT_FOUND", violations=violations)
 
     async def _dataset(self, spec: job_spec_pb2.JobSpec) -> dataset_service_pb2.Dataset:
+        if not specs.names_dataset(spec):
+            specs.check_spec(spec)
+        try:
+            return await self._look_up(spec)
+        except NotFound as error:
+            specs.check_spec(spec, also=error.violations)
+            raise
+
+    async def _look_up(self, spec: job_spec_pb2.JobSpec) -> dataset_service_pb2.Dataset:
         namespace = spec.namespace or "default"
         request = dataset_service_pb2.GetDatasetRequest(namespace=namespace, name=spec.data.name)
         try:
@@ -165,6 +174,23 @@ def _parameters_of(model: model_service_pb2.ModelVersion) -> str:
         f"model {model.name!r} has no {MODEL_FILE}",
         violations=[Violation("train.start.model", "holds no parameters")],
     )
+
+
+async def _prepared(
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset | None
+) -> job_spec_pb2.JobSpec:
+    """Check and resolve. Tasks may have thousands of arguments: heartbeats have their turn."""
+    if dataset is None:
+        return await asyncio.to_thread(specs.prepare, spec, dataset)
+    return specs.prepare(spec, dataset)
+
+
+async def _planned(
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset | None, job_id: str
+) -> training_pb2.JobPlan:
+    if dataset is None:
+        return await asyncio.to_thread(specs.job_plan, spec, dataset, job_id)
+    return specs.job_plan(spec, dataset, job_id)
 
 
 def wheel_of(record: bytes) -> str:

@@ -19,6 +19,7 @@ from phalanx.cli.commands import (
     insight,
     jobs,
     models,
+    results,
     services,
 )
 from phalanx.cli.context import Settings
@@ -100,6 +101,7 @@ jobs.register(app)
 models.register(app)
 code.register(app)
 insight.register(app)
+results.register(app)
 cluster.register(app)
 chaos.register(app)
 services.register(app)

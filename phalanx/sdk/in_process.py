@@ -30,6 +30,7 @@ from phalanx.v1 import (
     storage_service_pb2,
 )
 from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.task_service_pb2 import TaskResult
 from phalanx.v1.training_pb2 import JobPlan
 from phalanx.wheels import wheel_path, write_code
 
@@ -94,7 +95,7 @@ class InProcessBackend:
         self._datasets: Catalog[dataset_service_pb2.Dataset] = Catalog("data set")
         self._models: Catalog[model_service_pb2.ModelVersion] = Catalog("model")
         self._journals: dict[str, list[bytes]] = {}
-        self._jobs = InProcessJobs(self._train, self._register)
+        self._jobs = InProcessJobs(self._train, self._register, self._run_tasks)
         self._calls: dict[str, Callable[[Any], Message]] = {
             methods.SUBMIT_JOB.path: self._submit,
             methods.GET_JOB.path: self._get_job,
@@ -120,6 +121,7 @@ class InProcessBackend:
         self._streams: dict[str, Callable[[Any], Iterator[Message]]] = {
             methods.WATCH_JOB.path: self._watch,
             methods.READ_JOB_LOGS.path: self._read_logs,
+            methods.READ_TASK_RESULTS.path: self._read_results,
             methods.LIST_EVENTS.path: self._list_events,
             methods.READ_JOURNAL.path: self._read_journal,
         }
@@ -192,17 +194,20 @@ class InProcessBackend:
             names_dataset,
             plan,
             prepare,
+            reads_dataset,
             resolve_start_model,
             spec_sha256,
         )
 
-        if not names_dataset(request.spec):
-            check_spec(request.spec)
-        try:
-            dataset = self._datasets.find(request.spec.namespace, request.spec.data.name)
-        except NotFound as error:
-            check_spec(request.spec, also=[Violation("data.name", error.message)])
-            raise
+        dataset = None
+        if reads_dataset(request.spec):
+            if not names_dataset(request.spec):
+                check_spec(request.spec)
+            try:
+                dataset = self._datasets.find(request.spec.namespace, request.spec.data.name)
+            except NotFound as error:
+                check_spec(request.spec, also=[Violation("data.name", error.message)])
+                raise
         spec = prepare(request.spec, dataset)
         self._check_wheels(spec)
         if spec.train.start.model:
@@ -263,6 +268,11 @@ class InProcessBackend:
         # What the job's code prints goes to the standard output of this very process.
         self._jobs.get(request.job_id)
         return _NONE
+
+    def _read_results(self, request: job_service_pb2.ReadTaskResultsRequest) -> Iterator[Message]:
+        for result in self._jobs.results(request.job_id):
+            if not request.tasks or result.task in request.tasks:
+                yield job_service_pb2.ReadTaskResultsResponse(results=[result])
 
     def _list_events(self, request: cluster_service_pb2.ListEventsRequest) -> Iterator[Message]:
         if request.follow:
@@ -369,6 +379,15 @@ class InProcessBackend:
             start_model=start_model,
             on_progress=on_progress,
         )
+
+    def _run_tasks(
+        self, plan: JobPlan, results: dict[int, TaskResult], on_result: Callable[[], None]
+    ) -> None:
+        from phalanx.sdk.in_process_tasks import run_tasks
+
+        spec = JobSpec.FromString(plan.spec)
+        code = job_code(spec, self._blob_path, self._code / plan.job_id)
+        run_tasks(plan, code, results, on_result)
 
     def _register(self, job: job_pb2.Job, plan: JobPlan, trained: TrainedModel) -> str:
         from phalanx.data.model_files import (

@@ -7,14 +7,19 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from phalanx.errors import AlreadyExists, Cancelled, FailedPrecondition, NotFound, PhalanxError
 from phalanx.ids import new_id
+from phalanx.sdk.in_process_tasks import TaskFailed
+from phalanx.tasks import is_task_set
+from phalanx.texts import number_of
 from phalanx.v1 import job_pb2, job_service_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.task_service_pb2 import TaskResult
 from phalanx.v1.training_pb2 import JobPlan
 
 if TYPE_CHECKING:
@@ -28,16 +33,22 @@ Register = Callable[[job_pb2.Job, JobPlan, "TrainedModel"], str]
 """Stores the model of a job; returns its name."""
 
 
+RunTasks = Callable[[JobPlan, dict[int, TaskResult], Callable[[], None]], None]
+"""Runs the tasks of a job that have no result yet."""
+
+
 class InProcessJobs:
     """The jobs of one process; they run in one thread, in the order of their submission.
 
-    ``train`` computes a job and ``register`` stores its model. All public methods may be called
+    ``train`` computes a job and ``register`` stores its model; ``run_tasks`` runs independent
+    tasks. All public methods may be called
     from any thread.
     """
 
-    def __init__(self, train: Train, register: Register) -> None:
+    def __init__(self, train: Train, register: Register, run_tasks: RunTasks) -> None:
         self._train = train
         self._register = register
+        self._run_tasks = run_tasks
         self._changed = threading.Condition()
         self._jobs: dict[str, _Run] = {}
         self._answers: dict[str, tuple[bytes, str]] = {}
@@ -85,6 +96,15 @@ class InProcessJobs:
         """Return what was measured, by step."""
         with self._changed:
             return list(self._find(job_id).points)
+
+    def results(self, job_id: str) -> list[TaskResult]:
+        """Return what the tasks of a job returned so far."""
+        with self._changed:
+            run = self._find(job_id)
+            if not is_task_set(run.job.spec):
+                text = f"job {job_id} is no set of tasks and has no results of tasks"
+                raise FailedPrecondition(text, reason="NO_TASKS")
+            return list(run.results.values())
 
     def events(self, job_id: str, after_sequence: int) -> list[job_pb2.Event]:
         """Return what happened; an empty id means all jobs."""
@@ -187,8 +207,7 @@ class InProcessJobs:
             run.begin_s = time.monotonic()
             self._set_state(run, State.STATE_RUNNING, "JOB_STARTED")
         try:
-            trained = self._train(run.plan, lambda progress: self._progress(run, progress))
-            model = self._register(self.get(run.job.id), run.plan, trained)
+            finish = self._carry_out(run)
         except Cancelled:
             with self._changed:
                 self._end(run, State.STATE_CANCELLED, "CANCELLED", run.cancel_reason)
@@ -197,21 +216,44 @@ class InProcessJobs:
                 self._fail(run, error)
         else:
             with self._changed:
-                self._succeed(run, model, trained)
+                finish()
+
+    def _carry_out(self, run: _Run) -> Callable[[], None]:
+        """Do what the job says; return what notes that it is done."""
+        if is_task_set(run.job.spec):
+            self._run_tasks(run.plan, run.results, partial(self._task_done, run))
+            return partial(self._tasks_done, run)
+        trained = self._train(run.plan, partial(self._progress, run))
+        model = self._register(self.get(run.job.id), run.plan, trained)
+        return partial(self._succeed, run, model, trained)
 
     def _progress(self, run: _Run, progress: Progress) -> None:
         """Note a step; wait here while the job is paused, raise Cancelled when it shall end."""
         with self._changed:
             run.take(progress)
-            self._changed.notify_all()
-            if run.held():
-                self._set_state(run, State.STATE_PAUSED, "JOB_PAUSED")
-                while run.held():
-                    self._changed.wait()
-                if not run.cancel_reason:
-                    self._set_state(run, State.STATE_RUNNING, "JOB_RESUMED")
-            if run.cancel_reason:
-                raise Cancelled(run.cancel_reason)
+            self._go_on_or_not(run)
+
+    def _task_done(self, run: _Run) -> None:
+        """Note a task; wait here while the job is paused, raise Cancelled when it shall end."""
+        with self._changed:
+            run.count_tasks()
+            self._go_on_or_not(run)
+
+    def _tasks_done(self, run: _Run) -> None:
+        steps, metrics = len(run.results), run.job.progress.metrics
+        run.job.result.CopyFrom(job_pb2.Result(steps=steps, metrics=metrics))
+        self._end(run, State.STATE_SUCCEEDED, "TASKS_DONE", f"{number_of(steps, 'task')} done")
+
+    def _go_on_or_not(self, run: _Run) -> None:
+        self._changed.notify_all()
+        if run.held():
+            self._set_state(run, State.STATE_PAUSED, "JOB_PAUSED")
+            while run.held():
+                self._changed.wait()
+            if not run.cancel_reason:
+                self._set_state(run, State.STATE_RUNNING, "JOB_RESUMED")
+        if run.cancel_reason:
+            raise Cancelled(run.cancel_reason)
 
     def _succeed(self, run: _Run, model: str, trained: TrainedModel) -> None:
         run.job.result.CopyFrom(
@@ -229,13 +271,17 @@ class InProcessJobs:
     def _fail(self, run: _Run, error: Exception) -> None:
         known = isinstance(error, PhalanxError)
         reason = error.reason if isinstance(error, PhalanxError) else "RAISED"
-        failure = job_pb2.Failure(
-            code=reason,
-            message=str(error) if known else f"{type(error).__name__}: {error}",
-            step=run.job.progress.step,
-            attempts=1,
-            worker_ids=["in-process"],
-            traceback="" if known else "".join(traceback.format_exception(error)),
+        failure = (
+            error.failure
+            if isinstance(error, TaskFailed)
+            else job_pb2.Failure(
+                code=reason,
+                message=str(error) if known else f"{type(error).__name__}: {error}",
+                step=run.job.progress.step,
+                attempts=1,
+                worker_ids=["in-process"],
+                traceback="" if known else "".join(traceback.format_exception(error)),
+            )
         )
         run.job.failures.append(failure)
         self._end(run, State.STATE_FAILED, reason, failure.message)
@@ -284,6 +330,7 @@ class _Run:
         self.job = job
         self.plan = plan
         self.points: list[job_pb2.MetricPoint] = []
+        self.results: dict[int, TaskResult] = {}
         self.begin_s = time.monotonic()
         self.revision = 0
         self.paused = False
@@ -309,8 +356,21 @@ class _Run:
         for name, value in progress.metrics.items():
             shown.metrics[name] = value
 
+    def count_tasks(self) -> None:
+        """Note how many tasks have a result."""
+        self.revision += 1
+        given_up = sum(each.HasField("failure") for each in self.results.values())
+        shown = self.job.progress
+        shown.step = len(self.results)
+        shown.examples = shown.step - given_up
+        shown.examples_per_second = shown.step / (time.monotonic() - self.begin_s)
+        shown.metrics["tasks/given_up"] = given_up
+
     def restart(self) -> None:
-        """Be as new."""
+        """Be as new; tasks that have a result keep it."""
+        self.results = {
+            task: each for task, each in self.results.items() if not each.HasField("failure")
+        }
         self.points.clear()
         self.job.ClearField("failures")
         self.job.ClearField("end_time")

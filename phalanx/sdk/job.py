@@ -16,15 +16,18 @@ from phalanx.sdk.values import (
     LogLine,
     MetricPoint,
     Result,
+    TaskResult,
     Update,
     failure_value,
     local_time,
     metric_point_value,
     result_value,
     state_name,
+    task_result_value,
     update_value,
 )
 from phalanx.v1 import job_pb2, job_service_pb2
+from phalanx.v1.task_service_pb2 import TaskResult as TaskResultMessage
 
 REATTACH_S = 60.0
 WATCH_S = 30.0
@@ -244,6 +247,25 @@ class Job:
                 level=line.level,
                 text=line.text,
             )
+
+    def results(self, tasks: Sequence[int] = ()) -> list[TaskResult]:
+        """Return what the tasks of this set returned so far, by number; ``tasks``: only these.
+
+        Raises FailedPrecondition for a job that is no set of tasks.
+        """
+        request = job_service_pb2.ReadTaskResultsRequest(job_id=self.id, tasks=tasks)
+        found = [
+            task_result_value(result, self._value_json(result))
+            for page in self._backend.stream(methods.READ_TASK_RESULTS, request)
+            for result in page.results
+        ]
+        return sorted(found, key=lambda each: each.task)
+
+    def _value_json(self, result: TaskResultMessage) -> bytes:
+        """What a task returned; a large value lies in storage."""
+        if result.HasField("stored"):
+            return self._backend.get_blob(result.stored.digest)
+        return result.value_json.encode()
 
     def metrics(self, names: Sequence[str] = ()) -> list[MetricPoint]:
         """Return all points of the named metrics (none named: of all), by step."""

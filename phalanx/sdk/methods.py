@@ -51,6 +51,9 @@ RETRY_JOB = Method(_JOB, "RetryJob", job.RetryJobRequest, job.RetryJobResponse)
 DELETE_JOB = Method(_JOB, "DeleteJob", job.DeleteJobRequest, job.DeleteJobResponse)
 WATCH_JOB = Method(_JOB, "WatchJob", job.WatchJobRequest, job.WatchJobResponse)
 READ_JOB_LOGS = Method(_JOB, "ReadJobLogs", job.ReadJobLogsRequest, job.ReadJobLogsResponse)
+READ_TASK_RESULTS = Method(
+    _JOB, "ReadTaskResults", job.ReadTaskResultsRequest, job.ReadTaskResultsResponse
+)
 LIST_JOB_METRICS = Method(
     _JOB, "ListJobMetrics", job.ListJobMetricsRequest, job.ListJobMetricsResponse
 )

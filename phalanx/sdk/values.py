@@ -1,13 +1,15 @@
 """What the Python interface hands out: plain, frozen values instead of wire messages."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from math import nan
+from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from phalanx.v1 import job_pb2
+from phalanx.v1 import job_pb2, task_service_pb2
 
 TERMINAL_STATES = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
 
@@ -67,7 +69,7 @@ class Update:
 @dataclass(frozen=True)
 class Failure:
     """Why a job failed: the shard, its rows and the traceback of the user's code where there is
-    one."""
+    one; ``task`` of a set of independent tasks, else None."""
 
     code: str
     message: str
@@ -78,6 +80,7 @@ class Failure:
     attempts: int
     worker_ids: tuple[str, ...]
     traceback: str
+    task: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,22 @@ class Result:
     steps: int
     examples_lost: int
     examples_doubled: int
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What came of one task: ``value`` is what the function returned, read from JSON.
+
+    ``failure`` says why a task was given up, and ``value`` is None then. ``seconds`` is how long
+    the function ran, ``round_trip_s`` the time from handing the task out to its report.
+    """
+
+    task: int
+    value: Any
+    failure: Failure | None
+    worker_id: str
+    seconds: float
+    round_trip_s: float
 
 
 @dataclass(frozen=True)
@@ -192,6 +211,19 @@ def failure_value(failure: job_pb2.Failure) -> Failure:
         attempts=failure.attempts,
         worker_ids=tuple(failure.worker_ids),
         traceback=failure.traceback,
+        task=failure.task if failure.HasField("task") else None,
+    )
+
+
+def task_result_value(result: task_service_pb2.TaskResult, value_json: bytes) -> TaskResult:
+    """Return the value of a wire message, with what its task returned."""
+    return TaskResult(
+        task=result.task,
+        value=json.loads(value_json) if value_json else None,
+        failure=failure_value(result.failure) if result.HasField("failure") else None,
+        worker_id=result.worker_id,
+        seconds=result.seconds,
+        round_trip_s=result.round_trip_s,
     )
 
 

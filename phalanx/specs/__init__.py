@@ -15,7 +15,7 @@ from phalanx.specs.documents import (
     set_value,
 )
 from phalanx.specs.plan import job_plan, plan
-from phalanx.specs.prepare import check_spec, names_dataset, prepare
+from phalanx.specs.prepare import check_spec, names_dataset, prepare, reads_dataset
 from phalanx.specs.resolve import resolve, resolve_start_model
 from phalanx.specs.unimplemented import refuse_unimplemented, unimplemented
 from phalanx.specs.validate import validate, validate_against
@@ -32,6 +32,7 @@ __all__ = [
     "names_dataset",
     "plan",
     "prepare",
+    "reads_dataset",
     "refuse_unimplemented",
     "resolve",
     "resolve_start_model",

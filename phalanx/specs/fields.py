@@ -40,10 +40,19 @@ def lookup(message: Message, path: str) -> list[Any]:
     return [current]
 
 
+LONG_LISTS = frozenset(("tasks.arguments",))
+"""Fields with so many messages that walking through them would hold everything else up."""
+
+
 def walk(message: Message, path: str = "") -> Iterator[tuple[str, FieldDescriptor, Any]]:
-    """Yield (path, field, value) of every set field, messages before their members."""
+    """Yield (path, field, value) of every set field, messages before their members.
+
+    What is in `LONG_LISTS` is left out: whoever knows the field checks it.
+    """
     for field, value in message.ListFields():
         place = join(path, field.name)
+        if place in LONG_LISTS:
+            continue
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             inner = field.message_type.fields_by_name["value"]
             for key in value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phalanx.specs import catalog, parts
+from phalanx.specs import catalog, parts, task_sets
 from phalanx.specs.canonical import spec_sha256
 from phalanx.specs.resolve import rows_per_leaf, steps_per_epoch, total_steps, train_rows
 from phalanx.texts import number_of, verb_for
@@ -21,12 +21,14 @@ def evaluation_rows(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dat
 
 
 def job_plan(
-    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset, job_id: str
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset | None, job_id: str
 ) -> training_pb2.JobPlan:
     """Return what aggregators and workers need to know of a resolved job, before it is described.
 
     Layout, evaluation sums, range count, fingerprint and code digests are filled in later.
     """
+    if dataset is None:
+        return task_sets.job_plan(spec, job_id)
     rows = train_rows(spec, dataset)
     held_out = evaluation_rows(spec, dataset)
     shards = -(-held_out // EVALUATION_SHARD_ROWS)
@@ -52,7 +54,7 @@ def job_plan(
 
 def plan(
     spec: job_spec_pb2.JobSpec,
-    dataset: dataset_service_pb2.Dataset,
+    dataset: dataset_service_pb2.Dataset | None,
     eligible_workers: int = 0,
     slots_per_worker: int = 1,
 ) -> job_pb2.Plan:
@@ -60,6 +62,8 @@ def plan(
 
     `eligible_workers` is how many workers could run it now; 0 with no warning where none is known.
     """
+    if dataset is None:
+        return task_sets.plan(spec, eligible_workers)
     rows = train_rows(spec, dataset)
     steps = total_steps(spec, rows)
     every = spec.train.evaluation.every_steps if spec.train.HasField("evaluation") else 0

@@ -8,6 +8,7 @@ from phalanx.errors import Violation
 from phalanx.specs.resolve import resolve
 from phalanx.specs.unimplemented import refuse_unimplemented, unimplemented
 from phalanx.specs.validate import refuse, validate, validate_against
+from phalanx.tasks import is_task_set
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
 
 
@@ -28,10 +29,17 @@ def names_dataset(spec: job_spec_pb2.JobSpec) -> bool:
     return not any(each.field in ("data.name", "namespace") for each in validate(spec))
 
 
+def reads_dataset(spec: job_spec_pb2.JobSpec) -> bool:
+    """Whether a job reads a data set: all do but sets of independent tasks."""
+    return not is_task_set(spec)
+
+
 def prepare(
-    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset | None
 ) -> job_spec_pb2.JobSpec:
     """Return the resolved spec, checked in itself and against its data set, all at once.
+
+    `dataset` is None for a job that reads none.
 
     Raises InvalidArgument (every wrong field, and with them every field not carried out), or
     Unimplemented where nothing else is wrong.

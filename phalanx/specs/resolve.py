@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from phalanx.specs import balance, catalog, parts
+from phalanx.specs import balance, catalog, parts, task_sets
+from phalanx.tasks import is_task_set
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2, model_service_pb2
 
 ROWS_PER_LEAF = 256
@@ -25,9 +26,11 @@ _LEARNING_RATES = {"sgd": 0.01, "adagrad": 0.01, "adam": 0.001, "adamw": 0.001}
 
 
 def resolve(
-    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset | None
 ) -> job_spec_pb2.JobSpec:
     """Return a copy of `spec` with every default and the data set's version written.
+
+    Without a data set only of a job that reads none.
 
     The same spec and data set always give the same result, and resolving it again changes nothing.
     Two things stay empty because that is their meaning: `data.features` (all of them) and
@@ -36,7 +39,9 @@ def resolve(
     result = job_spec_pb2.JobSpec()
     result.CopyFrom(spec)
     _general(result)
-    if result.WhichOneof("program") == "train":
+    if result.WhichOneof("program") == "tasks":
+        task_sets.resolve(result)
+    elif dataset is not None and result.WhichOneof("program") == "train":
         _data(result, dataset)
         _model(result.train, dataset)
         _optimizer(result.train.optimizer)
@@ -94,11 +99,12 @@ def _general(spec: job_spec_pb2.JobSpec) -> None:
     if not spec.resources.HasField("min_workers"):
         spec.resources.min_workers = 1
     if spec.reproducibility.WhichOneof("mode") is None:
-        if parts.commits_one_by_one(spec.train):
+        if is_task_set(spec) or parts.commits_one_by_one(spec.train):
             spec.reproducibility.tolerant.SetInParent()
         else:
             spec.reproducibility.bitwise.SetInParent()
-    spec.output.model = spec.output.model or spec.name
+    if not is_task_set(spec):
+        spec.output.model = spec.output.model or spec.name
 
 
 def resolve_start_model(spec: job_spec_pb2.JobSpec, model: model_service_pb2.ModelVersion) -> None:

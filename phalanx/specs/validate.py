@@ -15,8 +15,9 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from phalanx.errors import InvalidArgument, Violation
 from phalanx.ids import SHORT_NAME_RULE, is_short_name
-from phalanx.specs import balance, catalog, composition
+from phalanx.specs import balance, catalog, composition, task_sets
 from phalanx.specs.fields import walk
+from phalanx.tasks import is_task_set
 from phalanx.texts import number_of
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
 
@@ -114,6 +115,7 @@ _LOWEST_DURATION: dict[str, tuple[float, str]] = {
     "reproducibility.bitwise.fall_back_after": (0, "must not be negative"),
     "train.stop.wall_time": (1e-9, "must be longer than nothing"),
     "train.checkpoints.every": (1e-9, "must be longer than nothing"),
+    "tasks.timeout": (1e-9, "must be longer than nothing"),
 }
 _LONGEST_DURATION_S = 315_576_000_000
 
@@ -130,10 +132,10 @@ def validate(spec: job_spec_pb2.JobSpec) -> list[Violation]:
 
 
 def validate_against(
-    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset | None
 ) -> list[Violation]:
-    """Return what is wrong between a resolved spec and its data set."""
-    if spec.WhichOneof("program") != "train":
+    """Return what is wrong between a resolved spec and its data set, if it reads one."""
+    if dataset is None or spec.WhichOneof("program") != "train":
         return []
     return [
         *_data(spec, dataset),
@@ -163,7 +165,9 @@ def _names(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         yield Violation(
             "namespace", f"{spec.namespace[:60]!r} is not allowed; use {SHORT_NAME_RULE}"
         )
-    if not spec.data.name:
+    if is_task_set(spec):
+        pass  # it reads no data set
+    elif not spec.data.name:
         yield Violation(
             "data.name", "is missing; name a data set, as `phalanx data list` shows them"
         )
@@ -237,6 +241,9 @@ def _program(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         yield Violation(
             "train", "is missing; say what to do, as train: {model: {mlp: {hidden: [64]}}}"
         )
+    elif program == "tasks":
+        yield from _entrypoint(spec.tasks.entrypoint, "tasks.entrypoint", "work:run")
+        yield from task_sets.violations(spec)
     elif program == "train":
         yield from _model(spec.train.model)
         yield from _optimizer(spec.train.optimizer, spec.train.stop, "train.optimizer")
@@ -258,6 +265,14 @@ def _program(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
                 yield Violation("train.start.model", f"{model[:160]!r} is not allowed; {rule}")
 
 
+def _entrypoint(entrypoint: str, path: str, example: str) -> Iterator[Violation]:
+    if not _ENTRYPOINT.fullmatch(entrypoint):
+        message = f"is missing; write module:function, as {example}"
+        if entrypoint:
+            message = f"{entrypoint[:80]!r} is not module:function, as {example}"
+        yield Violation(path, message)
+
+
 def _model(model: job_spec_pb2.Model) -> Iterator[Violation]:
     kind = model.WhichOneof("kind")
     if kind is None:
@@ -276,11 +291,9 @@ def _model(model: job_spec_pb2.Model) -> Iterator[Violation]:
             known = ", ".join(catalog.MLP_LOSSES)
             message = f"{mlp.loss[:40]!r} is not known; use one of {known}"
             yield Violation("train.model.mlp.loss", message)
-    elif kind == "custom" and not _ENTRYPOINT.fullmatch(model.custom.entrypoint):
-        message = "is missing; write module:function, as net:build"
-        if model.custom.entrypoint:
-            message = f"{model.custom.entrypoint[:80]!r} is not module:function, as net:build"
-        yield Violation("train.model.custom.entrypoint", message)
+    elif kind == "custom":
+        path = "train.model.custom.entrypoint"
+        yield from _entrypoint(model.custom.entrypoint, path, "net:build")
 
 
 def _optimizer(

@@ -37,6 +37,7 @@ from phalanx.v1 import (
     model_service_pb2_grpc,
     storage_service_pb2,
     storage_service_pb2_grpc,
+    task_service_pb2,
 )
 
 GUARD_S = 20.0
@@ -62,6 +63,7 @@ class ScriptedCluster:
         self.watch_script: deque[job_service_pb2.WatchJobResponse | PhalanxError] = deque()
         self.events: list[job_pb2.Event] = []
         self.logs: list[job_service_pb2.ReadJobLogsResponse] = []
+        self.task_results: list[task_service_pb2.TaskResult] = []
         self.points: list[job_pb2.MetricPoint] = []
         self.cluster = cluster_service_pb2.GetClusterResponse(
             version="0.1.0", generation=1, leader="control-1", storage_available=True
@@ -265,6 +267,15 @@ class _Jobs(job_service_pb2_grpc.JobServiceServicer):
         for line in self._script.logs:
             if request.worker_id in ("", line.worker_id):
                 yield line
+
+    async def ReadTaskResults(
+        self, request: job_service_pb2.ReadTaskResultsRequest, context: ServicerContext
+    ) -> AsyncIterator[job_service_pb2.ReadTaskResultsResponse]:
+        self._script.accept("ReadTaskResults", request)
+        self._script.job(request.job_id)
+        for result in self._script.task_results:
+            if not request.tasks or result.task in request.tasks:
+                yield job_service_pb2.ReadTaskResultsResponse(results=[result])
 
     async def ListJobMetrics(
         self, request: job_service_pb2.ListJobMetricsRequest, context: ServicerContext

@@ -225,9 +225,9 @@ class Progress(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     CHECKPOINT_STEP_FIELD_NUMBER: _builtins.int
     step: _builtins.int
-    """Newest committed step."""
+    """Newest committed step; tasks done, where the job is a set of independent tasks."""
     total_steps: _builtins.int
-    """Steps after which the job ends at the latest; 0 when no stop rule counts steps."""
+    """Steps after which the job ends at the latest, or all tasks; 0 when no stop rule counts steps."""
     epoch: _builtins.float
     """Passes over the data up to the newest step."""
     examples: _builtins.int
@@ -359,7 +359,7 @@ class Result(_message.Message):
     bit_identical: _builtins.bool
     """Whether all leaves were computed on one numeric fingerprint, so that the hash can be reproduced."""
     steps: _builtins.int
-    """Committed steps."""
+    """Committed steps, or tasks done."""
     examples_lost: _builtins.int
     """Examples missing from committed steps, and counted twice in them. Both are 0 unless the spec allows more."""
     examples_doubled: _builtins.int
@@ -388,7 +388,7 @@ Global___Result: _TypeAlias = Result  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):
-    """A shard whose leaf failed for good."""
+    """A shard whose leaf, or a task that, failed for good."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -401,6 +401,7 @@ class Failure(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     WORKER_IDS_FIELD_NUMBER: _builtins.int
     TRACEBACK_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
     code: _builtins.str
     """RAISED, CRASHED, HUNG, OUT_OF_MEMORY, NON_FINITE, …"""
     message: _builtins.str
@@ -414,6 +415,8 @@ class Failure(_message.Message):
     """Tries that were made, and where."""
     traceback: _builtins.str
     """Traceback of the last try, if there was one."""
+    task: _builtins.int
+    """The task, of a job of independent tasks."""
     @_builtins.property
     def worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -428,12 +431,15 @@ class Failure(_message.Message):
         attempts: _builtins.int = ...,
         worker_ids: _abc.Iterable[_builtins.str] | None = ...,
         traceback: _builtins.str = ...,
+        task: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_task", b"_task", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "code", b"code", "first_row", b"first_row", "message", b"message", "row_count", b"row_count", "shard", b"shard", "step", b"step", "traceback", b"traceback", "worker_ids", b"worker_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_task", b"_task", "attempts", b"attempts", "code", b"code", "first_row", b"first_row", "message", b"message", "row_count", b"row_count", "shard", b"shard", "step", b"step", "task", b"task", "traceback", b"traceback", "worker_ids", b"worker_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__task: _TypeAlias = _typing.Literal["task"]  # noqa: Y015
+    _WhichOneofArgType__task: _TypeAlias = _typing.Literal["_task", b"_task"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__task) -> _WhichOneofReturnType__task | None: ...
 
 Global___Failure: _TypeAlias = Failure  # noqa: Y015
 

@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from phalanx.v1 import job_pb2 as _job_pb2
 from phalanx.v1 import job_spec_pb2 as _job_spec_pb2
+from phalanx.v1 import task_service_pb2 as _task_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -582,6 +583,55 @@ class ReadJobLogsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
 
 Global___ReadJobLogsResponse: _TypeAlias = ReadJobLogsResponse  # noqa: Y015
+
+@_typing.final
+class ReadTaskResultsRequest(_message.Message):
+    """Asks for the results of a job of independent tasks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Only these tasks; empty for all."""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        tasks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "tasks", b"tasks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadTaskResultsRequest: _TypeAlias = ReadTaskResultsRequest  # noqa: Y015
+
+@_typing.final
+class ReadTaskResultsResponse(_message.Message):
+    """Some results."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[_task_service_pb2.TaskResult]: ...
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[_task_service_pb2.TaskResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadTaskResultsResponse: _TypeAlias = ReadTaskResultsResponse  # noqa: Y015
 
 @_typing.final
 class ListJobMetricsRequest(_message.Message):

@@ -89,6 +89,11 @@ class JobServiceStub:
                 request_serializer=phalanx_dot_v1_dot_job__service__pb2.ReadJobLogsRequest.SerializeToString,
                 response_deserializer=phalanx_dot_v1_dot_job__service__pb2.ReadJobLogsResponse.FromString,
                 _registered_method=True)
+        self.ReadTaskResults = channel.unary_stream(
+                '/phalanx.v1.JobService/ReadTaskResults',
+                request_serializer=phalanx_dot_v1_dot_job__service__pb2.ReadTaskResultsRequest.SerializeToString,
+                response_deserializer=phalanx_dot_v1_dot_job__service__pb2.ReadTaskResultsResponse.FromString,
+                _registered_method=True)
         self.ListJobMetrics = channel.unary_unary(
                 '/phalanx.v1.JobService/ListJobMetrics',
                 request_serializer=phalanx_dot_v1_dot_job__service__pb2.ListJobMetricsRequest.SerializeToString,
@@ -175,6 +180,14 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadTaskResults(self, request, context):
+        """Returns what came of the tasks of a job so far, in the order in which they ended; each task once. Of large values
+        only the digest, to be read from storage.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListJobMetrics(self, request, context):
         """Returns values of the job's metrics, oldest first.
         """
@@ -234,6 +247,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.ReadJobLogs,
                     request_deserializer=phalanx_dot_v1_dot_job__service__pb2.ReadJobLogsRequest.FromString,
                     response_serializer=phalanx_dot_v1_dot_job__service__pb2.ReadJobLogsResponse.SerializeToString,
+            ),
+            'ReadTaskResults': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadTaskResults,
+                    request_deserializer=phalanx_dot_v1_dot_job__service__pb2.ReadTaskResultsRequest.FromString,
+                    response_serializer=phalanx_dot_v1_dot_job__service__pb2.ReadTaskResultsResponse.SerializeToString,
             ),
             'ListJobMetrics': grpc.unary_unary_rpc_method_handler(
                     servicer.ListJobMetrics,
@@ -516,6 +534,33 @@ class JobService:
             '/phalanx.v1.JobService/ReadJobLogs',
             phalanx_dot_v1_dot_job__service__pb2.ReadJobLogsRequest.SerializeToString,
             phalanx_dot_v1_dot_job__service__pb2.ReadJobLogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadTaskResults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/phalanx.v1.JobService/ReadTaskResults',
+            phalanx_dot_v1_dot_job__service__pb2.ReadTaskResultsRequest.SerializeToString,
+            phalanx_dot_v1_dot_job__service__pb2.ReadTaskResultsResponse.FromString,
             options,
             channel_credentials,
             insecure,

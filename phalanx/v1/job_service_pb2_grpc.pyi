@@ -43,6 +43,10 @@ class JobServiceStub:
     """
     ReadJobLogs: _aio.UnaryStreamMultiCallable[_job_service_pb2.ReadJobLogsRequest, _job_service_pb2.ReadJobLogsResponse]
     """Returns what the job's code wrote, and tracebacks; up to 10 MiB are kept for a job."""
+    ReadTaskResults: _aio.UnaryStreamMultiCallable[_job_service_pb2.ReadTaskResultsRequest, _job_service_pb2.ReadTaskResultsResponse]
+    """Returns what came of the tasks of a job so far, in the order in which they ended; each task once. Of large values
+    only the digest, to be read from storage.
+    """
     ListJobMetrics: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ListJobMetricsRequest, _job_service_pb2.ListJobMetricsResponse]
     """Returns values of the job's metrics, oldest first."""
 
@@ -135,6 +139,16 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_job_service_pb2.ReadJobLogsRequest, _abc.AsyncIterator[_job_service_pb2.ReadJobLogsResponse]],
     ) -> _abc.AsyncIterator[_job_service_pb2.ReadJobLogsResponse]:
         """Returns what the job's code wrote, and tracebacks; up to 10 MiB are kept for a job."""
+
+    @_abc_1.abstractmethod
+    def ReadTaskResults(
+        self,
+        request: _job_service_pb2.ReadTaskResultsRequest,
+        context: _aio.ServicerContext[_job_service_pb2.ReadTaskResultsRequest, _abc.AsyncIterator[_job_service_pb2.ReadTaskResultsResponse]],
+    ) -> _abc.AsyncIterator[_job_service_pb2.ReadTaskResultsResponse]:
+        """Returns what came of the tasks of a job so far, in the order in which they ended; each task once. Of large values
+        only the digest, to be read from storage.
+        """
 
     @_abc_1.abstractmethod
     def ListJobMetrics(

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
+from phalanx.v1 import tasks_pb2 as _tasks_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -111,7 +112,7 @@ class JobSpec(_message.Message):
     @_builtins.property
     def cascade(self) -> Global___Cascade: ...
     @_builtins.property
-    def tasks(self) -> Global___Tasks: ...
+    def tasks(self) -> _tasks_pb2.Tasks: ...
     def __init__(
         self,
         *,
@@ -132,7 +133,7 @@ class JobSpec(_message.Message):
         evaluate: Global___Evaluate | None = ...,
         predict: Global___Predict | None = ...,
         cascade: Global___Cascade | None = ...,
-        tasks: Global___Tasks | None = ...,
+        tasks: _tasks_pb2.Tasks | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "_seed", b"_seed", "cascade", b"cascade", "code", b"code", "data", b"data", "evaluate", b"evaluate", "forest", b"forest", "output", b"output", "predict", b"predict", "priority", b"priority", "program", b"program", "reproducibility", b"reproducibility", "resources", b"resources", "retain", b"retain", "seed", b"seed", "sweep", b"sweep", "tasks", b"tasks", "train", b"train"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -2250,31 +2251,3 @@ class Cascade(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Cascade: _TypeAlias = Cascade  # noqa: Y015
-
-@_typing.final
-class Tasks(_message.Message):
-    """Independent calls of the user's own function."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ENTRYPOINT_FIELD_NUMBER: _builtins.int
-    ARGUMENTS_FIELD_NUMBER: _builtins.int
-    entrypoint: _builtins.str
-    """MODULE:FUNCTION."""
-    @_builtins.property
-    def arguments(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Struct]:
-        """One call for each."""
-
-    def __init__(
-        self,
-        *,
-        entrypoint: _builtins.str = ...,
-        arguments: _abc.Iterable[_struct_pb2.Struct] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "entrypoint", b"entrypoint"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Tasks: _TypeAlias = Tasks  # noqa: Y015

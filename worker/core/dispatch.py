@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from phalanx.v1 import training_pb2
 from worker.core.rounds import Part, PartState, Round
 from worker.core.shares import Shares
 
@@ -28,6 +29,11 @@ class Task:
     parameters: int = -1
     absent: frozenset[int] = field(default_factory=frozenset)
     cancelled: bool = False
+
+    @property
+    def is_call(self) -> bool:
+        """Whether its parts are calls of a set of tasks, of which no round decides."""
+        return self.round.go.action == training_pb2.GoRecord.ACTION_UNSPECIFIED
 
 
 class Dispatcher:

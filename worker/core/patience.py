@@ -17,8 +17,11 @@ class Patience:
         self._spent_s = 0.0
         self._last_s = 0.0
 
-    def exhausted(self, progress: object, now_s: float) -> bool:
-        """Whether `progress` (anything that changes with it; None: idle) stood still too long."""
+    def exhausted(self, progress: object, now_s: float, limit_s: float = 0.0) -> bool:
+        """Whether `progress` (anything that changes with it; None: idle) stood still too long.
+
+        `limit_s` is that of what runs now, where it has its own.
+        """
         elapsed_s = min(now_s - self._last_s, self._tick_max_s)
         self._last_s = now_s
         if progress is None or progress != self._seen:
@@ -26,4 +29,4 @@ class Patience:
             self._spent_s = 0.0
             return False
         self._spent_s += elapsed_s
-        return self._spent_s > self._limit_s
+        return self._spent_s > (limit_s or self._limit_s)

@@ -9,8 +9,10 @@ import itertools
 from collections.abc import Iterable
 
 from phalanx.reduction import Node
+from phalanx.tasks import is_task_set
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_spec_pb2, training_pb2
+from worker.core.calls import TaskSetCore
 from worker.core.dispatch import Dispatcher, Task
 from worker.core.effects import (
     Discard,
@@ -33,7 +35,7 @@ class WorkerCore:
     def __init__(self, slots: int) -> None:
         self.dispatcher = Dispatcher(slots)
         self._suspects = Suspects()
-        self.jobs: dict[str, JobCore] = {}
+        self.jobs: dict[str, JobCore | TaskSetCore] = {}
         self.generation = 0
         self.draining = False
         self._task_ids = itertools.count(1)
@@ -136,7 +138,8 @@ class WorkerCore:
         job = self.jobs.get(message.plan.job_id)
         if job is not None:
             return job.assign(message)
-        job = JobCore(message.plan, self.dispatcher, lambda: next(self._task_ids))
+        kind = TaskSetCore if is_task_set(job_spec_pb2.JobSpec.FromString(message.plan.spec)) else JobCore
+        job = kind(message.plan, self.dispatcher, lambda: next(self._task_ids))
         self.jobs[job.job_id] = job
         self.dispatcher.shares.enrol(job.job_id, _priority(message.plan))
         return [Prepare(message.plan), *job.assign(message)]

@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from phalanx.calls import CallWork
 from phalanx.data.manifest import ChunkInfo
 from phalanx.errors import DataLoss, PhalanxError
 from phalanx.reduction import Node, all_finite
+from phalanx.tasks import is_task_set
 from phalanx.v1 import coordination_service_pb2, training_pb2
+from phalanx.v1.job_spec_pb2 import JobSpec
 from worker import ipc
 from worker.ipc import BlockingConnection, Kind
 from worker.leaf import output
@@ -50,7 +53,7 @@ class LeafLoop:
     def __init__(self, connection: BlockingConnection, page: ProgressPage) -> None:
         self._connection = connection
         self._page = page
-        self._jobs: dict[int, JobWork | Exception] = {}
+        self._jobs: dict[int, JobWork | CallWork | Exception] = {}
         self._job = -1
         #: Leaves (job, shard, step) whose rows can be gathered while there is nothing to do.
         self._later: deque[tuple[JobWork, int, int]] = deque()
@@ -88,10 +91,16 @@ class LeafLoop:
         dtype = np.dtype(plan.layout.dtype or "float32")
         arena = Arena.attach(message.fds[0], plan.layout.element_count, dtype)
         try:
-            work = JobWork(plan, _paths(document), self._fetch, arena, document["fits"])
-            self._jobs[job] = work
-            if work.model.layout != plan.layout:
-                raise DataLoss("the model built here has another layout than the job; see its code")
+            if _is_task_set(plan):
+                arena.close()
+                calls = self._jobs[job] = CallWork(plan, _paths(document).code)
+                calls.describe()
+            else:
+                work = JobWork(plan, _paths(document), self._fetch, arena, document["fits"])
+                self._jobs[job] = work
+                if work.model.layout != plan.layout:
+                    text = "the model built here has another layout than the job; see its code"
+                    raise DataLoss(text)
         except Exception as error:  # noqa: BLE001
             # Told again by every leaf, so that the failure counts as that of its shard.
             self._jobs[job] = error
@@ -103,7 +112,7 @@ class LeafLoop:
         document, _ = ipc.unpack_json(message.body)
         self._later.clear()
         work = self._jobs.pop(document["job"], None)
-        if isinstance(work, JobWork):
+        if work is not None and not isinstance(work, Exception):
             work.close()
 
     def _describe(self, message: ipc.Message) -> None:
@@ -112,10 +121,13 @@ class LeafLoop:
         plan = training_pb2.JobPlan.FromString(plan_bytes)
         answer = coordination_service_pb2.JobDescribed(job_id=plan.job_id)
         try:
-            described = JobWork(plan, _paths(document), self._fetch).describe()
-            answer.layout.CopyFrom(described.layout)
-            answer.evaluation_sums.extend(described.evaluation_sums)
-            answer.leaf_sha256 = described.leaf_sha256
+            if _is_task_set(plan):
+                answer.layout.CopyFrom(CallWork(plan, _paths(document).code).describe())
+            else:
+                described = JobWork(plan, _paths(document), self._fetch).describe()
+                answer.layout.CopyFrom(described.layout)
+                answer.evaluation_sums.extend(described.evaluation_sums)
+                answer.leaf_sha256 = described.leaf_sha256
         except BaseException as error:  # noqa: BLE001 - user code raises what it likes
             answer.failure.code = "JOB_CODE" if plan.code_digests else "JOB_DESCRIPTION"
             answer.failure.message = _message(error)
@@ -155,14 +167,24 @@ class LeafLoop:
     # Parts and leaves
 
     def _run_part(
-        self, work: JobWork | Exception, order: ipc.RunOrder, index: int, node: Node, buffer: int
+        self,
+        work: JobWork | CallWork | Exception,
+        order: ipc.RunOrder,
+        index: int,
+        node: Node,
+        buffer: int,
     ) -> None:
         leaf = _LeafRun(self._page, order)
         try:
             if isinstance(work, Exception):
                 leaf.shard = node.first
                 raise work
-            done = self._compute(work, order, leaf, index, node, buffer)
+            if isinstance(work, CallWork):
+                kind, done = Kind.CALL_DONE, _call(work, order, leaf, index, node.first)
+                output.flush()
+            else:
+                kind = Kind.PART_DONE
+                done = self._compute(work, order, leaf, index, node, buffer).pack()
         except _Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - user code raises what it likes
@@ -172,7 +194,7 @@ class LeafLoop:
         else:
             last = index == len(order.parts) - 1
             send = self._connection.send_with_next if last else self._connection.send
-            send(Kind.PART_DONE, done.pack())
+            send(kind, done)
         finally:
             self._page.no_leaf()
 
@@ -297,6 +319,16 @@ class _LeafRun:
         return leaf
 
 
+def _call(work: CallWork, order: ipc.RunOrder, leaf: _LeafRun, index: int, task: int) -> bytes:
+    """Run one task of a set; return the body of CALL_DONE."""
+    value: bytes = leaf.timed(task, lambda: work.call(task))
+    return ipc.pack_call(order.task, index, leaf.seconds[-1], value)
+
+
+def _is_task_set(plan: training_pb2.JobPlan) -> bool:
+    return is_task_set(JobSpec.FromString(plan.spec))
+
+
 def _paths(document: dict[str, Any]) -> Paths:
     return Paths(
         manifest=Path(document["manifest"]),
@@ -306,7 +338,7 @@ def _paths(document: dict[str, Any]) -> Paths:
 
 
 def _failure(
-    work: JobWork | Exception,
+    work: JobWork | CallWork | Exception,
     order: ipc.RunOrder,
     index: int,
     shard: int,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-from phalanx.errors import PhalanxError
+from phalanx.errors import Internal, PhalanxError
 from phalanx.ids import new_incarnation
 from phalanx.rpc.member_session import MemberSession, Refused
 from phalanx.telemetry.logs import get_logger
@@ -28,6 +28,7 @@ from worker.cache import BlobCache, Download
 from worker.code import remove_all_unused
 from worker.config import WorkerConfig
 from worker.core import effects as do
+from worker.core.calls import TaskSetCore
 from worker.core.dispatch import Task
 from worker.core.rounds import LeafFailure
 from worker.core.session import WorkerCore
@@ -39,6 +40,7 @@ from worker.session.logs import LogCollector
 from worker.session.process import LeafProcess
 from worker.session.setup import PreparedJob, prepare
 from worker.session.slots import TICK_S, SlotPool
+from worker.session.tasks import HostedTasks, Store
 
 GoRecord = training_pb2.GoRecord
 LeafFailed = coordination.LeafFailed
@@ -49,7 +51,8 @@ _PREPARE_RETRY_LONGEST_S = 30.0
 _LEAF_ATTEMPTS = 2
 _NOT_PREPARED_SHARDS_MAX = 64
 """Shards told of at once; those that control cannot move away are told again."""
-_PROGRAM = "train"
+_KILL_AFTER_S = 1.0
+"""What a call that nobody wants any more has to end by itself; a leaf always gets to its end."""
 _LEAVE_WITHOUT_CONTROL_S = 1.0
 _JOB_WAIT_S = 0.05
 """How long idle slots wait for a job that is behind: some round trips."""
@@ -58,8 +61,8 @@ _log = get_logger(__name__)
 
 
 class Session:
-    """One worker. `download` gets blobs from storage; `storage_found` learns its address; `leaves`
-    starts its leaf processes."""
+    """One worker. `download` gets blobs from storage and `store` puts one there; `storage_found`
+    learns its address; `leaves` starts its leaf processes."""
 
     def __init__(
         self,
@@ -68,11 +71,14 @@ class Session:
         download: Download,
         storage_found: Callable[[str], None],
         leaves: LeafServer | None = None,
+        store: Store | None = None,
     ) -> None:
         self._config = config
         self._metrics = metrics
         self._storage_found = storage_found
-        self._leaf_done = metrics.leaf_seconds.labels(program=_PROGRAM, outcome="done")
+        self._store = store or _no_store
+        self._leaf_done = metrics.leaf_seconds.labels(program="train", outcome="done")
+        self._call_done = metrics.leaf_seconds.labels(program="tasks", outcome="done")
         self._incarnation = new_incarnation()
         self._core = WorkerCore(config.slot_count)
         self._cache = BlobCache(config.cache_dir, config.cache_bytes, download, metrics)
@@ -84,7 +90,7 @@ class Session:
             config.control, self._hello, self._heartbeat, self._on_message, self._on_open
         )
         self._logs = LogCollector(config.id, self._control.report)
-        self._jobs: dict[str, HostedJob] = {}
+        self._jobs: dict[str, HostedJob | HostedTasks] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._described: PreparedJob | None = None
         self._fingerprint = ""
@@ -172,7 +178,7 @@ class Session:
             coordination.WorkerJobProgress(
                 job_id=job.core.job_id,
                 term=job.core.term,
-                step=max(0, job.core.versions.whole_version),
+                step=job.step,
                 leaves_done=job.progress.leaves_done,
                 examples_per_second=job.progress.examples_per_second(now_s),
                 leaf_seconds_p95=job.progress.leaf_seconds_p95,
@@ -218,6 +224,8 @@ class Session:
                 case do.Cancel():
                     self._slots.cancel(effect.task)
                     self._chunks.cancel(effect.task)
+                    if effect.task.is_call:
+                        self._end_soon(effect.task)
                 case do.Report():
                     self._report(effect.message)
                 case do.Prepare():
@@ -266,11 +274,16 @@ class Session:
             return
         job_id = effect.plan.job_id
         core = self._core.jobs[job_id]
-        job = HostedJob(core, self._config.id, self._incarnation, self._settle)
+        me = self._config.id, self._incarnation
+        job: HostedJob | HostedTasks
+        if isinstance(core, TaskSetCore):
+            job = HostedTasks(core, *me, self._settle, self._store)
+        else:
+            job = HostedJob(core, *me, self._settle)
         self._jobs[job_id] = job
         job.preparing = self._spawn(self._host(job))
 
-    async def _host(self, job: HostedJob) -> None:
+    async def _host(self, job: HostedJob | HostedTasks) -> None:
         """Fetch what the job needs, however long storage is away, and set it up in all slots."""
         wait_s = _PREPARE_RETRY_S
         while not await self._set_up(job):
@@ -278,7 +291,7 @@ class Session:
             wait_s = min(wait_s * 2, _PREPARE_RETRY_LONGEST_S)
         self._perform(self._core.prepare_done(job.core.job_id, await self._own_leaf(job)))
 
-    async def _set_up(self, job: HostedJob) -> bool:
+    async def _set_up(self, job: HostedJob | HostedTasks) -> bool:
         """Try once; what keeps the job from running here is told for each of its shards here.
 
         Again each time: control may have no other worker to give them to.
@@ -298,7 +311,7 @@ class Session:
             return False
         return True
 
-    async def _own_leaf(self, job: HostedJob) -> str:
+    async def _own_leaf(self, job: HostedJob | HostedTasks) -> str:
         """Return the hash of this worker's own leaf of a reproducible job, empty if it fails.
 
         Its failure is not told: the same leaf fails again as that of its shard.
@@ -351,7 +364,7 @@ class Session:
         job = self._jobs.pop(job_id)
         self._spawn(self._let_go(job))
 
-    async def _let_go(self, job: HostedJob) -> None:
+    async def _let_go(self, job: HostedJob | HostedTasks) -> None:
         await job.close()
         prepared = job.prepared
         if prepared is not None:
@@ -376,20 +389,31 @@ class Session:
             self._leaf_done.observe(seconds)
         self._core.computed(task.job_id, sum(done.seconds))
         job = self._jobs.get(task.job_id)
-        if job is None or not job.core.owns(task):
+        if not isinstance(job, HostedJob) or not job.core.owns(task):
             return
         trains = task.round.go.action == GoRecord.ACTION_TRAIN
         job.progress.add(done.count if trains else 0, done.seconds, trains=trains)
         part = task.parts[done.index]
         self._settle(job.core.part_done(task, part, done.count, done.loss, done.mask, done.sums))
 
+    def call_done(self, task: Task, index: int, seconds: float, value_json: bytes) -> None:
+        """A call of a set of tasks returned."""
+        self._call_done.observe(seconds)
+        job = self._jobs.get(task.job_id)
+        if isinstance(job, HostedTasks) and job.core.owns(task):
+            job.call_done(task, index, seconds, value_json)
+
     def part_failed(self, task: Task, index: int, failure: LeafFailure) -> None:
         """A leaf failed."""
-        outcome = _outcome(failure.kind)
-        observe = self._metrics.leaf_seconds.labels(program=_PROGRAM, outcome=outcome).observe
-        observe(failure.seconds)
         job = self._jobs.get(task.job_id)
+        program = "tasks" if isinstance(job, HostedTasks) else "train"
+        outcome = _outcome(failure.kind)
+        observe = self._metrics.leaf_seconds.labels(program=program, outcome=outcome).observe
+        observe(failure.seconds)
         if job is not None and job.core.owns(task):
+            if isinstance(job, HostedTasks) and job.prepared is not None:
+                step, shard = -1, failure.shard
+                self._logs.add(job.prepared.number, step, shard, "error", failure.traceback)
             self._settle(job.core.part_failed(task, task.parts[index], failure))
 
     def server_died(self, task: Task, shard: int) -> bool:
@@ -420,6 +444,11 @@ class Session:
 
     # Helpers
 
+    def _end_soon(self, task: Task) -> None:
+        """Kill what still runs a call after a while: it may take as long as it likes."""
+        loop = asyncio.get_running_loop()
+        loop.call_later(_KILL_AFTER_S, self._slots.end, task)
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._background.add(task)
@@ -440,7 +469,13 @@ class Session:
                 _log.exception("periodic_task_failed")
 
 
-def _not_prepared(job: HostedJob, error: Exception) -> Iterator[coordination.SessionRequest]:
+async def _no_store(_: bytes) -> str:
+    raise Internal("this worker has no storage to keep large values in")
+
+
+def _not_prepared(
+    job: HostedJob | HostedTasks, error: Exception
+) -> Iterator[coordination.SessionRequest]:
     """A job whose files cannot be had fails at every shard that it has here."""
     core = job.core
     for nodes, width, evaluation in (

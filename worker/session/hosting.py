@@ -49,6 +49,11 @@ class HostedJob:
         self._down_codec = build_down_codec(spec.train)
         self._wanted: OpenStreams | None = None
 
+    @property
+    def step(self) -> int:
+        """The newest whole version."""
+        return max(0, self.core.versions.whole_version)
+
     def became_prepared(self, prepared: PreparedJob) -> None:
         """The job's files and shared memory are here: the streams may open."""
         self.prepared = prepared

@@ -28,11 +28,13 @@ class PreparedJob:
     """A job whose files are here. `number` names this hosting in messages to leaf processes."""
 
     plan: training_pb2.JobPlan
-    manifest: Pinned
+    manifest: Pinned | None
     code: CodeFolder | None
     start_model: Pinned | None
     fits: bool
     arena: Arena
+    timeout_s: float = 0.0
+    """After which a call is killed; 0: the worker's own limit of leaves."""
     number: int = field(default_factory=lambda: next(_numbers))
 
     @property
@@ -51,7 +53,8 @@ class PreparedJob:
     def release(self) -> None:
         """Let go of files and memory."""
         self.arena.close()
-        self.manifest.release()
+        if self.manifest is not None:
+            self.manifest.release()
         if self.code is not None:
             self.code.release()
         if self.start_model is not None:
@@ -60,7 +63,7 @@ class PreparedJob:
     def _document(self) -> dict[str, object]:
         return {
             "job": self.number,
-            "manifest": str(self.manifest.path),
+            "manifest": str(self.manifest.path) if self.manifest is not None else "",
             "code": str(self.code.path) if self.code is not None else "",
             "start_model": str(self.start_model.path) if self.start_model is not None else "",
             "fits": self.fits,
@@ -71,9 +74,12 @@ async def prepare(plan: training_pb2.JobPlan, cache: BlobCache, code_root: Path)
     """Fetch everything that `plan` names. Raises PhalanxError where something cannot be had."""
     pinned: list[Pinned | CodeFolder] = []
     try:
-        manifest = await cache.get(plan.manifest_digest)
-        pinned.append(manifest)
-        stored = DatasetManifest.from_json(manifest.path.read_bytes())
+        manifest, fits = None, True
+        if plan.manifest_digest:
+            manifest = await cache.get(plan.manifest_digest)
+            pinned.append(manifest)
+            stored = DatasetManifest.from_json(manifest.path.read_bytes())
+            fits = stored.size_bytes <= cache.limit_bytes * _CACHE_SHARE
         code = None
         if plan.code_digests:
             code = open_folder(code_root, folder_name(plan.code_digests))
@@ -84,12 +90,13 @@ async def prepare(plan: training_pb2.JobPlan, cache: BlobCache, code_root: Path)
             start_model = await cache.get(plan.start_model_digest)
             pinned.append(start_model)
         dtype = np.dtype(plan.layout.dtype or "float32")
-        arena = Arena.create(plan.job_id, plan.layout.element_count, dtype)
+        # Tasks share no memory: what they return comes in messages.
+        elements = plan.layout.element_count if plan.manifest_digest else 0
+        arena = Arena.create(plan.job_id, elements, dtype)
     except BaseException:
         for each in pinned:
             each.release()
         raise
-    fits = stored.size_bytes <= cache.limit_bytes * _CACHE_SHARE
     return PreparedJob(plan, manifest, code, start_model, fits, arena)
 
 

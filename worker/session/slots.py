@@ -43,6 +43,9 @@ class SlotEvents(Protocol):
     def part_done(self, task: Task, done: ipc.PartDone) -> None:
         """A part is in its buffer."""
 
+    def call_done(self, task: Task, index: int, seconds: float, value_json: bytes) -> None:
+        """A call of a set of tasks returned."""
+
     def part_failed(self, task: Task, index: int, failure: LeafFailure) -> None:
         """A leaf of a part failed."""
 
@@ -195,6 +198,12 @@ class SlotPool:
         self._leave(place)
         self._events.task_ended(task, lost=False)
 
+    def end(self, task: Task) -> None:
+        """Kill the process that still runs a task that was cancelled; its slot gets another."""
+        place = self._running.get(task.slot)
+        if place is not None and place.task is task and place.process is not None:
+            place.process.kill()
+
     def fetched(self, process: LeafProcess, body: bytes) -> None:
         """Answer a leaf process that waits for a chunk."""
         place = self._place_of(process)
@@ -220,12 +229,13 @@ class SlotPool:
         for slot, patience in enumerate(self._patience):
             place = self._running.get(slot)
             process = place.process if place is not None else None
-            progress = None
+            progress, limit_s = None, 0.0
             if place is not None and process is not None and not place.fetching:
                 assert place.task is not None
                 page = process.page
+                limit_s = place.job.timeout_s if place.job is not None else 0.0
                 progress = place.task.id, page.task, page.leaves, page.shard, process.pid
-            if patience.exhausted(progress, now_s) and process is not None:
+            if patience.exhausted(progress, now_s, limit_s) and process is not None:
                 _log.warning("leaf_hung", slot=slot, shard=process.page.shard)
                 process.hung()
 
@@ -356,6 +366,10 @@ class SlotPool:
                 done = ipc.PartDone.unpack(message.body)
                 if task is not None and done.task == task.id:
                     self._events.part_done(task, done)
+            case Kind.CALL_DONE:
+                number, index, seconds, value = ipc.unpack_call(message.body)
+                if task is not None and number == task.id:
+                    self._events.call_done(task, index, seconds, value)
             case Kind.TASK_ENDED:
                 if task is not None and ipc.unpack_ended(message.body) == task.id:
                     self._leave(place)
@@ -442,18 +456,21 @@ class SlotPool:
         for index, part in enumerate(task.parts):
             inside = part.node.first <= shard < part.node.first + part.node.span
             if inside and part.state is PartState.RUNNING and job is not None:
-                kind, message = self._cause(process, code)
+                kind, message = self._cause(process, code, job.timeout_s)
                 rows = rows_of_shard(job.plan, shard, task.round.is_evaluation)
                 seconds = process.page.leaf_seconds(time.monotonic_ns())
                 failure = LeafFailure(shard, kind, message, "", *rows, seconds)
                 self._events.part_failed(task, index, failure)
 
     def _cause(
-        self, process: LeafProcess, code: int
+        self, process: LeafProcess, code: int, timeout_s: float
     ) -> tuple[coordination.LeafFailed.Kind.ValueType, str]:
         if process.orphaned:
             text = "each time it runs, the process that starts leaf processes dies; leave it alone"
             return LeafFailed.KIND_CRASHED, text
+        if process.killed_as_hung and timeout_s:
+            text = f"the call had no end after {timeout_s:g} s and was killed; see tasks.timeout"
+            return LeafFailed.KIND_HUNG, text
         if process.killed_as_hung:
             limit = f"{self._leaf_timeout_s:g} s"
             text = f"the leaf made no progress for {limit} and was killed; see --leaf-timeout-s"

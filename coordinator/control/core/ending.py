@@ -10,6 +10,8 @@ from coordinator.control.core.lifecycle import CANCELLED, ENDED, EVENT_OF, FAILE
 from coordinator.control.core.state import Core, Ending, JobRuntime, OperationKind
 from coordinator.control.core.views import job_view, progress_view
 from phalanx.errors import FailedPrecondition
+from phalanx.tasks import is_task_set
+from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import job_pb2
 from phalanx.v1.control_journal_pb2 import ControlRecord, JobChanged, RememberedRequest
@@ -73,13 +75,18 @@ def succeed(core: Core, job: JobRuntime, result: job_pb2.Result, reason: str) ->
     result.bit_identical = facts.bit_identical
     state = next_state(job.job_id, facts.state, Verb.SUCCEED)
     changed = JobChanged(state=state, reason=reason, result=result)
-    changed.message = f"model {result.model}, parameters {result.parameters_sha256[:16]}…"
-    core.emit(
-        "MODEL_REGISTERED",
-        f"{result.model} is registered",
-        job_id=job.job_id,
-        details={"model": result.model, "parameters_sha256": result.parameters_sha256},
-    )
+    if is_task_set(facts.spec):
+        given_up = int(result.metrics["tasks/given_up"])
+        but = f", {given_up} of them given up" if given_up else ""
+        changed.message = f"{number_of(result.steps, 'task')} done{but}"
+    else:
+        changed.message = f"model {result.model}, parameters {result.parameters_sha256[:16]}…"
+        core.emit(
+            "MODEL_REGISTERED",
+            f"{result.model} is registered",
+            job_id=job.job_id,
+            details={"model": result.model, "parameters_sha256": result.parameters_sha256},
+        )
     _let_go(core, job, _persist(core, job, changed, None))
 
 
@@ -88,7 +95,9 @@ def paused(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
     facts = core.facts_of(job)
     changed = JobChanged(
         state=next_state(job.job_id, facts.state, Verb.PAUSE),
-        message=f"checkpoint at step {report.checkpoint_step or report.step}",
+        message=f"{report.step} of {number_of(facts.plan.total_steps, 'task')} done"
+        if is_task_set(facts.spec)
+        else f"checkpoint at step {report.checkpoint_step or report.step}",
     )
     term = facts.term
     after = _persist(core, job, changed, None)

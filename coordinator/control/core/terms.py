@@ -21,12 +21,13 @@ from coordinator.control.core.lifecycle import QUEUED, RUNNING
 from coordinator.control.core.ownership import choose_owners, lost_owners, may_be_owned
 from coordinator.control.core.state import Core, JobRuntime, OperationKind, Worker
 from phalanx.errors import Internal
+from phalanx.tasks import is_task_set
 from phalanx.texts import number_of, verb_for
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
 from phalanx.v1.control_journal_pb2 import ControlRecord, TermStarted
 from phalanx.v1.job_pb2 import Failure
-from phalanx.v1.training_pb2 import JobPlan
+from phalanx.v1.training_pb2 import JobPlan, Layout
 
 DESCRIBE_ATTEMPTS_MAX = 3
 DTYPE_BYTES = {"float32": 4, "float64": 8}
@@ -120,7 +121,7 @@ def described(core: Core, job: JobRuntime, worker: Worker, message: pb.JobDescri
     if message.HasField("failure"):
         failure = message.failure
         ending.fail(core, job, failure.code or "DESCRIBE_FAILED", failure.message, [failure])
-    elif message.layout.element_count <= 0 or message.layout.dtype not in DTYPE_BYTES:
+    elif not _is_usable(core, job, message.layout):
         text = f"{worker.id} described a model without parameters or of an unknown dtype"
         ending.fail(core, job, "DESCRIBE_FAILED", text)
     else:
@@ -130,6 +131,11 @@ def described(core: Core, job: JobRuntime, worker: Worker, message: pb.JobDescri
         if refusal is not None:
             ending.fail(core, job, refusal.reason, refusal.message)
     advance(core, job)
+
+
+def _is_usable(core: Core, job: JobRuntime, layout: Layout) -> bool:
+    tasks = is_task_set(core.facts_of(job).spec)
+    return layout.element_count > 0 and (tasks or layout.dtype in DTYPE_BYTES)
 
 
 def describing_worker_gone(core: Core, job: JobRuntime) -> None:
@@ -288,6 +294,9 @@ def _tell_start(core: Core, job: JobRuntime, *, first: bool, resumed: bool, befo
     step = job.restore.step if job.restore is not None else 0
     incident = incidents.of_owner(core, job)
     origin = f"from the checkpoint at step {step}" if job.restore is not None else "from the start"
+    tasks = is_task_set(facts.spec)
+    if tasks:
+        origin = f"of {number_of(facts.plan.total_steps, 'task')}"
     if first or resumed:
         type_ = "JOB_RESUMED" if resumed else "JOB_STARTED"
         owners = sorted({each.aggregator_id for each in facts.ranges})
@@ -299,6 +308,16 @@ def _tell_start(core: Core, job: JobRuntime, *, first: bool, resumed: bool, befo
             after=job.after,
             step=step,
             details={"term": facts.term, "fingerprint": facts.fingerprint},
+        )
+    elif tasks:
+        core.emit(
+            "JOB_RESUMED",
+            f"term {facts.term} {origin}: what has a result keeps it",
+            job_id=job.job_id,
+            after=job.after,
+            step=before,
+            incident_id=incident.id if incident is not None else "",
+            details={"term": facts.term},
         )
     elif before > step or incident is not None:
         replayed = max(0, before - step)

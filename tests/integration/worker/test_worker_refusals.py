@@ -70,7 +70,7 @@ async def test_a_description_that_fails_in_any_way_is_answered(bench: Any) -> No
 async def test_a_storage_that_is_stopped_or_busy_is_waited_for_like_one_that_is_gone(
     tmp_path: Path, error: Exception
 ) -> None:
-    downloads = main.Downloads("127.0.0.1:1")
+    downloads = main.Transfers("127.0.0.1:1")
     failures = [error]
 
     async def get_blob_to(digest: str, path: Path) -> int:

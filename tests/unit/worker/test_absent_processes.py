@@ -99,6 +99,7 @@ def job(code: str = "") -> Any:
         plan=training_pb2.JobPlan(job_id="job-1"),
         number=1,
         code_key=code,
+        timeout_s=0.0,
         arena=SimpleNamespace(fd=0, reserve=lambda _: None),
         setup_body=lambda: b"",
         describe_body=lambda: b"",

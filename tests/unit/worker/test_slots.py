@@ -52,7 +52,11 @@ EVENTS = SimpleNamespace(
     printed=lambda process, level, data: None,
 )
 JOB = SimpleNamespace(
-    code_key="", number=1, plan=training_pb2.JobPlan(job_id="job-2"), describe_body=lambda: b""
+    code_key="",
+    number=1,
+    plan=training_pb2.JobPlan(job_id="job-2"),
+    describe_body=lambda: b"",
+    timeout_s=0.0,
 )
 
 

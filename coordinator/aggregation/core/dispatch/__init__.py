@@ -1,0 +1,1 @@
+"""Independent tasks: who runs which, what came of them, and what has to be durable first."""

@@ -1,0 +1,81 @@
+"""The journal of one job's tasks: what is reported as done stands here first.
+
+There is no fence but the place of a record: a new owner appends the first record of its term, and
+whoever wrote before finds another record where its own should be, and is out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from coordinator.aggregation.checkpoints import PATIENCE, may_be_stored_later
+from phalanx.clients.storage import StorageClient
+from phalanx.errors import Aborted, DataLoss, PhalanxError
+from phalanx.rpc.patience import insist
+from phalanx.tasks import journal_stream, pins_holder
+from phalanx.v1 import storage_service_pb2 as pb
+from phalanx.v1.task_service_pb2 import TaskRecord
+
+Tell = Callable[[PhalanxError, int], None]
+
+
+class TaskJournal:
+    """Reads all records, then appends one after another; waits as long as storage is away."""
+
+    def __init__(self, storage: StorageClient, job_id: str, waits: Tell) -> None:
+        self._storage = storage
+        self._job_id = job_id
+        self._stream = journal_stream(job_id)
+        self._waits = waits
+        self._next = 0
+
+    async def read(self, term: int) -> list[TaskRecord]:
+        """Return the records that were not read yet.
+
+        Raises Aborted where a later term has begun, and DataLoss for a damaged record.
+        """
+        records = []
+        for sequence, payload in await insist(
+            self._read, PATIENCE, passes=may_be_stored_later, on_failure=self._waits
+        ):
+            try:
+                record = TaskRecord.FromString(payload)
+            except ValueError as error:
+                text = f"record {sequence} of journal {self._stream!r} is damaged"
+                raise DataLoss(text, reason="JOURNAL_CORRUPT") from error
+            if record.term > term:
+                raise Aborted(f"term {record.term} has begun", reason="STALE_TERM")
+            records.append(record)
+            self._next = sequence + 1
+        return records
+
+    async def append(self, record: TaskRecord) -> None:
+        """Make a record durable. Raises Aborted (SEQUENCE_MISMATCH) if somebody else wrote."""
+        payload = record.SerializeToString()
+        stored = [each for each in record.results if each.HasField("stored")]
+
+        async def attempt() -> int:
+            if stored:
+                # Large values are kept by what stands in the journal, so they are pinned first.
+                holder = pins_holder(self._job_id, stored[0].attempt)
+                digests = sorted({each.stored.digest for each in stored})
+                pins = [pb.Pin(blob=digest) for digest in digests]
+                await self._storage.set_pins(holder, pins)
+            try:
+                return await self._storage.append_journal(
+                    self._stream, [payload], expected_sequence=self._next
+                )
+            except Aborted:
+                # The answer to an earlier attempt may have been lost.
+                found = self._storage.read_journal(self._stream, self._next, 1)
+                if [each.payload async for each in found] != [payload]:
+                    raise
+                return self._next + 1
+
+        self._next = await insist(
+            attempt, PATIENCE, passes=may_be_stored_later, on_failure=self._waits
+        )
+
+    async def _read(self) -> list[tuple[int, bytes]]:
+        found = self._storage.read_journal(self._stream, self._next)
+        return [(each.sequence, each.payload) async for each in found]

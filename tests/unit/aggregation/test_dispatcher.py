@@ -1,0 +1,313 @@
+"""The dispatcher of independent tasks: each task once, whatever happens to whom."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from coordinator.aggregation.core.dispatch.dispatcher import PAUSE_S, SILENCE_S, Dispatcher, State
+from coordinator.aggregation.core.dispatch.events import (
+    Append,
+    Appended,
+    Effect,
+    Failed,
+    Finished,
+    Moved,
+    PauseAsked,
+    Paused,
+    Reported,
+    Send,
+    Tick,
+    WorkerClosed,
+    WorkerOpened,
+)
+from coordinator.aggregation.core.dispatch.pace import DEPTH_MAX, Pace
+from coordinator.aggregation.core.dispatch.records import QUEUE_BYTES
+from phalanx.v1.job_pb2 import Failure
+from phalanx.v1.task_service_pb2 import TaskAttempt, TaskRecord, TaskReport
+from tests.unit.aggregation.dispatch_world import World
+
+SEEDS = range(60)
+
+
+def begun(total: int, term: int = 1, attempts: int = 3, failures: int | None = 0) -> Dispatcher:
+    dispatcher = Dispatcher(total, term, attempts, failures)
+    dispatcher.begin()
+    return dispatcher
+
+
+def sends(effects: list[Effect]) -> list[Send]:
+    return [each for each in effects if isinstance(each, Send)]
+
+
+def tasks_of(effects: list[Effect]) -> list[int]:
+    return [task for each in sends(effects) for task in each.tasks]
+
+
+def done(task: int, attempt: int, seconds: float = 0.001) -> TaskReport:
+    return TaskReport(task=task, attempt=attempt, value_json="1", seconds=seconds)
+
+
+def failed(task: int, attempt: int) -> TaskReport:
+    failure = Failure(code="RAISED", message="ValueError: no", traceback="line 1")
+    return TaskReport(task=task, attempt=attempt, failure=failure)
+
+
+def append_of(effects: list[Effect]) -> TaskRecord:
+    (append,) = (each for each in effects if isinstance(each, Append))
+    return append.record
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_task_has_one_result_whatever_happens(seed: int) -> None:
+    world = World(seed)
+    world.run()
+    assert isinstance(world.end, Finished)
+    assert world.durable_results() == dict.fromkeys(range(world.total), 1)
+    assert world.settled_early == []
+    values = {result.task: result.value_json for each in world.records() for result in each.results}
+    assert values == {task: str(task * 2) for task in range(world.total)}
+
+
+def test_the_faults_of_these_worlds_happen() -> None:
+    faults, moved = Counter[str](), Counter[str]()
+    for seed in SEEDS:
+        world = World(seed)
+        world.run()
+        faults += world.faults
+        moved += world.moved
+    for fault in ("worker dies", "stream breaks", "owner dies", "write refused", "said twice"):
+        assert faults[fault] > 10, fault
+    assert moved["lost"] > 20
+    assert moved["late"] > 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_poison_is_given_up_after_its_own_failures_and_no_others(seed: int) -> None:
+    world = World(seed, poison=frozenset({3, 17}))
+    world.run()
+    assert isinstance(world.end, Finished)
+    given_up = {
+        result.task: result.failure
+        for record in world.records()
+        for result in record.results
+        if result.HasField("failure")
+    }
+    assert given_up.keys() == {3, 17}
+    assert all(each.attempts == 3 for each in given_up.values())
+    assert world.durable_results() == dict.fromkeys(range(world.total), 1)
+    tries = Counter(each.task for record in world.records() for each in record.failed_tries)
+    assert tries == {3: 3, 17: 3}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_poison_fails_the_job_and_a_retry_tries_it_anew(seed: int) -> None:
+    world = World(seed, poison=frozenset({5}), failures_max=0)
+    world.run()
+    assert isinstance(world.end, Failed)
+    assert world.end.failure.task == 5
+    assert world.end.failure.traceback == "here"
+    world.poison = frozenset()
+    world.deadly = False
+    world.new_owner()
+    world.run()
+    assert isinstance(world.end, Finished)
+    assert world.durable_results() == dict.fromkeys(range(world.total), 1)
+
+
+def test_a_broken_stream_gives_its_tasks_to_others_at_once() -> None:
+    dispatcher = begun(4)
+    effects = dispatcher.handle(WorkerOpened(1, "worker-1", 2), 0.0)
+    assert tasks_of(effects) == [0, 1]
+    dispatcher.handle(WorkerOpened(2, "worker-2", 2), 0.0)
+    effects = dispatcher.handle(WorkerClosed(1), 0.1)
+    assert Moved("lost", (0, 1), "worker-1") in effects
+    assert tasks_of(effects)[0] == 0
+
+
+def test_a_worker_that_comes_back_goes_on_with_what_it_had() -> None:
+    dispatcher = begun(2)
+    (send,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 2), 0.0))
+    held = [
+        TaskAttempt(task=task, attempt=number)
+        for number, task in enumerate(send.tasks, send.first_attempt)
+    ]
+    dispatcher.handle(WorkerClosed(1), 0.1)
+    effects = dispatcher.handle(WorkerOpened(2, "worker-1", 2, held), 0.2)
+    assert tasks_of(effects) == []
+    record = append_of(dispatcher.handle(Reported(2, [done(0, held[0].attempt)]), 0.3))
+    assert [each.attempt for each in record.results] == [held[0].attempt]
+
+
+def test_a_report_is_settled_only_once_it_is_durable() -> None:
+    dispatcher = begun(3)
+    (send,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 1), 0.0))
+    first = send.first_attempt
+    effects = dispatcher.handle(Reported(1, [done(0, first)]), 0.1)
+    assert append_of(effects).results[0].task == 0
+    assert all(not each.settled for each in sends(effects))
+    assert dispatcher.done == 0
+    # Said again on another stream, while it is being written.
+    held = [TaskAttempt(task=0, attempt=first)]
+    dispatcher.handle(WorkerOpened(2, "worker-1", 1, held), 0.2)
+    assert all(not each.settled for each in sends(dispatcher.handle(Tick(), 0.2)))
+    effects = dispatcher.handle(Appended(), 0.3)
+    assert [each.settled for each in sends(effects) if each.settled] == [(first,)]
+    assert dispatcher.done == 1
+
+
+def test_what_comes_in_during_an_append_goes_into_the_next_one() -> None:
+    dispatcher = begun(40)
+    (send,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 8), 0.0))
+    reports = [done(task, send.first_attempt + task) for task in send.tasks]
+    assert len(append_of(dispatcher.handle(Reported(1, reports[:1]), 0.1)).results) == 1
+    for report in reports[1:6]:
+        effects = dispatcher.handle(Reported(1, [report]), 0.1)
+        assert not any(isinstance(each, Append) for each in effects)
+    assert len(append_of(dispatcher.handle(Appended(), 0.2)).results) == 5
+
+
+def test_an_attempt_of_another_worker_reports_nothing() -> None:
+    dispatcher = begun(3)
+    (send,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 1), 0.0))
+    dispatcher.handle(WorkerOpened(2, "worker-2", 1), 0.0)
+    effects = dispatcher.handle(Reported(2, [failed(send.tasks[0], send.first_attempt)]), 0.1)
+    assert not any(isinstance(each, Append) for each in effects)
+    assert dispatcher.failed_tries == 0
+    assert [each.settled for each in sends(effects)] == [(send.first_attempt,)]
+
+
+def test_a_failed_task_is_tried_elsewhere_and_then_named() -> None:
+    dispatcher = begun(2, attempts=2)
+    (send,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 1), 0.0))
+    first = send.first_attempt
+    dispatcher.handle(WorkerOpened(2, "worker-2", 1), 0.0)
+    # worker-1 is idle, but the task failed there.
+    effects = dispatcher.handle(Reported(1, [failed(0, first)]), 0.1)
+    (again,) = [each for each in sends(effects) if each.tasks]
+    assert (again.session, again.tasks) == (2, (0,))
+    assert append_of(effects).failed_tries[0].task == 0
+    dispatcher.handle(Reported(2, [done(1, first + 1)]), 0.2)
+    dispatcher.handle(Appended(), 0.2)
+    dispatcher.handle(Reported(2, [failed(0, again.first_attempt)]), 0.3)
+    dispatcher.handle(Appended(), 0.3)
+    (end,) = [each for each in dispatcher.handle(Appended(), 0.3) if isinstance(each, Failed)]
+    assert end.failure.task == 0
+    assert end.failure.code == "POISON_TASK"
+    assert list(end.failure.worker_ids) == ["worker-1", "worker-2"]
+
+
+def test_a_silent_worker_loses_its_tasks_and_its_late_report_still_counts_once() -> None:
+    dispatcher = begun(2)
+    (send,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 2), 0.0))
+    now_s = 0.0
+    while now_s < SILENCE_S + 0.5:
+        now_s += 0.5
+        effects = dispatcher.handle(Tick(), now_s)
+    assert dispatcher.state(0) is State.WAITING
+    effects = dispatcher.handle(WorkerOpened(2, "worker-2", 1), now_s)
+    assert tasks_of(effects) == [0]
+    effects = dispatcher.handle(Reported(1, [done(0, send.first_attempt)]), now_s)
+    assert len(append_of(effects).results) == 1
+    # The copy is ended, and what it says is nobody's.
+    (copy,) = [each.settled for each in sends(effects) if each.session == 2 and each.settled]
+    dispatcher.handle(Reported(2, [done(0, copy[0])]), now_s)
+    dispatcher.handle(Appended(), now_s)
+    assert dispatcher.done == 1
+
+
+def test_when_the_dispatcher_itself_was_stopped_nobody_else_is_suspected() -> None:
+    dispatcher = begun(2)
+    dispatcher.handle(WorkerOpened(1, "worker-1", 2), 0.0)
+    dispatcher.handle(Tick(), 0.1)
+    assert dispatcher.handle(Tick(), 60.0) == []
+    assert dispatcher.state(0) is State.LEASED
+
+
+def test_the_last_stragglers_are_copied_and_the_first_result_counts() -> None:
+    dispatcher = begun(9)
+    (send,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 1), 0.0))
+    now_s, straggler, copied = 0.0, send, None
+    dispatcher.handle(WorkerOpened(2, "worker-2", 1), 0.0)
+    for _ in range(40):
+        now_s += 0.05
+        effects = dispatcher.handle(Tick(), now_s)
+        dispatcher.handle(Reported(1), now_s)
+        reports = [
+            done(attempt.task, attempt.number) for attempt in dispatcher._peers[2].attempts.values()
+        ]
+        late = [each for each in effects if isinstance(each, Moved) and each.cause == "late"]
+        if late:
+            copied = late[0]
+            break
+        dispatcher.handle(Reported(2, reports), now_s)
+        dispatcher.handle(
+            Reported(
+                1,
+                [
+                    done(each.task, each.number)
+                    for each in dispatcher._peers[1].attempts.values()
+                    if each.task != straggler.tasks[0]
+                ],
+            ),
+            now_s,
+        )
+        if dispatcher._unwritten:
+            dispatcher.handle(Appended(), now_s)
+    assert copied is not None
+    assert copied.tasks[0] == straggler.tasks[0]
+    (copy,) = dispatcher._peers[2].attempts.values()
+    effects = dispatcher.handle(Reported(2, [done(copy.task, copy.number)]), now_s)
+    assert (straggler.first_attempt,) in [each.settled for each in sends(effects)]
+
+
+def test_a_pause_waits_for_what_runs_but_not_for_ever() -> None:
+    dispatcher = begun(5)
+    (send,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 2), 0.0))
+    assert dispatcher.handle(PauseAsked(), 0.1) == []
+    effects = dispatcher.handle(Reported(1, [done(0, send.first_attempt)]), 0.2)
+    assert tasks_of(effects) == []
+    effects = dispatcher.handle(Appended(), 0.3)
+    assert Paused() not in effects
+    assert Paused() in dispatcher.handle(Tick(), 0.2 + PAUSE_S)
+
+
+def test_nothing_is_handed_out_while_the_journal_is_far_behind() -> None:
+    dispatcher = begun(2000)
+    (send,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 500), 0.0))
+    text = "x" * (QUEUE_BYTES // len(send.tasks) * 2)
+    reports = [
+        TaskReport(task=task, attempt=number, value_json=text)
+        for number, task in enumerate(send.tasks, send.first_attempt)
+    ]
+    effects = dispatcher.handle(Reported(1, reports), 0.1)
+    assert tasks_of(effects) == []
+    while dispatcher._unwritten:
+        effects += dispatcher.handle(Appended(), 0.2)
+    assert tasks_of(effects)
+
+
+def test_attempts_of_an_owner_that_begins_again_have_other_numbers() -> None:
+    first, second = Dispatcher(1, 7, 3, 0), Dispatcher(1, 7, 3, 0)
+    second.restore(first.begin())
+    second.begin()
+    numbers = [
+        sends(each.handle(WorkerOpened(1, "worker-1", 1), 0.0))[0].first_attempt
+        for each in (first, second)
+    ]
+    assert numbers[0] != numbers[1]
+    assert Dispatcher(1, 8, 3, 0)._state is not None
+
+
+def test_short_tasks_come_in_many_and_long_ones_alone() -> None:
+    pace = Pace()
+    for _ in range(200):
+        pace.took(0.00001, 0.01)
+    assert pace.depth() == DEPTH_MAX
+    assert pace.room(2, 0, 100_000, 4) == 2 * DEPTH_MAX
+    assert pace.room(2, 0, 20, 4) == 5
+    for _ in range(500):
+        pace.took(30.0, 30.0)
+    assert pace.depth() == 1
+    assert pace.room(2, 2, 100_000, 4) == 0
