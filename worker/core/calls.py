@@ -53,7 +53,7 @@ class TaskSetCore:
         self.timeout_s = timeout.seconds + timeout.nanos * 1e-9
         self._dispatcher = dispatcher
         self._new_task_id = new_task_id
-        self._owner = ""
+        self._owner = self._address = ""
         self._waiting: deque[tuple[int, int]] = deque()
         #: Attempts that wait or run → their task.
         self._open: dict[int, int] = {}
@@ -79,15 +79,13 @@ class TaskSetCore:
             return []
         self.plan, self.term = message.plan, message.term
         owner = message.ranges[0]
-        self._owner = owner.aggregator_id
-        streams = ((owner.aggregator_id, owner.address),)
-        ready = [self._ready_report()] if self.prepared else []
-        return [OpenStreams(self.job_id, self.term, streams), *ready]
+        self._owner, self._address = owner.aggregator_id, owner.address
+        return self._ask_for_tasks() if self.prepared else []
 
     def prepare_done(self, leaf_sha256: str = "") -> list[Effect]:
-        """The code is here and the leaf processes know the job."""
+        """The code is here and the leaf processes know the job: now tasks do not wait here."""
         self.prepared = True
-        return [self._ready_report(), *self._start()]
+        return self._ask_for_tasks()
 
     def leave(self) -> list[Effect]:
         """The job was revoked: nobody wants anything of it."""
@@ -260,6 +258,10 @@ class TaskSetCore:
     def _wake(self) -> list[Effect]:
         return [Wake(self.job_id, self._owner)]
 
-    def _ready_report(self) -> Report:
+    def _ask_for_tasks(self) -> list[Effect]:
+        """Open the stream of this term, and tell control that the job is hosted."""
         ready = coordination.WorkerJobReady(job_id=self.job_id, term=self.term)
-        return Report(coordination.SessionRequest(worker_job_ready=ready))
+        return [
+            OpenStreams(self.job_id, self.term, ((self._owner, self._address),)),
+            Report(coordination.SessionRequest(worker_job_ready=ready)),
+        ]

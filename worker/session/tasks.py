@@ -55,7 +55,6 @@ class HostedTasks:
         self._incarnation = incarnation
         self._perform = perform
         self._store = store
-        self._wanted: OpenStreams | None = None
         self._stream: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
         self._something = asyncio.Event()
@@ -66,17 +65,14 @@ class HostedTasks:
         return self.progress.leaves_done
 
     def became_prepared(self, prepared: PreparedJob) -> None:
-        """The job's files are here: the stream may open."""
+        """The job's files are here."""
         self.prepared = prepared
         prepared.timeout_s = self.core.timeout_s
-        self.open_streams(self._wanted)
 
-    def open_streams(self, wanted: OpenStreams | None) -> None:
+    def open_streams(self, wanted: OpenStreams) -> None:
         """Close the stream of the term before and open that of this one."""
-        self._wanted = wanted
         self._close_stream()
-        if wanted is not None and self.prepared is not None:
-            self._stream = asyncio.create_task(self._keep_open(wanted))
+        self._stream = asyncio.create_task(self._keep_open(wanted))
 
     def wake(self, aggregator_id: str) -> None:
         """There may be something to say."""

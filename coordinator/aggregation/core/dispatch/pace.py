@@ -9,7 +9,6 @@ QUEUE_S = 0.1
 """What a slot has of work in hand: enough to hide the way to the dispatcher and back."""
 
 DEPTH_MAX = 256
-_DEPTH_FIRST = 2
 _WEIGHT = 0.05
 _TIMES_KEPT = 256
 _TIMES_NEEDED = 5
@@ -33,7 +32,7 @@ class Pace:
     def depth(self) -> int:
         """Tasks for each slot of a worker, the one that runs included."""
         if self._mean_s is None:
-            return _DEPTH_FIRST
+            return 1  # it may take an hour, and another worker may come
         if self._mean_s * DEPTH_MAX <= QUEUE_S:
             return DEPTH_MAX
         return max(1, math.ceil(QUEUE_S / self._mean_s))
@@ -43,8 +42,8 @@ class Pace:
 
         A worker that has most of its share gets nothing yet: few large messages cost less.
         """
-        share = max(1, -(-waiting * slots // (2 * slots_of_all)))
-        limit = max(slots, min(slots * self.depth(), held + share))
+        share = -(-(waiting + held) * slots // (2 * slots_of_all))
+        limit = max(slots, min(slots * self.depth(), share))
         room = limit - held
         return room if room * 4 >= limit or held < slots else 0
 
