@@ -138,7 +138,11 @@ class WorkerCore:
         job = self.jobs.get(message.plan.job_id)
         if job is not None:
             return job.assign(message)
-        kind = TaskSetCore if is_task_set(job_spec_pb2.JobSpec.FromString(message.plan.spec)) else JobCore
+        kind = (
+            TaskSetCore
+            if is_task_set(job_spec_pb2.JobSpec.FromString(message.plan.spec))
+            else JobCore
+        )
         job = kind(message.plan, self.dispatcher, lambda: next(self._task_ids))
         self.jobs[job.job_id] = job
         self.dispatcher.shares.enrol(job.job_id, _priority(message.plan))

@@ -399,6 +399,7 @@ class Session:
     def call_done(self, task: Task, index: int, seconds: float, value_json: bytes) -> None:
         """A call of a set of tasks returned."""
         self._call_done.observe(seconds)
+        self._core.computed(task.job_id, seconds)
         job = self._jobs.get(task.job_id)
         if isinstance(job, HostedTasks) and job.core.owns(task):
             job.call_done(task, index, seconds, value_json)
