@@ -20,8 +20,9 @@ from typing import Any
 
 _HEAD = struct.Struct("<IB")
 _JSON = struct.Struct("<I")
-_RUN = struct.Struct("<QIBqiHH")
+_RUN = struct.Struct("<QIBqiHHH")
 _RUN_PART = struct.Struct("<iii")
+_COUNT = struct.Struct("<H")
 _DONE = struct.Struct("<QHqdHHH")
 _ENDED = struct.Struct("<Q")
 _CALL = struct.Struct("<QHd")
@@ -68,7 +69,11 @@ class ConnectionClosed(Exception):
 
 @dataclass(slots=True)
 class RunOrder:
-    """Run the parts (first shard, span, payload buffer) of a task."""
+    """Run the parts (first shard, span, payload buffer) of a task.
+
+    Where nodes have a state, `states` has the buffers of each part: those to read, -1 for zero,
+    then as many to write the next state to.
+    """
 
     task: int
     job: int
@@ -77,6 +82,7 @@ class RunOrder:
     parameters: int
     parts: tuple[tuple[int, int, int], ...]
     absent: tuple[int, ...] = ()
+    states: tuple[tuple[int, ...], ...] = ()
 
     def pack(self) -> bytes:
         """Body of RUN."""
@@ -88,16 +94,25 @@ class RunOrder:
             self.parameters,
             len(self.parts),
             len(self.absent),
+            len(self.states),
         )
         parts = b"".join(_RUN_PART.pack(*part) for part in self.parts)
-        return head + parts + struct.pack(f"<{len(self.absent)}i", *self.absent)
+        absent = struct.pack(f"<{len(self.absent)}i", *self.absent)
+        states = [struct.pack(f"<H{len(each)}i", len(each), *each) for each in self.states]
+        return b"".join((head, parts, absent, *states))
 
     @classmethod
     def unpack(cls, body: bytes) -> RunOrder:
         """What `pack` packed."""
-        task, job, action, version, parameters, parts, absent = _RUN.unpack_from(body)
+        task, job, action, version, parameters, parts, absent, states = _RUN.unpack_from(body)
         at = _RUN.size
         end = at + parts * _RUN_PART.size
+        after = end + 4 * absent
+        buffers = []
+        for _ in range(states):
+            (count,) = _COUNT.unpack_from(body, after)
+            buffers.append(struct.unpack_from(f"<{count}i", body, after + _COUNT.size))
+            after += _COUNT.size + 4 * count
         return cls(
             task=task,
             job=job,
@@ -106,6 +121,7 @@ class RunOrder:
             parameters=parameters,
             parts=tuple(_RUN_PART.iter_unpack(body[at:end])),
             absent=struct.unpack_from(f"<{absent}i", body, end),
+            states=tuple(buffers),
         )
 
 

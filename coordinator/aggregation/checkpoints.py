@@ -1,8 +1,8 @@
 """Checkpoint parts: one range at one version as a safetensors blob, written and read back.
 
-A part holds the tensor `parameters`, one tensor per optimizer state vector and, where it was asked
-for, the replay log, all flat and in this order. It is sent out of the snapshot's own buffers, and
-read back as views of the blob: nothing is joined or copied in memory.
+A part holds the tensor `parameters`, one tensor per optimizer state vector and, where the job has
+them, the replay log or the states of nodes, all flat and in this order. It is sent out of the
+snapshot's own buffers, and read back as views of the blob: nothing is joined or copied in memory.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def layout_part(snapshot: Snapshot) -> tuple[bytes, list[memoryview]]:
     """Return the file of a snapshot: its header and the snapshot's buffers, in order."""
     count = snapshot.range.element_count
     lengths = dict.fromkeys((PARAMETERS, *snapshot.state_names), count)
-    lengths |= {name: len(values) for name, values in snapshot.extra.items()}
+    lengths |= {name: sum(map(len, pieces)) for name, pieces in snapshot.extra.items()}
     header = safetensors_header(
         Layout(
             tensors=[TensorSpec(name=name, shape=[length]) for name, length in lengths.items()],
@@ -98,7 +98,8 @@ def layout_part(snapshot: Snapshot) -> tuple[bytes, list[memoryview]]:
         for state in snapshot.state:
             assert state is not None, "the snapshot was released before it was written"
             buffers.append(state[name].data.cast("B"))
-    buffers += [values.data.cast("B") for values in snapshot.extra.values() if len(values)]
+    for pieces in snapshot.extra.values():
+        buffers += [values.data.cast("B") for values in pieces if len(values)]
     return header, buffers
 
 

@@ -118,6 +118,8 @@ def _take(
             job.go_record(header.go_record)
         elif kind == "starts_wanted":
             job.perform(job.ranges.starts_wanted(key, header.starts_wanted))
+        elif kind == "recall":
+            job.perform(job.ranges.recall(key, header.recall))
         else:
             raise InvalidArgument(f"an exchange stream takes frames and go records, not {kind!r}")
     except (PhalanxError, MemoryError):

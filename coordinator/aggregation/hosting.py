@@ -38,6 +38,7 @@ from phalanx.errors import (
 )
 from phalanx.rpc.patience import insist
 from phalanx.telemetry.logs import get_logger
+from phalanx.training.states import STATE_VECTOR
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_pb2
@@ -152,7 +153,8 @@ class HostedJob:
     def contribute(self, key: object, frame: pb.ContributionFrame, payload: memoryview) -> None:
         """Take a frame that arrived on a stream."""
         self._arrived_unix_nanos = time.time_ns()
-        if not self.ranges.plan.asynchronous:  # what is late there the ranges know themselves
+        # What is late there the ranges know themselves; a state says nothing of a contribution.
+        if not self.ranges.plan.asynchronous and frame.vector != STATE_VECTOR:
             self.copying.frame(key, frame)
         self.perform(self.ranges.contribute(frame, payload, self.elapsed_s, key))
 

@@ -23,6 +23,8 @@ from phalanx.compressors.base import (
 )
 from phalanx.compressors.casts import Bfloat16, Float16
 from phalanx.compressors.int8 import Int8
+from phalanx.compressors.sign import Sign
+from phalanx.compressors.sparse import TopK
 from phalanx.errors import InvalidArgument
 from phalanx.v1 import job_spec_pb2
 
@@ -51,6 +53,10 @@ def build_up_codec(spec: job_spec_pb2.JobSpec) -> Codec | None:
             return _cast(compression.cast_to, dtype)
         case "int8":
             return Int8(dtype, compression.int8.bucket, spec.seed)
+        case "top_k":
+            return TopK(dtype, compression.top_k.fraction)
+        case "sign":
+            return Sign(dtype)
         case other:
             raise InvalidArgument(f"train.compression: {other!r} is not a compressor")
 

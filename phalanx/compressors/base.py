@@ -28,6 +28,8 @@ class Codec(ABC):
     """Encodes blocks of one dtype."""
 
     name: ClassVar[str]
+    feedback: ClassVar[bool] = False
+    """What a node's contribution loses is its *residual*, and is added to its next one."""
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
@@ -59,14 +61,21 @@ def encoded_span(codec: Codec, first: int, count: int) -> tuple[int, int]:
     return codec.encoded_bytes(first), codec.encoded_bytes(count)
 
 
-def compress_in_place(codec: Codec, values: Array, data: Bytes, key: Key) -> None:
+def compress_in_place(
+    codec: Codec, values: Array, data: Bytes, key: Key, residual: Array | None = None
+) -> None:
     """Encode a vector into `data`, which may be the memory that holds `values`.
 
     No block is encoded to more bytes than it has (but for one of very few elements), so none
-    overwrites another one that is still to come.
+    overwrites another one that is still to come. What is lost goes to `residual`.
     """
     for block, first in enumerate(range(0, len(values), BLOCK_ELEMENTS)):
-        encoded = codec.encode_block(values[first : first + BLOCK_ELEMENTS], block, key)
+        piece = values[first : first + BLOCK_ELEMENTS]
+        encoded = codec.encode_block(piece, block, key)
+        if residual is not None:
+            rest = residual[first : first + BLOCK_ELEMENTS]
+            codec.decode_block(encoded, rest)
+            np.subtract(piece, rest, out=rest)
         start = block * codec.block_bytes(BLOCK_ELEMENTS)
         data[start : start + len(encoded)] = encoded
 

@@ -30,6 +30,7 @@ def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     if spec.data.HasField("shards"):
         yield from _reduction(spec.train.reduction, spec.data.shards)
     yield from _backup(spec)
+    yield from _feedback(spec)
     yield from _one_by_one(spec)
     if parts.verifies(spec.train):
         yield from _verification(spec)
@@ -123,6 +124,40 @@ def _one_by_one(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         yield Violation(f"train.reduction.{field}", message)
 
 
+def _feedback(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
+    """What does not go together with errors that are added to a node's next contribution."""
+    train = spec.train
+    if not parts.feeds_back(train.compression):
+        return
+    path = f"train.compression.{train.compression.WhichOneof('up')}"
+    instead = "use int8 or cast_to, which need no such memory"
+    if parts.commits_one_by_one(train):
+        message = (
+            "adds what a contribution lost to the next one, which has to follow it, and here each "
+            f"commits in its own time; {instead}, or synchronous"
+        )
+        yield Violation(path, message)
+    if parts.backup_shards(train) > 0:
+        message = (
+            "adds what a contribution lost to the next one, and whose contribution is left out "
+            f"would lose both; {instead}, or no backup shards"
+        )
+        yield Violation(path, message)
+    if parts.reduces_leaves(train):
+        message = (
+            "sends a part of each contribution now and the rest later, so the contributions of a "
+            f"step cannot be compared or measured; {instead}, or use optimizer.clip_norm"
+        )
+        yield Violation(path, message)
+    if train.on_nonfinite.HasField("skip"):
+        message = (
+            "makes the errors of a lost worker again from the steps before, and which shards were "
+            "left out of these is not kept; use fail, or a compressor other than "
+            f"{train.compression.WhichOneof('up')}"
+        )
+        yield Violation("train.on_nonfinite.skip", message)
+
+
 def _backup(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     backup, path = parts.backup_shards(spec.train), "train.synchronous.backup_shards"
     least = parts.least_shards(spec.train.reduction)
@@ -142,6 +177,9 @@ def _backup(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
 
 
 def _compression(compression: job_spec_pb2.Compression) -> Iterator[Violation]:
+    if compression.HasField("top_k") and not 0 < compression.top_k.fraction <= 1:
+        message = f"must be above 0 and at most 1, not {compression.top_k.fraction}"
+        yield Violation("train.compression.top_k.fraction", message)
     for field in ("cast_to", "down_cast_to"):
         name = getattr(compression, field)
         if (name or compression.WhichOneof("up") == field) and name not in catalog.CASTS:

@@ -11,6 +11,12 @@ from phalanx.v1 import job_spec_pb2
 UNITS_MAX = 8
 """Nodes in which lossy contributions travel."""
 
+STATE_EVERY = 32
+"""Versions between two at which the states of nodes are handed in, at most."""
+
+STATE_EVERY_LEAST = 8
+"""And at least: a state is as large as the parameters."""
+
 
 def reduces_leaves(train: job_spec_pb2.Train) -> bool:
     """Whether the reducer has to see the contribution of each shard by itself."""
@@ -59,6 +65,27 @@ def needs_one_range(train: job_spec_pb2.Train) -> bool:
     root = train.local.outer if train.HasField("local") else train.optimizer
     whole = reduces_leaves(train) or backup_shards(train) > 0 or commits_one_by_one(train)
     return whole or verifies(train) or root.HasField("clip_norm")
+
+
+def feeds_back(compression: job_spec_pb2.Compression) -> bool:
+    """Whether what a node's contribution loses is added to its next one."""
+    return compression.WhichOneof("up") in ("top_k", "sign")
+
+
+def state_every(spec: job_spec_pb2.JobSpec) -> int:
+    """Return how many versions lie between two at which nodes hand their state in; 0: none have.
+
+    Checkpoints are at such versions if they can be: they are larger at any other.
+    """
+    if not feeds_back(spec.train.compression):
+        return 0
+    saved = spec.train.checkpoints.every_steps
+    fitting = [
+        each
+        for each in range(STATE_EVERY_LEAST, STATE_EVERY + 1)
+        if saved > 0 and saved % each == 0
+    ]
+    return max(fitting, default=STATE_EVERY)
 
 
 def unit_span(spec: job_spec_pb2.JobSpec) -> int:

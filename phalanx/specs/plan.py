@@ -49,6 +49,7 @@ def job_plan(
         local_steps=parts.local_steps(spec.train),
         asynchronous=parts.commits_one_by_one(spec.train),
         verified=parts.verifies(spec.train),
+        state_every=parts.state_every(spec),
     )
 
 

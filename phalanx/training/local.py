@@ -193,6 +193,8 @@ class _Job:
         self._units = [
             range(first, min(first + span, plan.shards)) for first in range(0, plan.shards, span)
         ]
+        #: By the first shard of a node: what its contributions have lost so far.
+        self._residuals: dict[int, Array] = {}
         self._local = LocalSteps(self._plan, model.layout) if plan.local_steps else None
         self._decay = decay_mask(model.layout)
         self.decider = RootDecider(self._plan, term=1)
@@ -333,8 +335,20 @@ class _Job:
         """A node's contribution as the root sees it."""
         if values is None or self._up_codec is None:
             return values
+        if self._up_codec.feedback and first in self._residuals:
+            values = values + self._residuals[first]
+            if not all_finite(values):
+                message = (
+                    f"the sum of the node of shard {first} in step {version + 1} is not finite"
+                )
+                raise _failure(
+                    f"{message}; lower the learning rate or check the data", "NON_FINITE"
+                )
         data = encoded(self._up_codec, values, Key(first, version))
-        return decoded(self._up_codec, data, len(values))
+        seen = decoded(self._up_codec, data, len(values))
+        if self._up_codec.feedback:
+            self._residuals[first] = values - seen
+        return seen
 
     def _skip(self, shard: int, version: int) -> None:
         """Leave a leaf that is not finite out of its step, or fail, as the spec says."""

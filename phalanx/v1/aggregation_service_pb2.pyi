@@ -55,6 +55,7 @@ class ExchangeRequestHeader(_message.Message):
     FRAME_FIELD_NUMBER: _builtins.int
     GO_RECORD_FIELD_NUMBER: _builtins.int
     STARTS_WANTED_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ExchangeHello: ...
     @_builtins.property
@@ -67,6 +68,10 @@ class ExchangeRequestHeader(_message.Message):
     def starts_wanted(self) -> Global___StartsWanted:
         """Only where contributions commit one by one."""
 
+    @_builtins.property
+    def recall(self) -> Global___Recall:
+        """Only where nodes have a state."""
+
     def __init__(
         self,
         *,
@@ -74,12 +79,13 @@ class ExchangeRequestHeader(_message.Message):
         frame: Global___ContributionFrame | None = ...,
         go_record: _training_pb2.GoRecord | None = ...,
         starts_wanted: Global___StartsWanted | None = ...,
+        recall: Global___Recall | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "starts_wanted", b"starts_wanted"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "recall", b"recall", "starts_wanted", b"starts_wanted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "starts_wanted", b"starts_wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "recall", b"recall", "starts_wanted", b"starts_wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "frame", "go_record", "starts_wanted"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "frame", "go_record", "starts_wanted", "recall"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -140,13 +146,16 @@ class ContributionFrame(_message.Message):
     LOSS_SUM_FIELD_NUMBER: _builtins.int
     COPY_FIELD_NUMBER: _builtins.int
     SHARD_STEP_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     step: _builtins.int
     """Version at which the round runs."""
     round: _builtins.int
     range: _builtins.int
     vector: _builtins.str
-    """gradient, parameters (initialise) or evaluation."""
+    """gradient, parameters (initialise), evaluation, or state: of the node, at
+    version step + 1; before the first frame of its gradient.
+    """
     first_element: _builtins.int
     """Elements from the start of the range."""
     element_count: _builtins.int
@@ -163,6 +172,8 @@ class ContributionFrame(_message.Message):
     """Where contributions commit one by one: which of the shard's own steps this
     is, counted from 0. `step` is then the version that the leaf has read.
     """
+    state: _builtins.int
+    """Which of the node's state vectors, of vector state."""
     @_builtins.property
     def node(self) -> _training_pb2.TreeNode: ...
     def __init__(
@@ -181,14 +192,52 @@ class ContributionFrame(_message.Message):
         loss_sum: _builtins.float = ...,
         copy: _builtins.bool = ...,
         shard_step: _builtins.int = ...,
+        state: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy", b"copy", "element_count", b"element_count", "example_count", b"example_count", "first_element", b"first_element", "loss_sum", b"loss_sum", "node", b"node", "range", b"range", "round", b"round", "shard_mask", b"shard_mask", "shard_step", b"shard_step", "step", b"step", "term", b"term", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy", b"copy", "element_count", b"element_count", "example_count", b"example_count", "first_element", b"first_element", "loss_sum", b"loss_sum", "node", b"node", "range", b"range", "round", b"round", "shard_mask", b"shard_mask", "shard_step", b"shard_step", "state", b"state", "step", b"step", "term", b"term", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ContributionFrame: _TypeAlias = ContributionFrame  # noqa: Y015
+
+@_typing.final
+class Recall(_message.Message):
+    """Send what it takes to make the states of nodes again, on this stream. Each
+    message replaces the one before it. What is not there any more is not sent:
+    then a newer version is, or will be.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    version: _builtins.int
+    parameters: _builtins.bool
+    """The frames of the version, once more."""
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.TreeNode]:
+        """The states of these nodes at the version."""
+
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        version: _builtins.int = ...,
+        parameters: _builtins.bool = ...,
+        nodes: _abc.Iterable[_training_pb2.TreeNode] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "parameters", b"parameters", "term", b"term", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Recall: _TypeAlias = Recall  # noqa: Y015
 
 @_typing.final
 class StartsWanted(_message.Message):
@@ -409,11 +458,19 @@ class VersionFrame(_message.Message):
     RANGE_FIELD_NUMBER: _builtins.int
     FIRST_ELEMENT_FIELD_NUMBER: _builtins.int
     ELEMENT_COUNT_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     version: _builtins.int
     range: _builtins.int
     first_element: _builtins.int
     element_count: _builtins.int
+    state: _builtins.int
+    """Which of its state vectors."""
+    @_builtins.property
+    def node(self) -> _training_pb2.TreeNode:
+        """Not of the parameters but of this node's state at the version."""
+
     def __init__(
         self,
         *,
@@ -422,10 +479,12 @@ class VersionFrame(_message.Message):
         range: _builtins.int = ...,
         first_element: _builtins.int = ...,
         element_count: _builtins.int = ...,
+        node: _training_pb2.TreeNode | None = ...,
+        state: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["element_count", b"element_count", "first_element", b"first_element", "range", b"range", "term", b"term", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["element_count", b"element_count", "first_element", b"first_element", "node", b"node", "range", b"range", "state", b"state", "term", b"term", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

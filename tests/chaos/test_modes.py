@@ -31,6 +31,14 @@ MODES: dict[str, dict[str, Any]] = {
         "compression": {"cast_to": "bfloat16"},
         "data": {"rows": {"stratified": True}},
     },
+    "top-k, a version in half its bits": {
+        "compression": {"top_k": {"fraction": 0.1}, "down_cast_to": "bfloat16"},
+        "checkpoints": {"every_steps": 10},
+    },
+    "sign, momentum": {
+        "compression": {"sign": {}},
+        "optimizer": {"sgd": {"learning_rate": 0.05, "momentum": 0.9}},
+    },
     "multi-krum, oversampled": {
         "reduction": {"krum": {"faulty": 2, "keep": 5}, "clip_norm": 20.0},
         "data": {"oversample": {}},

@@ -22,7 +22,7 @@ from worker.core.buffers import BufferPool
 from worker.core.dispatch import Dispatcher, Task
 from worker.core.division import shards_of
 from worker.core.effects import Cancel, Effect, OpenStreams, Report, Wake
-from worker.core.outbox import FrameOut, GoOut, Outbox, StartsOut
+from worker.core.outbox import FrameOut, GoOut, Outbox, RecallOut, StartsOut
 from worker.core.rounds import LeafFailure, Part, PartState, Round
 from worker.core.starts import Start, Starts
 from worker.core.versions import BUFFERS, Place, VersionAssembly
@@ -145,7 +145,7 @@ class JobCore:
         start, dropped = self._starts.begin(message, absent)
         effects = self._give_up(dropped)
         if start is not None:
-            self._submit(start.round, [start.part])
+            effects += self._submit(start.round, [start.part])
         return effects + self._wake()
 
     def copy_nodes(self, message: aggregation_service_pb2.CopyNodes) -> list[Effect]:
@@ -164,7 +164,7 @@ class JobCore:
 
     def frame_place(self, frame: aggregation_service_pb2.VersionFrame) -> Place | None:
         """Where the payload of a version frame goes; None: not wanted."""
-        if frame.term != self.term:
+        if frame.term != self.term or frame.HasField("node"):
             return None
         return self.versions.place(
             frame.range, frame.version, frame.first_element, frame.element_count
@@ -186,7 +186,7 @@ class JobCore:
         """A stream broke; it will be opened again."""
         self._outbox.closed(aggregator_id)
 
-    def next_message(self, aggregator_id: str) -> FrameOut | GoOut | StartsOut | None:
+    def next_message(self, aggregator_id: str) -> FrameOut | GoOut | StartsOut | RecallOut | None:
         """What to send on a stream now; see `Outbox`. What was taken before is on its way."""
         starts = self._starts
         if starts is not None:
@@ -231,7 +231,7 @@ class JobCore:
             rounds += [start.round for start in self._starts.under_way]
         return [
             self._failure_report(round, part.failure, part.failed_task)
-            for round in rounds
+            for round in rounds + self._other_rounds()
             for part in round.parts.values()
             if part.state is PartState.FAILED and part.failure is not None
         ]
@@ -264,8 +264,7 @@ class JobCore:
             else:
                 del round.parts[part.node]
                 self._give_back([part])
-        self._submit(round, again)
-        return effects
+        return effects + self._submit(round, again)
 
     # Inside
 
@@ -340,6 +339,11 @@ class JobCore:
         effects = self._end_round()
         if go is None:
             return effects
+        self.round = self._round_of(go)
+        self._outbox.turn_to(self.round)
+        return effects + self._owe(self.round)
+
+    def _round_of(self, go: GoRecord) -> Round:
         width = {
             GoRecord.ACTION_INITIALISE: 1,
             GoRecord.ACTION_EVALUATE: self.plan.evaluation_shards,
@@ -347,11 +351,10 @@ class JobCore:
         trains = go.action == GoRecord.ACTION_TRAIN
         # What is compared travels by itself in rounds of every kind.
         unit = self.plan.unit_span if trains else int(self.plan.verified)
-        self.round = Round(go, width, self._dispatcher.slots, unit)
+        round = Round(go, width, self._dispatcher.slots, unit)
         if trains:
-            self.round.absent = set(self._absent.get(go.version, ()))
-        self._outbox.turn_to(self.round)
-        return effects + self._owe(self.round)
+            round.absent = set(self._absent.get(go.version, ()))
+        return round
 
     def _owed(self, round: Round) -> list[Node]:
         if round.is_evaluation:
@@ -369,8 +372,7 @@ class JobCore:
         if before:
             kept = set(round.parts.values())
             self._give_back(part for part in before if part not in kept)
-        self._submit(round, new)
-        copies = self._owe_copies(round)
+        copies = self._submit(round, new) + self._owe_copies(round)
         cancelled = self._cancel(
             task
             for task in self._tasks.values()
@@ -384,14 +386,20 @@ class JobCore:
         wanted = self._copies.get((round.go.version, round.go.round))
         if not wanted:
             return []
-        self._submit(round, round.owe_copies(wanted))
-        return self._wake() if round.has_ready else []
+        effects = self._submit(round, round.owe_copies(wanted))
+        return effects + self._wake() if round.has_ready else effects
 
     def _wants(self, round: Round) -> bool:
         """Whether what a round computes is still wanted."""
         if round is self.round:
             return True
+        if round in self._other_rounds():
+            return True
         return self._starts is not None and self._starts.find(round) is not None
+
+    def _other_rounds(self) -> list[Round]:
+        """Rounds that are computed besides, and not for what they contribute."""
+        return []
 
     def _give_up(self, starts: Iterable[Start]) -> list[Effect]:
         """Nobody wants these leaves here any more."""
@@ -440,14 +448,18 @@ class JobCore:
         self._give_back(part for part in round.parts.values() if part not in busy)
         return self._cancel(running)
 
-    def _submit(self, round: Round, parts: Iterable[Part]) -> None:
+    def _submit(self, round: Round, parts: Iterable[Part]) -> list[Effect]:
+        """Have parts computed."""
+        initialise = round.go.action == GoRecord.ACTION_INITIALISE
+        self._queue(round, parts, -1 if initialise else self.versions.buffer_of(round.go.version))
+        return []
+
+    def _queue(self, round: Round, parts: Iterable[Part], parameters: int) -> None:
         by_slot: dict[int, list[Part]] = {}
         for part in parts:
             by_slot.setdefault(part.slot, []).append(part)
             if part.buffer < 0 and not round.is_evaluation:
                 part.buffer = self._buffers.take()
-        initialise = round.go.action == GoRecord.ACTION_INITIALISE
-        buffer = -1 if initialise else self.versions.buffer_of(round.go.version)
         for slot, owned in sorted(by_slot.items()):
             task = Task(
                 id=self._new_task_id(),
@@ -456,7 +468,7 @@ class JobCore:
                 round=round,
                 parts=owned,
                 slot=slot,
-                parameters=buffer,
+                parameters=parameters,
                 absent=frozenset(round.absent),
             )
             self._tasks[task.id] = task
@@ -467,6 +479,9 @@ class JobCore:
             if part.buffer >= 0:
                 self._buffers.give_back(part.buffer)
                 part.buffer = -1
+            for buffer in part.next_state:
+                self._buffers.give_back(buffer)
+            part.next_state = ()
 
     def _cancel(self, tasks: Iterable[Task]) -> list[Effect]:
         effects: list[Effect] = []

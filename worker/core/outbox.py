@@ -28,6 +28,8 @@ class FrameOut:
     first_element: int
     element_count: int
     first_vector_element: int
+    #: Which vector of the node's state this is; -1: its contribution.
+    state: int = -1
 
 
 @dataclass(slots=True)
@@ -42,6 +44,13 @@ class StartsOut:
     """Say which leaves could begin."""
 
     wish: aggregation_service_pb2.StartsWanted
+
+
+@dataclass(slots=True)
+class RecallOut:
+    """Ask for what it takes to make the states of nodes again."""
+
+    recall: aggregation_service_pb2.Recall
 
 
 @dataclass(slots=True)
@@ -125,10 +134,15 @@ class Outbox:
         best: tuple[int, Wire] | None = None
         for node, wire in round.wires.items():
             sent = stream.sent.get(node, 0)
-            if wire.ready and sent < len(frames) and (best is None or sent < best[0]):
+            if not wire.ready or (best is not None and sent >= best[0]):
+                continue
+            if sent < len(frames) * (1 + round.states_of(wire)):
                 best = sent, wire
         if best is None:
             return None
         position, wire = best
         stream.sent[wire.node] = position + 1
-        return FrameOut(round, wire, *frames[position])
+        # A range takes the contribution only with the state that goes with it.
+        vector, place = divmod(position, len(frames))
+        state = vector if vector < round.states_of(wire) else -1
+        return FrameOut(round, wire, *frames[place], state)

@@ -65,6 +65,11 @@ class Part:
     failure: LeafFailure | None = None
     #: The task that it failed in: which of its computations this was.
     failed_task: int = 0
+    #: Where nodes have a state: buffers of that at the round's version (none: zero), of the next
+    #: one while it is made, and of that once it is kept.
+    read_state: tuple[int, ...] = ()
+    next_state: tuple[int, ...] = ()
+    made_state: tuple[int, ...] = ()
 
 
 Fold = Part | tuple["Fold", "Fold"]
@@ -105,6 +110,8 @@ class Round:
         #: Which of the shard's own steps this is, where shards count their own.
         self.shard_step = shard_step
         self.width = width
+        #: The states that are made go along with the contributions.
+        self.hands_in = False
         self.absent: set[int] = set()
         self.wires: dict[Node, Wire] = {}
         self.parts: dict[Node, Part] = {}
@@ -195,6 +202,10 @@ class Round:
     def has_ready(self) -> bool:
         """Whether there is a node to send."""
         return any(wire.ready for wire in self.wires.values())
+
+    def states_of(self, wire: Wire) -> int:
+        """How many state vectors go before the frames of a ready node."""
+        return len(self.parts[wire.node].made_state) if self.hands_in else 0
 
     def _settle(self) -> list[Wire]:
         """Find the wire nodes that became ready."""

@@ -26,6 +26,7 @@ from worker.core.effects import (
 )
 from worker.core.job import JobCore
 from worker.core.shares import USUAL_PRIORITY
+from worker.core.stateful import make_job
 from worker.core.suspects import Suspects
 
 
@@ -138,12 +139,12 @@ class WorkerCore:
         job = self.jobs.get(message.plan.job_id)
         if job is not None:
             return job.assign(message)
-        kind = (
+        make = (
             TaskSetCore
             if is_task_set(job_spec_pb2.JobSpec.FromString(message.plan.spec))
-            else JobCore
+            else make_job
         )
-        job = kind(message.plan, self.dispatcher, lambda: next(self._task_ids))
+        job = make(message.plan, self.dispatcher, lambda: next(self._task_ids))
         self.jobs[job.job_id] = job
         self.dispatcher.shares.enrol(job.job_id, _priority(message.plan))
         return [Prepare(message.plan), *job.assign(message)]

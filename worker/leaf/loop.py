@@ -224,10 +224,12 @@ class LeafLoop:
             run = leaf.training(work, parameters, frozenset(order.absent))
             payload = work.payload(buffer)
             total = reduce_node(node, plan.shards, run, payload, work.scratch)
+            states = order.states[index] if order.states else ()
+            residual = work.add_residual(buffer, total.mask != 0, states)
             if work.up_codec is not None and total.mask:
                 if not all_finite(payload):
                     raise _NotFinite("the sum of leaves that are finite is not")
-                work.compress(buffer, node.first, order.version)
+                work.compress(buffer, node.first, order.version, residual)
         seconds = tuple(leaf.seconds)
         return ipc.PartDone(order.task, index, total.count, total.loss, total.mask, sums, seconds)
 

@@ -143,12 +143,33 @@ class JobWork:
         assert self.arena is not None
         return self.arena.array(buffer)
 
-    def compress(self, buffer: int, first: int, step: int) -> None:
-        """Encode the contribution of the node at shard `first`, in its payload buffer."""
+    def compress(self, buffer: int, first: int, step: int, residual: int = -1) -> None:
+        """Encode the contribution of the node at shard `first`, in its payload buffer.
+
+        What it loses goes to the buffer `residual`, where there is one.
+        """
         assert self.arena is not None
         assert self.up_codec is not None
         values, data = self.arena.array(buffer), self.arena.raw(buffer)
-        compress_in_place(self.up_codec, values, data, Key(first, step))
+        lost = self.arena.array(residual) if residual >= 0 else None
+        compress_in_place(self.up_codec, values, data, Key(first, step), lost)
+
+    def add_residual(self, buffer: int, present: bool, states: tuple[int, ...]) -> int:
+        """Add what the node's contributions have lost so far to the one in its payload buffer.
+
+        Of a node without any shard `present` that stays as it is. Return the buffer for what this
+        one loses; -1 where nothing is made up for.
+        """
+        if not states:
+            return -1
+        assert self.arena is not None
+        lost, next_lost = states
+        if lost >= 0 and present:
+            values = self.arena.array(buffer)
+            np.add(values, self.arena.array(lost), out=values)
+        elif not present:
+            self.arena.array(next_lost)[:] = self.arena.array(lost) if lost >= 0 else 0
+        return next_lost
 
     def train(self, parameters: Array, shard: int, step: int, out: Array) -> LeafOutcome:
         """Run one training leaf."""

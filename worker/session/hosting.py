@@ -15,7 +15,7 @@ from phalanx.v1 import aggregation_service_pb2 as exchange
 from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.core.effects import Effect, OpenStreams
 from worker.core.job import JobCore
-from worker.core.outbox import GoOut, StartsOut
+from worker.core.outbox import GoOut, RecallOut, StartsOut
 from worker.core.progress import JobProgress
 from worker.session.exchange import ExchangeStream
 from worker.session.payloads import FrameBuilder
@@ -124,7 +124,7 @@ class HostedJob:
             return
         arena = self.prepared.arena
         values: Any
-        if self._down_codec is not None:
+        if self._down_codec is not None and not frame.HasField("node"):
             values = decoded(self._down_codec, payload, place.element_count)
         elif len(payload) != place.element_count * arena.dtype.itemsize:
             raise InvalidArgument(
@@ -144,6 +144,8 @@ class HostedJob:
             return None
         if isinstance(out, GoOut):
             return encode_request(exchange.ExchangeRequestHeader(go_record=out.go))
+        if isinstance(out, RecallOut):
+            return encode_request(exchange.ExchangeRequestHeader(recall=out.recall))
         if isinstance(out, StartsOut):
             return encode_request(exchange.ExchangeRequestHeader(starts_wanted=out.wish))
         assert self.prepared is not None

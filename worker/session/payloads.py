@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from phalanx.compressors import Codec, encoded_span
 from phalanx.frames import encode_request
+from phalanx.training.states import STATE_VECTOR
 from phalanx.v1 import aggregation_service_pb2 as exchange
 from phalanx.v1 import training_pb2
 from worker.core.outbox import FrameOut
@@ -49,6 +50,11 @@ class FrameBuilder:
         frame.shard_mask = shard_mask(wire.node, totals.mask, round.width)
         frame.example_count, frame.loss_sum = totals.count, totals.loss
         frame.copy = wire.copy
+        if out.state >= 0:
+            frame.vector, frame.state = STATE_VECTOR, out.state
+            first = out.first_vector_element
+            state = arena.array(round.parts[wire.node].made_state[out.state])
+            return encode_request(header, state[first : first + out.element_count].data)
         if round.shard_step is not None:
             frame.shard_step = round.shard_step
         if wire.fold is None:

@@ -20,7 +20,7 @@ from worker import ipc
 from worker.core.dispatch import Task
 from worker.core.patience import Patience
 from worker.core.restarts import Restarts
-from worker.core.rounds import LeafFailure, PartState
+from worker.core.rounds import LeafFailure, Part, PartState
 from worker.ipc import Kind, Message
 from worker.session.leaf_server import LeafServer
 from worker.session.process import LeafProcess, describe_exit
@@ -176,6 +176,8 @@ class SlotPool:
         for part in task.parts:
             if part.buffer >= 0:
                 job.arena.reserve(part.buffer)
+            for buffer in part.next_state:
+                job.arena.reserve(buffer)
         order = ipc.RunOrder(
             task=task.id,
             job=job.number,
@@ -184,6 +186,7 @@ class SlotPool:
             parameters=task.parameters,
             parts=tuple((part.node.first, part.node.span, part.buffer) for part in task.parts),
             absent=tuple(task.absent),
+            states=tuple(_states_of(part) for part in task.parts if part.next_state),
         )
         self._tell(place, Kind.RUN, order.pack())
 
@@ -505,3 +508,8 @@ def _not_described(message: str) -> coordination.JobDescribed:
     answer.failure.code = "JOB_CODE"
     answer.failure.message = message
     return answer
+
+
+def _states_of(part: Part) -> tuple[int, ...]:
+    """Buffers of the state to read, -1 for zero, and of the one to write."""
+    return (*(part.read_state or (-1,) * len(part.next_state)), *part.next_state)

@@ -362,7 +362,8 @@ class AsynchronousRanges(JobRanges):
             step = self.version
             effect.snapshot.version = step
             if self._log is not None:
-                effect.snapshot.extra = self._log.vectors(effect.snapshot.dtype)
+                log = self._log.vectors(effect.snapshot.dtype)
+                effect.snapshot.extra = {name: [vector] for name, vector in log.items()}
             effects.append(replace(effect, version=step))
         return effects
 

@@ -241,6 +241,10 @@ class JobRanges:
         """What waits for copies that nobody is left to compute."""
         return None
 
+    def recall(self, stream: object, message: pb.Recall) -> list[Effect]:
+        """A worker has to make states of nodes again."""
+        raise InvalidArgument("nodes have no state in this job")
+
     def late_workers(self, elapsed_s: float) -> dict[str, float]:
         """Who has owed a contribution for too long, and by how many seconds too long."""
         return {}

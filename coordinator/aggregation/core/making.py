@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from coordinator.aggregation.core.asynchronous import AsynchronousRanges
 from coordinator.aggregation.core.machine import JobRanges
+from coordinator.aggregation.core.stateful import StatefulRanges
 from coordinator.aggregation.core.verified import VerifiedRanges
 from phalanx.optimizers import build_contribution_optimizer, build_optimizer
 from phalanx.training.decisions import RootDecider
@@ -29,4 +30,5 @@ def make_ranges(
     optimizer = build_optimizer(train, plan.total_steps)
     if plan.verified:
         return VerifiedRanges(plan, term, owned, optimizer, decider, secret)
-    return JobRanges(plan, term, owned, optimizer, decider)
+    kind = StatefulRanges if plan.state_every else JobRanges
+    return kind(plan, term, owned, optimizer, decider)

@@ -8,7 +8,7 @@ need no copy at all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,8 +36,8 @@ class Snapshot:
     frames: list[Array]
     #: Per frame the shared state arrays; None once they are not needed any more.
     state: list[dict[str, Array] | None] = field(default_factory=list)
-    #: Flat vectors beside those of the optimizer, whole.
-    extra: dict[str, Array] = field(default_factory=dict)
+    #: Flat vectors beside those of the optimizer, in pieces.
+    extra: Mapping[str, Sequence[Array]] = field(default_factory=dict)
 
     def parameters(self, index: int) -> Array:
         """The elements of parameter frame `index`."""

@@ -8,6 +8,8 @@ by one, in the order in which their trees complete.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -97,8 +99,20 @@ class VersionStore:
             version = self._versions[number] = Version(number, len(self.grid))
         if version.frames[index] is not None:
             raise Internal(f"frame {index} of version {number} was made twice")
+        self._fill(version, index, values)
+        if version.whole:
+            self.newest_whole = number
+
+    def whole_of(self, number: int, frames: Sequence[NDArray[np.generic]]) -> Version:
+        """Return a version of these elements as it would be sent, without holding it."""
+        version = Version(number, len(self.grid))
+        for index, values in enumerate(frames):
+            self._fill(version, index, values)
+        return version
+
+    def _fill(self, version: Version, index: int, values: NDArray[np.generic]) -> None:
         header = self._headers[index]
-        header.frame.version = number
+        header.frame.version = version.number
         if self._codec is None:
             frame = version.frames[index] = encode_response(header, values.data)
             version.values[index] = payload_of(frame, len(values), self.dtype)
@@ -107,8 +121,6 @@ class VersionStore:
             kept.flags.writeable = False
             version.frames[index] = encode_response(header, encoded(self._codec, kept).data)
         version.order.append(index)
-        if version.whole:
-            self.newest_whole = number
 
     def values(self, number: int, index: int) -> NDArray[np.generic]:
         """The elements of one published frame, read-only; not what is sent if that has a loss."""

@@ -326,7 +326,7 @@ def test_a_job_goes_on_from_a_checkpoint_where_each_shard_was() -> None:
     ]
     (last,) = [each for each in again.of(StartCheckpoint) if each.final]
     assert json.loads(last.root_state)["completed_steps"] == [6] * 4
-    counts = np.bincount(last.snapshot.extra["replay_shards"].astype(int))
+    counts = np.bincount(last.snapshot.extra["replay_shards"][0].astype(int))
     assert counts.tolist() == [6] * 4
 
 
@@ -336,7 +336,8 @@ def vectors_of(saved: StartCheckpoint) -> tuple[Any, dict[str, Any]]:
         name: np.concatenate([each[name] for each in snapshot.state if each is not None])
         for name in snapshot.state_names
     }
-    return np.concatenate(snapshot.frames), state | snapshot.extra
+    log = {name: np.concatenate(pieces) for name, pieces in snapshot.extra.items()}
+    return np.concatenate(snapshot.frames), state | log
 
 
 @pytest.mark.parametrize(
