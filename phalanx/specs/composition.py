@@ -143,6 +143,12 @@ def _feedback(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
             f"would lose both; {instead}, or no backup shards"
         )
         yield Violation(path, message)
+    if parts.verifies(train):
+        message = (
+            "is computed from a state that only the worker of a node has, so its copies say nothing "
+            f"of other workers; {instead}, or no verification"
+        )
+        yield Violation(path, message)
     if parts.reduces_leaves(train):
         message = (
             "sends a part of each contribution now and the rest later, so the contributions of a "

@@ -67,8 +67,8 @@ def test_unbiased_and_fine_rounding_costs_next_to_nothing(
 
 
 def mean_accuracy(stored: StoredDataset, compression: dict[str, Any]) -> float:
-    """Over three seeds: a test row is 0.28 points."""
-    return statistics.fmean(accuracy(stored, compression, seed) for seed in range(3))
+    """Over five seeds: a test row is 0.28 points."""
+    return statistics.fmean(accuracy(stored, compression, seed) for seed in range(5))
 
 
 @pytest.fixture(scope="module")

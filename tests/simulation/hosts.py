@@ -343,14 +343,30 @@ class Leaf:
         total = reduce_node(Node(first, span), self._width(order), leaf, out, scratch)
         shape = self._plans[order.job][0]
         codec = jobs.up_codec(shape.parts, shape.dtype)
-        if codec is not None and order.action == GoRecord.ACTION_TRAIN and total.mask:
-            compress_in_place(codec, out, arena.raw(buffer), Key(first, order.version))
+        if codec is not None and order.action == GoRecord.ACTION_TRAIN:
+            lost = self._lost(order, index, arena, out, present=total.mask != 0)
+            if total.mask:
+                compress_in_place(codec, out, arena.raw(buffer), Key(first, order.version), lost)
         sums = tuple(out.tolist()) if evaluates else ()
         count = 0 if initialises else total.count
         answer = ipc.PartDone(
             order.task, index, count, total.loss, total.mask, sums, tuple(seconds)
         )
         self._say(Kind.PART_DONE, answer.pack())
+
+    def _lost(
+        self, order: ipc.RunOrder, index: int, arena: Arena, out: NDArray[Any], *, present: bool
+    ) -> NDArray[Any] | None:
+        """Add what the node left out so far; return where what it leaves out now goes."""
+        if not order.states:
+            return None
+        before, after = order.states[index]
+        lost = arena.array(before) if before >= 0 else np.zeros_like(out)
+        if present:
+            out += lost
+        else:
+            arena.array(after)[:] = lost
+        return arena.array(after)
 
     def _part_failed(
         self, order: ipc.RunOrder, index: int, shard: int, kind: LeafFailed.Kind.ValueType

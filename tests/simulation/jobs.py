@@ -27,7 +27,7 @@ from phalanx.optimizers import (
 )
 from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import reduce_leaves
-from phalanx.specs.parts import unit_span
+from phalanx.specs.parts import state_every, unit_span
 from phalanx.v1 import training_pb2
 from phalanx.v1.job_spec_pb2 import Compression, JobSpec, Reduction, Train, Verification
 
@@ -50,6 +50,12 @@ PARTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"compression": {"cast_to": "bfloat16"}},
     "int8": {"compression": {"int8": {"bucket": 16}}},
     "float16, down too": {"compression": {"cast_to": "float16", "down_cast_to": "float16"}},
+    "top-k": {"compression": {"top_k": {"fraction": 0.2}}},
+    "top-k, down bfloat16, local": {
+        "compression": {"top_k": {"fraction": 0.05}, "down_cast_to": "bfloat16"},
+        "local": {"steps": 2, "outer": {"sgd": {"learning_rate": 0.7, "momentum": 0.5}}},
+    },
+    "sign": {"compression": {"sign": {}}},
     "clipped gradient": {"optimizer": {"clip_norm": 0.5}},
     "int8, krum": {
         "compression": {"int8": {"bucket": 16}, "down_cast_to": "bfloat16"},
@@ -420,6 +426,20 @@ def state_of(shape: Shape, version: int) -> dict[str, Array]:
     return _reference(_plain(shape)).state(version)
 
 
+def kept_of(shape: Shape, version: int) -> dict[str, Array]:
+    """What a checkpoint keeps of the states of nodes, by name."""
+    every = state_every(job_spec(shape, f"job-{shape.elements}"))
+    if not every:
+        return {}
+    base = version - version % every
+    made = _reference(_plain(shape))
+    kept = {f"version/{number}": made[0][number] for number in range(base, version)}
+    for name, vector in made[1][base].items() if base else ():
+        if name.startswith(_LEFT_OUT):
+            kept[f"state/{base}/{name.removeprefix(_LEFT_OUT)}/0"] = vector
+    return kept
+
+
 @functools.lru_cache(maxsize=4096)
 def train_loss(shards: int, local_steps: int, version: int, left_out: frozenset[int]) -> float:
     """The mean loss of the step that made a version, without some of the shards."""
@@ -483,6 +503,10 @@ class Reference:
             self._states.append(state)
 
 
+_LEFT_OUT = "left out/"
+"""With the first shard of a node: what its contributions have left out so far."""
+
+
 class Steps:
     """The steps of a job by a plain loop."""
 
@@ -499,7 +523,9 @@ class Steps:
         names = self._optimizer.state_names
         return {name: np.zeros(self._shape.elements, self._shape.dtype) for name in names}
 
-    def received(self, version: int, parameters: Array) -> dict[int, tuple[Array | None, int]]:
+    def received(
+        self, version: int, parameters: Array, state: dict[str, Array] | None = None
+    ) -> dict[int, tuple[Array | None, int]]:
         """What the nodes that travel bring to the root at a version, with their examples."""
         shape, unit = self._shape, self._unit
         seen = as_seen(shape, parameters)
@@ -510,14 +536,21 @@ class Steps:
             total = reduce_leaves({i: each[0] for i, each in enumerate(own)}, len(own))
             codec = up_codec(shape.parts, shape.dtype)
             if total is not None and codec is not None:
+                name = f"{_LEFT_OUT}{first}"
+                if state is not None and name in state:
+                    total = total + state[name]
                 data = encoded(codec, total, Key(first, version))
-                total = decoded(codec, data, len(total))
+                back = decoded(codec, data, len(total))
+                if state is not None and codec.feedback:
+                    state[name] = total - back
+                total = back
             nodes[first] = total, sum(each[1] for each in own)
         return nodes
 
     def apply(self, version: int, parameters: Array, state: dict[str, Array]) -> Array:
         """The next version; the state becomes that after it."""
-        return self.applied(version, parameters, state, self.received(version, parameters))
+        nodes = self.received(version, parameters, state)
+        return self.applied(version, parameters, state, nodes)
 
     def applied(
         self,

@@ -113,6 +113,12 @@ KNOWN = {
     "the first copy of a leaf is believed": Known(
         0, (), (("workers", 4), ("liars", 1), ("parts", "3 replicas"))
     ),
+    "a node's state begins at zero wherever the node goes": Known(
+        0, _STREAMS, (("workers", 3), ("parts", "top-k"))
+    ),
+    "a checkpoint keeps no versions to make states again from": Known(
+        0, ("kill_aggregator", "kill_worker"), (("parts", "sign"),)
+    ),
     "decay begins anew in every range": Known(1),
     "leaves run on a part of a version": Known(1),
     "the newer version is overwritten": Known(

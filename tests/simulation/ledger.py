@@ -141,9 +141,12 @@ class Ledger:
                 self._demand(known, f"{what} is no version that was followed")
                 continue
             first, stop = part.first_element, part.first_element + part.element_count
-            step = request.step
+            step, kept = request.step, jobs.kept_of(shape, request.step)
+            if not request.final:
+                self._demand(kept.keys() <= state.keys(), f"{what} lacks states of nodes")
             expected = {
-                name: vector[first:stop] for name, vector in jobs.state_of(shape, step).items()
+                name: vector[first:stop]
+                for name, vector in (jobs.state_of(shape, step) | kept).items()
             }
             expected["parameters"] = jobs.versions(shape)[step][first:stop]
             for name, vector in {**state, "parameters": parameters}.items():

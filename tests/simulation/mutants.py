@@ -162,10 +162,6 @@ def _many(name: str, rule: int, *changes: Change) -> Mutant:
 
 
 NOT_BUILT = {
-    10: (
-        "train.compression.top_k",
-        "train.compression.sign",
-    ),
     13: ("train.all_reduce",),
     14: ("train.privacy",),
 }
@@ -385,6 +381,16 @@ MUTANTS = (
     _one(
         "the first copy of a leaf is believed", 15, f"{_AGGREGATION}.core.ballots:Ballot._vote",
         "if len(agreed) < question.needed:", "if False:",
+    ),
+    _one(
+        "a node's state begins at zero wherever the node goes", 10,
+        "worker.core.states:States.find",
+        "if version == 0:", "if version == 0 or version not in self._held.get(node, {}):",
+    ),
+    _one(
+        "a checkpoint keeps no versions to make states again from", 10,
+        f"{_AGGREGATION}.core.recalled:NodeStates.load",
+        "for number in range(base, version):", "for number in ():",
     ),
     _one(
         "decay begins anew in every range", 14, f"{_AGGREGATION}.core.state:_decay_frames",

@@ -73,6 +73,16 @@ def test_int8_up_and_bfloat16_down_send_a_quarter_and_a_half(
     assert 0.5 < down < 0.51
 
 
+def test_top_k_and_sign_send_a_few_hundredths(cluster: phalanx.LocalCluster) -> None:
+    for kind, options, most in (("top_k", {"fraction": 0.01}, 0.04), ("sign", {}, 0.065)):
+        thin = bytes_of(cluster, compression={kind: options})
+        up = (thin["in", kind] + thin["in", "raw"]) / thin["in", "whole"]
+        # The states of the four nodes come up once in the 60 steps, and version 0.
+        assert thin["in", "raw"] < thin["in", "whole"] / 40
+        print(f"{kind}: up {up:.3f}")
+        assert 0.01 < up < most
+
+
 def test_local_steps_send_as_much_in_so_many_steps_less(cluster: phalanx.LocalCluster) -> None:
     every = bytes_of(cluster)
     tenth = bytes_of(cluster, local={"steps": 10}, stop={"steps": STEPS // 10})

@@ -89,6 +89,8 @@ def planned(dataset: Dataset, *settings: str) -> Plan:
         (7, "compression={cast_to: ''}", "compression.cast_to", "bfloat16 or float16"),
         (7, "compression={down_cast_to: int8}", "compression.down_cast_to", "or float16"),
         (7, "compression={int8: {bucket: 8}}", "compression.int8.bucket", "at least 16"),
+        (7, "compression={top_k: {}}", "compression.top_k.fraction", "above 0 and at most 1"),
+        (7, "compression={top_k: {fraction: 1.5}}", "compression.top_k.fraction", "not 1.5"),
     ],
 )
 def test_parts_that_cannot_hold_are_refused(
@@ -212,6 +214,7 @@ def test_too_few_workers_to_agree_are_told_of_before_the_job_runs(
         ("local={steps: 2}", 0),
         ("compression={cast_to: float16}", 2),
         ("compression={int8: {}}", 2),
+        ("compression={top_k: {fraction: 0.01}}", 2),
         ("compression={down_cast_to: float16}", 0),
     ],
 )
@@ -403,3 +406,45 @@ def test_a_worker_of_an_asynchronous_job_keeps_a_version_for_each_slot(
         more = worker_bytes(one_by_one, make_dataset(), slots)
         less = worker_bytes(synchronous, make_dataset(), slots)
         assert (more - less) // parameters == 2 * slots
+
+
+@pytest.mark.parametrize("up", ["top_k: {fraction: 0.01}", "sign: {}"])
+@pytest.mark.parametrize(
+    ("setting", "field", "says"),
+    [
+        ("asynchronous={}", "compression", "commits in its own time; use int8 or cast_to"),
+        ("stale={bound: 2}", "compression", "commits in its own time"),
+        ("synchronous={backup_shards: 1}", "compression", "would lose both"),
+        ("reduction={median: {}}", "compression", "cannot be compared"),
+        ("reduction={clip_norm: 1}", "compression", "use optimizer.clip_norm"),
+        ("verification={replicas: 3}", "compression", "or no verification"),
+        ("on_nonfinite={skip: {}}", "on_nonfinite.skip", "is not kept; use fail"),
+    ],
+)
+def test_what_does_not_go_with_feedback_is_refused(
+    make_dataset: MakeDataset, up: str, setting: str, field: str, says: str
+) -> None:
+    settings = (f"train.compression={{{up}}}", f"train.{setting}", "reproducibility={tolerant: {}}")
+    found = complaints(make_dataset(), *settings)
+    path = f"{field}.{up.partition(':')[0]}" if field == "compression" else field
+    assert says in found[f"train.{path}"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "every"),
+    [
+        (["train.compression={int8: {}}"], 0),
+        (["train.compression={sign: {}}", "train.checkpoints={every_steps: 20}"], 20),
+        (["train.compression={sign: {}}", "train.checkpoints={every_steps: 100}"], 25),
+        (["train.compression={sign: {}}", "train.checkpoints={every_steps: 7}"], 32),
+        (["train.compression={sign: {}}", "train.checkpoints={every_steps: 101}"], 32),
+        (["train.compression={sign: {}}", "train.stale={bound: 0}"], 32),
+        (["train.compression={top_k: {fraction: 1}}", "train.local={steps: 4}"], 32),
+    ],
+)
+def test_states_are_handed_in_where_checkpoints_are_taken(
+    make_dataset: MakeDataset, settings: list[str], every: int
+) -> None:
+    dataset = make_dataset()
+    resolved = specs.prepare(edited(*settings), dataset)
+    assert specs.job_plan(resolved, dataset, "job-1").state_every == every

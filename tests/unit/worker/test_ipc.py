@@ -21,9 +21,10 @@ numbers = st.integers(0, 2**31 - 1)
     parts=st.lists(st.tuples(numbers, numbers, st.integers(-1, 1000)), max_size=5),
     absent=st.lists(numbers, max_size=5),
     version=st.integers(0, 2**62),
+    states=st.lists(st.lists(numbers, max_size=4), max_size=3),
 )
 def test_a_run_order_comes_back(
-    parts: list[tuple[int, int, int]], absent: list[int], version: int
+    parts: list[tuple[int, int, int]], absent: list[int], version: int, states: list[list[int]]
 ) -> None:
     order = ipc.RunOrder(
         task=2**40,
@@ -33,6 +34,7 @@ def test_a_run_order_comes_back(
         parameters=-1,
         parts=tuple(parts),
         absent=tuple(absent),
+        states=tuple(tuple(each) for each in states),
     )
     assert ipc.RunOrder.unpack(order.pack()) == order
 
