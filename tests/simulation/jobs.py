@@ -79,6 +79,9 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 """What jobs are composed of besides the tree and vectors as they are."""
 
+STATEFUL = ("sign", "top-k", "top-k, down bfloat16, local")
+"""Those of them whose nodes have a state."""
+
 ONE_BY_ONE: dict[str, dict[str, Any]] = {
     "asynchronous": {"asynchronous": {"plain": {}}},
     "asynchronous, log": {"asynchronous": {"scaled": {}, "replay_log": True}},
@@ -433,8 +436,8 @@ def kept_of(shape: Shape, version: int) -> dict[str, Array]:
         return {}
     base = version - version % every
     made = _reference(_plain(shape))
-    kept = {f"version/{number}": made[0][number] for number in range(base, version)}
-    for name, vector in made[1][base].items() if base else ():
+    kept = {f"version/{number}": made[number] for number in range(base, version)}
+    for name, vector in made.state(base).items() if base else ():
         if name.startswith(_LEFT_OUT):
             kept[f"state/{base}/{name.removeprefix(_LEFT_OUT)}/0"] = vector
     return kept

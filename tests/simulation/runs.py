@@ -175,7 +175,9 @@ def draw_parts(chance: random.Random, seed: int) -> str:
     """Draw what a job is composed of."""
     if seed < ALL_FROM_SEED or chance.random() < 0.5:
         return ""
-    return chance.choice(sorted(jobs.PARTS))
+    drawn = chance.choice(sorted(jobs.PARTS.keys() - set(jobs.STATEFUL)))
+    states = random.Random(f"states {seed}")
+    return states.choice(jobs.STATEFUL) if states.random() < 0.25 else drawn
 
 
 def draw_shape(chance: random.Random) -> jobs.Shape:
