@@ -145,7 +145,7 @@ def _feedback(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         yield Violation(path, message)
     if parts.verifies(train):
         message = (
-            "is computed from a state that only the worker of a node has, so its copies say nothing "
+            "is computed from a state that only a node's own worker has, so copies say nothing "
             f"of other workers; {instead}, or no verification"
         )
         yield Violation(path, message)
