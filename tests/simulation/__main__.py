@@ -28,6 +28,8 @@ The summary is one JSON object:
     leaves_started, leaves_at_bound        leaves that roots started one by one, and those as far
                                            ahead of the slowest shard as they may be
     contributions_repeated                 contributions to steps that were completed already
+    errands, bad_jobs                      what second users did, and their jobs with a bad leaf
+                                           that ended as they must, by what was bad
     failures                               seed, what must not happen and did, command that replays
     vacuous                                why the batch proves too little; empty: it does not
 

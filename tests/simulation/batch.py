@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from tests.simulation.cluster import Services, services
+from tests.simulation.jobs import BAD
 from tests.simulation.runs import KINDS, Outcome, simulate
 
 STEPS_PER_SEED = 50.0
@@ -16,6 +17,8 @@ FAULT_KINDS_PER_SEED = 5.0
 _SEEDS_AT_ONCE = 5
 SEEDS_FOR_EVERY_KIND = 100
 """From so many seeds on, each kind of fault must have fired somewhere."""
+ERRANDS_FOR_EVERY_BAD_JOB = 100
+"""From so many errands of second users on, a job with each kind of bad leaf must have ended."""
 ONE_BY_ONE_SEEDS_FOR_EVERY_KIND = 75
 """The same for seeds with jobs whose contributions commit one by one."""
 
@@ -110,6 +113,8 @@ def summary(outcomes: Sequence[Outcome], processes: int, wall_s: float) -> dict[
         "leaves_started": sum(each.started for each in outcomes),
         "leaves_at_bound": sum(each.at_bound for each in outcomes),
         "contributions_repeated": sum(each.repeated for each in outcomes),
+        "errands": sum(each.errands for each in outcomes),
+        "bad_jobs": dict(sum((each.bad_jobs for each in outcomes), Counter())),
         "failures": [
             {"seed": each.seed, "failure": each.failure, "command": command(each.seed)}
             for each in outcomes
@@ -133,6 +138,9 @@ def vacuous(found: dict[str, Any], faults: Counter[str]) -> list[str]:
             why.append(f"these faults never happened: {', '.join(missing)}")
         if not found["copies_raced"]:
             why.append("no late shard ever came both as a copy and from its own worker")
+    missing = sorted(set(BAD) - found["bad_jobs"].keys())
+    if found["errands"] >= ERRANDS_FOR_EVERY_BAD_JOB and missing:
+        why.append(f"no job with such a bad leaf ended: {', '.join(missing)}")
     if found["one_by_one_seeds"] >= ONE_BY_ONE_SEEDS_FOR_EVERY_KIND:
         missing = sorted(KINDS - found["one_by_one_faults"].keys())
         if missing:

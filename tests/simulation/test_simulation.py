@@ -10,6 +10,7 @@ import pytest
 from tests.simulation.__main__ import main
 from tests.simulation.batch import command, run_seeds, summary, told, vacuous
 from tests.simulation.cluster import services
+from tests.simulation.jobs import BAD
 from tests.simulation.known import Known
 from tests.simulation.runs import KINDS, simulate
 
@@ -97,6 +98,11 @@ def test_a_batch_without_faults_or_work_is_refused():
     outcome.faults = Counter(["kill_worker"])
     why = vacuous(summary([outcome], 1, 1.0), outcome.faults)
     assert why == ["1.0 kinds of fault per seed are too few"]
+    outcome.errands, outcome.bad_jobs = 2, Counter(dict.fromkeys(BAD[1:], 1))
+    outcome.faults = Counter(dict.fromkeys(KINDS, 1))
+    why = summary([outcome] * 90, 1, 1.0)["vacuous"]
+    assert why == [f"no job with such a bad leaf ended: {BAD[0]}"]
+    outcome.errands = 0
     outcome.started, outcome.faults = 9, Counter(dict.fromkeys(KINDS - {"bit_rot"}, 1))
     assert summary([outcome] * 90, 1, 1.0)["vacuous"] == [
         "these never happened to contributions one by one: bit_rot",
