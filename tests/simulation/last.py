@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from tests.simulation import jobs
 from tests.simulation.cluster import Cluster
 from tests.simulation.faults import ACTS, Faults
 from tests.simulation.moments import LAST_ACTS, LAST_MOMENTS
@@ -33,7 +34,9 @@ def drawn(settings: Any, chance: random.Random) -> Any:
     moment = chance.choice(sorted(LAST_MOMENTS))
     act = chance.choice(LAST_ACTS.get(moment, ACTS))
     what = f"{moment} {chance.choice(LAST_MOMENTS[moment])} {act}"
-    if not settings.mixed and chance.random() < ALONE_SHARE:
+    # Of a verified job one worker alone can do no step.
+    verified = any(shape.parts in jobs.VERIFIED for shape in settings.shapes)
+    if not settings.mixed and chance.random() < ALONE_SHARE and not verified:
         settings = replace(settings, converges_s=CONVERGES_S)
         what += " alone"
     # What comes seldom may come at any time.

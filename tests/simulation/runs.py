@@ -161,14 +161,16 @@ def draw_one_by_one(shapes: tuple[jobs.Shape, ...], seed: int) -> tuple[jobs.Sha
 
 def draw_verified(settings: Settings, chance: random.Random) -> Settings:
     """In a part of the swarm contributions are compared, and maybe a worker lies. There must be
-    enough workers for that, and none of them may be gone for good."""
+    enough workers for that, and none of them may be gone for good. Nor may one compute other bits:
+    a job that began with its bits, while the others were away, would rightly wait for ever."""
     possible = settings.workers - settings.mixed >= VERIFIED_WORKERS and not settings.parts
     tolerant = any(shape.tolerant for shape in settings.shapes)
     if not possible or tolerant or chance.random() >= VERIFIED_SHARE:
         return settings
     parts = chance.choice(sorted(jobs.VERIFIED))
     shapes = tuple(jobs.composed(shape, parts) for shape in settings.shapes)
-    return replace(settings, shapes=shapes, liars=chance.choice([0, 1]), lasting=False)
+    liars = chance.choice([0, 1])
+    return replace(settings, shapes=shapes, liars=liars, lasting=False, mixed=False)
 
 
 def draw_parts(chance: random.Random, seed: int) -> str:
