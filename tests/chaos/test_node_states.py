@@ -18,7 +18,7 @@ from phalanx.testing.arena import (
     wait_until,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
 TRAIN: dict[str, Any] = {"compression": {"top_k": {"fraction": 0.1}, "down_cast_to": "float16"}}
 

@@ -17,7 +17,7 @@ from phalanx.testing.arena import (
 )
 from phalanx.v1.cluster_service_pb2 import Worker
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
 LYING_MODEL = '''
 """The gated model; on workers that are told to, leaves lie about some shards, each in its way."""
