@@ -17,7 +17,7 @@ from phalanx.testing.arena import (
 )
 from phalanx.v1.cluster_service_pb2 import Worker
 
-pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
+pytestmark = pytest.mark.slow
 
 LYING_MODEL = '''
 """The gated model; on workers that are told to, leaves lie about some shards, each in its way."""
@@ -104,6 +104,7 @@ def gate(ring: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHALANX_TEST_GATE", str(ring.gate.folder))
 
 
+@pytest.mark.same_bits
 def test_three_workers_that_lie(ring: Arena, clean_sha256: str) -> None:
     job = ring.cluster.submit(lying_job())
     ring.at_step(job, 3)
@@ -149,6 +150,7 @@ def test_an_audit_catches_a_liar(ring: Arena) -> None:
     start_again(ring, ["worker-2"])
 
 
+@pytest.mark.same_bits
 def test_worker_and_aggregator_killed_amid_copies(ring: Arena, clean_sha256: str) -> None:
     job = ring.cluster.submit(lying_job(verification={"replicas": 3}))
     for step, victims in ((4, 1), (15, 0), (25, 2)):
@@ -163,6 +165,7 @@ def test_worker_and_aggregator_killed_amid_copies(ring: Arena, clean_sha256: str
     assert not quarantined(ring)
 
 
+@pytest.mark.same_bits
 def test_without_a_second_worker_the_job_waits_and_says_so(ring: Arena, clean_sha256: str) -> None:
     job = ring.cluster.submit(lying_job(verification={"replicas": 3}))
     ring.at_step(job, 5)
