@@ -79,8 +79,7 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 """What jobs are composed of besides the tree and vectors as they are."""
 
-STATEFUL = ("sign", "top-k", "top-k, down bfloat16, local")
-"""Those of them whose nodes have a state."""
+STATEFUL = ("sign", "top-k", "top-k, down bfloat16, local")  # whose nodes have a state
 
 ONE_BY_ONE: dict[str, dict[str, Any]] = {
     "asynchronous": {"asynchronous": {"plain": {}}},
@@ -437,10 +436,9 @@ def kept_of(shape: Shape, version: int) -> dict[str, Array]:
     base = version - version % every
     made = _reference(_plain(shape))
     kept = {f"version/{number}": made[number] for number in range(base, version)}
-    for name, vector in made.state(base).items() if base else ():
-        if name.startswith(_LEFT_OUT):
-            kept[f"state/{base}/{name.removeprefix(_LEFT_OUT)}/0"] = vector
-    return kept
+    state = made.state(base) if base else {}
+    left = {n.removeprefix(_LEFT_OUT): state[n] for n in state if n.startswith(_LEFT_OUT)}
+    return kept | {f"state/{base}/{first}/0": vector for first, vector in left.items()}
 
 
 @functools.lru_cache(maxsize=4096)
