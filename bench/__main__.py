@@ -15,6 +15,7 @@ SUITES = {
     "efficiency": "worker_efficiency_1, scaling_2_workers, checkpoint_overhead",
     "heterogeneous": "heterogeneous_slow, heterogeneous_straggler, heterogeneous_join",
     "tasks": "tasks_per_s, task_round_trip_ms",
+    "all_reduce": "all_reduce_sent_1 … all_reduce_sent_8",
     "recovery": "kill_to_commit_s, kill_to_commit_large_data_s",
 }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from phalanx.config import ServiceConfig, addresses, at_least, option, positive
+from phalanx.config import ServerConfig, address, addresses, at_least, option, positive
 from phalanx.errors import Violation
 
 DEFAULT_CONTROL = "127.0.0.1:7410"
@@ -20,11 +20,20 @@ def _usable_cores() -> int:
 
 
 @dataclass(frozen=True)
-class WorkerConfig(ServiceConfig):
+class WorkerConfig(ServerConfig):
     """Computes leaves: one session process, and one leaf process per slot."""
 
     service: ClassVar[str] = "worker"
 
+    listen: str = option(
+        "127.0.0.1:0",
+        "Address where workers of a job without a parameter server reach this one; port 0 takes a "
+        "free one.",
+        check=address,
+    )
+    advertise: str = option(
+        "", "Address under which other workers reach this process; empty: the one it serves on."
+    )
     control: tuple[str, ...] = option(
         (DEFAULT_CONTROL,), "Addresses of control, comma separated.", check=addresses, common=True
     )

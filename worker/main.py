@@ -12,11 +12,14 @@ from pathlib import Path
 from phalanx.clients.storage import StorageClient
 from phalanx.config import parse
 from phalanx.rpc.buffers import reuse_large_buffers
+from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.patience import Patience, insist
 from phalanx.rpc.process import announce, run_service
+from phalanx.rpc.server import Server
 from phalanx.telemetry.http import MetricsServer
 from phalanx.telemetry.metrics import WorkerMetrics, new_registry
 from worker.config import WorkerConfig
+from worker.session.all_reduce.exchange import SERVICE, MemberExchange
 from worker.session.app import Session
 from worker.session.leaf_server import LeafServer
 
@@ -50,6 +53,12 @@ class Transfers:
         assert self._client is not None
         return await insist(partial(self._client.put_blob, content), _PATIENCE)
 
+    async def client(self) -> StorageClient:
+        """The connection itself; waits until it is known where storage is."""
+        await self._known.wait()
+        assert self._client is not None
+        return self._client
+
     async def close(self) -> None:
         """Close the connection."""
         if self._client is not None:
@@ -63,18 +72,32 @@ async def serve(
     registry = new_registry()
     blobs = Transfers(config.storage[0] if config.storage else None)
     metrics = WorkerMetrics(registry)
-    session = Session(config, metrics, blobs.to_file, blobs.found, leaves, blobs.store)
+    session = Session(
+        config, metrics, blobs.to_file, blobs.found, leaves, blobs.store, blobs.client
+    )
+    server = Server(
+        listen=config.listen,
+        metrics_listen=None,
+        service_names=[SERVICE],
+        reflection=config.reflection,
+        registry=registry,
+        limits=ServerLimits.of(config),
+    )
+    MemberExchange(session.served).add_to(server.raw)
     http: MetricsServer | None = None
     if config.metrics_listen is not None:
         http = MetricsServer(config.metrics_listen, registry, lambda: True)
         await http.start()
     try:
+        await server.start()
+        session.address = config.advertise or server.address
         await session.start()
+        server.set_serving(True)
         # What is loaded stays: the collector need not walk through it at every step.
         gc.collect()
         gc.freeze()
         metrics_address = http.address if http is not None else ""
-        announce(config, role="worker", metrics_address=metrics_address)
+        announce(config, role="worker", address=server.address, metrics_address=metrics_address)
         asked = asyncio.create_task(stop.wait())
         drained = asyncio.create_task(session.wait_drained())
         await asyncio.wait((asked, drained), return_when=asyncio.FIRST_COMPLETED)
@@ -83,6 +106,7 @@ async def serve(
         await session.leave()
     finally:
         await session.close()
+        await server.stop(0.0)
         await blobs.close()
         if http is not None:
             with contextlib.suppress(OSError):

@@ -34,6 +34,7 @@ def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     yield from _one_by_one(spec)
     if parts.verifies(spec.train):
         yield from _verification(spec)
+    yield from _all_reduce(spec)
 
 
 def _verification(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
@@ -91,6 +92,55 @@ def _replicas(replicas: int) -> Iterator[Violation]:
             f"{replicas - 1}; use {replicas - 1} or {replicas + 1}"
         )
         yield Violation(path, message)
+
+
+def _all_reduce(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
+    """What does not go together with workers that own the parameters."""
+    train = spec.train
+    if not parts.all_reduces(train):
+        return
+    instead = "use parameter_server, or leave this out"
+    if parts.commits_one_by_one(train):
+        message = (
+            "applies each contribution by itself, in the order in which it comes, and with "
+            "all_reduce there is no one place that decides an order; use parameter_server"
+        )
+        yield Violation(f"train.{train.WhichOneof('consistency')}", message)
+    if parts.backup_shards(train):
+        message = (
+            "leaves out the slowest shards of a step, and with all_reduce the owner of each range "
+            f"would leave out others; {instead}"
+        )
+        yield Violation("train.synchronous.backup_shards", message)
+    if parts.reduces_leaves(train):
+        kind = train.reduction.WhichOneof("kind")
+        rule = kind if kind not in (None, "weighted_mean") else "clip_norm"
+        message = (
+            "has to see the whole contribution of each shard, and with all_reduce each worker "
+            f"sees one range of their sums; {instead}"
+        )
+        yield Violation(f"train.reduction.{rule}", message)
+    encodings = (train.compression.WhichOneof("up"), train.compression.down_cast_to)
+    for encoding, field in zip(encodings, (encodings[0], "down_cast_to"), strict=True):
+        if encoding:
+            message = (
+                "is for lines to a parameter server: with all_reduce sums of several shards "
+                "travel, twice, and what encoding loses would be lost more than once; "
+                f"{instead}"
+            )
+            yield Violation(f"train.compression.{field}", message)
+    if parts.verifies(train):
+        message = (
+            "compares the contributions of several workers in the one place where all come in, and "
+            f"with all_reduce the owner of a range may be the one that lies; {instead}"
+        )
+        yield Violation("train.verification", message)
+    if spec.reproducibility.HasField("tolerant"):
+        message = (
+            "lets workers compute other bits, and with all_reduce each updates a copy of the "
+            "parameters of its own, so that the copies would drift apart; use bitwise"
+        )
+        yield Violation("reproducibility.tolerant", message)
 
 
 def _one_by_one(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:

@@ -18,6 +18,11 @@ STATE_EVERY_LEAST = 8
 """And at least: a state is as large as the parameters."""
 
 
+def all_reduces(train: job_spec_pb2.Train) -> bool:
+    """Whether the workers own the parameters and reduce among themselves."""
+    return train.WhichOneof("topology") == "all_reduce"
+
+
 def reduces_leaves(train: job_spec_pb2.Train) -> bool:
     """Whether the reducer has to see the contribution of each shard by itself."""
     kind = train.reduction.WhichOneof("kind")

@@ -85,6 +85,10 @@ COPIES_PER_SLOT = 2
 LOCAL_COPIES = 3
 """More of them for a slot whose leaves take steps of their own."""
 
+ALL_REDUCE_COPIES = 8
+"""More of them where workers own the parameters: two gradients, up to two vectors of optimizer
+state, a copy of all these for a checkpoint, and the frames of a range."""
+
 PARAMETER_COPIES = SHARED_COPIES + COPIES_PER_SLOT
 """Copies of the parameters on a worker with one slot."""
 
@@ -111,6 +115,8 @@ def worker_bytes(
     if parts.commits_one_by_one(spec.train):
         # Each slot reads the version that its leaf was started with, and has one payload.
         versions, payloads = versions + slots, slots + 1
+    if parts.all_reduces(spec.train):
+        versions += ALL_REDUCE_COPIES
     shared = (versions + payloads) * elements * itemsize
     per_slot = COPIES_PER_SLOT + (LOCAL_COPIES if spec.train.HasField("local") else 0)
     return shared + slots * (per_slot * elements * itemsize + 3 * leaf)

@@ -17,7 +17,6 @@ _REFUSED: dict[str, str] = {
     "resources.gpus": "GPUs are not carried out yet; leave it out",
     "output.best": "keeping the best evaluation is not carried out yet; the last version is kept",
     "train.local.fragments": "fragments are not carried out yet; leave it out",
-    "train.all_reduce": "the topology all_reduce is not carried out yet; use parameter_server",
     "train.model.linear_svm": "linear_svm is not carried out yet; use logistic_regression",
     "train.model.torch": "PyTorch modules are not carried out yet; use mlp or custom",
     "train.privacy": "differential privacy is not carried out yet; leave it out",

@@ -180,6 +180,10 @@ class WorkerMetrics:
         self.cache_requests_total = make.counter(
             "cache_requests_total", "Chunks asked of the disk cache.", "outcome"
         )
+        self.member_bytes_total = make.counter(
+            "member_bytes_total",
+            "Bytes sent to other workers in jobs whose workers own the parameters.",
+        )
 
 
 class StorageMetrics:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from phalanx.v1 import training_pb2 as phalanx_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$phalanx/v1/aggregation_service.proto\x12\nphalanx.v1\x1a\x19phalanx/v1/training.proto\"U\n\x0f\x45xchangeRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.phalanx.v1.ExchangeRequestHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\x82\x02\n\x15\x45xchangeRequestHeader\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.phalanx.v1.ExchangeHelloH\x00\x12.\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x1d.phalanx.v1.ContributionFrameH\x00\x12)\n\tgo_record\x18\x03 \x01(\x0b\x32\x14.phalanx.v1.GoRecordH\x00\x12\x31\n\rstarts_wanted\x18\x04 \x01(\x0b\x32\x18.phalanx.v1.StartsWantedH\x00\x12$\n\x06recall\x18\x05 \x01(\x0b\x32\x12.phalanx.v1.RecallH\x00\x42\t\n\x07message\"\x8c\x01\n\rExchangeHello\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x03\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x1f\n\x17takes_joined_go_records\x18\x05 \x01(\x08\x12\x14\n\x0ctakes_copies\x18\x06 \x01(\x08\"\x9d\x02\n\x11\x43ontributionFrame\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\r\n\x05round\x18\x03 \x01(\x05\x12\r\n\x05range\x18\x04 \x01(\x05\x12\"\n\x04node\x18\x05 \x01(\x0b\x32\x14.phalanx.v1.TreeNode\x12\x0e\n\x06vector\x18\x06 \x01(\t\x12\x15\n\rfirst_element\x18\x07 \x01(\x03\x12\x15\n\relement_count\x18\x08 \x01(\x03\x12\x12\n\nshard_mask\x18\t \x01(\x0c\x12\x15\n\rexample_count\x18\n \x01(\x03\x12\x10\n\x08loss_sum\x18\x0b \x01(\x01\x12\x0c\n\x04\x63opy\x18\x0c \x01(\x08\x12\x12\n\nshard_step\x18\r \x01(\x03\x12\r\n\x05state\x18\x0e \x01(\x05\"`\n\x06Recall\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x12\n\nparameters\x18\x03 \x01(\x08\x12#\n\x05nodes\x18\x04 \x03(\x0b\x32\x14.phalanx.v1.TreeNode\"_\n\x0cStartsWanted\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0e\n\x06shards\x18\x02 \x03(\x05\x12\x0f\n\x07working\x18\x03 \x03(\x05\x12\x10\n\x08received\x18\x04 \x01(\x03\x12\x0e\n\x06wanted\x18\x05 \x01(\x03\"W\n\x10\x45xchangeResponse\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32\".phalanx.v1.ExchangeResponseHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\xb3\x02\n\x16\x45xchangeResponseHeader\x12.\n\x07welcome\x18\x01 \x01(\x0b\x32\x1b.phalanx.v1.ExchangeWelcomeH\x00\x12)\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x18.phalanx.v1.VersionFrameH\x00\x12)\n\tgo_record\x18\x03 \x01(\x0b\x32\x14.phalanx.v1.GoRecordH\x00\x12+\n\ncopy_nodes\x18\x05 \x01(\x0b\x32\x15.phalanx.v1.CopyNodesH\x00\x12+\n\nstart_leaf\x18\x06 \x01(\x0b\x32\x15.phalanx.v1.StartLeafH\x00\x12.\n\x10joined_go_record\x18\x04 \x01(\x0b\x32\x14.phalanx.v1.GoRecordB\t\n\x07message\"/\n\x0f\x45xchangeWelcome\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0e\n\x06ranges\x18\x02 \x03(\x05\"\\\n\tStartLeaf\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05round\x18\x03 \x01(\x05\x12\r\n\x05shard\x18\x04 \x01(\x05\x12\x12\n\nshard_step\x18\x05 \x01(\x03\"^\n\tCopyNodes\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05round\x18\x03 \x01(\x05\x12#\n\x05nodes\x18\x04 \x03(\x0b\x32\x14.phalanx.v1.TreeNode\"\x9d\x01\n\x0cVersionFrame\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05range\x18\x03 \x01(\x05\x12\x15\n\rfirst_element\x18\x04 \x01(\x03\x12\x15\n\relement_count\x18\x05 \x01(\x03\x12\"\n\x04node\x18\x06 \x01(\x0b\x32\x14.phalanx.v1.TreeNode\x12\r\n\x05state\x18\x07 \x01(\x05\x32_\n\x12\x41ggregationService\x12I\n\x08\x45xchange\x12\x1b.phalanx.v1.ExchangeRequest\x1a\x1c.phalanx.v1.ExchangeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$phalanx/v1/aggregation_service.proto\x12\nphalanx.v1\x1a\x19phalanx/v1/training.proto\"U\n\x0f\x45xchangeRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.phalanx.v1.ExchangeRequestHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\xe0\x02\n\x15\x45xchangeRequestHeader\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.phalanx.v1.ExchangeHelloH\x00\x12.\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x1d.phalanx.v1.ContributionFrameH\x00\x12)\n\tgo_record\x18\x03 \x01(\x0b\x32\x14.phalanx.v1.GoRecordH\x00\x12\x31\n\rstarts_wanted\x18\x04 \x01(\x0b\x32\x18.phalanx.v1.StartsWantedH\x00\x12$\n\x06recall\x18\x05 \x01(\x0b\x32\x12.phalanx.v1.RecallH\x00\x12/\n\x0cstate_wanted\x18\x06 \x01(\x0b\x32\x17.phalanx.v1.StateWantedH\x00\x12+\n\nstate_hash\x18\x07 \x01(\x0b\x32\x15.phalanx.v1.StateHashH\x00\x42\t\n\x07message\"\xb8\x01\n\rExchangeHello\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x03\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x1f\n\x17takes_joined_go_records\x18\x05 \x01(\x08\x12\x14\n\x0ctakes_copies\x18\x06 \x01(\x08\x12\x19\n\x0cheld_version\x18\x07 \x01(\x03H\x00\x88\x01\x01\x42\x0f\n\r_held_version\"\x9d\x02\n\x11\x43ontributionFrame\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\r\n\x05round\x18\x03 \x01(\x05\x12\r\n\x05range\x18\x04 \x01(\x05\x12\"\n\x04node\x18\x05 \x01(\x0b\x32\x14.phalanx.v1.TreeNode\x12\x0e\n\x06vector\x18\x06 \x01(\t\x12\x15\n\rfirst_element\x18\x07 \x01(\x03\x12\x15\n\relement_count\x18\x08 \x01(\x03\x12\x12\n\nshard_mask\x18\t \x01(\x0c\x12\x15\n\rexample_count\x18\n \x01(\x03\x12\x10\n\x08loss_sum\x18\x0b \x01(\x01\x12\x0c\n\x04\x63opy\x18\x0c \x01(\x08\x12\x12\n\nshard_step\x18\r \x01(\x03\x12\r\n\x05state\x18\x0e \x01(\x05\"`\n\x06Recall\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x12\n\nparameters\x18\x03 \x01(\x08\x12#\n\x05nodes\x18\x04 \x03(\x0b\x32\x14.phalanx.v1.TreeNode\"_\n\x0cStartsWanted\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0e\n\x06shards\x18\x02 \x03(\x05\x12\x0f\n\x07working\x18\x03 \x03(\x05\x12\x10\n\x08received\x18\x04 \x01(\x03\x12\x0e\n\x06wanted\x18\x05 \x01(\x03\"G\n\x0bStateWanted\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x19\n\x0cheld_version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x0f\n\r_held_version\":\n\tStateHash\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"W\n\x10\x45xchangeResponse\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32\".phalanx.v1.ExchangeResponseHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\x89\x03\n\x16\x45xchangeResponseHeader\x12.\n\x07welcome\x18\x01 \x01(\x0b\x32\x1b.phalanx.v1.ExchangeWelcomeH\x00\x12)\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x18.phalanx.v1.VersionFrameH\x00\x12)\n\tgo_record\x18\x03 \x01(\x0b\x32\x14.phalanx.v1.GoRecordH\x00\x12+\n\ncopy_nodes\x18\x05 \x01(\x0b\x32\x15.phalanx.v1.CopyNodesH\x00\x12+\n\nstart_leaf\x18\x06 \x01(\x0b\x32\x15.phalanx.v1.StartLeafH\x00\x12+\n\x07reduced\x18\x07 \x01(\x0b\x32\x18.phalanx.v1.ReducedFrameH\x00\x12\'\n\x05state\x18\x08 \x01(\x0b\x32\x16.phalanx.v1.StateFrameH\x00\x12.\n\x10joined_go_record\x18\x04 \x01(\x0b\x32\x14.phalanx.v1.GoRecordB\t\n\x07message\"/\n\x0f\x45xchangeWelcome\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0e\n\x06ranges\x18\x02 \x03(\x05\"\\\n\tStartLeaf\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05round\x18\x03 \x01(\x05\x12\r\n\x05shard\x18\x04 \x01(\x05\x12\x12\n\nshard_step\x18\x05 \x01(\x03\"^\n\tCopyNodes\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05round\x18\x03 \x01(\x05\x12#\n\x05nodes\x18\x04 \x03(\x0b\x32\x14.phalanx.v1.TreeNode\"\x9d\x01\n\x0cVersionFrame\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05range\x18\x03 \x01(\x05\x12\x15\n\rfirst_element\x18\x04 \x01(\x03\x12\x15\n\relement_count\x18\x05 \x01(\x03\x12\"\n\x04node\x18\x06 \x01(\x0b\x32\x14.phalanx.v1.TreeNode\x12\r\n\x05state\x18\x07 \x01(\x05\"\xa2\x01\n\x0cReducedFrame\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05round\x18\x03 \x01(\x05\x12\r\n\x05range\x18\x04 \x01(\x05\x12\x15\n\rfirst_element\x18\x05 \x01(\x03\x12\x15\n\relement_count\x18\x06 \x01(\x03\x12\x15\n\rexample_count\x18\x07 \x01(\x03\x12\x10\n\x08loss_sum\x18\x08 \x01(\x01\"\xb8\x01\n\nStateFrame\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06vector\x18\x03 \x01(\t\x12\x15\n\rfirst_element\x18\x04 \x01(\x03\x12\x15\n\relement_count\x18\x05 \x01(\x03\x12\x15\n\rexample_count\x18\x06 \x01(\x03\x12\x10\n\x08loss_sum\x18\x07 \x01(\x01\x12$\n\x06record\x18\x08 \x01(\x0b\x32\x14.phalanx.v1.GoRecord2_\n\x12\x41ggregationService\x12I\n\x08\x45xchange\x12\x1b.phalanx.v1.ExchangeRequest\x1a\x1c.phalanx.v1.ExchangeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,27 +35,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXCHANGEREQUEST']._serialized_start=79
   _globals['_EXCHANGEREQUEST']._serialized_end=164
   _globals['_EXCHANGEREQUESTHEADER']._serialized_start=167
-  _globals['_EXCHANGEREQUESTHEADER']._serialized_end=425
-  _globals['_EXCHANGEHELLO']._serialized_start=428
-  _globals['_EXCHANGEHELLO']._serialized_end=568
-  _globals['_CONTRIBUTIONFRAME']._serialized_start=571
-  _globals['_CONTRIBUTIONFRAME']._serialized_end=856
-  _globals['_RECALL']._serialized_start=858
-  _globals['_RECALL']._serialized_end=954
-  _globals['_STARTSWANTED']._serialized_start=956
-  _globals['_STARTSWANTED']._serialized_end=1051
-  _globals['_EXCHANGERESPONSE']._serialized_start=1053
-  _globals['_EXCHANGERESPONSE']._serialized_end=1140
-  _globals['_EXCHANGERESPONSEHEADER']._serialized_start=1143
-  _globals['_EXCHANGERESPONSEHEADER']._serialized_end=1450
-  _globals['_EXCHANGEWELCOME']._serialized_start=1452
-  _globals['_EXCHANGEWELCOME']._serialized_end=1499
-  _globals['_STARTLEAF']._serialized_start=1501
-  _globals['_STARTLEAF']._serialized_end=1593
-  _globals['_COPYNODES']._serialized_start=1595
-  _globals['_COPYNODES']._serialized_end=1689
-  _globals['_VERSIONFRAME']._serialized_start=1692
-  _globals['_VERSIONFRAME']._serialized_end=1849
-  _globals['_AGGREGATIONSERVICE']._serialized_start=1851
-  _globals['_AGGREGATIONSERVICE']._serialized_end=1946
+  _globals['_EXCHANGEREQUESTHEADER']._serialized_end=519
+  _globals['_EXCHANGEHELLO']._serialized_start=522
+  _globals['_EXCHANGEHELLO']._serialized_end=706
+  _globals['_CONTRIBUTIONFRAME']._serialized_start=709
+  _globals['_CONTRIBUTIONFRAME']._serialized_end=994
+  _globals['_RECALL']._serialized_start=996
+  _globals['_RECALL']._serialized_end=1092
+  _globals['_STARTSWANTED']._serialized_start=1094
+  _globals['_STARTSWANTED']._serialized_end=1189
+  _globals['_STATEWANTED']._serialized_start=1191
+  _globals['_STATEWANTED']._serialized_end=1262
+  _globals['_STATEHASH']._serialized_start=1264
+  _globals['_STATEHASH']._serialized_end=1322
+  _globals['_EXCHANGERESPONSE']._serialized_start=1324
+  _globals['_EXCHANGERESPONSE']._serialized_end=1411
+  _globals['_EXCHANGERESPONSEHEADER']._serialized_start=1414
+  _globals['_EXCHANGERESPONSEHEADER']._serialized_end=1807
+  _globals['_EXCHANGEWELCOME']._serialized_start=1809
+  _globals['_EXCHANGEWELCOME']._serialized_end=1856
+  _globals['_STARTLEAF']._serialized_start=1858
+  _globals['_STARTLEAF']._serialized_end=1950
+  _globals['_COPYNODES']._serialized_start=1952
+  _globals['_COPYNODES']._serialized_end=2046
+  _globals['_VERSIONFRAME']._serialized_start=2049
+  _globals['_VERSIONFRAME']._serialized_end=2206
+  _globals['_REDUCEDFRAME']._serialized_start=2209
+  _globals['_REDUCEDFRAME']._serialized_end=2371
+  _globals['_STATEFRAME']._serialized_start=2374
+  _globals['_STATEFRAME']._serialized_end=2558
+  _globals['_AGGREGATIONSERVICE']._serialized_start=2560
+  _globals['_AGGREGATIONSERVICE']._serialized_end=2655
 # @@protoc_insertion_point(module_scope)

@@ -56,6 +56,8 @@ class ExchangeRequestHeader(_message.Message):
     GO_RECORD_FIELD_NUMBER: _builtins.int
     STARTS_WANTED_FIELD_NUMBER: _builtins.int
     RECALL_FIELD_NUMBER: _builtins.int
+    STATE_WANTED_FIELD_NUMBER: _builtins.int
+    STATE_HASH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ExchangeHello: ...
     @_builtins.property
@@ -72,6 +74,12 @@ class ExchangeRequestHeader(_message.Message):
     def recall(self) -> Global___Recall:
         """Only where nodes have a state."""
 
+    @_builtins.property
+    def state_wanted(self) -> Global___StateWanted:
+        """All-reduce only, as what follows."""
+
+    @_builtins.property
+    def state_hash(self) -> Global___StateHash: ...
     def __init__(
         self,
         *,
@@ -80,12 +88,14 @@ class ExchangeRequestHeader(_message.Message):
         go_record: _training_pb2.GoRecord | None = ...,
         starts_wanted: Global___StartsWanted | None = ...,
         recall: Global___Recall | None = ...,
+        state_wanted: Global___StateWanted | None = ...,
+        state_hash: Global___StateHash | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "recall", b"recall", "starts_wanted", b"starts_wanted"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "recall", b"recall", "starts_wanted", b"starts_wanted", "state_hash", b"state_hash", "state_wanted", b"state_wanted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "recall", b"recall", "starts_wanted", b"starts_wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "recall", b"recall", "starts_wanted", b"starts_wanted", "state_hash", b"state_hash", "state_wanted", b"state_wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "frame", "go_record", "starts_wanted", "recall"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "frame", "go_record", "starts_wanted", "recall", "state_wanted", "state_hash"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -101,6 +111,7 @@ class ExchangeHello(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     TAKES_JOINED_GO_RECORDS_FIELD_NUMBER: _builtins.int
     TAKES_COPIES_FIELD_NUMBER: _builtins.int
+    HELD_VERSION_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     worker_id: _builtins.str
@@ -109,6 +120,10 @@ class ExchangeHello(_message.Message):
     """The worker reads go records that come along with a frame."""
     takes_copies: _builtins.bool
     """The worker computes copies of others' nodes when it is asked to."""
+    held_version: _builtins.int
+    """All-reduce: the version that the worker held whole when the term began for
+    it; absent: none.
+    """
     def __init__(
         self,
         *,
@@ -118,12 +133,15 @@ class ExchangeHello(_message.Message):
         incarnation: _builtins.str = ...,
         takes_joined_go_records: _builtins.bool = ...,
         takes_copies: _builtins.bool = ...,
+        held_version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "held_version", b"held_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "job_id", b"job_id", "takes_copies", b"takes_copies", "takes_joined_go_records", b"takes_joined_go_records", "term", b"term", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "held_version", b"held_version", "incarnation", b"incarnation", "job_id", b"job_id", "takes_copies", b"takes_copies", "takes_joined_go_records", b"takes_joined_go_records", "term", b"term", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__held_version: _TypeAlias = _typing.Literal["held_version"]  # noqa: Y015
+    _WhichOneofArgType__held_version: _TypeAlias = _typing.Literal["_held_version", b"_held_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__held_version) -> _WhichOneofReturnType__held_version | None: ...
 
 Global___ExchangeHello: _TypeAlias = ExchangeHello  # noqa: Y015
 
@@ -283,6 +301,63 @@ class StartsWanted(_message.Message):
 Global___StartsWanted: _TypeAlias = StartsWanted  # noqa: Y015
 
 @_typing.final
+class StateWanted(_message.Message):
+    """All-reduce: a member that is behind asks one that is at the version with
+    which the term starts.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    HELD_VERSION_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    held_version: _builtins.int
+    """The version that the asking member holds; absent: none."""
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        held_version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "held_version", b"held_version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "held_version", b"held_version", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__held_version: _TypeAlias = _typing.Literal["held_version"]  # noqa: Y015
+    _WhichOneofArgType__held_version: _TypeAlias = _typing.Literal["_held_version", b"_held_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__held_version) -> _WhichOneofReturnType__held_version | None: ...
+
+Global___StateWanted: _TypeAlias = StateWanted  # noqa: Y015
+
+@_typing.final
+class StateHash(_message.Message):
+    """All-reduce: what a member holds at the version of a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    version: _builtins.int
+    sha256: _builtins.str
+    """SHA-256 of parameters and optimizer state."""
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        version: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "term", b"term", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StateHash: _TypeAlias = StateHash  # noqa: Y015
+
+@_typing.final
 class ExchangeResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -314,6 +389,8 @@ class ExchangeResponseHeader(_message.Message):
     GO_RECORD_FIELD_NUMBER: _builtins.int
     COPY_NODES_FIELD_NUMBER: _builtins.int
     START_LEAF_FIELD_NUMBER: _builtins.int
+    REDUCED_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     JOINED_GO_RECORD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___ExchangeWelcome: ...
@@ -330,6 +407,12 @@ class ExchangeResponseHeader(_message.Message):
         """Only where contributions commit one by one."""
 
     @_builtins.property
+    def reduced(self) -> Global___ReducedFrame:
+        """All-reduce only, as what follows."""
+
+    @_builtins.property
+    def state(self) -> Global___StateFrame: ...
+    @_builtins.property
     def joined_go_record(self) -> _training_pb2.GoRecord:
         """With a frame that is a whole small version: the go record that follows it,
         to be taken after the frame. Saves a message per step.
@@ -343,13 +426,15 @@ class ExchangeResponseHeader(_message.Message):
         go_record: _training_pb2.GoRecord | None = ...,
         copy_nodes: Global___CopyNodes | None = ...,
         start_leaf: Global___StartLeaf | None = ...,
+        reduced: Global___ReducedFrame | None = ...,
+        state: Global___StateFrame | None = ...,
         joined_go_record: _training_pb2.GoRecord | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["copy_nodes", b"copy_nodes", "frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "start_leaf", b"start_leaf", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["copy_nodes", b"copy_nodes", "frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "reduced", b"reduced", "start_leaf", b"start_leaf", "state", b"state", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy_nodes", b"copy_nodes", "frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "start_leaf", b"start_leaf", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy_nodes", b"copy_nodes", "frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "reduced", b"reduced", "start_leaf", b"start_leaf", "state", b"state", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "frame", "go_record", "copy_nodes", "start_leaf"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "frame", "go_record", "copy_nodes", "start_leaf", "reduced", "state"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -489,3 +574,101 @@ class VersionFrame(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VersionFrame: _TypeAlias = VersionFrame  # noqa: Y015
+
+@_typing.final
+class ReducedFrame(_message.Message):
+    """All-reduce: a part of the whole reduced vector of one round, from the owner
+    of its range to every member. Without a payload no shard was present.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    RANGE_FIELD_NUMBER: _builtins.int
+    FIRST_ELEMENT_FIELD_NUMBER: _builtins.int
+    ELEMENT_COUNT_FIELD_NUMBER: _builtins.int
+    EXAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    LOSS_SUM_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    version: _builtins.int
+    round: _builtins.int
+    range: _builtins.int
+    first_element: _builtins.int
+    element_count: _builtins.int
+    example_count: _builtins.int
+    """Sums over all shards of the round."""
+    loss_sum: _builtins.float
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        version: _builtins.int = ...,
+        round: _builtins.int = ...,
+        range: _builtins.int = ...,
+        first_element: _builtins.int = ...,
+        element_count: _builtins.int = ...,
+        example_count: _builtins.int = ...,
+        loss_sum: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["element_count", b"element_count", "example_count", b"example_count", "first_element", b"first_element", "loss_sum", b"loss_sum", "range", b"range", "round", b"round", "term", b"term", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReducedFrame: _TypeAlias = ReducedFrame  # noqa: Y015
+
+@_typing.final
+class StateFrame(_message.Message):
+    """All-reduce: a part of what brings a member that is behind to the version with
+    which the term starts.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    VECTOR_FIELD_NUMBER: _builtins.int
+    FIRST_ELEMENT_FIELD_NUMBER: _builtins.int
+    ELEMENT_COUNT_FIELD_NUMBER: _builtins.int
+    EXAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    LOSS_SUM_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    version: _builtins.int
+    """The version that it brings the member to."""
+    vector: _builtins.str
+    """gradient: the reduced gradient that made the version of the one before it.
+    parameters, or a vector of the optimizer's state: the version itself.
+    """
+    first_element: _builtins.int
+    """Elements from the start of the whole vector."""
+    element_count: _builtins.int
+    example_count: _builtins.int
+    """Sums of the step that made the version."""
+    loss_sum: _builtins.float
+    @_builtins.property
+    def record(self) -> _training_pb2.GoRecord:
+        """The newest go record of the member that sends it, for its root state."""
+
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        version: _builtins.int = ...,
+        vector: _builtins.str = ...,
+        first_element: _builtins.int = ...,
+        element_count: _builtins.int = ...,
+        example_count: _builtins.int = ...,
+        loss_sum: _builtins.float = ...,
+        record: _training_pb2.GoRecord | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["element_count", b"element_count", "example_count", b"example_count", "first_element", b"first_element", "loss_sum", b"loss_sum", "record", b"record", "term", b"term", "vector", b"vector", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StateFrame: _TypeAlias = StateFrame  # noqa: Y015

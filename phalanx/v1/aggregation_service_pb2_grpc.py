@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AggregationServiceStub:
-    """The data plane between workers and the owners of parameter ranges.
+    """The data plane between workers and the owners of parameter ranges. Aggregators
+    own them, or, in jobs of the topology all_reduce, the workers themselves.
     """
 
     def __init__(self, channel):
@@ -43,7 +44,8 @@ class AggregationServiceStub:
 
 
 class AggregationServiceServicer:
-    """The data plane between workers and the owners of parameter ranges.
+    """The data plane between workers and the owners of parameter ranges. Aggregators
+    own them, or, in jobs of the topology all_reduce, the workers themselves.
     """
 
     def Exchange(self, request_iterator, context):
@@ -72,7 +74,8 @@ def add_AggregationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AggregationService:
-    """The data plane between workers and the owners of parameter ranges.
+    """The data plane between workers and the owners of parameter ranges. Aggregators
+    own them, or, in jobs of the topology all_reduce, the workers themselves.
     """
 
     @staticmethod

@@ -13,7 +13,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AggregationServiceStub:
-    """The data plane between workers and the owners of parameter ranges."""
+    """The data plane between workers and the owners of parameter ranges. Aggregators
+    own them, or, in jobs of the topology all_reduce, the workers themselves.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Exchange: _aio.StreamStreamMultiCallable[_aggregation_service_pb2.ExchangeRequest, _aggregation_service_pb2.ExchangeResponse]
@@ -23,7 +25,9 @@ class AggregationServiceStub:
     """
 
 class AggregationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The data plane between workers and the owners of parameter ranges."""
+    """The data plane between workers and the owners of parameter ranges. Aggregators
+    own them, or, in jobs of the topology all_reduce, the workers themselves.
+    """
 
     @_abc_1.abstractmethod
     def Exchange(

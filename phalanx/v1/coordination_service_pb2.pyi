@@ -134,6 +134,7 @@ class WorkerHello(_message.Message):
     HELD_JOBS_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     """Unique per process start."""
@@ -146,6 +147,10 @@ class WorkerHello(_message.Message):
     generation: _builtins.int
     """The highest generation seen; a lower one is refused by the member."""
     version: _builtins.str
+    address: _builtins.str
+    """Where other workers reach AggregationService; empty: nowhere, so that it
+    takes no part in jobs of the topology all_reduce.
+    """
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -167,10 +172,11 @@ class WorkerHello(_message.Message):
         held_jobs: _abc.Iterable[Global___HeldWorkerJob] | None = ...,
         generation: _builtins.int = ...,
         version: _builtins.str = ...,
+        address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "generation", b"generation", "held_jobs", b"held_jobs", "host", b"host", "incarnation", b"incarnation", "labels", b"labels", "memory_bytes", b"memory_bytes", "pid", b"pid", "slot_memory_bytes", b"slot_memory_bytes", "slots", b"slots", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "fingerprint", b"fingerprint", "generation", b"generation", "held_jobs", b"held_jobs", "host", b"host", "incarnation", b"incarnation", "labels", b"labels", "memory_bytes", b"memory_bytes", "pid", b"pid", "slot_memory_bytes", b"slot_memory_bytes", "slots", b"slots", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -585,7 +591,9 @@ Global___RangesReady: _TypeAlias = RangesReady  # noqa: Y015
 
 @_typing.final
 class JobReport(_message.Message):
-    """From the owner of range 0, at most 5 per second, and at once at the end."""
+    """From the owner of range 0, at most 5 per second, and at once at the end.
+    With all-reduce that is a worker.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1205,6 +1213,8 @@ class AssignJob(_message.Message):
     TRAIN_NODES_FIELD_NUMBER: _builtins.int
     EVALUATION_NODES_FIELD_NUMBER: _builtins.int
     LEAF_SHA256_FIELD_NUMBER: _builtins.int
+    RESTORE_FIELD_NUMBER: _builtins.int
+    REACHED_STEP_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     placement: _builtins.int
     """Rises with every change of placement of this job."""
@@ -1212,6 +1222,8 @@ class AssignJob(_message.Message):
     """The leaf that the job began with: a worker whose own is another computes
     nothing of this job. Empty: any will do.
     """
+    reached_step: _builtins.int
+    """All-reduce: the newest step that control knew before."""
     @_builtins.property
     def plan(self) -> _training_pb2.JobPlan: ...
     @_builtins.property
@@ -1222,6 +1234,10 @@ class AssignJob(_message.Message):
 
     @_builtins.property
     def evaluation_nodes(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.TreeNode]: ...
+    @_builtins.property
+    def restore(self) -> _storage_service_pb2.CheckpointManifest:
+        """All-reduce: where the job goes on if no member holds any version of it."""
+
     def __init__(
         self,
         *,
@@ -1232,10 +1248,12 @@ class AssignJob(_message.Message):
         train_nodes: _abc.Iterable[_training_pb2.TreeNode] | None = ...,
         evaluation_nodes: _abc.Iterable[_training_pb2.TreeNode] | None = ...,
         leaf_sha256: _builtins.str = ...,
+        restore: _storage_service_pb2.CheckpointManifest | None = ...,
+        reached_step: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "restore", b"restore"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation_nodes", b"evaluation_nodes", "leaf_sha256", b"leaf_sha256", "placement", b"placement", "plan", b"plan", "ranges", b"ranges", "term", b"term", "train_nodes", b"train_nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation_nodes", b"evaluation_nodes", "leaf_sha256", b"leaf_sha256", "placement", b"placement", "plan", b"plan", "ranges", b"ranges", "reached_step", b"reached_step", "restore", b"restore", "term", b"term", "train_nodes", b"train_nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -107,7 +107,9 @@ Global___TensorSpec: _TypeAlias = TensorSpec  # noqa: Y015
 
 @_typing.final
 class ParameterRange(_message.Message):
-    """One contiguous range of the flat parameter vector and its owner."""
+    """One contiguous range of the flat parameter vector and its owner: an
+    aggregator or, with all-reduce, a worker, which may own an empty range.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -193,6 +195,7 @@ class GoRecord(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     EXAMPLE_COUNT_FIELD_NUMBER: _builtins.int
     LOSS_SUM_FIELD_NUMBER: _builtins.int
+    ROOT_STATE_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     version: _builtins.int
     """The version at which the decision was taken; a train round makes version + 1."""
@@ -208,6 +211,8 @@ class GoRecord(_message.Message):
     example_count: _builtins.int
     """Of the last train round: sum over the shards present."""
     loss_sum: _builtins.float
+    root_state: _builtins.str
+    """All-reduce: what another root needs to decide as this one would, as JSON."""
     def __init__(
         self,
         *,
@@ -219,10 +224,11 @@ class GoRecord(_message.Message):
         reason: _builtins.str = ...,
         example_count: _builtins.int = ...,
         loss_sum: _builtins.float = ...,
+        root_state: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "checkpoint", b"checkpoint", "example_count", b"example_count", "loss_sum", b"loss_sum", "reason", b"reason", "round", b"round", "term", b"term", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "checkpoint", b"checkpoint", "example_count", b"example_count", "loss_sum", b"loss_sum", "reason", b"reason", "root_state", b"root_state", "round", b"round", "term", b"term", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

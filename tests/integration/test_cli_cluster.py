@@ -276,9 +276,9 @@ def test_wrong_jobs_are_refused_with_line_and_reason(cli, folder, result):
     assert "train.batch_size" in err
     code, _, err = cli("submit", "job.yaml", "--set", "data.name=nothing")
     assert code == 3
-    code, _, err = cli("submit", "job.yaml", "--set", "train.all_reduce={}")
+    code, _, err = cli("submit", "job.yaml", "--set", "train.privacy={clip_norm: 1.0}")
     assert code == 2
-    assert "train.all_reduce" in err
+    assert "train.privacy" in err
 
 
 def phalanx_command(*arguments, **options):

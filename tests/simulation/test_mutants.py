@@ -7,6 +7,7 @@ does not fit any more, or that its seed takes another way, this says so: hunt ag
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from phalanx.specs.unimplemented import _REFUSED
 from phalanx.testing.simulation.loop import SimulationFailed
 from tests.simulation.cluster import services
 from tests.simulation.mutants import (
+    ELSEWHERE,
     MUTANTS,
     NOT_BUILT,
     Change,
@@ -64,7 +66,8 @@ def test_every_rule_has_a_mutant():
 def test_what_a_rule_without_mutants_is_about_is_refused(rule):
     """Once a field is carried out, its rule needs a planted bug that the simulator finds."""
     assert set(NOT_BUILT[rule]) <= set(_REFUSED)
-    assert RULES | NOT_BUILT.keys() == set(range(1, 17))
+    assert RULES | NOT_BUILT.keys() | ELSEWHERE.keys() == set(range(1, 17))
+    assert all((Path(__file__).parents[2] / path).exists() for path in ELSEWHERE.values())
 
 
 def test_a_mutant_that_does_not_fit_says_so():

@@ -40,7 +40,7 @@ METRICS = {
     "verified_leaves_total outvoted_copies_total "
     "wire_bytes_total wire_uncompressed_bytes_total checkpoint_seconds "
     "checkpoint_last_success_timestamp_seconds",
-    "worker": "leaf_seconds cache_bytes cache_requests_total",
+    "worker": "leaf_seconds cache_bytes cache_requests_total member_bytes_total",
     "storage": "storage_operation_seconds storage_bytes storage_corruptions_total",
 }
 

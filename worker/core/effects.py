@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phalanx.v1 import coordination_service_pb2, training_pb2
+from phalanx.v1 import coordination_service_pb2, storage_service_pb2, training_pb2
 from worker.core.dispatch import Task
 
 
@@ -31,11 +31,15 @@ class Discard:
 
 @dataclass(slots=True)
 class OpenStreams:
-    """Replace the job's exchange streams by one to each of these aggregators (id, address)."""
+    """Replace the job's exchange streams by one to each of these aggregators (id, address).
+
+    With all-reduce they go to other members, who are told which version is held; -1: none.
+    """
 
     job_id: str
     term: int
     owners: tuple[tuple[str, str], ...]
+    held: int = -1
 
 
 @dataclass(slots=True)
@@ -87,6 +91,86 @@ class Drained:
     """A drain was asked for and nothing is hosted any more."""
 
 
+# Of all-reduce jobs
+
+
+@dataclass(slots=True)
+class Serve:
+    """There may be something to send on the streams that other members opened."""
+
+    job_id: str
+
+
+@dataclass(slots=True)
+class Work:
+    """There is an update to do: `AllReduceJob.work` does a slice of it, until none is left."""
+
+    job_id: str
+
+
+@dataclass(slots=True)
+class Restore:
+    """Read a checkpoint, then `AllReduceJob.restored`."""
+
+    job_id: str
+    term: int
+    manifest: storage_service_pb2.CheckpointManifest
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """Copy the version that is held and hash the copy, then `AllReduceJob.hashed`."""
+
+    job_id: str
+    term: int
+    version: int
+
+
+@dataclass(slots=True)
+class Store:
+    """All members hold the same: write the copy that was made for this record as a checkpoint."""
+
+    job_id: str
+    go: training_pb2.GoRecord
+
+
+@dataclass(slots=True)
+class Committed:
+    """The root holds one more version, of so many examples."""
+
+    job_id: str
+    version: int
+    example_count: int
+
+
+@dataclass(slots=True)
+class Points:
+    """New metric points (version, name, value)."""
+
+    job_id: str
+    points: tuple[tuple[int, str, float], ...]
+
+
+@dataclass(slots=True)
+class Ended:
+    """A terminal go record is in force."""
+
+    job_id: str
+    go: training_pb2.GoRecord
+
+
+@dataclass(slots=True)
+class Fail:
+    """The job cannot go on: tell control."""
+
+    job_id: str
+    term: int
+    reason: str
+    message: str
+
+
+OfAllReduce = Serve | Work | Restore | Snapshot | Store | Committed | Points | Ended | Fail
+
 Effect = (
     Prepare
     | Discard
@@ -98,4 +182,5 @@ Effect = (
     | Report
     | RefuseSession
     | Drained
+    | OfAllReduce
 )

@@ -66,8 +66,15 @@ class Outbox:
     """Streams of one job in one term, by the id of the aggregator."""
 
     def __init__(
-        self, ranges: Iterable[training_pb2.ParameterRange], itemsize: int, sums: int
+        self,
+        ranges: Iterable[training_pb2.ParameterRange],
+        itemsize: int,
+        sums: int,
+        *,
+        carries: bool = True,
     ) -> None:
+        """Without `carries` owners of ranges need no go records from here."""
+        self._carries = carries
         self._evaluation = [(0, 0, sums, 0)]
         self._streams: dict[str, _Stream] = {}
         self._round: Round | None = None
@@ -93,6 +100,7 @@ class Outbox:
         stream = self._streams[aggregator_id]
         stream.open = True
         stream.sent.clear()
+        go_records = go_records if self._carries else ()
         stream.go_due = [] if stream.has_root else list(go_records)
 
     def closed(self, aggregator_id: str) -> None:
@@ -101,6 +109,8 @@ class Outbox:
 
     def carry(self, go: GoRecord) -> list[str]:
         """A new go record is due on every open stream but the root's; return those."""
+        if not self._carries:
+            return []
         due = []
         for name, stream in self._streams.items():
             if stream.open and not stream.has_root:

@@ -9,9 +9,11 @@ import itertools
 from collections.abc import Iterable
 
 from phalanx.reduction import Node
+from phalanx.specs.parts import all_reduces
 from phalanx.tasks import is_task_set
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_spec_pb2, training_pb2
+from worker.core.all_reduce.job import AllReduceJob
 from worker.core.calls import TaskSetCore
 from worker.core.dispatch import Dispatcher, Task
 from worker.core.effects import (
@@ -33,7 +35,8 @@ from worker.core.suspects import Suspects
 class WorkerCore:
     """All decisions of one worker with `slots` leaf processes."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, worker_id: str = "") -> None:
+        self._worker_id = worker_id
         self.dispatcher = Dispatcher(slots)
         self._suspects = Suspects()
         self.jobs: dict[str, JobCore | TaskSetCore] = {}
@@ -56,6 +59,8 @@ class WorkerCore:
             case "absent_shards":
                 job = self.jobs.get(message.absent_shards.job_id)
                 return self.settle(job.skip(message.absent_shards) if job is not None else [])
+            case "job_command":
+                self._command(message.job_command)
             case "drain":
                 return self.drain()
         return []
@@ -139,15 +144,28 @@ class WorkerCore:
         job = self.jobs.get(message.plan.job_id)
         if job is not None:
             return job.assign(message)
-        make = (
-            TaskSetCore
-            if is_task_set(job_spec_pb2.JobSpec.FromString(message.plan.spec))
-            else make_job
-        )
-        job = make(message.plan, self.dispatcher, lambda: next(self._task_ids))
+        job = self._new_job(message.plan)
         self.jobs[job.job_id] = job
         self.dispatcher.shares.enrol(job.job_id, _priority(message.plan))
         return [Prepare(message.plan), *job.assign(message)]
+
+    def _command(self, command: coordination.JobCommand) -> None:
+        """Only the root of an all-reduce job takes commands."""
+        job = self.jobs.get(command.job_id)
+        pauses = command.kind == coordination.JobCommand.KIND_PAUSE
+        if isinstance(job, AllReduceJob) and job.term == command.term and pauses:
+            job.pause()
+
+    def _new_job(self, plan: training_pb2.JobPlan) -> JobCore | TaskSetCore:
+        def new_task_id() -> int:
+            return next(self._task_ids)
+
+        spec = job_spec_pb2.JobSpec.FromString(plan.spec)
+        if is_task_set(spec):
+            return TaskSetCore(plan, self.dispatcher, new_task_id)
+        if all_reduces(spec.train):
+            return AllReduceJob(plan, self.dispatcher, new_task_id, self._worker_id)
+        return make_job(plan, self.dispatcher, new_task_id)
 
     def _revoke(self, message: coordination.RevokeJob) -> list[Effect]:
         job = self.jobs.get(message.job_id)

@@ -28,10 +28,13 @@ from worker.cache import BlobCache, Download
 from worker.code import remove_all_unused
 from worker.config import WorkerConfig
 from worker.core import effects as do
+from worker.core.all_reduce.job import AllReduceJob
 from worker.core.calls import TaskSetCore
 from worker.core.dispatch import Task
+from worker.core.job import JobCore
 from worker.core.rounds import LeafFailure
 from worker.core.session import WorkerCore
+from worker.session.all_reduce.hosting import GetStorage, HostedAllReduce
 from worker.session.chunks import ChunkServer
 from worker.session.fingerprint import stored_fingerprint
 from worker.session.hosting import HostedJob
@@ -62,7 +65,8 @@ _log = get_logger(__name__)
 
 class Session:
     """One worker. `download` gets blobs from storage and `store` puts one there; `storage_found`
-    learns its address; `leaves` starts its leaf processes."""
+    learns its address; `leaves` starts its leaf processes. `storage` is needed where `address` is
+    set: for jobs whose workers own the parameters."""
 
     def __init__(
         self,
@@ -72,15 +76,19 @@ class Session:
         storage_found: Callable[[str], None],
         leaves: LeafServer | None = None,
         store: Store | None = None,
+        storage: GetStorage | None = None,
     ) -> None:
         self._config = config
+        self._storage = storage
+        #: Where other workers reach this one; empty: nowhere.
+        self.address = ""
         self._metrics = metrics
         self._storage_found = storage_found
         self._store = store or _no_store
         self._leaf_done = metrics.leaf_seconds.labels(program="train", outcome="done")
         self._call_done = metrics.leaf_seconds.labels(program="tasks", outcome="done")
         self._incarnation = new_incarnation()
-        self._core = WorkerCore(config.slot_count)
+        self._core = WorkerCore(config.slot_count, config.id)
         self._cache = BlobCache(config.cache_dir, config.cache_bytes, download, metrics)
         self._slots = SlotPool(
             config.slot_count, config.slot_memory_bytes, config.leaf_timeout_s, self, leaves
@@ -169,6 +177,7 @@ class Session:
             held_jobs=self._core.held_jobs(),
             generation=self._core.generation,
             version=_version(),
+            address=self.address,
         )
         return coordination.SessionRequest(worker_hello=hello)
 
@@ -198,6 +207,9 @@ class Session:
             self._perform([self._core.drain_request()])
         for job in self._core.jobs.values():
             self._perform(job.open_failures())
+        for hosted in self._jobs.values():
+            if isinstance(hosted, HostedAllReduce):
+                hosted.session_opened()
 
     def _on_message(self, message: coordination.SessionResponse) -> None:
         effects = self._core.message(message)
@@ -238,6 +250,10 @@ class Session:
                     self._drained.set()
                 case do.RefuseSession():
                     raise AssertionError("refusals are handled where messages arrive")
+                case _:
+                    job = self._jobs.get(effect.job_id)
+                    if isinstance(job, HostedAllReduce):
+                        job.carry_out(effect)
 
     def _wait_over(self, number: int) -> None:
         self._perform(self._core.wait_over(number))
@@ -274,14 +290,30 @@ class Session:
             return
         job_id = effect.plan.job_id
         core = self._core.jobs[job_id]
-        me = self._config.id, self._incarnation
-        job: HostedJob | HostedTasks
-        if isinstance(core, TaskSetCore):
-            job = HostedTasks(core, *me, self._settle, self._store)
-        else:
-            job = HostedJob(core, *me, self._settle)
-        self._jobs[job_id] = job
+        job = self._jobs[job_id] = self._hosted(core)
         job.preparing = self._spawn(self._host(job))
+
+    def _hosted(self, core: JobCore | TaskSetCore) -> HostedJob | HostedTasks:
+        me = self._config.id, self._incarnation
+        if isinstance(core, TaskSetCore):
+            return HostedTasks(core, *me, self._settle, self._store)
+        if not isinstance(core, AllReduceJob):
+            return HostedJob(core, *me, self._settle)
+        assert self._storage is not None
+        return HostedAllReduce(
+            core,
+            *me,
+            self._settle,
+            send=self._control.report,
+            connected=lambda: self._control.connected,
+            storage=self._storage,
+            sent_bytes=self._metrics.member_bytes_total,
+        )
+
+    def served(self, job_id: str) -> HostedAllReduce | None:
+        """The job whose members may open streams to this worker, if it is here."""
+        job = self._jobs.get(job_id)
+        return job if isinstance(job, HostedAllReduce) else None
 
     async def _host(self, job: HostedJob | HostedTasks) -> None:
         """Fetch what the job needs, however long storage is away, and set it up in all slots."""

@@ -55,6 +55,9 @@ class StreamEvents(Protocol):
     def version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None:
         """A part of a version arrived."""
 
+    def owner_said(self, header: exchange.ExchangeResponseHeader, payload: memoryview) -> None:
+        """Another message of the owner of a range arrived: with all-reduce."""
+
     def next_message(self, aggregator_id: str) -> bytes | None:
         """What to send next, encoded; None: nothing now."""
 
@@ -194,6 +197,8 @@ class ExchangeStream:
                 self._events.start_leaf(header.start_leaf)
             elif kind == "copy_nodes":
                 self._events.copy_nodes(header.copy_nodes)
+            elif kind in ("reduced", "state"):
+                self._events.owner_said(header, payload)
 
 
 async def _end_of(call: Any) -> PhalanxError:

@@ -65,7 +65,13 @@ class HostedJob:
         self._close_streams()
         if wanted is None or self.prepared is None:
             return
-        hello = exchange.ExchangeHello(
+        hello = self._hello(wanted)
+        for aggregator_id, address in wanted.owners:
+            events = _TermEvents(self, wanted.term)
+            self._streams[aggregator_id] = ExchangeStream(aggregator_id, address, hello, events)
+
+    def _hello(self, wanted: OpenStreams) -> exchange.ExchangeHello:
+        return exchange.ExchangeHello(
             job_id=wanted.job_id,
             term=wanted.term,
             worker_id=self._worker_id,
@@ -73,9 +79,6 @@ class HostedJob:
             takes_joined_go_records=True,
             takes_copies=True,
         )
-        for aggregator_id, address in wanted.owners:
-            events = _TermEvents(self, wanted.term)
-            self._streams[aggregator_id] = ExchangeStream(aggregator_id, address, hello, events)
 
     def wake(self, aggregator_id: str) -> None:
         """A stream has something to send."""
@@ -137,6 +140,9 @@ class HostedJob:
         arena.array(place.buffer)[first : first + place.element_count] = values
         self._perform(self.core.frame_stored(place))
 
+    def owner_said(self, header: exchange.ExchangeResponseHeader, payload: memoryview) -> None:
+        """Only jobs whose workers own the parameters know more messages; see all_reduce."""
+
     def next_message(self, aggregator_id: str) -> bytes | None:
         """The next message of a stream, encoded."""
         out = self.core.next_message(aggregator_id)
@@ -186,6 +192,10 @@ class _TermEvents:
     def version_frame(self, frame: exchange.VersionFrame, payload: memoryview) -> None:
         if self._current:
             self._job.version_frame(frame, payload)
+
+    def owner_said(self, header: exchange.ExchangeResponseHeader, payload: memoryview) -> None:
+        if self._current:
+            self._job.owner_said(header, payload)
 
     def next_message(self, aggregator_id: str) -> bytes | None:
         return self._job.next_message(aggregator_id) if self._current else None

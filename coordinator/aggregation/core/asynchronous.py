@@ -42,9 +42,8 @@ from coordinator.aggregation.core.effects import (
 )
 from coordinator.aggregation.core.golog import GoLog
 from coordinator.aggregation.core.machine import JobRanges, _Range
-from coordinator.aggregation.core.plan import GRADIENT_VECTOR, expected_of_shard
+from coordinator.aggregation.core.plan import GRADIENT_VECTOR
 from coordinator.aggregation.core.roots import NonFiniteResult, require_finite
-from coordinator.aggregation.core.rounds import RoundSpec
 from coordinator.aggregation.core.starts import Start, Starts
 from coordinator.aggregation.core.state import Array
 from coordinator.aggregation.core.versions import NONE, Version, VersionStore
@@ -52,9 +51,11 @@ from phalanx.errors import DataLoss, InvalidArgument
 from phalanx.frames import encode_response
 from phalanx.optimizers import ContributionOptimizer, Late
 from phalanx.reducers import Contribution, Slices, Steps
+from phalanx.rounds import RoundSpec
 from phalanx.texts import number_of
 from phalanx.training.asynchronous import Clocks, StepSums, stale_bound
 from phalanx.training.decisions import RootDecider
+from phalanx.training.expected import expected_of_shard
 from phalanx.training.replay import ReplayLog
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import training_pb2

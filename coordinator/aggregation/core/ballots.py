@@ -18,14 +18,14 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from coordinator.aggregation.core.rounds import (
+from phalanx.errors import InvalidArgument
+from phalanx.reduction import Node
+from phalanx.rounds import (
     RoundSpec,
     check_node,
     mask_of,
     payload_values,
 )
-from phalanx.errors import InvalidArgument
-from phalanx.reduction import Node
 from phalanx.v1 import aggregation_service_pb2 as pb
 
 Frame = tuple[pb.ContributionFrame, memoryview]

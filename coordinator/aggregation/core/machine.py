@@ -48,7 +48,6 @@ from coordinator.aggregation.core.plan import (
     TERMINAL_ACTIONS,
     AnyRound,
     Rounds,
-    expected_examples,
 )
 from coordinator.aggregation.core.roots import (
     AssignRoot,
@@ -57,14 +56,15 @@ from coordinator.aggregation.core.roots import (
     RootFunction,
     SumRoot,
 )
-from coordinator.aggregation.core.rounds import Disagreement
 from coordinator.aggregation.core.state import Array, RangeParameters
 from coordinator.aggregation.core.versions import NONE, VersionStore
 from phalanx.compressors import build_down_codec
 from phalanx.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument
 from phalanx.optimizers import ContributionOptimizer, Optimizer
 from phalanx.reduction import Node
+from phalanx.rounds import Disagreement
 from phalanx.training.decisions import RootDecider
+from phalanx.training.expected import expected_examples
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from coordinator.aggregation.core.rounds import Round, RoundSpec
 from coordinator.aggregation.core.whole import HeldRound, LeavesRound
 from phalanx.compressors import build_up_codec
 from phalanx.optimizers import gradient_limit
 from phalanx.reducers import build_reducer
+from phalanx.rounds import Round, RoundSpec
 from phalanx.v1 import job_spec_pb2, training_pb2
 from phalanx.v1.training_pb2 import GoRecord
 
@@ -74,31 +74,3 @@ class Rounds:
     ) -> RoundSpec:
         bitwise = self._plan.bitwise
         return RoundSpec(go.version, go.round, go.action, vector, dtype, width, grid, bitwise)
-
-
-def expected_examples(plan: training_pb2.JobPlan, version: int) -> int:
-    """Examples that the sampler gives to the step at `version`, over all shards.
-
-    Shards differ by one row at most, and each gives `rows_per_leaf` rows until it runs out in the
-    last step of an epoch. With local steps a step of the job is several of each shard.
-    """
-    each = max(1, plan.local_steps)
-    return sum(_examples_of(plan, step) for step in range(version * each, (version + 1) * each))
-
-
-def expected_of_shard(plan: training_pb2.JobPlan, shard: int, step: int) -> int:
-    """Examples that the sampler gives to one step of one shard."""
-    first, stop = (each * plan.train_rows // plan.shards for each in (shard, shard + 1))
-    skipped = step % max(plan.steps_per_epoch, 1) * plan.rows_per_leaf
-    return min(max(stop - first - skipped, 0), plan.rows_per_leaf)
-
-
-def _examples_of(plan: training_pb2.JobPlan, step: int) -> int:
-    step_in_epoch = step % max(plan.steps_per_epoch, 1)
-    small, larger = divmod(plan.train_rows, plan.shards)
-    skipped = step_in_epoch * plan.rows_per_leaf
-
-    def leaf_rows(shard_rows: int) -> int:
-        return min(max(shard_rows - skipped, 0), plan.rows_per_leaf)
-
-    return larger * leaf_rows(small + 1) + (plan.shards - larger) * leaf_rows(small)

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from coordinator.aggregation.core.rounds import check_node
 from coordinator.aggregation.core.state import Array, RangeParameters
 from coordinator.aggregation.core.versions import Version
 from phalanx.errors import DataLoss, InvalidArgument
 from phalanx.frames import encode_response
 from phalanx.reduction import Node
+from phalanx.rounds import check_node
 from phalanx.training.states import base_of, hands_in, stateful_nodes, vectors_of
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import training_pb2

@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.aggregation.core.rounds import Totals
 from coordinator.aggregation.core.state import RangeParameters
 from phalanx.reduction import all_finite
+from phalanx.rounds import Totals
 
 
 class NonFiniteResult(Exception):

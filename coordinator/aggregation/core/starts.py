@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.aggregation.core.rounds import (
+from coordinator.aggregation.core.versions import Version
+from phalanx.errors import InvalidArgument
+from phalanx.rounds import (
     RoundSpec,
     check_node,
     mask_of,
     payload_values,
 )
-from coordinator.aggregation.core.versions import Version
-from phalanx.errors import InvalidArgument
 from phalanx.texts import number_of
 from phalanx.training.asynchronous import Clocks
 from phalanx.v1 import aggregation_service_pb2 as pb

@@ -15,7 +15,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from coordinator.aggregation.core.rounds import (
+from phalanx.reducers import Contribution, Reducer, Slices, Steps
+from phalanx.reduction import Node, nodes_of_mask
+from phalanx.rounds import (
     NodeScalars,
     Round,
     RoundSpec,
@@ -25,8 +27,6 @@ from coordinator.aggregation.core.rounds import (
     payload_values,
     shards_of,
 )
-from phalanx.reducers import Contribution, Reducer, Slices, Steps
-from phalanx.reduction import Node, nodes_of_mask
 from phalanx.v1 import aggregation_service_pb2 as pb
 
 Array = NDArray[Any]

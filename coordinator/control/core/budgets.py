@@ -136,6 +136,10 @@ def _try_elsewhere(
     core: Core, job: JobRuntime, message: pb.LeafFailed, failures: list[FailedLeaf]
 ) -> None:
     """Give the shard to a worker that has not failed at it, or again to the only one there is."""
+    if job.all_reduce:  # shards stay where they are for a term
+        core.observe("redispatches_total", 1, cause="leaf_failed")
+        hosting.resend(core, job, failures[-1].worker_id)
+        return
     tree = job.evaluation if message.evaluation else job.train
     failed = frozenset(each.worker_id for each in failures)
     before, freed = tree.owners.get(message.shard, ""), tree.unit_of(message.shard)

@@ -76,6 +76,9 @@ def sync(
     announce_ineligible(core, job, group)
     hosts = choose_hosts(core, job, group)
     _wait_or_not(core, job, bool(hosts))
+    if job.all_reduce:
+        _sync_members(core, job, hosts)
+        return
     train = _place(core, job, job.train, hosts, _Wish(frozenset(freed), avoided, balance))
     wish = _Wish(frozenset(freed_evaluation), avoided, balance)
     evaluation = _place(core, job, job.evaluation, hosts, wish)
@@ -92,6 +95,8 @@ def level(core: Core, job: JobRuntime) -> None:
     """Move shards to where they are computed sooner, if that has been clear for a while."""
     facts = core.facts_of(job)
     if facts.resuming or job.ending is not None or core.now.monotonic_s < job.adopt_until_s:
+        return
+    if job.all_reduce:  # shards stay where they are for a term
         return
     found = balancing.decide(core, job) if balancing.watch(core, job) else None
     if found is None:
@@ -230,6 +235,19 @@ def _place(
     return _Moves(placed, balanced)
 
 
+def _sync_members(core: Core, job: JobRuntime, hosts: dict[str, Worker]) -> None:
+    """Shards stay where the term has placed them; whoever else may host the job prepares for it.
+
+    A member that is to leave keeps what it has until a new term begins.
+    """
+    members = {each.aggregator_id for each in core.facts_of(job).ranges}
+    staying = {key: worker for key, worker in hosts.items() if worker.hello.address}
+    for worker_id in members & job.hosts.keys():
+        staying[worker_id] = core.workers[worker_id]
+    _send_differences(core, job, staying)
+    _revoke_strangers(core, job, staying)
+
+
 def _hand_over(core: Core, job: JobRuntime, tree: TreePlacement, staying: dict[str, float]) -> None:
     """Free the shards of workers that may not host any more; one that lives keeps them for now."""
     for shard, owner in list(tree.owners.items()):
@@ -312,6 +330,10 @@ def _send(core: Core, job: JobRuntime, worker: Worker, hosting: Hosting) -> None
         evaluation_nodes=nodes_of(hosting.evaluation, job.evaluation.width),
         leaf_sha256=facts.leaf_sha256,
     )
+    if job.all_reduce:
+        assign.reached_step = job.step
+        if job.restore is not None:
+            assign.restore.CopyFrom(job.restore)
     core.send(worker.session, pb.SessionResponse(assign_job=assign), job.term_after)
 
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from coordinator.control.core.eligibility import TAKES_WORK, choose_hosts, group_of
 from coordinator.control.core.lifecycle import ENDED, PAUSED, QUEUED, RUNNING
+from coordinator.control.core.members import have_changed
 from coordinator.control.core.state import Aggregator, Core, JobRuntime, TreePlacement, Worker
 from coordinator.control.core.tree import cover, runs
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
@@ -129,6 +130,8 @@ def _coverage(core: Core, job: JobRuntime) -> None:
     """Every shard has a host that was told so, unless nobody is there or somebody may be back."""
     if core.facts_of(job).resuming or job.adopt_until_s > 0 or job.ending is not None:
         return
+    if job.all_reduce and have_changed(core, job):
+        return  # a new term is on its way
     hosts = job.hosts
     for shard, owner in job.train.owners.items():
         if shard not in hosts[owner].train:

@@ -90,7 +90,15 @@ def handle(core: Core, event: Event, now: Instant) -> list[Effect]:
             _operation_answered(core, answered)
         case request:
             _requested(core, request)
+    if not _is_routine(event):
+        terms.advance_members(core)
     return core.take_effects()
+
+
+def _is_routine(event: Event) -> bool:
+    """Whether an event says nothing about who is there; these are most of all."""
+    said = event.message.WhichOneof("message") if isinstance(event, MemberSaid) else None
+    return said in ("heartbeat", "job_report")
 
 
 def _led(core: Core, event: Led) -> None:
@@ -229,6 +237,10 @@ def _worker_said(core: Core, worker: Worker, kind: str | None, event: MemberSaid
         membership.start_drain(core, worker, "it is being stopped")
     elif kind == "worker_job_released":
         membership.finish_drain(core, worker)
+    elif kind == "job_report":
+        reports.job_report(core, worker, message.job_report)
+    elif kind == "ranges_ready":
+        reports.ranges_ready(core, worker, message.ranges_ready)
 
 
 def _aggregator_said(

@@ -408,6 +408,8 @@ def _check_owner(
     core: Core, job: JobRuntime, aggregator: Aggregator, held: pb.HeldRanges | None
 ) -> None:
     """See whether an aggregator that is back still holds its ranges of a running job."""
+    if job.all_reduce:
+        return
     facts = core.facts_of(job)
     mine = {each.index for each in facts.ranges if each.aggregator_id == aggregator.id}
     if not mine:

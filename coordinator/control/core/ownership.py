@@ -43,8 +43,10 @@ def lost_owners(core: Core, job: JobRuntime) -> set[str]:
     """Return the owners that hold nothing for certain, or are silent and taken for dead.
 
     That takes a lease of silence, no worker that reports progress with them, and no take-over just
-    before.
+    before. Where workers own the ranges, `members` says when they need others.
     """
+    if job.all_reduce:
+        return set()
     owners = {each.aggregator_id for each in core.facts_of(job).ranges}
     return {owner for owner in owners if owner in job.lost_owners or _silent(core, job, owner)}
 

@@ -1,4 +1,4 @@
-"""What aggregators say of their jobs: ranges ready or not, progress, pause, stop, failure."""
+"""What owners of ranges say of their jobs: ranges ready or not, progress, pause, stop, failure."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from coordinator.control.core import ending, hosting, incidents, quarantine, ter
 from coordinator.control.core.clock import NANOS
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.ownership import live_aggregators
-from coordinator.control.core.state import Aggregator, Core, JobRuntime
+from coordinator.control.core.state import Aggregator, Core, JobRuntime, Worker
 from phalanx.texts import number_of, verb_for
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 
 
-def ranges_ready(core: Core, aggregator: Aggregator, message: pb.RangesReady) -> None:
+def ranges_ready(core: Core, aggregator: Aggregator | Worker, message: pb.RangesReady) -> None:
     """Note that an aggregator serves its ranges, or take the checkpoint before if it could not."""
     job = _current(core, aggregator, message.job_id, message.term)
     if job is None:
@@ -45,7 +45,7 @@ def ranges_ready(core: Core, aggregator: Aggregator, message: pb.RangesReady) ->
     terms.advance(core, job)
 
 
-def job_report(core: Core, aggregator: Aggregator, report: pb.JobReport) -> None:
+def job_report(core: Core, aggregator: Aggregator | Worker, report: pb.JobReport) -> None:
     """Take in the root's report; any other owner of the current term is believed only a failure."""
     job = _current(core, aggregator, report.job_id, report.term)
     if job is None:
@@ -120,7 +120,7 @@ def copies_started(core: Core, aggregator: Aggregator, message: pb.CopiesStarted
     )
 
 
-def _another_may_hold(core: Core, job: JobRuntime, aggregator: Aggregator) -> bool:
+def _another_may_hold(core: Core, job: JobRuntime, aggregator: Aggregator | Worker) -> bool:
     """Note that one has not enough memory for its ranges; it is asked twice only if others may not
     own them."""
     known = aggregator.id in job.too_small
@@ -183,7 +183,9 @@ def _failed(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
     terms.advance(core, job)
 
 
-def _current(core: Core, aggregator: Aggregator, job_id: str, term: int) -> JobRuntime | None:
+def _current(
+    core: Core, aggregator: Aggregator | Worker, job_id: str, term: int
+) -> JobRuntime | None:
     """The running job if the sender speaks of its current term; else the sender must let it go."""
     job = core.jobs.get(job_id)
     if job is not None:
@@ -191,6 +193,8 @@ def _current(core: Core, aggregator: Aggregator, job_id: str, term: int) -> JobR
         owns = any(each.aggregator_id == aggregator.id for each in facts.ranges)
         if facts.state == RUNNING and facts.term == term and owns:
             return job
+    if isinstance(aggregator, Worker):
+        return None  # it is told of each term that it is to know of
     message = pb.ReleaseRanges(job_id=job_id, term=term)
     core.send(aggregator.session, pb.SessionResponse(release_ranges=message))
     return None

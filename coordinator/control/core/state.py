@@ -25,6 +25,7 @@ from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.quotas import Quotas
 from coordinator.control.core.speeds import Speed
 from phalanx.errors import PhalanxError
+from phalanx.specs.parts import all_reduces
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import job_pb2, storage_service_pb2
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
@@ -215,6 +216,8 @@ class JobRuntime:
     job_id: str
     train: TreePlacement
     evaluation: TreePlacement
+    all_reduce: bool = False
+    """Its workers own the parameters; see `members`."""
     hosts: dict[str, Hosting] = field(default_factory=dict)
     placement: int = 0
     reason: str = ""
@@ -486,6 +489,7 @@ def new_runtime(facts: JobFacts) -> JobRuntime:
         job_id=facts.job_id,
         train=TreePlacement(facts.plan.shards, unit=max(1, facts.plan.unit_span)),
         evaluation=TreePlacement(facts.plan.evaluation_shards),
+        all_reduce=all_reduces(facts.spec.train),
         storage_term=facts.term,
     )
 

@@ -6,7 +6,7 @@ most one storage operation per job is under way; what must wait for it is taken 
 
 from __future__ import annotations
 
-from coordinator.control.core import ending, hosting, incidents, sharing
+from coordinator.control.core import ending, hosting, incidents, members, sharing
 from coordinator.control.core.clock import NANOS
 from coordinator.control.core.effects import RaiseTerm, ReadRow
 from coordinator.control.core.eligibility import (
@@ -47,7 +47,7 @@ def advance(core: Core, job: JobRuntime) -> None:
         ending.write_model(core, job)
     elif facts.state == QUEUED:
         _dispatch(core, job)
-    elif facts.state == RUNNING and lost_owners(core, job):
+    elif facts.state == RUNNING and (lost_owners(core, job) or _members_changed(core, job)):
         _raise_when_possible(core, job)
 
 
@@ -70,6 +70,13 @@ def advance_all(core: Core) -> None:
         if core.facts_of(job).state != QUEUED:
             advance(core, job)
     advance_queue(core)
+
+
+def advance_members(core: Core) -> None:
+    """Begin a new term of every running job whose workers own the parameters and are others now."""
+    for job in core.running():
+        if job.all_reduce:
+            advance(core, job)
 
 
 def row_read(core: Core, job: JobRuntime, event: RowRead) -> None:
@@ -176,7 +183,8 @@ def assign_ranges(core: Core, job: JobRuntime, aggregator_id: str) -> None:
 def command_pause(core: Core, job: JobRuntime) -> None:
     """Tell the root to pause at the next step boundary; it may be told more than once."""
     facts = core.facts_of(job)
-    root = core.aggregators.get(facts.ranges[0].aggregator_id) if facts.ranges else None
+    owners = core.workers if job.all_reduce else core.aggregators
+    root = owners.get(facts.ranges[0].aggregator_id) if facts.ranges else None
     if root is not None and root.connected and facts.kept.changed.pause_requested:
         command = pb.JobCommand(
             job_id=job.job_id,
@@ -201,8 +209,17 @@ def _raise(core: Core, job: JobRuntime, kind: OperationKind) -> None:
     core.effect(RaiseTerm(job.job_id, number, job.storage_term, job.after))
 
 
+def _members_changed(core: Core, job: JobRuntime) -> bool:
+    return job.all_reduce and members.have_changed(core, job)
+
+
+def _may_start(core: Core, job: JobRuntime) -> bool:
+    """Whether somebody is there to own the ranges of a new term; sets the reason if not."""
+    return members.may_be_chosen(core, job) if job.all_reduce else may_be_owned(core, job)
+
+
 def _raise_when_possible(core: Core, job: JobRuntime) -> None:
-    if may_be_owned(core, job):
+    if _may_start(core, job):
         core.set_reason(job, "RECOVERING", "the ranges of its parameters get a new owner")
         _raise(core, job, OperationKind.RAISE_TERM)
 
@@ -219,7 +236,7 @@ def _dispatch(core: Core, job: JobRuntime) -> None:
     announce_ineligible(core, job, group)
     if len(group.workers) < max(1, facts.spec.resources.min_workers):
         core.set_reason(job, *explain_waiting(core, job, group))
-    elif not may_be_owned(core, job):
+    elif not _may_start(core, job):
         return
     elif job.described is not None or facts.plan.layout.element_count > 0:
         core.set_reason(job, "STARTING")
@@ -248,11 +265,14 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
     """Journal the new term with its owners, then tell everybody."""
     facts = core.facts_of(job)
     plan = _complete_plan(core, job)
-    owners = choose_owners(core, job, plan)
+    remain = _remaining(core, job)
+    choose = members.choose if job.all_reduce else choose_owners
+    owners = choose(core, job, plan)
     if owners is None:
         return  # the reason is set; an aggregator that joins raises the term once more
     restore = _newest_good(job, event.checkpoints)
-    _miss_checkpoint(core, job, restore)
+    if not remain:
+        _miss_checkpoint(core, job, restore)
     started = TermStarted(
         job_id=job.job_id,
         term=event.term,
@@ -276,11 +296,14 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
     job.owner_incarnations, job.ready_aggregators, job.failed_leaves = {}, set(), {}
     core.set_reason(job, "")
     core.publish(job.job_id, job.after)
-    _tell_start(core, job, first=first, resumed=resumed, before=before)
+    if remain:
+        _tell_members(core, job, remain)
+    else:
+        _tell_start(core, job, first=first, resumed=resumed, before=before)
     new_owners = {each.aggregator_id for each in owners.ranges}
     for owner in sorted(former - new_owners):
         _release(core, job, owner, old_term)
-    for owner in sorted(new_owners):
+    for owner in sorted(new_owners) if not job.all_reduce else ():
         assign_ranges(core, job, owner)
     command_pause(core, job)
     hosting.sync(core, job)
@@ -331,6 +354,36 @@ def _tell_start(core: Core, job: JobRuntime, *, first: bool, resumed: bool, befo
             incident_id=incident.id if incident is not None else "",
             details={"steps": replayed, "term": facts.term},
         )
+
+
+def _remaining(core: Core, job: JobRuntime) -> set[str]:
+    """Members of the term before that are still there, with all that the job has."""
+    if not job.all_reduce or core.facts_of(job).resuming:
+        return set()
+    return {key for key in members.current(core, job) if members.takes_part(core, job, key)}
+
+
+def _tell_members(core: Core, job: JobRuntime, remain: set[str]) -> None:
+    """Tell who reduces from now on. Nothing is rolled back: one that is left knows everything."""
+    facts = core.facts_of(job)
+    workers = ", ".join(members.current(core, job))
+    opened = [each for each in core.incidents.values() if job.job_id in each.jobs]
+    for incident in opened:
+        incidents.moved(core, incident)
+    core.emit(
+        "SHARDS_MOVED",
+        f"term {facts.term}: the open step is computed again by {workers}",
+        job_id=job.job_id,
+        after=job.after,
+        incident_id=opened[-1].id if opened else "",
+        step=job.step,
+        details={
+            "cause": "members",
+            "workers": workers,
+            "term": facts.term,
+            "remaining": ",".join(sorted(remain)),
+        },
+    )
 
 
 def _release(core: Core, job: JobRuntime, owner: str, term: int) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.aggregation.core.plan import expected_examples
 from phalanx.models import DataSchema, build_model
 from phalanx.models.base import decay_mask
 from phalanx.optimizers import build_local_optimizer
 from phalanx.testing.datasets import StoredDataset, classification, store
 from phalanx.testing.plans import plan_for
+from phalanx.training.expected import expected_examples
 from phalanx.training.leaf import LocalSteps, leaf_batch
 from phalanx.training.local import TrainedModel, train_in_process
 from phalanx.v1.job_spec_pb2 import JobSpec

@@ -212,7 +212,6 @@ def test_code_has_a_size(make_dataset: MakeDataset) -> None:
         "resources.gpus=1",
         "output.best={metric: test/loss, at_most: 1}",
         "train.local={steps: 5, fragments: 2}",
-        "train.all_reduce={}",
         "train.privacy={clip_norm: 1.0}",
         "train.start={job: other}",
     ],
@@ -236,7 +235,7 @@ def test_other_programs_are_refused(program: str) -> None:
 
 
 def test_all_that_is_not_carried_out_is_named_at_once() -> None:
-    spec = edited("train.all_reduce={}", "resources.gpus=2")
+    spec = edited("data.features=[a]", "resources.gpus=2")
     with pytest.raises(Unimplemented, match="and 1 more"):
         specs.check_spec(spec)
 
@@ -273,3 +272,39 @@ def test_specs_need_no_numeric_library() -> None:
         "sys.exit(any(m in sys.modules for m in ('numpy', 'scipy', 'pyarrow', 'grpc')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "path"),
+    [
+        ("train.asynchronous={}", "train.asynchronous"),
+        ("train.stale={bound: 2}", "train.stale"),
+        ("train.reduction={median: {}}", "train.reduction.median"),
+        ("train.reduction={clip_norm: 1.0}", "train.reduction.clip_norm"),
+        ("train.compression={cast_to: bfloat16}", "train.compression.cast_to"),
+        ("train.compression={int8: {}}", "train.compression.int8"),
+        ("train.compression={down_cast_to: float16}", "train.compression.down_cast_to"),
+        ("reproducibility={tolerant: {}}", "reproducibility.tolerant"),
+    ],
+)
+def test_what_does_not_go_with_all_reduce_is_refused_with_the_reason(
+    make_dataset: MakeDataset, setting: str, path: str
+) -> None:
+    found = complaints(edited("train.all_reduce={}", setting), make_dataset())
+    assert "all_reduce" in found[path]
+
+
+def test_backup_shards_do_not_go_with_all_reduce(make_dataset: MakeDataset) -> None:
+    spec = edited("train.all_reduce={}", "train.synchronous={backup_shards: 1}")
+    spec.reproducibility.tolerant.SetInParent()
+    found = complaints(spec, make_dataset())
+    assert "all_reduce" in found["train.synchronous.backup_shards"]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["train.synchronous={}", "train.local={steps: 5}", "train.stale={bound: 0}"],
+)
+def test_what_goes_with_all_reduce(make_dataset: MakeDataset, setting: str) -> None:
+    resolved = specs.prepare(edited("train.all_reduce={}", setting), make_dataset())
+    assert resolved.train.WhichOneof("topology") == "all_reduce"

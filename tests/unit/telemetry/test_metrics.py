@@ -52,6 +52,7 @@ CONTRACT = {
         "phalanx_leaf_seconds": (HISTOGRAM, ("program", "outcome")),
         "phalanx_cache_bytes": (GAUGE, ()),
         "phalanx_cache_requests_total": (COUNTER, ("outcome",)),
+        "phalanx_member_bytes_total": (COUNTER, ()),
     },
     StorageMetrics: {
         "phalanx_storage_operation_seconds": (HISTOGRAM, ("operation", "backend", "outcome")),

@@ -1,0 +1,127 @@
+"""All-reduce on real processes: the bits of a parameter server, and no step is lost twice."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phalanx.sdk.job import Job
+from phalanx.testing.arena import GUARD_S, Arena, arena, gated_job, stopped, wait_until
+
+pytestmark = pytest.mark.slow
+
+
+def all_reduce_job(**options: Any) -> dict[str, Any]:
+    return gated_job(**options, all_reduce={})
+
+
+def ready(ring: Arena) -> int:
+    return sum(each.state == each.STATE_READY for each in ring.cluster.describe().workers)
+
+
+def hosts(job: Job) -> set[str]:
+    return {each.worker_id for each in job.refresh().progress.workers if each.shards}
+
+
+def nothing_was_rolled_back(ring: Arena, job: Job) -> None:
+    """No step was computed again from a checkpoint, and the examples are those of every step."""
+    assert not ring.events("STEPS_REPLAYED")
+    result = job.wait(timeout_s=GUARD_S)
+    assert (result.examples_lost, result.examples_doubled) == (0, 0)
+    assert result.bit_identical
+
+
+def test_any_number_of_workers_gives_the_bits_of_a_parameter_server(
+    tmp_path: Path, undisturbed_sha256: str
+) -> None:
+    with arena(tmp_path, 1) as ring:
+        served = ring.cluster.submit(gated_job()).wait(timeout_s=GUARD_S)
+        assert served.parameters_sha256 == undisturbed_sha256
+        for workers in range(1, 9):
+            for _ in range(workers - ready(ring)):
+                ring.cluster.add_worker()
+            wait_until(lambda n=workers: ready(ring) == n, f"{workers} workers")
+            job = ring.cluster.submit(all_reduce_job())
+            assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256, workers
+            nothing_was_rolled_back(ring, job)
+
+
+def test_workers_killed_amid_steps_cost_the_open_step_and_roll_nothing_back(
+    tmp_path: Path, undisturbed_sha256: str
+) -> None:
+    with arena(tmp_path, 3) as ring:
+        job = ring.cluster.submit(all_reduce_job())
+        for step in (4, 15, 33):
+            ring.at_step(job, step)
+            # One that was started again is a member only once it is prepared.
+            wait_until(lambda: len(hosts(job)) == 3 or job.done, "three members")
+            victim = min(set(ring.caught_in_a_leaf()) & hosts(job))
+            before = job.refresh().progress.step
+            lost = len(ring.events("WORKER_LOST"))
+            moved = len(ring.events("SHARDS_MOVED"))
+            ring.signal(victim)
+            wait_until(lambda n=lost: len(ring.events("WORKER_LOST")) > n, "the death to be seen")
+            wait_until(lambda n=moved: len(ring.events("SHARDS_MOVED")) > n, "a new term")
+            assert job.refresh().progress.step >= before, "nothing is rolled back"
+            ring.gate.release()
+        assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
+        nothing_was_rolled_back(ring, job)
+        steps = [event.step for event in ring.events("RECOVERED")]
+        assert len(steps) >= 3
+        assert steps == sorted(steps)
+
+
+def test_all_workers_killed_go_on_from_the_checkpoint(
+    tmp_path: Path, undisturbed_sha256: str
+) -> None:
+    with arena(tmp_path, 2) as ring:
+        job = ring.cluster.submit(all_reduce_job())
+        ring.at_step(job, 15)
+        # It is written in the background, and may be late.
+        wait_until(lambda: ring.events("CHECKPOINT_COMMITTED"), "a checkpoint")
+        ring.caught_in_a_leaf()
+        for victim in ("worker-1", "worker-2"):
+            ring.signal(victim)
+        ring.gate.release()
+        assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
+        replayed = ring.events("STEPS_REPLAYED")
+        assert replayed
+        assert all(event.step >= 10 for event in replayed)
+
+
+def test_control_may_die_and_a_member_be_stopped(tmp_path: Path, undisturbed_sha256: str) -> None:
+    with arena(tmp_path, 3) as ring:
+        job = ring.cluster.submit(all_reduce_job())
+        ring.at_step(job, 5)
+        ring.signal("control-1")
+        ring.at_step(job, 15)
+        ring.caught_in_a_leaf()
+        victim = ring.cluster.process("worker-2").pid
+        with stopped(victim):
+            wait_until(lambda: ring.events("WORKER_LOST"), "its lease to be over")
+            ring.gate.release()
+            ring.at_step(job, 25)
+        assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
+        nothing_was_rolled_back(ring, job)
+
+
+def test_pause_resume_cancel_and_a_worker_that_leaves(
+    tmp_path: Path, undisturbed_sha256: str
+) -> None:
+    with arena(tmp_path, 3) as ring:
+        job = ring.cluster.submit(all_reduce_job())
+        ring.at_step(job, 5)
+        job.pause()
+        wait_until(lambda: job.refresh().state == "PAUSED", "the pause")
+        job.resume()
+        ring.caught_in_a_leaf()
+        ring.signal("worker-3", signal.SIGTERM)
+        wait_until(lambda: ring.events("WORKER_LEFT"), "a worker to leave")
+        ring.gate.release()
+        assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
+        nothing_was_rolled_back(ring, job)
+        other = ring.cluster.submit(all_reduce_job())
+        ring.at_step(other, 3)
+        other.cancel()
+        wait_until(lambda: other.refresh().state == "CANCELLED", "the end")

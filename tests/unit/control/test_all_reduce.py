@@ -1,0 +1,179 @@
+"""Jobs whose workers own the parameters: members of a term, and when another one begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from coordinator.control.core import events as ev
+from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1.job_spec_pb2 import JobSpec
+
+
+def all_reduce(spec: JobSpec) -> None:
+    spec.train.all_reduce.SetInParent()
+
+
+def join(cluster: Any, name: str, slots: int = 1) -> int:
+    return cluster.worker(name, slots=slots, address=f"127.0.0.1:{len(cluster.sessions) + 9000}")
+
+
+@pytest.fixture
+def reducing(cluster: Any) -> Any:
+    """Three workers and a job that runs on them, without any aggregator."""
+    for name in ("w1", "w2", "w3"):
+        join(cluster, name)
+    cluster.submit(edit=all_reduce)
+    assert cluster.state() == "RUNNING"
+    return cluster
+
+
+def members(cluster: Any) -> list[str]:
+    return [each.aggregator_id for each in cluster.core.facts.jobs["job-1"].ranges]
+
+
+def term(cluster: Any) -> int:
+    return cluster.core.facts.jobs["job-1"].term
+
+
+def covered(cluster: Any) -> None:
+    """Every shard is at exactly one member, and every member has one."""
+    held = [cluster.shards(name) for name in members(cluster)]
+    assert all(held)
+    assert sorted(shard for shards in held for shard in shards) == list(range(16))
+
+
+def test_workers_own_the_ranges_and_hold_the_shards(reducing: Any) -> None:
+    assert members(reducing) == ["w1", "w2", "w3"]
+    assert term(reducing) == 1
+    covered(reducing)
+    told = reducing.told("w2", "assign_job")[-1]
+    assert [each.address for each in told.ranges] == [
+        reducing.core.workers[name].hello.address for name in members(reducing)
+    ]
+    # One block of parameters: the first owns it, the others hold copies and own nothing.
+    assert [each.element_count for each in told.ranges] == [640, 0, 0]
+
+
+def test_a_death_makes_a_term_of_those_that_are_left_and_rolls_nothing_back(reducing: Any) -> None:
+    reducing.report("job-1", 7, owner="w1")
+    reducing.kill("w1")
+    assert (term(reducing), members(reducing)) == (2, ["w2", "w3"])
+    covered(reducing)
+    assert "STEPS_REPLAYED" not in reducing.types()
+    moved = next(event for event in reducing.events if event.type == "SHARDS_MOVED")
+    assert (moved.details["cause"], moved.details["remaining"]) == ("members", "w2,w3")
+    reducing.time_s += 1
+    reducing.report("job-1", 8, owner="w2")
+    assert "RECOVERED" in reducing.types()
+
+
+def test_a_joiner_is_a_member_once_it_is_ready(reducing: Any) -> None:
+    reducing.auto = False
+    session = join(reducing, "w4")
+    assert (term(reducing), members(reducing)) == (1, ["w1", "w2", "w3"])
+    assert reducing.shards("w4") == set()
+    reducing.say(session, worker_job_ready=pb.WorkerJobReady(job_id="job-1", term=1))
+    assert term(reducing) == 2
+    assert sorted(members(reducing)) == ["w1", "w2", "w3", "w4"]
+    covered(reducing)
+
+
+def test_spare_workers_do_not_take_turns(cluster: Any) -> None:
+    """With few shards some workers get none; a term in which others get none is no better."""
+    for number in range(7):
+        join(cluster, f"w{number}")
+
+    def eleven(spec: JobSpec) -> None:
+        all_reduce(spec)
+        spec.data.shards = 11
+
+    cluster.submit(edit=eleven)
+    before = term(cluster)
+    assert len(members(cluster)) < 7
+    cluster.advance(3.0)
+    assert term(cluster) == before
+
+
+def test_one_that_was_started_again_is_no_member_before_it_is_ready(reducing: Any) -> None:
+    reducing.auto, reducing.storage_up = False, False
+    reducing.kill("w3")
+    session = join(reducing, "w3")
+    reducing.storage_up = True
+    reducing.perform()
+    reducing.run_operations()
+    assert members(reducing) == ["w1", "w2"]
+    reducing.say(session, worker_job_ready=pb.WorkerJobReady(job_id="job-1", term=term(reducing)))
+    assert sorted(members(reducing)) == ["w1", "w2", "w3"]
+
+
+def test_with_all_members_dead_the_next_ones_get_the_checkpoint(reducing: Any) -> None:
+    from phalanx.v1 import storage_service_pb2
+
+    manifest = storage_service_pb2.CheckpointManifest(step=5, manifest_sha256="ab" * 32)
+    reducing.checkpoints["job-1"] = [manifest]
+    reducing.report("job-1", 7, owner="w1", checkpoint_step=5)
+    for name in ("w1", "w2", "w3"):
+        reducing.kill(name)
+    assert reducing.job().reason == "WAITING_FOR_WORKERS"
+    join(reducing, "w9")
+    assert members(reducing) == ["w9"]
+    told = reducing.told("w9", "assign_job")[-1]
+    assert (told.restore.step, told.reached_step) == (5, 7)
+    replayed = next(event for event in reducing.events if event.type == "STEPS_REPLAYED")
+    assert replayed.step == 5
+    failure = pb.RangesReady(job_id="job-1", term=term(reducing))
+    failure.failure.code = "DATA_LOSS"
+    reducing.say(reducing.sessions["w9"], ranges_ready=failure)
+    assert "CHECKPOINT_CORRUPT" in reducing.types()
+    assert not reducing.told("w9", "assign_job")[-1].HasField("restore")
+
+
+def test_control_that_is_new_adopts_the_members(reducing: Any) -> None:
+    held = {
+        name: pb.HeldWorkerJob(
+            job_id="job-1",
+            term=1,
+            placement=1,
+            train_nodes=reducing.told(name, "assign_job")[-1].train_nodes,
+            evaluation_nodes=reducing.told(name, "assign_job")[-1].evaluation_nodes,
+            ready=True,
+        )
+        for name in members(reducing)
+    }
+    reducing.lead()
+    for name, job in held.items():
+        reducing.worker(name, slots=1, address="127.0.0.1:9", held_jobs=[job])
+    reducing.advance(5.0)
+    assert (term(reducing), members(reducing)) == (1, ["w1", "w2", "w3"])
+    reducing.kill("w2")
+    assert (term(reducing), members(reducing)) == (2, ["w1", "w3"])
+
+
+def test_a_pause_is_told_to_the_worker_that_is_the_root(reducing: Any) -> None:
+    reducing.call(ev.PauseJob, "job-1")
+    assert [each.kind for each in reducing.told("w1", "job_command")] == [pb.JobCommand.KIND_PAUSE]
+    reducing.report("job-1", 3, owner="w1", outcome=pb.JobReport.OUTCOME_PAUSED)
+    assert reducing.state() == "PAUSED"
+    reducing.call(ev.ResumeJob, "job-1")
+    assert (reducing.state(), term(reducing)) == ("RUNNING", 2)
+
+
+def test_a_worker_that_others_cannot_reach_takes_no_part(cluster: Any) -> None:
+    cluster.worker("old")
+    cluster.submit(edit=all_reduce)
+    assert cluster.state() == "QUEUED"
+    join(cluster, "w1")
+    assert (cluster.state(), members(cluster)) == ("RUNNING", ["w1"])
+
+
+def test_a_leaf_that_fails_is_tried_again_where_it_is_and_then_named(reducing: Any) -> None:
+    shard = min(reducing.shards("w2"))
+    for task in (1, 2, 3):
+        assert reducing.state() == "RUNNING"
+        failed = pb.LeafFailed(job_id="job-1", term=1, shard=shard, kind=1, task=task)
+        reducing.say(reducing.sessions["w2"], leaf_failed=failed)
+        assert shard in reducing.shards("w2")
+    assert reducing.state() == "FAILED"
+    assert reducing.job().failures[0].shard == shard

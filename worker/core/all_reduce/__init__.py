@@ -1,0 +1,1 @@
+"""Jobs whose workers own the parameters and reduce among themselves."""
