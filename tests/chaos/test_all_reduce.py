@@ -9,7 +9,7 @@ import pytest
 from phalanx.sdk.job import Job
 from phalanx.testing.arena import GUARD_S, Arena, arena, gated_job, stopped, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
 
 def all_reduce_job(**options: Any) -> dict[str, Any]:
