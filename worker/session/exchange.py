@@ -20,6 +20,7 @@ from phalanx.rpc.status import from_rpc_error
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import aggregation_service_pb2 as exchange
 from phalanx.v1 import training_pb2
+from worker.session.streams import both_ways, end_of
 
 METHOD = "/phalanx.v1.AggregationService/Exchange"
 
@@ -132,7 +133,7 @@ class ExchangeStream:
         except TimeoutError:
             return opened, Unavailable("the aggregator accepts no stream", reason="NO_WELCOME")
         except asyncio.InvalidStateError:
-            return opened, await _end_of(call)
+            return opened, await end_of(call)
         except PhalanxError as error:
             return opened, error
         except Exception as error:  # noqa: BLE001 - without this stream the job would stand still
@@ -147,29 +148,14 @@ class ExchangeStream:
     async def _welcomed(self, call: Any) -> None:
         data = await call.read()
         if data is grpc.aio.EOF:
-            raise await _end_of(call)
+            raise await end_of(call)
         header, _ = decode_response(data)
         if header.WhichOneof("message") != "welcome":
             raise Unavailable("the aggregator did not answer the hello", reason="NO_WELCOME")
 
     async def _both_ways(self, call: Any) -> None:
         """Send and receive until either ends."""
-        sender = asyncio.create_task(self._send(call))
-        receiver = asyncio.create_task(self._receive(call))
-        try:
-            done, _ = await asyncio.wait((sender, receiver), return_when=asyncio.FIRST_COMPLETED)
-            # The receiver knows why a stream ended; a failed write only says that it did.
-            if sender in done and receiver not in done:
-                await asyncio.wait((receiver,), timeout=1.0)
-            ended = receiver if receiver.done() else sender
-            if ended.cancelled():
-                # Not this task: the call was, and that must not end the stream for good.
-                raise Unavailable("the call was cancelled", reason="STREAM_ENDED")
-            ended.result()
-        finally:
-            for task in (sender, receiver):
-                task.cancel()
-            await asyncio.gather(sender, receiver, return_exceptions=True)
+        await both_ways(self._send(call), self._receive(call))
 
     async def _send(self, call: Any) -> None:
         while True:
@@ -184,7 +170,7 @@ class ExchangeStream:
         while True:
             data = await call.read()
             if data is grpc.aio.EOF:
-                raise await _end_of(call)
+                raise await end_of(call)
             header, payload = decode_response(data)
             kind = header.WhichOneof("message")
             if kind == "frame":
@@ -199,17 +185,3 @@ class ExchangeStream:
                 self._events.copy_nodes(header.copy_nodes)
             elif kind in ("reduced", "state"):
                 self._events.owner_said(header, payload)
-
-
-async def _end_of(call: Any) -> PhalanxError:
-    """Why a stream ended, as its status says."""
-    code = await call.code()
-    if code is grpc.StatusCode.OK:
-        return Unavailable("the aggregator ended the stream", reason="STREAM_ENDED")
-    error = grpc.aio.AioRpcError(
-        code,
-        await call.initial_metadata(),
-        await call.trailing_metadata(),
-        details=await call.details(),
-    )
-    return from_rpc_error(error)

@@ -22,6 +22,7 @@ from worker.core.dispatch import Task
 from worker.core.effects import Effect, OpenStreams
 from worker.core.progress import JobProgress
 from worker.session.setup import PreparedJob
+from worker.session.streams import both_ways, end_of
 
 BEAT_S = 0.5
 STREAM_TIMEOUT_S = 24 * 3600.0
@@ -161,7 +162,7 @@ class HostedTasks:
         except TimeoutError:
             return opened, Unavailable("the aggregator accepts no stream", reason="NO_WELCOME")
         except asyncio.InvalidStateError:
-            return opened, await _end_of(call)
+            return opened, await end_of(call)
         except PhalanxError as error:
             return opened, error
         except Exception as error:  # noqa: BLE001 - without this stream the job would stand still
@@ -183,22 +184,7 @@ class HostedTasks:
 
     async def _both_ways(self, call: Any) -> None:
         """Send and receive until either ends."""
-        sender = asyncio.create_task(self._send(call))
-        receiver = asyncio.create_task(self._receive(call))
-        try:
-            done, _ = await asyncio.wait((sender, receiver), return_when=asyncio.FIRST_COMPLETED)
-            # The receiver knows why a stream ended; a failed write only says that it did.
-            if sender in done and receiver not in done:
-                await asyncio.wait((receiver,), timeout=1.0)
-            ended = receiver if receiver.done() else sender
-            if ended.cancelled():
-                # Not this task: the call was, and that must not end the stream for good.
-                raise Unavailable("the call was cancelled", reason="STREAM_ENDED")
-            ended.result()
-        finally:
-            for task in (sender, receiver):
-                task.cancel()
-            await asyncio.gather(sender, receiver, return_exceptions=True)
+        await both_ways(self._send(call), self._receive(call))
 
     async def _send(self, call: Any) -> None:
         while True:
@@ -222,20 +208,6 @@ class HostedTasks:
 async def _read(call: Any) -> pb.WorkResponse:
     message = await call.read()
     if message is grpc.aio.EOF:
-        raise await _end_of(call)
+        raise await end_of(call)
     assert isinstance(message, pb.WorkResponse)
     return message
-
-
-async def _end_of(call: Any) -> PhalanxError:
-    """Why a stream ended, as its status says."""
-    code = await call.code()
-    if code is grpc.StatusCode.OK:
-        return Unavailable("the aggregator ended the stream", reason="STREAM_ENDED")
-    error = grpc.aio.AioRpcError(
-        code,
-        await call.initial_metadata(),
-        await call.trailing_metadata(),
-        details=await call.details(),
-    )
-    return from_rpc_error(error)
