@@ -210,6 +210,9 @@ class InProcessBackend:
                 raise
         spec = prepare(request.spec, dataset)
         self._check_wheels(spec)
+        if spec.train.start.WhichOneof("from") == "job":
+            message = "with workers=0 no job leaves a checkpoint; submit it to a cluster"
+            raise Unimplemented(message, violations=[Violation("train.start.job", message)])
         if spec.train.start.model:
             model = self._models.find(spec.namespace, spec.train.start.model)
             resolve_start_model(spec, model)

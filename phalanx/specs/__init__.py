@@ -6,6 +6,7 @@ print(plan(spec, dataset, eligible_workers=4), spec_sha256(spec))
 """
 
 from phalanx.specs.canonical import canonical_json, spec_sha256, struct_to_python, to_json
+from phalanx.specs.continuing import check_same, parse_reference
 from phalanx.specs.documents import (
     Document,
     apply_sets,
@@ -24,12 +25,14 @@ __all__ = [
     "Document",
     "apply_sets",
     "canonical_json",
+    "check_same",
     "check_spec",
     "job_plan",
     "load_document",
     "load_json",
     "load_yaml",
     "names_dataset",
+    "parse_reference",
     "plan",
     "prepare",
     "reads_dataset",

@@ -20,7 +20,6 @@ _REFUSED: dict[str, str] = {
     "train.model.linear_svm": "linear_svm is not carried out yet; use logistic_regression",
     "train.model.torch": "PyTorch modules are not carried out yet; use mlp or custom",
     "train.privacy": "differential privacy is not carried out yet; leave it out",
-    "train.start.job": "starting from another job is not carried out yet; use start.model",
 }
 
 

@@ -15,7 +15,7 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from phalanx.errors import InvalidArgument, Violation
 from phalanx.ids import SHORT_NAME_RULE, is_short_name
-from phalanx.specs import balance, catalog, composition, task_sets
+from phalanx.specs import balance, catalog, composition, continuing, task_sets
 from phalanx.specs.fields import walk
 from phalanx.tasks import is_task_set
 from phalanx.texts import number_of
@@ -263,6 +263,8 @@ def _program(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
                     "write NAME, NAME@VERSION or NAMESPACE/NAME@VERSION; see `phalanx models list`"
                 )
                 yield Violation("train.start.model", f"{model[:160]!r} is not allowed; {rule}")
+        if spec.train.start.WhichOneof("from") == "job":
+            yield from continuing.reference_violations(spec.train.start.job)
 
 
 def _entrypoint(entrypoint: str, path: str, example: str) -> Iterator[Violation]:

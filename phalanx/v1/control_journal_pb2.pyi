@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from phalanx.v1 import job_pb2 as _job_pb2
 from phalanx.v1 import job_spec_pb2 as _job_spec_pb2
+from phalanx.v1 import storage_service_pb2 as _storage_service_pb2
 from phalanx.v1 import training_pb2 as _training_pb2
 import builtins as _builtins
 import sys
@@ -180,6 +181,7 @@ class JobSubmitted(_message.Message):
     ANNOUNCED_PLAN_FIELD_NUMBER: _builtins.int
     SUBMITTER_FIELD_NUMBER: _builtins.int
     WORKER_BYTES_FIELD_NUMBER: _builtins.int
+    CONTINUED_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     submitter: _builtins.str
     worker_bytes: _builtins.int
@@ -192,6 +194,10 @@ class JobSubmitted(_message.Message):
 
     @_builtins.property
     def announced_plan(self) -> _job_pb2.Plan: ...
+    @_builtins.property
+    def continued(self) -> Global___Continued:
+        """Absent: it begins with nothing but maybe parameters."""
+
     def __init__(
         self,
         *,
@@ -201,14 +207,41 @@ class JobSubmitted(_message.Message):
         announced_plan: _job_pb2.Plan | None = ...,
         submitter: _builtins.str = ...,
         worker_bytes: _builtins.int = ...,
+        continued: Global___Continued | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["announced_plan", b"announced_plan", "plan", b"plan", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["announced_plan", b"announced_plan", "continued", b"continued", "plan", b"plan", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["announced_plan", b"announced_plan", "job_id", b"job_id", "plan", b"plan", "spec", b"spec", "submitter", b"submitter", "worker_bytes", b"worker_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["announced_plan", b"announced_plan", "continued", b"continued", "job_id", b"job_id", "plan", b"plan", "spec", b"spec", "submitter", b"submitter", "worker_bytes", b"worker_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobSubmitted: _TypeAlias = JobSubmitted  # noqa: Y015
+
+@_typing.final
+class Continued(_message.Message):
+    """What a job takes over from another one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    AGGREGATOR_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    aggregator_fingerprint: _builtins.str
+    """Numeric fingerprint of the aggregators that wrote it."""
+    @_builtins.property
+    def checkpoint(self) -> _storage_service_pb2.CheckpointManifest: ...
+    def __init__(
+        self,
+        *,
+        checkpoint: _storage_service_pb2.CheckpointManifest | None = ...,
+        aggregator_fingerprint: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_fingerprint", b"aggregator_fingerprint", "checkpoint", b"checkpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Continued: _TypeAlias = Continued  # noqa: Y015
 
 @_typing.final
 class TermStarted(_message.Message):

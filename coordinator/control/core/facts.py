@@ -28,6 +28,7 @@ from phalanx.v1.control_journal_pb2 import (
 )
 from phalanx.v1.job_pb2 import Job
 from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.storage_service_pb2 import CheckpointManifest
 from phalanx.v1.training_pb2 import JobPlan, ParameterRange
 
 REQUESTS_PER_RECORD = 1000
@@ -86,6 +87,18 @@ class JobFacts:
     def fingerprint(self) -> str:
         """The numeric fingerprint that the job's workers must have; empty for any."""
         return self.plan.fingerprint
+
+    @property
+    def aggregator_fingerprint(self) -> str:
+        """The numeric fingerprint that the owners of the ranges must have; empty before any."""
+        submitted = self.kept.submitted.continued.aggregator_fingerprint
+        return self.kept.term_started.aggregator_fingerprint or submitted
+
+    @property
+    def continued(self) -> CheckpointManifest | None:
+        """The checkpoint of another job from which this one goes on."""
+        submitted = self.kept.submitted
+        return submitted.continued.checkpoint if submitted.HasField("continued") else None
 
     @property
     def leaf_sha256(self) -> str:

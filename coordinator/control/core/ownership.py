@@ -60,7 +60,7 @@ def may_be_owned(core: Core, job: JobRuntime) -> bool:
     if not candidates:
         core.set_reason(job, *_NO_AGGREGATOR)
         return False
-    fingerprint = facts.kept.term_started.aggregator_fingerprint
+    fingerprint = facts.aggregator_fingerprint
     same = any(each.hello.fingerprint == fingerprint for each in candidates)
     if facts.plan.bitwise and fingerprint and not same and not job.owners_may_differ:
         core.set_reason(job, *_NO_FINGERPRINT)
@@ -75,7 +75,7 @@ def choose_owners(core: Core, job: JobRuntime, plan: JobPlan) -> Owners | None:
     """
     facts = core.facts_of(job)
     candidates = live_aggregators(core)
-    fingerprint = facts.kept.term_started.aggregator_fingerprint
+    fingerprint = facts.aggregator_fingerprint
     if plan.bitwise and candidates:
         fingerprint = fingerprint or _commonest(candidates)
         same = [each for each in candidates if each.hello.fingerprint == fingerprint]

@@ -31,6 +31,12 @@ def ranges_ready(core: Core, aggregator: Aggregator | Worker, message: pb.Ranges
     elif job.restore is None or failure.code == "AGGREGATOR_MEMORY":
         text = f"{aggregator.id} cannot hold the ranges: {failure.message}"
         ending.fail(core, job, failure.code or "RANGES_NOT_LOADED", text, [failure])
+    elif job.restore == core.facts_of(job).continued:
+        text = (
+            f"the checkpoint at step {job.restore.step} of {job.restore.job_id}, from which it "
+            f"goes on, cannot be used: {failure.message}"
+        )
+        ending.fail(core, job, "START_NOT_USABLE", text, [failure])
     else:
         job.bad_checkpoints.add(job.restore.manifest_sha256)
         job.lost_owners.add(aggregator.id)

@@ -270,7 +270,7 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
     owners = choose(core, job, plan)
     if owners is None:
         return  # the reason is set; an aggregator that joins raises the term once more
-    restore = _newest_good(job, event.checkpoints)
+    restore = _newest_good(job, event.checkpoints) or facts.continued
     if not remain:
         _miss_checkpoint(core, job, restore)
     started = TermStarted(

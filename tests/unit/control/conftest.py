@@ -263,6 +263,7 @@ class Cluster:
         job_id: str = "job-1",
         request_id: str = "",
         edit: Callable[[JobSpec], None] | None = None,
+        change: Callable[[JobSubmitted], None] | None = None,
     ) -> int:
         """Submit a small job of 16 shards; return the token of the call."""
         spec = JobSpec(name="job")
@@ -282,6 +283,8 @@ class Cluster:
             announced_plan=plan(resolved, DATASET, 1),
             worker_bytes=plan(resolved, DATASET, 1).worker_bytes,
         )
+        if change is not None:
+            change(submitted)
         token = next(self._tokens)
         request = self.request("SubmitJob", request_id, resolved.SerializeToString().hex())
         self.feed(ev.SubmitJob(token, submitted, request))

@@ -213,7 +213,6 @@ def test_code_has_a_size(make_dataset: MakeDataset) -> None:
         "output.best={metric: test/loss, at_most: 1}",
         "train.local={steps: 5, fragments: 2}",
         "train.privacy={clip_norm: 1.0}",
-        "train.start={job: other}",
     ],
 )
 def test_what_is_not_carried_out_is_refused_by_its_path(

@@ -1,0 +1,40 @@
+"""A job that goes on from another one ends where one job would have, whatever dies."""
+
+from pathlib import Path
+
+import pytest
+
+from phalanx.errors import InvalidArgument, NotFound
+from phalanx.testing.arena import GUARD_S, arena, gated_job
+
+pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
+
+
+def test_two_jobs_one_after_the_other_are_one(tmp_path: Path, undisturbed_sha256: str) -> None:
+    with arena(tmp_path, 2) as ring:
+        first = ring.cluster.submit(gated_job(steps=35))
+        assert first.wait(timeout_s=GUARD_S).parameters_sha256 != undisturbed_sha256
+
+        rare = {"every_steps": 100}
+        job = ring.cluster.submit(gated_job(start={"job": first.id}, checkpoints=rare))
+        assert job.message.spec.train.start.job == f"{first.id}@35"
+        ring.at_step(job, 37)
+        ring.caught_in_a_leaf()
+        ring.signal("aggregator-1")  # the job has no checkpoint of its own
+        ring.gate.release()
+        result = job.wait(timeout_s=GUARD_S)
+        assert ring.events("STEPS_REPLAYED")[-1].step == 35
+        assert result.parameters_sha256 == undisturbed_sha256
+        assert result.steps == 60
+        # Progress counts what came before, as it would in one job.
+        assert job.refresh().progress.step == 60
+
+        again = ring.cluster.submit(gated_job(start={"job": f"{first.id}@20"}))
+        assert again.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
+
+        with pytest.raises(InvalidArgument, match=r"seed is not as in .*: 7, and there 0"):
+            ring.cluster.submit(gated_job(start={"job": first.id}) | {"seed": 7})
+        with pytest.raises(NotFound, match=r"no checkpoint at step 33: only at step 35, 30, 20"):
+            ring.cluster.submit(gated_job(start={"job": f"{first.id}@33"}))
+        with pytest.raises(NotFound, match="no job 'nobody'"):
+            ring.cluster.submit(gated_job(start={"job": "nobody"}))
