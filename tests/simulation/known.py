@@ -32,7 +32,7 @@ _STREAMS = ("broken_connections", "kill_worker", "pause_worker", "worker_joins",
 
 KNOWN = {
     "storage takes writes of any generation": Known(
-        2,
+        49,
         ("control_hands_over", "isolation", "kill_control", "pause_control"),
         (*_CONTROLS, ("faults_s", 18.0)),
     ),

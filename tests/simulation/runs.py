@@ -187,7 +187,7 @@ def draw_shape(chance: random.Random) -> jobs.Shape:
     return jobs.Shape(
         elements=chance.choice([40, 100, 160]),
         shards=chance.choice([3, 4, 6, 8]),
-        steps=chance.choice([40, 60]),
+        steps=chance.choice([30, 50]),
         optimizer=chance.choice(["sgd", "momentum", "adam"]),
         dtype=chance.choice(["float32", "float32", "float64"]),
         checkpoint_every=chance.choice([3, 7, 20]),
