@@ -169,8 +169,6 @@ class TaskSetCore:
     def part_failed(self, task: Task, part: Part, failure: LeafFailure) -> list[Effect]:
         """A call raised, or its process died of it."""
         part.state = PartState.FAILED
-        if task.cancelled:
-            return []
         told = Failure(
             code=LeafFailed.Kind.Name(failure.kind).removeprefix("KIND_"),
             message=failure.message,
@@ -188,7 +186,7 @@ class TaskSetCore:
             number = part.node.first
             if part.state is not PartState.RUNNING or attempt not in self._open:
                 continue
-            if lost and not task.cancelled and self._blame_without_call(number):
+            if lost and self._blame_without_call(number):
                 message = "the leaf process dies again and again before it runs the call"
                 failure = Failure(code="CRASHED", message=message)
                 effects += self.report(number, attempt, failure=failure)

@@ -114,6 +114,10 @@ class World:
                 case Finished() | Failed() | Paused():
                     assert self.end is None, "two ends"
                     self.end = effect
+        for peer in self.dispatcher._peers.values():
+            for attempt in peer.attempts.values():
+                state = self.dispatcher.state(attempt.task)
+                assert state < State.REPORTED, "an attempt at a task that has its result counts"
 
     def sent(self, effect: Send) -> None:
         for number, task in enumerate(effect.tasks, effect.first_attempt):

@@ -243,9 +243,7 @@ class Dispatcher:
                 continue
             del peer.attempts[report.attempt]
             self._free(attempt)
-            if self._state[report.task] >= State.REPORTED:
-                peer.settled.append(report.attempt)
-            elif report.HasField("failure"):
+            if report.HasField("failure"):
                 self._failed(peer, attempt, report)
             else:
                 self._succeeded(peer, attempt, report)
@@ -292,7 +290,7 @@ class Dispatcher:
             self._run_again([task], peer.worker_id, "failed")
 
     def _settle_task(self, result: TaskResult) -> None:
-        """A task has its result: it is written, and nobody else need go on with it."""
+        """A task has its result: it is written, and no other attempt at it counts any more."""
         if self._state[result.task] == State.WAITING:
             self._waiting -= 1
         self._state[result.task] = State.REPORTED
