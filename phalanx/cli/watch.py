@@ -14,6 +14,7 @@ from phalanx.cli.output import console, print_fields, print_json, say
 from phalanx.cli.watch_state import WatchState
 from phalanx.sdk.job import Job
 from phalanx.sdk.values import event_value
+from phalanx.tasks import is_task_set
 from phalanx.texts import number_of
 
 FRAMES_PER_S = 8
@@ -77,7 +78,7 @@ def show_result(job: Job) -> None:
         [
             ("model", result.model),
             *((name, f"{value:.5g}") for name, value in sorted(result.metrics.items())),
-            ("steps", result.steps),
+            ("tasks" if is_task_set(job.message.spec) else "steps", result.steps),
             ("sha256", result.parameters_sha256),
             ("bit-identical", result.bit_identical),
         ]

@@ -49,7 +49,9 @@ def _headline(state: WatchState) -> Text:
     if reason and (state.state not in ("RUNNING", "SUCCEEDED") or reason.startswith("WAITING")):
         line.append(f"  {reason}", style="yellow")
     data = state.job.spec.data.name
-    if data:
+    if state.is_task_set:
+        line.append(f"  {number_of(state.progress.total_steps, 'task')}", style="dim")
+    elif data:
         line.append(f"  {data}, {number_of(state.shard_count, 'shard')}", style="dim")
     return line
 
@@ -57,8 +59,12 @@ def _headline(state: WatchState) -> Text:
 def _bar(state: WatchState, width: int) -> RenderableType:
     progress = state.progress
     total = progress.total_steps
-    steps = f"step {progress.step:,}" + (f"/{total:,}" if total else "")
-    text = Text(f"{steps}  epoch {progress.epoch:.2f}", no_wrap=True)
+    done_of = f"{progress.step:,}" + (f"/{total:,}" if total else "")
+    if state.is_task_set:
+        shown = f"tasks {done_of}"
+    else:
+        shown = f"step {done_of}  epoch {progress.epoch:.2f}"
+    text = Text(shown, no_wrap=True)
     if state.state == "SUCCEEDED":
         # A stop rule may end a job before its last step; the bar is full all the same.
         total, done = 1, 1
@@ -82,19 +88,24 @@ def _metrics(state: WatchState) -> Text:
     line = Text(no_wrap=True, overflow="ellipsis")
     for name in _metric_order(metrics):
         line.append(f"{name} ", style="dim")
-        line.append(f"{metrics[name]:.4f}  ")
+        shown = f"{metrics[name]:,.0f}" if state.is_task_set else f"{metrics[name]:.4f}"
+        line.append(f"{shown}  ")
     return line
 
 
 def _speed(state: WatchState) -> Text:
     line = Text(no_wrap=True, overflow="ellipsis")
-    line.append("examples/s ", style="dim")
+    line.append(f"{_unit(state)}/s ", style="dim")
     line.append(f"{state.progress.examples_per_second:,.0f}  ")
     curve = sparkline([loss for _, loss in state.losses], SPARK_WIDTH)
     if curve:
         line.append("loss ", style="dim")
         line.append(curve, style="cyan")
     return line
+
+
+def _unit(state: WatchState) -> str:
+    return "tasks" if state.is_task_set else "examples"
 
 
 def _metric_order(metrics: dict[str, float]) -> list[str]:
@@ -106,17 +117,20 @@ def _metric_order(metrics: dict[str, float]) -> list[str]:
 def _workers(state: WatchState, now_s: float) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("worker", no_wrap=True, overflow="ellipsis", max_width=16)
-    cells = min(state.shard_count, CELLS_MAX)
-    table.add_column(f"shards 0-{state.shard_count - 1}", no_wrap=True, min_width=cells)
+    if not state.is_task_set:
+        cells = min(state.shard_count, CELLS_MAX)
+        table.add_column(f"shards 0-{state.shard_count - 1}", no_wrap=True, min_width=cells)
     table.add_column("", no_wrap=True, overflow="ellipsis", max_width=14)
-    table.add_column("ex/s", justify="right", no_wrap=True)
+    table.add_column("tasks/s" if state.is_task_set else "ex/s", justify="right", no_wrap=True)
     for worker_id in sorted(state.workers, key=_natural):
         row = state.workers[worker_id]
         gone = row.note in ("lost", "left") and not row.shards
         note = Text(ranges_text(row.shards) or row.note, style="red" if gone else "dim")
         name = Text(worker_id, style="red strike" if gone else "")
-        rate = f"{row.examples_per_second:,.0f}" if row.shards else ""
-        table.add_row(name, shard_cells(state, row, now_s), note, rate)
+        works = bool(row.shards) or (state.is_task_set and not gone)
+        rate = f"{row.examples_per_second:,.0f}" if works else ""
+        cells_of = [] if state.is_task_set else [shard_cells(state, row, now_s)]
+        table.add_row(name, *cells_of, note, rate)
     return table
 
 
@@ -175,15 +189,19 @@ def progress_text(state: WatchState) -> str:
     progress = state.progress
     total = f"/{progress.total_steps}" if progress.total_steps else ""
     metrics = dict(progress.metrics)
-    shown = " ".join(f"{name}={metrics[name]:.4f}" for name in _metric_order(metrics))
+    # Those of a set of tasks are counts.
+    digits = 0 if state.is_task_set else 4
+    shown = " ".join(f"{name}={metrics[name]:.{digits}f}" for name in _metric_order(metrics))
+    per_second = f"{_unit(state)}/s={progress.examples_per_second:.0f}"
+    if state.is_task_set:
+        return f"tasks {progress.step}{total} {shown} {per_second}"
     owners = " ".join(
         f"{row.worker_id}:{ranges_text(row.shards).replace(' ', ',')}"
         for row in state.workers.values()
         if row.shards
     )
     return (
-        f"step {progress.step}{total} epoch {progress.epoch:.2f} {shown} "
-        f"examples/s={progress.examples_per_second:.0f} {owners}"
+        f"step {progress.step}{total} epoch {progress.epoch:.2f} {shown} {per_second} {owners}"
     ).rstrip()
 
 

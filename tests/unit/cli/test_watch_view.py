@@ -118,3 +118,38 @@ def test_sparkline_keeps_the_ends_and_leaves_out_what_is_not_finite():
     line = sparkline([float(100 - n) for n in range(100)], 10)
     assert (len(line), line[0], line[-1]) == (10, "█", "▁")
     assert sparkline([2.0, 2.0], 4) == "▁▁"
+
+
+@pytest.fixture
+def tasks():
+    spec = job_spec_pb2.JobSpec()
+    spec.tasks.entrypoint = "calls:add"
+    state = WatchState(job_pb2.Job(id="t-1", spec=spec, state=job_pb2.Job.STATE_RUNNING))
+    progress = job_pb2.Progress(step=12, total_steps=3000, examples_per_second=4100)
+    progress.metrics.update({"tasks/given_up": 2, "tasks/failed_tries": 1500})
+    for worker_id, per_second in (("worker-1", 2090), ("worker-2", 2010)):
+        progress.workers.add(worker_id=worker_id, examples_per_second=per_second)
+    state.feed(job_service_pb2.WatchJobResponse(progress=progress), 0.0)
+    return state
+
+
+def test_a_set_of_tasks_has_tasks_and_neither_steps_nor_shards(tasks):
+    text = drawn(tasks)
+    assert "tasks 12/3,000" in text
+    assert "tasks/given_up 2 " in text
+    assert "tasks/failed_tries 1,500" in text
+    assert "tasks/s 4,100" in text
+    assert "2,090" in text
+    assert not any(word in text for word in ("step", "epoch", "shard", "ex/s", "examples"))
+
+
+def test_a_lost_worker_does_no_tasks(tasks):
+    tasks.feed(lost("worker-2"), 1.0)
+    row = next(line for line in drawn(tasks).splitlines() if line.startswith("worker-2"))
+    assert row.split() == ["worker-2", "lost"]
+
+
+def test_plain_line_of_a_set_of_tasks(tasks):
+    assert progress_text(tasks) == (
+        "tasks 12/3000 tasks/failed_tries=1500 tasks/given_up=2 tasks/s=4100"
+    )
