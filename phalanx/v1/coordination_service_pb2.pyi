@@ -522,6 +522,7 @@ class LeafFailed(_message.Message):
     step: _builtins.int
     round: _builtins.int
     shard: _builtins.int
+    """-1: a set of tasks, which this worker could not prepare."""
     kind: Global___LeafFailed.Kind.ValueType
     message: _builtins.str
     traceback: _builtins.str

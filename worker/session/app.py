@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from phalanx.errors import Internal, PhalanxError
+from phalanx.errors import Internal
 from phalanx.ids import new_incarnation
 from phalanx.rpc.member_session import MemberSession, Refused
 from phalanx.telemetry.logs import get_logger
@@ -44,6 +43,7 @@ from worker.session.process import LeafProcess
 from worker.session.setup import PreparedJob, prepare
 from worker.session.slots import TICK_S, SlotPool
 from worker.session.tasks import HostedTasks, Store
+from worker.session.unprepared import not_prepared, not_set_up, text_of
 
 GoRecord = training_pb2.GoRecord
 LeafFailed = coordination.LeafFailed
@@ -52,8 +52,6 @@ _LOG_FLUSH_S = 0.25
 _PREPARE_RETRY_S = 2.0
 _PREPARE_RETRY_LONGEST_S = 30.0
 _LEAF_ATTEMPTS = 2
-_NOT_PREPARED_SHARDS_MAX = 64
-"""Shards told of at once; those that control cannot move away are told again."""
 _KILL_AFTER_S = 1.0
 """What a call that nobody wants any more has to end by itself; a leaf always gets to its end."""
 _LEAVE_WITHOUT_CONTROL_S = 1.0
@@ -335,11 +333,16 @@ class Session:
                 job.became_prepared(prepared)
                 self._logs.hosted(prepared.number, plan.job_id)
             assert job.prepared is not None
-            await self._slots.set_up(job.prepared)
+            failed = await self._slots.set_up(job.prepared)
         except Exception as error:  # noqa: BLE001 - control must hear of it, whatever it is
-            _log.warning("job_not_prepared", job_id=plan.job_id, message=_text_of(error))
-            for report in _not_prepared(job, error):
+            _log.warning("job_not_prepared", job_id=plan.job_id, message=text_of(error))
+            for report in not_prepared(job.core, error):
                 self._report(report)
+            return False
+        if failed is not None and isinstance(job, HostedTasks):
+            # Without shards there are no leaves to tell it; and its tasks are better run elsewhere.
+            self._slots.drop(job.prepared, code_in_use=True)
+            self._report(not_set_up(job.core, failed))
             return False
         return True
 
@@ -369,7 +372,7 @@ class Session:
             self._logs.add(prepared.number, -1, -1, "error", answer.failure.traceback)
         except Exception as error:  # noqa: BLE001 - control waits for an answer
             answer.failure.code = "JOB_DATA"
-            answer.failure.message = _text_of(error)
+            answer.failure.message = text_of(error)
         finally:
             if prepared is not None:
                 self._logs.released(prepared.number)
@@ -504,34 +507,6 @@ class Session:
 
 async def _no_store(_: bytes) -> str:
     raise Internal("this worker has no storage to keep large values in")
-
-
-def _not_prepared(
-    job: HostedJob | HostedTasks, error: Exception
-) -> Iterator[coordination.SessionRequest]:
-    """A job whose files cannot be had fails at every shard that it has here."""
-    core = job.core
-    for nodes, width, evaluation in (
-        (core.train_nodes, core.plan.shards, False),
-        (core.evaluation_nodes, core.plan.evaluation_shards, True),
-    ):
-        shards = (n for node in nodes for n in range(node.first, node.first + node.span))
-        owned = (shard for shard in shards if shard < width)
-        for shard in itertools.islice(owned, _NOT_PREPARED_SHARDS_MAX):
-            failed = LeafFailed(
-                job_id=core.job_id,
-                term=core.term,
-                shard=shard,
-                kind=LeafFailed.KIND_DATA,
-                message=_text_of(error),
-                evaluation=evaluation,
-            )
-            yield coordination.SessionRequest(leaf_failed=failed)
-
-
-def _text_of(error: Exception) -> str:
-    known = isinstance(error, PhalanxError | OSError)
-    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 def _outcome(kind: coordination.LeafFailed.Kind.ValueType) -> str:

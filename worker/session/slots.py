@@ -68,6 +68,14 @@ class SlotEvents(Protocol):
         """A process has ended."""
 
 
+@dataclass(frozen=True)
+class SetUpFailure:
+    """Why a leaf process could not load a job."""
+
+    message: str
+    traceback: str
+
+
 @dataclass(eq=False)
 class _Place:
     """A slot's process for one set of code, alive or about to be started again."""
@@ -81,7 +89,7 @@ class _Place:
     describing: asyncio.Future[bytes] | None = None
     description: bytes = b""
     described_job: int = 0
-    setting_up: dict[int, asyncio.Future[None]] = field(default_factory=dict)
+    setting_up: dict[int, asyncio.Future[SetUpFailure | None]] = field(default_factory=dict)
     fetching: int = 0
 
 
@@ -128,14 +136,18 @@ class SlotPool:
         self._tell(self._place(0, ""), Kind.FINGERPRINT)
         return await self._fingerprint
 
-    async def set_up(self, job: PreparedJob) -> None:
-        """Have a process of every slot load the job; whatever fails there is told by its leaves."""
+    async def set_up(self, job: PreparedJob) -> SetUpFailure | None:
+        """Have a process of every slot load the job; return what failed in one of them.
+
+        Each of its leaves tells it, too, unless the processes are made to forget the job.
+        """
         places = [self._place(slot, job.code_key) for slot in range(self._count)]
         for place in places:
             self._introduce(place, job)
         waits = [place.setting_up[job.number] for place in places if job.number in place.setting_up]
         if waits:
             await asyncio.wait(waits, timeout=self._leaf_timeout_s)
+        return next((each.result() for each in waits if each.done() and each.result()), None)
 
     async def describe(self, job: PreparedJob) -> coordination.JobDescribed:
         """Have a leaf process describe a job; its death or silence is a failure of the job."""
@@ -415,7 +427,8 @@ class SlotPool:
             _log.warning("job_set_up_failed", slot=place.slot, message=document["error"])
         done = place.setting_up.pop(int(str(document["job"])), None)
         if done is not None:
-            done.set_result(None)
+            error, traceback = str(document["error"]), str(document["traceback"])
+            done.set_result(SetUpFailure(error, traceback) if error else None)
 
     def _leave(self, place: _Place) -> None:
         place.task = place.job = None

@@ -1,5 +1,8 @@
 """Leaves that fail: tried elsewhere, then the shard is named and the job fails (or skips it).
 
+A worker on which a set of tasks cannot even be prepared is left out of it after some tries; once
+there is no other, the job fails and names it.
+
 Only what a leaf's own process did counts. A worker's death never gets here. A worker tells a
 failure again on each new session, as it cannot know what was heard; one computation counts once.
 """
@@ -7,8 +10,10 @@ failure again on each new session, as it cannot know what was heard; one computa
 from __future__ import annotations
 
 from coordinator.control.core import ending, hosting, terms
+from coordinator.control.core.eligibility import PREPARE_TRIES, group_of
 from coordinator.control.core.lifecycle import RUNNING
-from coordinator.control.core.state import Core, FailedLeaf, JobRuntime, Worker
+from coordinator.control.core.state import Core, FailedLeaf, JobRuntime, Unprepared, Worker
+from phalanx.tasks import is_task_set
 from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.job_pb2 import Failure
@@ -25,6 +30,9 @@ def leaf_failed(core: Core, worker: Worker, message: pb.LeafFailed) -> None:
     if job is None or job.ending is not None:
         return
     facts = core.facts_of(job)
+    if is_task_set(facts.spec):
+        _not_prepared(core, job, worker, message)
+        return
     tree = job.evaluation if message.evaluation else job.train
     if facts.state != RUNNING or facts.term != message.term or not 0 <= message.shard < tree.width:
         return
@@ -53,6 +61,55 @@ def leaf_failed(core: Core, worker: Worker, message: pb.LeafFailed) -> None:
         _poisoned(core, job, message, failures)
     else:
         _try_elsewhere(core, job, message, failures)
+
+
+def _not_prepared(core: Core, job: JobRuntime, worker: Worker, message: pb.LeafFailed) -> None:
+    """Count a try to prepare a set of tasks; a worker that cannot is left out of it.
+
+    With nobody left the job fails. Whoever is only away may come back, so a death ends nothing.
+    """
+    if core.facts_of(job).state != RUNNING or worker.id not in job.hosts:
+        return
+    known = job.unprepared.get(worker.id)
+    if known is None or known.incarnation != worker.hello.incarnation:
+        known = job.unprepared[worker.id] = Unprepared(worker.hello.incarnation)
+    known.tries += 1
+    known.message, known.traceback = message.message, message.traceback
+    left_out = known.tries >= PREPARE_TRIES
+    then = "it is left out" if left_out else "it tries again"
+    core.emit(
+        "WORKER_INELIGIBLE",
+        f"{worker.id} cannot prepare the job: {known.message}; "
+        f"{then} (try {known.tries} of {PREPARE_TRIES})",
+        job_id=job.job_id,
+        worker_id=worker.id,
+        after=job.term_after,
+        details={"cause": "not_prepared", "tries": known.tries},
+    )
+    if not left_out:
+        return
+    hosting.take_away(core, job, worker.id, "the worker cannot prepare the job", "not_prepared")
+    if not group_of(core, job).workers:
+        _nobody_prepared(core, job)
+
+
+def _nobody_prepared(core: Core, job: JobRuntime) -> None:
+    failed = {key: each for key, each in job.unprepared.items() if each.tries >= PREPARE_TRIES}
+    causes = "; ".join(f"{key}: {each.message}" for key, each in sorted(failed.items()))
+    text = (
+        f"no worker that is there can prepare the job, after {PREPARE_TRIES} tries each "
+        f"({causes}); mend that, then: phalanx retry {job.job_id}"
+    )
+    failure = Failure(
+        code="JOB_NOT_PREPARED",
+        message=text,
+        shard=-1,
+        attempts=sum(each.tries for each in failed.values()),
+        worker_ids=sorted(failed),
+        traceback=next((each.traceback for each in failed.values() if each.traceback), ""),
+    )
+    ending.fail(core, job, "JOB_NOT_PREPARED", text, [failure])
+    terms.advance(core, job)
 
 
 def _same_computation(first: FailedLeaf, second: FailedLeaf) -> bool:

@@ -14,6 +14,9 @@ from phalanx.texts import number_of, verb_for
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 from phalanx.v1.training_pb2 import Layout
 
+PREPARE_TRIES = 3
+"""After so many tries a worker that cannot prepare a set of tasks is left out of it."""
+
 ITEM_BYTES = {"float32": 4, "float64": 8}
 TAKES_WORK = frozenset((WorkerView.STATE_READY, WorkerView.STATE_SUSPECTED))
 
@@ -99,6 +102,7 @@ def group_of(core: Core, job: JobRuntime) -> Group:
         if not worker.connected or worker.state not in TAKES_WORK:
             continue
         why = misfit(facts, worker, job.described.layout if job.described else None)
+        why = why or _unprepared(job, worker)
         if why:
             excluded[worker.id] = why
         else:
@@ -118,6 +122,14 @@ def group_of(core: Core, job: JobRuntime) -> Group:
             continue
         unmatched.append(worker.id)
     return Group(fingerprint, tuple(chosen), excluded, tuple(unmatched))
+
+
+def _unprepared(job: JobRuntime, worker: Worker) -> str:
+    known = job.unprepared.get(worker.id)
+    # A process that was started again may find what the one before lacked.
+    if known is None or known.incarnation != worker.hello.incarnation:
+        return ""
+    return f"it cannot prepare the job: {known.message}" if known.tries >= PREPARE_TRIES else ""
 
 
 def _other_leaf(wanted: str, own: str) -> str:

@@ -180,6 +180,7 @@ def worker_ready(core: Core, worker: Worker, message: pb.WorkerJobReady) -> None
     hosted = job.hosts.get(worker.id)
     if hosted is None or hosted.term != message.term:
         return
+    job.unprepared.pop(worker.id, None)
     newly, hosted.ready = not hosted.ready, True
     hosting.sync(core, job, balance=newly)
 

@@ -251,6 +251,8 @@ class JobRuntime:
     stopped: bool = False
     final: storage_service_pb2.CheckpointManifest | None = None
     failed_leaves: dict[tuple[bool, int], list[FailedLeaf]] = field(default_factory=dict)
+    unprepared: dict[str, Unprepared] = field(default_factory=dict)
+    """Workers that could not prepare a set of tasks."""
     skipped_steps: set[int] = field(default_factory=set)
     late: set[str] = field(default_factory=set)
     """Workers whose shards others compute, as the root last said."""
@@ -277,6 +279,16 @@ class JobRuntime:
     def step(self) -> int:
         """The newest step that the root reported."""
         return self.report.step if self.report is not None else 0
+
+
+@dataclass
+class Unprepared:
+    """A process of a worker that could not prepare a job: how often, and why the last time."""
+
+    incarnation: str
+    tries: int = 0
+    message: str = ""
+    traceback: str = ""
 
 
 @dataclass(frozen=True)

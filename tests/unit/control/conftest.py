@@ -273,15 +273,29 @@ class Cluster:
         spec.train.batch_size = 1024
         if edit is not None:
             edit(spec)
-        resolved = prepare(spec, DATASET)
-        bare = job_plan(resolved, DATASET, job_id)
+        return self.submit_spec(spec, DATASET, job_id, request_id)
+
+    def submit_tasks(self, count: int, job_id: str = "job-1") -> int:
+        """Submit a set of independent tasks; return the token of the call."""
+        spec = JobSpec(name="calls")
+        spec.tasks.entrypoint = "calls:add"
+        for _ in range(count):
+            spec.tasks.arguments.add()
+        return self.submit_spec(spec, None, job_id)
+
+    def submit_spec(
+        self, spec: JobSpec, dataset: Dataset | None, job_id: str, request_id: str = ""
+    ) -> int:
+        """Submit a job of this spec; return the token of the call."""
+        resolved = prepare(spec, dataset)
+        bare = job_plan(resolved, dataset, job_id)
         bare.spec = b""
         submitted = JobSubmitted(
             job_id=job_id,
             spec=resolved,
             plan=bare,
-            announced_plan=plan(resolved, DATASET, 1),
-            worker_bytes=plan(resolved, DATASET, 1).worker_bytes,
+            announced_plan=plan(resolved, dataset, 1),
+            worker_bytes=plan(resolved, dataset, 1).worker_bytes,
         )
         if change is not None:
             change(submitted)

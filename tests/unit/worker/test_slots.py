@@ -124,7 +124,7 @@ async def set_up(pool, job, process) -> None:
     """Set a job up; the process says that it has it."""
     setting_up = asyncio.create_task(pool.set_up(job))
     await asyncio.sleep(0)
-    body = ipc.pack_json({"job": job.number, "error": ""})
+    body = ipc.pack_json({"job": job.number, "error": "", "traceback": ""})
     process.on_message(process, Message(Kind.SETUP_DONE, body))
     await setting_up
 
