@@ -273,7 +273,7 @@ class Cluster:
         spec.train.batch_size = 1024
         if edit is not None:
             edit(spec)
-        return self.submit_spec(spec, DATASET, job_id, request_id)
+        return self.submit_spec(spec, DATASET, job_id, request_id, change)
 
     def submit_tasks(self, count: int, job_id: str = "job-1") -> int:
         """Submit a set of independent tasks; return the token of the call."""
@@ -284,7 +284,12 @@ class Cluster:
         return self.submit_spec(spec, None, job_id)
 
     def submit_spec(
-        self, spec: JobSpec, dataset: Dataset | None, job_id: str, request_id: str = ""
+        self,
+        spec: JobSpec,
+        dataset: Dataset | None,
+        job_id: str,
+        request_id: str = "",
+        change: Callable[[JobSubmitted], None] | None = None,
     ) -> int:
         """Submit a job of this spec; return the token of the call."""
         resolved = prepare(spec, dataset)
