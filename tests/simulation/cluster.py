@@ -32,7 +32,7 @@ from phalanx.testing.simulation.clocks import Environment, environment
 from phalanx.testing.simulation.network import Link
 from phalanx.testing.simulation.rpc import process_died
 from storage.config import StorageConfig
-from tests.simulation import jobs
+from tests.simulation import jobs, wishes
 from tests.simulation.hosts import Arena, Cache, Leaf, Machines
 from tests.simulation.oracle import LEASE_TTL_S
 from tests.simulation.stored import Machine
@@ -227,6 +227,7 @@ class Cluster:
         self.workers = [f"worker-{n + 1}" for n in range(settings.workers)]
         for number, name in enumerate(self.workers[: settings.liars]):
             self.machines.liars[name] = number
+        self.machines.unequal = settings.unequal
         if settings.mixed:
             self.machines.fingerprints[self.workers[-1]] = jobs.FINGERPRINTS[1]
         self.slowness: dict[str, float] = {}
@@ -320,6 +321,7 @@ class Cluster:
             range_min_bytes=self.settings.range_min_bytes,
             snapshot_every_records=self.settings.snapshot_every_records,
             namespace_jobs_max=self.settings.namespace_jobs_max,
+            running_jobs_max=self.settings.running_jobs_max,
             heartbeat_interval_s=0.5,
             lease_ttl_s=LEASE_TTL_S,
         )
@@ -344,5 +346,6 @@ class Cluster:
             slots=self.settings.slots,
             cache_dir=Path("/cache"),
             leaf_timeout_s=self.settings.leaf_timeout_s,
+            labels=wishes.labels_of(name) if self.settings.wishes else (),
         )
         await worker.main.serve(config, stop)

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from phalanx.compressors import Key, compress_in_place
 from phalanx.reduction import Node
-from phalanx.testing.simulation.loop import World
+from phalanx.testing.simulation.loop import SimulationFailed, World
 from phalanx.training.leaf import LocalSteps
 from phalanx.v1 import coordination_service_pb2, training_pb2
-from tests.simulation import jobs
+from phalanx.v1.job_spec_pb2 import JobSpec
+from tests.simulation import jobs, wishes
 from worker import ipc
 from worker.ipc import Kind, Message
 from worker.leaf.reduce import Scratch, Sums, reduce_node
@@ -47,10 +48,17 @@ class Machines:
         self.liars: dict[str, int] = {}
         """Workers that lie about some leaves where that must not change anything, each about
         other ones: those with its number."""
+        self.unequal = False
+        """Whether they all lie about the same leaves instead, each something else."""
         self.lies = 0
         self.fingerprints: dict[str, str] = {}
         self.crashed: set[str] = set()
         """Jobs of which a leaf process has crashed, as it must once."""
+
+    def demand_wanted(self, spec: JobSpec, worker: str) -> None:
+        """No job is set up where it must not be computed."""
+        if not wishes.may_compute(spec, worker):
+            self.world.fail(SimulationFailed(f"{spec.name} is set up by {worker}, out of its zone"))
 
 
 class Arena:
@@ -174,6 +182,7 @@ class Leaf:
             document, plan_bytes = ipc.unpack_json(body)
             plan = training_pb2.JobPlan.FromString(plan_bytes)
             arena = self._machines.arenas[fds[0]]
+            self._machines.demand_wanted(JobSpec.FromString(plan.spec), self._worker)
             # Whatever the job wants, this machine computes as it does.
             shape = replace(jobs.shape_of(plan), fingerprint=self._fingerprint)
             self._plans[document["job"]] = (shape, plan, arena)
@@ -286,14 +295,21 @@ class Leaf:
         if self._lies(shape, order, shard):
             self._machines.lies += 1
             values, count, loss = self._true(shape, order, shard)
-            return values * values.dtype.type(1.5), count, loss
+            factor = 1.5
+            if self._machines.unequal:
+                factor += self._machines.liars[self._worker]
+            return values * values.dtype.type(factor), count, loss
         return self._true(shape, order, shard)
 
     def _lies(self, shape: jobs.Shape, order: ipc.RunOrder, shard: int) -> bool:
         """Whether this worker lies about a leaf, as it may where copies outvote it."""
         number = self._machines.liars.get(self._worker)
-        outvoted = "3 replicas" in shape.parts and number is not None
-        return outvoted and (order.version + shard) % LIARS == number
+        if number is None or shape.parts not in jobs.VERIFIED:
+            return False
+        unequal = self._machines.unequal
+        if shape.parts == "audit":  # nobody looks at everything, but what all begin with
+            return unequal and order.action == GoRecord.ACTION_INITIALISE
+        return (order.version + shard) % LIARS == (0 if unequal else number)
 
     def _true(self, shape: jobs.Shape, order: ipc.RunOrder, shard: int) -> tuple[Any, int, float]:
         plan, arena = self._plans[order.job][1:]

@@ -36,7 +36,8 @@ def drawn(settings: Any, chance: random.Random) -> Any:
     what = f"{moment} {chance.choice(LAST_MOMENTS[moment])} {act}"
     # Of a verified job one worker alone can do no step.
     verified = any(shape.parts in jobs.VERIFIED for shape in settings.shapes)
-    if not settings.mixed and chance.random() < ALONE_SHARE and not verified:
+    anybody = not verified and not settings.wishes
+    if not settings.mixed and chance.random() < ALONE_SHARE and anybody:
         settings = replace(settings, converges_s=CONVERGES_S)
         what += " alone"
     # What comes seldom may come at any time.

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
+from collections.abc import Container
 from typing import Any
 
 from coordinator.aggregation.checkpoints import parse_part
 from coordinator.aggregation.core.machine import JobRanges
-from coordinator.control.core.facts import Facts
-from coordinator.control.core.lifecycle import CANCELLED, RUNNING, SUCCEEDED
+from coordinator.control.core.facts import RESUMING, Facts
+from coordinator.control.core.lifecycle import CANCELLED, QUEUED, RUNNING, SUCCEEDED
 from coordinator.control.journal import STREAM, JournalWriter
 from coordinator.control.leader import Leader
 from phalanx.testing.simulation.clocks import Environment
@@ -38,9 +39,15 @@ class Ledger:
     def __init__(self, oracle: Oracle) -> None:
         self.facts = Facts()
         """What every record that was ever stored amounts to."""
+        self.liars: Container[str] = ()
+        """Workers that lie."""
+        self.running_jobs_max = 64
+        self.quarantines = 0
+        """Starts of workers that were quarantined."""
         self._oracle = oracle
         self._world = oracle.world
         self._demand = oracle.demand
+        self._resumed: set[str] = set()
         self._stored: set[bytes] = set()
         self._next = 0
         self._owed: dict[int, tuple[Any, deque[tuple[int, bytes]]]] = {}
@@ -75,14 +82,21 @@ class Ledger:
             self._next = sequence + 1
             self._stored.add(payload)
             record = ControlRecord.FromString(payload)
-            if record.WhichOneof("fact") == "job_changed":
+            fact = record.WhichOneof("fact")
+            if fact == "job_changed":
                 self._ends(record, connection)
+            elif fact == "worker_quarantined":
+                self._is_caught(record)
+            elif fact == "term_started":
+                self._begins_in_turn(record.term_started.job_id)
             self.facts.apply(record)
-            self._oracle.moments.met(record.WhichOneof("fact") or "")
+            self._oracle.moments.met(fact or "")
 
     def _ends(self, record: ControlRecord, connection: Any) -> None:
         """A job ends only where nothing of it can go on, and succeeds only where all is done."""
         changed, oracle = record.job_changed, self._oracle
+        if changed.reason == RESUMING:
+            self._resumed.add(changed.job_id)
         job_id, facts = changed.job_id, self.facts.jobs.get(changed.job_id)
         if facts is None:
             return
@@ -99,6 +113,26 @@ class Ledger:
                 changed.result.steps == steps,
                 f"{job_id} succeeds after {changed.result.steps} of {steps} steps",
             )
+
+    def _begins_in_turn(self, job_id: str) -> None:
+        """A job leaves the queue where one more may run; those that go on after a pause do not
+        wait for that."""
+        queued = {key for key, facts in self.facts.jobs.items() if facts.state == QUEUED}
+        if job_id in queued:
+            running = sum(
+                facts.state == RUNNING and key not in self._resumed
+                for key, facts in self.facts.jobs.items()
+            )
+            self._demand(
+                running < self.running_jobs_max, f"{job_id} begins while {running} jobs run"
+            )
+
+    def _is_caught(self, record: ControlRecord) -> None:
+        """Only who lies is taken for a liar."""
+        caught = record.worker_quarantined
+        honest = caught.worker_id not in self.liars
+        self._demand(caught.done or not honest, f"{caught.worker_id} is quarantined: it is honest")
+        self.quarantines += not caught.done
 
     def _truncated(self, journals: SqliteJournals, request: pb.TruncateJournalRequest) -> None:
         """What was cut off must be said by what is left."""

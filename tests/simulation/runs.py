@@ -13,7 +13,7 @@ from phalanx.testing.simulation import Network, World
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.testing.simulation.faults import Schedule
 from phalanx.testing.simulation.loop import SimulationFailed
-from tests.simulation import jobs, last
+from tests.simulation import jobs, last, wishes
 from tests.simulation.cluster import STORAGE, Cluster, Services
 from tests.simulation.faults import Faults, fault_kinds
 from tests.simulation.ledger import Ledger
@@ -31,6 +31,8 @@ ONE_BY_ONE_SHARE = 0.3
 """Part of the seeds from there on that have a job whose contributions commit one by one."""
 VERIFIED_SHARE, VERIFIED_WORKERS = 0.3, 3
 """How many of the runs that have so many workers with the same bits compare contributions."""
+UNEQUAL_SHARE, UNEQUAL_LIARS, UNEQUAL_WORKERS = 0.2, 2, 4
+"""Part of those with so many workers in which some lie about the same leaves."""
 
 NEIGHBOUR_SHARE = 0.03
 """Part of them in which a second user is there."""
@@ -68,6 +70,8 @@ class Settings:
     """What all jobs are composed of, one of `jobs.ALL_PARTS`; empty: as drawn."""
     liars: int = 0
     """Workers that lie in jobs that outvote them, see `hosts.Machines.liars`."""
+    unequal: bool = False
+    """Whether they lie about the same leaves, and no two of them say the same."""
     converges_s: float = 60.0
     """Virtual time after the last fault within which every job must have ended."""
     share: float = 0.6
@@ -77,6 +81,9 @@ class Settings:
     neighbour: bool = False
     """Whether a second user is there, see `neighbour`."""
     namespace_jobs_max: int = 10_000
+    running_jobs_max: int = 64
+    wishes: tuple[wishes.Wish, ...] = ()
+    """What each job asks for besides; none: nothing."""
     last: str = ""
     """The last fault, see `last.LastStrike`."""
     last_s: float = 1.5
@@ -117,6 +124,8 @@ class Outcome:
     """Highest term of any job."""
     lies: int = 0
     """Leaves about which a worker lied."""
+    quarantines: int = 0
+    """Starts of workers that were quarantined."""
     copies_asked: int = 0
     copies_raced: int = 0
     """Copies of late shards that were asked for; shards that came as a copy and from home."""
@@ -164,6 +173,7 @@ def draw_verified(settings: Settings, chance: random.Random) -> Settings:
     enough workers for that, and none of them may be gone for good. Nor may one compute other bits:
     a job that began with its bits, while the others were away, would rightly wait for ever."""
     possible = settings.workers - settings.mixed >= VERIFIED_WORKERS and not settings.parts
+    possible = possible and not settings.wishes  # which leave a job too few of them
     tolerant = any(shape.tolerant for shape in settings.shapes)
     if not possible or tolerant or chance.random() >= VERIFIED_SHARE:
         return settings
@@ -171,6 +181,15 @@ def draw_verified(settings: Settings, chance: random.Random) -> Settings:
     shapes = tuple(jobs.composed(shape, parts) for shape in settings.shapes)
     liars = chance.choice([0, 1])
     return replace(settings, shapes=shapes, liars=liars, lasting=False, mixed=False)
+
+
+def draw_unequal(settings: Settings, chance: random.Random) -> Settings:
+    """In a part of them more than one lies about a leaf; those that do not are enough to agree."""
+    verified = all(shape.parts in jobs.VERIFIED for shape in settings.shapes)
+    enough = verified and settings.workers >= UNEQUAL_WORKERS and not settings.parts
+    if not enough or chance.random() >= UNEQUAL_SHARE:
+        return settings
+    return replace(settings, liars=UNEQUAL_LIARS, unequal=True)
 
 
 def draw_parts(chance: random.Random, seed: int) -> str:
@@ -208,6 +227,8 @@ class Run:
         self.cluster = Cluster(self.world, self.network, given, settings)
         self.oracle = Oracle(self.world)
         self.ledger = Ledger(self.oracle)
+        self.ledger.liars = self.cluster.machines.liars
+        self.ledger.running_jobs_max = settings.running_jobs_max
         self.races = Races(self.oracle.moments)
         self.faults = Faults(self.cluster, self.oracle.moments)
         self.last = last.LastStrike(
@@ -219,6 +240,7 @@ class Run:
             STORAGE,
             list(settings.shapes),
             random.Random(f"calls {seed}"),
+            settings.wishes,
         )
         self.user.waits_s = [
             chance.choice([0.0, 0.0, chance.uniform(0.0, 4.0)]) for _ in settings.shapes
@@ -294,6 +316,7 @@ class Run:
             outcome.faults["struck_in_the_act"] = self.faults.struck
             outcome.faults["last_strike"] = int(self.last.struck)
         outcome.lies = self.cluster.machines.lies
+        outcome.quarantines = self.ledger.quarantines
         outcome.copies_asked, outcome.copies_raced = self.races.asked, self.races.raced
         if user.repeats:
             outcome.faults["call_repeated"] += user.repeats
@@ -368,6 +391,8 @@ def simulate(
         settings = replace(settings, shapes=shapes)
     if only is None and seed >= ALL_FROM_SEED:
         settings = draw_verified(settings, random.Random(f"verified {seed}"))
+        settings = draw_unequal(settings, random.Random(f"unequal {seed}"))
+        settings = wishes.drawn(settings, random.Random(f"wishes {seed}"), draw_shape)
     if any(shape.tolerant for shape in settings.shapes):
         # Such a job takes everybody, whatever bits they compute.
         settings = replace(settings, mixed=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from phalanx.errors import (
@@ -29,6 +29,7 @@ from phalanx.v1 import (
     storage_service_pb2_grpc,
 )
 from tests.simulation import jobs
+from tests.simulation.wishes import Wish
 
 Job = job_pb2.Job
 ENDED = (Job.STATE_SUCCEEDED, Job.STATE_FAILED, Job.STATE_CANCELLED)
@@ -46,8 +47,10 @@ class User:
         storage: str,
         shapes: list[jobs.Shape],
         chance: random.Random,
+        wishes: Sequence[Wish] = (),
     ) -> None:
         self.shapes = shapes
+        self._wishes = wishes
         self.ids: list[str] = []
         self.last: dict[str, Any] = {}
         self.cancels: set[str] = set()
@@ -86,6 +89,8 @@ class User:
         for number, shape in enumerate(self.shapes):
             await asyncio.sleep(self.waits_s[number])
             spec = jobs.job_spec(shape, f"job-{number}-{shape.elements}")
+            if self._wishes:
+                self._wishes[number].write(spec)
             request = job_service_pb2.SubmitJobRequest(spec=spec, request_id=f"submit-{number}")
             answer = await self._insist_twice(lambda stub: stub.SubmitJob, request)
             self.ids.append(answer.job.id)
@@ -124,6 +129,10 @@ class User:
             if same != now:
                 raise SimulationFailed(f"{job_id} had ended as {same} and is {now}")
         self.last[job_id] = answer.job
+        most = answer.job.spec.resources.max_workers
+        hosts = [each.worker_id for each in answer.job.progress.workers if each.shards]
+        if 0 < most < len(hosts):
+            raise SimulationFailed(f"{job_id} wants {most} workers at most and has {hosts}")
 
     async def _change(self, after_s: float, act: str, index: int) -> None:
         await asyncio.sleep(after_s)

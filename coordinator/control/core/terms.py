@@ -226,7 +226,7 @@ def _raise_when_possible(core: Core, job: JobRuntime) -> None:
 
 def _dispatch(core: Core, job: JobRuntime) -> None:
     facts = core.facts_of(job)
-    running = sum(1 for _ in core.running())
+    running = sum(1 for _ in core.running()) + _beginning(core)
     if running >= core.config.running_jobs_max:
         are = verb_for(running, "is", "are")
         text = f"{number_of(running, 'job')} {are} running"
@@ -244,6 +244,16 @@ def _dispatch(core: Core, job: JobRuntime) -> None:
     elif not job.describing:
         core.set_reason(job, "DESCRIBING")
         _describe(core, job, group.workers)
+
+
+def _beginning(core: Core) -> int:
+    """Count the queued jobs whose first term storage is being asked for: each runs soon."""
+    return sum(
+        job.operation is not None
+        and job.operation.kind is OperationKind.RAISE_TERM
+        and core.facts_of(job).state == QUEUED
+        for job in core.jobs.values()
+    )
 
 
 def _describe(core: Core, job: JobRuntime, workers: tuple[Worker, ...]) -> None:
