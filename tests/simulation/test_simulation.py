@@ -31,6 +31,8 @@ FOUND_BUGS = (
     Known(3, (), (*_STUCK, ("parts", "stale 1"))),
     # What was left out was told by reports only, of which the last was lost with an aggregator.
     Known(3, (), (("parts", "1 backup"), ("last", "final_checkpoint aggregator kill"))),
+    # Jobs that were all told to begin at once were more than may run.
+    Known(3, (), (("running_jobs_max", 1),)),
 )
 
 
