@@ -76,12 +76,13 @@ def returned(core: Core, job_ids: Iterable[str]) -> str:
     return ""
 
 
-def of_owner(core: Core, job: JobRuntime) -> Incident | None:
-    """The open incident in which a job lost the owner of a range."""
-    for incident in core.incidents.values():
-        if incident.cause == "aggregator_lost" and job.job_id in incident.jobs:
-            return incident
-    return None
+def of_owners(core: Core, job: JobRuntime) -> list[Incident]:
+    """The open incidents in which a job lost owners of ranges, the newest last."""
+    return [
+        incident
+        for incident in core.incidents.values()
+        if job.job_id in incident.jobs and (incident.cause == "aggregator_lost" or job.all_reduce)
+    ]
 
 
 def committed(core: Core, job: JobRuntime, report: pb.JobReport) -> None:

@@ -306,10 +306,14 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
     job.owner_incarnations, job.ready_aggregators, job.failed_leaves = {}, set(), {}
     core.set_reason(job, "")
     core.publish(job.job_id, job.after)
+    lost = incidents.of_owners(core, job)
+    incident_id = lost[-1].id if lost else ""
     if remain:
-        _tell_members(core, job, remain)
+        _tell_members(core, job, remain, incident_id)
+    elif first or resumed:
+        _tell_start(core, job, resumed=resumed)
     else:
-        _tell_start(core, job, first=first, resumed=resumed, before=before)
+        _tell_again(core, job, before, incident_id)
     new_owners = {each.aggregator_id for each in owners.ranges}
     for owner in sorted(former - new_owners):
         _release(core, job, owner, old_term)
@@ -317,53 +321,61 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
         assign_ranges(core, job, owner)
     command_pause(core, job)
     hosting.sync(core, job)
-    incident = incidents.of_owner(core, job)
-    if incident is not None:
+    for incident in lost:
         incidents.moved(core, incident)
 
 
-def _tell_start(core: Core, job: JobRuntime, *, first: bool, resumed: bool, before: int) -> None:
+def _first_step(job: JobRuntime) -> int:
+    return job.restore.step if job.restore is not None else 0
+
+
+def _origin(core: Core, job: JobRuntime) -> str:
     facts = core.facts_of(job)
-    step = job.restore.step if job.restore is not None else 0
-    incident = incidents.of_owner(core, job)
-    origin = f"from the checkpoint at step {step}" if job.restore is not None else "from the start"
-    tasks = is_task_set(facts.spec)
-    if tasks:
-        origin = f"of {number_of(facts.plan.total_steps, 'task')}"
-    if first or resumed:
-        type_ = "JOB_RESUMED" if resumed else "JOB_STARTED"
-        owners = sorted({each.aggregator_id for each in facts.ranges})
-        core.emit(
-            type_,
-            f"term {facts.term} {origin}, {number_of(len(facts.ranges), 'range')} "
-            f"on {', '.join(owners)}",
-            job_id=job.job_id,
-            after=job.after,
-            step=step,
-            details={"term": facts.term, "fingerprint": facts.fingerprint},
-        )
-    elif tasks:
-        core.emit(
-            "JOB_RESUMED",
-            f"term {facts.term} {origin}: what has a result keeps it",
-            job_id=job.job_id,
-            after=job.after,
-            step=before,
-            incident_id=incident.id if incident is not None else "",
-            details={"term": facts.term},
-        )
-    elif before > step or incident is not None:
-        replayed = max(0, before - step)
-        are = verb_for(replayed, "is", "are")
-        core.emit(
-            "STEPS_REPLAYED",
-            f"{number_of(replayed, 'step')} {are} computed again {origin}, in term {facts.term}",
-            job_id=job.job_id,
-            after=job.after,
-            step=step,
-            incident_id=incident.id if incident is not None else "",
-            details={"steps": replayed, "term": facts.term},
-        )
+    if is_task_set(facts.spec):
+        return f"of {number_of(facts.plan.total_steps, 'task')}"
+    return f"from the checkpoint at step {job.restore.step}" if job.restore else "from the start"
+
+
+def _tell_start(core: Core, job: JobRuntime, *, resumed: bool) -> None:
+    facts = core.facts_of(job)
+    owners = sorted({each.aggregator_id for each in facts.ranges})
+    core.emit(
+        "JOB_RESUMED" if resumed else "JOB_STARTED",
+        f"term {facts.term} {_origin(core, job)}, {number_of(len(facts.ranges), 'range')} "
+        f"on {', '.join(owners)}",
+        job_id=job.job_id,
+        after=job.after,
+        step=_first_step(job),
+        details={"term": facts.term, "fingerprint": facts.fingerprint},
+    )
+
+
+def _tell_again(core: Core, job: JobRuntime, before: int, incident_id: str) -> None:
+    """Tell what a job goes on from that has lost its owners.
+
+    `before` is what the root said last. It may have done more since then, or have left a checkpoint
+    that is newer: who has lost something is told so even if no step is known to be lost.
+    """
+    facts, step = core.facts_of(job), _first_step(job)
+    origin, replayed = _origin(core, job), max(0, before - step)
+    are = verb_for(replayed, "is", "are")
+    if is_task_set(facts.spec):
+        type_, step, details = "JOB_RESUMED", before, {"term": facts.term}
+        text = f"term {facts.term} {origin}: what has a result keeps it"
+    elif replayed or incident_id or job.all_reduce:
+        type_, details = "STEPS_REPLAYED", {"steps": replayed, "term": facts.term}
+        text = f"{number_of(replayed, 'step')} {are} computed again {origin}, in term {facts.term}"
+    else:
+        return
+    core.emit(
+        type_,
+        text,
+        job_id=job.job_id,
+        after=job.after,
+        step=step,
+        incident_id=incident_id,
+        details=details,
+    )
 
 
 def _remaining(core: Core, job: JobRuntime) -> set[str]:
@@ -373,19 +385,16 @@ def _remaining(core: Core, job: JobRuntime) -> set[str]:
     return {key for key in members.current(core, job) if members.takes_part(core, job, key)}
 
 
-def _tell_members(core: Core, job: JobRuntime, remain: set[str]) -> None:
+def _tell_members(core: Core, job: JobRuntime, remain: set[str], incident_id: str) -> None:
     """Tell who reduces from now on. Nothing is rolled back: one that is left knows everything."""
     facts = core.facts_of(job)
     workers = ", ".join(members.current(core, job))
-    opened = [each for each in core.incidents.values() if job.job_id in each.jobs]
-    for incident in opened:
-        incidents.moved(core, incident)
     core.emit(
         "SHARDS_MOVED",
         f"term {facts.term}: the open step is computed again by {workers}",
         job_id=job.job_id,
         after=job.after,
-        incident_id=opened[-1].id if opened else "",
+        incident_id=incident_id,
         step=job.step,
         details={
             "cause": "members",

@@ -8,6 +8,7 @@ import pytest
 
 from coordinator.control.core import events as ev
 from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1 import storage_service_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
 
 
@@ -109,8 +110,6 @@ def test_one_that_was_started_again_is_no_member_before_it_is_ready(reducing: An
 
 
 def test_with_all_members_dead_the_next_ones_get_the_checkpoint(reducing: Any) -> None:
-    from phalanx.v1 import storage_service_pb2
-
     manifest = storage_service_pb2.CheckpointManifest(step=5, manifest_sha256="ab" * 32)
     reducing.checkpoints["job-1"] = [manifest]
     reducing.report("job-1", 7, owner="w1", checkpoint_step=5)
@@ -128,6 +127,28 @@ def test_with_all_members_dead_the_next_ones_get_the_checkpoint(reducing: Any) -
     reducing.say(reducing.sessions["w9"], ranges_ready=failure)
     assert "CHECKPOINT_CORRUPT" in reducing.types()
     assert not reducing.told("w9", "assign_job")[-1].HasField("restore")
+
+
+@pytest.mark.parametrize(("reported", "saved"), [(7, 5), (7, 7), (7, 9), (0, 0)])
+def test_who_loses_all_members_is_told_whatever_the_root_said_last(
+    reducing: Any, reported: int, saved: int
+) -> None:
+    """Steps were done, and checkpoints written, since the last report: those come now and then."""
+    if reported:
+        reducing.report("job-1", reported, owner="w1")
+    if saved:
+        manifest = storage_service_pb2.CheckpointManifest(step=saved, manifest_sha256="ab" * 32)
+        reducing.checkpoints["job-1"] = [manifest]
+    for name in ("w1", "w3", "w2"):
+        reducing.kill(name)
+        reducing.time_s += 0.001
+    join(reducing, "w1")
+    (replayed,) = (event for event in reducing.events if event.type == "STEPS_REPLAYED")
+    assert (replayed.step, replayed.details["steps"]) == (saved, str(max(0, reported - saved)))
+    lost = [event for event in reducing.events if event.type == "WORKER_LOST"]
+    assert replayed.incident_id == lost[-1].incident_id
+    moved = [each for each in reducing.observed if each.metric == "recovery_seconds"]
+    assert ("phase", "redispatch") in moved[-1].labels, "the move belongs to the losses"
 
 
 def test_control_that_is_new_adopts_the_members(reducing: Any) -> None:

@@ -118,7 +118,8 @@ class RootReports:
                 self._send(coordination.SessionRequest(job_report=report))
 
     def _report(self) -> None:
-        if not self._connected():
+        # Before it holds something the root has nothing to say of how far the job is.
+        if not self._connected() or self._core.versions.whole_version < 0:
             return
         self._reported = (self._core.versions.whole_version, self.checkpoint_step)
         report = self._made(Report.OUTCOME_RUNNING)
