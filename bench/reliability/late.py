@@ -16,8 +16,8 @@ import phalanx
 from bench.clusters import hosting, wait_for
 from bench.reliability.jobs import LEAF_S_VARIABLE, add_clouds, commits_of, patient_job
 from bench.reliability.rows import Row, Rows
-from coordinator.aggregation.core.copies import PATIENCE_FACTOR, PATIENCE_LEAST_S
 from phalanx.chaos.report import percentile
+from phalanx.copies import PATIENCE_FACTOR, PATIENCE_LEAST_S
 from phalanx.sdk.values import Event
 from phalanx.testing.proxied_cluster import ProxiedCluster
 

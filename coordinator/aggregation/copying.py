@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from coordinator.aggregation.core.copies import Copies, Order, Started
 from coordinator.aggregation.core.machine import JobRanges
+from phalanx.copies import Copies, Order, Started
 from phalanx.errors import InvalidArgument
 from phalanx.frames import encode_response
 from phalanx.reduction import Node

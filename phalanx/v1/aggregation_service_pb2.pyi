@@ -58,6 +58,7 @@ class ExchangeRequestHeader(_message.Message):
     RECALL_FIELD_NUMBER: _builtins.int
     STATE_WANTED_FIELD_NUMBER: _builtins.int
     STATE_HASH_FIELD_NUMBER: _builtins.int
+    VERSION_HELD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ExchangeHello: ...
     @_builtins.property
@@ -80,6 +81,8 @@ class ExchangeRequestHeader(_message.Message):
 
     @_builtins.property
     def state_hash(self) -> Global___StateHash: ...
+    @_builtins.property
+    def version_held(self) -> Global___VersionHeld: ...
     def __init__(
         self,
         *,
@@ -90,12 +93,13 @@ class ExchangeRequestHeader(_message.Message):
         recall: Global___Recall | None = ...,
         state_wanted: Global___StateWanted | None = ...,
         state_hash: Global___StateHash | None = ...,
+        version_held: Global___VersionHeld | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "recall", b"recall", "starts_wanted", b"starts_wanted", "state_hash", b"state_hash", "state_wanted", b"state_wanted"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "recall", b"recall", "starts_wanted", b"starts_wanted", "state_hash", b"state_hash", "state_wanted", b"state_wanted", "version_held", b"version_held"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "recall", b"recall", "starts_wanted", b"starts_wanted", "state_hash", b"state_hash", "state_wanted", b"state_wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "recall", b"recall", "starts_wanted", b"starts_wanted", "state_hash", b"state_hash", "state_wanted", b"state_wanted", "version_held", b"version_held"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "frame", "go_record", "starts_wanted", "recall", "state_wanted", "state_hash"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "frame", "go_record", "starts_wanted", "recall", "state_wanted", "state_hash", "version_held"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -358,6 +362,40 @@ class StateHash(_message.Message):
 Global___StateHash: _TypeAlias = StateHash  # noqa: Y015
 
 @_typing.final
+class VersionHeld(_message.Message):
+    """All-reduce: the answer to VersionAsked, at once and again once the version is
+    held.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    STARTING_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    held: _builtins.bool
+    """The version that is asked for, or a later one, is held."""
+    version: _builtins.int
+    starting: _builtins.bool
+    """What the term starts with is still on its way to this member."""
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        held: _builtins.bool = ...,
+        version: _builtins.int = ...,
+        starting: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "starting", b"starting", "term", b"term", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionHeld: _TypeAlias = VersionHeld  # noqa: Y015
+
+@_typing.final
 class ExchangeResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -391,6 +429,7 @@ class ExchangeResponseHeader(_message.Message):
     START_LEAF_FIELD_NUMBER: _builtins.int
     REDUCED_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    VERSION_ASKED_FIELD_NUMBER: _builtins.int
     JOINED_GO_RECORD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___ExchangeWelcome: ...
@@ -413,6 +452,8 @@ class ExchangeResponseHeader(_message.Message):
     @_builtins.property
     def state(self) -> Global___StateFrame: ...
     @_builtins.property
+    def version_asked(self) -> Global___VersionAsked: ...
+    @_builtins.property
     def joined_go_record(self) -> _training_pb2.GoRecord:
         """With a frame that is a whole small version: the go record that follows it,
         to be taken after the frame. Saves a message per step.
@@ -428,13 +469,14 @@ class ExchangeResponseHeader(_message.Message):
         start_leaf: Global___StartLeaf | None = ...,
         reduced: Global___ReducedFrame | None = ...,
         state: Global___StateFrame | None = ...,
+        version_asked: Global___VersionAsked | None = ...,
         joined_go_record: _training_pb2.GoRecord | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["copy_nodes", b"copy_nodes", "frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "reduced", b"reduced", "start_leaf", b"start_leaf", "state", b"state", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["copy_nodes", b"copy_nodes", "frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "reduced", b"reduced", "start_leaf", b"start_leaf", "state", b"state", "version_asked", b"version_asked", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy_nodes", b"copy_nodes", "frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "reduced", b"reduced", "start_leaf", b"start_leaf", "state", b"state", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy_nodes", b"copy_nodes", "frame", b"frame", "go_record", b"go_record", "joined_go_record", b"joined_go_record", "message", b"message", "reduced", b"reduced", "start_leaf", b"start_leaf", "state", b"state", "version_asked", b"version_asked", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "frame", "go_record", "copy_nodes", "start_leaf", "reduced", "state"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "frame", "go_record", "copy_nodes", "start_leaf", "reduced", "state", "version_asked"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -672,3 +714,32 @@ class StateFrame(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StateFrame: _TypeAlias = StateFrame  # noqa: Y015
+
+@_typing.final
+class VersionAsked(_message.Message):
+    """All-reduce: the owner of a range is about to have late shards of a member
+    copied, and asks whether that member has come as far as all others.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    RANGE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    range: _builtins.int
+    version: _builtins.int
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        range: _builtins.int = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["range", b"range", "term", b"term", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionAsked: _TypeAlias = VersionAsked  # noqa: Y015

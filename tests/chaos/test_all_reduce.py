@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from phalanx.sdk.job import Job
@@ -113,6 +114,24 @@ def test_control_may_die_and_a_member_be_stopped(tmp_path: Path, undisturbed_sha
             ring.gate.release()
             ring.at_step(job, 25)
         assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
+        nothing_was_rolled_back(ring, job)
+
+
+def test_a_leaf_that_hangs_under_good_heartbeats_is_copied_by_other_members(
+    tmp_path: Path, undisturbed_sha256: str
+) -> None:
+    with arena(tmp_path, 3) as ring:
+        job = ring.cluster.submit(all_reduce_job())
+        ring.at_step(job, 5)
+        victim = ring.caught_in_a_leaf()[0]
+        children = psutil.Process(ring.cluster.process(victim).pid).children(recursive=True)
+        leaf = next(child.pid for child in children if child.pid in ring.gate.entered())
+        with stopped(leaf):
+            ring.gate.release()
+            assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
+        copied = [event.worker_id for event in ring.events("SPECULATION_STARTED")]
+        assert victim in copied
+        assert not ring.events("WORKER_LOST"), "its heartbeats never stopped"
         nothing_was_rolled_back(ring, job)
 
 

@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.aggregation.core.asynchronous import AsynchronousRanges, StartsCursor
-from coordinator.aggregation.core.copies import Copies
 from coordinator.aggregation.core.cursor import Cursor
 from coordinator.aggregation.core.effects import Committed, Points
 from coordinator.aggregation.core.machine import JobRanges
@@ -32,6 +31,7 @@ from coordinator.aggregation.core.versions import VersionStore
 from coordinator.aggregation.process import Aggregator
 from coordinator.control import leader
 from coordinator.control.core import invariants
+from phalanx.copies import Copies
 from phalanx.rpc.member_session import Refused
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.testing.simulation.loop import SimulationFailed, World

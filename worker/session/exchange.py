@@ -183,5 +183,5 @@ class ExchangeStream:
                 self._events.start_leaf(header.start_leaf)
             elif kind == "copy_nodes":
                 self._events.copy_nodes(header.copy_nodes)
-            elif kind in ("reduced", "state"):
+            elif kind in ("reduced", "state", "version_asked"):
                 self._events.owner_said(header, payload)

@@ -27,11 +27,6 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.aggregation.core.copies import (
-    PATIENCE_FACTOR,
-    PATIENCE_LEAST_S,
-    PATIENCE_UNMEASURED_S,
-)
 from coordinator.aggregation.core.effects import (
     Committed,
     Effect,
@@ -47,6 +42,11 @@ from coordinator.aggregation.core.roots import NonFiniteResult, require_finite
 from coordinator.aggregation.core.starts import Start, Starts
 from coordinator.aggregation.core.state import Array
 from coordinator.aggregation.core.versions import NONE, Version, VersionStore
+from phalanx.copies import (
+    PATIENCE_FACTOR,
+    PATIENCE_LEAST_S,
+    PATIENCE_UNMEASURED_S,
+)
 from phalanx.errors import DataLoss, InvalidArgument
 from phalanx.frames import encode_response
 from phalanx.optimizers import ContributionOptimizer, Late

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coordinator.aggregation.core.copies import Order
 from coordinator.aggregation.core.state import Snapshot
+from phalanx.copies import Order
 from phalanx.reduction import Node
 from phalanx.v1 import training_pb2
 

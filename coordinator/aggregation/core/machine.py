@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.aggregation.core.copies import OpenRound
 from coordinator.aggregation.core.cursor import AnyCursor, Cursor
 from coordinator.aggregation.core.effects import (
     Committed,
@@ -59,6 +58,7 @@ from coordinator.aggregation.core.roots import (
 from coordinator.aggregation.core.state import Array, RangeParameters
 from coordinator.aggregation.core.versions import NONE, VersionStore
 from phalanx.compressors import build_down_codec
+from phalanx.copies import OpenRound
 from phalanx.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument
 from phalanx.optimizers import ContributionOptimizer, Optimizer
 from phalanx.reduction import Node

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from coordinator.aggregation.core.ballots import Ballot, Outvoted, Question, Vote
-from coordinator.aggregation.core.copies import OpenRound
 from coordinator.aggregation.core.effects import Ask, Caught, Effect, Verified
 from coordinator.aggregation.core.machine import JobRanges, VerifiersMissing, _Range
 from coordinator.aggregation.core.plan import AnyRound
 from coordinator.aggregation.core.verifiers import Verifiers
+from phalanx.copies import OpenRound
 from phalanx.errors import InvalidArgument
 from phalanx.optimizers import Optimizer
 from phalanx.specs.parts import equal_copies

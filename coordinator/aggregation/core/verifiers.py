@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from coordinator.aggregation.core.ballots import Question
-from coordinator.aggregation.core.copies import (
+from phalanx.copies import (
     PATIENCE_FACTOR,
     PATIENCE_LEAST_S,
     PATIENCE_UNMEASURED_S,

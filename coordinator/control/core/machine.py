@@ -241,6 +241,8 @@ def _worker_said(core: Core, worker: Worker, kind: str | None, event: MemberSaid
         reports.job_report(core, worker, message.job_report)
     elif kind == "ranges_ready":
         reports.ranges_ready(core, worker, message.ranges_ready)
+    elif kind == "copies_started":
+        reports.copies_started(core, worker, message.copies_started)
 
 
 def _aggregator_said(

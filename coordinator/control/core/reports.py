@@ -52,10 +52,13 @@ def ranges_ready(core: Core, aggregator: Aggregator | Worker, message: pb.Ranges
 
 
 def job_report(core: Core, aggregator: Aggregator | Worker, report: pb.JobReport) -> None:
-    """Take in the root's report; any other owner of the current term is believed only a failure."""
+    """Take in the root's report; any other owner of the current term is believed a failure, and
+    with all-reduce who holds the job up."""
     job = _current(core, aggregator, report.job_id, report.term)
     if job is None:
         return
+    if job.all_reduce:
+        _watch_members(core, job, aggregator.id, report)
     if core.facts_of(job).ranges[0].aggregator_id != aggregator.id:
         if report.outcome == pb.JobReport.OUTCOME_FAILED:
             _failed(core, job, report)
@@ -66,7 +69,8 @@ def job_report(core: Core, aggregator: Aggregator | Worker, report: pb.JobReport
         _measure_steps(job, previous, report)
     incidents.committed(core, job, report)
     _announce_checkpoint(core, job, previous, report)
-    _watch_late(core, job, report)
+    if not job.all_reduce:
+        _watch_late(core, job, report)
     for outvoted in report.outvoted_workers:
         quarantine.outvoted(core, job, outvoted)
     quarantine.watch_verifiers(core, job, report)
@@ -84,7 +88,7 @@ def job_report(core: Core, aggregator: Aggregator | Worker, report: pb.JobReport
         core.publish(job.job_id, job.term_after, progress_only=True)
 
 
-def copies_started(core: Core, aggregator: Aggregator, message: pb.CopiesStarted) -> None:
+def copies_started(core: Core, aggregator: Aggregator | Worker, message: pb.CopiesStarted) -> None:
     """Tell that an aggregator has late shards computed a second time, by others."""
     job = _current(core, aggregator, message.job_id, message.term)
     if job is None:
@@ -157,6 +161,33 @@ def _watch_late(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
         if ready and worker_id not in job.set_aside:
             incidents.well(core, worker_id)
     job.late = set(late)
+
+
+def _watch_members(core: Core, job: JobRuntime, teller: str, report: pb.JobReport) -> None:
+    """A member for which another one waits for a lease takes no part any more: a new term begins.
+
+    One at a time, since it may be all that is wrong. Silence is another matter, with its own lease,
+    and who has not loaded the job yet is waited for. Who hears of nobody is the one to leave.
+    """
+    others = len(core.facts_of(job).ranges) - 1
+    waited = {each.worker_id: each.late_s for each in report.late_workers}
+    if len(waited) > 1 and 2 * len(waited) > others:
+        waited = {teller: max(waited.values())}
+    due = sorted(
+        (late_s, key) for key, late_s in waited.items() if _holds_up(core, job, key, late_s)
+    )
+    changing = job.operation is not None or job.set_aside.keys() & job.hosts.keys()
+    if due and not changing:
+        late_s, worker_id = due[-1]
+        hosting.set_aside(core, job, worker_id, late_s)
+        terms.advance(core, job)
+
+
+def _holds_up(core: Core, job: JobRuntime, worker_id: str, late_s: float) -> bool:
+    worker, hosted = core.workers.get(worker_id), job.hosts.get(worker_id)
+    if worker is None or hosted is None or not hosted.ready:
+        return False
+    return worker.state != WorkerView.STATE_SUSPECTED and late_s >= core.lease_ttl_s()
 
 
 def _not_heard_of(core: Core, job: JobRuntime, report: pb.JobReport) -> dict[str, float]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.aggregation.core.copies import (
+from phalanx.copies import (
     COPIES_MAX,
     PATIENCE_UNMEASURED_S,
     Copies,

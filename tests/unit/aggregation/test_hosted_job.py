@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from coordinator.aggregation import copying, hosting
-from coordinator.aggregation.core.copies import PATIENCE_UNMEASURED_S
 from coordinator.aggregation.core.effects import Points
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.hosting import HostedJob
+from phalanx.copies import PATIENCE_UNMEASURED_S
 from phalanx.errors import Aborted, FailedPrecondition
 from phalanx.frames import BLOCK_ELEMENTS
 from phalanx.optimizers import build_optimizer

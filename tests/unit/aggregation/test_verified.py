@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.aggregation.core.copies import PATIENCE_UNMEASURED_S
 from coordinator.aggregation.core.effects import Ask, Caught, Verified
 from coordinator.aggregation.core.making import make_ranges
 from coordinator.aggregation.core.verified import MISSING_AFTER_S
 from coordinator.aggregation.core.verifiers import LONG_LATE_S
+from phalanx.copies import PATIENCE_UNMEASURED_S
 from phalanx.errors import InvalidArgument
 from phalanx.frames import BLOCK_ELEMENTS
 from phalanx.reduction import Node

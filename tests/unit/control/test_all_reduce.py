@@ -198,3 +198,55 @@ def test_a_leaf_that_fails_is_tried_again_where_it_is_and_then_named(reducing: A
         assert shard in reducing.shards("w2")
     assert reducing.state() == "FAILED"
     assert reducing.job().failures[0].shard == shard
+
+
+def waits_for(cluster: Any, teller: str, late_s: float, *names: str) -> None:
+    late = [pb.LateWorker(worker_id=name, late_s=late_s) for name in names]
+    cluster.report("job-1", 3, owner=teller, late_workers=late)
+
+
+def test_a_member_that_holds_the_others_up_for_a_lease_takes_no_part_for_a_while(
+    reducing: Any,
+) -> None:
+    lease_s = reducing.core.lease_ttl_s()
+    waits_for(reducing, "w1", lease_s - 0.1, "w3")
+    assert (term(reducing), members(reducing)) == (1, ["w1", "w2", "w3"])
+    waits_for(reducing, "w2", lease_s + 0.1, "w3")
+    assert (term(reducing), members(reducing)) == (2, ["w1", "w2"])
+    covered(reducing)
+    suspected = next(each for each in reducing.events if each.type == "WORKER_SUSPECTED")
+    assert (suspected.worker_id, suspected.details["cause"]) == ("w3", "hang")
+    assert "STEPS_REPLAYED" not in reducing.types()
+    reducing.advance(lease_s + 0.5)
+    assert members(reducing) == ["w1", "w2", "w3"], "it is tried again"
+
+
+def test_of_two_that_do_not_hear_each_other_one_leaves(reducing: Any) -> None:
+    waits_for(reducing, "w2", 9.0, "w3")
+    waits_for(reducing, "w3", 9.0, "w2")
+    assert (term(reducing), members(reducing)) == (2, ["w1", "w2"])
+
+
+def test_a_member_that_hears_nobody_is_the_one_to_leave(reducing: Any) -> None:
+    waits_for(reducing, "w3", 9.0, "w1", "w2")
+    assert members(reducing) == ["w1", "w2"]
+
+
+def test_one_that_still_loads_the_job_is_waited_for(cluster: Any) -> None:
+    cluster.auto = False
+    for name in ("w1", "w2"):
+        join(cluster, name)
+    cluster.submit(edit=all_reduce)
+    cluster.describe(cluster.sessions[cluster.core.jobs["job-1"].describing], "job-1")
+    assert (term(cluster), members(cluster)) == (1, ["w1", "w2"])
+    waits_for(cluster, "w1", 9.0, "w2")
+    assert (term(cluster), members(cluster)) == (1, ["w1", "w2"])
+
+
+def test_copies_that_a_member_asks_for_are_told(reducing: Any) -> None:
+    copies = pb.CopiesStarted(
+        job_id="job-1", term=1, step=3, worker_id="w3", cause="late", shards=[11], copied_to=["w1"]
+    )
+    reducing.say(reducing.sessions["w2"], copies_started=copies)
+    told = next(each for each in reducing.events if each.type == "SPECULATION_STARTED")
+    assert (told.worker_id, told.details["workers"]) == ("w3", "w1")

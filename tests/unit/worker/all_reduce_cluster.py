@@ -117,6 +117,10 @@ class Member:
         counter = itertools.count(1)
         self.core = AllReduceJob(cluster.plan, self.dispatcher, lambda: next(counter), name)
         self.core.attach(self.arena.array)
+        self.core.elapsed = lambda: cluster.now_s
+        #: Its leaf never ends; its process does nothing at all.
+        self.hangs = self.stopped = False
+        self.told: list[coordination.CopiesStarted] = []
         self.builder = FrameBuilder()
         self.running = deque()
         self.committed: list[int] = []
@@ -153,6 +157,8 @@ class Member:
                     self.ended = effect.go
                 case do.Fail():
                     self.failures.append(effect.reason)
+                case do.Report() if effect.message.HasField("copies_started"):
+                    self.told.append(effect.message.copies_started)
         for task in self.dispatcher.start():
             self.running.append(task)
 
@@ -213,6 +219,7 @@ class Cluster:
         self.plan = plan
         self.members: dict[str, Member] = {}
         self.streams: list[Stream] = []
+        self.now_s = 0.0
         self.term = 0
         self.committed: list[tuple[int, int]] = []
         self.events = 0
@@ -273,12 +280,16 @@ class Cluster:
     def actions(self) -> list:
         found = []
         for member in self.members.values():
-            if member.running:
+            if member.stopped:
+                continue
+            if member.running and not member.hangs:
                 found.append((member.end_leaf,))
             if member.core.works:
                 found.append((lambda m=member: m.take(m.core.work()),))
         for stream in self.streams:
             client, server = stream.client, stream.server
+            if client.stopped or server.stopped:
+                continue
             if not stream.opened:
                 if server.core.joined and server.core.term == client.core.term:
                     found.append((self.open, stream))
@@ -327,6 +338,8 @@ class Cluster:
         self.delivered[kind if kind != "state" else f"state {header.state.vector}"] += 1
         if kind == "go_record":
             stream.client.take(stream.client.core.go_record(header.go_record))
+        elif kind == "copy_nodes":
+            stream.client.take(stream.client.core.copy_nodes(header.copy_nodes))
         else:
             stream.client.take(stream.client.core.owner_said(header, payload))
 
@@ -342,6 +355,19 @@ class Cluster:
             if until is not None and until():
                 return True
         return self.ended
+
+    def wait(self, seconds: float, until=None, each_s: float = 0.05) -> bool:
+        """Let time pass, and things happen as they may; whether `until` came true."""
+        end_s = self.now_s + seconds
+        while self.now_s < end_s:
+            self.run(until=until)
+            if until is not None and until():
+                return True
+            self.now_s += each_s
+            for member in self.members.values():
+                if not member.stopped:
+                    member.take(member.core.look())
+        return False
 
     @property
     def ended(self) -> bool:

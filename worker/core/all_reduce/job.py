@@ -17,11 +17,11 @@ A worker that hosts the job and is no member yet only prepares for it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from phalanx.copies import PATIENCE_UNMEASURED_S
 from phalanx.errors import DataLoss, InvalidArgument
 from phalanx.frames import encode_request, encode_response
 from phalanx.reduction import Node
@@ -30,9 +30,18 @@ from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import storage_service_pb2 as storage
 from phalanx.v1 import training_pb2
+from worker.core.all_reduce.late import LateShards, copies_started, copies_wanted
 from worker.core.all_reduce.owner import RangeOwner, stale_term
-from worker.core.all_reduce.replica import NONE, Array, Memory, NonFinite, Replica
+from worker.core.all_reduce.replica import (
+    NONE,
+    Array,
+    HeldVersions,
+    Memory,
+    NonFinite,
+    Replica,
+)
 from worker.core.all_reduce.root import TERMINAL_ACTIONS, Root
+from worker.core.all_reduce.serving import Serving
 from worker.core.dispatch import Dispatcher, Task
 from worker.core.effects import (
     Committed,
@@ -41,6 +50,7 @@ from worker.core.effects import (
     Fail,
     OpenStreams,
     Points,
+    Report,
     Restore,
     Serve,
     Snapshot,
@@ -51,45 +61,11 @@ from worker.core.effects import (
 from worker.core.job import JobCore
 from worker.core.outbox import FrameOut, GoOut, Outbox, RecallOut, StartsOut
 from worker.core.rounds import Part, Round
-from worker.core.versions import VersionAssembly
 
 GoRecord = training_pb2.GoRecord
 
-
-class _Versions(VersionAssembly):
-    """The version that a replica holds, as the rest of the job asks for it."""
-
-    def __init__(self, replica: Callable[[], Replica | None]) -> None:
-        super().__init__((), 4)
-        self._replica = replica
-
-    @property
-    def whole_version(self) -> int:
-        """The version that leaves read; -1: none."""
-        replica = self._replica()
-        return replica.version if replica is not None else NONE
-
-    @property
-    def held_versions(self) -> list[int]:
-        """The same, as a list."""
-        return [self.whole_version] if self.whole_version > NONE else []
-
-    def buffer_of(self, version: int) -> int:
-        """The buffer that holds a version."""
-        replica = self._replica()
-        assert replica is not None
-        return replica.buffer_of(version)
-
-
-@dataclass
-class _Served:
-    """A stream that another member opened here."""
-
-    member: str
-    position: int = 0
-    #: What the member held when it asked for the version that the term starts with.
-    asked: int | None = None
-    handing: Iterator[bytes] | None = None
+HELLO_S = PATIENCE_UNMEASURED_S
+"""A member that says no hello for so long, or sends nothing of its state, holds the term up."""
 
 
 class AllReduceJob(JobCore):
@@ -116,13 +92,19 @@ class AllReduceJob(JobCore):
         self._restore: storage.CheckpointManifest | None = None
         self._began: dict[str, int] = {}
         self._holder = ""
+        #: When something of what the term starts with came last.
+        self._came_s = 0.0
         #: Every member has said what it held, and this one holds what the term starts with.
         self._started = False
         self._failed = False
         self._due: dict[str, deque[bytes]] = {}
-        self._served: dict[object, _Served] = {}
+        self._serving = Serving(0)
         self._hash: bytes = b""
         self._snapshot_of = NONE
+        #: Only where elements are owned.
+        self._late: LateShards | None = None
+        #: Versions that owners of ranges ask for and that are not here yet.
+        self._asked: dict[str, int] = {}
 
     # Placement and term
 
@@ -142,8 +124,8 @@ class AllReduceJob(JobCore):
     def leave(self) -> list[Effect]:
         """The job was revoked: nothing of it is kept."""
         effects = super().leave()
-        self.replica = self.owner = self.root = None
-        self._served.clear()
+        self.replica = self.owner = self.root = self._late = None
+        self._serving = Serving(self.term)
         return effects
 
     def _start_term(self, message: coordination.AssignJob) -> list[Effect]:
@@ -157,7 +139,7 @@ class AllReduceJob(JobCore):
         others = [
             effect for effect in super()._start_term(message) if not isinstance(effect, OpenStreams)
         ]
-        self.versions = _Versions(lambda: self.replica)
+        self.versions = HeldVersions(lambda: self.replica)
         self._outbox = Outbox(
             message.ranges,
             _itemsize(message.plan),
@@ -172,16 +154,20 @@ class AllReduceJob(JobCore):
         self._began = {self.worker_id: held}
         self._holder, self._started, self._failed = "", False, False
         self._due = {member: deque() for member in self._members}
-        self._served.clear()
+        self._serving = Serving(self.term)
         self._hash, self._snapshot_of = b"", NONE
-        self.root = self.owner = None
+        self._asked.clear()
+        self.root = self.owner = self._late = None
         peers: tuple[tuple[str, str], ...] = ()
         for piece in message.ranges:
-            if piece.aggregator_id == self.worker_id:
+            # One that was started again is no member before the next term, and hosts no shard.
+            if piece.aggregator_id == self.worker_id and message.train_nodes:
                 self.owner = RangeOwner(message.plan, message.term, piece)
                 self._outbox.opened(self.worker_id, ())
                 if piece.index == 0:
                     self.root = Root(message.plan, message.term, self._members)
+                if piece.element_count:
+                    self._late = LateShards(self.worker_id, self._members)
         if self.owner is not None:
             owners = {piece.aggregator_id: piece.address for piece in message.ranges}
             del owners[self.worker_id]
@@ -208,6 +194,7 @@ class AllReduceJob(JobCore):
     def _ask(self, holder: str) -> list[Effect]:
         assert self.replica is not None
         wanted = pb.StateWanted(term=self.term)
+        self._came_s = self.elapsed()
         if self.replica.version > NONE:
             wanted.held_version = self.replica.version
         self._due[holder].append(encode_request(pb.ExchangeRequestHeader(state_wanted=wanted)))
@@ -216,7 +203,7 @@ class AllReduceJob(JobCore):
     def _start(self) -> list[Effect]:
         """This member holds what the term starts with."""
         self._started = True
-        effects: list[Effect] = [Serve(self.job_id)]
+        effects: list[Effect] = [Serve(self.job_id), *self._answer_late()]
         if self.root is not None:
             assert self.replica is not None
             try:
@@ -241,6 +228,7 @@ class AllReduceJob(JobCore):
         """The root decided."""
         if go.term == self.term and self.replica is not None:
             self.replica.remember(go)
+            self._expect(go)
         return super().go_record(go) + self._checkpoint()
 
     def pause(self) -> None:
@@ -277,40 +265,55 @@ class AllReduceJob(JobCore):
             raise InvalidArgument(f"{hello.worker_id} is no member of job {self.job_id}")
         if hello.term != self.term:
             raise stale_term(self.job_id, hello.term, self.term)
-        self._served[key] = _Served(hello.worker_id)
+        self._serving.opened(key, hello.worker_id)
+        if self._late is not None:
+            self._late.member_opened(hello.worker_id)
         held = hello.held_version if hello.HasField("held_version") else NONE
         self._began.setdefault(hello.worker_id, held)
         return self._settle()
 
     def member_closed(self, key: object) -> None:
         """A member's stream ended."""
-        self._served.pop(key, None)
+        member = self._serving.closed(key)
+        if member and self._late is not None:
+            self._late.member_closed(member)
 
     def member_said(
         self, key: object, header: pb.ExchangeRequestHeader, payload: memoryview
     ) -> list[Effect]:
         """Take one message of a member. Raises PhalanxError for what does not fit."""
-        kind = header.WhichOneof("message")
-        served = self._served.get(key)
+        kind, member = header.WhichOneof("message"), self._serving.member(key)
+        if not member:
+            return []  # of a term before
         if kind == "frame":
-            return self.contribute(header.frame, payload)
-        if kind == "state_wanted" and served is not None:
+            return self.contribute(header.frame, payload, member)
+        if kind == "state_wanted":
             wanted = header.state_wanted
-            served.asked = wanted.held_version if wanted.HasField("held_version") else NONE
+            held = wanted.held_version if wanted.HasField("held_version") else NONE
+            self._serving.wants_state(key, held)
             return [Serve(self.job_id)]
-        if kind == "state_hash" and served is not None:
+        if kind == "state_hash":
             hashed = header.state_hash
-            return self._hashed(served.member, hashed.version, hashed.sha256)
+            return self._hashed(member, hashed.version, hashed.sha256)
+        if kind == "version_held":
+            self._hear(header.version_held, member)
+            return self.look()
         raise InvalidArgument(f"a member sends frames, questions and hashes, not {kind!r}")
 
-    def contribute(self, frame: pb.ContributionFrame, payload: memoryview) -> list[Effect]:
+    def contribute(
+        self, frame: pb.ContributionFrame, payload: memoryview, member: str = ""
+    ) -> list[Effect]:
         """Add a frame, of another member or of this one, to the range that is owned here."""
         if self.owner is None or self._failed:
             return []
+        if self._late is not None:
+            self._watch(self._late, self.owner, frame, member or self.worker_id)
         try:
             reduced, evaluated = self.owner.contribute(frame, payload)
         except Disagreement as error:
             return self._fail("CONTRIBUTIONS_DISAGREE", str(error))
+        if self._late is not None:
+            self._late.turn(self.owner.open_round, self.elapsed())
         effects: list[Effect] = [Serve(self.job_id)] if reduced else []
         for part, values in reduced:
             effects += self._take_reduced(part, values)
@@ -321,22 +324,98 @@ class AllReduceJob(JobCore):
 
     def next_served(self, key: object) -> bytes | None:
         """What to send on a member's stream now; None: nothing until `Serve`."""
-        served, owner, replica = self._served.get(key), self.owner, self.replica
-        if served is None or owner is None or replica is None:
+        if self.owner is None or self.replica is None:
             return None
-        if served.asked is not None and self._started:
-            served.handing = replica.hand_over(self.term, served.asked)
-            served.asked = None
-        if served.handing is not None:
-            message = next(served.handing, None)
-            if message is not None:
-                return message
-            served.handing = None
-        found = owner.log.after(served.position)
-        if found is None:
-            return None
-        served.position, message = found
-        return message
+        return self._serving.next(key, self.owner.log, self.replica if self._started else None)
+
+    # Late shards
+
+    def look(self) -> list[Effect]:
+        """Have copied what is late; call it often while a round is open."""
+        if self._late is None or self._failed or self.replica is None:
+            return []
+        due = self._late.look(self.elapsed(), self.replica.version)
+        effects: list[Effect] = []
+        for member in due.questions:
+            asked = pb.VersionAsked(
+                term=self.term,
+                range=self._members.index(self.worker_id),
+                version=self._late.version,
+            )
+            effects += self._tell(member, pb.ExchangeResponseHeader(version_asked=asked))
+        for order in due.orders:
+            wanted = copies_wanted(self.term, order)
+            if order.worker_id == self.worker_id:
+                effects += self.copy_nodes(wanted)
+            else:
+                header = pb.ExchangeResponseHeader(copy_nodes=wanted)
+                effects += self._tell(order.worker_id, header)
+        effects += [Report(copies_started(self.job_id, self.term, each)) for each in due.started]
+        return effects
+
+    def unheard(self) -> dict[str, float]:
+        """Members that hold the job up, by what this one sees, and since how many seconds."""
+        now_s = self.elapsed()
+        if self.joined and len(self._began) < len(self._members):
+            silent = [member for member in self._members if member not in self._began]
+            return dict.fromkeys(silent, now_s) if now_s >= HELLO_S else {}
+        if not self._started and self._began.get(self._holder, NONE) > NONE:
+            waited_s = now_s - self._came_s
+            return {self._holder: waited_s} if waited_s >= HELLO_S else {}
+        return self._late.unheard(now_s) if self._late is not None else {}
+
+    def _tell(self, member: str, header: pb.ExchangeResponseHeader) -> list[Effect]:
+        return [Serve(self.job_id)] if self._serving.tell(member, header) else []
+
+    def _expect(self, go: GoRecord) -> None:
+        """Miss what does not come under a record for the version that is held here."""
+        if self._late is None or self.owner is None or go.version != self.versions.whole_version:
+            return
+        self.owner.expect(go)
+        self._late.turn(self.owner.open_round, self.elapsed())
+
+    def _watch(
+        self, late: LateShards, owner: RangeOwner, frame: pb.ContributionFrame, member: str
+    ) -> None:
+        owner.open(frame)
+        now_s = self.elapsed()
+        late.turn(owner.open_round, now_s)
+        node = Node(frame.node.first, frame.node.span)
+        late.frame(member, (frame.step, frame.round), node, copy=frame.copy, now_s=now_s)
+
+    def _hear(self, answer: pb.VersionHeld, member: str) -> None:
+        if self._late is not None and answer.term == self.term:
+            self._late.answered(
+                member,
+                answer.version,
+                self.elapsed(),
+                held=answer.held,
+                starting=answer.starting,
+            )
+
+    def _answer(self, asked: pb.VersionAsked) -> list[Effect]:
+        """The owner of a range asks for a version: say at once whether it is here."""
+        if not 0 <= asked.range < len(self._members):
+            return []
+        owner = self._members[asked.range]
+        self._asked[owner] = asked.version
+        return self._answer_late() or self._say_held(owner, asked.version, held=False)
+
+    def _answer_late(self) -> list[Effect]:
+        """Say to whoever asked that a version is here by now."""
+        version = self.versions.whole_version
+        here = [owner for owner, asked in self._asked.items() if self._started and asked <= version]
+        effects: list[Effect] = []
+        for owner in here:
+            effects += self._say_held(owner, self._asked.pop(owner), held=True)
+        return effects
+
+    def _say_held(self, owner: str, version: int, *, held: bool) -> list[Effect]:
+        answer = pb.VersionHeld(
+            term=self.term, held=held, version=version, starting=not self._started
+        )
+        self._due[owner].append(encode_request(pb.ExchangeRequestHeader(version_held=answer)))
+        return [Wake(self.job_id, owner)]
 
     # What owners of ranges send: reduced gradients, state
 
@@ -347,6 +426,8 @@ class AllReduceJob(JobCore):
             return self._take_reduced(header.reduced, payload)
         if kind == "state" and header.state.term == self.term:
             return self._take_state(header.state, payload)
+        if kind == "version_asked" and header.version_asked.term == self.term:
+            return self._answer(header.version_asked)
         return []
 
     def _take_reduced(self, frame: pb.ReducedFrame, payload: memoryview) -> list[Effect]:
@@ -369,6 +450,7 @@ class AllReduceJob(JobCore):
         replica = self.replica
         if replica is None or self._started:
             return []
+        self._came_s = self.elapsed()
         here = replica.taken_over(frame, payload)
         if replica.works:
             return [Work(self.job_id)]
@@ -388,7 +470,7 @@ class AllReduceJob(JobCore):
             return []
         if not self._started:
             return self._start()
-        effects: list[Effect] = []
+        effects = self._answer_late()
         if self.root is not None:
             effects.append(Committed(self.job_id, replica.version, replica.count))
             go = self.root.committed(replica, self.elapsed())

@@ -1,8 +1,8 @@
 """The range that one member of an all-reduce job reduces for all, in one term.
 
 Its round fills trees exactly as those of an aggregator do; what is complete goes to every member,
-frame by frame, and nobody applies anything here. A correct member sends contributions only under a
-go record, so the first frame of a round opens it.
+frame by frame, and nobody applies anything here. A go record opens a round, and so does its first
+frame, since a correct member sends contributions only under a go record.
 
 What is to be sent is kept encoded, once for all members, for two steps: a contribution at version
 v + 1 shows that its sender has all of step v, and every member contributes to every step.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from phalanx.copies import Key, OpenRound
 from phalanx.errors import Aborted, InvalidArgument
 from phalanx.frames import encode_response, frame_grid
 from phalanx.rounds import Round, RoundSpec
@@ -79,6 +80,26 @@ class RangeOwner:
         self._key = (NONE, NONE)
         self._round: Round | None = None
 
+    @property
+    def open_round(self) -> OpenRound | None:
+        """What is open and not complete, for `LateShards`."""
+        round = self._round
+        if round is None:
+            return None
+        spec = round.spec
+        return OpenRound(self._key, spec.action, spec.width, lambda: round.missing)
+
+    def expect(self, go: GoRecord) -> None:
+        """Open the round of a go record, so that what never comes can be missed."""
+        evaluates = go.action == GoRecord.ACTION_EVALUATE
+        if (evaluates and self.piece.index == 0) or go.action == GoRecord.ACTION_TRAIN:
+            self._open((go.version, go.round), evaluates=evaluates)
+
+    def open(self, frame: pb.ContributionFrame) -> None:
+        """Open the round of a frame if it is a new one. Raises `InvalidArgument`."""
+        self._check(frame)
+        self._open((frame.step, frame.round), evaluates=frame.vector == "evaluation")
+
     def contribute(
         self, frame: pb.ContributionFrame, payload: memoryview
     ) -> tuple[list[tuple[pb.ReducedFrame, memoryview]], Evaluated | None]:
@@ -87,14 +108,9 @@ class RangeOwner:
         Copies and frames of rounds that are over change nothing. Raises `InvalidArgument` for what
         does not fit and `Disagreement` where two copies are not equal.
         """
-        self._check(frame)
-        key = (frame.step, frame.round)
-        if key < self._key:
-            return [], None
-        if key > self._key:
-            self._key, self._round = key, self._opened(frame)
+        self.open(frame)
         round = self._round
-        if round is None:
+        if round is None or (frame.step, frame.round) < self._key:
             return [], None
         with np.errstate(over="ignore", invalid="ignore"):
             done = round.contribute(frame, payload)
@@ -118,12 +134,15 @@ class RangeOwner:
         if frame.vector == "evaluation" and self.piece.index != 0:
             raise InvalidArgument("evaluations are reduced by the owner of range 0")
 
-    def _opened(self, frame: pb.ContributionFrame) -> Round:
-        plan, evaluates = self._plan, frame.vector == "evaluation"
-        return Round(
+    def _open(self, key: Key, *, evaluates: bool) -> None:
+        if key <= self._key:
+            return
+        plan = self._plan
+        self._key = key
+        self._round = Round(
             RoundSpec(
-                version=frame.step,
-                number=frame.round,
+                version=key[0],
+                number=key[1],
                 action=GoRecord.ACTION_EVALUATE if evaluates else GoRecord.ACTION_TRAIN,
                 vector="evaluation" if evaluates else "gradient",
                 dtype=np.dtype("<f8") if evaluates else self._dtype,

@@ -26,6 +26,7 @@ from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import GoRecord
+from worker.core.versions import VersionAssembly
 
 Array = NDArray[Any]
 Memory = Callable[[int], Array]
@@ -305,6 +306,31 @@ class Replica:
 
     def _zeros(self) -> dict[str, Array]:
         return {name: np.zeros(self._size, self.dtype) for name in self._optimizer.state_names}
+
+
+class HeldVersions(VersionAssembly):
+    """The version that a replica holds, as the rest of the job asks for it."""
+
+    def __init__(self, replica: Callable[[], Replica | None]) -> None:
+        super().__init__((), 4)
+        self._replica = replica
+
+    @property
+    def whole_version(self) -> int:
+        """The version that leaves read; -1: none."""
+        replica = self._replica()
+        return replica.version if replica is not None else NONE
+
+    @property
+    def held_versions(self) -> list[int]:
+        """The same, as a list."""
+        return [self.whole_version] if self.whole_version > NONE else []
+
+    def buffer_of(self, version: int) -> int:
+        """The buffer that holds a version."""
+        replica = self._replica()
+        assert replica is not None
+        return replica.buffer_of(version)
 
 
 def _decay(

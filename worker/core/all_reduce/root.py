@@ -85,7 +85,7 @@ class Root:
             self._owed = not go.checkpoint
         if go.checkpoint:
             self._checkpoint, self._hashes = go, {}
-        go.root_state = self.state()
+        go.root_state = self._state(go)
         return go
 
     # -- checkpoints
@@ -112,9 +112,12 @@ class Root:
         if self._checkpoint is not None and self._checkpoint.version == version:
             self._checkpoint = None
 
-    def state(self) -> str:
-        """What another root, or a checkpoint, needs of this one, as JSON."""
+    def _state(self, go: GoRecord) -> str:
+        """What another root, or a checkpoint, needs of this one, as JSON; at the end with the
+        reason of that, since the report that says so may be lost."""
         state: dict[str, Any] = json.loads(self.decider.state())
         state["examples_lost"] = self.examples_lost
         state["examples_doubled"] = self.examples_doubled
+        if go.action == GoRecord.ACTION_STOP:
+            state["stop_reason"] = go.reason
         return json.dumps(state, sort_keys=True)

@@ -33,6 +33,9 @@ from worker.session.setup import PreparedJob
 GetStorage = Callable[[], Awaitable[StorageClient]]
 Perform = Callable[[list[do.Effect]], None]
 
+LOOK_EVERY_S = 0.025
+"""Between two looks at what is late."""
+
 _log = get_logger(__name__)
 
 
@@ -67,7 +70,10 @@ class HostedAllReduce(HostedJob):
         self._looping = self._working = False
         #: Version → the copy that was hashed, until it is written or not needed.
         self._copies: dict[int, dict[str, Array]] = {}
-        self._reporter = asyncio.create_task(self._report_often())
+        self._loops = [
+            asyncio.create_task(self._report_often()),
+            asyncio.create_task(self._look_often()),
+        ]
 
     # -- the term
 
@@ -94,7 +100,7 @@ class HostedAllReduce(HostedJob):
         """End everything; the caller releases what was prepared."""
         job_id = self.core.job_id
         gone = Unavailable(f"job {job_id} is not here any more", reason="RANGES_RELEASED")
-        tasks = [self._reporter, *self._tasks]
+        tasks = [*self._loops, *self._tasks]
         self._end_term(gone)
         for task in tasks:
             task.cancel()
@@ -235,6 +241,12 @@ class HostedAllReduce(HostedJob):
         while True:
             await asyncio.sleep(REPORT_EVERY_S)
             self.reports.look()
+
+    async def _look_often(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            if effects := self.all_reduce.look():
+                self._perform(effects)
 
     # -- checkpoints
 

@@ -80,6 +80,10 @@ class RootReports:
     def look(self) -> None:
         """Tell what is new; call it every `REPORT_EVERY_S`."""
         self._flush_points()
+        if self._final is None and self._core.unheard() and self._connected():
+            # Not only the root sees who holds the job up.
+            report = self._made(Report.OUTCOME_RUNNING)
+            self._send(coordination.SessionRequest(job_report=report))
         if self._core.root is None or self._final is not None:
             return
         if (self._core.versions.whole_version, self.checkpoint_step) != self._reported:
@@ -146,6 +150,10 @@ class RootReports:
             failure=failure,
             steps_replayed=self.steps_replayed,
             last_commit_unix_nanos=self._last_commit_unix_nanos,
+            late_workers=[
+                coordination.LateWorker(worker_id=worker_id, late_s=late_s)
+                for worker_id, late_s in sorted(self._core.unheard().items())
+            ],
         )
         if root is not None:
             decider = root.decider
