@@ -26,7 +26,7 @@ import worker.session.setup
 import worker.session.slots
 from coordinator.aggregation.config import AggregatorConfig
 from coordinator.control.config import ControlConfig
-from coordinator.control.core import ownership
+from coordinator.control.core import members, ownership
 from phalanx.testing.simulation import Network, Process, World
 from phalanx.testing.simulation.clocks import Environment, environment
 from phalanx.testing.simulation.network import Link
@@ -42,7 +42,7 @@ STORAGE = "storage:7420"
 BLOCK_ELEMENTS = 32
 FRAME_BYTES = 2 * BLOCK_ELEMENTS * 4
 RUNS_PER_COLLECTION = 8
-_PORTS = {"control": 7410, "aggregator": 7430}
+_PORTS = {"control": 7410, "aggregator": 7430, "worker": 7440}
 
 
 class _Nothing:
@@ -120,7 +120,8 @@ class Services:
         self._measure_nothing()
         self._replace_machine()
         made.replace(phalanx.frames, "BLOCK_ELEMENTS", BLOCK_ELEMENTS)
-        for module in (ownership, phalanx.compressors.base, phalanx.reducers.contributions):
+        blocks = (members, ownership, phalanx.compressors.base, phalanx.reducers.contributions)
+        for module in blocks:
             made.replace(module, "BLOCK_ELEMENTS", BLOCK_ELEMENTS)
         made.replace(phalanx.frames.frame_grid, "__defaults__", (FRAME_BYTES,))
 
@@ -340,6 +341,7 @@ class Cluster:
     async def _worker(self, name: str, stop: asyncio.Event) -> None:
         config = WorkerConfig(
             id=name,
+            listen=f"{name}:{_PORTS['worker']}",
             control=self.control_addresses,
             storage=(STORAGE,),
             metrics_listen=None,

@@ -27,9 +27,10 @@ from phalanx.optimizers import (
 )
 from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import reduce_leaves
-from phalanx.specs.parts import state_every, unit_span
+from phalanx.specs.parts import all_reduces, state_every, unit_span
 from phalanx.v1 import training_pb2
 from phalanx.v1.job_spec_pb2 import Compression, JobSpec, Reduction, Train, Verification
+from tests.simulation.parts import ALL_REDUCE
 
 Array = NDArray[Any]
 
@@ -113,7 +114,7 @@ VERIFIED: dict[str, dict[str, Any]] = {
 }
 """The same for jobs whose contributions are compared: these need enough workers."""
 
-ALL_PARTS = PARTS | ONE_BY_ONE | VERIFIED
+ALL_PARTS = PARTS | ONE_BY_ONE | VERIFIED | ALL_REDUCE
 
 BAD = ("poison", "nan", "skip", "crash")
 """What a job's name may begin with, and how the leaf of one shard in one step is bad then: it
@@ -248,13 +249,9 @@ def shape_of_spec(spec: JobSpec, fingerprint: str) -> Shape:
     )
 
 
-def _consistency_of(train: Train) -> tuple[int, int, bytes, int]:
-    return (
-        train.synchronous.backup_shards,
-        train.local.steps,
-        train.asynchronous.SerializeToString(),
-        train.stale.bound,
-    )
+def _consistency_of(train: Train) -> tuple[int, int, bytes, int, bool]:
+    one_by_one = train.asynchronous.SerializeToString(), train.stale.bound, all_reduces(train)
+    return train.synchronous.backup_shards, train.local.steps, *one_by_one
 
 
 @functools.lru_cache(maxsize=64)
@@ -262,7 +259,7 @@ def _parts_of(
     reduction: bytes,
     compression: bytes,
     clip_norm: float,
-    consistency: tuple[int, int, bytes, int],
+    consistency: tuple[int, int, bytes, int, bool],
     verification: bytes,
 ) -> str:
     parts = Reduction.FromString(reduction), Compression.FromString(compression), clip_norm

@@ -13,7 +13,7 @@ from phalanx.testing.simulation import Network, World
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.testing.simulation.faults import Schedule
 from phalanx.testing.simulation.loop import SimulationFailed
-from tests.simulation import jobs, last, wishes
+from tests.simulation import jobs, last, reducing, wishes
 from tests.simulation.cluster import STORAGE, Cluster, Services
 from tests.simulation.faults import Faults, fault_kinds
 from tests.simulation.ledger import Ledger
@@ -129,6 +129,12 @@ class Outcome:
     copies_asked: int = 0
     copies_raced: int = 0
     """Copies of late shards that were asked for; shards that came as a copy and from home."""
+    reduced: int = 0
+    """Steps that workers committed who reduce among themselves."""
+    caught_up: int = 0
+    """Members that were one step behind and were sent the gradient that others had kept."""
+    brought_up: int = 0
+    """Members that were sent everything."""
     trace: str = ""
 
 
@@ -230,6 +236,7 @@ class Run:
         self.ledger.liars = self.cluster.machines.liars
         self.ledger.running_jobs_max = settings.running_jobs_max
         self.races = Races(self.oracle.moments)
+        self.members = reducing.Members(self.oracle)
         self.faults = Faults(self.cluster, self.oracle.moments)
         self.last = last.LastStrike(
             self.cluster, self.faults, settings.last, random.Random(f"last strike {seed}")
@@ -255,6 +262,7 @@ class Run:
         self.oracle.install(self._watched)
         self.ledger.install(self._watched)
         self.races.install(self._watched)
+        self.members.install(self._watched)
         self.cluster.start_all()
         self.world.start("user-1", self.user.run)
         if self.settings.neighbour:
@@ -318,6 +326,10 @@ class Run:
         outcome.lies = self.cluster.machines.lies
         outcome.quarantines = self.ledger.quarantines
         outcome.copies_asked, outcome.copies_raced = self.races.asked, self.races.raced
+        members = self.members
+        outcome.copies_asked += members.copied
+        outcome.reduced, outcome.caught_up = members.committed, members.caught_up
+        outcome.brought_up = members.brought_up
         if user.repeats:
             outcome.faults["call_repeated"] += user.repeats
         if user.pauses:
@@ -393,6 +405,7 @@ def simulate(
         settings = draw_verified(settings, random.Random(f"verified {seed}"))
         settings = draw_unequal(settings, random.Random(f"unequal {seed}"))
         settings = wishes.drawn(settings, random.Random(f"wishes {seed}"), draw_shape)
+        settings = reducing.drawn(settings, random.Random(f"all-reduce {seed}"))
     if any(shape.tolerant for shape in settings.shapes):
         # Such a job takes everybody, whatever bits they compute.
         settings = replace(settings, mixed=False)
