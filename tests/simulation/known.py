@@ -28,6 +28,7 @@ _HEALED = (("lasting", False),)
 _CONTROLS = (("controls", 3),)
 _RANGES = (("aggregators", 2), ("range_min_bytes", 64))
 _TWO_LEADERS = (("controls", 3), ("faults_s", 18.0), ("script", "two_leaders"))
+_REDUCING = (("workers", 3), ("parts", "all-reduce"))
 _STREAMS = ("broken_connections", "kill_worker", "pause_worker", "worker_joins", "worker_leaves")
 
 KNOWN = {
@@ -130,6 +131,11 @@ KNOWN = {
     "workers do not carry go records": Known(3, settings=_HEALED),
     "workers do not carry go records again": Known(1, settings=_HEALED),
     "a worker obeys an old generation": Known(0, (), _TWO_LEADERS),
+    "a member applies a part of a gradient": Known(0, (), _REDUCING),
+    "those who are ahead do the step again": Known(
+        0, (), (*_REDUCING, ("strike", "range_ahead worker kill"))
+    ),
+    "the gradient of the last step is not kept": Known(0, (), _REDUCING),
     "effects do not wait for their records": Known(0),
     "records count as durable before they are written": Known(0),
     "the journal is cut before its snapshot is written": Known(3, settings=_HEALED),

@@ -6,9 +6,8 @@
 A mutant is a function and a change of its text. `rule` is the rule of the data plane that it takes
 out: 1 whole versions, 2 terms and generations, 3 the root decides, 5 nodes, 6 non-finite leaves,
 7 no producer waits, 8 budgets, 9 checkpoints, 11 roll-back, 12 leases, 14 the number of ranges does
-not matter, 15 verification, 16 fingerprint; 0 where it is a rule of control, of storage, of copies
-or of leaves. Rules that belong to what is refused still are in `NOT_BUILT`, those that are broken
-on purpose in other tests in `ELSEWHERE`.
+not matter, 13 all-reduce, 15 verification, 16 fingerprint; 0 where it is a rule of control, of
+storage, of copies or of leaves. Rules that belong to what is refused still are in `NOT_BUILT`.
 """
 
 from __future__ import annotations
@@ -103,6 +102,7 @@ _CHECKPOINTS = "storage.core.checkpoints"
 _REDUCER = "phalanx.reduction:TreeReducer"
 _VERSIONS = "worker.core.versions:VersionAssembly"
 _OUTBOX = "worker.core.outbox:Outbox"
+_REPLICA = "worker.core.all_reduce.replica"
 _JOURNAL = f"{_CONTROL}.journal:JournalWriter"
 
 _ARRIVAL_ORDER = """\
@@ -166,9 +166,6 @@ NOT_BUILT = {
     14: ("train.privacy",),
 }
 """Rules of the data plane, or parts of them, about fields of jobs that are refused so far."""
-
-ELSEWHERE = {13: "tests/unit/worker/test_all_reduce.py"}
-"""Rules of jobs that the simulator does not run: another test plants their bugs."""
 
 MUTANTS = (
     # Storage
@@ -428,6 +425,20 @@ MUTANTS = (
                 "if message.generation < self.generation:", "if False:",
             ),
             _TRUST,
+    ),
+    # Workers that reduce among themselves
+    _one(
+        "a member applies a part of a gradient", 13, f"{_REPLICA}:Gradient.take",
+        "self._left -= count", "self._left = 0",
+    ),
+    _one(
+        "those who are ahead do the step again", 13,
+        "worker.core.all_reduce.job:AllReduceJob._settle", "best = max(", "best = min(",
+    ),
+    _one(
+        "the gradient of the last step is not kept", 13, f"{_REPLICA}:Replica.work",
+        "self._kept, self._open, self._done = gradient, None, 0",
+        "self._kept, self._open, self._done = None, None, 0",
     ),
     # Control
     _one(

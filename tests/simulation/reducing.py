@@ -112,7 +112,10 @@ class Members:
         key = (core.job_id, core.term)
         if version > self._newest.get(key, 0):
             self._newest[key] = version
-            self._oracle.moments.met("range_ahead", core.worker_id)
+            # Of the one that is ahead, and of one that is behind, by turns.
+            others = [member for member in core._members if member != core.worker_id]
+            about = others[-1] if others and version % 2 else core.worker_id
+            self._oracle.moments.met("range_ahead", about)
 
     def _worked(self, core: AllReduceJob, before: int, effects: list[Any]) -> None:
         replica = core.replica
