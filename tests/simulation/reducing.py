@@ -23,7 +23,7 @@ from worker.core.all_reduce.late import LateShards
 from worker.core.all_reduce.replica import NONE, Replica
 from worker.core.effects import Committed, Points
 
-SHARE = 0.15
+SHARE = 0.25
 """Part of the swarm's runs in which the jobs are such."""
 
 
