@@ -29,7 +29,7 @@ SHARE = 0.25
 
 def drawn(settings: Any, chance: random.Random) -> Any:
     """The settings of a run of the swarm, in some of which workers reduce among themselves."""
-    taken = settings.parts or any(shape.tolerant for shape in settings.shapes)
+    taken = settings.parts or settings.wishes or any(shape.tolerant for shape in settings.shapes)
     if taken or any(shape.parts in jobs.VERIFIED for shape in settings.shapes):
         return settings
     if chance.random() >= SHARE:
