@@ -14,6 +14,7 @@ from bench.reliability.rows import Row, Rows
 
 SEEDS, QUICK_SEEDS = 10_000, 40
 ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / "out" / "simulated-seeds.jsonl"
 
 
 def run(command: str, *, quick: bool) -> list[Row]:
@@ -22,6 +23,8 @@ def run(command: str, *, quick: bool) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "summary.json"
         arguments = ["--seeds", str(seeds), "--processes", str(os.cpu_count() or 1)]
+        if not quick:
+            arguments += ["--keep", str(KEPT)]  # an hour of work, which may be broken off
         # Exit code 1 says that a seed failed; the summary says which, and becomes a row.
         subprocess.run(
             [sys.executable, "-m", "tests.simulation", *arguments, "--json", str(path)],
@@ -29,6 +32,8 @@ def run(command: str, *, quick: bool) -> list[Row]:
             check=False,
         )
         found = json.loads(path.read_text())
+    if not quick:
+        KEPT.unlink(missing_ok=True)
     return rows_of(found, command, quick=quick)
 
 

@@ -1,6 +1,7 @@
 """Runs many seeds of the simulator, or one again.
 
     python -m tests.simulation --seeds 10000 --processes 2 --json summary.json
+    python -m tests.simulation --seeds 10000 --keep seeds.jsonl   # may be broken off, and goes on
     python -m tests.simulation --replay 4711                 # what happened, line by line
 
 The summary is one JSON object:
@@ -8,7 +9,8 @@ The summary is one JSON object:
     first, seeds, processes, wall_s        what was run, and how long that took
     cpu_s                                  processor seconds of all runs together
     transitions                            events handled by cores, see `oracle`
-    transitions_per_s                      of them by wall clock, all processes together
+    transitions_per_s                      of them by wall clock, all processes together; with
+                                           --keep, of the seeds that were run this time
     transitions_per_cpu_s                  of them per processor second
     steps_per_seed, virtual_s_per_seed     committed steps and virtual seconds, on average
     faults                                 how often each kind of fault fired
@@ -42,11 +44,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from tests.simulation.batch import replay, run_in_processes, summary, told
 from tests.simulation.cluster import services
+from tests.simulation.kept import Kept
 from tests.simulation.runs import Outcome, simulate
 
 
@@ -61,18 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--processes", type=int, default=1, help="how many at once")
     parser.add_argument("--json", type=Path, help="file for the summary; else standard output")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="file of outcomes: what it has of the same code is not run again",
+    )
     parser.add_argument("--replay", type=int, help="run this one seed and tell what happens")
     given = parser.parse_args(argv)
     if given.replay is not None:
         return 1 if replay(given.replay, print) else 0
-    started = time.perf_counter()
+    kept = Kept(given.keep) if given.keep is not None else None
     seeds = range(given.first, given.first + given.seeds)
-    if given.processes == 1:
-        with services() as entered:
-            outcomes = [_told(simulate(entered, seed)) for seed in seeds]
-    else:
-        outcomes = [_told(each) for each in run_in_processes(seeds, given.processes)]
-    found = summary(outcomes, given.processes, time.perf_counter() - started)
+    known = [] if kept is None else [kept.outcomes[each] for each in seeds if each in kept.outcomes]
+    left = [each for each in seeds if kept is None or each not in kept.outcomes]
+    started = time.perf_counter()
+    fresh = _run(left, given.processes, kept)
+    wall_s = time.perf_counter() - started
+    found = summary([*known, *fresh], given.processes, wall_s, timed=fresh or known)
     text = json.dumps(found, indent=1)
     if given.json is None:
         print(text)
@@ -81,11 +90,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if found["failures"] or found["vacuous"] else 0
 
 
-def _told(outcome: Outcome) -> Outcome:
-    """Say at once where a seed failed."""
-    if outcome.failure:
-        print(told(outcome), file=sys.stderr, flush=True)
-    return outcome
+def _run(seeds: Sequence[int], processes: int, kept: Kept | None) -> list[Outcome]:
+    """Run seeds, in this process or in several; say at once where one failed."""
+    outcomes = []
+    with ExitStack() as stack:
+        if processes == 1:
+            entered = stack.enter_context(services())
+            running: Iterator[Outcome] = (simulate(entered, seed) for seed in seeds)
+        else:
+            running = run_in_processes(seeds, processes)
+        for outcome in running:
+            if outcome.failure:
+                print(told(outcome), file=sys.stderr, flush=True)
+            if kept is not None:
+                kept.add(outcome)
+            outcomes.append(outcome)
+    if kept is not None:
+        kept.close()
+    return outcomes
 
 
 if __name__ == "__main__":

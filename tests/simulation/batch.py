@@ -71,8 +71,16 @@ def command(seed: int) -> str:
     return f"python -m tests.simulation --replay {seed}"
 
 
-def summary(outcomes: Sequence[Outcome], processes: int, wall_s: float) -> dict[str, Any]:
-    """Add outcomes up; see `__main__` for the meaning of each number."""
+def summary(
+    outcomes: Sequence[Outcome],
+    processes: int,
+    wall_s: float,
+    timed: Sequence[Outcome] | None = None,
+) -> dict[str, Any]:
+    """Add outcomes up; see `__main__` for the meaning of each number.
+
+    `timed` are those that took `wall_s`, where these are not all of them.
+    """
     count = max(1, len(outcomes))
     faults: Counter[str] = Counter()
     one_by_one: Counter[str] = Counter()
@@ -82,6 +90,7 @@ def summary(outcomes: Sequence[Outcome], processes: int, wall_s: float) -> dict[
     jobs, equal = sum(each.jobs for each in outcomes), sum(each.sha_equal for each in outcomes)
     cancelled = sum(each.cancelled for each in outcomes)
     transitions = sum(each.transitions for each in outcomes)
+    in_wall = sum(each.transitions for each in (outcomes if timed is None else timed))
     cpu_s = sum(each.cpu_s for each in outcomes)
     found: dict[str, Any] = {
         "first": min((each.seed for each in outcomes), default=0),
@@ -90,7 +99,7 @@ def summary(outcomes: Sequence[Outcome], processes: int, wall_s: float) -> dict[
         "wall_s": round(wall_s, 1),
         "cpu_s": round(cpu_s, 1),
         "transitions": transitions,
-        "transitions_per_s": round(transitions / max(1e-9, wall_s)),
+        "transitions_per_s": round(in_wall / max(1e-9, wall_s)),
         "transitions_per_cpu_s": round(transitions / max(1e-9, cpu_s)),
         "steps_per_seed": sum(each.steps for each in outcomes) / count,
         "virtual_s_per_seed": sum(each.virtual_s for each in outcomes) / count,
