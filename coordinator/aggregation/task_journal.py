@@ -28,6 +28,11 @@ class TaskJournal:
         self._stream = journal_stream(job_id)
         self._waits = waits
         self._next = 0
+        self._appender = storage.journal_appender()
+
+    def close(self) -> None:
+        """Nothing is appended any more."""
+        self._appender.close()
 
     async def read(self, term: int) -> list[TaskRecord]:
         """Return the records that were not read yet.
@@ -62,9 +67,7 @@ class TaskJournal:
                 pins = [pb.Pin(blob=digest) for digest in digests]
                 await self._storage.set_pins(holder, pins)
             try:
-                return await self._storage.append_journal(
-                    self._stream, [payload], expected_sequence=self._next
-                )
+                return await self._appender.append(self._stream, [payload], self._next)
             except Aborted:
                 # The answer to an earlier attempt may have been lost.
                 found = self._storage.read_journal(self._stream, self._next, 1)

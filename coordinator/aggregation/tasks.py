@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from coordinator.aggregation.core.dispatch.dispatcher import Dispatcher
 from coordinator.aggregation.core.dispatch.events import (
     Append,
     Appended,
+    Durable,
     Event,
     Failed,
     Finished,
@@ -199,6 +200,7 @@ class HostedTasks:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._journal.close()
         if self._admitted:
             self._metrics.per_job.end(self.ranges.plan.job_id, time.monotonic())
 
@@ -222,6 +224,8 @@ class HostedTasks:
                         outbox.add(effect)
                 case Append():
                     self._spawn(self._append(effect.record))
+                case Durable() if self._admitted:
+                    self._observe(effect.round_trips_s)
                 case Moved():
                     self._moved(effect)
                 case Finished():
@@ -252,6 +256,11 @@ class HostedTasks:
         while self._commits[0][0] < now_s - _RATE_WINDOW_S and len(self._commits) > 2:
             self._commits.popleft()
         self.handle(Appended())
+
+    def _observe(self, round_trips_s: Iterable[float]) -> None:
+        histogram = self._metrics.task_round_trip_seconds.labels(self.ranges.plan.job_id)
+        for seconds in round_trips_s:
+            histogram.observe(seconds)
 
     def _moved(self, effect: Moved) -> None:
         """Tell of tasks that others run as well, at most once a second."""

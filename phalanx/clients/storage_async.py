@@ -9,6 +9,7 @@ import grpc.aio
 
 from phalanx.clients.blob_sources import BlobSource
 from phalanx.clients.blob_transfers import STREAM_TIMEOUT_S, BlobTransfers
+from phalanx.clients.journal_appender import JournalAppender
 from phalanx.errors import Aborted, InvalidArgument, NotFound
 from phalanx.ids import new_request_id
 from phalanx.rpc.channel import ATTEMPTS, MESSAGE_LIMIT_BYTES, call_with_retry, open_channel
@@ -159,6 +160,10 @@ class StorageClient:
                 return expected_sequence + len(records)
             raise
         return int(response.next_sequence)
+
+    def journal_appender(self) -> JournalAppender:
+        """Return what appends to a journal again and again, one append at a time."""
+        return JournalAppender(self._storage.AppendJournals, self._timeout_s)
 
     async def read_journal(
         self,

@@ -148,6 +148,12 @@ class AggregatorMetrics:
             _VERSIONS,
             "job_id",
         )
+        self.task_round_trip_seconds = make.histogram(
+            "task_round_trip_seconds",
+            "Time from handing a task out until its result is durable, without its call.",
+            _FAST_S,
+            "job_id",
+        )
         self.wire_bytes_total = make.counter(
             "wire_bytes_total", "Bytes of tensor frames.", "job_id", "direction", "encoding"
         )

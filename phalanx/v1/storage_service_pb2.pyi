@@ -331,6 +331,46 @@ class AppendJournalResponse(_message.Message):
 Global___AppendJournalResponse: _TypeAlias = AppendJournalResponse  # noqa: Y015
 
 @_typing.final
+class AppendJournalsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPEND_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def append(self) -> Global___AppendJournalRequest: ...
+    def __init__(
+        self,
+        *,
+        append: Global___AppendJournalRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["append", b"append"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppendJournalsRequest: _TypeAlias = AppendJournalsRequest  # noqa: Y015
+
+@_typing.final
+class AppendJournalsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPENDED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def appended(self) -> Global___AppendJournalResponse: ...
+    def __init__(
+        self,
+        *,
+        appended: Global___AppendJournalResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["appended", b"appended"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended", b"appended"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppendJournalsResponse: _TypeAlias = AppendJournalsResponse  # noqa: Y015
+
+@_typing.final
 class ReadJournalRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -60,6 +60,11 @@ class StorageServiceStub:
                 request_serializer=phalanx_dot_v1_dot_storage__service__pb2.AppendJournalRequest.SerializeToString,
                 response_deserializer=phalanx_dot_v1_dot_storage__service__pb2.AppendJournalResponse.FromString,
                 _registered_method=True)
+        self.AppendJournals = channel.stream_stream(
+                '/phalanx.v1.StorageService/AppendJournals',
+                request_serializer=phalanx_dot_v1_dot_storage__service__pb2.AppendJournalsRequest.SerializeToString,
+                response_deserializer=phalanx_dot_v1_dot_storage__service__pb2.AppendJournalsResponse.FromString,
+                _registered_method=True)
         self.ReadJournal = channel.unary_stream(
                 '/phalanx.v1.StorageService/ReadJournal',
                 request_serializer=phalanx_dot_v1_dot_storage__service__pb2.ReadJournalRequest.SerializeToString,
@@ -173,6 +178,14 @@ class StorageServiceServicer:
     def AppendJournal(self, request, context):
         """Appends if the stream's next sequence is the expected one and the fence
         token is current; all records or none; durable when answered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AppendJournals(self, request_iterator, context):
+        """The same for one append after another, without the cost of a call for each. Answers come in order; the first append
+        that fails ends the stream with its error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -312,6 +325,11 @@ def add_StorageServiceServicer_to_server(servicer, server):
                     servicer.AppendJournal,
                     request_deserializer=phalanx_dot_v1_dot_storage__service__pb2.AppendJournalRequest.FromString,
                     response_serializer=phalanx_dot_v1_dot_storage__service__pb2.AppendJournalResponse.SerializeToString,
+            ),
+            'AppendJournals': grpc.stream_stream_rpc_method_handler(
+                    servicer.AppendJournals,
+                    request_deserializer=phalanx_dot_v1_dot_storage__service__pb2.AppendJournalsRequest.FromString,
+                    response_serializer=phalanx_dot_v1_dot_storage__service__pb2.AppendJournalsResponse.SerializeToString,
             ),
             'ReadJournal': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadJournal,
@@ -525,6 +543,33 @@ class StorageService:
             '/phalanx.v1.StorageService/AppendJournal',
             phalanx_dot_v1_dot_storage__service__pb2.AppendJournalRequest.SerializeToString,
             phalanx_dot_v1_dot_storage__service__pb2.AppendJournalResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AppendJournals(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/phalanx.v1.StorageService/AppendJournals',
+            phalanx_dot_v1_dot_storage__service__pb2.AppendJournalsRequest.SerializeToString,
+            phalanx_dot_v1_dot_storage__service__pb2.AppendJournalsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -30,6 +30,10 @@ class StorageServiceStub:
     """Appends if the stream's next sequence is the expected one and the fence
     token is current; all records or none; durable when answered.
     """
+    AppendJournals: _aio.StreamStreamMultiCallable[_storage_service_pb2.AppendJournalsRequest, _storage_service_pb2.AppendJournalsResponse]
+    """The same for one append after another, without the cost of a call for each. Answers come in order; the first append
+    that fails ends the stream with its error.
+    """
     ReadJournal: _aio.UnaryStreamMultiCallable[_storage_service_pb2.ReadJournalRequest, _storage_service_pb2.ReadJournalResponse]
     """Reads records in order."""
     TruncateJournal: _aio.UnaryUnaryMultiCallable[_storage_service_pb2.TruncateJournalRequest, _storage_service_pb2.TruncateJournalResponse]
@@ -112,6 +116,16 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_storage_service_pb2.AppendJournalResponse]:
         """Appends if the stream's next sequence is the expected one and the fence
         token is current; all records or none; durable when answered.
+        """
+
+    @_abc_1.abstractmethod
+    def AppendJournals(
+        self,
+        request_iterator: _abc.AsyncIterator[_storage_service_pb2.AppendJournalsRequest],
+        context: _aio.ServicerContext[_abc.AsyncIterator[_storage_service_pb2.AppendJournalsRequest], _abc.AsyncIterator[_storage_service_pb2.AppendJournalsResponse]],
+    ) -> _abc.AsyncIterator[_storage_service_pb2.AppendJournalsResponse]:
+        """The same for one append after another, without the cost of a call for each. Answers come in order; the first append
+        that fails ends the stream with its error.
         """
 
     @_abc_1.abstractmethod

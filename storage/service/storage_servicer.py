@@ -55,6 +55,16 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
         self, request: pb.AppendJournalRequest, context: ServicerContext
     ) -> pb.AppendJournalResponse:
         """Append records."""
+        return await self._append(request)
+
+    async def AppendJournals(
+        self, request_iterator: AsyncIterator[pb.AppendJournalsRequest], context: ServicerContext
+    ) -> AsyncIterator[pb.AppendJournalsResponse]:
+        """Append records again and again."""
+        async for request in request_iterator:
+            yield pb.AppendJournalsResponse(appended=await self._append(request.append))
+
+    async def _append(self, request: pb.AppendJournalRequest) -> pb.AppendJournalResponse:
         next_sequence = await self._operations.state(
             "append_journal", lambda: self._backend.journals.append(request)
         )

@@ -37,6 +37,7 @@ METRICS = {
     "redispatches_total recovery_seconds dead_letters journal_append_seconds journal_lag_records",
     "aggregator": "job_step job_metric job_examples_total job_examples_lost_total "
     "job_examples_doubled_total step_seconds steps_replayed_total staleness_versions "
+    "task_round_trip_seconds "
     "verified_leaves_total outvoted_copies_total "
     "wire_bytes_total wire_uncompressed_bytes_total checkpoint_seconds "
     "checkpoint_last_success_timestamp_seconds",

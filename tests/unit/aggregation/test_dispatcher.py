@@ -10,6 +10,7 @@ from coordinator.aggregation.core.dispatch.dispatcher import PAUSE_S, SILENCE_S,
 from coordinator.aggregation.core.dispatch.events import (
     Append,
     Appended,
+    Durable,
     Effect,
     Failed,
     Finished,
@@ -52,6 +53,12 @@ def done(task: int, attempt: int, seconds: float = 0.001) -> TaskReport:
 def failed(task: int, attempt: int) -> TaskReport:
     failure = Failure(code="RAISED", message="ValueError: no", traceback="line 1")
     return TaskReport(task=task, attempt=attempt, failure=failure)
+
+
+def durable(effects: list[Effect]) -> list[float]:
+    return [
+        each for effect in effects if isinstance(effect, Durable) for each in effect.round_trips_s
+    ]
 
 
 def append_of(effects: list[Effect]) -> TaskRecord:
@@ -154,6 +161,15 @@ def test_a_report_is_settled_only_once_it_is_durable() -> None:
     effects = dispatcher.handle(Appended(), 0.3)
     assert [each.settled for each in sends(effects) if each.settled] == [(first,)]
     assert dispatcher.done == 1
+
+
+def test_a_round_trip_ends_when_its_result_is_durable_and_leaves_out_the_call() -> None:
+    dispatcher = begun(3, attempts=1, failures=None)
+    (send,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 2), 1.0))
+    first = send.first_attempt
+    reports = [done(0, first, seconds=0.25), failed(1, first + 1)]
+    assert not durable(dispatcher.handle(Reported(1, reports), 1.5))
+    assert durable(dispatcher.handle(Appended(), 2.0)) == [pytest.approx(0.75)]
 
 
 def test_what_comes_in_during_an_append_goes_into_the_next_one() -> None:

@@ -41,6 +41,7 @@ CONTRACT = {
         "phalanx_step_seconds": (HISTOGRAM, ("job_id",)),
         "phalanx_steps_replayed_total": (COUNTER, ("job_id",)),
         "phalanx_staleness_versions": (HISTOGRAM, ("job_id",)),
+        "phalanx_task_round_trip_seconds": (HISTOGRAM, ("job_id",)),
         "phalanx_verified_leaves_total": (COUNTER, ("job_id",)),
         "phalanx_outvoted_copies_total": (COUNTER, ("job_id",)),
         "phalanx_wire_bytes_total": (COUNTER, ("job_id", "direction", "encoding")),

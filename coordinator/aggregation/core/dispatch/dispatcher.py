@@ -19,6 +19,7 @@ from enum import IntEnum, auto
 from coordinator.aggregation.core.dispatch.events import (
     Append,
     Appended,
+    Durable,
     Effect,
     Event,
     Failed,
@@ -109,6 +110,8 @@ class Dispatcher:
         self._peers: dict[int, _Peer] = {}
         self._settling: dict[int, int] = {}
         """Attempts whose report is on its way to the journal → the session that hears of it."""
+        self._began_s: dict[int, float] = {}
+        """Those of them that succeeded → when they were handed out, plus what the call took."""
         self._unwritten = Unwritten(term)
         self._pace = Pace()
         self._begun = self._numbers = 0
@@ -176,11 +179,12 @@ class Dispatcher:
             case PauseAsked():
                 if self._pause_until_s is None:
                     self._pause_until_s = now_s + PAUSE_S
-        self._hand_out()
-        self._tell_settled()
+        # First, as nothing takes as long as the disk.
         record = self._unwritten.next()
         if record is not None:
             self._effects.append(Append(record))
+        self._hand_out()
+        self._tell_settled()
         self._check_end()
         effects, self._effects = self._effects, []
         return effects
@@ -263,6 +267,7 @@ class Dispatcher:
         else:
             result.value_json = report.value_json
         self._settling[report.attempt] = peer.session
+        self._began_s[report.attempt] = attempt.since_s + report.seconds
         self._settle_task(result)
 
     def _failed(self, peer: _Peer, attempt: _Attempt, report: TaskReport) -> None:
@@ -304,6 +309,10 @@ class Dispatcher:
 
     def _appended(self) -> None:
         record = self._unwritten.written()
+        began = [self._began_s.pop(each.attempt, None) for each in record.results]
+        round_trips_s = tuple(self._now_s - each for each in began if each is not None)
+        if round_trips_s:
+            self._effects.append(Durable(round_trips_s))
         for result in record.results:
             self._end(result)
             self._settled(result.attempt)

@@ -70,6 +70,13 @@ class Append:
 
 
 @dataclass(frozen=True, slots=True)
+class Durable:
+    """Results became durable: the time since each task was handed out, less that of its call."""
+
+    round_trips_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Moved:
     """Tasks of a worker are run by others: its stream broke (lost), it says nothing (silent), it
     takes long (late), or they failed there (failed)."""
@@ -96,4 +103,4 @@ class Paused:
     """Nothing is under way any more, or what is takes too long and is given back."""
 
 
-Effect = Send | Append | Moved | Finished | Failed | Paused
+Effect = Send | Append | Durable | Moved | Finished | Failed | Paused
