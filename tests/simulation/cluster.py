@@ -165,7 +165,9 @@ class Services:
 
     def compute(self) -> str:
         """The numeric fingerprint of an aggregator."""
-        return jobs.FINGERPRINTS[0]
+        assert self.machines is not None
+        name = self.machines.world.loop.current.name
+        return self.machines.fingerprints.get(name, jobs.FINGERPRINTS[0])
 
     def create(self, name: str, element_count: int, dtype: Any) -> Arena:
         """The arena of a job."""
@@ -229,6 +231,10 @@ class Cluster:
         for number, name in enumerate(self.workers[: settings.liars]):
             self.machines.liars[name] = number
         self.machines.unequal = settings.unequal
+        if settings.odd:
+            self.machines.odd.add(self.workers[0])
+        if settings.script == "aggregators_gone":
+            self.machines.fingerprints[self.aggregators[-1]] = jobs.FINGERPRINTS[1]
         if settings.mixed:
             self.machines.fingerprints[self.workers[-1]] = jobs.FINGERPRINTS[1]
         self.slowness: dict[str, float] = {}
@@ -323,6 +329,7 @@ class Cluster:
             snapshot_every_records=self.settings.snapshot_every_records,
             namespace_jobs_max=self.settings.namespace_jobs_max,
             running_jobs_max=self.settings.running_jobs_max,
+            namespace_slots_max=self.settings.namespace_slots_max,
             heartbeat_interval_s=0.5,
             lease_ttl_s=LEASE_TTL_S,
         )
@@ -349,5 +356,6 @@ class Cluster:
             cache_dir=Path("/cache"),
             leaf_timeout_s=self.settings.leaf_timeout_s,
             labels=wishes.labels_of(name) if self.settings.wishes else (),
+            slot_memory_bytes=wishes.slot_bytes_of(name) if self.settings.wishes else 0,
         )
         await worker.main.serve(config, stop)

@@ -2,21 +2,27 @@
 
     python -m tests.simulation.covered --seeds 120 --processes 2
 
-Runs seeds of the swarm, every fourth of them with a second user (`neighbour`), and the scenarios of
-the planted bugs, without the bugs, all under `coverage`. It tells what was never run, and fails if
-a seed does or if less was run than `REACH_PERCENT`.
+Runs seeds of the swarm, every fourth of them with a second user (`neighbour`), with a third one
+(`newcomer`) and with jobs that have wishes (`wishes`), and the scenarios: those of the planted
+bugs, without the bugs, and those that come about seldom (`scenes`), all under `coverage`. It tells
+what was never run, and fails if a seed does or if less was run than `REACH_PERCENT`.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from coverage import Coverage
+
+from tests.simulation import wishes
+from tests.simulation.runs import draw, draw_shape
 
 CORES = (
     "coordinator/control/core/*",
@@ -37,21 +43,23 @@ NOT_REACHED = {
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = 1000
-NEIGHBOUR_EVERY = 4
+OTHERS_EVERY = 4
 SEEDS = """
 from tests.simulation.cluster import services
+from tests.simulation.covered import others
 from tests.simulation.runs import simulate
 with services() as given:
     for seed in {block!r}:
-        more = {{"neighbour": True}} if seed % {every} == 0 else {{}}
+        more = others(seed)
         failure = simulate(given, seed, **more).failure
         assert failure == "", (seed, more, failure)
 """
 SCENARIOS = """
 from tests.simulation.cluster import services
 from tests.simulation.known import KNOWN
+from tests.simulation.scenes import SCENES
 with services() as given:
-    for known in dict.fromkeys(KNOWN.values()):
+    for known in dict.fromkeys([*KNOWN.values(), *SCENES]):
         assert known.run(given).failure == "", known
 """
 
@@ -70,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         programs = [
             SEEDS.format(
                 block=range(first, given.first + given.seeds, given.processes),
-                every=NEIGHBOUR_EVERY,
             )
             for first in range(given.first, given.first + given.processes)
         ]
@@ -84,6 +91,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{share:.1f} % of lines and branches of the cores; at least {REACH_PERCENT:g} % is asked"
     )
     return 1 if failed or share < REACH_PERCENT else 0
+
+
+def others(seed: int) -> dict[str, Any]:
+    """What a seed has besides what it draws: of everything seldom a lot."""
+    turn = seed % OTHERS_EVERY
+    if turn == 0:
+        return {"neighbour": True}
+    if turn == 1:
+        return {"newcomer": True}
+    if turn == 2:
+        return {}
+    wishful = wishes.wishful(draw(seed), random.Random(f"wishes of {seed}"), draw_shape)
+    return {name: getattr(wishful, name) for name in wishes.SETTINGS}
 
 
 def _settings(folder: str) -> str:

@@ -23,12 +23,14 @@ from phalanx.v1 import coordination_service_pb2, training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
 from tests.simulation import jobs, wishes
 from worker import ipc
+from worker.core.logs import LINE_LIMIT_BYTES
 from worker.ipc import Kind, Message
 from worker.leaf.reduce import Scratch, Sums, reduce_node
 
 GoRecord = training_pb2.GoRecord
 LeafFailed = coordination_service_pb2.LeafFailed
 SIGKILL = -9
+CHAT_LINES = 3000
 LIARS = 3
 """Lies are about every third leaf."""
 
@@ -52,8 +54,21 @@ class Machines:
         """Whether they all lie about the same leaves instead, each something else."""
         self.lies = 0
         self.fingerprints: dict[str, str] = {}
+        self.odd: set[str] = set()
+        """Workers whose own leaves have other bits, whatever their fingerprint says."""
+        self._leaves: dict[str, str] = {}
         self.crashed: set[str] = set()
         """Jobs of which a leaf process has crashed, as it must once."""
+
+    def leaf_of(self, worker: str) -> str:
+        """The hash of the bits that a worker's own leaf of a job has."""
+        return ("1" if worker in self.odd else "0") * 64
+
+    def demand_same_leaf(self, job_id: str, worker: str) -> None:
+        """All leaves of a job run where they have the same bits."""
+        first = self._leaves.setdefault(job_id, worker)
+        if self.leaf_of(first) != self.leaf_of(worker):
+            self.world.fail(SimulationFailed(f"{job_id} runs on {first} and {worker}"))
 
     def demand_wanted(self, spec: JobSpec, worker: str) -> None:
         """No job is set up where it must not be computed."""
@@ -194,12 +209,17 @@ class Leaf:
         elif kind is Kind.DESCRIBE:
             document, plan_bytes = ipc.unpack_json(body)
             plan = training_pb2.JobPlan.FromString(plan_bytes)
+            bad = jobs.shape_of(plan).bad
+            if bad == "endless":
+                return  # until it is killed
             described = coordination_service_pb2.JobDescribed(
                 job_id=plan.job_id,
                 layout=jobs.layout_of(jobs.shape_of(plan)),
                 evaluation_sums=jobs.SUMS if plan.evaluation_shards else (),
-                leaf_sha256="0" * 64,
+                leaf_sha256=self._machines.leaf_of(self._worker),
             )
+            if bad == "undescribed":
+                described.failure.code, described.failure.message = "BROKEN_MODEL", "it is broken"
             reply = ipc.pack_json({"job": document["job"]}, described.SerializeToString())
             self._say(Kind.DESCRIBED, reply)
         elif kind is Kind.DROP:
@@ -212,6 +232,10 @@ class Leaf:
             self._say(Kind.FINGERPRINTED, ipc.pack_json(found))
 
     def _begin(self, order: ipc.RunOrder) -> None:
+        if self._machines.odd:
+            shape, plan, _ = self._plans[order.job]
+            if not shape.tolerant:
+                self._machines.demand_same_leaf(plan.job_id, self._worker)
         self.page.task, self.page.step = order.task, order.version
         self._parts(order, 0)
 
@@ -274,14 +298,24 @@ class Leaf:
         if self._worker in machines.bad:
             machines.bad.discard(self._worker)
             return LeafFailed.KIND_NON_FINITE
-        if not shape.bad or not jobs.is_bad(shard, order.version):
+        if not shape.bad or not jobs.is_bad(shape.bad, shard, order.version):
             return LeafFailed.KIND_UNSPECIFIED
+        if shape.bad == "chatty":
+            self._chat(order)
+        if shape.bad in ("chatty", "overflow"):
+            return LeafFailed.KIND_UNSPECIFIED  # the leaf itself is good, or finite at least
         if shape.bad == "crash":
             first = plan.job_id not in machines.crashed
             machines.crashed.add(plan.job_id)
             return LeafFailed.KIND_CRASHED if first else LeafFailed.KIND_UNSPECIFIED
         raises = shape.bad == "poison"
         return LeafFailed.KIND_RAISED if raises else LeafFailed.KIND_NON_FINITE
+
+    def _chat(self, order: ipc.RunOrder) -> None:
+        """More lines than anybody wants, the mark that begins a context, and a line without end."""
+        context = f"\x1e{order.job} {order.version} {self.page.shard}\n".encode()
+        self._on_log(self, "info", context + b"again\n" * CHAT_LINES + b"\x1ea mark\n")
+        self._on_log(self, "info", b"x" * (LINE_LIMIT_BYTES + 1))
 
     def _crash(self, order: ipc.RunOrder) -> None:
         """The process ends in the middle of a leaf, and of a line."""
@@ -330,6 +364,8 @@ class Leaf:
             return out, outcome.count, outcome.loss_sum
         count = jobs.examples(shape, shard, order.version)
         jobs.gradient(shape, shard, order.version, parameters, out)
+        if shape.bad == "overflow" and jobs.is_bad(shape.bad, shard, order.version):
+            out[:] = np.finfo(out.dtype).max
         return out, count, jobs.loss(shard, order.version)
 
     def _batches(self, shape: jobs.Shape, shard: int) -> Callable[[int], Any]:
@@ -356,7 +392,8 @@ class Leaf:
 
         out = np.zeros(len(jobs.SUMS)) if evaluates else arena.array(buffer)
         scratch = Scratch(len(out), out.dtype) if evaluates else self._scratch[order.job]
-        total = reduce_node(Node(first, span), self._width(order), leaf, out, scratch)
+        with np.errstate(over="ignore"):
+            total = reduce_node(Node(first, span), self._width(order), leaf, out, scratch)
         shape = self._plans[order.job][0]
         codec = jobs.up_codec(shape.parts, shape.dtype)
         if codec is not None and order.action == GoRecord.ACTION_TRAIN:

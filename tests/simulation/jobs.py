@@ -117,8 +117,8 @@ VERIFIED: dict[str, dict[str, Any]] = {
 ALL_PARTS = PARTS | ONE_BY_ONE | VERIFIED | ALL_REDUCE
 
 BAD = ("poison", "nan", "skip", "crash")
-"""What a job's name may begin with, and how the leaf of one shard in one step is bad then: it
-raises, or is not finite, wherever it runs (left out with "skip"), or its process dies, once."""
+ALL_BAD = (*BAD, "void", "overflow", "chatty", "undescribed", "endless")
+"""What a job's name may begin with; how it is bad then, see `hosts.Leaf._what_is_wrong`."""
 BAD_SHARD, BAD_STEP = 1, 2
 
 FINGERPRINTS = ("fingerprint-1", "fingerprint-2")
@@ -140,7 +140,7 @@ class Shape:
     parts: str = ""
     """One of `ALL_PARTS`."""
     bad: str = ""
-    """One of `BAD`; empty: all leaves are good."""
+    """One of `ALL_BAD`; empty: all leaves are good."""
 
     @property
     def one_by_one(self) -> bool:
@@ -211,7 +211,7 @@ def job_spec(shape: Shape, name: str) -> JobSpec:
     if shape.local_steps or shape.one_by_one:
         train.ClearField("synchronous")
     ParseDict(ALL_PARTS[shape.parts], train)
-    if shape.bad == "skip":
+    if shape.bad in ("skip", "void"):
         train.on_nonfinite.skip.SetInParent()
     if shape.tolerant:
         spec.reproducibility.tolerant.SetInParent()
@@ -238,7 +238,7 @@ def shape_of_spec(spec: JobSpec, fingerprint: str) -> Shape:
         checkpoint_every=train.checkpoints.every_steps,
         evaluate_every=train.evaluation.every_steps,
         fingerprint=fingerprint or FINGERPRINTS[0],
-        bad=spec.name.partition("-")[0] if spec.name.partition("-")[0] in BAD else "",
+        bad=spec.name.partition("-")[0] if spec.name.partition("-")[0] in ALL_BAD else "",
         parts=_parts_of(
             train.reduction.SerializeToString(),
             train.compression.SerializeToString(),
@@ -366,16 +366,16 @@ def steps_of(shape: Shape, version: int) -> range:
     return range(version * each, (version + 1) * each)
 
 
-def is_bad(shard: int, step: int) -> bool:
+def is_bad(bad: str, shard: int, step: int) -> bool:
     """Whether this is the leaf that is bad in a job with a bad one."""
-    return (shard, step) == (BAD_SHARD, BAD_STEP)
+    return step == BAD_STEP and (shard == BAD_SHARD or bad in ("void", "overflow"))
 
 
 def contribution(
     shape: Shape, shard: int, version: int, parameters: Array
 ) -> tuple[Array | None, int, float]:
     """What a shard gives to a step: its sum, None where it has no rows, examples and loss."""
-    if shape.bad == "skip" and is_bad(shard, version):
+    if shape.bad in ("skip", "void") and is_bad(shape.bad, shard, version):
         return None, 0, 0.0
     count, lost = 0, 0.0
     weights, out = parameters.copy(), np.empty(shape.elements, shape.dtype)

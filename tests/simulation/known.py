@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tests.simulation.cluster import Services
 from tests.simulation.runs import Outcome, simulate
@@ -14,7 +15,7 @@ class Known:
 
     seed: int
     only: tuple[str, ...] | None = None
-    settings: tuple[tuple[str, int | float | str], ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
 
     def run(self, given: Services) -> Outcome:
         """Simulate the scenario; in directed ones all machines give the same bits."""

@@ -87,6 +87,8 @@ class Ledger:
                 self._ends(record, connection)
             elif fact == "worker_quarantined":
                 self._is_caught(record)
+            elif fact == "fingerprint_changed":
+                self._goes_free(record.fingerprint_changed.job_id)
             elif fact == "term_started":
                 self._begins_in_turn(record.term_started.job_id)
             self.facts.apply(record)
@@ -113,6 +115,13 @@ class Ledger:
                 changed.result.steps == steps,
                 f"{job_id} succeeds after {changed.result.steps} of {steps} steps",
             )
+
+    def _goes_free(self, job_id: str) -> None:
+        """A job that goes on with other bits has allowed that."""
+        facts = self.facts.jobs[job_id]
+        allowed = facts.spec.reproducibility.bitwise.HasField("fall_back_after")
+        self._demand(allowed, f"{job_id} goes on with other bits, which it never allowed")
+        self._oracle.free.add(job_id)
 
     def _begins_in_turn(self, job_id: str) -> None:
         """A job leaves the queue where one more may run; those that go on after a pause do not
@@ -156,7 +165,7 @@ class Ledger:
     ) -> None:
         """A whole checkpoint holds what a machine without faults has at that step."""
         facts = self.facts.jobs.get(request.job_id)
-        if not response.complete or facts is None:
+        if not response.complete or facts is None or request.job_id in self._oracle.free:
             return
         shape = jobs.shape_of_spec(facts.spec, facts.fingerprint)
         blobs: Any = store._blobs

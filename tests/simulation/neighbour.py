@@ -147,7 +147,10 @@ class Neighbour:
 
     def _judge_result(self, job: Any, shape: jobs.Shape) -> None:
         shape = replace(shape, fingerprint=self._fingerprints[job.id])
-        lost = jobs.examples(shape, jobs.BAD_SHARD, jobs.BAD_STEP) if shape.bad == "skip" else 0
+        lost = 0
+        if shape.bad in ("skip", "void"):
+            bad = (s for s in range(shape.shards) if jobs.is_bad(shape.bad, s, jobs.BAD_STEP))
+            lost = sum(jobs.examples(shape, shard, jobs.BAD_STEP) for shard in bad)
         found = job.result.parameters_sha256, job.result.examples_lost
         if found != (jobs.reference_sha256(shape), lost):
             raise SimulationFailed(f"{job.id} ended with {found[1]} examples lost, or other bits")
@@ -333,7 +336,7 @@ class Neighbour:
             except (Unavailable, DeadlineExceeded):
                 self._turn += 1
             except ResourceExhausted as error:
-                if error.reason == "QUOTA_EXCEEDED":
+                if error.reason in ("QUOTA_EXCEEDED", "JOB_TOO_LARGE"):
                     raise
             await asyncio.sleep(0.2)
         raise Unavailable("nobody answers")

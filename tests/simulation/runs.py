@@ -18,6 +18,7 @@ from tests.simulation.cluster import STORAGE, Cluster, Services
 from tests.simulation.faults import Faults, fault_kinds
 from tests.simulation.ledger import Ledger
 from tests.simulation.neighbour import JOBS_MAX, Neighbour
+from tests.simulation.newcomer import SLOTS_MAX, Newcomer
 from tests.simulation.oracle import Oracle
 from tests.simulation.races import Races
 from tests.simulation.scripts import drawn, play
@@ -36,6 +37,8 @@ UNEQUAL_SHARE, UNEQUAL_LIARS, UNEQUAL_WORKERS = 0.2, 2, 4
 
 NEIGHBOUR_SHARE = 0.03
 """Part of them in which a second user is there."""
+NEWCOMER_SHARE = 0.02
+"""Part of them in which a third one is."""
 
 KINDS = frozenset(fault_kinds()) | {"job_paused", "job_cancelled", "call_repeated", "last_strike"}
 """Every kind of fault that a batch must have met."""
@@ -81,9 +84,14 @@ class Settings:
     neighbour: bool = False
     """Whether a second user is there, see `neighbour`."""
     namespace_jobs_max: int = 10_000
+    namespace_slots_max: int = 0
     running_jobs_max: int = 64
     wishes: tuple[wishes.Wish, ...] = ()
     """What each job asks for besides; none: nothing."""
+    odd: bool = False
+    """Whether the first worker's own leaves have other bits."""
+    newcomer: bool = False
+    """Whether a third user is there, see `newcomer`."""
     last: str = ""
     """The last fault, see `last.LastStrike`."""
     last_s: float = 1.5
@@ -113,6 +121,10 @@ class Outcome:
     """What a second user did."""
     bad_jobs: Counter[str] = field(default_factory=Counter)
     """Her jobs with a bad leaf that ended as they must, by what was bad."""
+    worse_jobs: Counter[str] = field(default_factory=Counter)
+    """The same of a third user's."""
+    refused: int = 0
+    """Jobs of hers that asked for too much."""
     at_bound: int = 0
     """Leaves that were started as far ahead of the slowest shard as their job lets them."""
     stale_accepted: int = 0
@@ -122,6 +134,8 @@ class Outcome:
     cancelled: int = 0
     terms: int = 0
     """Highest term of any job."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why jobs were where they were, each time their user looked."""
     lies: int = 0
     """Leaves about which a worker lied."""
     quarantines: int = 0
@@ -255,6 +269,9 @@ class Run:
         self.neighbour = Neighbour(
             self.cluster, random.Random(f"neighbour {seed}"), self.oracle.fingerprints
         )
+        self.newcomer = Newcomer(
+            self.cluster, random.Random(f"newcomer {seed}"), self.oracle.fingerprints
+        )
         self._watched = Environment()
 
     def start(self) -> None:
@@ -267,6 +284,8 @@ class Run:
         self.world.start("user-1", self.user.run)
         if self.settings.neighbour:
             self.world.start("user-2", self.neighbour.run)
+        if self.settings.newcomer:
+            self.world.start("user-3", self.newcomer.run)
 
     def heal(self, schedule: Schedule) -> None:
         """The time of faults is over, if it is not already."""
@@ -310,6 +329,7 @@ class Run:
         outcome.lost, outcome.doubled = self.oracle.lost, self.oracle.doubled
         outcome.started, outcome.repeated = self.oracle.starts, self.oracle.repeated
         outcome.errands, outcome.bad_jobs = self.neighbour.errands, Counter(self.neighbour.ends)
+        outcome.worse_jobs, outcome.refused = Counter(self.newcomer.ends), self.newcomer.refused
         histories = self.oracle.commit_histories.values()
         outcome.at_bound = sum(history.at_bound for history in histories)
         outcome.stale_accepted = self.oracle.stale_accepted
@@ -323,6 +343,7 @@ class Run:
             outcome.faults.update(schedule.fired)
             outcome.faults["struck_in_the_act"] = self.faults.struck
             outcome.faults["last_strike"] = int(self.last.struck)
+        outcome.reasons = user.reasons
         outcome.lies = self.cluster.machines.lies
         outcome.quarantines = self.ledger.quarantines
         outcome.copies_asked, outcome.copies_raced = self.races.asked, self.races.raced
@@ -351,9 +372,11 @@ class Run:
                 outcome.left_out += left_out
             else:
                 sha256 = jobs.reference_sha256(shape)
-            right = job.result.parameters_sha256 == sha256
+            free = job_id in self.oracle.free
+            right = free or job.result.parameters_sha256 == sha256
             outcome.sha_equal += right
-            promised = (not shape.tolerant, shape.steps, left_out, 0, shape.steps, "STOP_STEPS")
+            bits = not shape.tolerant and not free
+            promised = (bits, shape.steps, left_out, 0, shape.steps, "STOP_STEPS")
             result = job.result
             if wrong:
                 self.world.fail(SimulationFailed(f"the history of {job_id} {wrong}"))
@@ -413,10 +436,14 @@ def simulate(
         settings = drawn(settings, random.Random(f"script {seed}"))
         if seed >= ALL_FROM_SEED and random.Random(f"neighbours {seed}").random() < NEIGHBOUR_SHARE:
             settings = replace(settings, neighbour=True)
+        if seed >= ALL_FROM_SEED and random.Random(f"newcomers {seed}").random() < NEWCOMER_SHARE:
+            settings = replace(settings, newcomer=True)
         if seed >= ALL_FROM_SEED:
             settings = last.drawn(settings, random.Random(f"last {seed}"))
     if settings.neighbour:
         settings = replace(settings, namespace_jobs_max=JOBS_MAX)
+    if settings.newcomer:
+        settings = replace(settings, namespace_slots_max=SLOTS_MAX)
     run = Run(given, settings, seed, log)
     try:
         run.start()

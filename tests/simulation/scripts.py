@@ -23,6 +23,7 @@ CONVERGES_S = 150.0
 """Where something is never healed, jobs wait for it again and again."""
 MEETS_S = 3.0
 RETURNS_S = 11.0
+AWAY_S = 6.0
 
 
 def drawn(settings: Any, chance: random.Random) -> Any:
@@ -60,6 +61,9 @@ def play(cluster: Cluster, name: str, oracle: Oracle, begins_s: float) -> None:
             "others_leave_a_laggard": lambda: _lag(cluster, first),
             "dies_between_ranges": lambda: _die(cluster, oracle, first),
             "two_leaders": lambda: _part(cluster, oracle),
+            "few_verifiers": lambda: _shrink(cluster),
+            "workers_gone": lambda: cluster.lose(cluster.workers[:-1]),
+            "aggregators_gone": lambda: cluster.lose(cluster.aggregators[:-1]),
         }[name]
         cluster.world.at(begins_s, begin)
 
@@ -86,6 +90,14 @@ def _lag(cluster: Cluster, name: str) -> None:
     world.pause(process)
     world.at(world.now_s + LAGS_S, lambda: world.resume(process))
     world.at(world.now_s + LAGS_S + 0.5, lambda: cluster.lose(cluster.workers[1:]))
+
+
+def _shrink(cluster: Cluster) -> None:
+    """For a while there are too few honest workers to agree on anything."""
+    name = cluster.workers[-1]
+    if cluster.is_alive(name):
+        cluster.kill(name)
+    cluster.world.at(cluster.world.now_s + AWAY_S, lambda: cluster.ensure(name))
 
 
 def _die(cluster: Cluster, oracle: Oracle, name: str) -> None:

@@ -12,12 +12,15 @@ from tests.simulation.batch import command, run_seeds, summary, told, vacuous
 from tests.simulation.cluster import services
 from tests.simulation.jobs import BAD
 from tests.simulation.known import Known
+from tests.simulation.newcomer import BAD as WORSE
 from tests.simulation.runs import KINDS, simulate
+from tests.simulation.scenes import SCENES
 
 pytestmark = pytest.mark.slow
 
 SEEDS = range(1000, 1300)
 BLOCK = 25
+NEWCOMERS = range(4)
 
 
 _STUCK = (("aggregators", 2), ("workers", 2), ("script", "stuck_payloads"))
@@ -33,6 +36,8 @@ FOUND_BUGS = (
     Known(3, (), (("parts", "1 backup"), ("last", "final_checkpoint aggregator kill"))),
     # Jobs that were all told to begin at once were more than may run.
     Known(3, (), (("running_jobs_max", 1),)),
+    # A model that was to be built after one that hung was blamed for the end of the process.
+    Known(2, settings=(("newcomer", True),)),
 )
 
 
@@ -53,6 +58,26 @@ def test_scenarios_that_once_found_bugs_find_them_no_more():
     with services() as given:
         for scenario in FOUND_BUGS:
             assert scenario.run(given).failure == "", scenario
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: SCENES[scene] or "liars")
+def test_a_scene_shows_what_it_is_about(scene):
+    with services() as given:
+        outcome = scene.run(given)
+    assert outcome.failure == ""
+    assert outcome.reasons[SCENES[scene]] > 0 if SCENES[scene] else outcome.quarantines > 0
+
+
+def test_worse_jobs_end_as_they_must():
+    ended, refused = Counter(), 0
+    with services() as given:
+        for seed in NEWCOMERS:
+            outcome = simulate(given, seed, newcomer=True)
+            assert outcome.failure == "", seed
+            ended += outcome.worse_jobs
+            refused += outcome.refused
+    assert ended.keys() == set(WORSE)
+    assert refused > 0
 
 
 @pytest.mark.parametrize("controls", [2, 3])

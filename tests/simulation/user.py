@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,6 +61,8 @@ class User:
         self.pauses = 0
         self.repeats = 0
         """Calls that she made again although they had been answered."""
+        self.reasons: Counter[str] = Counter()
+        """Why jobs were where they were, each time that she looked."""
         self.ended = False
         self.on_end: Callable[[], None] = lambda: None
         self._controls = controls
@@ -129,6 +132,7 @@ class User:
             if same != now:
                 raise SimulationFailed(f"{job_id} had ended as {same} and is {now}")
         self.last[job_id] = answer.job
+        self.reasons[answer.job.reason] += 1
         most = answer.job.spec.resources.max_workers
         hosts = [each.worker_id for each in answer.job.progress.workers if each.shards]
         if 0 < most < len(hosts):

@@ -21,7 +21,12 @@ ZONES = ("north", "south")
 ZONE = "zone"
 """The label that says where a worker stands."""
 
+SLOT_BYTES = {"north": 64 << 20, "south": 128 << 20}
+SETTINGS = ("workers", "shapes", "wishes", "running_jobs_max", "odd", "lasting")
+"""What `wishful` changes."""
 PRIORITIES = (0, 20, 50, 90)
+ODD_SHARE = 0.3
+"""Part of these runs in which the first worker's own leaves have other bits."""
 JOBS, WORKERS = 3, 3
 """So many of each there are at least: with fewer there is little to be shared."""
 
@@ -37,6 +42,10 @@ class Wish:
     """Workers that have to be there for it to begin; 0: one."""
     zone: str = ""
     """Where those workers have to be; empty: anywhere."""
+    memory_bytes: int = 0
+    """Memory that each of its leaves needs; 0: it does not say."""
+    fall_back_s: float = 0.0
+    """After so long it may go on with other bits; 0: never."""
 
     def write(self, spec: JobSpec) -> None:
         """Have a job ask for it."""
@@ -46,6 +55,12 @@ class Wish:
             resources.max_workers = self.workers_max
         if self.workers_min:
             resources.min_workers = self.workers_min
+        if self.memory_bytes:
+            resources.memory_bytes = self.memory_bytes
+        if self.fall_back_s:
+            spec.reproducibility.bitwise.fall_back_after.FromMilliseconds(
+                int(self.fall_back_s * 1000)
+            )
         if self.zone:
             resources.worker_labels[ZONE] = self.zone
 
@@ -55,6 +70,11 @@ def zone_of(worker: str) -> str:
     return ZONES[int(worker.rpartition("-")[2]) % len(ZONES)]
 
 
+def slot_bytes_of(worker: str) -> int:
+    """How much memory each of its slots has."""
+    return SLOT_BYTES[zone_of(worker)]
+
+
 def labels_of(worker: str) -> tuple[str, ...]:
     """What a worker says of itself."""
     return (f"{ZONE}={zone_of(worker)}",)
@@ -62,8 +82,9 @@ def labels_of(worker: str) -> tuple[str, ...]:
 
 def may_compute(spec: JobSpec, worker: str) -> bool:
     """Whether a leaf of a job may run on a worker."""
-    wanted = spec.resources.worker_labels
-    return ZONE not in wanted or wanted[ZONE] == zone_of(worker)
+    wanted = spec.resources
+    there = ZONE not in wanted.worker_labels or wanted.worker_labels[ZONE] == zone_of(worker)
+    return there and wanted.memory_bytes <= slot_bytes_of(worker)
 
 
 def drawn(
@@ -89,6 +110,7 @@ def wishful(
         shapes=shapes,
         wishes=tuple(_draw(chance) for _ in shapes),
         running_jobs_max=chance.choice([1, 2, 64]),
+        odd=chance.random() < ODD_SHARE,
         lasting=False,  # nobody may be gone for good: he may be the only one in his zone
     )
 
@@ -96,10 +118,12 @@ def wishful(
 def _draw(chance: random.Random) -> Wish:
     zone = chance.choice(["", "", *ZONES])
     most = chance.choice([0, 0, 1, 2])
+    # In a zone there may be one only.
+    workers_min = 0 if zone or most == 1 else chance.choice([0, 2])
     return Wish(
         priority=chance.choice(PRIORITIES),
         workers_max=most,
-        # In a zone there may be one only.
-        workers_min=0 if zone or most == 1 else chance.choice([0, 2]),
+        workers_min=workers_min,
         zone=zone,
+        memory_bytes=0 if zone or workers_min else chance.choice([0, 0, 96 << 20]),
     )

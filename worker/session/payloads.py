@@ -78,7 +78,8 @@ class FrameBuilder:
         left = self._piece(fold[0], arena, first, stop, depth)
         right = self._piece(fold[1], arena, first, stop, depth + 1)
         out = self._buffer(depth, stop - first, arena.dtype)
-        np.add(left, right, out=out)
+        with np.errstate(over="ignore"):  # whoever applies the sum looks at it
+            np.add(left, right, out=out)
         return out
 
     def _buffer(self, depth: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -453,7 +453,9 @@ class SlotPool:
         place.setting_up.clear()
         task, job = place.task, place.job
         # What a process is told it does in turn: while a task ran no model was being built.
-        guiltless = process.orphaned or (task is not None and process.page.task == task.id)
+        guiltless = task is not None and process.page.task == task.id
+        # Of one that hung the model that was to blame has been given up before.
+        guiltless = guiltless or process.orphaned or process.killed_as_hung
         if place.describing is not None and not place.describing.done() and not guiltless:
             place.describing.set_exception(_Died(how))
         if task is not None:

@@ -180,10 +180,12 @@ async def test_what_died_with_its_server_is_nobodys_fault(pool, monkeypatch, orp
     assert told == ([True] if orphaned else ["failed", True])
 
 
-async def test_a_model_whose_process_died_with_its_server_is_built_by_the_next(pool):
+@pytest.mark.parametrize("guiltless", ["orphaned", "killed_as_hung"])
+async def test_a_model_that_is_not_to_blame_for_a_death_is_built_by_the_next(pool, guiltless):
+    """Its process died with its server, or was killed since the model before it hung."""
     describing = asyncio.create_task(pool.describe(JOB))
     await asyncio.sleep(0)
-    started[0].orphaned = True
+    setattr(started[0], guiltless, True)
     started[0].die()
     assert started[1].told == [Kind.DESCRIBE]
     answer = coordination_service_pb2.JobDescribed(leaf_sha256="right")
