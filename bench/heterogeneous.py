@@ -31,9 +31,10 @@ from phalanx.chaos.report import Commit
 WORKERS, SHARDS, LEAF_S, STEPS = 4, 124, 0.01, 64
 EQUAL_STEPS = 24
 REACH = 1.15
-CYCLE_S = 0.4
-"""A slow worker runs for a part of each such time: long against the ticks of a leaf, short against
-heartbeats."""
+CYCLE_S = 0.1
+"""A slow worker runs for a part of each such time: no shorter than some ticks of a leaf, and short
+against a step. What stops for as long as a step takes makes each step wait for a whole stop, which
+says nothing of slowness."""
 
 
 def run(command: str) -> list[Measurement]:

@@ -20,6 +20,11 @@ from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 SEEN_HEARTBEATS = 3
 """Heartbeats for which a better placement has to be in sight."""
 
+NEW_ROUNDS, CLEARLY_SLOWER, BUSY_PART = 3, 2.0, 0.25
+"""A worker with so few rounds of leaves behind it was placed before anything was known of it. Where
+it takes so many times as long as need be, the first look is believed; but how long steps take is
+not known by then, so leaves have to take at least such a part of its time."""
+
 REST_LEASES, LOOK_AGAIN_S = 2.0, 5.0
 """No other move for so many leases after one; no other search for so long after one in vain."""
 
@@ -59,12 +64,14 @@ def watch(core: Core, job: JobRuntime) -> bool:
     now_s, leveling = core.now.monotonic_s, job.leveling
     if now_s < leveling.next_s:
         return False
-    if not _in_sight(core, job):
+    sight = _in_sight(core, job)
+    if not sight.better:
         leveling.seen_s = None
         return False
     if leveling.seen_s is None:
         leveling.seen_s = now_s
-    seen_s = SEEN_HEARTBEATS * core.config.heartbeat_interval_s * core.crowding()
+    heartbeats = 0 if sight.new_and_clear else SEEN_HEARTBEATS
+    seen_s = heartbeats * core.config.heartbeat_interval_s * core.crowding()
     return now_s - leveling.seen_s >= seen_s
 
 
@@ -99,24 +106,42 @@ def decide(core: Core, job: JobRuntime) -> Levels | None:
     return Levels(train, levels.level(job.evaluation.owners, job.evaluation.width, pace))
 
 
-def _in_sight(core: Core, job: JobRuntime) -> bool:
-    """Whether some worker takes clearly longer than a perfect placement would; cheap."""
+@dataclass(frozen=True)
+class _Sight:
+    """Whether some worker takes clearly longer than a perfect placement would, and whether that is
+    beyond doubt for one of which nothing was known."""
+
+    better: bool
+    new_and_clear: bool = False
+
+
+_NOTHING = _Sight(False)
+
+
+def _in_sight(core: Core, job: JobRuntime) -> _Sight:
+    """Look, which is cheap, whether there may be a better placement."""
     tree = job.train
     if tree.keepers or job.evaluation.keepers:
-        return False
+        return _NOTHING
     slots = _slots(core, job)
     factors = _factors(core, job, slots)
     if not job.leveling.uneven and all(factor == 1 for factor in factors.values()):
-        return False
+        return _NOTHING
     counted = loads(tree.owners, slots)
     others = loads(job.evaluation.owners, slots)
     if sum(counted.values()) < tree.width or sum(others.values()) < job.evaluation.width:
-        return False  # somebody has shards who is not heard of, or not ready, or nobody has
+        return _NOTHING  # somebody has shards who is not heard of, or not ready, or nobody has
     if any(count and not _measured(job, key) for key, count in counted.items()):
-        return False
+        return _NOTHING
     pace = levels.Pace(slots, factors)
-    slowest = max(pace.time(key, count, 0) for key, count in counted.items())
-    return slowest * (1 - levels.GAIN_LEAST) > pace.least(tree.width)
+    slowest_s, slowest = max((pace.time(key, count, 0), key) for key, count in counted.items())
+    least_s = pace.least(tree.width)
+    clear = counted[slowest] > 0 and slowest_s > CLEARLY_SLOWER * least_s
+    if clear:
+        speed = job.speeds[slowest]
+        clear = speed.leaves <= NEW_ROUNDS * counted[slowest]
+        clear = clear and speed.is_busy(BUSY_PART, core.now.monotonic_s)
+    return _Sight(slowest_s * (1 - levels.GAIN_LEAST) > least_s, clear)
 
 
 def _slots(core: Core, job: JobRuntime) -> dict[str, int]:

@@ -36,9 +36,13 @@ class Speed:
     leaf_s: float = 0.0
     """Smoothed time of a leaf; 0: not known yet."""
     changed_s: float = 0.0
+    first_s: float | None = None
+    """When it was told for the first time."""
 
     def told(self, leaves: int, seconds: float, now_s: float) -> None:
         """Take in the two counters of a heartbeat."""
+        if self.first_s is None:
+            self.first_s = now_s
         new, took_s = leaves - self.leaves, seconds - self.seconds
         if new < 0 or took_s < 0:
             new, took_s, self.leaf_s = leaves, seconds, 0.0  # the worker began anew
@@ -56,6 +60,12 @@ class Speed:
     def known(self) -> bool:
         """Whether there is a measure."""
         return self.leaves >= LEAVES_LEAST and self.leaf_s > 0
+
+    def is_busy(self, part: float, now_s: float) -> bool:
+        """Whether leaves took this part of the time since it was told first, once it was again."""
+        if self.first_s is None or now_s <= self.first_s:
+            return False
+        return self.seconds >= part * (now_s - self.first_s)
 
 
 def usual_leaf_s(speeds: Mapping[str, Speed], slots: Mapping[str, int]) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from coordinator.control.core import levels
-from coordinator.control.core.balancing import LOOK_AGAIN_S, REST_LEASES
+from coordinator.control.core.balancing import LOOK_AGAIN_S, REST_LEASES, SEEN_HEARTBEATS
 from coordinator.control.core.events import Tick
 from phalanx.v1 import coordination_service_pb2 as pb
 
@@ -92,6 +92,33 @@ def test_a_worker_that_is_four_times_slower_gets_a_quarter(beats: Beats) -> None
     assert beats.cluster.shards("w3") <= ALL
     beats.go(30.0)
     assert len(beats.moves()) == 1, "they do not dance"
+
+
+def test_a_worker_that_turns_out_clearly_slower_in_its_first_rounds_is_believed_at_once(
+    beats: Beats,
+) -> None:
+    beats.leaf_s["w3"] = 0.4
+    beats.go(1.0)
+    assert beats.counts() == [5, 5, 1, 5]
+    beats.go(30.0)
+    assert len(beats.moves()) == 1, "they do not dance"
+
+
+def test_a_worker_that_is_a_little_slower_at_first_has_to_stay_so(beats: Beats) -> None:
+    beats.leaf_s["w3"] = 0.17
+    beats.go(1.0)
+    assert not beats.moves()
+    beats.go(1.0)
+    assert beats.moves()
+
+
+def test_one_that_was_well_for_some_rounds_has_to_stay_slow(beats: Beats) -> None:
+    beats.go(1.5)
+    beats.leaf_s["w3"] = 0.8
+    beats.go(0.5 * SEEN_HEARTBEATS)
+    assert not beats.moves()
+    beats.go(1.0)
+    assert beats.moves()
 
 
 def test_the_old_host_keeps_its_shards_until_the_new_one_works(beats: Beats) -> None:
