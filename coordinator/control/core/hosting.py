@@ -103,6 +103,9 @@ def level(core: Core, job: JobRuntime) -> None:
         return
     train = _take_over(core, job, job.train, found.train.placement)
     evaluation = _take_over(core, job, job.evaluation, found.evaluation.placement)
+    # Whoever takes over works on the job already, so one step less is waited for. As long as the
+    # old host keeps its shards it computes all of them, those first that others have by now.
+    job.keep_step -= 1
     _send_differences(core, job, {key: core.workers[key] for key in job.hosts})
     _tell(core, job, train, evaluation, "speed", "", found.train.placement.reason)
 
