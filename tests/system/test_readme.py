@@ -127,6 +127,19 @@ def test_the_code_of_the_custom_example_is_the_file_beside_it() -> None:
         assert (REPOSITORY / "examples" / "custom_model" / name).read_text() == text
 
 
+def test_the_all_reduce_example_has_the_bits_of_a_parameter_server(
+    cluster: phalanx.LocalCluster,
+) -> None:
+    hashes = set()
+    for topology in ("all_reduce", "parameter_server"):
+        spec = phalanx.load(REPOSITORY / "examples" / "all_reduce" / "job.yaml")
+        assert spec.train.WhichOneof("topology") == "all_reduce"
+        spec.train.stop.epochs = 2
+        getattr(spec.train, topology).SetInParent()
+        hashes.add(cluster.submit(spec).wait(timeout_s=60.0).parameters_sha256)
+    assert len(hashes) == 1
+
+
 def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(9)
     monkeypatch.chdir(tmp_path)
