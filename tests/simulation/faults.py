@@ -11,6 +11,7 @@ from typing import Any
 from phalanx.testing.simulation.faults import Begin, End, nothing
 from phalanx.testing.simulation.network import Link
 from storage.core.keys import is_digest
+from tests.simulation import jobs
 from tests.simulation.cluster import Cluster
 from tests.simulation.moments import MOMENTS, Moments
 
@@ -206,10 +207,13 @@ class Faults:
         return f"{name} is 10 times slower", end, chance.uniform(1.0, 6.0)
 
     def _late_payloads(self, chance: random.Random) -> Begun:
-        """What a worker computes does not reach some aggregators; everything else of it works."""
+        """What a worker computes does not reach some aggregators, or, where workers own the
+        parameters, some of these; everything else of it works."""
         name = chance.choice(self.cluster.workers)
-        aggregators = self.cluster.aggregators
-        cut = chance.sample(aggregators, chance.randint(1, len(aggregators)))
+        owners = self.cluster.aggregators
+        if any(shape.parts in jobs.ALL_REDUCE for shape in self.cluster.settings.shapes):
+            owners = [each for each in self.cluster.workers if each != name] or owners
+        cut = chance.sample(owners, chance.randint(1, len(owners)))
         what = f"payloads of {name} for {'+'.join(cut)} are stuck"
         return what, self._blocked([(name, each) for each in cut]), chance.uniform(0.3, 4.0)
 
@@ -265,6 +269,7 @@ class Faults:
             "pause": lambda chance, names: self._pause(chance, names, 5.0),
             "isolate": self._cut_off,
             "reset": partial(self._break_off, pair=actors),
+            "vanish": lambda chance, names: self._power_cut(chance, [chance.choice(names)]),
         }[act if kind != "user" else "reset"]
         meant = [name for name in actors if name in names]
         begun = begin(chance, meant if meant and act != "power_cut" else names)

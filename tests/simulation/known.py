@@ -134,7 +134,7 @@ KNOWN = {
     "a worker obeys an old generation": Known(0, (), _TWO_LEADERS),
     "a member applies a part of a gradient": Known(0, (), _REDUCING),
     "those who are ahead do the step again": Known(
-        0, (), (*_REDUCING, ("strike", "range_ahead worker kill"))
+        0, (), (*_REDUCING, ("strike", "range_ahead worker vanish"))
     ),
     "the gradient of the last step is not kept": Known(0, (), _REDUCING),
     "effects do not wait for their records": Known(0),

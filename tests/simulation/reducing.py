@@ -26,6 +26,10 @@ from worker.core.effects import Committed, Points
 SHARE = 0.25
 """Part of the swarm's runs in which the jobs are such."""
 
+VANISH, VANISH_SHARE = "range_ahead worker vanish", 0.3
+"""In part of these, again and again, a worker is gone with all that it had just sent at the moment
+at which one of them is ahead of the others: whoever is behind needs what was kept."""
+
 
 def drawn(settings: Any, chance: random.Random) -> Any:
     """The settings of a run of the swarm, in some of which workers reduce among themselves."""
@@ -37,7 +41,8 @@ def drawn(settings: Any, chance: random.Random) -> Any:
     parts = chance.choice(sorted(ALL_REDUCE))
     shapes = tuple(jobs.composed(shape, parts) for shape in settings.shapes)
     workers = max(settings.workers, chance.choice([1, 2, 3, 4, 5]))
-    return replace(settings, shapes=shapes, workers=workers)
+    strike = VANISH if chance.random() < VANISH_SHARE else settings.strike
+    return replace(settings, shapes=shapes, workers=workers, strike=strike)
 
 
 class Members:

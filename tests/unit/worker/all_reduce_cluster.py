@@ -178,6 +178,9 @@ class Member:
                 out[:] = initial(len(out))
                 self.take(core.part_done(task, part, 0, 0.0, 1, ()))
                 continue
+            if task.round.is_evaluation:
+                self.take(core.part_done(task, part, 4, 0.0, 1, (2.0,)))
+                continue
             width, step = task.round.width, task.round.go.version
             shards = [
                 s for s in range(part.node.first, part.node.first + part.node.span) if s < width
@@ -253,9 +256,16 @@ class Cluster:
                 for node in cover(first, stop, self.plan.shards)
             ]
             first = stop
+            # Where there is an evaluation the last one computes it.
+            evaluates = self.plan.evaluation_shards and name == names[-1]
             self.members[name].assign(
                 coordination.AssignJob(
-                    plan=self.plan, term=self.term, ranges=ranges, placement=1, train_nodes=nodes
+                    plan=self.plan,
+                    term=self.term,
+                    ranges=ranges,
+                    placement=1,
+                    train_nodes=nodes,
+                    evaluation_nodes=[training_pb2.TreeNode(span=1)] if evaluates else [],
                 )
             )
 

@@ -60,6 +60,20 @@ def test_before_anything_is_measured_it_takes_longer_and_a_copy_may_come_from_th
     ends_with_the_same_bits(job, PATIENCE_UNMEASURED_S)
 
 
+def test_an_evaluation_that_nobody_begins_is_missed():
+    """Not even its first frame comes: the record that orders it opens its round."""
+    plan = plan_of(spec_of(STEPS), SHARDS, 8)
+    spec = spec_of(STEPS)
+    spec.train.evaluation.split, spec.train.evaluation.every_steps = "test", 5
+    plan.spec = spec.SerializeToString()
+    plan.evaluation_shards, plan.evaluation_rows = 1, 4
+    plan.evaluation_sums.append("loss")
+    job = Cluster(9, plan, NAMES)
+    at(job, 4)
+    job.members["w2"].hangs = True
+    ends_with_the_same_bits(job, 2 * PATIENCE_UNMEASURED_S)
+
+
 def test_a_leaf_that_is_well_again_is_not_copied_any_more():
     job = cluster(5)
     at(job, 4)
