@@ -27,6 +27,9 @@ The summary is one JSON object:
                                            that came both as a copy and from their own worker
     one_by_one_seeds, one_by_one_faults    seeds with a job whose contributions commit one by one,
                                            and how often each kind of fault fired in those
+    all_reduce_seeds                       seeds with jobs whose workers own the parameters
+    members_caught_up, members_brought_up  members of those that were one step behind and were sent
+                                           the gradient that was kept, and that were sent everything
     leaves_started, leaves_at_bound        leaves that roots started one by one, and those as far
                                            ahead of the slowest shard as they may be
     contributions_repeated                 contributions to steps that were completed already

@@ -21,6 +21,8 @@ ERRANDS_FOR_EVERY_BAD_JOB = 100
 """From so many errands of second users on, a job with each kind of bad leaf must have ended."""
 ONE_BY_ONE_SEEDS_FOR_EVERY_KIND = 75
 """The same for seeds with jobs whose contributions commit one by one."""
+ALL_REDUCE_SEEDS = 20
+"""From so many seeds with jobs whose workers own the parameters on, these must have met, too."""
 
 
 def run_seeds(seeds: Iterable[int]) -> list[Outcome]:
@@ -119,6 +121,9 @@ def summary(
         "copies_raced": sum(each.copies_raced for each in outcomes),
         "one_by_one_seeds": sum(each.started > 0 for each in outcomes),
         "one_by_one_faults": dict(sorted(one_by_one.items())),
+        "all_reduce_seeds": sum(each.reduced > 0 for each in outcomes),
+        "members_caught_up": sum(each.caught_up for each in outcomes),
+        "members_brought_up": sum(each.brought_up for each in outcomes),
         "leaves_started": sum(each.started for each in outcomes),
         "leaves_at_bound": sum(each.at_bound for each in outcomes),
         "contributions_repeated": sum(each.repeated for each in outcomes),
@@ -150,6 +155,8 @@ def vacuous(found: dict[str, Any], faults: Counter[str]) -> list[str]:
     missing = sorted(set(BAD) - found["bad_jobs"].keys())
     if found["errands"] >= ERRANDS_FOR_EVERY_BAD_JOB and missing:
         why.append(f"no job with such a bad leaf ended: {', '.join(missing)}")
+    if found["all_reduce_seeds"] >= ALL_REDUCE_SEEDS and not found["members_caught_up"]:
+        why.append("no member was ever one step behind and sent the gradient that was kept")
     if found["one_by_one_seeds"] >= ONE_BY_ONE_SEEDS_FOR_EVERY_KIND:
         missing = sorted(KINDS - found["one_by_one_faults"].keys())
         if missing:

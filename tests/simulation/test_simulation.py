@@ -38,6 +38,12 @@ FOUND_BUGS = (
     Known(3, (), (("running_jobs_max", 1),)),
     # A model that was to be built after one that hung was blamed for the end of the process.
     Known(2, settings=(("newcomer", True),)),
+    # Of jobs whose workers own the parameters: the final checkpoint did not say why one ended;
+    Known(0, (), (("parts", "all-reduce"),)),
+    # a worker that was started again was taken for the member that it had been in the same term;
+    Known(1000, settings=(("parts", "all-reduce"),)),
+    # an evaluation of which nobody began a shard was never missed.
+    Known(2, ("hung_leaf",), (("workers", 3), ("parts", "all-reduce"), ("leaf_timeout_s", 600.0))),
 )
 
 

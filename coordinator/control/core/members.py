@@ -66,7 +66,11 @@ def _placed(core: Core, job: JobRuntime, fingerprint: str) -> placement.Owners:
     """Where the shards would be in a term that began now: with members that are there and whoever
     is ready, or, if none of either is, with all that may host the job."""
     able = _able(core, job, fingerprint)
-    members = [key for key in current(core, job) if key in able and takes_part(core, job, key)]
+    members = [
+        key
+        for key in current(core, job)
+        if key in able and takes_part(core, job, key) and key not in job.lost_owners
+    ]
     ready = [key for key in able if key in job.hosts and job.hosts[key].ready]
     chosen = list(dict.fromkeys((*members, *ready))) or list(able)
     slots = {key: able[key].slots for key in chosen}

@@ -166,28 +166,34 @@ def _watch_late(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
 def _watch_members(core: Core, job: JobRuntime, teller: str, report: pb.JobReport) -> None:
     """A member for which another one waits for a lease takes no part any more: a new term begins.
 
-    One at a time, since it may be all that is wrong. Silence is another matter, with its own lease,
-    and who has not loaded the job yet is waited for. Who hears of nobody is the one to leave.
+    Those that have not loaded the job yet are members again once they have. Of others it is one at
+    a time, since it may be all that is wrong; who hears of nobody is the one to leave. Silence is
+    another matter, with its own lease.
     """
-    others = len(core.facts_of(job).ranges) - 1
-    waited = {each.worker_id: each.late_s for each in report.late_workers}
-    if len(waited) > 1 and 2 * len(waited) > others:
-        waited = {teller: max(waited.values())}
-    due = sorted(
-        (late_s, key) for key, late_s in waited.items() if _holds_up(core, job, key, late_s)
-    )
+    lease_s = core.lease_ttl_s()
+    waited = {
+        each.worker_id: each.late_s
+        for each in report.late_workers
+        if each.worker_id in job.hosts and each.late_s >= lease_s
+    }
+    loading = {key for key in waited if not job.hosts[key].ready}
+    hanging = {key: late_s for key, late_s in waited.items() if key not in loading}
+    if len(hanging) > 1 and 2 * len(hanging) > len(core.facts_of(job).ranges) - 1:
+        hanging = {teller: max(hanging.values())}
+    due = sorted((late_s, key) for key, late_s in hanging.items() if _is_heard(core, key))
     changing = job.operation is not None or job.set_aside.keys() & job.hosts.keys()
-    if due and not changing:
+    if changing or not (loading or due):
+        return
+    job.lost_owners |= loading
+    if due:
         late_s, worker_id = due[-1]
         hosting.set_aside(core, job, worker_id, late_s)
-        terms.advance(core, job)
+    terms.advance(core, job)
 
 
-def _holds_up(core: Core, job: JobRuntime, worker_id: str, late_s: float) -> bool:
-    worker, hosted = core.workers.get(worker_id), job.hosts.get(worker_id)
-    if worker is None or hosted is None or not hosted.ready:
-        return False
-    return worker.state != WorkerView.STATE_SUSPECTED and late_s >= core.lease_ttl_s()
+def _is_heard(core: Core, worker_id: str) -> bool:
+    worker = core.workers.get(worker_id)
+    return worker is not None and worker.state != WorkerView.STATE_SUSPECTED
 
 
 def _not_heard_of(core: Core, job: JobRuntime, report: pb.JobReport) -> dict[str, float]:

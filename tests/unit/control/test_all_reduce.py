@@ -232,15 +232,22 @@ def test_a_member_that_hears_nobody_is_the_one_to_leave(reducing: Any) -> None:
     assert members(reducing) == ["w1", "w2"]
 
 
-def test_one_that_still_loads_the_job_is_waited_for(cluster: Any) -> None:
+def test_one_that_loads_the_job_for_too_long_is_a_member_once_it_is_ready(cluster: Any) -> None:
     cluster.auto = False
-    for name in ("w1", "w2"):
+    for name in ("w1", "w2", "w3"):
         join(cluster, name)
     cluster.submit(edit=all_reduce)
     cluster.describe(cluster.sessions[cluster.core.jobs["job-1"].describing], "job-1")
-    assert (term(cluster), members(cluster)) == (1, ["w1", "w2"])
-    waits_for(cluster, "w1", 9.0, "w2")
-    assert (term(cluster), members(cluster)) == (1, ["w1", "w2"])
+    assert (term(cluster), members(cluster)) == (1, ["w1", "w2", "w3"])
+    ready = pb.WorkerJobReady(job_id="job-1", term=1)
+    cluster.say(cluster.sessions["w1"], worker_job_ready=ready)
+    waits_for(cluster, "w1", 9.0, "w2", "w3")
+    assert (term(cluster), members(cluster)) == (2, ["w1"])
+    assert "WORKER_SUSPECTED" not in cluster.types()
+    assert not cluster.told("w2", "revoke_job"), "it goes on loading"
+    ready = pb.WorkerJobReady(job_id="job-1", term=2)
+    cluster.say(cluster.sessions["w2"], worker_job_ready=ready)
+    assert sorted(members(cluster)) == ["w1", "w2"]
 
 
 def test_copies_that_a_member_asks_for_are_told(reducing: Any) -> None:

@@ -92,7 +92,7 @@ class AllReduceJob(JobCore):
         self._restore: storage.CheckpointManifest | None = None
         self._began: dict[str, int] = {}
         self._holder = ""
-        #: When something of what the term starts with came last.
+        #: When this member was ready, or something of what the term starts with came last.
         self._came_s = 0.0
         #: Every member has said what it held, and this one holds what the term starts with.
         self._started = False
@@ -119,6 +119,7 @@ class AllReduceJob(JobCore):
 
     def prepare_done(self, leaf_sha256: str = "") -> list[Effect]:
         """Code and data are here; see `JobCore.prepare_done`."""
+        self._came_s = self.elapsed()
         return super().prepare_done(leaf_sha256) + self._settle()
 
     def leave(self) -> list[Effect]:
@@ -153,6 +154,7 @@ class AllReduceJob(JobCore):
         held = replica.version if replica is not None else NONE
         self._began = {self.worker_id: held}
         self._holder, self._started, self._failed = "", False, False
+        self._came_s = 0.0
         self._due = {member: deque() for member in self._members}
         self._serving = Serving(self.term)
         self._hash, self._snapshot_of = b"", NONE
@@ -356,11 +358,11 @@ class AllReduceJob(JobCore):
     def unheard(self) -> dict[str, float]:
         """Members that hold the job up, by what this one sees, and since how many seconds."""
         now_s = self.elapsed()
+        waited_s = now_s - self._came_s
         if self.joined and len(self._began) < len(self._members):
             silent = [member for member in self._members if member not in self._began]
-            return dict.fromkeys(silent, now_s) if now_s >= HELLO_S else {}
+            return dict.fromkeys(silent, waited_s) if waited_s >= HELLO_S else {}
         if not self._started and self._began.get(self._holder, NONE) > NONE:
-            waited_s = now_s - self._came_s
             return {self._holder: waited_s} if waited_s >= HELLO_S else {}
         return self._late.unheard(now_s) if self._late is not None else {}
 
@@ -411,9 +413,9 @@ class AllReduceJob(JobCore):
         return effects
 
     def _say_held(self, owner: str, version: int, *, held: bool) -> list[Effect]:
-        answer = pb.VersionHeld(
-            term=self.term, held=held, version=version, starting=not self._started
-        )
+        waits = self.joined and not self._started
+        starting = waits and self.elapsed() - self._came_s < HELLO_S
+        answer = pb.VersionHeld(term=self.term, held=held, version=version, starting=starting)
         self._due[owner].append(encode_request(pb.ExchangeRequestHeader(version_held=answer)))
         return [Wake(self.job_id, owner)]
 

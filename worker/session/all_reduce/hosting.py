@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from prometheus_client import Counter
@@ -116,15 +117,16 @@ class HostedAllReduce(HostedJob):
         self._looping = self._working = False
         self._copies.clear()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         task = asyncio.create_task(self._guarded(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        # What is begun only here leaves nothing that was never awaited if the term ends before.
         term = self.core.term
         try:
-            await work
+            await work()
         except Exception as error:  # noqa: BLE001 - the job would stand still, and nobody know why
             _log.exception("all_reduce_failed", job_id=self.core.job_id)
             self._fail(term, "ALL_REDUCE_FAILED", f"{type(error).__name__}: {error}")
@@ -188,7 +190,7 @@ class HostedAllReduce(HostedJob):
             super().wake(aggregator_id)
         elif not self._looping and self.prepared is not None:
             self._looping = True
-            self._spawn(self._loop_back())
+            self._spawn(self._loop_back)
 
     async def _loop_back(self) -> None:
         while (message := super().next_message(self._worker_id)) is not None:
@@ -208,13 +210,13 @@ class HostedAllReduce(HostedJob):
             case do.Work():
                 if not self._working:
                     self._working = True
-                    self._spawn(self._work())
+                    self._spawn(self._work)
             case do.Restore():
-                self._spawn(self._restore(effect))
+                self._spawn(partial(self._restore, effect))
             case do.Snapshot():
-                self._spawn(self._hash(effect, self._copy(effect.version)))
+                self._spawn(partial(self._hash, effect, self._copy(effect.version)))
             case do.Store():
-                self._spawn(self._store(effect))
+                self._spawn(partial(self._store, effect))
             case do.Committed():
                 self.reports.committed(effect.example_count)
             case do.Points():
