@@ -1,9 +1,10 @@
 """Late shards: who should have delivered what is missing, and who computes a copy of it.
 
 Theory of operation. A copy of a leaf is equal to the last bit, so it may be computed anywhere at
-any time; the only question is when it pays. An aggregator sees what nobody else sees: which shards
-of its open round are missing, since when, and who is through with his own. So it asks workers for
-copies itself, on the streams that they have open anyway, and control need not be there.
+any time; the only question is when it pays. The owner of a range (an aggregator, or with all-reduce
+a worker) sees what nobody else sees: which shards of its open round are missing, since when, and
+who is through with his own. So it asks workers for copies itself, on the streams that they have
+open anyway, and control need not be there.
 
 - A worker's *home* is what it delivered of its own accord in the rounds before (copies say that
   they are copies), so moves by control are learned and need not be told.
