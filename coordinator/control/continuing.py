@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core
 from coordinator.control.store import Store
 from phalanx import specs
-from phalanx.errors import NotFound, Violation
+from phalanx.errors import InvalidArgument, NotFound, Violation
 from phalanx.v1 import job_spec_pb2
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.control_journal_pb2 import Continued, JobSubmitted
+from phalanx.v1.training_pb2 import JobPlan
 
 _FIELD = "train.start.job"
 
 
-async def continue_from(spec: job_spec_pb2.JobSpec, core: Core, store: Store) -> Continued:
+@dataclass(frozen=True)
+class Origin:
+    """What a job goes on from, as it was at one moment: the other one may be deleted meanwhile."""
+
+    continued: Continued
+    plan: JobPlan
+
+    def take_over(self, submitted: JobSubmitted) -> None:
+        """Cut ranges and states as they were, and let those compute who give the same bits.
+
+        Raises InvalidArgument where nothing is left to do, or what was done would not be the same.
+        """
+        checkpoint, plan = self.continued.checkpoint, submitted.plan
+        specs.check_rest(
+            submitted.spec.train,
+            plan.total_steps,
+            self.plan.total_steps,
+            specs.Reached(checkpoint.job_id, checkpoint.step, _elapsed_s(checkpoint)),
+        )
+        plan.range_count = checkpoint.range_count
+        # Otherwise it follows from the checkpoints that the spec asks for, and they may be others.
+        plan.state_every = self.plan.state_every
+        if plan.bitwise and not self.continued.bit_identity_lost:
+            plan.fingerprint = self.plan.fingerprint
+        submitted.continued.CopyFrom(self.continued)
+
+
+async def find_origin(spec: job_spec_pb2.JobSpec, core: Core, store: Store) -> Origin:
     """Return what a job takes over, and write down in its spec which step that is of.
 
     Raises NotFound (no such job or checkpoint), InvalidArgument (its spec is another), Unavailable.
@@ -27,28 +58,65 @@ async def continue_from(spec: job_spec_pb2.JobSpec, core: Core, store: Store) ->
     specs.check_same(spec, other.spec, job_id)
     listing = pb.ListCheckpointsRequest(job_id=job_id)
     listed = await store.call(store.storage.ListCheckpoints, listing)
-    manifest = _chosen(list(listed.checkpoints), job_id, step)
+    manifest = choose(other, list(listed.checkpoints), step)
     spec.train.start.job = f"{job_id}@{manifest.step}"
-    return Continued(checkpoint=manifest, aggregator_fingerprint=other.aggregator_fingerprint)
+    return origin_of(other, manifest)
 
 
-def keep_cut_and_bits(submitted: JobSubmitted, core: Core) -> None:
-    """Cut the ranges as they were, and let those compute who give the bits that it began with."""
-    checkpoint, plan = submitted.continued.checkpoint, submitted.plan
-    plan.range_count = checkpoint.range_count
-    other: JobFacts | None = core.facts.jobs.get(checkpoint.job_id)
-    if other is not None and other.bit_identical and plan.bitwise:
-        plan.fingerprint = other.fingerprint
+def origin_of(other: JobFacts, manifest: pb.CheckpointManifest) -> Origin:
+    """Return what there is to take over of a job with one of its checkpoints."""
+    plan = JobPlan()
+    plan.CopyFrom(other.plan)
+    continued = Continued(
+        checkpoint=manifest,
+        leaf_sha256=other.leaf_sha256,
+        bit_identity_lost=other.plan.bitwise and not other.bit_identical,
+    )
+    if not continued.bit_identity_lost:
+        continued.aggregator_fingerprint = other.aggregator_fingerprint
+    return Origin(continued, plan)
 
 
-def _chosen(
-    checkpoints: list[pb.CheckpointManifest], job_id: str, step: int | None
+def choose(
+    other: JobFacts, checkpoints: list[pb.CheckpointManifest], step: int | None
 ) -> pb.CheckpointManifest:
-    """Return the checkpoint at a step, or the newest. Raises NotFound."""
-    for manifest in checkpoints:
+    """Return the checkpoint at a step, or the newest. Raises NotFound.
+
+    Where nodes have a state, the last one of a finished job is without: a job begins at the one
+    before and computes the steps since once more.
+    """
+    whole = [each for each in checkpoints if not (each.final and other.plan.state_every)]
+    for manifest in whole:
         if step is None or manifest.step == step:
             return manifest
-    steps = ", ".join(str(each.step) for each in checkpoints)
-    there = f"only at step {steps}" if steps else "none yet"
-    message = f"job {job_id} has no checkpoint{'' if step is None else f' at step {step}'}: {there}"
+    steps = ", ".join(str(each.step) for each in whole)
+    message = (
+        f"job {other.job_id} has no checkpoint{'' if step is None else f' at step {step}'}: "
+        f"{f'only at step {steps}' if steps else 'none yet'}"
+    )
+    if len(whole) < len(checkpoints):
+        message = (
+            f"job {other.job_id} has no checkpoint{'' if step is None else f' at step {step}'} to "
+            f"go on from: {f'only at step {steps}' if steps else 'none'}, as the last one of a "
+            "finished job does not keep what its shards have kept back (checkpoints.every_steps)"
+        )
     raise NotFound(message, reason="CHECKPOINT_NOT_FOUND", violations=[Violation(_FIELD, message)])
+
+
+def gone(checkpoint: pb.CheckpointManifest) -> NotFound:
+    """Return the error for a checkpoint that was replaced before it could be pinned."""
+    message = (
+        f"the checkpoint at step {checkpoint.step} of {checkpoint.job_id} was removed meanwhile; "
+        "submit again for the newest one"
+    )
+    return NotFound(message, reason="CHECKPOINT_NOT_FOUND", violations=[Violation(_FIELD, message)])
+
+
+def _elapsed_s(checkpoint: pb.CheckpointManifest) -> float:
+    try:
+        return float(json.loads(checkpoint.root_state)["elapsed_s"])
+    except (ValueError, KeyError, TypeError) as error:
+        message = f"the checkpoint at step {checkpoint.step} does not say how long the job has run"
+        raise InvalidArgument(
+            f"{message}: {error!r}", violations=[Violation(_FIELD, message)]
+        ) from error

@@ -6,7 +6,7 @@ import asyncio
 import json
 
 from coordinator.control.config import ControlConfig
-from coordinator.control.continuing import continue_from, keep_cut_and_bits
+from coordinator.control.continuing import find_origin, gone
 from coordinator.control.core.eligibility import misfit
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core
@@ -63,9 +63,9 @@ class Submissions:
             model = await self._start_model(resolved)
             specs.resolve_start_model(resolved, model)
             start_model_digest = _parameters_of(model)
-        continued = None
+        origin = None
         if resolved.train.start.WhichOneof("from") == "job":
-            continued = await continue_from(resolved, core, self._store)
+            origin = await find_origin(resolved, core, self._store)
         plan = await _planned(resolved, dataset, job_id)
         plan.spec = b""  # the journal keeps the spec once, beside the plan
         plan.start_model_digest = start_model_digest
@@ -77,10 +77,9 @@ class Submissions:
             announced_plan=announced,
             submitter=submitter,
             worker_bytes=announced.worker_bytes,
-            continued=continued,
         )
-        if continued is not None:
-            keep_cut_and_bits(submitted, core)
+        if origin is not None:
+            origin.take_over(submitted)
         eligible = count_eligible(core, submitted)
         submitted.announced_plan.CopyFrom(specs.plan(resolved, dataset, eligible))
         return submitted, dataset
@@ -104,9 +103,16 @@ class Submissions:
         pins += [pb.Pin(blob=digest) for digest in sorted(set(plan.code_digests.values()))]
         if plan.start_model_digest:
             pins.append(pb.Pin(blob=plan.start_model_digest))
-        pins += [pb.Pin(blob=part.digest) for part in submitted.continued.checkpoint.parts]
+        checkpoint = submitted.continued.checkpoint
+        taken = {part.digest for part in checkpoint.parts}
+        pins += [pb.Pin(blob=digest) for digest in sorted(taken)]
         request = pb.SetPinsRequest(holder=submitted.job_id, pins=pins, fence=self._store.fence)
-        await self._store.call(self._store.storage.SetPins, request)
+        try:
+            await self._store.call(self._store.storage.SetPins, request)
+        except NotFound as error:
+            if any(digest in error.message for digest in taken):
+                raise gone(checkpoint) from error
+            raise
 
     async def discard(self, job_id: str) -> None:
         """Let go of what was pinned for a job that was not taken."""

@@ -15,6 +15,8 @@ from phalanx.sdk.methods import LIST_CHECKPOINTS
 
 if TYPE_CHECKING:
     from phalanx.training.replay import ReplayLog
+    from phalanx.v1.job_spec_pb2 import JobSpec
+    from phalanx.v1.training_pb2 import JobPlan
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
     """Compute a job again in this process and return both hashes.
 
     Downloads the chunks that the job reads. An asynchronous job is replayed in the order of its
-    log. Raises FailedPrecondition unless the job has succeeded, and where it has no log.
+    log, and a job that went on from another one is computed from the very beginning. Raises
+    FailedPrecondition unless the job has succeeded, and where it has no log or its origin is gone.
     """
     from phalanx.data.manifest import DatasetManifest
     from phalanx.specs import job_plan
@@ -80,6 +83,12 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
     spec = job.message.spec
     dataset = cluster.data.get(spec.data.name)
     plan = job_plan(spec, dataset, job_id)
+    until_step = None
+    if spec.train.start.job or spec.train.stop.HasField("wall_time"):
+        # Its steps follow from more than its own rules: those of another job, or a clock.
+        until_step = job.result.steps
+        _forget_stop_rules(plan)
+    first = _first_of(cluster, job)
     replay = replay_log_of(cluster, job) if plan.asynchronous else None
     manifest = DatasetManifest.from_json(cluster.backend.get_blob(plan.manifest_digest))
     with tempfile.TemporaryDirectory(prefix="phalanx-verify-") as name:
@@ -92,8 +101,8 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
             return path
 
         start_model = None
-        if spec.train.start.model:
-            start_model = cluster.models.cached(spec.train.start.model) / "model.safetensors"
+        if first.train.start.model:
+            start_model = cluster.models.cached(first.train.start.model) / "model.safetensors"
         trained = train_in_process(
             plan,
             manifest,
@@ -101,6 +110,7 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
             code_dir=job_code(spec, fetch, folder / "code"),
             start_model=start_model,
             replay=replay,
+            until_step=until_step,
         )
     return Verdict(
         job_id=job_id,
@@ -110,6 +120,36 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
         bit_identical=job.result.bit_identical,
         replayed=plan.asynchronous,
     )
+
+
+def _first_of(cluster: Cluster, job: Job) -> JobSpec:
+    """Return the spec of the job that began where a job goes on, over any number of jobs.
+
+    Raises FailedPrecondition where one of them is deleted.
+    """
+    from phalanx.specs import parse_reference
+
+    spec = job.message.spec
+    while spec.train.start.job:
+        earlier, _ = parse_reference(spec.train.start.job)
+        try:
+            spec = cluster.get(earlier).message.spec
+        except NotFound as error:
+            raise FailedPrecondition(
+                f"job {job.id} goes on from {earlier}, which is deleted: what that one began with "
+                "is not known any more"
+            ) from error
+    return spec
+
+
+def _forget_stop_rules(plan: JobPlan) -> None:
+    """Nothing ends the job but its last step, and nothing has to be measured for it."""
+    from phalanx.v1.job_spec_pb2 import JobSpec
+
+    spec = JobSpec.FromString(plan.spec)
+    spec.train.stop.Clear()
+    plan.spec = spec.SerializeToString(deterministic=True)
+    plan.evaluation_shards = 0
 
 
 def replay_log_of(cluster: Cluster, job: Job) -> ReplayLog | None:

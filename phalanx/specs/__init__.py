@@ -6,7 +6,7 @@ print(plan(spec, dataset, eligible_workers=4), spec_sha256(spec))
 """
 
 from phalanx.specs.canonical import canonical_json, spec_sha256, struct_to_python, to_json
-from phalanx.specs.continuing import check_same, parse_reference
+from phalanx.specs.continuing import Reached, check_rest, check_same, parse_reference
 from phalanx.specs.documents import (
     Document,
     apply_sets,
@@ -23,8 +23,10 @@ from phalanx.specs.validate import validate, validate_against
 
 __all__ = [
     "Document",
+    "Reached",
     "apply_sets",
     "canonical_json",
+    "check_rest",
     "check_same",
     "check_spec",
     "job_plan",

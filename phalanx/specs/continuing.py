@@ -1,13 +1,15 @@
 """Going on from another job (`train.start.job`): what may differ between the two.
 
 The new job takes over all state of the other one, so what made that state has to be the same. What
-only says how long to go on, what to measure and keep, and where to run may be another.
+only says how long to go on, what to measure and keep, and where to run may be another. Steps and
+time count from the very beginning, as they would in one job.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -18,6 +20,7 @@ from phalanx.v1 import job_spec_pb2
 
 MAY_DIFFER = frozenset(
     {
+        "labels",
         "name",
         "output",
         "priority",
@@ -30,6 +33,15 @@ MAY_DIFFER = frozenset(
     }
 )
 _REFERENCE = re.compile(r"[a-z0-9][a-z0-9._-]{0,159}(@[1-9][0-9]{0,17})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How far the other job had come at the checkpoint that is taken over."""
+
+    job_id: str
+    step: int
+    elapsed_s: float
 
 
 def reference_violations(text: str) -> Iterator[Violation]:
@@ -57,6 +69,49 @@ def check_same(spec: job_spec_pb2.JobSpec, other: job_spec_pb2.JobSpec, job_id: 
             reason="OTHER_SPEC",
             violations=violations,
         )
+
+
+def check_rest(
+    train: job_spec_pb2.Train, total_steps: int, others_total_steps: int, reached: Reached
+) -> None:
+    """Check that something is left to do, and that what was done counts as a part of it.
+
+    `total_steps` are those of the new job, 0 where no rule counts them. Raises InvalidArgument.
+    """
+    violations = list(_rest_violations(train, total_steps, others_total_steps, reached))
+    if violations:
+        first = violations[0]
+        raise InvalidArgument(f"{first.field} {first.message}", violations=violations)
+
+
+def _rest_violations(
+    train: job_spec_pb2.Train, total_steps: int, others_total_steps: int, reached: Reached
+) -> Iterator[Violation]:
+    wall_time = train.stop.wall_time
+    limit_s = wall_time.seconds + wall_time.nanos / 1e9
+    there = f"{reached.job_id} is at step {reached.step}"
+    if 0 < total_steps <= reached.step:
+        message = f"ends the job at step {total_steps}, and {there} already: its steps count, too"
+        yield Violation("train.stop", message)
+    if train.stop.HasField("wall_time") and limit_s <= reached.elapsed_s:
+        message = (
+            f"is {limit_s:g} s, and {reached.job_id} has run for {reached.elapsed_s:.0f} s "
+            "already: its time counts, too"
+        )
+        yield Violation("train.stop.wall_time", message)
+    if _follows_total(train) and total_steps != others_total_steps:
+        message = (
+            f"makes {total_steps} steps, and that of {reached.job_id} makes {others_total_steps}: "
+            "with cosine the rates of all steps depend on how many there are, so the steps taken "
+            f"were no part of this job; keep {others_total_steps}, use another schedule in both, "
+            "or take over the parameters alone with train.start.model"
+        )
+        yield Violation("train.stop", message)
+
+
+def _follows_total(train: job_spec_pb2.Train) -> bool:
+    optimizers = (train.optimizer, train.local.outer)
+    return any(each.schedule.WhichOneof("kind") == "cosine" for each in optimizers)
 
 
 def _differences(one: Message, other: Message, prefix: str) -> Iterator[tuple[str, str]]:

@@ -93,6 +93,7 @@ def train_in_process(
     on_progress: Callable[[Progress], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
     replay: ReplayLog | None = None,
+    until_step: int | None = None,
 ) -> TrainedModel:
     """Run a job to its end and return the model.
 
@@ -105,6 +106,7 @@ def train_in_process(
         on_progress: called after each step and evaluation; what it raises ends the job.
         clock: seconds, for the wall-time rule alone.
         replay: the order of an asynchronous run that is to be computed again.
+        until_step: end there at the latest, whatever the stop rules say.
 
     Raises:
         PhalanxError: the job cannot run, or failed; what a user's model raises passes through.
@@ -130,6 +132,7 @@ def train_in_process(
                 on_progress=on_progress,
                 clock=clock,
                 replay=replay,
+                until_step=until_step,
             )
     finally:
         deactivate_user_code()
@@ -145,6 +148,7 @@ def run_job(
     on_progress: Callable[[Progress], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
     replay: ReplayLog | None = None,
+    until_step: int | None = None,
 ) -> TrainedModel:
     """Run the rounds of a job whose model and readers are there; see `train_in_process`.
 
@@ -154,7 +158,8 @@ def run_job(
     job = _Job(plan, model, reader, evaluation_reader, start_model, replay)
     begin_s = clock()
     go = job.decider.start()
-    while go.action not in (GoRecord.ACTION_STOP, GoRecord.ACTION_FAIL):
+    ends = (GoRecord.ACTION_STOP, GoRecord.ACTION_FAIL)
+    while go.action not in ends and job.decider.version != until_step:
         go = job.run(go, lambda: clock() - begin_s)
         if on_progress is not None and job.decider.version > 0:
             on_progress(job.progress())

@@ -63,10 +63,12 @@ class StopRules:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over the state of a checkpoint.
 
-        The reason is found again rather than restored: a resumed job may have other stop rules.
+        The reason is found again rather than restored: a job that goes on from another one may
+        have other stop rules. What was seen of another metric says nothing of this one's.
         """
-        if self._plateau is not None and "plateau" in state:
-            self._plateau.restore(state["plateau"])
+        seen = state.get("plateau")
+        if self._plateau is not None and seen is not None and self._plateau.is_about(seen):
+            self._plateau.restore(seen)
 
 
 class _Plateau:
@@ -100,7 +102,11 @@ class _Plateau:
 
     def state(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"best": self._best, "recent": self._recent}
+        return {"metric": self.metric, "best": self._best, "recent": self._recent}
+
+    def is_about(self, state: Mapping[str, Any]) -> bool:
+        """Whether a state tells of the same metric; older ones do not say of which."""
+        return bool(state.get("metric", self.metric) == self.metric)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over another's state, keeping as many values as this rule looks at."""

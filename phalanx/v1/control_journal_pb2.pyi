@@ -225,8 +225,14 @@ class Continued(_message.Message):
 
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     AGGREGATOR_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    LEAF_SHA256_FIELD_NUMBER: _builtins.int
+    BIT_IDENTITY_LOST_FIELD_NUMBER: _builtins.int
     aggregator_fingerprint: _builtins.str
     """Numeric fingerprint of the aggregators that wrote it."""
+    leaf_sha256: _builtins.str
+    """The leaf that its workers computed as well; empty where bits are not promised."""
+    bit_identity_lost: _builtins.bool
+    """It had lost its bit identity, and so has this job."""
     @_builtins.property
     def checkpoint(self) -> _storage_service_pb2.CheckpointManifest: ...
     def __init__(
@@ -234,10 +240,12 @@ class Continued(_message.Message):
         *,
         checkpoint: _storage_service_pb2.CheckpointManifest | None = ...,
         aggregator_fingerprint: _builtins.str = ...,
+        leaf_sha256: _builtins.str = ...,
+        bit_identity_lost: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_fingerprint", b"aggregator_fingerprint", "checkpoint", b"checkpoint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_fingerprint", b"aggregator_fingerprint", "bit_identity_lost", b"bit_identity_lost", "checkpoint", b"checkpoint", "leaf_sha256", b"leaf_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,10 +1,12 @@
 """A job that goes on from another one ends where one job would have, whatever dies."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from phalanx.errors import InvalidArgument, NotFound
+from phalanx.sdk.verification import verify_job
 from phalanx.testing.arena import GUARD_S, arena, gated_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
@@ -38,3 +40,36 @@ def test_two_jobs_one_after_the_other_are_one(tmp_path: Path, undisturbed_sha256
             ring.cluster.submit(gated_job(start={"job": f"{first.id}@33"}))
         with pytest.raises(NotFound, match="no job 'nobody'"):
             ring.cluster.submit(gated_job(start={"job": "nobody"}))
+
+
+def test_what_a_shard_keeps_and_the_order_of_commits_go_on_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[str, dict[str, Any]] = {
+        "top_k": {"compression": {"top_k": {"fraction": 0.25}}},
+        "log": {"asynchronous": {"replay_log": True}},
+    }
+    with arena(tmp_path, 2) as ring:
+        monkeypatch.setenv("PHALANX_TEST_GATE", str(ring.gate.folder))
+        origin = ring.cluster.submit(gated_job(steps=3)).wait(timeout_s=GUARD_S)
+        for name, train in kept.items():
+            # States of nodes are handed in at steps that follow from the checkpoints.
+            first = ring.cluster.submit(
+                gated_job(
+                    steps=13,
+                    start={"model": origin.model},
+                    checkpoints={"every_steps": 8},
+                    evaluation={"every_steps": 5},
+                    **train,
+                )
+            )
+            first.wait(timeout_s=GUARD_S)
+            job = ring.cluster.submit(
+                gated_job(steps=20, start={"job": first.id}, **train) | {"labels": {"part": "two"}}
+            )
+            # The last checkpoint is without states: the steps since the one before come again.
+            begins = 8 if name == "top_k" else 13
+            assert job.message.spec.train.start.job == f"{first.id}@{begins}"
+            assert job.wait(timeout_s=GUARD_S).steps == 20
+            verdict = verify_job(ring.cluster, job.id)
+            assert verdict.equal, (name, verdict)

@@ -108,7 +108,8 @@ class JobFacts:
     @property
     def bit_identical(self) -> bool:
         """Whether the result is promised to be the same bits again."""
-        return self.kept.submitted.plan.bitwise and not self.kept.bit_identity_lost
+        lost = self.kept.bit_identity_lost or self.kept.submitted.continued.bit_identity_lost
+        return self.kept.submitted.plan.bitwise and not lost
 
 
 class Facts:
@@ -224,7 +225,10 @@ class Facts:
 
     def _change_fingerprint(self, changed: FingerprintChanged) -> None:
         kept = self.job(changed.job_id).kept
-        kept.term_started.plan.fingerprint = changed.fingerprint
+        # Before its started term only a job that goes on from another one is bound to bits.
+        started = kept.HasField("term_started")
+        plan = kept.term_started.plan if started else kept.submitted.plan
+        plan.fingerprint = changed.fingerprint
         kept.bit_identity_lost = True
 
     def _step_clock(self, nanos: int) -> None:

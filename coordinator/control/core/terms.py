@@ -290,9 +290,7 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
         ranges=owners.ranges,
         aggregator_fingerprint=owners.fingerprint,
         restore_step=restore.step if restore is not None else -1,
-        leaf_sha256=job.described.leaf_sha256
-        if job.described
-        else facts.kept.term_started.leaf_sha256,
+        leaf_sha256=_leaf_of(core, job),
     )
     before, old_term, first = job.step, facts.term, facts.state == QUEUED
     resumed = facts.resuming
@@ -325,6 +323,13 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
         incidents.moved(core, incident)
 
 
+def _leaf_of(core: Core, job: JobRuntime) -> str:
+    """The leaf that the job's workers must compute as well; a job that goes on has one already."""
+    kept = core.facts_of(job).kept
+    described = job.described.leaf_sha256 if job.described else kept.term_started.leaf_sha256
+    return kept.submitted.continued.leaf_sha256 or described
+
+
 def _first_step(job: JobRuntime) -> int:
     return job.restore.step if job.restore is not None else 0
 
@@ -333,7 +338,10 @@ def _origin(core: Core, job: JobRuntime) -> str:
     facts = core.facts_of(job)
     if is_task_set(facts.spec):
         return f"of {number_of(facts.plan.total_steps, 'task')}"
-    return f"from the checkpoint at step {job.restore.step}" if job.restore else "from the start"
+    if job.restore is None:
+        return "from the start"
+    whose = f" of {job.restore.job_id}" if job.restore == facts.continued else ""
+    return f"from the checkpoint at step {job.restore.step}{whose}"
 
 
 def _tell_start(core: Core, job: JobRuntime, *, resumed: bool) -> None:

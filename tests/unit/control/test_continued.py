@@ -6,16 +6,25 @@ from typing import Any
 
 import pytest
 
-from coordinator.control.continuing import keep_cut_and_bits
+from coordinator.control.continuing import Origin, choose, gone, origin_of
+from coordinator.control.core.facts import JobFacts
+from phalanx.errors import InvalidArgument, NotFound
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
-from phalanx.v1.control_journal_pb2 import JobSubmitted
+from phalanx.v1.control_journal_pb2 import JobSnapshot, JobSubmitted
 from phalanx.v1.job_pb2 import Failure
+from phalanx.v1.training_pb2 import Layout, TensorSpec
+
+LEAF = "aa" * 32
 
 
 def manifest(job_id: str, step: int, ranges: int = 1) -> storage_pb.CheckpointManifest:
     return storage_pb.CheckpointManifest(
-        job_id=job_id, step=step, range_count=ranges, manifest_sha256=f"{step:064x}"
+        job_id=job_id,
+        step=step,
+        range_count=ranges,
+        root_state='{"elapsed_s": 9}',
+        manifest_sha256=f"{step:064x}",
     )
 
 
@@ -44,7 +53,7 @@ def restores(cluster: Any, aggregator: str) -> list[tuple[str, int]]:
 def test_it_begins_with_that_checkpoint_on_aggregators_with_the_same_bits(continued: Any) -> None:
     assert restores(continued, "a3") == [("job-0", 35)]
     started = next(event for event in continued.events if event.type == "JOB_STARTED")
-    assert "from the checkpoint at step 35" in started.message
+    assert "from the checkpoint at step 35 of job-0" in started.message
 
 
 def test_its_own_checkpoint_is_taken_once_there_is_one(continued: Any) -> None:
@@ -69,9 +78,113 @@ def test_with_nothing_to_go_on_from_it_fails_and_never_begins_anew(continued: An
     assert "step 35 of job-0" in continued.job().message
 
 
-def test_ranges_are_cut_and_bits_are_chosen_as_they_were(running: Any) -> None:
+def taken_over(origin: Origin) -> JobSubmitted:
     submitted = JobSubmitted(job_id="job-2")
     submitted.plan.bitwise = True
-    submitted.continued.checkpoint.CopyFrom(manifest("job-1", 5, ranges=3))
-    keep_cut_and_bits(submitted, running.core)
-    assert (submitted.plan.range_count, submitted.plan.fingerprint) == (3, "f")
+    submitted.plan.state_every = 25
+    origin.take_over(submitted)
+    return submitted
+
+
+def test_ranges_are_cut_and_bits_are_chosen_as_they_were(running: Any) -> None:
+    facts = running.core.facts.jobs["job-1"]
+    facts.kept.term_started.leaf_sha256 = LEAF
+    facts.kept.term_started.plan.state_every = 8
+    origin = origin_of(facts, manifest("job-1", 5, ranges=3))
+    # What the other one was is known, whatever becomes of it.
+    facts.kept.Clear()
+    taken = taken_over(origin)
+    plan, continued = taken.plan, taken.continued
+    assert (plan.range_count, plan.fingerprint, plan.state_every) == (3, "f", 8)
+    assert (continued.aggregator_fingerprint, continued.leaf_sha256) == ("f", LEAF)
+    assert not continued.bit_identity_lost
+
+
+def test_bits_that_were_lost_stay_lost(running: Any) -> None:
+    kept = JobSnapshot(bit_identity_lost=True)
+    kept.MergeFrom(running.core.facts.jobs["job-1"].kept)
+    taken = taken_over(origin_of(JobFacts(kept), manifest("job-1", 5)))
+    assert (taken.plan.fingerprint, taken.continued.aggregator_fingerprint) == ("", "")
+
+    def change(submitted: JobSubmitted) -> None:
+        submitted.continued.CopyFrom(taken.continued)
+
+    running.submit("job-2", change=change)
+    assert running.state("job-2") == "RUNNING"
+    assert not running.core.facts.jobs["job-2"].bit_identical
+
+
+def test_a_step_that_is_passed_already_is_refused(running: Any) -> None:
+    origin = origin_of(running.core.facts.jobs["job-1"], manifest("job-1", 9))
+    submitted = JobSubmitted(job_id="job-2")
+    submitted.plan.total_steps = 9
+    with pytest.raises(InvalidArgument, match=r"train\.stop ends the job at step 9"):
+        origin.take_over(submitted)
+
+
+def test_where_nodes_have_states_the_last_checkpoint_is_no_beginning(running: Any) -> None:
+    facts = running.core.facts.jobs["job-1"]
+    last, before = manifest("job-1", 35), manifest("job-1", 30)
+    last.final = True
+    assert choose(facts, [last, before], None) == last
+    facts.kept.term_started.plan.state_every = 10
+    assert choose(facts, [last, before], None) == before
+    with pytest.raises(NotFound, match="at step 35 to go on from: only at step 30, as the last"):
+        choose(facts, [last, before], 35)
+    with pytest.raises(NotFound, match="no checkpoint to go on from: none, as the last"):
+        choose(facts, [last], None)
+
+
+def test_a_checkpoint_that_went_meanwhile_is_named() -> None:
+    error = gone(manifest("job-1", 9))
+    assert "step 9 of job-1 was removed meanwhile" in error.message
+    assert [each.field for each in error.violations] == ["train.start.job"]
+
+
+def test_who_gives_another_leaf_than_the_first_job_had_takes_no_part(cluster: Any) -> None:
+    cluster.aggregator()
+    cluster.auto = False
+    cluster.worker("w1")
+
+    def change(submitted: JobSubmitted) -> None:
+        submitted.continued.checkpoint.CopyFrom(manifest("job-0", 35))
+        submitted.continued.leaf_sha256 = LEAF
+
+    cluster.submit(change=change)
+    layout = Layout(tensors=[TensorSpec(name="w", shape=[64, 10])], dtype="float32")
+    layout.element_count = 640
+    cluster.describe(cluster.sessions["w1"], "job-1", layout=layout, leaf_sha256="bb" * 32)
+    assert cluster.told("w1", "assign_job")[-1].leaf_sha256 == LEAF
+    ready = pb.WorkerJobReady(job_id="job-1", term=1, leaf_sha256="bb" * 32)
+    cluster.say(cluster.sessions["w1"], worker_job_ready=ready)
+    assert "WORKER_INELIGIBLE" in cluster.types()
+
+
+def test_before_its_first_term_it_falls_back_to_other_bits_as_well(cluster: Any) -> None:
+    cluster.aggregator()
+    cluster.worker("w1", fingerprint="g")
+
+    def change(submitted: JobSubmitted) -> None:
+        submitted.continued.checkpoint.CopyFrom(manifest("job-0", 35))
+        submitted.plan.fingerprint = "f"
+
+    def edit(spec: Any) -> None:
+        spec.reproducibility.bitwise.fall_back_after.seconds = 5
+
+    cluster.submit(edit=edit, change=change)
+    assert cluster.job().reason == "WAITING_FOR_FINGERPRINT"
+    cluster.advance(6)
+    assert "BIT_IDENTITY_LOST" in cluster.types()
+    assert cluster.state() == "RUNNING"
+    facts = cluster.core.facts.jobs["job-1"]
+    assert (facts.fingerprint, facts.bit_identical) == ("g", False)
+    assert cluster.told("w1", "assign_job")[-1].plan.shards == 16
+    assert restores(cluster, "a1") == [("job-0", 35)]
+
+
+def test_where_it_goes_on_survives_a_snapshot_of_the_journal(continued: Any) -> None:
+    continued.journal[:] = list(continued.core.facts.snapshot())
+    continued.lead()
+    facts = continued.core.facts.jobs["job-1"]
+    assert facts.continued == manifest("job-0", 35)
+    assert facts.aggregator_fingerprint == "g"

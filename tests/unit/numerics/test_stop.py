@@ -127,3 +127,13 @@ def test_a_job_that_resumes_with_another_rule_starts_it_from_nothing() -> None:
     resumed.restore(rules(3, steps=3).state())
     resumed.observe_evaluation({"test/loss": 1.0})
     assert resumed.reason == ""
+
+
+@pytest.mark.parametrize(("before", "stops"), [("test/accuracy", False), ("test/loss", True)])
+def test_what_was_seen_of_another_metric_is_not_taken_over(before: str, stops: bool) -> None:
+    first = rules(plateau={"metric": before, "evaluations": 2})
+    first.observe_evaluation({before: 0.9})
+    resumed = rules(plateau={"metric": "test/loss", "evaluations": 1})
+    resumed.restore(first.state())
+    resumed.observe_evaluation({"test/loss": 1.0})
+    assert (resumed.reason == "STOP_PLATEAU") is stops

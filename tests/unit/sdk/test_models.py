@@ -180,6 +180,37 @@ def test_only_a_finished_job_can_be_verified(cluster):
     job.cancel()
 
 
+def _went_on(cluster, job, origin):
+    """Let a finished job say that it went on from another one, as it would on a cluster."""
+    stored = cluster.backend._jobs._jobs[job.id].job
+    stored.spec.train.start.job = f"{origin.id}@2"
+    return stored.spec.train.stop
+
+
+def test_a_job_that_went_on_is_verified_from_the_very_beginning(cluster, job):
+    first = cluster.submit(spec(start={"model": "shapes@1"}, stop={"steps": 2}))
+    first.wait(60)
+    whole = cluster.submit(spec(start={"model": "shapes@1"}))
+    whole.wait(60)
+    stop = _went_on(cluster, whole, first)
+    # A rule that would have ended the first one earlier.
+    stop.thresholds.add(metric="train/loss", at_most=1e9)
+    verdict = verify_job(cluster, whole.id)
+    assert verdict.equal
+    assert verdict.steps == 5
+    cluster.get(first.id).delete()
+    with pytest.raises(FailedPrecondition, match=f"{first.id}, which is deleted"):
+        verify_job(cluster, whole.id)
+
+
+def test_verification_ends_where_a_clock_ended_the_job(cluster, job):
+    stored = cluster.backend._jobs._jobs[job.id].job
+    stored.spec.train.stop.wall_time.nanos = 1
+    verdict = verify_job(cluster, job.id)
+    assert verdict.equal
+    assert verdict.steps == 5
+
+
 def test_a_job_may_start_from_a_model(cluster, job):
     warm = cluster.submit(spec(start={"model": "shapes"})).wait(60)
     assert warm.parameters_sha256 != job.result.parameters_sha256

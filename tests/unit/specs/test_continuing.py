@@ -32,6 +32,7 @@ def resolved(make_dataset: Callable[..., Dataset]):
     "setting",
     [
         "name=other",
+        "labels.run=second",
         "output.model=other",
         "priority=90",
         "resources.min_workers=2",
@@ -86,3 +87,33 @@ def test_what_names_no_job_is_refused(resolved, text):
 def test_a_step_may_be_said():
     assert specs.parse_reference("job-1") == ("job-1", None)
     assert specs.parse_reference("job-1@20") == ("job-1", 20)
+
+
+def rest(resolved, *settings: str, steps: int = 60, others_steps: int = 35, elapsed_s: float = 9):
+    """Return what is wrong with a job of so many steps that goes on at step 35."""
+    reached = specs.Reached("job-1", 35, elapsed_s)
+    try:
+        specs.check_rest(resolved(*settings).train, steps, others_steps, reached)
+    except InvalidArgument as error:
+        return {each.field: each.message for each in error.violations}
+    return {}
+
+
+def test_steps_and_time_count_from_the_very_beginning(resolved):
+    assert rest(resolved) == {}
+    assert rest(resolved, steps=0) == {}
+    assert "job-1 is at step 35 already" in rest(resolved, steps=35)["train.stop"]
+    found = rest(resolved, "train.stop.wall_time=9s")
+    assert "9 s, and job-1 has run for 9 s" in found["train.stop.wall_time"]
+    assert rest(resolved, "train.stop.wall_time=10s") == {}
+
+
+@pytest.mark.parametrize(
+    "path", ["train.optimizer", "train.local.steps=2 train.local.outer"], ids=["root", "outer"]
+)
+def test_rates_that_follow_the_number_of_steps_must_be_the_same(resolved, path):
+    *before, optimizer = path.split()
+    settings = [*before, f"{optimizer}.schedule.cosine.final_fraction=0.1", "train.stop.steps=60"]
+    found = rest(resolved, *settings)
+    assert "makes 60 steps, and that of job-1 makes 35" in found["train.stop"]
+    assert rest(resolved, *settings, others_steps=60) == {}
