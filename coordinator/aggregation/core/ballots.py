@@ -137,11 +137,6 @@ class Ballot:
         }
 
     @property
-    def questions(self) -> Iterator[Question]:
-        """All nodes, in order."""
-        return iter(self._questions.values())
-
-    @property
     def open(self) -> Iterator[Question]:
         """Nodes that are not decided, in order."""
         return (each for each in self._questions.values() if not each.decided)

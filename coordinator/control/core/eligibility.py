@@ -31,11 +31,6 @@ class Group:
     unmatched: tuple[str, ...] = ()
     """Those excluded by nothing but their fingerprint."""
 
-    @property
-    def slots(self) -> dict[str, int]:
-        """Slots by worker id."""
-        return {worker.id: worker.slots for worker in self.workers}
-
 
 def needed_bytes(facts: JobFacts, layout: Layout) -> int:
     """Return about how much memory a worker needs for a job.
