@@ -21,7 +21,7 @@ ERRANDS_FOR_EVERY_BAD_JOB = 100
 """From so many errands of second users on, a job with each kind of bad leaf must have ended."""
 ONE_BY_ONE_SEEDS_FOR_EVERY_KIND = 75
 """The same for seeds with jobs whose contributions commit one by one."""
-ALL_REDUCE_SEEDS = 20
+ALL_REDUCE_SEEDS = 100
 """From so many seeds with jobs whose workers own the parameters on, these must have met, too."""
 
 
