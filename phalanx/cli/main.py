@@ -195,6 +195,13 @@ def _usage_error(error: typer.TyperException) -> InvalidArgument:
     path = context.command_path if context is not None else "phalanx"
     # Without a command the help has just been shown, and the message is empty.
     what = error.format_message().rstrip(".") or "a command is missing"
+    option = getattr(error, "option_name", "")
+    if option and context is not None:
+        root = context.find_root()
+        if any(option in each.opts for each in root.command.params) and root is not context:
+            what = (
+                f"{option} comes before the command, as in phalanx {option} … {context.info_name}"
+            )
     return InvalidArgument(f"{what}; see {path} --help", reason="USAGE")
 
 

@@ -35,6 +35,8 @@ def read_document(path: str | PathLike[str], *, sets: Sequence[str] = ()) -> Doc
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise NotFound(f"there is no file {file}; give the path of a job file") from None
+    except IsADirectoryError:
+        raise InvalidArgument(f"{file} is a folder; give the path of a job file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"cannot read {file}: {error}") from error
     return parse_document(text, str(file), is_json=file.suffix == ".json", sets=sets)

@@ -92,3 +92,16 @@ def test_help_loads_neither_numpy_nor_grpc():
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_an_option_of_all_commands_after_one_is_told_its_place(offline):
+    outcome = offline("results", "job-1", "--address", "127.0.0.1:1")
+    assert outcome.code == 2
+    said = "--address comes before the command, as in phalanx --address … results; see phalanx"
+    assert outcome.err.startswith(f"error: {said}")
+
+
+def test_a_folder_is_no_job_file(offline, tmp_path):
+    outcome = offline("submit", str(tmp_path))
+    assert outcome.code == 2
+    assert outcome.err == f"error: {tmp_path} is a folder; give the path of a job file\n"
