@@ -9,7 +9,8 @@ where `Clocks` lets the shard start. A whole contribution makes the next version
 After each step the decider says what follows. Mostly that is another step of the same phase, and a
 checkpoint of the step's version beside it: which steps each shard has completed is part of the
 root's state, so nobody needs to wait for it. An evaluation closes the phase; it is a step that no
-shard goes beyond (the limit of `Clocks`), so nothing is under way when it begins.
+shard goes beyond (the limit of `Clocks`), so nothing is under way when it begins. A shard may be
+beyond it already where a job goes on from another one; what is cut off then is started again.
 
 A contribution of several frames is applied frame by frame, as *work* (see `JobRanges`), while
 others come in; they wait for their turn, in the order in which they became whole.
@@ -288,6 +289,8 @@ class AsynchronousRanges(JobRanges):
     def _close_phase(self) -> None:
         """Nothing is started any more, and what comes counts no more."""
         self._phase = None
+        for start in self._whole:
+            self._starts.drop(start)
         self._whole.clear()
 
     def _commit(self, start: Start) -> Steps[list[Effect]]:

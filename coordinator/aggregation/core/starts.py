@@ -178,6 +178,12 @@ class Starts:
             if stream.starts.pop(shard, None) is not None:
                 self._touched |= stream.hosted
 
+    def drop(self, start: Start) -> None:
+        """Forget a start whose contribution does not count, so that it can be started again."""
+        for stream in self._streams.values():
+            if stream.starts.get(start.shard) is start:
+                del stream.starts[start.shard]
+
     def unattended_s(self, now_s: float, *, opens: bool = False) -> dict[int, float]:
         """Shards that could start and that no stream runs or would take, with for how long.
 

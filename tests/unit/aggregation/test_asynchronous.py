@@ -271,6 +271,36 @@ def test_an_evaluation_waits_for_all_shards_and_lets_none_start() -> None:
     assert (leaf.step, leaf.version) == (2, 6)
 
 
+def test_what_an_evaluation_cuts_off_is_started_again() -> None:
+    """A job that goes on from another one may have a shard beyond its next evaluation."""
+    plan = plan_of(elements=FRAMES, shards=4, steps=4, evaluation_shards=2, evaluate_every=2)
+    job = StartedLeaves(plan, make_ranges)
+    numbers = ("evaluated_version", "elapsed_s", "examples", "last_count", "last_loss")
+    state: dict[str, Any] = dict.fromkeys((*numbers, "interval_count", "interval_loss"), 0)
+    state |= {"metrics": {}, "stop": {}, "completed_steps": [4, 0, 0, 0]}
+    vectors = {0: (np.zeros(FRAMES, np.float32), {})}
+    job.perform(job.ranges.begin_restored(1, vectors, json.dumps(state)))
+    workers = [job.worker(f"worker-{shard}", [shard]) for shard in (1, 2, 3)]
+    for worker in workers:
+        leaf = worker.begin()
+        assert leaf is not None
+        job.deliver(leaf)
+    for worker in workers[:2]:
+        leaf = worker.begin()
+        assert leaf is not None
+        worker.working.discard(leaf.shard)
+        for frame, payload in job.contribution(leaf):
+            job.perform(job.ranges.contribute(frame, payload, 0.0, worker.key))
+    while job.ranges.works:
+        job.perform(job.ranges.work(0.0))
+    assert job.ranges.clocks.completed == (4, 2, 1, 1), "the second came whole, and too late"
+    assert workers[0].begin() is None
+    job.evaluate()
+    leaf = workers[1].begin()
+    assert leaf is not None, "it was started, so nobody starts it again"
+    assert (leaf.shard, leaf.step) == (2, 1)
+
+
 def test_all_shards_meet_at_a_barrier() -> None:
     options = {"plain": {}, "barrierEveryClocks": 2}
     job = job_of(plan_of(shards=2, steps=5, asynchronous=options))
