@@ -278,6 +278,10 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
     remain = _remaining(core, job)
     choose = members.choose if job.all_reduce else choose_owners
     owners = choose(core, job, plan)
+    if owners is None and job.all_reduce and facts.state == QUEUED:
+        # Who described it gives other bits than those who would take part now.
+        job.described = None
+        advance(core, job)
     if owners is None:
         return  # the reason is set; an aggregator that joins raises the term once more
     restore = _newest_good(job, event.checkpoints) or facts.continued

@@ -257,3 +257,20 @@ def test_copies_that_a_member_asks_for_are_told(reducing: Any) -> None:
     reducing.say(reducing.sessions["w2"], copies_started=copies)
     told = next(each for each in reducing.events if each.type == "SPECULATION_STARTED")
     assert (told.worker_id, told.details["workers"]) == ("w3", "w1")
+
+
+def test_what_a_worker_with_other_bits_described_is_described_again(cluster: Any) -> None:
+    cluster.storage_up = False
+    cluster.worker("w2", slots=1, fingerprint="z", address="127.0.0.1:2")
+    cluster.submit(edit=all_reduce)
+    cluster.storage_up = True
+    cluster.auto = False
+    cluster.perform()
+    assert cluster.core.jobs["job-1"].describing == "w2"
+    for name in ("w1", "w3"):
+        cluster.worker(name, slots=1, fingerprint="a", address=f"127.0.0.1:{name[1]}")
+    cluster.describe(cluster.sessions["w2"], "job-1")
+    describing = cluster.core.jobs["job-1"].describing
+    assert describing in ("w1", "w3")
+    cluster.describe(cluster.sessions[describing], "job-1")
+    assert (cluster.state(), members(cluster)) == ("RUNNING", ["w1", "w3"])
