@@ -17,6 +17,7 @@ SUITES = {
     "tasks": "tasks_per_s, task_round_trip_ms",
     "all_reduce": "all_reduce_sent_1 … all_reduce_sent_8",
     "recovery": "kill_to_commit_s, kill_to_commit_large_data_s",
+    "states": "states_again_8_steps_s, states_again_32_steps_s",
 }
 
 

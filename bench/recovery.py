@@ -65,7 +65,7 @@ def kill_to_commit_s(trials: int) -> list[float]:
         add_tiny_data(running)
         sgd = {"sgd": {"learning_rate": 0.1}}
         job = running.submit(idle_job("recovery", 10_000, 8, 10_000_000, sgd))
-        return _kill(running, job, trials)
+        return kill_again_and_again(running, job, trials)
 
 
 def _with_data(caches: float) -> list[float]:
@@ -84,10 +84,13 @@ def _with_data(caches: float) -> list[float]:
     with cluster(workers=WORKERS, environment=limits) as running:
         running.data.add("rows", features, targets)
         job = running.submit({"name": "recovery", "data": {"name": "rows"}, "train": train})
-        return _kill(running, job, LARGE_TRIALS)
+        return kill_again_and_again(running, job, LARGE_TRIALS)
 
 
-def _kill(running: phalanx.LocalCluster, job: phalanx.Job, trials: int) -> list[float]:
+def kill_again_and_again(
+    running: phalanx.LocalCluster, job: phalanx.Job, trials: int
+) -> list[float]:
+    """Seconds from each of so many kills to the next committed step, in rising order."""
     seconds = []
     draw = random.Random(7)
     for _ in range(trials):

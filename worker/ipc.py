@@ -22,7 +22,7 @@ _HEAD = struct.Struct("<IB")
 _JSON = struct.Struct("<I")
 _RUN = struct.Struct("<QIBqiHHH")
 _RUN_PART = struct.Struct("<iii")
-_COUNT = struct.Struct("<H")
+_COUNT = struct.Struct("<I")
 _DONE = struct.Struct("<QHqdHHH")
 _ENDED = struct.Struct("<Q")
 _CALL = struct.Struct("<QHd")
@@ -98,7 +98,7 @@ class RunOrder:
         )
         parts = b"".join(_RUN_PART.pack(*part) for part in self.parts)
         absent = struct.pack(f"<{len(self.absent)}i", *self.absent)
-        states = [struct.pack(f"<H{len(each)}i", len(each), *each) for each in self.states]
+        states = [struct.pack(f"<I{len(each)}i", len(each), *each) for each in self.states]
         return b"".join((head, parts, absent, *states))
 
     @classmethod

@@ -31,6 +31,7 @@ def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         yield from _reduction(spec.train.reduction, spec.data.shards)
     yield from _backup(spec)
     yield from _feedback(spec)
+    yield from _inner_optimizer(spec)
     yield from _one_by_one(spec)
     if parts.verifies(spec.train):
         yield from _verification(spec)
@@ -210,6 +211,38 @@ def _feedback(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
             "makes the errors of a lost worker again from the steps before, and which shards were "
             "left out of these is not kept; use fail, or a compressor other than "
             f"{train.compression.WhichOneof('up')}"
+        )
+        yield Violation("train.on_nonfinite.skip", message)
+
+
+def _inner_optimizer(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
+    """What does not go together with optimizers of shards that remember their steps."""
+    train = spec.train
+    if not parts.inner_vectors(train):
+        return
+    kind = train.optimizer.WhichOneof("kind")
+    path = "train.optimizer.sgd.momentum" if kind == "sgd" else f"train.optimizer.{kind}"
+    what = "momentum" if kind == "sgd" else kind
+    instead = "use sgd without momentum here, and momentum in train.local.outer"
+    if parts.all_reduces(train):
+        message = (
+            f"with local steps {what} keeps a state for each shard, of which aggregators keep a "
+            "copy for the case that its worker dies, and with all_reduce there are none; use "
+            f"parameter_server, or {instead}"
+        )
+        yield Violation(path, message)
+    if parts.verifies(train):
+        message = (
+            f"with local steps {what} keeps a state for each shard, which only the shard's own "
+            "worker has, so copies say nothing of other workers; leave verification out, or "
+            f"{instead}"
+        )
+        yield Violation(path, message)
+    if train.on_nonfinite.HasField("skip"):
+        message = (
+            f"with local steps the state of {what} of a lost worker is made again from the steps "
+            "before, and which shards were left out of these is not kept; use fail, or "
+            f"{instead}"
         )
         yield Violation("train.on_nonfinite.skip", message)
 

@@ -17,6 +17,8 @@ STATE_EVERY = 32
 STATE_EVERY_LEAST = 8
 """And at least: a state is as large as the parameters."""
 
+_INNER_VECTORS = {"adagrad": 1, "adam": 2, "adamw": 2}
+
 
 def all_reduces(train: job_spec_pb2.Train) -> bool:
     """Whether the workers own the parameters and reduce among themselves."""
@@ -37,6 +39,17 @@ def backup_shards(train: job_spec_pb2.Train) -> int:
 def local_steps(train: job_spec_pb2.Train) -> int:
     """Return the steps of a shard between two commits; 0 where shards contribute gradients."""
     return train.local.steps if train.HasField("local") else 0
+
+
+def inner_vectors(train: job_spec_pb2.Train) -> int:
+    """Return how many vectors each shard's own optimizer keeps from one local step to the next.
+
+    Each is as long as the parameters. Without local steps there is no such optimizer.
+    """
+    if not train.HasField("local"):
+        return 0
+    kind = train.optimizer.WhichOneof("kind") or "sgd"
+    return _INNER_VECTORS.get(kind, int(train.optimizer.sgd.momentum > 0))
 
 
 def commits_one_by_one(train: job_spec_pb2.Train) -> bool:
@@ -80,31 +93,33 @@ def feeds_back(compression: job_spec_pb2.Compression) -> bool:
 def state_every(spec: job_spec_pb2.JobSpec) -> int:
     """Return how many versions lie between two at which nodes hand their state in; 0: none have.
 
-    Checkpoints are at such versions if they can be: they are larger at any other.
+    Checkpoints are at such versions if they can be: they are larger at any other. What is computed
+    to make a state again is counted in a shard's own steps, where it has several to a version.
     """
-    if not feeds_back(spec.train.compression):
+    train = spec.train
+    if not (feeds_back(train.compression) or inner_vectors(train)):
         return 0
-    saved = spec.train.checkpoints.every_steps
-    fitting = [
-        each
-        for each in range(STATE_EVERY_LEAST, STATE_EVERY + 1)
-        if saved > 0 and saved % each == 0
-    ]
-    return max(fitting, default=STATE_EVERY)
+    most = STATE_EVERY
+    if inner_vectors(train):
+        most = max(1, most // local_steps(train))
+    least = max(1, most * STATE_EVERY_LEAST // STATE_EVERY)
+    saved = train.checkpoints.every_steps
+    fitting = [each for each in range(least, most + 1) if saved > 0 and saved % each == 0]
+    return max(fitting, default=most)
 
 
 def unit_span(spec: job_spec_pb2.JobSpec) -> int:
     """Return the shards of the nodes that travel in a train round; 0: any node may.
 
     What is encoded with a loss must be the same node whoever computes it: as large as a few nodes
-    for all shards allow, since each of them crosses the wire. So must be what is compared; without
-    a loss that is one shard, and with it the node that is encoded.
+    for all shards allow, since each of them crosses the wire. So must be what is compared, and
+    what has a state; without a loss that is one shard, and with it the node that is encoded.
     """
     train = spec.train
     if reduces_leaves(train) or backup_shards(train) or commits_one_by_one(train):
         return 1
     if train.compression.WhichOneof("up") is None:
-        return 1 if verifies(train) else 0
+        return 1 if verifies(train) or inner_vectors(train) else 0
     span = 1
     while span * UNITS_MAX < spec.data.shards:
         span *= 2

@@ -117,9 +117,20 @@ def worker_bytes(
         versions, payloads = versions + slots, slots + 1
     if parts.all_reduces(spec.train):
         versions += ALL_REDUCE_COPIES
-    shared = (versions + payloads) * elements * itemsize
+    states = _state_vectors(spec)
+    if states:
+        versions += 1  # the one at which states are made again
+    shared = (versions + payloads + states) * elements * itemsize
     per_slot = COPIES_PER_SLOT + (LOCAL_COPIES if spec.train.HasField("local") else 0)
     return shared + slots * (per_slot * elements * itemsize + 3 * leaf)
+
+
+def _state_vectors(spec: job_spec_pb2.JobSpec) -> int:
+    """Vectors of the states that a worker holds: of each node the present one and the next."""
+    span = max(1, parts.unit_span(spec))
+    each = int(parts.feeds_back(spec.train.compression)) + parts.inner_vectors(spec.train) * span
+    nodes = -(-spec.data.shards // span)
+    return 2 * each * -(-nodes // max(1, spec.resources.min_workers))
 
 
 def _activations(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> int:

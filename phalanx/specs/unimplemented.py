@@ -26,27 +26,12 @@ _REFUSED: dict[str, str] = {
 def unimplemented(spec: job_spec_pb2.JobSpec) -> list[Violation]:
     """Return every field of `spec` that is not carried out, with what to do instead."""
     found = [Violation(path, why) for path, why in _REFUSED.items() if is_set(spec, path)]
-    found += _local_state(spec.train)
     for path, number in unknown_numbers(spec):
         place = path or "spec"
         found.append(
             Violation(path, f"{place} has field number {number}, which this version does not know")
         )
     return found
-
-
-def _local_state(train: job_spec_pb2.Train) -> list[Violation]:
-    """Optimizers whose state would have to stay with a shard between two commits."""
-    optimizer = train.optimizer
-    kind = optimizer.WhichOneof("kind") or "sgd"
-    if not train.HasField("local") or (kind == "sgd" and not optimizer.sgd.momentum):
-        return []
-    path = "train.optimizer.sgd.momentum" if kind == "sgd" else f"train.optimizer.{kind}"
-    why = (
-        "a state of the inner optimizer is not carried out yet with local steps; use sgd without "
-        "momentum here, and momentum in train.local.outer"
-    )
-    return [Violation(path, why)]
 
 
 def refuse_unimplemented(spec: job_spec_pb2.JobSpec) -> None:

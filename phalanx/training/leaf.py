@@ -138,13 +138,18 @@ class LocalSteps:
     A leaf starts at the parameters of its version, takes ``plan.local_steps`` steps of its own and
     contributes the difference: (start - end) · examples. So the mean over all examples is the
     shards' mean difference, which the outer optimizer takes for a gradient. With one step and an
-    outer rate of 1 that is a synchronous step.
+    outer rate of 1 that is a synchronous step. What the shard's optimizer remembers goes on from
+    one leaf of the shard to its next; it counts the shard's steps, also those without rows.
+
+    Attributes:
+        state_names: names of the vectors that it remembers.
     """
 
     def __init__(self, plan: JobPlan, layout: Layout) -> None:
         train = JobSpec.FromString(plan.spec).train
         self.count = plan.local_steps
         self._optimizer = build_local_optimizer(train, plan.total_steps * plan.local_steps)
+        self.state_names = self._optimizer.state_names
         self._clip_norm = train.optimizer.clip_norm or None
         self._decay = decay_mask(layout)
         self._buffers: Array = np.empty((3, layout.element_count), layout.dtype)
@@ -160,8 +165,13 @@ class LocalSteps:
         version: int,
         batch_of: Callable[[int], Batch | None],
         out: Array,
+        state: dict[str, Array],
     ) -> LeafOutcome:
-        """Run one leaf; ``batch_of`` gives the rows of one of the shard's own steps."""
+        """Run one leaf; ``batch_of`` gives the rows of one of the shard's own steps.
+
+        ``state`` is what the shard's optimizer remembers of the steps before; it is updated in
+        place. At version 0 all of it is zero.
+        """
         weights, following, gradient = self._buffers
         weights[:] = parameters
         count, loss_sum = 0, 0.0
@@ -175,7 +185,7 @@ class LocalSteps:
                 if factor != 1.0:
                     np.multiply(gradient, gradient.dtype.type(factor), out=gradient)
                 self._optimizer.apply(
-                    weights, gradient, sums.count, self._decay, {}, step, following
+                    weights, gradient, sums.count, self._decay, state, step, following
                 )
                 weights, following = following, weights
                 count, loss_sum = count + sums.count, loss_sum + sums.loss_sum

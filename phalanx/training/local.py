@@ -201,6 +201,8 @@ class _Job:
         #: By the first shard of a node: what its contributions have lost so far.
         self._residuals: dict[int, Array] = {}
         self._local = LocalSteps(self._plan, model.layout) if plan.local_steps else None
+        #: By shard: what its own optimizer remembers.
+        self._inner: dict[int, dict[str, Array]] = {}
         self._decay = decay_mask(model.layout)
         self.decider = RootDecider(self._plan, term=1)
         self._skipped_steps: set[int] = set()
@@ -328,7 +330,11 @@ class _Job:
         def batch_of(step: int) -> Batch | None:
             return leaf_batch(reader, plan, shard, step)
 
-        return self._local.run(model, parameters, version, batch_of, out)
+        names = self._local.state_names
+        if names and shard not in self._inner:
+            self._inner[shard] = {name: np.zeros_like(parameters) for name in names}
+        state = self._inner.get(shard, {})
+        return self._local.run(model, parameters, version, batch_of, out, state)
 
     def _seen(self, parameters: Array) -> Array:
         """A version as workers see it."""

@@ -11,9 +11,9 @@ from typing import Any
 from phalanx.testing.simulation.faults import Begin, End, nothing
 from phalanx.testing.simulation.network import Link
 from storage.core.keys import is_digest
-from tests.simulation import jobs
 from tests.simulation.cluster import Cluster
 from tests.simulation.moments import MOMENTS, Moments
+from tests.simulation.parts import ALL_REDUCE
 
 CLOCK_JUMP_S = 3600.0
 STRIKES_SHARE = 0.4
@@ -211,7 +211,7 @@ class Faults:
         parameters, some of these; everything else of it works."""
         name = chance.choice(self.cluster.workers)
         owners = self.cluster.aggregators
-        if any(shape.parts in jobs.ALL_REDUCE for shape in self.cluster.settings.shapes):
+        if any(shape.parts in ALL_REDUCE for shape in self.cluster.settings.shapes):
             owners = [each for each in self.cluster.workers if each != name] or owners
         cut = chance.sample(owners, chance.randint(1, len(owners)))
         what = f"payloads of {name} for {'+'.join(cut)} are stuck"

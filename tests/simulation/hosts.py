@@ -16,16 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.compressors import Key, compress_in_place
-from phalanx.reduction import Node
+from phalanx.reduction import Node, all_finite
 from phalanx.testing.simulation.loop import SimulationFailed, World
 from phalanx.training.leaf import LocalSteps
 from phalanx.v1 import coordination_service_pb2, training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
 from tests.simulation import jobs, wishes
+from tests.simulation.parts import VERIFIED
 from worker import ipc
 from worker.core.logs import LINE_LIMIT_BYTES
 from worker.ipc import Kind, Message
 from worker.leaf.reduce import Scratch, Sums, reduce_node
+from worker.leaf.states import NodeState
 
 GoRecord = training_pb2.GoRecord
 LeafFailed = coordination_service_pb2.LeafFailed
@@ -282,7 +284,12 @@ class Leaf:
         def ends() -> None:
             if self._dead:
                 return
-            done[shards[0]] = self._compute(order, shards[0])
+            computed = done[shards[0]] = self._compute(order, index, shards[0])
+            if order.states and not all_finite(computed[0]):
+                # Nobody wants it any more, and what it reads is used for something else already.
+                self._part_failed(order, index, shards[0], LeafFailed.KIND_NON_FINITE)
+                self._parts(order, index + 1)
+                return
             seconds.append(leaf_s)
             self.page.shard = -1
             self.page.leaves += 1
@@ -324,28 +331,39 @@ class Leaf:
         self._on_log(self, "error", (context + "about to crash\nand in the middle of").encode())
         self._loop.call_later(0.001, self._on_exit, self, 1)
 
-    def _compute(self, order: ipc.RunOrder, shard: int) -> tuple[Any, int, float]:
+    def _compute(self, order: ipc.RunOrder, index: int, shard: int) -> tuple[Any, int, float]:
         shape = self._plans[order.job][0]
+        inner = self._state_of(order, index).inner(shard)
         if self._lies(shape, order, shard):
             self._machines.lies += 1
-            values, count, loss = self._true(shape, order, shard)
+            values, count, loss = self._true(shape, order, shard, inner)
             factor = 1.5
             if self._machines.unequal:
                 factor += self._machines.liars[self._worker]
             return values * values.dtype.type(factor), count, loss
-        return self._true(shape, order, shard)
+        return self._true(shape, order, shard, inner)
+
+    def _state_of(self, order: ipc.RunOrder, index: int) -> NodeState:
+        _, plan, arena = self._plans[order.job]
+        first, span, _ = order.parts[index]
+        local = self._local.get(order.job)
+        names = local.state_names if local is not None and order.states else ()
+        buffers = order.states[index] if order.states else ()
+        return NodeState(arena, plan, Node(first, span), buffers, names)
 
     def _lies(self, shape: jobs.Shape, order: ipc.RunOrder, shard: int) -> bool:
         """Whether this worker lies about a leaf, as it may where copies outvote it."""
         number = self._machines.liars.get(self._worker)
-        if number is None or shape.parts not in jobs.VERIFIED:
+        if number is None or shape.parts not in VERIFIED:
             return False
         unequal = self._machines.unequal
         if shape.parts == "audit":  # nobody looks at everything, but what all begin with
             return unequal and order.action == GoRecord.ACTION_INITIALISE
         return (order.version + shard) % LIARS == (0 if unequal else number)
 
-    def _true(self, shape: jobs.Shape, order: ipc.RunOrder, shard: int) -> tuple[Any, int, float]:
+    def _true(
+        self, shape: jobs.Shape, order: ipc.RunOrder, shard: int, inner: dict[str, NDArray[Any]]
+    ) -> tuple[Any, int, float]:
         plan, arena = self._plans[order.job][1:]
         if order.action == GoRecord.ACTION_INITIALISE:
             return jobs.initial(shape), 0, 0.0
@@ -359,7 +377,7 @@ class Leaf:
         if shape.local_steps:
             model: Any = jobs.SimulatedModel(shape)
             outcome = self._local[order.job].run(
-                model, parameters, order.version, self._batches(shape, shard), out
+                model, parameters, order.version, self._batches(shape, shard), out, inner
             )
             return out, outcome.count, outcome.loss_sum
         count = jobs.examples(shape, shard, order.version)
@@ -397,29 +415,18 @@ class Leaf:
         shape = self._plans[order.job][0]
         codec = jobs.up_codec(shape.parts, shape.dtype)
         if codec is not None and order.action == GoRecord.ACTION_TRAIN:
-            lost = self._lost(order, index, arena, out, present=total.mask != 0)
+            state = self._state_of(order, index)
+            left_out = state.add_left_out(out, present=total.mask != 0)
             if total.mask:
-                compress_in_place(codec, out, arena.raw(buffer), Key(first, order.version), lost)
+                compress_in_place(
+                    codec, out, arena.raw(buffer), Key(first, order.version), left_out
+                )
         sums = tuple(out.tolist()) if evaluates else ()
         count = 0 if initialises else total.count
         answer = ipc.PartDone(
             order.task, index, count, total.loss, total.mask, sums, tuple(seconds)
         )
         self._say(Kind.PART_DONE, answer.pack())
-
-    def _lost(
-        self, order: ipc.RunOrder, index: int, arena: Arena, out: NDArray[Any], *, present: bool
-    ) -> NDArray[Any] | None:
-        """Add what the node left out so far; return where what it leaves out now goes."""
-        if not order.states:
-            return None
-        before, after = order.states[index]
-        lost = arena.array(before) if before >= 0 else np.zeros_like(out)
-        if present:
-            out += lost
-        else:
-            arena.array(after)[:] = lost
-        return arena.array(after)
 
     def _part_failed(
         self, order: ipc.RunOrder, index: int, shard: int, kind: LeafFailed.Kind.ValueType

@@ -30,7 +30,7 @@ from phalanx.reduction import reduce_leaves
 from phalanx.specs.parts import all_reduces, state_every, unit_span
 from phalanx.v1 import training_pb2
 from phalanx.v1.job_spec_pb2 import Compression, JobSpec, Reduction, Train, Verification
-from tests.simulation.parts import ALL_REDUCE
+from tests.simulation.parts import ALL_PARTS, INNER, ONE_BY_ONE
 
 Array = NDArray[Any]
 
@@ -42,80 +42,6 @@ ROWS_PER_LEAF = 8
 STEPS_MAX = 60
 SUMS = ("loss", "correct")
 CHUNK = b"rows" * 64
-PARTS: dict[str, dict[str, Any]] = {
-    "": {},
-    "median": {"reduction": {"median": {}}},
-    "trimmed mean": {"reduction": {"trimmed_mean": {"trim": 1}}},
-    "krum": {"reduction": {"krum": {"faulty": 0, "keep": 2}}},
-    "clip": {"reduction": {"clip_norm": 9.0}},
-    "bfloat16": {"compression": {"cast_to": "bfloat16"}},
-    "int8": {"compression": {"int8": {"bucket": 16}}},
-    "float16, down too": {"compression": {"cast_to": "float16", "down_cast_to": "float16"}},
-    "top-k": {"compression": {"top_k": {"fraction": 0.2}}},
-    "top-k, down bfloat16, local": {
-        "compression": {"top_k": {"fraction": 0.05}, "down_cast_to": "bfloat16"},
-        "local": {"steps": 2, "outer": {"sgd": {"learning_rate": 0.7, "momentum": 0.5}}},
-    },
-    "sign": {"compression": {"sign": {}}},
-    "clipped gradient": {"optimizer": {"clip_norm": 0.5}},
-    "int8, krum": {
-        "compression": {"int8": {"bucket": 16}, "down_cast_to": "bfloat16"},
-        "reduction": {"krum": {"faulty": 0, "keep": 2}},
-    },
-    "local": {"local": {"steps": 3, "outer": {"sgd": {"learning_rate": 1.0}}}},
-    "local, outer momentum": {
-        "local": {"steps": 2, "outer": {"sgd": {"learning_rate": 0.7, "momentum": 0.5}}}
-    },
-    "local, int8, median": {
-        "local": {"steps": 2, "outer": {"sgd": {"learning_rate": 1.0}}},
-        "compression": {"int8": {"bucket": 16}},
-        "reduction": {"median": {}},
-    },
-    "1 backup": {"synchronous": {"backup_shards": 1}},
-    "2 backups, bfloat16": {
-        "synchronous": {"backup_shards": 2},
-        "compression": {"cast_to": "bfloat16"},
-    },
-    "1 backup, clip": {"synchronous": {"backup_shards": 1}, "reduction": {"clip_norm": 9.0}},
-}
-"""What jobs are composed of besides the tree and vectors as they are."""
-
-STATEFUL = ("sign", "top-k", "top-k, down bfloat16, local")  # whose nodes have a state
-
-ONE_BY_ONE: dict[str, dict[str, Any]] = {
-    "asynchronous": {"asynchronous": {"plain": {}}},
-    "asynchronous, log": {"asynchronous": {"scaled": {}, "replay_log": True}},
-    "asynchronous, barrier": {"asynchronous": {"scaled": {}, "barrier_every_clocks": 5}},
-    "asynchronous, int8, clipped gradient": {
-        "asynchronous": {"plain": {}},
-        "compression": {"int8": {"bucket": 16}, "down_cast_to": "bfloat16"},
-        "optimizer": {"clip_norm": 0.5},
-    },
-    "delay compensated, log": {
-        "asynchronous": {"delay_compensated": {"strength": 0.5}, "replay_log": True}
-    },
-    "stale 1": {"stale": {"bound": 1}},
-    "stale 3, bfloat16": {"stale": {"bound": 3}, "compression": {"cast_to": "bfloat16"}},
-}
-"""Parts of jobs whose contributions commit one by one."""
-
-VERIFIED: dict[str, dict[str, Any]] = {
-    "3 replicas": {"verification": {"replicas": 3}},
-    "3 replicas, int8, median": {
-        "verification": {"replicas": 3},
-        "compression": {"int8": {"bucket": 16}},
-        "reduction": {"median": {}},
-    },
-    "3 replicas, local": {
-        "verification": {"replicas": 3},
-        "local": {"steps": 2, "outer": {"sgd": {"learning_rate": 1.0}}},
-    },
-    "audit": {"verification": {"audit_fraction": 0.3}},
-}
-"""The same for jobs whose contributions are compared: these need enough workers."""
-
-ALL_PARTS = PARTS | ONE_BY_ONE | VERIFIED | ALL_REDUCE
-
 BAD = ("poison", "nan", "skip", "crash")
 ALL_BAD = (*BAD, "void", "overflow", "chatty", "undescribed", "endless")
 """What a job's name may begin with; how it is bad then, see `hosts.Leaf._what_is_wrong`."""
@@ -138,7 +64,7 @@ class Shape:
     evaluate_every: int = 0
     fingerprint: str = FINGERPRINTS[0]
     parts: str = ""
-    """One of `ALL_PARTS`."""
+    """One of `parts.ALL_PARTS`."""
     bad: str = ""
     """One of `ALL_BAD`; empty: all leaves are good."""
 
@@ -164,8 +90,10 @@ class Shape:
 
 
 def composed(shape: Shape, parts: str) -> Shape:
-    """The shape with other parts; local steps are plain ones, since they keep no state."""
+    """The shape with other parts; local steps remember nothing, unless the parts say so."""
     made = replace(shape, parts=parts)
+    if parts in INNER:
+        return replace(made, optimizer="adam") if made.optimizer == "sgd" else made
     return replace(made, optimizer="sgd") if made.local_steps else made
 
 
@@ -372,9 +300,12 @@ def is_bad(bad: str, shard: int, step: int) -> bool:
 
 
 def contribution(
-    shape: Shape, shard: int, version: int, parameters: Array
+    shape: Shape, shard: int, version: int, parameters: Array, inner: dict[str, Array] | None = None
 ) -> tuple[Array | None, int, float]:
-    """What a shard gives to a step: its sum, None where it has no rows, examples and loss."""
+    """What a shard gives to a step: its sum, None where it has no rows, examples and loss.
+
+    `inner` is what the shard's own optimizer remembers; it becomes that after the step.
+    """
     if shape.bad in ("skip", "void") and is_bad(shape.bad, shard, version):
         return None, 0, 0.0
     count, lost = 0, 0.0
@@ -388,7 +319,8 @@ def contribution(
         if shape.local_steps:
             following = np.empty_like(weights)
             mask = decay_mask(layout_of(shape))
-            _local_optimizer(shape).apply(weights, out, rows, mask, {}, step, following)
+            optimizer = local_optimizer(shape)
+            optimizer.apply(weights, out, rows, mask, inner or {}, step, following)
             weights = following
     if not count:
         return None, 0, 0.0
@@ -398,7 +330,8 @@ def contribution(
 
 
 @functools.lru_cache(maxsize=64)
-def _local_optimizer(shape: Shape) -> Optimizer:
+def local_optimizer(shape: Shape) -> Optimizer:
+    """What the shards of a job with local steps take them with."""
     train = job_spec(shape, f"job-{shape.elements}").train
     return build_local_optimizer(train, shape.steps * shape.local_steps)
 
@@ -434,8 +367,18 @@ def kept_of(shape: Shape, version: int) -> dict[str, Array]:
     made = _reference(_plain(shape))
     kept = {f"version/{number}": made[number] for number in range(base, version)}
     state = made.state(base) if base else {}
-    left = {n.removeprefix(_LEFT_OUT): state[n] for n in state if n.startswith(_LEFT_OUT)}
-    return kept | {f"state/{base}/{first}/0": vector for first, vector in left.items()}
+    for first in range(0, shape.shards, made.unit) if base else ():
+        own = [f"{_LEFT_OUT}{first}", *_inner_names(shape, first, made.unit)]
+        vectors = [state[name] for name in own if name in state]
+        kept |= {f"state/{base}/{first}/{i}": vector for i, vector in enumerate(vectors)}
+    return kept
+
+
+def _inner_names(shape: Shape, first: int, span: int = 1) -> list[str]:
+    """Names in a `Reference`'s state of what the optimizers of some shards remember."""
+    names = local_optimizer(shape).state_names if shape.local_steps else ()
+    shards = range(first, min(first + span, shape.shards))
+    return [f"{_INNER}{shard}/{name}" for shard in shards for name in names]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -483,7 +426,8 @@ class Reference:
     def __init__(self, shape: Shape) -> None:
         self._steps = Steps(shape)
         self._versions = [initial(shape).copy()]
-        self._states = [self._steps.first_state()]
+        self._states = [self._steps.first_state() | self._steps.first_inner()]
+        self.unit = self._steps.unit
 
     def __getitem__(self, version: int) -> Array:
         self._reach(version)
@@ -504,6 +448,9 @@ class Reference:
 _LEFT_OUT = "left out/"
 """With the first shard of a node: what its contributions have left out so far."""
 
+_INNER = "inner/"
+"""With a shard and the name of a vector: what the shard's own optimizer remembers."""
+
 
 class Steps:
     """The steps of a job by a plain loop."""
@@ -513,7 +460,7 @@ class Steps:
         self._shape = shape
         self._optimizer = build_optimizer(spec.train, shape.steps)
         self._reducer = build_reducer(spec.train, shape.shards)
-        self._unit, self._limit = unit_span(spec) or 1, gradient_limit(spec.train)
+        self.unit, self._limit = unit_span(spec) or 1, gradient_limit(spec.train)
         self._mask = decay_mask(layout_of(shape))
 
     def first_state(self) -> dict[str, Array]:
@@ -521,17 +468,25 @@ class Steps:
         names = self._optimizer.state_names
         return {name: np.zeros(self._shape.elements, self._shape.dtype) for name in names}
 
+    def first_inner(self) -> dict[str, Array]:
+        """What the optimizers of all shards remember before the first step."""
+        names = _inner_names(self._shape, 0, self._shape.shards)
+        return {name: np.zeros(self._shape.elements, self._shape.dtype) for name in names}
+
     def received(
         self, version: int, parameters: Array, state: dict[str, Array] | None = None
     ) -> dict[int, tuple[Array | None, int]]:
         """What the nodes that travel bring to the root at a version, with their examples."""
-        shape, unit = self._shape, self._unit
+        shape, unit = self._shape, self.unit
         seen = as_seen(shape, parameters)
-        leaves = [contribution(shape, shard, version, seen) for shard in range(shape.shards)]
+        leaves = []
+        for shard in range(shape.shards):
+            own = {name.rpartition("/")[2]: state[name] for name in _inner_names(shape, shard)}
+            leaves.append(contribution(shape, shard, version, seen, own))
         nodes: dict[int, tuple[Array | None, int]] = {}
         for first in range(0, shape.shards, unit):
-            own = leaves[first : first + unit]
-            total = reduce_leaves({i: each[0] for i, each in enumerate(own)}, len(own))
+            below = leaves[first : first + unit]
+            total = reduce_leaves({i: each[0] for i, each in enumerate(below)}, len(below))
             codec = up_codec(shape.parts, shape.dtype)
             if total is not None and codec is not None:
                 name = f"{_LEFT_OUT}{first}"
@@ -542,7 +497,7 @@ class Steps:
                 if state is not None and codec.feedback:
                     state[name] = total - back
                 total = back
-            nodes[first] = total, sum(each[1] for each in own)
+            nodes[first] = total, sum(each[1] for each in below)
         return nodes
 
     def apply(self, version: int, parameters: Array, state: dict[str, Array]) -> Array:

@@ -118,6 +118,12 @@ KNOWN = {
     "a node's state begins at zero wherever the node goes": Known(
         0, _STREAMS, (("workers", 3), ("parts", "top-k"))
     ),
+    "what a shard's optimizer remembers begins anew wherever the shard goes": Known(
+        0, ("kill_worker",), (("workers", 2), ("parts", "local, inner state"))
+    ),
+    "what a shard's optimizer remembers is not restored": Known(
+        0, ("kill_aggregator",), (("parts", "local, inner state"),)
+    ),
     "a checkpoint keeps no versions to make states again from": Known(
         0, ("kill_aggregator", "kill_worker"), (("parts", "sign"),)
     ),

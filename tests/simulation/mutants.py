@@ -388,6 +388,17 @@ MUTANTS = (
         "if version == 0:", "if version == 0 or version not in self._held.get(node, {}):",
     ),
     _one(
+        "what a shard's optimizer remembers begins anew wherever the shard goes", 10,
+        "worker.core.stateful:StatefulJobCore._with_states",
+        "if state is None:", "if state is None and not self.plan.local_steps:",
+    ),
+    _one(
+        "what a shard's optimizer remembers is not restored", 10,
+        f"{_AGGREGATION}.core.recalled:NodeStates.load",
+        "list(self._cut(vectors, _state_name(base, node, index)))",
+        "[each * 0 for each in self._cut(vectors, _state_name(base, node, index))]",
+    ),
+    _one(
         "a checkpoint keeps no versions to make states again from", 10,
         f"{_AGGREGATION}.core.recalled:NodeStates.load",
         "for number in range(base, version):", "for number in ():",

@@ -17,7 +17,7 @@ from phalanx.testing.simulation.clocks import Environment
 from phalanx.v1 import training_pb2
 from tests.simulation import jobs
 from tests.simulation.oracle import Oracle
-from tests.simulation.parts import ALL_REDUCE
+from tests.simulation.parts import ALL_REDUCE, VERIFIED
 from worker.core.all_reduce.job import AllReduceJob
 from worker.core.all_reduce.late import LateShards
 from worker.core.all_reduce.replica import NONE, Replica
@@ -34,7 +34,7 @@ at which one of them is ahead of the others: whoever is behind needs what was ke
 def drawn(settings: Any, chance: random.Random) -> Any:
     """The settings of a run of the swarm, in some of which workers reduce among themselves."""
     taken = settings.parts or settings.wishes or any(shape.tolerant for shape in settings.shapes)
-    if taken or any(shape.parts in jobs.VERIFIED for shape in settings.shapes):
+    if taken or any(shape.parts in VERIFIED for shape in settings.shapes):
         return settings
     if chance.random() >= SHARE:
         return settings

@@ -20,6 +20,7 @@ from tests.simulation.ledger import Ledger
 from tests.simulation.neighbour import JOBS_MAX, Neighbour
 from tests.simulation.newcomer import SLOTS_MAX, Newcomer
 from tests.simulation.oracle import Oracle
+from tests.simulation.parts import INNER, ONE_BY_ONE, PARTS, STATEFUL, VERIFIED
 from tests.simulation.races import Races
 from tests.simulation.scripts import drawn, play
 from tests.simulation.user import Job, User
@@ -30,6 +31,8 @@ ALL_FROM_SEED = 1000
 
 ONE_BY_ONE_SHARE = 0.3
 """Part of the seeds from there on that have a job whose contributions commit one by one."""
+INNER_SHARE = 0.12
+"""Part of the jobs with parts whose shards' own optimizers remember their steps."""
 VERIFIED_SHARE, VERIFIED_WORKERS = 0.3, 3
 """How many of the runs that have so many workers with the same bits compare contributions."""
 UNEQUAL_SHARE, UNEQUAL_LIARS, UNEQUAL_WORKERS = 0.2, 2, 4
@@ -70,7 +73,7 @@ class Settings:
     script_s: float = 1.5
     """When it begins."""
     parts: str = ""
-    """What all jobs are composed of, one of `jobs.ALL_PARTS`; empty: as drawn."""
+    """What all jobs are composed of, one of `parts.ALL_PARTS`; empty: as drawn."""
     liars: int = 0
     """Workers that lie in jobs that outvote them, see `hosts.Machines.liars`."""
     unequal: bool = False
@@ -184,7 +187,7 @@ def draw_one_by_one(shapes: tuple[jobs.Shape, ...], seed: int) -> tuple[jobs.Sha
     chance = random.Random(f"one by one {seed}")
     if seed < ALL_FROM_SEED or chance.random() >= ONE_BY_ONE_SHARE:
         return shapes
-    first = jobs.composed(shapes[0], chance.choice(sorted(jobs.ONE_BY_ONE)))
+    first = jobs.composed(shapes[0], chance.choice(sorted(ONE_BY_ONE)))
     return (first, *shapes[1:])
 
 
@@ -197,7 +200,7 @@ def draw_verified(settings: Settings, chance: random.Random) -> Settings:
     tolerant = any(shape.tolerant for shape in settings.shapes)
     if not possible or tolerant or chance.random() >= VERIFIED_SHARE:
         return settings
-    parts = chance.choice(sorted(jobs.VERIFIED))
+    parts = chance.choice(sorted(VERIFIED))
     shapes = tuple(jobs.composed(shape, parts) for shape in settings.shapes)
     liars = chance.choice([0, 1])
     return replace(settings, shapes=shapes, liars=liars, lasting=False, mixed=False)
@@ -205,7 +208,7 @@ def draw_verified(settings: Settings, chance: random.Random) -> Settings:
 
 def draw_unequal(settings: Settings, chance: random.Random) -> Settings:
     """In a part of them more than one lies about a leaf; those that do not are enough to agree."""
-    verified = all(shape.parts in jobs.VERIFIED for shape in settings.shapes)
+    verified = all(shape.parts in VERIFIED for shape in settings.shapes)
     enough = verified and settings.workers >= UNEQUAL_WORKERS and not settings.parts
     if not enough or chance.random() >= UNEQUAL_SHARE:
         return settings
@@ -216,9 +219,12 @@ def draw_parts(chance: random.Random, seed: int) -> str:
     """Draw what a job is composed of."""
     if seed < ALL_FROM_SEED or chance.random() < 0.5:
         return ""
-    drawn = chance.choice(sorted(jobs.PARTS.keys() - set(jobs.STATEFUL)))
+    drawn = chance.choice(sorted(PARTS.keys() - set(STATEFUL)))
     states = random.Random(f"states {seed}")
-    return states.choice(jobs.STATEFUL) if states.random() < 0.25 else drawn
+    inner = random.Random(f"inner states {seed}")
+    if inner.random() < INNER_SHARE:
+        return inner.choice(sorted(INNER))
+    return states.choice(STATEFUL) if states.random() < 0.25 else drawn
 
 
 def draw_shape(chance: random.Random) -> jobs.Shape:

@@ -140,7 +140,7 @@ class Rebuild:
         version = min(starts.values())
         nodes = [node for node in lacking if starts[node] == version]
         fetched = {
-            node: tuple(self._pool.take() for _ in range(vectors_of(self._plan)))
+            node: tuple(self._pool.take() for _ in range(vectors_of(self._plan, node)))
             for node in nodes
             if self._states.find(node, version) is None
         }

@@ -144,7 +144,7 @@ class StatefulJobCore(JobCore):
                 continue
             part.read_state = state
             if not part.next_state:
-                count = vectors_of(self.plan)
+                count = vectors_of(self.plan, part.node)
                 part.next_state = tuple(self._buffers.take() for _ in range(count))
             found.append(part)
         return found

@@ -25,6 +25,7 @@ from worker import ipc
 from worker.ipc import BlockingConnection, Kind
 from worker.leaf import output
 from worker.leaf.reduce import LeafFunction, Scratch, Sums, reduce_node
+from worker.leaf.states import NodeState
 from worker.leaf.work import JobWork, Paths
 from worker.memory import Arena, ProgressPage
 
@@ -221,15 +222,15 @@ class LeafLoop:
             sums = tuple(out.tolist())
         else:
             parameters = work.parameters(order.parameters)
-            run = leaf.training(work, parameters, frozenset(order.absent))
+            state = work.state_of(node, order.states[index] if order.states else ())
+            run = leaf.training(work, parameters, frozenset(order.absent), state)
             payload = work.payload(buffer)
             total = reduce_node(node, plan.shards, run, payload, work.scratch)
-            states = order.states[index] if order.states else ()
-            residual = work.add_residual(buffer, total.mask != 0, states)
+            left_out = state.add_left_out(payload, present=total.mask != 0)
             if work.up_codec is not None and total.mask:
                 if not all_finite(payload):
                     raise _NotFinite("the sum of leaves that are finite is not")
-                work.compress(buffer, node.first, order.version, residual)
+                work.compress(buffer, node.first, order.version, left_out)
         seconds = tuple(leaf.seconds)
         return ipc.PartDone(order.task, index, total.count, total.loss, total.mask, sums, seconds)
 
@@ -299,13 +300,16 @@ class _LeafRun:
         self._page.end_leaf()
         return result
 
-    def training(self, work: JobWork, parameters: Any, absent: frozenset[int]) -> LeafFunction:
+    def training(
+        self, work: JobWork, parameters: Any, absent: frozenset[int], state: NodeState
+    ) -> LeafFunction:
         step = self._order.version
 
         def leaf(shard: int, out: Any) -> Sums:
             if shard in absent:
                 return Sums(0, 0.0, 0)
-            outcome = self.timed(shard, lambda: work.train(parameters, shard, step, out))
+            inner = state.inner(shard)
+            outcome = self.timed(shard, lambda: work.train(parameters, shard, step, out, inner))
             if not outcome.finite:
                 raise _NotFinite("the gradient or the loss of this leaf is not finite")
             return Sums(outcome.count, outcome.loss_sum, 1 if outcome.count else 0)

@@ -16,6 +16,7 @@ from phalanx.compressors import Codec, Key, build_up_codec, compress_in_place
 from phalanx.data.manifest import ChunkInfo, DatasetManifest
 from phalanx.data.reader import ChunkReader
 from phalanx.models import Batch, DataSchema, Model, build_model
+from phalanx.reduction import Node
 from phalanx.specs.shard_rows import rows_of_shard
 from phalanx.training.leaf import (
     LeafOutcome,
@@ -30,6 +31,7 @@ from phalanx.training.start import load_start_parameters
 from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.leaf.read_ahead import ReadAhead
 from worker.leaf.reduce import Scratch
+from worker.leaf.states import NodeState
 from worker.memory import Arena
 
 Array = NDArray[Any]
@@ -143,36 +145,25 @@ class JobWork:
         assert self.arena is not None
         return self.arena.array(buffer)
 
-    def compress(self, buffer: int, first: int, step: int, residual: int = -1) -> None:
+    def compress(self, buffer: int, first: int, step: int, left_out: Array | None) -> None:
         """Encode the contribution of the node at shard `first`, in its payload buffer.
 
-        What it loses goes to the buffer `residual`, where there is one.
+        What it loses goes to `left_out`, where there is one.
         """
         assert self.arena is not None
         assert self.up_codec is not None
         values, data = self.arena.array(buffer), self.arena.raw(buffer)
-        lost = self.arena.array(residual) if residual >= 0 else None
-        compress_in_place(self.up_codec, values, data, Key(first, step), lost)
+        compress_in_place(self.up_codec, values, data, Key(first, step), left_out)
 
-    def add_residual(self, buffer: int, present: bool, states: tuple[int, ...]) -> int:
-        """Add what the node's contributions have lost so far to the one in its payload buffer.
-
-        Of a node without any shard `present` that stays as it is. Return the buffer for what this
-        one loses; -1 where nothing is made up for.
-        """
-        if not states:
-            return -1
+    def state_of(self, node: Node, buffers: tuple[int, ...]) -> NodeState:
+        """The state of a node in shared memory."""
         assert self.arena is not None
-        lost, next_lost = states
-        if lost >= 0 and present:
-            values = self.arena.array(buffer)
-            np.add(values, self.arena.array(lost), out=values)
-        elif not present:
-            self.arena.array(next_lost)[:] = self.arena.array(lost) if lost >= 0 else 0
-        return next_lost
+        return NodeState(self.arena, self.plan, node, buffers, self._inner_names)
 
-    def train(self, parameters: Array, shard: int, step: int, out: Array) -> LeafOutcome:
-        """Run one training leaf."""
+    def train(
+        self, parameters: Array, shard: int, step: int, out: Array, inner: dict[str, Array]
+    ) -> LeafOutcome:
+        """Run one training leaf; `inner` is what the shard's own optimizer remembers."""
         batches = self.training_batches
         if self.local is None:
             return run_batch(self.model, parameters, batches.take(shard, step), out)
@@ -180,7 +171,7 @@ class JobWork:
         def batch_of(own_step: int) -> Batch | None:
             return batches.take(shard, own_step)
 
-        return self.local.run(self.model, parameters, step, batch_of, out)
+        return self.local.run(self.model, parameters, step, batch_of, out, inner)
 
     def own_steps(self, step: int) -> range:
         """The steps of a shard that make up a step of the job."""
@@ -205,7 +196,8 @@ class JobWork:
         self.plan.layout.CopyFrom(layout)
         parameters = self.model.initial_parameters(self.spec.seed)
         out = np.zeros(layout.element_count, self.dtype)
-        outcome = self.train(parameters, 0, 0, out)
+        inner = {name: np.zeros_like(out) for name in self._inner_names}
+        outcome = self.train(parameters, 0, 0, out, inner)
         digest = hashlib.sha256(out.tobytes())
         digest.update(f"{outcome.count} {outcome.loss_sum!r}".encode())
         return Described(layout, tuple(self.model.evaluation_sums), digest.hexdigest())
@@ -249,6 +241,10 @@ class JobWork:
         """Let go of shared memory and maps."""
         if self.arena is not None:
             self.arena.close()
+
+    @property
+    def _inner_names(self) -> tuple[str, ...]:
+        return () if self.local is None else self.local.state_names
 
     def _reader(self, split: str) -> ChunkReader:
         infos = {chunk.digest: chunk for chunk in self.manifest.splits.get(split, ())}

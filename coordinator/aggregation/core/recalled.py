@@ -31,7 +31,7 @@ class NodeStates:
         self._plan = plan
         self._term = term
         self._parameters = parameters
-        self._vectors = {node: vectors_of(plan) for node in stateful_nodes(plan)}
+        self._vectors = {node: vectors_of(plan, node) for node in stateful_nodes(plan)}
         self._frames = {first: index for index, (first, _) in enumerate(parameters.grid)}
         #: Base → node → the frames of each of its vectors.
         self._states: dict[int, dict[Node, list[Frames]]] = {}

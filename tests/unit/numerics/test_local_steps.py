@@ -118,7 +118,7 @@ def test_a_shard_without_rows_in_its_steps_is_absent(dataset: StoredDataset) -> 
     job = plan(dataset, local={"steps": 2})
     model = build_model(JobSpec.FromString(job.spec), DataSchema(6, 3, "float64"))
     w = model.initial_parameters(0)
-    outcome = LocalSteps(job, model.layout).run(model, w, 0, lambda _: None, np.full_like(w, 7))
+    outcome = LocalSteps(job, model.layout).run(model, w, 0, lambda _: None, np.full_like(w, 7), {})
     assert (outcome.count, outcome.loss_sum, outcome.finite) == (0, 0.0, True)
 
 
@@ -131,7 +131,7 @@ def test_steps_that_diverge_make_a_leaf_that_is_not_finite(dataset: StoredDatase
     before = w.copy()
     out = np.empty_like(w)
     outcome = LocalSteps(job, model.layout).run(
-        model, w, 0, lambda step: leaf_batch(reader, job, 0, step), out
+        model, w, 0, lambda step: leaf_batch(reader, job, 0, step), out, {}
     )
     assert not outcome.finite
     assert (w == before).all(), "parameters are only read"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from phalanx import specs
-from phalanx.errors import InvalidArgument, Unimplemented
+from phalanx.errors import InvalidArgument
 from phalanx.specs.parts import equal_copies, needs_one_range, unit_span
 from phalanx.specs.plan import worker_bytes
 from phalanx.v1.dataset_service_pb2 import Dataset
@@ -263,23 +263,6 @@ def test_the_plan_warns_of_steps_that_change_nothing(make_dataset: MakeDataset) 
     assert not [each for each in other.warnings if "epoch" in each]
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "path"),
-    [
-        ("{sgd: {momentum: 0.9}}", "train.optimizer.sgd.momentum"),
-        ("{adam: {}}", "train.optimizer.adam"),
-    ],
-)
-def test_inner_optimizers_with_a_state_are_not_carried_out(
-    make_dataset: MakeDataset, optimizer: str, path: str
-) -> None:
-    spec = edited("train.local={steps: 5}", f"train.optimizer={optimizer}")
-    with pytest.raises(Unimplemented) as caught:
-        specs.prepare(spec, make_dataset())
-    assert [each.field for each in caught.value.violations] == [path]
-    specs.prepare(edited("train.synchronous={}", f"train.optimizer={optimizer}"), make_dataset())
-
-
 def test_local_steps_count_in_commits(make_dataset: MakeDataset) -> None:
     """10,000 rows on 16 shards of 256 rows a step: 3 own steps in an epoch."""
     settings = (
@@ -428,23 +411,3 @@ def test_what_does_not_go_with_feedback_is_refused(
     found = complaints(make_dataset(), *settings)
     path = f"{field}.{up.partition(':')[0]}" if field == "compression" else field
     assert says in found[f"train.{path}"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "every"),
-    [
-        (["train.compression={int8: {}}"], 0),
-        (["train.compression={sign: {}}", "train.checkpoints={every_steps: 20}"], 20),
-        (["train.compression={sign: {}}", "train.checkpoints={every_steps: 100}"], 25),
-        (["train.compression={sign: {}}", "train.checkpoints={every_steps: 7}"], 32),
-        (["train.compression={sign: {}}", "train.checkpoints={every_steps: 101}"], 32),
-        (["train.compression={sign: {}}", "train.stale={bound: 0}"], 32),
-        (["train.compression={top_k: {fraction: 1}}", "train.local={steps: 4}"], 32),
-    ],
-)
-def test_states_are_handed_in_where_checkpoints_are_taken(
-    make_dataset: MakeDataset, settings: list[str], every: int
-) -> None:
-    dataset = make_dataset()
-    resolved = specs.prepare(edited(*settings), dataset)
-    assert specs.job_plan(resolved, dataset, "job-1").state_every == every
