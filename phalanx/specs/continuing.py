@@ -16,6 +16,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from phalanx.errors import InvalidArgument, Violation
+from phalanx.texts import number_of
 from phalanx.v1 import job_spec_pb2
 
 MAY_DIFFER = frozenset(
@@ -100,8 +101,9 @@ def _rest_violations(
         )
         yield Violation("train.stop.wall_time", message)
     if _follows_total(train) and total_steps != others_total_steps:
+        mine, others = (number_of(each, "step") for each in (total_steps, others_total_steps))
         message = (
-            f"makes {total_steps} steps, and that of {reached.job_id} makes {others_total_steps}: "
+            f"makes {mine}, and that of {reached.job_id} makes {others}: "
             "with cosine the rates of all steps depend on how many there are, so the steps taken "
             f"were no part of this job; keep {others_total_steps}, use another schedule in both, "
             "or take over the parameters alone with train.start.model"

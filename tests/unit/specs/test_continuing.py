@@ -115,5 +115,5 @@ def test_rates_that_follow_the_number_of_steps_must_be_the_same(resolved, path):
     *before, optimizer = path.split()
     settings = [*before, f"{optimizer}.schedule.cosine.final_fraction=0.1", "train.stop.steps=60"]
     found = rest(resolved, *settings)
-    assert "makes 60 steps, and that of job-1 makes 35" in found["train.stop"]
+    assert "makes 60 steps, and that of job-1 makes 35 steps" in found["train.stop"]
     assert rest(resolved, *settings, others_steps=60) == {}
