@@ -30,8 +30,9 @@ def main() -> int:
     measurements: list[Measurement] = []
     for module, command in modules("bench", SUITES, arguments.names):
         measurements.extend(module.run(command))
+        # Kept at once: a later suite that fails must not cost what this one has measured.
+        write_json(measurements, arguments.output)
     print_table(measurements)
-    write_json(measurements, arguments.output)
     print(f"written: {arguments.output}")
     return 0
 

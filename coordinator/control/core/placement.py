@@ -111,7 +111,11 @@ def rebalance(
     counted, total = loads(result, slots), sum(slots.values())
     share = {worker: int(-(-width * count // total)) for worker, count in slots.items()}
     for _ in range(width if takers else 0):
-        donor = max(slots, key=lambda worker: (counted[worker] / slots[worker], worker))
+        # A slow worker with no more than its share is as it should be; another may have too much.
+        donors = [worker for worker in slots if counted[worker] - share[worker] >= unit]
+        if not donors:
+            break
+        donor = max(donors, key=lambda worker: (counted[worker] / slots[worker], worker))
         taker = min(takers, key=lambda worker: (counted[worker] / slots[worker], worker))
         # Nobody gives below its share or takes above it, so that no shard moves twice.
         count = min(counted[donor] - share[donor], share[taker] - counted[taker])
@@ -122,7 +126,9 @@ def rebalance(
         moved.update(node)
         counted[donor] -= len(node)
         counted[taker] += len(node)
-    if not moved or _slowest(result, slots) * UNEVEN_ACCEPTED > _slowest(owners, slots):
+    involved = {result[shard] for shard in moved} | {owners[shard] for shard in moved}
+    touched = {worker: slots[worker] for worker in slots if worker in involved}
+    if not moved or _slowest(result, touched) * UNEVEN_ACCEPTED > _slowest(owners, touched):
         return Placement(dict(owners), frozenset(), "already balanced")
     reason = (
         f"{number_of(len(moved), 'shard')} moved: no worker has much more per slot than another"

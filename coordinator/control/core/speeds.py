@@ -20,6 +20,9 @@ LEAVES_LEAST = 3
 EQUAL_WITHIN = 1.25
 """Workers whose leaves take up to so many times as long as usual, or as short, count as usual."""
 
+SHORT_LEAF_S = 0.001
+"""Leaves that take no longer than that say nothing: who is waited for decides, not who computes."""
+
 SLOWEST, FASTEST = 1 / 64, 64.0
 
 FORGOTTEN_AFTER_S, FORGOTTEN_AFTER_LEAVES = 10.0, 16
@@ -95,6 +98,8 @@ def _known(speeds: Mapping[str, Speed], worker_id: str) -> bool:
 
 
 def _factor(speed: Speed, usual_s: float, now_s: float) -> float:
+    if max(usual_s, speed.leaf_s) <= SHORT_LEAF_S:
+        return 1.0
     measured, age_s = usual_s / speed.leaf_s, now_s - speed.changed_s
     kept_s = max(FORGOTTEN_AFTER_S, FORGOTTEN_AFTER_LEAVES * speed.leaf_s)
     if age_s > kept_s:

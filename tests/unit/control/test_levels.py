@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from coordinator.control.core import tree
 from coordinator.control.core.levels import GAIN_LEAST, MOVES_MAX, Pace, level, slowest
 from coordinator.control.core.placement import loads, place_first
-from coordinator.control.core.speeds import EQUAL_WITHIN, Speed, factors, usual_leaf_s
+from coordinator.control.core.speeds import EQUAL_WITHIN, SHORT_LEAF_S, Speed, factors, usual_leaf_s
 
 NAMES = [f"w{n}" for n in range(6)]
 WIDTHS = st.integers(1, 80)
@@ -177,6 +177,13 @@ def test_noise_within_the_band_leaves_all_equal(leaf_s: list[float]) -> None:
     speeds = {name: measured((9, each)) for name, each in zip(NAMES, leaf_s, strict=False)}
     slots = dict.fromkeys(speeds, 1)
     assert set(factors(speeds, slots, 1.0).values()) == {1.0}
+
+
+def test_leaves_that_take_hardly_any_time_tell_nothing_of_a_worker() -> None:
+    slots = {"a": 1, "b": 1}
+    for leaf_s, wanted in ((SHORT_LEAF_S, 1.0), (2 * SHORT_LEAF_S, 0.1)):
+        speeds = {"a": measured((9, leaf_s / 10)), "b": measured((9, leaf_s))}
+        assert factors(speeds, slots, 1.0)["b"] == pytest.approx(wanted)
 
 
 def test_what_was_measured_long_ago_is_forgotten() -> None:

@@ -133,6 +133,14 @@ def test_every_decision_tells_its_reason() -> None:
     assert rebalance({0: "a"}, 1, {"a": 1}, ["a"]).reason == "already balanced"
 
 
+def test_a_newcomer_gets_its_share_though_the_slowest_has_nothing_to_give() -> None:
+    owners = dict.fromkeys(range(8), "busy") | {5: "slow"}
+    slots = {"slow": 1 / 8, "busy": 1, "new": 1}
+    after = rebalance(owners, 8, slots, ["slow", "busy", "new"])
+    assert loads(after.owners, slots) == {"slow": 1, "busy": 4, "new": 3}
+    assert not rebalance(after.owners, 8, slots, ["slow", "busy", "new"]).moved
+
+
 def units_whole(owners: dict[int, str], width: int, unit: int) -> bool:
     return all(owners[shard] == owners[shard - shard % unit] for shard in range(width))
 
