@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from phalanx.errors import DeadlineExceeded, PhalanxError, Unavailable
-from phalanx.rpc.status import from_rpc_error
+from phalanx.rpc.status import error_of, from_rpc_error
 from phalanx.v1 import storage_service_pb2 as pb
 
 STREAM_TIMEOUT_S = 24 * 3600.0
@@ -71,15 +71,9 @@ class JournalAppender:
 
 
 async def _end_of(call: Any) -> PhalanxError:
-    code = await call.code()
-    if code is grpc.StatusCode.OK:
+    error = await error_of(call)
+    if error is None:
         return Unavailable("storage ended the stream", reason="STREAM_ENDED")
-    error = grpc.aio.AioRpcError(
-        code,
-        await call.initial_metadata(),
-        await call.trailing_metadata(),
-        details=await call.details(),
-    )
     return _known(error)
 
 

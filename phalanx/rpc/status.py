@@ -155,3 +155,16 @@ def _cut(text: str, limit_bytes: int) -> str:
     if len(data) <= limit_bytes:
         return text
     return data[: limit_bytes - 3].decode(errors="ignore") + "…"
+
+
+async def error_of(call: Any) -> grpc.aio.AioRpcError | None:
+    """Return what a stream that is over ended with; None: its server ended it in good order."""
+    code = await call.code()
+    if code is grpc.StatusCode.OK:
+        return None
+    return grpc.aio.AioRpcError(
+        code,
+        await call.initial_metadata(),
+        await call.trailing_metadata(),
+        details=await call.details(),
+    )

@@ -37,8 +37,6 @@ NOT_REACHED = {
     r"raise Internal\(": "only a bug leads there",
     r"raise (InvalidArgument|invalid)\(": "what is refused as malformed, no member or client that "
     "ships sends; tests/unit and tests/integration do",
-    r"raise DataLoss\(": "storage's disk spoils blobs here, which their digests tell, and no rows; "
-    "what fits its digest and is wrong all the same only a bug writes. tests/unit does",
     r"if TYPE_CHECKING:": "is never run",
 }
 """Lines that no simulated cluster reaches, as regular expressions, and why; they do not count."""

@@ -6,11 +6,8 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
-import grpc
-import grpc.aio
-
 from phalanx.errors import PhalanxError, Unavailable
-from phalanx.rpc.status import from_rpc_error
+from phalanx.rpc.status import error_of, from_rpc_error
 
 
 async def both_ways(
@@ -37,13 +34,7 @@ async def both_ways(
 
 async def end_of(call: Any) -> PhalanxError:
     """Why a stream ended, as its status says."""
-    code = await call.code()
-    if code is grpc.StatusCode.OK:
+    error = await error_of(call)
+    if error is None:
         return Unavailable("the aggregator ended the stream", reason="STREAM_ENDED")
-    error = grpc.aio.AioRpcError(
-        code,
-        await call.initial_metadata(),
-        await call.trailing_metadata(),
-        details=await call.details(),
-    )
     return from_rpc_error(error)
