@@ -53,6 +53,8 @@ Pb = job_service_pb2
 class Neighbour:
     """Runs in a process of her own."""
 
+    name, namespace = "neighbour", NAMESPACE
+
     def __init__(
         self, cluster: Cluster, chance: random.Random, fingerprints: Mapping[str, str]
     ) -> None:
@@ -116,11 +118,13 @@ class Neighbour:
 
         return submit
 
-    async def _submit(self, shape: jobs.Shape) -> Any:
+    async def _submit(self, shape: jobs.Shape, change: Callable[[Any], None] | None = None) -> Any:
         self._number += 1
         spec = jobs.job_spec(shape, f"{shape.bad or 'job'}-{self._number}-{shape.elements}")
-        spec.namespace = NAMESPACE
-        request = Pb.SubmitJobRequest(spec=spec, request_id=f"neighbour-{self._number}")
+        spec.namespace = self.namespace
+        if change is not None:
+            change(spec)
+        request = Pb.SubmitJobRequest(spec=spec, request_id=f"{self.name}-{self._number}")
         return (await self._control("SubmitJob", request)).job
 
     async def _look_at_bad_jobs(self) -> None:

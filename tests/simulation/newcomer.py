@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -46,6 +46,8 @@ Pb = job_service_pb2
 class Newcomer(Neighbour):
     """Runs in a process of her own."""
 
+    name, namespace = "newcomer", NAMESPACE
+
     def __init__(
         self, cluster: Cluster, chance: random.Random, fingerprints: Mapping[str, str]
     ) -> None:
@@ -78,15 +80,6 @@ class Newcomer(Neighbour):
     async def _look(self) -> None:
         with suppress(Unavailable, DeadlineExceeded, ResourceExhausted):
             await self._look_at_bad_jobs()
-
-    async def _submit(self, shape: jobs.Shape, change: Callable[[Any], None] | None = None) -> Any:
-        self._number += 1
-        spec = jobs.job_spec(shape, f"{shape.bad or 'job'}-{self._number}-{shape.elements}")
-        spec.namespace = NAMESPACE
-        if change is not None:
-            change(spec)
-        request = Pb.SubmitJobRequest(spec=spec, request_id=f"newcomer-{self._number}")
-        return (await self._control("SubmitJob", request)).job
 
     def _judge(self, job: Any, shape: jobs.Shape) -> None:
         told = f"{Job.State.Name(job.state)}: {job.reason}: {job.message}"
