@@ -58,9 +58,11 @@ def file_error(error: OSError) -> PhalanxError:
     """Return what a file or folder of the user that cannot be used is told as."""
     code = _CODE_OF_ERRNO.get(error.errno or 0, Code.INVALID_ARGUMENT)
     why = (error.strerror or type(error).__name__).lower()
-    return ERROR_OF_CODE[code](
-        f"cannot use {error.filename}: {why}; name another path", reason="FILE"
-    )
+    if error.filename is None:
+        message = f"cannot write the output: {why}; make room, or write elsewhere"
+    else:
+        message = f"cannot use {error.filename}: {why}; name another path"
+    return ERROR_OF_CODE[code](message, reason="FILE")
 
 
 # What stands before the first violation: FILE: or FILE:LINE: and so on.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -161,8 +163,9 @@ def run(arguments: Sequence[str]) -> int:
         # Whoever read our output has seen enough (phalanx jobs | head).
         return Exit.DONE
     except OSError as error:
-        # Only an error that names a file can be one of the user's.
-        shown = _bug(error) if error.filename is None else file_error(error)
+        # Only an error that names a file can be one of the user's, or a disk that is full.
+        own = error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT)
+        shown = _bug(error) if own else file_error(error)
         show_error(shown, as_json=as_json)
         return EXIT_OF_CODE[shown.code]
     except Exception as error:  # noqa: BLE001 - the last resort of the program
@@ -172,12 +175,19 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command line of this process."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the terminal does not have is no reason to say nothing.
+        sys.stdout.reconfigure(errors="replace")
     code = run(sys.argv[1:])
     try:
         # A program that was started with its output closed has none.
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            shown = file_error(error)
+            show_error(shown, as_json=False)
+            code = EXIT_OF_CODE[shown.code]
         # Else the interpreter complains at exit that it cannot flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -120,9 +120,27 @@ def _ingest(
     for _, source in held_out:
         if isinstance(source.shape, TableShape) != isinstance(shape, TableShape):
             raise InvalidArgument("all splits must come as tables, or all as arrays")
+    _check_options(options, is_table=isinstance(shape, TableShape))
     if isinstance(shape, TableShape):
         return _TableIngest(main, held_out, options, splitter, sink).run()
     return _ArrayIngest(main, held_out, options, splitter, sink).run()
+
+
+_OF_TABLES = (
+    "target", "header", "columns", "delimiter", "comment", "categorical", "numeric", "ignore"
+)  # fmt: skip
+_OF_ARRAYS = ("features_key", "target_key", "feature_count")
+
+
+def _check_options(options: IngestOptions, *, is_table: bool) -> None:
+    """Raises InvalidArgument for what was said and would be passed over."""
+    what, names = ("a table", _OF_ARRAYS) if is_table else ("arrays", _OF_TABLES)
+    wrong = [name for name in names if getattr(options, name) not in (None, ())]
+    if wrong:
+        message = f"has no meaning for {what}"
+        raise InvalidArgument(
+            f"{wrong[0]}: {message}", violations=[Violation(name, message) for name in wrong]
+        )
 
 
 @dataclass
@@ -251,7 +269,10 @@ class _TableIngest(_Ingest):
                 f"there is no column {unknown[0]!r} to ignore; the columns are {', '.join(names)}"
             )
         if wanted is None:
-            last = next(name for name in reversed(names) if name not in self.options.ignore)
+            kept = [name for name in names if name not in self.options.ignore]
+            if not kept:
+                raise InvalidArgument("no column is left to predict")
+            last = kept[-1]
             return last, (f"the target is the last column, {last!r} (--target overrules)",)
         if wanted in names:
             return str(wanted), ()

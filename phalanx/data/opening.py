@@ -70,7 +70,7 @@ def open_paths(
         return Opened(ArraySeries([SafetensorsArrays(file, options) for file in files]))
     if format_name == "npz":
         opened = [open_npz(file, options) for file in files]
-        return opened[0] if len(opened) == 1 else Opened(ArraySeries([one.main for one in opened]))
+        return opened[0] if len(opened) == 1 else _series(files, opened)
     raise InvalidArgument(f"unknown format {format_name!r}; the formats are {', '.join(FORMATS)}")
 
 
@@ -157,6 +157,18 @@ def _files(path: Path, format_name: str) -> list[Path]:
     if not files:
         raise InvalidArgument(f"folder {path} has no {format_name} files")
     return files
+
+
+def _series(files: Sequence[Path], opened: Sequence[Opened]) -> Opened:
+    """Several files as one; each brings its part of the test split, or none does."""
+    tests = [one.test for one in opened if one.test is not None]
+    if tests and len(tests) < len(opened):
+        without = next(path for path, one in zip(files, opened, strict=True) if one.test is None)
+        raise InvalidArgument(
+            f"{without.name} brings no test split, and another of the files does; "
+            "say which arrays to read with --features-key and --target-key"
+        )
+    return Opened(ArraySeries([one.main for one in opened]), ArraySeries(tests) if tests else None)
 
 
 def _with_target(table: pa.Table, targets: Any) -> pa.Table:

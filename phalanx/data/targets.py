@@ -7,7 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.data.manifest import ClassKind, Task
-from phalanx.data.preprocess import MISSING, ColumnValues, NumericValues, Whereabouts, row_count
+from phalanx.data.preprocess import (
+    MISSING,
+    ColumnValues,
+    NumericValues,
+    TextValues,
+    Whereabouts,
+    row_count,
+)
 from phalanx.errors import InvalidArgument
 
 CLASS_LIMIT = 10_000
@@ -15,6 +22,8 @@ CLASS_LIMIT = 10_000
 
 FEW_VALUES = 20
 """Numbers are taken for classes when they are whole and at most this many of them differ."""
+
+_INEXACT = 2.0**53
 
 
 @dataclass(frozen=True)
@@ -58,10 +67,7 @@ class TargetScan:
         if not isinstance(values, NumericValues):
             self._text = True
             if self.task == "regression":
-                raise InvalidArgument(
-                    f"{where(0, self.name)}: the target {values.words[values.codes[0]]!r} is text, "
-                    "a regression needs numbers"
-                )
+                raise _text_target(values, self.name, where)
             used = np.unique(values.codes)
             self._words.update(_trimmed(values.words[code], self.trim) for code in used)
             self._check_limit(len(self._words))
@@ -120,8 +126,20 @@ class TargetScan:
         if self.boolean:
             return tuple("true" if number else "false" for number in numbers), "boolean"
         if self._whole:
+            self._check_exact(numbers)
             return tuple(str(int(number)) for number in numbers), "integer"
         return tuple(repr(number) for number in numbers), "number"
+
+    def _check_exact(self, numbers: list[float]) -> None:
+        """Whole numbers from 2^53 on have been rounded when they were read: two labels are one."""
+        rounded = [number for number in numbers if abs(number) >= _INEXACT]
+        if rounded:
+            raise InvalidArgument(
+                f"the target {self.name!r} has labels such as {int(rounded[0])}, and whole numbers "
+                "of 2^53 and more cannot be told apart; make them text (in a table, with "
+                f"--categorical {self.name})",
+                reason="BAD_TARGET",
+            )
 
     def _check_limit(self, count: int) -> None:
         if count > CLASS_LIMIT:
@@ -154,7 +172,8 @@ class TargetEncoder:
         """One target per row; InvalidArgument for a label that the train split does not have."""
         check_complete(values, self.target.name, where)
         if self.target.task == "regression":
-            assert isinstance(values, NumericValues)
+            if not isinstance(values, NumericValues):
+                raise _text_target(values, self.target.name, where)
             return values.values
         if isinstance(values, NumericValues):
             indices = np.searchsorted(self._numbers, values.values)
@@ -181,6 +200,13 @@ class TargetEncoder:
             f"{shown}{more}{hint}",
             reason="UNKNOWN_LABEL",
         )
+
+
+def _text_target(values: TextValues, name: str, where: Whereabouts) -> InvalidArgument:
+    return InvalidArgument(
+        f"{where(0, name)}: the target {values.words[values.codes[0]]!r} is text, "
+        "a regression needs numbers"
+    )
 
 
 def _trimmed(word: str, characters: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from phalanx.errors import DeadlineExceeded, InvalidArgument, PhalanxError
 from phalanx.ids import check_namespace, new_request_id
-from phalanx.sdk import methods
+from phalanx.sdk import following, methods
 from phalanx.sdk.backend import Backend, RemoteBackend
 from phalanx.sdk.data import DataSets
 from phalanx.sdk.discovery import resolve_addresses
@@ -195,11 +195,23 @@ class Cluster:
     def event_messages(
         self, job_id: str = "", *, after_sequence: int = 0, follow: bool = False
     ) -> Iterator[job_pb2.Event]:
-        """Yield the same as wire messages."""
+        """Yield the same as wire messages.
+
+        Whoever follows gets each event once, also when the cluster was away for a while.
+        """
         request = cluster_service_pb2.ListEventsRequest(
             job_id=job_id, after_sequence=after_sequence, follow=follow
         )
-        for item in self.backend.stream(methods.LIST_EVENTS, request):
+        if not follow:
+            for item in self.backend.stream(methods.LIST_EVENTS, request):
+                yield item.event
+            return
+
+        def attach() -> Iterator[cluster_service_pb2.ListEventsResponse]:
+            return self.backend.stream(methods.LIST_EVENTS, request, timeout_s=following.FOLLOW_S)
+
+        for item in following.follow(self.backend, attach):
+            request.after_sequence = item.event.sequence
             yield item.event
 
 

@@ -199,6 +199,13 @@ class InProcessBackend:
             spec_sha256,
         )
 
+        content = request.spec.SerializeToString(deterministic=True)
+        known = None
+        if not request.validate_only:
+            known = self._jobs.submitted(request.request_id, content)
+        if known is not None:
+            read = self._dataset_of(known) if reads_dataset(known.spec) else None
+            return job_service_pb2.SubmitJobResponse(job=known, plan=plan(known.spec, read))
         dataset = None
         if reads_dataset(request.spec):
             if not names_dataset(request.spec):
@@ -222,7 +229,7 @@ class InProcessBackend:
             job = job_pb2.Job(spec=spec, spec_sha256=digest)
         else:
             todo = job_plan(spec, dataset, "")
-            job = self._jobs.submit(spec, digest, todo, shown.steps, request.request_id)
+            job = self._jobs.submit(spec, digest, todo, shown.steps, request.request_id, content)
         return job_service_pb2.SubmitJobResponse(job=job, plan=shown)
 
     def _get_job(self, request: job_service_pb2.GetJobRequest) -> Message:
@@ -315,7 +322,9 @@ class InProcessBackend:
     def _delete_dataset(self, request: dataset_service_pb2.DeleteDatasetRequest) -> Message:
         unwanted = self._datasets.find(request.namespace, request.name)
         for job in self._jobs.all():
-            used = self._datasets.find(job.spec.namespace, job.spec.data.name)
+            if not job.spec.data.name:
+                continue  # a set of tasks
+            used = self._dataset_of(job)
             same = (used.namespace, used.name) == (unwanted.namespace, unwanted.name)
             if same and ("@" not in request.name or used.version == unwanted.version):
                 raise FailedPrecondition(
@@ -324,6 +333,9 @@ class InProcessBackend:
                 )
         self._datasets.remove(request.namespace, request.name)
         return dataset_service_pb2.DeleteDatasetResponse()
+
+    def _dataset_of(self, job: job_pb2.Job) -> dataset_service_pb2.Dataset:
+        return self._datasets.find(job.spec.namespace, job.spec.data.name)
 
     def _get_model(self, request: model_service_pb2.GetModelRequest) -> Message:
         model = self._models.find(request.namespace, request.name)

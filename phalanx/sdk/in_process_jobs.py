@@ -55,17 +55,33 @@ class InProcessJobs:
         self._events: list[job_pb2.Event] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="phalanx-in-process")
 
-    def submit(
-        self, spec: JobSpec, spec_sha256: str, plan: JobPlan, total_steps: int, request_id: str
-    ) -> job_pb2.Job:
-        """Queue a job; the same request id and spec give the first answer."""
-        content = spec.SerializeToString(deterministic=True)
+    def submitted(self, request_id: str, content: bytes) -> job_pb2.Job | None:
+        """Return the job of an earlier request with this id; None: there was none.
+
+        Raises AlreadyExists where that one said something else, NotFound where its job is deleted.
+        """
         with self._changed:
             known = self._answers.get(request_id) if request_id else None
+            if known is None:
+                return None
+            if known[0] != content:
+                raise AlreadyExists(f"request id {request_id!r} stands for another job already")
+            return self._copy(known[1])
+
+    def submit(
+        self,
+        spec: JobSpec,
+        spec_sha256: str,
+        plan: JobPlan,
+        total_steps: int,
+        request_id: str,
+        content: bytes,
+    ) -> job_pb2.Job:
+        """Queue a job; the same request id and ``content`` give the first answer."""
+        with self._changed:
+            known = self.submitted(request_id, content)
             if known is not None:
-                if known[0] != content:
-                    raise AlreadyExists(f"request id {request_id!r} stands for another job already")
-                return self._copy(known[1])
+                return known
             job = job_pb2.Job(
                 id=new_id(spec.name),
                 spec=spec,
@@ -211,7 +227,7 @@ class InProcessJobs:
         except Cancelled:
             with self._changed:
                 self._end(run, State.STATE_CANCELLED, "CANCELLED", run.cancel_reason)
-        except Exception as error:  # noqa: BLE001 - user code may raise anything
+        except BaseException as error:  # noqa: BLE001 - user code may raise anything, and exit
             with self._changed:
                 self._fail(run, error)
         else:
@@ -268,7 +284,7 @@ class InProcessJobs:
         self._event(run, "MODEL_REGISTERED", model)
         self._end(run, State.STATE_SUCCEEDED, trained.reason, "")
 
-    def _fail(self, run: _Run, error: Exception) -> None:
+    def _fail(self, run: _Run, error: BaseException) -> None:
         known = isinstance(error, PhalanxError)
         reason = error.reason if isinstance(error, PhalanxError) else "RAISED"
         failure = (

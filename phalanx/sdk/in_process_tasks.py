@@ -57,7 +57,7 @@ def _run(call: Callable[[int], bytes], task: int, attempts: int) -> TaskResult:
         began_s = time.perf_counter()
         try:
             result.value_json = call(task).decode()
-        except Exception as error:  # noqa: BLE001 - user code raises what it likes
+        except BaseException as error:  # noqa: BLE001 - user code raises what it likes
             text = f"{type(error).__name__}: {error}"
             result.failure.CopyFrom(
                 Failure(

@@ -3,11 +3,12 @@
 import random
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NoReturn
 
 from phalanx.errors import Code, DeadlineExceeded, PhalanxError, Unavailable
 from phalanx.ids import new_request_id
-from phalanx.sdk import methods
+from phalanx.sdk import following, methods
 from phalanx.sdk.backend import Backend
 from phalanx.sdk.methods import RequestT, ResponseT
 from phalanx.sdk.values import (
@@ -234,11 +235,9 @@ class Job:
         self._backend.call(methods.DELETE_JOB, request)
 
     def logs(self, *, follow: bool = False, worker_id: str = "") -> Iterator[LogLine]:
-        """Yield what the job's code wrote; with ``follow`` until the job has ended."""
-        request = job_service_pb2.ReadJobLogsRequest(
-            job_id=self.id, follow=follow, worker_id=worker_id
-        )
-        for line in self._backend.stream(methods.READ_JOB_LOGS, request):
+        """Yield what the job's code wrote; with ``follow`` until the job has ended, also when the
+        cluster was away for a while."""
+        for line in self.log_messages(follow=follow, worker_id=worker_id):
             yield LogLine(
                 time=local_time(line.time),
                 worker_id=line.worker_id,
@@ -247,6 +246,29 @@ class Job:
                 level=line.level,
                 text=line.text,
             )
+
+    def log_messages(
+        self, *, follow: bool = False, worker_id: str = ""
+    ) -> Iterator[job_service_pb2.ReadJobLogsResponse]:
+        """Yield the same as wire messages."""
+        request = job_service_pb2.ReadJobLogsRequest(
+            job_id=self.id, follow=follow, worker_id=worker_id
+        )
+        if not follow:
+            yield from self._backend.stream(methods.READ_JOB_LOGS, request)
+            return
+        seen = 0
+
+        def attach() -> Iterator[job_service_pb2.ReadJobLogsResponse]:
+            # The lines have an order and no numbers: those that were seen come first again.
+            stream = self._backend.stream(
+                methods.READ_JOB_LOGS, request, timeout_s=following.FOLLOW_S
+            )
+            return islice(stream, seen, None)
+
+        for line in following.follow(self._backend, attach):
+            seen += 1
+            yield line
 
     def results(self, tasks: Sequence[int] = ()) -> list[TaskResult]:
         """Return what the tasks of this set returned so far, by number; ``tasks``: only these.

@@ -18,6 +18,7 @@ LINES_PER_S = 500.0
 BATCH_LINES = 200
 
 _TAG = b"\x1e"
+_TAG_LIMIT_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class LineSplitter:
         """Add bytes; return the lines that are complete."""
         pieces = (self._rest + data).split(b"\n")
         self._rest = pieces.pop()
-        if len(self._rest) > LINE_LIMIT_BYTES and _TAG not in self._rest:
+        if len(self._rest) > LINE_LIMIT_BYTES and not self._awaits_tag():
             pieces.append(self._rest)
             self._rest = b""
         return [line for piece in pieces for line in self._line(piece)]
@@ -50,6 +51,11 @@ class LineSplitter:
         """The pipe is closed: return what was not a whole line."""
         rest, self._rest = self._rest, b""
         return self._line(rest) if rest else []
+
+    def _awaits_tag(self) -> bool:
+        """Whether what is left ends in the start of a tag line; user code may write its byte."""
+        at = self._rest.rfind(_TAG)
+        return at >= 0 and len(self._rest) - at <= _TAG_LIMIT_BYTES
 
     def _line(self, piece: bytes) -> list[Line]:
         text, tag, context = piece.partition(_TAG)

@@ -133,7 +133,7 @@ def add(
     phalanx data add fashion images.gz labels.gz --test images2.gz --test labels2.gz
     """
     options: dict[str, Any] = {
-        "target": _column(target),
+        "target": target,
         "task": task,
         "test": _held_out("--test", test),
         "validation": _held_out("--validation", validation),
@@ -278,13 +278,6 @@ def _describe_short(dataset: Any) -> None:
     kind = number_of(len(dataset.classes), "class", "classes") if dataset.classes else dataset.task
     features = number_of(dataset.features, "feature")
     say(f"  {rows_text} rows · {features} · {kind} · {bytes_text(dataset.size_bytes)}")
-
-
-def _column(text: str | None) -> str | int | None:
-    """Return a column's number where one is given: 3, or -1 for the last."""
-    if text is None:
-        return None
-    return int(text) if text.removeprefix("-").isdecimal() else text
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

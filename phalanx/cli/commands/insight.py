@@ -33,17 +33,15 @@ def logs(
 ) -> None:
     """Show what a job's code printed, and its tracebacks."""
     from phalanx.cli.output import print_json
-    from phalanx.sdk import methods
-    from phalanx.v1.job_service_pb2 import ReadJobLogsRequest
 
     settings = settings_of(context)
     with settings.connect() as cluster:
+        job = cluster.get(job_id)
         if settings.json:
-            request = ReadJobLogsRequest(job_id=job_id, follow=follow, worker_id=worker)
-            for item in cluster.backend.stream(methods.READ_JOB_LOGS, request):
+            for item in job.log_messages(follow=follow, worker_id=worker):
                 print_json(item)
             return
-        for line in cluster.get(job_id).logs(follow=follow, worker_id=worker):
+        for line in job.logs(follow=follow, worker_id=worker):
             print(_log_text(line), flush=follow)
 
 

@@ -413,7 +413,7 @@ def _wait(job: Job, settings: Settings) -> int:
 
 def _add_data(cluster: Cluster, document: Document, paths: list[Path], **options: Any) -> None:
     """Add the job's data set unless the cluster has one of that name."""
-    from phalanx.cli.commands.data import _column, _held_out
+    from phalanx.cli.commands.data import _held_out
     from phalanx.cli.output import say
 
     name = document.spec.data.name.partition("@")[0]
@@ -422,9 +422,9 @@ def _add_data(cluster: Cluster, document: Document, paths: list[Path], **options
     try:
         known = cluster.data.get(name)
     except NotFound:
-        target, test = options["target"], options["test"]
+        test = options["test"]
         chosen = {
-            "target": _column(target),
+            "target": options["target"],
             "test": _held_out("--test", [test] if test is not None else None),
             "missing": options["missing"],
         }

@@ -142,7 +142,7 @@ class MemoryArrays:
 
     def batches(self) -> Iterator[ArrayBatch]:
         """All rows in order."""
-        rows, width = self._features.shape[0], self._shape.features or 1
+        rows, width = self._features.shape[0], self._shape.features or 0
         step = batch_rows(1 if self._shape.sparse else width, self._features.dtype.itemsize)
         for first in range(0, rows, step):
             stop = min(rows, first + step)

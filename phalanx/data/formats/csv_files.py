@@ -14,6 +14,7 @@ import pyarrow.csv
 from phalanx.data.arrow_values import is_number, numeric_values, text_values
 from phalanx.data.formats.csv_text import (
     Dialect,
+    check_quotes,
     check_width,
     inspect,
     open_bytes,
@@ -82,18 +83,21 @@ class CsvTable:
         rows = 0
         try:
             with open_bytes(path) as file:
-                for batch in self._arrow_batches(file, dialect, names, wanted):
+                body = _Body(file, dialect, self._block_bytes(file))
+                for batch in self._arrow_batches(body, dialect, names, wanted):
                     if not batch.num_rows:
                         continue
                     where = functools.partial(_where, path, dialect, rows)
                     rows += batch.num_rows
                     yield TableBatch(batch.num_rows, self._columns(batch, wanted), where)
+            if body.quotes % 2:
+                check_quotes(path, dialect.delimiter, dialect.comment)
         except (pa.ArrowInvalid, EOFError, OSError, zlib.error) as error:
             raise self._diagnosis(path, dialect, names, wanted, rows, error) from error
 
     def _arrow_batches(
         self,
-        file: IO[bytes],
+        body: "_Body",
         dialect: Dialect,
         names: tuple[str, ...],
         wanted: Mapping[str, ColumnKind],
@@ -103,12 +107,12 @@ class CsvTable:
             name: pa.float64() if kind == "numeric" else pa.dictionary(pa.int32(), pa.string())
             for name, kind in wanted.items()
         }
-        # Looks at the file before the body reads on from behind the header.
-        block_bytes = self._block_bytes(file)
         return iter(
             pa.csv.open_csv(
-                _Body(file, dialect),
-                read_options=pa.csv.ReadOptions(column_names=list(names), block_size=block_bytes),
+                body,
+                read_options=pa.csv.ReadOptions(
+                    column_names=list(names), block_size=body.block_bytes
+                ),
                 parse_options=pa.csv.ParseOptions(
                     delimiter=dialect.delimiter, newlines_in_values=True
                 ),
@@ -172,10 +176,15 @@ class CsvTable:
 
 
 class _Body(io.RawIOBase):
-    """The data rows of a file as bytes: without header and comments."""
+    """The data rows of a file as bytes: without header and comments.
 
-    def __init__(self, file: IO[bytes], dialect: Dialect) -> None:
+    ``quotes`` counts those that were read. ``block_bytes`` is how much is parsed at once.
+    """
+
+    def __init__(self, file: IO[bytes], dialect: Dialect, block_bytes: int) -> None:
         super().__init__()
+        self.quotes = 0
+        self.block_bytes = block_bytes
         self._file = file
         self._comment = dialect.comment.encode() if dialect.comment else None
         if dialect.header:
@@ -189,6 +198,11 @@ class _Body(io.RawIOBase):
 
     def read(self, size: int = -1, /) -> bytes:
         """At least one byte and about ``size``, unless the file ends."""
+        data = self._read(size)
+        self.quotes += data.count(b'"')
+        return data
+
+    def _read(self, size: int) -> bytes:
         if self._comment is None:
             return self._file.read(size)
         while lines := self._file.readlines(size):

@@ -82,6 +82,26 @@ def text_rows(path: Path, delimiter: str, comment: str | None) -> Iterator[TextR
                 yield TextRow(counter.line - sum(cell.count("\n") for cell in cells), cells)
 
 
+def check_quotes(path: Path, delimiter: str, comment: str | None) -> None:
+    """Raises InvalidArgument where the last quote is never closed: its cell holds many rows.
+
+    For files with an odd number of quotes; one may be a part of a word (5").
+    """
+    counter = _Lines(path, comment)
+    start = 1
+    with open_bytes(path) as file:
+        reader = csv.reader(counter.read(file), delimiter=delimiter, strict=True)
+        try:
+            for _ in reader:
+                start = counter.line + 1
+        except csv.Error as error:
+            if "end of data" in str(error):
+                raise InvalidArgument(
+                    f"{path.name}: a quote in the row of line {start} is never closed",
+                    reason="BAD_CELL",
+                ) from error
+
+
 class _Lines:
     """Decodes lines and counts them, since skipped ones count too."""
 
@@ -171,7 +191,10 @@ def _delimiter(path: Path, comment: str | None) -> str:
     if path.name.removesuffix(".gz").endswith((".tsv", ".tab")):
         return "\t"
     with open_bytes(path) as file:
-        first = next(_Lines(path, comment).read(file), "")
+        try:
+            first = next(_Lines(path, comment).read(file), "")
+        except (EOFError, OSError, zlib.error) as error:
+            raise InvalidArgument(f"{path.name} is damaged: {error}") from error
     unquoted = re.sub(r'"[^"]*"', "", first)
     return max(_DELIMITERS, key=unquoted.count)
 

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from phalanx.data.sources import ArrayBatch, ArrayShape, Opened
 from phalanx.errors import InvalidArgument, NotFound
 
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+_READ_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -153,15 +156,24 @@ def _read_header(file: IO[bytes], path: Path) -> _Header:
     return _Header(np.dtype(_DTYPES[magic[2]]), shape)
 
 
+def _read(file: IO[bytes], size: int) -> bytes:
+    """That many bytes, or fewer at the end; a header that lies costs no memory."""
+    parts = []
+    while size and (part := file.read(min(size, _READ_BYTES))):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
 def _pieces(path: Path, header: _Header, step: int) -> Iterator[NDArray[Any]]:
     rows, row_shape = header.shape[0], header.shape[1:]
-    row_bytes = header.dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
+    row_bytes = header.dtype.itemsize * math.prod(row_shape)
     try:
         with _open(path) as file:
             _read_header(file, path)
             for first in range(0, rows, step):
                 count = min(step, rows - first)
-                data = file.read(count * row_bytes)
+                data = _read(file, count * row_bytes)
                 if len(data) != count * row_bytes:
                     raise InvalidArgument(
                         f"{path.name} ends after row {first + len(data) // row_bytes} of {rows}"

@@ -166,7 +166,8 @@ def _line_error(text: bytes, first_line: int, path: Path) -> InvalidArgument:
             label = line.split()[0].decode(errors="replace")
             problem = f"the label {label[:40]!r} is not a number"
         else:
-            bad = next(pair for pair in line.split()[1:] if not _PAIR.fullmatch(pair))
+            pairs = re.split(rb"[ \t]+", line.strip(b" \t\r"))[1:]
+            bad = next(pair for pair in pairs if not _PAIR.fullmatch(pair))
             problem = f"{bad.decode(errors='replace')[:40]!r} is not index:value"
         return InvalidArgument(f"{path.name}, line {number}: {problem}", reason="BAD_CELL")
     return InvalidArgument(f"{path.name}, after line {first_line}: not LIBSVM text")

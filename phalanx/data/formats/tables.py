@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,12 @@ def _table_batches(
 
 
 def _check_present(name: str, wanted: Iterable[str], present: Sequence[str]) -> None:
-    absent = [column for column in wanted if column not in present]
-    if absent:
-        raise InvalidArgument(f"{name} has no column {absent[0]!r}")
+    counts = Counter(present)
+    for column in wanted:
+        count = counts[column]
+        if count != 1:
+            problem = "has no column" if not count else f"has {count} columns of the name"
+            raise InvalidArgument(f"{name} {problem} {column!r}")
 
 
 def shape_of(name: str, schema: pa.Schema, options: IngestOptions) -> TableShape:

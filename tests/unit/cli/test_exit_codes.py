@@ -1,7 +1,12 @@
+import io
+import sys
+import tempfile
+
 import pytest
 
 from phalanx import errors
 from phalanx.cli.errors import EXIT_OF_CODE, Exit
+from phalanx.cli.main import main
 from phalanx.local.ports import free_ports
 from phalanx.v1 import job_pb2
 
@@ -190,3 +195,26 @@ def test_several_wrong_fields_are_a_list_by_line():
         == f"error: 2 fields are wrong\n{listed}"
     )
     assert wrong("the job cannot run", *violations) == f"error: the job cannot run\n{listed}"
+
+
+@pytest.mark.parametrize("buffering", [-1, 0])
+def test_a_full_disk_under_the_output_is_no_defect(monkeypatch, capsys, buffering):
+    with open("/dev/full", "wb", buffering) as full:
+        output = io.TextIOWrapper(full, encoding="utf-8", write_through=buffering == 0)
+        monkeypatch.setattr(sys, "stdout", output)
+        monkeypatch.setattr(sys, "argv", ["phalanx", "--version"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 6
+    assert "cannot write the output: no space left on device" in capsys.readouterr().err
+
+
+def test_a_terminal_without_our_characters_gets_others(monkeypatch):
+    with tempfile.TemporaryFile() as file:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding="ascii"))
+        monkeypatch.setattr(sys, "argv", ["phalanx", "--help"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        file.seek(0)
+        assert b"Start with: phalanx up   ?   Help" in file.read()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from phalanx.data.chunks import decode_chunk
+from phalanx.data.formats.idx_files import IdxArrays
 from phalanx.data.formats.npz_files import NpzArrays
 from phalanx.data.formats.safetensors_files import SafetensorsArrays
 from phalanx.data.manifest import DatasetManifest
@@ -60,6 +61,21 @@ def test_shapes_that_do_not_fit_the_bytes_allocate_nothing(
         with pytest.raises(InvalidArgument):
             SafetensorsArrays(path, IngestOptions())
         assert tracemalloc.get_traced_memory()[1] < MIB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("extents", [(3, 2**32 - 1, 2**32 - 1), (3, 65536, 65536, 65536, 65536)])
+def test_images_larger_than_any_file_are_cut_off(tmp_path: Path, extents: tuple[int, ...]) -> None:
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    shape = b"".join(extent.to_bytes(4, "big") for extent in extents)
+    images.write_bytes(bytes([0, 0, 8, len(extents)]) + shape + bytes(100))
+    labels.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 0, 1, 2]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidArgument, match="images ends after row 0 of 3"):
+            list(IdxArrays(images, labels).batches())
+        assert tracemalloc.get_traced_memory()[1] < 40 * MIB
     finally:
         tracemalloc.stop()
 

@@ -82,6 +82,17 @@ class TestNpz:
         assert manifest.rows_by_split() == {"train": 30, "test": 7}
         assert "hold a test split already" in error_of(tmp_path, tmp_path / "a.npz", test=0.1)
 
+    def test_the_test_parts_of_several_files_are_one_split(self, tmp_path: Path) -> None:
+        pair = {"x_train": IMAGES, "y_train": LABELS}
+        test = {"x_test": IMAGES[:7], "y_test": LABELS[:7]}
+        np.savez(tmp_path / "a.npz", **pair, **test)
+        np.savez(tmp_path / "b.npz", **pair, **test)
+        manifest = add(tmp_path, tmp_path / "a.npz", tmp_path / "b.npz")
+        assert manifest.rows_by_split() == {"train": 60, "test": 14}
+        np.savez(tmp_path / "b.npz", **pair)
+        message = error_of(tmp_path, tmp_path / "a.npz", tmp_path / "b.npz")
+        assert message.startswith("b.npz brings no test split, and another of the files does")
+
     def test_fortran_order_text_labels_and_flags(self, tmp_path: Path) -> None:
         values = np.asfortranarray(np.arange(60, dtype=np.float64).reshape(30, 2))
         words = np.array(["yes", "no", "maybe"])[LABELS]
@@ -295,6 +306,8 @@ class TestLibsvm:
             (LIBSVM + "1 3:1 4\n", "a.svm, line 6: '4' is not index:value"),
             (LIBSVM + "1 2:1:2\n", "a.svm, line 6: '2:1:2' is not index:value"),
             (LIBSVM + "1 qid:3 1:2\n", "a.svm, line 6: 'qid:3' is not index:value"),
+            (LIBSVM + "1 2:1\r3:1\n", "a.svm, line 6: '2:1\\r3:1' is not index:value"),
+            (LIBSVM + "1 2:1\f\n", "a.svm, line 6: '2:1\\x0c' is not index:value"),
             (LIBSVM + "1 1:nan\n", "a.svm, line 6: '1:nan' is not index:value"),
             (LIBSVM + "cat 1:2\n", "a.svm, line 6: the label 'cat' is not a number"),
             (LIBSVM + "1,2 1:2\n", "a.svm, line 6: the label '1,2' is not a number"),
@@ -449,6 +462,7 @@ class TestMemory:
         [
             (np.ones((3, 2)), [1, 2], "3 rows of features, but 2 targets"),
             (np.ones(3), [1, 2, 3], "rows by features are needed"),
+            (np.ones((3, 0)), [1, 2, 3], "the data has no features"),
             ({"a": [1, 2], "b": [1]}, [1, 2], "the columns are not of one length"),
             ({"a": [1, 2], "b": [{}, 1]}, [1, 2], "row 1, column 'b': a dict cannot be a feature"),
         ],

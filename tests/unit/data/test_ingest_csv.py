@@ -434,6 +434,45 @@ def test_wrong_options_are_all_named(options: dict[str, Any], message: str) -> N
         IngestOptions.from_mapping({"colour": 1})
 
 
+def test_a_quote_that_never_closes_swallows_no_rows(tmp_path: Path) -> None:
+    text = 'y,n\n1,a\n0,b\n1,a\n0,"c\n1,d\n0,e\n'
+    message = error_of(tmp_path, text, target="y")
+    assert message == "data.csv: a quote in the row of line 5 is never closed"
+    # An inch is no quote, and an odd number of them no mistake.
+    assert add(tmp_path, 'y,n\n1,5"\n0,b\n', target="y").columns[0].vocabulary == ('5"', "b")
+
+
+@pytest.mark.parametrize("damaged", [b"x,y\n1,0\n", b"\x1f\x8b\x08\x00cut off", b"\x1f\x8b"])
+def test_a_file_that_is_not_what_its_ending_says(tmp_path: Path, damaged: bytes) -> None:
+    assert "data.csv.gz is damaged" in error_of(tmp_path, damaged, "data.csv.gz")
+
+
+def test_labels_that_reading_has_rounded_are_refused(tmp_path: Path) -> None:
+    text = "x,y\n1,9007199254740992\n2,9007199254740993\n3,5\n"
+    message = error_of(tmp_path, text)
+    assert "labels such as 9007199254740992" in message
+    assert "--categorical y" in message
+    assert add(tmp_path, text, categorical=("y",)).classes == (
+        "5",
+        "9007199254740992",
+        "9007199254740993",
+    )
+
+
+def test_a_regression_on_text_says_so_where_nothing_else_is_studied(tmp_path: Path) -> None:
+    message = error_of(tmp_path, "x,y\n1,a\n2,b\n", task="regression")
+    assert (
+        message
+        == "data.csv, line 2, column 'y': the target 'a' is text, a regression needs numbers"
+    )
+
+
+def test_a_table_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    assert error_of(tmp_path, "x,y\n1,0\n2,1\n", ignore=("x", "y")) == (
+        "no column is left to predict"
+    )
+
+
 def test_a_split_without_rows_is_refused(tmp_path: Path) -> None:
     assert "the test split has no row" in error_of(tmp_path, PEOPLE, test=0.01)
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from phalanx.data.ingest import ingest
+from phalanx.data.ingest import ingest, ingest_arrays
 from phalanx.data.manifest import DatasetManifest
 from phalanx.data.options import IngestOptions
 from phalanx.data.reader import ChunkReader
@@ -139,6 +139,14 @@ def test_pandas_index_columns_are_left_out(tmp_path: Path) -> None:
     manifest = add(tmp_path, table)
     assert manifest.target == "y"
     assert manifest.feature_names() == ("x",)
+
+
+def test_a_name_that_two_columns_have_is_refused(tmp_path: Path) -> None:
+    columns = [pa.array([1.0, 2.0]), pa.array([5.0, 6.0]), pa.array([0.5, 1.5])]
+    table = pa.Table.from_arrays(columns, names=["x", "x", "y"])
+    assert error_of(tmp_path, table) == "a.parquet has 2 columns of the name 'x'"
+    with pytest.raises(PhalanxError, match="the table has 2 columns of the name 'x'"):
+        ingest_arrays(table, None, IngestOptions(), DirectoryBlobs(tmp_path / "blobs"))
 
 
 def test_a_file_of_another_kind_and_a_table_without_rows(tmp_path: Path) -> None:

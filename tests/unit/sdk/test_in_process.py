@@ -90,6 +90,22 @@ def test_a_request_id_submits_once(cluster):
         cluster.submit(with_train(batch_size=32), request_id="nightly-1")
 
 
+def test_a_request_is_the_same_whatever_became_of_its_data(cluster, data):
+    first = cluster.submit(SPEC, request_id="nightly-1")
+    cluster.data.add("toy", *data, test=0.5)
+    again = cluster.submit(SPEC, request_id="nightly-1")
+    assert (again.id, again.plan) == (first.id, first.plan)
+    assert cluster.submit(SPEC, request_id="nightly-2").id != first.id
+
+
+def test_data_goes_though_a_set_of_tasks_is_there_which_reads_none(cluster):
+    code = {"files": {"work.py": "def run(x):\n    return x\n"}}
+    tasks = {"entrypoint": "work:run", "arguments": [{"x": 1}]}
+    cluster.submit({"name": "numbers", "tasks": tasks, "code": code}).wait(60)
+    cluster.data.delete("toy")
+    assert cluster.data.list() == []
+
+
 def test_a_job_can_be_paused_resumed_and_cancelled(cluster):
     job = cluster.submit(with_train(stop={"steps": 1_000_000}))
     updates = job.watch()
@@ -113,6 +129,16 @@ def test_code_that_raises_fails_the_job_with_its_traceback(cluster):
     assert "broken model" in str(failed.value)
     assert failed.value.job_id == job.id
     assert failed.value.failures[0].message
+
+
+def test_code_that_exits_ends_its_job_and_nothing_else(cluster):
+    code = {"files": {"mine.py": "import sys\n\ndef build(*_, **__):\n    sys.exit('enough')\n"}}
+    model = with_train(model={"custom": {"entrypoint": "mine:build"}})
+    tasks = {"entrypoint": "mine:build", "arguments": [{}], "attempts": 1}
+    for spec in (model, {"name": "toy", "tasks": tasks}):
+        with pytest.raises(phalanx.JobFailed, match="SystemExit: enough"):
+            cluster.submit({**spec, "code": code}).wait(60)
+    assert cluster.submit(SPEC).wait(60).steps == 8
 
 
 def test_a_wrong_spec_names_every_field(cluster):

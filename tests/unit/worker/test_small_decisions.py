@@ -87,6 +87,14 @@ def test_lines_carry_the_context_of_the_tag_before_them() -> None:
     ]
 
 
+def test_a_line_without_end_is_cut_whatever_bytes_it_has() -> None:
+    splitter = LineSplitter()
+    for _ in range(3):
+        (line,) = splitter.feed(b"y\x1e" + b"x" * LINE_LIMIT_BYTES)
+        assert line.text == "y"
+    assert splitter.end() == []
+
+
 def test_long_and_broken_lines_are_cut_not_kept() -> None:
     splitter = LineSplitter()
     (line,) = splitter.feed(b"x" * 10_000)
