@@ -1,9 +1,12 @@
 """What all tests share: their order, and how the logs of services that run inside them look."""
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 import structlog
+
+from tests.warm import WarmServer, warm_clusters
 
 
 def pytest_configure() -> None:
@@ -28,3 +31,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Files that take long come first, so that none is left to one process.
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session")
+def warm_server() -> Iterator[WarmServer]:
+    """A process that has loaded what members of clusters need."""
+    made = WarmServer()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def loaded_code(warm_server: WarmServer) -> Iterator[None]:
+    """Clusters of this module start from code that is loaded already."""
+    with warm_clusters(warm_server):
+        yield

@@ -7,6 +7,11 @@ import pytest
 from phalanx.testing.arena import gated_job, undisturbed_sha256_of, unhurried_job
 
 
+@pytest.fixture(scope="module", autouse=True)
+def clusters_start_from(loaded_code: None) -> None:
+    """Each test starts a cluster; none of them is about how that loads its code."""
+
+
 @pytest.fixture(scope="session")
 def undisturbed_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The bits of the job in one process, without any cluster."""
