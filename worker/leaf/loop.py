@@ -175,10 +175,10 @@ class LeafLoop:
         node: Node,
         buffer: int,
     ) -> None:
-        leaf = _LeafRun(self._page, order)
+        # What fails before the first leaf counts as that of the first shard.
+        leaf = _LeafRun(self._page, order, node.first)
         try:
             if isinstance(work, Exception):
-                leaf.shard = node.first
                 raise work
             if isinstance(work, CallWork):
                 kind, done = Kind.CALL_DONE, _call(work, order, leaf, index, node.first)
@@ -282,8 +282,8 @@ class LeafLoop:
 class _LeafRun:
     """The leaves of one part: marks them on the progress page and takes their times."""
 
-    def __init__(self, page: ProgressPage, order: ipc.RunOrder) -> None:
-        self.shard = -1
+    def __init__(self, page: ProgressPage, order: ipc.RunOrder, first: int) -> None:
+        self.shard = first
         self.seconds: list[float] = []
         self._page = page
         self._order = order
