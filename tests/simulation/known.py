@@ -88,7 +88,9 @@ KNOWN = {
     "late shards are not copied": Known(
         0, (), (("aggregators", 2), ("workers", 2), ("script", "stuck_payloads"))
     ),
-    "a copy is added to what came from home": Known(1511, settings=_HEALED),
+    "a copy is added to what came from home": Known(
+        0, ("late_payloads", "pause_worker", "slow_worker"), (("workers", 4),)
+    ),
     "what came from home is added to its copy": Known(3, settings=_HEALED),
     "examples are summed over all that came": Known(0),
     "each range reduces what it has of the leaves": Known(0, (), (*_RANGES, ("parts", "krum"))),

@@ -61,7 +61,11 @@ class Shares:
         charged = self._jobs.get(job_id)
         if charged is None:
             return
-        charged.computes = True
+        if not charged.computes:
+            # What it took to prepare it is not time that it lacks.
+            others = [each.virtual_s for each in self._jobs.values() if each.computes]
+            charged.virtual_s = max(charged.virtual_s, min(others, default=0.0))
+            charged.computes = True
         charged.virtual_s += seconds / charged.weight
         self._longest_s = max(seconds / charged.weight, FADES * self._longest_s)
         last_s = charged.virtual_s - max(CREDIT_S, CREDIT_TASKS * self._longest_s)

@@ -34,6 +34,7 @@ class Job:
     thinks_s: float = THINKS_S
     begins_s: float = 0.0
     ends_s: float = 1e9
+    prepares_s: float = 0.0
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Machine:
 
     def enrol(self, name: str) -> None:
         self.dispatcher.shares.enrol(name, self.jobs[name].priority)
-        self.step(name)
+        self.at(self.now_s + self.jobs[name].prepares_s, "step", name)
 
     def step(self, name: str) -> None:
         if self.now_s >= self.jobs[name].ends_s:
@@ -169,6 +170,24 @@ def test_a_share_grows_when_another_job_ends_and_shrinks_when_one_comes() -> Non
     assert both.share("a") == pytest.approx(0.5, abs=0.03)
     assert after.share("a") == 1.0
     assert after.used["a"] >= 0.9 * 97
+
+
+def test_the_time_that_it_took_to_prepare_a_job_is_no_time_that_it_lacks() -> None:
+    jobs = {"old": Job(25, 0.1), "new": Job(75, 0.1, begins_s=10.0, prepares_s=30.0)}
+    machine = Machine(jobs)
+    machine.run(55.0, since_s=40.0)
+    assert machine.used["new"] / machine.used["old"] == pytest.approx(3.0, rel=0.1)
+
+
+def test_a_job_begins_level_with_those_that_compute_and_not_with_one_still_prepared() -> None:
+    shares = Shares()
+    shares.enrol("old", 50)
+    shares.charge("old", 9.0)
+    shares.enrol("new", 50)
+    shares.enrol("prepared", 50)
+    shares.charge("old", 1.0)
+    shares.charge("new", 0.5)
+    assert shares.first(["old", "new"]) == "old"
 
 
 def test_a_job_gets_back_no_more_than_its_credit() -> None:
