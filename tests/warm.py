@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from setproctitle import getproctitle
 
 from phalanx.blas import ENVIRONMENT as ONE_BLAS_THREAD
 from phalanx.forking import client
@@ -102,6 +103,7 @@ def main(parent_pid: int) -> None:
     die_with_parent(parent_pid)
     for name in sorted({name for names in IMPORTS.values() for name in names}):
         importlib.import_module(name)
+    getproctitle()  # once, before the environment moves: titles are written where it was
     warm_pid = os.getpid()
     forked = serve(socket.socket(fileno=sys.stdin.fileno()))
     if forked is not None:

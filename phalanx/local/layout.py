@@ -12,7 +12,7 @@ CONTROL, AGGREGATOR, WORKER, STORAGE = "control", "aggregator", "worker", "stora
 _IMPORTS = {
     STORAGE: ("storage.config", "storage.runtime"),
     CONTROL: ("coordinator.control.main",),
-    AGGREGATOR: ("coordinator.aggregation.main",),
+    AGGREGATOR: ("coordinator.aggregation.main", "coordinator.aggregation.process"),
     # The last three are what a worker's leaf processes load.
     WORKER: ("worker.main", "worker.leaf.loop", "phalanx.numeric_fingerprint", "numpy.random"),
 }
