@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from phalanx.data.formats.arrays import ArraySeries, MemoryArrays
+from phalanx.data.formats.arrays import ArraySeries, MemoryArrays, plain_array
 from phalanx.data.formats.csv_files import CsvTable
 from phalanx.data.formats.csv_text import open_bytes
 from phalanx.data.formats.idx_files import open_idx
@@ -89,7 +88,7 @@ def open_memory(
     if targets is None:
         raise InvalidArgument("arrays need targets of their own; only a frame can hold them")
     if not hasattr(features, "tocsr"):
-        features = np.asarray(features)
+        features = plain_array(features, "the data")
         if features.dtype.kind not in "biuf":
             return open_memory(frame_of_objects(features, names), targets, options)
     return Opened(MemoryArrays(features, targets, names))

@@ -179,8 +179,9 @@ class Encoder:
 def missing_value(where: str) -> InvalidArgument:
     """The error of a missing value where none is allowed."""
     return InvalidArgument(
-        f"{where}: the value is missing; choose what becomes of missing values with "
-        "--missing category (a category of its own, the mean in numeric columns) or --missing mean",
+        f"{where}: the value is missing; choose what becomes of missing values when the data set "
+        "is added: --missing category (a category of its own, the mean in numeric columns) or "
+        "--missing mean",
         reason="MISSING_VALUE",
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
-from phalanx.data.formats.arrays import MemoryArrays
+from phalanx.data.formats.arrays import MemoryArrays, plain_array
 from phalanx.data.formats.csv_files import CsvTable
 from phalanx.data.formats.idx_files import idx_features
 from phalanx.data.formats.libsvm_files import LibsvmArrays
@@ -71,7 +71,7 @@ class RawRows:
         if is_frame(data):
             return self._table(MemoryTable(data, self._options()))
         if not hasattr(data, "tocsr"):
-            data = np.asarray(data)
+            data = plain_array(data, "the rows")
             categorical = any(column.kind == "categorical" for column in self.columns)
             if categorical or data.dtype.kind not in "biuf":
                 return self.encode(self._frame_by_position(data))

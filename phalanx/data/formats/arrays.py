@@ -56,6 +56,16 @@ def check_numeric(dtype: np.dtype[Any], name: str) -> None:
         raise InvalidArgument(f"{name}: features of type {dtype} are not real numbers")
 
 
+def plain_array(values: Any, name: str) -> NDArray[Any]:
+    """Anything as an array; what is masked is missing. Raises InvalidArgument for ragged lists."""
+    if isinstance(values, np.ma.MaskedArray):
+        return np.ma.filled(values.astype(np.float64), np.nan)
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise InvalidArgument(f"{name}: rows are not of one length ({error})") from error
+
+
 def target_values(targets: NDArray[Any], name: str) -> ColumnValues:
     """Targets of any type as raw values."""
     if targets.ndim == 2 and targets.shape[1] == 1:
@@ -112,12 +122,14 @@ class MemoryArrays:
         self, features: Any, targets: Any, names: Sequence[str] = (), name: str = "the data"
     ) -> None:
         sparse = scipy.sparse.issparse(features)
-        self._features = scipy.sparse.csr_array(features) if sparse else np.asarray(features)
-        self._targets: NDArray[Any] = np.asarray(targets)
+        self._features = scipy.sparse.csr_array(features) if sparse else plain_array(features, name)
+        self._targets: NDArray[Any] = plain_array(targets, name)
         self._name = name
         width = flat_width(self._features.shape, name)
         check_numeric(self._features.dtype, name)
-        check_rows(self._features.shape[0], len(self._targets), name)
+        check_rows(
+            self._features.shape[0], self._targets.shape[0] if self._targets.ndim else 0, name
+        )
         if names and len(names) != width:
             raise InvalidArgument(
                 f"{number_of(len(names), 'feature name')} for {number_of(width, 'feature')}"

@@ -175,7 +175,9 @@ def arrow_column(values: Any, name: str, column: str) -> pa.Array:
         raise InvalidArgument(f"{name}, column {column!r} has {array.ndim} dimensions, not one")
     if array.dtype.kind in "biuf":
         return pa.array(array)
-    cells = [None if _is_null(cell) else cell for cell in array.tolist()]
+    # An array of objects may hold NumPy's own numbers.
+    plain = (cell.item() if isinstance(cell, np.generic) else cell for cell in array.tolist())
+    cells = [None if _is_null(cell) else cell for cell in plain]
     if all(isinstance(cell, bool | None) for cell in cells):
         return pa.array(cells, pa.bool_())
     if all(isinstance(cell, int | float | None) for cell in cells):
@@ -203,7 +205,12 @@ def _columns(
     for index, (name, kind) in enumerate(wanted.items()):
         array = batch.column(index)
         if kind == "categorical":
-            columns[name] = text_values(array, options.missing_markers)
+            try:
+                columns[name] = text_values(array, options.missing_markers)
+            except pa.ArrowNotImplementedError as error:
+                raise InvalidArgument(
+                    f"{where(0, name)}: a {array.type} is no category", reason="BAD_CELL"
+                ) from error
         elif kind_of(array.type) == "categorical":
             columns[name] = parsed_numbers(array, options.missing_markers, where, name)
         elif kind_of(array.type) is None and not pa.types.is_null(array.type):

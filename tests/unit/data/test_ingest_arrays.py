@@ -463,6 +463,13 @@ class TestMemory:
             (np.ones((3, 2)), [1, 2], "3 rows of features, but 2 targets"),
             (np.ones(3), [1, 2, 3], "rows by features are needed"),
             (np.ones((3, 0)), [1, 2, 3], "the data has no features"),
+            (np.ones((3, 2)), 1, "3 rows of features, but 0 targets"),
+            ([[1, 2], [3]], [1, 2], "the data: rows are not of one length"),
+            (
+                np.ma.masked_equal(np.arange(6).reshape(3, 2), 3),
+                [1, 2, 1],
+                "row 2, feature x2: the",
+            ),
             ({"a": [1, 2], "b": [1]}, [1, 2], "the columns are not of one length"),
             ({"a": [1, 2], "b": [{}, 1]}, [1, 2], "row 1, column 'b': a dict cannot be a feature"),
         ],

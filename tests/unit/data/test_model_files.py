@@ -168,7 +168,7 @@ def test_every_kind_of_raw_rows_gives_the_same_predictions(tmp_path: Path) -> No
     rows = table.to_pylist()
     columns = table.to_pydict()
     pa.parquet.write_table(table, tmp_path / "people.parquet")
-    positions = [["39", "clerk", "40"], [50, "smith", 13], [38, "clerk", None]]
+    positions = [["39", "clerk", "40"], [np.int64(50), "smith", 13], [38, np.str_("clerk"), None]]
     for data in (table, rows, columns, tmp_path / "people.parquet", str(path)):
         assert model.predict_probabilities(data).tobytes() == expected.tobytes()
     by_position = model.predict_probabilities(np.array(positions, dtype=object))
@@ -264,6 +264,12 @@ def test_extra_columns_are_ignored_and_told_of(tmp_path: Path) -> None:
     assert model.predict_probabilities([row]).tobytes() == plain.tobytes()
     assert model.remarks.ignored_columns == ("shoe",)
     assert "column 'shoe' is not known, it is ignored" in model.remarks.sentences
+
+
+def test_a_column_that_no_category_can_be_read_from_is_refused(tmp_path: Path) -> None:
+    table = pa.table({"age": [39], "job": [["clerk"]], "hours": [40]})
+    with pytest.raises(InvalidArgument, match=r"row 1, column 'job': a list.* is no category"):
+        people_model(tmp_path).predict(table)
 
 
 def test_an_unknown_category_counts_as_none_of_them_and_is_told_of(tmp_path: Path) -> None:
