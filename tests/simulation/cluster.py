@@ -42,6 +42,8 @@ STORAGE = "storage:7420"
 BLOCK_ELEMENTS = 32
 FRAME_BYTES = 2 * BLOCK_ELEMENTS * 4
 RUNS_PER_COLLECTION = 8
+GRACES = 2.0
+"""Age of a blob that nothing names at which it is garbage, in times between two collections."""
 _PORTS = {"control": 7410, "aggregator": 7430, "worker": 7440}
 
 
@@ -185,7 +187,10 @@ class Services:
     def _backend(self, folder: Any, **more: Any) -> Any:
         assert self.storage is not None
         return self.storage.backend(
-            more["on_corruption"], more["on_failure"], coordinator.control.leader.time.time_ns
+            more["on_corruption"],
+            more["on_failure"],
+            coordinator.control.leader.time.time_ns,
+            more["namespace_bytes_max"],
         )
 
 
@@ -315,7 +320,13 @@ class Cluster:
 
     async def _storage(self, name: str, stop: asyncio.Event) -> None:
         config = StorageConfig(
-            id=name, listen=STORAGE, metrics_listen=None, state=Path("/state"), gc_interval_s=0
+            id=name,
+            listen=STORAGE,
+            metrics_listen=None,
+            state=Path("/state"),
+            gc_interval_s=0,
+            gc_grace_s=GRACES * self.settings.garbage_s,
+            namespace_bytes=self.settings.namespace_bytes,
         )
         await storage.runtime.serve(config, stop)
 
@@ -330,6 +341,7 @@ class Cluster:
             namespace_jobs_max=self.settings.namespace_jobs_max,
             running_jobs_max=self.settings.running_jobs_max,
             namespace_slots_max=self.settings.namespace_slots_max,
+            collect_garbage_every_s=self.settings.garbage_s,
             heartbeat_interval_s=0.5,
             lease_ttl_s=LEASE_TTL_S,
         )

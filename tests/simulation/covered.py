@@ -1,20 +1,25 @@
 """How much of the cores that ship the simulator runs: lines and branches, by file.
 
     python -m tests.simulation.covered --seeds 120 --processes 2
+    python -m tests.simulation.covered --seeds 120 --keep FOLDER --seconds 150   (again and again)
 
 Runs seeds of the swarm, every fourth of them with a second user (`neighbour`), with a third one
 (`newcomer`) and with jobs that have wishes (`wishes`), and the scenarios: those of the planted
 bugs, without the bugs, and those that come about seldom (`scenes`), all under `coverage`. It tells
-what was never run, and fails if a seed does or if less was run than `REACH_PERCENT`.
+what was never run, and fails if a seed does or if less was run than `REACH_PERCENT`. With `--keep`
+measurements are kept, and the next call goes on with what has not been run yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +27,10 @@ from typing import Any
 from coverage import Coverage
 
 from tests.simulation import wishes
+from tests.simulation.cluster import services
+from tests.simulation.known import KNOWN, Known
 from tests.simulation.runs import draw, draw_shape
+from tests.simulation.scenes import SCENES
 
 CORES = (
     "coordinator/control/core/*",
@@ -44,24 +52,7 @@ NOT_REACHED = {
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = 1000
 OTHERS_EVERY = 4
-SEEDS = """
-from tests.simulation.cluster import services
-from tests.simulation.covered import others
-from tests.simulation.runs import simulate
-with services() as given:
-    for seed in {block!r}:
-        more = others(seed)
-        failure = simulate(given, seed, **more).failure
-        assert failure == "", (seed, more, failure)
-"""
-SCENARIOS = """
-from tests.simulation.cluster import services
-from tests.simulation.known import KNOWN
-from tests.simulation.scenes import SCENES
-with services() as given:
-    for known in dict.fromkeys([*KNOWN.values(), *SCENES]):
-        assert known.run(given).failure == "", known
-"""
+SCENARIO = "scenario-"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,26 +62,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=FIRST, help="the first seed")
     parser.add_argument("--processes", type=int, default=1, help="how many at once")
     parser.add_argument("--no-scenarios", action="store_true", help="only seeds")
-    given = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder) / "coverage.ini"
-        settings.write_text(_settings(folder))
-        programs = [
-            SEEDS.format(
-                block=range(first, given.first + given.seeds, given.processes),
-            )
-            for first in range(given.first, given.first + given.processes)
-        ]
-        programs += [] if given.no_scenarios else [SCENARIOS]
-        running = [_start(settings, number, each) for number, each in enumerate(programs)]
-        failed = [run.args for run in running if run.wait() != 0]
-        measured = Coverage(config_file=str(settings))
-        measured.combine()
-        share = measured.report(show_missing=True, skip_covered=True)
-    print(
-        f"{share:.1f} % of lines and branches of the cores; at least {REACH_PERCENT:g} % is asked"
+    parser.add_argument("--keep", type=Path, help="folder of measurements to add to")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no run after so long"
     )
-    return 1 if failed or share < REACH_PERCENT else 0
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    if given.run is not None:
+        return _run(given.run.split(","), given.seconds)
+    runs = [] if given.no_scenarios else [f"{SCENARIO}{n}" for n in range(len(_scenarios()))]
+    runs += [str(seed) for seed in range(given.first, given.first + given.seeds)]
+    with tempfile.TemporaryDirectory() as folder:
+        measured = Measured(Path(folder) if given.keep is None else given.keep)
+        left = [name for name in runs if name not in measured.done]
+        shares = [left[first :: given.processes] for first in range(given.processes)]
+        running = [measured.start(share, given.seconds) for share in shares if share]
+        failed = [run.args for run in running if run.wait() != 0]
+        percent = measured.tell()
+        left = [name for name in runs if name not in measured.done]
+    print(
+        "{:.1f} % of lines, {:.1f} % of branches and {:.1f} % of both of the cores; ".format(
+            *percent
+        )
+        + f"at least {REACH_PERCENT:g} % is asked; {len(runs) - len(left)} of {len(runs)} runs done"
+    )
+    return 1 if failed or (not left and min(percent) < REACH_PERCENT) else 0
+
+
+class Measured:
+    """A folder of what was measured: the data of `coverage`, and which runs are in it."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder = folder.resolve()
+        self._settings = self._folder / "coverage.ini"
+        self._settings.write_text(_settings(self._folder))
+        self._done = self._folder / "done"
+
+    @property
+    def done(self) -> set[str]:
+        """The names of the runs that are in it."""
+        return set(self._done.read_text().split()) if self._done.exists() else set()
+
+    def start(self, names: Sequence[str], seconds: float) -> subprocess.Popen[bytes]:
+        """Measure some of the runs in a process of its own."""
+        command = [sys.executable, "-m", "coverage", "run", f"--rcfile={self._settings}", "-m"]
+        command += [__spec__.name, "--run", ",".join(names), f"--seconds={seconds}"]
+        return subprocess.Popen(command, cwd=ROOT, stdout=(self._folder / "began").open("a"))
+
+    def tell(self) -> tuple[float, float, float]:
+        """Take in what has ended and report; returns how much of lines, branches and both was run,
+        in percent."""
+        measured = Coverage(config_file=str(self._settings))
+        began = self._folder / "began"
+        with self._done.open("a") as done:
+            done.write(began.read_text())
+        began.unlink()
+        data = sorted(str(each) for each in self._folder.glob("data.*"))
+        if (self._folder / "data").exists():
+            data.append(str(self._folder / "data"))
+        measured.combine(data)
+        measured.report(show_missing=True, skip_covered=True)
+        report = self._folder / "report.json"
+        measured.json_report(outfile=str(report))
+        totals = json.loads(report.read_text())["totals"]
+        return (
+            100.0 * totals["covered_lines"] / totals["num_statements"],
+            100.0 * totals["covered_branches"] / totals["num_branches"],
+            totals["percent_covered"],
+        )
 
 
 def others(seed: int) -> dict[str, Any]:
@@ -106,21 +146,36 @@ def others(seed: int) -> dict[str, Any]:
     return {name: getattr(wishful, name) for name in wishes.SETTINGS}
 
 
-def _settings(folder: str) -> str:
+def _scenarios() -> list[Known]:
+    return list(dict.fromkeys([*KNOWN.values(), *SCENES]))
+
+
+def _run(names: Sequence[str], seconds: float) -> int:
+    """Run seeds and scenarios by name, as long as there is time; this is what is measured."""
+    until_s, scenarios, failed = time.monotonic() + seconds, _scenarios(), 0
+    with services() as given:
+        for name in names:
+            if time.monotonic() >= until_s:
+                break
+            if name.startswith(SCENARIO):
+                known = scenarios[int(name.removeprefix(SCENARIO))]
+            else:
+                known = Known(int(name), settings=tuple(others(int(name)).items()))
+            failure = known.run(given).failure
+            if failure:
+                failed += 1
+                print(f"{known}: {failure}", file=sys.stderr)
+            print(name, flush=True)
+    return 1 if failed else 0
+
+
+def _settings(folder: Path) -> str:
     cores, lines = ("\n    ".join(each) for each in (CORES, NOT_REACHED))
     return (
         f"[run]\nbranch = True\nparallel = True\ndata_file = {folder}/data\n"
         f"include =\n    {cores}\n"
         f"[report]\nexclude_also =\n    {lines}\n"
     )
-
-
-def _start(settings: Path, number: int, program: str) -> subprocess.Popen[bytes]:
-    """Run a program under coverage."""
-    file = settings.parent / f"program_{number}.py"
-    file.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{program}")
-    command = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", str(file)]
-    return subprocess.Popen(command, cwd=ROOT)
 
 
 if __name__ == "__main__":

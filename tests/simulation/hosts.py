@@ -6,7 +6,7 @@ under a running leaf gives wrong bits, as it would in a real process.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -33,6 +33,9 @@ GoRecord = training_pb2.GoRecord
 LeafFailed = coordination_service_pb2.LeafFailed
 SIGKILL = -9
 CHAT_LINES = 3000
+DEADLY_TIMES = 2
+"""How often a deadly leaf kills the process that starts leaf processes: the second time it is known
+that this was no chance; elsewhere it runs well."""
 LIARS = 3
 """Lies are about every third leaf."""
 
@@ -61,10 +64,22 @@ class Machines:
         self._leaves: dict[str, str] = {}
         self.crashed: set[str] = set()
         """Jobs of which a leaf process has crashed, as it must once."""
+        self.deadly: Counter[str] = Counter()
+        """How often a leaf of a job has killed the process that starts leaf processes."""
+        self.orphaned = 0
+        """Leaf processes that ended with the one that had started them."""
+        self.leaves: dict[str, list[Leaf]] = {}
+        """Every leaf process that a worker was given."""
 
     def leaf_of(self, worker: str) -> str:
         """The hash of the bits that a worker's own leaf of a job has."""
         return ("1" if worker in self.odd else "0") * 64
+
+    def end_leaf_server(self, worker: str) -> None:
+        """The process that starts a worker's leaf processes is gone, and they with it; to be called
+        as that worker."""
+        for leaf in self.leaves.get(worker, []):
+            leaf.end_orphaned()
 
     def demand_same_leaf(self, job_id: str, worker: str) -> None:
         """All leaves of a job run where they have the same bits."""
@@ -152,6 +167,8 @@ class Leaf:
         self._local: dict[int, LocalSteps] = {}
         self._orders: deque[tuple[Kind, bytes, tuple[int, ...]]] = deque()
         self._busy = True
+        self._process = self._loop.current
+        machines.leaves.setdefault(self._worker, []).append(self)
         self._loop.call_later(0.01, self._up)
 
     def send(self, kind: Kind, body: bytes = b"", fds: tuple[int, ...] = ()) -> None:
@@ -169,6 +186,13 @@ class Leaf:
         self.killed_as_hung = True
         self._machines.hung.discard(self._worker)
         self.kill()
+
+    def end_orphaned(self) -> None:
+        """The process that has started this one is gone."""
+        if not self._dead and self._process.alive:
+            self.orphaned = True
+            self._machines.orphaned += 1
+            self.kill()
 
     def was_out_of_memory(self, code: int) -> bool:
         return False
@@ -220,6 +244,8 @@ class Leaf:
                 evaluation_sums=jobs.SUMS if plan.evaluation_shards else (),
                 leaf_sha256=self._machines.leaf_of(self._worker),
             )
+            if bad == "empty":
+                described.layout.element_count = 0
             if bad == "undescribed":
                 described.failure.code, described.failure.message = "BROKEN_MODEL", "it is broken"
             reply = ipc.pack_json({"job": document["job"]}, described.SerializeToString())
@@ -311,6 +337,11 @@ class Leaf:
             self._chat(order)
         if shape.bad in ("chatty", "overflow"):
             return LeafFailed.KIND_UNSPECIFIED  # the leaf itself is good, or finite at least
+        if shape.bad == "deadly":
+            machines.deadly[plan.job_id] += 1
+            if machines.deadly[plan.job_id] <= DEADLY_TIMES:
+                machines.end_leaf_server(self._worker)
+            return LeafFailed.KIND_UNSPECIFIED
         if shape.bad == "crash":
             first = plan.job_id not in machines.crashed
             machines.crashed.add(plan.job_id)

@@ -43,8 +43,10 @@ STEPS_MAX = 60
 SUMS = ("loss", "correct")
 CHUNK = b"rows" * 64
 BAD = ("poison", "nan", "skip", "crash")
-ALL_BAD = (*BAD, "void", "overflow", "chatty", "undescribed", "endless")
+ALL_BAD = (*BAD, "void", "overflow", "chatty", "undescribed", "endless", "empty", "deadly")
 """What a job's name may begin with; how it is bad then, see `hosts.Leaf._what_is_wrong`."""
+SKIPPED = ("skip", "void")
+"""Of these, jobs that leave bad leaves out."""
 BAD_SHARD, BAD_STEP = 1, 2
 
 FINGERPRINTS = ("fingerprint-1", "fingerprint-2")
@@ -139,7 +141,7 @@ def job_spec(shape: Shape, name: str) -> JobSpec:
     if shape.local_steps or shape.one_by_one:
         train.ClearField("synchronous")
     ParseDict(ALL_PARTS[shape.parts], train)
-    if shape.bad in ("skip", "void"):
+    if shape.bad in SKIPPED:
         train.on_nonfinite.skip.SetInParent()
     if shape.tolerant:
         spec.reproducibility.tolerant.SetInParent()
@@ -299,6 +301,14 @@ def is_bad(bad: str, shard: int, step: int) -> bool:
     return step == BAD_STEP and (shard == BAD_SHARD or bad in ("void", "overflow"))
 
 
+def examples_skipped(shape: Shape) -> int:
+    """Rows of the leaves that are left out, since they are bad and the job wants that."""
+    if shape.bad not in SKIPPED:
+        return 0
+    bad = (shard for shard in range(shape.shards) if is_bad(shape.bad, shard, BAD_STEP))
+    return sum(examples(shape, shard, BAD_STEP) for shard in bad)
+
+
 def contribution(
     shape: Shape, shard: int, version: int, parameters: Array, inner: dict[str, Array] | None = None
 ) -> tuple[Array | None, int, float]:
@@ -306,7 +316,7 @@ def contribution(
 
     `inner` is what the shard's own optimizer remembers; it becomes that after the step.
     """
-    if shape.bad in ("skip", "void") and is_bad(shape.bad, shard, version):
+    if shape.bad in SKIPPED and is_bad(shape.bad, shard, version):
         return None, 0, 0.0
     count, lost = 0, 0.0
     weights, out = parameters.copy(), np.empty(shape.elements, shape.dtype)

@@ -151,10 +151,7 @@ class Neighbour:
 
     def _judge_result(self, job: Any, shape: jobs.Shape) -> None:
         shape = replace(shape, fingerprint=self._fingerprints[job.id])
-        lost = 0
-        if shape.bad in ("skip", "void"):
-            bad = (s for s in range(shape.shards) if jobs.is_bad(shape.bad, s, jobs.BAD_STEP))
-            lost = sum(jobs.examples(shape, shard, jobs.BAD_STEP) for shard in bad)
+        lost = jobs.examples_skipped(shape)
         found = job.result.parameters_sha256, job.result.examples_lost
         if found != (jobs.reference_sha256(shape), lost):
             raise SimulationFailed(f"{job.id} ended with {found[1]} examples lost, or other bits")

@@ -31,6 +31,7 @@ from coordinator.aggregation.core.versions import VersionStore
 from coordinator.aggregation.process import Aggregator
 from coordinator.control import leader
 from coordinator.control.core import invariants
+from coordinator.control.store import LEASE
 from phalanx.copies import Copies
 from phalanx.rpc.member_session import Refused
 from phalanx.testing.simulation.clocks import Environment
@@ -278,7 +279,7 @@ class Oracle:
     # Storage
 
     def granted(self, request: pb.AcquireLeaseRequest, response: pb.AcquireLeaseResponse) -> None:
-        if not response.acquired:
+        if request.name != LEASE or not response.acquired:
             return
         held, token, holder = self._lease, response.lease.token, response.lease.holder
         if request.request_id == self._lease_request and response.lease == held:
@@ -309,6 +310,8 @@ class Oracle:
         self._lease, self._lease_s = lease, self.world.now_s
 
     def renewed(self, request: pb.RenewLeaseRequest, row: Any) -> None:
+        if request.name != LEASE:
+            return
         self.demand(
             request.token == self._token,
             f"{request.holder} renewed generation {request.token}; {self._token} leads",
@@ -316,7 +319,7 @@ class Oracle:
         self._kept(row.message(request.name))
 
     def released(self, request: pb.ReleaseLeaseRequest) -> None:
-        held = self._lease
+        held = self._lease if request.name == LEASE else None
         if held is not None and (held.holder, held.token) == (request.holder, request.token):
             held.holder = ""
 

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 from phalanx.testing.simulation import Network, World
@@ -23,6 +24,7 @@ from tests.simulation.oracle import Oracle
 from tests.simulation.parts import INNER, ONE_BY_ONE, PARTS, STATEFUL, VERIFIED
 from tests.simulation.races import Races
 from tests.simulation.scripts import drawn, play
+from tests.simulation.stranger import Stranger
 from tests.simulation.user import Job, User
 
 FIRST_FAULT_S = 0.3
@@ -99,6 +101,16 @@ class Settings:
     """The last fault, see `last.LastStrike`."""
     last_s: float = 1.5
     """From when on it may come."""
+    fails: str = ""
+    """Why every job must fail, in scenes; empty: none may."""
+    stranger: bool = False
+    """Whether somebody speaks to the services who is none of theirs, see `stranger`."""
+    namespace_bytes: int = 0
+    """Data sets and models that storage takes of a namespace; 0: any number."""
+    garbage_s: float = 3600.0
+    """Time between two collections of garbage; by itself no run lasts so long."""
+    limits: tuple[tuple[str, Any], ...] = ()
+    """Values of "module:NAME" in this run: limits that are too large to be met in a minute."""
 
 
 @dataclass
@@ -128,6 +140,10 @@ class Outcome:
     """The same of a third user's."""
     refused: int = 0
     """Jobs of hers that asked for too much."""
+    orphaned: int = 0
+    """Leaf processes that ended with the one that had started them."""
+    strange: int = 0
+    """What somebody tried who is none of the cluster's."""
     at_bound: int = 0
     """Leaves that were started as far ahead of the slowest shard as their job lets them."""
     stale_accepted: int = 0
@@ -278,6 +294,9 @@ class Run:
         self.newcomer = Newcomer(
             self.cluster, random.Random(f"newcomer {seed}"), self.oracle.fingerprints
         )
+        self.stranger = Stranger(
+            self.cluster, random.Random(f"stranger {seed}"), self.oracle.fingerprints
+        )
         self._watched = Environment()
 
     def start(self) -> None:
@@ -286,12 +305,18 @@ class Run:
         self.ledger.install(self._watched)
         self.races.install(self._watched)
         self.members.install(self._watched)
+        for where, value in self.settings.limits:
+            module, _, name = where.partition(":")
+            self._watched.replace(import_module(module), name, value)
         self.cluster.start_all()
         self.world.start("user-1", self.user.run)
         if self.settings.neighbour:
             self.world.start("user-2", self.neighbour.run)
         if self.settings.newcomer:
             self.world.start("user-3", self.newcomer.run)
+        if self.settings.stranger:
+            self.stranger.install(self._watched)
+            self.world.start("user-4", self.stranger.run)
 
     def heal(self, schedule: Schedule) -> None:
         """The time of faults is over, if it is not already."""
@@ -335,6 +360,8 @@ class Run:
         outcome.lost, outcome.doubled = self.oracle.lost, self.oracle.doubled
         outcome.started, outcome.repeated = self.oracle.starts, self.oracle.repeated
         outcome.errands, outcome.bad_jobs = self.neighbour.errands, Counter(self.neighbour.ends)
+        outcome.orphaned = self.cluster.machines.orphaned
+        outcome.strange = self.stranger.errands
         outcome.worse_jobs, outcome.refused = Counter(self.newcomer.ends), self.newcomer.refused
         histories = self.oracle.commit_histories.values()
         outcome.at_bound = sum(history.at_bound for history in histories)
@@ -368,17 +395,22 @@ class Run:
 
     def _judge_job(self, outcome: Outcome, job_id: str, shape: jobs.Shape) -> None:
         job = self.user.last[job_id]
-        if job.state == Job.STATE_SUCCEEDED:
+        if self.settings.fails:
+            if (job.state, job.reason) != (Job.STATE_FAILED, self.settings.fails):
+                told = f"{Job.State.Name(job.state)}: {job.reason}: {job.message}"
+                fails = self.settings.fails
+                self.world.fail(SimulationFailed(f"{job_id} ended as {told}, not by {fails}"))
+        elif job.state == Job.STATE_SUCCEEDED:
             shape = replace(shape, fingerprint=self.oracle.fingerprints[job_id])
-            left_out, wrong = 0, ""
+            left_out, wrong = jobs.examples_skipped(shape), ""
             if shape.one_by_one:
                 wrong, sha256 = self.oracle.commit_histories[job_id].end()
             elif shape.backup:
                 sha256, left_out = self.oracle.histories[job_id].end()
-                outcome.left_out += left_out
             else:
                 sha256 = jobs.reference_sha256(shape)
             free = job_id in self.oracle.free
+            outcome.left_out += left_out
             right = free or job.result.parameters_sha256 == sha256
             outcome.sha_equal += right
             bits = not shape.tolerant and not free

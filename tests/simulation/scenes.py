@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from coordinator.control.core.state import CoreConfig
+from tests.simulation.jobs import Shape
 from tests.simulation.known import Known
+from tests.simulation.runs import Outcome
 from tests.simulation.wishes import Wish
 
 _MAY_FALL_BACK = ("wishes", (Wish(fall_back_s=2.0),) * 2)
+
+_CORE_CONFIG = "coordinator.control.config:CoreConfig"
+
+
+def _bad(bad: str, **more: object) -> tuple[str, tuple[Shape, ...]]:
+    return "shapes", (Shape(bad=bad, **more),)  # type: ignore[arg-type]
+
 
 SCENES = {
     # Three say three different things of the same leaf, and the fourth is away.
@@ -39,11 +51,53 @@ SCENES = {
         2,
         ("kill_control", "kill_worker"),
         (("workers", 4), ("liars", 2), ("unequal", True), ("parts", "audit")),
-    ): "",
+    ): "quarantines",
     Known(
         3,
         ("kill_control", "kill_worker", "worker_leaves"),
         (("workers", 4), ("liars", 2), ("unequal", True), ("parts", "3 replicas, int8, median")),
-    ): "",
+    ): "quarantines",
+    # One worker after another is asked to build a model and does not come to an end.
+    Known(
+        4,
+        (),
+        (
+            ("workers", 3),
+            _bad("endless"),
+            ("fails", "DESCRIBE_TIMEOUT"),
+            ("limits", ((_CORE_CONFIG, partial(CoreConfig, describe_timeout_s=1.0)),)),
+        ),
+    ): "DESCRIBE_TIMEOUT",
+    Known(4, ("kill_worker",), (_bad("empty"), ("fails", "DESCRIBE_FAILED"))): "DESCRIBE_FAILED",
+    # All is done, and storage takes no more models.
+    Known(
+        5,
+        ("kill_control",),
+        (_bad(""), ("namespace_bytes", 600), ("fails", "QUOTA_EXCEEDED")),
+    ): "QUOTA_EXCEEDED",
+    # Leaves are left out of a job whose shards count steps of their own.
+    Known(6, (), (("workers", 3), _bad("skip", parts="asynchronous"))): "left_out",
+    # Whoever starts leaf processes is killed, by a leaf, or again and again by chance.
+    Known(7, ("kill_worker",), (("workers", 2), _bad("deadly"))): "orphaned",
+    Known(7, (), (("workers", 2), ("script", "leaf_servers_die"), ("script_s", 0.5))): "orphaned",
+    # Garbage is collected all the time, and somebody tries what the contract forbids.
+    Known(
+        8,
+        ("kill_control", "kill_worker", "kill_aggregator"),
+        (
+            ("garbage_s", 1.0),
+            ("stranger", True),
+            ("faults_s", 9.0),
+            ("leaf_s", 0.3),
+            _bad("", steps=60, evaluate_every=9),
+        ),
+    ): "strange",
 }
-"""Each with a reason that somebody must have been told for a job; empty: liars are caught."""
+"""Each with what it must show: a reason that somebody must have been told for a job, in capitals,
+or what of its outcome must have come about."""
+
+
+def shown(outcome: Outcome, what: str) -> int:
+    """How often a scene showed what it has to."""
+    found: int = outcome.reasons[what] if what.isupper() else getattr(outcome, what)
+    return found

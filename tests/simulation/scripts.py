@@ -24,6 +24,7 @@ CONVERGES_S = 150.0
 MEETS_S = 3.0
 RETURNS_S = 11.0
 AWAY_S = 6.0
+ORPHANS_EVERY_S = 0.4
 
 
 def drawn(settings: Any, chance: random.Random) -> Any:
@@ -63,6 +64,7 @@ def play(cluster: Cluster, name: str, oracle: Oracle, begins_s: float) -> None:
             "two_leaders": lambda: _part(cluster, oracle),
             "few_verifiers": lambda: _shrink(cluster),
             "workers_gone": lambda: cluster.lose(cluster.workers[:-1]),
+            "leaf_servers_die": lambda: _orphan(cluster),
             "aggregators_gone": lambda: cluster.lose(cluster.aggregators[:-1]),
         }[name]
         cluster.world.at(begins_s, begin)
@@ -98,6 +100,23 @@ def _shrink(cluster: Cluster) -> None:
     if cluster.is_alive(name):
         cluster.kill(name)
     cluster.world.at(cluster.world.now_s + AWAY_S, lambda: cluster.ensure(name))
+
+
+def _orphan(cluster: Cluster) -> None:
+    """Again and again the processes that start leaf processes are killed, one after another."""
+    world = cluster.world
+    if cluster.healed:
+        return
+    for number, name in enumerate(cluster.workers):
+        world.at(
+            world.now_s + number * ORPHANS_EVERY_S, lambda name=name: _end_server(cluster, name)
+        )
+    world.at(world.now_s + len(cluster.workers) * ORPHANS_EVERY_S, lambda: _orphan(cluster))
+
+
+def _end_server(cluster: Cluster, name: str) -> None:
+    if cluster.is_alive(name):
+        cluster.world.run_as(cluster.alive[name], lambda: cluster.machines.end_leaf_server(name))
 
 
 def _die(cluster: Cluster, oracle: Oracle, name: str) -> None:

@@ -23,6 +23,7 @@ from storage.backends.sqlite.journals import SqliteJournals
 from storage.backends.sqlite.leases import SqliteLeases
 from storage.backends.sqlite.references import SqliteReferences
 from storage.backends.sqlite.schema import migrate
+from storage.core.garbage import is_old_enough
 from storage.core.keys import check_digest, invalid, is_digest
 from storage.interfaces import Backend, Buffer, StoredBlob
 
@@ -31,6 +32,7 @@ from storage.interfaces import Backend, Buffer, StoredBlob
 def _new_database() -> bytes:
     """A database with its tables and no rows."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     migrate(connection)
     content: bytes = connection.serialize()
     connection.close()
@@ -43,6 +45,8 @@ class Machine:
     def __init__(self, world: World) -> None:
         self.world = world
         self.disk = SimulatedDisk()
+        self.touched_s: dict[str, float] = {}
+        """When each blob was stored, or asked for as one that is needed."""
         self.connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=256)
         self.connection.deserialize(_new_database())
         self.connection.execute("PRAGMA foreign_keys = ON")
@@ -52,6 +56,7 @@ class Machine:
         on_corruption: Callable[[str], None],
         on_failure: Callable[[PhalanxError], None],
         now_unix_nanos: Callable[[], int],
+        namespace_bytes_max: int,
     ) -> Backend:
         """Open what the disk holds, as a process does when it starts."""
         if self.connection.in_transaction:
@@ -64,7 +69,7 @@ class Machine:
             journals=SqliteJournals(database),
             leases=SqliteLeases(database, now_unix_nanos),
             jobs=SqliteJobs(database, blobs, now_unix_nanos, on_corruption),
-            catalog=SqliteCatalog(database, blobs, now_unix_nanos),
+            catalog=SqliteCatalog(database, blobs, now_unix_nanos, namespace_bytes_max),
             references=SqliteReferences(database, now_unix_nanos),
             close=lambda: None,
         )
@@ -112,6 +117,7 @@ class Blobs:
     def __init__(self, machine: Machine, on_failure: Callable[[PhalanxError], None]) -> None:
         self._disk = machine.disk
         self._world = machine.world
+        self._touched_s = machine.touched_s
         self._uploads = 0
         self._on_failure = on_failure
         self._corrupt: set[str] = set()
@@ -125,7 +131,7 @@ class Blobs:
             raise disk_full("a blob")
         self._uploads += 1
         self._world.transitions += 1
-        return _Writer(self._disk, f"upload-{self._uploads}", self._corrupt)
+        return _Writer(self._disk, f"upload-{self._uploads}", self._stored)
 
     def open(self, digest: str) -> _Reader:
         check_digest(digest, "digest")
@@ -143,25 +149,40 @@ class Blobs:
                 found[digest] = len(content)
         return found
 
-    touch = sizes
+    def touch(self, digests: Iterable[str]) -> Mapping[str, int]:
+        found = self.sizes(digests)
+        self._touched_s.update(dict.fromkeys(found, self._world.now_s))
+        return found
 
     def scan(self) -> Iterator[StoredBlob]:
         for name in self._disk.names():
             if is_digest(name):
-                yield StoredBlob(name, len(self._disk.read(name) or b""), 0.0)
+                yield StoredBlob(name, len(self._disk.read(name) or b""), self._age_s(name))
 
     def remove_if_old(self, digest: str, grace_s: float) -> int | None:
-        return None
+        content = self._disk.read(digest)
+        if content is None or not is_old_enough(self._age_s(digest), grace_s):
+            return None
+        self._disk.remove(digest)
+        self._corrupt.discard(digest)
+        return len(content)
 
     def usage_bytes(self) -> int:
         return 0
 
+    def _age_s(self, digest: str) -> float:
+        return self._world.now_s - self._touched_s.get(digest, 0.0)
+
+    def _stored(self, digest: str) -> None:
+        self._corrupt.discard(digest)
+        self._touched_s[digest] = self._world.now_s
+
 
 class _Writer:
-    def __init__(self, disk: SimulatedDisk, name: str, corrupt: set[str]) -> None:
+    def __init__(self, disk: SimulatedDisk, name: str, stored: Callable[[str], None]) -> None:
         self._disk = disk
         self._name = name
-        self._corrupt = corrupt
+        self._stored = stored
         self._hash = hashlib.sha256()
         self._size_bytes = 0
         self._over = False
@@ -182,7 +203,7 @@ class _Writer:
         self._over = True
         self._disk.rename(self._name, digest)
         self._act(self._disk.sync_folder)
-        self._corrupt.discard(digest)
+        self._stored(digest)
         return StoredBlob(digest, self._size_bytes)
 
     def abort(self) -> None:

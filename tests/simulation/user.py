@@ -91,7 +91,7 @@ class User:
         await put_data(self._storage, self._chance)
         for number, shape in enumerate(self.shapes):
             await asyncio.sleep(self.waits_s[number])
-            spec = jobs.job_spec(shape, f"job-{number}-{shape.elements}")
+            spec = jobs.job_spec(shape, f"{shape.bad or 'job'}-{number}-{shape.elements}")
             if self._wishes:
                 self._wishes[number].write(spec)
             request = job_service_pb2.SubmitJobRequest(spec=spec, request_id=f"submit-{number}")
