@@ -157,6 +157,20 @@ class Services:
         replace(worker.session.setup, "Arena", self)
         replace(phalanx.clients.blob_transfers, "FileSink", _FileSink)
         replace(storage.runtime, "open_embedded_backend", self._backend)
+        self._replace_making()
+
+    def _replace_making(self) -> None:
+        """Some aggregators have not the memory for what they are to own."""
+        made = coordinator.aggregation.process.Aggregator._made
+
+        def makes(aggregator: Any, message: Any) -> Any:
+            assert self.machines is not None
+            name = self.machines.world.loop.current.name
+            if name in self.machines.small:
+                raise MemoryError(f"{name} is too small")
+            return made(aggregator, message)
+
+        self.environment.replace(coordinator.aggregation.process.Aggregator, "_made", makes)
 
     def collect_garbage(self) -> None:
         """Between runs only, see `loop`; seldom, since each time everything is walked through."""
@@ -236,6 +250,7 @@ class Cluster:
         for number, name in enumerate(self.workers[: settings.liars]):
             self.machines.liars[name] = number
         self.machines.unequal = settings.unequal
+        self.machines.small.update(self.aggregators[: settings.small])
         if settings.odd:
             self.machines.odd.add(self.workers[0])
         if settings.script == "aggregators_gone":

@@ -13,6 +13,7 @@ measurements are kept, and the next call goes on with what has not been run yet.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import random
@@ -52,7 +53,6 @@ NOT_REACHED = {
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = 1000
 OTHERS_EVERY = 4
-SCENARIO = "scenario-"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.run is not None:
         return _run(given.run.split(","), given.seconds)
-    runs = [] if given.no_scenarios else [f"{SCENARIO}{n}" for n in range(len(_scenarios()))]
+    runs = [] if given.no_scenarios else list(_scenarios())
     runs += [str(seed) for seed in range(given.first, given.first + given.seeds)]
     with tempfile.TemporaryDirectory() as folder:
         measured = Measured(Path(folder) if given.keep is None else given.keep)
@@ -156,8 +156,12 @@ def others(seed: int) -> dict[str, Any]:
     return {name: getattr(wishful, name) for name in wishes.SETTINGS}
 
 
-def _scenarios() -> list[Known]:
-    return list(dict.fromkeys([*KNOWN.values(), *SCENES]))
+def _scenarios() -> dict[str, Known]:
+    """Every scenario by a name that stays the same as long as it does."""
+    return {
+        hashlib.sha256(repr(known).encode()).hexdigest()[:12]: known
+        for known in (*KNOWN.values(), *SCENES)
+    }
 
 
 def _run(names: Sequence[str], seconds: float) -> int:
@@ -167,9 +171,8 @@ def _run(names: Sequence[str], seconds: float) -> int:
         for name in names:
             if time.monotonic() >= until_s:
                 break
-            if name.startswith(SCENARIO):
-                known = scenarios[int(name.removeprefix(SCENARIO))]
-            else:
+            known = scenarios.get(name)
+            if known is None:
                 known = Known(int(name), settings=tuple(others(int(name)).items()))
             failure = known.run(given).failure
             if failure:
@@ -182,7 +185,7 @@ def _run(names: Sequence[str], seconds: float) -> int:
 def _settings(folder: Path) -> str:
     cores, lines = ("\n    ".join(each) for each in (CORES, NOT_REACHED))
     return (
-        f"[run]\nbranch = True\nparallel = True\ndata_file = {folder}/data\n"
+        f"[run]\nbranch = True\nparallel = True\nrelative_files = True\ndata_file = {folder}/data\n"
         f"include =\n    {cores}\n"
         f"[report]\nexclude_also =\n    {lines}\n"
     )

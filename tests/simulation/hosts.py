@@ -62,6 +62,8 @@ class Machines:
         self.odd: set[str] = set()
         """Workers whose own leaves have other bits, whatever their fingerprint says."""
         self._leaves: dict[str, str] = {}
+        self.small: set[str] = set()
+        """Aggregators that have not the memory for any range."""
         self.crashed: set[str] = set()
         """Jobs of which a leaf process has crashed, as it must once."""
         self.deadly: Counter[str] = Counter()

@@ -101,6 +101,8 @@ class Settings:
     """The last fault, see `last.LastStrike`."""
     last_s: float = 1.5
     """From when on it may come."""
+    small: int = 0
+    """Aggregators that have not the memory for any range."""
     fails: str = ""
     """Why every job must fail, in scenes; empty: none may."""
     stranger: bool = False

@@ -80,6 +80,12 @@ SCENES = {
     # Whoever starts leaf processes is killed, by a leaf, or again and again by chance.
     Known(7, ("kill_worker",), (("workers", 2), _bad("deadly"))): "orphaned",
     Known(7, (), (("workers", 2), ("script", "leaf_servers_die"), ("script_s", 0.5))): "orphaned",
+    # Whoever is to own the parameters has not the memory for them; then nobody has.
+    Known(9, (), (("aggregators", 2), ("small", 1))): "steps",
+    Known(9, (), (("aggregators", 2), ("small", 2), ("fails", "AGGREGATOR_MEMORY"))): "terms",
+    # What storage says of its checkpoints, or of the job, is not what it was told.
+    Known(0, (), (("script", "checkpoints_rot"),)): "terms",
+    Known(0, (), (("script", "job_rots"), ("fails", "ROW_CORRUPT"))): "terms",
     # Garbage is collected all the time, and somebody tries what the contract forbids.
     Known(
         8,

@@ -25,6 +25,9 @@ MEETS_S = 3.0
 RETURNS_S = 11.0
 AWAY_S = 6.0
 ORPHANS_EVERY_S = 0.4
+ROTTEN_S = 0.5
+_SPOILT_CHECKPOINTS = "UPDATE checkpoints SET manifest = x'00' WHERE whole = 1 AND final = 0"
+_SPOILT_JOBS = "UPDATE jobs SET term = term + 1"
 
 
 def drawn(settings: Any, chance: random.Random) -> Any:
@@ -64,6 +67,8 @@ def play(cluster: Cluster, name: str, oracle: Oracle, begins_s: float) -> None:
             "two_leaders": lambda: _part(cluster, oracle),
             "few_verifiers": lambda: _shrink(cluster),
             "workers_gone": lambda: cluster.lose(cluster.workers[:-1]),
+            "checkpoints_rot": lambda: _rot(cluster, _SPOILT_CHECKPOINTS),
+            "job_rots": lambda: _rot(cluster, _SPOILT_JOBS),
             "leaf_servers_die": lambda: _orphan(cluster),
             "aggregators_gone": lambda: cluster.lose(cluster.aggregators[:-1]),
         }[name]
@@ -100,6 +105,15 @@ def _shrink(cluster: Cluster) -> None:
     if cluster.is_alive(name):
         cluster.kill(name)
     cluster.world.at(cluster.world.now_s + AWAY_S, lambda: cluster.ensure(name))
+
+
+def _rot(cluster: Cluster, spoil: str) -> None:
+    """Rows of storage lose some bits, and then whoever has the parameters is gone."""
+    cluster.storage_machine.connection.execute(spoil)
+    for name in cluster.aggregators:
+        if cluster.is_alive(name):
+            cluster.kill(name)
+        cluster.world.at(cluster.world.now_s + ROTTEN_S, lambda name=name: cluster.ensure(name))
 
 
 def _orphan(cluster: Cluster) -> None:

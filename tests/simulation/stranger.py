@@ -79,6 +79,7 @@ class Stranger(Impostor):
             self._names_what_there_is_not,
             self._submits_twins,
             self._goes_on_from_another_job,
+            self._goes_on_from_what_is_damaged,
             self._lets_a_job_be_forgotten,
             self._claims_to_be_a_worker,
             self._claims_to_be_an_aggregator,
@@ -274,6 +275,32 @@ class Stranger(Impostor):
         longer = replace(short, steps=11)
         last = await self._ended(await self._submit(longer, goes_on))
         self._judge_result(last, longer)
+
+    async def _goes_on_from_what_is_damaged(self) -> None:
+        """A job that is to take over a checkpoint which lost a bit does not begin with anything
+        else."""
+        first = await self._ended(await self._submit(replace(SHAPE, elements=160)))
+        listing = Pb.ListCheckpointsRequest(job_id=first.id)
+        listed = await self._storage("ListCheckpoints", listing)
+        for part in listed.checkpoints[0].parts:
+            self._cluster.storage_machine.disk.damage(part.digest, self._chance.randrange(1 << 10))
+
+        def goes_on(spec: Any) -> None:
+            spec.train.start.job = first.id
+
+        await self._fails(replace(SHAPE, elements=160, steps=11), goes_on)
+
+    async def _fails(self, shape: jobs.Shape, change: Callable[[Any], None]) -> None:
+        try:
+            job = await self._submit(shape, change)
+        except NotFound:
+            return  # somebody has read it by now, and storage knows
+        request = job_service_pb2.GetJobRequest(job_id=job.id)
+        while job.state not in ENDED:
+            await asyncio.sleep(0.5)
+            job = (await self._control("GetJob", request)).job
+        told = (Job.State.Name(job.state), job.reason)
+        self._demand(told == ("STATE_FAILED", "START_NOT_USABLE"), f"{job.id} ended as {told}")
 
     async def _lets_a_job_be_forgotten(self) -> None:
         """An ended job is there as long as it was to be kept, and not much longer."""
