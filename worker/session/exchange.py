@@ -7,32 +7,18 @@ aggregator blocks this stream and nothing else.
 from __future__ import annotations
 
 import asyncio
-import random
 from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 
-from phalanx.errors import Aborted, Internal, PhalanxError, Unavailable
+from phalanx.errors import Unavailable
 from phalanx.frames import decode_response, encode_request
-from phalanx.rpc.channel import open_channel
-from phalanx.rpc.status import from_rpc_error
-from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import aggregation_service_pb2 as exchange
 from phalanx.v1 import training_pb2
-from worker.session.streams import both_ways, end_of
+from worker.session.streams import STREAM_TIMEOUT_S, both_ways, end_of, keep_open
 
 METHOD = "/phalanx.v1.AggregationService/Exchange"
-
-STREAM_TIMEOUT_S = 24 * 3600.0
-"""A stream is renewed after that time; every call has a deadline."""
-
-WELCOME_TIMEOUT_S = 10.0
-_FIRST_WAIT_S = 0.02
-_LONGEST_WAIT_S = 2.0
-_NOT_READY_WAIT_MAX_S = 0.1
-
-_log = get_logger(__name__)
 
 
 class StreamEvents(Protocol):
@@ -73,12 +59,12 @@ class ExchangeStream:
         hello: exchange.ExchangeHello,
         events: StreamEvents,
     ) -> None:
-        self.aggregator_id = aggregator_id
-        self._address = address
+        self.job_id = hello.job_id
+        self.owner_id = aggregator_id
         self._hello = hello
         self._events = events
         self._something = asyncio.Event()
-        self._task = asyncio.create_task(self._keep_open())
+        self._task = asyncio.create_task(keep_open(self, address))
 
     def wake(self) -> None:
         """There may be something to send."""
@@ -89,61 +75,25 @@ class ExchangeStream:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
+    def open(self, channel: grpc.aio.Channel) -> Any:
+        """See `OwnerStream`."""
+        return channel.stream_stream(METHOD)(timeout=STREAM_TIMEOUT_S)
+
+    async def greet(self, call: Any) -> None:
+        """See `OwnerStream`."""
+        await call.write(encode_request(exchange.ExchangeRequestHeader(hello=self._hello)))
+        await self._welcomed(call)
+
+    async def talk(self, call: Any) -> None:
+        """See `OwnerStream`."""
+        self._events.opened(self.owner_id)
+        await both_ways(self._send(call), self._receive(call))
+
+    def closed(self) -> None:
+        """See `OwnerStream`."""
+        self._events.closed(self.owner_id)
+
     # Inside
-
-    async def _keep_open(self) -> None:
-        channel = open_channel(self._address, own_connection=True)
-        wait_s = _FIRST_WAIT_S
-        try:
-            while True:
-                was_open, error = await self._once(channel)
-                if was_open:
-                    wait_s = _FIRST_WAIT_S
-                limit_s = _LONGEST_WAIT_S
-                if isinstance(error, Unavailable) and error.reason == "RANGES_NOT_READY":
-                    limit_s = _NOT_READY_WAIT_MAX_S
-                elif isinstance(error, Aborted):
-                    # Another term is in force; control's next assignment closes this stream.
-                    wait_s = limit_s / 2
-                _log.info(
-                    "exchange_stream_ended",
-                    job_id=self._hello.job_id,
-                    aggregator_id=self.aggregator_id,
-                    reason=error.reason,
-                    message=error.message,
-                )
-                await asyncio.sleep(min(wait_s, limit_s) * random.uniform(0.5, 1.0))
-                wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
-        finally:
-            await channel.close()
-
-    async def _once(self, channel: grpc.aio.Channel) -> tuple[bool, PhalanxError]:
-        """Run one stream to its end: whether it was accepted, and why it ended."""
-        call: Any = channel.stream_stream(METHOD)(timeout=STREAM_TIMEOUT_S)
-        opened = False
-        try:
-            async with asyncio.timeout(WELCOME_TIMEOUT_S):
-                await call.write(encode_request(exchange.ExchangeRequestHeader(hello=self._hello)))
-                await self._welcomed(call)
-            opened = True
-            self._events.opened(self.aggregator_id)
-            await self._both_ways(call)
-        except grpc.aio.AioRpcError as error:
-            return opened, from_rpc_error(error)
-        except TimeoutError:
-            return opened, Unavailable("the aggregator accepts no stream", reason="NO_WELCOME")
-        except asyncio.InvalidStateError:
-            return opened, await end_of(call)
-        except PhalanxError as error:
-            return opened, error
-        except Exception as error:  # noqa: BLE001 - without this stream the job would stand still
-            _log.exception("exchange_stream_failed", job_id=self._hello.job_id)
-            return False, Internal(f"{type(error).__name__}: {error}")
-        finally:
-            call.cancel()
-            if opened:
-                self._events.closed(self.aggregator_id)
-        return opened, Unavailable("the aggregator ended the stream", reason="STREAM_ENDED")
 
     async def _welcomed(self, call: Any) -> None:
         data = await call.read()
@@ -153,13 +103,9 @@ class ExchangeStream:
         if header.WhichOneof("message") != "welcome":
             raise Unavailable("the aggregator did not answer the hello", reason="NO_WELCOME")
 
-    async def _both_ways(self, call: Any) -> None:
-        """Send and receive until either ends."""
-        await both_ways(self._send(call), self._receive(call))
-
     async def _send(self, call: Any) -> None:
         while True:
-            message = self._events.next_message(self.aggregator_id)
+            message = self._events.next_message(self.owner_id)
             if message is None:
                 self._something.clear()
                 await self._something.wait()

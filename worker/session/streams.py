@@ -1,13 +1,107 @@
-"""What all streams of the session process do alike: run both directions, tell why one ended."""
+"""What all streams of the session process do alike.
+
+They are opened again when they break, begin with a hello that is answered, run both directions and
+tell why they ended.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Protocol
 
-from phalanx.errors import PhalanxError, Unavailable
+import grpc
+import grpc.aio
+
+from phalanx.errors import Aborted, Internal, PhalanxError, Unavailable
+from phalanx.rpc.channel import open_channel
 from phalanx.rpc.status import error_of, from_rpc_error
+from phalanx.telemetry.logs import get_logger
+
+STREAM_TIMEOUT_S = 24 * 3600.0
+"""A stream is renewed after that time; every call has a deadline."""
+
+WELCOME_TIMEOUT_S = 10.0
+_FIRST_WAIT_S = 0.02
+_LONGEST_WAIT_S = 2.0
+_NOT_READY_WAIT_MAX_S = 0.1
+
+_log = get_logger(__name__)
+
+
+class OwnerStream(Protocol):
+    """What is said on a stream to the owner of a range, or of tasks."""
+
+    job_id: str
+    owner_id: str
+
+    def open(self, channel: grpc.aio.Channel) -> Any:
+        """Open the call, which ends after `STREAM_TIMEOUT_S`."""
+
+    async def greet(self, call: Any) -> None:
+        """Say hello and wait for the welcome."""
+
+    async def talk(self, call: Any) -> None:
+        """The stream was accepted: send and receive until either ends."""
+
+    def closed(self) -> None:
+        """A stream that was accepted has ended."""
+
+
+async def keep_open(stream: OwnerStream, address: str) -> None:
+    """Open a stream, and again whenever it ends, until this is cancelled."""
+    channel = open_channel(address, own_connection=True)
+    wait_s = _FIRST_WAIT_S
+    try:
+        while True:
+            was_open, error = await run_once(stream, channel)
+            if was_open:
+                wait_s = _FIRST_WAIT_S
+            limit_s = _LONGEST_WAIT_S
+            if isinstance(error, Unavailable) and error.reason == "RANGES_NOT_READY":
+                limit_s = _NOT_READY_WAIT_MAX_S
+            elif isinstance(error, Aborted):
+                # Another term is in force; control's next assignment closes this stream.
+                wait_s = limit_s / 2
+            _log.info(
+                "stream_ended",
+                job_id=stream.job_id,
+                aggregator_id=stream.owner_id,
+                reason=error.reason,
+                message=error.message,
+            )
+            await asyncio.sleep(min(wait_s, limit_s) * random.uniform(0.5, 1.0))
+            wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
+    finally:
+        await channel.close()
+
+
+async def run_once(stream: OwnerStream, channel: grpc.aio.Channel) -> tuple[bool, PhalanxError]:
+    """Run one stream to its end: whether it was accepted, and why it ended."""
+    call = stream.open(channel)
+    opened = False
+    try:
+        async with asyncio.timeout(WELCOME_TIMEOUT_S):
+            await stream.greet(call)
+        opened = True
+        await stream.talk(call)
+    except grpc.aio.AioRpcError as error:
+        return opened, from_rpc_error(error)
+    except TimeoutError:
+        return opened, Unavailable("the aggregator accepts no stream", reason="NO_WELCOME")
+    except asyncio.InvalidStateError:
+        return opened, await end_of(call)
+    except PhalanxError as error:
+        return opened, error
+    except Exception as error:  # noqa: BLE001 - without this stream the job would stand still
+        _log.exception("stream_failed", job_id=stream.job_id)
+        return False, Internal(f"{type(error).__name__}: {error}")
+    finally:
+        call.cancel()
+        if opened:
+            stream.closed()
+    return opened, Unavailable("the aggregator ended the stream", reason="STREAM_ENDED")
 
 
 async def both_ways(

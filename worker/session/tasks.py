@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from phalanx.errors import Aborted, Internal, PhalanxError, Unavailable
-from phalanx.rpc.channel import open_channel
-from phalanx.rpc.status import from_rpc_error
 from phalanx.tasks import INLINE_BYTES
-from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import task_service_pb2 as pb
 from phalanx.v1 import task_service_pb2_grpc as pb_grpc
 from worker.core.calls import TaskSetCore
@@ -22,15 +18,9 @@ from worker.core.dispatch import Task
 from worker.core.effects import Effect, OpenStreams
 from worker.core.progress import JobProgress
 from worker.session.setup import PreparedJob
-from worker.session.streams import both_ways, end_of
+from worker.session.streams import STREAM_TIMEOUT_S, both_ways, end_of, keep_open
 
 BEAT_S = 0.5
-STREAM_TIMEOUT_S = 24 * 3600.0
-WELCOME_TIMEOUT_S = 10.0
-_FIRST_WAIT_S, _LONGEST_WAIT_S, _NOT_READY_WAIT_MAX_S = 0.02, 2.0, 0.1
-
-_log = get_logger(__name__)
-
 Store = Callable[[bytes], Awaitable[str]]
 
 
@@ -73,7 +63,10 @@ class HostedTasks:
     def open_streams(self, wanted: OpenStreams) -> None:
         """Close the stream of the term before and open that of this one."""
         self._close_stream()
-        self._stream = asyncio.create_task(self._keep_open(wanted))
+        ((owner_id, address),) = wanted.owners
+        hello = partial(self._hello, wanted.term)
+        stream = _TaskStream(self.core, owner_id, hello, self._perform, self._something)
+        self._stream = asyncio.create_task(keep_open(stream, address))
 
     def wake(self, aggregator_id: str) -> None:
         """There may be something to say."""
@@ -119,59 +112,6 @@ class HostedTasks:
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
-    async def _keep_open(self, wanted: OpenStreams) -> None:
-        ((aggregator_id, address),) = wanted.owners
-        channel = open_channel(address, own_connection=True)
-        wait_s = _FIRST_WAIT_S
-        try:
-            while True:
-                was_open, error = await self._once(channel, wanted.term)
-                if was_open:
-                    wait_s = _FIRST_WAIT_S
-                limit_s = _LONGEST_WAIT_S
-                if isinstance(error, Unavailable) and error.reason == "RANGES_NOT_READY":
-                    limit_s = _NOT_READY_WAIT_MAX_S
-                elif isinstance(error, Aborted):
-                    # Another term is in force; control's next assignment closes this stream.
-                    wait_s = limit_s / 2
-                _log.info(
-                    "task_stream_ended",
-                    job_id=wanted.job_id,
-                    aggregator_id=aggregator_id,
-                    reason=error.reason,
-                    message=error.message,
-                )
-                await asyncio.sleep(min(wait_s, limit_s) * random.uniform(0.5, 1.0))
-                wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
-        finally:
-            await channel.close()
-
-    async def _once(self, channel: grpc.aio.Channel, term: int) -> tuple[bool, PhalanxError]:
-        """Run one stream to its end: whether it was accepted, and why it ended."""
-        call: Any = pb_grpc.TaskServiceStub(channel).Work(timeout=STREAM_TIMEOUT_S)
-        opened = False
-        try:
-            async with asyncio.timeout(WELCOME_TIMEOUT_S):
-                await call.write(pb.WorkRequest(hello=self._hello(term)))
-                await _read(call)
-            opened = True
-            self._perform(self.core.stream_opened())
-            await self._both_ways(call)
-        except grpc.aio.AioRpcError as error:
-            return opened, from_rpc_error(error)
-        except TimeoutError:
-            return opened, Unavailable("the aggregator accepts no stream", reason="NO_WELCOME")
-        except asyncio.InvalidStateError:
-            return opened, await end_of(call)
-        except PhalanxError as error:
-            return opened, error
-        except Exception as error:  # noqa: BLE001 - without this stream the job would stand still
-            _log.exception("task_stream_failed", job_id=self.core.job_id)
-            return False, Internal(f"{type(error).__name__}: {error}")
-        finally:
-            call.cancel()
-        return opened, Unavailable("the aggregator ended the stream", reason="STREAM_ENDED")
-
     def _hello(self, term: int) -> pb.WorkHello:
         return pb.WorkHello(
             job_id=self.core.job_id,
@@ -182,13 +122,45 @@ class HostedTasks:
             held=self.core.held(),
         )
 
-    async def _both_ways(self, call: Any) -> None:
-        """Send and receive until either ends."""
+
+class _TaskStream:
+    """What is said on the stream of one term."""
+
+    def __init__(
+        self,
+        core: TaskSetCore,
+        owner_id: str,
+        hello: Callable[[], pb.WorkHello],
+        perform: Callable[[list[Effect]], None],
+        something: asyncio.Event,
+    ) -> None:
+        self.job_id = core.job_id
+        self.owner_id = owner_id
+        self._core = core
+        self._hello = hello
+        self._perform = perform
+        self._something = something
+
+    def open(self, channel: grpc.aio.Channel) -> Any:
+        """See `OwnerStream`."""
+        return pb_grpc.TaskServiceStub(channel).Work(timeout=STREAM_TIMEOUT_S)
+
+    async def greet(self, call: Any) -> None:
+        """See `OwnerStream`."""
+        await call.write(pb.WorkRequest(hello=self._hello()))
+        await _read(call)
+
+    async def talk(self, call: Any) -> None:
+        """See `OwnerStream`."""
+        self._perform(self._core.stream_opened())
         await both_ways(self._send(call), self._receive(call))
+
+    def closed(self) -> None:
+        """See `OwnerStream`: the next hello says all that was not answered."""
 
     async def _send(self, call: Any) -> None:
         while True:
-            reports = self.core.next_reports()
+            reports = self._core.next_reports()
             if reports is None:
                 self._something.clear()
                 try:
@@ -202,7 +174,7 @@ class HostedTasks:
 
     async def _receive(self, call: Any) -> None:
         while True:
-            self._perform(self.core.told(await _read(call)))
+            self._perform(self._core.told(await _read(call)))
 
 
 async def _read(call: Any) -> pb.WorkResponse:

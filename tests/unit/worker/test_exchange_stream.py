@@ -9,8 +9,9 @@ import pytest
 
 from phalanx.errors import Unavailable
 from phalanx.v1 import aggregation_service_pb2 as pb
-from worker.session import exchange
+from worker.session import exchange, streams
 from worker.session.exchange import ExchangeStream
+from worker.session.streams import run_once
 
 GUARD_S = 30.0
 
@@ -33,10 +34,10 @@ class Events:
 
 @pytest.fixture
 async def stream(monkeypatch: pytest.MonkeyPatch) -> Any:
-    async def rest(_: ExchangeStream) -> None:
+    async def rest(*_: object) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(ExchangeStream, "_keep_open", rest)
+    monkeypatch.setattr(exchange, "keep_open", rest)
     made = ExchangeStream("a1", "127.0.0.1:1", pb.ExchangeHello(job_id="job-1"), Events())
     yield made
     await made.close()
@@ -60,13 +61,13 @@ async def test_a_call_that_is_cancelled_while_it_breaks_is_one_stream_that_ended
 
     async with asyncio.timeout(GUARD_S):
         with pytest.raises(Unavailable, match="cancelled"):
-            await stream._both_ways(Call())
+            await stream.talk(Call())
 
 
 async def test_an_aggregator_that_does_not_even_take_the_hello_is_given_up(
     stream: ExchangeStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exchange, "WELCOME_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(streams, "WELCOME_TIMEOUT_S", 0.01)
 
     class Call:
         async def write(self, _: bytes) -> None:
@@ -81,5 +82,5 @@ async def test_an_aggregator_that_does_not_even_take_the_hello_is_given_up(
 
     channel: Any = Channel()
     async with asyncio.timeout(GUARD_S):
-        opened, error = await stream._once(channel)
+        opened, error = await run_once(stream, channel)
     assert (opened, error.reason) == (False, "NO_WELCOME")
