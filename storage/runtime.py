@@ -69,14 +69,13 @@ class StorageProcess:
             grace_s=config.gc_grace_s,
             interval_s=config.gc_interval_s,
         )
+        self._storage = StorageServicer(self.backend, self.operations, self.collector)
         self._housekeeping: asyncio.Task[None] | None = None
         self._add_servicers()
 
     def _add_servicers(self) -> None:
         raw = self.server.raw
-        storage_service_pb2_grpc.add_StorageServiceServicer_to_server(
-            StorageServicer(self.backend, self.operations, self.collector), raw
-        )
+        storage_service_pb2_grpc.add_StorageServiceServicer_to_server(self._storage, raw)
         dataset_service_pb2_grpc.add_DatasetServiceServicer_to_server(
             DatasetServicer(self.backend, self.operations), raw
         )
@@ -92,6 +91,7 @@ class StorageProcess:
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Let open calls end, finish what is being written, close everything."""
+        self._storage.end_streams()
         await self.server.stop(grace_s)
         if self._housekeeping is not None:
             self._housekeeping.cancel()

@@ -9,6 +9,7 @@ from phalanx.v1 import storage_service_pb2_grpc as pb_grpc
 from storage.interfaces import Backend
 from storage.service.blob_calls import BlobCalls
 from storage.service.collection import Collector
+from storage.service.open_streams import OpenStreams
 from storage.service.operations import Operations
 
 PIN_HOLDERS_MAX = 1000
@@ -22,6 +23,11 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
         self._operations = operations
         self._collector = collector
         self._blob_calls = BlobCalls(backend.blobs, operations)
+        self._appending: OpenStreams[pb.AppendJournalsRequest] = OpenStreams()
+
+    def end_streams(self) -> None:
+        """The server stops: who has a stream open finds that it ended, and opens another one."""
+        self._appending.end()
 
     async def PutBlob(
         self, request_iterator: AsyncIterator[pb.PutBlobRequest], context: ServicerContext
@@ -61,7 +67,8 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
         self, request_iterator: AsyncIterator[pb.AppendJournalsRequest], context: ServicerContext
     ) -> AsyncIterator[pb.AppendJournalsResponse]:
         """Append records again and again."""
-        async for request in request_iterator:
+        requests = aiter(request_iterator)
+        while (request := await self._appending.next(requests)) is not None:
             yield pb.AppendJournalsResponse(appended=await self._append(request.append))
 
     async def _append(self, request: pb.AppendJournalRequest) -> pb.AppendJournalResponse:

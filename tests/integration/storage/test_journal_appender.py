@@ -11,6 +11,8 @@ import pytest
 from phalanx.clients.journal_appender import JournalAppender
 from phalanx.errors import Aborted, DeadlineExceeded, Unavailable
 
+GUARD_S = 30.0
+
 
 async def payloads(client: Any, stream: str) -> list[bytes]:
     return [record.payload async for record in client.read_journal(stream)]
@@ -47,6 +49,16 @@ async def test_a_stream_that_was_cut_is_said_and_opened_anew(client: Any) -> Non
         await appender.append("tasks/a", [b"b"], 1)
     assert await appender.append("tasks/a", [b"b"], 1) == 2
     assert await payloads(client, "tasks/a") == [b"a", b"b"]
+    appender.close()
+
+
+async def test_a_storage_that_stops_does_not_wait_for_streams(service: Any, client: Any) -> None:
+    appender = client.journal_appender()
+    await appender.append("tasks/a", [b"a"], 0)
+    async with asyncio.timeout(GUARD_S):
+        await service.stop(10 * GUARD_S)
+    with pytest.raises(Unavailable):
+        await appender.append("tasks/a", [b"b"], 1)
     appender.close()
 
 
