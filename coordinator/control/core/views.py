@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
+
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.lifecycle import PAUSED, QUEUED, RUNNING, state_name
 from coordinator.control.core.state import Core, JobRuntime, Worker
@@ -31,8 +34,8 @@ def job_view(facts: JobFacts, runtime: JobRuntime | None) -> job_pb2.Job:
         job.end_time.FromNanoseconds(kept.end_unix_nanos)
     if changed.HasField("result"):
         job.result.CopyFrom(changed.result)
-    if changed.HasField("progress"):
-        job.progress.CopyFrom(changed.progress)
+    if changed.HasField("progress") or facts.continued is not None:
+        job.progress.CopyFrom(_progress_before(facts))
     if runtime is not None and facts.state in _SOFT and runtime.reason:
         job.reason, job.message = runtime.reason, runtime.message
     if runtime is not None and facts.state in (RUNNING, PAUSED) and runtime.report is not None:
@@ -43,20 +46,37 @@ def job_view(facts: JobFacts, runtime: JobRuntime | None) -> job_pb2.Job:
 def progress_view(facts: JobFacts, runtime: JobRuntime) -> job_pb2.Progress:
     """Return how far a running job is, as its root and its workers last said."""
     report = runtime.report
-    progress = job_pb2.Progress(total_steps=facts.plan.total_steps)
-    if report is not None:
-        progress.step = report.step
-        progress.epoch = report.epoch
-        progress.examples = report.examples
-        progress.examples_per_second = report.examples_per_second
-        progress.checkpoint_step = report.checkpoint_step
-        progress.metrics.update(report.metrics)
+    if report is None:
+        progress = _progress_before(facts)
+    else:
+        progress = job_pb2.Progress(
+            step=report.step,
+            total_steps=facts.plan.total_steps,
+            epoch=report.epoch,
+            examples=report.examples,
+            examples_per_second=report.examples_per_second,
+            metrics=report.metrics,
+            checkpoint_step=report.checkpoint_step,
+        )
     for worker_id in sorted(runtime.hosts):
         progress.workers.add(
             worker_id=worker_id,
             shards=_shard_ranges(runtime, worker_id),
             examples_per_second=runtime.hosts[worker_id].progress.examples_per_second,
         )
+    return progress
+
+
+def _progress_before(facts: JobFacts) -> job_pb2.Progress:
+    """Return how far a job is before its root says so: as far as it was, or as another one was."""
+    progress = job_pb2.Progress(total_steps=facts.plan.total_steps)
+    if facts.kept.changed.HasField("progress"):
+        progress.CopyFrom(facts.kept.changed.progress)
+    elif facts.continued is not None:
+        progress.step = facts.continued.step
+        with suppress(ValueError, KeyError, TypeError):
+            root_state = json.loads(facts.continued.root_state)
+            progress.epoch, progress.examples = root_state["epoch"], root_state["examples"]
     return progress
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from coordinator.control.continuing import Origin, choose, gone, origin_of
 from coordinator.control.core.facts import JobFacts
+from coordinator.control.core.views import progress_view
 from phalanx.errors import InvalidArgument, NotFound
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
@@ -23,7 +24,7 @@ def manifest(job_id: str, step: int, ranges: int = 1) -> storage_pb.CheckpointMa
         job_id=job_id,
         step=step,
         range_count=ranges,
-        root_state='{"elapsed_s": 9}',
+        root_state='{"elapsed_s": 9, "epoch": 2.5, "examples": 4480}',
         manifest_sha256=f"{step:064x}",
     )
 
@@ -54,6 +55,16 @@ def test_it_begins_with_that_checkpoint_on_aggregators_with_the_same_bits(contin
     assert restores(continued, "a3") == [("job-0", 35)]
     started = next(event for event in continued.events if event.type == "JOB_STARTED")
     assert "from the checkpoint at step 35 of job-0" in started.message
+
+
+def test_it_is_shown_at_that_step_before_its_root_has_said_anything(continued: Any) -> None:
+    core = continued.core
+    facts, runtime = core.facts.jobs["job-1"], core.jobs["job-1"]
+    for shown in (continued.job().progress, progress_view(facts, runtime)):
+        assert (shown.step, shown.total_steps) == (35, facts.plan.total_steps)
+        assert (shown.epoch, shown.examples) == (2.5, 4480)
+    continued.report("job-1", 36, owner="a3")
+    assert continued.job().progress.step == 36
 
 
 def test_its_own_checkpoint_is_taken_once_there_is_one(continued: Any) -> None:
