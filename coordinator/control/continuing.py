@@ -9,7 +9,8 @@ from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core
 from coordinator.control.store import Store
 from phalanx import specs
-from phalanx.errors import InvalidArgument, NotFound, Violation
+from phalanx.errors import DataLoss, InvalidArgument, NotFound, Violation
+from phalanx.training.asynchronous import NO_LIMIT, completed_steps
 from phalanx.v1 import job_spec_pb2
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.control_journal_pb2 import Continued, JobSubmitted
@@ -31,6 +32,7 @@ class Origin:
         Raises InvalidArgument where nothing is left to do, or what was done would not be the same.
         """
         checkpoint, plan = self.continued.checkpoint, submitted.plan
+        _check_counts(checkpoint, plan)
         specs.check_rest(
             submitted.spec.train,
             plan.total_steps,
@@ -110,6 +112,23 @@ def gone(checkpoint: pb.CheckpointManifest) -> NotFound:
         "submit again for the newest one"
     )
     return NotFound(message, reason="CHECKPOINT_NOT_FOUND", violations=[Violation(_FIELD, message)])
+
+
+def _check_counts(checkpoint: pb.CheckpointManifest, plan: JobPlan) -> None:
+    """Refuse what cannot be counted on from: owners of ranges would find out only later."""
+    job_id, step = checkpoint.job_id, checkpoint.step
+    counted = step * max(1, plan.local_steps) * (plan.shards if plan.asynchronous else 1)
+    message = ""
+    if not 0 <= counted < NO_LIMIT:
+        message = f"is at step {step} of {job_id}, further than steps are counted"
+    elif plan.asynchronous:
+        try:
+            completed_steps(checkpoint.root_state, plan.shards, step)
+        except DataLoss as error:
+            message = f"cannot be gone on from: {error.message}"
+    if message:
+        message += "; name another of its checkpoints, or take over a model with train.start.model"
+        raise InvalidArgument(f"{_FIELD} {message}", violations=[Violation(_FIELD, message)])
 
 
 def _elapsed_s(checkpoint: pb.CheckpointManifest) -> float:

@@ -13,14 +13,16 @@ a barrier that the job asks for. Then all shards are at the same step and nothin
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from phalanx.errors import InvalidArgument
+from phalanx.errors import DataLoss, InvalidArgument
 from phalanx.texts import number_of
 from phalanx.v1.job_spec_pb2 import Train
 
 NO_LIMIT = 1 << 62
+"""No step, version or count of a job gets so far."""
 
 
 class Clocks:
@@ -100,6 +102,22 @@ def limit_after(step: int, intervals: Iterable[int], total_steps: int) -> int:
     if total_steps:
         limits.append(total_steps)
     return min(limits, default=NO_LIMIT)
+
+
+def completed_steps(root_state: str, shards: int, step: int) -> list[int]:
+    """Return the steps that each shard had completed at the checkpoint of a step.
+
+    Raises DataLoss where what its root kept does not fit.
+    """
+    try:
+        completed = [int(each) for each in json.loads(root_state)["completed_steps"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataLoss(
+            f"the checkpoint at step {step} does not say how far shards are: {error!r}"
+        ) from None
+    if len(completed) != shards or min(completed) < 0 or sum(completed) != step * shards:
+        raise DataLoss(f"the checkpoint at step {step} is not one of {number_of(shards, 'shard')}")
+    return completed
 
 
 @dataclass

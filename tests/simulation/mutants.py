@@ -357,7 +357,7 @@ MUTANTS = (
     _one(
         "after a roll-back every shard is at the step of the job", 4,
         f"{_ONE_BY_ONE}.begin_restored",
-        "_completed(root_state, self.plan.shards, version)", "[version] * self.plan.shards",
+        "completed_steps(root_state, self.plan.shards, version)", "[version] * self.plan.shards",
     ),
     _one(
         "a shard does not wait for an evaluation", 4, f"{_ONE_BY_ONE}._step_done",

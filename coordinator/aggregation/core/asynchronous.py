@@ -48,13 +48,13 @@ from phalanx.copies import (
     PATIENCE_LEAST_S,
     PATIENCE_UNMEASURED_S,
 )
-from phalanx.errors import DataLoss, InvalidArgument
+from phalanx.errors import InvalidArgument
 from phalanx.frames import encode_response
 from phalanx.optimizers import ContributionOptimizer, Late
 from phalanx.reducers import Contribution, Slices, Steps
 from phalanx.rounds import RoundSpec
 from phalanx.texts import number_of
-from phalanx.training.asynchronous import Clocks, StepSums, stale_bound
+from phalanx.training.asynchronous import Clocks, StepSums, completed_steps, stale_bound
 from phalanx.training.decisions import RootDecider
 from phalanx.training.expected import expected_of_shard
 from phalanx.training.replay import ReplayLog
@@ -118,7 +118,7 @@ class AsynchronousRanges(JobRanges):
         root_state: str,
     ) -> list[Effect]:
         """See `JobRanges.begin_restored`; shards go on where they were."""
-        self._begin_at(_completed(root_state, self.plan.shards, version))
+        self._begin_at(completed_steps(root_state, self.plan.shards, version))
         if self._log is not None:
             self._log = ReplayLog.restored(vectors[0][1], self._clocks.total)
         return super().begin_restored(version, vectors, root_state)
@@ -417,18 +417,3 @@ class StartsCursor:
         if version is not None and version.number != self._sent:
             self._sent = version.number
             self._due.extend(frame for frame in version.frames if frame is not None)
-
-
-def _completed(root_state: str, shards: int, step: int) -> list[int]:
-    """The steps that each shard had completed. Raises `DataLoss` where the state does not fit."""
-    import json
-
-    try:
-        completed = [int(each) for each in json.loads(root_state)["completed_steps"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataLoss(
-            f"the checkpoint at step {step} does not say how far shards are: {error!r}"
-        ) from None
-    if len(completed) != shards or min(completed) < 0 or sum(completed) != step * shards:
-        raise DataLoss(f"the checkpoint at step {step} is not one of {number_of(shards, 'shard')}")
-    return completed

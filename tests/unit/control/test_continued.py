@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -131,6 +132,44 @@ def test_a_step_that_is_passed_already_is_refused(running: Any) -> None:
     submitted.plan.total_steps = 9
     with pytest.raises(InvalidArgument, match=r"train\.stop ends the job at step 9"):
         origin.take_over(submitted)
+
+
+@pytest.mark.parametrize(
+    ("step", "completed", "message"),
+    [
+        (2**63 - 1, [2**63 - 1] * 4, "further than steps are counted"),
+        (2**60, [2**60] * 4, "further than steps are counted"),
+        (-1, [-1] * 4, "further than steps are counted"),
+        (5, [2**63 - 1, 5, 5, 5], "at step 5 is not one of 4 shards"),
+        (5, [], "at step 5 is not one of 4 shards"),
+        (5, None, "does not say how far shards are"),
+    ],
+)
+def test_steps_that_cannot_be_counted_on_from_are_refused(
+    running: Any, step: int, completed: list[int] | None, message: str
+) -> None:
+    checkpoint = manifest("job-1", step)
+    state = {"elapsed_s": 9} | ({} if completed is None else {"completed_steps": completed})
+    checkpoint.root_state = json.dumps(state)
+    submitted = JobSubmitted(job_id="job-2")
+    submitted.plan.shards, submitted.plan.asynchronous = 4, True
+    with pytest.raises(InvalidArgument, match=message) as caught:
+        origin_of(running.core.facts.jobs["job-1"], checkpoint).take_over(submitted)
+    assert [each.field for each in caught.value.violations] == ["train.start.job"]
+
+
+def test_a_whole_step_counts_once_where_contributions_do_not_count_by_themselves(
+    running: Any,
+) -> None:
+    facts = running.core.facts.jobs["job-1"]
+    submitted = JobSubmitted(job_id="job-2")
+    submitted.plan.shards = 4
+    origin_of(facts, manifest("job-1", 2**62 - 1)).take_over(submitted)
+    with pytest.raises(InvalidArgument, match="further than steps are counted"):
+        origin_of(facts, manifest("job-1", 2**62)).take_over(submitted)
+    submitted.plan.local_steps = 8
+    with pytest.raises(InvalidArgument, match="further than steps are counted"):
+        origin_of(facts, manifest("job-1", 2**60)).take_over(submitted)
 
 
 def test_where_nodes_have_states_the_last_checkpoint_is_no_beginning(running: Any) -> None:
