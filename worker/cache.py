@@ -16,6 +16,7 @@ import hashlib
 import os
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ _PREFETCHES_MAX = 256
 _ARRIVALS_MAX = 3
 """Downloads of one blob for one request: it may be removed by another worker before it is used."""
 _ABANDONED_S = 3600.0
+_PROVEN_MAX = 100_000
 
 _log = get_logger(__name__)
 
@@ -76,6 +78,8 @@ class BlobCache:
         self._download = download
         self._metrics = metrics
         self._pins: dict[str, _Pin] = {}
+        #: Files whose content this process has seen to be what they are named by: their inodes.
+        self._proven: OrderedDict[str, int] = OrderedDict()
         self._arriving: dict[str, asyncio.Task[None]] = {}
         self._prefetching: set[asyncio.Task[None]] = set()
         self._slots = asyncio.Semaphore(_PARALLEL_DOWNLOADS)
@@ -93,7 +97,9 @@ class BlobCache:
         while True:
             pinned = self._pin_present(digest, size_bytes)
             if pinned is not None:
-                break
+                if await self._prove(pinned):
+                    break
+                continue
             if arrivals == _ARRIVALS_MAX:
                 raise DataLoss(
                     f"blob {digest[:12]} arrived {number_of(arrivals, 'time')} and was not "
@@ -174,6 +180,36 @@ class BlobCache:
         pin.users += 1
         return Pinned(path, digest, self)
 
+    async def _prove(self, pinned: Pinned) -> bool:
+        """Whether a file that was there holds what it is named by; a damaged one is removed.
+
+        Looked at once: what an earlier process left may have lost its content with the power, or
+        to the disk.
+        """
+        digest, inode = pinned.digest, os.fstat(self._pins[pinned.digest].fd).st_ino
+        if self._proven.get(digest) == inode:
+            return True
+        try:
+            whole = await asyncio.to_thread(_sha256, pinned.path) == digest
+        except FileNotFoundError:
+            whole = False
+        except BaseException:
+            pinned.release()
+            raise
+        if whole:
+            self._note_proven(digest, inode)
+            return True
+        _log.warning("cached_blob_damaged", digest=digest)
+        pinned.release()
+        pinned.path.unlink(missing_ok=True)
+        return False
+
+    def _note_proven(self, digest: str, inode: int) -> None:
+        self._proven[digest] = inode
+        self._proven.move_to_end(digest)
+        if len(self._proven) > _PROVEN_MAX:
+            self._proven.popitem(last=False)
+
     def unpin(self, digest: str) -> None:
         """One user less; `Pinned.release` calls it."""
         pin = self._pins.get(digest)
@@ -228,7 +264,9 @@ class BlobCache:
             await self._download(digest, partial)
             if await asyncio.to_thread(_sha256, partial) != digest:
                 raise DataLoss(f"blob {digest[:12]} arrived with another content; check storage")
+            inode = os.stat(partial).st_ino
             os.replace(partial, path)
+            self._note_proven(digest, inode)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)

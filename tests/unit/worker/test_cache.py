@@ -157,6 +157,24 @@ async def test_a_damaged_file_is_fetched_again(caches: Caches, store: Store) -> 
     again.release()
 
 
+async def test_what_an_earlier_process_left_is_looked_at_before_it_is_used(
+    tmp_path: Path, caches: Caches, store: Store
+) -> None:
+    """A power failure may leave a file with its length and without its content."""
+    good, bad = store.put(b"as it was"), store.put(b"with bytes")
+    for digest in (good, bad):
+        (await caches().get(digest)).release()
+    path = tmp_path / "blobs" / bad[:2] / bad
+    path.write_bytes(bytes(len(b"with bytes")))
+    store.downloads.clear()
+    later = caches()
+    for digest, data in ((good, b"as it was"), (bad, b"with bytes"), (bad, b"with bytes")):
+        with_pin = await later.get(digest, len(data))
+        assert with_pin.path.read_bytes() == data
+        with_pin.release()
+    assert store.downloads == [bad]
+
+
 async def test_a_blob_that_never_has_the_size_it_should_is_given_up(
     caches: Caches, store: Store
 ) -> None:
