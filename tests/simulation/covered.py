@@ -5,9 +5,10 @@
 
 Runs seeds of the swarm, every fourth of them with a second user (`neighbour`), with a third one
 (`newcomer`) and with jobs that have wishes (`wishes`), and the scenarios: those of the planted
-bugs, without the bugs, and those that come about seldom (`scenes`), all under `coverage`. It tells
-what was never run, and fails if a seed does or if less was run than `REACH_PERCENT`. With `--keep`
-measurements are kept, and the next call goes on with what has not been run yet.
+bugs, without the bugs, those that once found one, and those that come about seldom (`scenes`), all
+under `coverage`. It tells what was never run, and fails if a seed does or if less was run than
+`REACH_PERCENT`. With `--keep` measurements are kept, and the next call goes on with what has not
+been run yet.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from coverage import Coverage
 
 from tests.simulation import wishes
 from tests.simulation.cluster import services
-from tests.simulation.known import KNOWN, Known
+from tests.simulation.known import FOUND_BUGS, KNOWN, Known
 from tests.simulation.runs import draw, draw_shape
 from tests.simulation.scenes import SCENES
 
@@ -160,7 +161,7 @@ def _scenarios() -> dict[str, Known]:
     """Every scenario by a name that stays the same as long as it does."""
     return {
         hashlib.sha256(repr(known).encode()).hexdigest()[:12]: known
-        for known in (*KNOWN.values(), *SCENES)
+        for known in (*KNOWN.values(), *FOUND_BUGS, *SCENES)
     }
 
 

@@ -11,7 +11,7 @@ from tests.simulation.__main__ import main
 from tests.simulation.batch import command, run_seeds, summary, told, vacuous
 from tests.simulation.cluster import services
 from tests.simulation.jobs import BAD
-from tests.simulation.known import Known
+from tests.simulation.known import FOUND_BUGS
 from tests.simulation.newcomer import BAD as WORSE
 from tests.simulation.runs import KINDS, simulate
 from tests.simulation.scenes import SCENES, shown
@@ -21,32 +21,6 @@ pytestmark = pytest.mark.slow
 SEEDS = range(1000, 1300)
 BLOCK = 25
 NEWCOMERS = range(4)
-
-
-_STUCK = (("aggregators", 2), ("workers", 2), ("script", "stuck_payloads"))
-FOUND_BUGS = (
-    Known(2, (), _STUCK),  # a worker that never delivered anything held a new job up for ever
-    Known(5, (), _STUCK),  # so did one that shards were moved to and that opened no stream
-    Known(440),  # ranges that issue no go records saw no late shard in rounds that workers opened
-    Known(507),  # a user saw that her job was cancelled before she was answered that it is
-    # Where leaves are started one by one, nobody told of a worker whose wishes did not arrive.
-    Known(1339),
-    Known(3, (), (*_STUCK, ("parts", "stale 1"))),
-    # What was left out was told by reports only, of which the last was lost with an aggregator.
-    Known(3, (), (("parts", "1 backup"), ("last", "final_checkpoint aggregator kill"))),
-    # Jobs that were all told to begin at once were more than may run.
-    Known(3, (), (("running_jobs_max", 1),)),
-    # A model that was to be built after one that hung was blamed for the end of the process.
-    Known(2, settings=(("newcomer", True),)),
-    # Of jobs whose workers own the parameters: the final checkpoint did not say why one ended;
-    Known(0, (), (("parts", "all-reduce"),)),
-    # a worker that was started again was taken for the member that it had been in the same term;
-    Known(1000, settings=(("parts", "all-reduce"),)),
-    # an evaluation of which nobody began a shard was never missed.
-    Known(2, ("hung_leaf",), (("workers", 3), ("parts", "all-reduce"), ("leaf_timeout_s", 600.0))),
-    # One never began that a worker with other bits had described than those that were there.
-    Known(3046, settings=(("parts", "all-reduce, clipped gradient"),)),
-)
 
 
 @pytest.fixture(scope="module")
