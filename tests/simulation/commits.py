@@ -195,7 +195,8 @@ class CommitHistory:
         sums, expected = StepSums(), 0
         for number, commit in self._newest_step(term):
             sums.add(commit.count, commit.loss, number - commit.read)
-            expected += jobs.examples(self.shape, commit.shard, commit.step)
+            if not jobs.is_skipped(self.shape, commit.shard, commit.step):
+                expected += jobs.examples(self.shape, commit.shard, commit.step)
         return sums, expected
 
     def end(self) -> tuple[str, str]:

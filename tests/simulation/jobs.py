@@ -301,12 +301,15 @@ def is_bad(bad: str, shard: int, step: int) -> bool:
     return step == BAD_STEP and (shard == BAD_SHARD or bad in ("void", "overflow"))
 
 
+def is_skipped(shape: Shape, shard: int, step: int) -> bool:
+    """Whether this leaf is left out, since it is bad and the job wants that."""
+    return shape.bad in SKIPPED and is_bad(shape.bad, shard, step)
+
+
 def examples_skipped(shape: Shape) -> int:
-    """Rows of the leaves that are left out, since they are bad and the job wants that."""
-    if shape.bad not in SKIPPED:
-        return 0
-    bad = (shard for shard in range(shape.shards) if is_bad(shape.bad, shard, BAD_STEP))
-    return sum(examples(shape, shard, BAD_STEP) for shard in bad)
+    """Rows of all leaves that are left out."""
+    skipped = (each for each in range(shape.shards) if is_skipped(shape, each, BAD_STEP))
+    return sum(examples(shape, shard, BAD_STEP) for shard in skipped)
 
 
 def contribution(
@@ -316,7 +319,7 @@ def contribution(
 
     `inner` is what the shard's own optimizer remembers; it becomes that after the step.
     """
-    if shape.bad in SKIPPED and is_bad(shape.bad, shard, version):
+    if is_skipped(shape, shard, version):
         return None, 0, 0.0
     count, lost = 0, 0.0
     weights, out = parameters.copy(), np.empty(shape.elements, shape.dtype)

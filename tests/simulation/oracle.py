@@ -165,8 +165,8 @@ class Oracle:
         expected = effect.expected_count
         if watched.commits is not None:
             expected = watched.commits.step_sums(watched.ranges.term)[1]
-        for shard in self._refused(watched.shape, effect.version - 1):
-            expected -= jobs.examples(watched.shape, shard, jobs.BAD_STEP)
+        elif effect.version - 1 == jobs.BAD_STEP:
+            expected -= jobs.examples_skipped(watched.shape)
         if history is not None:
             expected -= history.examples(effect.version, history.left_out(watched.ranges.term))
         self.lost += max(0, expected - effect.example_count)
@@ -178,9 +178,8 @@ class Oracle:
 
     def _refused(self, shape: jobs.Shape, step: int) -> frozenset[int]:
         """Shards whose leaves of a step are not finite, in a job that goes on without them."""
-        if shape.bad not in ("skip", "void") or step != jobs.BAD_STEP:
-            return frozenset()
-        return frozenset(s for s in range(shape.shards) if jobs.is_bad(shape.bad, s, step))
+        shards = range(shape.shards)
+        return frozenset(shard for shard in shards if jobs.is_skipped(shape, shard, step))
 
     def _follow(self, watched: _Watched, store: VersionStore, version: int) -> None:
         """A version whose step may have left shards out must be one that it may be."""

@@ -142,7 +142,10 @@ class Members:
         oracle.commits[core.job_id] = oracle.commits.get(core.job_id, 0) + 1
         steps = jobs.steps_of(shape, effect.version - 1)
         expected = sum(
-            jobs.examples(shape, shard, step) for shard in range(shape.shards) for step in steps
+            jobs.examples(shape, shard, step)
+            for shard in range(shape.shards)
+            for step in steps
+            if not jobs.is_skipped(shape, shard, step)
         )
         oracle.lost += max(0, expected - effect.example_count)
         oracle.doubled += max(0, effect.example_count - expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from coordinator.control.core.state import CoreConfig
-from tests.simulation.jobs import Shape
+from tests.simulation.jobs import Shape, composed
 from tests.simulation.known import Known
 from tests.simulation.runs import Outcome
 from tests.simulation.wishes import Wish
@@ -15,8 +15,13 @@ _MAY_FALL_BACK = ("wishes", (Wish(fall_back_s=2.0),) * 2)
 _CORE_CONFIG = "coordinator.control.config:CoreConfig"
 
 
-def _bad(bad: str, **more: object) -> tuple[str, tuple[Shape, ...]]:
-    return "shapes", (Shape(bad=bad, **more),)  # type: ignore[arg-type]
+def _bad(bad: str, *parts: str, **more: object) -> tuple[str, tuple[Shape, ...]]:
+    """One short job for each of these parts, all bad in the same way."""
+    shape = Shape(bad=bad, **more)  # type: ignore[arg-type]
+    return "shapes", tuple(composed(shape, each) for each in parts or ("",))
+
+
+_SHORT: dict[str, object] = {"elements": 40, "shards": 3, "steps": 8, "checkpoint_every": 3}
 
 
 SCENES = {
@@ -73,19 +78,59 @@ SCENES = {
     Known(
         5,
         ("kill_control",),
-        (_bad(""), ("namespace_bytes", 600), ("fails", "QUOTA_EXCEEDED")),
+        (_bad("", **_SHORT), ("namespace_bytes", 600), ("fails", "QUOTA_EXCEEDED")),
     ): "QUOTA_EXCEEDED",
-    # Leaves are left out of a job whose shards count steps of their own.
-    Known(6, (), (("workers", 3), _bad("skip", parts="asynchronous"))): "left_out",
-    # Whoever starts leaf processes is killed, by a leaf, or again and again by chance.
-    Known(7, ("kill_worker",), (("workers", 2), _bad("deadly"))): "orphaned",
-    Known(7, (), (("workers", 2), ("script", "leaf_servers_die"), ("script_s", 0.5))): "orphaned",
+    # Leaves that are bad in some of the ways in which contributions are put together.
+    Known(
+        10,
+        (),
+        (
+            ("workers", 3),
+            _bad("skip", "asynchronous", "median", "all-reduce", "3 replicas", **_SHORT),
+        ),
+    ): "left_out",
+    Known(10, (), (("workers", 2), _bad("void", "median", "all-reduce", **_SHORT))): "left_out",
+    Known(
+        10,
+        (),
+        (
+            ("workers", 3),
+            _bad("overflow", "all-reduce", "bfloat16", **_SHORT),
+            ("fails", "PARAMETERS_NON_FINITE"),
+        ),
+    ): "PARAMETERS_NON_FINITE",
+    Known(
+        10,
+        (),
+        (
+            ("workers", 3),
+            _bad("poison", "asynchronous", "all-reduce", **_SHORT),
+            ("fails", "POISON_SHARD"),
+        ),
+    ): "POISON_SHARD",
+    Known(
+        10, (), (("workers", 3), _bad("nan", "all-reduce", **_SHORT), ("fails", "NON_FINITE"))
+    ): "NON_FINITE",
+    # Whoever starts leaf processes is killed, by a leaf, and again and again by chance.
+    Known(
+        7,
+        (),
+        (
+            ("workers", 2),
+            _bad("deadly", steps=20),
+            ("script", "leaf_servers_die"),
+            ("script_s", 0.5),
+            ("faults_s", 3.0),
+        ),
+    ): "orphaned",
     # Whoever is to own the parameters has not the memory for them; then nobody has.
-    Known(9, (), (("aggregators", 2), ("small", 1))): "steps",
-    Known(9, (), (("aggregators", 2), ("small", 2), ("fails", "AGGREGATOR_MEMORY"))): "terms",
+    Known(9, (), (("aggregators", 2), ("small", 1), _bad("", **_SHORT))): "steps",
+    Known(
+        9, (), (("aggregators", 2), ("small", 2), ("fails", "AGGREGATOR_MEMORY"))
+    ): "AGGREGATOR_MEMORY",
     # What storage says of its checkpoints, or of the job, is not what it was told.
-    Known(0, (), (("script", "checkpoints_rot"),)): "terms",
-    Known(0, (), (("script", "job_rots"), ("fails", "ROW_CORRUPT"))): "terms",
+    Known(0, (), (("script", "checkpoints_rot"), ("script_s", 1.0), _bad("", steps=20))): "terms",
+    Known(0, (), (("script", "job_rots"), ("fails", "ROW_CORRUPT"))): "ROW_CORRUPT",
     # Garbage is collected all the time, and somebody tries what the contract forbids.
     Known(
         8,

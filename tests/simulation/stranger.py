@@ -47,7 +47,7 @@ NAMESPACE = "strangers"
 TWIN = "twin"
 """Each job of such a name gets the same id."""
 
-FORGOTTEN_AFTER_S = 15.0
+FORGOTTEN_AFTER_S = 12.0
 
 Pb = storage_service_pb2
 
