@@ -269,6 +269,11 @@ class Cluster:
         """Where control may be found."""
         return tuple(f"{name}:{_PORTS['control']}" for name in self.controls)
 
+    @property
+    def aggregator_addresses(self) -> tuple[str, ...]:
+        """Where aggregators are."""
+        return tuple(f"{name}:{_PORTS['aggregator']}" for name in self.aggregators)
+
     def start_all(self) -> None:
         """Start every process."""
         for name in ("storage", *self.controls, *self.aggregators, *self.workers):

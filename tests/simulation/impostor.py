@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import grpc.aio
 
+from phalanx.frames import encode_request
+from phalanx.v1 import aggregation_service_pb2 as exchange
 from phalanx.v1 import coordination_service_pb2 as pb
-from phalanx.v1 import job_service_pb2
+from phalanx.v1 import job_service_pb2, training_pb2
 from phalanx.v1.coordination_service_pb2_grpc import CoordinationServiceStub
 from tests.simulation.neighbour import Neighbour
 
@@ -22,6 +25,8 @@ FINGERPRINT = "of no machine"
 STAYS_S = 0.5
 BETWEEN_S = 0.05
 ANOTHER_TERM = 1 << 20
+TERMS_TRIED = (1, 2)
+EXCHANGE = "/phalanx.v1.AggregationService/Exchange"
 
 Request = pb.SessionRequest
 
@@ -73,6 +78,41 @@ class Impostor(Neighbour):
             worker_id="impostor", incarnation="0", slots=1, generation=ANOTHER_TERM
         )
         await self._turned_away(Request(worker_hello=later))
+
+    async def _claims_to_deliver(self) -> None:
+        """Contributions of a term or a round that there is not end the stream that they come on,
+        and those of a round that is over change nothing."""
+        job_id = await self._some_job()
+        node = training_pb2.TreeNode(first=0, span=1)
+        for term in TERMS_TRIED:
+            frame = {"term": term, "node": node, "vector": "gradient", "element_count": 1}
+            go = training_pb2.GoRecord(term=term, action=training_pb2.GoRecord.ACTION_INITIALISE)
+            for message in (
+                {"frame": exchange.ContributionFrame(**{**frame, "term": ANOTHER_TERM})},
+                {"frame": exchange.ContributionFrame(**frame, step=1 << 30)},
+                {"frame": exchange.ContributionFrame(**frame)},
+                {"go_record": go},
+                {"starts_wanted": exchange.StartsWanted(term=ANOTHER_TERM)},
+                {"recall": exchange.Recall(term=term)},
+            ):
+                header = exchange.ExchangeRequestHeader(**message)
+                for address in self._cluster.aggregator_addresses:
+                    await self._stream(address, job_id, term, header)
+
+    async def _stream(self, address: str, job_id: str, term: int, header: Any) -> None:
+        """Send one message to an aggregator."""
+        hello = exchange.ExchangeHello(job_id=job_id, term=term, worker_id="impostor")
+        first = exchange.ExchangeRequestHeader(hello=hello)
+
+        async def said() -> AsyncIterator[bytes]:
+            yield encode_request(first)
+            yield encode_request(header, b"" if header.WhichOneof("message") == "frame" else None)
+            await asyncio.sleep(BETWEEN_S)
+
+        call = self._channel(address).stream_stream(EXCHANGE)
+        with suppress(grpc.aio.AioRpcError):
+            async for _ in call(said(), timeout=1.0):
+                pass
 
     async def _some_job(self) -> str:
         request = job_service_pb2.ListJobsRequest(namespace="default")

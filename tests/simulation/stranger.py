@@ -84,6 +84,7 @@ class Stranger(Impostor):
             self._claims_to_be_a_worker,
             self._claims_to_be_an_aggregator,
             self._knows_a_later_leader,
+            self._claims_to_deliver,
         )
         while not self._cluster.healed or self.errands < len(errands):
             for errand in self._chance.sample(errands, len(errands)):
