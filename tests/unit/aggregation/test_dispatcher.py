@@ -193,6 +193,27 @@ def test_an_attempt_of_another_worker_reports_nothing() -> None:
     assert [each.settled for each in sends(effects)] == [(send.first_attempt,)]
 
 
+@pytest.mark.parametrize("by", ["its owner", "the next owner"])
+def test_a_failure_counts_once_though_its_worker_never_heard_that_it_did(by: str) -> None:
+    dispatcher = begun(1)
+    (sent,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 1), 0.0))
+    record = append_of(dispatcher.handle(Reported(1, [failed(0, sent.first_attempt)]), 0.1))
+    if by == "its owner":
+        dispatcher.handle(WorkerClosed(1), 0.2)
+        dispatcher.handle(Appended(), 0.3)
+    else:
+        dispatcher = Dispatcher(1, 2, 3, 0)
+        dispatcher.restore(record)
+        dispatcher.begin()
+    held = [TaskAttempt(task=0, attempt=sent.first_attempt)]
+    effects = dispatcher.handle(WorkerOpened(2, "worker-1", 1, held), 0.4)
+    (again,) = sends(effects)
+    assert again.settled == (sent.first_attempt,)
+    assert again.tasks == (0,)
+    dispatcher.handle(Reported(2, [failed(0, sent.first_attempt)]), 0.5)
+    assert dispatcher.failed_tries == 1
+
+
 def test_a_failed_task_is_tried_elsewhere_and_then_named() -> None:
     dispatcher = begun(1, attempts=2)
     (send,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 1), 0.0))

@@ -105,6 +105,8 @@ class Dispatcher:
         self._again: deque[int] = deque()
         self._waiting = total
         self._failures: dict[int, list[Failure]] = {}
+        self._counted: set[int] = set()
+        """Attempts whose failure is in the journal."""
         self._last_given_up: Failure | None = None
         self._leases: dict[int, list[_Attempt]] = {}
         self._peers: dict[int, _Peer] = {}
@@ -130,6 +132,7 @@ class Dispatcher:
             self._try_anew(task)
         for tried in record.failed_tries:
             self._failures.setdefault(tried.task, []).append(tried.failure)
+            self._counted.add(tried.attempt)
             self.failed_tries += 1
         for result in record.results:
             self._end(result)
@@ -203,7 +206,11 @@ class Dispatcher:
         """A worker has an attempt of an earlier stream: it goes on with it, if it is of use."""
         if held.attempt in self._settling:
             self._settling[held.attempt] = peer.session
-        elif not 0 <= held.task < self.total or self._state[held.task] >= State.REPORTED:
+        elif (
+            not 0 <= held.task < self.total
+            or self._state[held.task] >= State.REPORTED
+            or held.attempt in self._counted  # it has not heard that its failure was heard
+        ):
             peer.settled.append(held.attempt)
         else:
             self._lease(peer, held.task, held.attempt)
@@ -317,6 +324,7 @@ class Dispatcher:
             self._end(result)
             self._settled(result.attempt)
         for tried in record.failed_tries:
+            self._counted.add(tried.attempt)
             self._settled(tried.attempt)
 
     def _settled(self, attempt: int) -> None:
