@@ -10,7 +10,7 @@ failure again on each new session, as it cannot know what was heard; one computa
 from __future__ import annotations
 
 from coordinator.control.core import ending, hosting, terms
-from coordinator.control.core.eligibility import PREPARE_TRIES, group_of
+from coordinator.control.core.eligibility import PREPARE_TRIES, group_of, may_come_back
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.state import Core, FailedLeaf, JobRuntime, Unprepared, Worker
 from phalanx.tasks import is_task_set
@@ -89,7 +89,7 @@ def _not_prepared(core: Core, job: JobRuntime, worker: Worker, message: pb.LeafF
     if not left_out:
         return
     hosting.take_away(core, job, worker.id, "the worker cannot prepare the job", "not_prepared")
-    if not group_of(core, job).workers:
+    if not group_of(core, job).workers and not may_come_back(core, job):
         _nobody_prepared(core, job)
 
 

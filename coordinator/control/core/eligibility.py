@@ -119,6 +119,17 @@ def group_of(core: Core, job: JobRuntime) -> Group:
     return Group(fingerprint, tuple(chosen), excluded, tuple(unmatched))
 
 
+def may_come_back(core: Core, job: JobRuntime) -> bool:
+    """Whether some worker that died might host the job if it came back."""
+    facts, layout = core.facts_of(job), job.described.layout if job.described else None
+    return any(
+        worker.state == WorkerView.STATE_LOST
+        and not misfit(facts, worker, layout)
+        and not _unprepared(job, worker)
+        for worker in core.workers.values()
+    )
+
+
 def _unprepared(job: JobRuntime, worker: Worker) -> str:
     known = job.unprepared.get(worker.id)
     # A process that was started again may find what the one before lacked.

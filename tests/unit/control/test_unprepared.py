@@ -95,6 +95,17 @@ def test_the_death_of_the_only_one_that_can_ends_nothing(tasks: Any) -> None:
     assert set(tasks.core.jobs["job-1"].hosts) == {"w2"}
 
 
+def test_one_that_died_before_the_others_were_left_out_may_come_back_as_well(tasks: Any) -> None:
+    tasks.kill("w2")
+    cannot(tasks, "w1", PREPARE_TRIES)
+    tasks.advance(60.0)
+    assert (tasks.state(), tasks.job().reason) == ("RUNNING", "WAITING_FOR_WORKERS")
+    tasks.worker("w2", incarnation="w2-2")
+    assert set(tasks.core.jobs["job-1"].hosts) == {"w2"}
+    cannot(tasks, "w2", PREPARE_TRIES)
+    assert (tasks.state(), tasks.job().reason) == ("FAILED", "JOB_NOT_PREPARED")
+
+
 def test_a_worker_that_was_mended_and_started_again_takes_part(tasks: Any) -> None:
     cannot(tasks, "w1", PREPARE_TRIES)
     tasks.kill("w1")
