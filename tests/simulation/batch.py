@@ -23,6 +23,14 @@ ONE_BY_ONE_SEEDS_FOR_EVERY_KIND = 75
 """The same for seeds with jobs whose contributions commit one by one."""
 ALL_REDUCE_SEEDS = 100
 """From so many seeds with jobs whose workers own the parameters on, these must have met, too."""
+TASK_SEEDS = 50
+TASKS = {
+    "tasks": "task was ever done",
+    "tasks_given_up": "task ever failed as often as it may",
+    "tasks_copied": "task was ever run a second time beside the first",
+    "tasks_taken_over": "owner of tasks ever found results of the one before",
+}
+"""What must have come about in so many seeds with sets of tasks, and what is said where not."""
 
 
 def run_seeds(seeds: Iterable[int]) -> list[Outcome]:
@@ -127,6 +135,11 @@ def summary(
         "leaves_started": sum(each.started for each in outcomes),
         "leaves_at_bound": sum(each.at_bound for each in outcomes),
         "contributions_repeated": sum(each.repeated for each in outcomes),
+        "task_seeds": sum(each.calls > 0 for each in outcomes),
+        "tasks": sum(each.tasks for each in outcomes),
+        "tasks_given_up": sum(each.tasks_given_up for each in outcomes),
+        "tasks_copied": sum(each.tasks_copied for each in outcomes),
+        "tasks_taken_over": sum(each.tasks_taken_over for each in outcomes),
         "errands": sum(each.errands for each in outcomes),
         "bad_jobs": dict(sum((each.bad_jobs for each in outcomes), Counter())),
         "failures": [
@@ -157,6 +170,10 @@ def vacuous(found: dict[str, Any], faults: Counter[str]) -> list[str]:
         why.append(f"no job with such a bad leaf ended: {', '.join(missing)}")
     if found["all_reduce_seeds"] >= ALL_REDUCE_SEEDS and not found["members_caught_up"]:
         why.append("no member was ever one step behind and sent the gradient that was kept")
+    if found["task_seeds"] >= TASK_SEEDS:
+        for name, what in TASKS.items():
+            if not found[name]:
+                why.append(f"no {what}")
     if found["one_by_one_seeds"] >= ONE_BY_ONE_SEEDS_FOR_EVERY_KIND:
         missing = sorted(KINDS - found["one_by_one_faults"].keys())
         if missing:

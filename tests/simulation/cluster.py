@@ -33,6 +33,7 @@ from phalanx.testing.simulation.network import Link
 from phalanx.testing.simulation.rpc import process_died
 from storage.config import StorageConfig
 from tests.simulation import jobs, wishes
+from tests.simulation.calls import CallingLeaf
 from tests.simulation.hosts import Arena, Cache, Leaf, Machines
 from tests.simulation.oracle import LEASE_TTL_S
 from tests.simulation.stored import Machine
@@ -196,7 +197,7 @@ class Services:
 
     def _leaf(self, _leaves: Any, _limit: int, on_message: Any, on_log: Any, on_exit: Any) -> Leaf:
         assert self.machines is not None
-        return Leaf(self.machines, on_message, on_log, on_exit)
+        return CallingLeaf(self.machines, on_message, on_log, on_exit)
 
     def _backend(self, folder: Any, **more: Any) -> Any:
         assert self.storage is not None

@@ -23,6 +23,7 @@ from phalanx.v1 import coordination_service_pb2, training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
 from tests.simulation import jobs, wishes
 from tests.simulation.parts import VERIFIED
+from tests.simulation.task_sets import Calls
 from worker import ipc
 from worker.core.logs import LINE_LIMIT_BYTES
 from worker.ipc import Kind, Message
@@ -72,6 +73,7 @@ class Machines:
         """Leaf processes that ended with the one that had started them."""
         self.leaves: dict[str, list[Leaf]] = {}
         """Every leaf process that a worker was given."""
+        self.calls = Calls()
 
     def leaf_of(self, worker: str) -> str:
         """The hash of the bits that a worker's own leaf of a job has."""

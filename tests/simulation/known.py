@@ -30,7 +30,12 @@ _CONTROLS = (("controls", 3),)
 _RANGES = (("aggregators", 2), ("range_min_bytes", 64))
 _TWO_LEADERS = (("controls", 3), ("faults_s", 18.0), ("script", "two_leaders"))
 _REDUCING = (("workers", 3), ("parts", "all-reduce"))
+_TASKS = (("shapes", ()), ("tasks", 2), ("aggregators", 2), ("workers", 2))
 _STREAMS = ("broken_connections", "kill_worker", "pause_worker", "worker_joins", "worker_leaves")
+_TASKS_LOST = (
+    ("broken_connections", "kill_aggregator", "kill_worker"),
+    (*_TASKS, ("strike", "tasks_journalled worker reset")),
+)
 
 KNOWN = {
     "storage takes writes of any generation": Known(
@@ -145,6 +150,14 @@ KNOWN = {
         0, (), (*_REDUCING, ("strike", "range_ahead worker vanish"))
     ),
     "the gradient of the last step is not kept": Known(0, (), _REDUCING),
+    "what came of a task is settled before it is durable": Known(16, *_TASKS_LOST),
+    "whoever comes back with a task that is done does it again": Known(16, *_TASKS_LOST),
+    "an owner that was replaced takes its results for stored": Known(
+        3, ("isolation", "pause_aggregator"), _TASKS
+    ),
+    "attempts are numbered anew in every term": Known(16, *_TASKS_LOST),
+    "tasks of a stream that broke stay with it": Known(16, *_TASKS_LOST),
+    "the death of a worker is a try of its tasks": Known(16, *_TASKS_LOST),
     "effects do not wait for their records": Known(0),
     "records count as durable before they are written": Known(0),
     "the journal is cut before its snapshot is written": Known(3, settings=_HEALED),

@@ -18,6 +18,7 @@ from coordinator.control.core.facts import RESUMING, Facts
 from coordinator.control.core.lifecycle import CANCELLED, QUEUED, RUNNING, SUCCEEDED
 from coordinator.control.journal import STREAM, JournalWriter
 from coordinator.control.leader import Leader
+from phalanx.tasks import is_task_set
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.control_journal_pb2 import ControlRecord
@@ -26,7 +27,7 @@ from storage.backends.sqlite.journals import SqliteJournals
 from tests.simulation import jobs
 from tests.simulation.oracle import Oracle
 
-_RECORDS = (
+RECORDS = (
     "SELECT sequence, payload FROM records JOIN streams ON records.stream = streams.id "
     "WHERE streams.name = ? AND sequence >= ? ORDER BY sequence"
 )
@@ -78,7 +79,7 @@ class Ledger:
         """Take in what the journal holds by now, whether storage lived to say so or not."""
         database: Any = journals._database
         connection = database._machine.connection
-        for sequence, payload in connection.execute(_RECORDS, (STREAM, self._next)).fetchall():
+        for sequence, payload in connection.execute(RECORDS, (STREAM, self._next)).fetchall():
             self._next = sequence + 1
             self._stored.add(payload)
             record = ControlRecord.FromString(payload)
@@ -108,7 +109,8 @@ class Ledger:
                 f"{job_id} is cancelled in term {facts.term}, which storage still takes",
             )
         if changed.state == SUCCEEDED:
-            steps = facts.spec.train.stop.steps
+            tasks = is_task_set(facts.spec)
+            steps = len(facts.spec.tasks.arguments) if tasks else facts.spec.train.stop.steps
             final = connection.execute(_FINAL, (job_id,)).fetchone()
             self._demand(final is not None, f"{job_id} succeeds without a final checkpoint")
             self._demand(
@@ -149,7 +151,7 @@ class Ledger:
             return
         left = Facts()
         database: Any = journals._database
-        for _, payload in database._machine.connection.execute(_RECORDS, (STREAM, 0)).fetchall():
+        for _, payload in database._machine.connection.execute(RECORDS, (STREAM, 0)).fetchall():
             left.apply(ControlRecord.FromString(payload))
         self._demand(
             left.digest() == self.facts.digest(),
@@ -167,6 +169,8 @@ class Ledger:
         facts = self.facts.jobs.get(request.job_id)
         if not response.complete or facts is None or request.job_id in self._oracle.free:
             return
+        if is_task_set(facts.spec):
+            return  # see `tasking`
         shape = jobs.shape_of_spec(facts.spec, facts.fingerprint)
         blobs: Any = store._blobs
         for part in response.manifest.parts:

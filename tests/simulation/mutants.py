@@ -104,6 +104,7 @@ _VERSIONS = "worker.core.versions:VersionAssembly"
 _OUTBOX = "worker.core.outbox:Outbox"
 _REPLICA = "worker.core.all_reduce.replica"
 _JOURNAL = f"{_CONTROL}.journal:JournalWriter"
+_TASKS = f"{_AGGREGATION}.core.dispatch.dispatcher:Dispatcher"
 
 _ARRIVAL_ORDER = """\
 filled[index] = (value, mask, False)
@@ -125,6 +126,12 @@ del job.hosts[worker.id]
         if job.deaths > 1:
             from coordinator.control.core import ending
             ending.fail(core, job, "POISON_SHARD", "two of its workers died")"""
+
+_COUNT_LOST_TASKS = """\
+for task in freed:
+            lost = Failure(code="LOST", worker_ids=[peer.worker_id])
+            self._failures.setdefault(task, []).append(lost)
+        self._run_again("""
 
 _EARLY = """\
 started = self._began_s = time.monotonic()
@@ -450,6 +457,34 @@ MUTANTS = (
         "the gradient of the last step is not kept", 13, f"{_REPLICA}:Replica.work",
         "self._kept, self._open, self._done = gradient, None, 0",
         "self._kept, self._open, self._done = None, None, 0",
+    ),
+    # Sets of tasks
+    _one(
+        "what came of a task is settled before it is durable", 0, f"{_TASKS}._succeeded",
+        "self._settle_task(result)",
+        "self._settle_task(result)\n    self._settled(report.attempt)",
+    ),
+    _one(
+        "whoever comes back with a task that is done does it again", 5, f"{_TASKS}._take_back",
+        "or self._state[held.task] >= State.REPORTED", "",
+    ),
+    _one(
+        "an owner that was replaced takes its results for stored", 2,
+        f"{_AGGREGATION}.task_journal:TaskJournal.append",
+        "if [each.payload async for each in found] != [payload]:", "if False:",
+    ),
+    _one(
+        "attempts are numbered anew in every term", 2, f"{_TASKS}.begin",
+        "self._numbers = (self.term << TERM_SHIFT) + (self._begun << BEGUN_SHIFT)",
+        "self._numbers = 0",
+    ),
+    _one(
+        "tasks of a stream that broke stay with it", 0, f"{_TASKS}._closed",
+        'self._run_again(freed, peer.worker_id, "lost")', "pass",
+    ),
+    _one(
+        "the death of a worker is a try of its tasks", 8, f"{_TASKS}._closed",
+        "self._run_again(", _COUNT_LOST_TASKS,
     ),
     # Control
     _one(

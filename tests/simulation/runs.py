@@ -14,7 +14,7 @@ from phalanx.testing.simulation import Network, World
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.testing.simulation.faults import Schedule
 from phalanx.testing.simulation.loop import SimulationFailed
-from tests.simulation import jobs, last, reducing, wishes
+from tests.simulation import jobs, last, reducing, task_sets, wishes
 from tests.simulation.cluster import STORAGE, Cluster, Services
 from tests.simulation.faults import Faults, fault_kinds
 from tests.simulation.ledger import Ledger
@@ -25,6 +25,8 @@ from tests.simulation.parts import INNER, ONE_BY_ONE, PARTS, STATEFUL, VERIFIED
 from tests.simulation.races import Races
 from tests.simulation.scripts import drawn, play
 from tests.simulation.stranger import Stranger
+from tests.simulation.task_user import TaskUser
+from tests.simulation.tasking import Tasking
 from tests.simulation.user import Job, User
 
 FIRST_FAULT_S = 0.3
@@ -113,6 +115,8 @@ class Settings:
     """Time between two collections of garbage; by itself no run lasts so long."""
     limits: tuple[tuple[str, Any], ...] = ()
     """Values of "module:NAME" in this run: limits that are too large to be met in a minute."""
+    tasks: int = 0
+    """How many sets of tasks there are, see `task_sets`."""
 
 
 @dataclass
@@ -170,6 +174,16 @@ class Outcome:
     """Members that were one step behind and were sent the gradient that others had kept."""
     brought_up: int = 0
     """Members that were sent everything."""
+    tasks: int = 0
+    """Tasks that a user was told are done."""
+    tasks_given_up: int = 0
+    """Tasks that failed as often as they may."""
+    calls: int = 0
+    """Calls that began, those of tasks that were run again included."""
+    tasks_copied: int = 0
+    """Tasks that were handed out although somebody else had them."""
+    tasks_taken_over: int = 0
+    """Terms of sets of tasks that began with results of a term before."""
     trace: str = ""
 
 
@@ -299,7 +313,25 @@ class Run:
         self.stranger = Stranger(
             self.cluster, random.Random(f"stranger {seed}"), self.oracle.fingerprints
         )
+        self.tasking = Tasking(self.oracle, self.ledger.facts, self.cluster.machines.calls)
+        self.task_user = self._make_task_user(seed) if settings.tasks else None
         self._watched = Environment()
+
+    def _make_task_user(self, seed: int) -> TaskUser:
+        chance, cluster = random.Random(f"task sets {seed}"), self.cluster
+        calls = cluster.machines.calls
+        lasts = bool(self.settings.script) or len(cluster.workers) == 1
+        if chance.random() < task_sets.UNLOADABLE_SHARE and not lasts:
+            calls.unloadable.add(cluster.workers[-1])
+        sets = [task_sets.draw_set(chance) for _ in range(self.settings.tasks)]
+        user = TaskUser(cluster.control_addresses, STORAGE, sets, chance, calls, self.tasking.sets)
+        user.waits_s = [chance.choice([0.0, 0.0, chance.uniform(0.0, 3.0)]) for _ in sets]
+        for index in range(len(sets)):
+            drawn = chance.random()
+            if drawn < 0.4:
+                act = "pause" if drawn < 0.3 else "cancel"
+                user.will(chance.uniform(0.5, 6.0), act, index)
+        return user
 
     def start(self) -> None:
         """Start the cluster and its user."""
@@ -310,6 +342,8 @@ class Run:
         for where, value in self.settings.limits:
             module, _, name = where.partition(":")
             self._watched.replace(import_module(module), name, value)
+        if self.task_user is not None:
+            self.tasking.install(self._watched)
         self.cluster.start_all()
         self.world.start("user-1", self.user.run)
         if self.settings.neighbour:
@@ -319,6 +353,8 @@ class Run:
         if self.settings.stranger:
             self.stranger.install(self._watched)
             self.world.start("user-4", self.stranger.run)
+        if self.task_user is not None:
+            self.world.start("user-5", self.task_user.run)
 
     def heal(self, schedule: Schedule) -> None:
         """The time of faults is over, if it is not already."""
@@ -330,17 +366,28 @@ class Run:
     def converge(self) -> None:
         """Run until every job has ended, as they must."""
         world = self.world
-        if self.user.ended:
-            world.stop()
-        self.user.on_end = world.stop
+        users = [self.user] if self.task_user is None else [self.user, self.task_user]
+
+        def ended() -> bool:
+            return all(user.ended for user in users)
+
+        def one_ended() -> None:
+            if ended():
+                world.stop()
+
+        one_ended()
+        for user in users:
+            user.on_end = one_ended
         converges_s, begun_s = self.settings.converges_s, world.now_s
+        converges_s += self.settings.tasks * task_sets.CONVERGES_S
         world.run(begun_s + converges_s)
-        if self.last.struck_s > begun_s and not self.user.ended:
+        if self.last.struck_s > begun_s and not ended():
             world.run(self.last.struck_s + converges_s)
-        if world.failure is None and not self.user.ended:
+        if world.failure is None and not ended():
             states = {
                 job_id: f"{Job.State.Name(job.state)} {job.reason} {job.message}"
-                for job_id, job in self.user.last.items()
+                for user in users
+                for job_id, job in user.last.items()
             }
             world.fail(
                 SimulationFailed(
@@ -386,6 +433,7 @@ class Run:
         outcome.copies_asked += members.copied
         outcome.reduced, outcome.caught_up = members.committed, members.caught_up
         outcome.brought_up = members.brought_up
+        self._add_tasks(outcome)
         if user.repeats:
             outcome.faults["call_repeated"] += user.repeats
         if user.pauses:
@@ -394,6 +442,17 @@ class Run:
             outcome.faults["job_cancelled"] += len(user.cancelled)
         outcome.faults = +outcome.faults
         return outcome
+
+    def _add_tasks(self, outcome: Outcome) -> None:
+        user, tasking = self.task_user, self.tasking
+        if user is None:
+            return
+        outcome.tasks, outcome.tasks_given_up = user.results, user.given_up
+        outcome.calls = self.cluster.machines.calls.begun
+        outcome.tasks_copied, outcome.tasks_taken_over = tasking.copied, tasking.taken_over
+        outcome.reasons += user.reasons
+        outcome.faults["job_paused"] += user.pauses
+        outcome.faults["job_cancelled"] += len(user.cancelled)
 
     def _judge_job(self, outcome: Outcome, job_id: str, shape: jobs.Shape) -> None:
         job = self.user.last[job_id]
@@ -480,6 +539,7 @@ def simulate(
             settings = replace(settings, newcomer=True)
         if seed >= ALL_FROM_SEED:
             settings = last.drawn(settings, random.Random(f"last {seed}"))
+            settings = task_sets.drawn(settings, random.Random(f"sets of tasks {seed}"))
     if settings.neighbour:
         settings = replace(settings, namespace_jobs_max=JOBS_MAX)
     if settings.newcomer:

@@ -194,7 +194,7 @@ class ServerContext:
 
     async def read(self) -> Any:
         data = await self.call.server_half.next(self.call.client_half)
-        return grpc.aio.EOF if data is None else data
+        return grpc.aio.EOF if data is None else self.deserialize(data)
 
     async def write(self, message: Any) -> None:
         if self.finished:
@@ -223,10 +223,12 @@ class ServerContext:
         return self.finished
 
     serialize: Serialize = staticmethod(same)
+    deserialize: Callable[[bytes], Any] = staticmethod(same)
 
     async def run(self, handler: Any) -> None:
         """Run the handler to its end and send what it returns, and the status."""
         self.serialize = handler.response_serializer or same
+        self.deserialize = handler.request_deserializer or same
         status: Status = (Code.OK, "", ())
         answer: bytes | None = None
         try:

@@ -1,0 +1,125 @@
+"""The calls of sets of tasks in a simulated leaf process, beside the leaves of jobs that train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from phalanx.tasks import is_task_set
+from phalanx.v1 import coordination_service_pb2, training_pb2
+from phalanx.v1.job_spec_pb2 import JobSpec
+from tests.simulation import task_sets
+from tests.simulation.hosts import Leaf
+from worker import ipc
+from worker.ipc import Kind
+
+LeafFailed = coordination_service_pb2.LeafFailed
+
+
+class CallingLeaf(Leaf):
+    """A leaf process that runs calls, too."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._calls = self._machines.calls
+        self._sets: dict[int, tuple[str, list[Mapping[str, Any]]]] = {}
+        self._running: tuple[str, int] | None = None
+        """Job and task of the call that runs."""
+
+    def hung(self) -> None:
+        if self._running is not None and not self._dead:
+            self._calls.fails(*self._running, self._worker)
+        super().hung()
+
+    def _obey(self, kind: Kind, body: bytes, fds: tuple[int, ...]) -> None:
+        if kind is Kind.SETUP or kind is Kind.DESCRIBE:
+            document, plan_bytes = ipc.unpack_json(body)
+            plan = training_pb2.JobPlan.FromString(plan_bytes)
+            spec = JobSpec.FromString(plan.spec)
+            if is_task_set(spec):
+                self._load(kind, document["job"], plan, spec)
+                return
+        elif kind is Kind.DROP:
+            self._sets.pop(ipc.unpack_json(body)[0]["job"], None)
+        super()._obey(kind, body, fds)
+
+    def _load(self, kind: Kind, job: int, plan: training_pb2.JobPlan, spec: JobSpec) -> None:
+        """Load the function of a set of tasks, to know it or to run it."""
+        self._machines.demand_wanted(spec, self._worker)
+        broken = self._worker in self._calls.unloadable
+        if kind is Kind.DESCRIBE:
+            described = coordination_service_pb2.JobDescribed(job_id=plan.job_id)
+            described.layout.element_count = len(spec.tasks.arguments)
+            reply = ipc.pack_json({"job": job}, described.SerializeToString())
+            self._say(Kind.DESCRIBED, reply)
+            return
+        if not broken:
+            self._sets[job] = plan.job_id, list(spec.tasks.arguments)
+        answer = {"job": job, "error": "it cannot be loaded" if broken else "", "traceback": ""}
+        self._say(Kind.SETUP_DONE, ipc.pack_json(answer))
+
+    def _begin(self, order: ipc.RunOrder) -> None:
+        if order.job in self._sets:
+            self.page.task, self.page.step = order.task, order.version
+            self._call(order, 0)
+        else:
+            super()._begin(order)
+
+    def _call(self, order: ipc.RunOrder, index: int) -> None:
+        """Run one call after another, then say that the batch has ended."""
+        if self._dead:
+            return
+        if index == len(order.parts) or self.page.cancelled_task == order.task:
+            self._over(order)
+            return
+        job_id, every = self._sets[order.job]
+        task = order.parts[index][0]
+        arguments, machines = every[task], self._machines
+        how = self._calls.how(job_id, task, arguments)
+        if how == "stillborn":  # the process ends before it says that it begins
+            self._die(job_id, task)
+            return
+        self.page.shard = task
+        self._running = job_id, task
+        self._calls.begun += 1
+        if how == "endless" or self._worker in machines.hung:
+            return  # until it is killed
+        seconds = task_sets.seconds_of(arguments, machines.leaf_s(self._worker))
+
+        def ends() -> None:
+            if self._dead:
+                return
+            if how == "crashes":
+                self._die(job_id, task)
+                return
+            self.page.shard = -1
+            self._running = None
+            if how or self._worker in machines.bad:
+                machines.bad.discard(self._worker)
+                self._calls.fails(job_id, task, self._worker)
+                self._call_failed(order, index, task, seconds)
+            else:
+                self.page.leaves += 1
+                value = task_sets.value_of(arguments)
+                self._say(Kind.CALL_DONE, ipc.pack_call(order.task, index, seconds, value))
+            self._call(order, index + 1)
+
+        self._loop.call_later(seconds, ends)
+
+    def _die(self, job_id: str, task: int) -> None:
+        self._calls.fails(job_id, task, self._worker)
+        self._dead = True
+        self._loop.call_later(0.001, self._on_exit, self, 1)
+
+    def _call_failed(self, order: ipc.RunOrder, index: int, task: int, seconds: float) -> None:
+        failure = {
+            "task": order.task,
+            "index": index,
+            "shard": task,
+            "kind": int(LeafFailed.KIND_RAISED),
+            "message": "ValueError",
+            "traceback": "in the call",
+            "rows": (0, 0),
+            "seconds": seconds,
+        }
+        self._say(Kind.PART_FAILED, ipc.pack_json(failure))
