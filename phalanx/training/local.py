@@ -299,7 +299,10 @@ class _Job:
                 self._parameters, gradient, divisor, self._decay, self._state, version, self._next
             )
             if not all_finite(self._next):
-                message = f"step {version + 1} made parameters that are not finite"
+                message = (
+                    f"step {version + 1} made parameters that are not finite; "
+                    "lower the learning rate or check the data"
+                )
                 raise _failure(message, "PARAMETERS_NON_FINITE")
             self._parameters, self._next = self._next, self._parameters
         return count, loss

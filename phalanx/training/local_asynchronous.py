@@ -117,7 +117,8 @@ class AsynchronousSteps:
         )
         if not all_finite(following):
             raise FailedPrecondition(
-                f"update {late.update + 1} made parameters that are not finite",
+                f"update {late.update + 1} made parameters that are not finite; "
+                "lower the learning rate or check the data",
                 reason="PARAMETERS_NON_FINITE",
             )
         return following

@@ -336,7 +336,8 @@ class AsynchronousRanges(JobRanges):
             updated = parameters.apply_late(index, version, shortened, count, late, read)
             require_finite(
                 updated,
-                f"step {start.step} of shard {start.shard} made parameters that are not finite",
+                f"step {start.step} of shard {start.shard} made parameters that are not finite; "
+                "lower the learning rate or check the data",
             )
             parameters.versions.publish(version + 1, index, updated)
 

@@ -67,7 +67,11 @@ class OptimizerRoot:
             self._parameters.keep(index, self._version)
             return True
         updated = self._parameters.apply(index, self._version, values, totals.divisor)
-        require_finite(updated, f"step {self._version + 1} made parameters that are not finite")
+        require_finite(
+            updated,
+            f"step {self._version + 1} made parameters that are not finite; "
+            "lower the learning rate or check the data",
+        )
         self._parameters.versions.publish(self._version + 1, index, updated)
         return True
 

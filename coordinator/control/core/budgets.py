@@ -136,7 +136,10 @@ def _non_finite(
             _skip(core, job, message)
             return
     where = "evaluation shard" if message.evaluation else "shard"
-    text = f"the leaf of {where} {message.shard} at step {message.step} is not finite, twice"
+    text = (
+        f"the leaf of {where} {message.shard} at step {message.step} is not finite, twice; "
+        "lower the learning rate or check the data"
+    )
     failure = _failure(message, failures, "NON_FINITE", text)
     core.emit("NON_FINITE_REFUSED", text, job_id=job.job_id, shard=message.shard, step=message.step)
     ending.fail(core, job, "NON_FINITE", text, [failure])

@@ -339,7 +339,7 @@ def test_or_it_is_left_out_of_its_step(dataset: StoredDataset, code: Path) -> No
     # Every step moves by the mean gradient, 1, whoever was left out.
     assert set(result.parameters) == {-3.0}
     twice = custom_plan(dataset, (9, 15), stop={"steps": 3}, on_nonfinite=rule)
-    with pytest.raises(FailedPrecondition, match="not finite"):
+    with pytest.raises(FailedPrecondition, match="not finite; lower the learning rate"):
         train(dataset, twice, code_dir=code)
 
 

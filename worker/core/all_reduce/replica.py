@@ -199,7 +199,10 @@ class Replica:
         decay = self._decay[index]
         self._optimizer.apply(before, values, gradient.count, decay, state, self.version, out)
         if not all_finite(out):
-            raise NonFinite(f"step {self.version + 1} made parameters that are not finite")
+            raise NonFinite(
+                f"step {self.version + 1} made parameters that are not finite; "
+                "lower the learning rate or check the data"
+            )
 
     # -- what starts a version
 
