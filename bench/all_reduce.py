@@ -76,4 +76,6 @@ def _workers(running: phalanx.LocalCluster) -> dict[str, str]:
 
 
 def _ready(running: phalanx.LocalCluster) -> int:
-    return sum(each.state == each.STATE_READY for each in running.describe().workers)
+    """Workers that control knows and that have said where their metrics are."""
+    known = sum(each.state == each.STATE_READY for each in running.describe().workers)
+    return min(known, sum(bool(address) for address in _workers(running).values()))

@@ -74,7 +74,7 @@ def _placed(core: Core, job: JobRuntime, fingerprint: str) -> placement.Owners:
     ready = [key for key in able if key in job.hosts and job.hosts[key].ready]
     chosen = list(dict.fromkeys((*members, *ready))) or list(able)
     slots = {key: able[key].slots for key in chosen}
-    return placement.place_first(job.train.width, slots, job.train.unit).owners
+    return placement.place_members(job.train.width, slots, job.train.unit)
 
 
 def _able(core: Core, job: JobRuntime, fingerprint: str) -> dict[str, Worker]:

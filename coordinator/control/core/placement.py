@@ -42,22 +42,32 @@ def place_first(width: int, slots: Mapping[str, float], unit: int = 1) -> Placem
     """Place all shards of a tree on workers that hold nothing of it yet; whole nodes of `unit`."""
     if not slots or width == 0:
         return Placement({}, frozenset(), "no worker to place shards on")
-    candidates = []
-    grain = unit
-    while grain <= max(width, unit):
-        owners = _contiguous(width, slots, grain)
-        slowest = _slowest(owners, slots)
-        vectors = sum(node_count(shards, width) for shards in _by_worker(owners).values())
-        candidates.append((slowest, vectors, grain, owners))
-        grain *= 2
-    limit = min(each[0] for each in candidates) * UNEVEN_ACCEPTED
-    fitting = [each for each in candidates if each[0] <= limit]
-    _, vectors, grain, owners = min(fitting, key=lambda each: (each[1], each[0]))
+    candidates = _runs(width, slots, unit)
+    grain = min(_fitting(candidates, slots), key=lambda key: _cost(candidates[key], width, slots))
+    owners = candidates[grain]
+    vectors, _ = _cost(owners, width, slots)
     reason = (
         f"{number_of(width, 'shard')} on {number_of(len(slots), 'worker')} by slots, "
         f"in runs of {grain}: {number_of(vectors, 'vector')}"
     )
     return Placement(owners, frozenset(owners), reason)
+
+
+def place_members(width: int, slots: Mapping[str, float], unit: int = 1) -> Owners:
+    """Place all shards as `place_first` does, on as many workers as can have some at no cost.
+
+    For workers that hold everything anyway: one that gets no shard would be a spare that has yet
+    to be sent all of it.
+    """
+    if not slots or width == 0:
+        return {}
+    candidates = {**_runs(width, slots, unit), 0: _one_node_each(width, slots, unit)}
+
+    def worth(key: int) -> tuple[int, tuple[int, float]]:
+        owners = candidates[key]
+        return -len(set(owners.values())), _cost(owners, width, slots)
+
+    return candidates[min(_fitting(candidates, slots), key=worth)]
 
 
 def place_orphans(
@@ -148,6 +158,48 @@ def _contiguous(width: int, slots: Mapping[str, float], grain: int) -> Owners:
         owners.update(dict.fromkeys(range(first, stop), worker))
         first = max(first, stop)
     return owners
+
+
+def _runs(width: int, slots: Mapping[str, float], unit: int) -> dict[int, Owners]:
+    """Placements in one run per worker, by the grain at multiples of which runs begin."""
+    candidates = {}
+    grain = unit
+    while grain <= max(width, unit):
+        candidates[grain] = _contiguous(width, slots, grain)
+        grain *= 2
+    return candidates
+
+
+def _one_node_each(width: int, slots: Mapping[str, float], unit: int) -> Owners:
+    """One node for each worker, the largest for those with most slots; the last may get none."""
+    nodes = cover(0, width, width)
+    while len(nodes) < len(slots):
+        first, span = max(nodes, key=lambda node: (min(node[1], width - node[0]), node[0]))
+        if span <= unit:
+            break
+        nodes.remove((first, span))
+        half = span // 2
+        nodes += [(start, half) for start in (first, first + half) if start < width]
+    nodes.sort(key=lambda node: (-min(node[1], width - node[0]), node[0]))
+    workers = sorted(slots, key=lambda worker: -slots[worker])
+    return {
+        shard: worker
+        for worker, (first, span) in zip(workers, nodes, strict=False)
+        for shard in range(first, min(first + span, width))
+    }
+
+
+def _fitting(candidates: Mapping[int, Owners], slots: Mapping[str, float]) -> list[int]:
+    """Keys of the placements that are not much slower than the fastest."""
+    slowest = {key: _slowest(owners, slots) for key, owners in candidates.items()}
+    limit = min(slowest.values()) * UNEVEN_ACCEPTED
+    return [key for key in candidates if slowest[key] <= limit]
+
+
+def _cost(owners: Owners, width: int, slots: Mapping[str, float]) -> tuple[int, float]:
+    """Vectors that cross the wire, and how long the slowest takes."""
+    vectors = sum(node_count(shards, width) for shards in _by_worker(owners).values())
+    return vectors, _slowest(owners, slots)
 
 
 def _slowest(owners: Owners, slots: Mapping[str, float]) -> float:

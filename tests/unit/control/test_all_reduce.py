@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from coordinator.control.core import events as ev
+from coordinator.control.core.tree import node_count
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -86,15 +87,34 @@ def test_spare_workers_do_not_take_turns(cluster: Any) -> None:
     for number in range(7):
         join(cluster, f"w{number}")
 
-    def eleven(spec: JobSpec) -> None:
+    def five(spec: JobSpec) -> None:
         all_reduce(spec)
-        spec.data.shards = 11
+        spec.data.shards = 5
 
-    cluster.submit(edit=eleven)
+    cluster.submit(edit=five)
     before = term(cluster)
-    assert len(members(cluster)) < 7
+    assert len(members(cluster)) == 5
     cluster.advance(3.0)
     assert term(cluster) == before
+
+
+@pytest.mark.parametrize("workers", [4, 5, 6, 7, 8])
+def test_all_workers_take_part_as_long_as_there_are_shards_and_each_has_one_sub_tree(
+    cluster: Any, workers: int
+) -> None:
+    names = [f"w{number}" for number in range(workers)]
+    for name in names:
+        join(cluster, name)
+
+    def eight(spec: JobSpec) -> None:
+        all_reduce(spec)
+        spec.data.shards = 8
+
+    cluster.submit(edit=eight)
+    assert sorted(members(cluster)) == names
+    assert all(node_count(cluster.shards(name), 8) == 1 for name in names)
+    cluster.kill("w0")
+    assert sorted(members(cluster)) == names[1:]
 
 
 def test_one_that_was_started_again_is_no_member_before_it_is_ready(reducing: Any) -> None:

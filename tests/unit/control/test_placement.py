@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.control.core import tree
-from coordinator.control.core.placement import loads, place_first, place_orphans, rebalance
+from coordinator.control.core.placement import (
+    loads,
+    place_first,
+    place_members,
+    place_orphans,
+    rebalance,
+)
 from phalanx import reduction
 
 WORKERS = st.dictionaries(
@@ -78,6 +84,47 @@ def test_few_vectors_cross_the_wire(
     placed = place_first(width, slots)
     assert sorted(each for each in loads(placed.owners, slots).values() if each) == sorted(counts)
     assert vectors(placed.owners, width) <= most_vectors
+
+
+@pytest.mark.parametrize(
+    ("width", "slots", "counts", "most_vectors"),
+    [
+        (8, [1] * 4, [2, 2, 2, 2], 4),
+        (8, [1] * 5, [2, 2, 2, 1, 1], 5),
+        (8, [1] * 6, [2, 2, 1, 1, 1, 1], 6),
+        (8, [1] * 7, [2, 1, 1, 1, 1, 1, 1], 7),
+        (8, [1] * 9, [1, 1, 1, 1, 1, 1, 1, 1, 0], 8),
+        (9, [1] * 8, [1, 2, 1, 1, 1, 1, 1, 1], 8),
+        (4, [1] * 3, [2, 1, 1], 3),
+        # One with a whole sub-tree each would be slower than the best.
+        (8, [1] * 3, [3, 2, 3], 6),
+        (8, [1, 2, 1], [2, 4, 2], 3),
+        (32, [1] * 5, [6, 7, 6, 6, 7], 14),
+    ],
+)
+def test_as_many_members_have_shards_as_can_at_no_cost(
+    width: int, slots: list[int], counts: list[int], most_vectors: int
+) -> None:
+    workers = {f"w{number}": count for number, count in enumerate(slots)}
+    owners = place_members(width, workers)
+    counted = loads(owners, workers)
+    assert sorted(counted.values()) == sorted(counts)
+    assert set(owners) == set(range(width))
+    assert vectors(owners, width) <= most_vectors
+    assert (counted["w1"] == max(counts)) or len(set(slots)) == 1
+
+
+@given(width=WIDTHS, slots=WORKERS, unit=st.sampled_from([1, 2, 4]))
+@settings(deadline=None, max_examples=50)
+def test_members_are_no_slower_for_being_more(width: int, slots: dict[str, int], unit: int) -> None:
+    def slowest(owners: dict[int, str]) -> float:
+        return max(count / slots[worker] for worker, count in loads(owners, slots).items())
+
+    first, owners = place_first(width, slots, unit).owners, place_members(width, slots, unit)
+    assert set(owners) == set(range(width))
+    assert slowest(owners) <= 1.1 * slowest(first)
+    assert all(len({owners[each] for each in range(at, min(at + unit, width))}) == 1
+               for at in range(0, width, unit))  # fmt: skip
 
 
 @given(width=WIDTHS, slots=WORKERS, dead=st.sampled_from([f"w{n}" for n in range(8)]))

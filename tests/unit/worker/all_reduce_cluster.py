@@ -217,7 +217,13 @@ class Stream:
 class Cluster:
     """All members, and what control does: terms, members, placement."""
 
-    def __init__(self, seed: int, plan: training_pb2.JobPlan, names: list[str]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        plan: training_pb2.JobPlan,
+        names: list[str],
+        stops: list[int] | None = None,
+    ) -> None:
         self.random = random.Random(seed)
         self.plan = plan
         self.members: dict[str, Member] = {}
@@ -227,10 +233,11 @@ class Cluster:
         self.committed: list[tuple[int, int]] = []
         self.events = 0
         self.delivered: Counter[str] = Counter()
-        self.change(names)
+        self.change(names, stops)
 
-    def change(self, names: list[str]) -> None:
-        """A new term with these members; those that are new start empty."""
+    def change(self, names: list[str], stops: list[int] | None = None) -> None:
+        """A new term with these members; those that are new start empty. `stops` are the ends of
+        their shards, where these are not as even as can be."""
         self.term += 1
         self.members = {name: self.members.get(name) or Member(self, name) for name in names}
         elements = self.plan.layout.element_count
@@ -248,7 +255,9 @@ class Cluster:
             )
             for index, name in enumerate(names)
         ]
-        stops = [round((index + 1) * self.plan.shards / len(names)) for index in range(len(names))]
+        stops = stops or [
+            round((index + 1) * self.plan.shards / len(names)) for index in range(len(names))
+        ]
         first = 0
         for name, stop in zip(names, stops, strict=True):
             nodes = [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from coordinator.control.core.placement import place_members
 from phalanx.frames import BLOCK_ELEMENTS
 from tests.simulation.mutants import Change, Mutant, planted
 from tests.unit.worker.all_reduce_cluster import Cluster, plan_of, reference, spec_of
@@ -134,3 +136,17 @@ def test_a_member_sends_less_than_two_vectors_in_a_step(workers):
     assert job.run(events=EVENTS_MAX)
     for member in job.members.values():
         assert member.sent_bytes[2] <= 2 * 4 * plan.layout.element_count
+
+
+def test_members_with_sub_trees_of_different_sizes_send_no_more_and_get_the_same_bits():
+    names = [f"w{n}" for n in range(5)]
+    owners = place_members(8, dict.fromkeys(names, 1))
+    stops = [max(shard for shard in owners if owners[shard] == name) + 1 for name in names]
+    assert sorted(after - before for before, after in pairwise([0, *stops])) == [1, 1, 2, 2, 2]
+    plan = plan_of(spec_of(STEPS), shards=8, elements=5 * BLOCK_ELEMENTS)
+    job = Cluster(1, plan, names, stops)
+    assert job.run(events=EVENTS_MAX)
+    expected = reference(plan, STEPS)[-1]
+    for member in job.members.values():
+        np.testing.assert_array_equal(member.core.replica.parameters, expected)
+        assert member.sent_bytes[STEPS - 1] <= 2 * 4 * plan.layout.element_count
