@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from coordinator.control.core import levels, sharing, speeds
 from coordinator.control.core.eligibility import ITEM_BYTES, weight_of
-from coordinator.control.core.placement import loads
+from coordinator.control.core.placement import Owners, loads
 from coordinator.control.core.state import Core, JobRuntime, Worker
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 
@@ -95,7 +95,13 @@ def decide(core: Core, job: JobRuntime) -> Levels | None:
     pays_within_s = max(PAYS_WITHIN_S, PAYS_WITHIN_STEPS * step_s)
     pace = levels.Pace(slots, factors, pace.vector, MOVE_LEAVES * step_s / pays_within_s)
     train = levels.level(
-        tree.owners, tree.width, pace, tree.unit, unit_travels=unit_travels, had=job.had
+        tree.owners,
+        tree.width,
+        pace,
+        tree.unit,
+        unit_travels=unit_travels,
+        had=job.had,
+        all_have_some=job.all_reduce,
     )
     if (train.before - train.after) * leaf_s < STEP_SHARE_LEAST * step_s:
         return None
@@ -104,6 +110,17 @@ def decide(core: Core, job: JobRuntime) -> Levels | None:
     # Sums of an evaluation are a few numbers; its leaves are not measured, and much alike.
     pace = levels.Pace(slots, factors)
     return Levels(train, levels.level(job.evaluation.owners, job.evaluation.width, pace))
+
+
+def leveled(core: Core, job: JobRuntime, owners: Owners) -> Owners:
+    """Return a new placement on some workers by what was measured of them, each with a shard."""
+    slots = {key: core.workers[key].slots for key in dict.fromkeys(owners.values())}
+    pace = levels.Pace(slots, _factors(core, job, slots))
+    job.leveling.uneven = any(factor != 1 for factor in pace.factors.values())
+    if not job.leveling.uneven:
+        return owners
+    found = levels.level(owners, job.train.width, pace, job.train.unit, all_have_some=True)
+    return found.placement.owners
 
 
 @dataclass(frozen=True)
@@ -147,6 +164,8 @@ def _in_sight(core: Core, job: JobRuntime) -> _Sight:
 def _slots(core: Core, job: JobRuntime) -> dict[str, int]:
     """Slots of the hosts that compute."""
     ready = sorted(key for key, hosted in job.hosts.items() if hosted.ready)
+    if job.all_reduce:
+        ready = [key for key in ready if job.hosts[key].train]  # others are no members
     workers = [core.workers[key] for key in ready if key not in job.set_aside]
     return {each.id: each.slots for each in workers if each.state == WorkerView.STATE_READY}
 

@@ -96,10 +96,11 @@ def level(core: Core, job: JobRuntime) -> None:
     facts = core.facts_of(job)
     if facts.resuming or job.ending is not None or core.now.monotonic_s < job.adopt_until_s:
         return
-    if job.all_reduce:  # shards stay where they are for a term
-        return
     found = balancing.decide(core, job) if balancing.watch(core, job) else None
     if found is None:
+        return
+    if job.all_reduce:
+        job.leveling.due = found.train.placement  # shards stay where they are for a term
         return
     train = _take_over(core, job, job.train, found.train.placement)
     evaluation = _take_over(core, job, job.evaluation, found.evaluation.placement)

@@ -86,17 +86,20 @@ def level(
     *,
     unit_travels: bool = False,
     had: Mapping[int, Collection[str]] | None = None,
+    all_have_some: bool = False,
 ) -> Level:
     """Move whole nodes between the workers of `pace` if the slowest gets clearly faster.
 
     `had` names who hosted a shard before, and may still have its data. Every owner is in `pace`.
+    With `all_have_some` every worker of `pace` has a shard, and keeps one however slow it is.
     """
     tree = _Tree(width, unit, unit_travels, had or {})
     before = _slowest(owners, tree, pace)
     best: tuple[float, int, Owners] = (before, 0, owners)
     grain = unit
-    while grain < max(2 * unit, width):
-        wanted = _counts(owners, width, grain, pace)
+    least = len(pace.slots) if all_have_some else 0
+    while grain < max(2 * unit, width) and grain * least <= width:
+        wanted = _counts(owners, width, grain, pace, grain if all_have_some else 0)
         for candidate in (_toward(owners, wanted, tree), _contiguous(owners, wanted, tree)):
             moved = [shard for shard in candidate if candidate[shard] != owners[shard]]
             far = sum(candidate[shard] not in tree.had.get(shard, ()) for shard in moved)
@@ -129,11 +132,12 @@ def _held(owners: Owners) -> dict[str, list[int]]:
     return held
 
 
-def _counts(owners: Owners, width: int, grain: int, pace: Pace) -> dict[str, int]:
-    """Return how many shards each worker should have, in multiples of the grain: each grain goes
-    to whoever is through with it first, and among equals to who has most of the shards now."""
+def _counts(owners: Owners, width: int, grain: int, pace: Pace, least: int = 0) -> dict[str, int]:
+    """Return how many shards each worker should have, `least` or more, in multiples of the grain:
+    each grain goes to whoever is through with it first, and among equals to who has most of the
+    shards now."""
     held = {worker: len(shards) for worker, shards in _held(owners).items()}
-    counts = dict.fromkeys(pace.slots, 0)
+    counts = dict.fromkeys(pace.slots, least)
 
     def entry(worker: str) -> tuple[float, int, str]:
         there = counts[worker] + grain
@@ -141,7 +145,7 @@ def _counts(owners: Owners, width: int, grain: int, pace: Pace) -> dict[str, int
 
     heap = [entry(worker) for worker in counts]
     heapq.heapify(heap)
-    left = width
+    left = width - least * len(counts)
     while left > 0:
         worker = heap[0][2]
         counts[worker] += min(grain, left)

@@ -10,7 +10,7 @@ ranges. The host of shard 0 is the root.
 
 from __future__ import annotations
 
-from coordinator.control.core import placement
+from coordinator.control.core import balancing, placement
 from coordinator.control.core.eligibility import choose_hosts, group_of
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.ownership import Owners
@@ -25,7 +25,8 @@ def current(core: Core, job: JobRuntime) -> list[str]:
 
 
 def have_changed(core: Core, job: JobRuntime) -> bool:
-    """Whether the job needs a new term: a member is gone, or there would be more of them.
+    """Whether the job needs a new term: a member is gone, there would be more of them, or their
+    shards are to be placed by measured speed.
 
     Not every worker gets shards where there are few, and a term that only put one in the place of
     another would be followed by the next.
@@ -39,7 +40,7 @@ def have_changed(core: Core, job: JobRuntime) -> bool:
         return bool(wanted)
     able = _able(core, job, facts.fingerprint)
     gone = any(each not in able or not takes_part(core, job, each) for each in members)
-    return gone or len(wanted) > len(members)
+    return gone or len(wanted) > len(members) or job.leveling.due is not None
 
 
 def may_be_chosen(core: Core, job: JobRuntime) -> bool:
@@ -52,6 +53,11 @@ def choose(core: Core, job: JobRuntime, plan: JobPlan) -> Owners | None:
     owners = _placed(core, job, plan.fingerprint)
     if not owners:
         return None
+    due, job.leveling.due, job.leveling.why = job.leveling.due, None, ""
+    if due is not None and set(due.owners.values()) == set(owners.values()):
+        owners, job.leveling.why = due.owners, due.reason
+    else:
+        owners = balancing.leveled(core, job, owners)
     members = list(dict.fromkeys(owners[shard] for shard in sorted(owners)))
     slots = {member: core.workers[member].slots for member in members}
     job.train.owners = owners

@@ -22,6 +22,7 @@ from coordinator.control.core.effects import (
 )
 from coordinator.control.core.facts import Facts, JobFacts
 from coordinator.control.core.lifecycle import RUNNING
+from coordinator.control.core.placement import Placement
 from coordinator.control.core.quotas import Quotas
 from coordinator.control.core.speeds import Speed
 from phalanx.errors import PhalanxError
@@ -207,6 +208,10 @@ class Leveling:
     next_s: float = 0.0
     step_s: float = 0.0
     """Smoothed time between commits, as the root reports them."""
+    due: Placement | None = None
+    """Where workers own the parameters: a better placement of the shards, for a new term."""
+    why: str = ""
+    """Why this term has it; empty: it began for another reason."""
 
 
 @dataclass

@@ -400,16 +400,16 @@ def _remaining(core: Core, job: JobRuntime) -> set[str]:
 def _tell_members(core: Core, job: JobRuntime, remain: set[str], incident_id: str) -> None:
     """Tell who reduces from now on. Nothing is rolled back: one that is left knows everything."""
     facts = core.facts_of(job)
-    workers = ", ".join(members.current(core, job))
+    workers, why = ", ".join(members.current(core, job)), job.leveling.why
     core.emit(
         "SHARDS_MOVED",
-        f"term {facts.term}: the open step is computed again by {workers}",
+        f"term {facts.term}: the open step is computed again by {workers}" + (why and f"; {why}"),
         job_id=job.job_id,
         after=job.after,
         incident_id=incident_id,
         step=job.step,
         details={
-            "cause": "members",
+            "cause": "speed" if why else "members",
             "workers": workers,
             "term": facts.term,
             "remaining": ",".join(sorted(remain)),

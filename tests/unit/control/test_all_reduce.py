@@ -294,3 +294,77 @@ def test_what_a_worker_with_other_bits_described_is_described_again(cluster: Any
     assert describing in ("w1", "w3")
     cluster.describe(cluster.sessions[describing], "job-1")
     assert (cluster.state(), members(cluster)) == ("RUNNING", ["w1", "w3"])
+
+
+class Beats:
+    """Four members with one slot each, whose heartbeats tell how long their leaves take."""
+
+    def __init__(self, cluster: Any) -> None:
+        self.cluster, self.step = cluster, 0
+        self.leaf_s = dict.fromkeys(("w1", "w2", "w3", "w4"), 0.1)
+        self.seconds = dict.fromkeys(self.leaf_s, 0.0)
+        for name in self.leaf_s:
+            join(cluster, name)
+        cluster.submit(edit=all_reduce)
+
+    def go(self, seconds: float) -> None:
+        for _ in range(round(seconds / 0.5)):
+            self.cluster.time_s += 0.5
+            self.step += 1
+            for name in self.leaf_s:
+                self.seconds[name] += 5 * self.leaf_s[name]
+                progress = pb.WorkerJobProgress(
+                    job_id="job-1",
+                    term=term(self.cluster),
+                    step=self.step,
+                    train_leaves=5 * self.step,
+                    train_leaf_seconds=self.seconds[name],
+                )
+                heartbeat = pb.Heartbeat(jobs=[progress])
+                self.cluster.say(self.cluster.sessions[name], heartbeat=heartbeat)
+            self.cluster.report("job-1", self.step, owner=members(self.cluster)[0])
+            self.cluster.feed(ev.Tick())
+
+    def counts(self) -> list[int]:
+        return [len(self.cluster.shards(name)) for name in sorted(members(self.cluster))]
+
+
+@pytest.fixture
+def beats(cluster: Any) -> Beats:
+    return Beats(cluster)
+
+
+def test_shards_of_members_follow_measured_speed_by_a_new_term(beats: Beats) -> None:
+    beats.go(5.0)
+    assert (term(beats.cluster), beats.counts()) == (1, [4, 4, 4, 4])
+    beats.leaf_s["w3"] = 0.4
+    beats.go(10.0)
+    assert (term(beats.cluster), beats.counts()) == (2, [5, 5, 1, 5])
+    covered(beats.cluster)
+    (event,) = (each for each in beats.cluster.events if each.type == "SHARDS_MOVED")
+    assert event.details["cause"] == "speed"
+    assert "by measured speed" in event.message
+    beats.go(20.0)
+    assert term(beats.cluster) == 2, "they do not dance"
+    beats.leaf_s["w3"] = 0.1
+    beats.go(20.0)
+    assert (term(beats.cluster), beats.counts()) == (3, [4, 4, 4, 4])
+
+
+def test_a_member_however_slow_keeps_a_shard_and_no_term_follows_the_other(beats: Beats) -> None:
+    beats.leaf_s["w3"] = 10.0
+    beats.go(30.0)
+    assert (term(beats.cluster), beats.counts()) == (2, [5, 5, 1, 5])
+
+
+def test_a_term_that_begins_for_another_reason_has_shards_by_speed_at_once(beats: Beats) -> None:
+    beats.leaf_s["w3"] = 0.4
+    beats.go(10.0)
+    beats.cluster.kill("w1")
+    assert (term(beats.cluster), beats.counts()) == (3, [7, 2, 7])
+    assert [each.details["cause"] for each in beats.cluster.events if each.type == "SHARDS_MOVED"][
+        1:
+    ] == ["members"]
+    del beats.leaf_s["w1"]
+    beats.go(30.0)
+    assert term(beats.cluster) == 3
