@@ -5,10 +5,10 @@
 
 Runs seeds of the swarm, every fourth of them with a second user (`neighbour`), with a third one
 (`newcomer`) and with jobs that have wishes (`wishes`), and the scenarios: those of the planted
-bugs, without the bugs, those that once found one, and those that come about seldom (`scenes`), all
-under `coverage`. It tells what was never run, and fails if a seed does or if less was run than
-`REACH_PERCENT`. With `--keep` measurements are kept, and the next call goes on with what has not
-been run yet.
+bugs, without the bugs, those that once found one, those that come about seldom (`scenes`), and some
+of sets of tasks, all under `coverage`. It tells what was never run, and fails if a seed does or if
+less was run than `REACH_PERCENT`. With `--keep` measurements are kept, and the next call goes on
+with what has not been run yet.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ NOT_REACHED = {
     r"if TYPE_CHECKING:": "is never run",
 }
 """Lines that no simulated cluster reaches, as regular expressions, and why; they do not count."""
+
+TASK_SETS = tuple(Known(seed, settings=(("tasks", 2), ("shapes", ()))) for seed in range(12))
+"""Runs of nothing but sets of tasks."""
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = 1000
@@ -161,7 +164,7 @@ def _scenarios() -> dict[str, Known]:
     """Every scenario by a name that stays the same as long as it does."""
     return {
         hashlib.sha256(repr(known).encode()).hexdigest()[:12]: known
-        for known in (*KNOWN.values(), *FOUND_BUGS, *SCENES)
+        for known in (*KNOWN.values(), *FOUND_BUGS, *SCENES, *TASK_SETS)
     }
 
 
