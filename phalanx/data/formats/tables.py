@@ -23,6 +23,7 @@ from phalanx.data.options import IngestOptions
 from phalanx.data.preprocess import ColumnValues, Whereabouts
 from phalanx.data.sources import TableBatch, TableShape
 from phalanx.errors import InvalidArgument, NotFound
+from phalanx.texts import number_of
 
 _BATCH_CELLS = 1 << 19
 _BATCH_ROWS = 1 << 16
@@ -122,7 +123,7 @@ def _check_present(name: str, wanted: Iterable[str], present: Sequence[str]) -> 
     for column in wanted:
         count = counts[column]
         if count != 1:
-            problem = "has no column" if not count else f"has {count} columns of the name"
+            problem = f"has {number_of(count, 'column')} of the name" if count else "has no column"
             raise InvalidArgument(f"{name} {problem} {column!r}")
 
 
