@@ -25,7 +25,7 @@ FINGERPRINT = "of no machine"
 STAYS_S = 0.5
 BETWEEN_S = 0.05
 ANOTHER_TERM = 1 << 20
-TERMS_TRIED = (1, 2)
+TERMS_TRIED = (1,)
 EXCHANGE = "/phalanx.v1.AggregationService/Exchange"
 
 Request = pb.SessionRequest

@@ -137,6 +137,9 @@ SCENES = {
         ("kill_control", "kill_worker", "kill_aggregator"),
         (
             ("garbage_s", 1.0),
+            ("controls", 2),
+            ("aggregators", 1),
+            ("workers", 2),
             ("stranger", True),
             ("faults_s", 9.0),
             ("leaf_s", 0.3),
