@@ -1,6 +1,6 @@
 """``python -P -m phalanx.cli`` is ``phalanx``."""
 
-from phalanx.cli.main import main
+from phalanx.cli.entry import main
 
 if __name__ == "__main__":
     main()

@@ -4,7 +4,9 @@ import tempfile
 
 import pytest
 
+import phalanx.cli
 from phalanx import errors
+from phalanx.cli import entry
 from phalanx.cli.errors import EXIT_OF_CODE, Exit
 from phalanx.cli.main import main
 from phalanx.local.ports import free_ports
@@ -218,3 +220,20 @@ def test_a_terminal_without_our_characters_gets_others(monkeypatch):
         assert ended.value.code == 0
         file.seek(0)
         assert b"Start with: phalanx up   ?   Help" in file.read()
+
+
+class Interrupting:
+    """Ctrl-C that comes while a module is found."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "phalanx.cli.main":
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_the_program_is_loaded_is_no_crash(monkeypatch):
+    monkeypatch.delitem(sys.modules, "phalanx.cli.main")
+    monkeypatch.delattr(phalanx.cli, "main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 130

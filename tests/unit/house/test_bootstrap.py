@@ -238,7 +238,7 @@ def test_working_tree_is_importable_and_has_its_command(machine: Machine) -> Non
     machine.quick_python()
     package = machine.project / "phalanx/cli"
     package.mkdir(parents=True)
-    (package / "main.py").write_text(
+    (package / "entry.py").write_text(
         "import sys\ndef main():\n    print(sys.argv)\n    return 6\n", encoding="utf-8"
     )
     result = machine.bootstrap("phalanx", "submit", "a b")
