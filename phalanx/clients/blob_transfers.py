@@ -15,6 +15,9 @@ DIGESTS_PER_CALL = 10_000
 STREAM_TIMEOUT_S = 3600.0
 """Deadline of a transfer whose size is not known beforehand."""
 
+_ANSWER_S = 0.2
+"""An upload that is refused while it is written may end without the reason; the next one leaves so
+much time for it after its first message."""
 _SLOWEST_BYTES_PER_S = 4e6
 
 
@@ -128,8 +131,12 @@ class BlobTransfers:
             yield response
 
     async def _upload(self, content: Repeatable, digest: str, timeout_s: float) -> str:
+        tried = False
+
         async def attempt(first: pb.PutBlobRequest, *, timeout: float) -> pb.PutBlobResponse:
-            return await self._stub.PutBlob(_messages(first, content), timeout=timeout)
+            nonlocal tried
+            pause_s, tried = _ANSWER_S if tried else 0.0, True
+            return await self._stub.PutBlob(_messages(first, content, pause_s), timeout=timeout)
 
         first = pb.PutBlobRequest(expected_digest=digest, expected_bytes=content.size_bytes or -1)
         response: pb.PutBlobResponse = await call_with_retry(
@@ -147,10 +154,13 @@ class BlobTransfers:
 
 
 async def _messages(
-    first: pb.PutBlobRequest, content: Repeatable | Stream
+    first: pb.PutBlobRequest, content: Repeatable | Stream, pause_s: float = 0.0
 ) -> AsyncIterator[pb.PutBlobRequest]:
-    """Yield the messages of an upload; the first one carries the expectations."""
+    """Yield the messages of an upload; the first one carries the expectations, and may be refused:
+    a pause after it leaves time for that."""
     yield first
+    if pause_s:
+        await asyncio.sleep(pause_s)
     async for piece in content.pieces():
         yield pb.PutBlobRequest(chunk=bytes(piece))
 

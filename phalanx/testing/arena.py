@@ -19,7 +19,7 @@ from phalanx.sdk.values import Event
 
 GUARD_S = 90.0
 """Deadline of every wait; reached only when something is broken."""
-POLL_FIRST_S, POLL_LONGEST_S = 0.01, 0.05
+POLL_FIRST_S, POLL_LONGEST_S = 0.01, 0.02
 """Asking costs the cluster some milliseconds of processor time, so long waits ask less often."""
 
 SOFTMAX_MODEL = '''

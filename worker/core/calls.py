@@ -186,7 +186,7 @@ class TaskSetCore:
             number = part.node.first
             if part.state is not PartState.RUNNING or attempt not in self._open:
                 continue
-            if lost and self._blame_without_call(number):
+            if lost and not task.unheard and self._blame_without_call(number):
                 message = "the leaf process dies again and again before it runs the call"
                 failure = Failure(code="CRASHED", message=message)
                 effects += self.report(number, attempt, failure=failure)

@@ -29,6 +29,9 @@ class Task:
     parameters: int = -1
     absent: frozenset[int] = field(default_factory=frozenset)
     cancelled: bool = False
+    #: Whether its process died of the death of the one that starts them, and before it took the
+    #: task in: which says nothing of its parts.
+    unheard: bool = False
 
     @property
     def is_call(self) -> bool:

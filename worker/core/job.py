@@ -255,7 +255,7 @@ class JobCore:
             if part.state is not PartState.RUNNING:
                 continue
             part.state = PartState.PENDING
-            if lost and self._blame_without_leaf(part):
+            if lost and not task.unheard and self._blame_without_leaf(part):
                 message = "the leaf process dies again and again before it runs a leaf"
                 failure = LeafFailure(part.node.first, LeafFailed.KIND_CRASHED, message)
                 effects += self.part_failed(task, part, failure)

@@ -460,6 +460,7 @@ class SlotPool:
             place.describing.set_exception(_Died(how))
         if task is not None:
             self._leave(place)
+            task.unheard = process.orphaned and process.page.task != task.id
             self._blame(task, job, process, code)
             self._events.task_ended(task, lost=True)
         self._start_again(place)

@@ -265,6 +265,16 @@ def test_a_process_that_dies_again_and_again_before_the_call_is_its_failure() ->
     assert driver.running == []
 
 
+def test_who_died_before_it_heard_of_a_call_says_nothing_of_it() -> None:
+    driver = Driver()
+    driver.give(6)
+    for _ in range(LOSSES_WITHOUT_BLAME_MAX + 1):
+        driver.running[0].unheard = True
+        driver.end(driver.running[0], lost=True)
+    assert driver.told() == []
+    assert numbers(driver.running[0]) == [6]
+
+
 def test_such_deaths_are_forgotten_once_the_call_got_through() -> None:
     driver = Driver()
     driver.give(6)

@@ -359,6 +359,21 @@ def test_deaths_outside_of_leaves_are_blamed_in_the_end() -> None:
     assert (failed.kind, failed.shard) == (LeafFailed.KIND_CRASHED, 0)
 
 
+def test_who_died_before_it_heard_of_a_task_says_nothing_of_its_shards() -> None:
+    """All processes die with their server, one after the other: each may be given the task that the
+    one before it lost, as long as its own end is not known."""
+    driver = _started()
+    driver.frame(0)
+    driver.go(0)
+    for _ in range(6):
+        driver.running[0].unheard = True
+        driver.end(driver.running[0], lost=True)
+    assert not any(message.HasField("leaf_failed") for message in driver.reports)
+    while driver.running:
+        driver.finish()
+    assert driver.sent()
+
+
 def test_a_failed_shard_waits_for_control_and_the_rest_goes_on() -> None:
     driver = Driver(slots=1)
     driver.assign([Node(0, 2), Node(2, 1)])

@@ -180,6 +180,17 @@ async def test_what_died_with_its_server_is_nobodys_fault(pool, monkeypatch, orp
     assert told == ([True] if orphaned else ["failed", True])
 
 
+@pytest.mark.parametrize(("orphaned", "begun"), [(True, 6), (True, 7), (False, 6)])
+async def test_who_died_with_its_server_may_not_have_heard_of_its_task(pool, orphaned, begun):
+    process, place = started[0], pool._places[0, ""]
+    task = place.task = SimpleNamespace(id=7, slot=0, parts=[])
+    place.job = JOB
+    process.page = SimpleNamespace(task=begun, shard=-1)
+    process.orphaned = orphaned
+    process.die()
+    assert task.unheard == (orphaned and begun != task.id)
+
+
 @pytest.mark.parametrize("guiltless", ["orphaned", "killed_as_hung"])
 async def test_a_model_that_is_not_to_blame_for_a_death_is_built_by_the_next(pool, guiltless):
     """Its process died with its server, or was killed since the model before it hung."""
