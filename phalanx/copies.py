@@ -15,7 +15,7 @@ open anyway, and control need not be there.
   10 s: a worker whose first payload never comes must not hold a job up for good.
 - Late shards go to workers that have delivered everything; the home of a late shard is not asked
   to do anything else, so its nodes stay whole. Only where nobody else could, its home is asked
-  for a copy, too: it may not be its home any more.
+  for a copy, too: it may not be its home any more. After it other late workers are asked.
 - A worker that was late is taken to be late again: others compute its home from the start of the
   next rounds on, until it delivers all of it in a round by itself. So a stopped worker costs one
   wait, not one in each step.
@@ -32,7 +32,7 @@ open anyway, and control need not be there.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import and_, or_
@@ -323,11 +323,13 @@ class Copies:
         self, round: OpenRound, missing: int, home: str, cause: str, mask: int, now_s: float
     ) -> list[Order]:
         """Ask workers for copies: those that are through with their own, where time decides."""
-        load = self._load(missing, mask)
+        load = self._load(missing, mask, self._takers - self._late.keys())
         if not load and home in self._takers and not self._given_to(home) & mask:
             # Nobody else could. What is his he owes anyway, but control may have moved it to a
             # worker that is not heard of.
             load = {home: 0}
+        # So may it have been with those that are late: what they do not deliver is not theirs.
+        load = load or self._load(missing, mask, self._takers & self._late.keys())
         if home == UNKNOWN:
             proven = self._kind.home.keys() | self._delivered.keys()
             load = {name: count for name, count in load.items() if name in proven} or load
@@ -345,13 +347,13 @@ class Copies:
             self._given.append(_Given(taker, shards_mask(taken, round.width), now_s))
         return [Order(taker, round.key, tuple(taken)) for taker, taken in nodes.items()]
 
-    def _load(self, missing: int, mask: int) -> dict[str, int]:
+    def _load(self, missing: int, mask: int, takers: Iterable[str]) -> dict[str, int]:
         """Missing shards that each worker owes who may be asked for copies of `mask`."""
         load = {}
-        for worker_id in self._takers:
+        for worker_id in takers:
             home = self._kind.home.get(worker_id, 0)
             given = self._given_to(worker_id)
-            if worker_id not in self._late and not (home | given) & mask:
+            if not (home | given) & mask:
                 load[worker_id] = ((home | given) & missing).bit_count()
         return load
 

@@ -475,3 +475,21 @@ def test_a_copy_of_what_came_from_home_as_well_makes_nobody_late() -> None:
     rounds.open()
     assert rounds.look() == []
     assert rounds.copies.late_workers(rounds.now_s) == {}
+
+
+def test_who_is_late_is_asked_where_nobody_else_is_left() -> None:
+    """It may be late for another one's sake, whose home it was given and who delivers nothing."""
+    rounds = Rounds({"w1": range(6), "w2": range(6, 12)})
+    for _ in range(5):
+        rounds.whole()
+    rounds.open()
+    rounds.deliver("w1")
+    assert {order.worker_id for order in rounds.look(0.2)} == {"w1"}
+    rounds.deliver("w1", mask_of(range(6, 12)), copy=True)
+    rounds.open(EVALUATE)
+    rounds.deliver("w2", mask_of(range(11)))
+    first = rounds.look(PATIENCE_UNMEASURED_S)
+    assert [(order.worker_id, shards_of([order])) for order in first] == [("w1", {11})]
+    second = rounds.look(PATIENCE_UNMEASURED_S + 0.01)
+    assert [(order.worker_id, shards_of([order])) for order in second] == [("w2", {11})]
+    assert rounds.look(PATIENCE_UNMEASURED_S + 0.01) == []
