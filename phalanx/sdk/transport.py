@@ -28,6 +28,8 @@ ROUNDS = 4
 SILENCE_S = 5.0
 """Silence of one address after which another one is tried, where there is one. It doubles each
 time, so that a call which takes long gets through as well."""
+CLOSE_S = 2.0
+"""How long a channel may take to close before it is left to the end of the process."""
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 1.0
 
@@ -129,7 +131,10 @@ class Transport:
             channels = list(self._channels.values())
             self._channels.clear()
         for channel in channels:
-            channel.close()
+            # It waits for the end of its calls, and one that Ctrl-C broke off may have none.
+            closing = threading.Thread(target=channel.close, daemon=True)
+            closing.start()
+            closing.join(CLOSE_S)
 
     def _unary(self, address: str, method: Method[Any, Any]) -> Any:
         return self._channel(address).unary_unary(
