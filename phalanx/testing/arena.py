@@ -19,8 +19,6 @@ from phalanx.sdk.values import Event
 
 GUARD_S = 90.0
 """Deadline of every wait; reached only when something is broken."""
-POLL_FIRST_S, POLL_LONGEST_S = 0.01, 0.02
-"""Asking costs the cluster some milliseconds of processor time, so long waits ask less often."""
 
 SOFTMAX_MODEL = '''
 """A softmax regression."""
@@ -121,7 +119,6 @@ def unhurried_job(steps: int) -> dict[str, Any]:
 def wait_until(condition: Callable[[], Any], what: str) -> Any:
     """Poll until the condition is true; its value."""
     deadline = time.monotonic() + GUARD_S
-    pause_s = POLL_FIRST_S
     while True:
         # A service that has just been killed is not there for a moment.
         with contextlib.suppress(Unavailable):
@@ -129,8 +126,7 @@ def wait_until(condition: Callable[[], Any], what: str) -> Any:
                 return value
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {GUARD_S:g} s for {what}")
-        time.sleep(pause_s)
-        pause_s = min(pause_s * 1.2, POLL_LONGEST_S)
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager
