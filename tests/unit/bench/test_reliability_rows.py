@@ -87,14 +87,11 @@ def test_tests_of_chaos_that_compare_bits_are_marked():
 
 
 def test_a_planted_bug_that_was_not_found_is_named():
-    swarm = [{"name": f"bug {n}", "seeds": min(n, 20), "found": n <= 20} for n in range(1, 26)]
-    directed = [{"name": f"bug {n}", "seeds": n, "found": True} for n in range(21, 26)]
-    row = row_of(swarm, directed, "command", quick=False)
+    found = [{"name": f"bug {n}", "seeds": n, "found": True} for n in range(1, 26)]
+    row = row_of(found, "command", quick=False)
     assert (row.value, row.trials, row.reached) == (25, 25, True)
-    assert row.note.startswith("20 of them by the swarm within 20 seeds, the others by a scenario")
-    assert row.note.endswith("the last after 45 seeds in all")
-    directed[0] = {"name": "bug 21", "seeds": 1980, "found": False}
-    row = row_of(swarm, directed, "command", quick=False)
-    assert (row.value, row.reached) == (24, False)
-    assert "not found: bug 21" in row.note
-    assert row_of(swarm[:5], [], "c", quick=False).reached is False, "too few were planted"
+    assert row.note == "at once 1, within 20 seeds 20, the last after 25"
+    row = row_of([*found, {"name": "fence", "seeds": 2000, "found": False}], "c", quick=False)
+    assert row.reached is False
+    assert "not found: fence" in row.note
+    assert row_of(found[:5], "c", quick=False).reached is False, "too few were planted"
