@@ -24,8 +24,6 @@ WORKERS = 3
 
 CACHE_BYTES = 64 * 2**20
 """Some times what the leaves of a worker read at a time: four chunks for each of its shards."""
-CHUNK_BYTES = 2**20
-"""Whoever takes a shard over fetches four chunks: of 1 MiB each, as where recovery matters most."""
 FEATURES = 128
 LARGE_TRIALS = 15
 LONGER_ACCEPTED_S = 0.1
@@ -57,8 +55,7 @@ def run(command: str) -> list[Measurement]:
             f"<= baseline + {LONGER_ACCEPTED_S}",
             large <= cached + LONGER_ACCEPTED_S,
             command,
-            note=f"medians of {LARGE_TRIALS} trials; 10 and 0.5 times the cache of a worker, "
-            "chunks of 1 MiB",
+            note=f"medians of {LARGE_TRIALS} trials; 10 and 0.5 times the cache of a worker",
         ),
     ]
 
@@ -86,7 +83,7 @@ def _with_data(caches: float) -> list[float]:
     }
     limits = {"PHALANX_WORKER_CACHE_BYTES": str(CACHE_BYTES)}
     with cluster(workers=WORKERS, environment=limits) as running:
-        running.data.add("rows", features, targets, chunk_bytes=CHUNK_BYTES)
+        running.data.add("rows", features, targets)
         job = running.submit({"name": "recovery", "data": {"name": "rows"}, "train": train})
         return kill_again_and_again(running, job, LARGE_TRIALS)
 

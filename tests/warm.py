@@ -25,7 +25,7 @@ from phalanx.forking import client
 from phalanx.forking.client import ForkedProcess
 from phalanx.forking.server import print_to, serve
 from phalanx.local import fork_server, forks
-from phalanx.local.layout import _IMPORTS as IMPORTS
+from phalanx.local.layout import IMPORTS
 
 ANSWER_TIMEOUT_S = 60.0
 

@@ -9,13 +9,14 @@ from phalanx.local.options import HOST, LocalOptions
 from phalanx.local.ports import check_free, free_ports
 
 CONTROL, AGGREGATOR, WORKER, STORAGE = "control", "aggregator", "worker", "storage"
-_IMPORTS = {
+IMPORTS = {
     STORAGE: ("storage.config", "storage.runtime"),
     CONTROL: ("coordinator.control.main",),
     AGGREGATOR: ("coordinator.aggregation.main", "coordinator.aggregation.process"),
     # The last three are what a worker's leaf processes load.
     WORKER: ("worker.main", "worker.leaf.loop", "phalanx.numeric_fingerprint", "numpy.random"),
 }
+"""By role: what the fork server loads before it forks a member."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Layout:
             arguments=(*arguments, "--log-level", self.options.log_level),
             log=self._state_dir / "logs" / f"{id}.log",
             announce=self._state_dir / "run" / f"{id}.json",
-            imports=_IMPORTS[role],
+            imports=IMPORTS[role],
         )
 
     @property
