@@ -6,7 +6,6 @@ bits may differ from the next; it belongs into the workers' image.
 
 from __future__ import annotations
 
-import os
 import sys
 import zipfile
 import zlib
@@ -16,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from phalanx.errors import InvalidArgument
+from phalanx.files import replace_content
 from phalanx.texts import number_of
 
 STREAM = "code"
@@ -60,7 +60,8 @@ def check_python(source: Path, name: str) -> None:
 def write_code(folder: Path, files: Mapping[str, bytes], wheels: Mapping[str, Path]) -> None:
     """Make `folder` hold the source files of a job and what its wheels hold, importable as one.
 
-    Files that are right already stay as they are, so several processes may do this at once.
+    Files that are right already stay as they are, and several threads and processes may do this
+    at once.
 
     Args:
         folder: is made if need be.
@@ -198,6 +199,4 @@ def _write_if_different(path: Path, content: bytes) -> None:
         raise InvalidArgument(
             f"{path.name} is both a file and a folder of the job's code", reason="CODE_COLLIDES"
         ) from error
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
+    replace_content(path, content)

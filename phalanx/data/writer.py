@@ -1,7 +1,6 @@
 """Encoded rows into chunks, and chunks into a blob store."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from phalanx.data.manifest import ChunkInfo, Statistics
 from phalanx.data.options import CHUNK_BYTES_MAXIMUM
 from phalanx.data.statistics import accumulator
 from phalanx.errors import InvalidArgument
+from phalanx.files import replace_content
 from phalanx.texts import number_of
 
 _TARGET_BYTES = 8
@@ -40,9 +40,7 @@ class DirectoryBlobs:
         digest = hashlib.sha256(data).hexdigest()
         path = self.path(digest)
         if not path.exists():
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            partial.write_bytes(data)
-            partial.replace(path)
+            replace_content(path, data)
         return digest
 
     def path(self, digest: str) -> Path:

@@ -7,13 +7,13 @@ programs to read and is replaced whole at each change.
 
 import fcntl
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 from phalanx.errors import FailedPrecondition
+from phalanx.files import replace_content
 from phalanx.sdk.discovery import STATE_FILE
 
 _LOCK_FILE = "lock"
@@ -48,9 +48,8 @@ class ClusterState:
 
 def write_state(state_dir: Path, state: ClusterState) -> None:
     """Replace the file; readers see the old or the new one."""
-    temporary = state_dir / f".{STATE_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(asdict(state), indent=2) + "\n")
-    temporary.replace(state_dir / STATE_FILE)
+    text = json.dumps(asdict(state), indent=2) + "\n"
+    replace_content(state_dir / STATE_FILE, text.encode())
 
 
 def read_state(state_dir: Path) -> ClusterState | None:

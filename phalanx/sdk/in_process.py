@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 
 import phalanx
 from phalanx.errors import FailedPrecondition, NotFound, Unimplemented, Violation
+from phalanx.files import replace_content
 from phalanx.ids import check_blob_id
 from phalanx.sdk import methods
 from phalanx.sdk.in_process_jobs import InProcessJobs, now
@@ -162,9 +163,7 @@ class InProcessBackend:
         digest = hashlib.sha256(data).hexdigest()
         path = self._blobs / digest
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(data)
-            partial.replace(path)
+            replace_content(path, data)
         return digest
 
     def get_blob(self, digest: str) -> bytes:

@@ -171,7 +171,9 @@ class Arena:
     def at_step(self, job: Job, step: int) -> None:
         """Wait until the job has committed a step."""
         wait_until(lambda: job.refresh().progress.step >= step or job.done, f"step {step}")
-        assert not job.done, "the job was over before the fault could be injected"
+        if job.done:
+            job.wait(timeout_s=GUARD_S)  # tells why, where it failed
+            raise AssertionError("the job was over before the fault could be injected")
 
     def hosting(self, job: Job, worker_id: str) -> None:
         """Wait until a worker holds shards of the job, or the job is over."""

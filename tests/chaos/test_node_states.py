@@ -29,8 +29,8 @@ INNER: dict[str, Any] = {"local": {"steps": 4, "outer": OUTER}}
 """Adam inside, Nesterov outside."""
 
 DOCUMENTS = {
-    "shards one by one": gated_job(steps=40, **INNER),
-    "nodes of two shards, and what they left out": gated_job(steps=40, **INNER, **FEEDBACK),
+    "shards one by one": gated_job(steps=60, **INNER),
+    "nodes of two shards, and what they left out": gated_job(steps=60, **INNER, **FEEDBACK),
 }
 
 

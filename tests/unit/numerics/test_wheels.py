@@ -1,7 +1,9 @@
 """Wheels that travel with a job: what is taken, what is refused, what lands in the folder."""
 
 import sys
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,23 @@ def test_what_is_right_stays_and_what_is_damaged_is_written_again(tmp_path: Path
     write_code(code, {}, {"wheel": wheel})
     assert ((code / "a.py").stat().st_mtime_ns, (code / "a.py").stat().st_ino) == before
     assert (code / "b.py").read_text() == "b"
+
+
+def test_two_jobs_with_the_same_code_may_be_prepared_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, replace = threading.Barrier(2, timeout=30), Path.replace
+
+    def replace_together(path: Path, target: Path) -> Path:
+        both.wait()
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_together)
+    with ThreadPoolExecutor(2) as threads:
+        jobs = [threads.submit(write_code, tmp_path, {"net.py": b"0"}, {}) for _ in range(2)]
+        for job in jobs:
+            job.result()
+    assert written(tmp_path) == {"net.py": "0"}
 
 
 def test_a_file_that_two_bring_is_refused(tmp_path: Path) -> None:
