@@ -162,7 +162,7 @@ class _Ingest:
             sparse=sparse,
             dtype=dtype,
             target_dtype=target_dtype,
-            chunk_bytes=self.options.chunk_bytes,
+            chunk_size=self.options.chunk_size(),
             splits=3,
             classes=classes,
         )

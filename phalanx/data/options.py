@@ -12,10 +12,22 @@ MEBIBYTE = 1024 * 1024
 CHUNK_BYTES_MAXIMUM = 16 * MEBIBYTE - 64 * 1024
 """Rows of a chunk take at most this; the rest of 16 MiB is for its header."""
 
+PIECE_ROWS = 2048
+"""Rows that the sampler keeps together; larger chunks would be fetched once for each piece."""
+
 MISSING_MARKERS = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL")
 """A cell that reads like one of these, after trimming, is a missing value."""
 
 Layout = Literal["auto", "dense", "csr"]
+
+
+@dataclass(frozen=True)
+class ChunkSize:
+    """A chunk ends with `PIECE_ROWS` rows, or as soon after as it has ``least_bytes``; in any case
+    before the row that would take it over ``most_bytes``."""
+
+    least_bytes: int
+    most_bytes: int
 
 
 @dataclass(frozen=True)
@@ -40,8 +52,8 @@ class IngestOptions:
 
     Storage: ``layout`` auto keeps sparse data sparse (``csr``); ``dtype`` is float32 or float64
     (whole bytes such as pixels are stored as bytes either way); ``chunk_bytes`` is the size of a
-    chunk and ``block_bytes`` how much of a text file is parsed at once, without influence on the
-    result.
+    chunk, None what the sampler reads at a time: `PIECE_ROWS` rows, but 1 to 4 MiB;
+    ``block_bytes`` is how much of a text file is parsed at once, without influence on the result.
     """
 
     format: str | None = None
@@ -66,7 +78,7 @@ class IngestOptions:
     feature_count: int | None = None
     layout: Layout = "auto"
     dtype: str = "float32"
-    chunk_bytes: int = 4 * MEBIBYTE
+    chunk_bytes: int | None = None
     block_bytes: int = MEBIBYTE
     link: bool = False
 
@@ -86,6 +98,12 @@ class IngestOptions:
                 f"unknown option {', '.join(unknown)}; the options are {', '.join(sorted(known))}"
             )
         return IngestOptions(**values)
+
+    def chunk_size(self) -> ChunkSize:
+        """After how many bytes and rows chunks end."""
+        if self.chunk_bytes is None:
+            return ChunkSize(MEBIBYTE, 4 * MEBIBYTE)
+        return ChunkSize(self.chunk_bytes, self.chunk_bytes)
 
     def fraction(self, split: Literal["test", "validation"]) -> float:
         """The fraction of the rows that goes to the split; 0 where files hold it, or nothing."""
@@ -131,7 +149,7 @@ class IngestOptions:
         check(self.dtype in {"float32", "float64"}, "dtype", "is float32 or float64")
         check(self.layout in {"auto", "dense", "csr"}, "layout", "is auto, dense or csr")
         check(
-            1024 <= self.chunk_bytes <= CHUNK_BYTES_MAXIMUM,
+            self.chunk_bytes is None or 1024 <= self.chunk_bytes <= CHUNK_BYTES_MAXIMUM,
             "chunk_bytes",
             f"is 1024 to {CHUNK_BYTES_MAXIMUM}, not {self.chunk_bytes}",
         )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from phalanx.data.chunks import encode_csr, encode_dense
 from phalanx.data.manifest import ChunkInfo, Statistics
-from phalanx.data.options import CHUNK_BYTES_MAXIMUM
+from phalanx.data.options import CHUNK_BYTES_MAXIMUM, PIECE_ROWS, ChunkSize
 from phalanx.data.statistics import accumulator
 from phalanx.errors import InvalidArgument
 from phalanx.files import replace_content
@@ -61,7 +61,7 @@ class SplitWriter(Protocol):
 
 
 class DenseWriter:
-    """Cuts dense rows after as many as fit ``chunk_bytes``; the cuts depend on nothing else."""
+    """Cuts dense rows into chunks of one size; the cuts depend on nothing else."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class DenseWriter:
         features: int,
         dtype: str,
         target_dtype: str,
-        chunk_bytes: int,
+        chunk_size: ChunkSize,
         classes: int,
     ) -> None:
         row_bytes = features * np.dtype(dtype).itemsize + _TARGET_BYTES
@@ -78,7 +78,8 @@ class DenseWriter:
                 f"a row of {number_of(features, 'feature')} takes {row_bytes} bytes, more than a "
                 f"chunk may hold ({CHUNK_BYTES_MAXIMUM}); use the csr layout or fewer features"
             )
-        rows = max(1, chunk_bytes // row_bytes)
+        wanted = max(PIECE_ROWS, -(-chunk_size.least_bytes // row_bytes))
+        rows = max(1, min(wanted, chunk_size.most_bytes // row_bytes))
         self._sink = sink
         self._classes = classes
         self._features: NDArray[Any] = np.empty((rows, features), dtype=dtype)
@@ -115,17 +116,18 @@ class DenseWriter:
 
 
 class CsrWriter:
-    """Cuts sparse rows before the one that would go over ``chunk_bytes``."""
+    """Cuts sparse rows where a chunk is large enough, or would become too large."""
 
     def __init__(
-        self, sink: BlobSink, dtype: str, target_dtype: str, chunk_bytes: int, classes: int
+        self, sink: BlobSink, dtype: str, target_dtype: str, chunk_size: ChunkSize, classes: int
     ) -> None:
         self._sink = sink
         self._classes = classes
         self._dtype: np.dtype[Any] = np.dtype(dtype)
         self._target_dtype: np.dtype[Any] = np.dtype(target_dtype)
-        self._chunk_bytes = chunk_bytes
+        self._size = chunk_size
         self._pending: list[tuple[scipy.sparse.csr_array, NDArray[Any]]] = []
+        self._pending_rows = 0
         self._pending_bytes = 0
         self._chunks: list[ChunkInfo] = []
 
@@ -137,12 +139,19 @@ class CsrWriter:
         first = 0
         while first < len(targets):
             before = int(ends[first - 1]) if first else 0
-            room = self._chunk_bytes - self._pending_bytes
-            stop = int(np.searchsorted(ends, before + room, side="right"))
+            start = before - self._pending_bytes
+            # What is pending is not large enough; it is with these many of the rows.
+            with_bytes = int(np.searchsorted(ends, start + self._size.least_bytes)) + 1
+            with_rows = first + PIECE_ROWS - self._pending_rows
+            too_much = int(np.searchsorted(ends, start + self._size.most_bytes, side="right"))
+            stop = min(max(with_bytes, with_rows), too_much, len(targets))
             if stop > first:
                 self._pending.append((features[first:stop], targets[first:stop]))
+                self._pending_rows += stop - first
                 self._pending_bytes += int(ends[stop - 1]) - before
                 first = stop
+                if self._is_large_enough():
+                    self._flush()
             elif self._pending:
                 self._flush()
             else:
@@ -155,8 +164,11 @@ class CsrWriter:
             self._flush()
         return tuple(self._chunks)
 
+    def _is_large_enough(self) -> bool:
+        return self._pending_rows >= PIECE_ROWS and self._pending_bytes >= self._size.least_bytes
+
     def _add_wide_row(self, row: scipy.sparse.csr_array, target: NDArray[Any]) -> None:
-        """A row that alone is over ``chunk_bytes`` is a chunk, if a chunk can hold it."""
+        """A row that alone is over the size of a chunk is one, if a chunk can hold it."""
         if row.nnz * (self._dtype.itemsize + 4) > CHUNK_BYTES_MAXIMUM - 64:
             raise InvalidArgument(
                 f"a row with {row.nnz} values is larger than a chunk may be "
@@ -186,6 +198,7 @@ class CsrWriter:
             )
         )
         self._pending = []
+        self._pending_rows = 0
         self._pending_bytes = 0
 
 
@@ -204,16 +217,16 @@ class DatasetWriter:
         sparse: bool,
         dtype: str,
         target_dtype: str,
-        chunk_bytes: int,
+        chunk_size: ChunkSize,
         splits: int,
         classes: int,
     ) -> None:
         self._sparse = sparse
         self._dtype: np.dtype[Any] = np.dtype(dtype)
         self._writers: Sequence[SplitWriter] = [
-            CsrWriter(sink, dtype, target_dtype, chunk_bytes, classes)
+            CsrWriter(sink, dtype, target_dtype, chunk_size, classes)
             if sparse
-            else DenseWriter(sink, features, dtype, target_dtype, chunk_bytes, classes)
+            else DenseWriter(sink, features, dtype, target_dtype, chunk_size, classes)
             for _ in range(splits)
         ]
         self._statistics = accumulator(features, sparse)

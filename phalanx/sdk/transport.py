@@ -1,8 +1,9 @@
 """Blocking calls with fail-over over a list of addresses.
 
 A call goes to the address that answered last. When it cannot be reached the next one is tried,
-round and round within a small number of attempts and one deadline; so it is when that one is silent
-for long, as a stopped process is, whose sockets stay open. That is safe because every mutating
+round and round: a small number of times where nobody ever answered, long enough for a restart where
+somebody did, and within the deadline of the call. So it is when that one is silent for long, as a
+stopped process is, whose sockets stay open. That is safe because every mutating
 request carries a request id, which is the same in all attempts.
 """
 
@@ -24,14 +25,16 @@ CALL_TIMEOUT_S = 30.0
 STREAM_TIMEOUT_S = 3600.0
 """Longest life of one stream; whoever follows for longer attaches again."""
 ROUNDS = 4
-"""How often each address is tried."""
+"""How often each address is tried, at least."""
+AWAY_S = 10.0
+"""How long a call keeps trying where the cluster has answered before: it is being restarted."""
 SILENCE_S = 5.0
 """Silence of one address after which another one is tried, where there is one. It doubles each
 time, so that a call which takes long gets through as well."""
 CLOSE_S = 2.0
 """How long a channel may take to close before it is left to the end of the process."""
 _FIRST_WAIT_S = 0.1
-_LONGEST_WAIT_S = 1.0
+_LONGEST_WAIT_S = 0.5
 
 
 class Transport:
@@ -51,6 +54,7 @@ class Transport:
         self._hint = hint
         self._lock = threading.Lock()
         self._current = 0
+        self._has_answered = False
         self._channels: dict[str, grpc.Channel] = {}
 
     @property
@@ -66,7 +70,8 @@ class Transport:
         timeout_s: float | None = None,
     ) -> ResponseT:
         """Make a unary call. Raises PhalanxError."""
-        deadline = time.monotonic() + (timeout_s or self.timeout_s)
+        begun = time.monotonic()
+        deadline = begun + (timeout_s or self.timeout_s)
         attempts = ROUNDS * len(self.addresses)
         wait_s, patience_s = _FIRST_WAIT_S, SILENCE_S if len(self.addresses) > 1 else inf
         while True:
@@ -83,7 +88,10 @@ class Transport:
                     patience_s *= 2
                     self._move_on(address)
                     continue
-                if not isinstance(error, Unavailable) or attempts <= 0:
+                if not isinstance(error, Unavailable):
+                    raise error from None
+                away_s = time.monotonic() - begun
+                if attempts <= 0 and (not self._has_answered or away_s >= AWAY_S):
                     raise error from None
                 self._move_on(address)
                 pause_s = max(wait_s, self._asked_wait_s(error)) * random.uniform(0.8, 1.2)
@@ -93,6 +101,7 @@ class Transport:
                     time.sleep(pause_s)
                     wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
             else:
+                self._has_answered = True
                 return response
 
     def stream(

@@ -21,10 +21,10 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.data.options import PIECE_ROWS
 from phalanx.errors import InvalidArgument
 from phalanx.training.classes import ClassLayout, Part
 
-PIECE_ROWS = 2048
 WINDOW_PIECES = 4
 
 _STREAM = 1

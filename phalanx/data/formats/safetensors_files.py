@@ -3,7 +3,7 @@
 import functools
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class SafetensorsArrays(PairInFile):
     """One pair of tensors of a file."""
 
     def __init__(self, path: Path, options: IngestOptions) -> None:
-        tensors = _tensors(path)
+        tensors, body = _header(path)
         features_key = options.features_key or _usual(tensors, _FEATURE_KEYS, "features", path)
         target_key = options.target_key or _usual(tensors, _TARGET_KEYS, "target", path)
         for key in (features_key, target_key):
@@ -53,7 +53,9 @@ class SafetensorsArrays(PairInFile):
                     f"{path.name} has no tensor {key!r}; it has {', '.join(tensors)}"
                 )
         super().__init__(path, features_key, target_key)
-        features, targets = tensors[features_key], tensors[target_key]
+        features, targets = (
+            _tensor(body, key, tensors[key], path) for key in (features_key, target_key)
+        )
         width = flat_width(features.shape, path.name, f"{features_key!r}")
         check_rows(len(features), targets.shape[0] if targets.ndim else 0, path.name)
         self._features = features.reshape(len(features), width)
@@ -72,9 +74,7 @@ class SafetensorsArrays(PairInFile):
             )
 
 
-def _usual(
-    tensors: dict[str, NDArray[Any]], candidates: tuple[str, ...], what: str, path: Path
-) -> str:
+def _usual(tensors: Mapping[str, Any], candidates: tuple[str, ...], what: str, path: Path) -> str:
     found = [key for key in candidates if key in tensors]
     if not found:
         raise InvalidArgument(
@@ -84,27 +84,39 @@ def _usual(
     return found[0]
 
 
-def _tensors(path: Path) -> dict[str, NDArray[Any]]:
-    """All tensors of the file, mapped."""
+def _header(path: Path) -> tuple[dict[str, Any], memoryview]:
+    """What the file says of its tensors, and the bytes of all of them, mapped."""
     try:
         with path.open("rb") as file:
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         header_bytes = int.from_bytes(view[:8], "little")
-        header = json.loads(bytes(view[8 : 8 + header_bytes]))
+        header: dict[str, Any] = json.loads(bytes(view[8 : 8 + header_bytes]))
         header.pop("__metadata__", None)
         body = view[8 + header_bytes :]
-        return {key: _tensor(body, key, entry) for key, entry in header.items()}
+        for key, entry in header.items():
+            first, stop = entry["data_offsets"]
+            if not 0 <= first <= stop <= len(body):
+                raise ValueError(f"tensor {key!r} reaches past the end of the file")
+        return header, body
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {path}") from error
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise InvalidArgument(f"{path.name} is not a safetensors file: {error}") from error
+        raise _no_safetensors(path, error) from error
 
 
-def _tensor(body: memoryview, key: str, entry: dict[str, Any]) -> NDArray[Any]:
-    dtype = _DTYPES.get(entry["dtype"])
-    if dtype is None:
-        raise ValueError(f"tensor {key!r} has type {entry['dtype']}, which cannot be read here")
-    first, stop = entry["data_offsets"]
-    if not 0 <= first <= stop <= len(body):
-        raise ValueError(f"tensor {key!r} reaches past the end of the file")
-    return np.frombuffer(body[first:stop], dtype=dtype).reshape(entry["shape"])
+def _tensor(body: memoryview, key: str, entry: Any, path: Path) -> NDArray[Any]:
+    try:
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise InvalidArgument(
+                f"{path.name}: tensor {key!r} has type {entry['dtype']}; those that can be read "
+                f"are {', '.join(_DTYPES)}"
+            )
+        first, stop = entry["data_offsets"]
+        return np.frombuffer(body[first:stop], dtype=dtype).reshape(entry["shape"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_safetensors(path, error) from error
+
+
+def _no_safetensors(path: Path, error: Exception) -> InvalidArgument:
+    return InvalidArgument(f"{path.name} is not a safetensors file: {error}")

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from phalanx.data.ingest import ingest, ingest_arrays
 from phalanx.data.manifest import DatasetManifest
-from phalanx.data.options import IngestOptions
+from phalanx.data.options import MEBIBYTE, PIECE_ROWS, IngestOptions
 from phalanx.data.reader import ChunkReader
-from phalanx.data.writer import DirectoryBlobs
+from phalanx.data.writer import CsrWriter, DirectoryBlobs
 from phalanx.errors import InvalidArgument, NotFound, PhalanxError
 from phalanx.testing import datasets
 from phalanx.testing.properties import examples
@@ -181,6 +181,16 @@ class TestSafetensors:
         assert "a.safetensors is not a safetensors file" in error_of(tmp_path, path)
         path.write_bytes(b"")
         assert "a.safetensors is not a safetensors file" in error_of(tmp_path, path)
+
+    def test_a_type_that_numpy_lacks_matters_only_where_it_is_used(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.safetensors"
+        safetensors.numpy.save_file(
+            {"features": IMAGES, "targets": LABELS, "other": np.zeros(3, np.float16)}, path
+        )
+        path.write_bytes(path.read_bytes().replace(b'"F16"', b'"F07"'))
+        assert add(tmp_path, path).rows("train") == len(LABELS)
+        message = error_of(tmp_path, path, features_key="other")
+        assert "tensor 'other' has type F07; those that can be read are BOOL" in message
 
 
 class TestIdx:
@@ -512,6 +522,41 @@ def test_chunks_hold_as_many_rows_as_fit_and_depend_on_nothing_else(tmp_path: Pa
         for chunk in manifest.splits["train"]
     )
     assert manifest.size_bytes == sum(chunk.size_bytes for chunk in manifest.splits["train"])
+
+
+@pytest.mark.parametrize(
+    ("features", "rows"),
+    [
+        (4, MEBIBYTE // 24 + 1),  # small rows: until there is 1 MiB of them
+        (128, PIECE_ROWS),
+        (2000, 4 * MEBIBYTE // 8008),  # large rows: as many as fit into 4 MiB
+    ],
+)
+def test_by_default_a_chunk_is_what_the_sampler_keeps_together(
+    tmp_path: Path, features: int, rows: int
+) -> None:
+    dense = np.ones((2 * rows + 3, features), np.float32)
+    manifest = datasets.store(tmp_path, dense, np.arange(len(dense)) % 2).manifest
+    assert [chunk.rows for chunk in manifest.splits["train"]] == [rows, rows, 3]
+
+
+@pytest.mark.parametrize(
+    ("nonzeros", "rows"),
+    [(4, MEBIBYTE // 44 + 1), (128, PIECE_ROWS), (1000, 4 * MEBIBYTE // 8012)],
+)
+@pytest.mark.parametrize("block_rows", [1000, 10_000_000])
+def test_so_is_a_sparse_one_however_the_rows_come(
+    tmp_path: Path, nonzeros: int, rows: int, block_rows: int
+) -> None:
+    sink = DirectoryBlobs(tmp_path)
+    writer = CsrWriter(sink, "float32", "int64", IngestOptions().chunk_size(), classes=2)
+    count = 2 * rows + 3
+    some = scipy.sparse.csr_array(np.ones((count, nonzeros), np.float32))
+    targets = np.arange(count) % 2
+    for first in range(0, count, block_rows):
+        block = slice(first, first + block_rows)
+        writer.add(some[block], targets[block])
+    assert [chunk.rows for chunk in writer.finish()] == [rows, rows, 3]
 
 
 def test_a_row_that_no_chunk_can_hold_is_refused(tmp_path: Path) -> None:

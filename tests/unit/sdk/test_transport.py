@@ -3,10 +3,14 @@
 import threading
 from typing import Any
 
+import grpc
 import pytest
 
+from phalanx.errors import Unavailable
 from phalanx.sdk import transport
-from phalanx.sdk.transport import Transport
+from phalanx.sdk.methods import GET_CLUSTER
+from phalanx.sdk.transport import AWAY_S, ROUNDS, Transport
+from phalanx.v1.cluster_service_pb2 import GetClusterRequest, GetClusterResponse
 
 
 class Channel:
@@ -31,3 +35,79 @@ def test_a_channel_that_does_not_close_holds_nobody_up(monkeypatch: pytest.Monke
     assert not opened._channels
     for channel in channels.values():
         channel.call_ends.set()
+
+
+class Away(grpc.RpcError):
+    """What a call to a process that is not there raises."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "connection refused"
+
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
+
+class Restarting:
+    """A server that is away for some time, on a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 100.0
+        self.back_s = 0.0
+        self.attempts = 0
+        monkeypatch.setattr("phalanx.sdk.transport.time", self)
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    def unary_unary(self, *_: Any, **__: Any) -> Any:
+        return self.answer
+
+    def answer(self, _: GetClusterRequest, **__: Any) -> GetClusterResponse:
+        self.attempts += 1
+        if self.now_s < self.back_s:
+            raise Away
+        return GetClusterResponse()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Restarting:
+    restarting = Restarting(monkeypatch)
+    monkeypatch.setattr(transport, "open_sync_channel", lambda _: restarting)
+    return restarting
+
+
+def test_a_call_outlasts_the_restart_of_a_cluster_that_has_answered(server: Restarting) -> None:
+    opened = Transport(["a:1"])
+    opened.call(GET_CLUSTER, GetClusterRequest())
+    server.back_s = server.now_s + AWAY_S - 1
+    opened.call(GET_CLUSTER, GetClusterRequest())
+    server.back_s, begun_s = server.now_s + 1000, server.now_s
+    with pytest.raises(Unavailable, match="cannot reach the cluster at a:1"):
+        opened.call(GET_CLUSTER, GetClusterRequest())
+    assert AWAY_S <= server.now_s - begun_s < AWAY_S + 2
+
+
+def test_the_deadline_of_the_call_holds_meanwhile(server: Restarting) -> None:
+    opened = Transport(["a:1"])
+    opened.call(GET_CLUSTER, GetClusterRequest())
+    server.back_s, begun_s = server.now_s + 1000, server.now_s
+    with pytest.raises(Unavailable):
+        opened.call(GET_CLUSTER, GetClusterRequest(), timeout_s=3)
+    assert server.now_s - begun_s < 3
+
+
+def test_an_address_where_nobody_ever_answered_is_given_up_at_once(server: Restarting) -> None:
+    server.back_s, begun_s = server.now_s + 1000, server.now_s
+    with pytest.raises(Unavailable):
+        Transport(["a:1"]).call(GET_CLUSTER, GetClusterRequest())
+    assert server.attempts == ROUNDS
+    assert server.now_s - begun_s < 2
