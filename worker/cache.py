@@ -26,6 +26,7 @@ from phalanx.ids import check_blob_id
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import WorkerMetrics
 from phalanx.texts import number_of
+from worker.turns import Turns
 
 Download = Callable[[str, Path], Awaitable[None]]
 """(digest, path): writes the blob to the path. Raises PhalanxError."""
@@ -82,9 +83,13 @@ class BlobCache:
         self._proven: OrderedDict[str, int] = OrderedDict()
         self._arriving: dict[str, asyncio.Task[None]] = {}
         self._prefetching: set[asyncio.Task[None]] = set()
-        self._slots = asyncio.Semaphore(_PARALLEL_DOWNLOADS)
+        #: What was fetched for later and that nobody has used yet: sizes.
+        self._later: dict[str, int] = {}
+        self._turns = Turns(_PARALLEL_DOWNLOADS)
         self._remove_abandoned()
-        metrics.cache_bytes.set(sum(size for _, size, _ in self._files()))
+        #: As counted the last time, and what has arrived here since.
+        self._size_bytes = sum(size for _, size, _ in self._files())
+        metrics.cache_bytes.set(self._size_bytes)
 
     async def get(self, digest: str, size_bytes: int | None = None) -> Pinned:
         """The file with this content, downloaded if need be.
@@ -109,7 +114,9 @@ class BlobCache:
                 )
             outcome = "miss"
             arrivals += 1
+            self._turns.hurry(digest)
             await self._arrival(digest)
+        self._later.pop(digest, None)
         self._metrics.cache_requests_total.labels(outcome=outcome).inc()
         if outcome == "miss":
             # Only now that it is pinned, or it might be the first to go.
@@ -121,9 +128,26 @@ class BlobCache:
         return pinned
 
     def prefetch(self, digest: str, size_bytes: int | None = None) -> None:
-        """Start to fetch a blob that will be needed; more than a bounded number is ignored."""
-        if self._is_present(digest, size_bytes) or digest in self._arriving:
+        """Start to fetch a blob that will be needed soon; more than a bounded number is ignored."""
+        if digest in self._arriving:
+            self._turns.hurry(digest)
+        elif not self._is_present(digest, size_bytes):
+            self._turns.hurry(digest)
+            self._fetch_ahead(digest)
+
+    def prefetch_later(self, digest: str, size_bytes: int) -> None:
+        """Fetch a blob that will be needed some time, after all that is needed sooner.
+
+        Ignored where what is wanted later would take more than half of the cache: it would only
+        drive out what is wanted sooner.
+        """
+        if digest in self._arriving or self._is_present(digest, size_bytes):
             return
+        if sum(self._later.values()) + size_bytes <= self.limit_bytes // 2:
+            self._later[digest] = size_bytes
+            self._fetch_ahead(digest)
+
+    def _fetch_ahead(self, digest: str) -> None:
         if len(self._prefetching) >= _PREFETCHES_MAX:
             return
 
@@ -231,7 +255,7 @@ class BlobCache:
         await asyncio.shield(task)
 
     async def _fetch(self, digest: str) -> None:
-        async with self._slots:
+        async with self._turns.turn(digest):
             path = self._path(digest)
             path.parent.mkdir(exist_ok=True)
             try:
@@ -244,7 +268,10 @@ class BlobCache:
                 await self._fetch_or_say_full(path, digest)
 
     async def _trim(self) -> None:
-        await asyncio.to_thread(self._make_room, self.limit_bytes)
+        """Look through the folder once it is full, and not again until an eighth of it has been
+        fetched: many files take long to look through."""
+        if self._size_bytes > self.limit_bytes:
+            await asyncio.to_thread(self._make_room, self.limit_bytes - self.limit_bytes // 8)
 
     async def _fetch_or_say_full(self, path: Path, digest: str) -> None:
         try:
@@ -264,9 +291,11 @@ class BlobCache:
             await self._download(digest, partial)
             if await asyncio.to_thread(_sha256, partial) != digest:
                 raise DataLoss(f"blob {digest[:12]} arrived with another content; check storage")
-            inode = os.stat(partial).st_ino
+            status = os.stat(partial)
             os.replace(partial, path)
-            self._note_proven(digest, inode)
+            self._note_proven(digest, status.st_ino)
+            self._size_bytes += status.st_size
+            self._metrics.cache_bytes.set(self._size_bytes)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)
@@ -280,16 +309,18 @@ class BlobCache:
                 break
             if _remove_unused(path):
                 total -= size
+        self._size_bytes = total
         self._metrics.cache_bytes.set(total)
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """(time of last use, size, path) of each file."""
         files = []
-        for folder in self._blobs.iterdir():
-            for path in folder.glob("[0-9a-f]*"):
+        for folder in os.scandir(self._blobs):
+            for file in os.scandir(folder):
                 with contextlib.suppress(FileNotFoundError):
-                    status = path.stat()
-                    files.append((status.st_mtime, status.st_size, path))
+                    status = file.stat()
+                    if not file.name.startswith("."):
+                        files.append((status.st_mtime, status.st_size, Path(file.path)))
         return files
 
     def _remove_abandoned(self) -> None:

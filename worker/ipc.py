@@ -23,7 +23,7 @@ _JSON = struct.Struct("<I")
 _RUN = struct.Struct("<QIBqiHHH")
 _RUN_PART = struct.Struct("<iii")
 _COUNT = struct.Struct("<I")
-_DONE = struct.Struct("<QHqdHHH")
+_DONE = struct.Struct("<QHqdHHHd")
 _ENDED = struct.Struct("<Q")
 _CALL = struct.Struct("<QHd")
 _RECEIVE_BYTES = 256 * 1024
@@ -127,7 +127,8 @@ class RunOrder:
 
 @dataclass(slots=True)
 class PartDone:
-    """Part `index` of a task is in its buffer; `seconds` has the time of each of its leaves."""
+    """Part `index` of a task is in its buffer; `seconds` has the time of each of its leaves, of
+    which they waited `waited_s` together for their rows."""
 
     task: int
     index: int
@@ -136,6 +137,7 @@ class PartDone:
     mask: int
     sums: tuple[float, ...] = ()
     seconds: tuple[float, ...] = ()
+    waited_s: float = 0.0
 
     def pack(self) -> bytes:
         """Body of PART_DONE."""
@@ -148,6 +150,7 @@ class PartDone:
             len(mask),
             len(self.sums),
             len(self.seconds),
+            self.waited_s,
         )
         floats = struct.pack(f"<{len(self.sums)}d{len(self.seconds)}f", *self.sums, *self.seconds)
         return head + mask + floats
@@ -155,12 +158,12 @@ class PartDone:
     @classmethod
     def unpack(cls, body: bytes) -> PartDone:
         """What `pack` packed."""
-        task, index, count, loss, mask_bytes, sums, seconds = _DONE.unpack_from(body)
+        task, index, count, loss, mask_bytes, sums, seconds, waited_s = _DONE.unpack_from(body)
         at = _DONE.size
         end = at + mask_bytes
         floats = struct.unpack_from(f"<{sums}d{seconds}f", body, end)
         mask = int.from_bytes(body[at:end], "little")
-        return cls(task, index, count, loss, mask, floats[:sums], floats[sums:])
+        return cls(task, index, count, loss, mask, floats[:sums], floats[sums:], waited_s)
 
 
 def pack_call(task: int, index: int, seconds: float, value_json: bytes) -> bytes:

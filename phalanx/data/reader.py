@@ -18,6 +18,8 @@ from phalanx.texts import number_of
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
+OPEN_BYTES = 64 * 2**20
+"""What stays mapped, so that the next leaf need not ask for it: some windows of the sampler."""
 _ALIGNMENT_BYTES = 64
 
 
@@ -45,9 +47,10 @@ class ChunkReader:
 
     ``fetch`` turns a chunk's digest into a local file that holds it; it is called when a chunk is
     first needed, and again if it was dropped since. ``dtype`` is what features (and the targets of
-    a regression) are converted to; class indices stay int64. At most ``open_limit`` chunks stay
-    mapped, the least recently used goes first. Rows are always copied into new, equally aligned
-    arrays: what a leaf computes never depends on where its rows were stored.
+    a regression) are converted to; class indices stay int64. Chunks of at most ``open_bytes``
+    together stay mapped, and the last one anyway; the least recently used goes first. Rows are
+    always copied into new, equally aligned arrays: what a leaf computes never depends on where its
+    rows were stored.
 
     Not for use by several threads at once.
     """
@@ -59,13 +62,11 @@ class ChunkReader:
         fetch: Callable[[str], Path],
         *,
         dtype: DTypeLike = np.float32,
-        open_limit: int = 16,
+        open_bytes: int = OPEN_BYTES,
     ) -> None:
         if split not in manifest.splits:
             known = ", ".join(manifest.splits)
             raise InvalidArgument(f"the data set has no split {split!r}; it has {known}")
-        if open_limit < 1:
-            raise InvalidArgument("open_limit must be at least 1")
         self.manifest = manifest
         self.split = split
         self.chunks: tuple[ChunkInfo, ...] = tuple(manifest.splits[split])
@@ -73,7 +74,8 @@ class ChunkReader:
         #: Rows of each chunk in order.
         self.chunk_rows: tuple[int, ...] = tuple(chunk.rows for chunk in self.chunks)
         self._fetch = fetch
-        self._open_limit = open_limit
+        self._open_bytes_limit = open_bytes
+        self._open_bytes = 0
         self._open: OrderedDict[int, DenseChunk | CsrChunk] = OrderedDict()
         #: Where the rows of each class are, for open chunks that are read by class.
         self._by_class: dict[int, list[NDArray[np.int64]]] = {}
@@ -107,6 +109,7 @@ class ChunkReader:
     def close(self) -> None:
         """Lets go of all maps; the reader may be used again."""
         self._open.clear()
+        self._open_bytes = 0
         self._by_class.clear()
 
     def _gather_csr(self, selections: Sequence[Selection], targets: NDArray[Any]) -> "csr_array":
@@ -183,8 +186,10 @@ class ChunkReader:
         if chunk is None:
             chunk = self._open_verified(self.chunks[index])
             self._open[index] = chunk
-            if len(self._open) > self._open_limit:
+            self._open_bytes += self.chunks[index].size_bytes
+            while self._open_bytes > self._open_bytes_limit and len(self._open) > 1:
                 closed, _ = self._open.popitem(last=False)
+                self._open_bytes -= self.chunks[closed].size_bytes
                 self._by_class.pop(closed, None)
         self._open.move_to_end(index)
         return chunk

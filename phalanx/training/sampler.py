@@ -126,6 +126,11 @@ def chunks_for_leaf(
     return sorted(chunks)
 
 
+def window_rows(chunk_rows: Sequence[int]) -> int:
+    """Return how many rows of a shard, at most, are shuffled together."""
+    return WINDOW_PIECES * min(PIECE_ROWS, max(chunk_rows, default=0))
+
+
 def chunks_in_order(shard: ShardRows) -> list[int]:
     """Return the indices of the chunks that hold a row of the shard."""
     return sorted({part.chunk_index for part in _all_parts(shard)})

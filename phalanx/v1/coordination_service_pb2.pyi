@@ -343,8 +343,8 @@ class WorkerJobProgress(_message.Message):
     leaf_seconds_p95: _builtins.float
     train_leaves: _builtins.int
     """Leaves of train rounds that this start of the worker has finished, and the
-    time that they took in their processes: the quotient is its speed, whatever
-    it waits for between leaves. Both only rise.
+    time that they took in their processes, without waiting for their rows: the
+    quotient is its speed, whatever it waits for between leaves. Both only rise.
     """
     train_leaf_seconds: _builtins.float
     def __init__(

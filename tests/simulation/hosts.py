@@ -533,5 +533,8 @@ class Cache:
     def prefetch(self, digest: str, size_bytes: int | None = None) -> None:
         pass
 
+    def prefetch_later(self, digest: str, size_bytes: int) -> None:
+        pass
+
     async def close(self) -> None:
         pass

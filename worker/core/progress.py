@@ -21,14 +21,24 @@ class JobProgress:
         self._last_s: float | None = None
         self._leaf_seconds: deque[float] = deque(maxlen=_LEAF_TIMES_KEPT)
 
-    def add(self, examples: int, leaf_seconds: Iterable[float], *, trains: bool = True) -> None:
-        """A part was finished."""
+    def add(
+        self,
+        examples: int,
+        leaf_seconds: Iterable[float],
+        *,
+        waited_s: float = 0.0,
+        trains: bool = True,
+    ) -> None:
+        """A part was finished. Waiting for rows says nothing about how fast a worker computes."""
+        before = self.leaves_done
+        total_s = 0.0
         for seconds in leaf_seconds:
             self._leaf_seconds.append(seconds)
             self.leaves_done += 1
-            if trains:
-                self.train_leaves += 1
-                self.train_leaf_seconds += seconds
+            total_s += seconds
+        if trains:
+            self.train_leaves += self.leaves_done - before
+            self.train_leaf_seconds += max(0.0, total_s - waited_s)
         self._examples += examples
 
     def examples_per_second(self, now_s: float) -> float:

@@ -56,6 +56,8 @@ class LeafLoop:
         self._page = page
         self._jobs: dict[int, JobWork | CallWork | Exception] = {}
         self._job = -1
+        #: Of the part that is computed.
+        self._waited_s = 0.0
         #: Leaves (job, shard, step) whose rows can be gathered while there is nothing to do.
         self._later: deque[tuple[JobWork, int, int]] = deque()
 
@@ -210,6 +212,7 @@ class LeafLoop:
     ) -> ipc.PartDone:
         plan = work.plan
         sums: tuple[float, ...] = ()
+        self._waited_s = 0.0
         if order.action == GoRecord.ACTION_INITIALISE:
             leaf.timed(node.first, lambda: work.initialise(work.payload(buffer)))
             total = Sums(0, 0.0, 1)
@@ -231,8 +234,16 @@ class LeafLoop:
                 if not all_finite(payload):
                     raise _NotFinite("the sum of leaves that are finite is not")
                 work.compress(buffer, node.first, order.version, left_out)
-        seconds = tuple(leaf.seconds)
-        return ipc.PartDone(order.task, index, total.count, total.loss, total.mask, sums, seconds)
+        return ipc.PartDone(
+            order.task,
+            index,
+            total.count,
+            total.loss,
+            total.mask,
+            sums,
+            tuple(leaf.seconds),
+            self._waited_s,
+        )
 
     # Data
 
@@ -248,13 +259,16 @@ class LeafLoop:
             steps = work.own_steps(order.version + 1)
             self._later.extend((work, shard, step) for shard in shards for step in steps)
         try:
-            chunks = work.chunks_to_prefetch(shards, order.version)
+            soon, later = work.chunks_to_prefetch(shards, order.version)
         except Exception:  # noqa: BLE001
             # Only a hint: whatever is wrong is reported by the leaf that meets it.
             return
-        if chunks:
-            named = [[chunk.digest, chunk.size_bytes] for chunk in chunks]
-            self._connection.send(Kind.PREFETCH, ipc.pack_json({"chunks": named}))
+        if soon or later:
+            named = {
+                name: [[chunk.digest, chunk.size_bytes] for chunk in chunks]
+                for name, chunks in (("soon", soon), ("later", later))
+            }
+            self._connection.send(Kind.PREFETCH, ipc.pack_json(named))
 
     def _read_ahead(self) -> None:
         work, shard, step = self._later.popleft()
@@ -267,11 +281,13 @@ class LeafLoop:
 
     def _fetch(self, chunk: ChunkInfo) -> Path:
         request = {"digest": chunk.digest, "size_bytes": chunk.size_bytes}
+        started = time.perf_counter()
         self._connection.send(Kind.FETCH, ipc.pack_json(request))
         while True:
             answer, _ = ipc.unpack_json(self._connection.receive_only(Kind.FETCHED).body)
             if answer["digest"] != chunk.digest:
                 continue
+            self._waited_s += time.perf_counter() - started
             if answer.get("cancelled"):
                 raise _Cancelled
             if answer["error"]:

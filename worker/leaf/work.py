@@ -26,7 +26,7 @@ from phalanx.training.leaf import (
     run_evaluation_leaf,
     training_rows,
 )
-from phalanx.training.sampler import chunks_in_order
+from phalanx.training.sampler import chunks_in_order, window_rows
 from phalanx.training.start import load_start_parameters
 from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.leaf.read_ahead import ReadAhead
@@ -202,21 +202,35 @@ class JobWork:
         digest.update(f"{outcome.count} {outcome.loss_sum!r}".encode())
         return Described(layout, tuple(self.model.evaluation_sums), digest.hexdigest())
 
-    def chunks_to_prefetch(self, shards: Iterable[int], step: int) -> list[ChunkInfo]:
-        """Chunks of the leaves of this step and the next that were not named before."""
+    def chunks_to_prefetch(
+        self, shards: Iterable[int], step: int
+    ) -> tuple[list[ChunkInfo], list[ChunkInfo]]:
+        """Chunks of the leaves of this step and the next, and those of a window of rows later,
+        that were not named before."""
         plan, reader = self.plan, self.training_chunks
         incomplete = [shard for shard in shards if not self._hints.complete(shard)]
         if not incomplete:
-            return []
-        wanted: dict[int, None] = {}
-        for each in (*self.own_steps(step), *self.own_steps(step + 1)):
-            for shard in incomplete:
-                wanted.update(dict.fromkeys(leaf_chunks(plan, reader, shard, each)))
+            return [], []
+
+        def chunks_of(steps: Iterable[int]) -> dict[int, None]:
+            return {
+                index: None
+                for each in steps
+                for shard in incomplete
+                for index in leaf_chunks(plan, reader, shard, each)
+            }
+
+        wanted = chunks_of((*self.own_steps(step), *self.own_steps(step + 1)))
+        ahead = max(1, window_rows(reader.chunk_rows) // max(1, plan.rows_per_leaf))
+        later = chunks_of([self.own_steps(step)[-1] + ahead])
         fresh = self._hints.new(wanted)
+        fresh_later = self._hints.new_later(later)
         for shard in incomplete:
             all_rows = training_rows(plan, reader, shard)
             self._hints.check(shard, chunks_in_order(all_rows))
-        return [reader.chunks[index] for index in fresh]
+        return [reader.chunks[index] for index in fresh], [
+            reader.chunks[index] for index in fresh_later if index not in wanted
+        ]
 
     def read_ahead(self, shard: int, step: int) -> bool:
         """Gather the rows of a later leaf; False: no room, or its chunks are not mapped."""
@@ -264,6 +278,7 @@ class _Hints:
 
     fits: bool
     named: set[int] = field(default_factory=set)
+    named_later: frozenset[int] = frozenset()
     shards: set[int] = field(default_factory=set)
 
     def complete(self, shard: int) -> bool:
@@ -277,6 +292,13 @@ class _Hints:
         fresh = [index for index in wanted if index not in self.named]
         self.named.update(fresh)
         return fresh
+
+    def new_later(self, wanted: Iterable[int]) -> list[int]:
+        """Those that were not named for later the last time, nor at all where all will stay."""
+        wanted = frozenset(wanted)
+        fresh = wanted - self.named_later
+        self.named_later = wanted
+        return sorted(fresh - self.named if self.fits else fresh)
 
     def check(self, shard: int, chunks: Iterable[int]) -> None:
         """Note that a shard is complete once all of its chunks were named."""

@@ -427,7 +427,8 @@ class Session:
         if not isinstance(job, HostedJob) or not job.core.owns(task):
             return
         trains = task.round.go.action == GoRecord.ACTION_TRAIN
-        job.progress.add(done.count if trains else 0, done.seconds, trains=trains)
+        examples = done.count if trains else 0
+        job.progress.add(examples, done.seconds, waited_s=done.waited_s, trains=trains)
         part = task.parts[done.index]
         self._settle(job.core.part_done(task, part, done.count, done.loss, done.mask, done.sums))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from phalanx.data.reader import OPEN_BYTES
 from phalanx.errors import PhalanxError
 from worker import ipc
 from worker.cache import BlobCache, Pinned
@@ -20,7 +21,7 @@ class ChunkServer:
     def __init__(self, cache: BlobCache, answer: Answer) -> None:
         self._cache = cache
         self._answer = answer
-        self._pins: dict[LeafProcess, list[Pinned]] = {}
+        self._pins: dict[LeafProcess, list[tuple[Pinned, int]]] = {}
         self._waiting: dict[asyncio.Task[None], tuple[LeafProcess, Task | None, str]] = {}
 
     def fetch(self, process: LeafProcess, task: Task | None, document: dict[str, object]) -> None:
@@ -33,10 +34,13 @@ class ChunkServer:
 
     def prefetch(self, document: dict[str, object]) -> None:
         """Start to fetch chunks that will be needed."""
-        chunks = document["chunks"]
-        assert isinstance(chunks, list)
-        for digest, size_bytes in chunks:
+        soon, later = document["soon"], document["later"]
+        assert isinstance(soon, list)
+        assert isinstance(later, list)
+        for digest, size_bytes in soon:
             self._cache.prefetch(digest, size_bytes)
+        for digest, size_bytes in later:
+            self._cache.prefetch_later(digest, size_bytes)
 
     def cancel(self, task: Task) -> None:
         """Nobody wants the task any more: a leaf of it that waits for data gives up."""
@@ -58,7 +62,7 @@ class ChunkServer:
         for work, (waiting, _, _) in list(self._waiting.items()):
             if waiting is process:
                 work.cancel()
-        for pinned in self._pins.pop(process, []):
+        for pinned, _ in self._pins.pop(process, []):
             pinned.release()
 
     async def close(self) -> None:
@@ -75,18 +79,17 @@ class ChunkServer:
             text = str(error) if known else f"{type(error).__name__}: {error}"
             answer = {"digest": digest, "error": text}
         else:
-            self._keep(process, pinned)
+            self._keep(process, pinned, size_bytes)
             answer = {"digest": digest, "error": "", "path": str(pinned.path)}
         this = asyncio.current_task()
         if this is not None and self._waiting.pop(this, None) is not None:
             self._answer(process, ipc.pack_json(answer))
 
-    def _keep(self, process: LeafProcess, pinned: Pinned) -> None:
-        """Pin it; the oldest go, since a process has a bounded number of chunks mapped."""
+    def _keep(self, process: LeafProcess, pinned: Pinned, size_bytes: int) -> None:
+        """Pin it; the oldest go: a process keeps so many bytes mapped and no more, and half of
+        the cache is for what will be needed."""
         pins = self._pins.setdefault(process, [])
-        pins.append(pinned)
-        while len(pins) > _PINS_PER_PROCESS:
-            pins.pop(0).release()
-
-
-_PINS_PER_PROCESS = 16
+        pins.append((pinned, size_bytes))
+        most_bytes = min(OPEN_BYTES, self._cache.limit_bytes // 2 // len(self._pins))
+        while len(pins) > 1 and sum(size for _, size in pins) > most_bytes:
+            pins.pop(0)[0].release()

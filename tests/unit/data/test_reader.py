@@ -126,7 +126,8 @@ def test_a_bounded_number_of_chunks_stays_open(dense: datasets.StoredDataset) ->
         fetched.append(digest)
         return dense.blobs.path(digest)
 
-    reader = ChunkReader(dense.manifest, "train", fetch, open_limit=2)
+    two = 2 * dense.manifest.splits["train"][0].size_bytes
+    reader = ChunkReader(dense.manifest, "train", fetch, open_bytes=two)
     row = np.array([0])
     order = [0, 1, 0, 2, 0, 1]
     for index in order:
@@ -139,7 +140,7 @@ def test_a_bounded_number_of_chunks_stays_open(dense: datasets.StoredDataset) ->
 
 
 def test_more_chunks_in_one_call_than_may_stay_open(dense: datasets.StoredDataset) -> None:
-    reader = ChunkReader(dense.manifest, "train", dense.fetch, open_limit=1)
+    reader = ChunkReader(dense.manifest, "train", dense.fetch, open_bytes=1)
     batch = reader.rows(whole(reader))
     assert batch.features.tolist() == datasets.classification(rows=300)[0].tolist()
 

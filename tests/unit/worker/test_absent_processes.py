@@ -205,6 +205,8 @@ async def test_a_fetch_is_answered_once_even_when_it_is_cancelled_as_it_ends() -
     pinned = SimpleNamespace(path="/chunk", release=lambda: None)
 
     class Cache:
+        limit_bytes = 1 << 20
+
         async def get(self, _digest: str, _size: int) -> Any:
             return pinned
 

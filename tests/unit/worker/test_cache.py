@@ -109,7 +109,7 @@ async def test_all_who_want_a_blob_share_one_download(caches: Caches, store: Sto
 async def test_the_least_recently_used_go_first(
     caches: Caches, store: Store, tmp_path: Path
 ) -> None:
-    cache = caches(limit_bytes=3000)
+    cache = caches(limit_bytes=3500)
     digests = [store.put(bytes([index]) * 1000) for index in range(5)]
     for index, digest in enumerate(digests[:3]):
         await _touch(cache, digest, 1000 + index)
@@ -255,6 +255,55 @@ async def test_prefetching_fills_the_cache_and_swallows_errors(
     with pytest.raises(NotFound):
         await cache.get("0" * 64)
     assert store.downloads.count(digest) == 1
+
+
+async def test_what_a_leaf_waits_for_is_fetched_before_what_is_read_ahead(
+    caches: Caches, store: Store
+) -> None:
+    cache = caches(10**6)
+    digests = [store.put(bytes([number])) for number in range(40)]
+    store.open.clear()
+    for digest in digests:
+        cache.prefetch_later(digest, 1)
+    cache.prefetch(digests[-1])
+    waiting = asyncio.create_task(cache.get(digests[-2]))
+    while not store.downloads:
+        await asyncio.sleep(0)
+    store.open.set()
+    await waiting
+    (await cache.get(digests[-1])).release()
+    assert max(store.downloads.index(digest) for digest in digests[-2:]) < 10
+    for digest in digests:
+        (await cache.get(digest)).release()
+    assert len(store.downloads) == len(digests)
+
+
+async def test_what_is_fetched_for_later_takes_a_part_of_the_cache(
+    caches: Caches, store: Store
+) -> None:
+    cache = caches(limit_bytes=6000)
+    digests = [store.put(bytes([number]) * 1000) for number in range(5)]
+    for digest in digests:
+        cache.prefetch_later(digest, 1000)
+    for digest in digests[:3]:
+        (await cache.get(digest)).release()
+    assert store.downloads == digests[:3]
+    cache.prefetch_later(digests[3], 1000)
+    (await cache.get(digests[3])).release()
+    assert store.downloads == digests[:4]
+
+
+async def test_a_full_cache_is_looked_through_once_for_many_files(
+    caches: Caches, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = caches(limit_bytes=64_000)
+    looked = []
+    files = cache._files
+    monkeypatch.setattr(cache, "_files", lambda: looked.append(1) or files())
+    for number in range(200):
+        (await cache.get(store.put(bytes([number]) * 1000))).release()
+        assert sum(size for _, size, _ in files()) <= 64_000
+    assert len(looked) < 200 / 5
 
 
 async def test_what_a_dead_worker_left_half_written_is_removed(

@@ -46,7 +46,7 @@ def test_a_run_order_comes_back(
     loss=st.floats(allow_nan=False),
 )
 def test_a_finished_part_comes_back(mask: int, sums: list[float], loss: float) -> None:
-    done = ipc.PartDone(1, 2, 3, loss, mask, tuple(sums), (0.5, 0.25))
+    done = ipc.PartDone(1, 2, 3, loss, mask, tuple(sums), (0.5, 0.25), 0.125)
     assert ipc.PartDone.unpack(done.pack()) == done
 
 

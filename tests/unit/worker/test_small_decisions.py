@@ -73,6 +73,14 @@ def test_the_speed_of_leaves_counts_train_rounds_only() -> None:
     assert progress.leaves_done == 3
 
 
+def test_waiting_for_rows_is_no_slowness() -> None:
+    progress = JobProgress()
+    progress.add(100, [5.0, 0.25], waited_s=4.75)
+    progress.add(100, [0.25], waited_s=0.2500001)
+    assert (progress.train_leaves, progress.train_leaf_seconds) == (3, 0.5)
+    assert progress.leaf_seconds_p95 == 5.0
+
+
 def test_lines_carry_the_context_of_the_tag_before_them() -> None:
     splitter = LineSplitter()
     lines = splitter.feed(b"early\n\x1e3 7 2\nfirst\nsec")
