@@ -26,7 +26,7 @@ SHORT_LEAF_S = 0.001
 SLOWEST, FASTEST = 1 / 64, 64.0
 
 FORGOTTEN_AFTER_S, FORGOTTEN_AFTER_LEAVES = 10.0, 16
-FORGOTTEN_HALF_S = 30.0
+FORGOTTEN_HALF_S = 10.0
 """What was measured of one that computes nothing for longer than that is believed less and less."""
 
 

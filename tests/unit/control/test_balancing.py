@@ -157,7 +157,7 @@ def test_one_so_slow_that_it_gets_nothing_is_tried_again(beats: Beats) -> None:
     beats.go(6.0)
     assert beats.count("w3") == 0
     beats.leaf_s["w3"] = 0.1
-    beats.go(120.0)
+    beats.go(60.0)
     assert beats.counts() == [4, 4, 4, 4]
 
 
