@@ -12,7 +12,7 @@ def replace_content(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; then the old file is as it was and nothing is left behind.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         partial.write_bytes(content)
         partial.replace(path)

@@ -33,6 +33,7 @@ Download = Callable[[str, Path], Awaitable[None]]
 
 _PARALLEL_DOWNLOADS = 4
 _PREFETCHES_MAX = 256
+_LATER_S = 60.0
 _ARRIVALS_MAX = 3
 """Downloads of one blob for one request: it may be removed by another worker before it is used."""
 _ABANDONED_S = 3600.0
@@ -67,7 +68,8 @@ class Pinned:
 class BlobCache:
     """A folder with a byte limit. One instance per process; use it in one event loop.
 
-    Pinned files are never removed, so the folder may exceed the limit by what is in use.
+    Pinned files are never removed, so the folder may exceed the limit by what is in use; and for a
+    while by a part of the limit for each other worker that fetches into it.
     """
 
     def __init__(
@@ -83,13 +85,16 @@ class BlobCache:
         self._proven: OrderedDict[str, int] = OrderedDict()
         self._arriving: dict[str, asyncio.Task[None]] = {}
         self._prefetching: set[asyncio.Task[None]] = set()
-        #: What was fetched for later and that nobody has used yet: sizes.
-        self._later: dict[str, int] = {}
+        self._reading_ahead: set[asyncio.Task[None]] = set()
+        #: What was fetched for later and that nobody has used yet: when, and sizes.
+        self._later: dict[str, tuple[float, int]] = {}
         self._turns = Turns(_PARALLEL_DOWNLOADS)
         self._remove_abandoned()
         #: As counted the last time, and what has arrived here since.
-        self._size_bytes = sum(size for _, size, _ in self._files())
-        metrics.cache_bytes.set(self._size_bytes)
+        self._counted_bytes = sum(size for _, size, _ in self._files())
+        self._arrived_bytes = 0
+        self._trimming = asyncio.Lock()
+        metrics.cache_bytes.set(self._counted_bytes)
 
     async def get(self, digest: str, size_bytes: int | None = None) -> Pinned:
         """The file with this content, downloaded if need be.
@@ -129,11 +134,11 @@ class BlobCache:
 
     def prefetch(self, digest: str, size_bytes: int | None = None) -> None:
         """Start to fetch a blob that will be needed soon; more than a bounded number is ignored."""
-        if digest in self._arriving:
+        if digest in self._arriving or (
+            not self._is_present(digest, size_bytes)
+            and self._fetch_ahead(digest, self._prefetching)
+        ):
             self._turns.hurry(digest)
-        elif not self._is_present(digest, size_bytes):
-            self._turns.hurry(digest)
-            self._fetch_ahead(digest)
 
     def prefetch_later(self, digest: str, size_bytes: int) -> None:
         """Fetch a blob that will be needed some time, after all that is needed sooner.
@@ -143,13 +148,19 @@ class BlobCache:
         """
         if digest in self._arriving or self._is_present(digest, size_bytes):
             return
-        if sum(self._later.values()) + size_bytes <= self.limit_bytes // 2:
-            self._later[digest] = size_bytes
-            self._fetch_ahead(digest)
+        now_s = time.monotonic()
+        # What nobody has asked for meanwhile was for shards that have moved away.
+        self._later = {
+            name: noted for name, noted in self._later.items() if now_s - noted[0] < _LATER_S
+        }
+        others_bytes = sum(size for name, (_, size) in self._later.items() if name != digest)
+        fits = others_bytes + size_bytes <= self.limit_bytes // 2
+        if fits and self._fetch_ahead(digest, self._reading_ahead):
+            self._later[digest] = now_s, size_bytes
 
-    def _fetch_ahead(self, digest: str) -> None:
-        if len(self._prefetching) >= _PREFETCHES_MAX:
-            return
+    def _fetch_ahead(self, digest: str, running: set[asyncio.Task[None]]) -> bool:
+        if len(running) >= _PREFETCHES_MAX:
+            return False
 
         async def fetch() -> None:
             # Whoever needs the blob meets the error again and reports it.
@@ -158,12 +169,13 @@ class BlobCache:
                 await self._trim()
 
         task = asyncio.create_task(fetch())
-        self._prefetching.add(task)
-        task.add_done_callback(self._prefetching.discard)
+        running.add(task)
+        task.add_done_callback(running.discard)
+        return True
 
     async def close(self) -> None:
         """Stop downloads and let go of all pins."""
-        tasks = [*self._prefetching, *self._arriving.values()]
+        tasks = [*self._prefetching, *self._reading_ahead, *self._arriving.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -268,10 +280,18 @@ class BlobCache:
                 await self._fetch_or_say_full(path, digest)
 
     async def _trim(self) -> None:
-        """Look through the folder once it is full, and not again until an eighth of it has been
-        fetched: many files take long to look through."""
-        if self._size_bytes > self.limit_bytes:
-            await asyncio.to_thread(self._make_room, self.limit_bytes - self.limit_bytes // 8)
+        """Look through the folder when it is full, or when much has arrived since the last time,
+        as others may fill it as well. Many files take long to look through, so room is made for
+        an eighth of the limit."""
+        if not self._is_full or self._trimming.locked():
+            return
+        async with self._trimming:
+            await asyncio.to_thread(self._make_room, self.limit_bytes)
+
+    @property
+    def _is_full(self) -> bool:
+        counted = self._counted_bytes + self._arrived_bytes > self.limit_bytes
+        return counted or self._arrived_bytes > self.limit_bytes // 16
 
     async def _fetch_or_say_full(self, path: Path, digest: str) -> None:
         try:
@@ -294,33 +314,40 @@ class BlobCache:
             status = os.stat(partial)
             os.replace(partial, path)
             self._note_proven(digest, status.st_ino)
-            self._size_bytes += status.st_size
-            self._metrics.cache_bytes.set(self._size_bytes)
+            self._arrived_bytes += status.st_size
+            self._metrics.cache_bytes.set(self._counted_bytes + self._arrived_bytes)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)
 
     def _make_room(self, limit_bytes: int) -> None:
-        """Remove what was not used for longest until at most `limit_bytes` are left."""
+        """If there are more than `limit_bytes`, remove what was not used for longest until there
+        is an eighth less."""
+        arrived_bytes = self._arrived_bytes
         files = sorted(self._files())
         total = sum(size for _, size, _ in files)
-        for _, size, path in files:
-            if total <= limit_bytes:
-                break
-            if _remove_unused(path):
-                total -= size
-        self._size_bytes = total
+        if total > limit_bytes:
+            for _, size, path in files:
+                if total <= limit_bytes - limit_bytes // 8:
+                    break
+                if _remove_unused(path):
+                    total -= size
+        self._counted_bytes = total
+        self._arrived_bytes -= arrived_bytes
         self._metrics.cache_bytes.set(total)
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """(time of last use, size, path) of each file."""
         files = []
-        for folder in os.scandir(self._blobs):
-            for file in os.scandir(folder):
-                with contextlib.suppress(FileNotFoundError):
-                    status = file.stat()
-                    if not file.name.startswith("."):
-                        files.append((status.st_mtime, status.st_size, Path(file.path)))
+        with os.scandir(self._blobs) as folders:
+            for folder in folders:
+                # It may be gone, or somebody else's.
+                with contextlib.suppress(OSError), os.scandir(folder) as found:
+                    for file in found:
+                        with contextlib.suppress(FileNotFoundError):
+                            status = file.stat()
+                            if not file.name.startswith("."):
+                                files.append((status.st_mtime, status.st_size, Path(file.path)))
         return files
 
     def _remove_abandoned(self) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from phalanx.clients.storage import StorageClient
 from phalanx.config import parse
+from phalanx.data.reader import OPEN_CHUNKS
 from phalanx.rpc.buffers import reuse_large_buffers
-from phalanx.rpc.limits import ServerLimits
+from phalanx.rpc.limits import ServerLimits, raise_open_files
 from phalanx.rpc.patience import Patience, insist
 from phalanx.rpc.process import announce, run_service
 from phalanx.rpc.server import Server
@@ -23,6 +24,8 @@ from worker.session.all_reduce.exchange import SERVICE, MemberExchange
 from worker.session.app import Session
 from worker.session.leaf_server import LeafServer
 
+_OTHER_FILES = 1024
+"""Beside the chunks that each leaf process keeps mapped: sockets, shared memory, libraries."""
 _PATIENCE = Patience(first_s=0.1, longest_s=2.0)
 
 
@@ -116,6 +119,7 @@ async def serve(
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the settings and run; returns the exit code."""
     config = parse(WorkerConfig, argv, prog="phalanx worker")
+    raise_open_files(config.slot_count * OPEN_CHUNKS + _OTHER_FILES)
     # Before there are threads and connections, and with the memory allocator's own settings.
     leaves = LeafServer.forked()
     reuse_large_buffers()

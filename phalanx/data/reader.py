@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 OPEN_BYTES = 64 * 2**20
+OPEN_CHUNKS = 64
 """What stays mapped, so that the next leaf need not ask for it: some windows of the sampler."""
 _ALIGNMENT_BYTES = 64
 
@@ -48,7 +49,8 @@ class ChunkReader:
     ``fetch`` turns a chunk's digest into a local file that holds it; it is called when a chunk is
     first needed, and again if it was dropped since. ``dtype`` is what features (and the targets of
     a regression) are converted to; class indices stay int64. Chunks of at most ``open_bytes``
-    together stay mapped, and the last one anyway; the least recently used goes first. Rows are
+    together stay mapped, OPEN_CHUNKS at most and the last one anyway; the least recently used goes
+    first. Rows are
     always copied into new, equally aligned arrays: what a leaf computes never depends on where its
     rows were stored.
 
@@ -187,7 +189,9 @@ class ChunkReader:
             chunk = self._open_verified(self.chunks[index])
             self._open[index] = chunk
             self._open_bytes += self.chunks[index].size_bytes
-            while self._open_bytes > self._open_bytes_limit and len(self._open) > 1:
+            while len(self._open) > 1 and (
+                self._open_bytes > self._open_bytes_limit or len(self._open) > OPEN_CHUNKS
+            ):
                 closed, _ = self._open.popitem(last=False)
                 self._open_bytes -= self.chunks[closed].size_bytes
                 self._by_class.pop(closed, None)

@@ -103,17 +103,21 @@ def peer_of(connection: str) -> str:
     return rest.rpartition(":")[0] if kind in ("ipv4", "ipv6") else connection
 
 
+def raise_open_files(wanted: int) -> int:
+    """Raise this process's limit of open files as far as needed and allowed; return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return soft
+
+
 def make_room_for_connections(limits: ServerLimits) -> int:
     """Raise this process's limit of open files as far as needed and allowed.
 
     Returns how many connections there is room for, at most ``limits.connections_max``.
     """
-    wanted = limits.connections_max + _FILES_BESIDE_CONNECTIONS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-        soft = allowed
+    soft = raise_open_files(limits.connections_max + _FILES_BESIDE_CONNECTIONS)
     if soft == resource.RLIM_INFINITY:
         return limits.connections_max
     # Files and sockets of its own must never wait for strangers to hang up.

@@ -24,8 +24,8 @@ ItemT = TypeVar("ItemT")
 def follow(backend: Backend, attach: Callable[[], Iterator[ItemT]]) -> Iterator[ItemT]:
     """Yield what a stream brings, and after a lost connection what the next one does.
 
-    ``attach`` opens a stream of FOLLOW_S that goes on behind the last item. Raises Unavailable at
-    once where there is no cluster, and after REATTACH_S where it does not come back.
+    ``attach`` opens a stream of FOLLOW_S that goes on behind the last item. Raises Unavailable
+    soon where there is no cluster, and after REATTACH_S where it does not come back.
     """
     backend.call(GET_CLUSTER, GetClusterRequest())
     away_since_s: float | None = None

@@ -32,6 +32,8 @@ from phalanx.v1.task_service_pb2 import TaskResult as TaskResultMessage
 
 REATTACH_S = 60.0
 WATCH_S = 30.0
+_ANSWER_S = 1.0
+"""Time for an answer, also where the time to wait is over."""
 """Life of one stream of a watch. A process that was stopped keeps its streams open and says nothing
 on them, as a job may that waits; so each of them ends, and the next goes to whoever leads by then.
 """
@@ -109,10 +111,10 @@ class Job:
         """Make another streaming call to the job's cluster."""
         return self._backend.stream(method, request)
 
-    def refresh(self) -> "Job":
+    def refresh(self, timeout_s: float | None = None) -> "Job":
         """Ask for the present state; returns itself."""
         request = job_service_pb2.GetJobRequest(job_id=self.id)
-        self.message = self._backend.call(methods.GET_JOB, request).job
+        self.message = self._backend.call(methods.GET_JOB, request, timeout_s=timeout_s).job
         return self
 
     def watch(self) -> Iterator[Update]:
@@ -186,8 +188,9 @@ class Job:
                 wait_s if deadline is None else min(wait_s, max(deadline - time.monotonic(), 0))
             )
             wait_s = min(wait_s * 1.5, 0.5)
+            left_s = None if deadline is None else max(deadline - time.monotonic(), _ANSWER_S)
             try:
-                self.refresh()
+                self.refresh(left_s)
                 answered_s = time.monotonic()
             except (Unavailable, DeadlineExceeded):
                 if time.monotonic() - answered_s > REATTACH_S:

@@ -33,6 +33,7 @@ SILENCE_S = 5.0
 time, so that a call which takes long gets through as well."""
 CLOSE_S = 2.0
 """How long a channel may take to close before it is left to the end of the process."""
+UNREACHABLE = "UNREACHABLE"
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 0.5
 
@@ -70,8 +71,8 @@ class Transport:
         timeout_s: float | None = None,
     ) -> ResponseT:
         """Make a unary call. Raises PhalanxError."""
-        begun = time.monotonic()
-        deadline = begun + (timeout_s or self.timeout_s)
+        deadline = time.monotonic() + (timeout_s or self.timeout_s)
+        away_since_s: float | None = None
         attempts = ROUNDS * len(self.addresses)
         wait_s, patience_s = _FIRST_WAIT_S, SILENCE_S if len(self.addresses) > 1 else inf
         while True:
@@ -83,6 +84,9 @@ class Transport:
                 )
             except grpc.RpcError as rpc_error:
                 error = self._explain(rpc_error)
+                is_away = error.reason == UNREACHABLE
+                if not is_away and not isinstance(error, DeadlineExceeded):
+                    self._has_answered = True
                 attempts -= 1
                 if isinstance(error, DeadlineExceeded) and remaining_s > patience_s:
                     patience_s *= 2
@@ -90,8 +94,9 @@ class Transport:
                     continue
                 if not isinstance(error, Unavailable):
                     raise error from None
-                away_s = time.monotonic() - begun
-                if attempts <= 0 and (not self._has_answered or away_s >= AWAY_S):
+                away_since_s = away_since_s or time.monotonic()
+                is_patient = is_away and self._has_answered
+                if attempts <= 0 and not (is_patient and time.monotonic() - away_since_s < AWAY_S):
                     raise error from None
                 self._move_on(address)
                 pause_s = max(wait_s, self._asked_wait_s(error)) * random.uniform(0.8, 1.2)
@@ -125,7 +130,9 @@ class Transport:
         )
         call = opener(request, timeout=timeout_s)
         try:
-            yield from call
+            for response in call:
+                self._has_answered = True
+                yield response
         except grpc.RpcError as rpc_error:
             error = self._explain(rpc_error)
             if isinstance(error, Unavailable | DeadlineExceeded):
@@ -172,9 +179,9 @@ class Transport:
             return error
         message = f"cannot reach {self._what} at {', '.join(self.addresses)}"
         return Unavailable(
-            f"{message}; {self._hint}" if self._hint else message, reason="UNREACHABLE"
+            f"{message}; {self._hint}" if self._hint else message, reason=UNREACHABLE
         )
 
     @staticmethod
     def _asked_wait_s(error: Unavailable) -> float:
-        return 0.0 if error.reason == "UNREACHABLE" else error.retry_after_s or 0.0
+        return 0.0 if error.reason == UNREACHABLE else error.retry_after_s or 0.0

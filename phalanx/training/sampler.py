@@ -126,9 +126,11 @@ def chunks_for_leaf(
     return sorted(chunks)
 
 
-def window_rows(chunk_rows: Sequence[int]) -> int:
+def window_rows(shard: ShardRows) -> int:
     """Return how many rows of a shard, at most, are shuffled together."""
-    return WINDOW_PIECES * min(PIECE_ROWS, max(chunk_rows, default=0))
+    if shard.classes is not None:
+        return WINDOW_PIECES * PIECE_ROWS
+    return WINDOW_PIECES * min(PIECE_ROWS, max(shard.chunk_rows, default=0))
 
 
 def chunks_in_order(shard: ShardRows) -> list[int]:

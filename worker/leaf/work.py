@@ -221,8 +221,10 @@ class JobWork:
             }
 
         wanted = chunks_of((*self.own_steps(step), *self.own_steps(step + 1)))
-        ahead = max(1, window_rows(reader.chunk_rows) // max(1, plan.rows_per_leaf))
-        later = chunks_of([self.own_steps(step)[-1] + ahead])
+        window = window_rows(training_rows(plan, reader, incomplete[0]))
+        later_step = self.own_steps(step)[-1] + max(1, window // max(1, plan.rows_per_leaf))
+        steps = plan.total_steps * max(1, plan.local_steps)
+        later = chunks_of([later_step] if not steps or later_step < steps else [])
         fresh = self._hints.new(wanted)
         fresh_later = self._hints.new_later(later)
         for shard in incomplete:

@@ -467,7 +467,7 @@ class Session:
         self._chunks.fetch(process, task, document)
 
     def prefetch(self, document: dict[str, object]) -> None:
-        """A leaf process names the chunks of this step and the next."""
+        """A leaf process names chunks that it will need."""
         self._chunks.prefetch(document)
 
     def printed(self, process: LeafProcess, level: str, data: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from phalanx.data.reader import OPEN_BYTES
+from phalanx.data.reader import OPEN_BYTES, OPEN_CHUNKS
 from phalanx.errors import PhalanxError
 from worker import ipc
 from worker.cache import BlobCache, Pinned
@@ -88,8 +88,11 @@ class ChunkServer:
     def _keep(self, process: LeafProcess, pinned: Pinned, size_bytes: int) -> None:
         """Pin it; the oldest go: a process keeps so many bytes mapped and no more, and half of
         the cache is for what will be needed."""
-        pins = self._pins.setdefault(process, [])
-        pins.append((pinned, size_bytes))
+        self._pins.setdefault(process, []).append((pinned, size_bytes))
         most_bytes = min(OPEN_BYTES, self._cache.limit_bytes // 2 // len(self._pins))
-        while len(pins) > 1 and sum(size for _, size in pins) > most_bytes:
-            pins.pop(0)[0].release()
+        for pins in self._pins.values():
+            total_bytes = sum(size for _, size in pins)
+            while len(pins) > 1 and (total_bytes > most_bytes or len(pins) > OPEN_CHUNKS):
+                oldest, size_bytes = pins.pop(0)
+                oldest.release()
+                total_bytes -= size_bytes

@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 import pytest
 
-from phalanx.errors import Unavailable
+from phalanx.errors import NotFound, Unavailable
 from phalanx.sdk import transport
 from phalanx.sdk.methods import GET_CLUSTER
 from phalanx.sdk.transport import AWAY_S, ROUNDS, Transport
@@ -50,6 +50,13 @@ class Away(grpc.RpcError):
         return ()
 
 
+class Refused(Away):
+    """What a call that the server answers with an error raises."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.NOT_FOUND
+
+
 class Restarting:
     """A server that is away for some time, on a clock of its own."""
 
@@ -57,6 +64,7 @@ class Restarting:
         self.now_s = 100.0
         self.back_s = 0.0
         self.attempts = 0
+        self.refuses = False
         monkeypatch.setattr("phalanx.sdk.transport.time", self)
 
     def monotonic(self) -> float:
@@ -70,6 +78,8 @@ class Restarting:
 
     def answer(self, _: GetClusterRequest, **__: Any) -> GetClusterResponse:
         self.attempts += 1
+        if self.refuses:
+            raise Refused
         if self.now_s < self.back_s:
             raise Away
         return GetClusterResponse()
@@ -111,3 +121,13 @@ def test_an_address_where_nobody_ever_answered_is_given_up_at_once(server: Resta
         Transport(["a:1"]).call(GET_CLUSTER, GetClusterRequest())
     assert server.attempts == ROUNDS
     assert server.now_s - begun_s < 2
+
+
+def test_an_error_of_the_cluster_is_an_answer(server: Restarting) -> None:
+    opened = Transport(["a:1"])
+    server.refuses = True
+    with pytest.raises(NotFound):
+        opened.call(GET_CLUSTER, GetClusterRequest())
+    server.refuses = False
+    server.back_s = server.now_s + AWAY_S - 1
+    opened.call(GET_CLUSTER, GetClusterRequest())

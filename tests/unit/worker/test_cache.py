@@ -293,6 +293,21 @@ async def test_what_is_fetched_for_later_takes_a_part_of_the_cache(
     assert store.downloads == digests[:4]
 
 
+async def test_what_nobody_asked_for_later_makes_room_for_others(
+    caches: Caches, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("worker.cache.time.monotonic", lambda: now_s)
+    cache = caches(limit_bytes=2000)
+    first, other = store.put(b"a" * 1000), store.put(b"b" * 1000)
+    cache.prefetch_later(first, 1000)
+    cache.prefetch_later(other, 1000)
+    now_s += 100
+    cache.prefetch_later(other, 1000)
+    (await cache.get(other)).release()
+    assert store.downloads == [first, other]
+
+
 async def test_a_full_cache_is_looked_through_once_for_many_files(
     caches: Caches, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,7 +318,28 @@ async def test_a_full_cache_is_looked_through_once_for_many_files(
     for number in range(200):
         (await cache.get(store.put(bytes([number]) * 1000))).release()
         assert sum(size for _, size, _ in files()) <= 64_000
-    assert len(looked) < 200 / 5
+    assert len(looked) < 200 / 3
+
+
+async def test_workers_that_share_a_folder_keep_its_limit_together(
+    caches: Caches, store: Store
+) -> None:
+    workers = [caches(limit_bytes=64_000) for _ in range(4)]
+    for number in range(250):
+        (await workers[number % 4].get(store.put(number.to_bytes(4, "big") * 250))).release()
+        held_bytes = sum(size for _, size, _ in workers[0]._files())
+        assert held_bytes <= 64_000 + 4 * 64_000 // 16
+
+
+async def test_what_does_not_belong_into_the_folder_is_left_alone(
+    caches: Caches, store: Store, tmp_path: Path
+) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / ".DS_Store").write_bytes(b"x")
+    cache = caches(limit_bytes=1500)
+    for number in range(5):
+        (await cache.get(store.put(bytes([number]) * 1000))).release()
+    assert (tmp_path / "blobs" / ".DS_Store").exists()
 
 
 async def test_what_a_dead_worker_left_half_written_is_removed(

@@ -13,23 +13,23 @@ class Downloads:
         self._turns = turns
         self.begun: list[str] = []
         self._ends: dict[str, asyncio.Event] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
 
     async def ask(self, *names: str) -> None:
         for name in names:
             self._ends[name] = asyncio.Event()
-            self._tasks[name] = asyncio.create_task(self._run(name))
+            self.tasks[name] = asyncio.create_task(self._run(name))
         await asyncio.sleep(0)
 
     async def end(self, name: str) -> None:
         self._ends[name].set()
-        await self._tasks[name]
+        await self.tasks[name]
         await asyncio.sleep(0)
 
     async def cancel(self, name: str) -> None:
-        self._tasks[name].cancel()
+        self.tasks[name].cancel()
         with suppress(asyncio.CancelledError):
-            await self._tasks[name]
+            await self.tasks[name]
         await asyncio.sleep(0)
 
     async def _run(self, name: str) -> None:
@@ -71,14 +71,30 @@ async def test_hurry_is_over_with_the_download() -> None:
 async def test_no_turn_is_lost_with_those_who_give_up() -> None:
     turns = Turns(1)
     downloads = Downloads(turns)
-    await downloads.ask("a", "b", "c", "d")
+    await downloads.ask("a", "b", "c")
     await downloads.cancel("b")
     await downloads.cancel("a")
     assert downloads.begun == ["a", "c"]
-    downloads._ends["c"].set()
-    # c passes its turn on to d at the moment in which d gives up.
-    downloads._tasks["c"].add_done_callback(lambda _: downloads._tasks["d"].cancel())
-    await asyncio.wait([downloads._tasks["d"]])
-    await downloads.ask("e")
-    assert downloads.begun[-1] == "e"
-    await downloads.end("e")
+    await downloads.end("c")
+
+
+async def test_a_turn_that_comes_to_one_who_gives_up_at_that_moment_goes_on() -> None:
+    turns = Turns(1)
+    downloads = Downloads(turns)
+    end = asyncio.Event()
+
+    async def first() -> None:
+        async with turns.turn("a"):
+            await end.wait()
+        # The turn of b has come, but b has not woken up yet.
+        downloads.tasks["b"].cancel()
+
+    holder = asyncio.create_task(first())
+    await asyncio.sleep(0)
+    await downloads.ask("b", "c")
+    end.set()
+    await holder
+    await asyncio.wait([downloads.tasks["b"]])
+    await asyncio.sleep(0)
+    assert downloads.begun == ["c"]
+    await downloads.end("c")
