@@ -285,6 +285,8 @@ async def test_what_is_fetched_for_later_takes_a_part_of_the_cache(
     digests = [store.put(bytes([number]) * 1000) for number in range(5)]
     for digest in digests:
         cache.prefetch_later(digest, 1000)
+    while cache._arriving or len(store.downloads) < 3:
+        await asyncio.sleep(0.001)
     for digest in digests[:3]:
         (await cache.get(digest)).release()
     assert store.downloads == digests[:3]
@@ -296,15 +298,17 @@ async def test_what_is_fetched_for_later_takes_a_part_of_the_cache(
 async def test_what_nobody_asked_for_later_makes_room_for_others(
     caches: Caches, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now_s = 100.0
-    monkeypatch.setattr("worker.cache.time.monotonic", lambda: now_s)
     cache = caches(limit_bytes=2000)
     first, other = store.put(b"a" * 1000), store.put(b"b" * 1000)
     cache.prefetch_later(first, 1000)
     cache.prefetch_later(other, 1000)
-    now_s += 100
+    while cache._arriving or not store.downloads:
+        await asyncio.sleep(0.001)
+    assert store.downloads == [first]
+    monkeypatch.setattr("worker.cache._LATER_S", 0.0)
     cache.prefetch_later(other, 1000)
-    (await cache.get(other)).release()
+    while cache._arriving or len(store.downloads) < 2:
+        await asyncio.sleep(0.001)
     assert store.downloads == [first, other]
 
 
