@@ -286,7 +286,7 @@ async def test_what_is_fetched_for_later_takes_a_part_of_the_cache(
     for digest in digests:
         cache.prefetch_later(digest, 1000)
     while cache._arriving or len(store.downloads) < 3:
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
     for digest in digests[:3]:
         (await cache.get(digest)).release()
     assert store.downloads == digests[:3]
@@ -303,12 +303,12 @@ async def test_what_nobody_asked_for_later_makes_room_for_others(
     cache.prefetch_later(first, 1000)
     cache.prefetch_later(other, 1000)
     while cache._arriving or not store.downloads:
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
     assert store.downloads == [first]
     monkeypatch.setattr("worker.cache._LATER_S", 0.0)
     cache.prefetch_later(other, 1000)
     while cache._arriving or len(store.downloads) < 2:
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
     assert store.downloads == [first, other]
 
 
