@@ -6,6 +6,7 @@ It works wherever a loop is running already (Jupyter), and threads may share it.
 import asyncio
 import threading
 from collections.abc import Coroutine, Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -71,6 +72,12 @@ class SyncStorageClient:
             self._client.put_blob(
                 source, digest=digest, check_first=check_first, timeout_s=timeout_s
             )
+        )
+
+    def start_put_blob(self, source: BlobSource, *, digest: str) -> Future[str]:
+        """Begin to store what has this digest; others may be under way meanwhile."""
+        return asyncio.run_coroutine_threadsafe(
+            self._client.put_blob(source, digest=digest), self._loop
         )
 
     def get_blob(

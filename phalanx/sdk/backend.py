@@ -19,6 +19,8 @@ from phalanx.sdk.transport import CALL_TIMEOUT_S, STREAM_TIMEOUT_S, Transport
 from phalanx.v1.cluster_service_pb2 import GetClusterRequest
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from phalanx.clients.storage import SyncStorageClient
 
 _ANY_HOST = frozenset({"", "0.0.0.0", "[::]", "::"})  # noqa: S104 - compared, not bound
@@ -52,6 +54,9 @@ class Backend(Protocol):
 
     def put_blob(self, data: bytes) -> str:
         """Store bytes durably; return their digest."""
+
+    def start_put_blob(self, data: bytes, digest: str) -> Future[str]:
+        """Begin to store bytes of this digest; its result is awaited by the caller."""
 
     def get_blob(self, digest: str) -> bytes:
         """Return a stored blob, checked against its digest."""
@@ -99,6 +104,10 @@ class RemoteBackend:
     def put_blob(self, data: bytes) -> str:
         """Store bytes durably; return their digest."""
         return self._blob_client().put_blob(data)
+
+    def start_put_blob(self, data: bytes, digest: str) -> Future[str]:
+        """Begin to store bytes of this digest."""
+        return self._blob_client().start_put_blob(data, digest=digest)
 
     def get_blob(self, digest: str) -> bytes:
         """Return a stored blob, checked against its digest."""

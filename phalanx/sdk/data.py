@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import deque
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from phalanx.errors import InvalidArgument
 from phalanx.ids import new_request_id
@@ -15,9 +17,13 @@ from phalanx.v1 import dataset_service_pb2
 from phalanx.v1.dataset_service_pb2 import Dataset
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from phalanx.data.manifest import DatasetManifest
 
 PAGE_SIZE = 500
+_UNDER_WAY_BYTES = 16 * 2**20
+"""Of chunks on their way at once: storage takes its time to make each durable."""
 
 
 class DataSets:
@@ -47,7 +53,8 @@ class DataSets:
         memory stays small whatever the size; ``on_stored`` is told the bytes of each. Raises
         InvalidArgument with line and column of what is wrong in a file.
         """
-        manifest = self._ingest(source, options, _Sink(self._backend, on_stored))
+        with _Sink(self._backend, on_stored) as sink:
+            manifest = self._ingest(source, options, sink)
         return self.register(name, manifest)
 
     def _ingest(
@@ -131,14 +138,39 @@ def _is_pair(value: Any) -> bool:
 
 
 class _Sink:
-    """Where ingestion puts its chunks."""
+    """Where ingestion puts its chunks: some are on their way to storage while others are read.
+
+    Leaving the block waits for all of them, or gives up what is under way where it raised.
+    """
 
     def __init__(self, backend: Backend, on_stored: Callable[[int], None] | None) -> None:
         self._backend = backend
         self._on_stored = on_stored
+        self._under_way: deque[tuple[int, Future[str]]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            while kind is None and self._under_way:
+                self._settle()
+        finally:
+            for given_up in self._under_way:
+                given_up[1].cancel()
 
     def put(self, data: bytes) -> str:
-        digest = self._backend.put_blob(data)
-        if self._on_stored is not None:
-            self._on_stored(len(data))
+        digest = hashlib.sha256(data).hexdigest()
+        under_way_bytes = len(data) + sum(size for size, _ in self._under_way)
+        while self._under_way and under_way_bytes > _UNDER_WAY_BYTES:
+            under_way_bytes -= self._settle()
+        self._under_way.append((len(data), self._backend.start_put_blob(data, digest)))
         return digest
+
+    def _settle(self) -> int:
+        """Wait for the oldest; return its bytes."""
+        size_bytes, upload = self._under_way.popleft()
+        upload.result()
+        if self._on_stored is not None:
+            self._on_stored(size_bytes)
+        return size_bytes
