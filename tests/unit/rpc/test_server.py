@@ -105,9 +105,19 @@ async def channel(server: Server) -> AsyncIterator[grpc.aio.Channel]:
         yield channel
 
 
-def _count(registry: CollectorRegistry, method: str, code: str, service: str = SERVICE) -> float:
+async def _counted(
+    registry: CollectorRegistry, method: str, code: str, service: str = SERVICE, times: int = 1
+) -> bool:
+    """Whether so many calls were counted; a caller may have its answer before the last one is."""
     labels = {"grpc_service": service, "grpc_method": method, "grpc_code": code}
-    return registry.get_sample_value("grpc_server_handled_total", labels) or 0.0
+
+    def count() -> float:
+        return registry.get_sample_value("grpc_server_handled_total", labels) or 0.0
+
+    async with asyncio.timeout(GUARD_S):
+        while count() < times:
+            await asyncio.sleep(0)
+    return count() == times
 
 
 async def test_error_of_a_servicer_reaches_the_caller_as_itself(
@@ -117,7 +127,7 @@ async def test_error_of_a_servicer_reaches_the_caller_as_itself(
         await call_with_retry(
             stubs.JobServiceStub(channel).GetJob, pb.GetJobRequest(job_id="x"), timeout_s=GUARD_S
         )
-    assert _count(server.registry, "GetJob", "NOT_FOUND") == 1
+    assert await _counted(server.registry, "GetJob", "NOT_FOUND")
 
 
 async def test_unexpected_error_tells_the_caller_nothing_and_the_log_everything(
@@ -134,7 +144,7 @@ async def test_unexpected_error_tells_the_caller_nothing_and_the_log_everything(
     assert line["event"] == "unexpected_error"
     assert line["method"] == f"/{SERVICE}/CancelJob"
     assert "password is in /etc/secret" in line["exception"]
-    assert _count(server.registry, "CancelJob", "INTERNAL") == 1
+    assert await _counted(server.registry, "CancelJob", "INTERNAL")
 
 
 async def test_handler_may_abort_by_itself(server: Server, channel: grpc.aio.Channel) -> None:
@@ -143,7 +153,7 @@ async def test_handler_may_abort_by_itself(server: Server, channel: grpc.aio.Cha
             stubs.JobServiceStub(channel).PauseJob, pb.PauseJobRequest(), timeout_s=GUARD_S
         )
     assert (caught.value.code, caught.value.message) == ("DATA_LOSS", "aborted by hand")
-    assert _count(server.registry, "PauseJob", "DATA_LOSS") == 1
+    assert await _counted(server.registry, "PauseJob", "DATA_LOSS")
 
 
 async def test_stream_delivers_what_came_before_its_error(
@@ -158,7 +168,7 @@ async def test_stream_delivers_what_came_before_its_error(
     assert received == 1
     error = from_rpc_error(caught.value)
     assert (error.reason, error.details) == ("STALE_TERM", {"current_term": "3"})
-    assert _count(server.registry, "WatchJob", "ABORTED") == 1
+    assert await _counted(server.registry, "WatchJob", "ABORTED")
 
 
 async def test_cancelled_stream_closes_its_generator(
@@ -170,7 +180,7 @@ async def test_cancelled_stream_closes_its_generator(
     await call.read()
     call.cancel()
     await asyncio.wait_for(servicer.watch_closed.wait(), GUARD_S)
-    assert _count(server.registry, "WatchJob", "CANCELLED") == 1
+    assert await _counted(server.registry, "WatchJob", "CANCELLED")
 
 
 async def test_raw_bytes_handlers_work_and_their_errors_are_rich(
@@ -184,8 +194,8 @@ async def test_raw_bytes_handlers_work_and_their_errors_are_rich(
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call.read()
     assert from_rpc_error(caught.value).message == "bad frame"
-    assert _count(server.registry, "Echo", "OK", "test.Raw") == 1
-    assert _count(server.registry, "Relay", "INVALID_ARGUMENT", "test.Raw") == 1
+    assert await _counted(server.registry, "Echo", "OK", "test.Raw")
+    assert await _counted(server.registry, "Relay", "INVALID_ARGUMENT", "test.Raw")
 
 
 async def test_unknown_method_is_unimplemented(channel: grpc.aio.Channel) -> None:
@@ -208,7 +218,7 @@ async def test_message_above_the_limit_is_refused_and_one_at_the_limit_is_not(
                 await measure(bytes(size), timeout=GUARD_S)
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert await measure(b"still here", timeout=GUARD_S) == b"10"
-    assert _count(server.registry, "Size", "OK", "test.Raw") == 2
+    assert await _counted(server.registry, "Size", "OK", "test.Raw", times=2)
 
 
 async def test_compressed_message_is_refused_however_small(server: Server) -> None:
