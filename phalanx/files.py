@@ -1,5 +1,6 @@
 """Files that others read while they are written."""
 
+import contextlib
 import secrets
 from pathlib import Path
 
@@ -17,5 +18,6 @@ def replace_content(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
         partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise

@@ -76,9 +76,7 @@ class SyncStorageClient:
 
     def start_put_blob(self, source: BlobSource, *, digest: str) -> Future[str]:
         """Begin to store what has this digest; others may be under way meanwhile."""
-        return asyncio.run_coroutine_threadsafe(
-            self._client.put_blob(source, digest=digest), self._loop
-        )
+        return self._start(self._client.put_blob(source, digest=digest))
 
     def get_blob(
         self, digest: str, offset: int = 0, length: int = 0, *, timeout_s: float | None = None
@@ -180,16 +178,19 @@ class SyncStorageClient:
 
     def _run(self, call: Coroutine[Any, Any, ResultT]) -> ResultT:
         """Run a call, which has its own deadline, on the thread's loop."""
-        if self._loop.is_closed():
-            call.close()
-            raise FailedPrecondition("this storage client is closed", reason="CLOSED")
-        future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        future = self._start(call)
         try:
             return future.result()
         except BaseException:
             # Ctrl-C reaches this thread, not the loop's.
             future.cancel()
             raise
+
+    def _start(self, call: Coroutine[Any, Any, ResultT]) -> Future[ResultT]:
+        if self._loop.is_closed():
+            call.close()
+            raise FailedPrecondition("this storage client is closed", reason="CLOSED")
+        return asyncio.run_coroutine_threadsafe(call, self._loop)
 
     def _end(self) -> None:
         async def settle() -> None:

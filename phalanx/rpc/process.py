@@ -16,7 +16,6 @@ SIGTERM and SIGINT set ``stop``; a second one ends the process at once with 130.
 """
 
 import asyncio
-import contextlib
 import errno
 import json
 import os
@@ -28,6 +27,7 @@ from typing import TypeVar
 
 from phalanx.config import EXIT_USAGE, ServiceConfig
 from phalanx.errors import FailedPrecondition, InvalidArgument
+from phalanx.files import replace_content
 from phalanx.parent import EXIT_INTERRUPTED, die_with_parent
 from phalanx.telemetry.logs import configure_logging, get_logger
 
@@ -95,13 +95,9 @@ def announce(
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        replace_content(path, text.encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         if error.errno in _FULL and _write_over(path, text):
             return
         raise FailedPrecondition(

@@ -169,8 +169,9 @@ class _Sink:
 
     def _settle(self) -> int:
         """Wait for the oldest; return its bytes."""
-        size_bytes, upload = self._under_way.popleft()
+        size_bytes, upload = self._under_way[0]
         upload.result()
+        self._under_way.popleft()
         if self._on_stored is not None:
             self._on_stored(size_bytes)
         return size_bytes

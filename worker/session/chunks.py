@@ -93,6 +93,6 @@ class ChunkServer:
         for pins in self._pins.values():
             total_bytes = sum(size for _, size in pins)
             while len(pins) > 1 and (total_bytes > most_bytes or len(pins) > OPEN_CHUNKS):
-                oldest, size_bytes = pins.pop(0)
+                oldest, oldest_bytes = pins.pop(0)
                 oldest.release()
-                total_bytes -= size_bytes
+                total_bytes -= oldest_bytes

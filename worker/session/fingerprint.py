@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from phalanx.files import replace_content
+
 _LIBRARIES = ("numpy", "scipy", "phalanx")
 _OVERRIDES = ("OPENBLAS_CORETYPE", "NPY_DISABLE_CPU_FEATURES", "NPY_ENABLE_CPU_FEATURES")
 _CPU_FIELDS = ("model name", "flags", "Features", "CPU implementer", "CPU part")
@@ -26,14 +28,9 @@ async def stored_fingerprint(folder: Path, compute: Callable[[], Awaitable[str]]
     except (OSError, ValueError, KeyError, TypeError):
         pass
     fingerprint = await compute()
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps({"fingerprint": fingerprint}))
-        partial.replace(path)
-    except OSError:
-        # On a full disk, say; then it is computed again the next time.
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    # On a full disk, say, it is computed again the next time.
+    with contextlib.suppress(OSError):
+        replace_content(path, json.dumps({"fingerprint": fingerprint}).encode())
     return fingerprint
 
 

@@ -172,7 +172,7 @@ def test_on_a_full_disk_an_announcement_takes_the_place_of_the_one_before(
     def full(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     announce(config, role="test", address="127.0.0.1:1")
     assert json.loads(path.read_text())["address"] == "127.0.0.1:1"
     assert os.listdir(tmp_path) == ["member.json"]
