@@ -173,7 +173,7 @@ async def test_a_fingerprint_that_cannot_be_kept_is_used_all_the_same(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as disk:
-        disk.setattr(Path, "write_text", full)
+        disk.setattr(Path, "write_bytes", full)
         assert await stored_fingerprint(tmp_path, compute) == "f" * 8
     assert await stored_fingerprint(tmp_path, compute) == "f" * 8
     assert len(list(tmp_path.iterdir())) == 1
