@@ -17,7 +17,7 @@ chaos:
 # Generates the checked-in stubs in phalanx/v1 from protos/.
 protos:
 	@sh scripts/bootstrap prepare test
-	@PYTHON=.venv-test/bin/python sh scripts/gen_protos.sh
+	@PYTHON=$(CURDIR)/.venv-test/bin/python sh scripts/gen_protos.sh
 
 # Tries `make demo` on a fresh machine: a new Debian in a folder (needs root and debootstrap).
 fresh:

@@ -131,7 +131,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
         taken, following = page.take(
             chosen, lambda facts: (-facts.kept.submit_unix_nanos, facts.job_id)
         )
-        jobs = [job_view(facts, leader.core.jobs.get(facts.job_id)) for facts in taken]
+        jobs = [leader.job_view(facts.job_id) for facts in taken]
         return pb.ListJobsResponse(jobs=jobs, next_page_token=following)
 
     async def CancelJob(

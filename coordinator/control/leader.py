@@ -237,7 +237,7 @@ class Leader:
             # Cut off from storage: somebody else may lead by now, and may have taken it.
             self.check_storage()
             raise NotFound(f"there is no job {job_id[:100]!r}", reason="JOB_NOT_FOUND")
-        return job_view(facts, self.core.jobs.get(job_id))
+        return job_view(facts, self.core.jobs.get(job_id), self.core.generation)
 
     def progress(self, job_id: str) -> Progress:
         """Return the progress of a job."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
@@ -101,7 +102,7 @@ async def _updates(
     leader: Leader, job_id: str, watcher: Watcher, view: Job, after_sequence: int
 ) -> AsyncIterator[WatchJobResponse]:
     loop = asyncio.get_running_loop()
-    shown_s, sequence = 0.0, after_sequence
+    shown_s, sequence = -math.inf, after_sequence
     yield WatchJobResponse(job=view)
     while True:
         leader.watchers.check_open()

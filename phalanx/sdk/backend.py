@@ -3,7 +3,7 @@ process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,8 +40,9 @@ class Backend(Protocol):
         request: RequestT,
         *,
         timeout_s: float | None = None,
+        accept: Callable[[ResponseT], bool] | None = None,
     ) -> ResponseT:
-        """Make a unary call."""
+        """Make a unary call; an answer that `accept` refuses is asked for again elsewhere."""
 
     def stream(
         self,
@@ -49,8 +50,9 @@ class Backend(Protocol):
         request: RequestT,
         *,
         timeout_s: float = STREAM_TIMEOUT_S,
+        accept: Callable[[ResponseT], bool] | None = None,
     ) -> Iterator[ResponseT]:
-        """Make one call that answers with a stream."""
+        """Make one call that answers with a stream, which ends where `accept` refuses a message."""
 
     def put_blob(self, data: bytes) -> str:
         """Store bytes durably; return their digest."""
@@ -87,9 +89,10 @@ class RemoteBackend:
         request: RequestT,
         *,
         timeout_s: float | None = None,
+        accept: Callable[[ResponseT], bool] | None = None,
     ) -> ResponseT:
         """Make a unary call, with fail-over and retries."""
-        return self._transport(method).call(method, request, timeout_s=timeout_s)
+        return self._transport(method).call(method, request, timeout_s=timeout_s, accept=accept)
 
     def stream(
         self,
@@ -97,9 +100,10 @@ class RemoteBackend:
         request: RequestT,
         *,
         timeout_s: float = STREAM_TIMEOUT_S,
+        accept: Callable[[ResponseT], bool] | None = None,
     ) -> Iterator[ResponseT]:
         """Make one call that answers with a stream."""
-        return self._transport(method).stream(method, request, timeout_s=timeout_s)
+        return self._transport(method).stream(method, request, timeout_s=timeout_s, accept=accept)
 
     def put_blob(self, data: bytes) -> str:
         """Store bytes durably; return their digest."""

@@ -140,6 +140,7 @@ class InProcessBackend:
         request: RequestT,
         *,
         timeout_s: float | None = None,
+        accept: Callable[[ResponseT], bool] | None = None,
     ) -> ResponseT:
         """Answer a unary call."""
         answer = self._calls.get(method.path)
@@ -153,6 +154,7 @@ class InProcessBackend:
         request: RequestT,
         *,
         timeout_s: float = STREAM_TIMEOUT_S,
+        accept: Callable[[ResponseT], bool] | None = None,
     ) -> Iterator[ResponseT]:
         """Answer a call with a stream."""
         answer = self._streams.get(method.path)

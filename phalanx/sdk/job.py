@@ -114,7 +114,12 @@ class Job:
     def refresh(self, timeout_s: float | None = None) -> "Job":
         """Ask for the present state; returns itself."""
         request = job_service_pb2.GetJobRequest(job_id=self.id)
-        self.message = self._backend.call(methods.GET_JOB, request, timeout_s=timeout_s).job
+        self.message = self._backend.call(
+            methods.GET_JOB,
+            request,
+            timeout_s=timeout_s,
+            accept=lambda answer: self._is_news(answer.job),
+        ).job
         return self
 
     def watch(self) -> Iterator[Update]:
@@ -148,7 +153,12 @@ class Job:
         while True:
             try:
                 request = job_service_pb2.WatchJobRequest(job_id=self.id, after_sequence=sequence)
-                stream = self._backend.stream(methods.WATCH_JOB, request, timeout_s=WATCH_S)
+                stream = self._backend.stream(
+                    methods.WATCH_JOB,
+                    request,
+                    timeout_s=WATCH_S,
+                    accept=lambda item: not item.HasField("job") or self._is_news(item.job),
+                )
                 for item in stream:
                     give_up_at = None
                     kind = item.WhichOneof("update")
@@ -197,6 +207,10 @@ class Job:
                     raise
         self.raise_if_failed()
         return result_value(self.message.result)
+
+    def _is_news(self, told: job_pb2.Job) -> bool:
+        """Whether a leader that was replaced meanwhile did not tell this: what it knows is old."""
+        return told.generation >= self.message.generation
 
     def raise_if_failed(self) -> None:
         """Raise JobFailed or JobCancelled if the job ended like that."""

@@ -10,7 +10,7 @@ request carries a request id, which is the same in all attempts.
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from typing import Any
 
@@ -34,6 +34,7 @@ time, so that a call which takes long gets through as well."""
 CLOSE_S = 2.0
 """How long a channel may take to close before it is left to the end of the process."""
 UNREACHABLE = "UNREACHABLE"
+BEHIND = "BEHIND"
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 0.5
 
@@ -69,8 +70,13 @@ class Transport:
         request: RequestT,
         *,
         timeout_s: float | None = None,
+        accept: Callable[[ResponseT], bool] | None = None,
     ) -> ResponseT:
-        """Make a unary call. Raises PhalanxError."""
+        """Make a unary call. Raises PhalanxError.
+
+        An answer that ``accept`` refuses is that of a process which is behind: another address is
+        asked, as if this one had said ``Unavailable``.
+        """
         deadline = time.monotonic() + (timeout_s or self.timeout_s)
         away_since_s: float | None = None
         attempts = ROUNDS * len(self.addresses)
@@ -78,36 +84,26 @@ class Transport:
         while True:
             address = self.address
             remaining_s = max(deadline - time.monotonic(), 0.001)
+            attempts -= 1
             try:
-                response: ResponseT = self._unary(address, method)(
-                    request, timeout=min(remaining_s, patience_s)
-                )
-            except grpc.RpcError as rpc_error:
-                error = self._explain(rpc_error)
-                is_away = error.reason == UNREACHABLE
-                if not is_away and not isinstance(error, DeadlineExceeded):
-                    self._has_answered = True
-                attempts -= 1
-                if isinstance(error, DeadlineExceeded) and remaining_s > patience_s:
-                    patience_s *= 2
-                    self._move_on(address)
-                    continue
-                if not isinstance(error, Unavailable):
-                    raise error from None
+                return self._attempt(address, method, request, min(remaining_s, patience_s), accept)
+            except DeadlineExceeded:
+                if remaining_s <= patience_s:
+                    raise
+                patience_s *= 2
+                self._move_on(address)
+            except Unavailable as error:
                 away_since_s = away_since_s or time.monotonic()
-                is_patient = is_away and self._has_answered
+                is_patient = error.reason in (UNREACHABLE, BEHIND) and self._has_answered
                 if attempts <= 0 and not (is_patient and time.monotonic() - away_since_s < AWAY_S):
-                    raise error from None
+                    raise
                 self._move_on(address)
                 pause_s = max(wait_s, self._asked_wait_s(error)) * random.uniform(0.8, 1.2)
                 if time.monotonic() + pause_s >= deadline:
-                    raise error from None
+                    raise
                 if self._current == 0 or len(self.addresses) == 1:
                     time.sleep(pause_s)
                     wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
-            else:
-                self._has_answered = True
-                return response
 
     def stream(
         self,
@@ -115,12 +111,14 @@ class Transport:
         request: RequestT,
         *,
         timeout_s: float = STREAM_TIMEOUT_S,
+        accept: Callable[[ResponseT], bool] | None = None,
     ) -> Iterator[ResponseT]:
         """Make one call that answers with a stream; closing the iterator cancels it. Raises
         PhalanxError.
 
         It is not retried: only the caller knows where to go on. After ``Unavailable`` or
-        ``DeadlineExceeded`` the next stream goes to the next address.
+        ``DeadlineExceeded`` the next stream goes to the next address. A message that ``accept``
+        refuses ends the stream with ``Unavailable``.
         """
         address = self.address
         opener: Any = self._channel(address).unary_stream(
@@ -132,6 +130,9 @@ class Transport:
         try:
             for response in call:
                 self._has_answered = True
+                if accept is not None and not accept(response):
+                    self._move_on(address)
+                    raise self._behind(address)
                 yield response
         except grpc.RpcError as rpc_error:
             error = self._explain(rpc_error)
@@ -151,6 +152,26 @@ class Transport:
             closing = threading.Thread(target=channel.close, daemon=True)
             closing.start()
             closing.join(CLOSE_S)
+
+    def _attempt(
+        self,
+        address: str,
+        method: Method[RequestT, ResponseT],
+        request: RequestT,
+        timeout_s: float,
+        accept: Callable[[ResponseT], bool] | None,
+    ) -> ResponseT:
+        try:
+            response: ResponseT = self._unary(address, method)(request, timeout=timeout_s)
+        except grpc.RpcError as rpc_error:
+            error = self._explain(rpc_error)
+            if error.reason != UNREACHABLE and not isinstance(error, DeadlineExceeded):
+                self._has_answered = True
+            raise error from None
+        self._has_answered = True
+        if accept is not None and not accept(response):
+            raise self._behind(address)
+        return response
 
     def _unary(self, address: str, method: Method[Any, Any]) -> Any:
         return self._channel(address).unary_unary(
@@ -182,6 +203,13 @@ class Transport:
             f"{message}; {self._hint}" if self._hint else message, reason=UNREACHABLE
         )
 
+    def _behind(self, address: str) -> Unavailable:
+        return Unavailable(
+            f"{self._what} at {address} tells less than was known already: another process leads, "
+            "and this one is cut off from storage; try again",
+            reason=BEHIND,
+        )
+
     @staticmethod
     def _asked_wait_s(error: Unavailable) -> float:
-        return 0.0 if error.reason == UNREACHABLE else error.retry_after_s or 0.0
+        return 0.0 if error.reason in (UNREACHABLE, BEHIND) else error.retry_after_s or 0.0

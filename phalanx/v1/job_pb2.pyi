@@ -79,6 +79,7 @@ class Job(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The name of the spec and eight random characters, as fashion-mlp-k3v9x2qd."""
     spec_sha256: _builtins.str
@@ -91,6 +92,10 @@ class Job(_message.Message):
     submitter: _builtins.str
     """The host that submitted it, as far as the leader saw: that of the control
     process which handed the call on, if one did.
+    """
+    generation: _builtins.int
+    """The generation of the leader that tells this. What a lower generation tells of a job is older:
+    a leader that is cut off from storage does not know that another one leads.
     """
     @_builtins.property
     def spec(self) -> _job_spec_pb2.JobSpec:
@@ -134,10 +139,11 @@ class Job(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
+        generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failures", b"failures", "id", b"id", "message", b"message", "progress", b"progress", "reason", b"reason", "result", b"result", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_time", b"start_time", "state", b"state", "submitter", b"submitter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failures", b"failures", "generation", b"generation", "id", b"id", "message", b"message", "progress", b"progress", "reason", b"reason", "result", b"result", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_time", b"start_time", "state", b"state", "submitter", b"submitter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -173,8 +173,9 @@ def test_without_a_second_worker_the_job_waits_and_says_so(ring: Arena, clean_sh
         for number in range(2, 6):
             stack.enter_context(stopped(ring.cluster.process(f"worker-{number}").pid))
         wait_until(lambda: job.refresh().reason == "WAITING_FOR_VERIFIERS", "it to say so")
-        message = next(each for each in reversed(ring.events("JOB_WAITING"))).message
-        assert "2 workers have to agree" in message
+        # Jobs tell their reason at once, events are shown when they are stored.
+        waits = wait_until(lambda: ring.events("JOB_WAITING"), "the event of it")
+        assert "2 workers have to agree" in waits[-1].message
         assert job.progress.step < STEPS
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == clean_sha256

@@ -61,6 +61,8 @@ class User:
         self.pauses = 0
         self.repeats = 0
         """Calls that she made again although they had been answered."""
+        self.old_answers = 0
+        """Answers by a leader of a lower generation than another one's before."""
         self.reasons: Counter[str] = Counter()
         """Why jobs were where they were, each time that she looked."""
         self.ended = False
@@ -126,6 +128,11 @@ class User:
         except NotFound:
             raise SimulationFailed(f"{job_id} was acknowledged and is not there") from None
         before = self.last.get(job_id)
+        if before is not None and answer.job.generation < before.generation:
+            # A leader that is cut off from storage does not know that it was replaced.
+            self.old_answers += 1
+            self._turn += 1
+            return
         if before is not None and before.state in ENDED:
             same = (before.state, before.result.parameters_sha256)
             now = (answer.job.state, answer.job.result.parameters_sha256)

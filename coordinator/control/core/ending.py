@@ -43,7 +43,7 @@ def carry_out(core: Core, job: JobRuntime, ending: Ending) -> None:
     )
     after = _persist(core, job, changed, ending.request)
     for token in ending.tokens:
-        core.answer(token, CancelJobResponse(job=job_view(facts, None)), after)
+        core.answer(token, CancelJobResponse(job=job_view(facts, None, core.generation)), after)
     _let_go(core, job, after)
 
 

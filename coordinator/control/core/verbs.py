@@ -77,7 +77,9 @@ def first_answer(core: Core, request: RememberedRequest) -> Message | None:
         raise NotFound(f"request {first.request_id!r} was about {first.subject}, which is deleted")
     if first.method == "SubmitJob":
         return _submitted(facts)
-    return _RESPONSES[first.method](job=job_view(facts, core.jobs.get(first.subject)))
+    return _RESPONSES[first.method](
+        job=job_view(facts, core.jobs.get(first.subject), core.generation)
+    )
 
 
 def submit(core: Core, event: SubmitJob) -> None:
@@ -143,7 +145,7 @@ def pause(core: Core, event: PauseJob) -> None:
     _carry_over(facts, changed)
     event.request.subject = event.job_id
     job.after = core.persist(ControlRecord(job_changed=changed), event.request)
-    core.answer(event.token, PauseJobResponse(job=job_view(facts, job)), job.after)
+    core.answer(event.token, PauseJobResponse(job=job_view(facts, job, core.generation)), job.after)
     core.publish(job.job_id, job.after)
     terms.command_pause(core, job)
     if job.reason == "WAITING_FOR_WORKERS":
@@ -166,7 +168,9 @@ def resume(core: Core, event: ResumeJob) -> None:
     event.request.subject = event.job_id
     job.after = core.persist(ControlRecord(job_changed=changed), event.request)
     job.lost_owners.update(each.aggregator_id for each in facts.ranges)
-    core.answer(event.token, ResumeJobResponse(job=job_view(facts, job)), job.after)
+    core.answer(
+        event.token, ResumeJobResponse(job=job_view(facts, job, core.generation)), job.after
+    )
     core.publish(job.job_id, job.after)
     terms.advance(core, job)
 
@@ -182,7 +186,7 @@ def retry(core: Core, event: RetryJob) -> None:
     index = core.persist(ControlRecord(job_changed=changed), event.request)
     job = core.jobs[event.job_id] = new_runtime(facts)
     job.after = index
-    core.answer(event.token, RetryJobResponse(job=job_view(facts, job)), index)
+    core.answer(event.token, RetryJobResponse(job=job_view(facts, job, core.generation)), index)
     core.emit("JOB_QUEUED", "queued again by a user", job_id=job.job_id, after=index)
     core.publish(job.job_id, index)
     terms.advance_queue(core)

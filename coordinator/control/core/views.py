@@ -14,8 +14,11 @@ from phalanx.v1 import cluster_service_pb2, job_pb2
 _SOFT = frozenset((QUEUED, RUNNING))
 
 
-def job_view(facts: JobFacts, runtime: JobRuntime | None) -> job_pb2.Job:
-    """Return a job as people see it; `runtime` adds what is soft, where there is any."""
+def job_view(facts: JobFacts, runtime: JobRuntime | None, generation: int = 0) -> job_pb2.Job:
+    """Return a job as people see it.
+
+    `runtime` adds what is soft, where there is any; `generation` is that of the leader that tells.
+    """
     kept, changed = facts.kept, facts.kept.changed
     job = job_pb2.Job(
         id=facts.job_id,
@@ -26,6 +29,7 @@ def job_view(facts: JobFacts, runtime: JobRuntime | None) -> job_pb2.Job:
         message=changed.message,
         submitter=kept.submitted.submitter,
         failures=changed.failures,
+        generation=generation,
     )
     job.create_time.FromNanoseconds(kept.submit_unix_nanos)
     if kept.start_unix_nanos:

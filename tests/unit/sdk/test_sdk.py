@@ -159,6 +159,47 @@ def test_watch_survives_a_restart_of_the_server(script):
             assert [update.state for update in job.watch()] == ["SUCCEEDED"]
 
 
+@pytest.fixture
+def told_by_two(script):
+    """A job that has ended under the second address; the first is a leader that was replaced."""
+    with ScriptedCluster() as old:
+        job_in(old, generation=1)
+        job_in(script, job_pb2.Job.STATE_SUCCEEDED, generation=2)
+        with phalanx.connect(f"{old.address},{script.address}", timeout_s=10) as cluster:
+            job = cluster.get("digits-1")
+            assert job.state == "RUNNING"
+            yield old, job
+
+
+def test_what_an_older_leader_tells_does_not_undo_what_is_known(told_by_two, script):
+    old, job = told_by_two
+    old.fail("GetJob", Unavailable("busy"))
+    assert job.refresh().state == "SUCCEEDED"
+    job._backend._control._current = 0
+    assert job.refresh().state == "SUCCEEDED"
+    assert [len(each.requests("GetJob")) for each in (old, script)] == [3, 2]
+
+
+def test_a_watch_leaves_an_older_leader(told_by_two):
+    old, job = told_by_two
+    old.fail("GetJob", Unavailable("busy"))
+    job.refresh()
+    job._backend._control._current = 0
+    assert [update.state for update in job.watch()] == ["SUCCEEDED"]
+    assert len(old.requests("WatchJob")) == 1
+
+
+def test_where_only_an_older_leader_answers_the_call_says_so(told_by_two, script, monkeypatch):
+    old, job = told_by_two
+    old.fail("GetJob", Unavailable("busy"))
+    job.refresh()
+    script.stop()
+    monkeypatch.setattr("phalanx.sdk.transport.AWAY_S", 0.0)
+    with pytest.raises(Unavailable, match=r"tells less than was known already|cannot reach"):
+        job.refresh()
+    assert job.state == "SUCCEEDED"
+
+
 def test_watch_leaves_an_address_that_says_nothing(script, monkeypatch):
     monkeypatch.setattr("phalanx.sdk.job.WATCH_S", 0.2)
     job_in(script, job_pb2.Job.STATE_SUCCEEDED)
