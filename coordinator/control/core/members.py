@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from coordinator.control.core import balancing, placement
 from coordinator.control.core.eligibility import choose_hosts, group_of
-from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.ownership import Owners
 from coordinator.control.core.state import Core, JobRuntime, Worker
 from phalanx.frames import BLOCK_ELEMENTS, split_ranges
@@ -25,15 +24,13 @@ def current(core: Core, job: JobRuntime) -> list[str]:
 
 
 def have_changed(core: Core, job: JobRuntime) -> bool:
-    """Whether the job needs a new term: a member is gone, there would be more of them, or their
-    shards are to be placed by measured speed.
+    """Whether a running job needs other members: one is gone, there would be more of them, or
+    their shards are to be placed by measured speed.
 
     Not every worker gets shards where there are few, and a term that only put one in the place of
     another would be followed by the next.
     """
     facts = core.facts_of(job)
-    if facts.state != RUNNING or core.now.monotonic_s < job.adopt_until_s:
-        return False
     wanted = set(_placed(core, job, facts.fingerprint).values())
     members = current(core, job)
     if not wanted or job.lost_owners & set(members):

@@ -47,7 +47,7 @@ def advance(core: Core, job: JobRuntime) -> None:
         ending.write_model(core, job)
     elif facts.state == QUEUED:
         _dispatch(core, job)
-    elif facts.state == RUNNING and (lost_owners(core, job) or _members_changed(core, job)):
+    elif facts.state == RUNNING and _needs_term(core, job):
         _raise_when_possible(core, job)
 
 
@@ -80,16 +80,15 @@ def advance_members(core: Core) -> None:
 
 
 def row_read(core: Core, job: JobRuntime, event: RowRead) -> None:
-    """Take in the job's row in storage: a final manifest is success, a higher term a broken one."""
+    """Take in the job's row in storage: a final manifest is success, a higher term makes a new one.
+
+    The leader before us may have raised the term and died before it gave the ranges away.
+    """
     job.row_known = True
     job.storage_term = max(job.storage_term, event.term)
-    facts = core.facts_of(job)
     if event.final is not None:
         job.stopped, job.final = True, event.final
         ending.refuse_ending(core, job)
-    elif facts.state == RUNNING and event.term > facts.term:
-        # The leader before us raised the term and died before it gave the ranges away.
-        job.lost_owners.update(each.aggregator_id for each in facts.ranges)
     advance(core, job)
 
 
@@ -209,8 +208,17 @@ def _raise(core: Core, job: JobRuntime, kind: OperationKind) -> None:
     core.effect(RaiseTerm(job.job_id, number, job.storage_term, job.after))
 
 
-def _members_changed(core: Core, job: JobRuntime) -> bool:
-    return job.all_reduce and members.have_changed(core, job)
+def _needs_term(core: Core, job: JobRuntime) -> bool:
+    """Whether a running job cannot go on in its term, or is to go on with other members.
+
+    Of a term that storage has raised it takes nothing any more, even if nobody heard that it did
+    and what the term was raised for is over by now.
+    """
+    if job.all_reduce and core.now.monotonic_s < job.adopt_until_s:
+        return False  # its members may be about to come back, with all that it has
+    if job.storage_term > core.facts_of(job).term:
+        return True
+    return members.have_changed(core, job) if job.all_reduce else bool(lost_owners(core, job))
 
 
 def _may_start(core: Core, job: JobRuntime) -> bool:

@@ -68,6 +68,24 @@ def test_a_silent_aggregator_loses_its_ranges_to_another(running: Any) -> None:
     assert "AGGREGATOR_LOST" in running.types()
 
 
+def test_a_term_that_was_raised_unheard_makes_a_new_one_although_its_owner_is_back(
+    running: Any,
+) -> None:
+    """Storage raises the term and its answer gets lost; asked again, it refuses."""
+    running.kill("a1")
+    running.time_s += 3.0
+    running.storage_up = False
+    running.aggregator("a2")
+    running.terms["job-1"] = 2
+    running.aggregator("a1", held_ranges=[pb.HeldRanges(job_id="job-1", term=1, range_indexes=[0])])
+    running.storage_up = True
+    running.perform()
+    running.run_operations()
+    facts = running.core.facts.jobs["job-1"]
+    assert (facts.term, facts.ranges[0].aggregator_id) == (3, "a1")
+    assert running.told("a1", "assign_ranges")[-1].term == 3
+
+
 def test_rule_11_an_owner_has_a_lease_to_come_back_after_a_take_over(running: Any) -> None:
     running.time_s += 100.0
     running.lead()

@@ -241,6 +241,23 @@ def test_a_member_that_holds_the_others_up_for_a_lease_takes_no_part_for_a_while
     assert members(reducing) == ["w1", "w2", "w3"], "it is tried again"
 
 
+def test_a_term_that_was_raised_unheard_makes_a_new_one_although_all_take_part_again(
+    reducing: Any,
+) -> None:
+    """Storage raises the term and its answer gets lost; asked again, it refuses."""
+    lease_s = reducing.core.lease_ttl_s()
+    reducing.storage_up = False
+    waits_for(reducing, "w1", lease_s + 0.1, "w3")
+    reducing.terms["job-1"] = 2
+    reducing.advance(lease_s + 0.5)
+    reducing.storage_up = True
+    reducing.perform()
+    reducing.run_operations()
+    assert (term(reducing), members(reducing)) == (3, ["w1", "w2", "w3"])
+    assert reducing.job().reason == ""
+    assert "STEPS_REPLAYED" not in reducing.types()
+
+
 def test_of_two_that_do_not_hear_each_other_one_leaves(reducing: Any) -> None:
     waits_for(reducing, "w2", 9.0, "w3")
     waits_for(reducing, "w3", 9.0, "w2")
