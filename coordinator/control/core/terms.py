@@ -17,7 +17,7 @@ from coordinator.control.core.eligibility import (
     too_large,
 )
 from coordinator.control.core.events import OperationFailed, RowRead, TermRaised, TermRefused
-from coordinator.control.core.lifecycle import QUEUED, RUNNING
+from coordinator.control.core.lifecycle import PAUSED, QUEUED, RUNNING
 from coordinator.control.core.ownership import choose_owners, lost_owners, may_be_owned
 from coordinator.control.core.state import Core, JobRuntime, OperationKind, Worker
 from phalanx.errors import Internal
@@ -107,8 +107,8 @@ def term_raised(core: Core, job: JobRuntime, event: TermRaised) -> None:
     if job.ending is not None:
         ending.carry_out(core, job, job.ending)
         advance_queue(core)
-        return
-    _start(core, job, event)
+    elif core.facts_of(job).state != PAUSED:  # else its next term begins when it is resumed
+        _start(core, job, event)
 
 
 def operation_failed(core: Core, job: JobRuntime, event: OperationFailed) -> None:

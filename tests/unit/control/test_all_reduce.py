@@ -201,6 +201,19 @@ def test_a_pause_is_told_to_the_worker_that_is_the_root(reducing: Any) -> None:
     assert (reducing.state(), term(reducing)) == ("RUNNING", 2)
 
 
+def test_a_job_that_is_paused_while_its_term_is_raised_stays_paused(reducing: Any) -> None:
+    reducing.call(ev.PauseJob, "job-1")
+    reducing.storage_up = False
+    reducing.kill("w3")
+    reducing.report("job-1", 3, owner="w1", outcome=pb.JobReport.OUTCOME_PAUSED)
+    reducing.storage_up = True
+    reducing.perform()
+    reducing.run_operations()
+    assert (reducing.state(), reducing.terms["job-1"]) == ("PAUSED", 2)
+    reducing.call(ev.ResumeJob, "job-1")
+    assert (reducing.state(), term(reducing), members(reducing)) == ("RUNNING", 3, ["w1", "w2"])
+
+
 def test_a_worker_that_others_cannot_reach_takes_no_part(cluster: Any) -> None:
     cluster.worker("old")
     cluster.submit(edit=all_reduce)
