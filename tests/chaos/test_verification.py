@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from phalanx.sdk.job import Job
 from phalanx.testing.arena import (
     GUARD_S,
     Arena,
@@ -41,7 +42,7 @@ class Lying(Gated):
                     gradients["w"][0, 0] *= 1 + 1e-3
         return loss, gradients
 '''
-STEPS = 40
+STEPS = 80
 LIARS = ["worker-1", "worker-3", "worker-4"]
 
 
@@ -64,6 +65,14 @@ def lie_in_turns(ring: Arena) -> None:
     """No two of the liars lie about the same leaf."""
     for number, worker_id in enumerate(LIARS):
         lie(ring, worker_id, f"{number}/3")
+
+
+def begin_to_lie(ring: Arena, job: Job) -> None:
+    """From the middle of a step on the liars lie, each in its turn."""
+    ring.at_step(job, 3)
+    ring.caught_in_a_leaf()
+    lie_in_turns(ring)
+    ring.gate.release()
 
 
 def be_honest(ring: Arena) -> None:
@@ -100,22 +109,23 @@ def clean_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def gate(ring: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+def gate(ring: Arena, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PHALANX_TEST_GATE", str(ring.gate.folder))
+    yield
+    ring.gate.release()
+    be_honest(ring)
 
 
 @pytest.mark.same_bits
 def test_three_workers_that_lie(ring: Arena, clean_sha256: str) -> None:
     job = ring.cluster.submit(lying_job())
-    ring.at_step(job, 3)
-    lie_in_turns(ring)
+    begin_to_lie(ring, job)
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 != clean_sha256, "the lies change nothing, so nothing is shown"
     be_honest(ring)
 
     job = ring.cluster.submit(lying_job(verification={"replicas": 3}))
-    ring.at_step(job, 3)
-    lie_in_turns(ring)
+    begin_to_lie(ring, job)
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == clean_sha256
     assert (result.steps, result.examples_lost, result.examples_doubled) == (STEPS, 0, 0)
