@@ -28,8 +28,9 @@ from phalanx.texts import number_of
 from worker.turns import Turns
 
 Download = Callable[[str, Path], Awaitable[None]]
-"""(digest, path): makes a file of the blob, which appears whole, after its content was compared with
-the digest, or not at all. Until then it may be beside it as `.DIGEST.*.part`. Raises PhalanxError."""
+"""(digest, path): makes a file of the blob, which appears whole, after its content was compared
+with the digest, or not at all; until then it is beside it as `.DIGEST.*.part`. Raises
+PhalanxError."""
 
 _PARALLEL_DOWNLOADS = 4
 _PREFETCHES_MAX = 256
