@@ -210,5 +210,8 @@ FOUND_BUGS = (
     # A job stayed in a term that storage had left for another one, of which it had lost the answer:
     # the member for which it was raised took part again by the time that it was refused.
     Known(1478),
+    # Of a worker that was late with its own shards no copy was asked where nobody else could, and
+    # control had moved one of them: nobody computed it, and that worker was set aside for ever.
+    Known(5046),
 )
 """Scenarios that once found bugs in what ships."""

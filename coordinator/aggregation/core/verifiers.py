@@ -6,11 +6,14 @@ ones are missing; where they do not, another worker is asked that has not voted 
 delivered something before (who has just come still loads code and data), the one that owes least,
 and among equals one that nobody can tell before. A worker that owes something for longer than twice
 the usual time and 100 ms is late: others are asked in its place, in this round and from the start
-of the next ones, until it delivers in time all that is its own.
+of the next ones, until it delivers in time all that is its own. Only where nobody else could, those
+that are late are asked, too.
 
 Homes are learned from what workers deliver, so moves by control need not be told. Where a node's
 home is not known yet, somebody is about to deliver it, so nobody is asked until it has come or is
-late.
+late. Nor is it known whether what was a worker's home still is, once control has moved shards
+within the round: whoever is late with it, or has opened a stream since the round was opened, owes
+it only once he is asked for it.
 """
 
 from __future__ import annotations
@@ -53,6 +56,8 @@ class Verifiers:
 
     def __init__(self) -> None:
         self._streams: dict[str, int] = {}
+        #: Workers that have come since the round was opened.
+        self._came: set[str] = set()
         self._discredited: set[str] = set()
         self._kinds: dict[int, _Kind] = {}
         self._kind = _Kind()
@@ -72,6 +77,8 @@ class Verifiers:
 
     def stream_opened(self, worker_id: str) -> None:
         """A worker opened a stream."""
+        if worker_id not in self._streams:
+            self._came.add(worker_id)
         self._streams[worker_id] = self._streams.get(worker_id, 0) + 1
 
     def stream_closed(self, worker_id: str) -> None:
@@ -99,6 +106,7 @@ class Verifiers:
         self._key, self._opened_s, self._lot = key, now_s, lot
         self._kind = self._kinds.setdefault(kind, _Kind())
         self._asked, self._last_s, self._delivered = {}, {}, set()
+        self._came.clear()
 
     def delivered(self, worker_id: str, node: Node, now_s: float, *, copy: bool) -> None:
         """A worker's copy of a node is whole; with `copy` it was asked for."""
@@ -167,11 +175,13 @@ class Verifiers:
         able = [
             name
             for name in self._streams
-            if name not in owing and name not in self._late and self._able(name, question)
+            if first not in self._asked.get(name, ()) and self._able(name, question)
+            if name in self._late or name not in owing
         ]
 
-        def rank(name: str) -> tuple[bool, int, float]:
-            return name not in self._proven, loads[name], self._lot(name, first)
+        def rank(name: str) -> tuple[bool, bool, int, float]:
+            late, unproven = name in self._late, name not in self._proven
+            return late, unproven, loads[name], self._lot(name, first)
 
         able.sort(key=rank)
         return able[: max(0, missing)]
@@ -181,7 +191,7 @@ class Verifiers:
         first = question.node.first
         names = [name for name, asked in self._asked.items() if first in asked]
         home = self._kind.home.get(first)
-        if home is not None and home not in names:
+        if home is not None and home not in names and home not in self._came:
             names.append(home)
         return [name for name in names if self._able(name, question)]
 

@@ -432,6 +432,53 @@ def test_whose_home_is_late_costs_one_wait_and_not_one_in_each_step() -> None:
     assert voters.job.root.version == before + 2, "its shards were asked of others at once"
 
 
+def one_owes_its_own() -> tuple[Voters, int, set[int]]:
+    """Of two workers one owes, at a version, its own shards and nothing else."""
+    voters = Voters(verified_plan(steps=12, evaluation_shards=0), workers=2)
+    for _ in range(4):
+        voters.run_round()
+    version = voters.job.root.version
+    own = {shard for shard in range(SHARDS) if voters.home(shard) == "w2"}
+    for shard in range(SHARDS):
+        voters.deliver("w1", shard, copy=shard in own)
+    for shard in set(range(SHARDS)) - own:
+        voters.deliver("w2", shard, copy=True)
+    voters.take_asked()
+    assert voters.job.root.version == version
+    return voters, version, own
+
+
+def test_who_is_late_is_asked_where_nobody_else_could() -> None:
+    voters, version, own = one_owes_its_own()
+    late_s = voters.ranges._verifiers.patience_s
+    voters.perform(voters.ranges.look(late_s))
+    assert voters.ranges.late_workers(late_s) == {"w2": pytest.approx(late_s)}
+    # Control may have moved what was its own: it computes that if it is asked for it.
+    assert voters.take_asked() == [("w2", shard) for shard in sorted(own)]
+    voters.perform(voters.ranges.look(late_s + 0.1))
+    assert voters.take_asked() == [], "once is enough"
+    for shard in own:
+        voters.deliver("w2", shard, copy=True)
+    assert voters.job.root.version == version + 1
+
+
+def test_who_comes_back_within_a_round_is_asked_and_has_as_long_as_others() -> None:
+    voters, _, own = one_owes_its_own()
+    patience_s = voters.ranges._verifiers.patience_s
+    voters.perform(voters.ranges.look(patience_s))
+    voters.disconnect("w2")
+    voters.take_asked()
+    back_s = patience_s + LONG_LATE_S
+    voters.connect("w2")
+    voters.perform(voters.ranges.look(back_s))
+    assert voters.take_asked() == [("w2", shard) for shard in sorted(own)]
+    voters.perform(voters.ranges.look(back_s + patience_s - 0.01))
+    assert voters.ranges.late_workers(back_s + patience_s) == {}
+    voters.perform(voters.ranges.look(back_s + patience_s))
+    late = voters.ranges.late_workers(back_s + patience_s)
+    assert late == {"w2": pytest.approx(patience_s)}
+
+
 def test_without_enough_workers_it_waits_and_says_what_for() -> None:
     voters = in_training()
     voters.disconnect("w2")
