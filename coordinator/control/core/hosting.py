@@ -164,6 +164,8 @@ def end_set_aside(core: Core, job: JobRuntime) -> None:
     for worker_id in over:
         del job.set_aside[worker_id]
         incidents.well(core, worker_id)
+        if worker_id in job.hosts:  # it still kept shards for others
+            job.hosts[worker_id].since_s = core.now.monotonic_s
     if over:
         sync(core, job, balance=True)
 

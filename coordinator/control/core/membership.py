@@ -182,6 +182,8 @@ def worker_ready(core: Core, worker: Worker, message: pb.WorkerJobReady) -> None
         return
     job.unprepared.pop(worker.id, None)
     newly, hosted.ready = not hosted.ready, True
+    if newly:
+        hosted.since_s = core.now.monotonic_s
     hosting.sync(core, job, balance=newly)
 
 
@@ -354,7 +356,7 @@ def _adopt(core: Core, worker: Worker) -> None:
             core.send(worker.session, pb.SessionResponse(revoke_job=revoke))
             continue
         hosted = job.hosts[worker.id] = Hosting(
-            term=each.term, ready=each.ready, back_s=core.now.monotonic_s
+            term=each.term, ready=each.ready, since_s=core.now.monotonic_s
         )
         hosted.train = _claim(job.train, worker, each.train_nodes)
         hosted.evaluation = _claim(job.evaluation, worker, each.evaluation_nodes)

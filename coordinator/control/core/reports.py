@@ -141,8 +141,8 @@ def _another_may_hold(core: Core, job: JobRuntime, aggregator: Aggregator | Work
 def _watch_late(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
     """A worker that is late for a lease loses its shards; one that is not late any more is well.
 
-    Silence is another matter, with its own lease; and what one that has come back owed before it
-    was away others have done.
+    Silence is another matter, with its own lease. Nobody is late for longer than he can deliver,
+    whatever the root waits for: who comes back, or is tried again, has a lease to show it.
     """
     late = {each.worker_id: each.late_s for each in report.late_workers if each.worker_id}
     late = _not_heard_of(core, job, report) | late
@@ -150,9 +150,9 @@ def _watch_late(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
         worker, hosted = core.workers.get(worker_id), job.hosts.get(worker_id)
         if worker is None or hosted is None or worker.state == WorkerView.STATE_SUSPECTED:
             continue
-        late_s = reported_s
-        if hosted.back_s is not None:
-            late_s = min(late_s, core.now.monotonic_s - hosted.back_s)
+        if not hosted.ready:
+            continue
+        late_s = min(reported_s, core.now.monotonic_s - hosted.since_s)
         if late_s >= core.lease_ttl_s():
             hosting.set_aside(core, job, worker_id, late_s)
     for worker_id in job.late - late.keys():

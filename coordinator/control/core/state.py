@@ -70,8 +70,8 @@ class Hosting:
     train: set[int] = field(default_factory=set)
     evaluation: set[int] = field(default_factory=set)
     progress: Progress = field(default_factory=Progress)
-    back_s: float | None = None
-    """When a worker that held the job already came back with it; None: it never was away."""
+    since_s: float = 0.0
+    """Since when it can deliver: before that it loaded the job, was away, or was set aside."""
 
 
 @dataclass

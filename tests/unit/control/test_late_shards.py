@@ -103,8 +103,10 @@ def test_another_time_is_another_incident(running: Any) -> None:
 
 def test_a_worker_that_beats_and_delivers_nothing_loses_its_shards(running: Any) -> None:
     started(running)
+    running.advance(1.9)
     report(running, 8, w2=1.9)
     assert running.shards("w2")
+    running.advance(0.2)
     report(running, 9, w2=2.1)
     assert running.shards("w1") | running.shards("w3") == ALL
     suspected = of_type(running, "WORKER_SUSPECTED")[-1]
@@ -183,8 +185,9 @@ LEASE_S = 2.0
 
 
 def set_aside(running: Any) -> float:
-    """A worker delivers nothing, and is set aside; for how long."""
+    """A worker delivers nothing for a lease, and is set aside; for how long."""
     step = running.core.jobs["job-1"].step
+    running.advance(LEASE_S)
     report(running, step + 1, w2=2.5)
     for further in range(2, 7):
         running.time_s += 0.1
@@ -198,6 +201,48 @@ def test_a_worker_set_aside_is_tried_again_after_a_while(running: Any) -> None:
     running.advance(SET_ASIDE_LEASES * LEASE_S)
     assert running.shards("w2")
     assert running.shards("w1") | running.shards("w2") | running.shards("w3") == ALL
+
+
+def test_one_that_is_tried_again_has_a_lease_whatever_is_still_waited_for(running: Any) -> None:
+    set_aside(running)
+    while running.core.jobs["job-1"].set_aside:
+        running.advance(0.25)
+    step = running.core.jobs["job-1"].step
+    assert running.shards("w2")
+    report(running, step, w2=7.0)
+    running.advance(LEASE_S - 0.1)
+    report(running, step, w2=9.0)
+    assert running.core.jobs["job-1"].set_aside == {}, "that long it could not deliver"
+    running.advance(0.2)
+    report(running, step, w2=9.2)
+    assert "w2" in running.core.jobs["job-1"].set_aside
+
+
+def test_one_that_is_tried_again_while_it_still_keeps_shards_has_a_lease(running: Any) -> None:
+    running.advance(LEASE_S)
+    report(running, 8, w2=2.5)
+    running.time_s += LEASE_S
+    running.core.jobs["job-1"].keep_until_s = running.time_s + 1.0
+    running.heartbeats()
+    running.feed(ev.Tick())
+    assert running.core.jobs["job-1"].set_aside == {}
+    report(running, 8, w2=4.5)
+    assert running.core.jobs["job-1"].set_aside == {}
+
+
+def test_one_that_still_loads_is_not_late(running: Any) -> None:
+    running.auto = False
+    running.advance(set_aside(running))
+    assert not running.core.jobs["job-1"].hosts["w2"].ready
+    running.advance(10.0)
+    report(running, 20, w2=12.0)
+    assert running.core.jobs["job-1"].set_aside == {}
+    running.say(running.sessions["w2"], worker_job_ready=pb.WorkerJobReady(job_id="job-1", term=1))
+    report(running, 20, w2=12.0)
+    assert running.shards("w2")
+    running.advance(LEASE_S)
+    report(running, 20, w2=14.0)
+    assert "w2" in running.core.jobs["job-1"].set_aside
 
 
 def test_one_that_is_set_aside_again_and_again_waits_longer_each_time(running: Any) -> None:
