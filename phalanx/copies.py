@@ -16,6 +16,9 @@ open anyway, and control need not be there.
 - Late shards go to workers that have delivered everything; the home of a late shard is not asked
   to do anything else, so its nodes stay whole. Only where nobody else could, its home is asked
   for a copy, too: it may not be its home any more. After it other late workers are asked.
+- Where everybody owes something, all may be slow, or what is taken for their own may be with a
+  worker that is not heard of. So each is asked for what is its own; whoever computes that anyway
+  does nothing more for it, and nobody is late.
 - A worker that was late is taken to be late again: others compute its home from the start of the
   next rounds on, until it delivers all of it in a round by itself. So a stopped worker costs one
   wait, not one in each step.
@@ -98,6 +101,8 @@ class _Given:
     worker_id: str
     mask: int
     given_s: float
+    own: bool = False
+    """It is probably computing that anyway, so it is no copy."""
 
 
 @dataclass
@@ -301,6 +306,8 @@ class Copies:
         overdue = now_s - self._opened_s >= patience_s
         asked, times = 0, [0] * COPIES_MAX  # shards given once or more, twice or more, …
         for given in self._given:
+            if given.own:
+                continue
             if now_s - given.given_s < patience_s:
                 asked |= given.mask
             more = given.mask
@@ -334,8 +341,11 @@ class Copies:
             proven = self._kind.home.keys() | self._delivered.keys()
             load = {name: count for name, count in load.items() if name in proven} or load
         known_late = home in self._late or (home == UNKNOWN and self._kind.unknown_late)
+        own = False
         if cause == LATE and not known_late:
             load = {worker_id: count for worker_id, count in load.items() if count == 0}
+            if not load and home in self._takers and not self._given_to(home) & mask:
+                load, own = {home: 0}, True
         if not load:
             return []
         nodes: dict[str, list[Node]] = {}
@@ -344,7 +354,7 @@ class Copies:
             nodes.setdefault(taker, []).append(node)
             load[taker] += shards_mask([node], round.width).bit_count()
         for taker, taken in nodes.items():
-            self._given.append(_Given(taker, shards_mask(taken, round.width), now_s))
+            self._given.append(_Given(taker, shards_mask(taken, round.width), now_s, own))
         return [Order(taker, round.key, tuple(taken)) for taker, taken in nodes.items()]
 
     def _load(self, missing: int, mask: int, takers: Iterable[str]) -> dict[str, int]:

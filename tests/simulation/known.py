@@ -213,5 +213,7 @@ FOUND_BUGS = (
     # Of a worker that was late with its own shards no copy was asked where nobody else could, and
     # control had moved one of them: nobody computed it, and that worker was set aside for ever.
     Known(5046),
+    # Each of two workers was waited for what control had moved from it to one that is not heard of.
+    Known(6004),
 )
 """Scenarios that once found bugs in what ships."""

@@ -111,11 +111,38 @@ def test_late_shards_are_copied_by_those_who_are_through(measured: Rounds) -> No
     assert measured.copies.late_workers(measured.now_s) == {"w2": pytest.approx(0.125)}
 
 
-def test_nothing_is_asked_of_those_who_are_not_through(measured: Rounds) -> None:
+def test_nothing_but_its_own_is_asked_of_those_who_are_not_through(measured: Rounds) -> None:
     measured.open()
-    assert not measured.look(5.0), "all are slow, so nobody is late"
+    orders = measured.look(5.0)
+    assert {order.worker_id: shards_of([order]) for order in orders} == {
+        name: set(shards) for name, shards in HOMES.items()
+    }
+    assert measured.told == []
+    assert measured.copies.late_workers(measured.now_s) == {}, "all are slow, so nobody is late"
+    assert not measured.look(5.0)
     measured.deliver("w1")
-    assert {order.worker_id for order in measured.look()} == {"w1"}
+    orders = measured.look()
+    assert {order.worker_id for order in orders} == {"w1"}
+    assert shards_of(orders) == set(HOMES["w2"]), "what is no copy is not waited for"
+
+
+def test_what_moved_from_each_to_one_that_is_not_heard_of_is_computed_where_it_was(
+    measured: Rounds,
+) -> None:
+    moved = {name: mask_of([max(shards)]) for name, shards in HOMES.items()}
+    for round in range(3):
+        measured.open()
+        measured.now_s += 0.01
+        for name in HOMES:
+            measured.deliver(name, measured.homes[name] & ~moved[name])
+        orders = measured.look(0.2)
+        assert shards_of(orders) == {3, 7, 11}
+        for order in orders:
+            if round == 0:
+                assert shards_of([order]) == {max(HOMES[order.worker_id])}
+            measured.deliver(order.worker_id, mask_of(shards_of([order])), copy=True)
+        assert not measured.missing
+        assert measured.copies.late_workers(measured.now_s) == {}
 
 
 def test_nothing_is_asked_twice_while_it_may_come(measured: Rounds) -> None:
@@ -145,13 +172,14 @@ def test_a_late_copy_is_asked_of_another_but_not_of_all(measured: Rounds) -> Non
 )
 @settings(deadline=None)
 def test_copies_are_capped_and_leave_homes_alone(turns: list[tuple[str, float]]) -> None:
-    """Of a shard so many in a round, whoever is late and however long it takes; and who owes it is
-    asked for a copy of it only after others who could be."""
+    """Of a shard so many in a round besides its home's, whoever is late and however long it takes;
+    and who owes it is asked for it only after others who owe nothing."""
     rounds = Rounds()
     for _ in range(5):
         rounds.whole()
     rounds.open()
     given_times: Counter[int] = Counter()
+    owed = dict(rounds.homes)
     for what, after_s in turns:
         if what != "look":
             rounds.now_s += after_s
@@ -161,9 +189,10 @@ def test_copies_are_capped_and_leave_homes_alone(turns: list[tuple[str, float]])
         for order in orders:
             own = shards_of([order]) & set(HOMES[order.worker_id])
             others = [name for name in HOMES if name != order.worker_id]
-            through = [name for name in others if not rounds.homes[name] & rounds.missing]
-            assert not through or all(given_times[shard] for shard in own)
-        given_times.update(shard for order in orders for shard in shards_of([order]))
+            free = [name for name in others if not owed[name] & rounds.missing]
+            assert not free or all(given_times[shard] for shard in own)
+            owed[order.worker_id] |= mask_of(shards_of([order]))
+            given_times.update(shards_of([order]) - own)
     assert max(given_times.values(), default=0) <= COPIES_MAX
 
 
