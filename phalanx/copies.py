@@ -16,6 +16,8 @@ open anyway, and control need not be there.
 - Late shards go to workers that have delivered everything; the home of a late shard is not asked
   to do anything else, so its nodes stay whole. Only where nobody else could, its home is asked
   for a copy, too: it may not be its home any more. After it other late workers are asked.
+- A late worker that delivers a part of its home by itself, and the rest only as copies that it was
+  asked for, is not late: that rest is not its own any more, and its new home is not known.
 - Where everybody owes something, all may be slow, or what is taken for their own may be with a
   worker that is not heard of. So each is asked for what is its own; whoever computes that anyway
   does nothing more for it, and nobody is late.
@@ -139,8 +141,8 @@ class Copies:
         self._delivered: dict[str, _Delivered] = {}
         self._given: list[_Given] = []
         self._late: dict[str, float] = {}
-        #: Shards of which copies came in the present round.
-        self._copied = 0
+        #: Shards of which copies came in the present round, by who computed them.
+        self._copied: dict[str, int] = {}
         # Homes whose streams broke while control was away, and which it has not moved since.
         self._orphaned: set[str] = set()
         # Workers that lost a stream in the present round: it says nothing about their homes.
@@ -174,7 +176,7 @@ class Copies:
             return
         mask = (1 << node.first + node.span) - (1 << node.first)
         if copy:
-            self._copied |= mask
+            self._copied[worker_id] = self._copied.get(worker_id, 0) | mask
             return
         delivered = self._delivered.get(worker_id)
         if delivered is None:
@@ -191,7 +193,7 @@ class Copies:
         if known is not None:
             self._learn(known)
         self._round, self._opened_s, self._patience_s = round, now_s, None
-        self._delivered, self._given, self._copied = {}, [], 0
+        self._delivered, self._given, self._copied = {}, [], {}
         self._broken = set()
         if round is None:
             return False
@@ -256,15 +258,18 @@ class Copies:
         """The round is over: take in who delivered what, and in which time."""
         kind = self._kind
         within = (1 << round.width) - 1
+        copied = reduce(or_, self._copied.values(), 0)
         for home, shards in kind.home.items():
             missed = home not in self._delivered and home not in self._broken
-            if missed and home in self._streams and shards & self._copied:
+            if missed and home in self._streams and shards & copied:
                 self._late.setdefault(home, self._opened_s)
         for worker_id, delivered in self._delivered.items():
             if worker_id in self._broken:
                 continue
             if worker_id in self._late:
-                if delivered.frames < kind.frames.get(worker_id, 0):
+                if self._copied_rest_itself(kind, worker_id, delivered.mask):
+                    kind.unknown_late = True
+                elif delivered.frames < kind.frames.get(worker_id, 0):
                     continue
                 del self._late[worker_id]
                 self._told.discard(worker_id)
@@ -285,6 +290,14 @@ class Copies:
             kind.unknown_late = False
         if not kind.unknown_late:
             self._told.discard(UNKNOWN)
+
+    def _copied_rest_itself(self, kind: _Kind, worker_id: str, mask: int) -> bool:
+        """Whether a worker delivered all of what was taken for its home, a part of it only as
+        copies that it was asked for: control has moved that part to one that is not heard of."""
+        others = (each for name, each in self._copied.items() if name != worker_id)
+        alone = not mask & reduce(or_, others, 0)
+        rest = kind.home.get(worker_id, 0) & ~mask
+        return alone and rest != 0 and not rest & ~self._copied.get(worker_id, 0)
 
     def _shrink(self, kind: _Kind, worker_id: str, home: int) -> None:
         """Others deliver a part of a worker's home as their own: control moved it."""

@@ -215,5 +215,8 @@ FOUND_BUGS = (
     Known(5046),
     # Each of two workers was waited for what control had moved from it to one that is not heard of.
     Known(6004),
+    # A worker was taken for late, again and again, for the sake of one that delivers nothing: the
+    # part of its home that control had moved there came from it as copies.
+    Known(20298),
 )
 """Scenarios that once found bugs in what ships."""

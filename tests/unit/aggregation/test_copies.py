@@ -522,3 +522,40 @@ def test_who_is_late_is_asked_where_nobody_else_is_left() -> None:
     second = rounds.look(PATIENCE_UNMEASURED_S + 0.01)
     assert [(order.worker_id, shards_of([order])) for order in second] == [("w2", {11})]
     assert rounds.look(PATIENCE_UNMEASURED_S + 0.01) == []
+
+
+def test_who_delivers_the_rest_as_copies_is_not_late_but_what_moved_away_from_it_is() -> None:
+    """Control moved a half of w1's home to w2, whose payloads never come."""
+    rounds = Rounds({"w1": range(WIDTH)})
+    for _ in range(5):
+        rounds.whole()
+    rounds.copies.stream_opened("w2", takes_copies=True)
+    own, moved = mask_of(range(6)), mask_of(range(6, WIDTH))
+    rounds.open()
+    rounds.deliver("w1", own)
+    assert [order.worker_id for order in rounds.look(0.13)] == ["w2"]
+    assert "w1" in rounds.copies.late_workers(rounds.now_s), "it might hang"
+    assert [order.worker_id for order in rounds.look(0.13)] == ["w1"]
+    rounds.deliver("w1", moved, copy=True)
+    assert rounds.open(), "look at once"
+    assert not rounds.copies.late_workers(rounds.now_s)
+    (order,) = rounds.look()
+    assert (order.worker_id, shards_of([order])) == ("w1", set(range(6, WIDTH)))
+
+
+def test_copies_by_others_of_what_came_by_halves_do_not_excuse_a_late_worker() -> None:
+    """As over a slow link: the first frame of each node comes from home, the others as copies."""
+    rounds = Rounds({"w1": range(6), "w2": range(6, WIDTH)})
+    for _ in range(5):
+        rounds.open()
+        rounds.now_s += 0.01
+        for name in ("w1", "w2", "w2"):  # two frames of each node of w2
+            rounds.deliver(name)
+    rounds.open()
+    rounds.deliver("w1")
+    rounds.deliver("w2")
+    rounds.missing = rounds.homes["w2"]
+    assert {order.worker_id for order in rounds.look(0.13)} == {"w1"}
+    rounds.deliver("w1", rounds.homes["w2"], copy=True)
+    assert rounds.open()
+    assert set(rounds.copies.late_workers(rounds.now_s)) == {"w2"}
