@@ -84,17 +84,28 @@ class Members:
             held[core.worker_id] = core.replica.version if core.replica is not None else NONE
 
     def _starts(self, core: AllReduceJob) -> None:
-        """A member holds what the term starts with: the most that any of them had."""
+        """A member holds what the term starts with: the most that any of them had.
+
+        One that had that may hear of the first step of the term before it has heard of all.
+        """
         assert core.replica is not None
         version, held = core.replica.version, self._held[core.job_id, core.term]
         best = max(held.get(member, NONE) for member in core._members)
         if best == NONE:
             best = core._restore.step if core._restore is not None else 0
         self._oracle.demand(
-            version == best and held.keys() >= set(core._members),
+            (version == best and held.keys() >= set(core._members)) or self._went_on(core, best),
             f"{self._what(core)} starts at version {version}; its members held {held}",
         )
         self._check(core)
+
+    def _went_on(self, core: AllReduceJob, best: int) -> bool:
+        """Whether a member that held what the term starts with was sent the term's first step."""
+        replica = core.replica
+        assert replica is not None
+        held = self._held[core.job_id, core.term].get(core.worker_id, NONE)
+        kept = replica._kept
+        return held == best == replica.version - 1 and kept is not None and kept.version == best
 
     # -- versions
 

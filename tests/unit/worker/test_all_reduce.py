@@ -100,6 +100,28 @@ def test_members_that_join_are_sent_what_the_others_hold():
         ends_with_the_same_bits(job, seed)
 
 
+def test_the_first_step_of_a_term_may_come_before_all_members_are_heard_of():
+    """The line to one member is broken in one direction while a term begins."""
+    job = Cluster(1, plan_of(spec_of(5), shards=5, elements=8), NAMES)
+    assert job.run(until=lambda: job.versions == {1})
+    job.change(NAMES)
+    assert job.versions == {1}
+    deaf = job.members["w2"]
+    unheard = [stream for stream in job.streams if stream.server is deaf]
+    job.streams = [stream for stream in job.streams if stream.server is not deaf]
+    assert job.run(until=lambda: deaf.core.replica.version == 2, events=EVENTS_MAX)
+    assert job.ended is False
+    job.streams += unheard
+    before = job.delivered.copy()
+    assert job.run(events=EVENTS_MAX)
+    assert job.versions == {5}
+    assert job.delivered["state_wanted"] == before["state_wanted"], "nothing is missing"
+    expected = reference(job.plan, 5)[-1]
+    for member in job.members.values():
+        assert member.failures == []
+        np.testing.assert_array_equal(member.core.replica.parameters, expected)
+
+
 def test_a_second_death_while_a_term_begins():
     for seed in range(16):
         chosen = random.Random(seed)

@@ -8,7 +8,8 @@ new term.
 
 A term begins when every member has told every other what it held when it heard of the term. It
 starts at the highest version of these: whoever holds another asks the first that holds this one,
-and gets the kept gradient of one step or everything. If nobody holds any, the root loads the
+and gets the kept gradient of one step or everything. One that holds it may hear of the first step
+of the term before it has heard of every member, and starts with that step. If nobody holds any, the root loads the
 checkpoint or initialises. The step that was open is computed again; nothing is rolled back.
 
 A worker that hosts the job and is no member yet only prepares for it.
@@ -181,7 +182,7 @@ class AllReduceJob(JobCore):
         """Find out with which version the term starts, once every member has said what it holds."""
         replica = self.replica
         known = self._began.keys() >= set(self._members)
-        if not self.joined or replica is None or self._holder or not known:
+        if not self.joined or replica is None or self._holder or self._started or not known:
             return []
         best = max(self._began[member] for member in self._members)
         self._holder = next(each for each in self._members if self._began[each] == best)
