@@ -9,8 +9,9 @@ new term.
 A term begins when every member has told every other what it held when it heard of the term. It
 starts at the highest version of these: whoever holds another asks the first that holds this one,
 and gets the kept gradient of one step or everything. One that holds it may hear of the first step
-of the term before it has heard of every member, and starts with that step. If nobody holds any, the root loads the
-checkpoint or initialises. The step that was open is computed again; nothing is rolled back.
+of the term before it has heard of every member, and starts with that step. If nobody holds any, the
+root loads the checkpoint or initialises. The step that was open is computed again; nothing is
+rolled back.
 
 A worker that hosts the job and is no member yet only prepares for it.
 """
