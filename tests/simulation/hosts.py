@@ -451,7 +451,12 @@ class Leaf:
         codec = jobs.up_codec(shape.parts, shape.dtype)
         if codec is not None and order.action == GoRecord.ACTION_TRAIN:
             state = self._state_of(order, index)
-            left_out = state.add_left_out(out, present=total.mask != 0)
+            with np.errstate(invalid="ignore"):
+                left_out = state.add_left_out(out, present=total.mask != 0)
+            if total.mask and not all_finite(out):
+                # As of a leaf: what it reads of a task that is cancelled is something else by now.
+                self._part_failed(order, index, first, LeafFailed.KIND_NON_FINITE)
+                return
             if total.mask:
                 compress_in_place(
                     codec, out, arena.raw(buffer), Key(first, order.version), left_out
