@@ -35,6 +35,7 @@ class ControlRecord(_message.Message):
     TIME_UNIX_NANOS_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
+    JOINED_REQUESTS_FIELD_NUMBER: _builtins.int
     CONTROL_STARTED_FIELD_NUMBER: _builtins.int
     JOB_SUBMITTED_FIELD_NUMBER: _builtins.int
     TERM_STARTED_FIELD_NUMBER: _builtins.int
@@ -53,6 +54,10 @@ class ControlRecord(_message.Message):
     @_builtins.property
     def request(self) -> Global___RememberedRequest:
         """The mutating call that led to this fact, to recognise its retries."""
+
+    @_builtins.property
+    def joined_requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RememberedRequest]:
+        """Calls that asked for the same before it was a fact, and were answered like that one."""
 
     @_builtins.property
     def control_started(self) -> Global___ControlStarted: ...
@@ -86,6 +91,7 @@ class ControlRecord(_message.Message):
         time_unix_nanos: _builtins.int = ...,
         generation: _builtins.int = ...,
         request: Global___RememberedRequest | None = ...,
+        joined_requests: _abc.Iterable[Global___RememberedRequest] | None = ...,
         control_started: Global___ControlStarted | None = ...,
         job_submitted: Global___JobSubmitted | None = ...,
         term_started: Global___TermStarted | None = ...,
@@ -102,7 +108,7 @@ class ControlRecord(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["clock_stepped", b"clock_stepped", "control_started", b"control_started", "fact", b"fact", "fingerprint_changed", b"fingerprint_changed", "job_changed", b"job_changed", "job_removed", b"job_removed", "job_snapshot", b"job_snapshot", "job_submitted", b"job_submitted", "request", b"request", "requests_snapshot", b"requests_snapshot", "snapshot_begin", b"snapshot_begin", "snapshot_end", b"snapshot_end", "term_started", b"term_started", "worker_drained", b"worker_drained", "worker_quarantined", b"worker_quarantined"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_stepped", b"clock_stepped", "control_started", b"control_started", "fact", b"fact", "fingerprint_changed", b"fingerprint_changed", "generation", b"generation", "job_changed", b"job_changed", "job_removed", b"job_removed", "job_snapshot", b"job_snapshot", "job_submitted", b"job_submitted", "request", b"request", "requests_snapshot", b"requests_snapshot", "snapshot_begin", b"snapshot_begin", "snapshot_end", b"snapshot_end", "term_started", b"term_started", "time_unix_nanos", b"time_unix_nanos", "worker_drained", b"worker_drained", "worker_quarantined", b"worker_quarantined"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_stepped", b"clock_stepped", "control_started", b"control_started", "fact", b"fact", "fingerprint_changed", b"fingerprint_changed", "generation", b"generation", "job_changed", b"job_changed", "job_removed", b"job_removed", "job_snapshot", b"job_snapshot", "job_submitted", b"job_submitted", "joined_requests", b"joined_requests", "request", b"request", "requests_snapshot", b"requests_snapshot", "snapshot_begin", b"snapshot_begin", "snapshot_end", b"snapshot_end", "term_started", b"term_started", "time_unix_nanos", b"time_unix_nanos", "worker_drained", b"worker_drained", "worker_quarantined", b"worker_quarantined"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_fact: _TypeAlias = _typing.Literal["control_started", "job_submitted", "term_started", "job_changed", "job_removed", "fingerprint_changed", "worker_drained", "clock_stepped", "worker_quarantined", "snapshot_begin", "job_snapshot", "requests_snapshot", "snapshot_end"]  # noqa: Y015
     _WhichOneofArgType_fact: _TypeAlias = _typing.Literal["fact", b"fact"]  # noqa: Y015

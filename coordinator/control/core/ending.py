@@ -41,7 +41,7 @@ def carry_out(core: Core, job: JobRuntime, ending: Ending) -> None:
         message=ending.message,
         failures=ending.failures,
     )
-    after = _persist(core, job, changed, ending.request)
+    after = _persist(core, job, changed, ending.requests)
     for token in ending.tokens:
         core.answer(token, CancelJobResponse(job=job_view(facts, None, core.generation)), after)
     _let_go(core, job, after)
@@ -87,7 +87,7 @@ def succeed(core: Core, job: JobRuntime, result: job_pb2.Result, reason: str) ->
             job_id=job.job_id,
             details={"model": result.model, "parameters_sha256": result.parameters_sha256},
         )
-    _let_go(core, job, _persist(core, job, changed, None))
+    _let_go(core, job, _persist(core, job, changed))
 
 
 def paused(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
@@ -100,7 +100,7 @@ def paused(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
         else f"checkpoint at step {report.checkpoint_step or report.step}",
     )
     term = facts.term
-    after = _persist(core, job, changed, None)
+    after = _persist(core, job, changed)
     core.emit("JOB_PAUSED", changed.message, job_id=job.job_id, after=after, step=report.step)
     release_members(core, job, term, "the job is paused", after)
     incidents.forget(core, job.job_id)
@@ -148,7 +148,7 @@ def release_members(core: Core, job: JobRuntime, term: int, reason: str, after: 
 
 
 def _persist(
-    core: Core, job: JobRuntime, changed: JobChanged, request: RememberedRequest | None
+    core: Core, job: JobRuntime, changed: JobChanged, requests: Iterable[RememberedRequest] = ()
 ) -> int:
     facts = core.facts_of(job)
     changed.job_id = job.job_id
@@ -162,7 +162,7 @@ def _persist(
         # The last report may be from before the end, or lost with whoever heard it.
         changed.progress.step = changed.result.steps
         changed.progress.total_steps = facts.plan.total_steps
-    job.after = core.persist(ControlRecord(job_changed=changed), request)
+    job.after = core.persist(ControlRecord(job_changed=changed), *requests)
     core.publish(job.job_id, job.after)
     return job.after
 

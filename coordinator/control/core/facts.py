@@ -187,6 +187,8 @@ class Facts:
         now = record.time_unix_nanos
         if record.HasField("request") and record.request.request_id:
             self.requests.remember(record.request, now)
+        for request in record.joined_requests:
+            self.requests.remember(request, now)
         match kind:
             case "job_submitted":
                 kept = JobSnapshot(submitted=record.job_submitted, submit_unix_nanos=now)

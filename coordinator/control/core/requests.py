@@ -55,11 +55,16 @@ class RequestMemory:
         first = self._by_id.get(request.request_id) if request.request_id else None
         if first is None or now_nanos - first.time_unix_nanos > REMEMBERED_NANOS:
             return None
-        if (first.method, first.digest) != (request.method, request.digest):
-            raise AlreadyExists(
-                f"request id {request.request_id!r} was used for another {first.method}, on "
-                f"{first.subject}; use a new id for a new request",
-                reason="REQUEST_ID_REUSED",
-                details={"subject": first.subject},
-            )
+        check_same(first, request)
         return first
+
+
+def check_same(first: RememberedRequest, request: RememberedRequest) -> None:
+    """Raise AlreadyExists unless two calls with one id ask for the same."""
+    if (first.method, first.digest) != (request.method, request.digest):
+        raise AlreadyExists(
+            f"request id {request.request_id!r} was used for another {first.method}, on "
+            f"{first.subject}; use a new id for a new request",
+            reason="REQUEST_ID_REUSED",
+            details={"subject": first.subject},
+        )

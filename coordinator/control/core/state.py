@@ -155,7 +155,8 @@ class Ending:
     message: str
     failures: tuple[job_pb2.Failure, ...] = ()
     tokens: list[int] = field(default_factory=list)
-    request: RememberedRequest | None = None
+    requests: list[RememberedRequest] = field(default_factory=list)
+    """What is remembered of the calls with these tokens."""
 
 
 @dataclass
@@ -374,13 +375,19 @@ class Core:
         """Index of the newest record."""
         return self._records
 
-    def persist(self, record: ControlRecord, request: RememberedRequest | None = None) -> int:
-        """Decide a fact: it holds now for the core, for others once durable. Return its index."""
+    def persist(self, record: ControlRecord, *requests: RememberedRequest | None) -> int:
+        """Decide a fact: it holds now for the core, for others once durable. Return its index.
+
+        `requests`: the calls that led to it, to be remembered with it.
+        """
         record.time_unix_nanos = self.now.unix_nanos
         record.generation = self.generation
-        if request is not None and request.request_id:
-            record.request.CopyFrom(request)
-            record.request.time_unix_nanos = self.now.unix_nanos
+        named = [each for each in requests if each is not None and each.request_id]
+        for request in named:
+            request.time_unix_nanos = self.now.unix_nanos
+        if named:
+            record.request.CopyFrom(named[0])
+            record.joined_requests.extend(named[1:])
         self.facts.apply(record)
         self._records += 1
         self._effects.append(Persist(self._records, record))

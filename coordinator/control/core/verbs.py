@@ -16,7 +16,12 @@ from coordinator.control.core.events import (
     RetryJob,
     SubmitJob,
 )
-from coordinator.control.core.facts import RESUMING, JobFacts, expires_unix_nanos
+from coordinator.control.core.facts import (
+    REQUESTS_PER_RECORD,
+    RESUMING,
+    JobFacts,
+    expires_unix_nanos,
+)
 from coordinator.control.core.lifecycle import (
     CANCELLED,
     ENDED,
@@ -25,12 +30,14 @@ from coordinator.control.core.lifecycle import (
     next_state,
     state_name,
 )
+from coordinator.control.core.requests import check_same
 from coordinator.control.core.state import Core, Ending, JobRuntime, new_runtime
 from coordinator.control.core.views import job_view, worker_view
 from phalanx.errors import (
     AlreadyExists,
     FailedPrecondition,
     NotFound,
+    Unavailable,
 )
 from phalanx.v1.cluster_service_pb2 import DrainWorkerResponse
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
@@ -114,15 +121,17 @@ def cancel(core: Core, event: CancelJob) -> None:
     if job.stopped:
         text = f"job {event.job_id} has reached its end and is being stored"
         raise FailedPrecondition(text, reason="FINAL_CHECKPOINT")
+    event.request.subject = event.job_id
     if job.ending is not None and job.ending.state == CANCELLED:
-        job.ending.tokens.append(event.token)
+        _join(job.ending, event)
         return
     if job.ending is not None:
         text = f"job {event.job_id} is failing: {job.ending.message}"
         raise FailedPrecondition(text, reason="WRONG_STATE")
-    event.request.subject = event.job_id
     reason = event.reason or "cancelled by a user"
-    job.ending = Ending(CANCELLED, "CANCELLED", reason, tokens=[event.token], request=event.request)
+    job.ending = Ending(
+        CANCELLED, "CANCELLED", reason, tokens=[event.token], requests=[event.request]
+    )
     core.set_reason(job, "CANCELLING", reason)
     terms.advance(core, job)
 
@@ -227,6 +236,26 @@ def expire(core: Core) -> None:
         too_many = position >= core.config.ended_jobs_max
         if too_many or expires_unix_nanos(facts) <= core.now.unix_nanos:
             _remove(core, facts.job_id, None)
+
+
+def _join(ending: Ending, event: CancelJob) -> None:
+    """Have a job that is being cancelled answer one more caller, who is remembered with the first.
+
+    Raises AlreadyExists (the id stands for another request) or Unavailable (there are too many).
+    """
+    request = event.request
+    for each in ending.requests if request.request_id else ():
+        if each.request_id == request.request_id:
+            check_same(each, request)
+            ending.tokens.append(event.token)
+            return
+    if len(ending.requests) >= REQUESTS_PER_RECORD:
+        text = (
+            f"job {event.job_id} is being cancelled, and too many wait for that already; look at it"
+        )
+        raise Unavailable(text, reason="CANCELLING", retry_after_s=1.0)
+    ending.tokens.append(event.token)
+    ending.requests.append(request)
 
 
 def _find(core: Core, job_id: str) -> tuple[JobFacts, JobRuntime | None]:

@@ -8,13 +8,14 @@ import pytest
 
 from coordinator.control.core import effects as fx
 from coordinator.control.core import events as ev
+from coordinator.control.core import verbs
 from coordinator.control.core.clock import Instant
 from coordinator.control.core.facts import Facts
 from coordinator.control.core.lifecycle import ENDED, NEXT, Verb, next_state
 from coordinator.control.core.machine import handle
 from coordinator.control.core.requests import REMEMBERED_NANOS, RequestMemory
 from coordinator.control.core.state import CoreConfig
-from phalanx.errors import AlreadyExists, DataLoss, FailedPrecondition, NotFound
+from phalanx.errors import AlreadyExists, DataLoss, FailedPrecondition, NotFound, Unavailable
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.control_journal_pb2 import (
     ControlRecord,
@@ -137,6 +138,62 @@ def test_the_first_answer_is_given_again_whatever_happened_since(running: Any) -
     running.call(ev.DeleteJob, "job-2", "x2")
     assert isinstance(running.answers[running.submit("job-4", "r2")], NotFound)
     assert not isinstance(running.answers[running.call(ev.DeleteJob, "job-2", "x2")], Exception)
+
+
+def cancel_twice(running: Any, first_id: str) -> list[int]:
+    """Cancel a job, and again with the id `c2` before the first call could be carried out."""
+    running.storage_up = False
+    tokens = [running.call(ev.CancelJob, "job-1", each) for each in (first_id, "c2")]
+    assert not running.answers.keys() & set(tokens)
+    return tokens
+
+
+def let_it_end(running: Any) -> None:
+    running.storage_up = True
+    running.perform()
+    running.run_operations()
+    assert running.state() == "CANCELLED"
+
+
+@pytest.mark.parametrize("first_id", ["c1", ""])
+def test_a_cancel_of_a_job_that_is_being_cancelled_is_remembered_too(
+    running: Any, first_id: str
+) -> None:
+    tokens = cancel_twice(running, first_id)
+    let_it_end(running)
+    first, second = (running.answers[each] for each in tokens)
+    assert first == second
+    for request_id in filter(None, (first_id, "c2")):
+        again = running.call(ev.CancelJob, "job-1", request_id)
+        assert running.answers[again] == first, request_id
+    assert running.answers[running.call(ev.CancelJob, "job-1", "c3")].reason == "WRONG_STATE"
+    facts = replay(running.journal)
+    assert facts.digest() == running.core.facts.digest()
+    assert {each.request_id for each in facts.requests} == {first_id, "c2"} - {""}
+
+
+def test_a_call_that_is_repeated_before_it_is_carried_out_is_one(running: Any) -> None:
+    cancel_twice(running, "c1")
+    again = running.call(ev.CancelJob, "job-1", "c2")
+    token = 1000
+    other = running.request("CancelJob", "c2", "of another reason")
+    running.feed(ev.CancelJob(token, "job-1", other, reason="another reason"))
+    let_it_end(running)
+    assert running.answers[again].job.state == Job.STATE_CANCELLED
+    assert running.answers[token].reason == "REQUEST_ID_REUSED"
+    assert [each.request_id for each in running.core.facts.requests] == ["c1", "c2"]
+
+
+def test_the_calls_that_one_record_remembers_are_bounded(
+    running: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verbs, "REQUESTS_PER_RECORD", 2)
+    cancel_twice(running, "c1")
+    third = running.call(ev.CancelJob, "job-1", "c3")
+    running.call(ev.CancelJob, "job-1", "c2")
+    let_it_end(running)
+    assert isinstance(running.answers[third], Unavailable)
+    assert [each.request_id for each in running.core.facts.requests] == ["c1", "c2"]
 
 
 def test_requests_are_remembered_over_a_restart_and_for_a_day() -> None:
