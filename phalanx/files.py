@@ -4,6 +4,17 @@ import contextlib
 import secrets
 from pathlib import Path
 
+NAME_LIMIT_BYTES = 245
+"""File systems take names of 255 bytes; `replace_content` first writes to one that is 10 longer."""
+PATH_LIMIT_BYTES = 512
+LENGTH_RULE = f"at most {NAME_LIMIT_BYTES} bytes between slashes and {PATH_LIMIT_BYTES} together"
+
+
+def is_too_long(path: str) -> bool:
+    """Whether a relative path, or a name in it, is longer than what is sure to be writable."""
+    name_bytes = max(len(part.encode()) for part in path.split("/"))
+    return name_bytes > NAME_LIMIT_BYTES or len(path.encode()) > PATH_LIMIT_BYTES
+
 
 def replace_content(path: Path, content: bytes) -> None:
     """Give a file this content at once: readers see the old file or the whole new one.

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from phalanx.errors import InvalidArgument
-from phalanx.files import replace_content
+from phalanx.files import LENGTH_RULE, is_too_long, replace_content
 from phalanx.texts import number_of
 
 STREAM = "code"
@@ -25,7 +25,6 @@ WHEEL_LIMIT_BYTES = 64 * 1024 * 1024
 UNPACKED_LIMIT_BYTES = 256 * 1024 * 1024
 FILES_LIMIT = 10_000
 
-_PATH_LIMIT = 512
 _SYMLINK = 0o120000
 _KIND_OF_FILE = 0o170000
 
@@ -183,9 +182,11 @@ def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> bytes:
 
 def _inside(name: str, whose: str) -> PurePosixPath:
     path = PurePosixPath(name)
-    odd = "\\" in name or "\0" in name or len(name) > _PATH_LIMIT
+    odd = "\\" in name or "\0" in name
     if odd or path.is_absolute() or not path.parts or ".." in path.parts:
         raise InvalidArgument(f"{whose}: {name[:80]!r} is no path inside of the job's code")
+    if is_too_long(name):
+        raise InvalidArgument(f"{whose}: {name[:80]!r}… is too long; {LENGTH_RULE}")
     return path
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from google.protobuf.descriptor import FieldDescriptor
 
 from phalanx.errors import InvalidArgument, Violation
+from phalanx.files import LENGTH_RULE, is_too_long
 from phalanx.ids import SHORT_NAME_RULE, is_short_name
 from phalanx.specs import balance, catalog, composition, continuing, task_sets
 from phalanx.specs.fields import walk
@@ -227,6 +228,8 @@ def _code(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         if not _CODE_PATH.fullmatch(path) or ".." in path:
             rule = "write a relative path such as net.py or net/layers.py"
             yield Violation(f'code.files["{path[:160]}"]', f"is not allowed; {rule}")
+        elif is_too_long(path):
+            yield Violation(f'code.files["{path[:160]}"]', f"is too long; {LENGTH_RULE}")
     for index, digest in enumerate(spec.code.wheels):
         if not _DIGEST.fullmatch(digest):
             rule = "write the SHA-256 that `phalanx code add` printed"

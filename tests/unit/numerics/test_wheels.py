@@ -90,6 +90,7 @@ def test_a_file_that_two_bring_is_refused(tmp_path: Path) -> None:
         ({DESCRIPTION: "Tag: py3-none-win32"}, "compiled for py3-none-win32"),
         ({DESCRIPTION: "Tag: py3-none-any", "../evil.py": ""}, "no path inside"),
         ({DESCRIPTION: "Tag: py3-none-any", "/etc/evil.py": ""}, "no path inside"),
+        ({DESCRIPTION: "Tag: py3-none-any", "n" * 243 + ".py": ""}, "too long"),
     ],
 )
 def test_what_is_no_wheel_or_not_pure_is_refused(

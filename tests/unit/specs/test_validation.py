@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from phalanx import specs
 from phalanx.errors import InvalidArgument, Unimplemented, Violation
 from phalanx.v1.dataset_service_pb2 import Dataset
 from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.wheels import write_code
 
 MakeDataset = Callable[..., Dataset]
 BASE = "name: job\ndata: {name: fashion}\ntrain: {model: {mlp: {hidden: [8]}}, batch_size: 512}"
@@ -202,6 +204,29 @@ def test_code_has_a_size(make_dataset: MakeDataset) -> None:
     spec = edited()
     spec.code.files["net.py"] = "x" * (256 * 1024 + 1)
     assert "above 262144" in complaints(spec, make_dataset())["code.files"]
+
+
+@pytest.mark.parametrize(
+    ("path", "taken"),
+    [
+        ("n" * 245, True),
+        ("n" * 246, False),
+        ("n" * 246 + "/net.py", False),
+        ("/".join(["n" * 170, "n" * 170, "n" * 170]), True),
+        ("/".join(["n" * 170, "n" * 170, "n" * 171]), False),
+    ],
+)
+def test_code_has_names_that_every_disk_takes(
+    make_dataset: MakeDataset, tmp_path: Path, path: str, taken: bool
+) -> None:
+    spec = edited()
+    spec.code.files[path] = "x"
+    if taken:
+        specs.prepare(spec, make_dataset())
+        write_code(tmp_path, {path: b"x"}, {})
+        assert (tmp_path / path).read_bytes() == b"x"
+    else:
+        assert "too long" in complaints(spec, make_dataset())[f'code.files["{path[:160]}"]']
 
 
 @pytest.mark.parametrize(
