@@ -139,9 +139,9 @@ class Store:
             raise from_rpc_error(error) from error
         return answer.digest, answer.size_bytes
 
-    async def get_blob(self, digest: str) -> bytes:
-        """Return a small blob."""
-        request = pb.GetBlobRequest(digest=digest)
+    async def get_blob(self, digest: str, offset: int = 0, length: int = 0) -> bytes:
+        """Return a small blob or, with a length, a small part of one."""
+        request = pb.GetBlobRequest(digest=digest, offset=offset, length=length)
         try:
             call = self.storage.GetBlob(request, timeout=CALL_TIMEOUT_S * 4)
             return b"".join([response.chunk async for response in call])

@@ -14,6 +14,14 @@ from coordinator.control.store import Store
 from phalanx import specs
 from phalanx.errors import InvalidArgument, NotFound, PermissionDenied, Violation
 from phalanx.ids import new_id
+from phalanx.specs.starting import (
+    LENGTH_BYTES,
+    Shapes,
+    check_shapes,
+    header_bytes,
+    known_shapes,
+    stored_shapes,
+)
 from phalanx.v1 import (
     dataset_service_pb2,
     job_pb2,
@@ -63,6 +71,8 @@ class Submissions:
             model = await self._start_model(resolved)
             specs.resolve_start_model(resolved, model)
             start_model_digest = _parameters_of(model)
+            assert dataset is not None, "a job that trains reads data"
+            await self._check_start_model(start_model_digest, known_shapes(resolved, dataset))
         origin = None
         if resolved.train.start.WhichOneof("from") == "job":
             origin = await find_origin(resolved, core, self._store)
@@ -177,6 +187,20 @@ class Submissions:
             ) from error
         assert isinstance(answer, model_service_pb2.GetModelResponse)
         return answer.model
+
+    async def _check_start_model(self, digest: str, wanted: Shapes) -> None:
+        """Refuse a model that does not fit. User code is built, and compared, by a worker."""
+        if wanted:
+            size = header_bytes(await self._part(digest, 0, LENGTH_BYTES))
+            header = await self._part(digest, LENGTH_BYTES, size)
+            check_shapes(stored_shapes(header), wanted)
+
+    async def _part(self, digest: str, offset: int, length: int) -> bytes:
+        """Return a part of a blob; nothing where the blob ends before."""
+        try:
+            return await self._store.get_blob(digest, offset, length)
+        except InvalidArgument:
+            return b""
 
 
 def _parameters_of(model: model_service_pb2.ModelVersion) -> str:

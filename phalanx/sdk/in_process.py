@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from phalanx.data.manifest import DatasetManifest
+    from phalanx.specs.starting import Shapes
     from phalanx.training.local import Progress, TrainedModel
 
 VersionT = TypeVar("VersionT", dataset_service_pb2.Dataset, model_service_pb2.ModelVersion)
@@ -209,6 +210,7 @@ class InProcessBackend:
             resolve_start_model,
             spec_sha256,
         )
+        from phalanx.specs.starting import known_shapes
 
         content = request.spec.SerializeToString(deterministic=True)
         known = None
@@ -234,6 +236,8 @@ class InProcessBackend:
         if spec.train.start.model:
             model = self._models.find(spec.namespace, spec.train.start.model)
             resolve_start_model(spec, model)
+            assert dataset is not None, "a job that trains reads data"
+            self._check_start_model(model, known_shapes(spec, dataset))
         shown = plan(spec, dataset)
         digest = spec_sha256(spec)
         if request.validate_only:
@@ -242,6 +246,12 @@ class InProcessBackend:
             todo = job_plan(spec, dataset, "")
             job = self._jobs.submit(spec, digest, todo, shown.steps, request.request_id, content)
         return job_service_pb2.SubmitJobResponse(job=job, plan=shown)
+
+    def _check_start_model(self, model: model_service_pb2.ModelVersion, wanted: Shapes) -> None:
+        from phalanx.specs.starting import check_shapes, shapes_in_file
+
+        if wanted:
+            check_shapes(shapes_in_file(self._parameters_path(model)), wanted)
 
     def _get_job(self, request: job_service_pb2.GetJobRequest) -> Message:
         return job_service_pb2.GetJobResponse(job=self._jobs.get(request.job_id))
@@ -395,8 +405,7 @@ class InProcessBackend:
         start_model = None
         if spec.train.start.model:
             model = self._models.find(spec.namespace, spec.train.start.model)
-            digest = next(file.digest for file in model.files if file.path == "model.safetensors")
-            start_model = self._blob_path(digest)
+            start_model = self._parameters_path(model)
         return train_in_process(
             plan,
             self._manifest(plan.manifest_digest),
@@ -405,6 +414,10 @@ class InProcessBackend:
             start_model=start_model,
             on_progress=on_progress,
         )
+
+    def _parameters_path(self, model: model_service_pb2.ModelVersion) -> Path:
+        digest = next(file.digest for file in model.files if file.path == "model.safetensors")
+        return self._blob_path(digest)
 
     def _run_tasks(
         self, plan: JobPlan, results: dict[int, TaskResult], on_result: Callable[[], None]

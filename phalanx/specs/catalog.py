@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import prod
 
 from phalanx.v1 import job_spec_pb2
 
@@ -37,12 +38,23 @@ def metric_names(model: job_spec_pb2.Model, dataset_task: str) -> tuple[str, ...
 
 def element_count(model: job_spec_pb2.Model, features: int, classes: int) -> int:
     """Return the number of parameters of a built-in model, 0 for user code."""
-    kind = model.WhichOneof("kind")
-    if kind in ("linear_regression", "logistic_regression"):
-        return features + int(getattr(model, kind).bias)
-    if kind == "softmax_regression":
-        return (features + int(model.softmax_regression.bias)) * classes
-    if kind == "mlp":
+    return sum(prod(shape) for shape in tensor_shapes(model, features, classes).values())
+
+
+def tensor_shapes(
+    model: job_spec_pb2.Model, features: int, classes: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a built-in model's tensors by name, none for user code."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    kind = model.WhichOneof("kind") or ""
+    if kind in _TASKS:
+        outputs = classes if kind == "softmax_regression" else 1
+        shapes["weights"] = (features,) if outputs == 1 else (features, outputs)
+        if getattr(model, kind).bias:
+            shapes["bias"] = (outputs,)
+    elif kind == "mlp":
         widths = [features, *model.mlp.hidden, max(classes, 1)]
-        return sum((wide + 1) * narrow for wide, narrow in pairwise(widths))
-    return 0
+        for index, (wide, narrow) in enumerate(pairwise(widths)):
+            shapes[f"layers.{index}.weights"] = (wide, narrow)
+            shapes[f"layers.{index}.bias"] = (narrow,)
+    return shapes

@@ -7,9 +7,20 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from phalanx.errors import InvalidArgument
 from phalanx.models.base import views
+from phalanx.specs.starting import check_shapes, shapes_in_file
 from phalanx.v1.training_pb2 import Layout
+
+
+def check_start_parameters(path: Path, layout: Layout) -> None:
+    """Raise InvalidArgument unless a safetensors file has the tensors of a layout.
+
+    Args:
+        path: ``model.safetensors`` of the earlier model; only its head is read.
+        layout: of the new job; names and shapes must be the same, the dtype may differ.
+    """
+    wanted = {tensor.name: tensor.shape for tensor in layout.tensors}
+    check_shapes(shapes_in_file(path), wanted)
 
 
 def load_start_parameters(path: Path, layout: Layout, out: NDArray[Any]) -> None:
@@ -17,7 +28,7 @@ def load_start_parameters(path: Path, layout: Layout, out: NDArray[Any]) -> None
 
     Args:
         path: ``model.safetensors`` of the earlier model.
-        layout: of the new job; names and shapes must be the same, the dtype may differ.
+        layout: of the new job; see ``check_start_parameters``.
         out: (n,) of the layout's dtype.
 
     Raises:
@@ -25,20 +36,7 @@ def load_start_parameters(path: Path, layout: Layout, out: NDArray[Any]) -> None
     """
     from safetensors.numpy import load_file
 
+    check_start_parameters(path, layout)
     stored = load_file(path)
-    tensors = views(layout, out)
-    extra = sorted(stored.keys() - tensors.keys())
-    if extra:
-        raise InvalidArgument(
-            f"train.start.model does not fit: it has a tensor {extra[0]!r}, which this job's model "
-            "has not; start from a model of the same kind and size"
-        )
-    for name, target in tensors.items():
-        tensor = stored.get(name)
-        if tensor is None or tensor.shape != target.shape:
-            found = "no such tensor" if tensor is None else f"shape {list(tensor.shape)}"
-            raise InvalidArgument(
-                f"train.start.model does not fit: {name!r} needs shape {list(target.shape)} and "
-                f"the model has {found}; start from a model of the same kind and size"
-            )
-        target[...] = tensor
+    for name, target in views(layout, out).items():
+        target[...] = stored[name]

@@ -16,8 +16,9 @@ import numpy as np
 
 from phalanx.calls import CallWork
 from phalanx.data.manifest import ChunkInfo
-from phalanx.errors import DataLoss, PhalanxError
+from phalanx.errors import DataLoss, InvalidArgument, PhalanxError
 from phalanx.reduction import Node, all_finite
+from phalanx.specs.starting import MISFIT
 from phalanx.tasks import is_task_set
 from phalanx.v1 import coordination_service_pb2, training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -132,7 +133,7 @@ class LeafLoop:
                 answer.evaluation_sums.extend(described.evaluation_sums)
                 answer.leaf_sha256 = described.leaf_sha256
         except BaseException as error:  # noqa: BLE001 - user code raises what it likes
-            answer.failure.code = "JOB_CODE" if plan.code_digests else "JOB_DESCRIPTION"
+            answer.failure.code = _description_code(plan, error)
             answer.failure.message = _message(error)
             answer.failure.traceback = _traceback(error)
         output.flush()
@@ -349,6 +350,12 @@ def _call(work: CallWork, order: ipc.RunOrder, leaf: _LeafRun, index: int, task:
 
 def _is_task_set(plan: training_pb2.JobPlan) -> bool:
     return is_task_set(JobSpec.FromString(plan.spec))
+
+
+def _description_code(plan: training_pb2.JobPlan, error: BaseException) -> str:
+    if isinstance(error, InvalidArgument) and error.reason == MISFIT:
+        return MISFIT
+    return "JOB_CODE" if plan.code_digests else "JOB_DESCRIPTION"
 
 
 def _paths(document: dict[str, Any]) -> Paths:

@@ -27,7 +27,7 @@ from phalanx.training.leaf import (
     training_rows,
 )
 from phalanx.training.sampler import chunks_in_order, window_rows
-from phalanx.training.start import load_start_parameters
+from phalanx.training.start import check_start_parameters, load_start_parameters
 from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.leaf.read_ahead import ReadAhead
 from worker.leaf.reduce import Scratch
@@ -191,8 +191,11 @@ class JobWork:
             out[:] = self.model.initial_parameters(self.spec.seed)
 
     def describe(self) -> Described:
-        """Build the model and run one leaf on its initial parameters."""
+        """Build the model, compare it with the one to start from, and run one leaf on its initial
+        parameters."""
         layout = self.model.layout
+        if self._paths.start_model is not None:
+            check_start_parameters(self._paths.start_model, layout)
         self.plan.layout.CopyFrom(layout)
         parameters = self.model.initial_parameters(self.spec.seed)
         out = np.zeros(layout.element_count, self.dtype)

@@ -60,6 +60,14 @@ async def test_a_job_runs_and_leaves_a_model(cluster: Any) -> None:
     again = job_service_pb2.SubmitJobRequest(spec=job.spec, validate_only=True)
     again.spec.namespace = "team"
     again.spec.data.name, again.spec.train.start.model = "default/digits", "default/job"
+    code, bad = await details_of(
+        cluster.jobs().SubmitJob(again, timeout=GUARD_S), error_details_pb2.BadRequest
+    )
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert [each.field for each in bad.field_violations] == ["train.start.model"]
+    assert "'weights' in the shape [8, 2]" in bad.field_violations[0].description
+    # The kind of model that the scripted worker says it has built.
+    again.spec.train.model.softmax_regression.bias = False
     planned = (await cluster.jobs().SubmitJob(again, timeout=GUARD_S)).job.spec
     assert (planned.data.name, planned.train.start.model) == ("default/digits@1", "default/job@1")
 

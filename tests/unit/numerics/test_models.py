@@ -10,6 +10,7 @@ import scipy.sparse
 
 from phalanx.errors import InvalidArgument, Unimplemented
 from phalanx.models import Batch, DataSchema, Model, UserModel, build_model
+from phalanx.specs import catalog
 from phalanx.v1.job_spec_pb2 import JobSpec
 
 FEATURES = 6
@@ -31,6 +32,14 @@ def make(name: str, dtype: str = "float64") -> tuple[Model, int]:
     spec, classes = MODELS[name]
     model = build_model(JobSpec(train={"model": spec}), DataSchema(FEATURES, classes, dtype))
     return model, classes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_job_files_are_checked_against_is_what_is_built(name: str) -> None:
+    spec, classes = MODELS[name]
+    known = catalog.tensor_shapes(JobSpec(train={"model": spec}).train.model, FEATURES, classes)
+    layout = make(name)[0].layout
+    assert list(known.items()) == [(each.name, tuple(each.shape)) for each in layout.tensors]
 
 
 def batch_for(classes: int, sparse: bool, dtype: str = "float64") -> Batch:

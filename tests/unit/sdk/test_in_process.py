@@ -184,6 +184,15 @@ def test_a_job_starts_from_the_version_of_a_model_that_was_there(cluster):
         cluster.submit(with_train(start={"model": "nobody/toy"}))
 
 
+def test_a_model_of_another_shape_is_refused_before_the_job_is_taken(cluster):
+    cluster.submit(SPEC).wait(60)
+    wide = with_train(model={"mlp": {"hidden": [4]}}, start={"model": "toy"})
+    with pytest.raises(InvalidArgument, match=r"no tensor 'layers\.0\.weights'") as refused:
+        cluster.submit(wide)
+    assert [each.field for each in refused.value.violations] == ["train.start.model"]
+    assert len(cluster.jobs()) == 1
+
+
 def test_data_of_another_namespace_goes_by_its_full_name(cluster, data):
     spec = {**SPEC, "namespace": "team", "data": {"name": "default/toy", "shards": 4}}
     job = cluster.submit(spec)

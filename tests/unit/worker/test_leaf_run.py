@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from phalanx.testing.datasets import regression, store
+from phalanx.testing.plans import plan_for
 from phalanx.v1 import training_pb2
+from phalanx.v1.coordination_service_pb2 import JobDescribed
 from worker import ipc
 from worker.leaf.loop import LeafLoop, _LeafRun, _NotFinite
 from worker.leaf.reduce import Sums
@@ -58,6 +63,33 @@ def test_what_fails_before_the_first_leaf_of_a_part_is_told_of_its_first_shard(
     loop._run(ipc.RunOrder(5, 1, action, version=3, parameters=0, parts=((4, 2, 0), (6, 1, 1))))
     failed = [ipc.unpack_json(body)[0] for kind, body in said if kind is ipc.Kind.PART_FAILED]
     assert [(each["index"], each["shard"]) for each in failed] == [(0, 4), (1, 6)]
+
+
+@pytest.mark.parametrize(("width", "fits"), [(8, True), (9, False)])
+def test_a_model_to_start_from_is_compared_when_the_job_is_described(
+    tmp_path: Path, width: int, fits: bool
+) -> None:
+    """Before any step, and by whoever builds the model: only that knows what user code has."""
+    dataset = store(tmp_path, *regression(40, 8))
+    train = {"model": {"linear_regression": {"bias": False}}, "batch_size": 8, "stop": {"steps": 1}}
+    plan = plan_for(dataset, train, data={"name": "data", "shards": 2})
+    plan.ClearField("layout")
+    start_model, manifest = tmp_path / "model.safetensors", tmp_path / "manifest.json"
+    save_file({"weights": np.zeros(width, np.float32)}, start_model)
+    manifest.write_bytes(dataset.manifest.to_json())
+    said: list[bytes] = []
+    connection: Any = SimpleNamespace(send=lambda _, body: said.append(body))
+    loop = LeafLoop(connection, SimpleNamespace())  # type: ignore[arg-type]
+    loop._fetch = lambda chunk: dataset.fetch(chunk.digest)  # type: ignore[method-assign]
+    files = {"manifest": str(manifest), "code": "", "start_model": str(start_model)}
+    body = ipc.pack_json({"job": 1, "fits": True, **files}, plan.SerializeToString())
+    loop._describe(ipc.Message(ipc.Kind.DESCRIBE, body))
+    described = JobDescribed.FromString(ipc.unpack_json(said[-1])[1])
+    assert described.HasField("failure") is not fits
+    if not fits:
+        assert described.failure.code == "START_MODEL_MISFIT"
+        wanted = "train.start.model does not fit: it has 'weights' in the shape [9] and the model"
+        assert f"{wanted} of this job needs [8]" in described.failure.message
 
 
 def test_rule_06_a_leaf_with_examples_is_present(run: _LeafRun) -> None:
