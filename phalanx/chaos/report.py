@@ -8,6 +8,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+STALLED_S, STALLED_GAPS = 10.0, 10
+"""A job that has committed nothing for so long, and for so many usual gaps, has stalled."""
+_ENDED_WELL = "SUCCEEDED"
+
 
 @dataclass(frozen=True)
 class Commit:
@@ -41,12 +45,17 @@ class Injected:
 
 @dataclass(frozen=True)
 class Injury:
-    """A fault and what it cost: the longest wait for a commit beyond the usual one."""
+    """A fault and what it cost: the longest wait for a commit beyond the usual one.
+
+    Where it was not ``recovered`` from, no step was committed any more, and ``recovery_s`` is only
+    how long that was watched.
+    """
 
     at_s: float
     fault: str
     victim: str
     recovery_s: float
+    recovered: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,11 +100,17 @@ class Report:
     notes: tuple[str, ...] = field(default=())
 
     @property
+    def not_recovered(self) -> int:
+        """How many faults there were after which no step was committed any more."""
+        return sum(not each.recovered for each in self.injuries)
+
+    @property
     def healthy(self) -> bool:
         """Whether no promise was broken."""
         counted = self.counters
         whole = not counted.examples_lost and not counted.examples_doubled
-        return whole and self.bit_identical is not False and self.state != "FAILED"
+        goes_on = self.state != "FAILED" and not self.not_recovered
+        return whole and goes_on and self.bit_identical is not False
 
     def to_json(self) -> dict[str, object]:
         """Return the JSON of ``phalanx chaos --json``."""
@@ -119,13 +134,14 @@ def steps_at(commits: Sequence[Commit], unix_s: float) -> float:
     return float(commits[-1].step)
 
 
-def rate(commits: Sequence[Commit], spans: Sequence[Span]) -> float | None:
-    """Return steps per second over all spans, as far as commits reach; None if they do not."""
+def rate(commits: Sequence[Commit], spans: Sequence[Span], until_s: float) -> float | None:
+    """Return steps per second over all spans, from the first commit until a time; None if none of
+    that lies in the spans."""
     steps = seconds = 0.0
     for span in spans:
         if not commits:
             return None
-        end_s = min(span.end_s, commits[-1].unix_s)
+        end_s = min(span.end_s, until_s)
         start_s = max(span.start_s, commits[0].unix_s)
         if end_s > start_s:
             steps += steps_at(commits, end_s) - steps_at(commits, start_s)
@@ -142,17 +158,24 @@ def gaps(commits: Sequence[Commit], span: Span) -> list[float]:
     ]
 
 
-def longest_wait(commits: Sequence[Commit], span: Span, usual_gap_s: float) -> float:
+def longest_wait(
+    commits: Sequence[Commit], span: Span, usual_gap_s: float, until_s: float
+) -> float:
     """Return the longest time without a commit, as far as it lies in the span; the usual gap before
-    the span counts as well, since what happens within a step delays the whole of it.
+    the span counts as well, since what happens within a step delays the whole of it. After the last
+    commit the time without one goes on until ``until_s``.
 
     Of several steps that were only seen together all but one are taken to have been usual ones.
     """
+    waits = [
+        (earlier.unix_s, later.unix_s, later.step - earlier.step - 1)
+        for earlier, later in itertools.pairwise(commits)
+    ]
+    waits += [(last.unix_s, until_s, 0) for last in commits[-1:]]
     longest = 0.0
-    for earlier, later in itertools.pairwise(commits):
-        start_s = max(earlier.unix_s, span.start_s - usual_gap_s)
-        end_s = min(later.unix_s, span.end_s)
-        together = later.step - earlier.step - 1
+    for began_s, ended_s, together in waits:
+        start_s = max(began_s, span.start_s - usual_gap_s)
+        end_s = min(ended_s, span.end_s)
         longest = max(longest, end_s - start_s - together * usual_gap_s)
     return longest
 
@@ -165,17 +188,38 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
+def blamed(
+    commits: Sequence[Commit], injected: Sequence[Injected], usual_gap_s: float, until_s: float
+) -> int:
+    """Return how many of the faults, counted from the last, the job has not recovered from.
+
+    These are all after which nothing was committed. Where the job has stalled, the one before the
+    last commit is one of them too: that step may have been all but done when it came.
+    """
+    last_s = commits[-1].unix_s if commits else -math.inf
+    after = sum(each.unix_s > last_s for each in injected)
+    stalled = until_s - last_s > max(STALLED_S, STALLED_GAPS * usual_gap_s)
+    return max(after, min(1, len(injected))) if stalled else after
+
+
 def injuries(
-    commits: Sequence[Commit], injected: Sequence[Injected], disturbed: Span, usual_gap_s: float
+    commits: Sequence[Commit],
+    injected: Sequence[Injected],
+    watched: Span,
+    usual_gap_s: float,
+    until_s: float,
+    unrecovered: int,
 ) -> list[Injury]:
-    """Return what each fault cost: it answers for what is lost until the next one."""
-    ends_s = [each.unix_s for each in injected[1:]] + [disturbed.end_s]
+    """Return what each fault cost: it answers for what is lost until the next one, or until the end
+    of the span. From the last ``unrecovered`` the job has not recovered."""
+    ends_s = [each.unix_s for each in injected[1:]] + [watched.end_s]
     found = []
-    for each, end_s in zip(injected, ends_s, strict=False):
-        wait_s = longest_wait(commits, Span(each.unix_s, end_s), usual_gap_s)
-        recovery_s = max(0.0, wait_s - usual_gap_s)
-        at_s = each.unix_s - disturbed.start_s
-        found.append(Injury(round(at_s, 3), each.fault, each.victim, round(recovery_s, 6)))
+    for index, (each, end_s) in enumerate(zip(injected, ends_s, strict=False)):
+        wait_s = longest_wait(commits, Span(each.unix_s, end_s), usual_gap_s, until_s)
+        recovery_s = round(max(0.0, wait_s - usual_gap_s), 6)
+        at_s = round(each.unix_s - watched.start_s, 3)
+        recovered = index < len(injected) - unrecovered
+        found.append(Injury(at_s, each.fault, each.victim, recovery_s, recovered))
     return found
 
 
@@ -189,28 +233,50 @@ def summarise(
     state: str,
     seed: int,
     counters: Counters,
+    watched_until_s: float | None = None,
     skipped: int = 0,
     parameters_sha256: str = "",
     bit_identical: bool | None = None,
     notes: Sequence[str] = (),
 ) -> Report:
-    """Return the report of a run from the times of its commits and of its faults."""
-    usual = [gap for span in undisturbed for gap in gaps(commits, span)]
-    usual_gap_s = statistics.median(usual) if usual else None
-    hurt = injuries(commits, injected, disturbed, usual_gap_s or 0.0)
+    """Return the report of a run from the times of its commits and of its faults.
+
+    ``watched_until_s`` is the end of it, by default that of the last span. A job that has not
+    succeeded by then should have gone on: time without a commit counts up to there.
+    """
+    ends_s = [span.end_s for span in (disturbed, *undisturbed)]
+    until_s = max(ends_s) if watched_until_s is None else watched_until_s
+    if commits and (state == _ENDED_WELL or until_s < commits[-1].unix_s):
+        until_s = commits[-1].unix_s
+    before = [span for span in undisturbed if span.start_s < disturbed.start_s]
+    usual_gap_s = _usual_gap_s(commits, before) or _usual_gap_s(commits, undisturbed)
+    unrecovered = 0
+    if state != _ENDED_WELL:
+        unrecovered = blamed(commits, injected, usual_gap_s or 0.0, until_s)
+    # A job that does not go on is no yardstick for what it was without faults.
+    yardstick = before if unrecovered else undisturbed
+    usual_gap_s = _usual_gap_s(commits, yardstick)
+    usual_s = usual_gap_s or 0.0
+    # What the last fault costs shows while the job settles.
+    settled_s = min((s.start_s for s in yardstick if s.start_s >= disturbed.end_s), default=until_s)
+    watched = Span(disturbed.start_s, settled_s)
+    hurt = injuries(commits, injected, watched, usual_s, until_s, unrecovered)
     recoveries = [each.recovery_s for each in hurt]
-    slow, normal = rate(commits, [disturbed]), rate(commits, undisturbed)
+    # The step that is under way at the end is not counted, and neither is its usual time.
+    counted_s = max(until_s - usual_s, commits[-1].unix_s) if commits else until_s
+    slow, normal = rate(commits, [disturbed], counted_s), rate(commits, yardstick, counted_s)
+    longest_gap_s = longest_wait(commits, watched, usual_s, until_s) if usual_s else None
     return Report(
         job_id=job_id,
         state=state,
         seed=seed,
         disturbed_s=disturbed.length_s,
-        undisturbed_s=sum(span.length_s for span in undisturbed),
+        undisturbed_s=sum(span.length_s for span in yardstick),
         steps_per_s=slow,
         undisturbed_steps_per_s=normal,
         goodput=slow / normal if slow is not None and normal else None,
         usual_gap_s=usual_gap_s,
-        longest_gap_s=longest_wait(commits, disturbed, usual_gap_s) if usual_gap_s else None,
+        longest_gap_s=longest_gap_s,
         recovery_p50_s=percentile(recoveries, 50),
         recovery_p99_s=percentile(recoveries, 99),
         recovery_max_s=max(recoveries, default=None),
@@ -221,3 +287,8 @@ def summarise(
         bit_identical=bit_identical,
         notes=tuple(notes),
     )
+
+
+def _usual_gap_s(commits: Sequence[Commit], spans: Sequence[Span]) -> float | None:
+    usual = [gap for span in spans for gap in gaps(commits, span)]
+    return statistics.median(usual) if usual else None

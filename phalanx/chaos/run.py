@@ -22,7 +22,8 @@ from phalanx.sdk.values import Event
 LOOK_S = 0.1
 ASK_EVERY_S = 0.25
 """Control knows no more than four or five times a second how far a job is."""
-SETTLE_S = 60.0
+SETTLE_S, SETTLE_GAPS = 60.0, 10
+"""How long a job may take to go on after the faults; or so many times the usual time of a step."""
 FIRST_STEP_S = 60.0
 SETTLED_COMMITS = 3
 
@@ -49,6 +50,7 @@ class _Course:
     spans: list[Span] = field(default_factory=list)
     disturbed: Span | None = None
     injected: list[Injected] = field(default_factory=list)
+    watched_until_s: float | None = None
     skipped: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -111,8 +113,11 @@ class Chaos:
                 self._sleep_until(start_s + options.duration_s)
             finally:
                 course.disturbed = Span(start_s, time.time())
-        self._settle()
-        self._undisturbed()
+        try:
+            self._settle()
+            self._undisturbed()
+        finally:
+            course.watched_until_s = time.time()
 
     def report(self, *, bit_identical: bool | None = None) -> Report:
         """Return what came of it. Raises FailedPrecondition if it ended before the first fault."""
@@ -133,6 +138,7 @@ class Chaos:
             state=job.state,
             seed=self._options.seed,
             counters=self._counters(),
+            watched_until_s=self._course.watched_until_s,
             skipped=self._course.skipped,
             parameters_sha256=result.parameters_sha256 if result is not None else "",
             bit_identical=bit_identical,
@@ -193,15 +199,21 @@ class Chaos:
 
     def _settle(self) -> None:
         """Wait until all processes are back and steps are committed as before."""
-        deadline_s, step = time.monotonic() + SETTLE_S, self._refresh().progress.step
-        while not self._job.done:
+        wait_s = max(SETTLE_S, SETTLE_GAPS * self._log.usual_gap_s)
+        began_s, step = time.time(), self._refresh().progress.step
+        back = commits = False
+        while self._sleep_until(time.time() + LOOK_S) and not (back and commits):
             back = _patiently(self._victims.all_up)
-            if back and self._refresh().progress.step >= step + SETTLED_COMMITS:
+            commits = self._job.progress.step >= step + SETTLED_COMMITS
+            if time.time() - began_s > wait_s:
+                if not back:
+                    self._course.notes.append(f"not all processes are back after {wait_s:.0f} s")
+                if not commits:
+                    self._course.notes.append(
+                        f"fewer than {SETTLED_COMMITS} steps were committed in the {wait_s:.0f} s "
+                        "after the last fault"
+                    )
                 return
-            if time.monotonic() > deadline_s:
-                self._course.notes.append(f"not recovered {SETTLE_S:g} s after the last fault")
-                return
-            time.sleep(LOOK_S)
 
     def _sleep_until(self, unix_s: float) -> bool:
         """Sleep and keep an eye on the job; return False as soon as it has ended."""

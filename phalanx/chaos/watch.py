@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import http.client
+import math
 import re
+import statistics
 import urllib.request
 from collections.abc import Sequence
 
-from phalanx.chaos.report import Commit
+from phalanx.chaos.report import Commit, Span, gaps
 from phalanx.chaos.victims import Victim
 
 SCRAPE_TIMEOUT_S = 0.5
@@ -30,6 +32,12 @@ class StepLog:
             self._commits.pop()
         if not self._commits or self._commits[-1].step < step:
             self._commits.append(Commit(step, unix_s))
+
+    @property
+    def usual_gap_s(self) -> float:
+        """The median of the seconds per step; 0.0 as long as nobody knows."""
+        found = gaps(self._commits, Span(-math.inf, math.inf))
+        return statistics.median(found) if found else 0.0
 
     def better(self, points: Sequence[Commit]) -> list[Commit]:
         """Return the commits that were recorded with their own times if they are as many as those

@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 
 import phalanx
 from phalanx.cli.main import run
-from phalanx.testing.arena import GUARD_S, add_blobs, unhurried_job, wait_until
+from phalanx.testing.arena import GUARD_S, Gate, add_blobs, unhurried_job, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +63,29 @@ def test_faults_cost_time_and_nothing_else(cluster, cli):
     assert report["goodput"] > 0
     for each in report["faults"]:
         assert cluster.process(each["victim"]).restarts == before[each["victim"]] + 1
+
+
+def test_a_job_that_does_not_go_on_is_not_called_recovered(cluster, cli, monkeypatch):
+    monkeypatch.setattr("phalanx.chaos.run.SETTLE_S", 2.0)
+    monkeypatch.setattr("phalanx.chaos.run.SETTLE_GAPS", 0)
+    gate = Gate(Path(os.environ["PHALANX_TEST_GATE"]))
+    job = cluster.submit(unhurried_job(100_000))
+    wait_until(lambda: job.refresh().progress.step, "the first step")
+    gate.hold()
+    try:
+        wait_until(gate.entered, "a leaf that is held")
+        code, out, err = cli(
+            *("chaos", "--job", job.id, "--state", str(cluster.state_dir), "--baseline", "0s"),
+            *("--every", "1s", "--for", "1s", "--fault", "kill-worker", "--verify"),
+        )
+    finally:
+        gate.release()
+    assert code == 1, err
+    assert "NOT RECOVERED" in out
+    assert "not recovered" in out
+    assert "fewer than 3 steps were committed" in err
+    job.cancel()
+    wait_until(lambda: job.refresh().done, "the job to end")
 
 
 def test_ctrl_c_shows_what_there_is_and_continues_what_is_paused(cluster):

@@ -12,7 +12,7 @@ from phalanx.cli.context import Settings, settings_of
 from phalanx.cli.errors import Exit
 
 if TYPE_CHECKING:
-    from phalanx.chaos.report import Report
+    from phalanx.chaos.report import Injury, Report
     from phalanx.chaos.run import Chaos
     from phalanx.sdk.cluster import Cluster
     from phalanx.sdk.job import Job
@@ -70,8 +70,8 @@ def chaos(
     again by itself; elsewhere a killed process stays dead unless something
     restarts it. Ctrl-C ends it; paused processes are continued in any case.
 
-    Exit code 1 when the job failed, when something was lost or doubled, and when
-    the bits differ.
+    Exit code 1 when the job failed or did not go on after a fault, when something
+    was lost or doubled, and when the bits differ.
 
     [bold]Examples[/bold]
 
@@ -138,6 +138,10 @@ def _verified(cluster: Cluster, job: Job, run: Chaos, settings: Settings) -> Rep
     from phalanx.cli.output import say
     from phalanx.sdk.verification import verify_job
 
+    so_far = run.report()
+    if so_far.not_recovered:
+        # Its end may never come.
+        return so_far
     if not settings.json:
         say(f"waiting for the end of {job.id}, to compute it again …")
     job.wait()
@@ -188,7 +192,7 @@ def _show(report: Report, settings: Settings) -> None:
     print_table(
         ("AT", "FAULT", "ON", "RECOVERY"),
         [
-            (f"{each.at_s:.1f} s", each.fault, each.victim, f"{each.recovery_s:.2f} s")
+            (f"{each.at_s:.1f} s", each.fault, each.victim, _recovery(each))
             for each in report.injuries
         ],
         empty="no fault was carried out",
@@ -204,6 +208,7 @@ def _show(report: Report, settings: Settings) -> None:
             ("  undisturbed", _number(report.undisturbed_steps_per_s, "")),
             ("recovery p50", _number(report.recovery_p50_s, " s beyond the usual time of a step")),
             ("recovery p99", _number(report.recovery_p99_s, " s")),
+            ("not recovered", _not_recovered(report)),
             ("longest gap", _number(report.longest_gap_s, " s between two commits")),
             ("  usual gap", _number(report.usual_gap_s, " s")),
             ("examples lost", _count(counted.examples_lost)),
@@ -223,6 +228,15 @@ _BITS = {True: "equal to the undisturbed computation", False: "DIFFERENT", None:
 
 def _skipped(report: Report) -> str:
     return f", {report.skipped} skipped: nobody was there" if report.skipped else ""
+
+
+def _recovery(injury: Injury) -> str:
+    return f"{injury.recovery_s:.2f} s" if injury.recovered else "NOT RECOVERED"
+
+
+def _not_recovered(report: Report) -> str:
+    count = report.not_recovered
+    return f"{count} of the faults; the times are those until the end" if count else ""
 
 
 def _number(value: float | None, unit: str) -> str:
