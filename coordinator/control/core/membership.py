@@ -1,8 +1,9 @@
 """Who is in the cluster: joining, silence, death, leaving.
 
 A broken stream frees a worker's shards at once; silence does so after a lease. When more than half
-of three or more members fall silent together, or this process itself was asleep, the fault is more
-likely here, and nobody is declared lost for another lease.
+of three or more members are silent together, or this process itself was asleep, the fault is more
+likely here, and nobody is declared lost for another lease. Members speak at different moments, so
+those who fell silent together do not reach their leases together: being suspected is enough.
 """
 
 from __future__ import annotations
@@ -189,21 +190,16 @@ def worker_ready(core: Core, worker: Worker, message: pb.WorkerJobReady) -> None
 
 def check_silence(core: Core) -> None:
     """Suspect and then lose members that were not heard of."""
-    now, lease = core.now.monotonic_s, core.lease_ttl_s()
+    now = core.now.monotonic_s
     _forgive_own_sleep(core)
     core.ticked_s = now
-    silent = [m for m in core.sessions.values() if now - m.heard_s >= core.lease_of(m)]
-    total = len(core.sessions)
-    if total >= MASS and 2 * len(silent) > total:
-        if core.mass_silence_since_s is None:
-            core.mass_silence_since_s = now
-        if now - core.mass_silence_since_s < lease:
-            _suspect(core)
-            return
-    core.mass_silence_since_s = None
+    members = list(core.sessions.values())
+    silent = sum(now - m.heard_s >= core.lease_of(m) * SUSPECTED_AFTER for m in members)
+    core.mass_silence = len(members) >= MASS and 2 * silent > len(members)
     _suspect(core)
-    for member in silent:
-        _declare_lost(core, member)
+    for member in members:
+        if now - member.heard_s >= core.patience_with(member):
+            _declare_lost(core, member)
 
 
 def lose_worker(

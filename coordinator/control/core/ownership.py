@@ -96,15 +96,13 @@ def choose_owners(core: Core, job: JobRuntime, plan: JobPlan) -> Owners | None:
 
 
 def _silent(core: Core, job: JobRuntime, owner: str) -> bool:
-    now, lease = core.now.monotonic_s, core.lease_ttl_s()
-    aggregator = core.aggregators.get(owner)
-    if aggregator is not None:
-        lease = core.lease_of(aggregator)
+    now, aggregator = core.now.monotonic_s, core.aggregators.get(owner)
+    patience = core.patience_with(aggregator)
     heard_s = aggregator.heard_s if aggregator is not None else core.led_s
-    if now - max(heard_s, core.led_s) < lease or core.mass_silence_since_s is not None:
+    if now - max(heard_s, core.led_s) < patience:
         return False
     # Steps need every owner: a worker that gets further proves that ours is the broken line.
-    return all(now - hosting.progress.changed_s >= lease for hosting in job.hosts.values())
+    return all(now - hosting.progress.changed_s >= patience for hosting in job.hosts.values())
 
 
 def _commonest(aggregators: list[Aggregator]) -> str:

@@ -359,7 +359,8 @@ class Core:
         """By how much the wall clock was set since the last step that is a fact."""
         self.ticked_s: float | None = None
         self.expired_s = 0.0
-        self.mass_silence_since_s: float | None = None
+        self.mass_silence = False
+        """Whether so many are not heard of at once that the fault is rather here."""
         self._effects: list[Effect] = []
         self._records = 0
         self._operations = 0
@@ -475,6 +476,11 @@ class Core:
         It keeps the slow heartbeats of a large cluster also when most of the others have left.
         """
         return max(self.lease_ttl_s(), member.lease_s)
+
+    def patience_with(self, member: Worker | Aggregator | None) -> float:
+        """Return the silence that is believed: a lease, and another one under mass silence."""
+        lease = self.lease_ttl_s() if member is None else self.lease_of(member)
+        return 2 * lease if self.mass_silence else lease
 
     def crowding(self) -> float:
         """Return by how much intervals are stretched: 1 up to 100 members."""

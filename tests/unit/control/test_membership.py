@@ -100,6 +100,33 @@ def test_mass_silence_makes_control_suspect_itself(running: Any) -> None:
     assert "WORKER_LOST" not in running.types()
 
 
+def test_who_is_silent_together_reaches_the_lease_one_by_one(running: Any) -> None:
+    members = ("w1", "w2", "w3", "a1")
+    for name in members * 2:
+        running.time_s += 0.125
+        running.heartbeats(name)
+        running.feed(ev.Tick())
+    running.advance(2.4, alive=False, tick_s=0.125)
+    assert "WORKER_LOST" not in running.types()
+    assert running.core.aggregators["a1"].connected
+    running.heartbeats()
+    running.advance(1.0)
+    assert "WORKER_LOST" not in running.types()
+
+
+def test_rule_11_no_range_is_taken_while_those_who_are_silent_reach_the_lease_one_by_one(
+    running: Any,
+) -> None:
+    for name in ("a1", "w1", "w2", "w3"):
+        running.time_s += 0.125
+        running.heartbeats(name)
+        running.feed(ev.Tick())
+    running.advance(2.4, alive=False, tick_s=0.125)
+    running.heartbeats()
+    running.advance(1.0)
+    assert running.core.facts.jobs["job-1"].term == 1
+
+
 def test_mass_silence_that_lasts_is_believed(running: Any) -> None:
     running.advance(4.5, alive=False)
     assert running.types().count("WORKER_LOST") == 3
