@@ -185,23 +185,22 @@ class Arena:
 
         wait_until(hosts, f"{worker_id} to hold shards")
 
+    def in_a_leaf(self) -> set[str]:
+        """Ids of the workers that the gate holds in the middle of a leaf now."""
+        entered = self.gate.entered()
+        found = set()
+        for member in self.cluster.processes():
+            if member.role == "worker" and member.pid:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    children = psutil.Process(member.pid).children(recursive=True)
+                    if entered & {child.pid for child in children}:
+                        found.add(member.id)
+        return found
+
     def caught_in_a_leaf(self) -> list[str]:
         """Hold the gate; ids of the workers that are in the middle of a leaf, at least one."""
         self.gate.hold()
-
-        def caught() -> list[str]:
-            entered = self.gate.entered()
-            found = []
-            for member in self.cluster.processes():
-                if member.role == "worker" and member.pid:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        children = psutil.Process(member.pid).children(recursive=True)
-                        if entered & {child.pid for child in children}:
-                            found.append(member.id)
-            return found
-
-        workers: list[str] = wait_until(caught, "a worker in the middle of a leaf")
-        return workers
+        return sorted(wait_until(self.in_a_leaf, "a worker in the middle of a leaf"))
 
     def signal(self, member_id: str, number: int = signal.SIGKILL) -> None:
         """Send a signal to one process of the cluster."""

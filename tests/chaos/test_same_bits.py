@@ -145,13 +145,34 @@ def test_a_worker_ten_times_slower_than_the_others(tmp_path: Path, undisturbed_s
 
 
 @pytest.mark.same_bits
-def test_workers_join_and_leave(tmp_path: Path, undisturbed_sha256: str) -> None:
-    with arena(tmp_path, 2) as ring:
-        job = ring.cluster.submit(gated_job())
+def test_workers_join_and_leave(tmp_path: Path, long_job: dict[str, Any], long_sha256: str) -> None:
+    """One takes shards over and another gives its own away, both in the middle of the job."""
+    with arena(tmp_path, 2, leaf_s=0.01) as ring:
+
+        def happened(kind: str, worker_id: str) -> bool:
+            return any(event.worker_id == worker_id for event in ring.events(kind))
+
+        job = ring.cluster.submit(long_job)
         ring.at_step(job, 5)
+        # However long a process takes to start: meanwhile the job does not come to its end.
+        ring.caught_in_a_leaf()
         joined = ring.cluster.add_worker()
+        wait_until(lambda: happened("WORKER_JOINED", joined), "the newcomer to join")
+        ring.gate.release()
         ring.hosting(job, joined)
+        ring.gate.hold()
+        both = {joined, "worker-1"}
+        wait_until(lambda: both <= ring.in_a_leaf(), "leaves of the newcomer and of the leaver")
+        holders = {each.worker_id for each in job.refresh().progress.workers if each.shards}
+        assert both <= holders, "these leaves are copies"
         ring.cluster.drain("worker-1")
+        ring.gate.release()
+        wait_until(lambda: happened("WORKER_LEFT", "worker-1"), "the drained worker to leave")
+        holders = {each.worker_id for each in job.refresh().progress.workers if each.shards}
+        assert not job.done, "it did not leave in the middle of the job"
+        assert "worker-1" not in holders
+        assert joined in holders
         result = job.wait(timeout_s=GUARD_S)
-        assert not any(event.worker_id == "worker-1" for event in ring.events("WORKER_LOST"))
-    assert result.parameters_sha256 == undisturbed_sha256
+        assert not ring.events("WORKER_LOST")
+    assert result.parameters_sha256 == long_sha256
+    assert (result.examples_lost, result.examples_doubled) == (0, 0)
