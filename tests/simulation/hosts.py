@@ -53,6 +53,7 @@ class Machines:
         """Workers whose present leaf never ends."""
         self.bad: set[str] = set()
         """Workers whose next leaf gives no finite number."""
+        self._struck: dict[tuple[str, int, int, int], str] = {}
         self.liars: dict[str, int] = {}
         """Workers that lie about some leaves where that must not change anything, each about
         other ones: those with its number."""
@@ -74,6 +75,12 @@ class Machines:
         self.leaves: dict[str, list[Leaf]] = {}
         """Every leaf process that a worker was given."""
         self.calls = Calls()
+
+    def strikes(self, what: str, worker: str, leaf: tuple[str, int, int, int]) -> bool:
+        """Whether a leaf (job, action, version, shard) hangs, or is bad, on a worker where the next
+        one does; twice the same leaf, and the job rightly fails."""
+        where = self.hung if what == "hung" else self.bad
+        return worker in where and self._struck.setdefault(leaf, what) == what
 
     def leaf_of(self, worker: str) -> str:
         """The hash of the bits that a worker's own leaf of a job has."""
@@ -299,7 +306,7 @@ class Leaf:
             self._over(order)
             return
         self.page.shard = shards[0]
-        if self._worker in self._machines.hung:
+        if self._machines.strikes("hung", self._worker, self._leaf(order, shards[0])):
             return  # until it is killed
         kind = self._what_is_wrong(order, shards[0])
         if kind == LeafFailed.KIND_CRASHED:
@@ -327,12 +334,15 @@ class Leaf:
 
         self._loop.call_later(leaf_s, ends)
 
+    def _leaf(self, order: ipc.RunOrder, shard: int) -> tuple[str, int, int, int]:
+        return self._plans[order.job][1].job_id, order.action, order.version, shard
+
     def _what_is_wrong(self, order: ipc.RunOrder, shard: int) -> LeafFailed.Kind.ValueType:
         """What makes this leaf fail; unspecified: nothing."""
         if order.action != GoRecord.ACTION_TRAIN:
             return LeafFailed.KIND_UNSPECIFIED
         machines, (shape, plan, _) = self._machines, self._plans[order.job]
-        if self._worker in machines.bad:
+        if machines.strikes("bad", self._worker, self._leaf(order, shard)):
             machines.bad.discard(self._worker)
             return LeafFailed.KIND_NON_FINITE
         if not shape.bad or not jobs.is_bad(shape.bad, shard, order.version):
