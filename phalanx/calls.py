@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from phalanx.errors import InvalidArgument
-from phalanx.models.code import UserCode, load_entrypoint
+from phalanx.models.code import OneProcess, UserCode, load_entrypoint
 from phalanx.models.custom import plain
 from phalanx.tasks import VALUE_BYTES_MAX
 from phalanx.v1 import training_pb2
@@ -27,7 +27,8 @@ class CallWork:
     @cached_property
     def function(self) -> Callable[..., Any]:
         """The user's function; this is where user code is loaded."""
-        return load_entrypoint(self._tasks.entrypoint, self._code)
+        with OneProcess():
+            return load_entrypoint(self._tasks.entrypoint, self._code)
 
     def describe(self) -> training_pb2.Layout:
         """Load the function; return how many tasks there are, as elements of one range."""
@@ -39,7 +40,8 @@ class CallWork:
         function = self.function
         if self._code is not None:
             self._code.activate()
-        return value_json(function(**plain(self._tasks.arguments[task])))
+        with OneProcess():
+            return value_json(function(**plain(self._tasks.arguments[task])))
 
     def close(self) -> None:
         """Nothing is held."""

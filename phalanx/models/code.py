@@ -8,13 +8,45 @@ one out of ``sys.modules`` and ``sys.path`` and puts those of the other in.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any, ClassVar
+from types import ModuleType, TracebackType
+from typing import Any, ClassVar, NoReturn
 
 from phalanx.errors import InvalidArgument
+
+
+class OneProcess:
+    """Surrounds a call of user code. Where the code forks and both processes come back from it, the
+    copy ends here: what follows the call is done once, by the process that made it."""
+
+    def __enter__(self) -> None:
+        self._pid = os.getpid()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if os.getpid() != self._pid:
+            _end_copy(error)
+
+
+def _end_copy(error: BaseException | None) -> NoReturn:
+    """End this process as a program ends that returns or raises, without what was to happen at the
+    end of the process that it is a copy of."""
+    code = 0
+    try:
+        if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+            code = error.code or 0
+        elif error is not None:
+            code = 1
+            sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        os._exit(code & 0xFF)
 
 
 class UserCode:

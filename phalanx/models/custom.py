@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from phalanx.errors import InvalidArgument
 from phalanx.models.base import Array, Batch, DataSchema, LeafSums, Model, tensor_size
-from phalanx.models.code import UserCode, load_entrypoint
+from phalanx.models.code import OneProcess, UserCode, load_entrypoint
 from phalanx.v1.job_spec_pb2 import Custom
 from phalanx.v1.training_pb2 import Layout
 
@@ -43,11 +43,11 @@ def load_custom(custom: Custom, schema: DataSchema, code_dir: Path | None) -> Mo
             Errors of the user's code pass through, with their traceback.
     """
     code = None if code_dir is None else UserCode(code_dir)
-    function = load_entrypoint(custom.entrypoint, code)
-    model = function(schema, **plain(custom.arguments))
-    _check_model(model, custom.entrypoint, schema)
-    checked = cast("Model", model)
-    return checked if code is None else _CodeModel(checked, code)
+    with OneProcess():
+        function = load_entrypoint(custom.entrypoint, code)
+        model = function(schema, **plain(custom.arguments))
+        _check_model(model, custom.entrypoint, schema)
+        return _CodeModel(cast("Model", model), code)
 
 
 def plain(value: Struct | ListValue | Value) -> Any:
@@ -66,9 +66,9 @@ def plain(value: Struct | ListValue | Value) -> Any:
 
 
 class _CodeModel:
-    """A model whose code lies in a folder of its own, which is active while it runs."""
+    """A model that is user code; the folder that it lies in, if any, is active while it runs."""
 
-    def __init__(self, model: Model, code: UserCode) -> None:
+    def __init__(self, model: Model, code: UserCode | None) -> None:
         self._model = model
         self._code = code
         self.layout = model.layout
@@ -76,23 +76,28 @@ class _CodeModel:
 
     def initial_parameters(self, seed: int) -> Array:
         """See ``Model``."""
-        self._code.activate()
-        return self._model.initial_parameters(seed)
+        with self._running():
+            return self._model.initial_parameters(seed)
 
     def gradient(self, parameters: Array, batch: Batch, out: Array) -> LeafSums:
         """See ``Model``."""
-        self._code.activate()
-        return self._model.gradient(parameters, batch, out)
+        with self._running():
+            return self._model.gradient(parameters, batch, out)
 
     def evaluate(self, parameters: Array, batch: Batch) -> NDArray[np.float64]:
         """See ``Model``."""
-        self._code.activate()
-        return self._model.evaluate(parameters, batch)
+        with self._running():
+            return self._model.evaluate(parameters, batch)
 
     def predict(self, parameters: Array, features: Any) -> Array:
         """See ``Model``."""
-        self._code.activate()
-        return self._model.predict(parameters, features)
+        with self._running():
+            return self._model.predict(parameters, features)
+
+    def _running(self) -> OneProcess:
+        if self._code is not None:
+            self._code.activate()
+        return OneProcess()
 
 
 def _check_model(model: Any, entrypoint: str, schema: DataSchema) -> None:

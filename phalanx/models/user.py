@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from phalanx.errors import InvalidArgument
 from phalanx.models.base import Array, Batch, DataSchema, LeafSums, TensorViews, make_layout
+from phalanx.models.code import OneProcess
 from phalanx.training.metrics import CLASSIFICATION_SUMS, REGRESSION_SUMS
 
 
@@ -123,7 +124,9 @@ class UserModel(ABC):
 
     def gradient(self, parameters: Array, batch: Batch, out: Array) -> LeafSums:
         """See ``Model``."""
-        result = self.loss_and_gradients(self._named(parameters), batch.features, batch.targets)
+        named = self._named(parameters)
+        with OneProcess():  # `out` may be memory that a copy of this process shares
+            result = self.loss_and_gradients(named, batch.features, batch.targets)
         if not isinstance(result, tuple) or len(result) != 2 or np.ndim(result[0]) != 0:
             raise InvalidArgument(
                 f"{type(self).__name__}.loss_and_gradients must return (loss sum, gradients), a "

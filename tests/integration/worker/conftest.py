@@ -93,6 +93,19 @@ class Fickle(UserModel):
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(60)
 
+    def split(self):
+        os.fork()
+
+    def split_and_leave(self):
+        if os.fork() == 0:
+            sys.exit(3)
+
+    def split_and_raise(self):
+        child = os.fork()
+        if child == 0:
+            raise ValueError("raised in the copy")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
     def vanish(self):
         os._exit(9)
 

@@ -67,6 +67,26 @@ async def test_a_bad_leaf_is_named_and_the_others_go_on(
         assert stream.is_silent()
 
 
+@pytest.mark.parametrize("act", ["split", "split_and_leave", "split_and_raise"])
+async def test_processes_that_a_leaf_forks_end_where_its_code_does(bench: Any, act: str) -> None:
+    """They would go on as second leaf processes, with the socket of the first."""
+    bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": act})
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        worker, session, stream = await _start(bench, control, aggregator, [(0, 4)], slots=1)
+        leaves = set(worker.leaf_pids)
+        for step in range(3):
+            if step:
+                await stream.send_version(step, 0, np.zeros(3, np.float32))
+                await stream.send_go(bench.go(step))
+            frame, _ = await stream.receive_frame()
+            assert (frame.step, frame.example_count) == (step, 64)
+        assert stream.is_silent()
+        assert not session.has_received("leaf_failed")
+        assert set(worker.leaf_pids) == leaves
+        if act == "split_and_raise":
+            assert (await session.log_line("raised in the copy")).shard == 2
+
+
 async def test_a_leaf_that_kills_its_parent_is_named_and_its_neighbours_are_not(
     bench: Any,
 ) -> None:

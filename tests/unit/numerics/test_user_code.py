@@ -1,5 +1,6 @@
 """User code: loading it, keeping jobs apart, and saying what is wrong with it."""
 
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -300,3 +301,87 @@ def test_wrong_measurements_and_predictions_are_named() -> None:
 def test_layouts_that_cannot_be(tensors: Any, dtype: str, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         make_layout(tensors, dtype)
+
+
+CALLS = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from phalanx.calls import CallWork
+from phalanx.models import Batch, DataSchema, build_model
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import JobPlan
+
+folder, what = Path(sys.argv[1]), sys.argv[2]
+spec = JobSpec()
+if what == "task":
+    spec.tasks.entrypoint = "net:task"
+    spec.tasks.arguments.add()
+    work = CallWork(JobPlan(spec=spec.SerializeToString()), folder)
+    work.describe()
+    work.call(0)
+else:
+    spec.train.model.custom.entrypoint = "net:build"
+    spec.train.model.custom.arguments["what"] = what
+    model = build_model(spec, DataSchema(4, 3, "float64"), folder)
+    w = model.initial_parameters(0)
+    model.gradient(w, Batch(np.zeros((5, 4)), np.zeros(5, int)), w)
+# Not through Python, which holds lines back for a pipe.
+os.write(1, b"went on\\n")
+"""
+
+FORKING = """
+import os, sys
+if {at_import}:
+    os.fork()
+
+def twice(ends):
+    child = os.fork()
+    if child == 0:
+        if ends == "raise":
+            raise ValueError("the copy fails")
+        if ends == "leave":
+            sys.exit(3)
+        return
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.write(1, f"copy ended with {{code}}\\n".encode())
+
+def task():
+    twice("")
+
+def build(schema, what):
+    from phalanx.models import UserModel
+
+    class Net(UserModel):
+        def initial(self, seed):
+            return {{"w": [0.0]}}
+
+        def loss_and_gradients(self, parameters, features, targets):
+            if what != "build":
+                twice(what)
+            return 0.0, {{"w": [0.0]}}
+
+    if what == "build":
+        twice("")
+    return Net(schema, {{"w": (1,)}})
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code"), [("task", 0), ("build", 0), ("return", 0), ("raise", 1), ("leave", 3)]
+)
+def test_a_copy_that_user_code_forks_ends_with_the_call(
+    tmp_path: Path, what: str, code: int
+) -> None:
+    (tmp_path / "net.py").write_text(FORKING.format(at_import=False))
+    command = [sys.executable, "-c", CALLS, str(tmp_path), what]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.splitlines() == [f"copy ended with {code}", "went on"]
+    assert ("ValueError: the copy fails" in ended.stderr) is (what == "raise")
+
+
+def test_a_copy_that_user_code_forks_while_it_is_imported_ends_with_that(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(FORKING.format(at_import=True))
+    command = [sys.executable, "-c", CALLS, str(tmp_path), "task"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.splitlines() == ["copy ended with 0", "went on"]
