@@ -24,6 +24,8 @@ from worker.leaf import limits
 
 READY = b"ready"
 """Its first message, without being asked: from now on a fork takes no time."""
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+"""Say that the worker shall stop. The session process hears them too, and ends it in order."""
 IMPORTS = ("worker.leaf.loop", "phalanx.numeric_fingerprint", "numpy.random")
 
 
@@ -55,7 +57,7 @@ def _prepare(parent_pid: int) -> None:
     # A program may have other ideas: where SIGCHLD is ignored nobody gets exit codes.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _STOPPING:
         signal.signal(number, signal.SIG_IGN)
     sys.argv = ["worker.leaf"]
     _show("leaf-server", parent_pid)
@@ -71,12 +73,27 @@ def _restrict(server_pid: int, memory_limit_bytes: int) -> None:
     """Make a fork what the session process expects of a leaf process."""
     limits.die_with(server_pid)
     limits.give_way()
+    _ignore_stopping()
     faulthandler.enable(2)
     if sys.stdin is None:
         # Where the worker was started without; output streams are made anew anyway.
         sys.stdin = os.fdopen(0)
     _forget_chance()
     limits.limit_memory(memory_limit_bytes)
+
+
+def _ignore_stopping() -> None:
+    """Stay deaf, but let processes that user code starts be stopped: what is ignored is ignored by
+    them too, also when they run another program, and whoever stops them would wait for ever."""
+    for number in _STOPPING:
+        signal.signal(number, lambda *_: None)
+        signal.siginterrupt(number, False)
+    os.register_at_fork(after_in_child=_stop_as_usual)
+
+
+def _stop_as_usual() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _forget_chance() -> None:

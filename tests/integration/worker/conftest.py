@@ -35,6 +35,7 @@ FICKLE = '''
 import ctypes
 import faulthandler
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -57,6 +58,21 @@ def multiplied_in_a_child():
     thread.start()
     thread.join()
     return int(found[0])
+
+
+def stopped_children():
+    """How a program and a copy of this process end that are told to."""
+    program = subprocess.Popen(["sleep", "60"])
+    reader, writer = os.pipe()
+    copy = os.fork()
+    if copy == 0:
+        os.write(writer, b".")
+        time.sleep(60)
+        os._exit(0)
+    os.read(reader, 1)
+    program.terminate()
+    os.kill(copy, signal.SIGTERM)
+    return [program.wait(), os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])]
 
 
 class Fickle(UserModel):
@@ -106,12 +122,20 @@ class Fickle(UserModel):
             raise ValueError("raised in the copy")
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
+    def share_out(self):
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            assert pool.map(abs, [-1, -2, -3]) == [1, 2, 3]
+
     def vanish(self):
         os._exit(9)
 
     def hang(self):
         while True:
             time.sleep(60)
+
+    def nap(self):
+        print("about to nap")
+        time.sleep(1)
 
     def hold(self):
         # One call that keeps the interpreter: no other thread of the process runs meanwhile.
@@ -137,6 +161,7 @@ class Fickle(UserModel):
             "core": resource.getrlimit(resource.RLIMIT_CORE)[0],
             "faults": faulthandler.is_enabled(),
             "multiplied": multiplied_in_a_child(),
+            "stopped": stopped_children(),
         }
         print("facts", json.dumps(facts))
 

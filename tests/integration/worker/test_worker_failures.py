@@ -67,7 +67,7 @@ async def test_a_bad_leaf_is_named_and_the_others_go_on(
         assert stream.is_silent()
 
 
-@pytest.mark.parametrize("act", ["split", "split_and_leave", "split_and_raise"])
+@pytest.mark.parametrize("act", ["split", "split_and_leave", "split_and_raise", "share_out"])
 async def test_processes_that_a_leaf_forks_end_where_its_code_does(bench: Any, act: str) -> None:
     """They would go on as second leaf processes, with the socket of the first."""
     bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": act})
@@ -85,6 +85,20 @@ async def test_processes_that_a_leaf_forks_end_where_its_code_does(bench: Any, a
         assert set(worker.leaf_pids) == leaves
         if act == "split_and_raise":
             assert (await session.log_line("raised in the copy")).shard == 2
+
+
+async def test_leaf_processes_are_deaf_to_what_stops_a_worker(bench: Any) -> None:
+    """It may be sent to all processes of the worker, which then finishes what it has begun."""
+    bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": "nap"})
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        worker, session, stream = await _start(bench, control, aggregator, [(0, 4)], slots=1)
+        await session.log_line("about to nap")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            for pid in worker.leaf_pids:
+                os.kill(pid, number)
+        frame, _ = await stream.receive_frame()
+        assert frame.example_count == 64
+        assert not session.has_received("leaf_failed")
 
 
 async def test_a_leaf_that_kills_its_parent_is_named_and_its_neighbours_are_not(

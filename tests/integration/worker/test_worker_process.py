@@ -263,6 +263,7 @@ async def test_user_code_meets_a_process_of_its_own(
                     "core": 0,
                     "faults": True,
                     "multiplied": 42,
+                    "stopped": [-signal.SIGTERM, -signal.SIGTERM],
                 }
 
 
