@@ -9,6 +9,7 @@ of the workers: a computation without it, in one process, gives the same bits at
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import phalanx
-from bench.clusters import cluster, hosting
+from bench.clusters import cluster, hosting, wait_for
 from phalanx.chaos.report import Commit
 from phalanx.chaos.victims import LocalVictims
 from phalanx.errors import Unavailable
@@ -108,6 +109,28 @@ def undisturbed_sha256(job: dict[str, Any]) -> str:
     with phalanx.LocalCluster(workers=0) as alone:
         add_clouds(alone)
         return alone.submit(job).wait(timeout_s=GUARD_S).parameters_sha256
+
+
+@contextmanager
+def kept_down(running: phalanx.LocalCluster, id: str) -> Iterator[None]:
+    """Kill a process of the cluster, and let none of the same name come up within the block.
+
+    The supervisor starts another at once. That one is stopped before it has spoken to anybody, and
+    killed at the end, so that the process that comes up then has begun afresh.
+    """
+    old = running.process(id).pid
+    os.kill(old, signal.SIGKILL)
+    wait_for(lambda: running.process(id).pid not in (0, old), f"the next {id}")
+    held = running.process(id).pid
+    os.kill(held, signal.SIGSTOP)
+    try:
+        yield
+        kept = running.process(id)
+        if kept.pid != held or kept.address or kept.metrics_address:
+            raise AssertionError(f"{id} should have stayed down and came up")
+    finally:
+        os.kill(held, signal.SIGKILL)
+    wait_for(lambda: running.process(id).pid not in (0, held), f"{id} to be started again")
 
 
 def all_host(running: phalanx.LocalCluster, job: phalanx.Job, workers: int) -> bool:
