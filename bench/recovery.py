@@ -96,7 +96,7 @@ def _with_data(caches: float) -> _WithData:
     with cluster(workers=WORKERS, environment=limits) as running:
         running.data.add("rows", features, targets)
         job = running.submit({"name": "recovery", "data": {"name": "rows"}, "train": train})
-        _wait_until_all_train(job)
+        wait_until_all_train(job)
         step, began_s = job.progress.step, time.monotonic()
         time.sleep(UNDISTURBED_S)
         steps_per_s = (job.refresh().progress.step - step) / (time.monotonic() - began_s)
@@ -111,13 +111,13 @@ def kill_again_and_again(
     seconds = []
     draw = random.Random(7)
     for _ in range(trials):
-        _wait_until_all_train(job)
+        wait_until_all_train(job)
         seconds.append(_kill_one(running, job, draw))
     job.cancel()
     return sorted(seconds)
 
 
-def _wait_until_all_train(job: phalanx.Job) -> None:
+def wait_until_all_train(job: phalanx.Job) -> None:
     """Wait for a step since all workers hold shards: before it there is nothing to interrupt."""
     wait_for(lambda: hosting(job.refresh()) == WORKERS, f"{WORKERS} workers that hold shards")
     step = job.progress.step
@@ -130,6 +130,13 @@ def _kill_one(running: phalanx.LocalCluster, job: phalanx.Job, draw: random.Rand
     victim = draw.choice(workers)
     killed_unix_s = time.time()
     os.kill(running.process(victim).pid, signal.SIGKILL)
+    return commit_after(running, job, victim, killed_unix_s) - killed_unix_s
+
+
+def commit_after(
+    running: phalanx.LocalCluster, job: phalanx.Job, victim: str, killed_unix_s: float
+) -> float:
+    """Wait for the first commit after the death of a worker that held shards; return its time."""
     committed: list[float] = []
 
     def is_recovered() -> bool:
@@ -143,4 +150,4 @@ def _kill_one(running: phalanx.LocalCluster, job: phalanx.Job, draw: random.Rand
         return bool(committed)
 
     wait_for(is_recovered, "the next commit")
-    return committed[0] - killed_unix_s
+    return committed[0]

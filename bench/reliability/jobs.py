@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from phalanx.v1.cluster_service_pb2 import Worker
 
 LEAF_S_VARIABLE = "PHALANX_BENCH_LEAF_S"
 MARKS_VARIABLE = "PHALANX_BENCH_MARKS"
-"""A folder in which each leaf process keeps a file with a line per leaf: when it was computed."""
+"""A folder in which each leaf process keeps two files with a line per leaf: when it was computed,
+and, ``began-…``, when that began."""
 GUARD_S = 600.0
 ROWS = 1116
 """A multiple of every number of shards used here, so that an epoch is one whole step."""
@@ -47,14 +48,35 @@ MARKS = os.environ.get("PHALANX_BENCH_MARKS")
 
 class Patient(Softmax):
     def loss_and_gradients(self, parameters, features, targets):
+        self._mark("began-")
         for _ in range(TICKS):
             time.sleep(TICK_S)
         found = super().loss_and_gradients(parameters, features, targets)
-        if MARKS:
-            with open(os.path.join(MARKS, str(os.getpid())), "a") as marks:
-                print(time.time(), file=marks)
+        self._mark("")
         return found
+
+    def _mark(self, what):
+        if MARKS:
+            with open(os.path.join(MARKS, what + str(os.getpid())), "a") as marks:
+                print(time.time(), file=marks)
 '''
+
+
+def leaf_times(marks: Path, pid: int, what: str = "") -> list[float]:
+    """When the leaves of a leaf process were computed, or ``began-``; none before the first."""
+    path = marks / f"{what}{pid}"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [float(line) for line in lines if line.endswith("\n")]
+
+
+def open_leaf_s(marks: Path, pids: Iterable[int]) -> float | None:
+    """When the leaf began that one of these leaf processes has not finished; None if none is."""
+    for pid in pids:
+        computed = len(leaf_times(marks, pid))
+        began = leaf_times(marks, pid, "began-")
+        if len(began) > computed:
+            return began[-1]
+    return None
 
 
 @contextmanager

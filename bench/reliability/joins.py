@@ -13,7 +13,13 @@ import psutil
 
 import phalanx
 from bench.clusters import wait_for
-from bench.reliability.jobs import all_host, commits_of, patient_cluster, patient_job
+from bench.reliability.jobs import (
+    all_host,
+    commits_of,
+    leaf_times,
+    patient_cluster,
+    patient_job,
+)
 from bench.reliability.rows import Row, Rows
 from phalanx.chaos.report import Span, gaps, percentile
 
@@ -96,11 +102,10 @@ def _restart_and_look(
 def _first_leaf(session: psutil.Process, marks: Path) -> float:
     """When a leaf process of the session finished its first leaf of a step; 0.0 before that."""
     for child in session.children(recursive=True):
-        mark = marks / str(child.pid)
-        leaves = mark.read_text().splitlines(keepends=True) if mark.exists() else []
+        leaves = leaf_times(marks, child.pid)
         # The first is its sample, which is compared with that of the others and then thrown away.
-        if len(leaves) > 1 and leaves[1].endswith("\n"):
-            return float(leaves[1])
+        if len(leaves) > 1:
+            return leaves[1]
     return 0.0
 
 

@@ -1,10 +1,21 @@
 """What counts as a trial of the figures under faults: only what shows what it is said to show."""
 
+import os
+import sys
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 
+from bench.reliability import kills
 from bench.reliability.control import take_over_unix_s
+from bench.reliability.jobs import (
+    LEAF_S_VARIABLE,
+    MARKS_VARIABLE,
+    PATIENT_MODEL,
+    leaf_times,
+    open_leaf_s,
+)
 from phalanx.sdk.values import Event
 
 
@@ -27,3 +38,39 @@ def test_the_victim_that_leads_again_is_no_standby():
     again = _event(9.0, "CONTROL_TOOK_OVER", "control-1 leads generation 2")
     with pytest.raises(AssertionError, match="leads again"):
         take_over_unix_s([again], 8.0, "control-1")
+
+
+def test_a_leaf_that_began_and_was_not_computed_is_owed(tmp_path):
+    assert open_leaf_s(tmp_path, [1, 2]) is None
+    (tmp_path / "began-2").write_text("7.5\n8.25\n")
+    (tmp_path / "2").write_text("8.0\n")
+    assert open_leaf_s(tmp_path, [1, 2]) == 8.25
+    assert open_leaf_s(tmp_path, [1]) is None
+    (tmp_path / "2").write_text("8.0\n8.5\n")
+    assert open_leaf_s(tmp_path, [1, 2]) is None
+
+
+def test_the_marks_of_leaves_are_made(tmp_path, monkeypatch):
+    """The job of the figures marks a leaf when it begins and when it is computed."""
+    monkeypatch.setenv(MARKS_VARIABLE, str(tmp_path))
+    monkeypatch.delenv(LEAF_S_VARIABLE, raising=False)
+    seen = []
+
+    class Softmax:
+        def loss_and_gradients(self, *_):
+            seen.append(open_leaf_s(tmp_path, [os.getpid()]) is not None)
+
+    monkeypatch.setitem(sys.modules, "softmax", SimpleNamespace(Softmax=Softmax))
+    namespace = {}
+    exec(PATIENT_MODEL, namespace)
+    namespace["Patient"]().loss_and_gradients(None, None, None)
+    assert seen == [True]
+    assert open_leaf_s(tmp_path, [os.getpid()]) is None
+    assert len(leaf_times(tmp_path, os.getpid())) == 1
+
+
+def test_computing_what_was_owed_anew_is_not_counted():
+    row = kills.row_of([0.25, 0.39], 5, "command", quick=False)
+    assert (row.value, row.trials, row.reached) == (pytest.approx(0.29), 2, True)
+    assert "3 more kills" in row.note
+    assert not kills.row_of([0.25, 0.41], 2, "command", quick=False).reached
