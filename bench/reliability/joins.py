@@ -1,11 +1,18 @@
-"""What it costs when a worker that was killed comes back."""
+"""What it costs when a worker that was killed comes back.
+
+Each is killed twice. Once it is started again at once, to see how soon it computes. And once it
+stays away for a while, in which the others work without it: gaps between commits differ among
+themselves, and only what is longer than the largest of those is a pause that its join made.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,12 +23,13 @@ from bench.clusters import wait_for
 from bench.reliability.jobs import (
     all_host,
     commits_of,
+    kept_down,
     leaf_times,
     patient_cluster,
     patient_job,
 )
 from bench.reliability.rows import Row, Rows
-from phalanx.chaos.report import Span, gaps, percentile
+from phalanx.chaos.report import Commit, Span, gaps, percentile
 
 WORKERS, LEAF_S = 4, 0.1
 STEPS = 10_000
@@ -29,14 +37,19 @@ STEPS = 10_000
 JOIN_REACH_S = 1.5
 _START_TIME = 19
 """Among the fields of /proc/PID/stat after the name."""
-RECOVERED_S, JOINS_S = 0.6, 0.3
-"""From this long after the kill to this long before its first leaf the others work without it."""
+RECOVERED_S = 1.2
+"""So long after a kill the others have done with it, and work undisturbed."""
+WINDOW_S = 2.0
+"""So long they are looked at then, and again around the first leaf of the worker that joins: the
+longer one looks, the larger is the largest gap."""
 
 
 @dataclass
 class _Joins:
     joined_s: list[float] = field(default_factory=list)
-    pauses_s: list[float] = field(default_factory=list)
+    undisturbed: list[Span] = field(default_factory=list)
+    joining: list[Span] = field(default_factory=list)
+    commits: list[Commit] = field(default_factory=list)
 
 
 def run(command: str, *, quick: bool) -> list[Row]:
@@ -51,7 +64,6 @@ def run(command: str, *, quick: bool) -> list[Row]:
             joins = _restart_and_look(running, job, marks, trials)
             job.cancel()
     made = Rows(command, quick)
-    pause_s = percentile(joins.pauses_s, 50) or 0.0
     return [
         made.largest(
             "worker_restart_to_leaf_s",
@@ -62,41 +74,66 @@ def run(command: str, *, quick: bool) -> list[Row]:
             f"leaves take {LEAF_S:g} s, and one comes before them: the one that shows that the "
             "worker computes the same bits",
         ),
-        made.at_most(
-            "worker_restart_pause_s",
-            "the others while it joins: longest gap between commits beyond that before, "
-            "median of the trials",
-            pause_s,
-            "s",
-            0.0,
-            trials=trials,
-            note=f"largest {max(joins.pauses_s):.2f} s",
-        ),
+        pause_row(made, joins.commits, joins.undisturbed, joins.joining),
     ]
+
+
+def pause_row(
+    made: Rows, commits: Sequence[Commit], undisturbed: Sequence[Span], joining: Sequence[Span]
+) -> Row:
+    """The largest gap while workers joined beyond the largest of as many spans without.
+
+    No pause is what does not go beyond that by more than such spans differ among themselves.
+    """
+    before_s = [max(gaps(commits, span)) for span in undisturbed]
+    while_s = [max(gaps(commits, span), default=math.inf) for span in joining]
+    return made.at_most(
+        "worker_restart_pause_s",
+        f"the others while it joins: the largest gap between commits in the {WINDOW_S:g} s around "
+        f"its first leaf, beyond the largest in {WINDOW_S:g} s while it was away, all trials "
+        "together; the reach is by how much that differs among the trials",
+        max(0.0, max(while_s) - max(before_s)),
+        "s",
+        round(max(before_s) - min(before_s), 3),
+        trials=len(joining),
+        note=f"while it joins: largest {max(while_s):.2f} s, median of the trials "
+        f"{percentile(while_s, 50):.2f} s; while it was away: largest {max(before_s):.2f} s, "
+        f"median {percentile(before_s, 50):.2f} s",
+    )
 
 
 def _restart_and_look(
     running: phalanx.LocalCluster, job: phalanx.Job, marks: Path, trials: int
 ) -> _Joins:
-    """Kill a worker, which the supervisor starts again; see when it computes and who waits."""
-    joins, away, joining = _Joins(), [], []
+    """Kill workers and let them come back, at once and after a while; see who waits for them."""
+    joins = _Joins()
     for trial in range(trials):
         id = f"worker-{trial % WORKERS + 1}"
-        old, killed_s = running.process(id).pid, time.time()
+        old = running.process(id).pid
         os.kill(old, signal.SIGKILL)
         wait_for(lambda id=id, old=old: running.process(id).pid not in (0, old), "the new process")
         session = psutil.Process(running.process(id).pid)
-        wait_for(lambda session=session: _first_leaf(session, marks), "its first leaf")
-        first_s = _first_leaf(session, marks)
-        joins.joined_s.append(first_s - _started_unix_s(session.pid))
-        away.append(Span(killed_s + RECOVERED_S, first_s - JOINS_S))
-        joining.append(Span(first_s - JOINS_S, first_s + 1.0))
-        wait_for(lambda: all_host(running, job, WORKERS), "all workers to hold shards")
-        time.sleep(2.0)
-    commits = commits_of(job)
-    alone_s = max(gap for each in away for gap in gaps(commits, each))
-    joins.pauses_s = [max(0.0, max(gaps(commits, each)) - alone_s) for each in joining]
+        joins.joined_s.append(_await_first_leaf(session, marks) - _started_unix_s(session.pid))
+        _settle(running, job)
+        with kept_down(running, id):
+            calm_s = time.time() + RECOVERED_S
+            time.sleep(RECOVERED_S + WINDOW_S)
+        first_s = _await_first_leaf(psutil.Process(running.process(id).pid), marks)
+        joins.undisturbed.append(Span(calm_s, calm_s + WINDOW_S))
+        joins.joining.append(Span(first_s - WINDOW_S / 2, first_s + WINDOW_S / 2))
+        _settle(running, job)
+    joins.commits = commits_of(job)
     return joins
+
+
+def _settle(running: phalanx.LocalCluster, job: phalanx.Job) -> None:
+    wait_for(lambda: all_host(running, job, WORKERS), "all workers to hold shards")
+    time.sleep(WINDOW_S)
+
+
+def _await_first_leaf(session: psutil.Process, marks: Path) -> float:
+    wait_for(lambda: _first_leaf(session, marks), "its first leaf")
+    return _first_leaf(session, marks)
 
 
 def _first_leaf(session: psutil.Process, marks: Path) -> float:

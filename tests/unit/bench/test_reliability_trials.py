@@ -16,6 +16,9 @@ from bench.reliability.jobs import (
     leaf_times,
     open_leaf_s,
 )
+from bench.reliability.joins import pause_row
+from bench.reliability.rows import Rows
+from phalanx.chaos.report import Commit, Span
 from phalanx.sdk.values import Event
 
 
@@ -74,3 +77,21 @@ def test_computing_what_was_owed_anew_is_not_counted():
     assert (row.value, row.trials, row.reached) == (pytest.approx(0.29), 2, True)
     assert "3 more kills" in row.note
     assert not kills.row_of([0.25, 0.41], 2, "command", quick=False).reached
+
+
+def test_a_pause_is_what_no_undisturbed_gap_was_and_the_worst_of_all():
+    made = Rows("command", quick=False)
+    calm, joining = [Span(0, 2), Span(4, 6)], [Span(2, 4), Span(6, 8)]
+
+    def pause(*times):
+        commits = [Commit(step, time) for step, time in enumerate(times)]
+        return pause_row(made, commits, calm, joining)
+
+    steady = pause(0, 0.4, 0.8, 1.3, 1.7, 2.1, 2.6, 3.0, 4.2, 4.6, 5, 5.5, 6, 6.5, 7, 7.5, 8)
+    assert (steady.value, steady.reached, steady.trials) == (0, True, 2)
+    late = pause(0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.7, 7.2, 7.7, 8.2)
+    assert (late.value, late.reached) == (pytest.approx(0.2), False), "one of the two is enough"
+    varied = pause(0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.8, 5.4, 6, 6.9, 7.2, 7.7, 8.2)
+    assert (varied.value, varied.reach) == (pytest.approx(0.1), "<= 0.3"), "0.5 and 0.8 s before"
+    assert varied.reached
+    assert not pause(0, 1, 2, 3, 4, 5).reached, "nothing was committed while the second joined"
