@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bench.checkout import measured_at
 from bench.groups import add_names, modules
 from bench.reliability.rows import Row, print_rows, read_rows, with_table
 from bench.results import write_json
@@ -50,6 +51,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "reliability.json")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "RELIABILITY.md")
     arguments = parser.parse_args()
+    measured_at()  # Now: somebody may commit while it measures.
     measured: list[Row] = []
     for module, command in modules("bench.reliability", known, arguments.names or [*GROUPS]):
         rows = module.run(command + " --quick" * arguments.quick, quick=arguments.quick)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.checkout import UNKNOWN, measured_at
+
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 _VERDICTS = {True: "yes", False: "no", None: "-"}
 
@@ -28,6 +30,8 @@ class Row:
         command: the command that makes this figure.
         note: how it came out in more detail, for people.
         quick: whether the run was a short one, which tries less often than it should.
+        commit: what was measured: the short hash of the commit, with a ``+`` if files had been
+            changed since; ``unknown`` outside a checkout.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Row:
     command: str
     note: str = ""
     quick: bool = False
+    commit: str = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,19 @@ class Rows:
         trials: int,
         note: str,
     ) -> Row:
-        return Row(name, what, value, unit, reach, reached, trials, self.command, note, self.quick)
+        return Row(
+            name,
+            what,
+            value,
+            unit,
+            reach,
+            reached,
+            trials,
+            self.command,
+            note,
+            self.quick,
+            measured_at(),
+        )
 
 
 def print_rows(rows: Sequence[Row]) -> None:

@@ -1,5 +1,6 @@
 """The table of docs/RELIABILITY.md: what it says of a figure, and that prose around it stays."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -39,6 +40,17 @@ def test_figures_that_were_not_measured_again_keep_their_value(tmp_path):
         replace(ROW, value=0.5, reached=False),
         replace(ROW, name="other_s"),
     ]
+
+
+def test_a_figure_names_the_commit_that_it_was_measured_at(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.reliability.rows.measured_at", lambda: "abc1234")
+    path = tmp_path / "figures.json"
+    write_json([Rows("command", quick=False).none("a", "what", 0, trials=3)], path)
+    (row,) = json.loads(path.read_text())
+    assert row["commit"] == "abc1234"
+    del row["commit"]
+    path.write_text(json.dumps([row]))
+    assert read_rows(path)[0].commit == "unknown", "of before rows named one"
 
 
 def test_a_figure_is_judged_by_its_bound_and_a_count_by_its_trials():
