@@ -4,11 +4,15 @@ Half of the trials pause the leader past its lease, let a standby take over, and
 command in its hands. The other half start a second process with the leader's own id, which storage
 lets lead at once, while the first still believes that it does: two live coordinators. In both, the
 old one is told to cancel a job, which it tries to journal. The journal says what was accepted:
-every record names the generation that wrote it, and generations may only rise.
+every record names the generation that wrote it, and generations may only rise. An aggregator
+or a worker that took an order of the old one would no longer do what the new one has it do, and a
+job that runs for whoever leads would stop. How often they turned an old generation away is in their
+logs: seldom, since a leader that storage refuses ends their sessions itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -37,6 +41,9 @@ QUICK_LEASE = {"PHALANX_LEASE_TTL_S": str(LEASE_S), "PHALANX_HEARTBEAT_INTERVAL_
 """Who is fenced off does not depend on how long a lease is; how long a trial takes does."""
 ANSWER_S = 10.0
 REFUSAL_S = 3.0
+GOES_ON_S, STEPS_ON = 30.0, 3
+TURNED_AWAY = "was seen before"
+"""What a member says that knows a later generation than that of whoever speaks to it."""
 _REFUSED = re.compile(
     r'^grpc_server_handled_total\{grpc_code="ABORTED",grpc_method="(?:AppendJournal|RenewLease)",'
     r'grpc_service="phalanx.v1.StorageService"\} ([0-9.e+]+)$',
@@ -47,7 +54,7 @@ _REFUSED = re.compile(
 def run(command: str, *, quick: bool) -> list[Row]:
     """`stale_writes_accepted`."""
     wanted = 6 if quick else 50
-    refused = trials = attempts = 0
+    refused = trials = attempts = stopped = 0
     with patient_cluster(2, 0.02, controls=2, environment=QUICK_LEASE) as running:
         while trials < wanted:
             attempts += 1
@@ -64,17 +71,20 @@ def run(command: str, *, quick: bool) -> list[Row]:
             # A leader that hears of the new generation before it writes anything proves nothing.
             refusals = _soon_refused(running, before)
             trials, refused = trials + (refusals > 0), refused + refusals
+            stopped += not goes_on(pawn)
             _patiently_cancel(pawn)
         accepted = _stale_records(running)
+        turned_away = _turned_away(running)
     return [
         Rows(command, quick).none(
             "stale_writes_accepted",
             "stale-generation writes accepted: leaders paused past their lease, and two "
-            "live coordinators",
-            accepted,
+            "live coordinators; records in the journal, and jobs that did not go on because an "
+            "aggregator or a worker took an order",
+            accepted + stopped,
             trials=trials,
             note=f"storage refused {refused} writes and renewals, at least one in each trial; "
-            f"a lease of {LEASE_S:g} s",
+            f"aggregators and workers turned {turned_away} sessions away; a lease of {LEASE_S:g} s",
         )
     ]
 
@@ -142,6 +152,27 @@ def _patiently_cancel(pawn: phalanx.Job) -> None:
             return False
 
     wait_for(ended, "the job to end")
+
+
+def goes_on(pawn: phalanx.Job, guard_s: float = GOES_ON_S) -> bool:
+    """Whether a job is over for whoever leads now, who may have been handed the command on, or
+    commits further steps."""
+    deadline_s = time.monotonic() + guard_s
+    first: int | None = None
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(Unavailable):
+            now = pawn.refresh()
+            first = now.progress.step if first is None else min(first, now.progress.step)
+            if now.done or now.progress.step >= first + STEPS_ON:
+                return True
+        time.sleep(0.02)
+    return False
+
+
+def _turned_away(running: phalanx.LocalCluster) -> int:
+    """How often a member did not listen to an older generation, by their logs."""
+    members = [each for each in running.processes() if each.role in ("aggregator", "worker")]
+    return sum(Path(each.log).read_text().count(TURNED_AWAY) for each in members)
 
 
 def _generation(running: phalanx.LocalCluster) -> int:

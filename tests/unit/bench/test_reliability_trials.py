@@ -9,6 +9,7 @@ import pytest
 
 from bench.reliability import kills
 from bench.reliability.control import take_over_unix_s
+from bench.reliability.fencing import goes_on
 from bench.reliability.jobs import (
     LEAF_S_VARIABLE,
     MARKS_VARIABLE,
@@ -19,6 +20,7 @@ from bench.reliability.jobs import (
 from bench.reliability.joins import pause_row
 from bench.reliability.rows import Rows
 from phalanx.chaos.report import Commit, Span
+from phalanx.errors import Unavailable
 from phalanx.sdk.values import Event
 
 
@@ -95,3 +97,21 @@ def test_a_pause_is_what_no_undisturbed_gap_was_and_the_worst_of_all():
     assert (varied.value, varied.reach) == (pytest.approx(0.1), "<= 0.3"), "0.5 and 0.8 s before"
     assert varied.reached
     assert not pause(0, 1, 2, 3, 4, 5).reached, "nothing was committed while the second joined"
+
+
+def test_a_job_that_no_member_computes_any_more_does_not_go_on():
+    class Job:
+        def __init__(self, *steps, done=False):
+            self.steps, self.done = list(steps), done
+
+        def refresh(self):
+            step = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
+            if step is None:
+                raise Unavailable("nobody leads")
+            self.progress = SimpleNamespace(step=step)
+            return self
+
+    assert goes_on(Job(7, None, 8, 9, 10), guard_s=60)
+    assert goes_on(Job(20, 15, 16, 18), guard_s=60), "it went back to a checkpoint first"
+    assert goes_on(Job(7, done=True), guard_s=60)
+    assert not goes_on(Job(7, 8, 9), guard_s=0.1)
