@@ -40,21 +40,11 @@ from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
 from phalanx.v1.control_journal_pb2 import ControlRecord, RememberedRequest
-from phalanx.v1.job_pb2 import Event, Job, Progress
+from phalanx.v1.job_pb2 import Job, Progress
 from phalanx.v1.task_service_pb2 import TaskResult
 
 TICK_S = 0.1
 ANSWER_TIMEOUT_S = 60.0
-MEMBER_EVENTS = frozenset(
-    (
-        "CHECKPOINT_CORRUPT",
-        "NON_FINITE_REFUSED",
-        "SPECULATION_STARTED",
-        "STEPS_REPLAYED",
-        "STORAGE_UNAVAILABLE",
-        "STORAGE_RESTORED",
-    )
-)
 
 _log = get_logger(__name__)
 
@@ -113,7 +103,7 @@ class Leader:
         self._answers: dict[int, asyncio.Future[Message]] = {}
         self._tokens = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._storage_lost: Instant | None = None
+        self._storage_lost_s: float | None = None
 
     # -- life -------------------------------------------------------------------------------
 
@@ -218,8 +208,6 @@ class Leader:
         elif kind == "metric_points":
             if message.metric_points.job_id in self.durable.jobs:
                 self.streams.add_points(message.metric_points)
-        elif kind == "member_event":
-            self._member_event(session.member_id, message.member_event)
         elif kind == "heartbeat":
             answer = pb.SessionResponse(
                 generation=self.core.generation, heartbeat_answer=pb.HeartbeatAnswer()
@@ -356,23 +344,6 @@ class Leader:
     async def _operate(self, effect: fx.RaiseTerm | fx.ReadRow | fx.WriteModel) -> None:
         self.dispatch(await self._operations.perform(effect))
 
-    def _member_event(self, member_id: str, message: pb.MemberEvent) -> None:
-        if message.type not in MEMBER_EVENTS:
-            return
-        event = Event(
-            type=message.type,
-            job_id=message.job_id,
-            message=message.message,
-            generation=self.core.generation,
-            details={**message.details, "member": member_id},
-        )
-        event.time.FromNanoseconds(time.time_ns())
-        if message.HasField("shard"):
-            event.shard = message.shard
-        if message.HasField("step"):
-            event.step = message.step
-        self.event_log.append(event)
-
     # -- tasks ------------------------------------------------------------------------------
 
     async def _tick(self) -> None:
@@ -416,20 +387,15 @@ class Leader:
                 _log.info("garbage_collected", blobs=done.blobs_removed, bytes=done.bytes_removed)
 
     def _storage_changed(self, available: bool) -> None:
-        event = Event(generation=self.core.generation)
-        moment = now()
+        moment_s = time.monotonic()
         if not available:
-            self._storage_lost = moment
-            event.type = "STORAGE_UNAVAILABLE"
-            event.message = "storage does not answer; training goes on, decisions wait"
+            self._storage_lost_s = moment_s
+            self.dispatch(ev.StorageLost(self._store.answered_s))
         else:
-            lost, self._storage_lost = self._storage_lost or moment, None
-            event.type = "STORAGE_RESTORED"
-            away_s = moment.monotonic_s - lost.monotonic_s
-            event.message = f"storage answers again after {away_s:.1f} s"
-            event.details["dropped_events"] = str(self.event_log.dropped)
-        event.time.FromNanoseconds(moment.unix_nanos)
-        self.event_log.append(event)
+            self.dispatch(
+                ev.StorageReturned(self._storage_lost_s or moment_s, self.event_log.dropped)
+            )
+            self._storage_lost_s = None
 
     def _spawn(self, work: Coroutine[Any, Any, Any], *, vital: bool) -> None:
         task = asyncio.create_task(work)

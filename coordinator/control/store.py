@@ -6,6 +6,7 @@ may wait. The first failure and the return of storage are told to `on_change`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -39,6 +40,8 @@ class Store:
         self.models = model_service_pb2_grpc.ModelServiceStub(self._channel)
         self.fence: pb.Fence | None = None
         self.available = True
+        self.answered_s = time.monotonic()
+        """When it answered last."""
         self.on_change: Callable[[bool], None] = lambda _: None
 
     async def close(self) -> None:
@@ -161,6 +164,8 @@ class Store:
             raise from_rpc_error(error) from error
 
     def _note(self, *, available: bool) -> None:
+        if available:
+            self.answered_s = time.monotonic()
         if available != self.available:
             self.available = available
             _log.warning("storage_returned" if available else "storage_away")

@@ -17,6 +17,7 @@ PHASES = (
     "redispatched",
     "recomputed",
     "committed",
+    "restored",
 )
 COLUMNS = {
     "SEEN": ("suspected",),
@@ -24,11 +25,14 @@ COLUMNS = {
     # A new leader moves no work: it adopts who has it.
     "MOVED": ("redispatched", "adopted"),
     "FILLED": ("recomputed",),
-    "COMMIT": ("committed",),
+    # While storage is away steps go on: they do not end it.
+    "COMMIT": ("committed", "restored"),
 }
 """The phases in a table of 80 columns: the first of each that was reached."""
 
 _TIME_WIDTH = 11
+_STORAGE_LOST = "storage_lost"
+_RECOMPUTED = "recomputed_after_s"
 
 
 def by_incident(events: Iterable[Event]) -> dict[str, list[Event]]:
@@ -45,7 +49,7 @@ def summary(events: Sequence[Event]) -> dict[str, Any]:
 
     Of several jobs that it touched the one that recovered last counts.
     """
-    ends = [event for event in events if event.type == "RECOVERED"]
+    ends = [event for event in events if _ends(event)]
     last = ends[-1].details if ends else {}
     # A take-over is told in parts: its first phases are known before any job has gone on.
     reached = {name: value for event in events[:1] for name, value in event.details.items()}
@@ -85,17 +89,27 @@ def time_line(events: Sequence[Event], width: int) -> list[str]:
         f"{0:>9.3f} s began at {began:%Y-%m-%d %H:%M:%S.%f}"[:-3],
     ]
     for event in events:
-        after_s = max(0.0, (event.time - began).total_seconds())
-        head = f"{after_s:>9.3f} s {event.type}"
-        if event.job_id:
-            head += f" [{event.job_id}]"
-        lines.append(head[:width])
+        if _RECOMPUTED in event.details:
+            # It has no event of its own: it is heard of together with the commit that it led to.
+            lines.append(_head(float(event.details[_RECOMPUTED]), "recomputed", event, width))
+            lines += _wrapped("the last contribution of the open step was in", width)
+        lines.append(_head((event.time - began).total_seconds(), event.type, event, width))
         lines += _wrapped(event.message, width)
-        if event.type == "RECOVERED":
+        if _ends(event):
             lines += _wrapped(_phases_text(event), width)
     if not found["recovered"]:
         lines.append(f"{'':>{_TIME_WIDTH}} not recovered yet, or nothing had to be")
     return lines
+
+
+def _head(after_s: float, what: str, event: Event, width: int) -> str:
+    job = f" [{event.job_id}]" if event.job_id else ""
+    return f"{max(0.0, after_s):>9.3f} s {what}{job}"[:width]
+
+
+def _ends(event: Event) -> bool:
+    """Whether an event tells the end of its incident, with the seconds of all phases."""
+    return event.type == "RECOVERED" or "restored_after_s" in event.details
 
 
 def _phases_text(event: Event) -> str:
@@ -114,6 +128,8 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 def _member(events: Sequence[Event]) -> str:
     for event in events:
+        if event.details.get("cause") == _STORAGE_LOST:
+            return "storage"  # whoever tells of it only waits for it
         member = (
             event.worker_id or event.details.get("member") or event.details.get("aggregator", "")
         )

@@ -64,6 +64,22 @@ class Led:
 
 
 @dataclass(frozen=True)
+class StorageLost:
+    """Storage does not answer control any more; it did last at this time of the monotonic clock."""
+
+    answered_s: float
+
+
+@dataclass(frozen=True)
+class StorageReturned:
+    """Storage answers control again; `lost_s` is when it was first missed."""
+
+    lost_s: float
+    dropped_events: int = 0
+    """Events that this leadership could not keep so far."""
+
+
+@dataclass(frozen=True)
 class SubmitJob:
     """A checked, resolved job; `token` names the caller in the answer."""
 
@@ -185,6 +201,8 @@ Event = (
     | MemberSaid
     | Tick
     | Led
+    | StorageLost
+    | StorageReturned
     | SubmitJob
     | CancelJob
     | PauseJob

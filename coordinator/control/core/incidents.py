@@ -85,6 +85,12 @@ def of_owners(core: Core, job: JobRuntime) -> list[Incident]:
     ]
 
 
+def of_lost_owners(core: Core, job: JobRuntime) -> str:
+    """The id of the newest of these; empty: it has lost none."""
+    lost = of_owners(core, job)
+    return lost[-1].id if lost else ""
+
+
 def committed(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
     """Close the incidents of a job whose root has committed a step after the failure."""
     for incident in list(core.incidents.values()):

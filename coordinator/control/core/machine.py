@@ -8,6 +8,7 @@ from coordinator.control.core import (
     hosting,
     incidents,
     membership,
+    outages,
     reports,
     terms,
     verbs,
@@ -30,6 +31,8 @@ from coordinator.control.core.events import (
     RetryJob,
     RowRead,
     SessionBroken,
+    StorageLost,
+    StorageReturned,
     SubmitJob,
     TermRaised,
     TermRefused,
@@ -80,6 +83,10 @@ def handle(core: Core, event: Event, now: Instant) -> list[Effect]:
             membership.session_broken(core, event.session, event.reason)
         case Led():
             _led(core, event)
+        case StorageLost():
+            outages.lost(core, event)
+        case StorageReturned():
+            outages.returned(core, event)
         case (
             TermRaised()
             | TermRefused()
@@ -217,6 +224,8 @@ def _member_said(core: Core, event: MemberSaid) -> None:
     kind = event.message.WhichOneof("message")
     if kind == "heartbeat":
         membership.heartbeat(core, member, event.message.heartbeat)
+    elif kind == "member_event":
+        reports.member_event(core, member, event.message.member_event)
     elif isinstance(member, Worker):
         _worker_said(core, member, kind, event)
     else:

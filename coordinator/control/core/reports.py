@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.control.core import ending, hosting, incidents, quarantine, terms
+from coordinator.control.core import ending, hosting, incidents, outages, quarantine, terms
 from coordinator.control.core.clock import NANOS
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.ownership import live_aggregators
@@ -10,6 +10,13 @@ from coordinator.control.core.state import Aggregator, Core, JobRuntime, Worker
 from phalanx.texts import number_of, verb_for
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
+
+STORAGE_EVENTS = frozenset(("STORAGE_UNAVAILABLE", "STORAGE_RESTORED"))
+CHECKPOINT_EVENTS = frozenset(("CHECKPOINT_CORRUPT", "STEPS_REPLAYED"))
+MEMBER_EVENTS = frozenset(
+    ("NON_FINITE_REFUSED", "SPECULATION_STARTED", *STORAGE_EVENTS, *CHECKPOINT_EVENTS)
+)
+"""What members may have written into the event log."""
 
 
 def ranges_ready(core: Core, aggregator: Aggregator | Worker, message: pb.RangesReady) -> None:
@@ -45,6 +52,7 @@ def ranges_ready(core: Core, aggregator: Aggregator | Worker, message: pb.Ranges
             f"the checkpoint at step {job.restore.step} cannot be used: {failure.message}; "
             "the one before it is taken",
             job_id=job.job_id,
+            incident_id=incidents.of_lost_owners(core, job),
             step=job.restore.step,
             details={"aggregator": aggregator.id, "code": failure.code},
         )
@@ -86,6 +94,27 @@ def job_report(core: Core, aggregator: Aggregator | Worker, report: pb.JobReport
         _forget_past_failures(job, report.step)
         hosting.release_keepers(core, job)
         core.publish(job.job_id, job.term_after, progress_only=True)
+
+
+def member_event(core: Core, member: Aggregator | Worker, message: pb.MemberEvent) -> None:
+    """Write what a member saw into the event log, with the incident that it is part of."""
+    if message.type not in MEMBER_EVENTS:
+        return
+    incident_id, known = "", dict[str, str]()
+    job = core.jobs.get(message.job_id)
+    if message.type in STORAGE_EVENTS:
+        incident_id, known = outages.told(core, member, message)
+    elif message.type in CHECKPOINT_EVENTS and job is not None:
+        incident_id = incidents.of_lost_owners(core, job)
+    places = {name: getattr(message, name) for name in ("shard", "step") if message.HasField(name)}
+    core.emit(
+        message.type,
+        message.message,
+        job_id=message.job_id,
+        incident_id=incident_id,
+        details={**message.details, **known, "member": member.id},
+        **places,
+    )
 
 
 def copies_started(core: Core, aggregator: Aggregator | Worker, message: pb.CopiesStarted) -> None:

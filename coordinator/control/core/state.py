@@ -340,6 +340,27 @@ class Episode:
     noticed_s: float
 
 
+@dataclass(frozen=True)
+class Waiter:
+    """Who waits for storage: an owner of ranges of a job in one term, or control (no fields)."""
+
+    member_id: str = ""
+    incarnation: str = ""
+    job_id: str = ""
+    term: int = 0
+
+
+@dataclass
+class Outage:
+    """Storage is away: an incident that no step of a job ends."""
+
+    incident_id: str
+    noticed: Instant
+    silence_s: float
+    """How long it had not answered by then."""
+    waiters: set[Waiter] = field(default_factory=set)
+
+
 class Core:
     """The state of control. The modules beside this one are its decisions; `machine` calls them."""
 
@@ -353,6 +374,7 @@ class Core:
         self.jobs: dict[str, JobRuntime] = {}
         self.incidents: dict[str, Incident] = {}
         self.episodes: dict[str, Episode] = {}
+        self.outage: Outage | None = None
         self.now = Instant(0.0, 0)
         self.led_s = 0.0
         self.clock_off_nanos = 0
@@ -446,14 +468,17 @@ class Core:
         return self._operations
 
     def episode(self, member_id: str) -> Episode:
-        """Return what goes on with a member; the incident id says which leadership saw it."""
+        """Return what goes on with a member."""
         episode = self.episodes.get(member_id)
         if episode is None:
-            self._incidents += 1
-            episode = self.episodes[member_id] = Episode(
-                f"incident-{self.generation}-{self._incidents}", self.now.monotonic_s
-            )
+            episode = Episode(self.new_incident_id(), self.now.monotonic_s)
+            self.episodes[member_id] = episode
         return episode
+
+    def new_incident_id(self) -> str:
+        """Return the id of another incident; it says which leadership saw it."""
+        self._incidents += 1
+        return f"incident-{self.generation}-{self._incidents}"
 
     def new_incident(self, cause: str, member_id: str, suspected_s: float) -> Incident:
         """Open an incident, or a new phase of the one that the member is in already."""

@@ -316,8 +316,7 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
     job.owner_incarnations, job.ready_aggregators, job.failed_leaves = {}, set(), {}
     core.set_reason(job, "")
     core.publish(job.job_id, job.after)
-    lost = incidents.of_owners(core, job)
-    incident_id = lost[-1].id if lost else ""
+    lost, incident_id = incidents.of_owners(core, job), incidents.of_lost_owners(core, job)
     if remain:
         _tell_members(core, job, remain, incident_id)
     elif first or resumed:
@@ -454,6 +453,7 @@ def _miss_checkpoint(
             f"storage has no whole checkpoint at step {known} any more; {origin}",
             job_id=job.job_id,
             after=job.after,
+            incident_id=incidents.of_lost_owners(core, job),
             step=known,
             details={"code": "CHECKPOINT_NOT_LISTED", "taken_step": newest},
         )

@@ -301,6 +301,8 @@ async def test_storage_away_refuses_submissions_and_nothing_else(cluster: Any) -
         restored = await cluster.wait_for_event("STORAGE_RESTORED")
         lost = await cluster.wait_for_event("STORAGE_UNAVAILABLE")
         assert lost.sequence < restored.sequence
+        assert lost.incident_id == restored.incident_id != ""
+        assert float(restored.details["restored_after_s"]) > 0
 
 
 async def test_a_mute_session_is_closed(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:

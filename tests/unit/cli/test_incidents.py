@@ -56,7 +56,14 @@ def test_the_time_line_of_an_incident_fits_a_terminal(phalanx, story):
     assert max(len(line) for line in lines) <= 80
     assert lines[0] == "incident-1-1: worker_silent of worker-2"
     times = [line.split()[0] for line in lines if line[:9].strip() and line[9:12] == " s "]
-    assert times == ["0.000", "0.130", "2.000", "2.100"]
+    assert times == ["0.000", "0.130", "2.000", "2.090", "2.100"]
+    assert [line.split()[2] for line in lines if line[9:12] == " s "] == [
+        "began",
+        "SPECULATION_STARTED",
+        "WORKER_LOST",
+        "recomputed",
+        "RECOVERED",
+    ]
     assert "redispatched 2.000, recomputed 2.090, committed 2.100" in " ".join(shown.out.split())
 
 
@@ -110,6 +117,36 @@ def test_a_take_over_is_told_like_any_other_failure(phalanx, cluster):
     (found,) = phalanx("--json", "events", "--incidents").json()["incidents"]
     assert (found["member"], found["recovered"]) == ("control-1", False)
     assert (found["replayed_after_s"], found["adopted_after_s"]) == (2.1, None)
+
+
+def test_storage_that_was_away_is_told_like_any_other_failure(phalanx, cluster):
+    known = {
+        "cause": "storage_lost",
+        "began_unix_s": f"{START_NANOS / 1e9:.6f}",
+        "suspected_after_s": "1.5",
+    }
+    waits = {**known, "member": "aggregator-1"}
+    cluster.events = [
+        event(1, "STORAGE_UNAVAILABLE", 1.5, message="a checkpoint waits", details=waits),
+        event(2, "STORAGE_UNAVAILABLE", 1.75, message="decisions wait", details=known),
+        event(3, "STORAGE_RESTORED", 7.0, message="storage answers again", details=known),
+        event(
+            4,
+            "STORAGE_RESTORED",
+            7.25,
+            message="checkpoints are written again",
+            details={**waits, "restored_after_s": "7.25"},
+        ),
+    ]
+    (row,) = phalanx("events", "--incidents").out.splitlines()[1:]
+    assert row.split() == [ID, "storage", "storage_lost", "1.50", "7.25"]
+    shown = phalanx("events", "--incident", ID).out
+    assert shown.splitlines()[0] == f"{ID}: storage_lost of storage"
+    assert "suspected 1.500, restored 7.250" in " ".join(shown.split())
+    assert "not recovered" not in shown
+    cluster.events = cluster.events[:3]
+    (found,) = phalanx("--json", "events", "--incidents").json()["incidents"]
+    assert (found["recovered"], found["restored_after_s"]) == (False, None)
 
 
 def test_an_incident_without_an_end_says_so(phalanx, cluster, story):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coordinator.control.core.lifecycle import EVENT_OF
-from coordinator.control.leader import MEMBER_EVENTS
+from coordinator.control.core.reports import MEMBER_EVENTS
 
 JOBS = ("QUEUED", "STARTED", "WAITING", "PAUSED", "RESUMED", "SUCCEEDED", "FAILED", "CANCELLED")
 WORKERS = ("JOINED", "SUSPECTED", "LOST", "DRAINING", "LEFT", "INELIGIBLE", "QUARANTINED")
