@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tests.simulation.cluster import services
 from tests.simulation.known import Known
-from tests.simulation.mutants import MUTANTS, Mutant, planted
+from tests.simulation.mutants import MUTANTS
+from tests.simulation.planting import Mutant, planted
 from tests.simulation.runs import ALL_FROM_SEED
 
 SEEDS_MAX = 2000

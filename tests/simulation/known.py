@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.simulation.cluster import Services
+from tests.simulation.jobs import Shape
 from tests.simulation.runs import Outcome, simulate
 
 
@@ -36,6 +37,34 @@ _TASKS_LOST = (
     ("broken_connections", "kill_aggregator", "kill_worker"),
     (*_TASKS, ("strike", "tasks_journalled worker reset")),
 )
+
+_ONE_LEADER = (("controls", 1), ("aggregators", 1), ("terms_max", 1))
+DEAF = Known(
+    0,
+    (),
+    (
+        *_ONE_LEADER,
+        ("workers", 3),
+        ("leaf_s", 0.5),
+        ("faults_s", 18.0),
+        ("script", "deaf_leader"),
+        ("shapes", (Shape(elements=40, shards=6, steps=20, checkpoint_every=3),)),
+        ("loses_nobody", True),
+    ),
+)
+"""A leader hears none of its members for almost a lease, again and again."""
+UNHEARD = Known(
+    0,
+    (),
+    (*_ONE_LEADER, ("workers", 3), ("leaf_s", 0.1), ("script", "unheard_aggregators")),
+)
+"""A leader hears of no aggregator for longer than a lease, and of workers who get further."""
+ASLEEP = Known(
+    1,
+    ("pause_control",),
+    (("controls", 1), ("aggregators", 1), ("workers", 2), ("loses_nobody", True)),
+)
+"""A leader is stopped for longer than a lease."""
 
 KNOWN = {
     "storage takes writes of any generation": Known(
@@ -176,6 +205,13 @@ KNOWN = {
     "control takes ranges without a lease of silence": Known(
         0, ("kill_control",), (("controls", 2), ("terms_max", 1))
     ),
+    "control takes ranges although workers get further with their owner": UNHEARD,
+    "control takes ranges soon after a take-over": Known(
+        0, ("kill_control",), (("controls", 2), ("terms_max", 1))
+    ),
+    "control takes ranges of those who are silent with all others": DEAF,
+    "who is silent with all others is taken for lost": DEAF,
+    "control blames its members for its own sleep": ASLEEP,
 }
 """Where each bug is known to show; found by `hunt`."""
 

@@ -12,85 +12,8 @@ storage, of copies or of leaves. Rules that belong to what is refused still are 
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import CodeType, FunctionType
-from typing import Any
-
-from tests.simulation.known import KNOWN, Known
-
-
-@dataclass(frozen=True)
-class Change:
-    """Replaces text in the source of one function, `module:qualified.name`."""
-
-    where: str
-    old: str
-    new: str
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One planted bug."""
-
-    name: str
-    rule: int
-    changes: tuple[Change, ...]
-    known: Known | None
-
-
-def function_at(where: str) -> FunctionType:
-    """The function that a change is about."""
-    module, _, path = where.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in path.split("."):
-        found = inspect.getattr_static(found, part)
-    function = found.fget if isinstance(found, property) else found
-    assert isinstance(function, FunctionType), where
-    return function
-
-
-def changed_code(function: FunctionType, changes: tuple[Change, ...]) -> CodeType:
-    """The function's code with changes of its text, each of which must fit exactly once."""
-    source = textwrap.dedent(inspect.getsource(function))
-    for change in changes:
-        if source.count(change.old) != 1:
-            raise LookupError(
-                f"{change.where} holds {source.count(change.old)} times {change.old!r}; adapt the "
-                "mutant to the code"
-            )
-        source = source.replace(change.old, change.new)
-    space: dict[str, Any] = dict(function.__globals__)
-    # One that calls `super` has its class for a variable of an outer scope.
-    source = "def _make(__class__):\n" + textwrap.indent(source, " ")
-    source += f"\n return {function.__name__}"
-    exec(compile("from __future__ import annotations\n" + source, "<mutant>", "exec"), space)
-    made = space["_make"](None)
-    return (made.fget if isinstance(made, property) else made).__code__
-
-
-@contextmanager
-def planted(mutant: Mutant) -> Iterator[None]:
-    """The bug is there for as long as the block runs."""
-    by_function: dict[str, list[Change]] = {}
-    for change in mutant.changes:
-        by_function.setdefault(change.where, []).append(change)
-    before: list[tuple[FunctionType, CodeType]] = []
-    try:
-        for where, changes in by_function.items():
-            function = function_at(where)
-            code = changed_code(function, tuple(changes))
-            before.append((function, function.__code__))
-            function.__code__ = code
-        yield
-    finally:
-        for function, code in before:
-            function.__code__ = code
-
+from tests.simulation.known import KNOWN
+from tests.simulation.planting import Change, Mutant
 
 _AGGREGATION = "coordinator.aggregation"
 _CONTROL = "coordinator.control"
@@ -104,6 +27,8 @@ _VERSIONS = "worker.core.versions:VersionAssembly"
 _OUTBOX = "worker.core.outbox:Outbox"
 _REPLICA = "worker.core.all_reduce.replica"
 _JOURNAL = f"{_CONTROL}.journal:JournalWriter"
+_SILENT = f"{_CONTROL}.core.ownership:_silent"
+_SILENCE = f"{_CONTROL}.core.membership:check_silence"
 _TASKS = f"{_AGGREGATION}.core.dispatch.dispatcher:Dispatcher"
 
 _ARRIVAL_ORDER = """\
@@ -534,8 +459,29 @@ MUTANTS = (
         "del job.hosts[worker.id]", _COUNT_DEATHS,
     ),
     _one(
-        "control takes ranges without a lease of silence", 11, f"{_CONTROL}.core.ownership:_silent",
-        "if now - max(heard_s, core.led_s) < lease or core.mass_silence_since_s is not None:",
-        "if False:",
+        "control takes ranges without a lease of silence", 11, _SILENT,
+        "if now - max(heard_s, core.led_s) < patience:", "if False:",
+    ),
+    _one(
+        "control takes ranges although workers get further with their owner", 11, _SILENT,
+        "return all(", "return True or all(",
+    ),
+    _many(
+        "control takes ranges soon after a take-over", 11,
+            Change(_SILENT, "if aggregator is not None else core.led_s", "if aggregator else 0.0"),
+            Change(_SILENT, "max(heard_s, core.led_s)", "heard_s"),
+    ),
+    _one(
+        "control takes ranges of those who are silent with all others", 11, _SILENT,
+        "patience = core.patience_with(aggregator)", "patience = core.lease_ttl_s()",
+    ),
+    _one(
+        "who is silent with all others is taken for lost", 11, _SILENCE,
+        "core.mass_silence = len(members) >= MASS and 2 * silent > len(members)",
+        "core.mass_silence = False",
+    ),
+    _one(
+        "control blames its members for its own sleep", 11, _SILENCE,
+        "_forgive_own_sleep(core)", "pass",
     ),
 )  # fmt: skip

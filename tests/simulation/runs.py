@@ -24,6 +24,7 @@ from tests.simulation.oracle import Oracle
 from tests.simulation.parts import INNER, ONE_BY_ONE, PARTS, STATEFUL, VERIFIED
 from tests.simulation.races import Races
 from tests.simulation.scripts import drawn, play
+from tests.simulation.silence import Silence
 from tests.simulation.stranger import Stranger
 from tests.simulation.task_user import TaskUser
 from tests.simulation.tasking import Tasking
@@ -105,6 +106,8 @@ class Settings:
     """From when on it may come."""
     small: int = 0
     """Aggregators that have not the memory for any range."""
+    loses_nobody: bool = False
+    """Whether no member may be taken for lost since it is not heard of; in scenes."""
     fails: str = ""
     """Why every job must fail, in scenes; empty: none may."""
     stranger: bool = False
@@ -161,6 +164,10 @@ class Outcome:
     """Highest term of any job."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Why jobs were where they were, each time their user looked."""
+    deaf: int = 0
+    """Times at which a leader came to hear none of its members."""
+    silent: int = 0
+    """Members that were taken for lost since they were silent."""
     lies: int = 0
     """Leaves about which a worker lied."""
     quarantines: int = 0
@@ -289,6 +296,7 @@ class Run:
         self.ledger.running_jobs_max = settings.running_jobs_max
         self.races = Races(self.oracle.moments)
         self.members = reducing.Members(self.oracle)
+        self.silence = Silence(self.oracle, loses_nobody=settings.loses_nobody)
         self.faults = Faults(self.cluster, self.oracle.moments)
         self.last = last.LastStrike(
             self.cluster, self.faults, settings.last, random.Random(f"last strike {seed}")
@@ -339,6 +347,7 @@ class Run:
         self.ledger.install(self._watched)
         self.races.install(self._watched)
         self.members.install(self._watched)
+        self.silence.install(self._watched)
         for where, value in self.settings.limits:
             module, _, name = where.partition(":")
             self._watched.replace(import_module(module), name, value)
@@ -426,6 +435,7 @@ class Run:
             outcome.faults["struck_in_the_act"] = self.faults.struck
             outcome.faults["last_strike"] = int(self.last.struck)
         outcome.reasons = user.reasons
+        outcome.deaf, outcome.silent = self.silence.deaf, self.silence.lost
         outcome.lies = self.cluster.machines.lies
         outcome.quarantines = self.ledger.quarantines
         outcome.copies_asked, outcome.copies_raced = self.races.asked, self.races.raced

@@ -6,7 +6,7 @@ from functools import partial
 
 from coordinator.control.core.state import CoreConfig
 from tests.simulation.jobs import Shape, composed
-from tests.simulation.known import Known
+from tests.simulation.known import DEAF, UNHEARD, Known
 from tests.simulation.runs import Outcome
 from tests.simulation.wishes import Wish
 
@@ -131,6 +131,8 @@ SCENES = {
     # What storage says of its checkpoints, or of the job, is not what it was told.
     Known(0, (), (("script", "checkpoints_rot"), ("script_s", 1.0), _bad("", steps=20))): "terms",
     Known(0, (), (("script", "job_rots"), ("fails", "ROW_CORRUPT"))): "ROW_CORRUPT",
+    DEAF: "deaf",
+    UNHEARD: "silent",
     # Garbage is collected all the time, and somebody tries what the contract forbids.
     Known(
         8,

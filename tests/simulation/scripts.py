@@ -26,6 +26,11 @@ RETURNS_S = 11.0
 AWAY_S = 6.0
 ORPHANS_EVERY_S = 0.4
 ROTTEN_S = 0.5
+DEAF_S, DEAF_EVERY_S = 1.95, 4.65
+"""So long no member takes its session for dead: that takes four heartbeats without an answer. Each
+time heartbeats are at another moment."""
+UNHEARD_S = 4.0
+HEARTBEAT_S = 0.5
 _SPOILT_CHECKPOINTS = "UPDATE checkpoints SET manifest = x'00' WHERE whole = 1 AND final = 0"
 _SPOILT_JOBS = "UPDATE jobs SET term = term + 1"
 
@@ -70,6 +75,8 @@ def play(cluster: Cluster, name: str, oracle: Oracle, begins_s: float) -> None:
             "checkpoints_rot": lambda: _rot(cluster, _SPOILT_CHECKPOINTS),
             "job_rots": lambda: _rot(cluster, _SPOILT_JOBS),
             "leaf_servers_die": lambda: _orphan(cluster),
+            "deaf_leader": lambda: _deafen(cluster, oracle),
+            "unheard_aggregators": lambda: _part_from_aggregators(cluster, oracle),
             "aggregators_gone": lambda: cluster.lose(cluster.aggregators[:-1]),
         }[name]
         cluster.world.at(begins_s, begin)
@@ -126,6 +133,36 @@ def _orphan(cluster: Cluster) -> None:
             world.now_s + number * ORPHANS_EVERY_S, lambda name=name: _end_server(cluster, name)
         )
     world.at(world.now_s + len(cluster.workers) * ORPHANS_EVERY_S, lambda: _orphan(cluster))
+
+
+def _cut_for(cluster: Cluster, leader: str, members: list[str], for_s: float) -> None:
+    """Nothing passes between control's leader and some members; all else works."""
+    world, network = cluster.world, cluster.network
+    links = [link for each in members for link in ((each, leader), (leader, each))]
+    network.block(links)
+    world.at(world.now_s + for_s, lambda: network.unblock(links))
+
+
+def _deafen(cluster: Cluster, oracle: Oracle) -> None:
+    """Again and again the leader hears nobody for almost as long as its members wait for it."""
+    world, network, leader = cluster.world, cluster.network, oracle.leader()
+    members = [*cluster.workers, *cluster.aggregators]
+    # Sessions that are opened one by one have their heartbeats at different moments.
+    apart_s = HEARTBEAT_S / len(members)
+    for number, name in enumerate(members):
+        world.at(world.now_s + number * apart_s, lambda name=name: network.reset(name, leader))
+
+    def cut() -> None:
+        if not cluster.healed:
+            _cut_for(cluster, leader, members, DEAF_S)
+            world.at(world.now_s + DEAF_EVERY_S, cut)
+
+    world.at(world.now_s + DEAF_EVERY_S - DEAF_S, cut)
+
+
+def _part_from_aggregators(cluster: Cluster, oracle: Oracle) -> None:
+    """The leader hears of no aggregator for longer than a lease, and of all workers."""
+    _cut_for(cluster, oracle.leader(), cluster.aggregators, UNHEARD_S)
 
 
 def _end_server(cluster: Cluster, name: str) -> None:

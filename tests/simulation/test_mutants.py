@@ -13,14 +13,8 @@ import pytest
 from phalanx.specs.unimplemented import _REFUSED
 from phalanx.testing.simulation.loop import SimulationFailed
 from tests.simulation.cluster import services
-from tests.simulation.mutants import (
-    MUTANTS,
-    NOT_BUILT,
-    Change,
-    Mutant,
-    function_at,
-    planted,
-)
+from tests.simulation.mutants import MUTANTS, NOT_BUILT
+from tests.simulation.planting import Change, Mutant, function_at, planted
 
 pytestmark = pytest.mark.slow
 

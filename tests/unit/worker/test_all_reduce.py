@@ -10,7 +10,7 @@ import pytest
 
 from coordinator.control.core.placement import place_members
 from phalanx.frames import BLOCK_ELEMENTS
-from tests.simulation.mutants import Change, Mutant, planted
+from tests.simulation.planting import Change, Mutant, planted
 from tests.unit.worker.all_reduce_cluster import Cluster, plan_of, reference, spec_of
 
 STEPS = 2
