@@ -97,6 +97,11 @@ class BlobCache:
         self._trimming = asyncio.Lock()
         metrics.cache_bytes.set(self._counted_bytes)
 
+    @property
+    def writable(self) -> bool:
+        """Whether blobs can be put into the folder: it is there, and not on a read-only disk."""
+        return os.access(self._blobs, os.W_OK | os.X_OK)
+
     async def get(self, digest: str, size_bytes: int | None = None) -> Pinned:
         """The file with this content, downloaded if need be.
 

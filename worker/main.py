@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +16,6 @@ from phalanx.rpc.limits import ServerLimits, raise_open_files
 from phalanx.rpc.patience import Patience, insist
 from phalanx.rpc.process import announce, run_service
 from phalanx.rpc.server import Server
-from phalanx.telemetry.http import MetricsServer
 from phalanx.telemetry.metrics import WorkerMetrics, new_registry
 from worker.config import WorkerConfig
 from worker.session.all_reduce.exchange import SERVICE, MemberExchange
@@ -80,27 +78,28 @@ async def serve(
     )
     server = Server(
         listen=config.listen,
-        metrics_listen=None,
+        metrics_listen=config.metrics_listen,
         service_names=[SERVICE],
         reflection=config.reflection,
         registry=registry,
         limits=ServerLimits.of(config),
     )
     MemberExchange(session.served).add_to(server.raw)
-    http: MetricsServer | None = None
-    if config.metrics_listen is not None:
-        http = MetricsServer(config.metrics_listen, registry, lambda: True)
-        await http.start()
     try:
         await server.start()
         session.address = config.advertise or server.address
         await session.start()
-        server.set_serving(True)
+        session.able_changed = server.set_serving
+        server.set_serving(session.able)
         # What is loaded stays: the collector need not walk through it at every step.
         gc.collect()
         gc.freeze()
-        metrics_address = http.address if http is not None else ""
-        announce(config, role="worker", address=server.address, metrics_address=metrics_address)
+        announce(
+            config,
+            role="worker",
+            address=server.address,
+            metrics_address=server.metrics_address,
+        )
         asked = asyncio.create_task(stop.wait())
         drained = asyncio.create_task(session.wait_drained())
         await asyncio.wait((asked, drained), return_when=asyncio.FIRST_COMPLETED)
@@ -111,9 +110,6 @@ async def serve(
         await session.close()
         await server.stop(0.0)
         await blobs.close()
-        if http is not None:
-            with contextlib.suppress(OSError):
-                await http.stop()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -100,6 +100,7 @@ class _LeafServer:
     """Leaf processes of simulated machines need nobody who starts them."""
 
     ready = True
+    failed_starts = 0
 
     def forget(self) -> None:
         pass

@@ -533,6 +533,7 @@ class Cache:
     """Stands in for `worker.cache.BlobCache`; what is cached outlives the worker."""
 
     limit_bytes = 1 << 30
+    writable = True
 
     def __init__(self, machines: Machines, download: Callable[[str, Any], Any]) -> None:
         self._machines = machines

@@ -80,6 +80,9 @@ class Session:
         self._storage = storage
         #: Where other workers reach this one; empty: nowhere.
         self.address = ""
+        #: Called when the worker cannot work any more, and when it can again.
+        self.able_changed: Callable[[bool], None] = lambda _: None
+        self.able = True
         self._metrics = metrics
         self._storage_found = storage_found
         self._store = store or _no_store
@@ -121,8 +124,26 @@ class Session:
             self._config.cache_dir, self._slots.fingerprint
         )
         self._control.start()
-        self._spawn(self._every(TICK_S, self._slots.check))
+        self._spawn(self._every(TICK_S, self._check))
         self._spawn(self._every(_LOG_FLUSH_S, self._logs.flush))
+
+    def _check(self) -> None:
+        """Kill what hangs; tell whether this worker can work at all.
+
+        A session with control is not asked for: who waits for control to come back works on, and
+        a fresh worker would only wait instead, without what this one holds.
+        """
+        self._slots.check()
+        able = self._slots.able and self._cache.writable
+        if able != self.able:
+            self.able = able
+            tell = _log.info if able else _log.error
+            tell(
+                "able_again" if able else "not_able_to_work",
+                leaf_processes=self._slots.able,
+                cache_writable=self._cache.writable,
+            )
+            self.able_changed(able)
 
     async def leave(self) -> None:
         """Leave in good order: have the work moved away, then let go; bounded in time."""

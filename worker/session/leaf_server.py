@@ -50,6 +50,8 @@ class LeafServer(client.ForkServer):
         self._ready = False
         self._waiting: list[Callable[[], None]] = []
         self._restarts = Restarts()
+        #: Starts in a row that came to nothing.
+        self.failed_starts = 0
         self._timer: asyncio.TimerHandle | None = None
         # Requests that are not answered yet, in the order in which answers come.
         self._asked: deque[Answered] = deque()
@@ -180,6 +182,7 @@ class LeafServer(client.ForkServer):
             return
         self._wait_no_more()
         self._ready = True
+        self.failed_starts = 0
         waiting, self._waiting = self._waiting, []
         for callback in waiting:
             callback()
@@ -212,6 +215,7 @@ class LeafServer(client.ForkServer):
 
     def _failed(self, why: str) -> None:
         _log.error("leaf_server_not_started", message=why)
+        self.failed_starts += 1
         self._end()
         wait_s = self._restarts.wait_after_death(time.monotonic())
         self._timer = asyncio.get_running_loop().call_later(wait_s, self._get_ready)

@@ -29,6 +29,8 @@ from worker.session.setup import PreparedJob
 LeafFailed = coordination.LeafFailed
 
 TICK_S = 0.1
+LOST_STARTS_MAX = 3
+"""Starts in a row that come to nothing before a slot, or all of them, count as out of order."""
 _TICK_MAX_S = 0.5
 
 _log = get_logger(__name__)
@@ -84,6 +86,7 @@ class _Place:
     code: str
     process: LeafProcess | None = None
     restarts: Restarts = field(default_factory=Restarts)
+    lost_starts: int = 0
     task: Task | None = None
     job: PreparedJob | None = None
     describing: asyncio.Future[bytes] | None = None
@@ -121,6 +124,14 @@ class SlotPool:
     def pids(self) -> list[int]:
         """Process ids of the living leaf processes."""
         return [process.pid for process in self._gone if process.pid]
+
+    @property
+    def able(self) -> bool:
+        """Whether leaf processes can be started. What becomes of them then is not asked: they run
+        code of jobs, and a job that kills its processes is no reason to give the worker up."""
+        if self._leaves.failed_starts >= LOST_STARTS_MAX:
+            return False
+        return any(place.lost_starts < LOST_STARTS_MAX for place in self._places.values())
 
     def start(self) -> None:
         """Start one process per slot; each says that its slot is idle once it is up."""
@@ -307,6 +318,7 @@ class SlotPool:
         except OSError as error:
             # No memory or no process to be had, most likely for a moment.
             _log.error("leaf_process_not_started", slot=place.slot, message=str(error))
+            place.lost_starts += 1
             self._start_again(place)
             return
         place.process = process
@@ -400,6 +412,7 @@ class SlotPool:
                 self._events.prefetch(ipc.unpack_json(message.body)[0])
             case Kind.READY:
                 process.ready = True
+                place.lost_starts = 0
                 if place.slot not in self._running:
                     self._events.slot_idle(place.slot)
             case Kind.SETUP_DONE:
@@ -448,6 +461,7 @@ class SlotPool:
         _log.warning("leaf_process_died", slot=place.slot, how=how, shard=process.page.shard)
         place.process = None
         place.fetching = 0
+        place.lost_starts += not process.ready
         for done in place.setting_up.values():
             done.set_result(None)
         place.setting_up.clear()

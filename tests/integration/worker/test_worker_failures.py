@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from phalanx.testing.worker_peers import ScriptedAggregator, ScriptedControl
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import training_pb2
+from worker.session import leaf_server
 
 GoRecord = training_pb2.GoRecord
 LeafFailed = coordination.LeafFailed
@@ -197,6 +201,29 @@ async def test_a_killed_leaf_process_is_started_again(bench: Any, eventually: An
         frame, _payload = await stream.receive_frame()
         assert frame.step == 1
         await eventually(lambda: worker.leaf_pids and not set(worker.leaf_pids) & set(victims))
+
+
+async def test_a_worker_without_leaf_processes_says_that_it_cannot_work(
+    bench: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = True
+    start = leaf_server._start_program
+
+    def start_or_not(ours: socket.socket, theirs: socket.socket) -> Any:
+        return subprocess.Popen(["false"], stdin=theirs) if broken else start(ours, theirs)
+
+    async with ScriptedControl() as control:
+        worker = await bench.worker(control.address)
+        await control.next_session()
+        told: list[bool] = []
+        worker.able_changed = told.append
+        monkeypatch.setattr(leaf_server, "_start_program", start_or_not)
+        (leaf,) = worker.leaf_pids
+        os.kill(psutil.Process(leaf).ppid(), signal.SIGKILL)
+        await eventually(lambda: told == [False])
+        broken = False
+        await eventually(lambda: told == [False, True])
+        await eventually(lambda: worker.leaf_pids)
 
 
 async def test_a_job_describes_itself(bench: Any) -> None:

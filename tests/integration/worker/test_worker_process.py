@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import select
@@ -15,9 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import numpy as np
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from phalanx.testing.servers import ScriptedCluster
 from phalanx.testing.worker_peers import DEADLINE_S, ScriptedAggregator, ScriptedControl
@@ -34,6 +37,9 @@ class WorkerProcess:
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    def is_announced(self) -> bool:
+        return self._announce.exists()
 
     def announced(self) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(self._announce.read_text())
@@ -333,6 +339,46 @@ async def test_metrics_and_health_are_served(bench: Any, spawn: Any, eventually:
             assert "phalanx_cache_bytes" in text
             assert 'phalanx_cache_requests_total{outcome="miss"}' in text
             assert (await asyncio.to_thread(get, "/healthz")).strip() == "ok"
+
+
+async def test_health_is_about_the_worker_and_not_about_control(
+    spawn: Any, tmp_path: Path, eventually: Any
+) -> None:
+    with ScriptedCluster() as cluster:
+        async with ScriptedControl() as control:
+            worker = await spawn(control.address, cluster.address)
+            await control.next_session()
+            await eventually(worker.is_announced)
+        announced = worker.announced()
+
+        def status() -> int:
+            connection = http.client.HTTPConnection(announced["metrics_address"], timeout=10)
+            with contextlib.closing(connection):
+                connection.request("GET", "/healthz")
+                return connection.getresponse().status
+
+        async def become(wanted: int) -> None:
+            async with asyncio.timeout(DEADLINE_S):
+                while await asyncio.to_thread(status) != wanted:
+                    await asyncio.sleep(0.05)
+
+        await eventually(lambda: b'"session_ended"' in worker.log.read_bytes())
+        assert await asyncio.to_thread(status) == 200, "to end it would not bring control back"
+        async with grpc.aio.insecure_channel(announced["address"]) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+
+            async def serves() -> bool:
+                answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S)
+                return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+            assert await serves()
+            blobs, elsewhere = tmp_path / "cache" / "blobs", tmp_path / "elsewhere"
+            blobs.rename(elsewhere)
+            await become(503)
+            assert not await serves()
+            elsewhere.rename(blobs)
+            await become(200)
+            assert await serves()
 
 
 async def test_wrong_settings_are_named(spawn: Any) -> None:

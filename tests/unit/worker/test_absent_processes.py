@@ -49,7 +49,7 @@ class Leaf:
             Leaf.refusals -= 1
             raise OSError(12, "Cannot allocate memory")
         self.pid = len(Leaf.made) + 1
-        self.killed_as_hung = self.orphaned = False
+        self.ready = self.killed_as_hung = self.orphaned = False
         self.known_jobs: set[int] = set()
         self.sent: list[Kind] = []
         self.cancelled: list[int] = []
@@ -115,7 +115,7 @@ def task(number: int = 7) -> Task:
 async def pool(monkeypatch: pytest.MonkeyPatch) -> SlotPool:
     Leaf.made, Leaf.refusals, Leaf.started = [], 0, asyncio.Event()
     monkeypatch.setattr(slots, "LeafProcess", Leaf)
-    leaves: Any = SimpleNamespace(ready=True)
+    leaves: Any = SimpleNamespace(ready=True, failed_starts=0)
     made = SlotPool(1, 0, LEAF_TIMEOUT_S, Events(), leaves)  # type: ignore[arg-type]
     made.start()
     return made
@@ -144,6 +144,37 @@ async def test_a_process_that_cannot_be_started_is_tried_again(pool: SlotPool) -
     assert pool.pids == [leaf.pid]
     assert pool._events.idle == [0]  # type: ignore[attr-defined]
     assert not pool._restarting
+
+
+async def test_a_worker_whose_processes_never_start_says_so_until_one_does(pool: SlotPool) -> None:
+    for _ in range(slots.LOST_STARTS_MAX):
+        assert pool.able
+        Leaf.started.clear()
+        Leaf.made[-1].die()
+        await next_leaf()
+    assert not pool.able
+    Leaf.made[-1].say(Kind.READY)
+    assert pool.able
+
+
+async def test_a_worker_that_has_no_room_for_processes_says_so(pool: SlotPool) -> None:
+    Leaf.refusals = slots.LOST_STARTS_MAX
+    Leaf.started.clear()
+    Leaf.made[-1].say(Kind.READY)
+    Leaf.made[-1].die()
+    leaf = await next_leaf()
+    assert not pool.able
+    leaf.say(Kind.READY)
+    assert pool.able
+
+
+async def test_a_job_that_kills_its_processes_is_no_fault_of_the_worker(pool: SlotPool) -> None:
+    for _ in range(slots.LOST_STARTS_MAX + 1):
+        Leaf.made[-1].say(Kind.READY)
+        Leaf.started.clear()
+        Leaf.made[-1].die()
+        await next_leaf()
+    assert pool.able
 
 
 async def test_a_description_is_asked_of_the_process_that_comes_next(pool: SlotPool) -> None:

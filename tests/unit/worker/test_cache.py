@@ -380,6 +380,13 @@ async def test_what_a_dead_worker_left_half_written_is_removed(
     assert young.exists()
 
 
+async def test_a_folder_that_is_gone_is_told(caches: Caches, tmp_path: Path) -> None:
+    cache = caches()
+    assert cache.writable
+    (tmp_path / "blobs").rmdir()
+    assert not cache.writable
+
+
 async def test_requests_and_size_are_measured(caches: Caches, store: Store) -> None:
     cache = caches()
     digest = store.put(b"12345")
