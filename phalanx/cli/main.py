@@ -168,6 +168,9 @@ def run(arguments: Sequence[str]) -> int:
         shown = _bug(error) if own else file_error(error)
         show_error(shown, as_json=as_json)
         return EXIT_OF_CODE[shown.code]
+    except MemoryError as error:
+        show_error(_memory_error(error), as_json=as_json)
+        return Exit.CONFLICT
     except Exception as error:  # noqa: BLE001 - the last resort of the program
         show_error(_bug(error), as_json=as_json)
         return Exit.BUG
@@ -178,7 +181,12 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the terminal does not have is no reason to say nothing.
         sys.stdout.reconfigure(errors="replace")
-    code = run(sys.argv[1:])
+    arguments = sys.argv[1:]
+    if _reads_large_files(arguments):
+        from phalanx.cli.memory import bound_memory
+
+        bound_memory()
+    code = run(arguments)
     try:
         # A program that was started with its output closed has none.
         if sys.stdout is not None:
@@ -215,6 +223,17 @@ def _usage_error(error: typer.TyperException) -> InvalidArgument:
     return InvalidArgument(f"{what}; see {path} --help", reason="USAGE")
 
 
+def _memory_error(error: MemoryError) -> PhalanxError:
+    from phalanx.errors import ResourceExhausted
+
+    what = f" ({error})" if str(error) else ""
+    return ResourceExhausted(
+        f"there is not enough memory for this{what}; close other programs, or raise the limit of "
+        "this one (ulimit -v)",
+        reason="MEMORY",
+    )
+
+
 def _bug(error: Exception) -> PhalanxError:
     from phalanx.errors import Internal
 
@@ -235,6 +254,11 @@ def _command_at(arguments: Sequence[str]) -> int:
     while index < len(arguments) and arguments[index].startswith("-"):
         index += 2 if arguments[index] in _WITH_VALUE else 1
     return index
+
+
+def _reads_large_files(arguments: Sequence[str]) -> bool:
+    at = _command_at(arguments)
+    return list(arguments[at : at + 2]) == ["data", "add"]
 
 
 def _hoist_json(arguments: Sequence[str]) -> list[str]:

@@ -147,6 +147,21 @@ def test_a_defect_gives_70_without_a_traceback(phalanx, cluster, monkeypatch):
     outcome = phalanx("jobs")
     assert outcome.code == 70
     assert "ZeroDivisionError" in outcome.err
+
+
+def test_too_little_memory_gives_6_and_is_no_defect(phalanx, monkeypatch):
+    from phalanx.sdk.cluster import Cluster
+
+    def take_much(_cluster):
+        raise MemoryError("Unable to allocate 4.00 GiB")
+
+    monkeypatch.setattr(Cluster, "jobs", take_much)
+    outcome = phalanx("--json", "jobs")
+    assert outcome.code == 6
+    error = outcome.error()
+    assert (error["code"], error["reason"]) == ("RESOURCE_EXHAUSTED", "MEMORY")
+    assert "Unable to allocate 4.00 GiB" in error["message"]
+    assert "defect" not in error["message"]
     assert "Traceback" not in outcome.err
 
 
