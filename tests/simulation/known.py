@@ -256,5 +256,8 @@ FOUND_BUGS = (
     Known(20298),
     # What a cancelled leaf read was something else by the time that it added what was left out.
     Known(22836),
+    # A leader that heard that ranges cannot begin did not know with which checkpoint: the leader
+    # before it had told them.
+    Known(24514),
 )
 """Scenarios that once found bugs in what ships."""

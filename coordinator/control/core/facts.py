@@ -79,6 +79,11 @@ class JobFacts:
         return self.kept.term_started.term
 
     @property
+    def restores(self) -> bool:
+        """Whether the term that was last started begins with a checkpoint."""
+        return self.kept.HasField("term_started") and self.kept.term_started.restore_step >= 0
+
+    @property
     def ranges(self) -> list[ParameterRange]:
         """The ranges of the parameters and their owners in that term."""
         return list(self.kept.term_started.ranges)

@@ -32,10 +32,14 @@ def ranges_ready(core: Core, aggregator: Aggregator | Worker, message: pb.Ranges
             terms.command_pause(core, job)
         return
     failure = message.failure
-    if failure.code == "AGGREGATOR_MEMORY" and _another_may_hold(core, job, aggregator):
+    memory = failure.code == "AGGREGATOR_MEMORY"
+    if memory and _another_may_hold(core, job, aggregator):
         # That says nothing of the checkpoint.
         job.lost_owners.add(aggregator.id)
-    elif job.restore is None or failure.code == "AGGREGATOR_MEMORY":
+    elif job.restore is None and core.facts_of(job).restores and not memory:
+        # With which checkpoint, the leader before us knew; the next term begins with a known one.
+        job.lost_owners.add(aggregator.id)
+    elif job.restore is None or memory:
         text = f"{aggregator.id} cannot hold the ranges: {failure.message}"
         ending.fail(core, job, failure.code or "RANGES_NOT_LOADED", text, [failure])
     elif job.restore == core.facts_of(job).continued:

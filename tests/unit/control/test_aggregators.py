@@ -138,6 +138,30 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(running: Any) -> None
     assert running.core.facts.jobs["job-1"].term == 3
 
 
+def test_a_new_leader_finds_out_which_checkpoint_is_corrupt(running: Any) -> None:
+    """It hears of what the leader before it ordered, and does not know from which checkpoint."""
+    running.checkpoints["job-1"] = [manifest(0)]
+    running.auto = False
+    running.kill("a1")
+    running.aggregator("a1", incarnation="a1-2")
+    running.lead()
+    held = pb.HeldRanges(job_id="job-1", term=2, range_indexes=[0])
+    running.aggregator("a1", incarnation="a1-2", held_ranges=[held])
+    failure = Failure(code="BLOB_CORRUPT", message="a blob is damaged")
+
+    def refuse(term: int) -> None:
+        ready = pb.RangesReady(job_id="job-1", term=term, failure=failure)
+        running.say(running.sessions["a1"], ranges_ready=ready)
+
+    refuse(2)
+    refuse(3)
+    told = running.told("a1", "assign_ranges")
+    assert [(each.term, each.HasField("restore")) for each in told] == [(3, True), (4, False)]
+    assert running.state() == "RUNNING"
+    refuse(4)
+    assert running.state() == "FAILED", "it cannot even begin"
+
+
 def test_memory_that_is_short_somewhere_says_nothing_of_the_checkpoint(running: Any) -> None:
     running.checkpoints["job-1"] = [manifest(40), manifest(20)]
     running.auto = False
