@@ -54,7 +54,8 @@ from pathlib import Path
 from tests.simulation.batch import replay, run_in_processes, summary, told
 from tests.simulation.cluster import services
 from tests.simulation.kept import Kept
-from tests.simulation.runs import Outcome, simulate
+from tests.simulation.outcome import Outcome
+from tests.simulation.runs import simulate
 
 
 def main(argv: Sequence[str] | None = None) -> int:

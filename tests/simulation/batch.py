@@ -10,7 +10,8 @@ from typing import Any
 
 from tests.simulation.cluster import Services, services
 from tests.simulation.jobs import BAD
-from tests.simulation.runs import KINDS, Outcome, simulate
+from tests.simulation.outcome import Outcome
+from tests.simulation.runs import KINDS, simulate
 
 STEPS_PER_SEED = 50.0
 FAULT_KINDS_PER_SEED = 5.0

@@ -64,11 +64,18 @@ class Shape:
     dtype: str = "float32"
     checkpoint_every: int = 10
     evaluate_every: int = 0
+    plateau: int = 0
+    """Evaluations without a change after which it ends; 0: it ends after all its steps."""
     fingerprint: str = FINGERPRINTS[0]
     parts: str = ""
     """One of `parts.ALL_PARTS`."""
     bad: str = ""
     """One of `ALL_BAD`; empty: all leaves are good."""
+
+    @property
+    def ends_at(self) -> int:
+        """The step after which it ends; one evaluation gives what the next one does."""
+        return self.evaluate_every * (self.plateau + 1) if self.plateau else self.steps
 
     @property
     def one_by_one(self) -> bool:
@@ -131,6 +138,9 @@ def job_spec(shape: Shape, name: str) -> JobSpec:
     if shape.evaluate_every:
         train.evaluation.split = "test"
         train.evaluation.every_steps = shape.evaluate_every
+    if shape.plateau:
+        train.stop.plateau.metric = "test/loss"
+        train.stop.plateau.evaluations = shape.plateau
     if shape.optimizer == "adam":
         adam = train.optimizer.adam
         adam.learning_rate, adam.beta1, adam.beta2, adam.epsilon = 0.01, 0.9, 0.999, 1e-8
@@ -167,6 +177,7 @@ def shape_of_spec(spec: JobSpec, fingerprint: str) -> Shape:
         dtype=train.dtype,
         checkpoint_every=train.checkpoints.every_steps,
         evaluate_every=train.evaluation.every_steps,
+        plateau=train.stop.plateau.evaluations,
         fingerprint=fingerprint or FINGERPRINTS[0],
         bad=spec.name.partition("-")[0] if spec.name.partition("-")[0] in ALL_BAD else "",
         parts=_parts_of(
@@ -358,7 +369,7 @@ def reference(shape: Shape) -> list[Array]:
     """All versions, from 0 to the last."""
     # Where checkpoints lie does not change what is computed, nor does when it ends.
     found = _reference(_plain(shape))
-    return [found[version] for version in range(shape.steps + 1)]
+    return [found[version] for version in range(shape.ends_at + 1)]
 
 
 def versions(shape: Shape) -> Reference:
@@ -425,7 +436,7 @@ def evaluation_metrics(shards: int) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=1024)
 def _plain(shape: Shape) -> Shape:
-    return replace(shape, steps=STEPS_MAX, checkpoint_every=0, evaluate_every=0)
+    return replace(shape, steps=STEPS_MAX, checkpoint_every=0, evaluate_every=0, plateau=0)
 
 
 @functools.lru_cache(maxsize=512)

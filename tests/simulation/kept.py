@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TextIO
 
-from tests.simulation.runs import Outcome
+from tests.simulation.outcome import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("coordinator", "phalanx", "storage", "tests/simulation", "worker")

@@ -7,7 +7,9 @@ from typing import Any
 
 from tests.simulation.cluster import Services
 from tests.simulation.jobs import Shape
-from tests.simulation.runs import Outcome, simulate
+from tests.simulation.outcome import Outcome
+from tests.simulation.rare import ASLEEP, DEAF, FULL, GARBAGE, OVERFLOW, PLATEAU, UNHEARD
+from tests.simulation.runs import simulate
 
 
 @dataclass(frozen=True)
@@ -38,33 +40,7 @@ _TASKS_LOST = (
     (*_TASKS, ("strike", "tasks_journalled worker reset")),
 )
 
-_ONE_LEADER = (("controls", 1), ("aggregators", 1), ("terms_max", 1))
-DEAF = Known(
-    0,
-    (),
-    (
-        *_ONE_LEADER,
-        ("workers", 3),
-        ("leaf_s", 0.5),
-        ("faults_s", 18.0),
-        ("script", "deaf_leader"),
-        ("shapes", (Shape(elements=40, shards=6, steps=20, checkpoint_every=3),)),
-        ("loses_nobody", True),
-    ),
-)
-"""A leader hears none of its members for almost a lease, again and again."""
-UNHEARD = Known(
-    0,
-    (),
-    (*_ONE_LEADER, ("workers", 3), ("leaf_s", 0.1), ("script", "unheard_aggregators")),
-)
-"""A leader hears of no aggregator for longer than a lease, and of workers who get further."""
-ASLEEP = Known(
-    1,
-    ("pause_control",),
-    (("controls", 1), ("aggregators", 1), ("workers", 2), ("loses_nobody", True)),
-)
-"""A leader is stopped for longer than a lease."""
+_EVALUATED = Shape(evaluate_every=7, checkpoint_every=5)
 
 KNOWN = {
     "storage takes writes of any generation": Known(
@@ -205,13 +181,22 @@ KNOWN = {
     "control takes ranges without a lease of silence": Known(
         0, ("kill_control",), (("controls", 2), ("terms_max", 1))
     ),
-    "control takes ranges although workers get further with their owner": UNHEARD,
+    "control takes ranges although workers get further with their owner": Known(0, *UNHEARD),
     "control takes ranges soon after a take-over": Known(
         0, ("kill_control",), (("controls", 2), ("terms_max", 1))
     ),
-    "control takes ranges of those who are silent with all others": DEAF,
-    "who is silent with all others is taken for lost": DEAF,
-    "control blames its members for its own sleep": ASLEEP,
+    "control takes ranges of those who are silent with all others": Known(0, *DEAF),
+    "who is silent with all others is taken for lost": Known(0, *DEAF),
+    "control blames its members for its own sleep": Known(1, *ASLEEP),
+    "callers are not sent away while facts wait for storage": Known(0, *FULL),
+    "young blobs are garbage, too": Known(8, *GARBAGE),
+    "sums that are not finite are applied": Known(10, *OVERFLOW),
+    "an evaluation waits for the next step": Known(0, (), (("shapes", (_EVALUATED,)),)),
+    "what a stop rule has seen is not restored": Known(0, *PLATEAU),
+    "no third copy is asked for where two differ": Known(
+        0, (), (("workers", 4), ("liars", 1), ("parts", "3 replicas"))
+    ),
+    "whoever's own leaf has other bits takes part": Known(0, (), (("workers", 3), ("odd", True))),
 }
 """Where each bug is known to show; found by `hunt`."""
 

@@ -14,10 +14,12 @@ from typing import Any
 
 from coordinator.aggregation.checkpoints import parse_part
 from coordinator.aggregation.core.machine import JobRanges
+from coordinator.control import journal
 from coordinator.control.core.facts import RESUMING, Facts
 from coordinator.control.core.lifecycle import CANCELLED, QUEUED, RUNNING, SUCCEEDED
 from coordinator.control.journal import STREAM, JournalWriter
 from coordinator.control.leader import Leader
+from phalanx.errors import Unavailable
 from phalanx.tasks import is_task_set
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.v1 import storage_service_pb2 as pb
@@ -51,23 +53,42 @@ class Ledger:
         self._resumed: set[str] = set()
         self._stored: set[bytes] = set()
         self._next = 0
+        self.sent_away = 0
+        """Calls that were sent away since facts wait for storage, which can be reached."""
         self._owed: dict[int, tuple[Any, deque[tuple[int, bytes]]]] = {}
+        self._writes_since_s: dict[int, float] = {}
+        """Since when each writer's present write is under way."""
         self._terms: dict[tuple[int, str], int] = {}
 
     # Control
 
     def _decided(self, writer: JournalWriter) -> None:
         """A record was queued: it is owed to storage."""
-        index, _, payload = writer._queue[-1]
+        index, record, payload = writer._queue[-1]
         owed = self._owed.setdefault(id(writer), (writer, deque()))[1]
+        if record.HasField("request"):
+            self._forget_stored(owed)
+            now_s = self._world.now_s
+            waits_s = now_s - self._writes_since_s.get(id(writer), now_s)
+            self._demand(
+                len(owed) < journal.QUEUE_MAX and waits_s < journal.STUCK_S,
+                f"{self._world.loop.current.name}: {record.request.method} is taken on while "
+                f"{len(owed)} facts wait for storage, the first of them for {waits_s:.1f} s",
+            )
         owed.append((index, payload))
+
+    def _forget_stored(self, owed: deque[tuple[int, bytes]]) -> None:
+        while owed and owed[0][1] in self._stored:
+            owed.popleft()
+
+    def _sent_away(self, leader: Leader) -> None:
+        self.sent_away += leader._store.available
 
     def _demand_stored(self, writer: JournalWriter, after: int, what: str) -> None:
         if after == 0 or id(writer) not in self._owed:
             return
         owed = self._owed[id(writer)][1]
-        while owed and owed[0][1] in self._stored:
-            owed.popleft()
+        self._forget_stored(owed)
         self._demand(
             not owed or owed[0][0] > after,
             f"{self._world.loop.current.name}: {what} before its record is stored",
@@ -110,7 +131,8 @@ class Ledger:
             )
         if changed.state == SUCCEEDED:
             tasks = is_task_set(facts.spec)
-            steps = len(facts.spec.tasks.arguments) if tasks else facts.spec.train.stop.steps
+            steps = len(facts.spec.tasks.arguments) if tasks else 0
+            steps = steps or jobs.shape_of_spec(facts.spec, facts.fingerprint).ends_at
             final = connection.execute(_FINAL, (job_id,)).fetchone()
             self._demand(final is not None, f"{job_id} succeeds without a final checkpoint")
             self._demand(
@@ -233,6 +255,7 @@ class Ledger:
         self._oracle.runs = self._runs
         replace = environment.replace
         append, perform, durable = JournalWriter.append, Leader._perform, Leader._on_durable
+        check, write = Leader.check_storage, JournalWriter._write_batch
 
         def appending(writer: JournalWriter, index: int, record: ControlRecord) -> None:
             append(writer, index, record)
@@ -246,6 +269,20 @@ class Ledger:
             self._demand_stored(leader._journal, index, f"record {index} counts as durable")
             durable(leader, index, record)
 
+        def checking(leader: Leader) -> None:
+            try:
+                check(leader)
+            except Unavailable:
+                self._sent_away(leader)
+                raise
+
+        async def writing(writer: JournalWriter) -> None:
+            self._writes_since_s[id(writer)] = self._world.now_s
+            await write(writer)
+            del self._writes_since_s[id(writer)]
+
+        replace(Leader, "check_storage", checking)
+        replace(JournalWriter, "_write_batch", writing)
         replace(JournalWriter, "append", appending)
         replace(Leader, "_perform", performing)
         replace(Leader, "_on_durable", being_durable)

@@ -27,6 +27,7 @@ _VERSIONS = "worker.core.versions:VersionAssembly"
 _OUTBOX = "worker.core.outbox:Outbox"
 _REPLICA = "worker.core.all_reduce.replica"
 _JOURNAL = f"{_CONTROL}.journal:JournalWriter"
+_DECIDER = "phalanx.training.decisions:RootDecider"
 _SILENT = f"{_CONTROL}.core.ownership:_silent"
 _SILENCE = f"{_CONTROL}.core.membership:check_silence"
 _TASKS = f"{_AGGREGATION}.core.dispatch.dispatcher:Dispatcher"
@@ -483,5 +484,37 @@ MUTANTS = (
     _one(
         "control blames its members for its own sleep", 11, _SILENCE,
         "_forgive_own_sleep(core)", "pass",
+    ),
+    _one(
+        "callers are not sent away while facts wait for storage", 12, f"{_JOURNAL}.full",
+        "return stuck or len(self._queue) >= QUEUE_MAX", "return False",
+    ),
+    _one(
+        "young blobs are garbage, too", 9, "storage.core.garbage:is_old_enough",
+        "return age_s >= grace_s", "return True",
+    ),
+    _one(
+        "sums that are not finite are applied", 6, f"{_AGGREGATION}.core.roots:require_finite",
+        "if not all_finite(values):", "if False:",
+    ),
+    _one(
+        "an evaluation waits for the next step", 3, f"{_DECIDER}._evaluation_due",
+        "return self._version > 0 and self._version % self.evaluation_interval == 0",
+        "return self._version > 1 and (self._version - 1) % self.evaluation_interval == 0",
+    ),
+    _one(
+        "what a stop rule has seen is not restored", 3, f"{_DECIDER}.restore",
+        'self._stop.restore(state["stop"])', "pass",
+    ),
+    _one(
+        "no third copy is asked for where two differ", 15,
+        f"{_AGGREGATION}.core.ballots:Question.shortfall",
+        "max(self._counts().values(), default=0)", "len(self.votes)",
+    ),
+    _one(
+        "whoever's own leaf has other bits takes part", 16,
+        "worker.core.job:JobCore._compare_leaves",
+        'same = not self._wanted_leaf or self.leaf_sha256 in ("", self._wanted_leaf)',
+        "same = True",
     ),
 )  # fmt: skip

@@ -237,6 +237,8 @@ class Oracle:
                 expected = jobs.train_loss(plan.shards, plan.local_steps, step, left_out)
             else:
                 expected = jobs.evaluation_metrics(plan.evaluation_shards)[name]
+                due = step % watched.shape.evaluate_every == 0 or step == watched.shape.ends_at
+                self.demand(due, f"{plan.job_id} is evaluated at step {step}, as it must not be")
             self.demand(
                 value == expected,
                 f"{plan.job_id}: {name} at step {step} is {value}, without faults {expected}",

@@ -6,7 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -14,13 +14,14 @@ from phalanx.testing.simulation import Network, World
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.testing.simulation.faults import Schedule
 from phalanx.testing.simulation.loop import SimulationFailed
-from tests.simulation import jobs, last, reducing, task_sets, wishes
+from tests.simulation import jobs, last, rare, reducing, task_sets, wishes
 from tests.simulation.cluster import STORAGE, Cluster, Services
 from tests.simulation.faults import Faults, fault_kinds
 from tests.simulation.ledger import Ledger
 from tests.simulation.neighbour import JOBS_MAX, Neighbour
 from tests.simulation.newcomer import SLOTS_MAX, Newcomer
 from tests.simulation.oracle import Oracle
+from tests.simulation.outcome import Outcome
 from tests.simulation.parts import INNER, ONE_BY_ONE, PARTS, STATEFUL, VERIFIED
 from tests.simulation.races import Races
 from tests.simulation.scripts import drawn, play
@@ -118,80 +119,12 @@ class Settings:
     """Time between two collections of garbage; by itself no run lasts so long."""
     limits: tuple[tuple[str, Any], ...] = ()
     """Values of "module:NAME" in this run: limits that are too large to be met in a minute."""
+    at_once: bool = False
+    """Whether the user waits with no job."""
+    changes: tuple[tuple[float, str, int], ...] = ()
+    """When, in scenes, the user pauses or cancels which of her jobs."""
     tasks: int = 0
     """How many sets of tasks there are, see `task_sets`."""
-
-
-@dataclass
-class Outcome:
-    """What one run did."""
-
-    seed: int
-    failure: str = ""
-    transitions: int = 0
-    steps: int = 0
-    virtual_s: float = 0.0
-    cpu_s: float = 0.0
-    faults: Counter[str] = field(default_factory=Counter)
-    lost: int = 0
-    doubled: int = 0
-    left_out: int = 0
-    """Examples that finished jobs left out as they may: those of backup shards."""
-    started: int = 0
-    """Leaves that were started one by one."""
-    repeated: int = 0
-    """Contributions to steps that their shards had completed, which change nothing."""
-    errands: int = 0
-    """What a second user did."""
-    bad_jobs: Counter[str] = field(default_factory=Counter)
-    """Her jobs with a bad leaf that ended as they must, by what was bad."""
-    worse_jobs: Counter[str] = field(default_factory=Counter)
-    """The same of a third user's."""
-    refused: int = 0
-    """Jobs of hers that asked for too much."""
-    orphaned: int = 0
-    """Leaf processes that ended with the one that had started them."""
-    strange: int = 0
-    """What somebody tried who is none of the cluster's."""
-    at_bound: int = 0
-    """Leaves that were started as far ahead of the slowest shard as their job lets them."""
-    stale_accepted: int = 0
-    stale_refused: int = 0
-    jobs: int = 0
-    sha_equal: int = 0
-    cancelled: int = 0
-    terms: int = 0
-    """Highest term of any job."""
-    reasons: Counter[str] = field(default_factory=Counter)
-    """Why jobs were where they were, each time their user looked."""
-    deaf: int = 0
-    """Times at which a leader came to hear none of its members."""
-    silent: int = 0
-    """Members that were taken for lost since they were silent."""
-    lies: int = 0
-    """Leaves about which a worker lied."""
-    quarantines: int = 0
-    """Starts of workers that were quarantined."""
-    copies_asked: int = 0
-    copies_raced: int = 0
-    """Copies of late shards that were asked for; shards that came as a copy and from home."""
-    reduced: int = 0
-    """Steps that workers committed who reduce among themselves."""
-    caught_up: int = 0
-    """Members that were one step behind and were sent the gradient that others had kept."""
-    brought_up: int = 0
-    """Members that were sent everything."""
-    tasks: int = 0
-    """Tasks that a user was told are done."""
-    tasks_given_up: int = 0
-    """Tasks that failed as often as they may."""
-    calls: int = 0
-    """Calls that began, those of tasks that were run again included."""
-    tasks_copied: int = 0
-    """Tasks that were handed out although somebody else had them."""
-    tasks_taken_over: int = 0
-    """Terms of sets of tasks that began with results of a term before."""
-    trace: str = ""
 
 
 def draw(seed: int) -> Settings:
@@ -312,6 +245,10 @@ class Run:
         self.user.waits_s = [
             chance.choice([0.0, 0.0, chance.uniform(0.0, 4.0)]) for _ in settings.shapes
         ]
+        if settings.at_once:
+            self.user.waits_s = [0.0 for _ in settings.shapes]
+        for change in settings.changes:
+            self.user.will(*change)
         self.neighbour = Neighbour(
             self.cluster, random.Random(f"neighbour {seed}"), self.oracle.fingerprints
         )
@@ -435,6 +372,8 @@ class Run:
             outcome.faults["struck_in_the_act"] = self.faults.struck
             outcome.faults["last_strike"] = int(self.last.struck)
         outcome.reasons = user.reasons
+        outcome.rolled_back = sum(self.oracle.terms.values()) - len(self.oracle.terms)
+        outcome.sent_away = self.ledger.sent_away
         outcome.deaf, outcome.silent = self.silence.deaf, self.silence.lost
         outcome.lies = self.cluster.machines.lies
         outcome.quarantines = self.ledger.quarantines
@@ -485,7 +424,8 @@ class Run:
             right = free or job.result.parameters_sha256 == sha256
             outcome.sha_equal += right
             bits = not shape.tolerant and not free
-            promised = (bits, shape.steps, left_out, 0, shape.steps, "STOP_STEPS")
+            reason = "STOP_PLATEAU" if shape.plateau else "STOP_STEPS"
+            promised = (bits, shape.ends_at, left_out, 0, shape.ends_at, reason)
             result = job.result
             if wrong:
                 self.world.fail(SimulationFailed(f"the history of {job_id} {wrong}"))
@@ -529,6 +469,10 @@ def simulate(
     `changed` are settings that differ from what the seed draws.
     """
     clock_s = time.process_time()
+    if only is None and not changed and seed >= ALL_FROM_SEED:
+        scenario = rare.drawn(random.Random(f"rare {seed}"))
+        if scenario is not None:
+            only, changed = frozenset(scenario[0]), {"mixed": False, **dict(scenario[1])}
     settings = replace(draw(seed), **changed)
     if settings.parts:
         shapes = tuple(jobs.composed(shape, settings.parts) for shape in settings.shapes)

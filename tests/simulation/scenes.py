@@ -5,23 +5,23 @@ from __future__ import annotations
 from functools import partial
 
 from coordinator.control.core.state import CoreConfig
-from tests.simulation.jobs import Shape, composed
-from tests.simulation.known import DEAF, UNHEARD, Known
-from tests.simulation.runs import Outcome
+from tests.simulation.known import Known
+from tests.simulation.outcome import Outcome
+from tests.simulation.rare import (
+    DEAF,
+    FULL,
+    GARBAGE,
+    OVERFLOW,
+    PLATEAU,
+    SHORT,
+    UNHEARD,
+    bad_jobs,
+)
 from tests.simulation.wishes import Wish
 
 _MAY_FALL_BACK = ("wishes", (Wish(fall_back_s=2.0),) * 2)
 
 _CORE_CONFIG = "coordinator.control.config:CoreConfig"
-
-
-def _bad(bad: str, *parts: str, **more: object) -> tuple[str, tuple[Shape, ...]]:
-    """One short job for each of these parts, all bad in the same way."""
-    shape = Shape(bad=bad, **more)  # type: ignore[arg-type]
-    return "shapes", tuple(composed(shape, each) for each in parts or ("",))
-
-
-_SHORT: dict[str, object] = {"elements": 40, "shards": 3, "steps": 8, "checkpoint_every": 3}
 
 
 SCENES = {
@@ -68,17 +68,19 @@ SCENES = {
         (),
         (
             ("workers", 3),
-            _bad("endless"),
+            bad_jobs("endless"),
             ("fails", "DESCRIBE_TIMEOUT"),
             ("limits", ((_CORE_CONFIG, partial(CoreConfig, describe_timeout_s=1.0)),)),
         ),
     ): "DESCRIBE_TIMEOUT",
-    Known(4, ("kill_worker",), (_bad("empty"), ("fails", "DESCRIBE_FAILED"))): "DESCRIBE_FAILED",
+    Known(
+        4, ("kill_worker",), (bad_jobs("empty"), ("fails", "DESCRIBE_FAILED"))
+    ): "DESCRIBE_FAILED",
     # All is done, and storage takes no more models.
     Known(
         5,
         ("kill_control",),
-        (_bad("", **_SHORT), ("namespace_bytes", 600), ("fails", "QUOTA_EXCEEDED")),
+        (bad_jobs("", **SHORT), ("namespace_bytes", 600), ("fails", "QUOTA_EXCEEDED")),
     ): "QUOTA_EXCEEDED",
     # Leaves that are bad in some of the ways in which contributions are put together.
     Known(
@@ -86,30 +88,22 @@ SCENES = {
         (),
         (
             ("workers", 3),
-            _bad("skip", "asynchronous", "median", "all-reduce", "3 replicas", **_SHORT),
+            bad_jobs("skip", "asynchronous", "median", "all-reduce", "3 replicas", **SHORT),
         ),
     ): "left_out",
-    Known(10, (), (("workers", 2), _bad("void", "median", "all-reduce", **_SHORT))): "left_out",
+    Known(10, (), (("workers", 2), bad_jobs("void", "median", "all-reduce", **SHORT))): "left_out",
+    Known(10, *OVERFLOW): "PARAMETERS_NON_FINITE",
     Known(
         10,
         (),
         (
             ("workers", 3),
-            _bad("overflow", "all-reduce", "bfloat16", **_SHORT),
-            ("fails", "PARAMETERS_NON_FINITE"),
-        ),
-    ): "PARAMETERS_NON_FINITE",
-    Known(
-        10,
-        (),
-        (
-            ("workers", 3),
-            _bad("poison", "asynchronous", "all-reduce", **_SHORT),
+            bad_jobs("poison", "asynchronous", "all-reduce", **SHORT),
             ("fails", "POISON_SHARD"),
         ),
     ): "POISON_SHARD",
     Known(
-        10, (), (("workers", 3), _bad("nan", "all-reduce", **_SHORT), ("fails", "NON_FINITE"))
+        10, (), (("workers", 3), bad_jobs("nan", "all-reduce", **SHORT), ("fails", "NON_FINITE"))
     ): "NON_FINITE",
     # Whoever starts leaf processes is killed, by a leaf, and again and again by chance.
     Known(
@@ -117,37 +111,28 @@ SCENES = {
         (),
         (
             ("workers", 2),
-            _bad("deadly", steps=20),
+            bad_jobs("deadly", steps=20),
             ("script", "leaf_servers_die"),
             ("script_s", 0.5),
             ("faults_s", 3.0),
         ),
     ): "orphaned",
     # Whoever is to own the parameters has not the memory for them; then nobody has.
-    Known(9, (), (("aggregators", 2), ("small", 1), _bad("", **_SHORT))): "steps",
+    Known(9, (), (("aggregators", 2), ("small", 1), bad_jobs("", **SHORT))): "steps",
     Known(
         9, (), (("aggregators", 2), ("small", 2), ("fails", "AGGREGATOR_MEMORY"))
     ): "AGGREGATOR_MEMORY",
     # What storage says of its checkpoints, or of the job, is not what it was told.
-    Known(0, (), (("script", "checkpoints_rot"), ("script_s", 1.0), _bad("", steps=20))): "terms",
-    Known(0, (), (("script", "job_rots"), ("fails", "ROW_CORRUPT"))): "ROW_CORRUPT",
-    DEAF: "deaf",
-    UNHEARD: "silent",
-    # Garbage is collected all the time, and somebody tries what the contract forbids.
     Known(
-        8,
-        ("kill_control", "kill_worker", "kill_aggregator"),
-        (
-            ("garbage_s", 1.0),
-            ("controls", 2),
-            ("aggregators", 1),
-            ("workers", 2),
-            ("stranger", True),
-            ("faults_s", 9.0),
-            ("leaf_s", 0.3),
-            _bad("", steps=60, evaluate_every=9),
-        ),
-    ): "strange",
+        0, (), (("script", "checkpoints_rot"), ("script_s", 1.0), bad_jobs("", steps=20))
+    ): "terms",
+    Known(0, (), (("script", "job_rots"), ("fails", "ROW_CORRUPT"))): "ROW_CORRUPT",
+    Known(0, *DEAF): "deaf",
+    Known(0, *UNHEARD): "silent",
+    # Garbage is collected all the time, and somebody tries what the contract forbids.
+    Known(8, *GARBAGE): "strange",
+    Known(0, *PLATEAU): "rolled_back",
+    Known(0, *FULL): "sent_away",
 }
 """Each with what it must show: a reason that somebody must have been told for a job, in capitals,
 or what of its outcome must have come about."""

@@ -30,6 +30,7 @@ DEAF_S, DEAF_EVERY_S = 1.95, 4.65
 """So long no member takes its session for dead: that takes four heartbeats without an answer. Each
 time heartbeats are at another moment."""
 UNHEARD_S = 4.0
+FULL_S = 7.0
 HEARTBEAT_S = 0.5
 _SPOILT_CHECKPOINTS = "UPDATE checkpoints SET manifest = x'00' WHERE whole = 1 AND final = 0"
 _SPOILT_JOBS = "UPDATE jobs SET term = term + 1"
@@ -75,6 +76,7 @@ def play(cluster: Cluster, name: str, oracle: Oracle, begins_s: float) -> None:
             "checkpoints_rot": lambda: _rot(cluster, _SPOILT_CHECKPOINTS),
             "job_rots": lambda: _rot(cluster, _SPOILT_JOBS),
             "leaf_servers_die": lambda: _orphan(cluster),
+            "disk_full": lambda: _fill(cluster),
             "deaf_leader": lambda: _deafen(cluster, oracle),
             "unheard_aggregators": lambda: _part_from_aggregators(cluster, oracle),
             "aggregators_gone": lambda: cluster.lose(cluster.aggregators[:-1]),
@@ -133,6 +135,17 @@ def _orphan(cluster: Cluster) -> None:
             world.now_s + number * ORPHANS_EVERY_S, lambda name=name: _end_server(cluster, name)
         )
     world.at(world.now_s + len(cluster.workers) * ORPHANS_EVERY_S, lambda: _orphan(cluster))
+
+
+def _fill(cluster: Cluster) -> None:
+    """For longer than any append is waited for, storage answers that its disk is full."""
+    disk = cluster.storage_machine.disk
+    disk.full = True
+
+    def end() -> None:
+        disk.full = False
+
+    cluster.world.at(cluster.world.now_s + FULL_S, end)
 
 
 def _cut_for(cluster: Cluster, leader: str, members: list[str], for_s: float) -> None:

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 from tests.simulation.kept import Kept
-from tests.simulation.runs import Outcome
+from tests.simulation.outcome import Outcome
 
 FIRST = Outcome(7, transitions=5, cpu_s=0.5, faults=Counter(kill_worker=2), trace="ab")
 SECOND = Outcome(8, failure="lost", bad_jobs=Counter(nan=1))
