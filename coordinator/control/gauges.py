@@ -6,12 +6,11 @@ from typing import Any
 
 from coordinator.control.core.effects import Observe
 from coordinator.control.core.facts import Facts
-from coordinator.control.core.lifecycle import ENDED, FAILED, state_name
+from coordinator.control.core.lifecycle import FAILED
 from coordinator.control.core.state import Core
 from coordinator.control.core.views import worker_view
 from phalanx.telemetry.metrics import ControlMetrics
 from phalanx.v1.cluster_service_pb2 import Worker
-from phalanx.v1.control_journal_pb2 import JobChanged
 from phalanx.v1.job_pb2 import Job
 
 _WORKER_STATES = {
@@ -50,12 +49,6 @@ class Gauges:
     def observe_append(self, seconds: float) -> None:
         """Note how long it took until facts were durable."""
         self._metrics.journal_append_seconds.observe(seconds)
-
-    def job_changed(self, changed: JobChanged, program: str) -> None:
-        """Count a job that ended."""
-        if changed.state in ENDED:
-            outcome = state_name(changed.state).lower()
-            self._metrics.tasks_total.labels(program=program, outcome=outcome).inc()
 
     def show(self, core: Core, durable: Facts, lag: int) -> None:
         """Copy the number of workers, slots and jobs by state."""

@@ -335,11 +335,9 @@ class Leader:
     def _after_record(self, record: ControlRecord) -> None:
         """What follows from a durable fact whoever decided it."""
         changed = record.job_changed
-        if record.WhichOneof("fact") == "job_changed":
-            facts = self.durable.job(changed.job_id)
-            self._gauges.job_changed(changed, facts.spec.WhichOneof("program") or "train")
-            if changed.state in (SUCCEEDED, CANCELLED):
-                self._spawn(self._operations.release_pins(changed.job_id), vital=False)
+        is_change = record.WhichOneof("fact") == "job_changed"
+        if is_change and changed.state in (SUCCEEDED, CANCELLED):
+            self._spawn(self._operations.release_pins(changed.job_id), vital=False)
 
     async def _operate(self, effect: fx.RaiseTerm | fx.ReadRow | fx.WriteModel) -> None:
         self.dispatch(await self._operations.perform(effect))

@@ -89,7 +89,10 @@ class ControlMetrics:
             "job_queue_seconds", "Time from submission to start.", _SLOW_S
         )
         self.tasks_total = make.counter(
-            "tasks_total", "Attempts at tasks that ended, by outcome.", "program", "outcome"
+            "tasks_total",
+            "Attempts at tasks (leaves, calls) that ended on workers, by outcome.",
+            "program",
+            "outcome",
         )
         self.redispatches_total = make.counter(
             "redispatches_total", "Shards given to another worker, by cause.", "cause"

@@ -303,24 +303,60 @@ class Heartbeat(_message.Message):
     JOBS_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     CPU_FRACTION_FIELD_NUMBER: _builtins.int
+    ENDED_ATTEMPTS_FIELD_NUMBER: _builtins.int
     resident_bytes: _builtins.int
     cpu_fraction: _builtins.float
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerJobProgress]: ...
+    @_builtins.property
+    def ended_attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___EndedAttempts]:
+        """Of a worker: the attempts that ended since it started, of all jobs."""
+
     def __init__(
         self,
         *,
         jobs: _abc.Iterable[Global___WorkerJobProgress] | None = ...,
         resident_bytes: _builtins.int = ...,
         cpu_fraction: _builtins.float = ...,
+        ended_attempts: _abc.Iterable[Global___EndedAttempts] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_fraction", b"cpu_fraction", "jobs", b"jobs", "resident_bytes", b"resident_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_fraction", b"cpu_fraction", "ended_attempts", b"ended_attempts", "jobs", b"jobs", "resident_bytes", b"resident_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class EndedAttempts(_message.Message):
+    """How many attempts at tasks came to one end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLS_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    calls: _builtins.bool
+    """Calls of sets of tasks; else leaves of training jobs."""
+    failed: Global___LeafFailed.Kind.ValueType
+    """KIND_UNSPECIFIED: done."""
+    count: _builtins.int
+    """Only rises."""
+    def __init__(
+        self,
+        *,
+        calls: _builtins.bool = ...,
+        failed: Global___LeafFailed.Kind.ValueType = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "count", b"count", "failed", b"failed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndedAttempts: _TypeAlias = EndedAttempts  # noqa: Y015
 
 @_typing.final
 class WorkerJobProgress(_message.Message):

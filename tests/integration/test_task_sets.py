@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from phalanx.sdk.job import Job, JobFailed
 from phalanx.tasks import INLINE_BYTES, TASKS_MAX, journal_stream
 from phalanx.testing.arena import GUARD_S, wait_until
 from phalanx.testing.datasets import REPOSITORY
+from phalanx.testing.scraping import scrape
 from phalanx.v1.job_spec_pb2 import JobSpec
 
 CODE = """
@@ -174,6 +176,41 @@ def test_a_cancelled_job_frees_its_workers(local: phalanx.LocalCluster, tmp_path
     assert job.refresh().state == "CANCELLED"
     after = local.submit(document("add", [{"a": 1}]))
     after.wait(timeout_s=GUARD_S)
+
+
+def ends(process: Any, name: str) -> dict[tuple[str, str], float]:
+    """Values of a metric of one process by its labels `program` and `outcome`."""
+    found = {}
+    for (each, labels), value in scrape(process.metrics_address).items():
+        if each == name:
+            of = dict(labels)
+            found[of["program"], of["outcome"]] = value
+    return found
+
+
+def test_control_counts_each_attempt_by_how_it_ended(
+    local: phalanx.LocalCluster, tmp_path: Path
+) -> None:
+    control, workers = local.process("control-1"), ("worker-1", "worker-2")
+    before = ends(control, "phalanx_tasks_total")
+    arguments = [{"number": number, "folder": str(tmp_path)} for number in range(6)]
+    local.submit(document("picky", arguments, on_failure={"go_on": {}}, attempts=2)).wait(GUARD_S)
+    local.submit(document("picky", arguments[:3])).wait(GUARD_S)
+
+    def of_workers() -> Counter[tuple[str, str]]:
+        total: Counter[tuple[str, str]] = Counter()
+        for worker in workers:
+            counted = ends(local.process(worker), "phalanx_leaf_seconds_count")
+            total.update({key: int(value) for key, value in counted.items() if value})
+        return total
+
+    wait_until(
+        lambda: ends(control, "phalanx_tasks_total") == of_workers(),
+        "control to count what the workers have",
+    )
+    after = ends(control, "phalanx_tasks_total")
+    assert after["tasks", "raised"] - before.get(("tasks", "raised"), 0) >= 2
+    assert after["tasks", "done"] - before.get(("tasks", "done"), 0) >= 5 + 3
 
 
 def test_what_is_no_json_is_said(cluster: phalanx.Cluster) -> None:

@@ -1,12 +1,36 @@
-"""What heartbeats say about a job: leaves done, examples per second, leaf times."""
+"""What heartbeats say: of a job leaves done, examples per second, leaf times; attempts of all."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
+from typing import TypeAlias
 
+from phalanx.v1 import coordination_service_pb2 as coordination
+
+Kind: TypeAlias = coordination.LeafFailed.Kind.ValueType
+
+DONE = coordination.LeafFailed.KIND_UNSPECIFIED
 _LEAF_TIMES_KEPT = 128
 _HALF_LIFE_S = 2.0
+
+
+class EndedAttempts:
+    """How many attempts at tasks of all jobs came to which end, since the worker started."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[bool, Kind]] = Counter()
+
+    def ended(self, *, calls: bool, failed: Kind = DONE, count: int = 1) -> None:
+        """Count attempts: calls of sets of tasks, or leaves."""
+        self._counts[calls, failed] += count
+
+    def messages(self) -> list[coordination.EndedAttempts]:
+        """All counts, for a heartbeat."""
+        return [
+            coordination.EndedAttempts(calls=calls, failed=failed, count=count)
+            for (calls, failed), count in self._counts.items()
+        ]
 
 
 class JobProgress:

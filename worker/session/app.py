@@ -31,6 +31,7 @@ from worker.core.all_reduce.job import AllReduceJob
 from worker.core.calls import TaskSetCore
 from worker.core.dispatch import Task
 from worker.core.job import JobCore
+from worker.core.progress import EndedAttempts
 from worker.core.rounds import LeafFailure
 from worker.core.session import WorkerCore
 from worker.session.all_reduce.hosting import GetStorage, HostedAllReduce
@@ -100,6 +101,7 @@ class Session:
         )
         self._logs = LogCollector(config.id, self._control.report)
         self._jobs: dict[str, HostedJob | HostedTasks] = {}
+        self._attempts = EndedAttempts()
         self._background: set[asyncio.Task[None]] = set()
         self._described: PreparedJob | None = None
         self._fingerprint = ""
@@ -216,7 +218,9 @@ class Session:
             for job in self._jobs.values()
         ]
         return coordination.Heartbeat(
-            jobs=jobs, resident_bytes=_resident_bytes([os.getpid(), *self._slots.pids])
+            jobs=jobs,
+            resident_bytes=_resident_bytes([os.getpid(), *self._slots.pids]),
+            ended_attempts=self._attempts.messages(),
         )
 
     def _on_open(self, welcome: coordination.Welcome) -> None:
@@ -443,6 +447,7 @@ class Session:
         """A part of a task is in its buffer."""
         for seconds in done.seconds:
             self._leaf_done.observe(seconds)
+        self._attempts.ended(calls=False, count=len(done.seconds))
         self._core.computed(task.job_id, sum(done.seconds))
         job = self._jobs.get(task.job_id)
         if not isinstance(job, HostedJob) or not job.core.owns(task):
@@ -456,6 +461,7 @@ class Session:
     def call_done(self, task: Task, index: int, seconds: float, value_json: bytes) -> None:
         """A call of a set of tasks returned."""
         self._call_done.observe(seconds)
+        self._attempts.ended(calls=True)
         self._core.computed(task.job_id, seconds)
         job = self._jobs.get(task.job_id)
         if isinstance(job, HostedTasks) and job.core.owns(task):
@@ -464,7 +470,9 @@ class Session:
     def part_failed(self, task: Task, index: int, failure: LeafFailure) -> None:
         """A leaf failed."""
         job = self._jobs.get(task.job_id)
-        program = "tasks" if isinstance(job, HostedTasks) else "train"
+        calls = isinstance(job, HostedTasks)
+        self._attempts.ended(calls=calls, failed=failure.kind)
+        program = "tasks" if calls else "train"
         outcome = _outcome(failure.kind)
         observe = self._metrics.leaf_seconds.labels(program=program, outcome=outcome).observe
         observe(failure.seconds)

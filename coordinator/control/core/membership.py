@@ -33,6 +33,11 @@ from phalanx.v1.control_journal_pb2 import ControlRecord, WorkerDrained
 SUSPECTED_AFTER = 0.5
 """Share of a lease of silence after which a worker gets nothing new."""
 
+_OUTCOMES = {
+    number: name.removeprefix("KIND_").lower() if number else "done"
+    for name, number in pb.LeafFailed.Kind.items()
+}
+
 MASS = 3
 SLOTS_MAX = 4096
 GONE_WORKERS_KEPT = 200
@@ -56,6 +61,7 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
         state=WorkerView.STATE_READY,
         join_unix_nanos=old.join_unix_nanos if same and old else core.now.unix_nanos,
         heard_s=core.now.monotonic_s,
+        ended_attempts=old.ended_attempts if same and old else None,
     )
     core.workers.pop(worker.id, None)
     core.workers[worker.id] = worker
@@ -136,6 +142,7 @@ def heartbeat(core: Core, member: Worker | Aggregator, message: pb.Heartbeat) ->
         return
     member.resident_bytes = message.resident_bytes
     member.cpu_fraction = message.cpu_fraction
+    _count_attempts(core, member, message)
     for each in message.jobs:
         job = core.jobs.get(each.job_id)
         hosted = job.hosts.get(member.id) if job is not None else None
@@ -153,6 +160,23 @@ def heartbeat(core: Core, member: Worker | Aggregator, message: pb.Heartbeat) ->
         speed.told(each.train_leaves, each.train_leaf_seconds, core.now.monotonic_s)
         if advanced:
             core.publish(job.job_id, job.term_after, progress_only=True)
+
+
+def _count_attempts(core: Core, worker: Worker, message: pb.Heartbeat) -> None:
+    """Count what has ended since the heartbeat before.
+
+    The first one comes with the session. What it tells of ended under another leader, which has
+    counted it; a worker that has just started has nothing to tell.
+    """
+    ended = {(each.calls, each.failed): each.count for each in message.ended_attempts}
+    before, worker.ended_attempts = worker.ended_attempts, ended
+    if before is None:
+        return
+    for (calls, failed), count in ended.items():
+        more = count - before.get((calls, failed), 0)
+        if more > 0 and failed in _OUTCOMES:
+            program = "tasks" if calls else "train"
+            core.observe("tasks_total", more, program=program, outcome=_OUTCOMES[failed])
 
 
 def heard(core: Core, member: Worker | Aggregator) -> None:

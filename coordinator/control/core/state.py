@@ -88,6 +88,8 @@ class Worker:
     reason: str = ""
     resident_bytes: int = 0
     cpu_fraction: float = 0.0
+    ended_attempts: dict[tuple[bool, pb.LeafFailed.Kind.ValueType], int] | None = None
+    """As it said last: attempts by whether they were calls and how they failed; None: not yet."""
     released: bool = False
     """Whether a draining worker was told that it may leave."""
 

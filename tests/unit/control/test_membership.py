@@ -349,6 +349,70 @@ def test_a_member_of_a_large_cluster_keeps_its_lease_when_the_others_leave(clust
     assert not cluster.core.workers["w149"].connected
 
 
+def ended(cluster: Any, name: str, **counts: int) -> None:
+    """A heartbeat of a worker: `calls_crashed=2`, `leaves_done=7`."""
+    attempts = []
+    for key, count in counts.items():
+        what, _, how = key.partition("_")
+        failed = pb.LeafFailed.KIND_UNSPECIFIED
+        if how != "done":
+            failed = pb.LeafFailed.Kind.Value(f"KIND_{how.upper()}")
+        attempts.append(pb.EndedAttempts(calls=what == "calls", failed=failed, count=count))
+    cluster.say(cluster.sessions[name], heartbeat=pb.Heartbeat(ended_attempts=attempts))
+
+
+def attempts_counted(cluster: Any) -> dict[str, float]:
+    counted: dict[str, float] = {}
+    for each in cluster.observed:
+        if each.metric == "tasks_total":
+            labels = dict(each.labels)
+            key = f"{labels['program']}/{labels['outcome']}"
+            counted[key] = counted.get(key, 0) + each.value
+    return counted
+
+
+def test_attempts_are_counted_once_by_how_they_ended(cluster: Any) -> None:
+    cluster.worker("w1")
+    cluster.worker("w2")
+    ended(cluster, "w1")
+    ended(cluster, "w2")
+    ended(cluster, "w1", leaves_done=5)
+    ended(cluster, "w2", leaves_done=2, leaves_non_finite=1, calls_crashed=2)
+    ended(cluster, "w1", leaves_done=8)
+    cluster.kill("w1")
+    cluster.worker("w1")  # the same process on another session: it goes on where it was
+    ended(cluster, "w1", leaves_done=9, calls_done=1)
+    assert attempts_counted(cluster) == {
+        "train/done": 11,
+        "train/non_finite": 1,
+        "tasks/crashed": 2,
+        "tasks/done": 1,
+    }
+    cluster.worker("w2", incarnation="w2-2")
+    ended(cluster, "w2")
+    ended(cluster, "w2", leaves_done=1)
+    assert attempts_counted(cluster)["train/done"] == 12
+
+
+def test_what_ended_under_another_leader_is_not_counted_again(cluster: Any) -> None:
+    cluster.worker("w1")
+    ended(cluster, "w1")
+    ended(cluster, "w1", leaves_done=70)
+    cluster.lead()
+    cluster.worker("w1")
+    ended(cluster, "w1", leaves_done=90)
+    ended(cluster, "w1", leaves_done=91)
+    assert attempts_counted(cluster) == {"train/done": 1}
+
+
+def test_a_worker_cannot_make_up_ends(cluster: Any) -> None:
+    session = cluster.worker("w1")
+    ended(cluster, "w1", leaves_done=5)
+    attempts = [pb.EndedAttempts(failed=99, count=7), pb.EndedAttempts(count=2)]  # type: ignore[arg-type]
+    cluster.say(session, heartbeat=pb.Heartbeat(ended_attempts=attempts))
+    assert attempts_counted(cluster) == {}
+
+
 def test_a_thundering_herd_is_comes_back_and_nothing_moves(cluster: Any) -> None:
     """After a take-over 60 workers say what they hold: nothing moves and no term is raised."""
     cluster.aggregator()
