@@ -19,7 +19,6 @@ def pytest_configure() -> None:
     plain = structlog.dev.plain_traceback
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="%Y-%m-%d %H:%M:%S", utc=False),
             structlog.dev.ConsoleRenderer(colors=False, exception_formatter=plain),

@@ -2,12 +2,12 @@
 
     configure_logging("worker", "worker-1", level="info", format="json")
     log = get_logger(__name__)
-    with bound_contextvars(job_id="fashion-mlp-ab12cd34", step=7):
-        log.info("leaf_finished", shard=3, seconds=0.012)
+    log.info("leaf_finished", job_id="fashion-mlp-ab12cd34", step=7, shard=3, seconds=0.012)
 
 The first argument of a log call is the event, in snake_case; everything else is a named value.
-``job_id``, ``worker_id``, ``step`` and ``shard`` are spelled like this everywhere. Records of the
-standard library's ``logging`` (gRPC's, asyncio's) come out in the same form.
+``job_id``, ``worker_id``, ``step`` and ``shard`` are spelled like this everywhere, and said in
+each call: what is bound to a context stays with every callback and task that is made in it. Records
+of the standard library's ``logging`` (gRPC's, asyncio's) come out in the same form.
 """
 
 import logging
@@ -16,14 +16,13 @@ import sys
 from typing import Any
 
 import structlog
-from structlog.contextvars import bound_contextvars
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 
 def configure_logging(role: str, id: str, level: str = "info", format: str = "json") -> None:
-    """Set up the logs of this process; ``role`` and ``id`` are added to every line."""
+    """Set up the logs of this process; ``role`` and ``id`` are added to every line, and
+    ``worker_id`` to those of a worker, so that it finds whatever is said by or of one."""
     shared: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
@@ -74,9 +73,8 @@ def _identity(role: str, id: str) -> Processor:
 
     def add(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
         fields: dict[str, Any] = {"role": role, "id": id, "pid": pid}
+        if role == "worker":
+            fields["worker_id"] = id
         return {**fields, **event}
 
     return add
-
-
-__all__ = ["bound_contextvars", "configure_logging", "get_logger"]

@@ -78,6 +78,14 @@ class SetUpFailure:
     traceback: str
 
 
+@dataclass(frozen=True)
+class _SettingUp:
+    """A job that a process was told to load, and what comes of it."""
+
+    job_id: str
+    done: asyncio.Future[SetUpFailure | None]
+
+
 @dataclass(eq=False)
 class _Place:
     """A slot's process for one set of code, alive or about to be started again."""
@@ -91,9 +99,19 @@ class _Place:
     job: PreparedJob | None = None
     describing: asyncio.Future[bytes] | None = None
     description: bytes = b""
-    described_job: int = 0
-    setting_up: dict[int, asyncio.Future[SetUpFailure | None]] = field(default_factory=dict)
+    described_job: PreparedJob | None = None
+    setting_up: dict[int, _SettingUp] = field(default_factory=dict)
     fetching: int = 0
+
+    def ids(self) -> dict[str, object]:
+        """What a line of the log names that by which its process is busy with."""
+        if self.task is not None:
+            ids: dict[str, object] = {"job_id": self.task.job_id}
+            return ids if self.task.is_call else {**ids, "step": self.task.round.step}
+        jobs = {each.job_id for each in self.setting_up.values()}
+        if self.describing is not None and self.described_job is not None:
+            jobs.add(self.described_job.plan.job_id)
+        return {"job_id": jobs.pop()} if len(jobs) == 1 else {}
 
 
 class SlotPool:
@@ -155,7 +173,9 @@ class SlotPool:
         places = [self._place(slot, job.code_key) for slot in range(self._count)]
         for place in places:
             self._introduce(place, job)
-        waits = [place.setting_up[job.number] for place in places if job.number in place.setting_up]
+        waits = [
+            place.setting_up[job.number].done for place in places if job.number in place.setting_up
+        ]
         if waits:
             await asyncio.wait(waits, timeout=self._leaf_timeout_s)
         return next((each.result() for each in waits if each.done() and each.result()), None)
@@ -168,7 +188,7 @@ class SlotPool:
         place.describing = asyncio.get_running_loop().create_future()
         # Kept: a process that is about to start is told when it is there.
         place.description = job.describe_body()
-        place.described_job = job.number
+        place.described_job = job
         self._tell(place, Kind.DESCRIBE, place.description)
         try:
             await self._patiently(place, place.describing)
@@ -262,7 +282,8 @@ class SlotPool:
                 limit_s = place.job.timeout_s if place.job is not None else 0.0
                 progress = place.task.id, page.task, page.leaves, page.shard, process.pid
             if patience.exhausted(progress, now_s, limit_s) and process is not None:
-                _log.warning("leaf_hung", slot=slot, shard=process.page.shard)
+                ids = place.ids() if place is not None else {}
+                _log.warning("leaf_hung", slot=slot, shard=process.page.shard, **ids)
                 process.hung()
 
     async def close(self) -> None:
@@ -374,7 +395,8 @@ class SlotPool:
         process = place.process
         if process is not None and job.number not in process.known_jobs:
             process.known_jobs.add(job.number)
-            place.setting_up[job.number] = asyncio.get_running_loop().create_future()
+            done = asyncio.get_running_loop().create_future()
+            place.setting_up[job.number] = _SettingUp(job.plan.job_id, done)
             self._tell(place, Kind.SETUP, job.setup_body(), (job.arena.fd,))
 
     def _tell(
@@ -420,7 +442,8 @@ class SlotPool:
             case Kind.DESCRIBED:
                 document, answer = ipc.unpack_json(message.body)
                 # One that was given up may still answer.
-                wanted = document["job"] == place.described_job
+                asked = place.described_job
+                wanted = asked is not None and document["job"] == asked.number
                 if wanted and place.describing is not None and not place.describing.done():
                     place.describing.set_result(answer)
             case Kind.FINGERPRINTED:
@@ -436,12 +459,13 @@ class SlotPool:
             self._fingerprint.set_result(str(document["fingerprint"]))
 
     def _has_set_up(self, place: _Place, document: dict[str, object]) -> None:
-        if document["error"]:
-            _log.warning("job_set_up_failed", slot=place.slot, message=document["error"])
-        done = place.setting_up.pop(int(str(document["job"])), None)
-        if done is not None:
-            error, traceback = str(document["error"]), str(document["traceback"])
-            done.set_result(SetUpFailure(error, traceback) if error else None)
+        asked = place.setting_up.pop(int(str(document["job"])), None)
+        if asked is None:
+            return
+        error, traceback = str(document["error"]), str(document["traceback"])
+        if error:
+            _log.warning("job_set_up_failed", slot=place.slot, job_id=asked.job_id, message=error)
+        asked.done.set_result(SetUpFailure(error, traceback) if error else None)
 
     def _leave(self, place: _Place) -> None:
         place.task = place.job = None
@@ -458,12 +482,13 @@ class SlotPool:
 
     def _died(self, place: _Place, process: LeafProcess, code: int) -> None:
         how = describe_exit(code)
-        _log.warning("leaf_process_died", slot=place.slot, how=how, shard=process.page.shard)
+        shard = process.page.shard
+        _log.warning("leaf_process_died", slot=place.slot, how=how, shard=shard, **place.ids())
         place.process = None
         place.fetching = 0
         place.lost_starts += not process.ready
-        for done in place.setting_up.values():
-            done.set_result(None)
+        for asked in place.setting_up.values():
+            asked.done.set_result(None)
         place.setting_up.clear()
         task, job = place.task, place.job
         # What a process is told it does in turn: while a task ran no model was being built.

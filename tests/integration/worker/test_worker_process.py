@@ -341,6 +341,62 @@ async def test_metrics_and_health_are_served(bench: Any, spawn: Any, eventually:
             assert (await asyncio.to_thread(get, "/healthz")).strip() == "ok"
 
 
+def _logged(worker: WorkerProcess, event: str) -> list[dict[str, Any]]:
+    """Lines of the log that are whole."""
+    *lines, _rest = worker.log.read_text().split("\n")
+    return [line for line in map(json.loads, lines) if line["event"] == event]
+
+
+@pytest.mark.parametrize(
+    ("act", "events"),
+    [
+        ("crash", ("leaf_process_died", "leaf_failed")),
+        ("hang", ("leaf_hung", "leaf_process_died", "leaf_failed")),
+        ("raise_error", ("leaf_failed",)),
+    ],
+)
+async def test_what_is_logged_of_a_leaf_names_worker_job_step_and_shard(
+    bench: Any, spawn: Any, eventually: Any, act: str, events: tuple[str, ...]
+) -> None:
+    # Row 40 of 64 belongs to shard 2 of 4.
+    bench.job(shards=4, custom={"row": 40, "act": act})
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        with ScriptedCluster() as cluster:
+            cluster.blobs.update(bench.blobs)
+            bench.own(aggregator)
+            worker = await spawn(control.address, cluster.address, "--leaf-timeout-s", "1")
+            session = await control.next_session()
+            await session.send(assign_job=bench.assign([(0, 4)]))
+            stream = await aggregator.next_stream()
+            await session.receive("worker_job_ready")
+            await stream.send_version(5, 0, np.zeros(3, np.float32))
+            await stream.send_go(bench.go(5))
+            await session.receive("leaf_failed")
+            await eventually(lambda: all(_logged(worker, event) for event in events))
+            for event in events:
+                line = _logged(worker, event)[0]
+                names = (line["worker_id"], line["job_id"], line["step"], line["shard"])
+                assert names == ("worker-0", bench.plan.job_id, 5, 2), event
+
+
+async def test_what_is_logged_of_a_job_that_cannot_be_set_up_names_it(
+    bench: Any, spawn: Any, eventually: Any
+) -> None:
+    bench.job(shards=4, custom={})
+    bench.plan.code_digests["fickle.py"] = bench.put(b"x = (\n")
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        with ScriptedCluster() as cluster:
+            cluster.blobs.update(bench.blobs)
+            bench.own(aggregator)
+            worker = await spawn(control.address, cluster.address)
+            session = await control.next_session()
+            await session.send(assign_job=bench.assign([(0, 4)]))
+            await eventually(lambda: _logged(worker, "job_set_up_failed"))
+            line = _logged(worker, "job_set_up_failed")[0]
+            assert (line["worker_id"], line["job_id"]) == ("worker-0", bench.plan.job_id)
+            assert "SyntaxError" in line["message"]
+
+
 async def test_health_is_about_the_worker_and_not_about_control(
     spawn: Any, tmp_path: Path, eventually: Any
 ) -> None:

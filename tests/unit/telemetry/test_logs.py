@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from phalanx.telemetry.logs import bound_contextvars, configure_logging, get_logger
+from phalanx.telemetry.logs import configure_logging, get_logger
 from phalanx.testing.logging import unconfigured_afterwards
 
 # Made at import, before logs are configured, as modules do.
@@ -24,10 +24,9 @@ def _lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
 
-def test_line_has_who_what_when_and_the_bound_ids(capsys: pytest.CaptureFixture[str]) -> None:
+def test_line_has_who_what_when_and_the_ids(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("worker", "worker-1")
-    with bound_contextvars(job_id="job-1", step=7):
-        log.info("leaf_finished", shard=3)
+    log.info("leaf_finished", job_id="job-1", step=7, shard=3)
     log.info("idle")
     leaf, idle = _lines(capsys)
     assert leaf["time"].endswith("Z")
@@ -40,9 +39,19 @@ def test_line_has_who_what_when_and_the_bound_ids(capsys: pytest.CaptureFixture[
         "role": "worker",
         "shard": 3,
         "step": 7,
+        "worker_id": "worker-1",
     }
     assert {key: leaf[key] for key in expected} == expected
     assert "job_id" not in idle
+
+
+def test_only_a_worker_is_named_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("control", "control-1")
+    log.info("worker_joined", worker_id="worker-3")
+    log.info("idle")
+    joined, idle = _lines(capsys)
+    assert (joined["id"], joined["worker_id"]) == ("control-1", "worker-3")
+    assert "worker_id" not in idle
 
 
 def test_less_important_lines_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,7 @@ async def pool(monkeypatch):
 
 async def test_a_model_is_built_anew_where_the_leaf_of_another_job_took_the_process_along(pool):
     process = started[0]
-    task = SimpleNamespace(id=7, slot=0, parts=[])
+    task = SimpleNamespace(id=7, job_id="job-2", is_call=True, slot=0, parts=[])
     place = pool._places[0, ""]
     place.task, place.job, process.page.task = task, JOB, task.id
     describing = asyncio.create_task(pool.describe(JOB))
@@ -171,7 +171,9 @@ async def test_what_died_with_its_server_is_nobodys_fault(pool, monkeypatch, orp
     part = SimpleNamespace(node=SimpleNamespace(first=0, span=4), state=PartState.RUNNING)
     round = SimpleNamespace(is_evaluation=False)
     process, place = started[0], pool._places[0, ""]
-    place.task = SimpleNamespace(id=7, slot=0, parts=[part], round=round)
+    place.task = SimpleNamespace(
+        id=7, job_id="job-2", is_call=True, slot=0, parts=[part], round=round
+    )
     place.job = JOB
     process.page = SimpleNamespace(task=7, shard=2, leaf_seconds=lambda _: 0.0)
     process.orphaned = orphaned
@@ -183,7 +185,7 @@ async def test_what_died_with_its_server_is_nobodys_fault(pool, monkeypatch, orp
 @pytest.mark.parametrize(("orphaned", "begun"), [(True, 6), (True, 7), (False, 6)])
 async def test_who_died_with_its_server_may_not_have_heard_of_its_task(pool, orphaned, begun):
     process, place = started[0], pool._places[0, ""]
-    task = place.task = SimpleNamespace(id=7, slot=0, parts=[])
+    task = place.task = SimpleNamespace(id=7, job_id="job-2", is_call=True, slot=0, parts=[])
     place.job = JOB
     process.page = SimpleNamespace(task=begun, shard=-1)
     process.orphaned = orphaned
