@@ -66,9 +66,11 @@ def global_options(
         str, typer.Option(metavar="N", help="Keeps jobs, data and models apart.")
     ] = "default",
     token_file: Annotated[
-        str | None, typer.Option(metavar="F", help="File with an access token.")
+        str | None, typer.Option(metavar="F", help="Not yet: file with an access token.")
     ] = None,
-    ca: Annotated[str | None, typer.Option(metavar="F", help="Certificates to trust, PEM.")] = None,
+    ca: Annotated[
+        str | None, typer.Option(metavar="F", help="Not yet: certificates to trust, PEM.")
+    ] = None,
     timeout: Annotated[
         float, typer.Option(metavar="S", min=0.1, help="Longest wait for one answer, seconds.")
     ] = 30.0,

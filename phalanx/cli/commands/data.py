@@ -73,7 +73,10 @@ def add(
         ),
     ] = "error",
     link: Annotated[
-        bool, typer.Option("--link", metavar="", help="Leave the data where it is (Parquet or S3).")
+        bool,
+        typer.Option(
+            "--link", metavar="", help="Not yet: leave the data where it is (Parquet or S3)."
+        ),
     ] = False,
     format: Annotated[
         str | None, typer.Option(metavar="F", help="Default: by the file's ending.")

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -105,3 +106,19 @@ def test_a_folder_is_no_job_file(offline, tmp_path):
     outcome = offline("submit", str(tmp_path))
     assert outcome.code == 2
     assert outcome.err == f"error: {tmp_path} is a folder; give the path of a job file\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "command", "rest"),
+    [
+        (("--token-file", "token"), (), ("jobs",)),
+        (("--ca", "ca.pem"), (), ("jobs",)),
+        (("--link",), ("data", "add"), ("name", __file__)),
+    ],
+)
+def test_what_is_refused_is_not_promised(phalanx, offline, option, command, rest):
+    refused = phalanx("--json", *command, *option, *rest)
+    assert refused.code == 2
+    assert refused.error()["code"] == "UNIMPLEMENTED"
+    help_text = " ".join(offline(*command, "--help").out.replace("│", "").split())
+    assert re.search(rf"{option[0]}( F)? Not yet: ", help_text)
