@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from phalanx.errors import DeadlineExceeded, InvalidArgument, PhalanxError
 from phalanx.ids import check_namespace, new_request_id
@@ -20,12 +20,17 @@ from phalanx.sdk.models import Models
 from phalanx.sdk.transport import CALL_TIMEOUT_S
 from phalanx.sdk.values import Event, event_value
 from phalanx.sdk.wheels import Wheels
-from phalanx.v1 import cluster_service_pb2, job_pb2, job_service_pb2
+from phalanx.v1 import cluster_service_pb2, job_pb2, job_service_pb2, storage_service_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
+
+if TYPE_CHECKING:
+    from phalanx.sdk.verification import Verdict
 
 DEFAULT_NAMESPACE = "default"
 PAGE_SIZE = 500
 _DRAIN_LOOK_S = 0.1
+_GRACE_OF_STORAGE = -1
+"""Stands for the grace time that storage was started with."""
 
 
 def connect(
@@ -146,6 +151,30 @@ class Cluster:
             token = page.next_page_token
             if not token:
                 return found
+
+    def verify(self, job: Job | str) -> Verdict:
+        """Compute a finished job, or that of this id, again in this process and compare the hashes.
+
+            assert cluster.verify(job).equal
+
+        The same leaves are summed by the same tree, without the cluster's workers; the chunks that
+        the job reads are downloaded. Raises FailedPrecondition for a job that has not succeeded,
+        and for one whose order was not written down.
+        """
+        from phalanx.sdk.verification import verify_job
+
+        return verify_job(self, job if isinstance(job, str) else job.id)
+
+    def gc(self, *, dry_run: bool = False) -> storage_service_pb2.CollectGarbageResponse:
+        """Remove stored blobs that nothing refers to any more, or with ``dry_run`` only count them.
+
+        Storage does so by itself from time to time. Blobs that are younger than its grace time are
+        kept: somebody may be about to refer to them.
+        """
+        request = storage_service_pb2.CollectGarbageRequest(
+            dry_run=dry_run, grace_s=_GRACE_OF_STORAGE
+        )
+        return self.backend.call(methods.COLLECT_GARBAGE, request)
 
     def describe(self) -> cluster_service_pb2.GetClusterResponse:
         """Return version, leader, workers, aggregators and number of jobs."""

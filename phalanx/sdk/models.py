@@ -23,7 +23,7 @@ PAGE_SIZE = 500
 
 
 class Models:
-    """``cluster.models``: list, get, download and delete models of one namespace."""
+    """``cluster.models``: list, get, download, export and delete models of one namespace."""
 
     def __init__(self, backend: Backend, namespace: str) -> None:
         self._backend = backend
@@ -80,6 +80,18 @@ class Models:
         if target.exists():
             raise AlreadyExists(f"{target} exists; give a folder that does not exist yet")
         self._download(self.describe(name), target)
+        return target
+
+    def export(self, name: str, file: str | PathLike[str]) -> Path:
+        """Write a model to one file that other programs read; return its path.
+
+        ``.zip`` holds all files of the model, ``.safetensors`` and ``.npz`` the parameters only, by
+        tensor name. Raises AlreadyExists, InvalidArgument for another ending, and NotFound.
+        """
+        from phalanx.sdk.exporting import export_model
+
+        target = Path(file)
+        export_model(self.cached(name), target)
         return target
 
     def delete(self, name: str) -> None:

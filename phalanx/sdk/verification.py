@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phalanx.errors import FailedPrecondition, NotFound
-from phalanx.sdk.cluster import Cluster
 from phalanx.sdk.in_process import IN_PROCESS, job_code
 from phalanx.sdk.job import Job
 from phalanx.sdk.methods import LIST_CHECKPOINTS
 
 if TYPE_CHECKING:
+    from phalanx.sdk.cluster import Cluster
     from phalanx.training.replay import ReplayLog
     from phalanx.v1.job_spec_pb2 import JobSpec
     from phalanx.v1.training_pb2 import JobPlan

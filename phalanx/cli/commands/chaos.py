@@ -136,7 +136,6 @@ def _job_to_watch(cluster: Cluster, job_id: str) -> Job:
 
 def _verified(cluster: Cluster, job: Job, run: Chaos, settings: Settings) -> Report:
     from phalanx.cli.output import say
-    from phalanx.sdk.verification import verify_job
 
     so_far = run.report()
     if so_far.not_recovered:
@@ -145,7 +144,7 @@ def _verified(cluster: Cluster, job: Job, run: Chaos, settings: Settings) -> Rep
     if not settings.json:
         say(f"waiting for the end of {job.id}, to compute it again …")
     job.wait()
-    return run.report(bit_identical=verify_job(cluster, job.id).equal)
+    return run.report(bit_identical=cluster.verify(job).equal)
 
 
 def _seconds(option: str, text: str, *, at_least: float) -> float:

@@ -230,13 +230,10 @@ def gc(
 ) -> None:
     """Remove stored data that nothing refers to any more."""
     from phalanx.cli.output import bytes_text, print_json, say
-    from phalanx.sdk import methods
-    from phalanx.v1.storage_service_pb2 import CollectGarbageRequest
 
     settings = settings_of(context)
     with settings.connect() as cluster:
-        request = CollectGarbageRequest(dry_run=dry_run, grace_s=-1)
-        answer = cluster.backend.call(methods.COLLECT_GARBAGE, request)
+        answer = cluster.gc(dry_run=dry_run)
     if settings.json:
         print_json(answer)
         return

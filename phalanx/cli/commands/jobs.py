@@ -301,14 +301,13 @@ def verify(context: typer.Context, job_id: JOB) -> None:
     differ.
     """
     from phalanx.cli.output import print_fields, print_json, say
-    from phalanx.sdk.verification import verify_job
 
     settings = settings_of(context)
     with settings.connect() as cluster:
         cluster.get(job_id)
         if not settings.json:
             say(f"computing {job_id} again in this process …")
-        outcome = verify_job(cluster, job_id)
+        outcome = cluster.verify(job_id)
     if settings.json:
         print_json(outcome.to_json())
     else:

@@ -117,11 +117,10 @@ def export(
 ) -> None:
     """Write a model to one file, in a format that other programs read."""
     from phalanx.cli.output import print_json
-    from phalanx.sdk.exporting import export_model
 
     settings = settings_of(context)
     with settings.connect() as cluster:
-        export_model(cluster.models.cached(name), file)
+        cluster.models.export(name, file)
     if settings.json:
         print_json({"path": str(file)})
     else:

@@ -9,7 +9,6 @@ import pytest
 import phalanx
 from phalanx.data.model_files import load_model_directory
 from phalanx.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument, NotFound
-from phalanx.sdk.exporting import export_model
 from phalanx.sdk.models import _safe_path
 from phalanx.sdk.prediction import predict_file, predicted_rows
 from phalanx.sdk.verification import verify_job
@@ -143,9 +142,10 @@ def test_a_model_cannot_write_outside_its_folder(path):
 def test_exports(cluster, job, tmp_path):
     folder = cluster.models.cached("shapes")
     for ending in ("zip", "npz", "safetensors"):
-        export_model(folder, tmp_path / f"m.{ending}")
+        file = tmp_path / f"m.{ending}"
+        assert cluster.models.export("shapes", str(file)) == file
         with pytest.raises(AlreadyExists):
-            export_model(folder, tmp_path / f"m.{ending}")
+            cluster.models.export("shapes@1", file)
     with zipfile.ZipFile(tmp_path / "m.zip") as archive:
         assert set(archive.namelist()) == {"README.md", "model.json", "model.safetensors"}
     with np.load(tmp_path / "m.npz") as arrays:
@@ -153,12 +153,15 @@ def test_exports(cluster, job, tmp_path):
     assert len(flat) == load_model_directory(folder).parameters.size
     assert (tmp_path / "m.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     with pytest.raises(InvalidArgument, match=r"\.zip"):
-        export_model(folder, tmp_path / "m.onnx")
+        cluster.models.export("shapes", tmp_path / "m.onnx")
+    with pytest.raises(NotFound):
+        cluster.models.export("nothing", tmp_path / "m.npz")
 
 
 def test_verification_computes_the_same_bits(cluster, job):
-    verdict = verify_job(cluster, job.id)
+    verdict = cluster.verify(job)
     assert verdict.equal
+    assert verdict == cluster.verify(job.id)
     assert verdict.local_sha256 == job.result.parameters_sha256
     assert verdict.to_json()["equal"] is True
 

@@ -315,3 +315,37 @@ def test_a_refused_call_keeps_its_class_and_reason(script, cluster):
     with pytest.raises(FailedPrecondition) as refused:
         cluster.get("digits-1").pause()
     assert refused.value.reason == "WRONG_STATE"
+
+
+def test_garbage_is_collected_with_the_grace_time_of_storage(script, cluster):
+    script.garbage.blobs_removed = 3
+    assert cluster.gc(dry_run=True).blobs_removed == 3
+    assert cluster.gc().blobs_removed == 3
+    asked = script.requests("CollectGarbage")
+    assert [(each.dry_run, each.grace_s) for each in asked] == [(True, -1), (False, -1)]
+
+
+# Verbs of the command line that the interface has under another name, or does not have.
+_SHOWN = {("show",), ("data", "show"), ("models", "show"), ("status",)}
+_OF_A_MACHINE = {("up",), ("down",), ("doctor",), ("chaos",)}
+_OF_SEVERAL_STEPS = {("train",), ("predict",)}
+
+
+def test_verbs_have_the_names_that_they_have_on_the_command_line():
+    from phalanx.cli.commands import services
+    from phalanx.cli.main import app
+    from phalanx.sdk.data import DataSets
+    from phalanx.sdk.models import Models
+    from phalanx.sdk.wheels import Wheels
+
+    homes = {"data": (DataSets,), "models": (Models,), "code": (Wheels,)}
+    verbs = [((each.name or each.callback.__name__,), "") for each in app.registered_commands]
+    for group in app.registered_groups:
+        inner = group.typer_instance.registered_commands
+        verbs += [((group.name, each.name or each.callback.__name__), group.name) for each in inner]
+    left_out = _SHOWN | _OF_A_MACHINE | _OF_SEVERAL_STEPS | {(name,) for name in services.NAMES}
+    checked = [(path, home) for path, home in verbs if path not in left_out]
+    assert len(checked) > 20
+    for path, home in checked:
+        owners = homes.get(home, (phalanx.Cluster, phalanx.Job))
+        assert any(hasattr(owner, path[-1]) for owner in owners), " ".join(path)
