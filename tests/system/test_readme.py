@@ -115,10 +115,45 @@ def test_jobs_in_documents_are_accepted(
         ast.parse(text)
 
 
+def example_commands(path: Path) -> list[list[str]]:
+    """What an example says to type, in the comment at its top; one that leaves it to the README is
+    submitted."""
+    said = re.findall(r"^# +phalanx (.*)$", path.read_text(), re.MULTILINE)
+    return [shlex.split(line) for line in said] or [["submit", _name(path), "--wait"]]
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
-def test_examples_are_accepted(path: Path, cluster: phalanx.LocalCluster) -> None:
-    assert run(["--address", cluster.address, "submit", str(path), "--dry-run"]) == 0
-    assert not [job for job in cluster.jobs() if job.message.spec.name == "label-smoothing"]
+def test_examples_run_as_they_say(
+    path: Path,
+    cluster: phalanx.LocalCluster,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The commands at the top of each, with two steps of training where there are steps at all."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("PHALANX_ADDRESS", cluster.address)
+    is_training = "\ntrain:" in path.read_text()
+    before = len(cluster.jobs())
+    assert run(["submit", _name(path), "--dry-run"]) == 0
+    assert len(cluster.jobs()) == before
+    job_id = ""
+    for words in example_commands(path):
+        if words[0] == "submit" and is_training:
+            words += ["--set", "train.stop={steps: 2}"]
+        capfd.readouterr()
+        assert run([job_id if word == "JOB" else word for word in words]) == 0, words
+        if words[0] == "submit":
+            assert words[1] == _name(path)
+            job_id = capfd.readouterr().out.split()[0]
+    job = cluster.get(job_id)
+    assert job.state == "SUCCEEDED"
+    if is_training:
+        assert job.wait().steps == 2
+        assert cluster.verify(job).equal
 
 
 def test_the_code_of_the_custom_example_is_the_file_beside_it() -> None:
