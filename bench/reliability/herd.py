@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -27,12 +27,11 @@ WORKERS = 200
 CLIENT_PROCESSES = 4
 TRIALS = 5
 REACH_S = 10.0
-REACH_EVENNESS = 3.0
 GUARD_S = 120.0
 
 
 def run(command: str, *, quick: bool) -> list[Row]:
-    """Seconds from the kill until every worker is registered, and how even they came."""
+    """Seconds from the kill until every worker is registered."""
     trials = 2 if quick else TRIALS
     registered = []
     with (
@@ -47,30 +46,16 @@ def run(command: str, *, quick: bool) -> list[Row]:
             control.restart()
             registered.append([at - killed_unix_s for at in herd.wait_for_all(killed_unix_s)])
     first = max(min(times) for times in registered)
-    made = Rows(command, quick)
     return [
-        made.largest(
+        Rows(command, quick).largest(
             "herd_registered_s",
             f"control `kill -9` and restart → all {WORKERS} workers registered again",
             [max(times) for times in registered],
             "s",
             REACH_S,
             f"the first came after {first:.1f} s at the latest",
-        ),
-        made.largest(
-            "herd_peak_over_mean",
-            "most registrations in one second, over the mean from the first to the last",
-            [_peak_over_mean(times) for times in registered],
-            "",
-            REACH_EVENNESS,
-        ),
+        )
     ]
-
-
-def _peak_over_mean(times: Sequence[float]) -> float:
-    """The most registrations within any one second, over their mean in a second."""
-    peak = max(sum(first <= at < first + 1.0 for at in times) for first in times)
-    return peak / (len(times) / max(1.0, max(times) - min(times)))
 
 
 @contextmanager

@@ -244,39 +244,35 @@ def summarise(
     ``watched_until_s`` is the end of it, by default that of the last span. A job that has not
     succeeded by then should have gone on: time without a commit counts up to there.
     """
-    ends_s = [span.end_s for span in (disturbed, *undisturbed)]
-    until_s = max(ends_s) if watched_until_s is None else watched_until_s
-    if commits and (state == _ENDED_WELL or until_s < commits[-1].unix_s):
-        until_s = commits[-1].unix_s
-    before = [span for span in undisturbed if span.start_s < disturbed.start_s]
-    usual_gap_s = _usual_gap_s(commits, before) or _usual_gap_s(commits, undisturbed)
+    until_s = _until_s(commits, state, [disturbed, *undisturbed], watched_until_s)
     unrecovered = 0
     if state != _ENDED_WELL:
-        unrecovered = blamed(commits, injected, usual_gap_s or 0.0, until_s)
-    # A job that does not go on is no yardstick for what it was without faults.
-    yardstick = before if unrecovered else undisturbed
-    usual_gap_s = _usual_gap_s(commits, yardstick)
+        usual_s = _usual_gap_s(commits, undisturbed) or 0.0
+        unrecovered = blamed(commits, injected, usual_s, until_s)
+    if unrecovered:
+        # A job that does not go on is no yardstick for what it was without faults.
+        undisturbed = [span for span in undisturbed if span.start_s < disturbed.start_s]
+    usual_gap_s = _usual_gap_s(commits, undisturbed)
     usual_s = usual_gap_s or 0.0
     # What the last fault costs shows while the job settles.
-    settled_s = min((s.start_s for s in yardstick if s.start_s >= disturbed.end_s), default=until_s)
-    watched = Span(disturbed.start_s, settled_s)
+    after_s = (span.start_s for span in undisturbed if span.start_s >= disturbed.end_s)
+    watched = Span(disturbed.start_s, min(after_s, default=until_s))
     hurt = injuries(commits, injected, watched, usual_s, until_s, unrecovered)
     recoveries = [each.recovery_s for each in hurt]
     # The step that is under way at the end is not counted, and neither is its usual time.
     counted_s = max(until_s - usual_s, commits[-1].unix_s) if commits else until_s
-    slow, normal = rate(commits, [disturbed], counted_s), rate(commits, yardstick, counted_s)
-    longest_gap_s = longest_wait(commits, watched, usual_s, until_s) if usual_s else None
+    slow, normal = rate(commits, [disturbed], counted_s), rate(commits, undisturbed, counted_s)
     return Report(
         job_id=job_id,
         state=state,
         seed=seed,
         disturbed_s=disturbed.length_s,
-        undisturbed_s=sum(span.length_s for span in yardstick),
+        undisturbed_s=sum(span.length_s for span in undisturbed),
         steps_per_s=slow,
         undisturbed_steps_per_s=normal,
         goodput=slow / normal if slow is not None and normal else None,
         usual_gap_s=usual_gap_s,
-        longest_gap_s=longest_gap_s,
+        longest_gap_s=longest_wait(commits, watched, usual_s, until_s) if usual_s else None,
         recovery_p50_s=percentile(recoveries, 50),
         recovery_p99_s=percentile(recoveries, 99),
         recovery_max_s=max(recoveries, default=None),
@@ -287,6 +283,16 @@ def summarise(
         bit_identical=bit_identical,
         notes=tuple(notes),
     )
+
+
+def _until_s(
+    commits: Sequence[Commit], state: str, spans: Sequence[Span], watched_until_s: float | None
+) -> float:
+    """Return until when there should have been commits."""
+    until_s = watched_until_s or max(span.end_s for span in spans)
+    if commits and (state == _ENDED_WELL or until_s < commits[-1].unix_s):
+        return commits[-1].unix_s
+    return until_s
 
 
 def _usual_gap_s(commits: Sequence[Commit], spans: Sequence[Span]) -> float | None:

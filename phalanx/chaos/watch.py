@@ -41,8 +41,12 @@ class StepLog:
 
     def better(self, points: Sequence[Commit]) -> list[Commit]:
         """Return the commits that were recorded with their own times if they are as many as those
-        that were seen; long jobs record only some."""
-        return list(points) if len(points) >= len(self._commits) else list(self._commits)
+        that were seen; long jobs record only some. Seen are the latest, which may not be recorded
+        yet."""
+        if not points or len(points) < len(self._commits):
+            return list(self._commits)
+        later = (each for each in self._commits if each.step > points[-1].step)
+        return [*points, *(each for each in later if each.unix_s > points[-1].unix_s)]
 
 
 class Gauges:

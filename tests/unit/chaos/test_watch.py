@@ -36,6 +36,10 @@ def test_recorded_times_are_better_unless_they_are_fewer():
     log.saw(1, 0.05)
     log.saw(2, 1.05)
     assert log.better([Commit(1, 0.0), Commit(2, 1.0)]) == [Commit(1, 0.0), Commit(2, 1.0)]
+    log.saw(3, 2.05)
+    recorded = [Commit(0, -1.0), Commit(1, 0.0), Commit(2, 1.0)]
+    assert log.better(recorded) == [*recorded, Commit(3, 2.05)], "not recorded yet"
+    log.saw(2, 2.1)
     assert log.better([Commit(2, 1.0)]) == [Commit(1, 0.05), Commit(2, 1.05)]
 
 

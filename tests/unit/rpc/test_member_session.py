@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -161,6 +164,46 @@ def test_without_a_lease_rounds_are_at_most_two_seconds_apart_and_a_welcome_begi
     assert waits == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
     assert search.wait_after(welcomed=True) == 0.1
     assert search.wait_after(welcomed=False) == 0.1
+
+
+async def test_members_that_lost_control_together_do_not_come_back_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever fails for all at the same moment, their next attempts are spread over some time."""
+    rounds, members = 7, 200
+    waits: list[list[float]] = []
+
+    class Enough(Exception):
+        """The member has waited for as many rounds as are looked at."""
+
+    class Asyncio:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(asyncio, name)
+
+        async def sleep(self, seconds: float) -> None:
+            waits[-1].append(seconds)
+            if len(waits[-1]) == rounds:
+                raise Enough
+
+    async def unanswered(self: MemberSession, address: str) -> tuple[bool, str]:
+        return False, "control does not answer"
+
+    monkeypatch.setattr(member_session, "asyncio", Asyncio())
+    monkeypatch.setattr(member_session, "random", random.Random(7))
+    monkeypatch.setattr(MemberSession, "_once", unanswered)
+    for _ in range(members):
+        waits.append([])
+        session = MemberSession(
+            ["127.0.0.1:1"], hello, pb.Heartbeat, lambda _: None, lambda _: None
+        )
+        with pytest.raises(Enough):
+            await session._keep_open()
+    for number in range(rounds):
+        attempts_s = [sum(each[: number + 1]) for each in waits]
+        first_s, longest_s = min(attempts_s), max(each[number] for each in waits)
+        crowds = Counter(int((at_s - first_s) / longest_s * 20) for at_s in attempts_s)
+        assert max(crowds.values()) < members / 4, "too many in a twentieth of their wait"
+    assert max(max(each) for each in waits) <= 2.0
 
 
 def test_the_address_that_welcomed_is_asked_first() -> None:
