@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import urllib.request
 
 import pytest
@@ -165,6 +166,7 @@ async def test_metrics_of_a_job_are_served(bench, monkeypatch):
     member = await bench.aggregator()
     await bench.assign(plan)
     leaves = Leaves(plan)
+    began_s = time.time()
     async with streams(leaves, [member.address], 1) as worker:
         await worker.work(share(leaves, 0, 1))
         while (report := await member.session.receive("job_report")).outcome != (
@@ -181,6 +183,13 @@ async def test_metrics_of_a_job_are_served(bench, monkeypatch):
     assert float(values['phalanx_job_examples_lost_total{job_id="job-test"}']) == 0
     assert float(values['phalanx_job_examples_doubled_total{job_id="job-test"}']) == 0
     assert float(values['phalanx_checkpoint_seconds_count{job_id="job-test"}']) == 1
+    durable_s = float(
+        values['phalanx_checkpoint_last_success_timestamp_seconds{job_id="job-test"}']
+    )
+    assert began_s <= durable_s <= time.time()
+    assert float(values['phalanx_step_seconds_count{job_id="job-test"}']) == 2, "between 3 commits"
+    assert float(values['phalanx_staleness_versions_count{job_id="job-test"}']) == 3
+    assert float(values['phalanx_staleness_versions_sum{job_id="job-test"}']) == 0
     loss = 'phalanx_job_metric{job_id="job-test",metric="train/loss"}'
     assert float(values[loss]) == report.metrics["train/loss"]
     received = 'phalanx_wire_bytes_total{direction="in",encoding="raw",job_id="job-test"}'

@@ -12,6 +12,7 @@ from phalanx.frames import BLOCK_ELEMENTS
 from phalanx.reduction import Node
 from phalanx.testing.aggregator_peers import share, streams
 from phalanx.testing.ranges import ROWS_PER_LEAF, Leaves, make_plan, reference
+from phalanx.testing.scraping import scrape, series
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.training_pb2 import GoRecord
 
@@ -163,6 +164,9 @@ async def test_a_lost_aggregator_is_replaced_from_the_last_checkpoint(bench, sto
     await train(leaves, [addresses[0]] * 2, term=2)
     report = await outcome(members[0].session, pb.JobReport.OUTCOME_STOPPED)
     assert report.steps_replayed == 3 - saved[0].step
+    shown = await asyncio.to_thread(scrape, members[0].server.metrics_address)
+    replayed = series("steps_replayed_total", job_id="job-test")
+    assert shown[replayed] == report.steps_replayed > 0
     assert 0 < report.last_contribution_unix_nanos <= report.last_commit_unix_nanos
     assert await final_bytes(storage) == reference(plan)[6].tobytes()
 

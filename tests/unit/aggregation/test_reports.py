@@ -57,6 +57,23 @@ async def test_the_first_commit_without_the_dead_is_told_at_once(job, sent):
     assert len(sent) == hosting.COMMITS_TOLD_AFTER_A_BREAK
 
 
+def test_commits_are_measured_from_one_to_the_next_with_what_they_were_made_of():
+    registry = new_registry()
+    gauges = JobGauges(AggregatorMetrics(registry), "job-1")
+
+    def value(name):
+        return registry.get_sample_value(f"phalanx_{name}", {"job_id": "job-1"})
+
+    gauges.committed(Committed(1, 8, 8, staleness=(0, 3)), now_s=10.0)
+    gauges.committed(Committed(2, 6, 8, staleness=(2,)), now_s=10.5)
+    gauges.committed(Committed(3, 9, 8, staleness=()), now_s=12.5)
+    assert (value("step_seconds_count"), value("step_seconds_sum")) == (2, 2.5)
+    assert (value("staleness_versions_count"), value("staleness_versions_sum")) == (3, 5)
+    assert value("job_step") == 3
+    assert value("job_examples_total") == 8 + 6 + 9
+    assert (value("job_examples_lost_total"), value("job_examples_doubled_total")) == (2, 1)
+
+
 async def test_who_sends_what_is_not_finite_is_told_once(job, sent):
     for version in range(1, 4):
         job.perform([Refused(version, (3, 7))])
