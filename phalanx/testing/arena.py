@@ -116,6 +116,47 @@ def unhurried_job(steps: int) -> dict[str, Any]:
     return job
 
 
+LATER_MODEL = '''
+"""The same model; its leaves pass the gate until the parameters have moved far enough."""
+
+import numpy as np
+
+from gated import Gated
+from softmax import Softmax
+
+
+class Later(Gated):
+    def __init__(self, schema, moved):
+        super().__init__(schema)
+        self.moved = moved
+
+    def is_later(self, parameters):
+        w = parameters["w"]
+        begin = self.initial(0)["w"].astype(w.dtype)
+        return np.abs(w - begin).max() > self.moved
+
+    def loss_and_gradients(self, parameters, features, targets):
+        model = Gated if self.is_later(parameters) else Softmax
+        return model.loss_and_gradients(self, parameters, features, targets)
+'''
+
+
+def held_job(after_steps: int = 0, steps: int = 60, **train: Any) -> dict[str, Any]:
+    """The gated job; a gate that is held before it begins stops it at a certain step.
+
+    That is the second one, where every worker has done a leaf, or the first in which the parameters
+    have moved as far as Adam moves them in so many steps. So nothing depends on how fast it is.
+    """
+    job = gated_job(steps, **train)
+    job["code"]["files"]["later.py"] = LATER_MODEL
+    rate = job["train"]["optimizer"]["adam"]["learning_rate"]
+    job["train"]["model"]["custom"] = {
+        "entrypoint": "later:Later",
+        "arguments": {"moved": after_steps * rate},
+    }
+    return job
+
+
 def wait_until(condition: Callable[[], Any], what: str) -> Any:
     """Poll until the condition is true; its value."""
     deadline = time.monotonic() + GUARD_S
@@ -202,6 +243,22 @@ class Arena:
         self.gate.hold()
         return sorted(wait_until(self.in_a_leaf, "a worker in the middle of a leaf"))
 
+    def submit_held(self, job: Mapping[str, Any], workers: int) -> Job:
+        """Submit a `held_job`; return it when so many workers are in a leaf of their own shards."""
+
+        def ready() -> int:
+            return sum(each.state == each.STATE_READY for each in self.cluster.workers())
+
+        def hosts() -> int:
+            return sum(bool(each.shards) for each in submitted.refresh().progress.workers)
+
+        wait_until(lambda: ready() == workers, f"{workers} workers")
+        self.gate.hold()
+        submitted = self.cluster.submit(job)
+        wait_until(lambda: hosts() == workers, f"{workers} workers to hold shards")
+        wait_until(lambda: len(self.in_a_leaf()) == workers, f"a leaf on {workers} workers")
+        return submitted
+
     def signal(self, member_id: str, number: int = signal.SIGKILL) -> None:
         """Send a signal to one process of the cluster."""
         os.kill(self.cluster.process(member_id).pid, number)
@@ -225,11 +282,13 @@ def add_blobs(cluster: phalanx.Cluster) -> None:
     cluster.data.add("blobs", features, targets, test=0.2)
 
 
-def undisturbed_sha256_of(job: Mapping[str, Any], folder: Path) -> str:
+def undisturbed_sha256_of(
+    job: Mapping[str, Any], folder: Path, add_data: Callable[[phalanx.Cluster], None] = add_blobs
+) -> str:
     """The bits of a job in this process, without any cluster."""
     os.environ["PHALANX_TEST_GATE"] = str(folder)
     with phalanx.LocalCluster(workers=0) as alone:
-        add_blobs(alone)
+        add_data(alone)
         return alone.submit(job).wait(timeout_s=GUARD_S).parameters_sha256
 
 
