@@ -87,6 +87,7 @@ def cluster(folder):
     # Whatever nothing refers to is garbage at once, but only when somebody asks for it to be taken.
     garbage = {"PHALANX_STORAGE_GC_GRACE_S": "0", "PHALANX_STORAGE_GC_INTERVAL_S": "0"}
     with phalanx.LocalCluster(2, slots=1, state=folder / "state", environment=garbage) as local:
+        wait_for(lambda: len(local.workers()) == 2, "both workers to join")
         yield local
 
 

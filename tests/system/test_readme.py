@@ -16,7 +16,7 @@ import pytest
 
 import phalanx
 from phalanx.cli.main import run
-from phalanx.testing.arena import GUARD_S
+from phalanx.testing.arena import GUARD_S, wait_until
 from phalanx.testing.datasets import REPOSITORY, demo_data
 
 pytestmark = pytest.mark.slow
@@ -54,6 +54,8 @@ def commands() -> list[tuple[str, str]]:
 def cluster() -> Iterator[phalanx.LocalCluster]:
     with phalanx.LocalCluster(workers=2, slots=1) as local:
         local.data.add("fashion", demo_data())
+        # A worker is ready before it has joined; a plan counts those that have.
+        wait_until(lambda: len(local.workers()) == 2, "both workers to join")
         yield local
 
 
