@@ -19,6 +19,8 @@ The summary is one JSON object:
                                            or were cancelled by their user
     sha_equal_fraction                     sha_equal ÷ (jobs − cancelled)
     lost, doubled                          examples that committed steps missed or had twice
+    torn_writes, lost_writes               files of storage that a crash cut off where they were
+                                           not synced, and names that it took away
     left_out                               examples that finished jobs with backup shards went
                                            without, as they may
     stale_accepted, stale_refused          writes of an old generation or term that storage took,

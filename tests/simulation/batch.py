@@ -18,6 +18,8 @@ FAULT_KINDS_PER_SEED = 5.0
 _SEEDS_AT_ONCE = 5
 SEEDS_FOR_EVERY_KIND = 100
 """From so many seeds on, each kind of fault must have fired somewhere."""
+SEEDS_FOR_TORN_WRITES = 300
+"""From so many on, power must have gone between the write of a blob and its sync."""
 ERRANDS_FOR_EVERY_BAD_JOB = 100
 """From so many errands of second users on, a job with each kind of bad leaf must have ended."""
 ONE_BY_ONE_SEEDS_FOR_EVERY_KIND = 75
@@ -123,6 +125,8 @@ def summary(
         "sha_equal_fraction": equal / max(1, jobs - cancelled),
         "lost": sum(each.lost for each in outcomes),
         "doubled": sum(each.doubled for each in outcomes),
+        "torn_writes": sum(each.torn for each in outcomes),
+        "lost_writes": sum(each.unsynced for each in outcomes),
         "left_out": sum(each.left_out for each in outcomes),
         "stale_accepted": sum(each.stale_accepted for each in outcomes),
         "stale_refused": sum(each.stale_refused for each in outcomes),
@@ -166,6 +170,9 @@ def vacuous(found: dict[str, Any], faults: Counter[str]) -> list[str]:
             why.append(f"these faults never happened: {', '.join(missing)}")
         if not found["copies_raced"]:
             why.append("no late shard ever came both as a copy and from its own worker")
+    if found["seeds"] >= SEEDS_FOR_TORN_WRITES:
+        missing = [name for name in ("torn", "lost") if not found[f"{name}_writes"]]
+        why += [f"no write to storage's disk was ever {name}" for name in missing]
     missing = sorted(set(BAD) - found["bad_jobs"].keys())
     if found["errands"] >= ERRANDS_FOR_EVERY_BAD_JOB and missing:
         why.append(f"no job with such a bad leaf ended: {', '.join(missing)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -17,6 +18,9 @@ from tests.simulation.parts import ALL_REDUCE
 
 CLOCK_JUMP_S = 3600.0
 STRIKES_SHARE = 0.4
+TORN_SHARE, TORN_BETWEEN_S = 0.15, (0.0, 4.0)
+"""Part of the runs in which a write is torn or lost, and when that begins to be waited for."""
+DISK_KINDS = ("disk_full", "disk_failure")
 ACTS = ("kill", "power_cut", "pause", "isolate", "reset")
 """What may be done to whoever is struck last in a run."""
 
@@ -37,6 +41,8 @@ class Faults:
         self.moments = moments
         self.struck = 0
         """Processes that were struck in the act."""
+        self.met = Counter(dict.fromkeys(DISK_KINDS, 0))
+        """Faults of the disk that something met: those that nothing did are none."""
         self.world = cluster.world
         self.network = cluster.network
         self._hung = 0
@@ -228,6 +234,14 @@ class Faults:
         if chance.random() < STRIKES_SHARE:
             self._strike(chance)
 
+    def lie_in_wait_for_a_write(self, chance: random.Random) -> None:
+        """In a part of the runs, cut storage's power between the write of a blob and its sync."""
+        moments, world = self.moments, self.world
+        self.cluster.storage_machine.on_write = partial(moments.met, "blob_written")
+        if chance.random() < TORN_SHARE:
+            strike = partial(self._struck, chance, "blob_written", "storage", "kill")
+            world.at(chance.uniform(*TORN_BETWEEN_S), lambda: moments.wait("blob_written", strike))
+
     def strike_at(self, what: str, chance: random.Random) -> None:
         """Strike again and again: "MOMENT KIND ACT"; for scenarios."""
         if what and not self.cluster.healed:
@@ -284,20 +298,23 @@ class Faults:
 
     def _disk_full(self, chance: random.Random) -> Begun:
         disk = self.cluster.storage_machine.disk
-        disk.full = True
+        disk.full, before = True, disk.refused
 
         def end() -> None:
             disk.full = False
+            self.met["disk_full"] += disk.refused > before
 
         return "no room on storage's disk", end, chance.uniform(0.2, 3.0)
 
     def _disk_failure(self, chance: random.Random) -> Begun:
         if not self._alive(["storage"]):
             return None
-        self.cluster.storage_machine.disk.failing = True
+        disk = self.cluster.storage_machine.disk
+        disk.failing, before = True, disk.failed
 
         def end() -> None:
-            self.cluster.storage_machine.disk.failing = False
+            disk.failing = False
+            self.met["disk_failure"] += disk.failed > before
             self.cluster.ensure("storage")
 
         return "the next write to storage's disk fails", end, chance.uniform(0.3, 2.0)

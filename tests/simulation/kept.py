@@ -27,21 +27,27 @@ def sources_sha256() -> str:
     return digest.hexdigest()
 
 
+def kept_in(path: Path, made_by: str) -> dict[int, Outcome]:
+    """The outcomes in a file by seed; none if it is not there, or is of other code."""
+    found: dict[int, Outcome] = {}
+    lines = path.read_text().splitlines() if path.exists() else []
+    same = bool(lines) and json.loads(lines[0]).get("sources_sha256") == made_by
+    for line in lines[1:] if same else []:
+        try:
+            outcome = _read(line)
+        except ValueError:
+            break  # the last line, cut off in the middle
+        found[outcome.seed] = outcome
+    return found
+
+
 class Kept:
     """A file of outcomes; made where it is not there, or is of other code."""
 
     def __init__(self, path: Path) -> None:
-        self.outcomes: dict[int, Outcome] = {}
-        """Those that were kept before, by seed."""
         made_by = sources_sha256()
-        lines = path.read_text().splitlines() if path.exists() else []
-        same = bool(lines) and json.loads(lines[0]).get("sources_sha256") == made_by
-        for line in lines[1:] if same else []:
-            try:
-                outcome = _read(line)
-            except ValueError:
-                break  # the last line, cut off in the middle
-            self.outcomes[outcome.seed] = outcome
+        self.outcomes = kept_in(path, made_by)
+        """Those that were kept before, by seed."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"sources_sha256": made_by}) + "\n")
         self._file: TextIO = path.open("a")

@@ -56,6 +56,10 @@ class Outcome:
     """Terms of all jobs but the first ones."""
     sent_away: int = 0
     """Calls that were sent away since facts waited for storage, which could be reached."""
+    torn: int = 0
+    """Files of storage that were cut off where they had not been synced."""
+    unsynced: int = 0
+    """Names of storage's files that were gone since their folder had not been synced."""
     lies: int = 0
     """Leaves about which a worker lied."""
     quarantines: int = 0

@@ -368,10 +368,12 @@ class Run:
             outcome.failure = str(world.failure)
         outcome.trace = world.trace_hash
         if schedule is not None:
-            outcome.faults.update(schedule.fired)
+            outcome.faults.update({**schedule.fired, **self.faults.met})
             outcome.faults["struck_in_the_act"] = self.faults.struck
             outcome.faults["last_strike"] = int(self.last.struck)
         outcome.reasons = user.reasons
+        disk = self.cluster.storage_machine.disk
+        outcome.torn, outcome.unsynced = disk.torn, disk.lost
         outcome.rolled_back = sum(self.oracle.terms.values()) - len(self.oracle.terms)
         outcome.sent_away = self.ledger.sent_away
         outcome.deaf, outcome.silent = self.silence.deaf, self.silence.lost
@@ -506,6 +508,8 @@ def simulate(
             schedule = Schedule(run.world, kinds, every_s=settings.every_s, share=settings.share)
             _user_changes_her_mind(run, random.Random(f"user {seed}"))
             run.faults.lie_in_wait(random.Random(f"strikes {seed}"))
+            if seed >= ALL_FROM_SEED:
+                run.faults.lie_in_wait_for_a_write(random.Random(f"torn {seed}"))
         else:
             chosen = {kind: kinds[kind] for kind in sorted(only)}
             schedule = Schedule(run.world, chosen, every_s=settings.every_s, share=1.0)

@@ -45,6 +45,8 @@ class Machine:
     def __init__(self, world: World) -> None:
         self.world = world
         self.disk = SimulatedDisk()
+        self.on_write: Callable[[], None] = lambda: None
+        """Called when a part of a blob was written and is not synced."""
         self.touched_s: dict[str, float] = {}
         """When each blob was stored, or asked for as one that is needed."""
         self.connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=256)
@@ -85,8 +87,10 @@ class Database:
     def write(self, act: Callable[[sqlite3.Connection], Any], *, alone: bool = False) -> Any:
         machine = self._machine
         machine.world.transitions += 1
-        if machine.disk.full:
-            raise disk_full("the record")
+        try:
+            machine.disk.demand_room("the record")
+        except DiskFull:
+            raise disk_full("the record") from None
         if machine.disk.failing and machine.world.chance.random() < 0.5:
             self._fail()
         connection = machine.connection
@@ -108,6 +112,7 @@ class Database:
     def _fail(self) -> None:
         # The process is replaced; by then the disk works again.
         self._machine.disk.failing = False
+        self._machine.disk.failed += 1
         self._on_failure(Unavailable("the disk failed", reason="IO_ERROR"))
 
 
@@ -115,6 +120,7 @@ class Blobs:
     """Stands in for `storage.backends.directory_blobs.DirectoryBlobs`."""
 
     def __init__(self, machine: Machine, on_failure: Callable[[PhalanxError], None]) -> None:
+        self._machine = machine
         self._disk = machine.disk
         self._world = machine.world
         self._touched_s = machine.touched_s
@@ -127,11 +133,14 @@ class Blobs:
         self._disk.sync_folder()
 
     def writer(self, expected_bytes: int = -1) -> _Writer:
-        if self._disk.full:
-            raise disk_full("a blob")
+        try:
+            self._disk.demand_room("a blob")
+        except DiskFull:
+            raise disk_full("a blob") from None
         self._uploads += 1
         self._world.transitions += 1
-        return _Writer(self._disk, f"upload-{self._uploads}", self._stored)
+        name = f"upload-{self._uploads}"
+        return _Writer(self._disk, name, self._stored, self._machine.on_write)
 
     def open(self, digest: str) -> _Reader:
         check_digest(digest, "digest")
@@ -179,8 +188,15 @@ class Blobs:
 
 
 class _Writer:
-    def __init__(self, disk: SimulatedDisk, name: str, stored: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        disk: SimulatedDisk,
+        name: str,
+        stored: Callable[[str], None],
+        on_write: Callable[[], None],
+    ) -> None:
         self._disk = disk
+        self._on_write = on_write
         self._name = name
         self._stored = stored
         self._hash = hashlib.sha256()
@@ -192,6 +208,8 @@ class _Writer:
         self._hash.update(chunk)
         self._size_bytes += len(chunk)
         self._act(lambda: self._disk.write(self._name, chunk))
+        if len(chunk):
+            self._on_write()
 
     def commit(self, expected_digest: str = "", expected_bytes: int = -1) -> StoredBlob:
         digest = self._hash.hexdigest()

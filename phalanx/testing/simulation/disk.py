@@ -34,21 +34,36 @@ class SimulatedDisk:
         self._durable: dict[str, _File] = {}
         self.full = False
         self.failing = False
+        self.refused = 0
+        """Writes that found no room."""
+        self.failed = 0
+        """Writes and syncs that failed otherwise."""
         self.torn = 0
+        """Files that a loss of power cut off behind what was synced."""
         self.lost = 0
+        """Names that it took away."""
+
+    def demand_room(self, name: str) -> None:
+        """Raise `DiskFull` where there is none for a write."""
+        if self.full:
+            self.refused += 1
+            raise DiskFull(f"there is no room for {name}")
+
+    def demand_working(self, name: str) -> None:
+        """Raise `DiskFailed` where nothing can be written or synced."""
+        if self.failing:
+            self.failed += 1
+            raise DiskFailed(f"{name} cannot be written or synced")
 
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
         """Append to a file, which is made if need be."""
-        if self.failing:
-            raise DiskFailed(f"{name} cannot be written")
-        if self.full:
-            raise DiskFull(f"there is no room for {name}")
+        self.demand_working(name)
+        self.demand_room(name)
         self._visible.setdefault(name, _File()).content += data
 
     def sync(self, name: str) -> None:
         """Make the content of a file durable."""
-        if self.failing:
-            raise DiskFailed(f"{name} cannot be synced")
+        self.demand_working(name)
         file = self._visible[name]
         file.synced_bytes = len(file.content)
 
@@ -62,8 +77,7 @@ class SimulatedDisk:
 
     def sync_folder(self) -> None:
         """Make the names durable."""
-        if self.failing:
-            raise DiskFailed("the folder cannot be synced")
+        self.demand_working("the folder")
         self._durable = dict(self._visible)
 
     def names(self) -> list[str]:
