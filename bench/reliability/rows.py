@@ -75,10 +75,20 @@ class Rows:
         return self.at_most(name, what, max(values), unit, bound, trials=len(values), note=note)
 
     def none(
-        self, name: str, what: str, count: int, *, trials: int, unit: str = "", note: str = ""
+        self,
+        name: str,
+        what: str,
+        count: int,
+        *,
+        trials: int,
+        least: int = 1,
+        unit: str = "",
+        note: str = "",
     ) -> Row:
-        """A count of what must not happen; without a trial nothing was shown."""
-        return self._row(name, what, count, unit, "0", count == 0 and trials > 0, trials, note)
+        """A count of what must not happen; with fewer than the least trials nothing was shown."""
+        reach = "0" if least == 1 else f"0 in >= {least:,}"
+        reached = count == 0 and trials >= least
+        return self._row(name, what, count, unit, reach, reached, trials, note)
 
     def all_of(
         self, name: str, what: str, count: int, unit: str, *, trials: int, note: str = ""

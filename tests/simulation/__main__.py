@@ -25,6 +25,9 @@ The summary is one JSON object:
                                            without, as they may
     stale_accepted, stale_refused          writes of an old generation or term that storage took,
                                            and that it refused
+    fenced_off                             of these, writes of leaders that had been replaced
+    leaders_outlived                       leaders that acted on although storage had given the
+                                           lead to another: two at once
     copies_asked, copies_raced             copies of late shards that were asked for, and shards
                                            that came both as a copy and from their own worker
     one_by_one_seeds, one_by_one_faults    seeds with a job whose contributions commit one by one,

@@ -130,6 +130,8 @@ def summary(
         "left_out": sum(each.left_out for each in outcomes),
         "stale_accepted": sum(each.stale_accepted for each in outcomes),
         "stale_refused": sum(each.stale_refused for each in outcomes),
+        "fenced_off": sum(each.fenced_off for each in outcomes),
+        "leaders_outlived": sum(each.outlived for each in outcomes),
         "copies_asked": sum(each.copies_asked for each in outcomes),
         "copies_raced": sum(each.copies_raced for each in outcomes),
         "one_by_one_seeds": sum(each.started > 0 for each in outcomes),

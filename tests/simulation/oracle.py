@@ -82,6 +82,10 @@ class Oracle:
         self.doubled = 0
         self.stale_accepted = 0
         self.stale_refused = 0
+        self.fenced_off = 0
+        """Writes of old generations among those that storage refused."""
+        self.outlived: set[int] = set()
+        """Generations that acted on although storage had given the lead to another."""
         self.starts = 0
         """Leaves that were started one by one."""
         self.repeated = 0
@@ -126,6 +130,8 @@ class Oracle:
         name = self.world.loop.current.name
         holder = self._leaders.setdefault(core.generation, name)
         self.demand(holder == name, f"{name} and {holder} both lead generation {core.generation}")
+        if core.generation < self._token:
+            self.outlived.add(core.generation)
         try:
             invariants.check(core)
         except invariants.InvariantBroken as broken:
@@ -576,15 +582,15 @@ class Oracle:
         return acted
 
     def _after_request(self, owner: Any, name: str, check: Callable[[Any, Any], None]) -> Any:
-        return self._after_with_request(getattr(owner, name), check)
+        real = getattr(owner, name)
 
-    def _after_with_request(self, real: Any, check: Callable[[Any, Any], None]) -> Any:
         def acted(target: Any, request: Any) -> Any:
             try:
                 result = real(target, request)
             except Exception as error:
-                if getattr(error, "reason", "") in ("STALE_GENERATION", "STALE_TERM"):
-                    self.stale_refused += 1
+                reason = getattr(error, "reason", "")
+                self.stale_refused += reason in ("STALE_GENERATION", "STALE_TERM")
+                self.fenced_off += reason == "STALE_GENERATION"
                 raise
             check(request, result)
             return result

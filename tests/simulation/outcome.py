@@ -41,6 +41,10 @@ class Outcome:
     """Leaves that were started as far ahead of the slowest shard as their job lets them."""
     stale_accepted: int = 0
     stale_refused: int = 0
+    fenced_off: int = 0
+    """Writes of leaders that another one had replaced, and that storage refused therefore."""
+    outlived: int = 0
+    """Leaders that acted on although storage had given the lead to another."""
     jobs: int = 0
     sha_equal: int = 0
     cancelled: int = 0

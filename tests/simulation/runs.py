@@ -362,6 +362,7 @@ class Run:
         outcome.at_bound = sum(history.at_bound for history in histories)
         outcome.stale_accepted = self.oracle.stale_accepted
         outcome.stale_refused = self.oracle.stale_refused
+        outcome.fenced_off, outcome.outlived = self.oracle.fenced_off, len(self.oracle.outlived)
         outcome.terms = max(self.oracle.terms.values(), default=0)
         if 0 < self.settings.terms_max < outcome.terms and world.failure is None:
             world.fail(SimulationFailed(f"a job was rolled back: it is in term {outcome.terms}"))

@@ -107,7 +107,8 @@ def test_the_batch_proves_something(folder):
     assert found["vacuous"] == []
     assert (found["lost"], found["doubled"], found["stale_accepted"]) == (0, 0, 0)
     assert found["sha_equal_fraction"] == 1.0
-    assert found["stale_refused"] > 0
+    assert found["fenced_off"] > 0
+    assert found["leaders_outlived"] > 0
 
 
 def test_a_seed_is_the_same_run_every_time():

@@ -16,7 +16,9 @@ SUMMARY = {
     "lost": 0,
     "doubled": 0,
     "stale_accepted": 0,
-    "stale_refused": 70,
+    "stale_refused": 1_800,
+    "fenced_off": 1_200,
+    "leaders_outlived": 700,
     "failures": [],
     "vacuous": [],
 }
@@ -25,7 +27,8 @@ SUMMARY = {
 def _missed(**changed):
     rows = rows_of({**SUMMARY, **changed}, "command", quick=False)
     assert {row.name: row.trials for row in rows if row.trials != 300} == {
-        "simulator_sha_equal": 390
+        "simulator_sha_equal": 390,
+        "stale_writes_accepted_simulated": {**SUMMARY, **changed}["fenced_off"],
     }
     return {row.name.removeprefix("simulator_") for row in rows if not row.reached}
 
@@ -44,7 +47,8 @@ def test_each_shortcoming_shows():
     assert _missed(lost=1) == {"examples_lost"}
     assert _missed(doubled=1) == {"examples_doubled"}
     assert _missed(sha_equal=389) == {"sha_equal"}
-    assert _missed(stale_accepted=1) == {"stale_writes_accepted"}
+    assert _missed(stale_accepted=1) == {"stale_writes_accepted_simulated"}
+    assert _missed(fenced_off=999) == {"stale_writes_accepted_simulated"}
 
 
 def test_a_failed_seed_is_named_with_the_command_that_replays_it():
