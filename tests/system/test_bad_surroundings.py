@@ -69,6 +69,7 @@ def largest_memory_bytes(pid: int) -> int:
         ("storage", "StorageService/AppendJournal", False),
         ("storage", "StorageService/PutBlob", True),
         ("aggregator-1", "AggregationService/Exchange", True),
+        ("worker-1", "AggregationService/Exchange", True),
     ],
 )
 def test_a_message_of_200_mb(
