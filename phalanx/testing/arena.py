@@ -293,12 +293,19 @@ def undisturbed_sha256_of(
 
 
 @contextlib.contextmanager
-def arena(folder: Path, workers: int, *, leaf_s: float = 0.0, **options: Any) -> Iterator[Arena]:
+def arena(
+    folder: Path,
+    workers: int,
+    *,
+    leaf_s: float = 0.0,
+    environment: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Iterator[Arena]:
     """A cluster of real processes with a gate; leaves of `unhurried_job` take `leaf_s`."""
     gate = Gate(folder)
-    environment = {"PHALANX_TEST_GATE": str(folder), "PHALANX_TEST_LEAF_S": str(leaf_s)}
+    gated = {"PHALANX_TEST_GATE": str(folder), "PHALANX_TEST_LEAF_S": str(leaf_s)}
     with phalanx.LocalCluster(
-        workers=workers, slots=1, environment=environment, **options
+        workers=workers, slots=1, environment={**gated, **(environment or {})}, **options
     ) as cluster:
         try:
             add_blobs(cluster)

@@ -1,8 +1,6 @@
 """Real data sets through a real cluster, against scikit-learn, and one larger than the cache."""
 
 import csv
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,9 @@ import pytest
 
 import phalanx
 from phalanx.cli.main import run
-from phalanx.testing.arena import GUARD_S, wait_until
+from phalanx.testing.arena import GUARD_S, arena, gated_job
 from phalanx.testing.datasets import shared_data
+from phalanx.testing.scraping import scrape, series
 
 pytestmark = pytest.mark.slow
 
@@ -122,33 +121,83 @@ def test_adult_from_the_raw_file_to_labels(
     assert result.parameters_sha256 == same.parameters_sha256
 
 
-def test_a_data_set_ten_times_the_cache_survives_a_kill() -> None:
+def test_a_data_set_ten_times_the_cache_survives_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = np.random.default_rng(11)
     features = generator.standard_normal((160_000, 128)).astype(np.float32)
     targets = (features[:, :5].sum(axis=1) > 0).astype(np.int64)
     cache_bytes = 8 * 2**20
-    job = {
-        "name": "large",
-        "data": {"name": "large", "shards": 8},
-        "train": {
-            "model": {"logistic_regression": {}},
-            "optimizer": {"adam": {"learning_rate": 0.01}},
-            "stop": {"steps": 6},
-            "checkpoints": {"every_steps": 3},
-        },
-    }
+    job = {**gated_job(steps=6, checkpoints={"every_steps": 3}), "name": "large"}
+    job["data"] = {"name": "large", "shards": 8}
+    # Each step reads all rows, and there is no test split.
+    del job["train"]["batch_size"], job["train"]["evaluation"]
     limits = {"PHALANX_WORKER_CACHE_BYTES": str(cache_bytes)}
-    with phalanx.LocalCluster(workers=2, slots=1, environment=limits) as cluster:
-        cluster.data.add("large", features, targets)
-        manifest = cluster.data.manifest("large")
+    with arena(tmp_path, 2, environment=limits) as ring:
+        ring.cluster.data.add("large", features, targets)
+        manifest = ring.cluster.data.manifest("large")
         stored = sum(chunk.size_bytes for chunk in manifest.splits["train"])
         assert stored > 9.5 * cache_bytes
-        running = cluster.submit(job)
-        wait_until(lambda: running.refresh().progress.step >= 1 or running.done, "the first step")
-        assert not running.done
-        os.kill(cluster.process("worker-1").pid, signal.SIGKILL)
+        running = ring.cluster.submit(job)
+        ring.at_step(running, 1)
+        victim = ring.caught_in_a_leaf()[0]
+        ring.signal(victim)
+        ring.gate.release()
         result = running.wait(timeout_s=GUARD_S)
-        types = {event.type for event in cluster.events() if event.job_id == running.id}
-        assert {"WORKER_LOST", "SHARDS_MOVED", "RECOVERED"} <= types
+        events = [event for event in ring.cluster.events() if event.job_id == running.id]
+        assert {"SHARDS_MOVED", "RECOVERED"} <= {event.type for event in events}
+        lost = {event.worker_id for event in events if event.type == "WORKER_LOST"}
+        assert lost == {victim}
         assert (result.examples_lost, result.examples_doubled) == (0, 0)
+    monkeypatch.setenv("PHALANX_TEST_GATE", str(tmp_path))
     assert result.parameters_sha256 == sha256_of_one_process(job, features, targets)
+
+
+def leaves_of_workers(cluster: phalanx.LocalCluster) -> dict[str, float]:
+    """Leaves that each worker has computed."""
+    done = series("leaf_seconds_count", program="train", outcome="done")
+    workers = [process for process in cluster.processes() if process.role == "worker"]
+    return {worker.id: scrape(worker.metrics_address)[done] for worker in workers}
+
+
+SQUARES = {"linear_regression": {}}
+CLASSES = {"softmax_regression": {}}
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        (SQUARES, {"sgd": {"learning_rate": 0.05, "momentum": 0.9}}),
+        (SQUARES, {"adagrad": {"learning_rate": 0.5}}),
+        (SQUARES, {"adamw": {"learning_rate": 0.1, "weight_decay": 0.01}}),
+        (CLASSES, {"adagrad": {"learning_rate": 0.1}}),
+        (CLASSES, {"adamw": {"learning_rate": 0.01, "weight_decay": 0.01}}),
+    ],
+    ids=lambda part: next(iter(part)),
+)
+def test_two_workers_have_the_bits_of_one_process(
+    cluster: phalanx.LocalCluster, model: dict[str, Any], optimizer: dict[str, Any]
+) -> None:
+    from sklearn.datasets import load_diabetes, load_digits
+
+    name, load = ("diabetes", load_diabetes) if model is SQUARES else ("digits", load_digits)
+    data = load(return_X_y=True)
+    job = {
+        "name": name,
+        "data": {"name": name, "shards": 7},
+        "train": {
+            "model": model,
+            "optimizer": optimizer,
+            "batch_size": 140,
+            "stop": {"steps": 40},
+        },
+    }
+    cluster.data.add(name, *data)
+    before = leaves_of_workers(cluster)
+    running = cluster.submit(job)
+    result = running.wait(timeout_s=GUARD_S)
+    after = leaves_of_workers(cluster)
+    assert all(after[worker] > before[worker] for worker in after), "one of them did nothing"
+    points = [point.value for point in running.metric_messages() if point.name == "train/loss"]
+    assert points[-1] < points[0], "nothing was learned, so any optimizer would have these bits"
+    assert result.parameters_sha256 == sha256_of_one_process(job, *data)
