@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -63,6 +64,16 @@ def test_faults_cost_time_and_nothing_else(cluster, cli):
     assert report["goodput"] > 0
     for each in report["faults"]:
         assert cluster.process(each["victim"]).restarts == before[each["victim"]] + 1
+    victims = {each["victim"] for each in report["faults"] if each["fault"] == "kill-worker"}
+    events = list(cluster.events())
+    lost = {(each.worker_id, each.incident_id) for each in events if each.type == "WORKER_LOST"}
+    moved = Counter()
+    for each in events:
+        if each.type == "SHARDS_MOVED" and each.job_id == job.id:
+            moved[each.incident_id] += int(each.details["shards"])
+    held = {worker for worker, incident in lost if moved[incident]}
+    assert victims, "no worker was killed"
+    assert victims <= held, "a worker was killed that had nothing to do"
 
 
 def test_a_job_that_does_not_go_on_is_not_called_recovered(cluster, cli, monkeypatch):

@@ -19,6 +19,7 @@ import pytest
 import phalanx
 from phalanx.cli.main import run
 from phalanx.models.code import deactivate_user_code
+from phalanx.testing.arena import Arena, Gate, gated_job
 from phalanx.testing.wheels import make_wheel
 
 GUARD_S = 120.0
@@ -55,7 +56,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster(folder):
-    with phalanx.LocalCluster(workers=2, state=folder / "state") as local:
+    gate = {"PHALANX_TEST_GATE": str(folder)}
+    with phalanx.LocalCluster(workers=2, state=folder / "state", environment=gate) as local:
         yield local
 
 
@@ -252,20 +254,24 @@ def test_workers_status_and_drain(cli, cluster):
 
 
 def test_a_killed_worker_comes_back_and_the_job_does_not_notice(cluster, folder, result):
-    spec = phalanx.load(folder / "job.yaml", sets=["train.stop.steps=400", "name=killed"])
-    quiet = cluster.submit(phalanx.load(folder / "job.yaml", sets=["train.stop.steps=400"]))
-    wanted = quiet.wait(timeout_s=GUARD_S).parameters_sha256
+    ring = Arena(cluster, Gate(folder))
+    spec = {**gated_job(steps=400, shards=4), "name": "killed", "data": {"name": "iris"}}
+    wanted = cluster.submit({**spec, "name": "quiet"}).wait(timeout_s=GUARD_S).parameters_sha256
     job = cluster.submit(spec)
     killed, told = None, []
-    for update in job.watch():
-        told += [event.type for event in update.events]
-        if killed is None and update.state == "RUNNING" and update.step < 300:
-            killed = cluster.process("worker-1")
-            os.kill(killed.pid, signal.SIGKILL)
+    try:
+        for update in job.watch():
+            told += [event.type for event in update.events]
+            if killed is None and update.state == "RUNNING" and update.step:
+                killed = cluster.process(ring.caught_in_a_leaf()[0])
+                os.kill(killed.pid, signal.SIGKILL)
+                ring.gate.release()
+    finally:
+        ring.gate.release()
     assert killed is not None
     assert {"WORKER_LOST", "SHARDS_MOVED", "RECOVERED"} <= set(told)
     assert job.wait(timeout_s=GUARD_S).parameters_sha256 == wanted
-    wait_for(lambda: cluster.process("worker-1").pid not in (0, killed.pid), "it is back")
+    wait_for(lambda: cluster.process(killed.id).pid not in (0, killed.pid), "it is back")
 
 
 def test_wrong_jobs_are_refused_with_line_and_reason(cli, folder, result):
