@@ -1,8 +1,9 @@
-"""Runs many seeds of the simulator, or one again.
+"""Runs many seeds of the simulator, or one of them or a directed scenario again.
 
     python -m tests.simulation --seeds 10000 --processes 2 --json summary.json
     python -m tests.simulation --seeds 10000 --keep seeds.jsonl   # may be broken off, and goes on
     python -m tests.simulation --replay 4711                 # what happened, line by line
+    python -m tests.simulation --scene found/3               # the same of a directed scenario
 
 The summary is one JSON object:
 
@@ -61,6 +62,7 @@ from tests.simulation.cluster import services
 from tests.simulation.kept import Kept
 from tests.simulation.outcome import Outcome
 from tests.simulation.runs import simulate
+from tests.simulation.scenarios import scenarios, told_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="file of outcomes: what it has of the same code is not run again",
     )
     parser.add_argument("--replay", type=int, help="run this one seed and tell what happens")
+    parser.add_argument("--scene", help="run this one scenario and tell what happens")
     given = parser.parse_args(argv)
+    if given.scene is not None:
+        return _replay_scene(parser, given.scene)
     if given.replay is not None:
         return 1 if replay(given.replay, print) else 0
     kept = Kept(given.keep) if given.keep is not None else None
@@ -97,6 +102,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         given.json.write_text(text + "\n")
     return 1 if found["failures"] or found["vacuous"] else 0
+
+
+def _replay_scene(parser: argparse.ArgumentParser, name: str) -> int:
+    known = scenarios().get(name)
+    if known is None:
+        parser.error(f"there is no scenario {name!r}, but {', '.join(scenarios())}")
+    with services() as given:
+        outcome = known.run(given, print)
+    print(f"trace {outcome.trace}")
+    print(told_of(name, outcome))
+    return 1 if outcome.failure else 0
 
 
 def _run(seeds: Sequence[int], processes: int, kept: Kept | None) -> list[Outcome]:

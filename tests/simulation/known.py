@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,12 @@ class Known:
     only: tuple[str, ...] | None = None
     settings: tuple[tuple[str, Any], ...] = ()
 
-    def run(self, given: Services) -> Outcome:
+    def run(self, given: Services, log: Callable[[str], None] | None = None) -> Outcome:
         """Simulate the scenario; in directed ones all machines give the same bits."""
         if self.only is None:
-            return simulate(given, self.seed, **dict(self.settings))
+            return simulate(given, self.seed, log, **dict(self.settings))
         settings = {"mixed": False, **dict(self.settings)}
-        return simulate(given, self.seed, only=frozenset(self.only), **settings)
+        return simulate(given, self.seed, log, frozenset(self.only), **settings)
 
 
 _HEALED = (("lasting", False),)
@@ -246,3 +247,12 @@ FOUND_BUGS = (
     Known(24514),
 )
 """Scenarios that once found bugs in what ships."""
+
+NEWCOMERS = tuple(Known(seed, settings=(("newcomer", True),)) for seed in range(4))
+"""Scenarios with a third user."""
+CONTROL_DIES = tuple(
+    Known(seed, ("kill_control",), (("controls", controls), ("terms_max", 1)))
+    for controls in (2, 3)
+    for seed in (0, 1)
+)
+"""Scenarios in which nothing but control processes is killed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 import time
 from collections import Counter
@@ -15,16 +16,15 @@ from tests.simulation.batch import command, run_seeds, summary, told, vacuous
 from tests.simulation.cluster import services
 from tests.simulation.jobs import BAD
 from tests.simulation.kept import Kept, kept_in, sources_sha256
-from tests.simulation.known import FOUND_BUGS
 from tests.simulation.newcomer import BAD as WORSE
 from tests.simulation.runs import KINDS, simulate
+from tests.simulation.scenarios import command_of, scenarios, told_of
 from tests.simulation.scenes import SCENES, shown
 
 pytestmark = pytest.mark.slow
 
 SEEDS = range(1000, 1300)
 BLOCK = 25
-NEWCOMERS = range(4)
 
 
 BLOCKS = range(SEEDS.start, SEEDS.stop, BLOCK)
@@ -57,40 +57,46 @@ def test_every_seed_keeps_every_promise(first, folder):
     assert not failed, "\n".join(failed)
 
 
-def test_scenarios_that_once_found_bugs_find_them_no_more():
-    with services() as given:
-        for scenario in FOUND_BUGS:
-            assert scenario.run(given).failure == "", scenario
+@pytest.fixture
+def given():
+    with services() as made:
+        yield made
 
 
-@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: SCENES[scene])
-def test_a_scene_shows_what_it_is_about(scene):
-    with services() as given:
-        outcome = scene.run(given)
-    assert outcome.failure == ""
-    assert shown(outcome, SCENES[scene]) > 0
+def of_kind(kind):
+    return [name for name in scenarios() if name.startswith(f"{kind}/")]
 
 
-def test_worse_jobs_end_as_they_must():
+@pytest.mark.parametrize("name", of_kind("found"))
+def test_a_scenario_that_once_found_a_bug_finds_none(given, name):
+    outcome = scenarios()[name].run(given)
+    assert outcome.failure == "", told_of(name, outcome)
+
+
+@pytest.mark.parametrize("name", of_kind("scene"))
+def test_a_scene_shows_what_it_is_about(given, name):
+    outcome = scenarios()[name].run(given)
+    assert outcome.failure == "", told_of(name, outcome)
+    what = SCENES[scenarios()[name]]
+    assert shown(outcome, what) > 0, f"{what} did not come about: {command_of(name)}"
+
+
+def test_worse_jobs_end_as_they_must(given):
     ended, refused = Counter(), 0
-    with services() as given:
-        for seed in NEWCOMERS:
-            outcome = simulate(given, seed, newcomer=True)
-            assert outcome.failure == "", seed
-            ended += outcome.worse_jobs
-            refused += outcome.refused
+    for name in of_kind("newcomer"):
+        outcome = scenarios()[name].run(given)
+        assert outcome.failure == "", told_of(name, outcome)
+        ended += outcome.worse_jobs
+        refused += outcome.refused
     assert ended.keys() == set(WORSE)
     assert refused > 0
 
 
-@pytest.mark.parametrize("controls", [2, 3])
-def test_the_deaths_of_control_alone_roll_nothing_back(controls):
-    with services() as given:
-        for seed in (0, 1):
-            only = frozenset(["kill_control"])
-            outcome = simulate(given, seed, only=only, controls=controls, mixed=False, terms_max=1)
-            assert outcome.faults["kill_control"] > 3
-            assert outcome.failure == ""
+@pytest.mark.parametrize("name", of_kind("control-dies"))
+def test_the_deaths_of_control_alone_roll_nothing_back(given, name):
+    outcome = scenarios()[name].run(given)
+    assert outcome.faults["kill_control"] > 3
+    assert outcome.failure == "", told_of(name, outcome)
 
 
 @pytest.mark.timeout(1800)
@@ -162,6 +168,17 @@ def test_a_failing_seed_prints_the_command_that_replays_it(capsys, monkeypatch):
     assert command(7) in capsys.readouterr().err
     assert main(command(7).split()[3:]) == 1
     assert "other bits" in capsys.readouterr().out
+
+
+def test_a_failing_scenario_is_replayed_by_the_command_that_it_prints(capsys, monkeypatch):
+    monkeypatch.setattr("tests.simulation.jobs.reference_sha256", lambda _: "0" * 64)
+    name = of_kind("control-dies")[0]
+    assert main(shlex.split(command_of(name))[3:]) == 1
+    told = capsys.readouterr().out
+    assert "kill control" in told
+    assert told.endswith(f"ended with other bits\n  {command_of(name)}\n")
+    with pytest.raises(SystemExit):
+        main(["--scene", "nowhere/0"])
 
 
 def test_afterwards_every_clock_is_real_again():
