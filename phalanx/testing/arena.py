@@ -252,11 +252,11 @@ class Arena:
         def hosts() -> int:
             return sum(bool(each.shards) for each in submitted.refresh().progress.workers)
 
-        wait_until(lambda: ready() == workers, f"{workers} workers")
+        wait_until(lambda: ready() == workers, "the workers")
         self.gate.hold()
         submitted = self.cluster.submit(job)
-        wait_until(lambda: hosts() == workers, f"{workers} workers to hold shards")
-        wait_until(lambda: len(self.in_a_leaf()) == workers, f"a leaf on {workers} workers")
+        wait_until(lambda: hosts() == workers, "every worker to hold shards")
+        wait_until(lambda: len(self.in_a_leaf()) == workers, "a leaf on every worker")
         return submitted
 
     def signal(self, member_id: str, number: int = signal.SIGKILL) -> None:
