@@ -85,10 +85,19 @@ class JournalWriter:
         return len(self._queue)
 
     @property
+    def stuck(self) -> bool:
+        """Whether nothing has become durable for a while, although something waits."""
+        return self._began_s is not None and time.monotonic() - self._began_s >= STUCK_S
+
+    @property
     def full(self) -> bool:
         """Whether callers should be sent away until storage has caught up."""
-        stuck = self._began_s is not None and time.monotonic() - self._began_s >= STUCK_S
-        return stuck or len(self._queue) >= QUEUE_MAX
+        return self.stuck or len(self._queue) >= QUEUE_MAX
+
+    @property
+    def overfull(self) -> bool:
+        """Whether members alone have brought more than may wait: they are never sent away."""
+        return len(self._queue) >= 2 * QUEUE_MAX
 
     def append(self, index: int, record: ControlRecord) -> None:
         """Queue one record."""

@@ -45,6 +45,9 @@ from phalanx.v1.task_service_pb2 import TaskResult
 
 TICK_S = 0.1
 ANSWER_TIMEOUT_S = 60.0
+WAITING_MAX = 50_000
+"""Effects that may wait for their records while storage takes none; callers are sent away from half
+as many on."""
 
 _log = get_logger(__name__)
 
@@ -100,6 +103,7 @@ class Leader:
         self._submitting = submitting
         self._durable_index = 0
         self._waiting: deque[fx.Effect] = deque()
+        self._to_publish: set[fx.Publish] = set()
         self._answers: dict[int, asyncio.Future[Message]] = {}
         self._tokens = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -162,7 +166,8 @@ class Leader:
             elif effect.after <= self._durable_index:
                 self._perform(effect)
             else:
-                self._waiting.append(effect)
+                self._hold(effect)
+        self._check_room()
 
     async def request(self, make: Callable[[int], ev.Event]) -> Message:
         """Hand a caller's event to the core; return the answer once it is durable.
@@ -240,7 +245,8 @@ class Leader:
 
     def check_storage(self) -> None:
         """Raise Unavailable while nothing can be made durable."""
-        if not self._store.available or self._journal.full:
+        crowded = len(self._waiting) >= WAITING_MAX // 2
+        if not self._store.available or self._journal.full or crowded:
             raise Unavailable(
                 "storage does not answer, or takes nothing because its disk is full, so nothing "
                 "new can be decided; try again soon",
@@ -280,9 +286,33 @@ class Leader:
         for effect in waiting:
             assert not isinstance(effect, fx.Persist)
             if effect.after <= index:
+                if isinstance(effect, fx.Publish):
+                    self._to_publish.discard(effect)
                 self._perform(effect)
             else:
                 kept.append(effect)
+
+    def _hold(self, effect: fx.Effect) -> None:
+        """Let an effect wait for its record."""
+        if isinstance(effect, fx.Publish):
+            if effect in self._to_publish:
+                return  # it shows how things are by then, with all that came meanwhile
+            self._to_publish.add(effect)
+        self._waiting.append(effect)
+
+    def _check_room(self) -> None:
+        """End a leadership that has decided more than it may hold, as if it had been killed.
+
+        Nobody was told of what is lost with it. Members go on by themselves, and are asked what
+        they hold by whoever leads when storage is back.
+        """
+        overfull = self._journal.overfull or len(self._waiting) >= WAITING_MAX
+        if overfull and (self._journal.stuck or not self._store.available):
+            text = (
+                f"storage has been away for so long that {self._journal.lag} decisions wait for "
+                "it, with all that follows from them; control decides again when it is back"
+            )
+            self._fail(Unavailable(text, reason="STORAGE_UNAVAILABLE", retry_after_s=1.0))
 
     def _perform(self, effect: fx.Effect) -> None:
         match effect:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from coordinator.control import journal
 from coordinator.control import leader as leader_module
 from coordinator.control.config import ControlConfig
+from coordinator.control.core import effects as fx
 from coordinator.control.core import events as ev
 from coordinator.control.core.facts import Facts
 from coordinator.control.gauges import Gauges
@@ -22,7 +23,8 @@ from phalanx.errors import DataLoss, Internal, NotFound, Unavailable
 from phalanx.telemetry.metrics import ControlMetrics, new_registry
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
-from phalanx.v1.control_journal_pb2 import RememberedRequest
+from phalanx.v1.control_journal_pb2 import ControlRecord, RememberedRequest
+from phalanx.v1.job_pb2 import Event
 from phalanx.v1.job_service_pb2 import CancelJobResponse
 
 GUARD_S = 30.0
@@ -132,6 +134,90 @@ async def test_while_a_fact_waits_for_storage_nothing_new_is_taken(
         leader.check_storage()
     assert refusal.value.reason == "STORAGE_UNAVAILABLE"
     assert refusal.value.retry_after_s
+
+
+@pytest.fixture
+def deciding(leader: Leader, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the core decide these effects; they wait for a record that is not durable."""
+
+    def decide(*effects: fx.Effect) -> None:
+        monkeypatch.setattr(leader_module, "handle", lambda *_: list(effects))
+        leader.dispatch(ev.Tick())
+
+    return decide
+
+
+def event(number: int = 0) -> fx.Emit:
+    return fx.Emit(Event(message=str(number)), after=1)
+
+
+async def test_what_is_only_shown_waits_once(leader: Leader, deciding: Callable[..., None]) -> None:
+    """Reports of a job come all the time, also while its newest term waits to be durable."""
+    before = len(leader._waiting)
+    for _ in range(100):
+        deciding(fx.Publish("job-1", after=1, progress_only=True), fx.Publish("job-2", after=1))
+    assert len(leader._waiting) == before + 2
+    leader._on_durable(1, ControlRecord())
+    assert len(leader._waiting) == before
+    deciding(fx.Publish("job-1", after=2))
+    assert len(leader._waiting) == before + 1, "the next record is waited for anew"
+
+
+async def test_callers_are_sent_away_before_too_much_waits(
+    leader: Leader, deciding: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leader_module, "WAITING_MAX", 2 * len(leader._waiting) + 2)
+    leader.check_storage()
+    deciding(event())
+    with pytest.raises(Unavailable) as refusal:
+        await leader.request(drain)
+    assert refusal.value.reason == "STORAGE_UNAVAILABLE"
+    assert refusal.value.retry_after_s
+    assert not leader.failed.done()
+
+
+async def test_a_leadership_that_may_hold_no_more_effects_ends(
+    leader: Leader, deciding: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 10
+    monkeypatch.setattr(leader_module, "WAITING_MAX", len(leader._waiting) + room)
+    for number in range(2 * room):
+        deciding(event(number))
+    assert not leader.failed.done(), "storage may be taking records all the time"
+    leader._store.available = False
+    deciding()
+    error = leader.failed.result()
+    assert isinstance(error, Unavailable)
+    assert (error.reason, error.retry_after_s) == ("STORAGE_UNAVAILABLE", 1.0)
+    waiting = len(leader._waiting)
+    deciding(event())
+    assert len(leader._waiting) == waiting
+
+
+async def test_a_leadership_that_may_hold_no_more_records_ends(
+    leader: Leader, deciding: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Members are not callers: what they bring is decided until then."""
+    monkeypatch.setattr(journal, "QUEUE_MAX", leader._journal.lag)
+    leader._store.available = False
+    deciding()
+    assert not leader.failed.done()
+    for index in range(leader._journal.lag):
+        deciding(fx.Persist(100 + index, ControlRecord()))
+    assert isinstance(leader.failed.result(), Unavailable)
+    assert leader._journal.lag == 2 * journal.QUEUE_MAX
+
+
+async def test_storage_that_answers_and_takes_nothing_ends_it_as_well(
+    leader: Leader, deciding: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await asyncio.sleep(0)
+    monkeypatch.setattr(leader_module, "WAITING_MAX", len(leader._waiting))
+    deciding()
+    assert not leader.failed.done()
+    monkeypatch.setattr(journal, "STUCK_S", 0.0)
+    deciding()
+    assert leader.failed.done()
 
 
 async def test_nothing_is_decided_after_the_end(leader: Leader) -> None:
