@@ -36,7 +36,10 @@ class TaskServicer(pb_grpc.TaskServiceServicer):
             await context.write(pb.WorkResponse(welcome=pb.WorkWelcome(term=job.ranges.term)))
             job.handle(WorkerOpened(session, hello.worker_id, hello.slots, hello.held))
             await _until_one_ends(
-                _receive(context, job, session), _send(context, outbox), job.closed()
+                _receive(context, job, session),
+                _send(context, outbox),
+                outbox.overflow(),
+                job.closed(),
             )
         finally:
             job.close_stream(session)

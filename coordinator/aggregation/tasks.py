@@ -29,7 +29,7 @@ from coordinator.aggregation.core.dispatch.events import (
 )
 from coordinator.aggregation.task_journal import TaskJournal
 from phalanx.clients.storage import StorageClient
-from phalanx.errors import Aborted, Internal, PhalanxError, Unavailable
+from phalanx.errors import Aborted, Internal, PhalanxError, ResourceExhausted, Unavailable
 from phalanx.rpc.patience import insist
 from phalanx.tasks import failures_max
 from phalanx.telemetry.logs import get_logger
@@ -45,6 +45,9 @@ from phalanx.v1.training_pb2 import JobPlan
 TICK_S = 0.05
 REPORT_EVERY_S = 0.2
 TELL_EVERY_S = 1.0
+OUTBOX_MAX = 1000
+"""Messages that wait for one worker to read."""
+
 _RATE_WINDOW_S = 2.0
 _SPECULATION = ("late", "silent")
 STOP_REASON = "TASKS_DONE"
@@ -66,14 +69,25 @@ class TaskRange:
 
 
 class Outbox:
-    """What one worker is to be told; the dispatcher's credit bounds it."""
+    """What one worker is to be told on one stream.
+
+    The dispatcher's credit bounds the tasks in it. A worker that says more and more and reads
+    nothing of what it is answered loses its stream; the next one begins with what it holds then.
+    """
 
     def __init__(self) -> None:
         self.filled = asyncio.Event()
+        self._full = asyncio.Event()
         self._messages: deque[WorkResponse] = deque()
 
+    def __len__(self) -> int:
+        return len(self._messages)
+
     def add(self, effect: Send) -> None:
-        """Add a message."""
+        """Add a message, if there is room: without it the stream ends."""
+        if len(self._messages) >= OUTBOX_MAX:
+            self._full.set()
+            return
         message = WorkResponse(
             tasks=effect.tasks, first_attempt=effect.first_attempt, settled=effect.settled
         )
@@ -86,6 +100,11 @@ class Outbox:
             self.filled.clear()
             await self.filled.wait()
         return self._messages.popleft()
+
+    async def overflow(self) -> None:
+        """Wait until there was no room. Raises ResourceExhausted then."""
+        await self._full.wait()
+        raise ResourceExhausted("the worker does not read what it is sent")
 
 
 class HostedTasks:

@@ -128,6 +128,9 @@ class TaskSetCore:
         for number, task in enumerate(message.tasks, message.first_attempt):
             self._open[number] = task
             self._waiting.append((task, number))
+        if len(self._waiting) > 2 * len(self._open):
+            # Others were quicker with most of what waits here; a call that hangs may hold it up.
+            self._waiting = deque(each for each in self._waiting if each[1] in self._open)
         return [*self._end_unwanted(), *self._start()]
 
     def next_reports(self) -> task_service_pb2.TaskReports | None:

@@ -339,3 +339,33 @@ def test_a_large_value_waits_for_its_blob_and_its_part_is_done() -> None:
     stored: Any = pb.StoredValue(digest="ab", size_bytes=9)
     assert isinstance(driver.core.report(1, attempt, stored=stored)[0], do.Wake)
     assert driver.told() == [(1, attempt)]
+
+
+def test_what_others_were_quicker_with_does_not_pile_up_behind_a_call_that_hangs() -> None:
+    driver = Driver()
+    hanging = driver.give(0)
+    kept = driver.give(1)
+    for number in range(2, 1000):
+        attempt = driver.give(number)
+        driver.give(settled=(attempt,))
+        assert len(driver.core._waiting) <= 2 * len(driver.core._open) + 1
+    assert driver.held() == {(0, hanging), (1, kept)}
+    driver.finish(driver.running[0])
+    assert numbers(driver.running[0]) == [1]
+
+
+def test_what_is_kept_for_an_owner_is_no_more_than_it_handed_out() -> None:
+    """However often the stream breaks: each attempt is reported once, until it is settled."""
+    driver = Driver()
+    first = driver.give(*range(20))
+    for number in range(20):
+        for _ in range(2):
+            driver.take(driver.core.report(number, first + number, value_json="1"))
+    assert len(driver.core._unsent) == 20
+    for _ in range(3):
+        driver.take(driver.core.stream_opened())
+        assert len(driver.core._unsent) == len(driver.core._reports) == 20
+    driver.give(settled=tuple(range(first, first + 20)))
+    assert not driver.core._reports
+    assert driver.told() == []
+    assert not driver.core._unsent
