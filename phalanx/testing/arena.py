@@ -53,6 +53,7 @@ class Softmax(UserModel):
 GATED_MODEL = '''
 """A softmax regression whose leaves wait while a file is there, and say that they do."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -62,12 +63,24 @@ from softmax import Softmax
 GATE = Path(os.environ["PHALANX_TEST_GATE"])
 
 
+def may_pass():
+    for name in os.listdir(GATE / "passes"):
+        with contextlib.suppress(FileNotFoundError):  # another leaf took it
+            (GATE / "passes" / name).unlink()
+            return True
+    return False
+
+
 class Gated(Softmax):
     def loss_and_gradients(self, parameters, features, targets):
-        if (GATE / "hold").exists():
-            (GATE / f"entered-{os.getpid()}").touch()
+        if (GATE / "hold").exists() and not may_pass():
+            entered = GATE / f"entered-{os.getpid()}"
+            entered.touch()
             while (GATE / "hold").exists():
                 time.sleep(0.002)
+                if may_pass():
+                    entered.unlink(missing_ok=True)
+                    break
         return super().loss_and_gradients(parameters, features, targets)
 '''
 
@@ -187,6 +200,9 @@ class Gate:
 
     folder: Path
 
+    def __post_init__(self) -> None:
+        (self.folder / "passes").mkdir(exist_ok=True)
+
     def hold(self) -> None:
         """Every leaf that begins from now on waits."""
         for entered in self.folder.glob("entered-*"):
@@ -196,6 +212,18 @@ class Gate:
     def release(self) -> None:
         """All go on."""
         (self.folder / "hold").unlink(missing_ok=True)
+
+    def let_pass(self, leaves: int) -> None:
+        """So many leaves go on although the gate is held, if all that were let pass before did."""
+        passes = self.folder / "passes"
+        if not any(passes.iterdir()):
+            for number in range(leaves):
+                (passes / str(number)).touch()
+
+    def let_nobody_pass(self) -> None:
+        """Who was let pass and has not come yet waits, too."""
+        for each in (self.folder / "passes").iterdir():
+            each.unlink(missing_ok=True)
 
     def entered(self) -> set[int]:
         """Process ids of the leaf processes that wait in a leaf."""
@@ -212,6 +240,29 @@ class Arena:
     def at_step(self, job: Job, step: int) -> None:
         """Wait until the job has committed a step."""
         wait_until(lambda: job.refresh().progress.step >= step or job.done, f"step {step}")
+        self._not_over(job)
+
+    def caught_at(self, job: Job, step: int) -> list[str]:
+        """Hold the gate when the job has committed a step, and is about to do the next ones; ids of
+        the workers that are in the middle of a leaf, at least one.
+
+        Leaves are let pass by numbers: however busy the machine is, the job does not run away.
+        """
+        shards = job.message.spec.data.shards
+        self.gate.hold()
+
+        def is_there() -> bool:
+            left = step - job.refresh().progress.step
+            if left > 0:
+                self.gate.let_pass(left * shards)
+            return left <= 0 or job.done
+
+        wait_until(is_there, f"step {step}")
+        self._not_over(job)
+        self.gate.let_nobody_pass()
+        return self._caught()
+
+    def _not_over(self, job: Job) -> None:
         if job.done:
             job.wait(timeout_s=GUARD_S)  # tells why, where it failed
             raise AssertionError("the job was over before the fault could be injected")
@@ -241,6 +292,9 @@ class Arena:
     def caught_in_a_leaf(self) -> list[str]:
         """Hold the gate; ids of the workers that are in the middle of a leaf, at least one."""
         self.gate.hold()
+        return self._caught()
+
+    def _caught(self) -> list[str]:
         return sorted(wait_until(self.in_a_leaf, "a worker in the middle of a leaf"))
 
     def submit_held(self, job: Mapping[str, Any], workers: int) -> Job:

@@ -15,8 +15,7 @@ def test_the_checkpoint_before_a_corrupt_one_is_taken(
 ) -> None:
     with arena(tmp_path, 2) as ring:
         job = ring.cluster.submit(gated_job())
-        ring.at_step(job, 25)
-        ring.caught_in_a_leaf()
+        ring.caught_at(job, 25)
         (address,) = (m.address for m in ring.cluster.processes() if m.role == "storage")
         with SyncStorageClient(address) as storage:
             wait_until(lambda: len(storage.list_checkpoints(job.id)) > 1, "two checkpoints")

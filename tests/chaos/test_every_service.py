@@ -13,8 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 def test_control_dies_and_training_goes_on(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 2) as ring:
         job = ring.cluster.submit(gated_job())
-        ring.at_step(job, 10)
-        ring.caught_in_a_leaf()
+        ring.caught_at(job, 10)
         before = ring.cluster.describe().generation
         ring.signal("control-1")
         ring.gate.release()
@@ -28,8 +27,7 @@ def test_control_dies_and_training_goes_on(tmp_path: Path, undisturbed_sha256: s
 def test_control_and_a_worker_die_together(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 2, controls=2) as ring:
         job = ring.cluster.submit(gated_job())
-        ring.at_step(job, 10)
-        victim = ring.caught_in_a_leaf()[0]
+        victim = ring.caught_at(job, 10)[0]
         before = ring.cluster.describe()
         ring.signal(before.leader)
         ring.signal(victim)
@@ -46,8 +44,7 @@ def test_a_leader_stopped_past_its_lease_and_continued(
 ) -> None:
     with arena(tmp_path, 2, controls=2) as ring:
         job = ring.cluster.submit(gated_job())
-        ring.at_step(job, 10)
-        ring.caught_in_a_leaf()
+        ring.caught_at(job, 10)
         before = ring.cluster.describe()
         ring.signal(before.leader, signal.SIGSTOP)
         try:
@@ -66,8 +63,7 @@ def test_a_leader_stopped_past_its_lease_and_continued(
 def test_an_aggregator_dies_and_the_job_replays(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 2) as ring:
         job = ring.cluster.submit(gated_job())
-        ring.at_step(job, 25)
-        ring.caught_in_a_leaf()
+        ring.caught_at(job, 25)
         ring.signal("aggregator-1")
         ring.gate.release()
         result = job.wait(timeout_s=GUARD_S)
@@ -81,8 +77,7 @@ def test_an_aggregator_dies_before_the_first_checkpoint(
 ) -> None:
     with arena(tmp_path, 2) as ring:
         job = ring.cluster.submit(gated_job())
-        ring.at_step(job, 2)
-        ring.caught_in_a_leaf()
+        ring.caught_at(job, 2)
         ring.signal("aggregator-1")
         ring.gate.release()
         assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
@@ -91,8 +86,7 @@ def test_an_aggregator_dies_before_the_first_checkpoint(
 def test_storage_dies_and_training_goes_on(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 2) as ring:
         job = ring.cluster.submit(gated_job())
-        ring.at_step(job, 15)
-        ring.caught_in_a_leaf()
+        ring.caught_at(job, 15)
         ring.signal("storage")
         ring.gate.release()
         result = job.wait(timeout_s=GUARD_S)
@@ -103,8 +97,7 @@ def test_storage_dies_and_training_goes_on(tmp_path: Path, undisturbed_sha256: s
 def test_everything_dies_at_once(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 2) as ring:
         job = ring.cluster.submit(gated_job())
-        ring.at_step(job, 25)
-        ring.caught_in_a_leaf()
+        ring.caught_at(job, 25)
         for member in ring.cluster.processes():
             ring.signal(member.id)
         ring.gate.release()

@@ -26,8 +26,7 @@ def test_control_and_a_worker_die_together_and_training_goes_on(
 ) -> None:
     with arena(tmp_path, 3, controls=2) as ring:
         job = ring.cluster.submit(long_job)
-        ring.at_step(job, 10)
-        victim = ring.caught_in_a_leaf()[0]
+        victim = ring.caught_at(job, 10)[0]
         generation = ring.cluster.describe().generation
         leader, standby = controls(ring)
         step = job.refresh().progress.step
@@ -59,8 +58,7 @@ def test_a_stopped_leader_is_left_by_its_members(
     """It holds all its sockets open, and it believes to lead when it goes on."""
     with arena(tmp_path, 2, controls=2) as ring:
         job = ring.cluster.submit(long_job)
-        ring.at_step(job, 10)
-        ring.caught_in_a_leaf()
+        ring.caught_at(job, 10)
         leader, standby = controls(ring)
         with phalanx.connect(standby.address) as other:
             with stopped(leader.pid):

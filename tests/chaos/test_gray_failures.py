@@ -23,8 +23,7 @@ def test_a_stopped_worker_is_copied_long_before_its_lease_is_over(
 ) -> None:
     with arena(tmp_path, 3, leaf_s=LEAF_S) as ring:
         job = ring.cluster.submit(long_job)
-        ring.at_step(job, 10)
-        victim = ring.caught_in_a_leaf()[0]
+        victim = ring.caught_at(job, 10)[0]
         with stopped(ring.cluster.process(victim).pid):
             ring.gate.release()
             wait_until(lambda: copied(ring, victim), "copies of what the stopped worker owes")
@@ -47,8 +46,7 @@ def test_a_leaf_that_hangs_under_good_heartbeats_is_copied_and_moved(
 ) -> None:
     with arena(tmp_path, 3, leaf_s=LEAF_S) as ring:
         job = ring.cluster.submit(long_job)
-        ring.at_step(job, 10)
-        victim = ring.caught_in_a_leaf()[0]
+        victim = ring.caught_at(job, 10)[0]
         children = psutil.Process(ring.cluster.process(victim).pid).children(recursive=True)
         leaf = next(child.pid for child in children if child.pid in ring.gate.entered())
         with stopped(leaf):

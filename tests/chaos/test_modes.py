@@ -71,8 +71,7 @@ def test_a_worker_killed_in_the_middle_of_a_leaf(
         undisturbed = alone.submit(document).wait(timeout_s=GUARD_S).parameters_sha256
     assert undisturbed != plain_sha256, "the mode changes nothing, so nothing is shown"
     job = ring.cluster.submit(document)
-    ring.at_step(job, 5)
-    ring.signal(ring.caught_in_a_leaf()[0])
+    ring.signal(ring.caught_at(job, 5)[0])
     ring.gate.release()
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == undisturbed
@@ -87,8 +86,7 @@ def test_backup_shards_do_without_a_stopped_worker_and_count_what_they_leave_out
     )
     document["reproducibility"] = {"tolerant": {}}
     job = ring.cluster.submit(document)
-    ring.at_step(job, 5)
-    victim = ring.cluster.process(ring.caught_in_a_leaf()[0])
+    victim = ring.cluster.process(ring.caught_at(job, 5)[0])
     with stopped(victim.pid):
         ring.gate.release()
         before = job.refresh().progress.step

@@ -59,8 +59,7 @@ def test_worker_aggregator_and_control_killed_in_the_middle_of_leaves(
     document = gated_job(steps=STEPS, evaluation={"every_steps": 20}, **MODES[mode])
     job = ring.cluster.submit(document)
     for step, victim in ((4, "worker"), (15, "aggregator-1"), (25, "control-1"), (35, "both")):
-        ring.at_step(job, step)
-        caught = ring.caught_in_a_leaf()
+        caught = ring.caught_at(job, step)
         victims = [caught[0]] if victim == "worker" else [victim]
         if victim == "both":
             victims = [caught[-1], "aggregator-1"]
@@ -80,8 +79,7 @@ def test_worker_aggregator_and_control_killed_in_the_middle_of_leaves(
 
 def test_others_go_on_while_a_worker_is_stopped_and_its_shards_are_moved(ring: Arena) -> None:
     job = ring.cluster.submit(gated_job(steps=STEPS, asynchronous={}))
-    ring.at_step(job, 4)
-    victim = ring.cluster.process(ring.caught_in_a_leaf()[0])
+    victim = ring.cluster.process(ring.caught_at(job, 4)[0])
     with stopped(victim.pid):
         ring.gate.release()
         ledger_balances(ring, job)
@@ -89,8 +87,7 @@ def test_others_go_on_while_a_worker_is_stopped_and_its_shards_are_moved(ring: A
 
 def test_a_paused_job_goes_on_where_each_shard_was(ring: Arena) -> None:
     job = ring.cluster.submit(gated_job(steps=STEPS, stale={"bound": 3}))
-    ring.at_step(job, 5)
-    ring.caught_in_a_leaf()
+    ring.caught_at(job, 5)
     job.pause()
     ring.gate.release()
     wait_until(lambda: job.refresh().state == "PAUSED", "the job to be paused")

@@ -62,8 +62,7 @@ def test_the_job_outlives_its_coordinator_and_a_worker_that_dies_with_it(
 ) -> None:
     with arena(tmp_path, 2) as ring:
         job = ring.cluster.submit(gated_job())
-        ring.at_step(job, 15)
-        victim = ring.caught_in_a_leaf()[0]
+        victim = ring.caught_at(job, 15)[0]
         generation = ring.cluster.describe().generation
         ring.signal("control-1")
         ring.signal(victim)

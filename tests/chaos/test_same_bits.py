@@ -102,8 +102,7 @@ def test_workers_killed_in_the_middle_of_a_leaf(tmp_path: Path, undisturbed_sha2
 def test_all_workers_killed_at_once(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 2) as ring:
         job = ring.cluster.submit(gated_job())
-        ring.at_step(job, 15)
-        ring.caught_in_a_leaf()
+        ring.caught_at(job, 15)
         for victim in ("worker-1", "worker-2"):
             ring.signal(victim)
         ring.gate.release()
@@ -116,8 +115,7 @@ def test_a_worker_stopped_past_its_lease_and_continued(
 ) -> None:
     with arena(tmp_path, 3) as ring:
         job = ring.cluster.submit(gated_job(steps=60))
-        ring.at_step(job, 10)
-        victim = ring.caught_in_a_leaf()[0]
+        victim = ring.caught_at(job, 10)[0]
         ring.signal(victim, signal.SIGSTOP)
         try:
             ring.gate.release()
@@ -136,8 +134,7 @@ def test_a_worker_stopped_past_its_lease_and_continued(
 def test_a_worker_ten_times_slower_than_the_others(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 3) as ring, Harm() as harm:
         job = ring.cluster.submit(gated_job())
-        ring.at_step(job, 10)
-        victim = ring.caught_in_a_leaf()[0]
+        victim = ring.caught_at(job, 10)[0]
         assert harm.inflict(FAULTS["slow-worker"], ring.cluster.process(victim).pid)
         ring.gate.release()
         result = job.wait(timeout_s=GUARD_S)
@@ -157,9 +154,8 @@ def test_workers_join_and_leave(tmp_path: Path, long_job: dict[str, Any], long_s
             return any(event.worker_id == worker_id for event in ring.events(kind))
 
         job = ring.cluster.submit(long_job)
-        ring.at_step(job, 5)
         # However long a process takes to start: meanwhile the job does not come to its end.
-        ring.caught_in_a_leaf()
+        ring.caught_at(job, 5)
         joined = ring.cluster.add_worker()
         wait_until(lambda: happened("WORKER_JOINED", joined), "the newcomer to join")
         ring.gate.release()

@@ -69,8 +69,7 @@ def lie_in_turns(ring: Arena) -> None:
 
 def begin_to_lie(ring: Arena, job: Job) -> None:
     """From the middle of a step on the liars lie, each in its turn."""
-    ring.at_step(job, 3)
-    ring.caught_in_a_leaf()
+    ring.caught_at(job, 3)
     lie_in_turns(ring)
     ring.gate.release()
 
@@ -151,8 +150,9 @@ def test_three_workers_that_lie(ring: Arena, clean_sha256: str) -> None:
 def test_an_audit_catches_a_liar(ring: Arena) -> None:
     before = len(ring.events("WORKER_QUARANTINED"))
     job = ring.cluster.submit(lying_job(verification={"audit_fraction": 0.3}))
-    ring.at_step(job, 3)
+    ring.caught_at(job, 3)
     lie(ring, "worker-2", "0/1")
+    ring.gate.release()
     job.wait(timeout_s=GUARD_S)
     wait_until(lambda: quarantined(ring) == {"worker-2"}, "the liar to be caught")
     [event] = ring.events("WORKER_QUARANTINED")[before:]
@@ -164,8 +164,7 @@ def test_an_audit_catches_a_liar(ring: Arena) -> None:
 def test_worker_and_aggregator_killed_amid_copies(ring: Arena, clean_sha256: str) -> None:
     job = ring.cluster.submit(lying_job(verification={"replicas": 3}))
     for step, victims in ((4, 1), (15, 0), (25, 2)):
-        ring.at_step(job, step)
-        caught = ring.caught_in_a_leaf()
+        caught = ring.caught_at(job, step)
         for member in caught[:victims] or ["aggregator-1"]:
             ring.signal(member)
         ring.gate.release()
