@@ -14,6 +14,7 @@ from phalanx.testing.simulation import Network, World
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.testing.simulation.faults import Schedule
 from phalanx.testing.simulation.loop import SimulationFailed
+from phalanx.testing.simulation.network import Misdelivery
 from tests.simulation import jobs, last, rare, reducing, task_sets, wishes
 from tests.simulation.cluster import STORAGE, Cluster, Services
 from tests.simulation.faults import Faults, fault_kinds
@@ -49,7 +50,12 @@ NEIGHBOUR_SHARE = 0.03
 NEWCOMER_SHARE = 0.02
 """Part of them in which a third one is."""
 
+MISDELIVERED_SHARE = 0.12
+"""Part of them in which calls lose their answers, and requests arrive late and again."""
+MISDELIVERED = {"lost": "answer_lost", "late": "request_late", "twice": "request_repeated"}
+
 KINDS = frozenset(fault_kinds()) | {"job_paused", "job_cancelled", "call_repeated", "last_strike"}
+KINDS |= frozenset(MISDELIVERED.values())
 """Every kind of fault that a batch must have met."""
 
 
@@ -372,6 +378,8 @@ class Run:
             outcome.faults.update({**schedule.fired, **self.faults.met})
             outcome.faults["struck_in_the_act"] = self.faults.struck
             outcome.faults["last_strike"] = int(self.last.struck)
+            met = self.network.misdelivered
+            outcome.faults.update({MISDELIVERED[kind]: count for kind, count in met.items()})
         outcome.reasons = user.reasons
         disk = self.cluster.storage_machine.disk
         outcome.torn, outcome.unsynced = disk.torn, disk.lost
@@ -511,6 +519,7 @@ def simulate(
             run.faults.lie_in_wait(random.Random(f"strikes {seed}"))
             if seed >= ALL_FROM_SEED:
                 run.faults.lie_in_wait_for_a_write(random.Random(f"torn {seed}"))
+                run.network.misdelivery = _misdelivery(random.Random(f"misdelivery {seed}"))
         else:
             chosen = {kind: kinds[kind] for kind in sorted(only)}
             schedule = Schedule(run.world, chosen, every_s=settings.every_s, share=1.0)
@@ -527,6 +536,12 @@ def simulate(
         given.collect_garbage()
     outcome.cpu_s = time.process_time() - clock_s
     return outcome
+
+
+def _misdelivery(chance: random.Random) -> Misdelivery | None:
+    if chance.random() >= MISDELIVERED_SHARE:
+        return None
+    return Misdelivery(chance, chance.choice([0.03, 0.1, 0.3]))
 
 
 def _user_changes_her_mind(run: Run, chance: random.Random) -> None:

@@ -2,12 +2,14 @@
 
 A pipe is one direction of one stream. As with TCP nothing in it is lost, doubled or overtaken
 while the stream lives; a blocked link keeps what is under way until it is opened again. Messages
-of different streams, and of streams opened again, overtake each other freely.
+of different streams, and of streams opened again, overtake each other freely. `Misdelivery` loses
+answers, and has requests arrive late and again.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import random
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -111,6 +113,32 @@ class Pipe:
         self.deliver(kind, content)
 
 
+class Misdelivery:
+    """Calls with one request that go otherwise than they should, in one of three ways.
+
+    - *lost*: it is carried out, and the connection breaks before the answer arrives;
+    - *late*: the connection breaks at once; yet the request arrives, after others sent since;
+    - *twice*: it arrives again later on, from something that sends again what was answered.
+    """
+
+    KINDS = ("lost", "late", "twice")
+
+    def __init__(self, chance: random.Random, share: float, latest_s: float = 3.0) -> None:
+        self._chance = chance
+        self._share = share
+        self._latest_s = latest_s
+
+    def draw(self) -> str:
+        """What happens to the next call; empty: nothing."""
+        if self._chance.random() >= self._share:
+            return ""
+        return self._chance.choice(self.KINDS)
+
+    def delay_s(self) -> float:
+        """After which time a request arrives that is late, or comes again."""
+        return self._chance.uniform(0.0, self._latest_s)
+
+
 class Network:
     """Who can reach whom, and how fast."""
 
@@ -122,6 +150,10 @@ class Network:
         self.blocked: set[Link] = set()
         self.slow: dict[Link, float] = {}
         self.stuck: dict[int, Pipe] = {}
+        self.misdelivery: Misdelivery | None = None
+        """What becomes of calls with one request; None: what should."""
+        self.misdelivered: Counter[str] = Counter()
+        """How many calls went so, by kind."""
         self.delivered = 0
         self.servers: dict[str, Any] = {}
         """Address → server, see `rpc`."""
@@ -158,7 +190,8 @@ class Network:
                 pipe.open_again()
 
     def heal(self) -> None:
-        """Make everything work again."""
+        """Make everything work again; what is late arrives nevertheless."""
+        self.misdelivery = None
         self.slow.clear()
         self.unblock(sorted(self.blocked))
 

@@ -127,6 +127,7 @@ class Call:
         client_half.pipe = self.up
         self.server_half.pipe = self.down
         self.client_over = False
+        self.loses_answer = False
         self.up.exact = self.down.exact = exact
         network.calls[self.number] = self
 
@@ -154,6 +155,14 @@ class Call:
             self.client_half.arrived.append(content[1])
         self.over()
         self._on_client(kind, content)
+
+    def push_later(self, request: bytes, after_s: float) -> None:
+        """Have the request arrive later, whatever became of its client, who hears no answer."""
+        world = self.network.world
+        self.client_half.done_writing = True
+        self.client_half.unread += 1
+        world.at(world.now_s + after_s, lambda: self.up.push("request", request))
+        self.over()
 
     def over(self) -> None:
         """The client needs the call no more."""
@@ -246,7 +255,10 @@ class ServerContext:
             status = (Code.CANCELLED, "cancelled", ())
         if not self.finished:
             self.finished = True
-            self.call.down.send(f"status {status[0].name}", (status, answer))
+            if self.call.loses_answer:
+                self.call.down.send("reset", None)
+            else:
+                self.call.down.send(f"status {status[0].name}", (status, answer))
         self._end()
 
     def _prepared(self, handler: Any) -> tuple[Any, Any]:

@@ -35,7 +35,9 @@ class ClientCall:
         deserialize: Callable[[bytes], Any],
         timeout: float | None,
         request: bytes | None,
+        wrong: str = "",
     ) -> None:
+        """`wrong` is one of `Misdelivery.KINDS`; empty: all goes well."""
         self._channel = channel
         self._serialize = serialize
         self._deserialize = deserialize
@@ -48,9 +50,9 @@ class ClientCall:
         loop = channel.world.loop
         self._timer = loop.call_later(timeout, self._too_late) if timeout is not None else None
         channel.open_calls[id(self)] = self
-        self._connect(path, request)
+        self._connect(path, request, wrong)
 
-    def _connect(self, path: str, request: bytes | None) -> None:
+    def _connect(self, path: str, request: bytes | None, wrong: str) -> None:
         channel = self._channel
         network, loop = channel.network, channel.world.loop
         server = network.servers.get(channel.address)
@@ -63,22 +65,36 @@ class ClientCall:
             loop.call_later(CONNECT_TIMEOUT_S, self._refused, "no answer to the connection")
             return
         channel.connected = server
-        self._call = Call(
-            network,
+        if request is None:
+            self._call = self._call_to(server, path, self._half)
+            self._call.up.send("start", path.encode())
+            return
+        if wrong:
+            network.misdelivered[wrong] += 1
+        if network.misdelivery is not None and wrong in ("late", "twice"):
+            again = self._call_to(server, path, Half())
+            again.push_later(request, network.misdelivery.delay_s())
+        if wrong == "late":
+            loop.call_later(0.0, self._refused, "the connection was reset")
+            return
+        self._call = self._call_to(server, path, self._half)
+        self._call.loses_answer = wrong == "lost"
+        self._half.done_writing = True
+        self._half.unread += 1
+        self._call.up.send("request", request)
+
+    def _call_to(self, server: SimulatedServer, path: str, half: Half) -> Call:
+        channel = self._channel
+        return Call(
+            channel.network,
             channel.client,
             server.process,
             path,
-            self._half,
+            half,
             self._hears,
             server,
             exact=self._serialize is same,
         )
-        if request is None:
-            self._call.up.send("start", path.encode())
-        else:
-            self._half.done_writing = True
-            self._half.unread += 1
-            self._call.up.send("request", request)
 
     # What ends a call
 
@@ -248,11 +264,18 @@ class SimulatedChannel:
         make = self._maker(path, serializers, more)
 
         def call(request: Any, *, timeout: float | None = None, **_: Any) -> ClientCall:
-            return make(timeout, request)
+            misdelivery = self.network.misdelivery
+            return make(timeout, request, "" if misdelivery is None else misdelivery.draw())
 
         return call
 
-    unary_stream = unary_unary
+    def unary_stream(self, path: str, *serializers: Any, **more: Any) -> Any:
+        make = self._maker(path, serializers, more)
+
+        def call(request: Any, *, timeout: float | None = None, **_: Any) -> ClientCall:
+            return make(timeout, request)
+
+        return call
 
     def stream_unary(self, path: str, *serializers: Any, **more: Any) -> Any:
         make = self._maker(path, serializers, more)
@@ -271,7 +294,7 @@ class SimulatedChannel:
 
     def _maker(
         self, path: str, serializers: tuple[Any, ...], more: dict[str, Any]
-    ) -> Callable[[float | None, Any], ClientCall]:
+    ) -> Callable[..., ClientCall]:
         given = dict(
             zip(("request_serializer", "response_deserializer"), serializers, strict=False)
         )
@@ -279,8 +302,8 @@ class SimulatedChannel:
         serialize = given.get("request_serializer") or same
         deserialize = given.get("response_deserializer") or same
 
-        def make(timeout: float | None, request: Any) -> ClientCall:
+        def make(timeout: float | None, request: Any, wrong: str = "") -> ClientCall:
             data = None if request is None else serialize(request)
-            return ClientCall(self, path, serialize, deserialize, timeout, data)
+            return ClientCall(self, path, serialize, deserialize, timeout, data, wrong)
 
         return make
