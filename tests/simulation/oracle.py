@@ -3,14 +3,12 @@
 A *transition* is one event handled by a core, counted once however many methods it goes through:
 
 - control: each call of `handle`;
-- an aggregator: a message from control, a frame, a go record, the end of a checkpoint, a stream
-  that opens or ends, a look that finds shards late, a message given out by a cursor;
-- a worker: a message from control, a go record, a version frame, an order of copies, a stream
-  that opens or ends, a part, a task or a slot, a message given out by an outbox;
+- an aggregator or a worker: a message from control or of a stream, a stream that opens or ends, a
+  look that finds shards late, the end of a checkpoint, of a part, of a task or of a slot, a message
+  given out by a cursor or an outbox;
 - storage: a transaction, and a blob that is opened to be written or read.
 
-A question that finds nothing to do is none, nor is what runtimes do between cores: tasks, timers,
-retries, messages on their way.
+A question that finds nothing to do is none, nor is what runtimes do between cores.
 """
 
 from __future__ import annotations
