@@ -172,10 +172,11 @@ class Leader:
     async def request(self, make: Callable[[int], ev.Event]) -> Message:
         """Hand a caller's event to the core; return the answer once it is durable.
 
-        Raises PhalanxError: the core's refusal, or Unavailable while storage is away and once this
-        leadership has ended.
+        Raises PhalanxError: the core's refusal, or Unavailable while storage is away, while another
+        process may lead, and once this leadership has ended.
         """
         self.check_storage()
+        self._check_lease()  # a refusal is told without storage
         if self.failed.done():
             raise leads_no_more()
         token = next(self._tokens)
@@ -224,13 +225,18 @@ class Leader:
     # -- looking ----------------------------------------------------------------------------
 
     def job_view(self, job_id: str) -> Job:
-        """Return a job as far as it is durable. Raises NotFound."""
-        facts = self.durable.jobs.get(job_id)
-        if facts is None:
+        """Return a job as far as it is durable. Raises NotFound, and Unavailable where another
+        process may lead by now and this one has not found out yet."""
+        self._check_lease()
+        if job_id not in self.durable.jobs:
             # Cut off from storage: somebody else may lead by now, and may have taken it.
             self.check_storage()
             raise NotFound(f"there is no job {job_id[:100]!r}", reason="JOB_NOT_FOUND")
-        return job_view(facts, self.core.jobs.get(job_id), self.core.generation)
+        return self._view(job_id)
+
+    def _view(self, job_id: str) -> Job:
+        runtime = self.core.jobs.get(job_id)
+        return job_view(self.durable.jobs[job_id], runtime, self.core.generation)
 
     def progress(self, job_id: str) -> Progress:
         """Return the progress of a job."""
@@ -253,6 +259,14 @@ class Leader:
                 reason="STORAGE_UNAVAILABLE",
                 retry_after_s=1.0,
             )
+
+    def _check_lease(self) -> None:
+        """Raise Unavailable where the lease has run out and storage was not heard of since, as
+        after a pause: soon it tells who leads. Where it is known to be away, nothing may tell for
+        long, and people are shown what is known."""
+        lapsed = time.monotonic() - self._store.confirmed_s > self._config.lease_ttl_s
+        if lapsed and self._store.available:
+            raise leads_no_more()
 
     def superseded(self, error: Aborted) -> Unavailable:
         """Storage refused a write of this generation: stop leading; return what callers are told.
@@ -358,7 +372,7 @@ class Leader:
         if effect.progress_only:
             self.watchers.progressed(effect.job_id)
         elif effect.job_id in self.durable.jobs:
-            self.watchers.changed(effect.job_id, self.job_view(effect.job_id))
+            self.watchers.changed(effect.job_id, self._view(effect.job_id))
         else:
             self.watchers.changed(effect.job_id, None)
 

@@ -51,8 +51,10 @@ async def acquire(
             # Or a repeated call would find that this process had lost the lease to itself.
             request_id=new_request_id(),
         )
+        asked_s = time.monotonic()
         answer = await store.insist_call(store.storage.AcquireLease, request)
         if answer.acquired:
+            store.confirmed_s = asked_s
             _log.info("leads", generation=answer.lease.token)
             lost = None
             if answer.lost_holder:
@@ -74,10 +76,12 @@ async def keep(store: Store, holder: str, generation: int, lease_ttl_s: float) -
     request = pb.RenewLeaseRequest(name=LEASE, holder=holder, token=generation)
     while True:
         await asyncio.sleep(lease_ttl_s / 4)
+        asked_s = time.monotonic()
         try:
             await store.call(
                 store.storage.RenewLease, request, timeout_s=max(1.0, lease_ttl_s), attempts=1
             )
+            store.confirmed_s = asked_s
         except (Aborted, NotFound) as error:
             return error
         except PhalanxError as error:

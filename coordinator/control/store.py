@@ -6,6 +6,7 @@ may wait. The first failure and the return of storage are told to `on_change`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -40,6 +41,8 @@ class Store:
         self.models = model_service_pb2_grpc.ModelServiceStub(self._channel)
         self.fence: pb.Fence | None = None
         self.available = True
+        #: When storage was asked for, or about, the lease that it last said is this process's.
+        self.confirmed_s = math.inf
         self.answered_s = time.monotonic()
         """When it answered last."""
         self.on_change: Callable[[bool], None] = lambda _: None

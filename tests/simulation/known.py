@@ -242,6 +242,9 @@ FOUND_BUGS = (
     Known(20298),
     # What a cancelled leaf read was something else by the time that it added what was left out.
     Known(22836),
+    # A leader that went on after a pause said of jobs that the next one had taken that there are
+    # none, before it had asked storage who leads.
+    Known(26022),
     # A leader that heard that ranges cannot begin did not know with which checkpoint: the leader
     # before it had told them.
     Known(24514),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class AwayStore:
         self.storage = self
         self.CollectGarbage = None
         self.on_change: Any = None
+        self.confirmed_s = time.monotonic()
 
     async def append_exactly(self, *_: Any) -> int:
         await asyncio.Event().wait()
@@ -298,3 +300,19 @@ async def test_a_leader_without_storage_does_not_know_that_a_job_is_not_there(
     with pytest.raises(Unavailable) as caught:
         leader.job_view("job-1")  # the next leader may have taken it meanwhile
     assert caught.value.reason == "STORAGE_UNAVAILABLE"
+
+
+async def test_a_leader_whose_lease_ran_out_answers_nothing_until_storage_has_told_who_leads(
+    leader: Leader,
+) -> None:
+    """As after a pause: it may refuse, or not know, what the next leader has taken."""
+    leader._store.confirmed_s -= leader._config.lease_ttl_s + 1
+    with pytest.raises(Unavailable) as caught:
+        leader.job_view("job-1")
+    assert caught.value.reason == "NOT_LEADER"
+    with pytest.raises(Unavailable) as caught:
+        await leader.request(drain)
+    assert caught.value.reason == "NOT_LEADER"
+    leader._store.confirmed_s = time.monotonic()
+    with pytest.raises(NotFound):
+        leader.job_view("job-1")
