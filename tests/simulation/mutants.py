@@ -487,7 +487,7 @@ MUTANTS = (
     ),
     _one(
         "callers are not sent away while facts wait for storage", 12, f"{_JOURNAL}.full",
-        "return stuck or len(self._queue) >= QUEUE_MAX", "return False",
+        "return self.stuck or len(self._queue) >= QUEUE_MAX", "return False",
     ),
     _one(
         "young blobs are garbage, too", 9, "storage.core.garbage:is_old_enough",

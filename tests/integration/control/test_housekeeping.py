@@ -18,15 +18,15 @@ from phalanx.v1 import storage_service_pb2 as pb
 GUARD_S = 60.0
 ENDED_MAX = 10
 SNAPSHOT_EVERY = 100
-JOBS = 40
-ROUNDS = 3
 FILES_MAX = 60
 """Half of what would be there if every job left one file."""
 
 
-async def run_short_jobs(cluster: Any, aggregator: ScriptedAggregator, first: int) -> None:
+async def run_short_jobs(
+    cluster: Any, aggregator: ScriptedAggregator, first: int, count: int
+) -> None:
     """Jobs with code, logs, metrics and a checkpoint of their own, cancelled half way."""
-    for number in range(first, first + JOBS):
+    for number in range(first, first + count):
         code = job_spec_pb2.Code(files={"net.py": f"NUMBER = {number}\n"})
         job = await cluster.submit(code=code)
         await cluster.wait_for_state(job.id, "RUNNING")
@@ -66,8 +66,15 @@ def rows(folder: Path, table: str, what: str = "count(*)") -> int:
         return int(connection.execute(f"SELECT {what} FROM {table}").fetchone()[0])
 
 
+@pytest.mark.parametrize(
+    ("rounds", "jobs"),
+    [
+        (3, 40),
+        pytest.param(5, 2_000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)], id="10,000"),
+    ],
+)
 async def test_many_short_jobs_leave_everything_flat(
-    storage_only: Any, monkeypatch: pytest.MonkeyPatch
+    storage_only: Any, monkeypatch: pytest.MonkeyPatch, rounds: int, jobs: int
 ) -> None:
     monkeypatch.setattr(machine, "EXPIRE_EVERY_S", 0.0)
     settings = {"ended_jobs_max": ENDED_MAX, "snapshot_every_records": SNAPSHOT_EVERY}
@@ -77,8 +84,8 @@ async def test_many_short_jobs_leave_everything_flat(
         ScriptedAggregator(storage_only.control_address, "a1") as aggregator,
         ScriptedWorker(storage_only.control_address, "w1"),
     ):
-        for number in range(ROUNDS):
-            await run_short_jobs(storage_only, aggregator, number * JOBS)
+        for number in range(rounds):
+            await run_short_jobs(storage_only, aggregator, number * jobs, jobs)
             sizes.append(await settled_sizes(storage_only))
     assert sizes[0]["checkpoints"] == ENDED_MAX
     for later in sizes[1:]:
