@@ -292,7 +292,7 @@ class Ledger:
 
     def _install_storage(self, environment: Environment) -> None:
         append, truncate = SqliteJournals.append, SqliteJournals.truncate
-        commit = SqliteJobs.commit
+        commit, delete = SqliteJobs.commit, SqliteJobs.delete_row
 
         def appending(journals: SqliteJournals, request: pb.AppendJournalRequest) -> int:
             try:
@@ -312,6 +312,13 @@ class Ledger:
             self._checkpointed(store, request, response)
             return response
 
+        def deleting(store: SqliteJobs, request: pb.DeleteJobRowRequest) -> None:
+            delete(store, request)
+            # Where there was a row a late copy of the call that made it makes another one.
+            self._oracle.terms.pop(request.job_id, None)
+            self._oracle.final.pop(request.job_id, None)
+
+        environment.replace(SqliteJobs, "delete_row", deleting)
         environment.replace(SqliteJournals, "append", appending)
         environment.replace(SqliteJournals, "truncate", truncating)
         environment.replace(SqliteJobs, "commit", committing)

@@ -77,7 +77,7 @@ class TaskUser(User):
                 await self._look_at_results(job_id)
                 if self.last[job_id].state == Job.STATE_FAILED:
                     await self._mend(number, job_id)
-        for change in changes:
+        for change in (*changes, *self._resuming):
             change.cancel()
         for number, job_id in enumerate(self.ids):
             await self._judge(number, job_id)

@@ -59,6 +59,10 @@ class User:
         self.cancelled: set[str] = set()
         """Jobs whose cancellation was acknowledged."""
         self.pauses = 0
+        self._refused: set[str] = set()
+        """Jobs that she was told cannot pause. What is refused is not remembered: a copy of the
+        call that is still under way may pause them later."""
+        self._resuming: list[asyncio.Task[None]] = []
         self.repeats = 0
         """Calls that she made again although they had been answered."""
         self.old_answers = 0
@@ -104,7 +108,7 @@ class User:
             await asyncio.sleep(POLL_S)
             for job_id in self.ids:
                 await self._look(job_id)
-        for change in changes:
+        for change in (*changes, *self._resuming):
             change.cancel()
         request = job_service_pb2.ListJobsRequest(namespace="default")
         listed = await self._insist(lambda stub: stub.ListJobs, request)
@@ -139,6 +143,9 @@ class User:
             if same != now:
                 raise SimulationFailed(f"{job_id} had ended as {same} and is {now}")
         self.last[job_id] = answer.job
+        if answer.job.state == Job.STATE_PAUSED and job_id in self._refused:
+            self._refused.discard(job_id)
+            self._resuming.append(asyncio.create_task(self._resume(job_id)))
         self.reasons[answer.job.reason] += 1
         most = answer.job.spec.resources.max_workers
         hosts = [each.worker_id for each in answer.job.progress.workers if each.shards]
@@ -159,7 +166,12 @@ class User:
             await self._insist_twice(lambda stub: stub.PauseJob, pause)
             self.pauses += 1
         except FailedPrecondition:
-            return  # it had ended
+            if act == "pause":
+                self._refused.add(job_id)
+            return  # it had ended, or did not run yet
+        await self._resume(job_id)
+
+    async def _resume(self, job_id: str) -> None:
         resume = job_service_pb2.ResumeJobRequest(job_id=job_id, request_id=f"r-{job_id}")
         while True:
             await asyncio.sleep(POLL_S)
