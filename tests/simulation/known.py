@@ -9,7 +9,16 @@ from typing import Any
 from tests.simulation.cluster import Services
 from tests.simulation.jobs import Shape
 from tests.simulation.outcome import Outcome
-from tests.simulation.rare import ASLEEP, DEAF, FULL, GARBAGE, OVERFLOW, PLATEAU, UNHEARD
+from tests.simulation.rare import (
+    ASLEEP,
+    DEAF,
+    FULL,
+    GARBAGE,
+    OVERFLOW,
+    PLATEAU,
+    TAKEN_OVER,
+    UNHEARD,
+)
 from tests.simulation.runs import simulate
 
 
@@ -183,9 +192,7 @@ KNOWN = {
         0, ("kill_control",), (("controls", 2), ("terms_max", 1))
     ),
     "control takes ranges although workers get further with their owner": Known(0, *UNHEARD),
-    "control takes ranges soon after a take-over": Known(
-        0, ("kill_control",), (("controls", 2), ("terms_max", 1))
-    ),
+    "control takes ranges soon after a take-over": Known(0, *TAKEN_OVER),
     "control takes ranges of those who are silent with all others": Known(0, *DEAF),
     "who is silent with all others is taken for lost": Known(0, *DEAF),
     "control blames its members for its own sleep": Known(1, *ASLEEP),

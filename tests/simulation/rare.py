@@ -45,6 +45,19 @@ UNHEARD: Rare = (
     (*_ONE_LEADER, ("workers", 3), ("leaf_s", 0.1), ("script", "unheard_aggregators")),
 )
 """A leader hears of no aggregator for longer than a lease, and of workers who get further."""
+TAKEN_OVER: Rare = (
+    (),
+    (
+        ("controls", 2),
+        ("terms_max", 1),
+        ("at_once", True),
+        ("workers", 3),
+        ("leaf_s", 0.1),
+        ("script", "leaders_die"),
+        ("faults_s", 12.0),
+    ),
+)
+"""One leader after another dies, and nothing else."""
 ASLEEP: Rare = (
     ("pause_control",),
     (("controls", 1), ("aggregators", 1), ("workers", 2), ("loses_nobody", True)),
@@ -98,7 +111,7 @@ FULL: Rare = (
 )
 """Storage's disk is full for a while; jobs are paused and cancelled meanwhile."""
 
-RARE = (DEAF, UNHEARD, ASLEEP, GARBAGE, PLATEAU, FULL)
+RARE = (DEAF, UNHEARD, TAKEN_OVER, ASLEEP, GARBAGE, PLATEAU, FULL)
 """Those in which any seed must do well."""
 
 

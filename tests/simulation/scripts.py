@@ -31,6 +31,7 @@ DEAF_S, DEAF_EVERY_S = 1.95, 4.65
 time heartbeats are at another moment."""
 UNHEARD_S = 4.0
 FULL_S = 7.0
+TURN_S = 2.5
 HEARTBEAT_S = 0.5
 _SPOILT_CHECKPOINTS = "UPDATE checkpoints SET manifest = x'00' WHERE whole = 1 AND final = 0"
 _SPOILT_JOBS = "UPDATE jobs SET term = term + 1"
@@ -77,6 +78,7 @@ def play(cluster: Cluster, name: str, oracle: Oracle, begins_s: float) -> None:
             "job_rots": lambda: _rot(cluster, _SPOILT_JOBS),
             "leaf_servers_die": lambda: _orphan(cluster),
             "disk_full": lambda: _fill(cluster),
+            "leaders_die": lambda: _take_turns(cluster, oracle),
             "deaf_leader": lambda: _deafen(cluster, oracle),
             "unheard_aggregators": lambda: _part_from_aggregators(cluster, oracle),
             "aggregators_gone": lambda: cluster.lose(cluster.aggregators[:-1]),
@@ -146,6 +148,16 @@ def _fill(cluster: Cluster) -> None:
         disk.full = False
 
     cluster.world.at(cluster.world.now_s + FULL_S, end)
+
+
+def _take_turns(cluster: Cluster, oracle: Oracle) -> None:
+    """Again and again the leader is killed; it is back once another one leads."""
+    name, world = oracle.leader(), cluster.world
+    if not cluster.healed:
+        if cluster.is_alive(name):
+            cluster.kill(name)
+        world.at(world.now_s + TURN_S, lambda: cluster.ensure(name))
+        world.at(world.now_s + 2 * TURN_S, lambda: _take_turns(cluster, oracle))
 
 
 def _cut_for(cluster: Cluster, leader: str, members: list[str], for_s: float) -> None:
