@@ -220,6 +220,20 @@ class Gate:
             for number in range(leaves):
                 (passes / str(number)).touch()
 
+    def bring_to(self, job: Job, step: int) -> None:
+        """Hold, and let leaves pass until the job has committed a step, or is over."""
+        shards = job.message.spec.data.shards
+        self.hold()
+
+        def is_there() -> bool:
+            left = step - job.refresh().progress.step
+            if left > 0:
+                self.let_pass(left * shards)
+            return left <= 0 or job.done
+
+        wait_until(is_there, f"step {step}")
+        self.let_nobody_pass()
+
     def let_nobody_pass(self) -> None:
         """Who was let pass and has not come yet waits, too."""
         for each in (self.folder / "passes").iterdir():
@@ -248,18 +262,8 @@ class Arena:
 
         Leaves are let pass by numbers: however busy the machine is, the job does not run away.
         """
-        shards = job.message.spec.data.shards
-        self.gate.hold()
-
-        def is_there() -> bool:
-            left = step - job.refresh().progress.step
-            if left > 0:
-                self.gate.let_pass(left * shards)
-            return left <= 0 or job.done
-
-        wait_until(is_there, f"step {step}")
+        self.gate.bring_to(job, step)
         self._not_over(job)
-        self.gate.let_nobody_pass()
         return self._caught()
 
     def _not_over(self, job: Job) -> None:

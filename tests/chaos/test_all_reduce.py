@@ -54,11 +54,11 @@ def test_workers_killed_amid_steps_cost_the_open_step_and_roll_nothing_back(
     with arena(tmp_path, 4) as ring:
         job = ring.cluster.submit(all_reduce_job())
         for step in (4, 15, 33):
-            ring.at_step(job, step)
-            # Never the last one, and without waiting for those that were started again: the job
-            # might end before they are members.
-            assert len(hosts(job)) >= 2
-            victim = min(set(ring.caught_in_a_leaf()) & hosts(job))
+            ring.caught_at(job, step)
+            # Never the last one.
+            wait_until(lambda: len(hosts(job)) >= 2, "two members")
+            caught = wait_until(lambda: ring.in_a_leaf() & hosts(job), "a member in a leaf")
+            victim = min(caught)
             before = job.refresh().progress.step
             lost = len(ring.events("WORKER_LOST"))
             moved = len(ring.events("SHARDS_MOVED"))
@@ -79,24 +79,21 @@ def test_all_workers_killed_go_on_from_the_checkpoint(
 ) -> None:
     with arena(tmp_path, 2) as ring:
         job = ring.cluster.submit(all_reduce_job())
-        ring.at_step(job, 15)
+        ring.caught_at(job, 15)
 
-        def held_behind_a_checkpoint() -> bool:
-            ring.caught_in_a_leaf()
+        def behind_a_checkpoint() -> bool:
             progress = job.refresh().progress
-            if 0 < progress.checkpoint_step < progress.step:
-                return True
-            ring.gate.release()
-            return False
+            return 0 < progress.checkpoint_step < progress.step
 
-        wait_until(held_behind_a_checkpoint, "a step behind a checkpoint")
-        for victim in ("worker-1", "worker-2"):
+        wait_until(behind_a_checkpoint, "a step behind a checkpoint")
+        killed = {each: ring.cluster.process(each).pid for each in ("worker-1", "worker-2")}
+        for victim in killed:
             ring.signal(victim)
         ring.gate.release()
         assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
-        assert len(ring.events("WORKER_LOST")) >= 2
-        replayed = ring.events("STEPS_REPLAYED")
-        assert replayed, "who loses steps is told"
+        assert all(ring.cluster.process(each).pid != pid for each, pid in killed.items())
+        assert ring.events("WORKER_LOST")
+        replayed = wait_until(lambda: ring.events("STEPS_REPLAYED"), "who loses steps to be told")
         assert all(event.step >= 10 for event in replayed)
 
 

@@ -136,14 +136,15 @@ def test_tensors_that_do_not_arrive_are_no_end_of_the_job(
 
 
 def test_storms_of_resets_cost_no_contribution(
-    network: ProxiedCluster, ends_with_the_same_bits: Callable[[Job], None]
+    network: ProxiedCluster, gate: Gate, ends_with_the_same_bits: Callable[[Job], None]
 ) -> None:
     before = sum(link.resets for link in network.links())
     job = network.cluster.submit(gated_job())
     for step in range(3, 51, 3):
-        wait_until(lambda at=step: job.refresh().progress.step >= at or job.done, f"step {step}")
+        gate.bring_to(job, step)
         for link in network.links():
             link.reset()
+    gate.release()
     ends_with_the_same_bits(job)
     assert sum(link.resets for link in network.links()) - before >= 20
 

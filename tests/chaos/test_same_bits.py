@@ -69,12 +69,12 @@ def test_any_number_of_workers(tmp_path: Path, undisturbed_sha256: str) -> None:
 
 def caught_with_shards(ring: Arena, job: phalanx.Job) -> str:
     """A worker in the middle of a leaf that holds shards of the job; empty: none now."""
-    caught = set(ring.caught_in_a_leaf())
+    caught = ring.in_a_leaf()
     holders = (each.worker_id for each in job.refresh().progress.workers if each.shards)
     victim = next((each for each in holders if each in caught), "")
     if not victim:
         # The others may be through with this step: they begin leaves again with the next one.
-        ring.gate.release()
+        ring.gate.let_pass(1)
     return victim
 
 
@@ -83,7 +83,7 @@ def test_workers_killed_in_the_middle_of_a_leaf(tmp_path: Path, undisturbed_sha2
     with arena(tmp_path, 3) as ring:
         job = ring.cluster.submit(gated_job())
         for step in (5, 20, 40):
-            ring.at_step(job, step)
+            ring.caught_at(job, step)
             # One that has just come back may only compute copies of what others hold.
             victim = wait_until(lambda: caught_with_shards(ring, job), "a leaf of its own shard")
             lost = len(ring.events("WORKER_LOST"))
