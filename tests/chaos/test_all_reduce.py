@@ -119,7 +119,10 @@ def test_a_leaf_that_hangs_under_good_heartbeats_is_copied_by_other_members(
 ) -> None:
     with arena(tmp_path, 3) as ring:
         job = ring.cluster.submit(all_reduce_job())
-        victim = ring.caught_at(job, 5)[0]
+        ring.caught_at(job, 5)
+        wait_until(lambda: len(hosts(job)) == 3, "three members")
+        # Who has delivered nothing in a term yet cannot be named as the one that is late.
+        victim = ring.caught_at(job, 25)[0]
         children = psutil.Process(ring.cluster.process(victim).pid).children(recursive=True)
         leaf = next(child.pid for child in children if child.pid in ring.gate.entered())
         with stopped(leaf):
@@ -136,17 +139,20 @@ def test_pause_resume_cancel_and_a_worker_that_leaves(
 ) -> None:
     with arena(tmp_path, 3) as ring:
         job = ring.cluster.submit(all_reduce_job())
-        ring.at_step(job, 5)
+        ring.caught_at(job, 5)
         job.pause()
+        ring.gate.release()
         wait_until(lambda: job.refresh().state == "PAUSED", "the pause")
+        ring.gate.hold()
         job.resume()
-        ring.caught_in_a_leaf()
+        wait_until(ring.in_a_leaf, "a leaf after the pause")
         ring.signal("worker-3", signal.SIGTERM)
         wait_until(lambda: ring.events("WORKER_LEFT"), "a worker to leave")
         ring.gate.release()
         assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
         nothing_was_rolled_back(ring, job)
         other = ring.cluster.submit(all_reduce_job())
-        ring.at_step(other, 3)
+        ring.caught_at(other, 3)
         other.cancel()
+        ring.gate.release()
         wait_until(lambda: other.refresh().state == "CANCELLED", "the end")

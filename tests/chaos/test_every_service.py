@@ -107,8 +107,9 @@ def test_everything_dies_at_once(tmp_path: Path, undisturbed_sha256: str) -> Non
 def test_pause_resume_on_another_number_of_workers(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 1) as ring:
         job = ring.cluster.submit(gated_job())
-        ring.at_step(job, 12)
+        ring.caught_at(job, 12)
         job.pause()
+        ring.gate.release()
         wait_until(lambda: job.refresh().state == "PAUSED", "the pause")
         ring.cluster.add_worker()
         ring.cluster.add_worker()
