@@ -17,6 +17,9 @@ from phalanx.errors import Unavailable
 from phalanx.sdk.job import Job
 from phalanx.sdk.values import Event
 
+SETTLED_S = 0.3
+"""What a job shows of its progress is not older than that."""
+
 GUARD_S = 90.0
 """Deadline of every wait; reached only when something is broken."""
 
@@ -224,12 +227,16 @@ class Gate:
         """Hold, and let leaves pass until the job has committed a step, or is over."""
         shards = job.message.spec.data.shards
         self.hold()
+        known, since_s = -1, 0.0
 
         def is_there() -> bool:
-            left = step - job.refresh().progress.step
-            if left > 0:
-                self.let_pass(left * shards)
-            return left <= 0 or job.done
+            nonlocal known, since_s
+            now_s, at = time.monotonic(), job.refresh().progress.step
+            if at != known:
+                known, since_s = at, now_s
+            elif at < step and now_s - since_s >= SETTLED_S:
+                self.let_pass((step - at) * shards)
+            return at >= step or job.done
 
         wait_until(is_there, f"step {step}")
         self.let_nobody_pass()
