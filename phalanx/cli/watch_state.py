@@ -12,6 +12,7 @@ from phalanx.v1 import job_pb2, job_service_pb2
 MOVED_S = 2.5
 """How long a shard that changed its worker is shown as moved."""
 EVENTS_KEPT = 5
+ROUTINE = "CHECKPOINT_COMMITTED"
 LOSSES_KEPT = 2000
 
 
@@ -92,6 +93,10 @@ class WatchState:
             self.workers[worker_id].examples_per_second = 0.0
 
     def _take_event(self, event: Event) -> None:
+        if event.type == ROUTINE:
+            # Only the newest of these: several a second would push out what happened to a worker.
+            others = [each for each in self.events if each.type != ROUTINE]
+            self.events = deque(others, maxlen=EVENTS_KEPT)
         self.events.append(event)
         notes = {
             "WORKER_LOST": "lost",

@@ -69,6 +69,17 @@ def test_a_worker_that_comes_back_is_not_lost_any_more(state):
     assert state.workers["worker-2"].note == ""
 
 
+def test_checkpoints_do_not_push_out_what_happened_to_a_worker(state):
+    state.feed(lost("worker-1"), 0.0)
+    for step in range(10):
+        event = job_pb2.Event(type="CHECKPOINT_COMMITTED", message=f"step {step} is durable")
+        state.feed(job_service_pb2.WatchJobResponse(event=event), 0.0)
+    text = drawn(state)
+    assert "WORKER_LOST" in text
+    assert text.count("CHECKPOINT_COMMITTED") == 1
+    assert "step 9 is durable" in text
+
+
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_no_line_is_wider_than_the_terminal(state, width):
     state.job.spec.data.shards = 1000
