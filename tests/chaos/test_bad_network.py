@@ -59,8 +59,8 @@ def ends_with_the_same_bits(
     return check
 
 
-def at_step(job: Job, step: int) -> None:
-    wait_until(lambda: job.refresh().progress.step >= step or job.done, f"step {step}")
+def hold_at(gate: Gate, job: Job, step: int) -> None:
+    gate.bring_to(job, step)
     assert not job.done, "the job was over before the fault could be injected"
 
 
@@ -98,8 +98,7 @@ def test_a_worker_that_control_does_not_hear_is_replaced_and_comes_back(
     network: ProxiedCluster, gate: Gate, ends_with_the_same_bits: Callable[[Job], None]
 ) -> None:
     job = network.cluster.submit(gated_job())
-    at_step(job, 10)
-    gate.hold()
+    hold_at(gate, job, 10)
     before = lost(network).count("worker-1")
     network.control_links[0].disturb(to_server=Link(black_hole=True))
     wait_until(lambda: lost(network).count("worker-1") > before, "the lease to run out")
@@ -111,24 +110,27 @@ def test_a_worker_that_does_not_hear_control_holds_nothing_up(
     network: ProxiedCluster, gate: Gate, ends_with_the_same_bits: Callable[[Job], None]
 ) -> None:
     job = network.cluster.submit(gated_job())
-    at_step(job, 10)
+    hold_at(gate, job, 10)
     network.control_links[0].disturb(to_client=Link(black_hole=True))
+    gate.release()
     ends_with_the_same_bits(job)
 
 
 @pytest.mark.parametrize("direction", list(Direction))
 def test_tensors_that_do_not_arrive_are_no_end_of_the_job(
     network: ProxiedCluster,
+    gate: Gate,
     direction: Direction,
     ends_with_the_same_bits: Callable[[Job], None],
 ) -> None:
     job = network.cluster.submit(gated_job())
-    at_step(job, 10)
+    hold_at(gate, job, 10)
     hole = Link(black_hole=True)
     if direction is Direction.TO_SERVER:
         network.data_link.disturb(to_server=hole)
     else:
         network.data_link.disturb(to_client=hole)
+    gate.release()
     wait_for_heartbeats(network)
     assert job.refresh().state == "RUNNING"
     network.data_link.heal()
@@ -150,15 +152,16 @@ def test_storms_of_resets_cost_no_contribution(
 
 
 def test_everything_out_of_reach_is_not_the_end_of_the_data(
-    network: ProxiedCluster, ends_with_the_same_bits: Callable[[Job], None]
+    network: ProxiedCluster, gate: Gate, ends_with_the_same_bits: Callable[[Job], None]
 ) -> None:
     """Workers that can reach neither control nor aggregator go on looking, for as long as it takes;
     they neither exit nor report anything as done."""
     job = network.cluster.submit(gated_job())
-    at_step(job, 10)
+    hold_at(gate, job, 10)
     for link in network.links():
         link.refuse()
         link.reset()
+    gate.release()
     accepted = [link.accepted for link in network.links()]
     wait_until(
         lambda: all(

@@ -34,11 +34,18 @@ DOCUMENTS = {
 }
 
 
+def hold_at(ring: Arena, jobs: dict[str, phalanx.Job], step: int) -> list[str]:
+    """Hold all jobs in a leaf of this step or of one soon after it; who is in one."""
+    caught: list[str] = []
+    for job in jobs.values():
+        caught = ring.caught_at(job, step)
+    return caught
+
+
 def killed(ring: Arena, jobs: dict[str, phalanx.Job], step: int, *others: str) -> None:
     """Kill a worker in the middle of a leaf, and others with it."""
-    for job in jobs.values():
-        ring.at_step(job, step)
-    victim = ring.caught_in_a_leaf()[0]
+    caught = hold_at(ring, jobs, step)
+    victim = caught[0]
     for member in (victim, *others):
         ring.signal(member)
     ring.gate.release()
@@ -49,11 +56,11 @@ def test_deaths_and_a_pause_between_two_bases(tmp_path: Path) -> None:
         jobs = {name: ring.cluster.submit(document) for name, document in DOCUMENTS.items()}
         killed(ring, jobs, 7)
         killed(ring, jobs, 13, ring.cluster.describe().leader)
-        for job in jobs.values():
-            ring.at_step(job, 18)
+        hold_at(ring, jobs, 18)
         assert not ring.events("STEPS_REPLAYED"), "nothing is rolled back for a worker"
         for job in jobs.values():
             job.pause()
+        ring.gate.release()
         for job in jobs.values():
             wait_until(lambda job=job: job.refresh().state == "PAUSED", "the pause")
         ring.cluster.add_worker()
