@@ -264,7 +264,7 @@ class Leader:
         """Raise Unavailable where the lease has run out and storage was not heard of since, as
         after a pause: soon it tells who leads. Where it is known to be away, nothing may tell for
         long, and people are shown what is known."""
-        lapsed = time.monotonic() - self._store.confirmed_s > self._config.lease_ttl_s
+        lapsed = time.monotonic() - self._store.lease_confirmed_s > self._config.lease_ttl_s
         if lapsed and self._store.available:
             raise leads_no_more()
 

@@ -54,7 +54,7 @@ async def acquire(
         asked_s = time.monotonic()
         answer = await store.insist_call(store.storage.AcquireLease, request)
         if answer.acquired:
-            store.confirmed_s = asked_s
+            store.lease_confirmed_s = asked_s
             _log.info("leads", generation=answer.lease.token)
             lost = None
             if answer.lost_holder:
@@ -81,7 +81,7 @@ async def keep(store: Store, holder: str, generation: int, lease_ttl_s: float) -
             await store.call(
                 store.storage.RenewLease, request, timeout_s=max(1.0, lease_ttl_s), attempts=1
             )
-            store.confirmed_s = asked_s
+            store.lease_confirmed_s = asked_s
         except (Aborted, NotFound) as error:
             return error
         except PhalanxError as error:

@@ -41,10 +41,10 @@ class Store:
         self.models = model_service_pb2_grpc.ModelServiceStub(self._channel)
         self.fence: pb.Fence | None = None
         self.available = True
-        #: When storage was asked for, or about, the lease that it last said is this process's.
-        self.confirmed_s = math.inf
+        #: When this process asked for the lease, or to keep it, the last time that it was given.
+        self.lease_confirmed_s = math.inf
+        #: When storage answered last.
         self.answered_s = time.monotonic()
-        """When it answered last."""
         self.on_change: Callable[[bool], None] = lambda _: None
 
     async def close(self) -> None:

@@ -31,13 +31,13 @@ from phalanx.v1 import job_pb2, job_service_pb2
 from phalanx.v1.task_service_pb2 import TaskResult as TaskResultMessage
 
 REATTACH_S = 60.0
+"""How long a watch keeps trying to attach again to a cluster that went away."""
 WATCH_S = 30.0
-_ANSWER_S = 1.0
-"""Time for an answer, also where the time to wait is over."""
 """Life of one stream of a watch. A process that was stopped keeps its streams open and says nothing
 on them, as a job may that waits; so each of them ends, and the next goes to whoever leads by then.
 """
-"""How long a watch keeps trying to attach again to a cluster that went away."""
+_ANSWER_S = 1.0
+"""Time for an answer, also where the time to wait is over."""
 METRIC_PAGE = 10_000
 
 

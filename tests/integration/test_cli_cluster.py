@@ -9,8 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import zipfile
+from functools import partial
 
 import numpy as np
 import psutil
@@ -21,8 +21,11 @@ from phalanx.cli.main import run
 from phalanx.models.code import deactivate_user_code
 from phalanx.testing.arena import Arena, Gate, gated_job
 from phalanx.testing.wheels import make_wheel
+from tests.integration.real_processes import alive, wait_for, write_kinds
 
 GUARD_S = 120.0
+
+wait_until = partial(wait_for, guard_s=GUARD_S)
 
 JOB = """
 name: iris
@@ -42,14 +45,7 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory):
     """A CSV with numbers and words and the job that trains on it."""
     path = tmp_path_factory.mktemp("a folder with spaces")
-    generator = np.random.default_rng(3)
-    with (path / "iris.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["length", "colour", "kind"])
-        for _ in range(600):
-            length, colour = generator.normal(), generator.choice(["red", "blue"])
-            kind = "long" if length + (colour == "red") > 0.5 else "short"
-            writer.writerow([f"{length:.4f}", colour, kind])
+    write_kinds(path / "iris.csv")
     (path / "job.yaml").write_text(JOB)
     return path
 
@@ -201,7 +197,7 @@ def test_a_wheel_travels_with_its_job(cli, cluster, folder, result):
     deactivate_user_code()
     caches = list((folder / "state").glob("cache/*/code"))
     assert caches
-    wait_for(lambda: not any(list(cache.iterdir()) for cache in caches), "the code to be removed")
+    wait_until(lambda: not any(list(cache.iterdir()) for cache in caches), "the code to be removed")
 
 
 def test_a_wheel_that_was_never_added_is_refused(cli, cluster, folder, result):
@@ -246,10 +242,10 @@ def test_workers_status_and_drain(cli, cluster):
         assert str(process.pid) in out
         assert process.metrics_address in out
     added = cluster.add_worker()
-    wait_for(lambda: state_of(cluster, added) == "STATE_READY", "the new worker is ready")
+    wait_until(lambda: state_of(cluster, added) == "STATE_READY", "the new worker is ready")
     code, _, err = cli("drain", added, "--wait")
     assert (code, "has left" in err) == (0, True)
-    wait_for(lambda: added not in [p.id for p in cluster.processes()], "its process has ended")
+    wait_until(lambda: added not in [p.id for p in cluster.processes()], "its process has ended")
     assert cli("drain", "nobody")[0] == 3
 
 
@@ -271,7 +267,7 @@ def test_a_killed_worker_comes_back_and_the_job_does_not_notice(cluster, folder,
     assert killed is not None
     assert {"WORKER_LOST", "SHARDS_MOVED", "RECOVERED"} <= set(told)
     assert job.wait(timeout_s=GUARD_S).parameters_sha256 == wanted
-    wait_for(lambda: cluster.process(killed.id).pid not in (0, killed.pid), "it is back")
+    wait_until(lambda: cluster.process(killed.id).pid not in (0, killed.pid), "it is back")
 
 
 def test_wrong_jobs_are_refused_with_line_and_reason(cli, folder, result):
@@ -358,7 +354,7 @@ def test_a_killed_supervisor_leaves_nothing_behind(own_state):
     family = [child.pid for pid in pids for child in psutil.Process(pid).children(recursive=True)]
     assert family, "workers have leaf processes"
     os.kill(state["pid"], signal.SIGKILL)
-    wait_for(lambda: not alive([*pids, *family]), "all processes have ended")
+    wait_until(lambda: not alive([*pids, *family]), "all processes have ended")
 
 
 def test_a_port_in_use_is_told(own_state):
@@ -378,18 +374,3 @@ def state_of(cluster, worker_id):
         if worker.id == worker_id:
             return Worker.State.Name(worker.state)
     return ""
-
-
-def wait_for(condition, what):
-    deadline_s = time.monotonic() + GUARD_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"waited in vain: {what}"
-        time.sleep(0.05)
-
-
-def alive(pids):
-    return [
-        pid
-        for pid in pids
-        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    ]

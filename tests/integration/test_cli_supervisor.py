@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -19,8 +19,11 @@ from phalanx.local.members import MemberPlan
 from phalanx.local.options import LocalOptions
 from phalanx.local.state import read_state
 from phalanx.local.supervisor import Supervisor
+from tests.integration.real_processes import alive, wait_for
 
 GUARD_S = 20.0
+
+wait_until = partial(wait_for, guard_s=GUARD_S)
 
 IDLE_MEMBER = """
 import json, os, pathlib, signal, sys, time
@@ -68,22 +71,6 @@ def idle(tmp_path, monkeypatch):
     return options
 
 
-def wait_for(condition, what):
-    deadline_s = time.monotonic() + GUARD_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"waited in vain: {what}"
-        time.sleep(0.01)
-
-
-def alive(pids):
-    """Return those that run; zombies have ended."""
-    return [
-        pid
-        for pid in pids
-        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    ]
-
-
 def test_starts_distinct_processes_and_ends_them_all(idle):
     supervisor = Supervisor.launch(idle())
     try:
@@ -106,7 +93,7 @@ def test_what_dies_is_started_again_under_the_same_name(idle, id):
     try:
         before = supervisor.member(id)
         os.kill(before.pid, signal.SIGKILL)
-        wait_for(lambda: supervisor.member(id).pid not in (0, before.pid), "a new process")
+        wait_until(lambda: supervisor.member(id).pid not in (0, before.pid), "a new process")
         after = supervisor.member(id)
         assert (after.restarts, after.log) == (1, before.log)
         assert remarks == [f"{id} was killed by signal 9; it is started again"]
@@ -125,7 +112,9 @@ def test_a_listener_that_fails_does_not_take_the_cluster_down(idle):
     try:
         before = supervisor.member("worker-1")
         os.kill(before.pid, signal.SIGKILL)
-        wait_for(lambda: supervisor.member("worker-1").pid not in (0, before.pid), "a new process")
+        wait_until(
+            lambda: supervisor.member("worker-1").pid not in (0, before.pid), "a new process"
+        )
         assert told.is_set()
         assert not supervisor.wait(0)
     finally:
@@ -144,7 +133,7 @@ def test_the_death_of_the_process_that_starts_them_is_one_more_death_to_survive(
             now = {member.id: member.pid for member in supervisor.members() if member.address}
             return now.keys() == before.keys() and not set(now.values()) & set(before.values())
 
-        wait_for(all_are_new, "every process is there again")
+        wait_until(all_are_new, "every process is there again")
         assert not alive(before.values())
     finally:
         supervisor.stop()
@@ -168,9 +157,9 @@ def test_a_worker_that_left_is_not_started_again(idle):
     supervisor = Supervisor.launch(idle())
     try:
         os.kill(supervisor.member("worker-1").pid, signal.SIGTERM)
-        wait_for(lambda: len(supervisor.members()) == 4, "the worker has left")
+        wait_until(lambda: len(supervisor.members()) == 4, "the worker has left")
         assert supervisor.add_worker() == "worker-3"
-        wait_for(lambda: supervisor.member("worker-3").address, "the new worker is ready")
+        wait_until(lambda: supervisor.member("worker-3").address, "the new worker is ready")
     finally:
         supervisor.stop()
 
@@ -288,7 +277,7 @@ def test_a_stop_during_the_start_leaves_nothing(idle):
 
     thread = threading.Thread(target=start)
     thread.start()
-    wait_for(lambda: any(member.pid for member in supervisor.members()), "a first process")
+    wait_until(lambda: any(member.pid for member in supervisor.members()), "a first process")
     pids = [member.pid for member in supervisor.members() if member.pid]
     supervisor.stop()
     thread.join(GUARD_S)
@@ -334,7 +323,7 @@ def test_processes_die_with_their_parent_however_it_ends(idle, tmp_path, end):
             assert alive(pids) == pids
             program.kill()
         program.wait(GUARD_S)
-        wait_for(lambda: not alive(pids), "all processes have ended")
+        wait_until(lambda: not alive(pids), "all processes have ended")
     finally:
         program.kill()
         program.wait()

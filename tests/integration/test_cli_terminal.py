@@ -4,7 +4,6 @@ The program runs on a terminal of its own, with real processes behind it, and Ct
 terminal sends the signal to all that runs in its foreground.
 """
 
-import csv
 import fcntl
 import os
 import pty
@@ -17,16 +16,19 @@ import sys
 import termios
 import time
 from contextlib import contextmanager
+from functools import partial
 
-import numpy as np
 import psutil
 import pytest
 
 import phalanx
 from phalanx.local.ports import check_free
 from phalanx.local.state import is_locked, read_state
+from tests.integration.real_processes import alive, wait_for, write_kinds
 
 GUARD_S = 120.0
+
+wait_until = partial(wait_for, guard_s=GUARD_S)
 CTRL_C = b"\x03"
 COLUMNS = 120
 LONG = 1_000_000
@@ -137,14 +139,7 @@ def on_terminal(*arguments, folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("terminal")
-    generator = np.random.default_rng(3)
-    with (path / "kinds.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["length", "colour", "kind"])
-        for _ in range(600):
-            length, colour = generator.normal(), generator.choice(["red", "blue"])
-            kind = "long" if length + (colour == "red") > 0.5 else "short"
-            writer.writerow([f"{length:.4f}", colour, kind])
+    write_kinds(path / "kinds.csv")
     (path / "job.yaml").write_text(JOB)
     return path
 
@@ -186,7 +181,7 @@ def test_watch_shows_a_job_live_and_ctrl_c_leaves_it_running(cluster, folder, lo
         assert shown > hidden >= 0, "the cursor stays hidden"
     assert not alive(family)
     step = long_job.refresh().progress.step
-    wait_for(lambda: long_job.refresh().progress.step > step, "the job goes on")
+    wait_until(lambda: long_job.refresh().progress.step > step, "the job goes on")
     assert long_job.state == "RUNNING"
 
 
@@ -250,7 +245,7 @@ def test_ctrl_c_in_train_leaves_nothing_behind_but_a_job_that_goes_on(folder, tm
     running.assert_gone()
     with phalanx.LocalCluster(workers=1, slots=1, state=state) as later:
         [job] = later.jobs()
-        wait_for(lambda: job.refresh().progress.step > step, "it goes on")
+        wait_until(lambda: job.refresh().progress.step > step, "it goes on")
         [origin] = [event for event in later.events(job.id) if event.type == "STEPS_REPLAYED"]
         assert origin.step >= 10
         assert "from the checkpoint" in origin.message
@@ -286,18 +281,3 @@ def family_of(pid):
         return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
-
-
-def alive(pids):
-    return [
-        pid
-        for pid in pids
-        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    ]
-
-
-def wait_for(condition, what):
-    deadline_s = time.monotonic() + GUARD_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"waited in vain: {what}"
-        time.sleep(0.05)

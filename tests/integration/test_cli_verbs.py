@@ -6,7 +6,7 @@ Each says what it did, and the cluster is asked whether that is so.
 import csv
 import json
 import re
-import time
+from functools import partial
 
 import pytest
 
@@ -14,8 +14,11 @@ import phalanx
 from phalanx.cli.main import run
 from phalanx.errors import NotFound
 from phalanx.v1.cluster_service_pb2 import Worker
+from tests.integration.real_processes import wait_for
 
 GUARD_S = 120.0
+
+wait_until = partial(wait_for, guard_s=GUARD_S)
 
 LONG = """
 name: long
@@ -87,7 +90,7 @@ def cluster(folder):
     # Whatever nothing refers to is garbage at once, but only when somebody asks for it to be taken.
     garbage = {"PHALANX_STORAGE_GC_GRACE_S": "0", "PHALANX_STORAGE_GC_INTERVAL_S": "0"}
     with phalanx.LocalCluster(2, slots=1, state=folder / "state", environment=garbage) as local:
-        wait_for(lambda: len(local.workers()) == 2, "both workers to join")
+        wait_until(lambda: len(local.workers()) == 2, "both workers to join")
         yield local
 
 
@@ -119,12 +122,12 @@ def numbers(cluster, folder):
 def test_pause_resume_and_cancel(cli, cluster, numbers):
     job_id = cli("submit", "long.yaml").strip()
     job = cluster.get(job_id)
-    wait_for(lambda: job.refresh().progress.step > 0, "it runs")
+    wait_until(lambda: job.refresh().progress.step > 0, "it runs")
     assert re.match(rf"{job_id} +RUNNING ", line_of(cli("jobs"), job_id))
     assert job_id in cli("jobs", "--state", "running")
     assert job_id not in cli("jobs", "--state", "paused")
     cli("pause", job_id)
-    wait_for(lambda: job.refresh().state == "PAUSED", "it is paused")
+    wait_until(lambda: job.refresh().state == "PAUSED", "it is paused")
     paused_at = job.progress.step
     assert job.message.progress.checkpoint_step == paused_at
     assert re.search(r"state +PAUSED", cli("show", job_id))
@@ -132,13 +135,13 @@ def test_pause_resume_and_cancel(cli, cluster, numbers):
     cli("retry", job_id, code=6)
     cli("delete", job_id, code=6)
     cli("resume", job_id)
-    wait_for(lambda: job.refresh().progress.step > paused_at, "it goes on")
+    wait_until(lambda: job.refresh().progress.step > paused_at, "it goes on")
     assert job.state == "RUNNING"
     resumed = [event for event in cluster.events(job_id) if event.type == "JOB_RESUMED"]
     assert [event.step for event in resumed] == [paused_at]
     told = json.loads(cli("--json", "cancel", job_id, "--reason", "seen enough"))
     assert told["id"] == job_id
-    wait_for(lambda: job.refresh().done, "it has ended")
+    wait_until(lambda: job.refresh().done, "it has ended")
     assert "seen enough" in cli("watch", job_id, code=1)
     assert re.match(rf"{job_id} +CANCELLED ", line_of(cli("jobs"), job_id))
     cli("resume", job_id, code=6)
@@ -155,7 +158,7 @@ def test_a_failed_job_is_read_about_mended_and_retried(cli, cluster, folder, num
     letters = cli("jobs", "--dead-letters")
     assert re.search(rf"^{job.id} .*\n.*the oven is cold", letters, re.MULTILINE)
     assert re.search(r"worker-[01]", letters)
-    wait_for(lambda: "ValueError: the oven is cold" in cli("logs", job.id), "the lines arrive")
+    wait_until(lambda: "ValueError: the oven is cold" in cli("logs", job.id), "the lines arrive")
     logs = cli("logs", job.id)
     assert "150 loaves" in logs
     lines = [json.loads(line) for line in cli("--json", "logs", job.id).splitlines()]
@@ -170,7 +173,7 @@ def test_a_failed_job_is_read_about_mended_and_retried(cli, cluster, folder, num
     assert followed.startswith(logs), "lines of the first try come first"
     assert followed.count("loaves") > logs.count("loaves")
     whole = logs.count("loaves") + 5 * 2
-    wait_for(lambda: cli("logs", job.id).count("loaves") >= whole, "the last lines arrive")
+    wait_until(lambda: cli("logs", job.id).count("loaves") >= whole, "the last lines arrive")
     assert "no dead letters" in cli("jobs", "--dead-letters", remark=True)
 
 
@@ -228,10 +231,3 @@ def test_workers_and_doctor(cli, cluster, folder):
 def line_of(table, job_id):
     [line] = [line for line in table.splitlines() if line.startswith(job_id)]
     return line
-
-
-def wait_for(condition, what):
-    deadline_s = time.monotonic() + GUARD_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"waited in vain: {what}"
-        time.sleep(0.05)

@@ -40,7 +40,7 @@ class AwayStore:
         self.storage = self
         self.CollectGarbage = None
         self.on_change: Any = None
-        self.confirmed_s = time.monotonic()
+        self.lease_confirmed_s = time.monotonic()
 
     async def append_exactly(self, *_: Any) -> int:
         await asyncio.Event().wait()
@@ -306,13 +306,13 @@ async def test_a_leader_whose_lease_ran_out_answers_nothing_until_storage_has_to
     leader: Leader,
 ) -> None:
     """As after a pause: it may refuse, or not know, what the next leader has taken."""
-    leader._store.confirmed_s -= leader._config.lease_ttl_s + 1
+    leader._store.lease_confirmed_s -= leader._config.lease_ttl_s + 1
     with pytest.raises(Unavailable) as caught:
         leader.job_view("job-1")
     assert caught.value.reason == "NOT_LEADER"
     with pytest.raises(Unavailable) as caught:
         await leader.request(drain)
     assert caught.value.reason == "NOT_LEADER"
-    leader._store.confirmed_s = time.monotonic()
+    leader._store.lease_confirmed_s = time.monotonic()
     with pytest.raises(NotFound):
         leader.job_view("job-1")
