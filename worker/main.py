@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the settings and run; returns the exit code."""
     config = parse(WorkerConfig, argv, prog="phalanx worker")
     raise_open_files(config.slot_count * OPEN_CHUNKS + _OTHER_FILES)
-    # Before there are threads and connections, and with the memory allocator's own settings.
+    # Before there are threads and connections.
     leaves = LeafServer.forked()
     reuse_large_buffers()
     return run_service(config, partial(serve, leaves=leaves), role="worker")

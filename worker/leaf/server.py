@@ -20,6 +20,7 @@ from typing import NoReturn
 from setproctitle import setproctitle, setthreadtitle
 
 from phalanx.forking.server import print_to, serve
+from phalanx.rpc.buffers import reuse_large_buffers
 from worker.leaf import limits
 
 READY = b"ready"
@@ -61,6 +62,7 @@ def _prepare(parent_pid: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     sys.argv = ["worker.leaf"]
     _show("leaf-server", parent_pid)
+    reuse_large_buffers()
     for name in IMPORTS:
         importlib.import_module(name)
     # What is loaded stays: the collector need not walk through it, and a collection in a leaf

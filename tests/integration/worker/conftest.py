@@ -75,6 +75,16 @@ def stopped_children():
     return [program.wait(), os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])]
 
 
+def faults_of_rows_again():
+    """Pages that the kernel has to clear for rows of a second step, where those of the first were
+    of the same size and are no longer needed."""
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        rows = [np.ones(1 << 17) for _ in range(16)]
+        del rows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
 class Fickle(UserModel):
     def __init__(self, schema, elements=3, row=-1, act="", hold_s=10):
         super().__init__(schema, {"w": (elements,)})
@@ -162,6 +172,7 @@ class Fickle(UserModel):
             "faults": faulthandler.is_enabled(),
             "multiplied": multiplied_in_a_child(),
             "stopped": stopped_children(),
+            "faulted": faults_of_rows_again(),
         }
         print("facts", json.dumps(facts))
 

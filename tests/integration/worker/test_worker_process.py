@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import platform
 import select
 import signal
 import sys
@@ -259,6 +260,8 @@ async def test_user_code_meets_a_process_of_its_own(
             assert not set(first) & set(second), "another process, other numbers"
             for facts in found:
                 path = facts.pop("path")
+                assert platform.libc_ver()[0] != "glibc" or facts["faulted"] < 100, "of 4096 pages"
+                del facts["faulted"]
                 assert str(tmp_path) not in path
                 assert str(Path(__file__).parents[3]) in path
                 assert facts == {
