@@ -97,6 +97,8 @@ class Report:
     parameters_sha256: str = ""
     bit_identical: bool | None = None
     """Whether another computation of the job gave the same hash; None where none was asked for."""
+    control_answered: bool = True
+    """Whether control could be asked until the end."""
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -109,7 +111,7 @@ class Report:
         """Whether no promise was broken."""
         counted = self.counters
         whole = not counted.examples_lost and not counted.examples_doubled
-        goes_on = self.state != "FAILED" and not self.not_recovered
+        goes_on = self.state != "FAILED" and not self.not_recovered and self.control_answered
         return whole and goes_on and self.bit_identical is not False
 
     def to_json(self) -> dict[str, object]:
@@ -237,6 +239,7 @@ def summarise(
     skipped: int = 0,
     parameters_sha256: str = "",
     bit_identical: bool | None = None,
+    control_answered: bool = True,
     notes: Sequence[str] = (),
 ) -> Report:
     """Return the report of a run from the times of its commits and of its faults.
@@ -281,6 +284,7 @@ def summarise(
         skipped=skipped,
         parameters_sha256=parameters_sha256,
         bit_identical=bit_identical,
+        control_answered=control_answered,
         notes=tuple(notes),
     )
 

@@ -14,7 +14,7 @@ from phalanx.chaos.report import Commit, Counters, Injected, Report, Span, summa
 from phalanx.chaos.schedule import Fault, Planned, draw
 from phalanx.chaos.victims import Victims
 from phalanx.chaos.watch import Gauges, StepLog
-from phalanx.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from phalanx.errors import DeadlineExceeded, FailedPrecondition, PhalanxError, Unavailable
 from phalanx.sdk.cluster import Cluster
 from phalanx.sdk.job import Job
 from phalanx.sdk.values import Event
@@ -26,6 +26,8 @@ SETTLE_S, SETTLE_GAPS = 60.0, 10
 """How long a job may take to go on after the faults; or so many times the usual time of a step."""
 FIRST_STEP_S = 60.0
 SETTLED_COMMITS = 3
+NOBODY_THERE = (Unavailable, DeadlineExceeded)
+"""What a call ends with while control is dead, or stopped."""
 
 Tell = Callable[[str], None]
 ResultT = TypeVar("ResultT")
@@ -52,6 +54,7 @@ class _Course:
     injected: list[Injected] = field(default_factory=list)
     watched_until_s: float | None = None
     skipped: int = 0
+    silent: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -91,17 +94,62 @@ class Chaos:
         return self._course.disturbed is not None
 
     def run(self) -> None:
-        """Disturb the job; returns early when it ends. Nothing stays paused, however this ends.
+        """Disturb the job; returns early when it ends, or when control stays away: that is a
+        finding, and the report tells it. Nothing stays paused, however this ends.
 
         Raises FailedPrecondition if the job does not run or ends before the first fault,
         DeadlineExceeded if it commits no step.
         """
-        options, course = self._options, self._course
+        course = self._course
         self._await_first_step()
         self._first_event = max((event.sequence for event in self._events()), default=0)
         self._undisturbed()
         if self._job.done:
             raise self._too_short()
+        try:
+            self._disturb()
+            self._settle()
+            self._undisturbed()
+        except NOBODY_THERE as nobody:
+            self._note_silence(nobody)
+        finally:
+            course.watched_until_s = time.time()
+
+    def report(self, *, bit_identical: bool | None = None) -> Report:
+        """Return what came of it. Raises FailedPrecondition if it ended before the first fault."""
+        if self._course.disturbed is None:
+            raise self._too_short()
+        points: list[Commit] = []
+        events: list[Event] = []
+        if not self._course.silent:
+            try:
+                points = [
+                    Commit(point.step, point.time.timestamp())
+                    for point in _patiently(lambda: self._refresh().metrics(["train/loss"]))
+                ]
+                events = self._events()
+            except NOBODY_THERE as nobody:
+                self._note_silence(nobody)
+        job, result = self._job, self._job.result
+        return summarise(
+            self._log.better(points),
+            self._course.disturbed,
+            self._course.spans,
+            self._course.injected,
+            job_id=job.id,
+            state=job.state,
+            seed=self._options.seed,
+            counters=self._counters(events),
+            watched_until_s=self._course.watched_until_s,
+            skipped=self._course.skipped,
+            parameters_sha256=result.parameters_sha256 if result is not None else "",
+            bit_identical=bit_identical,
+            control_answered=not self._course.silent,
+            notes=self._course.notes,
+        )
+
+    def _disturb(self) -> None:
+        options, course = self._options, self._course
         with Harm() as harm:
             start_s = time.time()
             try:
@@ -113,36 +161,12 @@ class Chaos:
                 self._sleep_until(start_s + options.duration_s)
             finally:
                 course.disturbed = Span(start_s, time.time())
-        try:
-            self._settle()
-            self._undisturbed()
-        finally:
-            course.watched_until_s = time.time()
 
-    def report(self, *, bit_identical: bool | None = None) -> Report:
-        """Return what came of it. Raises FailedPrecondition if it ended before the first fault."""
-        if self._course.disturbed is None:
-            raise self._too_short()
-        job = self._refresh()
-        points = [
-            Commit(point.step, point.time.timestamp())
-            for point in _patiently(lambda: job.metrics(["train/loss"]))
-        ]
-        result = job.result
-        return summarise(
-            self._log.better(points),
-            self._course.disturbed,
-            self._course.spans,
-            self._course.injected,
-            job_id=job.id,
-            state=job.state,
-            seed=self._options.seed,
-            counters=self._counters(),
-            watched_until_s=self._course.watched_until_s,
-            skipped=self._course.skipped,
-            parameters_sha256=result.parameters_sha256 if result is not None else "",
-            bit_identical=bit_identical,
-            notes=self._course.notes,
+    def _note_silence(self, nobody: PhalanxError) -> None:
+        self._course.silent = True
+        self._course.notes.append(
+            f"control did not answer for {SETTLE_S:g} s ({nobody.message}); this is what was seen "
+            "until then, and what only control counts is missing"
         )
 
     def _too_short(self) -> FailedPrecondition:
@@ -226,7 +250,7 @@ class Chaos:
     def _look(self) -> bool:
         """Note how far the job is; return False once it has ended."""
         # Whoever has just been killed does not answer for a moment.
-        with contextlib.suppress(Unavailable, DeadlineExceeded):
+        with contextlib.suppress(*NOBODY_THERE):
             aggregators = [each for each in self._victims.living() if each.metrics_address]
             step = self._gauges.read(aggregators)
             if step is not None:
@@ -249,8 +273,7 @@ class Chaos:
             if event.sequence > self._first_event
         ]
 
-    def _counters(self) -> Counters:
-        events = self._events()
+    def _counters(self, events: Sequence[Event]) -> Counters:
         counted = Counter(event.type for event in events)
         lost, doubled = self._gauges.lost, self._gauges.doubled
         result = self._job.result
@@ -277,7 +300,7 @@ def _patiently(call: Callable[[], ResultT]) -> ResultT:
     while True:
         try:
             return call()
-        except Unavailable:
+        except NOBODY_THERE:
             if time.monotonic() > deadline_s:
                 raise
             time.sleep(LOOK_S)

@@ -70,8 +70,8 @@ def chaos(
     again by itself; elsewhere a killed process stays dead unless something
     restarts it. Ctrl-C ends it; paused processes are continued in any case.
 
-    Exit code 1 when the job failed or did not go on after a fault, when something
-    was lost or doubled, and when the bits differ.
+    Exit code 1 when the job failed or did not go on after a fault, when control
+    stayed away, when something was lost or doubled, and when the bits differ.
 
     [bold]Examples[/bold]
 
@@ -138,7 +138,7 @@ def _verified(cluster: Cluster, job: Job, run: Chaos, settings: Settings) -> Rep
     from phalanx.cli.output import say
 
     so_far = run.report()
-    if so_far.not_recovered:
+    if so_far.not_recovered or not so_far.control_answered:
         # Its end may never come.
         return so_far
     if not settings.json:
