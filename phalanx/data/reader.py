@@ -2,15 +2,17 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from phalanx.data.choice import choose
 from phalanx.data.chunks import CsrChunk, DenseChunk, open_chunk
 from phalanx.data.manifest import ChunkInfo, DatasetManifest
+from phalanx.data.picking import FeaturePicker
 from phalanx.errors import DataLoss, InvalidArgument
 from phalanx.models.base import Batch
 from phalanx.texts import number_of
@@ -50,9 +52,9 @@ class ChunkReader:
     first needed, and again if it was dropped since. ``dtype`` is what features (and the targets of
     a regression) are converted to; class indices stay int64. Chunks of at most ``open_bytes``
     together stay mapped, OPEN_CHUNKS at most and the last one anyway; the least recently used goes
-    first. Rows are
-    always copied into new, equally aligned arrays: what a leaf computes never depends on where its
-    rows were stored.
+    first. ``columns`` are the raw columns that rows are gathered of, by name; without names all.
+    Rows are always copied into new, equally aligned arrays: what a leaf computes depends neither on
+    where its rows were stored, nor on what stands beside the chosen columns there.
 
     Not for use by several threads at once.
     """
@@ -65,16 +67,24 @@ class ChunkReader:
         *,
         dtype: DTypeLike = np.float32,
         open_bytes: int = OPEN_BYTES,
+        columns: Collection[str] = (),
     ) -> None:
         if split not in manifest.splits:
             known = ", ".join(manifest.splits)
             raise InvalidArgument(f"the data set has no split {split!r}; it has {known}")
-        self.manifest = manifest
+        choice = choose(manifest, columns)
+        #: The data set as it would be with the chosen columns alone.
+        self.manifest = choice.manifest
         self.split = split
         self.chunks: tuple[ChunkInfo, ...] = tuple(manifest.splits[split])
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         #: Rows of each chunk in order.
         self.chunk_rows: tuple[int, ...] = tuple(chunk.rows for chunk in self.chunks)
+        self._stored_features = manifest.features
+        #: None where all columns are chosen.
+        self._picker = None
+        if choice.manifest is not manifest:
+            self._picker = FeaturePicker(choice.runs, manifest.features)
         self._fetch = fetch
         self._open_bytes_limit = open_bytes
         self._open_bytes = 0
@@ -99,7 +109,9 @@ class ChunkReader:
             assert isinstance(chunk, DenseChunk)
             stop = position + len(rows)
             index = _as_slice(rows)
-            if isinstance(index, slice) or chunk.features.dtype != self.dtype:
+            if self._picker is not None:
+                self._picker.dense(chunk.features, index, features[position:stop])
+            elif isinstance(index, slice) or chunk.features.dtype != self.dtype:
                 features[position:stop] = chunk.features[index]
             else:
                 # Without a copy in between: mode "raise" would make one, and `_located` has looked.
@@ -134,7 +146,10 @@ class ChunkReader:
                 starts = chunk.indptr[index].astype(np.int64)
                 row_lengths = chunk.indptr[index + 1] - starts
                 where = _value_positions(starts, row_lengths)
-            gathered.append((chunk.data[where], chunk.indices[where]))
+            values, columns = chunk.data[where], chunk.indices[where]
+            if self._picker is not None:
+                values, columns, row_lengths = self._picker.sparse(values, columns, row_lengths)
+            gathered.append((values, columns))
             lengths[position:stop] = row_lengths
             targets[position:stop] = chunk.targets[index]
             position = stop
@@ -206,11 +221,11 @@ class ChunkReader:
                 f"chunk {info.digest[:12]} is not the {self.manifest.format} chunk of "
                 f"{number_of(info.rows, 'row')} that the manifest names"
             )
-        if isinstance(chunk, DenseChunk) and chunk.features.shape[1] != self.manifest.features:
+        if isinstance(chunk, DenseChunk) and chunk.features.shape[1] != self._stored_features:
             raise DataLoss(
                 f"chunk {info.digest[:12]} has "
                 f"{number_of(chunk.features.shape[1], 'feature')}, "
-                f"the manifest says {self.manifest.features}"
+                f"the manifest says {self._stored_features}"
             )
         return chunk
 
