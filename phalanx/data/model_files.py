@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf.json_format import MessageToDict
 
+from phalanx.data.choice import RawColumns, choose
 from phalanx.data.manifest import Column, DatasetManifest
 from phalanx.errors import InvalidArgument
 from phalanx.texts import number_of
@@ -41,9 +42,10 @@ _README_COLUMNS = 50
 class ModelDescription:
     """All that is written about a model.
 
-    ``spec`` is resolved. ``dataset`` is NAME@VERSION. ``libraries`` are the versions that computed
-    it, by package; ``code_digests`` the hashes of the job's own code, by path. ``metrics`` are
-    those of the parameters that were kept.
+    ``manifest`` is the whole data set, ``spec`` (which may have chosen columns of it) is resolved.
+    ``dataset`` is NAME@VERSION. ``libraries`` are the versions that computed it, by package;
+    ``code_digests`` the hashes of the job's own code, by path. ``metrics`` are those of the
+    parameters that were kept.
     """
 
     name: str
@@ -102,7 +104,7 @@ def description_files(description: ModelDescription) -> dict[str, bytes]:
 
 def model_json(description: ModelDescription) -> bytes:
     """What a program needs to know of the model."""
-    manifest, layout = description.manifest, description.layout
+    manifest, layout = _manifest_of(description), description.layout
     document = {
         "format": MODEL_FORMAT,
         "name": description.name,
@@ -115,8 +117,9 @@ def model_json(description: ModelDescription) -> bytes:
         "feature_format": manifest.format,
         "feature_dtype": manifest.dtype,
         "columns": [asdict(column) for column in manifest.columns],
+        "chosen_from": _chosen_from(description),
         "missing_markers": manifest.missing_markers,
-        "standardisation": _standardisation(description),
+        "standardisation": _standardisation(manifest, description.spec),
         "layout": MessageToDict(layout, preserving_proto_field_name=True),
         "parameters_sha256": description.parameters_sha256,
         "steps": description.steps,
@@ -139,7 +142,7 @@ def model_json(description: ModelDescription) -> bytes:
 
 def readme(description: ModelDescription) -> str:
     """What a person needs to know of the model, in Markdown."""
-    manifest = description.manifest
+    manifest = _manifest_of(description)
     kind = description.spec.train.model.WhichOneof("kind") or "model"
     what = (
         f"tells {number_of(len(manifest.classes), 'class', 'classes')} of `{manifest.target}` apart"
@@ -181,6 +184,7 @@ def readme(description: ModelDescription) -> str:
         "```",
         "",
         *_column_lines(manifest),
+        *_choice_lines(description),
         "## Parameters",
         "",
         f"{parameters} {identical}",
@@ -201,11 +205,23 @@ def load_model_directory(path: str | Path, *, allow_code: bool = False) -> "Load
     return LoadedModel.load(Path(path), allow_code=allow_code)
 
 
-def _standardisation(description: ModelDescription) -> dict[str, Any] | None:
-    statistics = description.manifest.statistics
-    if not description.spec.train.model.standardise:
+def _manifest_of(description: ModelDescription) -> DatasetManifest:
+    """The data set as the model sees it."""
+    return choose(description.manifest, description.spec.data.features).manifest
+
+
+def _chosen_from(description: ModelDescription) -> dict[str, Any] | None:
+    """All columns of the data set by name, and how many; None where the model uses all."""
+    if not description.spec.data.features:
         return None
-    return {"mean": statistics.mean, "std": statistics.std}
+    raw = RawColumns.of(description.manifest)
+    return {"count": raw.count, "names": [column.name for column in raw.named]}
+
+
+def _standardisation(manifest: DatasetManifest, spec: JobSpec) -> dict[str, Any] | None:
+    if not spec.train.model.standardise:
+        return None
+    return {"mean": manifest.statistics.mean, "std": manifest.statistics.std}
 
 
 def _metric_lines(description: ModelDescription) -> list[str]:
@@ -237,6 +253,19 @@ def _column_lines(manifest: DatasetManifest) -> list[str]:
         *more,
         "",
     ]
+
+
+def _choice_lines(description: ModelDescription) -> list[str]:
+    chosen = len(description.spec.data.features)
+    if not chosen:
+        return []
+    count = RawColumns.of(description.manifest).count
+    text = (
+        f"The job chose {number_of(chosen, 'column')} of {count:,}. Rows without column names are "
+        "as wide as the training data, or hold these columns alone, in this order; sparse rows are "
+        "as wide as the training data."
+    )
+    return [text, ""]
 
 
 def _column_line(column: Column) -> str:

@@ -21,7 +21,8 @@ import scipy.sparse
 from google.protobuf.json_format import ParseDict, ParseError
 from numpy.typing import NDArray
 
-from phalanx.data.manifest import Statistics, columns_from, label_from_text
+from phalanx.data.choice import RawColumns
+from phalanx.data.manifest import Column, Statistics, columns_from, label_from_text
 from phalanx.data.model_files import (
     DESCRIPTION_FILE,
     MODEL_FORMAT,
@@ -67,7 +68,8 @@ class LoadedModel:
 
     An unknown category counts as none of the known ones, a missing column is an error, another
     column is ignored, and a missing value does what it did in training; ``remarks`` tells of the
-    last prediction.
+    last prediction. Columns of the training data that the job did not choose are such others; rows
+    without column names may have them or not (sparse ones have them).
     """
 
     def __init__(self, document: dict[str, Any], parameters: NDArray[Any], model: Model) -> None:
@@ -90,6 +92,7 @@ class LoadedModel:
             sparse=document["feature_format"] == "csr",
             target=self.target,
             missing_markers=tuple(document["missing_markers"]),
+            chosen_from=_chosen_from(document),
         )
         self._scales = _scales(document, parameters.dtype)
 
@@ -273,6 +276,14 @@ def _read_parameters(path: Path, layout: Layout, document: dict[str, Any]) -> ND
     if hashlib.sha256(body).hexdigest() != document["parameters_sha256"]:
         raise DataLoss(f"{path} is damaged: its parameters have another SHA-256")
     return np.frombuffer(body, dtype=dtype)
+
+
+def _chosen_from(document: dict[str, Any]) -> RawColumns | None:
+    """All columns of the training data, where the model uses some of them."""
+    whole = document.get("chosen_from")  # models from before jobs chose columns have no such entry
+    if whole is None:
+        return None
+    return RawColumns(whole["count"], tuple(Column(name) for name in whole["names"]))
 
 
 def _scales(

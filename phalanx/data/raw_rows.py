@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 
+from phalanx.data.choice import RawColumns, merged
 from phalanx.data.formats.arrays import MemoryArrays, plain_array
 from phalanx.data.formats.csv_files import CsvTable
 from phalanx.data.formats.idx_files import idx_features
@@ -17,6 +19,7 @@ from phalanx.data.formats.tables import MemoryTable, ParquetTable
 from phalanx.data.manifest import Column
 from phalanx.data.opening import format_of, frame_of_objects, is_frame
 from phalanx.data.options import MISSING_MARKERS, IngestOptions
+from phalanx.data.picking import FeaturePicker
 from phalanx.data.preprocess import Encoder
 from phalanx.data.scan import ArrayEncoder
 from phalanx.data.sources import ArrayBatch, TableSource
@@ -28,26 +31,42 @@ from phalanx.texts import number_of
 class Remarks:
     """What was met in raw rows and has a stated behaviour instead of an error.
 
-    ``ignored_columns`` were not in the training data. ``sentences`` tell of unknown categories and
-    of missing values that were replaced; they are complete once all rows have been read.
+    ``ignored_columns`` are those that the model does not use; ``unchosen_columns`` those of them
+    that the training data had and the job did not choose. ``sentences`` tell of both, of unknown
+    categories and of missing values that were replaced; they are complete once all rows have been
+    read.
     """
 
     ignored_columns: tuple[str, ...] = ()
+    unchosen_columns: tuple[str, ...] = ()
     _encoder: Encoder | None = field(default=None, repr=False)
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """One sentence per column with something to tell."""
-        ignored = (f"column {name!r} is not known, it is ignored" for name in self.ignored_columns)
-        return (*ignored, *(self._encoder.remarks() if self._encoder else ()))
+        """One sentence per column with something to tell, one for all that were not chosen."""
+        unchosen = set(self.unchosen_columns)
+        told = [
+            f"column {name!r} is not known, it is ignored"
+            for name in self.ignored_columns
+            if name not in unchosen
+        ]
+        if unchosen:
+            names = _listed(self.unchosen_columns)
+            told.append(f"columns that the job did not choose are ignored: {names}")
+        return (*told, *(self._encoder.remarks() if self._encoder else ()))
 
 
 @dataclass(frozen=True)
 class RawRows:
     """What a model expects of raw rows, and how they become features.
 
-    ``columns`` are those of the training data, empty where its features had no names. ``dtype`` is
+    ``columns`` are those that the model uses, empty where its features have no names. ``dtype`` is
     the type in which features were stored; raw values are rounded to it as they were for training.
+
+    ``chosen_from`` are all columns of the training data, where the job chose some of them. By name
+    these are enough then. Rows without names are as wide as those of the training data, or hold the
+    chosen columns alone; sparse ones are never taken for the latter, since a row of either kind may
+    end early.
     """
 
     columns: tuple[Column, ...]
@@ -56,6 +75,7 @@ class RawRows:
     sparse: bool
     target: str
     missing_markers: tuple[str, ...] = MISSING_MARKERS
+    chosen_from: RawColumns | None = None
 
     def encode(self, data: Any) -> tuple[Iterator[Any], Remarks]:
         """Pieces of features (rows by features, dense or CSR) in order, and the remarks on them.
@@ -97,8 +117,7 @@ class RawRows:
             raise NotFound(f"there is no file {path}")
         format_name = format_of([path], "csv")
         if format_name == "csv":
-            names = [column.name for column in self.columns] or None
-            return self._table(CsvTable([path], self._options(), names))
+            return self._table(self._csv(path))
         if format_name == "parquet":
             return self._table(ParquetTable([path], self._options()))
         if format_name == "npz":
@@ -111,12 +130,20 @@ class RawRows:
             f"{path.name} is {format_name}; predict reads csv, parquet, npz, libsvm and idx"
         )
 
+    def _csv(self, path: Path) -> CsvTable:
+        if not self._has_names:
+            return CsvTable([path], self._options())
+        names = [column.name for column in self.columns]
+        whole = [column.name for column in self.chosen_from.named] if self.chosen_from else ()
+        return CsvTable([path], self._options(), names, whole)
+
     def _table(self, source: TableSource) -> tuple[Iterator[Any], Remarks]:
         present = source.present
         columns = self.columns or tuple(Column(f"x{index + 1}") for index in range(self.features))
         names = self._names(columns, present)
         encoder = Encoder(columns, self.dtype)
-        ignored = tuple(name for name in present if name not in names and name != self.target)
+        used = {*names, self.target}
+        ignored = tuple(name for name in present if name not in used)
         wanted = {name: column.kind for name, column in zip(names, columns, strict=True)}
 
         def pieces() -> Iterator[Any]:
@@ -125,7 +152,7 @@ class RawRows:
                 for features in encoder.encode(values, batch.where):
                     yield self._stored(features)
 
-        return pieces(), Remarks(ignored, encoder)
+        return pieces(), Remarks(ignored, self._unchosen(ignored, names), encoder)
 
     def _names(self, columns: tuple[Column, ...], present: tuple[str, ...]) -> list[str]:
         """Which of the columns that are there hold the expected ones."""
@@ -134,13 +161,27 @@ class RawRows:
         if not absent:
             return expected
         rest = [name for name in present if name != self.target]
-        # Features without names are taken by position.
-        if not self.columns and len(rest) == len(columns):
-            return rest
+        whole = self.chosen_from
+        # Features without names are taken by position, unless some of the table's go by number.
+        numbered = whole is not None and any(whole.position(name) is not None for name in rest)
+        if not self._has_names and not numbered:
+            if len(rest) == len(columns):
+                return rest
+            if whole and len(rest) == whole.count:
+                return [rest[position] for position in self._positions]
         raise InvalidArgument(
             f"column {absent[0]!r} is missing; the model needs {_listed(expected)}",
             reason="MISSING_COLUMN",
         )
+
+    def _unchosen(self, ignored: tuple[str, ...], names: list[str]) -> tuple[str, ...]:
+        """Which ignored columns the training data had, given those that are used."""
+        whole = self.chosen_from
+        if whole is None:
+            return ()
+        if names != [column.name for column in self.columns]:
+            return ignored  # a whole row, taken by position
+        return tuple(name for name in ignored if whole.position(name) is not None)
 
     def _arrays(self, batches: Iterable[ArrayBatch]) -> Iterator[Any]:
         if any(column.kind == "categorical" for column in self.columns):
@@ -148,18 +189,29 @@ class RawRows:
             raise InvalidArgument(f"the model needs the columns {names}, not numbers alone")
         encoder = ArrayEncoder(self.columns, self.dtype)
         for batch in batches:
-            features = batch.features
-            if scipy.sparse.issparse(features) and features.shape[1] < self.features:
-                features = scipy.sparse.csr_array(
-                    (features.data, features.indices, features.indptr),
-                    shape=(features.shape[0], self.features),
-                )
-            if features.shape[1] != self.features:
-                raise InvalidArgument(
-                    f"rows have {number_of(features.shape[1], 'feature')}, the model needs "
-                    f"{self.features}"
-                )
+            features = self._used(batch.features)
             yield self._stored(encoder.encode(features, batch.where))
+
+    def _used(self, features: Any) -> Any:
+        """The features of the model; raises InvalidArgument for rows of a wrong width."""
+        sparse = scipy.sparse.issparse(features)
+        width = features.shape[1]
+        if self.chosen_from is not None and width == self.chosen_from.count:
+            return self._picker.rows(features)
+        if self.chosen_from is None and sparse and width < self.features:
+            shape = (features.shape[0], self.features)
+            return scipy.sparse.csr_array(
+                (features.data, features.indices, features.indptr), shape=shape
+            )
+        if width != self.features or (self.chosen_from is not None and sparse):
+            needed = f"{self.features}"
+            if self.chosen_from is not None:
+                needed = f"all {self.chosen_from.count} of the training data"
+                needed += "" if sparse else f", or the {self.features} that the job chose"
+            raise InvalidArgument(
+                f"rows have {number_of(width, 'feature')}, the model needs {needed}"
+            )
+        return features
 
     def _stored(self, features: Any) -> Any:
         """Dense or CSR, as the training data was."""
@@ -169,16 +221,41 @@ class RawRows:
 
     def _frame_by_position(self, array: Any) -> dict[str, Any]:
         names = [column.name for column in self.columns]
-        if names and array.ndim == 2 and array.shape[1] == self.features != len(names):
+        width = array.shape[1] if array.ndim == 2 else len(names)
+        whole = self.chosen_from
+        if whole is not None and width == whole.count:
+            names = [whole.column(position).name for position in range(width)]
+        elif names and width == self.features != len(names):
             raise InvalidArgument(
-                f"rows have {number_of(array.shape[1], 'value')}, the model needs the "
+                f"rows have {number_of(width, 'value')}, the model needs the "
                 f"{number_of(len(names), 'column')} "
                 f"{_listed(names)}; rows that are encoded already go to predict_prepared"
             )
         return frame_of_objects(array, names)
 
+    @property
+    def _has_names(self) -> bool:
+        """Whether the columns of the training data had names of their own."""
+        return bool(self.columns if self.chosen_from is None else self.chosen_from.named)
+
+    @cached_property
+    def _positions(self) -> list[int]:
+        """Where the columns of the model stand among those of the training data."""
+        assert self.chosen_from is not None
+        found = [self.chosen_from.position(column.name) for column in self.columns]
+        return [position for position in found if position is not None]
+
+    @cached_property
+    def _picker(self) -> FeaturePicker:
+        """Takes the model's features out of rows of numbers, a feature for each column."""
+        assert self.chosen_from is not None
+        runs = merged(range(position, position + 1) for position in self._positions)
+        return FeaturePicker(runs, self.chosen_from.count)
+
     def _options(self) -> IngestOptions:
-        return IngestOptions(missing_markers=self.missing_markers)
+        # Sparse text says nothing of features behind the last one that is not zero.
+        width = self.chosen_from.count if self.chosen_from else None
+        return IngestOptions(missing_markers=self.missing_markers, feature_count=width)
 
 
 def _frame_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -36,11 +36,16 @@ class CsvTable:
 
     ``like`` names the columns that are expected, where another file has fixed them already (the
     test file of a train file, a file to predict): a header is then matched by name, a file without
-    one by position.
+    one by position. ``whole`` names all columns of that other file, where ``like`` are some of
+    them: a file without a header may have these as well.
     """
 
     def __init__(
-        self, paths: Sequence[Path], options: IngestOptions, like: Sequence[str] | None = None
+        self,
+        paths: Sequence[Path],
+        options: IngestOptions,
+        like: Sequence[str] | None = None,
+        whole: Sequence[str] = (),
     ) -> None:
         self._options = options
         self._paths = tuple(paths)
@@ -49,7 +54,7 @@ class CsvTable:
         for path in paths:
             dialect, shape = inspect(path, options, like or ())
             self._shape = self._shape or shape
-            names = _matched(path, shape, dialect, like or self._shape.names)
+            names = _matched(path, shape, dialect, like or self._shape.names, whole)
             self._files.append((path, dialect, names))
 
     @property
@@ -219,11 +224,13 @@ class _Body(io.RawIOBase):
 
 
 def _matched(
-    path: Path, shape: TableShape, dialect: Dialect, like: Sequence[str]
+    path: Path, shape: TableShape, dialect: Dialect, like: Sequence[str], whole: Sequence[str]
 ) -> tuple[str, ...]:
     """Names of the file's columns, the expected ones by position where it has no header."""
     if dialect.header or set(like) <= set(shape.names):
         return shape.names
+    if len(shape.names) == len(whole):
+        return tuple(whole)
     if len(shape.names) != len(like):
         raise InvalidArgument(
             f"{path.name} has no header line and {number_of(len(shape.names), 'column')}, "
