@@ -12,6 +12,8 @@ from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core
 from coordinator.control.store import Store
 from phalanx import specs
+from phalanx.data.choice import RawColumns
+from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import InvalidArgument, NotFound, PermissionDenied, Violation
 from phalanx.ids import new_id
 from phalanx.specs.starting import (
@@ -63,7 +65,10 @@ class Submissions:
                 violations=[Violation("code", "is not allowed on this cluster")],
             )
         dataset = await self._dataset(spec) if specs.reads_dataset(spec) else None
-        resolved = await _prepared(spec, dataset)
+        columns = await self._columns(spec, dataset)
+        resolved = await _prepared(spec, dataset, columns)
+        if dataset is not None:
+            dataset = specs.as_chosen(dataset, resolved.data, columns)
         await self._check_wheels(list(spec.code.wheels))
         job_id = new_id(resolved.name)
         start_model_digest = ""
@@ -173,6 +178,16 @@ class Submissions:
         assert isinstance(answer, dataset_service_pb2.GetDatasetResponse)
         return answer.dataset
 
+    async def _columns(
+        self, spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset | None
+    ) -> RawColumns | None:
+        """The columns of the data set, where the job chooses some: only its manifest has them."""
+        if dataset is None or not specs.chooses_columns(spec):
+            return None
+        stored = await self._store.get_blob(dataset.manifest_digest)
+        # Large where there are many features: heartbeats have their turn.
+        return RawColumns.of(await asyncio.to_thread(DatasetManifest.from_json, stored))
+
     async def _start_model(self, spec: job_spec_pb2.JobSpec) -> model_service_pb2.ModelVersion:
         name = spec.train.start.model
         request = model_service_pb2.GetModelRequest(namespace=spec.namespace, name=name)
@@ -215,11 +230,13 @@ def _parameters_of(model: model_service_pb2.ModelVersion) -> str:
 
 
 async def _prepared(
-    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset | None
+    spec: job_spec_pb2.JobSpec,
+    dataset: dataset_service_pb2.Dataset | None,
+    columns: RawColumns | None,
 ) -> job_spec_pb2.JobSpec:
-    """Check and resolve. Tasks may have thousands of arguments: heartbeats have their turn."""
-    if dataset is None:
-        return await asyncio.to_thread(specs.prepare, spec, dataset)
+    """Check and resolve. There may be thousands of tasks or columns: heartbeats have their turn."""
+    if dataset is None or columns is not None:
+        return await asyncio.to_thread(specs.prepare, spec, dataset, columns)
     return specs.prepare(spec, dataset)
 
 

@@ -38,6 +38,7 @@ from phalanx.wheels import wheel_path, write_code
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from phalanx.data.choice import RawColumns
     from phalanx.data.manifest import DatasetManifest
     from phalanx.specs.starting import Shapes
     from phalanx.training.local import Progress, TrainedModel
@@ -201,6 +202,7 @@ class InProcessBackend:
         self, request: job_service_pb2.SubmitJobRequest
     ) -> job_service_pb2.SubmitJobResponse:
         from phalanx.specs import (
+            as_chosen,
             check_spec,
             job_plan,
             names_dataset,
@@ -218,6 +220,8 @@ class InProcessBackend:
             known = self._jobs.submitted(request.request_id, content)
         if known is not None:
             read = self._dataset_of(known) if reads_dataset(known.spec) else None
+            if read is not None:
+                read = as_chosen(read, known.spec.data, self._columns(known.spec, read))
             return job_service_pb2.SubmitJobResponse(job=known, plan=plan(known.spec, read))
         dataset = None
         if reads_dataset(request.spec):
@@ -228,7 +232,10 @@ class InProcessBackend:
             except NotFound as error:
                 check_spec(request.spec, also=[Violation("data.name", error.message)])
                 raise
-        spec = prepare(request.spec, dataset)
+        columns = self._columns(request.spec, dataset)
+        spec = prepare(request.spec, dataset, columns)
+        if dataset is not None:
+            dataset = as_chosen(dataset, spec.data, columns)
         self._check_wheels(spec)
         if spec.train.start.WhichOneof("from") == "job":
             message = "with workers=0 no job leaves a checkpoint; submit it to a cluster"
@@ -246,6 +253,17 @@ class InProcessBackend:
             todo = job_plan(spec, dataset, "")
             job = self._jobs.submit(spec, digest, todo, shown.steps, request.request_id, content)
         return job_service_pb2.SubmitJobResponse(job=job, plan=shown)
+
+    def _columns(
+        self, spec: JobSpec, dataset: dataset_service_pb2.Dataset | None
+    ) -> RawColumns | None:
+        """Return the columns of the data set, where the job chooses some."""
+        from phalanx.data.choice import RawColumns
+        from phalanx.specs import chooses_columns
+
+        if dataset is None or not chooses_columns(spec):
+            return None
+        return RawColumns.of(self._manifest(dataset.manifest_digest))
 
     def _check_start_model(self, model: model_service_pb2.ModelVersion, wanted: Shapes) -> None:
         from phalanx.specs.starting import check_shapes, shapes_in_file

@@ -15,8 +15,15 @@ from phalanx.specs.documents import (
     load_yaml,
     set_value,
 )
+from phalanx.specs.features import as_chosen
 from phalanx.specs.plan import job_plan, plan
-from phalanx.specs.prepare import check_spec, names_dataset, prepare, reads_dataset
+from phalanx.specs.prepare import (
+    check_spec,
+    chooses_columns,
+    names_dataset,
+    prepare,
+    reads_dataset,
+)
 from phalanx.specs.resolve import resolve, resolve_start_model
 from phalanx.specs.unimplemented import refuse_unimplemented, unimplemented
 from phalanx.specs.validate import validate, validate_against
@@ -25,10 +32,12 @@ __all__ = [
     "Document",
     "Reached",
     "apply_sets",
+    "as_chosen",
     "canonical_json",
     "check_rest",
     "check_same",
     "check_spec",
+    "chooses_columns",
     "job_plan",
     "load_document",
     "load_json",

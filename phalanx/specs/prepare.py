@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from phalanx.data.choice import RawColumns
 from phalanx.errors import Violation
 from phalanx.specs.resolve import resolve
 from phalanx.specs.unimplemented import refuse_unimplemented, unimplemented
@@ -34,24 +35,33 @@ def reads_dataset(spec: job_spec_pb2.JobSpec) -> bool:
     return not is_task_set(spec)
 
 
+def chooses_columns(spec: job_spec_pb2.JobSpec) -> bool:
+    """Whether `prepare` has to know the columns of the data set."""
+    return reads_dataset(spec) and bool(spec.data.features)
+
+
 def prepare(
-    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset | None
+    spec: job_spec_pb2.JobSpec,
+    dataset: dataset_service_pb2.Dataset | None,
+    columns: RawColumns | None = None,
 ) -> job_spec_pb2.JobSpec:
     """Return the resolved spec, checked in itself and against its data set, all at once.
 
-    `dataset` is None for a job that reads none.
+    `dataset` is None for a job that reads none; `columns` are those of the data set, None where the
+    job does not choose any.
 
     Raises InvalidArgument (every wrong field, and with them every field not carried out), or
     Unimplemented where nothing else is wrong.
     """
+    assert columns is not None or not chooses_columns(spec), "what is chosen has to be checked"
     wrong = validate(spec)
-    resolved = resolve(spec, dataset)
+    resolved = resolve(spec, dataset, columns)
     if not wrong:
-        wrong = [*validate(resolved), *validate_against(resolved, dataset)]
+        wrong = [*validate(resolved), *validate_against(resolved, dataset, columns)]
     else:
         # Fields that are wrong in themselves would only be named twice.
         named = {each.field for each in wrong}
-        against = validate_against(resolved, dataset)
+        against = validate_against(resolved, dataset, columns)
         wrong += [each for each in against if each.field not in named]
     if wrong:
         named = {each.field for each in wrong}

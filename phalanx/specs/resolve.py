@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from phalanx.specs import balance, catalog, parts, task_sets
+from phalanx.data.choice import RawColumns
+from phalanx.specs import balance, catalog, features, parts, task_sets
 from phalanx.tasks import is_task_set
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2, model_service_pb2
 
@@ -26,15 +27,19 @@ _LEARNING_RATES = {"sgd": 0.01, "adagrad": 0.01, "adam": 0.001, "adamw": 0.001}
 
 
 def resolve(
-    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset | None
+    spec: job_spec_pb2.JobSpec,
+    dataset: dataset_service_pb2.Dataset | None,
+    columns: RawColumns | None = None,
 ) -> job_spec_pb2.JobSpec:
     """Return a copy of `spec` with every default and the data set's version written.
 
-    Without a data set only of a job that reads none.
+    Without a data set only of a job that reads none; `columns` are those of the data set, needed
+    where the job chooses some.
 
     The same spec and data set always give the same result, and resolving it again changes nothing.
-    Two things stay empty because that is their meaning: `data.features` (all of them) and
-    `resources.max_workers` (no limit). Wrong values are left as they are, for validation to name.
+    Two things stay empty because that is their meaning: `data.features` (all of them, named or not)
+    and `resources.max_workers` (no limit). Wrong values are left as they are, for validation to
+    name.
     """
     result = job_spec_pb2.JobSpec()
     result.CopyFrom(spec)
@@ -43,6 +48,8 @@ def resolve(
         task_sets.resolve(result)
     elif dataset is not None and result.WhichOneof("program") == "train":
         _data(result, dataset)
+        if columns is not None:
+            features.resolve(result.data, columns)
         _model(result.train, dataset)
         _optimizer(result.train.optimizer)
         if result.train.HasField("local"):

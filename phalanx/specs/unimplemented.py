@@ -12,7 +12,6 @@ _REFUSED: dict[str, str] = {
     "evaluate": "the program evaluate is not carried out yet; train is",
     "predict": "the program predict is not carried out yet; use `phalanx predict`",
     "cascade": "the program cascade is not carried out yet; train is",
-    "data.features": "choosing features is not carried out yet; leave it out to use all",
     "data.columns": "vertical partitions are not carried out yet; use rows",
     "resources.gpus": "GPUs are not carried out yet; leave it out",
     "output.best": "keeping the best evaluation is not carried out yet; the last version is kept",

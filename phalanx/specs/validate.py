@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from google.protobuf.descriptor import FieldDescriptor
 
+from phalanx.data.choice import RawColumns
 from phalanx.errors import InvalidArgument, Violation
 from phalanx.files import LENGTH_RULE, is_too_long
 from phalanx.ids import SHORT_NAME_RULE, is_short_name
-from phalanx.specs import balance, catalog, composition, continuing, task_sets
+from phalanx.specs import balance, catalog, composition, continuing, features, task_sets
 from phalanx.specs.fields import walk
 from phalanx.tasks import is_task_set
 from phalanx.texts import number_of
@@ -125,6 +126,7 @@ def validate(spec: job_spec_pb2.JobSpec) -> list[Violation]:
     """Return everything that is wrong with a spec whatever its data set. Empty: nothing."""
     return [
         *_names(spec),
+        *features.repeated(spec.data),
         *_numbers(spec),
         *_resources(spec),
         *_code(spec),
@@ -133,13 +135,19 @@ def validate(spec: job_spec_pb2.JobSpec) -> list[Violation]:
 
 
 def validate_against(
-    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset | None
+    spec: job_spec_pb2.JobSpec,
+    dataset: dataset_service_pb2.Dataset | None,
+    columns: RawColumns | None = None,
 ) -> list[Violation]:
-    """Return what is wrong between a resolved spec and its data set, if it reads one."""
+    """Return what is wrong between a resolved spec and its data set, if it reads one.
+
+    `columns` are those of the data set, needed where the job chooses some.
+    """
     if dataset is None or spec.WhichOneof("program") != "train":
         return []
     return [
         *_data(spec, dataset),
+        *(features.violations(spec.data, dataset, columns) if columns is not None else ()),
         *balance.violations(spec, dataset),
         *_model_fits(spec, dataset),
         *_metrics(spec, dataset),

@@ -7,6 +7,7 @@ from typing import Any
 
 from google.protobuf.json_format import ParseDict
 
+from phalanx.data.choice import RawColumns
 from phalanx.data.described import described
 from phalanx.specs import job_plan, prepare
 from phalanx.testing.datasets import StoredDataset
@@ -29,5 +30,5 @@ def plan_for(stored: StoredDataset, train: Mapping[str, Any], **spec: Any) -> Jo
     submission would.
     """
     document = {"name": "test", "data": {"name": "data"}, "train": train, **spec}
-    message = dataset_message(stored)
-    return job_plan(prepare(ParseDict(document, JobSpec()), message), message, "job-test")
+    message, columns = dataset_message(stored), RawColumns.of(stored.manifest)
+    return job_plan(prepare(ParseDict(document, JobSpec()), message, columns), message, "job-test")

@@ -115,11 +115,13 @@ def train_in_process(
 
     spec = JobSpec.FromString(plan.spec)
     dtype = spec.train.dtype or "float32"
-    schema = DataSchema(manifest.features, len(manifest.classes), dtype)
-    reader = ChunkReader(manifest, spec.data.split, fetch, dtype=dtype)
-    evaluation_reader = None
-    if plan.evaluation_shards:
-        evaluation_reader = ChunkReader(manifest, spec.train.evaluation.split, fetch, dtype=dtype)
+
+    def reader_of(split: str) -> ChunkReader:
+        return ChunkReader(manifest, split, fetch, dtype=dtype, columns=spec.data.features)
+
+    reader = reader_of(spec.data.split)
+    schema = DataSchema(reader.manifest.features, len(manifest.classes), dtype)
+    evaluation_reader = reader_of(spec.train.evaluation.split) if plan.evaluation_shards else None
     try:
         model = build_model(spec, schema, code_dir)
         with one_blas_thread():

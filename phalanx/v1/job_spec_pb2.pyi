@@ -181,7 +181,9 @@ class Data(_message.Message):
     """[that of the data set] The column to predict."""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """[all] The features to use."""
+        """[all] The raw columns to train on, by the names that `phalanx data show` tells; x1, x2, … where
+        the data have no names. A column of categories is one name. Their order does not matter.
+        """
 
     @_builtins.property
     def rows(self) -> Global___Rows: ...

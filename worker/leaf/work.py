@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.compressors import Codec, Key, build_up_codec, compress_in_place
+from phalanx.data.choice import choose
 from phalanx.data.manifest import ChunkInfo, DatasetManifest
 from phalanx.data.reader import ChunkReader
 from phalanx.models import Batch, DataSchema, Model, build_model
@@ -90,7 +91,7 @@ class JobWork:
     @cached_property
     def model(self) -> Model:
         """The model; this is where user code is loaded."""
-        manifest = self.manifest
+        manifest = choose(self.manifest, self.spec.data.features).manifest
         schema = DataSchema(
             features=manifest.features,
             classes=len(manifest.classes),
@@ -274,7 +275,8 @@ class JobWork:
                 raise NotMapped
             return self._fetch(infos[digest])
 
-        return ChunkReader(self.manifest, split, fetch, dtype=dtype)
+        columns = self.spec.data.features
+        return ChunkReader(self.manifest, split, fetch, dtype=dtype, columns=columns)
 
 
 @dataclass

@@ -10,11 +10,12 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from phalanx.rpc.status import from_rpc_error
 from phalanx.testing.members import ScriptedAggregator, ScriptedWorker
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import job_service_pb2, model_service_pb2
 from phalanx.v1.job_pb2 import Job, MetricPoint
-from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.job_spec_pb2 import Data, JobSpec
 
 GUARD_S = 30.0
 
@@ -70,6 +71,21 @@ async def test_a_job_runs_and_leaves_a_model(cluster: Any) -> None:
     again.spec.train.model.softmax_regression.bias = False
     planned = (await cluster.jobs().SubmitJob(again, timeout=GUARD_S)).job.spec
     assert (planned.data.name, planned.train.start.model) == ("default/digits@1", "default/job@1")
+
+
+async def test_columns_are_chosen_from_those_of_the_manifest(cluster: Any) -> None:
+    job = await cluster.submit(data=Data(name="digits", features=["x8", "x2"]))
+    assert list(job.spec.data.features) == ["x2", "x8"]
+    every = [f"x{number}" for number in range(8, 0, -1)]
+    whole = await cluster.submit(data=Data(name="digits", features=every))
+    plain = await cluster.submit(data=Data(name="digits"))
+    assert whole.spec_sha256 == plain.spec_sha256 != job.spec_sha256
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cluster.submit(data=Data(name="digits", features=["x2", "x9"]))
+    error = from_rpc_error(caught.value)
+    assert error.reason == "SPEC_INVALID"
+    assert [each.field for each in error.violations] == ["data.features[1]"]
+    assert "x1 to x8" in error.violations[0].message
 
 
 async def test_the_same_request_id_gives_the_first_answer(cluster: Any) -> None:

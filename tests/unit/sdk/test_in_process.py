@@ -106,6 +106,54 @@ def test_data_goes_though_a_set_of_tasks_is_there_which_reads_none(cluster):
     assert cluster.data.list() == []
 
 
+def choosing(*columns, **train):
+    spec = with_train(**train)
+    return {**spec, "data": {**spec["data"], "features": list(columns)}}
+
+
+def test_a_job_trains_on_the_columns_that_it_chose(cluster, data):
+    """The class follows from x1, so a model that does not see it knows nothing."""
+    blind = cluster.submit(choosing("x3", "x2"))
+    seeing = cluster.submit(choosing("x1"))
+    assert blind.message.spec.data.features == ["x2", "x3"]
+    assert blind.wait(60).metrics["test/accuracy"] < 0.7
+    assert seeing.wait(60).metrics["test/accuracy"] > 0.9
+    model = cluster.models.get(seeing.result.model)
+    assert model.document["features"] == 1
+    labels = model.predict(data[0])
+    assert np.mean(labels == data[1]) > 0.9
+    assert (model.predict(data[0][:, :1]) == labels).all()
+    for job in (blind, seeing):
+        assert verify_job(cluster, job.id).equal
+
+
+def test_jobs_with_the_same_columns_are_the_same_job(cluster):
+    one, other = (cluster.submit(choosing(*names)) for names in (("x3", "x1"), ("x1", "x3")))
+    assert one.message.spec_sha256 == other.message.spec_sha256
+    assert one.wait(60).parameters_sha256 == other.wait(60).parameters_sha256
+    every, without = cluster.submit(choosing("x2", "x3", "x1")), cluster.submit(SPEC)
+    assert every.message.spec_sha256 == without.message.spec_sha256
+    again = cluster.submit(choosing("x1", "x3"), request_id="once")
+    assert cluster.submit(choosing("x1", "x3"), request_id="once").plan == again.plan
+    assert again.plan.worker_bytes < without.plan.worker_bytes
+
+
+def test_columns_that_there_are_not_are_refused_at_submission(cluster):
+    with pytest.raises(InvalidArgument, match="x1 to x3") as caught:
+        cluster.submit(choosing("x1", "x4"))
+    assert [each.field for each in caught.value.violations] == ["data.features[1]"]
+    assert cluster.jobs() == []
+
+
+def test_a_model_to_start_from_has_to_have_the_chosen_features(cluster):
+    few = cluster.submit(choosing("x1", "x3")).wait(60).model
+    assert cluster.submit(choosing("x1", "x2", start={"model": few})).wait(60).steps == 8
+    with pytest.raises(
+        InvalidArgument, match=r"shape \[2, 2\] and the model of this job needs \[3,"
+    ):
+        cluster.submit(with_train(start={"model": few}))
+
+
 def test_a_job_can_be_paused_resumed_and_cancelled(cluster):
     job = cluster.submit(with_train(stop={"steps": 1_000_000}))
     updates = job.watch()

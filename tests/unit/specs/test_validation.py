@@ -232,7 +232,6 @@ def test_code_has_names_that_every_disk_takes(
 @pytest.mark.parametrize(
     "setting",
     [
-        "data.features=[a]",
         "data.columns={}",
         "resources.gpus=1",
         "output.best={metric: test/loss, at_most: 1}",
@@ -259,7 +258,7 @@ def test_other_programs_are_refused(program: str) -> None:
 
 
 def test_all_that_is_not_carried_out_is_named_at_once() -> None:
-    spec = edited("data.features=[a]", "resources.gpus=2")
+    spec = edited("data.columns={}", "resources.gpus=2")
     with pytest.raises(Unimplemented, match="and 1 more"):
         specs.check_spec(spec)
 

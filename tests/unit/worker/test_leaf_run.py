@@ -66,13 +66,16 @@ def test_what_fails_before_the_first_leaf_of_a_part_is_told_of_its_first_shard(
 
 
 @pytest.mark.parametrize(("width", "fits"), [(8, True), (9, False)])
+@pytest.mark.parametrize("chosen", [[], ["x2", "x7"]], ids=["all", "chosen"])
 def test_a_model_to_start_from_is_compared_when_the_job_is_described(
-    tmp_path: Path, width: int, fits: bool
+    tmp_path: Path, width: int, fits: bool, chosen: list[str]
 ) -> None:
     """Before any step, and by whoever builds the model: only that knows what user code has."""
+    needed = len(chosen) or 8
+    width += needed - 8
     dataset = store(tmp_path, *regression(40, 8))
     train = {"model": {"linear_regression": {"bias": False}}, "batch_size": 8, "stop": {"steps": 1}}
-    plan = plan_for(dataset, train, data={"name": "data", "shards": 2})
+    plan = plan_for(dataset, train, data={"name": "data", "shards": 2, "features": chosen})
     plan.ClearField("layout")
     start_model, manifest = tmp_path / "model.safetensors", tmp_path / "manifest.json"
     save_file({"weights": np.zeros(width, np.float32)}, start_model)
@@ -88,8 +91,8 @@ def test_a_model_to_start_from_is_compared_when_the_job_is_described(
     assert described.HasField("failure") is not fits
     if not fits:
         assert described.failure.code == "START_MODEL_MISFIT"
-        wanted = "train.start.model does not fit: it has 'weights' in the shape [9] and the model"
-        assert f"{wanted} of this job needs [8]" in described.failure.message
+        found = f"train.start.model does not fit: it has 'weights' in the shape [{width}] and the"
+        assert f"{found} model of this job needs [{needed}]" in described.failure.message
 
 
 def test_rule_06_a_leaf_with_examples_is_present(run: _LeafRun) -> None:
