@@ -243,6 +243,7 @@ def show(context: typer.Context, name: NAME) -> None:
                 ", ".join(f"{split} {rows:,}" for split, rows in sorted(dataset.rows.items())),
             ),
             ("features", dataset.features),
+            ("columns", "" if manifest.columns else _names_by_place(dataset.features)),
             ("format", f"{dataset.format}, {manifest.dtype}"),
             ("size", bytes_text(dataset.size_bytes)),
             ("manifest", dataset.manifest_digest),
@@ -281,6 +282,11 @@ def _describe_short(dataset: Any) -> None:
     kind = number_of(len(dataset.classes), "class", "classes") if dataset.classes else dataset.task
     features = number_of(dataset.features, "feature")
     say(f"  {rows_text} rows · {features} · {kind} · {bytes_text(dataset.size_bytes)}")
+
+
+def _names_by_place(count: int) -> str:
+    names = "x1" if count == 1 else f"x1 … x{count}"
+    return f"{names} (they have no names; these are their places)"
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
