@@ -60,8 +60,10 @@ class ExchangeServicer:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            # First, without waiting: gRPC cancels this call for the same broken connection at which
+            # its reading may have ended, and then nothing after the wait is done any more.
             job.close_stream(key)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _hosted(self, hello: pb.ExchangeHello) -> HostedJob:
         job = self._find(hello.job_id)

@@ -94,8 +94,10 @@ class MemberExchange:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            # First, without waiting: gRPC cancels this call for the same broken connection at which
+            # its reading may have ended, and then nothing after the wait is done any more.
             job.close_member(key)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _joined(self, hello: pb.ExchangeHello) -> Served:
         job = self._find(hello.job_id)
