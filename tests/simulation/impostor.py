@@ -19,6 +19,7 @@ from phalanx.v1 import aggregation_service_pb2 as exchange
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import job_service_pb2, training_pb2
 from phalanx.v1.coordination_service_pb2_grpc import CoordinationServiceStub
+from tests.simulation import jobs
 from tests.simulation.neighbour import Neighbour
 
 FINGERPRINT = "of no machine"
@@ -53,19 +54,22 @@ class Impostor(Neighbour):
             await self._turned_away(Request(worker_hello=wrong))
 
     async def _claims_to_be_an_aggregator(self) -> None:
-        """It owns nothing, and what it says of what others own is not believed."""
+        """It owns nothing, and what it says of what others own is not believed. Given ranges it
+        would be; so it leaves, and another one takes them."""
         job_id = await self._some_job()
         hello = pb.AggregatorHello(
             aggregator_id="impostor",
             incarnation=str(self._number),
             address="impostor:1",
-            fingerprint=FINGERPRINT,
+            fingerprint=jobs.FINGERPRINTS[0],
         )
         hello.held_ranges.add(job_id=job_id, term=ANOTHER_TERM, range_indexes=[0])
         hello.held_ranges.add(job_id="no-job", term=1, range_indexes=[0])
         told = await self._session(Request(aggregator_hello=hello), *_claims(job_id))
         released = {each.release_ranges.job_id for each in told if each.HasField("release_ranges")}
-        self._demand(not told or released >= {"no-job"}, f"it may keep what it claims: {told}")
+        owns = any(each.HasField("assign_ranges") for each in told)
+        kept = told and not owns and not released >= {"no-job"}
+        self._demand(not kept, f"it may keep what it claims: {told}")
         for wrong in (
             pb.AggregatorHello(aggregator_id="impostor", incarnation="0"),
             pb.AggregatorHello(aggregator_id="", incarnation="0", address="impostor:1"),
@@ -131,7 +135,9 @@ class Impostor(Neighbour):
             stub: Any = CoordinationServiceStub(self._channel(address))
             try:
                 async for answer in stub.Session(_said(messages), timeout=5.0):
-                    told.append(answer)  # noqa: PERF401 - what came before the end counts
+                    told.append(answer)
+                    if answer.HasField("assign_ranges"):
+                        break
             except grpc.aio.AioRpcError:
                 pass  # it does not lead, or does not want to hear
         return told

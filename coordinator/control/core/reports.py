@@ -266,7 +266,9 @@ def _current(
     job = core.jobs.get(job_id)
     if job is not None:
         facts = core.facts_of(job)
-        owns = any(each.aggregator_id == aggregator.id for each in facts.ranges)
+        # A worker may have the name of an aggregator.
+        owns = isinstance(aggregator, Worker) == job.all_reduce
+        owns = owns and any(each.aggregator_id == aggregator.id for each in facts.ranges)
         if facts.state == RUNNING and facts.term == term and owns:
             return job
     if isinstance(aggregator, Worker):

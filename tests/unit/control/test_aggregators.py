@@ -38,6 +38,16 @@ def test_an_aggregator_that_comes_back_empty_starts_a_new_term_at_once(running: 
     assert running.types()[-1] == "RECOVERED"
 
 
+def test_a_worker_of_the_name_of_an_aggregator_does_not_speak_for_it(running: Any) -> None:
+    aggregator = running.sessions["a1"]
+    session = running.worker("a1", fingerprint="g")
+    failed = pb.JobReport(job_id="job-1", term=1, outcome=pb.JobReport.OUTCOME_FAILED)
+    running.say(session, job_report=failed)
+    assert running.state() == "RUNNING"
+    running.say(aggregator, job_report=failed)
+    assert running.state() == "FAILED"
+
+
 def test_an_aggregator_that_comes_back_whole_costs_nothing(running: Any) -> None:
     running.kill("a1")
     held = pb.HeldRanges(job_id="job-1", term=1, range_indexes=[0], version=3)
