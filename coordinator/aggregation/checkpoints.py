@@ -1,14 +1,16 @@
 """Checkpoint parts: one range at one version as a safetensors blob, written and read back.
 
 A part holds the tensor `parameters`, one tensor per optimizer state vector and, where the job has
-them, the replay log or the states of nodes, all flat and in this order. It is sent out of the
-snapshot's own buffers, and read back as views of the blob: nothing is joined or copied in memory.
+them, the parameters of its best evaluation, and the replay log or the states of nodes, all flat and
+in this order. It is sent out of the snapshot's own buffers, and read back as views of the blob:
+nothing is joined or copied in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 from coordinator.aggregation.core.state import Array, Snapshot
 from phalanx.clients.storage import StorageClient
@@ -22,6 +24,7 @@ from phalanx.errors import (
     Unavailable,
 )
 from phalanx.rpc.patience import Patience
+from phalanx.training.best import BEST_VECTOR
 from phalanx.v1 import storage_service_pb2 as storage
 from phalanx.v1.training_pb2 import Layout, ParameterRange, TensorSpec
 
@@ -74,6 +77,7 @@ async def write_part(
             size_bytes=len(header) + sum(buffer.nbytes for buffer in buffers),
             parameters_offset=len(header),
             parameters_length=count * snapshot.dtype.itemsize,
+            best_offset=_best_offset(snapshot, len(header)),
         ),
         root_state=part.root_state,
         spec_sha256=part.spec_sha256,
@@ -83,9 +87,7 @@ async def write_part(
 
 def layout_part(snapshot: Snapshot) -> tuple[bytes, list[memoryview]]:
     """Return the file of a snapshot: its header and the snapshot's buffers, in order."""
-    count = snapshot.range.element_count
-    lengths = dict.fromkeys((PARAMETERS, *snapshot.state_names), count)
-    lengths |= {name: sum(map(len, pieces)) for name, pieces in snapshot.extra.items()}
+    lengths = _lengths(snapshot)
     header = safetensors_header(
         Layout(
             tensors=[TensorSpec(name=name, shape=[length]) for name, length in lengths.items()],
@@ -101,6 +103,21 @@ def layout_part(snapshot: Snapshot) -> tuple[bytes, list[memoryview]]:
     for pieces in snapshot.extra.values():
         buffers += [values.data.cast("B") for values in pieces if len(values)]
     return header, buffers
+
+
+def _lengths(snapshot: Snapshot) -> dict[str, int]:
+    """The vectors of a part in their order, and how many elements each has."""
+    count = snapshot.range.element_count
+    lengths = dict.fromkeys((PARAMETERS, *snapshot.state_names), count)
+    return lengths | {name: sum(map(len, pieces)) for name, pieces in snapshot.extra.items()}
+
+
+def _best_offset(snapshot: Snapshot, header_bytes: int) -> int:
+    """Where the parameters of the best evaluation begin, if they are a vector of their own."""
+    if BEST_VECTOR not in snapshot.extra:
+        return 0
+    before = takewhile(lambda each: each[0] != BEST_VECTOR, _lengths(snapshot).items())
+    return header_bytes + snapshot.dtype.itemsize * sum(count for _, count in before)
 
 
 async def read_part(

@@ -547,6 +547,7 @@ class HostedJob:
             late_workers=self.copying.late_workers(self.elapsed_s),
             outvoted_workers=self._outvoted,
             verifiers_missing=self._verifiers_missing(),
+            best=None if decider is None or decider.best is None else decider.best.message(),
         )
 
     def _examples_per_s(self) -> float:

@@ -19,6 +19,8 @@ from phalanx.data.model_files import (
     description_files,
     safetensors_header,
 )
+from phalanx.errors import DataLoss
+from phalanx.training.best import Kept, kept_in
 from phalanx.v1 import model_service_pb2
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.job_pb2 import Result
@@ -38,13 +40,14 @@ class ModelWriter:
     ) -> Result:
         """Compose and register the model. Raises PhalanxError; may be called again."""
         spec, plan = facts.spec, facts.plan
-        slices = _parameter_slices(final)
+        root = _root_state(final.root_state)
+        best = kept_in(root)
+        slices = _parameter_slices(final, best)
         parameters = await self._compose(slices)
         header = pb.BlobPiece(inline=safetensors_header(plan.layout))
         composed = await self._compose([header, *slices])
         manifest_json = await self._store.get_blob(plan.manifest_digest)
-        root = _root_state(final.root_state)
-        metrics = _metrics(root)
+        metrics = _metrics(root) if best is None else dict(best.metrics)
         description = ModelDescription(
             name=spec.output.model,
             job_id=facts.job_id,
@@ -54,7 +57,9 @@ class ModelWriter:
             spec_sha256=plan.spec_sha256,
             layout=plan.layout,
             parameters_sha256=parameters.digest,
-            steps=final.step,
+            steps=final.step if best is None else best.step,
+            job_steps=final.step,
+            best=best,
             bit_identical=bit_identical,
             fingerprint=facts.fingerprint,
             dataset=spec.data.name,
@@ -83,6 +88,7 @@ class ModelWriter:
             bit_identical=bit_identical,
             metrics=metrics,
             steps=final.step,
+            best=None if best is None else best.message(),
             # Reports of the root say so, too, but may be late or lost; the manifest is the end.
             examples_lost=int(root.get("examples_lost", 0)),
             examples_doubled=int(root.get("examples_doubled", 0)),
@@ -121,13 +127,22 @@ class ModelWriter:
         return answer.model
 
 
-def _parameter_slices(final: pb.CheckpointManifest) -> list[pb.BlobPiece]:
-    """Where the parameters stand in the parts of a checkpoint, in the order of the ranges."""
+def _parameter_slices(final: pb.CheckpointManifest, best: Kept | None) -> list[pb.BlobPiece]:
+    """Where the model's parameters stand in the parts of a checkpoint, in the order of the ranges.
+
+    Raises DataLoss where those of the best evaluation are not there.
+    """
+    earlier = best is not None and best.step != final.step
+    if any(bool(part.best_offset) != earlier for part in final.parts):
+        raise DataLoss(
+            f"the final checkpoint, of step {final.step}, does not hold the parameters of the best "
+            "evaluation as its root says"
+        )
     return [
         pb.BlobPiece(
             slice=pb.BlobSlice(
                 digest=part.digest,
-                offset=part.parameters_offset,
+                offset=part.best_offset or part.parameters_offset,
                 length=part.parameters_length,
             )
         )

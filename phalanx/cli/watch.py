@@ -13,7 +13,7 @@ from phalanx.cli.errors import Exit
 from phalanx.cli.output import console, print_fields, print_json, say
 from phalanx.cli.watch_state import WatchState
 from phalanx.sdk.job import Job
-from phalanx.sdk.values import event_value
+from phalanx.sdk.values import BestEvaluation, event_value
 from phalanx.tasks import is_task_set
 from phalanx.texts import number_of
 
@@ -79,6 +79,7 @@ def show_result(job: Job) -> None:
             ("model", result.model),
             *((name, f"{value:.5g}") for name, value in sorted(result.metrics.items())),
             ("tasks" if is_task_set(job.message.spec) else "steps", result.steps),
+            ("best", "" if result.best is None else best_text(result.best)),
             ("sha256", result.parameters_sha256),
             ("bit-identical", result.bit_identical),
         ]
@@ -86,6 +87,11 @@ def show_result(job: Job) -> None:
     if result.examples_lost or result.examples_doubled:
         lost = number_of(result.examples_lost, "example")
         say(f"warning: {lost} lost, {result.examples_doubled} doubled")
+
+
+def best_text(best: BestEvaluation) -> str:
+    """Return which evaluation is kept."""
+    return f"step {best.step:,}, by {best.metric} {best.value:.5g}"
 
 
 def show_failures(job: Job) -> None:

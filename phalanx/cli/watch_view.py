@@ -12,6 +12,7 @@ from rich.text import Text
 from phalanx.cli.watch_state import WatchState, WorkerRow, ranges_text
 from phalanx.sdk.values import Event
 from phalanx.texts import number_of
+from phalanx.v1 import job_pb2
 
 CELLS_MAX = 32
 SPARK = "▁▂▃▄▅▆▇█"
@@ -32,6 +33,8 @@ def render(state: WatchState, now_s: float, width: int) -> RenderableType:
     """Return the whole display; it fits ``width`` ≥ 60 columns."""
     parts: list[RenderableType] = [_headline(state), _bar(state, width)]
     parts += [_metrics(state), _speed(state)]
+    if state.progress.HasField("best"):
+        parts.append(_best(state.progress.best))
     if state.workers:
         parts.append(_workers(state, now_s))
     if state.events:
@@ -90,6 +93,13 @@ def _metrics(state: WatchState) -> Text:
         line.append(f"{name} ", style="dim")
         shown = f"{metrics[name]:,.0f}" if state.is_task_set else f"{metrics[name]:.4f}"
         line.append(f"{shown}  ")
+    return line
+
+
+def _best(best: job_pb2.BestEvaluation) -> Text:
+    line = Text(no_wrap=True, overflow="ellipsis")
+    line.append(f"best {best.metric} ", style="dim")
+    line.append(f"{best.value:.4f} at step {best.step:,}")
     return line
 
 
@@ -192,6 +202,9 @@ def progress_text(state: WatchState) -> str:
     # Those of a set of tasks are counts.
     digits = 0 if state.is_task_set else 4
     shown = " ".join(f"{name}={metrics[name]:.{digits}f}" for name in _metric_order(metrics))
+    if progress.HasField("best"):
+        best = progress.best
+        shown += f" best {best.metric}={best.value:.4f}@{best.step}"
     per_second = f"{_unit(state)}/s={progress.examples_per_second:.0f}"
     if state.is_task_set:
         return f"tasks {progress.step}{total} {shown} {per_second}"

@@ -21,6 +21,7 @@ from phalanx.data.choice import RawColumns, choose
 from phalanx.data.manifest import Column, DatasetManifest
 from phalanx.errors import InvalidArgument
 from phalanx.texts import number_of
+from phalanx.training.best import Kept
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import Layout
 
@@ -43,9 +44,10 @@ class ModelDescription:
     """All that is written about a model.
 
     ``manifest`` is the whole data set, ``spec`` (which may have chosen columns of it) is resolved.
-    ``dataset`` is NAME@VERSION. ``libraries`` are the versions that computed it, by package;
-    ``code_digests`` the hashes of the job's own code, by path. ``metrics`` are those of the
-    parameters that were kept.
+    ``steps`` made the parameters; ``job_steps`` are all that the job made, more than those where
+    the ``best`` evaluation was kept. ``dataset`` is NAME@VERSION. ``libraries`` are the versions
+    that computed it, by package; ``code_digests`` the hashes of the job's own code, by path.
+    ``metrics`` are those of the parameters that were kept.
     """
 
     name: str
@@ -57,6 +59,7 @@ class ModelDescription:
     layout: Layout
     parameters_sha256: str
     steps: int
+    job_steps: int
     bit_identical: bool
     fingerprint: str
     dataset: str = ""
@@ -64,6 +67,7 @@ class ModelDescription:
     code_digests: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    best: Kept | None = None
 
 
 def safetensors_header(layout: Layout) -> bytes:
@@ -123,6 +127,8 @@ def model_json(description: ModelDescription) -> bytes:
         "layout": MessageToDict(layout, preserving_proto_field_name=True),
         "parameters_sha256": description.parameters_sha256,
         "steps": description.steps,
+        "job_steps": description.job_steps,
+        "best": _best(description.best),
         "bit_identical": description.bit_identical,
         "fingerprint": description.fingerprint,
         "libraries": dict(description.libraries),
@@ -169,6 +175,7 @@ def readme(description: ModelDescription) -> str:
         "",
         origin,
         "",
+        *_best_lines(description),
         *_metric_lines(description),
         "## Use it",
         "",
@@ -222,6 +229,23 @@ def _standardisation(manifest: DatasetManifest, spec: JobSpec) -> dict[str, Any]
     if not spec.train.model.standardise:
         return None
     return {"mean": manifest.statistics.mean, "std": manifest.statistics.std}
+
+
+def _best(best: Kept | None) -> dict[str, Any] | None:
+    if best is None:
+        return None
+    return {"step": best.step, "metric": best.metric, "value": best.value}
+
+
+def _best_lines(description: ModelDescription) -> list[str]:
+    rule, best, last = description.spec.output.best, description.best, description.job_steps
+    if best is not None:
+        which = f"the best evaluation of the job by `{best.metric}`, {best.value:.6g}"
+        return [f"These are the parameters of step {best.step:,} of {last:,}: {which}.", ""]
+    if not description.spec.output.HasField("best"):
+        return []
+    why = f"no evaluation had a `{rule.metric}` within the bound that was asked for"
+    return [f"These are the parameters of the last step: {why}.", ""]
 
 
 def _metric_lines(description: ModelDescription) -> list[str]:

@@ -279,6 +279,7 @@ class InProcessJobs:
                 bit_identical=not run.plan.asynchronous,
                 metrics=trained.metrics,
                 steps=trained.steps,
+                best=None if trained.best is None else trained.best.message(),
             )
         )
         self._event(run, "MODEL_REGISTERED", model)
@@ -368,6 +369,8 @@ class _Run:
         shown = self.job.progress
         shown.step, shown.epoch, shown.examples = progress.step, progress.epoch, progress.examples
         shown.examples_per_second = progress.examples / (time.monotonic() - self.begin_s)
+        if progress.best is not None:
+            shown.best.CopyFrom(progress.best.message())
         shown.metrics.clear()
         for name, value in progress.metrics.items():
             shown.metrics[name] = value
@@ -391,6 +394,7 @@ class _Run:
         self.job.ClearField("failures")
         self.job.ClearField("end_time")
         self.job.progress.step = 0
+        self.job.progress.ClearField("best")
         self.job.reason = self.job.message = self.cancel_reason = ""
         self.job.state = State.STATE_QUEUED
 

@@ -48,10 +48,21 @@ class WorkerProgress:
 
 
 @dataclass(frozen=True)
+class BestEvaluation:
+    """The evaluation whose parameters a job keeps (``output.best``): of which step, and what was
+    compared."""
+
+    step: int
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
 class Update:
     """Where a job is, with the events since the update before.
 
-    ``total_steps`` is 0 where the job has no fixed number of steps.
+    ``total_steps`` is 0 where the job has no fixed number of steps; ``best`` is None where none is
+    kept so far.
     """
 
     state: str
@@ -64,6 +75,7 @@ class Update:
     workers: tuple[WorkerProgress, ...]
     checkpoint_step: int
     events: tuple[Event, ...]
+    best: BestEvaluation | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished job leaves: the name of its model (``NAME@VERSION``) and how it was made."""
+    """What a finished job leaves: the name of its model (``NAME@VERSION``) and how it was made.
+
+    ``best`` is the evaluation whose parameters and ``metrics`` it is; None: those of the last step.
+    """
 
     model: str
     parameters_sha256: str
@@ -94,6 +109,7 @@ class Result:
     steps: int
     examples_lost: int
     examples_doubled: int
+    best: BestEvaluation | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +199,7 @@ def update_value(
         workers=workers,
         checkpoint_step=progress.checkpoint_step,
         events=tuple(event_value(event) for event in events),
+        best=best_value(progress),
     )
 
 
@@ -196,7 +213,16 @@ def result_value(result: job_pb2.Result) -> Result:
         steps=result.steps,
         examples_lost=result.examples_lost,
         examples_doubled=result.examples_doubled,
+        best=best_value(result),
     )
+
+
+def best_value(message: job_pb2.Progress | job_pb2.Result) -> BestEvaluation | None:
+    """Return the best evaluation that a wire message tells of."""
+    if not message.HasField("best"):
+        return None
+    best = message.best
+    return BestEvaluation(best.step, best.metric, best.value)
 
 
 def failure_value(failure: job_pb2.Failure) -> Failure:

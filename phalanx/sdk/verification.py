@@ -86,7 +86,7 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
     until_step = None
     if spec.train.start.job or spec.train.stop.HasField("wall_time"):
         # Its steps follow from more than its own rules: those of another job, or a clock.
-        until_step = job.result.steps
+        until_step = job.result.steps if job.result.best is None else job.result.best.step
         _forget_stop_rules(plan)
     first = _first_of(cluster, job)
     replay = replay_log_of(cluster, job) if plan.asynchronous else None

@@ -6,6 +6,8 @@ from phalanx.specs import catalog, parts, task_sets
 from phalanx.specs.canonical import spec_sha256
 from phalanx.specs.resolve import rows_per_leaf, steps_per_epoch, total_steps, train_rows
 from phalanx.texts import number_of, verb_for
+from phalanx.training.best import better
+from phalanx.training.metrics import direction
 from phalanx.v1 import dataset_service_pb2, job_pb2, job_spec_pb2, training_pb2
 
 EVALUATION_SHARD_ROWS = 256
@@ -89,8 +91,18 @@ ALL_REDUCE_COPIES = 8
 """More of them where workers own the parameters: two gradients, up to two vectors of optimizer
 state, a copy of all these for a checkpoint, and the frames of a range."""
 
+BEST_COPIES = 2
+"""And more of them where the best evaluation is kept: it, and a copy for a checkpoint."""
+
 PARAMETER_COPIES = SHARED_COPIES + COPIES_PER_SLOT
 """Copies of the parameters on a worker with one slot."""
+
+
+def member_copies(spec: job_spec_pb2.JobSpec) -> int:
+    """Return the copies of the parameters that a worker has more where workers own them."""
+    if not parts.all_reduces(spec.train):
+        return 0
+    return ALL_REDUCE_COPIES + BEST_COPIES * spec.output.HasField("best")
 
 
 def worker_bytes(
@@ -115,8 +127,7 @@ def worker_bytes(
     if parts.commits_one_by_one(spec.train):
         # Each slot reads the version that its leaf was started with, and has one payload.
         versions, payloads = versions + slots, slots + 1
-    if parts.all_reduces(spec.train):
-        versions += ALL_REDUCE_COPIES
+    versions += member_copies(spec)
     states = _state_vectors(spec)
     if states:
         versions += 1  # the one at which states are made again
@@ -146,6 +157,7 @@ def _warnings(
     return [
         *_leaf_warnings(spec, rows, eligible_workers),
         *_stop_warnings(spec, rows),
+        *_best_warnings(spec, rows),
         *_schedule_warnings(spec, rows),
         *_reduction_warnings(spec, rows),
         *_asynchronous_warnings(spec, rows),
@@ -205,6 +217,20 @@ def _stop_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
         )
     if stop.HasField("wall_time"):
         found.append("stop.wall_time depends on the clock: repeated runs may stop at other steps")
+    return found
+
+
+def _best_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
+    if not spec.output.HasField("best"):
+        return []
+    best, steps = spec.output.best, total_steps(spec, rows)
+    found = []
+    if better(best) == -direction(best.metric):
+        which = "lowest" if better(best) < 0 else "highest"
+        bound = best.WhichOneof("bound")
+        found.append(f"output.best keeps the {which} {best.metric}, since its bound is {bound}")
+    if 0 < steps <= spec.train.evaluation.every_steps:
+        found.append("output.best keeps the last step: the only evaluation is at the end")
     return found
 
 

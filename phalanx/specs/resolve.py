@@ -37,9 +37,9 @@ def resolve(
     where the job chooses some.
 
     The same spec and data set always give the same result, and resolving it again changes nothing.
-    Two things stay empty because that is their meaning: `data.features` (all of them, named or not)
-    and `resources.max_workers` (no limit). Wrong values are left as they are, for validation to
-    name.
+    Three things stay empty because that is their meaning: `data.features` (all of them, named or
+    not), `resources.max_workers` (no limit) and the bound of `output.best` (none). Wrong values are
+    left as they are, for validation to name.
     """
     result = job_spec_pb2.JobSpec()
     result.CopyFrom(spec)
@@ -214,7 +214,7 @@ def _training(train: job_spec_pb2.Train) -> None:
 
 def _evaluation(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> None:
     train = spec.train
-    split = train.evaluation.split or _evaluation_split(train, dataset)
+    split = train.evaluation.split or _evaluation_split(spec, dataset)
     if not train.HasField("evaluation") and not split:
         return  # no held-out rows and nobody asked for any
     train.evaluation.split = split or EVALUATION_SPLITS[0]
@@ -226,10 +226,11 @@ def _evaluation(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
         train.stop.plateau.metric = f"{train.evaluation.split}/loss"
 
 
-def _evaluation_split(train: job_spec_pb2.Train, dataset: dataset_service_pb2.Dataset) -> str:
-    """The split that a stop rule watches, else test, else validation; empty without any."""
-    watched = [threshold.metric for threshold in train.stop.thresholds]
-    watched.append(train.stop.plateau.metric)
+def _evaluation_split(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> str:
+    """The split that a stop rule watches or the best is looked for in, else test, else validation;
+    empty without any."""
+    watched = [threshold.metric for threshold in spec.train.stop.thresholds]
+    watched += [spec.train.stop.plateau.metric, spec.output.best.metric]
     for metric in watched:
         split = metric.partition("/")[0]
         if split in EVALUATION_SPLITS:

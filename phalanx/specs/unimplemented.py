@@ -14,7 +14,6 @@ _REFUSED: dict[str, str] = {
     "cascade": "the program cascade is not carried out yet; train is",
     "data.columns": "vertical partitions are not carried out yet; use rows",
     "resources.gpus": "GPUs are not carried out yet; leave it out",
-    "output.best": "keeping the best evaluation is not carried out yet; the last version is kept",
     "train.local.fragments": "fragments are not carried out yet; leave it out",
     "train.model.linear_svm": "linear_svm is not carried out yet; use logistic_regression",
     "train.model.torch": "PyTorch modules are not carried out yet; use mlp or custom",

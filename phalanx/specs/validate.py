@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -21,6 +21,7 @@ from phalanx.specs import balance, catalog, composition, continuing, features, t
 from phalanx.specs.fields import walk
 from phalanx.tasks import is_task_set
 from phalanx.texts import number_of
+from phalanx.training.best import better
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
 
 CODE_LIMIT_BYTES = 256 * 1024
@@ -262,6 +263,7 @@ def _program(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
             yield from _optimizer(spec.train.local.outer, spec.train.stop, "train.local.outer")
         yield from composition.violations(spec)
         yield from _stop(spec.train.stop)
+        yield from _best(spec.output)
         if spec.train.dtype and spec.train.dtype not in catalog.DTYPES:
             known = " or ".join(catalog.DTYPES)
             yield Violation("train.dtype", f"{spec.train.dtype[:40]!r} is not known; use {known}")
@@ -330,21 +332,36 @@ def _optimizer(
 
 
 def _stop(stop: job_spec_pb2.Stop) -> Iterator[Violation]:
-    example = "write SPLIT/NAME, as test/accuracy or train/loss"
     for index, threshold in enumerate(stop.thresholds):
         path = f"train.stop.thresholds[{index}]"
-        if not _METRIC.fullmatch(threshold.metric):
-            message = f"{threshold.metric[:60]!r} is no metric; {example}"
-            yield Violation(f"{path}.metric", message)
+        yield from _metric(f"{path}.metric", threshold.metric)
         if threshold.WhichOneof("bound") is None:
             yield Violation(path, "needs a bound: at_least or at_most")
     if stop.HasField("plateau"):
-        if stop.plateau.metric and not _METRIC.fullmatch(stop.plateau.metric):
-            message = f"{stop.plateau.metric[:60]!r} is no metric; {example}"
-            yield Violation("train.stop.plateau.metric", message)
+        if stop.plateau.metric:
+            yield from _metric("train.stop.plateau.metric", stop.plateau.metric)
         if stop.plateau.evaluations < 1:
             message = f"must be at least 1, not {stop.plateau.evaluations}"
             yield Violation("train.stop.plateau.evaluations", message)
+
+
+def _best(output: job_spec_pb2.Output) -> Iterator[Violation]:
+    if not output.HasField("best"):
+        return
+    wrong = list(_metric("output.best.metric", output.best.metric))
+    yield from wrong
+    if not wrong and not better(output.best):
+        message = (
+            f"needs at_least or at_most: the name of {output.best.metric} does not tell whether "
+            "more of it is better or less"
+        )
+        yield Violation("output.best", message)
+
+
+def _metric(path: str, metric: str) -> Iterator[Violation]:
+    if not _METRIC.fullmatch(metric):
+        example = "write SPLIT/NAME, as test/accuracy or train/loss"
+        yield Violation(path, f"{metric[:60]!r} is no metric; {example}")
 
 
 def _data(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> Iterator[Violation]:
@@ -406,7 +423,31 @@ def _metrics(
         fits = metric == "train/loss" or (where == split and (not names or name in names))
         if not fits:
             yield Violation(path, f"{metric!r} is never computed; this job has {', '.join(known)}")
+    if spec.output.HasField("best"):
+        yield from _evaluated(spec, dataset, names)
     for index, name in enumerate(spec.train.evaluation.metrics):
         if names and name not in names:
             message = f"{name[:40]!r} is not known; this model has {', '.join(names)}"
             yield Violation(f"train.evaluation.metrics[{index}]", message)
+
+
+def _evaluated(
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset, names: Collection[str]
+) -> Iterator[Violation]:
+    """What is compared must come of an evaluation: of some parameters, and on the same rows."""
+    metric, path = spec.output.best.metric, "output.best.metric"
+    where, _, name = metric.partition("/")
+    split = spec.train.evaluation.split if spec.train.HasField("evaluation") else ""
+    if not split or not dataset.rows.get(split, 0):
+        message = (
+            f"{metric!r} is never computed: no rows of {spec.data.name} are held out for an "
+            "evaluation; add it again with --test, or leave output.best out to keep the last step"
+        )
+        yield Violation(path, message)
+    elif where != split or (names and name not in names):
+        of_steps = where == "train" and name == "loss"
+        why = (
+            "is of the rows of one step, not of an evaluation" if of_steps else "is never computed"
+        )
+        known = ", ".join(f"{split}/{each}" for each in names) or f"the metrics of {split}"
+        yield Violation(path, f"{metric!r} {why}; evaluations of this job give {known}")

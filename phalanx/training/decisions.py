@@ -4,6 +4,9 @@ At each version the root decides on one or more rounds. The order at a version i
 evaluation if one is due, then the record that ends the version (train, pause, stop or fail). A
 checkpoint is ordered by that last record, so that the saved state contains the evaluation. The
 same spec and the same measurements give the same records, also after a restore.
+
+Of a job that keeps its best evaluation every record says which version that is, so that whoever
+owns a range keeps the parameters of that one. It is checkpointed as soon as it is known.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from phalanx.training.asynchronous import limit_after
+from phalanx.training.best import BestRule, Kept
 from phalanx.training.metrics import keeps_point, metrics_from_sums
 from phalanx.training.stop import StopRules
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -33,8 +37,10 @@ class RootDecider:
     def __init__(self, plan: JobPlan, term: int) -> None:
         self._plan = plan
         self._term = term
-        self._train = JobSpec.FromString(plan.spec).train
+        spec = JobSpec.FromString(plan.spec)
+        self._train = spec.train
         self._stop = StopRules(self._train, plan.total_steps)
+        self._best = BestRule(spec.output)
         self._version = 0
         self._round = -1
         self._evaluated_version = -1
@@ -66,6 +72,11 @@ class RootDecider:
         """Passes over the data so far."""
         steps = self._version * max(1, self._plan.local_steps)
         return steps / max(1, self._plan.steps_per_epoch)
+
+    @property
+    def best(self) -> Kept | None:
+        """The best evaluation so far, if the job keeps it; its step is a step of the job."""
+        return self._best.kept
 
     @property
     def evaluation_interval(self) -> int:
@@ -104,6 +115,7 @@ class RootDecider:
         self._interval_loss = float(state["interval_loss"])
         self.metrics = {name: float(value) for name, value in state["metrics"].items()}
         self._stop.restore(state["stop"])
+        self._best.restore(state)
         self._stop.observe(version, {})
         return self._next()
 
@@ -158,6 +170,7 @@ class RootDecider:
             if not wanted or name.partition("/")[2] in wanted
         }
         self.metrics.update(shown)
+        self._best.observe(self._version, measured, self.metrics)
         if self._keeps_evaluation():
             self._points += [(self._version, name, value) for name, value in shown.items()]
         self._observe_time(elapsed_s)
@@ -197,6 +210,9 @@ class RootDecider:
             "stop": self._stop.state(),
             "spec_sha256": self._plan.spec_sha256,
         }
+        best = self._best.state()
+        if best is not None:
+            state["best"] = best
         return json.dumps(state, sort_keys=True)
 
     def _end_interval(self) -> None:
@@ -237,6 +253,7 @@ class RootDecider:
             return False
         rule = self._train.checkpoints
         due = rule.every_steps > 0 and self._version % rule.every_steps == 0
+        due = due or (self.best is not None and self.best.step == self._version)
         every_s = rule.every.seconds + rule.every.nanos / 1e9
         if every_s > 0:
             due = due or self._elapsed_s - self._checkpoint_elapsed_s >= every_s
@@ -250,6 +267,7 @@ class RootDecider:
     ) -> GoRecord:
         self._round += 1
         return GoRecord(
+            best_version=None if self.best is None else self.best.step,
             term=self._term,
             version=self._version,
             round=self._round,

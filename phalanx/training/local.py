@@ -30,6 +30,7 @@ from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import Node, TreeReducer, all_finite, reduce_leaves
 from phalanx.specs.shard_rows import rows_of_shard
 from phalanx.training.asynchronous import StepSums
+from phalanx.training.best import METRIC_NOT_COMPUTED, Kept, missing_metric
 from phalanx.training.decisions import RootDecider
 from phalanx.training.leaf import (
     LeafOutcome,
@@ -56,6 +57,7 @@ class Progress:
     epoch: float
     examples: int
     metrics: dict[str, float]
+    best: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,14 @@ class TrainedModel:
 
     Attributes:
         layout: names and shapes of the tensors.
-        parameters: (n,) flat, final version.
+        parameters: (n,) flat, final version, or that of the best evaluation.
         parameters_sha256: of their little-endian bytes.
-        steps: number of updates.
+        steps: number of updates that the job made.
         examples: number of examples that entered them.
         reason: which stop rule ended the job.
-        metrics: last value of each metric.
+        metrics: last value of each metric, as of the parameters.
         points: (step, name, value) of the curves.
+        best: the evaluation that was kept; None: the parameters are those of the last step.
     """
 
     layout: Layout
@@ -81,6 +84,7 @@ class TrainedModel:
     reason: str
     metrics: dict[str, float]
     points: list[tuple[int, str, float]]
+    best: Kept | None = None
 
 
 def train_in_process(
@@ -206,7 +210,12 @@ class _Job:
         #: By shard: what its own optimizer remembers.
         self._inner: dict[int, dict[str, Array]] = {}
         self._decay = decay_mask(model.layout)
+        missing = missing_metric(self._spec, model.evaluation_sums)
+        if missing:
+            raise _failure(missing, METRIC_NOT_COMPUTED)
         self.decider = RootDecider(self._plan, term=1)
+        #: Those of the best evaluation, where the job keeps it.
+        self._best_parameters: Array | None = None
         self._skipped_steps: set[int] = set()
         self._points: list[tuple[int, str, float]] = []
         count = model.layout.element_count
@@ -227,7 +236,10 @@ class _Job:
             return self.decider.initialised(elapsed_s())
         if go.action == GoRecord.ACTION_EVALUATE:
             sums, count = self._evaluate()
-            return self._observed(self.decider.evaluated(sums.tolist(), count, elapsed_s()))
+            go = self.decider.evaluated(sums.tolist(), count, elapsed_s())
+            if self.decider.best is not None and self.decider.best.step == go.version:
+                self._best_parameters = self._parameters.copy()
+            return self._observed(go)
         version = go.version + 1
         if self._one_by_one is not None:
             step = self._train_one_by_one(self._one_by_one)
@@ -239,22 +251,24 @@ class _Job:
     def progress(self) -> Progress:
         """Where the job stands."""
         decider = self.decider
-        return Progress(decider.version, decider.epoch, decider.examples, dict(decider.metrics))
+        metrics = dict(decider.metrics)
+        return Progress(decider.version, decider.epoch, decider.examples, metrics, decider.best)
 
     def result(self, reason: str) -> TrainedModel:
-        """The model at the newest version."""
-        little_endian = self._parameters.astype(
-            self._parameters.dtype.newbyteorder("<"), copy=False
-        )
+        """The model at the newest version, or at that of the best evaluation."""
+        best, kept = self.decider.best, self._best_parameters
+        parameters = self._parameters if kept is None else kept
+        little_endian = parameters.astype(parameters.dtype.newbyteorder("<"), copy=False)
         return TrainedModel(
             layout=self._plan.layout,
-            parameters=self._parameters,
+            parameters=parameters,
             parameters_sha256=hashlib.sha256(little_endian.data).hexdigest(),
             steps=self.decider.version,
             examples=self.decider.examples,
             reason=reason,
-            metrics=dict(self.decider.metrics),
+            metrics=dict(self.decider.metrics if best is None else best.metrics),
             points=self._points,
+            best=best,
         )
 
     def _observed(self, go: GoRecord) -> GoRecord:

@@ -33,7 +33,7 @@ class StopRules:
         """Take in what was measured at version ``step``: the loss of a step, or an evaluation."""
         for threshold in self._stop.thresholds:
             value = metrics.get(threshold.metric)
-            if value is not None and _holds(threshold, value):
+            if value is not None and holds(threshold, value):
                 self._end(STOP_THRESHOLD)
         if self._total_steps and step >= self._total_steps:
             by_steps = self._stop.HasField("steps") and self._stop.steps <= self._total_steps
@@ -123,7 +123,9 @@ class _Plateau:
                 self._best = oldest
 
 
-def _holds(threshold: Threshold, value: float) -> bool:
-    if threshold.WhichOneof("bound") == "at_least":
+def holds(threshold: Threshold, value: float) -> bool:
+    """Return whether a value is within a bound; without one every value is."""
+    bound = threshold.WhichOneof("bound")
+    if bound == "at_least":
         return value >= threshold.at_least
-    return value <= threshold.at_most
+    return bound is None or value <= threshold.at_most

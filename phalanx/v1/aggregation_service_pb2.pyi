@@ -345,7 +345,9 @@ class StateHash(_message.Message):
     term: _builtins.int
     version: _builtins.int
     sha256: _builtins.str
-    """SHA-256 of parameters and optimizer state."""
+    """SHA-256 of all that a checkpoint keeps: parameters, optimizer state, and the
+    parameters of the best evaluation if those are others.
+    """
     def __init__(
         self,
         *,
@@ -683,7 +685,8 @@ class StateFrame(_message.Message):
     """The version that it brings the member to."""
     vector: _builtins.str
     """gradient: the reduced gradient that made the version of the one before it.
-    parameters, or a vector of the optimizer's state: the version itself.
+    parameters, or a vector of the optimizer's state: the version itself. best:
+    the parameters of the record's best version, where that is another one.
     """
     first_element: _builtins.int
     """Elements from the start of the whole vector."""

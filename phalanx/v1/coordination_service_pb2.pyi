@@ -697,6 +697,7 @@ class JobReport(_message.Message):
     LAST_CONTRIBUTION_UNIX_NANOS_FIELD_NUMBER: _builtins.int
     OUTVOTED_WORKERS_FIELD_NUMBER: _builtins.int
     VERIFIERS_MISSING_FIELD_NUMBER: _builtins.int
+    BEST_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     outcome: Global___JobReport.Outcome.ValueType
@@ -730,6 +731,10 @@ class JobReport(_message.Message):
     def verifiers_missing(self) -> Global___VerifiersMissing:
         """Set while contributions need copies that no worker is left to compute."""
 
+    @_builtins.property
+    def best(self) -> _job_pb2.BestEvaluation:
+        """The best evaluation so far, of a job that keeps it."""
+
     def __init__(
         self,
         *,
@@ -753,10 +758,11 @@ class JobReport(_message.Message):
         last_contribution_unix_nanos: _builtins.int = ...,
         outvoted_workers: _abc.Iterable[Global___OutvotedWorker] | None = ...,
         verifiers_missing: Global___VerifiersMissing | None = ...,
+        best: _job_pb2.BestEvaluation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "verifiers_missing", b"verifiers_missing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "failure", b"failure", "verifiers_missing", b"verifiers_missing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_step", b"checkpoint_step", "epoch", b"epoch", "examples", b"examples", "examples_doubled", b"examples_doubled", "examples_lost", b"examples_lost", "examples_per_second", b"examples_per_second", "failure", b"failure", "job_id", b"job_id", "last_commit_unix_nanos", b"last_commit_unix_nanos", "last_contribution_unix_nanos", b"last_contribution_unix_nanos", "late_workers", b"late_workers", "message", b"message", "metrics", b"metrics", "outcome", b"outcome", "outvoted_workers", b"outvoted_workers", "reason", b"reason", "step", b"step", "steps_replayed", b"steps_replayed", "term", b"term", "verifiers_missing", b"verifiers_missing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "checkpoint_step", b"checkpoint_step", "epoch", b"epoch", "examples", b"examples", "examples_doubled", b"examples_doubled", "examples_lost", b"examples_lost", "examples_per_second", b"examples_per_second", "failure", b"failure", "job_id", b"job_id", "last_commit_unix_nanos", b"last_commit_unix_nanos", "last_contribution_unix_nanos", b"last_contribution_unix_nanos", "late_workers", b"late_workers", "message", b"message", "metrics", b"metrics", "outcome", b"outcome", "outvoted_workers", b"outvoted_workers", "reason", b"reason", "step", b"step", "steps_replayed", b"steps_replayed", "term", b"term", "verifiers_missing", b"verifiers_missing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

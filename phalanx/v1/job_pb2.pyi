@@ -230,6 +230,7 @@ class Progress(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     CHECKPOINT_STEP_FIELD_NUMBER: _builtins.int
+    BEST_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Newest committed step; tasks done, where the job is a set of independent tasks."""
     total_steps: _builtins.int
@@ -250,6 +251,10 @@ class Progress(_message.Message):
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerProgress]:
         """The workers that host shards of the job now."""
 
+    @_builtins.property
+    def best(self) -> Global___BestEvaluation:
+        """The best evaluation so far, of a job that keeps it (output.best)."""
+
     def __init__(
         self,
         *,
@@ -261,14 +266,44 @@ class Progress(_message.Message):
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         workers: _abc.Iterable[Global___WorkerProgress] | None = ...,
         checkpoint_step: _builtins.int = ...,
+        best: Global___BestEvaluation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["best", b"best"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_step", b"checkpoint_step", "epoch", b"epoch", "examples", b"examples", "examples_per_second", b"examples_per_second", "metrics", b"metrics", "step", b"step", "total_steps", b"total_steps", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "checkpoint_step", b"checkpoint_step", "epoch", b"epoch", "examples", b"examples", "examples_per_second", b"examples_per_second", "metrics", b"metrics", "step", b"step", "total_steps", b"total_steps", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Progress: _TypeAlias = Progress  # noqa: Y015
+
+@_typing.final
+class BestEvaluation(_message.Message):
+    """The evaluation whose parameters a job keeps, instead of the last ones."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """The step whose parameters were evaluated."""
+    metric: _builtins.str
+    """What was compared, as test/accuracy, and its value there."""
+    value: _builtins.float
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        metric: _builtins.str = ...,
+        value: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metric", b"metric", "step", b"step", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BestEvaluation: _TypeAlias = BestEvaluation  # noqa: Y015
 
 @_typing.final
 class WorkerProgress(_message.Message):
@@ -358,6 +393,7 @@ class Result(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     EXAMPLES_LOST_FIELD_NUMBER: _builtins.int
     EXAMPLES_DOUBLED_FIELD_NUMBER: _builtins.int
+    BEST_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The registered model, as NAME@VERSION."""
     parameters_sha256: _builtins.str
@@ -371,7 +407,11 @@ class Result(_message.Message):
     examples_doubled: _builtins.int
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Newest value of each metric at the end."""
+        """Newest value of each metric at the step whose parameters the model has."""
+
+    @_builtins.property
+    def best(self) -> Global___BestEvaluation:
+        """The evaluation whose parameters the model has; absent: it has those of the last step."""
 
     def __init__(
         self,
@@ -383,10 +423,11 @@ class Result(_message.Message):
         steps: _builtins.int = ...,
         examples_lost: _builtins.int = ...,
         examples_doubled: _builtins.int = ...,
+        best: Global___BestEvaluation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["best", b"best"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bit_identical", b"bit_identical", "examples_doubled", b"examples_doubled", "examples_lost", b"examples_lost", "metrics", b"metrics", "model", b"model", "parameters_sha256", b"parameters_sha256", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "bit_identical", b"bit_identical", "examples_doubled", b"examples_doubled", "examples_lost", b"examples_lost", "metrics", b"metrics", "model", b"model", "parameters_sha256", b"parameters_sha256", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

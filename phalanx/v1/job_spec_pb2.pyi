@@ -26,8 +26,8 @@ class JobSpec(_message.Message):
     """Everything about a job. A job file is the YAML or JSON of exactly this message.
 
     Defaults are given in brackets; they are written into the spec once, at submission, and nothing else is ever
-    assumed. Of a choice (oneof) the first member is the default, except for the program, the model and a bound,
-    which must be chosen, and for balance, start, compression and verification, which are off when left out.
+    assumed. Of a choice (oneof) the first member is the default, except for the program, the model and a bound
+    of a stop rule, which must be chosen, and for balance, start, compression and verification, which are off when left out.
     A field that the server does not carry out is refused with UNIMPLEMENTED and its path; nothing is ignored.
     """
 
@@ -559,7 +559,11 @@ class Output(_message.Message):
     """[name of the job] Name of the model; each job adds a version."""
     @_builtins.property
     def best(self) -> Global___Threshold:
-        """Keep the parameters of the best evaluation instead of the last ones."""
+        """Keep the parameters of the best evaluation instead of the last ones: those with the greatest
+        value of a metric of the evaluation's split, or with the smallest where at_most is given; of
+        equal ones the first. Only one within the bound is kept; where none is, the last parameters are.
+        [bound: none; the metric's name says what is better]
+        """
 
     @_builtins.property
     def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -1613,7 +1617,7 @@ class Evaluation(_message.Message):
     EVERY_STEPS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     split: _builtins.str
-    """[the split that a stop rule watches, else test, else validation]"""
+    """[the split that a stop rule or output.best watches, else test, else validation]"""
     every_steps: _builtins.int
     """[each epoch]"""
     @_builtins.property

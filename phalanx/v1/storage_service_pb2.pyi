@@ -845,6 +845,7 @@ class CheckpointPart(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     PARAMETERS_OFFSET_FIELD_NUMBER: _builtins.int
     PARAMETERS_LENGTH_FIELD_NUMBER: _builtins.int
+    BEST_OFFSET_FIELD_NUMBER: _builtins.int
     range: _builtins.int
     first_element: _builtins.int
     element_count: _builtins.int
@@ -853,6 +854,10 @@ class CheckpointPart(_message.Message):
     parameters_offset: _builtins.int
     """Where the raw `parameters` bytes lie in the blob."""
     parameters_length: _builtins.int
+    best_offset: _builtins.int
+    """Where as many bytes of the parameters with the best evaluation so far lie, in jobs that keep
+    them (output.best); 0: they are those of this step, or there are none.
+    """
     def __init__(
         self,
         *,
@@ -863,10 +868,11 @@ class CheckpointPart(_message.Message):
         size_bytes: _builtins.int = ...,
         parameters_offset: _builtins.int = ...,
         parameters_length: _builtins.int = ...,
+        best_offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "element_count", b"element_count", "first_element", b"first_element", "parameters_length", b"parameters_length", "parameters_offset", b"parameters_offset", "range", b"range", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_offset", b"best_offset", "digest", b"digest", "element_count", b"element_count", "first_element", b"first_element", "parameters_length", b"parameters_length", "parameters_offset", b"parameters_offset", "range", b"range", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

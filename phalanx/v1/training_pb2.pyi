@@ -196,6 +196,7 @@ class GoRecord(_message.Message):
     EXAMPLE_COUNT_FIELD_NUMBER: _builtins.int
     LOSS_SUM_FIELD_NUMBER: _builtins.int
     ROOT_STATE_FIELD_NUMBER: _builtins.int
+    BEST_VERSION_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     version: _builtins.int
     """The version at which the decision was taken; a train round makes version + 1."""
@@ -213,6 +214,10 @@ class GoRecord(_message.Message):
     loss_sum: _builtins.float
     root_state: _builtins.str
     """All-reduce: what another root needs to decide as this one would, as JSON."""
+    best_version: _builtins.int
+    """The version with the best evaluation so far, this one or one before it: whoever owns a range
+    keeps the parameters of that one. Absent: there is none, or the job keeps the last one.
+    """
     def __init__(
         self,
         *,
@@ -225,12 +230,15 @@ class GoRecord(_message.Message):
         example_count: _builtins.int = ...,
         loss_sum: _builtins.float = ...,
         root_state: _builtins.str = ...,
+        best_version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "best_version", b"best_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "checkpoint", b"checkpoint", "example_count", b"example_count", "loss_sum", b"loss_sum", "reason", b"reason", "root_state", b"root_state", "round", b"round", "term", b"term", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "action", b"action", "best_version", b"best_version", "checkpoint", b"checkpoint", "example_count", b"example_count", "loss_sum", b"loss_sum", "reason", b"reason", "root_state", b"root_state", "round", b"round", "term", b"term", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__best_version: _TypeAlias = _typing.Literal["best_version"]  # noqa: Y015
+    _WhichOneofArgType__best_version: _TypeAlias = _typing.Literal["_best_version", b"_best_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__best_version) -> _WhichOneofReturnType__best_version | None: ...
 
 Global___GoRecord: _TypeAlias = GoRecord  # noqa: Y015
 

@@ -102,6 +102,8 @@ def check_commit(request: pb.CommitCheckpointRequest) -> None:
         "part.parameters_offset": part.parameters_offset < 0,
         "part.parameters_length": part.parameters_length < 0
         or part.parameters_offset + part.parameters_length > part.size_bytes,
+        "part.best_offset": part.best_offset < 0
+        or (part.best_offset > 0 and part.best_offset + part.parameters_length > part.size_bytes),
         "root_state": bool(request.root_state) and part.range != 0,
     }
     for field, is_wrong in wrong.items():
@@ -254,6 +256,13 @@ def _check_cover(manifest: pb.CheckpointManifest) -> None:
                 details={"field": "part.first_element"},
             )
         next_element += part.element_count
+        if bool(part.best_offset) != bool(manifest.parts[0].best_offset):
+            raise FailedPrecondition(
+                f"the parts of step {manifest.step} of job {manifest.job_id!r} do not agree: only "
+                "some hold the parameters of an evaluation before",
+                reason="CHECKPOINT_MISMATCH",
+                details={"field": "part.best_offset"},
+            )
 
 
 def _stale_term(job_id: str, term: int, current: int) -> Aborted:

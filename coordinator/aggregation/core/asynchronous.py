@@ -368,7 +368,8 @@ class AsynchronousRanges(JobRanges):
             effect.snapshot.version = step
             if self._log is not None:
                 log = self._log.vectors(effect.snapshot.dtype)
-                effect.snapshot.extra = {name: [vector] for name, vector in log.items()}
+                pieces = {name: [vector] for name, vector in log.items()}
+                effect.snapshot.extra = {**effect.snapshot.extra, **pieces}
             effects.append(replace(effect, version=step))
         return effects
 

@@ -63,6 +63,7 @@ from phalanx.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgumen
 from phalanx.optimizers import ContributionOptimizer, Optimizer
 from phalanx.reduction import Node
 from phalanx.rounds import Disagreement
+from phalanx.training.best import BEST_VECTOR, kept_in
 from phalanx.training.decisions import RootDecider
 from phalanx.training.expected import expected_examples
 from phalanx.v1 import aggregation_service_pb2 as pb
@@ -126,7 +127,8 @@ class JobRanges:
         """`decider` is given exactly where range 0 is among the `owned`."""
         self.plan = plan
         self.term = term
-        codec = build_down_codec(JobSpec.FromString(plan.spec).train)
+        spec = JobSpec.FromString(plan.spec)
+        codec = build_down_codec(spec.train)
         self._ranges = {
             piece.index: _Range(RangeParameters(term, piece, plan.layout, optimizer, codec))
             for piece in owned
@@ -134,6 +136,7 @@ class JobRanges:
         if (0 in self._ranges) != (decider is not None):
             raise InvalidArgument("the owner of range 0, and only it, needs a decider")
         self._decider = decider
+        self._keeps_best = spec.output.HasField("best")
         self._rounds = Rounds(plan)
         self._go_log = GoLog()
         self._terminal: GoRecord | None = None
@@ -164,9 +167,11 @@ class JobRanges:
             parameters, state = vectors[index]
             owned.parameters.load(first, parameters, state)
             owned.key = (first, NONE)
-        if self._decider is None:
-            return []
         try:
+            if self._keeps_best:
+                self._restore_best(vectors, json.loads(root_state))
+            if self._decider is None:
+                return []
             state = json.loads(root_state)
             self.examples_lost = int(state.get("examples_lost", 0))
             self.examples_doubled = int(state.get("examples_doubled", 0))
@@ -177,6 +182,17 @@ class JobRanges:
                 f"{error!r}"
             ) from None
         return self._issue(go)
+
+    def _restore_best(
+        self, vectors: Mapping[int, tuple[Array, Mapping[str, Array]]], state: Mapping[str, Any]
+    ) -> None:
+        """Hold what was the best version; the first record says whether it still is."""
+        kept = kept_in(state)
+        if kept is None:
+            return
+        for index, owned in self._ranges.items():
+            vector = vectors[index][1].get(BEST_VECTOR)
+            owned.parameters.load_best(self._version_of(kept.step), vector)
 
     @property
     def range_indexes(self) -> list[int]:
@@ -308,13 +324,7 @@ class JobRanges:
         if self._decider is None:
             return []
         self._decider.request_pause()
-        go = self._waiting_train_record()
-        if go is None:
-            return []
-        record = GoRecord(
-            version=go.version, round=go.round + 1, action=GoRecord.ACTION_PAUSE, checkpoint=True
-        )
-        return self._issue(record)
+        return self._issue(self._decider.paused()) if self._waits_for_a_step() else []
 
     def fail(self, reason: str, message: str) -> list[Effect]:
         """End the term as failed, at once: the open round may never complete."""
@@ -414,14 +424,14 @@ class JobRanges:
             effects.append(Points(tuple(points)))
         return effects + self._issue(go)
 
-    def _waiting_train_record(self) -> GoRecord | None:
-        """The train record in force, if all ranges are here and none has applied a part of it."""
+    def _waits_for_a_step(self) -> bool:
+        """Whether a train record is in force, all ranges are here and none has applied a part."""
         owned = list(self._ranges.values())
         if len(owned) < self.plan.range_count or any(one.round is None for one in owned):
-            return None
-        go = self._go_log.newest
-        waiting = go.action == GoRecord.ACTION_TRAIN and not any(one.touched for one in owned)
-        return go if waiting and all(one.key == owned[0].key for one in owned) else None
+            return False
+        trains = self._go_log.newest.action == GoRecord.ACTION_TRAIN
+        untouched = trains and not any(one.touched for one in owned)
+        return untouched and all(one.key == owned[0].key for one in owned)
 
     def _account(self, version: int, count: int) -> Committed:
         expected = expected_examples(self.plan, version)
@@ -434,6 +444,8 @@ class JobRanges:
         """Put a go record of the root in force: for our ranges at once, for others by workers."""
         go.term = self.term
         go.version = self._version_of(go.version)
+        if go.HasField("best_version"):
+            go.best_version = self._version_of(go.best_version)
         if go.action in TERMINAL_ACTIONS:
             self._terminal = go
         else:
@@ -488,6 +500,7 @@ class JobRanges:
             return []
         owned.key = key
         owned.round = owned.root = owned.work = None
+        owned.parameters.keep_best(go.best_version if go.HasField("best_version") else None)
         effects = self._checkpoint(owned, go)
         if go.action in TERMINAL_ACTIONS:
             return effects + self._end(owned, go)

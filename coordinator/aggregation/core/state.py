@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from coordinator.aggregation.core.versions import VersionStore
 from phalanx.compressors import Codec
-from phalanx.errors import DataLoss
+from phalanx.errors import DataLoss, Internal
 from phalanx.frames import frame_grid
 from phalanx.optimizers import ContributionOptimizer, Late, Optimizer
+from phalanx.training.best import BEST_VECTOR
 from phalanx.v1 import training_pb2
 
 Array = NDArray[np.generic]
@@ -49,8 +50,17 @@ class Snapshot:
             self.state[index] = None
 
 
+@dataclass(frozen=True)
+class Best:
+    """The elements of the version with the best evaluation, frame by frame; they never change."""
+
+    version: int
+    frames: Sequence[Array]
+
+
 class RangeParameters:
-    """One owned range: its versions, its optimizer state and the snapshots that share it."""
+    """One owned range: its versions, its optimizer state and the snapshots that share it, and the
+    elements of the best version, in jobs that keep it."""
 
     def __init__(
         self,
@@ -72,6 +82,7 @@ class RangeParameters:
             for _, count in self.grid
         ]
         self._snapshots: list[Snapshot] = []
+        self._best: Best | None = None
         self._scratch = np.empty(max(count for _, count in self.grid), self.dtype)
 
     def apply(self, index: int, version: int, gradient_sum: Array, divisor: int) -> Array:
@@ -128,6 +139,35 @@ class RangeParameters:
             for name, array in self._state[index].items():
                 array[:] = state[name][first : first + count]
 
+    def keep_best(self, version: int | None) -> None:
+        """Keep this version, which is whole here or kept already, as the best; None: there is none.
+
+        Frames are immutable, so it costs nothing but the memory of the one that it is.
+        """
+        if version is None:
+            self._best = None
+        elif self._best is None or self._best.version != version:
+            held = self.versions.get(version)
+            if held is None or not held.whole:
+                raise Internal(
+                    f"range {self.piece.index} does not have the best version, {version}"
+                )
+            self._best = Best(version, [values for values in held.values if values is not None])
+
+    def load_best(self, version: int, vector: Array | None) -> None:
+        """Take over the best version of a checkpoint: a flat vector, or that which is whole here.
+
+        Raises `DataLoss` where the vector is missing or has another length or type.
+        """
+        if version == self.versions.newest_whole:
+            self.keep_best(version)
+            return
+        if vector is None or vector.dtype != self.dtype or len(vector) != self._length:
+            raise DataLoss(f"range {self.piece.index} has no vector {BEST_VECTOR!r} that fits it")
+        # A copy, since the vector is a view that would keep all of the checkpoint in memory.
+        pieces = [vector[first : first + count].copy() for first, count in self.grid]
+        self._best = Best(version, pieces)
+
     def snapshot(self, version: int) -> Snapshot:
         """The range at `version`, which must be whole and not yet followed by another frame."""
         held = self.versions.get(version)
@@ -143,6 +183,8 @@ class RangeParameters:
             frames=[values for values in held.values if values is not None],
             state=list(self._state),
         )
+        if self._best is not None and self._best.version != version:
+            snapshot.extra = {BEST_VECTOR: self._best.frames}
         self._snapshots = [kept for kept in self._snapshots if any(kept.state)]
         if self._optimizer.state_names:
             self._snapshots.append(snapshot)

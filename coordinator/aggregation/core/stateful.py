@@ -99,7 +99,7 @@ class StatefulRanges(JobRanges):
             assert isinstance(effect, StartCheckpoint)
             if not effect.final:  # nothing is trained from there
                 states = self._states[owned.parameters.piece.index]
-                effect.snapshot.extra = states.vectors(go.version)
+                effect.snapshot.extra = {**effect.snapshot.extra, **states.vectors(go.version)}
         return effects
 
 

@@ -8,8 +8,7 @@ from coordinator.control.core import sharing
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core, JobRuntime, Worker
 from phalanx.errors import PhalanxError, ResourceExhausted
-from phalanx.specs.parts import all_reduces
-from phalanx.specs.plan import ALL_REDUCE_COPIES, PARAMETER_COPIES
+from phalanx.specs.plan import PARAMETER_COPIES, member_copies
 from phalanx.texts import number_of, verb_for
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 from phalanx.v1.training_pb2 import Layout
@@ -40,7 +39,7 @@ def needed_bytes(facts: JobFacts, layout: Layout) -> int:
     """
     counted = facts.kept.submitted.worker_bytes
     if facts.spec.train.model.WhichOneof("kind") == "custom":
-        copies = PARAMETER_COPIES + ALL_REDUCE_COPIES * all_reduces(facts.spec.train)
+        copies = PARAMETER_COPIES + member_copies(facts.spec)
         counted += copies * layout.element_count * ITEM_BYTES.get(layout.dtype, 4)
     return counted
 

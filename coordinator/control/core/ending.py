@@ -68,7 +68,7 @@ def succeed(core: Core, job: JobRuntime, result: job_pb2.Result, reason: str) ->
     """Record the result of a job whose final checkpoint and model are stored."""
     facts = core.facts_of(job)
     report = job.report
-    if report is not None:
+    if report is not None and not result.HasField("best"):
         for name, value in report.metrics.items():
             if name not in result.metrics:
                 result.metrics[name] = value
@@ -162,6 +162,8 @@ def _persist(
         # The last report may be from before the end, or lost with whoever heard it.
         changed.progress.step = changed.result.steps
         changed.progress.total_steps = facts.plan.total_steps
+        if changed.result.HasField("best"):
+            changed.progress.best.CopyFrom(changed.result.best)
     job.after = core.persist(ControlRecord(job_changed=changed), *requests)
     core.publish(job.job_id, job.after)
     return job.after

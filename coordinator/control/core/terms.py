@@ -23,6 +23,7 @@ from coordinator.control.core.state import Core, JobRuntime, OperationKind, Work
 from phalanx.errors import Internal
 from phalanx.tasks import is_task_set
 from phalanx.texts import number_of, verb_for
+from phalanx.training.best import METRIC_NOT_COMPUTED, missing_metric
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
 from phalanx.v1.control_journal_pb2 import ControlRecord, TermStarted
@@ -130,6 +131,8 @@ def described(core: Core, job: JobRuntime, worker: Worker, message: pb.JobDescri
     elif not _is_usable(core, job, message.layout):
         text = f"{worker.id} described a model without parameters or of an unknown dtype"
         ending.fail(core, job, "DESCRIBE_FAILED", text)
+    elif missing := missing_metric(core.facts_of(job).spec, message.evaluation_sums):
+        ending.fail(core, job, METRIC_NOT_COMPUTED, missing)
     else:
         job.described = message
         job.described_fingerprint = worker.hello.fingerprint

@@ -61,6 +61,7 @@ def progress_view(facts: JobFacts, runtime: JobRuntime) -> job_pb2.Progress:
             examples_per_second=report.examples_per_second,
             metrics=report.metrics,
             checkpoint_step=report.checkpoint_step,
+            best=report.best if report.HasField("best") else None,
         )
     for worker_id in sorted(runtime.hosts):
         progress.workers.add(

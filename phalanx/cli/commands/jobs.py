@@ -448,10 +448,12 @@ def _act(context: typer.Context, job_id: str, action: Callable[[Job], Job]) -> N
 
 def _show_job(job: Job) -> None:
     from phalanx.cli.output import print_fields, print_spec, say
-    from phalanx.cli.watch import show_result
+    from phalanx.cli.watch import best_text, show_result
     from phalanx.sdk.values import local_time
 
     message = job.message
+    # A job that succeeded tells it with its result.
+    best = job.progress.best if job.result is None else None
     print_fields(
         [
             ("job", job.id),
@@ -463,6 +465,7 @@ def _show_job(job: Job) -> None:
             ("ended", local_time(message.end_time) if message.HasField("end_time") else ""),
             ("step", _steps_text(message.progress)),
             ("checkpoint", message.progress.checkpoint_step or ""),
+            ("best so far", "" if best is None else best_text(best)),
             ("spec sha256", message.spec_sha256),
         ]
     )

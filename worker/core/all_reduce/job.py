@@ -222,8 +222,7 @@ class AllReduceJob(JobCore):
     ) -> list[Effect]:
         """The root has read the checkpoint. Raises `DataLoss` where it does not fit the job."""
         assert self.replica is not None
-        self.replica.load(version, parameters, state)
-        self.replica.remember(GoRecord(version=version, root_state=root_state))
+        self.replica.load(version, parameters, state, root_state)
         return self._start()
 
     # Decisions of the root

@@ -7,10 +7,15 @@ nothing else; one that holds nothing gets everything.
 
 The update is done in slices, so that whoever else waits has his turn in between; one that was begun
 is always finished, since the optimizer's state is updated in place.
+
+Where the job keeps its best evaluation every member holds a copy of those parameters, too. Which
+version that is, each record says. A member hears of it before the version is written over: the
+record comes before the gradient of the next step, and with what a member is sent that is behind.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +27,7 @@ from phalanx.frames import encode_response, frame_grid
 from phalanx.optimizers import build_optimizer, gradient_limit
 from phalanx.reducers import Contribution
 from phalanx.reduction import all_finite
+from phalanx.training.best import BEST_VECTOR, kept_in
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -105,6 +111,12 @@ class Replica:
         self._missing: set[tuple[str, int]] = set()
         self._coming = NONE
         self._records: dict[int, GoRecord] = {}
+        self._keeps_best = spec.output.HasField("best")
+        #: The version with the best evaluation, by the newest record; -1: none.
+        self._wanted_best = NONE
+        #: Its elements, and of which version they are.
+        self._best: Array | None = None
+        self._best_version = NONE
 
     def buffer_of(self, version: int) -> int:
         """The shared buffer that a version is in."""
@@ -162,6 +174,7 @@ class Replica:
         self._kept, self._open, self._done = gradient, None, 0
         self.version += 1
         self.count, self.loss = gradient.count, gradient.loss
+        self._hold_best()
         return True
 
     def finish(self) -> bool:
@@ -176,6 +189,8 @@ class Replica:
 
     def forget(self) -> None:
         """Hold nothing any more."""
+        self._records.clear()
+        self._best, self._best_version, self._wanted_best = None, NONE, NONE
         self._start_at(NONE, 0, 0.0)
 
     def _clip(self, gradient: Gradient) -> float:
@@ -215,15 +230,34 @@ class Replica:
         self._state = self._zeros()
         self._start_at(0, 0, 0.0)
 
-    def load(self, version: int, parameters: Array, state: Mapping[str, Array]) -> None:
+    def load(
+        self, version: int, parameters: Array, state: Mapping[str, Array], root_state: str
+    ) -> None:
         """Begin with a checkpoint. Raises `DataLoss` where a vector does not fit."""
+        record = GoRecord(version=version, root_state=root_state)
+        into = self._vectors(version)
+        best_version = self._best_in(root_state)
+        if best_version > NONE:
+            record.best_version = best_version
+            into |= self._best_to_come(record, version)
         vectors = {PARAMETERS: parameters, **state}
-        for name, into in self._vectors(version).items():
+        for name, target in into.items():
             vector = vectors.get(name)
             if vector is None or vector.dtype != self.dtype or len(vector) != self._size:
                 raise DataLoss(f"the checkpoint has no vector {name!r} that fits the job")
-            into[:] = vector
+            target[:] = vector
         self._start_at(version, 0, 0.0)
+        self.remember(record)
+
+    def _best_in(self, root_state: str) -> int:
+        """The version with the best evaluation as the root of a checkpoint knew it; -1: none."""
+        if not self._keeps_best:
+            return NONE
+        try:
+            kept = kept_in(json.loads(root_state))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataLoss(f"the state of range 0 cannot be read: {error!r}") from None
+        return NONE if kept is None else kept.step
 
     def _start_at(self, version: int, count: int, loss: float) -> None:
         self.version, self.count, self.loss = version, count, loss
@@ -239,7 +273,7 @@ class Replica:
         if kept is not None and held == kept.version:
             vectors: dict[str, Array | None] = {GRADIENT: None if kept.empty else kept.values}
         else:
-            vectors = dict(self._vectors(self.version))
+            vectors = dict(self._held_vectors())
         record = self.record
         for name, vector in vectors.items():
             for first, count in self.grid:
@@ -270,7 +304,7 @@ class Replica:
         if frame.vector == GRADIENT:
             before = frame.version - 1
             return self.reduced(before, first, count, values, frame.example_count, frame.loss_sum)
-        into = self._vectors(frame.version)
+        into = self._vectors(frame.version) | self._best_to_come(frame.record, frame.version)
         if frame.vector not in into or values is None:
             raise InvalidArgument(f"a member's state has no vector {frame.vector!r}")
         if self._coming != frame.version or not self._missing:
@@ -283,11 +317,12 @@ class Replica:
         if self._missing:
             return False
         self._start_at(frame.version, frame.example_count, frame.loss_sum)
+        self._hold_best()
         return True
 
     def copy(self) -> dict[str, Array]:
-        """A copy of parameters and optimizer state, for a checkpoint."""
-        return {name: vector.copy() for name, vector in self._vectors(self.version).items()}
+        """A copy of all that is held, for a checkpoint."""
+        return {name: vector.copy() for name, vector in self._held_vectors().items()}
 
     # -- the root's state
 
@@ -297,12 +332,41 @@ class Replica:
             self._records[go.version] = go
             for old in sorted(self._records)[:-RECORDS_KEPT]:
                 del self._records[old]
+            newest = self._records[max(self._records)]
+            self._wanted_best = newest.best_version if newest.HasField("best_version") else NONE
+            self._hold_best()
 
     @property
     def record(self) -> GoRecord | None:
         """The newest known record of the version, or of the one before it."""
         known = self._records
         return known.get(self.version) or known.get(self.version - 1)
+
+    # -- the best evaluation
+
+    def _hold_best(self) -> None:
+        """Copy the best version, once it is known which it is and as long as it is here."""
+        if self._wanted_best == NONE:
+            self._best, self._best_version = None, NONE
+        elif self._wanted_best == self.version != self._best_version:
+            self._best, self._best_version = self.parameters.copy(), self.version
+
+    def _best_to_come(self, record: GoRecord, version: int) -> dict[str, Array]:
+        """Where to put the best version that comes along with another one, if there is one."""
+        if not record.HasField("best_version") or record.best_version == version:
+            return {}
+        if self._best is None or self._best_version != record.best_version:
+            self._best = np.empty(self._size, self.dtype)
+            self._best_version = record.best_version
+        return {BEST_VECTOR: self._best}
+
+    def _held_vectors(self) -> dict[str, Array]:
+        vectors = self._vectors(self.version)
+        if self._wanted_best not in (NONE, self.version):
+            assert self._best is not None
+            assert self._best_version == self._wanted_best, "every member has seen the best version"
+            vectors[BEST_VECTOR] = self._best
+        return vectors
 
     def _vectors(self, version: int) -> dict[str, Array]:
         return {PARAMETERS: self._memory(self.buffer_of(version)), **self._state}

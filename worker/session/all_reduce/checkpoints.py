@@ -1,13 +1,14 @@
 """Checkpoints of an all-reduce job: one part that holds the whole vectors.
 
 The layout of the file is that of every part: `parameters`, then the vectors of the optimizer's
-state, flat.
+state and, where the job has them, the parameters of its best evaluation, flat.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from itertools import takewhile
 
 from phalanx.clients.storage import StorageClient
 from phalanx.data.checkpoint_parts import PARAMETERS, parse_part
@@ -21,6 +22,7 @@ from phalanx.errors import (
     Unavailable,
 )
 from phalanx.rpc.patience import Patience, insist
+from phalanx.training.best import BEST_VECTOR
 from phalanx.v1 import storage_service_pb2 as storage
 from phalanx.v1.training_pb2 import GoRecord, JobPlan, Layout, TensorSpec
 from worker.core.all_reduce.replica import Array
@@ -37,7 +39,7 @@ def may_be_stored_later(error: PhalanxError) -> bool:
 
 
 def sha256_of(vectors: Mapping[str, Array]) -> str:
-    """Hash of parameters and optimizer state."""
+    """Hash of all that a member holds."""
     digest = hashlib.sha256()
     for vector in vectors.values():
         digest.update(vector.data.cast("B"))
@@ -75,6 +77,7 @@ async def write(
                 size_bytes=len(header) + sum(buffer.nbytes for buffer in buffers),
                 parameters_offset=len(header),
                 parameters_length=vectors[PARAMETERS].nbytes,
+                best_offset=_best_offset(vectors, len(header)),
             ),
             root_state=go.root_state,
             spec_sha256=plan.spec_sha256,
@@ -134,3 +137,11 @@ def _laid_out(vectors: Mapping[str, Array]) -> tuple[bytes, list[memoryview]]:
         )
     )
     return header, [each.data.cast("B") for each in vectors.values()]
+
+
+def _best_offset(vectors: Mapping[str, Array], header_bytes: int) -> int:
+    """Where the parameters of the best evaluation begin, if they are a vector of their own."""
+    if BEST_VECTOR not in vectors:
+        return 0
+    before = takewhile(lambda each: each[0] != BEST_VECTOR, vectors.items())
+    return header_bytes + sum(vector.nbytes for _, vector in before)

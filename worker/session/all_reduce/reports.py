@@ -162,6 +162,8 @@ class RootReports:
             report.examples_doubled = root.examples_doubled
             finite = {name: x for name, x in decider.metrics.items() if math.isfinite(x)}
             report.metrics.update(finite)
+            if decider.best is not None:
+                report.best.CopyFrom(decider.best.message())
         return report
 
     def _examples_per_s(self) -> float:
