@@ -234,7 +234,6 @@ def test_code_has_names_that_every_disk_takes(
     [
         "data.columns={}",
         "resources.gpus=1",
-        "output.best={metric: test/loss, at_most: 1}",
         "train.local={steps: 5, fragments: 2}",
         "train.privacy={clip_norm: 1.0}",
     ],

@@ -126,6 +126,8 @@ class Member:
         self.committed: list[int] = []
         self.failures: list[str] = []
         self.stored: list[int] = []
+        #: By version: what a checkpoint of it would hold.
+        self.copies: dict[int, dict[str, np.ndarray]] = {}
         self.ended = None
         self.sent_bytes: Counter[int] = Counter()
 
@@ -143,7 +145,7 @@ class Member:
                 case do.Wake() if effect.aggregator_id == self.name:
                     self.loop_back()
                 case do.Snapshot():
-                    copy = self.core.replica.copy()
+                    copy = self.copies[effect.version] = self.core.replica.copy()
                     digest = repr([vector.tobytes() for vector in copy.values()])
                     self.take(self.core.hashed(effect.version, str(hash(digest))))
                 case do.Store():
@@ -179,7 +181,8 @@ class Member:
                 self.take(core.part_done(task, part, 0, 0.0, 1, ()))
                 continue
             if task.round.is_evaluation:
-                self.take(core.part_done(task, part, 4, 0.0, 1, (2.0,)))
+                loss = self.cluster.evaluated.get(task.round.go.version, 2.0)
+                self.take(core.part_done(task, part, 4, 0.0, 1, (loss,)))
                 continue
             width, step = task.round.width, task.round.go.version
             shards = [
@@ -233,6 +236,8 @@ class Cluster:
         self.committed: list[tuple[int, int]] = []
         self.events = 0
         self.delivered: Counter[str] = Counter()
+        #: By version: what an evaluation gives; elsewhere it is 2.
+        self.evaluated: dict[int, float] = {}
         self.change(names, stops)
 
     def change(self, names: list[str], stops: list[int] | None = None) -> None:
