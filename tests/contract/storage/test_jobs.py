@@ -144,6 +144,26 @@ def test_parts_that_do_not_agree_are_refused(backend, put, field):
     assert steps(backend) == []
 
 
+@pytest.mark.parametrize("offsets", [(0, 1), (1, 0)])
+def test_all_parts_hold_the_best_version_beside_their_own_or_none(backend, put, offsets):
+    raise_term(backend)
+    content = b"parameters"
+    put(content)
+    requests = [part(content, index=index, ranges=2) for index in (0, 1)]
+    for request, offset in zip(requests, offsets, strict=True):
+        request.part.parameters_length, request.part.best_offset = 5, offset
+    assert not backend.jobs.commit(requests[0]).complete
+    with pytest.raises(FailedPrecondition) as caught:
+        backend.jobs.commit(requests[1])
+    assert caught.value.reason == "CHECKPOINT_MISMATCH"
+    assert caught.value.details == {"field": "part.best_offset"}
+    assert steps(backend) == []
+    requests[1].part.best_offset = requests[0].part.best_offset
+    complete = backend.jobs.commit(requests[1])
+    assert complete.complete
+    assert [each.best_offset for each in complete.manifest.parts] == [offsets[0]] * 2
+
+
 def test_ranges_must_cover_the_vector(backend, put):
     raise_term(backend)
     put(b"0")
@@ -323,6 +343,8 @@ def test_deleting_a_job_removes_everything_of_it(backend, commit):
         ("part.size_bytes", -1),
         ("part.parameters_offset", -1),
         ("part.parameters_length", 100),
+        ("part.best_offset", -1),
+        ("part.best_offset", 1),
         ("part.digest", "abc"),
         ("job_id", "../job"),
         ("root_state", "x" * 2_000_000),

@@ -245,18 +245,32 @@ class RealCluster:
                         return event
                 await asyncio.sleep(0.02)
 
-    async def commit(self, job_id: str, step: int, term: int = 1, *, final: bool = False) -> bytes:
-        """Commit a checkpoint of the scripted layout as its aggregator would; return the vector."""
+    async def commit(
+        self,
+        job_id: str,
+        step: int,
+        term: int = 1,
+        *,
+        final: bool = False,
+        best: dict[str, Any] | None = None,
+        best_offset: int = 0,
+    ) -> bytes:
+        """Commit a checkpoint of the scripted layout as its aggregator would; return the vector.
+
+        At 68 there is another one, for the `best` evaluation that the root tells of.
+        """
         parameters = bytes(range(64))
-        digest = await self.put_blob(b"head" + parameters)
+        digest = await self.put_blob(b"head" + parameters + parameters[::-1])
+        state: dict[str, Any] = {"metrics": {"test/accuracy": 0.875}, "examples_lost": 8}
         part = storage_pb.CheckpointPart(
             range=0,
             first_element=0,
             element_count=16,
             digest=digest,
-            size_bytes=68,
+            size_bytes=132,
             parameters_offset=4,
             parameters_length=64,
+            best_offset=best_offset,
         )
         request = storage_pb.CommitCheckpointRequest(
             job_id=job_id,
@@ -265,7 +279,7 @@ class RealCluster:
             final=final,
             range_count=1,
             part=part,
-            root_state=json.dumps({"metrics": {"test/accuracy": 0.875}, "examples_lost": 8}),
+            root_state=json.dumps(state if best is None else {**state, "best": best}),
             spec_sha256="ef" * 32,
             keep=3,
         )
@@ -273,8 +287,10 @@ class RealCluster:
         assert answer.complete
         return parameters
 
-    async def finish(self, aggregator: ScriptedAggregator, job_id: str, step: int = 40) -> bytes:
-        parameters = await self.commit(job_id, step, final=True)
+    async def finish(
+        self, aggregator: ScriptedAggregator, job_id: str, step: int = 40, **saved: Any
+    ) -> bytes:
+        parameters = await self.commit(job_id, step, final=True, **saved)
         aggregator.report(
             job_id,
             step,

@@ -115,6 +115,16 @@ def test_plain_line(state):
     )
 
 
+def test_which_evaluation_is_kept_so_far(state):
+    message = owners(worker_1=(0, 8))
+    assert "best" not in drawn(state)
+    best = job_pb2.BestEvaluation(step=1234, metric="test/accuracy", value=0.875)
+    message.progress.best.CopyFrom(best)
+    state.feed(message, 0.0)
+    assert "best test/accuracy 0.8750 at step 1,234\n" in drawn(state)
+    assert "train/loss=0.4300 best test/accuracy=0.8750@1234 examples/s" in progress_text(state)
+
+
 @pytest.mark.parametrize(
     ("shards", "text"),
     [(set(), ""), ({3}, "3"), ({0, 1, 2, 3, 8}, "0-3 8"), ({1, 3, 5}, "1 3 5")],

@@ -64,6 +64,8 @@ class Cluster:
         self.finals: dict[str, storage_service_pb2.CheckpointManifest] = {}
         self.checkpoints: dict[str, list[storage_service_pb2.CheckpointManifest]] = {}
         self.removed: list[str] = []
+        #: What storage has written the model of, by what the final checkpoint says.
+        self.written: job_pb2.Result | None = None
         self.arriving: list[ev.Event] = []
         self._tokens = itertools.count(1)
         self._sessions = itertools.count(1)
@@ -165,6 +167,7 @@ class Cluster:
         term, final = self.terms.get(job_id, 0), self.finals.get(job_id)
         if isinstance(effect, fx.WriteModel):
             result = job_pb2.Result(model=f"{job_id}@1", parameters_sha256="cd" * 32, steps=9)
+            result.MergeFrom(self.written or job_pb2.Result())
             return ev.ModelWritten(job_id, number, result, stop_reason(final) if final else "")
         if isinstance(effect, fx.ReadRow) or final is not None:
             return ev.RowRead(job_id, number, term, final)
