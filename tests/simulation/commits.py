@@ -30,7 +30,7 @@ from phalanx.training.local_asynchronous import AsynchronousSteps
 from phalanx.training.replay import ReplayLog
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import training_pb2
-from tests.simulation import jobs
+from tests.simulation import best, jobs
 
 Array = NDArray[Any]
 
@@ -181,8 +181,10 @@ class CommitHistory:
             return "is no version that was followed"
         if known.completed != tuple(completed):
             return f"has shards at the steps {completed}, and they were at {known.completed}"
-        if not self._train.asynchronous.replay_log:
-            return ""
+        model = self._at(known, best.model_step(self.shape, step))
+        wrong = best.wrong_with(self.shape, step, vectors, model.parameters)
+        if wrong or not self._train.asynchronous.replay_log:
+            return wrong
         log = ReplayLog.restored(vectors, known.number)
         told = [log.commit(number) for number in range(len(log))]
         kept = [(commit.shard, commit.read) for commit in known.log()]
@@ -200,19 +202,29 @@ class CommitHistory:
         return sums, expected
 
     def end(self) -> tuple[str, str]:
-        """What is wrong with the history that survived, and the SHA-256 of its last version."""
+        """What is wrong with the history that survived, and the SHA-256 of the model: of its last
+        version, or of the best before it."""
         last = self._lines[max(self._lines)].newest
         log, shape = last.log(), self.shape
         counts = Counter((commit.shard, commit.step) for commit in log)
         wanted = {(shard, step): 1 for shard in range(shape.shards) for step in range(shape.steps)}
-        sha256 = hashlib.sha256(last.parameters.tobytes()).hexdigest()
+        model = self._at(last, best.model_step(shape, shape.steps))
+        sha256 = hashlib.sha256(model.parameters.tobytes()).hexdigest()
         if counts != wanted:
             return "does not have each step of each shard once", sha256
-        if self._train.asynchronous.replay_log and self._replayed(log) != sha256:
+        newest = hashlib.sha256(last.parameters.tobytes()).hexdigest()
+        if self._train.asynchronous.replay_log and self._replayed(log) != newest:
             return "gives other bits when its log is replayed", sha256
         return "", sha256
 
     # Inside
+
+    def _at(self, known: _Known, step: int) -> _Known:
+        """What a version was made of when the job was at an earlier step."""
+        while known.number > step * self.shape.shards:
+            assert known.before is not None
+            known = known.before
+        return known
 
     def _first(self, version: int, parameters: Array, state: dict[str, Array]) -> _Known | None:
         if version > 0:

@@ -10,14 +10,14 @@ followed before.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 from numpy.typing import NDArray
 
-from tests.simulation import jobs
+from tests.simulation import best, jobs
 
 Array = NDArray[Any]
 
@@ -31,6 +31,7 @@ class _Known:
     left_out: frozenset[int] = frozenset()
     examples_left_out: int = 0
     """Of all steps up to this version."""
+    before: _Known | None = None
 
     @property
     def bits(self) -> bytes:
@@ -62,9 +63,14 @@ class History:
         self._lines[term] = version, known
         return ""
 
-    def knows(self, version: int, parameters: Array, state: dict[str, Array]) -> bool:
-        """Whether this was a version, with this state."""
-        return (version, _Known(parameters, state).bits) in self._known
+    def checkpointed(self, version: int, parameters: Array, vectors: Mapping[str, Array]) -> str:
+        """A checkpoint holds this of a version; returns what is wrong with it."""
+        state = {name: vectors[name] for name in self._steps.first_state()}
+        known = self._known.get((version, _Known(parameters, state).bits))
+        if known is None:
+            return "is no version that was followed"
+        model = _back(known, version - best.model_step(self._shape, version))
+        return best.wrong_with(self._shape, version, vectors, model.parameters)
 
     def left_out(self, term: int) -> frozenset[int]:
         """Shards that the newest step of a term left out."""
@@ -77,9 +83,11 @@ class History:
         return sum(jobs.examples(shape, shard, step) for shard in left_out for step in steps)
 
     def end(self) -> tuple[str, int]:
-        """SHA-256 of the newest version of the last term, and examples left out on the way."""
-        known = self._lines[max(self._lines)][1]
-        return hashlib.sha256(known.parameters.tobytes()).hexdigest(), known.examples_left_out
+        """SHA-256 of the model: of the newest version of the last term, or of the best before it;
+        and examples left out on the way to the newest."""
+        version, known = self._lines[max(self._lines)]
+        model = _back(known, version - best.model_step(self._shape, version))
+        return hashlib.sha256(model.parameters.tobytes()).hexdigest(), known.examples_left_out
 
     def _first(self, version: int, bits: bytes) -> _Known | None:
         if version > 0:
@@ -97,7 +105,7 @@ class History:
             kept = {shard: node for shard, node in nodes.items() if shard not in left_out}
             made = self._steps.applied(last, before.parameters, state, kept)
             fewer = before.examples_left_out + self.examples(version, left_out)
-            known = _Known(made, state, left_out, fewer)
+            known = _Known(made, state, left_out, fewer, before)
             if known.bits == bits:
                 return known
         return None
@@ -106,3 +114,11 @@ class History:
         for count in range(self._shape.backup + 1):
             for shards in combinations(range(self._shape.shards), count):
                 yield frozenset(shards)
+
+
+def _back(known: _Known, versions: int) -> _Known:
+    """What was so many versions before."""
+    for _ in range(versions):
+        assert known.before is not None
+        known = known.before
+    return known

@@ -416,7 +416,9 @@ class Leaf:
             first, stop = (
                 edge * plan.evaluation_rows // plan.evaluation_shards for edge in (shard, shard + 1)
             )
-            return np.array(jobs.evaluation_sums(shard)), stop - first, 0.0
+            step = order.version // (plan.shards if plan.asynchronous else 1)
+            sums = jobs.evaluation_sums(shard, jobs.quality(shape, step))
+            return np.array(sums), stop - first, 0.0
         out = np.empty(shape.elements, shape.dtype)
         parameters = arena.array(order.parameters)
         if shape.local_steps:

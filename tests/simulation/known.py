@@ -51,6 +51,8 @@ _TASKS_LOST = (
 )
 
 _EVALUATED = Shape(evaluate_every=7, checkpoint_every=5)
+_KEEPING = (("shapes", (Shape(best=True, evaluate_every=5, checkpoint_every=7),)),)
+_REDUCING_AND_KEEPING = (*_KEEPING, *_REDUCING)
 
 KNOWN = {
     "storage takes writes of any generation": Known(
@@ -201,6 +203,13 @@ KNOWN = {
     "sums that are not finite are applied": Known(10, *OVERFLOW),
     "an evaluation waits for the next step": Known(0, (), (("shapes", (_EVALUATED,)),)),
     "what a stop rule has seen is not restored": Known(0, *PLATEAU),
+    "of equal evaluations the last one is kept": Known(0, (), _KEEPING),
+    "what was the best evaluation is not restored": Known(0, ("kill_aggregator",), _KEEPING),
+    "each version is kept as the best": Known(0, (), _KEEPING),
+    "the version of a checkpoint is restored as the best": Known(1, ("kill_aggregator",), _KEEPING),
+    "whoever joins takes what it is sent for the best": Known(
+        0, ("worker_joins", "kill_worker"), _REDUCING_AND_KEEPING
+    ),
     "no third copy is asked for where two differ": Known(
         0, (), (("workers", 4), ("liars", 1), ("parts", "3 replicas"))
     ),

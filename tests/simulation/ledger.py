@@ -22,11 +22,12 @@ from coordinator.control.leader import Leader
 from phalanx.errors import Unavailable
 from phalanx.tasks import is_task_set
 from phalanx.testing.simulation.clocks import Environment
+from phalanx.training.best import BEST_VECTOR
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.control_journal_pb2 import ControlRecord
 from storage.backends.sqlite.jobs import SqliteJobs
 from storage.backends.sqlite.journals import SqliteJournals
-from tests.simulation import jobs
+from tests.simulation import best, jobs
 from tests.simulation.oracle import Oracle
 
 RECORDS = (
@@ -194,6 +195,9 @@ class Ledger:
         if is_task_set(facts.spec):
             return  # see `tasking`
         shape = jobs.shape_of_spec(facts.spec, facts.fingerprint)
+        wrong = best.wrong_with_manifest(shape, response.manifest)
+        what = f"{request.job_id}: the checkpoint at step {request.step}"
+        self._demand(not wrong, f"{what} {wrong}")
         blobs: Any = store._blobs
         for part in response.manifest.parts:
             content = blobs._disk.read(part.digest)
@@ -206,21 +210,27 @@ class Ledger:
                 continue
             if shape.backup:
                 history = self._oracle.histories.get(request.job_id)
-                known = history is not None and history.knows(request.step, parameters, state)
-                self._demand(known, f"{what} is no version that was followed")
+                wrong = "is of a job of which nothing is known"
+                if history is not None:
+                    wrong = history.checkpointed(request.step, parameters, state)
+                self._demand(not wrong, f"{what} {wrong}")
                 continue
             first, stop = part.first_element, part.first_element + part.element_count
             step, kept = request.step, jobs.kept_of(shape, request.step)
+            versions = jobs.versions(shape)
+            best_piece = versions[best.model_step(shape, step)][first:stop]
+            wrong = best.wrong_with(shape, step, state, best_piece)
+            self._demand(not wrong, f"{what} {wrong}")
             if not request.final:
                 self._demand(kept.keys() <= state.keys(), f"{what} lacks states of nodes")
             expected = {
                 name: vector[first:stop]
                 for name, vector in (jobs.state_of(shape, step) | kept).items()
             }
-            expected["parameters"] = jobs.versions(shape)[step][first:stop]
+            expected["parameters"] = versions[step][first:stop]
             for name, vector in {**state, "parameters": parameters}.items():
                 self._demand(
-                    vector.tobytes() == expected[name].tobytes(),
+                    name == BEST_VECTOR or vector.tobytes() == expected[name].tobytes(),
                     f"{what} has other {name} than without faults",
                 )
 

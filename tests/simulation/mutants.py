@@ -28,6 +28,7 @@ _OUTBOX = "worker.core.outbox:Outbox"
 _REPLICA = "worker.core.all_reduce.replica"
 _JOURNAL = f"{_CONTROL}.journal:JournalWriter"
 _DECIDER = "phalanx.training.decisions:RootDecider"
+_BEST = "phalanx.training.best:BestRule"
 _SILENT = f"{_CONTROL}.core.ownership:_silent"
 _SILENCE = f"{_CONTROL}.core.membership:check_silence"
 _TASKS = f"{_AGGREGATION}.core.dispatch.dispatcher:Dispatcher"
@@ -505,6 +506,30 @@ MUTANTS = (
     _one(
         "what a stop rule has seen is not restored", 3, f"{_DECIDER}.restore",
         'self._stop.restore(state["stop"])', "pass",
+    ),
+    _one(
+        "of equal evaluations the last one is kept", 3, f"{_BEST}._is_better",
+        "(value - self.kept.value) * self._direction > 0",
+        "(value - self.kept.value) * self._direction >= 0",
+    ),
+    _one(
+        "what was the best evaluation is not restored", 3, f"{_DECIDER}.restore",
+        "self._best.restore(state)", "pass",
+    ),
+    _one(
+        "each version is kept as the best", 9, f"{_MACHINE}._accept",
+        'go.best_version if go.HasField("best_version") else None',
+        'go.version if go.HasField("best_version") else None',
+    ),
+    _one(
+        "the version of a checkpoint is restored as the best", 9, f"{_STATE}.load_best",
+        "pieces = [vector[first : first + count].copy() for first, count in self.grid]",
+        "pieces = self.versions.get(self.versions.newest_whole).values",
+    ),
+    _one(
+        "whoever joins takes what it is sent for the best", 13, f"{_REPLICA}:Replica.taken_over",
+        "self._vectors(frame.version) | self._best_to_come(frame.record, frame.version)",
+        'self._vectors(frame.version) | {"best": np.zeros(self._size, self.dtype)}',
     ),
     _one(
         "no third copy is asked for where two differ", 15,

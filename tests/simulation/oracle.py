@@ -240,7 +240,7 @@ class Oracle:
                 left_out |= self._refused(watched.shape, step - 1)
                 expected = jobs.train_loss(plan.shards, plan.local_steps, step, left_out)
             else:
-                expected = jobs.evaluation_metrics(plan.evaluation_shards)[name]
+                expected = jobs.evaluated(watched.shape, plan.evaluation_shards, step)[name]
                 due = step % watched.shape.evaluate_every == 0 or step == watched.shape.ends_at
                 self.demand(due, f"{plan.job_id} is evaluated at step {step}, as it must not be")
             self.demand(

@@ -47,6 +47,8 @@ class Outcome:
     """Leaders that acted on although storage had given the lead to another."""
     jobs: int = 0
     sha_equal: int = 0
+    kept: int = 0
+    """Jobs that ended with the parameters of an evaluation before the last one."""
     cancelled: int = 0
     terms: int = 0
     """Highest term of any job."""

@@ -15,7 +15,7 @@ from phalanx.testing.simulation.clocks import Environment
 from phalanx.testing.simulation.faults import Schedule
 from phalanx.testing.simulation.loop import SimulationFailed
 from phalanx.testing.simulation.network import Misdelivery
-from tests.simulation import jobs, last, rare, reducing, task_sets, wishes
+from tests.simulation import best, jobs, last, rare, reducing, task_sets, wishes
 from tests.simulation.cluster import STORAGE, Cluster, Services
 from tests.simulation.faults import Faults, fault_kinds
 from tests.simulation.ledger import Ledger
@@ -424,19 +424,21 @@ class Run:
         elif job.state == Job.STATE_SUCCEEDED:
             shape = replace(shape, fingerprint=self.oracle.fingerprints[job_id])
             left_out, wrong = jobs.examples_skipped(shape), ""
+            kept = best.best_step(shape, shape.ends_at) or 0
+            outcome.kept += 0 < kept < shape.ends_at
             if shape.one_by_one:
                 wrong, sha256 = self.oracle.commit_histories[job_id].end()
             elif shape.backup:
                 sha256, left_out = self.oracle.histories[job_id].end()
             else:
-                sha256 = jobs.reference_sha256(shape)
+                sha256 = jobs.reference_sha256(shape, best.model_step(shape, shape.ends_at))
             free = job_id in self.oracle.free
             outcome.left_out += left_out
             right = free or job.result.parameters_sha256 == sha256
             outcome.sha_equal += right
             bits = not shape.tolerant and not free
             reason = "STOP_PLATEAU" if shape.plateau else "STOP_STEPS"
-            promised = (bits, shape.ends_at, left_out, 0, shape.ends_at, reason)
+            promised = (bits, shape.ends_at, left_out, 0, shape.ends_at, reason, kept)
             result = job.result
             if wrong:
                 self.world.fail(SimulationFailed(f"the history of {job_id} {wrong}"))
@@ -449,6 +451,7 @@ class Run:
                 result.examples_doubled,
                 job.progress.step,
                 job.reason,
+                result.best.step,
             ):
                 told = f"{result} {job.progress} {job.reason}, and should say {promised}"
                 self.world.fail(SimulationFailed(f"{job_id} ended with another result: {told}"))
@@ -505,6 +508,7 @@ def simulate(
         if seed >= ALL_FROM_SEED:
             settings = last.drawn(settings, random.Random(f"last {seed}"))
             settings = task_sets.drawn(settings, random.Random(f"sets of tasks {seed}"))
+            settings = best.drawn(settings, random.Random(f"keep best {seed}"))
     if settings.neighbour:
         settings = replace(settings, namespace_jobs_max=JOBS_MAX)
     if settings.newcomer:

@@ -21,6 +21,16 @@ from tests.simulation.wishes import Wish
 
 _MAY_FALL_BACK = ("wishes", (Wish(fall_back_s=2.0),) * 2)
 
+_KEEPING = {"best": True, "evaluate_every": 4, "checkpoint_every": 5, "steps": 30}
+_IN_OTHER_WAYS = (
+    "asynchronous",
+    "stale 1",
+    "local, inner state",
+    "top-k",
+    "1 backup",
+    "3 replicas",
+)
+
 _CORE_CONFIG = "coordinator.control.config:CoreConfig"
 
 
@@ -127,6 +137,22 @@ SCENES = {
         0, (), (("script", "checkpoints_rot"), ("script_s", 1.0), bad_jobs("", steps=20))
     ): "terms",
     Known(0, (), (("script", "job_rots"), ("fails", "ROW_CORRUPT"))): "ROW_CORRUPT",
+    # The best evaluation is kept, whoever is killed, in whatever way the parameters are made.
+    Known(
+        14,
+        ("kill_aggregator", "kill_control", "kill_storage", "kill_worker"),
+        (("workers", 3), ("aggregators", 2), ("range_min_bytes", 64), bad_jobs("", **_KEEPING)),
+    ): "kept",
+    Known(
+        11,
+        ("kill_aggregator", "kill_worker"),
+        (("workers", 4), bad_jobs("", *_IN_OTHER_WAYS, **_KEEPING)),
+    ): "kept",
+    Known(
+        12,
+        ("kill_worker", "worker_joins", "worker_leaves", "broken_connections"),
+        (("workers", 3), bad_jobs("", "all-reduce", "all-reduce, local", **_KEEPING)),
+    ): "kept",
     Known(0, *DEAF): "deaf",
     Known(0, *UNHEARD): "silent",
     # Garbage is collected all the time, and somebody tries what the contract forbids.
