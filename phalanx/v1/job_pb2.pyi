@@ -167,7 +167,9 @@ class Plan(_message.Message):
     rows_per_leaf: _builtins.int
     """Rows that each shard gives to a step."""
     evaluations: _builtins.int
-    """Evaluations and checkpoints within these steps."""
+    """Evaluations and checkpoints within these steps; output.best may add a checkpoint to each
+    evaluation.
+    """
     checkpoints: _builtins.int
     worker_bytes: _builtins.int
     """Memory that one worker needs for parameters and payloads, in bytes."""

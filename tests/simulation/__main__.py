@@ -18,6 +18,8 @@ The summary is one JSON object:
     faults_per_seed, fault_kinds_per_seed  faults, and different kinds of them, on average
     jobs, sha_equal, cancelled             jobs that were submitted, ended with the right SHA-256,
                                            or were cancelled by their user
+    best_kept                              jobs that ended with the parameters of an evaluation
+                                           before the last one, as they were to
     sha_equal_fraction                     sha_equal ÷ (jobs − cancelled)
     lost, doubled                          examples that committed steps missed or had twice
     torn_writes, lost_writes               files of storage that a crash cut off where they were

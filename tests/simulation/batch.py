@@ -122,6 +122,7 @@ def summary(
         "jobs": jobs,
         "sha_equal": equal,
         "cancelled": cancelled,
+        "best_kept": sum(each.kept for each in outcomes),
         "sha_equal_fraction": equal / max(1, jobs - cancelled),
         "lost": sum(each.lost for each in outcomes),
         "doubled": sum(each.doubled for each in outcomes),

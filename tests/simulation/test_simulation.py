@@ -113,6 +113,7 @@ def test_the_batch_proves_something(folder):
     assert found["vacuous"] == []
     assert (found["lost"], found["doubled"], found["stale_accepted"]) == (0, 0, 0)
     assert found["sha_equal_fraction"] == 1.0
+    assert found["best_kept"] > 0
     assert found["fenced_off"] > 0
     assert found["leaders_outlived"] > 0
 
