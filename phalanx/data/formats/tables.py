@@ -25,6 +25,9 @@ from phalanx.data.sources import TableBatch, TableShape
 from phalanx.errors import InvalidArgument, NotFound
 from phalanx.texts import number_of
 
+READ_BYTES = 256 * 1024
+"""A column is read in pieces of this size, so that a large row group need not be in memory."""
+
 _BATCH_CELLS = 1 << 19
 _BATCH_ROWS = 1 << 16
 
@@ -38,6 +41,11 @@ class ParquetTable:
         if not paths:
             raise InvalidArgument("no Parquet file was given")
         self._schemas = [_schema(path) for path in paths]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files."""
+        return self._paths
 
     @property
     def shape(self) -> TableShape:
@@ -58,11 +66,11 @@ class ParquetTable:
         """All rows in order."""
         for path in self._paths:
             with _parquet(path) as file:
-                _check_present(path.name, wanted, file.schema_arrow.names)
+                check_present(path.name, wanted, file.schema_arrow.names)
                 batches = file.iter_batches(
-                    _batch_rows(wanted), columns=list(wanted), use_threads=False
+                    batch_rows(wanted), columns=list(wanted), use_threads=False
                 )
-                yield from _table_batches(path.name, batches, wanted, self._options)
+                yield from table_batches(path.name, batches, wanted, self._options)
 
 
 class MemoryTable:
@@ -94,21 +102,27 @@ class MemoryTable:
 
     def batches(self, wanted: Mapping[str, ColumnKind]) -> Iterator[TableBatch]:
         """All rows in order."""
-        _check_present(self._name, wanted, self._table.column_names)
+        check_present(self._name, wanted, self._table.column_names)
         # Dictionaries of the parts of a column may differ; a batch needs one.
         table = self._table.select(list(wanted)).unify_dictionaries()
-        batches = table.to_batches(max_chunksize=_batch_rows(wanted))
-        yield from _table_batches(self._name, batches, wanted, self._options)
+        batches = table.to_batches(max_chunksize=batch_rows(wanted))
+        yield from table_batches(self._name, batches, wanted, self._options)
 
 
-def _batch_rows(wanted: Sized) -> int:
+def batch_rows(wanted: Sized) -> int:
+    """How many rows of so many columns are read at once."""
     return max(1, min(_BATCH_ROWS, _BATCH_CELLS // max(1, len(wanted))))
 
 
-def _table_batches(
-    name: str, batches: Iterable[Any], wanted: Mapping[str, ColumnKind], options: IngestOptions
+def table_batches(
+    name: str,
+    batches: Iterable[Any],
+    wanted: Mapping[str, ColumnKind],
+    options: IngestOptions,
+    first_row: int = 0,
 ) -> Iterator[TableBatch]:
-    rows = 0
+    """Arrow's batches of the wanted columns, from row ``first_row`` of ``name`` on."""
+    rows = first_row
     try:
         for batch in batches:
             where = functools.partial(_where, name, rows)
@@ -118,7 +132,8 @@ def _table_batches(
         raise InvalidArgument(f"{name} is damaged after row {rows}: {error}") from error
 
 
-def _check_present(name: str, wanted: Iterable[str], present: Sequence[str]) -> None:
+def check_present(name: str, wanted: Iterable[str], present: Sequence[str]) -> None:
+    """Raises InvalidArgument for a wanted column that is not there, or there twice."""
     counts = Counter(present)
     for column in wanted:
         count = counts[column]
@@ -230,7 +245,9 @@ def _schema(path: Path) -> pa.Schema:
 
 def _parquet(path: Path) -> Any:
     try:
-        return pyarrow.parquet.ParquetFile(path, memory_map=False, pre_buffer=False)
+        return pyarrow.parquet.ParquetFile(
+            path, memory_map=False, pre_buffer=False, buffer_size=READ_BYTES
+        )
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {path}") from error
     except (pa.ArrowInvalid, OSError) as error:
