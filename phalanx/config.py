@@ -55,8 +55,8 @@ def option(
     """Declare a field of a configuration; ``check`` says what is wrong with a value, if anything.
 
     A default of ``...`` makes the field required. Types: str, int, float, bool, Path, ``X | None``
-    (empty text is None) and ``tuple[str, ...]`` (comma separated). Fields named ``*_bytes`` take
-    ``10GiB`` and ``64M``.
+    (empty text is None) and ``tuple[str, ...]`` (comma separated, or the flag repeated). Fields
+    named ``*_bytes`` take ``10GiB`` and ``64M``.
     """
     metadata = {"help": help, "check": check, "common": common, "required": default is ...}
     return field(default=None if default is ... else default, metadata=metadata)
@@ -89,6 +89,12 @@ def address(value: str) -> str | None:
 def addresses(value: Sequence[str]) -> str | None:
     """Check for one or more HOST:PORT."""
     return next((wrong for part in value if (wrong := address(part))), None)
+
+
+def absolute_paths(value: Sequence[str]) -> str | None:
+    """Check for absolute paths."""
+    relative = next((path for path in value if not os.path.isabs(path)), None)
+    return None if relative is None else f"must be an absolute path, not {relative!r}"
 
 
 def name(value: str) -> str | None:
@@ -183,7 +189,10 @@ def parse(
     ``argv`` and ``environ`` are those of this process by default.
     """
     parser = _parser(config_class, prog, description or config_class.__doc__)
-    flags = vars(parser.parse_args(argv))
+    flags = {
+        name: ",".join(value) if isinstance(value, list) else value
+        for name, value in vars(parser.parse_args(argv)).items()
+    }
     try:
         return build(config_class, flags, os.environ if environ is None else environ)
     except InvalidArgument as error:
@@ -260,11 +269,16 @@ def _parser(
         epilog="Every flag can also be given by the environment variable named with it.",
         allow_abbrev=False,
     )
+    hints = typing.get_type_hints(config_class)
     for item in dataclasses.fields(config_class):
+        # Several values: separated by commas, or the flag again and again.
+        action = "append" if typing.get_origin(hints[item.name]) is tuple else "store"
         shown = "required" if item.metadata["required"] else f"default: {_shown(item.default)}"
         variable = _variables(config_class, item)[-1]
         help = f"{item.metadata['help']} ({shown}; {variable})".replace("%", "%%")
-        parser.add_argument(_flag(item.name), dest=item.name, metavar="VALUE", help=help)
+        parser.add_argument(
+            _flag(item.name), dest=item.name, metavar="VALUE", help=help, action=action
+        )
     return parser
 
 

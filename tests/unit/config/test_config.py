@@ -10,6 +10,7 @@ import pytest
 from phalanx.config import (
     ServerConfig,
     ServiceConfig,
+    absolute_paths,
     addresses,
     at_least,
     build,
@@ -100,6 +101,22 @@ def test_only_common_fields_listen_to_the_short_variable() -> None:
 )
 def test_texts_become_values(field: str, text: str, value: Any) -> None:
     assert getattr(_build(**{field: text}), field) == value
+
+
+def test_several_values_come_by_commas_or_by_repeating_the_flag() -> None:
+    def parsed(*argv: str) -> tuple[str, ...]:
+        required = ("--state", "/tmp/state")
+        return parse(ExampleConfig, [*required, *argv], {}, prog="example").control
+
+    assert parsed("--control", "a:1,b:2") == ("a:1", "b:2")
+    assert parsed("--control", "a:1", "--control", "b:2,c:3") == ("a:1", "b:2", "c:3")
+    assert parsed() == ()
+
+
+@pytest.mark.parametrize("wrong", ["data", "/data,more", "./data"])
+def test_paths_that_must_be_absolute(wrong: str) -> None:
+    assert absolute_paths(("/data", "/more")) is None
+    assert "must be an absolute path" in str(absolute_paths(tuple(wrong.split(","))))
 
 
 @pytest.mark.parametrize(
