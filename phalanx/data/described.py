@@ -20,6 +20,7 @@ def described(manifest: DatasetManifest, digest: str) -> dataset_service_pb2.Dat
         format=manifest.format,
         size_bytes=manifest.size_bytes,
         target=manifest.target,
+        linked=manifest.links is not None,
     )
     if manifest.classes:
         for split in message.rows:

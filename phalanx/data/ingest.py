@@ -7,17 +7,18 @@ anything.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.data.formats.tables import ParquetTable
+from phalanx.data.linking import Digests, Linking, refuse_format, refuse_urls
 from phalanx.data.manifest import ChunkInfo, Column, ColumnKind, DatasetManifest, Format
 from phalanx.data.opening import format_of, open_memory, open_paths
 from phalanx.data.options import IngestOptions
-from phalanx.data.preprocess import Encoder
 from phalanx.data.scan import ArrayEncoder, ArrayScan, ColumnScan, refuse_missing, select
 from phalanx.data.sources import (
     TARGET,
@@ -32,9 +33,10 @@ from phalanx.data.sources import (
 )
 from phalanx.data.splits import TEST, TRAIN, VALIDATION, Splitter, deal, split_name
 from phalanx.data.statistics import FEATURE_LIMIT
+from phalanx.data.table_encoder import TableEncoder
 from phalanx.data.targets import Target, TargetEncoder, TargetScan
 from phalanx.data.writer import BlobSink, DatasetWriter
-from phalanx.errors import InvalidArgument, Unimplemented, Violation
+from phalanx.errors import InvalidArgument, Violation
 from phalanx.texts import number_of
 
 DENSE_FEATURE_LIMIT = 1_000_000
@@ -49,17 +51,35 @@ def ingest(
     Raises NotFound for a missing file, and InvalidArgument, with file, line or row, column and
     value, for anything in the data that has no stated meaning.
     """
-    if options.link:
-        raise Unimplemented(
-            "registering files in place is not carried out by this version; without --link they "
-            "are copied",
-            violations=(Violation("link", "not carried out by this version"),),
-        )
     chosen = [paths] if isinstance(paths, str | Path) else paths
     files = [Path(path) for path in chosen]
+    refuse_urls(files, options)
     opened = open_paths(files, options)
-    held_out = _held_out_files(opened, options, options.format or format_of(files))
+    format_name = options.format or format_of(files)
+    if options.link:
+        refuse_format(format_name)
+    held_out = _held_out_files(opened, options, format_name)
+    if options.link:
+        return _link(opened.main, held_out, options)
     return _ingest(opened.main, held_out, options, sink)
+
+
+def _link(main: Source, held_out: "HeldOut", options: IngestOptions) -> DatasetManifest:
+    """The same manifest with links instead of stored chunks."""
+    others: dict[str, ParquetTable] = {}
+    for code, source in held_out:
+        if not isinstance(source, ParquetTable):
+            refuse_format("files of another format that hold a split")
+        else:
+            others[split_name(code)] = source
+    assert isinstance(main, ParquetTable)
+    linking = Linking(main, others)
+    manifest = _ingest(main, held_out, options, Digests())
+    return replace(
+        manifest,
+        links=linking.links(manifest, options),
+        notes=(*manifest.notes, *linking.notes()),
+    )
 
 
 def ingest_arrays(
@@ -72,11 +92,14 @@ def ingest_arrays(
     test: tuple[Any, Any] | None = None,
     validation: tuple[Any, Any] | None = None,
 ) -> DatasetManifest:
-    """The same for objects in memory (see ``opening.open_memory``).
+    """The same for objects in memory (see ``opening.open_memory``), which cannot be linked.
 
     ``test`` and ``validation`` are (features, targets) of a split of their own; fractions are said
     in the options.
     """
+    if options.link:
+        message = "only Parquet files can be linked, not objects in memory"
+        raise InvalidArgument(f"link: {message}", violations=(Violation("link", message),))
     main = open_memory(features, targets, options, feature_names).main
     held_out = [
         (code, open_memory(*pair, options, feature_names).main)
@@ -231,25 +254,19 @@ class _TableIngest(_Ingest):
         if not names:
             raise InvalidArgument("no column is left to learn from")
         columns, target = self._scan(shape, names, target_name)
-        encoder = Encoder(columns, self.options.dtype)
+        encoder = TableEncoder(columns, target, self.options.trim_labels, self.options.dtype)
         if encoder.width > DENSE_FEATURE_LIMIT:
             raise InvalidArgument(
                 f"{number_of(encoder.width, 'feature')} are more than {DENSE_FEATURE_LIMIT}"
             )
         sparse = self.options.layout == "csr"
-        targets = TargetEncoder(target, self.options.trim_labels)
         writer = self._writer(
-            encoder.width, sparse, self.options.dtype, targets.dtype, len(target.classes)
+            encoder.width, sparse, self.options.dtype, encoder.target_dtype, len(target.classes)
         )
         kinds = {name: shape.kinds[name] for name in (*names, target_name)}
         for batch, codes in self._all_rows(kinds):
-            encoded_targets = targets.encode(batch.columns[target_name], batch.where)
-            raw = [batch.columns[name] for name in names]
-            first = 0
-            for features in encoder.encode(raw, batch.where):
-                rows = slice(first, first + len(features))
-                writer.add(features, encoded_targets[rows], codes[rows])
-                first = rows.stop
+            for rows, features, targets in encoder.pieces(batch):
+                writer.add(features, targets, codes[rows])
         return self._manifest(
             writer,
             target,

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from phalanx.data.links import Links, links_from
 from phalanx.errors import DataLoss
 
 MANIFEST_VERSION = 1
@@ -103,7 +104,8 @@ class DatasetManifest:
     position and called ``x1`` … ``xN``. ``dtype`` is that of the stored features (``uint8``,
     ``float32`` or ``float64``); a leaf converts to its own. ``classes`` are the labels in the order
     of their indices, written as text; ``class_kind`` says what they were. Cells that read like one
-    of ``missing_markers`` are missing values. ``notes`` tell a person what was assumed.
+    of ``missing_markers`` are missing values. ``notes`` tell a person what was assumed. ``links``
+    is there where the chunks are not stored but encoded again from the files that it names.
     """
 
     format: Format
@@ -120,6 +122,7 @@ class DatasetManifest:
     source: tuple[SourceFile, ...] = ()
     seed: int = 0
     notes: tuple[str, ...] = field(default=())
+    links: Links | None = None
     version: int = MANIFEST_VERSION
 
     def rows(self, split: str) -> int:
@@ -157,8 +160,12 @@ class DatasetManifest:
 
     def to_json(self) -> bytes:
         """Canonical JSON."""
+        document = asdict(self)
+        if self.links is None:
+            # As it was before there were links, so that what was added then keeps its digest.
+            del document["links"]
         return json.dumps(
-            asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+            document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
         ).encode()
 
     @staticmethod
@@ -232,4 +239,5 @@ def _manifest_from(document: Mapping[str, Any]) -> DatasetManifest:
     known["missing_markers"] = tuple(document["missing_markers"])
     known["classes"] = tuple(document["classes"])
     known["notes"] = tuple(document["notes"])
+    known["links"] = links_from(document["links"]) if "links" in document else None
     return DatasetManifest(**known)

@@ -7,7 +7,7 @@ depends on the row's number and the number of rows, never on how a file was cut 
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -20,6 +20,7 @@ BLOCK_ROWS = 1000
 TRAIN, VALIDATION, TEST = 0, 1, 2
 """Codes of the splits; positions in ``SPLITS``."""
 
+_STRIDE_ROWS = 256 * BLOCK_ROWS
 _STREAM = 0x73706C6974  # "split"; keeps these numbers apart from the sampler's
 
 
@@ -48,13 +49,18 @@ class Splitter:
     test: float = 0.0
     validation: float = 0.0
 
+    @property
+    def deals(self) -> bool:
+        """Whether any row goes elsewhere than to train."""
+        return self.test > 0 or self.validation > 0
+
     def codes(self, first_row: int, stop_row: int, row_count: int | None) -> NDArray[np.int8]:
         """Split codes of rows [first_row, stop_row).
 
         ``row_count`` is the number of rows of the whole; None says that it is not known yet but
         that every block the rows lie in is full.
         """
-        if self.test == 0 and self.validation == 0:
+        if not self.deals:
             return np.zeros(stop_row - first_row, dtype=np.int8)
         first_block, stop_block = first_row // BLOCK_ROWS, -(-stop_row // BLOCK_ROWS)
         parts = []
@@ -83,6 +89,29 @@ class Splitter:
         codes[_lowest(numbers, ranked, held_out)] = VALIDATION
         codes[_lowest(numbers, ranked, test)] = TEST
         return codes.reshape(-1)
+
+
+def ranges_of(
+    splitter: Splitter, code: int, row_count: int, counts: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """Where the rows of a split lie among ``row_count`` rows, cut into pieces of so many each.
+
+    For each piece, the first of its rows and the one after its last; rows of other splits may lie
+    between. ``counts`` take all rows of the split, one at least each.
+    """
+    stops = np.cumsum(np.array(counts, dtype=np.int64))
+    ends = np.stack([stops - np.array(counts, dtype=np.int64), stops - 1], axis=1).reshape(-1)
+    if splitter.deals:
+        found, seen = [], 0
+        for first in range(0, row_count, _STRIDE_ROWS):
+            stop = min(first + _STRIDE_ROWS, row_count)
+            places = np.flatnonzero(splitter.codes(first, stop, row_count) == code) + first
+            low, high = np.searchsorted(ends, (seen, seen + len(places)))
+            found.append(places[ends[low:high] - seen])
+            seen += len(places)
+        ends = np.concatenate(found)
+    pairs = ends.reshape(-1, 2).tolist()
+    return tuple((first, last + 1) for first, last in pairs)
 
 
 def _between(

@@ -222,18 +222,24 @@ class DatasetWriter:
         classes: int,
     ) -> None:
         self._sparse = sparse
-        self._dtype: np.dtype[Any] = np.dtype(dtype)
+        self._dtype = dtype
         self._writers: Sequence[SplitWriter] = [
-            CsrWriter(sink, dtype, target_dtype, chunk_size, classes)
-            if sparse
-            else DenseWriter(sink, features, dtype, target_dtype, chunk_size, classes)
+            split_writer(
+                sink,
+                features=features,
+                sparse=sparse,
+                dtype=dtype,
+                target_dtype=target_dtype,
+                chunk_size=chunk_size,
+                classes=classes,
+            )
             for _ in range(splits)
         ]
         self._statistics = accumulator(features, sparse)
 
     def add(self, features: Any, targets: NDArray[Any], codes: NDArray[np.int8]) -> None:
         """Appends rows, each to the split that its code names; code 0 is train."""
-        features = self._stored(features)
+        features = stored(features, self._sparse, self._dtype)
         for code in np.unique(codes):
             where = codes == code
             some = (features, targets) if where.all() else (features[where], targets[where])
@@ -245,14 +251,32 @@ class DatasetWriter:
         """Chunks of each split in order, and the statistics of train."""
         return [writer.finish() for writer in self._writers], self._statistics.result()
 
-    def _stored(self, features: Any) -> Any:
-        if self._sparse:
-            rows = scipy.sparse.csr_array(features, dtype=self._dtype)
-            rows.sum_duplicates()
-            return rows
-        if scipy.sparse.issparse(features):
-            return features.toarray().astype(self._dtype, copy=False)
-        return features.astype(self._dtype, copy=False)
+
+def split_writer(
+    sink: BlobSink,
+    *,
+    features: int,
+    sparse: bool,
+    dtype: str,
+    target_dtype: str,
+    chunk_size: ChunkSize,
+    classes: int,
+) -> SplitWriter:
+    """Make the writer of one split; it takes features as ``stored`` gives them."""
+    if sparse:
+        return CsrWriter(sink, dtype, target_dtype, chunk_size, classes)
+    return DenseWriter(sink, features, dtype, target_dtype, chunk_size, classes)
+
+
+def stored(features: Any, sparse: bool, dtype: str) -> Any:
+    """Features, dense or sparse, as chunks hold them."""
+    if sparse:
+        rows = scipy.sparse.csr_array(features, dtype=np.dtype(dtype))
+        rows.sum_duplicates()
+        return rows
+    if scipy.sparse.issparse(features):
+        features = features.toarray()
+    return features.astype(np.dtype(dtype), copy=False)
 
 
 def _class_rows(targets: NDArray[Any], classes: int) -> tuple[int, ...]:

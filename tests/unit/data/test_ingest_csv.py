@@ -15,7 +15,7 @@ from phalanx.data.manifest import DatasetManifest
 from phalanx.data.options import IngestOptions
 from phalanx.data.reader import ChunkReader
 from phalanx.data.writer import DirectoryBlobs
-from phalanx.errors import InvalidArgument, NotFound, PhalanxError, Unimplemented
+from phalanx.errors import InvalidArgument, NotFound, PhalanxError
 from phalanx.testing.properties import examples
 from phalanx.training.sampler import RowSelection
 
@@ -398,13 +398,10 @@ def test_an_empty_column_cannot_be_filled(tmp_path: Path) -> None:
     assert "column 'b' has no value in the train split" in message
 
 
-def test_missing_files_links_and_unknown_endings(tmp_path: Path) -> None:
+def test_missing_files_and_unknown_endings(tmp_path: Path) -> None:
     sink = DirectoryBlobs(tmp_path)
     with pytest.raises(NotFound, match=r"no file .*nothing\.csv"):
         ingest(tmp_path / "nothing.csv", IngestOptions(), sink)
-    with pytest.raises(Unimplemented, match="--link") as caught:
-        ingest(tmp_path / "nothing.csv", IngestOptions(link=True), sink)
-    assert caught.value.violations[0].field == "link"
     assert "say --format with one of csv, parquet" in error_of(tmp_path, PEOPLE, "data.doc")
     assert add(tmp_path, PEOPLE, "data.doc", format="csv").features == 5
     assert "unknown format 'doc'" in error_of(tmp_path, PEOPLE, format="doc")

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phalanx.data.splits import BLOCK_ROWS, TEST, TRAIN, VALIDATION, Splitter, deal
+from phalanx.data.splits import (
+    BLOCK_ROWS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Splitter,
+    deal,
+    ranges_of,
+)
 from phalanx.testing.properties import examples
 
 
@@ -91,3 +99,22 @@ def test_held_out_rows_are_spread_evenly(position: str) -> None:
     assert np.count_nonzero(half == TEST) == 5000
     # A run of held-out rows that a sorted file would turn into a class has no place to hide.
     assert max(map(len, "".join(map(str, half)).split("0"))) < 10
+
+
+def test_where_the_rows_of_a_split_lie() -> None:
+    assert ranges_of(Splitter(7), TRAIN, 10, [4, 6]) == ((0, 4), (4, 10))
+    splitter, rows = Splitter(3, test=0.2, validation=0.1), 300_417
+    codes = splitter.codes(0, rows, rows)
+    for code in (TRAIN, VALIDATION, TEST):
+        places = np.flatnonzero(codes == code)
+        counts = [1, 2, 2999, len(places) - 3003, 1]
+        found = ranges_of(splitter, code, rows, counts)
+        assert sum(counts) == len(places)
+        first = 0
+        for (begin, end), count in zip(found, counts, strict=True):
+            assert (
+                np.flatnonzero(codes[begin:end] == code).tolist()
+                == (places[first : first + count] - begin).tolist()
+            )
+            assert (codes[begin], codes[end - 1]) == (code, code)
+            first += count

@@ -1,0 +1,45 @@
+"""What of a linked manifest it takes to make its chunks, and where each lies.
+
+Apart from the code that makes them, so that a service can hand plans on without loading it.
+"""
+
+from dataclasses import dataclass, replace
+
+from phalanx.data.manifest import DatasetManifest, Statistics
+
+
+@dataclass(frozen=True)
+class ChunkPlace:
+    """Where a chunk comes from: rows [first, stop) of the files of a split."""
+
+    split: str
+    first: int
+    stop: int
+
+
+def plan_of(manifest: DatasetManifest) -> DatasetManifest:
+    """What of a linked manifest is needed to make any of its chunks: all but the chunks."""
+    assert manifest.links is not None
+    return replace(
+        manifest,
+        splits={},
+        statistics=Statistics(0),
+        source=(),
+        notes=(),
+        links=replace(manifest.links, ranges={}),
+    )
+
+
+def places_of(manifest: DatasetManifest) -> dict[str, ChunkPlace]:
+    """Where each chunk of a linked manifest comes from, by its digest.
+
+    Raises ValueError where there is not one place for each chunk, or a split without any.
+    """
+    assert manifest.links is not None
+    if not all(manifest.splits.values()):
+        raise ValueError("a split has no chunk")
+    return {
+        chunk.digest: ChunkPlace(split, first, stop)
+        for split, chunks in manifest.splits.items()
+        for chunk, (first, stop) in zip(chunks, manifest.links.ranges[split], strict=True)
+    }
