@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from phalanx.config import ServerConfig, address, at_least, option
+from phalanx.config import ServerConfig, absolute_paths, address, at_least, option
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,15 @@ class StorageConfig(ServerConfig):
     )
     namespace_bytes: int = option(
         0, "Data sets and models that a namespace may have; 0: no limit.", check=at_least(0)
+    )
+    link_root: tuple[str, ...] = option(
+        (),
+        "Folder below which linked files may lie (`data add --link`); again for more of them. "
+        "Without one, nothing can be linked.",
+        check=absolute_paths,
+    )
+    link_processes: int = option(
+        2, "Chunks of linked files that are made at once, each by a process.", check=at_least(1)
     )
     gc_grace_s: float = option(
         3600.0, "Age at which a blob that nothing refers to is garbage.", check=at_least(0)

@@ -161,12 +161,17 @@ class Catalog(Protocol):
         request: dataset_pb.CreateDatasetRequest,
         summary: dataset_pb.Dataset,
         digests: Iterable[str],
+        linked: Iterable[str] = (),
     ) -> dataset_pb.Dataset:
         """Register the next version, described by ``summary`` and made of the blobs ``digests``.
 
-        The newest version itself is returned if it has the same manifest. Raises AlreadyExists
+        ``linked`` are chunks that are not stored: its manifest says how to make them. The newest
+        version itself is returned if it has the same manifest. Raises AlreadyExists
         (REQUEST_ID_REUSED) and FailedPrecondition (BLOB_MISSING).
         """
+
+    def datasets_linking(self, digest: str) -> Sequence[dataset_pb.Dataset]:
+        """Return the data sets whose manifest says how to make a chunk, newest first."""
 
     def get_dataset(self, name: VersionName) -> dataset_pb.Dataset:
         """Return one version; NotFound."""
@@ -203,7 +208,7 @@ class ReferenceStore(Protocol):
         """Raise DataLoss if what is noted is damaged, so that a name for a blob may be missing."""
 
     def unreferenced(self, digests: Sequence[str]) -> list[str]:
-        """Return those that nothing names."""
+        """Return those that nothing names; a data set that links a chunk needs no blob of it."""
 
     def sweep(self, digests: Sequence[str], remove: Callable[[str], int | None]) -> list[int]:
         """Call ``remove`` for those that nothing names; return its results that are not None.

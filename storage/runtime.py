@@ -21,6 +21,7 @@ from phalanx.v1 import (
 from storage.backends.sqlite import open_embedded_backend
 from storage.config import StorageConfig
 from storage.interfaces import Backend
+from storage.links.chunks import LinkedChunks
 from storage.service.catalog_servicers import DatasetServicer, ModelServicer
 from storage.service.collection import Collector
 from storage.service.operations import Operations
@@ -69,7 +70,10 @@ class StorageProcess:
             grace_s=config.gc_grace_s,
             interval_s=config.gc_interval_s,
         )
-        self._storage = StorageServicer(self.backend, self.operations, self.collector)
+        self.links = LinkedChunks(
+            self.backend, self.operations, config.link_root, config.link_processes
+        )
+        self._storage = StorageServicer(self.backend, self.operations, self.collector, self.links)
         self._housekeeping: asyncio.Task[None] | None = None
         self._add_servicers()
 
@@ -77,7 +81,7 @@ class StorageProcess:
         raw = self.server.raw
         storage_service_pb2_grpc.add_StorageServiceServicer_to_server(self._storage, raw)
         dataset_service_pb2_grpc.add_DatasetServiceServicer_to_server(
-            DatasetServicer(self.backend, self.operations), raw
+            DatasetServicer(self.backend, self.operations, self.links), raw
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(self.backend, self.operations), raw
@@ -97,6 +101,7 @@ class StorageProcess:
             self._housekeeping.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._housekeeping
+        await asyncio.to_thread(self.links.close)
         await asyncio.to_thread(self.operations.close)
         await asyncio.to_thread(self.backend.close)
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n phalanx/v1/dataset_service.proto\x12\nphalanx.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc5\x03\n\x07\x44\x61taset\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x17\n\x0fmanifest_digest\x18\x04 \x01(\t\x12+\n\x04rows\x18\x05 \x03(\x0b\x32\x1d.phalanx.v1.Dataset.RowsEntry\x12\x10\n\x08\x66\x65\x61tures\x18\x06 \x01(\x03\x12\x0c\n\x04task\x18\x07 \x01(\t\x12\x0f\n\x07\x63lasses\x18\x08 \x03(\t\x12\x0e\n\x06\x66ormat\x18\t \x01(\t\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06target\x18\x0c \x01(\t\x12\x36\n\nclass_rows\x18\r \x03(\x0b\x32\".phalanx.v1.Dataset.ClassRowsEntry\x1a+\n\tRowsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1aG\n\x0e\x43lassRowsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.phalanx.v1.ClassRows:\x02\x38\x01\"\x19\n\tClassRows\x12\x0c\n\x04rows\x18\x01 \x03(\x03\"d\n\x14\x43reateDatasetRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"=\n\x15\x43reateDatasetResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x13.phalanx.v1.Dataset\"4\n\x11GetDatasetRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\":\n\x12GetDatasetResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x13.phalanx.v1.Dataset\"O\n\x13ListDatasetsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"V\n\x14ListDatasetsResponse\x12%\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x13.phalanx.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"K\n\x14\x44\x65leteDatasetRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\x17\n\x15\x44\x65leteDatasetResponse2\xdc\x02\n\x0e\x44\x61tasetService\x12T\n\rCreateDataset\x12 .phalanx.v1.CreateDatasetRequest\x1a!.phalanx.v1.CreateDatasetResponse\x12K\n\nGetDataset\x12\x1d.phalanx.v1.GetDatasetRequest\x1a\x1e.phalanx.v1.GetDatasetResponse\x12Q\n\x0cListDatasets\x12\x1f.phalanx.v1.ListDatasetsRequest\x1a .phalanx.v1.ListDatasetsResponse\x12T\n\rDeleteDataset\x12 .phalanx.v1.DeleteDatasetRequest\x1a!.phalanx.v1.DeleteDatasetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n phalanx/v1/dataset_service.proto\x12\nphalanx.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd5\x03\n\x07\x44\x61taset\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x17\n\x0fmanifest_digest\x18\x04 \x01(\t\x12+\n\x04rows\x18\x05 \x03(\x0b\x32\x1d.phalanx.v1.Dataset.RowsEntry\x12\x10\n\x08\x66\x65\x61tures\x18\x06 \x01(\x03\x12\x0c\n\x04task\x18\x07 \x01(\t\x12\x0f\n\x07\x63lasses\x18\x08 \x03(\t\x12\x0e\n\x06\x66ormat\x18\t \x01(\t\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06target\x18\x0c \x01(\t\x12\x36\n\nclass_rows\x18\r \x03(\x0b\x32\".phalanx.v1.Dataset.ClassRowsEntry\x12\x0e\n\x06linked\x18\x0e \x01(\x08\x1a+\n\tRowsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1aG\n\x0e\x43lassRowsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.phalanx.v1.ClassRows:\x02\x38\x01\"\x19\n\tClassRows\x12\x0c\n\x04rows\x18\x01 \x03(\x03\"d\n\x14\x43reateDatasetRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"=\n\x15\x43reateDatasetResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x13.phalanx.v1.Dataset\"4\n\x11GetDatasetRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\":\n\x12GetDatasetResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x13.phalanx.v1.Dataset\"O\n\x13ListDatasetsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"V\n\x14ListDatasetsResponse\x12%\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x13.phalanx.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"K\n\x14\x44\x65leteDatasetRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\x17\n\x15\x44\x65leteDatasetResponse2\xdc\x02\n\x0e\x44\x61tasetService\x12T\n\rCreateDataset\x12 .phalanx.v1.CreateDatasetRequest\x1a!.phalanx.v1.CreateDatasetResponse\x12K\n\nGetDataset\x12\x1d.phalanx.v1.GetDatasetRequest\x1a\x1e.phalanx.v1.GetDatasetResponse\x12Q\n\x0cListDatasets\x12\x1f.phalanx.v1.ListDatasetsRequest\x1a .phalanx.v1.ListDatasetsResponse\x12T\n\rDeleteDataset\x12 .phalanx.v1.DeleteDatasetRequest\x1a!.phalanx.v1.DeleteDatasetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,29 +37,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DATASET_CLASSROWSENTRY']._loaded_options = None
   _globals['_DATASET_CLASSROWSENTRY']._serialized_options = b'8\001'
   _globals['_DATASET']._serialized_start=82
-  _globals['_DATASET']._serialized_end=535
-  _globals['_DATASET_ROWSENTRY']._serialized_start=419
-  _globals['_DATASET_ROWSENTRY']._serialized_end=462
-  _globals['_DATASET_CLASSROWSENTRY']._serialized_start=464
-  _globals['_DATASET_CLASSROWSENTRY']._serialized_end=535
-  _globals['_CLASSROWS']._serialized_start=537
-  _globals['_CLASSROWS']._serialized_end=562
-  _globals['_CREATEDATASETREQUEST']._serialized_start=564
-  _globals['_CREATEDATASETREQUEST']._serialized_end=664
-  _globals['_CREATEDATASETRESPONSE']._serialized_start=666
-  _globals['_CREATEDATASETRESPONSE']._serialized_end=727
-  _globals['_GETDATASETREQUEST']._serialized_start=729
-  _globals['_GETDATASETREQUEST']._serialized_end=781
-  _globals['_GETDATASETRESPONSE']._serialized_start=783
-  _globals['_GETDATASETRESPONSE']._serialized_end=841
-  _globals['_LISTDATASETSREQUEST']._serialized_start=843
-  _globals['_LISTDATASETSREQUEST']._serialized_end=922
-  _globals['_LISTDATASETSRESPONSE']._serialized_start=924
-  _globals['_LISTDATASETSRESPONSE']._serialized_end=1010
-  _globals['_DELETEDATASETREQUEST']._serialized_start=1012
-  _globals['_DELETEDATASETREQUEST']._serialized_end=1087
-  _globals['_DELETEDATASETRESPONSE']._serialized_start=1089
-  _globals['_DELETEDATASETRESPONSE']._serialized_end=1112
-  _globals['_DATASETSERVICE']._serialized_start=1115
-  _globals['_DATASETSERVICE']._serialized_end=1463
+  _globals['_DATASET']._serialized_end=551
+  _globals['_DATASET_ROWSENTRY']._serialized_start=435
+  _globals['_DATASET_ROWSENTRY']._serialized_end=478
+  _globals['_DATASET_CLASSROWSENTRY']._serialized_start=480
+  _globals['_DATASET_CLASSROWSENTRY']._serialized_end=551
+  _globals['_CLASSROWS']._serialized_start=553
+  _globals['_CLASSROWS']._serialized_end=578
+  _globals['_CREATEDATASETREQUEST']._serialized_start=580
+  _globals['_CREATEDATASETREQUEST']._serialized_end=680
+  _globals['_CREATEDATASETRESPONSE']._serialized_start=682
+  _globals['_CREATEDATASETRESPONSE']._serialized_end=743
+  _globals['_GETDATASETREQUEST']._serialized_start=745
+  _globals['_GETDATASETREQUEST']._serialized_end=797
+  _globals['_GETDATASETRESPONSE']._serialized_start=799
+  _globals['_GETDATASETRESPONSE']._serialized_end=857
+  _globals['_LISTDATASETSREQUEST']._serialized_start=859
+  _globals['_LISTDATASETSREQUEST']._serialized_end=938
+  _globals['_LISTDATASETSRESPONSE']._serialized_start=940
+  _globals['_LISTDATASETSRESPONSE']._serialized_end=1026
+  _globals['_DELETEDATASETREQUEST']._serialized_start=1028
+  _globals['_DELETEDATASETREQUEST']._serialized_end=1103
+  _globals['_DELETEDATASETRESPONSE']._serialized_start=1105
+  _globals['_DELETEDATASETRESPONSE']._serialized_end=1128
+  _globals['_DATASETSERVICE']._serialized_start=1131
+  _globals['_DATASETSERVICE']._serialized_end=1479
 # @@protoc_insertion_point(module_scope)

@@ -77,6 +77,7 @@ class Dataset(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
     CLASS_ROWS_FIELD_NUMBER: _builtins.int
+    LINKED_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
     version: _builtins.int
@@ -89,6 +90,10 @@ class Dataset(_message.Message):
     """dense or csr."""
     size_bytes: _builtins.int
     target: _builtins.str
+    linked: _builtins.bool
+    """Storage keeps no chunks: it makes them from files that stay where they are, whenever one is read. size_bytes is
+    what the chunks take when they are made.
+    """
     @_builtins.property
     def rows(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Rows by split."""
@@ -117,10 +122,11 @@ class Dataset(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         target: _builtins.str = ...,
         class_rows: _abc.Mapping[_builtins.str, Global___ClassRows] | None = ...,
+        linked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_rows", b"class_rows", "classes", b"classes", "create_time", b"create_time", "features", b"features", "format", b"format", "manifest_digest", b"manifest_digest", "name", b"name", "namespace", b"namespace", "rows", b"rows", "size_bytes", b"size_bytes", "target", b"target", "task", b"task", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_rows", b"class_rows", "classes", b"classes", "create_time", b"create_time", "features", b"features", "format", b"format", "linked", b"linked", "manifest_digest", b"manifest_digest", "name", b"name", "namespace", b"namespace", "rows", b"rows", "size_bytes", b"size_bytes", "target", b"target", "task", b"task", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

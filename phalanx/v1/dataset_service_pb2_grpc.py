@@ -62,7 +62,8 @@ class DatasetServiceServicer:
     """
 
     def CreateDataset(self, request, context):
-        """Registers a version whose chunks are already stored as blobs. The newest
+        """Registers a version whose chunks are already stored as blobs, or whose
+        manifest says how storage makes them from files that it can read. The newest
         version itself is the answer when it has the same manifest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

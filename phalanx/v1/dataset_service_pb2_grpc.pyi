@@ -17,7 +17,8 @@ class DatasetServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateDataset: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.CreateDatasetRequest, _dataset_service_pb2.CreateDatasetResponse]
-    """Registers a version whose chunks are already stored as blobs. The newest
+    """Registers a version whose chunks are already stored as blobs, or whose
+    manifest says how storage makes them from files that it can read. The newest
     version itself is the answer when it has the same manifest.
     """
     GetDataset: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.GetDatasetRequest, _dataset_service_pb2.GetDatasetResponse]
@@ -34,7 +35,8 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dataset_service_pb2.CreateDatasetRequest,
         context: _aio.ServicerContext[_dataset_service_pb2.CreateDatasetRequest, _abc.Awaitable[_dataset_service_pb2.CreateDatasetResponse]],
     ) -> _abc.Awaitable[_dataset_service_pb2.CreateDatasetResponse]:
-        """Registers a version whose chunks are already stored as blobs. The newest
+        """Registers a version whose chunks are already stored as blobs, or whose
+        manifest says how storage makes them from files that it can read. The newest
         version itself is the answer when it has the same manifest.
         """
 

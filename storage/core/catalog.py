@@ -11,6 +11,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from phalanx.errors import AlreadyExists, FailedPrecondition, ResourceExhausted
+from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import model_service_pb2 as model_pb
 from storage.core.keys import check_digest, check_file_path, check_key, check_word, invalid
 
@@ -35,6 +36,11 @@ class VersionName:
     def __str__(self) -> str:
         name = self.name if self.namespace == DEFAULT_NAMESPACE else f"{self.namespace}/{self.name}"
         return f"{name}@{self.version}" if self.version else name
+
+
+def dataset_bytes(dataset: dataset_pb.Dataset) -> int:
+    """Return what the chunks of a data set take up; linked ones are in its owner's files."""
+    return 0 if dataset.linked else dataset.size_bytes
 
 
 def model_bytes(model: model_pb.ModelVersion) -> int:

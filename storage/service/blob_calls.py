@@ -6,10 +6,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import Any
 
-from phalanx.errors import DeadlineExceeded, PhalanxError, Unavailable
+from phalanx.errors import DeadlineExceeded, NotFound, PhalanxError, Unavailable
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.core.keys import check_digest, invalid
 from storage.interfaces import BlobReader, BlobStore, BlobWriter, StoredBlob
+from storage.links.chunks import LinkedChunks
 from storage.service.operations import Operations, made, settled, to_the_end
 
 CHUNK_BYTES = 1024 * 1024
@@ -26,8 +27,9 @@ _PATIENCE_S = 2.0
 class BlobCalls:
     """The calls of StorageService that move blobs."""
 
-    def __init__(self, blobs: BlobStore, operations: Operations) -> None:
+    def __init__(self, blobs: BlobStore, operations: Operations, links: LinkedChunks) -> None:
         self._blobs = blobs
+        self._links = links
         self._operations = operations
         self._uploads = 0
         # Uploads whose next message is waited for, and since when; the longest wait is first.
@@ -125,7 +127,17 @@ class BlobCalls:
 
     async def get(self, request: pb.GetBlobRequest) -> AsyncGenerator[pb.GetBlobResponse]:
         """Yield a blob, or a part of it."""
-        reader = await self._open(request.digest)
+        try:
+            reader = await self._open(request.digest)
+        except NotFound:
+            is_linked = False
+            async with aclosing(self._links.get(request)) as made:
+                async for response in made:
+                    is_linked = True
+                    yield response
+            if not is_linked:
+                raise
+            return
         try:
             length = request.length or reader.size_bytes - request.offset
             chunks = reader.chunks(request.offset, length, CHUNK_BYTES)

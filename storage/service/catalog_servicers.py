@@ -2,40 +2,46 @@
 
 from phalanx.data.described import described
 from phalanx.data.manifest import DatasetManifest
-from phalanx.errors import DataLoss
 from phalanx.rpc.types import ServicerContext
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import dataset_service_pb2_grpc as dataset_grpc
 from phalanx.v1 import model_service_pb2 as model_pb
 from phalanx.v1 import model_service_pb2_grpc as model_grpc
 from storage.core import catalog
-from storage.core.keys import check_digest, invalid
-from storage.interfaces import Backend, BlobStore
-from storage.service.blob_calls import CHUNK_BYTES
+from storage.core.keys import check_digest
+from storage.interfaces import Backend
+from storage.links.chunks import LinkedChunks
+from storage.service.manifests import read_manifest
 from storage.service.operations import Operations
-
-_MANIFEST_LIMIT_BYTES = 64 * 1024 * 1024
 
 
 class DatasetServicer(dataset_grpc.DatasetServiceServicer):
-    """Registers data sets whose manifest and chunks are stored."""
+    """Registers data sets whose manifest is stored, and whose chunks are or can be made."""
 
-    def __init__(self, backend: Backend, operations: Operations) -> None:
+    def __init__(self, backend: Backend, operations: Operations, links: LinkedChunks) -> None:
         self._backend = backend
         self._operations = operations
+        self._links = links
 
     async def CreateDataset(
         self, request: dataset_pb.CreateDatasetRequest, context: ServicerContext
     ) -> dataset_pb.CreateDatasetResponse:
         """Register a version."""
 
-        def create() -> dataset_pb.Dataset:
+        def read() -> DatasetManifest:
             catalog.new_name(request.namespace, request.name)
             check_digest(request.manifest_digest, "manifest_digest")
-            manifest = _read_manifest(self._backend.blobs, request.manifest_digest)
-            summary = described(manifest, request.manifest_digest)
-            return self._backend.catalog.create_dataset(request, summary, manifest.digests())
+            return read_manifest(self._backend.blobs, request.manifest_digest)
 
+        def create() -> dataset_pb.Dataset:
+            summary = described(manifest, request.manifest_digest)
+            digests = manifest.digests()
+            stored, linked = ((), digests) if manifest.links else (digests, ())
+            return self._backend.catalog.create_dataset(request, summary, stored, linked)
+
+        manifest = await self._operations.blobs("read_manifest", read)
+        if manifest.links is not None:
+            await self._links.check(manifest)
         dataset = await self._operations.blobs("create_dataset", create)
         return dataset_pb.CreateDatasetResponse(dataset=dataset)
 
@@ -115,19 +121,3 @@ class ModelServicer(model_grpc.ModelServiceServicer):
             "delete_model", lambda: self._backend.catalog.delete_model(request, name)
         )
         return model_pb.DeleteModelResponse()
-
-
-def _read_manifest(blobs: BlobStore, digest: str) -> DatasetManifest:
-    """Return the manifest in a blob; InvalidArgument if there is another thing in it."""
-    reader = blobs.open(digest)
-    try:
-        if reader.size_bytes > _MANIFEST_LIMIT_BYTES:
-            raise invalid("manifest_digest", "the blob is too large to be a manifest")
-        data = b"".join(reader.chunks(0, reader.size_bytes, CHUNK_BYTES))
-    finally:
-        reader.close()
-    try:
-        return DatasetManifest.from_json(data)
-    except DataLoss as error:
-        # The blob is what was put; it was no manifest from the start.
-        raise invalid("manifest_digest", error.message) from None

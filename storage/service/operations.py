@@ -20,6 +20,9 @@ ResultT = TypeVar("ResultT")
 _STATE_THREADS = 32
 _BLOB_THREADS = 8
 
+LINKED_DATA_LOST = "LINKED_DATA_LOST"
+"""The reason where a user's file is not any more what was linked: nothing of storage is damaged."""
+
 _log = get_logger(__name__)
 
 
@@ -51,7 +54,10 @@ class Operations:
         if error is not None:
             outcome = error.code.value.lower() if isinstance(error, PhalanxError) else "cancelled"
         if isinstance(error, DataLoss):
-            self.corruption(error.message)
+            if error.reason == LINKED_DATA_LOST:
+                _log.warning("linked_data_lost", message=error.message)
+            else:
+                self.corruption(error.message)
         self._metrics.storage_operation_seconds.labels(operation, self._backend, outcome).observe(
             time.perf_counter() - started_s
         )

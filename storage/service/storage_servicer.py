@@ -7,6 +7,7 @@ from phalanx.rpc.types import ServicerContext
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2_grpc as pb_grpc
 from storage.interfaces import Backend
+from storage.links.chunks import LinkedChunks
 from storage.service.blob_calls import BlobCalls
 from storage.service.collection import Collector
 from storage.service.open_streams import OpenStreams
@@ -18,11 +19,17 @@ PIN_HOLDERS_MAX = 1000
 class StorageServicer(pb_grpc.StorageServiceServicer):
     """Decodes, has the back end work in a thread, encodes."""
 
-    def __init__(self, backend: Backend, operations: Operations, collector: Collector) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        operations: Operations,
+        collector: Collector,
+        links: LinkedChunks,
+    ) -> None:
         self._backend = backend
         self._operations = operations
         self._collector = collector
-        self._blob_calls = BlobCalls(backend.blobs, operations)
+        self._blob_calls = BlobCalls(backend.blobs, operations, links)
         self._appending: OpenStreams[pb.AppendJournalsRequest] = OpenStreams()
 
     def end_streams(self) -> None:

@@ -15,7 +15,7 @@ from phalanx.v1 import model_service_pb2 as model_pb
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.backends.sqlite.database import Database
 from storage.backends.sqlite.leases import check_request_fence
-from storage.backends.sqlite.references import add_references, drop_references
+from storage.backends.sqlite.references import LINK, add_references, drop_references
 from storage.backends.sqlite.requests import once
 from storage.backends.sqlite.rows import NAMES, PINS, REFERENCES
 from storage.core import catalog
@@ -59,9 +59,11 @@ class SqliteCatalog:
         request: dataset_pb.CreateDatasetRequest,
         summary: dataset_pb.Dataset,
         digests: Iterable[str],
+        linked: Iterable[str] = (),
     ) -> dataset_pb.Dataset:
         """Register the next version of a data set."""
         name = catalog.new_name(request.namespace, request.name)
+        chunks = sorted({check_digest(digest, "linked") for digest in linked})
         wanted = sorted({*digests, check_digest(request.manifest_digest, "manifest_digest")})
 
         def create(connection: sqlite3.Connection) -> dataset_pb.Dataset:
@@ -73,13 +75,25 @@ class SqliteCatalog:
             self._check_stored(wanted)
             dataset = dataset_pb.Dataset()
             dataset.CopyFrom(summary)
-            self._check_quota(connection, name.namespace, dataset.size_bytes)
-            self._insert(connection, DATASET, name, dataset, wanted)
+            self._check_quota(connection, name.namespace, catalog.dataset_bytes(dataset))
+            row_id = self._insert(connection, DATASET, name, dataset, wanted)
+            add_references(connection, LINK, "", row_id, chunks)
             return dataset
 
         return self._database.write(
             once(request, request.request_id, dataset_pb.Dataset, create, self._now_s)
         )
+
+    def datasets_linking(self, digest: str) -> list[dataset_pb.Dataset]:
+        """Return the data sets whose manifest says how to make a chunk, newest first."""
+        check_digest(digest, "digest")
+
+        def read(connection: sqlite3.Connection) -> list[dataset_pb.Dataset]:
+            where = "digest = ? AND kind = ? ORDER BY position DESC"
+            found = REFERENCES.select(connection, where, digest, LINK)
+            return [_linking(connection, position) for _, _, _, position in found]
+
+        return self._database.read(read)
 
     def create_model(self, request: model_pb.CreateModelRequest) -> model_pb.ModelVersion:
         """Register the next version of a model."""
@@ -182,7 +196,8 @@ class SqliteCatalog:
         if not self._namespace_bytes_max:
             return
         used = sum(
-            entry.size_bytes for entry in _all(connection, DATASET, namespace, dataset_pb.Dataset)
+            catalog.dataset_bytes(entry)
+            for entry in _all(connection, DATASET, namespace, dataset_pb.Dataset)
         ) + sum(
             catalog.model_bytes(entry)
             for entry in _all(connection, MODEL, namespace, model_pb.ModelVersion)
@@ -209,8 +224,8 @@ class SqliteCatalog:
         name: VersionName,
         entry: dataset_pb.Dataset | model_pb.ModelVersion,
         digests: Iterable[str],
-    ) -> None:
-        """Give ``entry`` the next version of ``name`` and store it."""
+    ) -> int:
+        """Give ``entry`` the next version of ``name`` and store it; return the id of its row."""
         entry.namespace, entry.name = name.namespace, name.name
         entry.version = _take_version(connection, kind, name)
         entry.create_time.FromNanoseconds(self._now_unix_nanos())
@@ -223,6 +238,7 @@ class SqliteCatalog:
         )
         assert cursor.lastrowid is not None
         add_references(connection, kind, "", cursor.lastrowid, digests)
+        return cursor.lastrowid
 
     def _get(self, kind: str, name: VersionName, entry_class: type[EntryT]) -> EntryT:
         def act(connection: sqlite3.Connection) -> EntryT:
@@ -281,6 +297,7 @@ class SqliteCatalog:
             for row_id in row_ids:
                 connection.execute("DELETE FROM versions WHERE id = ?", (row_id,))
                 drop_references(connection, kind, "", row_id)
+                drop_references(connection, LINK, "", row_id)
             return empty_pb2.Empty()
 
         self._database.write(once(request, request_id, empty_pb2.Empty, delete, self._now_s))
@@ -303,6 +320,15 @@ def _row_id(connection: sqlite3.Connection, kind: str, name: VersionName) -> int
         (kind, name.namespace, name.name, name.version),
     ).fetchone()
     return None if row is None else int(row[0])
+
+
+def _linking(connection: sqlite3.Connection, row_id: int) -> dataset_pb.Dataset:
+    """Return the data set of a row that a reference names."""
+    namespace, name, version, checksum, message = connection.execute(
+        "SELECT namespace, name, version, checksum, message FROM versions WHERE id = ?", (row_id,)
+    ).fetchone()
+    exact = VersionName(namespace, name, version)
+    return _parse(DATASET, exact, checksum, message, dataset_pb.Dataset)
 
 
 def _load(

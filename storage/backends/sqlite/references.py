@@ -8,6 +8,9 @@ from storage.backends.sqlite.rows import REFERENCES
 from storage.core.catalog import REQUEST_MEMORY_S
 from storage.core.keys import check_digest
 
+LINK = "link"
+"""The kind of reference with which a data set names a chunk that is made, not stored."""
+
 _VACUUM_PAGES = 2000
 
 
@@ -77,12 +80,12 @@ class SqliteReferences:
 
 
 def _unreferenced(connection: sqlite3.Connection, digests: Sequence[str]) -> list[str]:
-    statement = "SELECT 1 FROM blob_references WHERE digest = ? LIMIT 1"
-    return [
-        digest
+    statement = "SELECT 1 FROM blob_references WHERE digest = ? AND kind <> ? LIMIT 1"
+    found = (
+        (digest, connection.execute(statement, (check_digest(digest, "digests"), LINK)).fetchone())
         for digest in digests
-        if connection.execute(statement, (check_digest(digest, "digests"),)).fetchone() is None
-    ]
+    )
+    return [digest for digest, row in found if row is None]
 
 
 def _vacuum_some(connection: sqlite3.Connection) -> bool:

@@ -36,6 +36,22 @@ def add(harness, put):
     return create
 
 
+@pytest.fixture
+def link(harness, put):
+    """Registers a linked data set of chunks that are not stored."""
+
+    def create(name, *chunks, content=b"", namespace=""):
+        manifest = put(b"links " + b" ".join(chunks) + content)
+        request = dataset_pb.CreateDatasetRequest(
+            namespace=namespace, name=name, manifest_digest=manifest
+        )
+        summary = dataset_pb.Dataset(manifest_digest=manifest, size_bytes=10**9, linked=True)
+        digests = [digest_of(chunk) for chunk in chunks]
+        return harness.backend.catalog.create_dataset(request, summary, (), digests)
+
+    return create
+
+
 def get(backend, text, namespace=""):
     return backend.catalog.get_dataset(parse_name(namespace, text))
 
@@ -401,3 +417,47 @@ def test_a_namespace_holds_data_sets_and_models_up_to_its_quota(harness, put):
     add_dataset("b", 1000, namespace="blue")
     delete(harness.backend, "a")
     add_dataset("b", 101)
+
+
+def linking(backend, chunk):
+    return [
+        (each.name, each.version) for each in backend.catalog.datasets_linking(digest_of(chunk))
+    ]
+
+
+def test_linked_chunks_lead_to_their_data_sets_newest_first(harness, link):
+    backend = harness.backend
+    assert linking(backend, b"one") == []
+    first = link("a", b"one", b"two")
+    assert link("a", b"one", b"two") == first
+    link("b", b"two", namespace="other")
+    link("a", b"two", b"three")
+    assert linking(backend, b"one") == [("a", 1)]
+    assert linking(backend, b"two") == [("a", 2), ("b", 1), ("a", 1)]
+    assert backend.catalog.datasets_linking(digest_of(b"one")) == [first]
+    harness.reopen()
+    backend = harness.backend
+    delete(backend, "a@1")
+    assert linking(backend, b"one") == []
+    assert linking(backend, b"two") == [("a", 2), ("b", 1)]
+    delete(backend, "a")
+    assert linking(backend, b"three") == []
+    with pytest.raises(InvalidArgument):
+        backend.catalog.datasets_linking("no digest")
+
+
+def test_a_link_keeps_its_manifest_and_no_blob(backend, put, link):
+    chunk = put(b"chunk")
+    manifest = link("a", b"chunk").manifest_digest
+    assert backend.references.unreferenced([chunk, manifest]) == [chunk]
+    assert backend.references.sweep([chunk, manifest], lambda digest: 1) == [1]
+    delete(backend, "a")
+    assert backend.references.unreferenced([manifest]) == [manifest]
+
+
+def test_linked_data_sets_count_nothing(harness, link, add):
+    harness.namespace_bytes_max = 1000
+    harness.reopen()
+    assert link("a", b"one").size_bytes == 10**9
+    assert link("b", b"two").version == 1
+    assert add().version == 1

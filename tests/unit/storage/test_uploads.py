@@ -53,7 +53,8 @@ async def test_a_broken_upload_that_is_cancelled_while_it_is_cleaned_up_leaves_n
         raise PhalanxError("the connection broke")
 
     store: Any = Store(writer)
-    upload = asyncio.create_task(BlobCalls(store, operations).put(messages()))
+    no_links: Any = None
+    upload = asyncio.create_task(BlobCalls(store, operations, no_links).put(messages()))
     async with asyncio.timeout(GUARD_S):
         await broken.wait()
         # The upload now waits for the thread; then it is cancelled, once and again.
@@ -84,7 +85,8 @@ async def test_an_upload_that_is_cancelled_while_its_file_is_made_leaves_nothing
 
     operations = Operations("test", StorageMetrics(CollectorRegistry()))
     store: Any = SlowStore()
-    upload = asyncio.create_task(BlobCalls(store, operations).put(messages()))
+    no_links: Any = None
+    upload = asyncio.create_task(BlobCalls(store, operations, no_links).put(messages()))
     async with asyncio.timeout(GUARD_S):
         assert await asyncio.to_thread(making.wait, GUARD_S)
         upload.cancel()

@@ -1,0 +1,1 @@
+"""Chunks that are not stored: made from linked files by processes of their own."""

@@ -1,0 +1,239 @@
+"""Chunks of linked data sets, as GetBlob gives them: made when asked for, and checked.
+
+A chunk goes out only after its bytes have the digest that it was asked for by. So whatever became
+of the user's files meanwhile, nobody ever gets other rows than those that were linked.
+"""
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from phalanx.data.link_plans import ChunkPlace, places_of, plan_of
+from phalanx.data.linked_files import folder_of
+from phalanx.data.manifest import DatasetManifest
+from phalanx.errors import DataLoss, FailedPrecondition, PhalanxError, Unavailable
+from phalanx.v1 import dataset_service_pb2 as dataset_pb
+from phalanx.v1 import storage_service_pb2 as pb
+from storage.core.catalog import VersionName
+from storage.core.keys import invalid
+from storage.interfaces import Backend
+from storage.links.maker import Makers, Plan, is_transient
+from storage.service.manifests import read_manifest
+from storage.service.operations import LINKED_DATA_LOST, Operations
+
+MESSAGE_BYTES = 1024 * 1024
+MADE_BYTES = 128 * 1024 * 1024
+"""Made chunks are kept up to this, for whoever asks next and for those who take them slowly."""
+
+_SIGN_OF_LIFE_S = 2.0
+_MANIFESTS = 4
+
+
+@dataclass(frozen=True)
+class _Linked:
+    """A linked manifest: how its chunks are made, where each lies and how large it is."""
+
+    plan: Plan
+    places: dict[str, ChunkPlace]
+    sizes: dict[str, int]
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One data set that a chunk can be made from."""
+
+    dataset: dataset_pb.Dataset
+    linked: _Linked
+
+
+class LinkedChunks:
+    """Use it in one event loop; ``roots`` are the folders from which files may be linked.
+
+    ``processes`` chunks are made at a time. Memory holds MADE_BYTES of chunks and one for each
+    process: who takes a chunk slowly has it made again rather than kept.
+    """
+
+    def __init__(
+        self, backend: Backend, operations: Operations, roots: Sequence[str], processes: int
+    ) -> None:
+        self._backend = backend
+        self._operations = operations
+        self._roots = tuple(roots)
+        self.makers = Makers(self._roots, processes)
+        self._pool = ThreadPoolExecutor(processes, "storage-links")
+        self._made: OrderedDict[str, bytes] = OrderedDict()
+        self._made_bytes = 0
+        self._making: dict[str, asyncio.Task[bytes]] = {}
+        self._mutex = threading.Lock()
+        self._manifests: OrderedDict[str, _Linked] = OrderedDict()
+
+    async def check(self, manifest: DatasetManifest) -> None:
+        """Look whether the chunks of a manifest can be made: the first of each split is.
+
+        Raises FailedPrecondition naming a file that cannot be read, InvalidArgument.
+        """
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._pool, lambda: self._check(manifest))
+
+    async def get(self, request: pb.GetBlobRequest) -> AsyncGenerator[pb.GetBlobResponse]:
+        """Yield a chunk or a part of it; nothing at all where no data set links it.
+
+        While it is being made there are empty messages, by which the caller knows that it comes.
+        Raises DataLoss (LINKED_DATA_LOST) where its file is not any more what it was.
+        """
+        digest = request.digest
+        sources = await self._operations.blobs("find_linked", lambda: self._sources(digest))
+        if not sources:
+            return
+        size_bytes = sources[0].linked.sizes[digest]
+        end = request.offset + request.length if request.length else size_bytes
+        if not 0 <= request.offset <= end <= size_bytes:
+            raise invalid(
+                "offset",
+                f"bytes {request.offset} to {end} are not all inside blob {digest} of "
+                f"{size_bytes} bytes",
+            )
+        position = request.offset
+        while True:
+            content = await self._wait(digest, sources)
+            # Not held while the caller takes it: it may take its time.
+            piece = content[position : min(end, position + MESSAGE_BYTES)] if content else b""
+            del content
+            yield pb.GetBlobResponse(chunk=piece, size_bytes=size_bytes)
+            size_bytes = 0
+            position += len(piece)
+            if position >= end:
+                return
+
+    def close(self) -> None:
+        """End the processes and whatever waits for them."""
+        self.makers.end()
+        self._pool.shutdown(cancel_futures=True)
+        self.makers.close()
+
+    async def _wait(self, digest: str, sources: Sequence[_Source]) -> bytes | None:
+        """Return the chunk, or None if it takes longer than the caller may be left alone."""
+        made = self._made.get(digest)
+        if made is not None:
+            self._made.move_to_end(digest)
+            return made
+        work = self._making.get(digest)
+        if work is None:
+            work = asyncio.create_task(self._make(digest, sources))
+            self._making[digest] = work
+            work.add_done_callback(lambda done: self._ended(digest, done))
+        done, _ = await asyncio.wait([work], timeout=_SIGN_OF_LIFE_S)
+        return work.result() if done else None
+
+    def _ended(self, digest: str, work: "asyncio.Task[bytes]") -> None:
+        self._making.pop(digest, None)
+        # Also where nobody waits any more.
+        if work.cancelled() or work.exception() is not None:
+            return
+        content = work.result()
+        self._made[digest] = content
+        self._made_bytes += len(content)
+        while self._made_bytes > MADE_BYTES:
+            _, oldest = self._made.popitem(last=False)
+            self._made_bytes -= len(oldest)
+
+    async def _make(self, digest: str, sources: Sequence[_Source]) -> bytes:
+        started_s = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        try:
+            content = await loop.run_in_executor(
+                self._pool, lambda: self._from_any(digest, sources)
+            )
+        except BaseException as error:
+            self._operations.observe("make_chunk", started_s, error)
+            raise
+        self._operations.observe("make_chunk", started_s, None)
+        return content
+
+    def _from_any(self, digest: str, sources: Sequence[_Source]) -> bytes:
+        """Make a chunk from the first data set that still gives it."""
+        problems = []
+        for source in sources:
+            try:
+                return self._from_one(digest, source.linked)
+            except PhalanxError as error:
+                problems.append((source, error))
+        transient = next((problem for problem in problems if is_transient(problem[1])), None)
+        source, cause = transient or problems[0]
+        place = source.linked.places[digest]
+        dataset = source.dataset
+        name = VersionName(dataset.namespace, dataset.name, dataset.version)
+        text = (
+            f"chunk {digest[:12]} of data set {name} (rows {place.first} to {place.stop - 1} of "
+            f"its {place.split} split's files) cannot be made: {cause.message}"
+        )
+        if transient:
+            raise Unavailable(text, reason=cause.reason) from cause
+        raise DataLoss(
+            f"{text}. Bring the file back as it was, or add the data set again, then "
+            "`phalanx retry` the jobs that failed",
+            reason=LINKED_DATA_LOST,
+            details={"dataset": str(name), "cause": cause.reason},
+        ) from cause
+
+    def _from_one(self, digest: str, linked: _Linked) -> bytes:
+        place = linked.places[digest]
+        content = self.makers.make(linked.plan, place.split, place.first, place.stop)
+        size_bytes = linked.sizes[digest]
+        if len(content) != size_bytes or hashlib.sha256(content).hexdigest() != digest:
+            raise FailedPrecondition(
+                f"the rows in {linked.plan.files} are not what they were when it was linked",
+                reason="LINKED_FILE_CHANGED",
+            )
+        return content
+
+    def _check(self, manifest: DatasetManifest) -> None:
+        linked = _parsed(manifest)
+        for path in linked.paths:
+            folder_of(path, self._roots)
+        self.makers.check(linked.plan)
+        for chunks in manifest.splits.values():
+            self._from_one(chunks[0].digest, linked)
+
+    def _sources(self, digest: str) -> list[_Source]:
+        """Return the data sets that link a chunk, newest first."""
+        datasets = self._backend.catalog.datasets_linking(digest)
+        return [_Source(dataset, self._linked(dataset.manifest_digest)) for dataset in datasets]
+
+    def _linked(self, manifest_digest: str) -> _Linked:
+        """Return a manifest that was registered."""
+        with self._mutex:
+            linked = self._manifests.get(manifest_digest)
+            if linked is None:
+                linked = _parsed(read_manifest(self._backend.blobs, manifest_digest))
+                self._manifests[manifest_digest] = linked
+            self._manifests.move_to_end(manifest_digest)
+            while len(self._manifests) > _MANIFESTS:
+                self._manifests.popitem(last=False)
+        return linked
+
+
+def _parsed(manifest: DatasetManifest) -> _Linked:
+    """Return what is needed of a linked manifest; raises InvalidArgument if it is none."""
+    try:
+        assert manifest.links is not None
+        content = plan_of(manifest).to_json()
+        places = places_of(manifest)
+        paths = tuple(str(file.path) for file in manifest.links.all_files())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise invalid("manifest_digest", f"the links of the manifest are none: {error!r}") from None
+    sizes = {
+        chunk.digest: chunk.size_bytes for chunks in manifest.splits.values() for chunk in chunks
+    }
+    plan = Plan(hashlib.sha256(content).hexdigest(), content, _listed(paths))
+    return _Linked(plan, places, sizes, paths)
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if paths[3:] else "")

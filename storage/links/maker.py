@@ -1,0 +1,222 @@
+"""Processes that make chunks, as storage sees them: started when needed, replaced when they die."""
+
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phalanx.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    PhalanxError,
+    ResourceExhausted,
+    Unavailable,
+)
+from phalanx.telemetry.logs import get_logger
+from storage.links import messages
+
+ANSWER_TIMEOUT_S = 300.0
+"""A chunk that takes longer is not made: its file is on a disk that hangs, or was made to hang."""
+
+PROGRAM = (sys.executable, "-P", "-m", "storage.links")
+_ROOT = str(Path(__file__).resolve().parents[2])
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all chunks of a data set are made by; ``digest`` is that of ``content``.
+
+    ``files`` names what is read, for messages.
+    """
+
+    digest: str
+    content: bytes
+    files: str
+
+
+class _Process:
+    """One process and the socket to it. Not thread-safe."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=theirs.fileno(),
+                    # Whatever a library says must not come between the messages.
+                    stdout=subprocess.DEVNULL,
+                    env=_environment(os.environ),
+                    start_new_session=True,
+                )
+            except BaseException:
+                ours.close()
+                raise
+        self._socket = ours
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, header: Mapping[str, Any], plan: Plan, timeout_s: float) -> messages.Message:
+        """Return the answer. Raises OSError where the process is gone, TimeoutError."""
+        self._socket.settimeout(timeout_s)
+        answer = self._once({**header, "plan": plan.digest}, b"")
+        if "wants" in answer[0]:
+            answer = self._once({**header, "plan": plan.digest}, plan.content)
+        return answer
+
+    def end(self) -> None:
+        """Kill it; whoever is asking it gets OSError."""
+        self._process.kill()
+        self._process.wait()
+
+    def kill(self) -> int:
+        """Kill it, which loses nothing; return its exit code."""
+        self._process.kill()
+        code = self._process.wait()
+        self._socket.close()
+        return code
+
+    def _once(self, header: Mapping[str, Any], body: bytes) -> messages.Message:
+        messages.send(self._socket, header, body)
+        answer = messages.receive(self._socket)
+        if answer is None:
+            raise OSError("the process that makes chunks has ended")
+        return answer
+
+
+class Makers:
+    """At most ``processes`` of them, each with one request at a time; others wait for one."""
+
+    def __init__(
+        self,
+        roots: Sequence[str],
+        processes: int,
+        *,
+        program: Sequence[str] = PROGRAM,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+    ) -> None:
+        self._command = [*program, *roots]
+        self._timeout_s = timeout_s
+        #: None stands for one that is not started.
+        self._free: queue.LifoQueue[_Process | None] = queue.LifoQueue()
+        for _ in range(processes):
+            self._free.put(None)
+        self._mutex = threading.Lock()
+        self._running: set[_Process] = set()
+        self._closed = False
+
+    def check(self, plan: Plan) -> None:
+        """Look whether all files of a plan can be read; raises FailedPrecondition naming one."""
+        self._ask({"do": "check"}, plan)
+
+    def make(self, plan: Plan, split: str, first: int, stop: int) -> bytes:
+        """Return the bytes of a chunk, whether or not they are what they were.
+
+        Raises FailedPrecondition where its files cannot be read, ResourceExhausted where every
+        process died of them, DeadlineExceeded, Unavailable.
+        """
+        _, body = self._ask({"do": "make", "split": split, "first": first, "stop": stop}, plan)
+        return body
+
+    def pids(self) -> list[int]:
+        """Return the ids of the processes that run."""
+        with self._mutex:
+            return [process.pid for process in self._running]
+
+    def end(self) -> None:
+        """End all processes, now and for good; whoever asks one gets Unavailable."""
+        with self._mutex:
+            self._closed = True
+            for process in self._running:
+                process.end()
+
+    def close(self) -> None:
+        """Let go of what is left of them, once nobody asks any more."""
+        self.end()
+        with self._mutex:
+            for process in self._running:
+                process.kill()
+            self._running.clear()
+
+    def _ask(self, header: Mapping[str, Any], plan: Plan) -> messages.Message:
+        process = self._free.get()
+        try:
+            # One that had died meanwhile is told from one that died of this.
+            for is_last in (False, True):
+                if process is None:
+                    process = self._start()
+                try:
+                    answer = process.ask(header, plan, self._timeout_s)
+                except (OSError, ValueError) as error:
+                    gone, process = process, None
+                    code = self._forget(gone)
+                    _log.warning("link_reader_lost", pid=gone.pid, code=code, error=str(error))
+                    self._explain(error, code, plan, is_last)
+                    continue
+                return _checked(answer)
+            raise AssertionError("the last attempt returns or raises")
+        finally:
+            self._free.put(process)
+
+    def _explain(self, error: Exception, code: int, plan: Plan, is_last: bool) -> None:
+        """Raise what a lost process means, unless it is worth another attempt."""
+        if self._closed:
+            raise Unavailable("the storage service stops", reason="STOPPING") from error
+        if isinstance(error, TimeoutError):
+            raise DeadlineExceeded(
+                f"reading {plan.files} took longer than {self._timeout_s:g} s",
+                reason="LINKED_FILE_SLOW",
+            ) from error
+        if is_last:
+            raise ResourceExhausted(
+                f"the process that reads {plan.files} ended twice, with {code}: it takes more "
+                "memory than there is, or is damaged",
+                reason="LINKED_FILE_DEADLY",
+            ) from error
+
+    def _start(self) -> _Process:
+        with self._mutex:
+            if self._closed:
+                raise Unavailable("the storage service stops", reason="STOPPING")
+            try:
+                process = _Process(self._command)
+            except OSError as error:
+                raise Unavailable(
+                    f"no process can be started to read linked files ({error.strerror})",
+                    reason="NO_PROCESS",
+                ) from error
+            self._running.add(process)
+        _log.info("link_reader_started", pid=process.pid)
+        return process
+
+    def _forget(self, process: _Process) -> int:
+        with self._mutex:
+            self._running.discard(process)
+        return process.kill()
+
+
+def _checked(answer: messages.Message) -> messages.Message:
+    error = answer[0].get("error")
+    if error is not None:
+        raise FailedPrecondition(str(error), reason=str(answer[0]["reason"]))
+    return answer
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+    # Python finds this very code, wherever the service was started from.
+    paths = [_ROOT, *filter(None, [environ.get("PYTHONPATH")])]
+    return {**environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def is_transient(error: PhalanxError) -> bool:
+    """Say whether making the chunk again later may succeed though nobody does anything."""
+    return isinstance(error, Unavailable | DeadlineExceeded)

@@ -1,0 +1,279 @@
+"""Linked data sets: chunks are made from the user's files, by processes that may die of them."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from phalanx.clients.storage import StorageClient
+from phalanx.config import build
+from phalanx.data.ingest import ingest
+from phalanx.data.linking import Digests
+from phalanx.data.options import IngestOptions
+from phalanx.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+from phalanx.testing.storage_messages import digest_of
+from storage.config import StorageConfig
+from storage.links.maker import Makers, Plan
+from storage.runtime import StorageProcess
+
+ROWS = 4000
+
+
+def table(rows=ROWS, seed=1):
+    generator = np.random.default_rng(seed)
+    columns = {f"x{index}": generator.normal(size=rows) for index in range(8)}
+    return pa.table({**columns, "y": generator.choice(["a", "b"], rows)})
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pyarrow.parquet.write_table(table(), folder / "a.parquet", row_group_size=1500)
+    return folder / "a.parquet"
+
+
+@pytest.fixture
+async def service(tmp_path, data):
+    flags = {
+        "state": str(tmp_path / "state"),
+        "listen": "127.0.0.1:0",
+        "gc_interval_s": "0",
+        "link_root": str(data.parent),
+    }
+    service = StorageProcess(build(StorageConfig, flags, {}))
+    await service.start()
+    yield service
+    await service.stop(0.5)
+
+
+@pytest.fixture
+async def link(client):
+    """Links a file as a data set; returns its manifest."""
+
+    async def add(path, name="people", **options):
+        chosen = IngestOptions(**{"link": True, "test": 0.2, "chunk_bytes": 9000, **options})
+        manifest = await asyncio.to_thread(ingest, path, chosen, Digests())
+        manifest_digest = await client.put_blob(manifest.to_json())
+        await client.create_dataset(name, manifest_digest)
+        return manifest
+
+    return add
+
+
+async def chunks_of(client, manifest):
+    return [await client.get_blob(digest) for digest in manifest.digests()]
+
+
+async def test_chunks_are_made_and_nothing_is_stored(client, service, data, link, stored_files):
+    manifest = await link(data)
+    assert len(manifest.digests()) > 10
+    for digest in manifest.digests():
+        chunk = await client.get_blob(digest)
+        assert digest_of(chunk) == digest
+        assert await client.get_blob(digest, 5, 100) == chunk[5:105]
+        assert await client.get_blob(digest, 5) == chunk[5:]
+    dataset = await client.get_dataset("people")
+    assert dataset.linked
+    assert dataset.size_bytes == manifest.size_bytes
+    await client.collect_garbage(grace_s=0)
+    assert stored_files() == ([dataset.manifest_digest], [])
+    # Who adds the same rows to have them copied must upload them.
+    assert await client.missing_blobs(manifest.digests()) == list(manifest.digests())
+    assert await chunks_of(client, manifest)
+    size = manifest.splits["train"][0].size_bytes
+    with pytest.raises(InvalidArgument, match="not all inside"):
+        await client.get_blob(manifest.digests()[0], 1, size)
+    with pytest.raises(NotFound):
+        await client.get_blob(digest_of(b"nothing"))
+
+
+async def test_they_go_with_the_data_set_and_the_file_stays(client, data, link):
+    manifest = await link(data)
+    await client.delete_dataset("people")
+    await client.collect_garbage(grace_s=0)
+    with pytest.raises(NotFound):
+        await client.get_blob(manifest.digests()[0])
+    assert data.exists()
+
+
+async def test_a_file_that_changed_is_named_and_adding_again_heals(client, service, data, link):
+    manifest = await link(data)
+    digest = manifest.digests()[0]
+    data.rename(data.with_name("b.parquet"))
+    with pytest.raises(DataLoss) as caught:
+        await client.get_blob(digest)
+    assert caught.value.reason == "LINKED_DATA_LOST"
+    assert caught.value.details == {"dataset": "people@1", "cause": "LINKED_FILE_UNREADABLE"}
+    for words in (f"chunk {digest[:12]} of data set people@1", str(data), "add the data set again"):
+        assert words in caught.value.message
+    pyarrow.parquet.write_table(table(seed=2), data, row_group_size=1500)
+    with pytest.raises(DataLoss, match="is not the file that was linked"):
+        await client.get_blob(digest)
+    # The rows again, at another place: the chunks of the first version are made from there.
+    await link(data.with_name("b.parquet"))
+    assert digest_of(await client.get_blob(digest)) == digest
+    corruptions = "phalanx_storage_corruptions_total"
+    assert service.server.registry.get_sample_value(corruptions) == 0
+
+
+async def test_rows_that_changed_in_place_never_get_out(client, data, link):
+    pyarrow.parquet.write_table(
+        table(), data, use_dictionary=False, compression="none", write_statistics=False
+    )
+    manifest = await link(data)
+    number = table()["x3"].to_numpy()[2000:2001].tobytes()
+    content = data.read_bytes()
+    data.write_bytes(content.replace(number, np.float64(7).tobytes()))
+    lost = []
+    for digest in manifest.digests():
+        with contextlib.suppress(DataLoss):
+            assert digest_of(await client.get_blob(digest)) == digest
+            continue
+        lost.append(digest)
+    # The chunks beside it are as good as ever.
+    assert len(lost) == 1
+    with pytest.raises(DataLoss, match=f"the rows in {data} are not what they were"):
+        await client.get_blob(lost[0])
+
+
+async def test_what_may_not_be_linked_is_not_registered(client, data, link, tmp_path):
+    outside = tmp_path / "outside.parquet"
+    pyarrow.parquet.write_table(table(), outside)
+    with pytest.raises(FailedPrecondition) as caught:
+        await link(outside)
+    assert caught.value.reason == "LINK_NOT_ALLOWED"
+    assert f"--link-root {data.parent}" in caught.value.message
+    assert str(outside) in caught.value.message
+    (data.parent / "in.parquet").symlink_to(outside)
+    with pytest.raises(FailedPrecondition, match="lies in none of the folders"):
+        await link(data.parent / "in.parquet")
+    assert await client.list_datasets() == []
+
+
+@pytest.mark.parametrize("what", ["path", "ranges", "missing ranges", "digest", "no chunks"])
+async def test_manifests_that_do_not_hold_are_refused(client, data, tmp_path, what):
+    options = IngestOptions(link=True, chunk_bytes=9000)
+    manifest = await asyncio.to_thread(ingest, data, options, Digests())
+    links = manifest.links
+    first = manifest.splits["train"][0]
+    rest = manifest.splits["train"][1:]
+    (data.parent / "in.parquet").symlink_to(data)
+    file = replace(links.files[0], path=str(data.parent / "in.parquet"))
+    wrong = {
+        "path": replace(manifest, links=replace(links, files=(file,))),
+        "ranges": replace(
+            manifest,
+            links=replace(links, ranges={"train": ((1, 9), *links.ranges["train"][1:])}),
+        ),
+        "missing ranges": replace(manifest, links=replace(links, ranges={"train": ()})),
+        "digest": replace(
+            manifest, splits={"train": (replace(first, digest=digest_of(b"other")), *rest)}
+        ),
+        "no chunks": replace(
+            manifest, splits={"train": ()}, links=replace(links, ranges={"train": ()})
+        ),
+    }[what]
+    digest = await client.put_blob(wrong.to_json())
+    with pytest.raises((FailedPrecondition, InvalidArgument)):
+        await client.create_dataset("wrong", digest)
+    assert await client.list_datasets() == []
+
+
+async def test_nothing_is_linked_without_a_folder_for_it(tmp_path, data):
+    flags = {"state": str(tmp_path / "other"), "listen": "127.0.0.1:0"}
+    service = StorageProcess(build(StorageConfig, flags, {}))
+    await service.start()
+    client = StorageClient(service.server.address)
+    options = IngestOptions(link=True)
+    manifest = await asyncio.to_thread(ingest, data, options, Digests())
+    digest = await client.put_blob(manifest.to_json())
+    with pytest.raises(FailedPrecondition, match="reads no files in place until it is started"):
+        await client.create_dataset("people", digest)
+    assert service.links.makers.pids() == []
+    await client.close()
+    await service.stop(0.5)
+
+
+async def test_a_process_that_was_killed_is_replaced(client, service, data, link):
+    manifest = await link(data)
+    pids = service.links.makers.pids()
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    chunks = await asyncio.gather(*(client.get_blob(digest) for digest in manifest.digests()))
+    assert [digest_of(chunk) for chunk in chunks] == list(manifest.digests())
+    assert not set(pids) & set(service.links.makers.pids())
+    assert len(service.links.makers.pids()) <= 2
+
+
+async def test_journals_do_not_wait_for_a_process_that_hangs(client, service, data, link):
+    manifest = await link(data)
+    (pid,) = service.links.makers.pids()
+    digest = manifest.digests()[-1]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        reading = asyncio.create_task(client.get_blob(digest))
+        again = asyncio.create_task(client.get_blob(digest))
+        for number in range(20):
+            assert await client.append_journal("j", [b"record"]) == number + 1
+        assert not reading.done()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert digest_of(await reading) == digest
+    assert await again == await reading
+
+
+async def test_what_is_made_is_kept_up_to_a_limit(client, service, data, link, monkeypatch):
+    monkeypatch.setattr("storage.links.chunks.MADE_BYTES", 20_000)
+    monkeypatch.setattr("storage.links.chunks.MESSAGE_BYTES", 1000)
+    manifest = await link(data)
+    # Each drives others out while they are being sent.
+    chunks = await asyncio.gather(*(client.get_blob(digest) for digest in manifest.digests()))
+    assert [digest_of(chunk) for chunk in chunks] == list(manifest.digests())
+
+
+NO_PLAN = Plan("1" * 64, b"no plan", "/data/a.parquet")
+
+
+def test_a_plan_that_is_none_is_told_of(tmp_path):
+    makers = Makers([str(tmp_path)], 1)
+    with pytest.raises(FailedPrecondition, match="not a data set manifest"):
+        makers.check(NO_PLAN)
+    makers.close()
+    with pytest.raises(Unavailable, match="stops"):
+        makers.check(NO_PLAN)
+
+
+def test_a_file_that_kills_its_reader_is_told_of(tmp_path):
+    log = tmp_path / "log"
+    script = f"import socket; open({str(log)!r}, 'a').write('x'); socket.socket(fileno=0).recv(1)"
+    makers = Makers([], 1, program=(sys.executable, "-c", script))
+    with pytest.raises(ResourceExhausted, match=r"reads /data/a\.parquet ended twice"):
+        makers.check(NO_PLAN)
+    assert log.read_text() == "xx"
+    makers.close()
+
+
+def test_a_reader_that_is_silent_is_given_up():
+    script = "import socket; socket.socket(fileno=0); import time; time.sleep(600)"
+    makers = Makers([], 1, program=(sys.executable, "-c", script), timeout_s=0.01)
+    with pytest.raises(DeadlineExceeded, match=r"a\.parquet took longer than 0\.01 s"):
+        makers.check(NO_PLAN)
+    assert makers.pids() == []
+    makers.close()
