@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -30,8 +30,10 @@ class LocalCluster(Cluster):
 
     ``state`` is a folder that outlives the cluster; without it everything is gone at the end,
     models included. ``port`` is control's, by default a free one. ``slots`` are leaf processes per
-    worker. ``environment`` is added to that of all processes. Raises FailedPrecondition when a port
-    or the folder is taken, and DeadlineExceeded when it is not ready after ``timeout_s``.
+    worker. ``link_roots`` are the folders below which files may lie that ``data.add`` links; with
+    ``workers=0`` any file may. ``environment`` is added to that of all processes. Raises
+    FailedPrecondition when a port or the folder is taken, and DeadlineExceeded when it is not ready
+    after ``timeout_s``.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class LocalCluster(Cluster):
         port: int = 0,
         state: str | PathLike[str] | None = None,
         namespace: str = "default",
+        link_roots: Sequence[str | PathLike[str]] = (),
         environment: Mapping[str, str] | None = None,
         timeout_s: float = START_TIMEOUT_S,
     ) -> None:
@@ -62,6 +65,7 @@ class LocalCluster(Cluster):
                     controls=controls,
                     slots=slots,
                     port=port,
+                    link_roots=tuple(Path(root) for root in link_roots),
                     environment=environment or {},
                 )
                 self._supervisor = Supervisor.launch(options, timeout_s)

@@ -75,6 +75,8 @@ class Layout:
             *("storage", "--listen", self.storage_address),
             *("--state", str(self._state_dir / "storage")),
         ]
+        for root in self.options.link_roots:
+            arguments += ["--link-root", str(root.absolute())]
         return self._plan(STORAGE, "storage", arguments)
 
     def _control(self, index: int) -> MemberPlan:

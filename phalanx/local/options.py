@@ -16,8 +16,8 @@ class LocalOptions:
     """How many processes of which kind, and where they keep their state.
 
     ``port`` is control's; 0 takes a free one, as all other processes do. ``slots`` are leaf
-    processes per worker; None shares the cores out. ``environment`` is added to that of every
-    process.
+    processes per worker; None shares the cores out. ``link_roots`` are the folders below which
+    linked files may lie. ``environment`` is added to that of every process.
     """
 
     state_dir: Path
@@ -27,6 +27,7 @@ class LocalOptions:
     port: int = 0
     slots: int | None = None
     log_level: str = "info"
+    link_roots: tuple[Path, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -37,6 +38,11 @@ class LocalOptions:
                 )
         if self.slots is not None and self.slots < 1:
             raise InvalidArgument(f"slots is {self.slots}; it must be 1 or more")
+        for root in self.link_roots:
+            if not root.is_dir():
+                raise InvalidArgument(f"link_roots: there is no folder {root}")
+            if "," in str(root):
+                raise InvalidArgument(f"link_roots: {root} has a comma, which separates folders")
         if not 0 <= self.port <= 65535:
             raise InvalidArgument(f"port is {self.port}; it must be 0 to 65535")
 

@@ -52,6 +52,10 @@ class DataSets:
         are those of ``phalanx.data.options.IngestOptions``. Chunks are stored as they are read, so
         memory stays small whatever the size; ``on_stored`` is told the bytes of each. Raises
         InvalidArgument with line and column of what is wrong in a file.
+
+        With ``link=True`` Parquet files stay where they are, and storage keeps nothing but a
+        manifest; it must be able to read them at the same path, below a folder that it was allowed
+        to (``link_roots`` of ``LocalCluster``). Raises FailedPrecondition where it is not.
         """
         with _Sink(self._backend, on_stored) as sink:
             manifest = self._ingest(source, options, sink)
@@ -83,7 +87,7 @@ class DataSets:
         return ingest_arrays(features, targets, chosen, sink, feature_names=names, **held_out)
 
     def register(self, name: str, manifest: DatasetManifest) -> Dataset:
-        """Make a data set of a manifest whose chunks are stored already."""
+        """Make a data set of a manifest whose chunks are stored already, or are linked."""
         digest = self._backend.put_blob(manifest.to_json())
         request = dataset_service_pb2.CreateDatasetRequest(
             namespace=self._namespace,

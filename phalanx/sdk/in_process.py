@@ -20,6 +20,7 @@ from phalanx.files import replace_content
 from phalanx.ids import check_blob_id
 from phalanx.sdk import methods
 from phalanx.sdk.in_process_jobs import InProcessJobs, now
+from phalanx.sdk.in_process_links import LinkedBlobs
 from phalanx.sdk.methods import Method, RequestT, ResponseT
 from phalanx.sdk.transport import STREAM_TIMEOUT_S
 from phalanx.v1 import (
@@ -97,6 +98,7 @@ class InProcessBackend:
         self._blobs = folder / "blobs"
         self._code = folder / "code"
         self._blobs.mkdir(parents=True, exist_ok=True)
+        self._linked = LinkedBlobs(folder / "linked")
         self._datasets: Catalog[dataset_service_pb2.Dataset] = Catalog("data set")
         self._models: Catalog[model_service_pb2.ModelVersion] = Catalog("model")
         self._journals: dict[str, list[bytes]] = {}
@@ -191,12 +193,16 @@ class InProcessBackend:
     def close(self) -> None:
         """Cancel what runs."""
         self._jobs.close()
+        self._linked.close()
 
     def _blob_path(self, digest: str) -> Path:
         path = self._blobs / check_blob_id(digest)
-        if not path.exists():
+        if path.exists():
+            return path
+        linked = self._linked.path(digest)
+        if linked is None:
             raise NotFound(f"there is no blob {digest}")
-        return path
+        return linked
 
     def _submit(
         self, request: job_service_pb2.SubmitJobRequest
@@ -344,6 +350,8 @@ class InProcessBackend:
         from phalanx.data.described import described
 
         manifest = self._manifest(request.manifest_digest)
+        if manifest.links is not None:
+            self._linked.register(manifest)
         dataset = described(manifest, request.manifest_digest)
         dataset.namespace = request.namespace or "default"
         dataset.name = request.name

@@ -8,6 +8,8 @@ import json
 import re
 from functools import partial
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 import phalanx
@@ -89,7 +91,10 @@ def folder(tmp_path_factory):
 def cluster(folder):
     # Whatever nothing refers to is garbage at once, but only when somebody asks for it to be taken.
     garbage = {"PHALANX_STORAGE_GC_GRACE_S": "0", "PHALANX_STORAGE_GC_INTERVAL_S": "0"}
-    with phalanx.LocalCluster(2, slots=1, state=folder / "state", environment=garbage) as local:
+    state, roots = folder / "state", [folder]
+    with phalanx.LocalCluster(
+        2, slots=1, state=state, link_roots=roots, environment=garbage
+    ) as local:
         wait_until(lambda: len(local.workers()) == 2, "both workers to join")
         yield local
 
@@ -175,6 +180,27 @@ def test_a_failed_job_is_read_about_mended_and_retried(cli, cluster, folder, num
     whole = logs.count("loaves") + 5 * 2
     wait_until(lambda: cli("logs", job.id).count("loaves") >= whole, "the last lines arrive")
     assert "no dead letters" in cli("jobs", "--dead-letters", remark=True)
+
+
+def test_parquet_files_are_linked(cli, cluster, folder):
+    table = pa.table({"x": [1.0, 2.0] * 200, "kind": ["neg", "pos"] * 200})
+    for number in range(12):
+        pyarrow.parquet.write_table(table, folder / f"part-{number:02}.parquet")
+    files = [f"part-{number:02}.parquet" for number in range(12)]
+    assert ", linked" in cli("data", "add", "parts", *files, "--link", remark=True)
+    shown = cli("data", "show", "parts")
+    assert re.search(rf"linked +{folder}/part-00.parquet \(.*\)\n +{folder}/part-01", shown)
+    assert "… and 2 more files" in shown
+    assert re.search(r"parts@1 .*, linked", cli("data", "list"))
+    assert json.loads(cli("--json", "data", "show", "parts"))["linked"]
+    cli("submit", "long.yaml", "--set", "train.stop.steps=20", "--set", "data.name=parts", "--wait")
+    (outside := folder.parent / "outside.parquet").write_bytes((folder / files[0]).read_bytes())
+    refusal = cli("data", "add", "others", str(outside), "--link", code=6)
+    assert f"{outside} lies in none of the folders" in refusal
+    for job in cluster.jobs():
+        cli("delete", job.id)
+    cli("data", "delete", "parts")
+    assert (folder / files[0]).exists()
 
 
 def test_data_sets_are_shown_and_deleted_once_nobody_needs_them(cli, cluster, folder, numbers):

@@ -56,6 +56,14 @@ def up(
         ),
     ] = None,
     log_level: Annotated[str, typer.Option(metavar="LEVEL", help="Of all processes.")] = "info",
+    link_root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Let `data add --link` leave files below this folder where they are; again for "
+            "more folders. Default: none.",
+        ),
+    ] = None,
 ) -> None:
     """Start a whole cluster on this machine.
 
@@ -82,6 +90,7 @@ def up(
         port=port,
         slots=slots,
         log_level=log_level,
+        link_roots=tuple(link_root or ()),
     )
     if not detach:
         raise typer.Exit(run_in_foreground(options, settings))

@@ -14,6 +14,7 @@ from phalanx.texts import number_of
 
 group = typer.Typer(no_args_is_help=True, help="Add and list data sets.")
 PANEL = "Data, jobs and models"
+_FILES_SHOWN = 10
 
 
 def register(app: typer.Typer) -> None:
@@ -75,7 +76,10 @@ def add(
     link: Annotated[
         bool,
         typer.Option(
-            "--link", metavar="", help="Not yet: leave the data where it is (Parquet or S3)."
+            "--link",
+            metavar="",
+            help="Do not copy: read Parquet files in place, where storage may (--link-root of "
+            "`phalanx up`).",
         ),
     ] = False,
     format: Annotated[
@@ -134,6 +138,8 @@ def add(
     phalanx data add adult adult.csv --target income --missing category --test 0.2
 
     phalanx data add fashion images.gz labels.gz --test images2.gz --test labels2.gz
+
+    phalanx data add clicks /data/clicks/ --format parquet --link --test 0.1
     """
     options: dict[str, Any] = {
         "target": target,
@@ -194,7 +200,7 @@ def add_with_progress(
 @group.command("list")
 def list_datasets(context: typer.Context) -> None:
     """List the data sets."""
-    from phalanx.cli.output import bytes_text, print_json_list, print_table
+    from phalanx.cli.output import print_json_list, print_table
     from phalanx.sdk.values import local_time
 
     settings = settings_of(context)
@@ -211,7 +217,7 @@ def list_datasets(context: typer.Context) -> None:
                 sum(item.rows.values()),
                 item.features,
                 item.task,
-                bytes_text(item.size_bytes),
+                _size(item),
                 local_time(item.create_time),
             )
             for item in found
@@ -223,7 +229,7 @@ def list_datasets(context: typer.Context) -> None:
 @group.command()
 def show(context: typer.Context, name: NAME) -> None:
     """Show columns, classes and splits of a data set."""
-    from phalanx.cli.output import bytes_text, print_fields, print_json, print_table
+    from phalanx.cli.output import print_fields, print_json, print_table
 
     settings = settings_of(context)
     with settings.connect() as cluster:
@@ -245,7 +251,8 @@ def show(context: typer.Context, name: NAME) -> None:
             ("features", dataset.features),
             ("columns", "" if manifest.columns else _names_by_place(dataset.features)),
             ("format", f"{dataset.format}, {manifest.dtype}"),
-            ("size", bytes_text(dataset.size_bytes)),
+            ("size", _size(dataset)),
+            *_linked_fields(manifest),
             ("manifest", dataset.manifest_digest),
         ]
     )
@@ -276,12 +283,29 @@ def delete(context: typer.Context, name: NAME) -> None:
 
 
 def _describe_short(dataset: Any) -> None:
-    from phalanx.cli.output import bytes_text, say
+    from phalanx.cli.output import say
 
     rows_text = ", ".join(f"{split} {count:,}" for split, count in sorted(dataset.rows.items()))
     kind = number_of(len(dataset.classes), "class", "classes") if dataset.classes else dataset.task
     features = number_of(dataset.features, "feature")
-    say(f"  {rows_text} rows · {features} · {kind} · {bytes_text(dataset.size_bytes)}")
+    say(f"  {rows_text} rows · {features} · {kind} · {_size(dataset)}")
+
+
+def _size(dataset: Any) -> str:
+    from phalanx.cli.output import bytes_text
+
+    return bytes_text(dataset.size_bytes) + (", linked" if dataset.linked else "")
+
+
+def _linked_fields(manifest: Any) -> list[tuple[str, str]]:
+    """Where the rows of a linked data set lie."""
+    from phalanx.cli.output import bytes_text
+
+    files = manifest.links.all_files() if manifest.links else ()
+    lines = [f"{file.path} ({bytes_text(file.size_bytes)})" for file in files[:_FILES_SHOWN]]
+    if files[_FILES_SHOWN:]:
+        lines.append(f"… and {number_of(len(files) - _FILES_SHOWN, 'more file')}")
+    return [("linked" if number == 0 else " ", line) for number, line in enumerate(lines)]
 
 
 def _names_by_place(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Ingestion of a CSV file takes the same memory whatever the size of the file."""
+"""Reading a file takes the same memory whatever its size."""
 
 import json
 import os
@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 import phalanx
@@ -38,6 +41,25 @@ print(json.dumps({"rows": rows, "peak_bytes": peak_kib * 1024, "size_bytes": man
 """
 
 
+LINKED = """
+import json, pathlib, sys
+from phalanx.data.ingest import ingest
+from phalanx.data.link_plans import places_of, plan_of
+from phalanx.data.linked_chunks import ChunkMaker, OpenFiles
+from phalanx.data.linking import Digests
+from phalanx.data.options import IngestOptions
+
+path = pathlib.Path(sys.argv[1])
+manifest = ingest(path, IngestOptions(link=True, test=0.1), Digests())
+files = OpenFiles([str(path.parent)], 4 << 20)
+maker, places = ChunkMaker(plan_of(manifest), files), list(places_of(manifest).values())
+for place in (places[-1], places[len(places) // 2], places[0]):
+    maker.make(place)
+status = pathlib.Path("/proc/self/status").read_text()
+print(json.dumps({"peak_bytes": int(status.partition("VmHWM:")[2].split()[0]) * 1024}))
+"""
+
+
 def write_csv(path: Path, size_bytes: int) -> int:
     """Numbers, categories and missing values; returns the number of rows."""
     lines = [
@@ -55,9 +77,17 @@ def write_csv(path: Path, size_bytes: int) -> int:
 
 
 def ingest_in_child(path: Path, block_bytes: int) -> dict[str, object]:
+    return run_in_child(CHILD, str(path), str(block_bytes))
+
+
+def run_in_child(program: str, *arguments: str) -> dict[str, object]:
     finished = subprocess.run(
-        [sys.executable, "-c", CHILD, str(path), str(block_bytes)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        [sys.executable, "-c", program, *arguments],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "ARROW_DEFAULT_MEMORY_POOL": "system",
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -77,6 +107,22 @@ def test_thirty_times_the_rows_take_no_more_memory(tmp_path: Path) -> None:
         peaks.append(result["peak_bytes"])
     assert result["size_bytes"] > 150_000_000  # more than the peaks may differ by
     assert peaks[1] - peaks[0] < 16 * 1024 * 1024
+
+
+def test_a_row_group_of_any_size_takes_no_more_memory(tmp_path: Path) -> None:
+    """Linked files are read by a process that keeps a few batches, not a row group."""
+    peaks = []
+    path = tmp_path / "a.parquet"
+    generator = np.random.default_rng(1)
+    for rows in (200_000, 1_200_000):
+        columns = {f"x{index}": generator.normal(size=rows) for index in range(16)}
+        table = pa.table({**columns, "y": np.arange(rows) % 2 == 0})
+        pyarrow.parquet.write_table(table, path, row_group_size=rows)
+        size_bytes = path.stat().st_size
+        peaks.append(int(str(run_in_child(LINKED, str(path))["peak_bytes"])))
+    path.unlink()
+    assert size_bytes > 120_000_000
+    assert peaks[1] - peaks[0] < 32 * 1024 * 1024
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,6 @@ def test_a_folder_is_no_job_file(offline, tmp_path):
     [
         (("--token-file", "token"), (), ("jobs",)),
         (("--ca", "ca.pem"), (), ("jobs",)),
-        (("--link",), ("data", "add"), ("name", __file__)),
     ],
 )
 def test_what_is_refused_is_not_promised(phalanx, offline, option, command, rest):
@@ -122,3 +121,20 @@ def test_what_is_refused_is_not_promised(phalanx, offline, option, command, rest
     assert refused.error()["code"] == "UNIMPLEMENTED"
     help_text = " ".join(offline(*command, "--help").out.replace("│", "").split())
     assert re.search(rf"{option[0]}( F)? Not yet: ", help_text)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "words"),
+    [
+        ("s3://bucket/a.parquet", "UNIMPLEMENTED", "s3://bucket/a.parquet: this version reads no"),
+        (__file__, "INVALID_ARGUMENT", "does not tell its format"),
+        ("a.csv", "INVALID_ARGUMENT", "only Parquet files can be linked, not csv"),
+    ],
+)
+def test_what_cannot_be_linked_is_told_why(offline, tmp_path, monkeypatch, path, error, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n2,1\n")
+    refused = offline("--json", "data", "add", "name", path, "--link")
+    assert refused.code == 2
+    assert refused.error()["code"] == error
+    assert words in refused.error()["message"]

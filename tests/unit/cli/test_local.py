@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -60,7 +61,11 @@ def test_a_port_in_use_is_told_with_what_to_do():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"workers": -1}, {"aggregators": 0}, {"controls": 0}, {"slots": 0}, {"port": 70000}],
+    [
+        *({"workers": -1}, {"aggregators": 0}, {"controls": 0}, {"slots": 0}, {"port": 70000}),
+        {"link_roots": (Path(__file__),)},
+        {"link_roots": (Path("nowhere/at/all"),)},
+    ],
 )
 def test_wrong_sizes_are_refused(tmp_path, wrong):
     with pytest.raises(InvalidArgument, match=next(iter(wrong))):
@@ -88,6 +93,19 @@ def test_everybody_knows_everybody_before_anything_runs(tmp_path):
         assert layout.storage_address in arguments, id
         if id.startswith(("aggregator", "worker")):
             assert ",".join(layout.control_addresses) in arguments
+
+
+def test_storage_hears_of_the_folders_to_link_from(tmp_path, monkeypatch):
+    (tmp_path / "one,two").mkdir()
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    roots = (Path("data"), tmp_path)
+    storage, *others = Layout.choose(LocalOptions(tmp_path, link_roots=roots)).members()
+    flags = " ".join(storage.arguments)
+    assert f"--link-root {tmp_path}/data --link-root {tmp_path} " in flags
+    assert not any("--link-root" in other.arguments for other in others)
+    with pytest.raises(InvalidArgument, match="has a comma"):
+        LocalOptions(tmp_path, link_roots=(Path("one,two"),))
 
 
 def state_of(pid):
