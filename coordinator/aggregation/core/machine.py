@@ -498,9 +498,9 @@ class JobRanges:
             return []
         if owned.version > version or (owned.round is not None and owned.touched):
             return []
+        owned.parameters.keep_best(go.best_version if go.HasField("best_version") else None)
         owned.key = key
         owned.round = owned.root = owned.work = None
-        owned.parameters.keep_best(go.best_version if go.HasField("best_version") else None)
         effects = self._checkpoint(owned, go)
         if go.action in TERMINAL_ACTIONS:
             return effects + self._end(owned, go)

@@ -15,7 +15,7 @@ import pytest
 from coordinator.aggregation.checkpoints import Part, layout_part, parse_part, write_part
 from coordinator.aggregation.core.effects import StartCheckpoint
 from coordinator.aggregation.core.making import make_ranges
-from phalanx.errors import DataLoss
+from phalanx.errors import DataLoss, Internal
 from phalanx.frames import BLOCK_ELEMENTS
 from phalanx.testing.ranges import ScriptedJob, make_plan, reference
 from phalanx.testing.starts import StartedLeaves, asynchronous_plan
@@ -181,6 +181,20 @@ def test_a_job_that_goes_on_with_another_rule_keeps_nothing_of_it(other: str) ->
     found = [BEST_VECTOR in each.snapshot.extra for each in last]
     assert found == [bool(other)] * 2
     assert not other or best_bytes(last) == reference(plan)[6].tobytes()
+
+
+def test_a_record_that_names_a_version_that_is_gone_opens_nothing() -> None:
+    """No root issues one: whoever carries it has made it up."""
+    job = scripted(plan_of())
+    job.begin()
+    while job.go.version < 3:
+        job.run_round()
+    other = job.owner_of(1)
+    made_up = GoRecord(term=1, version=3, round=7, action=GoRecord.ACTION_TRAIN, best_version=1)
+    with pytest.raises(Internal, match="does not have the best version, 1"):
+        other.go_record(made_up)
+    job.run()
+    assert best_bytes(saved_of(job, STEPS)) == reference(job.plan)[BEST].tobytes()
 
 
 def test_a_pause_at_the_best_version_and_a_resume() -> None:
