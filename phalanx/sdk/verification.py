@@ -11,6 +11,7 @@ from phalanx.errors import FailedPrecondition, NotFound
 from phalanx.sdk.in_process import IN_PROCESS, job_code
 from phalanx.sdk.job import Job
 from phalanx.sdk.methods import LIST_CHECKPOINTS
+from phalanx.tasks import is_task_set
 
 if TYPE_CHECKING:
     from phalanx.sdk.cluster import Cluster
@@ -69,7 +70,8 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
 
     Downloads the chunks that the job reads. An asynchronous job is replayed in the order of its
     log, and a job that went on from another one is computed from the very beginning. Raises
-    FailedPrecondition unless the job has succeeded, and where it has no log or its origin is gone.
+    FailedPrecondition unless the job has succeeded, where it has no log or its origin is gone, and
+    where nobody wrote down what its parameters depend on, or it has none.
     """
     from phalanx.data.manifest import DatasetManifest
     from phalanx.specs import job_plan
@@ -80,6 +82,7 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
         raise FailedPrecondition(
             f"job {job_id} is {job.state}; only a job that has succeeded can be verified"
         )
+    _demand_all_is_known(job, in_process=cluster.backend.address == IN_PROCESS)
     spec = job.message.spec
     dataset = cluster.data.get(spec.data.name)
     plan = job_plan(spec, dataset, job_id)
@@ -120,6 +123,32 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
         bit_identical=job.result.bit_identical,
         replayed=plan.asynchronous,
     )
+
+
+def _demand_all_is_known(job: Job, *, in_process: bool) -> None:
+    """Raise FailedPrecondition for a job whose parameters nobody can compute again from its spec
+    and its data, with what its own books say."""
+    spec, result = job.message.spec, job.result
+    assert result is not None
+    if is_task_set(spec):
+        raise FailedPrecondition(
+            f"job {job.id} is a set of independent tasks, which has no parameters to compare; "
+            f"`phalanx results {job.id}` shows what each of them returned"
+        )
+    books = (
+        f"its own books: examples lost {result.examples_lost}, counted twice "
+        f"{result.examples_doubled}"
+    )
+    if spec.train.synchronous.backup_shards and result.examples_lost:
+        raise FailedPrecondition(
+            f"job {job.id} left out contributions that came too late (backup_shards), and which "
+            f"they were is not written down, so its bits cannot be computed again; {books}"
+        )
+    if spec.train.stale.bound and not in_process:
+        raise FailedPrecondition(
+            f"contributions of job {job.id} were applied in the order in which they came, which "
+            f"stale jobs do not write down, so its bits cannot be computed again; {books}"
+        )
 
 
 def _first_of(cluster: Cluster, job: Job) -> JobSpec:
