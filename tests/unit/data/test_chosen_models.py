@@ -63,6 +63,7 @@ def write_model(
         layout=model.layout,
         parameters_sha256=hashlib.sha256(parameters.tobytes()).hexdigest(),
         steps=12,
+        job_steps=12,
         bit_identical=True,
         fingerprint="f" * 64,
     )
