@@ -74,16 +74,17 @@ def may_pass():
     return False
 
 
+def wait():
+    mark = GATE / f"entered-{os.getpid()}"
+    while (GATE / "hold").exists() and not may_pass():
+        mark.touch()  # again in each turn: who holds anew deletes all marks
+        time.sleep(0.002)
+    mark.unlink(missing_ok=True)
+
+
 class Gated(Softmax):
     def loss_and_gradients(self, parameters, features, targets):
-        if (GATE / "hold").exists() and not may_pass():
-            entered = GATE / f"entered-{os.getpid()}"
-            entered.touch()
-            while (GATE / "hold").exists():
-                time.sleep(0.002)
-                if may_pass():
-                    entered.unlink(missing_ok=True)
-                    break
+        wait()
         return super().loss_and_gradients(parameters, features, targets)
 '''
 
@@ -186,15 +187,25 @@ def wait_until(condition: Callable[[], Any], what: str) -> Any:
         time.sleep(0.01)
 
 
+def send(pid: int, number: int) -> None:
+    """Send a signal to one process. Raises ProcessLookupError where it is down.
+
+    The process id of a member that is down is 0, which would mean everybody in our own group.
+    """
+    if pid <= 0:
+        raise ProcessLookupError("no process to send a signal to: it is down for the moment")
+    os.kill(pid, number)
+
+
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
     """SIGSTOP, and SIGCONT at the end."""
-    os.kill(pid, signal.SIGSTOP)
+    send(pid, signal.SIGSTOP)
     try:
         yield
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
+            send(pid, signal.SIGCONT)
 
 
 @dataclass
@@ -207,10 +218,14 @@ class Gate:
         (self.folder / "passes").mkdir(exist_ok=True)
 
     def hold(self) -> None:
-        """Every leaf that begins from now on waits."""
-        for entered in self.folder.glob("entered-*"):
-            entered.unlink()
+        """Every leaf that begins from now on waits.
+
+        Marks of killed leaves go. A leaf that waits, even since before a release that it has not
+        seen yet, marks itself anew.
+        """
         (self.folder / "hold").touch()
+        for entered in self.folder.glob("entered-*"):
+            entered.unlink(missing_ok=True)
 
     def release(self) -> None:
         """All go on."""
@@ -325,8 +340,8 @@ class Arena:
         return submitted
 
     def signal(self, member_id: str, number: int = signal.SIGKILL) -> None:
-        """Send a signal to one process of the cluster."""
-        os.kill(self.cluster.process(member_id).pid, number)
+        """Send a signal to one process of the cluster, which must be up."""
+        send(self.cluster.process(member_id).pid, number)
 
     def events(self, kind: str) -> list[Event]:
         """The events of one type so far."""

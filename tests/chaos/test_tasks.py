@@ -25,10 +25,11 @@ GATE = Path(os.environ["PHALANX_TEST_GATE"])
 
 
 def square(x):
-    if (GATE / "hold").exists():
-        (GATE / f"entered-{os.getpid()}").touch()
-        while (GATE / "hold").exists():
-            time.sleep(0.002)
+    mark = GATE / f"entered-{os.getpid()}"
+    while (GATE / "hold").exists():
+        mark.touch()
+        time.sleep(0.002)
+    mark.unlink(missing_ok=True)
     time.sleep(0.02)
     return {"square": x * x}
 """

@@ -1,0 +1,129 @@
+"""The gate of the chaos tests, and signals to members that are down."""
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+import phalanx
+from phalanx.local.state import Member
+from phalanx.models.base import DataSchema
+from phalanx.testing.arena import GATED_MODEL, SOFTMAX_MODEL, Arena, Gate, stopped
+
+
+class Leaf:
+    """A leaf of the gated model in this process. What happens while it waits is given by turns:
+    each call of `sleep` is one, so nothing depends on time."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.turns = 0
+
+    def run(self, *happenings: Callable[[], object]) -> None:
+        """Compute a leaf; in each turn of its wait, the next one of these happens."""
+        left = list(happenings)
+        self.turns = 0
+
+        def sleep(_: float) -> None:
+            self.turns += 1
+            left.pop(0)()
+
+        self.module.time = SimpleNamespace(sleep=sleep)
+        model = self.module.Gated(DataSchema(2, 3, "float64"))
+        model.loss_and_gradients(model.initial(0), np.ones((4, 2)), np.zeros(4, int))
+        assert not left, "the leaf went on before all had happened"
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    folder = tmp_path / "gate"
+    folder.mkdir()
+    return Gate(folder)
+
+
+@pytest.fixture
+def leaf(gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leaf]:
+    code = {"softmax": SOFTMAX_MODEL, "gated": GATED_MODEL}
+    for name, text in code.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setenv("PHALANX_TEST_GATE", str(gate.folder))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield Leaf(importlib.import_module("gated"))
+    for name in code:
+        del sys.modules[name]
+
+
+def test_a_leaf_waits_for_the_gate_and_says_so_only_while_it_does(gate: Gate, leaf: Leaf) -> None:
+    leaf.run()
+    gate.hold()
+    seen = []
+    leaf.run(lambda: seen.append(gate.entered()), gate.release)
+    assert seen == [{os.getpid()}]
+    assert gate.entered() == set()
+
+
+def test_a_leaf_that_missed_a_release_is_still_seen_in_the_gate(gate: Gate, leaf: Leaf) -> None:
+    """The gate is held again before the leaf has looked."""
+
+    def held_anew() -> None:
+        gate.release()
+        gate.hold()
+
+    gate.hold()
+    seen = []
+    leaf.run(held_anew, lambda: seen.append(gate.entered()), gate.release)
+    assert seen == [{os.getpid()}]
+
+
+def test_marks_of_leaves_that_are_gone_go_with_the_next_hold(gate: Gate) -> None:
+    gate.hold()
+    (gate.folder / "entered-4194305").touch()
+    gate.release()
+    gate.hold()
+    assert gate.entered() == set()
+
+
+def test_as_many_leaves_pass_as_are_let(gate: Gate, leaf: Leaf) -> None:
+    gate.hold()
+    gate.let_pass(2)
+    leaf.run()
+    leaf.run()
+    leaf.run(gate.release)
+    gate.hold()
+    leaf.run(lambda: gate.let_pass(1))
+    assert gate.entered() == set()
+    gate.let_pass(3)
+    gate.let_nobody_pass()
+    leaf.run(gate.release)
+
+
+def arena_of(gate: Gate, pid: int) -> Arena:
+    member = Member("worker", "worker-1", pid, "", "", 0, "")
+    cluster = SimpleNamespace(process=lambda _: member)
+    return Arena(cast("phalanx.LocalCluster", cluster), gate)
+
+
+def test_a_member_that_is_down_gets_no_signal(gate: Gate) -> None:
+    """0 is its process id, and to the kernel the whole group of who sends."""
+    arena_of(gate, os.getpid()).signal("worker-1", 0)
+    with pytest.raises(ProcessLookupError, match="down"):
+        arena_of(gate, 0).signal("worker-1", 0)
+
+
+def test_nobody_is_stopped_where_a_member_is_down(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    with pytest.raises(ProcessLookupError, match="down"), stopped(0):
+        pass
+    with stopped(7):
+        pass
+    assert sent == [(7, signal.SIGSTOP), (7, signal.SIGCONT)]
