@@ -56,6 +56,8 @@ class Cluster:
     storage_up: bool = True
     auto: bool = True
     """Whether aggregators say RangesReady and workers say they are ready by themselves."""
+    parameters: int = 640
+    """Of the model that workers describe."""
 
     def __post_init__(self) -> None:
         self.time_s = 100.0
@@ -226,9 +228,9 @@ class Cluster:
     def describe(self, session: int, job_id: str, **fields: Any) -> None:
         """Let a worker answer DescribeJob with a model of one tensor."""
         layout = Layout(
-            tensors=[TensorSpec(name="w", shape=[64, 10], decay=True)],
+            tensors=[TensorSpec(name="w", shape=[self.parameters // 10, 10], decay=True)],
             dtype="float32",
-            element_count=640,
+            element_count=self.parameters,
         )
         fields = fields or {"layout": layout, "evaluation_sums": ["loss", "correct"]}
         self.say(session, job_described=pb.JobDescribed(job_id=job_id, **fields))

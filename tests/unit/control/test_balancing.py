@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 
 from coordinator.control.core import levels
-from coordinator.control.core.balancing import LOOK_AGAIN_S, REST_LEASES, SEEN_HEARTBEATS
+from coordinator.control.core.balancing import (
+    LOOK_AGAIN_S,
+    REST_LEASES,
+    SEEN_HEARTBEATS,
+    WIRE_BYTES_PER_S,
+)
 from coordinator.control.core.events import Tick
+from coordinator.control.core.tree import node_count
 from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1.job_spec_pb2 import JobSpec
 
 ALL = set(range(16))
 WORKERS = ("w1", "w2", "w3", "w4")
@@ -234,3 +241,42 @@ def test_the_gain_is_named(beats: Beats) -> None:
     beats.leaf_s["w3"] = 0.4
     beats.go(6.0)
     assert "5.00 leaves instead of 16.00" in beats.moves()[0].message
+
+
+@pytest.mark.parametrize(("vector_leaves", "cut"), [(0.0, True), (8.0, False)])
+def test_vectors_are_cut_only_where_they_cost_less_than_it_brings(
+    cluster: Any, vector_leaves: float, cut: bool
+) -> None:
+    leaf_s = 0.05
+    cluster.parameters = max(640, int(vector_leaves * leaf_s * WIRE_BYTES_PER_S / 4))
+    beats = Beats(cluster)
+    beats.leaf_s = {name: leaf_s * (4 if name == "w3" else 1) for name in WORKERS}
+    beats.go(6.0)
+    assert beats.moves()
+    held = [sorted(cluster.shards(name)) for name in WORKERS]
+    assert any(node_count(shards, len(ALL)) > 1 for shards in held if shards) == cut
+
+
+@pytest.mark.parametrize("former", ["w1", "w2", "w4"])
+def test_a_shard_goes_to_a_former_host_that_has_its_data(beats: Beats, former: str) -> None:
+    job = beats.cluster.core.jobs["job-1"]
+    assert job.train.owners[9] == "w3"
+    job.had[9] = ("w3", former)
+    beats.leaf_s["w3"] = 0.4
+    beats.go(6.0)
+    assert beats.counts() == [5, 5, 1, 5]
+    assert job.train.owners[9] == former
+
+
+def test_a_gain_that_reading_the_data_again_eats_up_moves_nothing(cluster: Any) -> None:
+    def wide(spec: JobSpec) -> None:
+        spec.data.shards = 64
+
+    beats = Beats(cluster, edit=wide)
+    beats.leaf_s["w3"] = 0.128
+    beats.go(2 * LOOK_AGAIN_S)
+    assert not beats.moves()
+    had = cluster.core.jobs["job-1"].had
+    had.update(dict.fromkeys(had, WORKERS))  # now all of them have all of it
+    beats.go(2 * LOOK_AGAIN_S)
+    assert beats.moves()
