@@ -49,14 +49,21 @@ class Voters:
     """Workers without a network: each sends its home, and what it is asked for."""
 
     def __init__(
-        self, plan: JobPlan, workers: int = 4, lie: Lie = lambda *_: False, seed: int = 0
+        self,
+        plan: JobPlan,
+        workers: int = 4,
+        lie: Lie = lambda *_: False,
+        seed: int = 0,
+        secret: int = SECRET,
     ) -> None:
-        self.job = ScriptedJob(lambda *given: make_ranges(*given, secret=SECRET), plan)
+        self.job = ScriptedJob(lambda *given: make_ranges(*given, secret=secret), plan)
         self.ranges = self.job.root
         self.lie = lie
         self.draw = random.Random(seed)
         self.keys: dict[str, object] = {}
         self.asked: list[tuple[str, tuple[int, int], Node]] = []
+        self.ever_asked: list[tuple[int, int]] = []
+        """Version and shard of every copy that somebody was asked for."""
         self.due: list[tuple[str, Frame]] = []
         self.caught: list[Caught] = []
         self.verified = 0
@@ -81,6 +88,7 @@ class Voters:
             if isinstance(effect, Ask):
                 order = effect.order
                 self.asked += [(order.worker_id, order.key, node) for node in order.nodes]
+                self.ever_asked += [(order.key[0], node.first) for node in order.nodes]
             elif isinstance(effect, Caught):
                 self.caught.append(effect)
             self.verified += isinstance(effect, Verified)
@@ -538,6 +546,33 @@ def test_an_audit_compares_about_the_fraction_and_always_the_same_leaves() -> No
     assert 10 < counts.pop() < 31, "of 8 × 5, and the parameters"
     assert audited(0, fraction=1.0).verified == 1 + 8 * SHARDS
     assert audited(0, fraction=1e-9).verified == 1, "the parameters are always compared"
+
+
+def drawn_leaves(secret: int, steps: int) -> list[frozenset[int]]:
+    """The leaves of each training round that an audit compares."""
+    plan = verified_plan(audit=0.5, steps=steps, evaluation_shards=0)
+    voters = Voters(plan, secret=secret)
+    voters.run()
+    drawn = [
+        {shard for version, shard in voters.ever_asked if version == at} for at in range(steps)
+    ]
+    return [frozenset(each) for each in drawn]
+
+
+@pytest.mark.parametrize("other", [SECRET + 1, SECRET + (1 << 64)])
+def test_who_does_not_know_the_whole_secret_cannot_tell_what_an_audit_draws(other: int) -> None:
+    known = drawn_leaves(SECRET, 16)
+    assert drawn_leaves(SECRET, 16) == known
+    same = sum(ours == theirs for ours, theirs in zip(known, drawn_leaves(other, 16), strict=True))
+    assert same <= 4, "of 16, each alike once in 32 times by chance"
+
+
+def test_every_leaf_is_drawn_by_an_audit_sooner_or_later() -> None:
+    """Else a worker could lie for ever about one that is not."""
+    drawn = drawn_leaves(SECRET, 100)
+    assert len(set(drawn)) > 2**SHARDS / 2, "of so many ways to draw"
+    for shard in range(SHARDS):
+        assert 25 < sum(shard in each for each in drawn) < 75, "half of them, within 5 σ"
 
 
 def test_an_audit_catches_a_liar_and_leaves_it_out_of_what_was_drawn() -> None:
