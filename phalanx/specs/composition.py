@@ -50,6 +50,8 @@ def _verification(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         yield from _replicas(replicas)
     needed = AUDIT_WORKERS if audits else replicas or REPLICAS_LEAST
     most = spec.resources.max_workers
+    # Backup shards need a tolerant job; that the two do not go together is said there.
+    backup = parts.backup_shards(spec.train) > 0
     if 0 < most < needed:
         message = (
             f"{number_of(most, 'worker')} cannot make {number_of(needed, 'copy', 'copies')} of a "
@@ -65,7 +67,7 @@ def _verification(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
             "synchronous or local"
         )
         yield Violation(path, message)
-    elif spec.reproducibility.WhichOneof("mode") == "tolerant":
+    elif spec.reproducibility.WhichOneof("mode") == "tolerant" and not backup:
         message = (
             "workers of a tolerant job may compute other bits, so copies that differ say nothing "
             "about who is wrong; leave this out"
@@ -252,6 +254,12 @@ def _backup(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     least = parts.least_shards(spec.train.reduction)
     if backup < 0:
         yield Violation(path, f"must be at least 0, not {backup}")
+    elif backup and parts.verifies(spec.train):
+        message = (
+            "lets who is slow decide which shards count, so the job can promise no bits, and "
+            "verification finds out who is wrong by the bits of all; use one of the two"
+        )
+        yield Violation(path, message)
     elif backup and spec.reproducibility.WhichOneof("mode") != "tolerant":
         message = (
             "who is slow decides which shards count, so no bits can be promised; write "
@@ -278,8 +286,8 @@ def _compression(compression: job_spec_pb2.Compression) -> Iterator[Violation]:
 
 def _reduction(reduction: job_spec_pb2.Reduction, shards: int) -> Iterator[Violation]:
     kind, least = reduction.WhichOneof("kind"), parts.least_shards(reduction)
-    if kind == "median" and shards < 3:
-        message = f"needs at least 3 shards to outvote one, and the job has {shards}"
+    if kind == "median" and shards < least:
+        message = f"needs at least {least} shards to outvote one, and the job has {shards}"
         yield Violation("train.reduction.median", f"{message}; raise data.shards")
     elif kind == "trimmed_mean" and shards < least:
         trim = reduction.trimmed_mean.trim

@@ -73,6 +73,8 @@ def equal_copies(train: job_spec_pb2.Train) -> int:
 def least_shards(reduction: job_spec_pb2.Reduction) -> int:
     """Return how many shards must contribute to a step for the reducer to hold."""
     kind = reduction.WhichOneof("kind")
+    if kind == "median":
+        return 3  # the median of two is their mean: nobody is outvoted
     if kind == "trimmed_mean":
         return 2 * reduction.trimmed_mean.trim + 1
     return 2 * reduction.krum.faulty + 3 if kind == "krum" else 1

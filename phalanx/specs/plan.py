@@ -13,6 +13,8 @@ from phalanx.v1 import dataset_service_pb2, job_pb2, job_spec_pb2, training_pb2
 EVALUATION_SHARD_ROWS = 256
 EVALUATION_SHARDS_MAX = 64
 SMALL_LEAF_ROWS = 64
+NEAR = 1.1
+"""By as many times as many epochs as asked for, a job ends near what was asked for."""
 
 
 def evaluation_rows(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> int:
@@ -188,6 +190,12 @@ def _leaf_warnings(spec: job_spec_pb2.JobSpec, rows: int, eligible_workers: int)
             f"{number_of(shards, 'shard')} {verb_for(shards, 'keeps', 'keep')} {shards} of "
             f"{number_of(eligible_workers, 'worker')} busy; use more shards"
         )
+    least = spec.resources.min_workers
+    if parts.all_reduces(spec.train) and least > shards:
+        found.append(
+            f"the job waits for {least} workers (resources.min_workers), and with all_reduce "
+            f"{number_of(shards, 'shard')} {verb_for(shards, 'has', 'have')} {shards} of them work"
+        )
     return found
 
 
@@ -201,6 +209,7 @@ def _stop_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
             found.append(f"stop.epochs never fires: stop.steps comes first, at {stop.steps}")
         elif by_epochs < stop.steps:
             found.append(f"stop.steps never fires: stop.epochs comes first, at step {steps}")
+    found += _overshoot(spec, rows)
     if steps == 0 and not stop.HasField("wall_time"):
         found.append("no rule bounds the steps: the job may run until it is cancelled")
     every = spec.train.evaluation.every_steps if spec.train.HasField("evaluation") else 0
@@ -218,6 +227,25 @@ def _stop_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
     if stop.HasField("wall_time"):
         found.append("stop.wall_time depends on the clock: repeated runs may stop at other steps")
     return found
+
+
+def _overshoot(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
+    """Local steps end at a commit, which may be far behind the last epoch that was asked for."""
+    stop, each, per_epoch = (
+        spec.train.stop,
+        parts.local_steps(spec.train),
+        steps_per_epoch(spec, rows),
+    )
+    commits = total_steps(spec, rows)
+    used = commits * each / per_epoch
+    comes_first = not stop.HasField("steps") or stop.steps > commits
+    if not stop.HasField("epochs") or not comes_first or used <= NEAR * stop.epochs:
+        return []
+    found = (
+        f"stop.epochs is {stop.epochs:g} and the job uses {used:.4g}: it ends with a commit, and "
+        f"each has {number_of(each, 'local step')}, {each / per_epoch:.3g} of an epoch; use fewer"
+    )
+    return [found]
 
 
 def _best_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
@@ -261,18 +289,21 @@ def _reduction_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
         or larger >= least
     ):
         return []
-    found = (
-        f"the last step of each epoch has rows of {number_of(larger, 'shard')} only and changes "
-        f"nothing: the reducer needs {least}; use another batch_size"
-    )
-    return [found]
+    found = f"the last step of each epoch has rows of {number_of(larger, 'shard')} only"
+    why = f"changes nothing: the reducer needs {least}"
+    if spec.train.reduction.HasField("median"):
+        why = f"outvotes nobody: the median needs {least}"
+    return [f"{found} and {why}; use another batch_size"]
 
 
 def _asynchronous_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
-    asynchronous, steps = spec.train.asynchronous, total_steps(spec, rows)
-    if steps and asynchronous.barrier_every_clocks >= steps:
-        count = number_of(steps, "step")
+    train, steps = spec.train, total_steps(spec, rows)
+    count = number_of(steps, "step")
+    if steps and train.asynchronous.barrier_every_clocks >= steps:
         return [f"asynchronous.barrier_every_clocks never fires: the job has {count}"]
+    # The last step of a shard is steps - 1 ahead of one that has not begun.
+    if steps and parts.commits_one_by_one(train) and train.stale.bound >= steps - 1 > 0:
+        return [f"stale.bound never fires: the job has {count}, and no shard waits for another"]
     return []
 
 

@@ -259,6 +259,8 @@ def test_the_plan_warns_of_steps_that_change_nothing(make_dataset: MakeDataset) 
     (warning,) = [each for each in planned(make_dataset(), *settings).warnings if "epoch" in each]
     assert "rows of 1 shard only" in warning
     assert "needs 7" in warning
+    (warning,) = planned(make_dataset(), *settings[:2], "train.reduction={median: {}}").warnings
+    assert "outvotes nobody: the median needs 3" in warning, "but it does change something"
     other = planned(make_dataset(), "data.shards=9", f"train.batch_size={100 * 9}", krum)
     assert not [each for each in other.warnings if "epoch" in each]
 
@@ -287,6 +289,61 @@ def test_steps_and_epochs_of_local_jobs_are_compared_in_commits(make_dataset: Ma
     assert [each for each in warnings if "stop.steps never fires" in each]
 
 
+@pytest.mark.parametrize("mode", ["", "bitwise", "tolerant"])
+def test_backup_shards_and_verification_are_refused_in_one_sentence(
+    make_dataset: MakeDataset, mode: str
+) -> None:
+    """Each complaint by itself would ask for what the other one forbids."""
+    both = ["train.synchronous={backup_shards: 1}", "train.verification={replicas: 3}"]
+    written = [f"reproducibility={{{mode}: {{}}}}"] if mode else []
+    found = complaints(make_dataset(), *both, *written)
+    assert list(found) == ["train.synchronous.backup_shards"]
+    assert "use one of the two" in found["train.synchronous.backup_shards"]
+
+
+@pytest.mark.parametrize(
+    ("local", "stop", "used"),
+    [
+        (500, "epochs: 1", "166.7"),
+        (4, "epochs: 3", "4"),
+        (5, "epochs: 10", ""),
+        (4, "epochs: 15.9", ""),
+        (3, "epochs: 1", ""),
+        (500, "epochs: 1, steps: 1", ""),
+        (500, "steps: 1", ""),
+    ],
+)
+def test_the_plan_warns_of_local_steps_that_end_far_behind_the_last_epoch(
+    make_dataset: MakeDataset, local: int, stop: str, used: str
+) -> None:
+    """16 shards of 256 rows a step: 3 own steps in an epoch."""
+    settings = (f"train.local={{steps: {local}}}", f"train.stop={{{stop}}}")
+    found = [each for each in planned(make_dataset(), *settings).warnings if "job uses" in each]
+    assert len(found) == bool(used)
+    assert all(f"the job uses {used}:" in each for each in found)
+
+
+@pytest.mark.parametrize(("bound", "told"), [(8, False), (9, True), (50, True)])
+def test_a_stale_bound_that_no_shard_comes_to_is_warned_of(
+    make_dataset: MakeDataset, bound: int, told: bool
+) -> None:
+    settings = (f"train.stale={{bound: {bound}}}", "train.stop={steps: 10}")
+    warnings = planned(make_dataset(), *settings).warnings
+    assert any("stale.bound never fires" in each for each in warnings) == told
+
+
+@pytest.mark.parametrize(
+    ("topology", "workers", "told"),
+    [("all_reduce", 16, False), ("all_reduce", 17, True), ("parameter_server", 17, False)],
+)
+def test_an_all_reduce_job_that_waits_for_workers_without_work_is_warned_of(
+    make_dataset: MakeDataset, topology: str, workers: int, told: bool
+) -> None:
+    settings = (f"train.{topology}={{}}", f"resources.min_workers={workers}")
+    warnings = planned(make_dataset(), *settings).warnings
+    assert any("the job waits for 17 workers" in each for each in warnings) == told
+
+
 def test_backup_shards_must_leave_enough(make_dataset: MakeDataset) -> None:
     path, tolerant = "train.synchronous.backup_shards", "reproducibility={tolerant: {}}"
     all_of_them = (tolerant, "data.shards=7", "train.synchronous={backup_shards: 7}")
@@ -297,6 +354,10 @@ def test_backup_shards_must_leave_enough(make_dataset: MakeDataset) -> None:
         "train.reduction={krum: {faulty: 2}}",
     )
     assert "a step needs 7; use at most 0" in complaints(make_dataset(), *krum)[path]
+    median = (tolerant, "data.shards=4", "train.reduction={median: {}}")
+    found = complaints(make_dataset(), *median, "train.synchronous={backup_shards: 2}")
+    assert "leaves 2 of 4 shards, and a step needs 3; use at most 1" in found[path]
+    specs.prepare(edited(*median, "train.synchronous={backup_shards: 1}"), make_dataset())
     resolved = specs.prepare(
         edited(tolerant, "train.synchronous={backup_shards: 2}"), make_dataset()
     )
