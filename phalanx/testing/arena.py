@@ -16,6 +16,7 @@ import phalanx
 from phalanx.errors import Unavailable
 from phalanx.sdk.job import Job
 from phalanx.sdk.values import Event
+from phalanx.specs import parts
 
 SETTLED_S = 0.3
 """What a job shows of its progress is not older than that."""
@@ -208,6 +209,13 @@ def stopped(pid: int) -> Iterator[None]:
             send(pid, signal.SIGCONT)
 
 
+def leaves_of_a_step(job: Job) -> int:
+    """How often a gradient is computed for one step, copies that are compared included."""
+    spec = job.message.spec
+    copies = parts.equal_copies(spec.train) if parts.verifies(spec.train) else 1
+    return spec.data.shards * max(1, parts.local_steps(spec.train)) * copies
+
+
 @dataclass
 class Gate:
     """Holds leaves in the middle of their work."""
@@ -240,7 +248,7 @@ class Gate:
 
     def bring_to(self, job: Job, step: int) -> None:
         """Hold, and let leaves pass until the job has committed a step, or is over."""
-        shards = job.message.spec.data.shards
+        leaves = leaves_of_a_step(job)
         self.hold()
         known, since_s = -1, 0.0
 
@@ -250,7 +258,7 @@ class Gate:
             if at != known:
                 known, since_s = at, now_s
             elif at < step and now_s - since_s >= SETTLED_S:
-                self.let_pass((step - at) * shards)
+                self.let_pass((step - at) * leaves)
             return at >= step or job.done
 
         wait_until(is_there, f"step {step}")

@@ -1,6 +1,7 @@
 """The gate of the chaos tests, and signals to members that are down."""
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -15,7 +16,17 @@ import pytest
 import phalanx
 from phalanx.local.state import Member
 from phalanx.models.base import DataSchema
-from phalanx.testing.arena import GATED_MODEL, SOFTMAX_MODEL, Arena, Gate, stopped
+from phalanx.specs import load_json
+from phalanx.testing.arena import (
+    GATED_MODEL,
+    SOFTMAX_MODEL,
+    Arena,
+    Gate,
+    gated_job,
+    leaves_of_a_step,
+    stopped,
+)
+from phalanx.v1.job_pb2 import Job as JobMessage
 
 
 class Leaf:
@@ -102,6 +113,21 @@ def test_as_many_leaves_pass_as_are_let(gate: Gate, leaf: Leaf) -> None:
     gate.let_pass(3)
     gate.let_nobody_pass()
     leaf.run(gate.release)
+
+
+@pytest.mark.parametrize(
+    ("train", "leaves"),
+    [
+        ({}, 11),
+        ({"local": {"steps": 3}}, 33),
+        ({"verification": {"replicas": 5}}, 33),
+        ({"verification": {"audit_fraction": 0.1}}, 22),
+    ],
+)
+def test_as_many_leaves_are_let_pass_as_a_step_has(train: dict[str, Any], leaves: int) -> None:
+    spec = load_json(json.dumps(gated_job(shards=11, **train)))
+    job = SimpleNamespace(message=JobMessage(spec=spec))
+    assert leaves_of_a_step(cast("phalanx.Job", job)) == leaves
 
 
 def arena_of(gate: Gate, pid: int) -> Arena:
