@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from coordinator.control.core import (
     budgets,
+    descriptions,
     ending,
     hosting,
     incidents,
@@ -152,7 +153,7 @@ def _tick(core: Core) -> None:
     membership.check_silence(core)
     now = core.now.monotonic_s
     for job in list(core.jobs.values()):
-        terms.check_describe_deadline(core, job)
+        descriptions.check_deadline(core, job)
         _watch_fingerprint(core, job)
     for job in core.running():
         if job.adopt_until_s and now >= job.adopt_until_s:
@@ -237,7 +238,7 @@ def _worker_said(core: Core, worker: Worker, kind: str | None, event: MemberSaid
     if kind == "job_described":
         job = core.jobs.get(message.job_described.job_id)
         if job is not None:
-            terms.described(core, job, worker, message.job_described)
+            descriptions.described(core, job, worker, message.job_described)
     elif kind == "worker_job_ready":
         membership.worker_ready(core, worker, message.worker_job_ready)
     elif kind == "leaf_failed":

@@ -8,7 +8,7 @@ those who fell silent together do not reach their leases together: being suspect
 
 from __future__ import annotations
 
-from coordinator.control.core import hosting, incidents, quarantine, terms
+from coordinator.control.core import describing, hosting, incidents, quarantine, terms
 from coordinator.control.core.eligibility import TAKES_WORK
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.lifecycle import RUNNING
@@ -88,8 +88,9 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
         if not same:
             job.set_aside_before.pop(worker.id, None)
             job.speeds.pop(worker.id, None)
-        if job.describing == worker.id:
-            terms.describing_worker_gone(core, job)  # what it was asked got lost with its session
+        if worker.id in job.describing:
+            # What it was asked got lost with its session.
+            terms.describing_worker_gone(core, job, worker.id)
     # One that is back with a job in hand is ready at once: no later word would give it a share.
     _place_everything(core, balance=bool(hello.held_jobs))
 
@@ -265,8 +266,8 @@ def lose_worker(
     if incident is not None:
         incidents.moved(core, incident)
     for job in list(core.jobs.values()):
-        if job.describing == worker.id:
-            terms.describing_worker_gone(core, job)
+        if worker.id in job.describing:
+            terms.describing_worker_gone(core, job, worker.id)
 
 
 def start_drain(core: Core, worker: Worker, reason: str) -> None:
@@ -283,7 +284,7 @@ def start_drain(core: Core, worker: Worker, reason: str) -> None:
 
 def finish_drain(core: Core, worker: Worker) -> None:
     """Let a draining worker leave once it hosts nothing any more."""
-    busy = any(worker.id in job.hosts or job.describing == worker.id for job in core.jobs.values())
+    busy = any(worker.id in {**job.hosts, **job.describing} for job in core.jobs.values())
     if worker.state == WorkerView.STATE_DRAINING and not busy and not worker.released:
         worker.released = True
         core.send(worker.session, pb.SessionResponse(drain=pb.Drain()))
@@ -396,6 +397,7 @@ def _forget_leaves(core: Core, worker: Worker) -> None:
     for job in core.jobs.values():
         if job.other_leaves.pop(worker.id, None) is not None:
             job.told_ineligible.discard(worker.id)
+        describing.forget(job, worker.id)
 
 
 def _may_hold(job: JobRuntime, facts: JobFacts, worker: Worker, held: pb.HeldWorkerJob) -> bool:

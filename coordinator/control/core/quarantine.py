@@ -7,54 +7,48 @@ done something about it, and if not it is caught again.
 
 from __future__ import annotations
 
-from coordinator.control.core import hosting, incidents, terms
-from coordinator.control.core.state import Core, JobRuntime, Worker
+from coordinator.control.core import describing, hosting, incidents, terms
+from coordinator.control.core.describing import WAITING
+from coordinator.control.core.state import Core, Description, JobRuntime, Worker
 from phalanx.texts import number_of, verb_for
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 from phalanx.v1.control_journal_pb2 import ControlRecord, WorkerQuarantined
 from phalanx.v1.training_pb2 import TreeNode
 
-WAITING = "WAITING_FOR_VERIFIERS"
-
 
 def outvoted(core: Core, job: JobRuntime, message: pb.OutvotedWorker) -> None:
     """Take all work from a worker whose copy of a contribution was outvoted. Said often."""
-    known = core.facts.quarantines.get(message.worker_id)
-    worker = core.workers.get(message.worker_id)
-    if known is not None and known.incarnation == message.incarnation:
-        return
-    if worker is not None and worker.hello.incarnation != message.incarnation:
-        return  # that start of it is gone
     where = f"{_leaf(message.node, evaluation=message.evaluation)} at step {message.step}"
     reason = (
         f"its copy of {where} of job {job.job_id} has SHA-256 {message.sha256}, "
         f"and that of {', '.join(message.agreed)} {message.majority_sha256}"
     )
-    fact = WorkerQuarantined(
-        worker_id=message.worker_id, incarnation=message.incarnation, reason=reason
+    _quarantine(core, job, message, reason)
+
+
+def described_otherwise(
+    core: Core, job: JobRuntime, answer: Description, majority: list[Description]
+) -> None:
+    """Take all work from a worker that described a job in another way than a majority did."""
+    own, right = answer.found, majority[0].found
+    what, hashes = "first leaf", (own.leaf_sha256, right.leaf_sha256)
+    if own.leaf_sha256 == right.leaf_sha256:
+        what, hashes = "description", (describing.sha256_of(own), describing.sha256_of(right))
+    agreed = sorted(each.worker_id for each in majority)
+    reason = (
+        f"its {what} of job {job.job_id} has SHA-256 {hashes[0]}, "
+        f"and that of {', '.join(agreed)} {hashes[1]}"
     )
-    after = core.persist(ControlRecord(worker_quarantined=fact))
-    core.emit(
-        "WORKER_QUARANTINED",
-        f"{message.worker_id} gets no work any more: {reason}",
-        job_id=job.job_id,
-        after=max(after, job.term_after),
-        worker_id=message.worker_id,
-        incident_id=incidents.suspected(core, message.worker_id),
-        shard=message.node.first,
-        step=message.step,
-        details={
-            "incarnation": message.incarnation,
-            "shards": message.node.span,
-            "evaluation": str(message.evaluation).lower(),
-            "sha256": message.sha256,
-            "majority_sha256": message.majority_sha256,
-            "agreed": ",".join(message.agreed),
-        },
+    message = pb.OutvotedWorker(
+        worker_id=answer.worker_id,
+        incarnation=answer.incarnation,
+        node=TreeNode(first=0, span=1),  # the leaf that a job is described with
+        sha256=hashes[0],
+        majority_sha256=hashes[1],
+        agreed=agreed,
     )
-    if worker is not None and worker.connected:
-        _take_all(core, worker, reason)
+    _quarantine(core, job, message, reason)
 
 
 def recall(core: Core, worker: Worker) -> None:
@@ -105,6 +99,43 @@ def watch_verifiers(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
     core.set_reason(job, WAITING, message)
 
 
+def _quarantine(core: Core, job: JobRuntime, message: pb.OutvotedWorker, reason: str) -> None:
+    known = core.facts.quarantines.get(message.worker_id)
+    worker = core.workers.get(message.worker_id)
+    if known is not None and known.incarnation == message.incarnation:
+        return
+    if worker is not None and worker.hello.incarnation != message.incarnation:
+        return  # that start of it is gone
+    fact = WorkerQuarantined(
+        worker_id=message.worker_id, incarnation=message.incarnation, reason=reason
+    )
+    after = core.persist(ControlRecord(worker_quarantined=fact))
+    core.emit(
+        "WORKER_QUARANTINED",
+        f"{message.worker_id} gets no work any more: {reason}",
+        job_id=job.job_id,
+        after=max(after, job.term_after),
+        worker_id=message.worker_id,
+        incident_id=incidents.suspected(core, message.worker_id),
+        shard=message.node.first,
+        step=message.step,
+        details={
+            "incarnation": message.incarnation,
+            "shards": message.node.span,
+            "evaluation": str(message.evaluation).lower(),
+            "sha256": message.sha256,
+            "majority_sha256": message.majority_sha256,
+            "agreed": ",".join(message.agreed),
+        },
+    )
+    if worker is not None and worker.connected:
+        _take_all(core, worker, reason)
+    for each in list(core.jobs.values()):
+        if message.worker_id in each.descriptions:
+            describing.forget(each, message.worker_id)
+            terms.advance(core, each)
+
+
 def _take_all(core: Core, worker: Worker, reason: str) -> None:
     if worker.state == WorkerView.STATE_DRAINING:
         return  # it has nothing of its own any more, and leaves
@@ -112,8 +143,8 @@ def _take_all(core: Core, worker: Worker, reason: str) -> None:
     for job in core.running():
         hosting.take_away(core, job, worker.id, "the worker is quarantined", "quarantine")
     for job in list(core.jobs.values()):
-        if job.describing == worker.id:
-            terms.describing_worker_gone(core, job)
+        if worker.id in job.describing:
+            terms.describing_worker_gone(core, job, worker.id)
 
 
 def _leaf(node: TreeNode, *, evaluation: bool) -> str:

@@ -241,9 +241,13 @@ class JobRuntime:
     """False for a running job of an earlier leadership until its row in storage was read."""
     adopt_until_s: float = 0.0
     """Until then shards without a known host may have one that has not reconnected."""
-    describing: str = ""
-    describe_deadline_s: float = 0.0
+    describing: dict[str, float] = field(default_factory=dict)
+    """Workers that were asked to build its model, and until when they may take."""
     describe_attempts: int = 0
+    descriptions: dict[str, Description] = field(default_factory=dict)
+    """What workers answered, of a job that is verified, until enough of them agree."""
+    late_describers: set[str] = field(default_factory=set)
+    """Workers that were asked so, and did not answer in time."""
     described: pb.JobDescribed | None = None
     described_fingerprint: str = ""
     """That of the worker that described the job, from the group chosen at first dispatch."""
@@ -287,6 +291,16 @@ class JobRuntime:
     def step(self) -> int:
         """The newest step that the root reported."""
         return self.report.step if self.report is not None else 0
+
+
+@dataclass(frozen=True)
+class Description:
+    """What one start of a worker found out about a job by building its model."""
+
+    worker_id: str
+    incarnation: str
+    fingerprint: str
+    found: pb.JobDescribed
 
 
 @dataclass

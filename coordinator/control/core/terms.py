@@ -6,32 +6,26 @@ most one storage operation per job is under way; what must wait for it is taken 
 
 from __future__ import annotations
 
-from coordinator.control.core import ending, hosting, incidents, members, sharing
+from coordinator.control.core import describing, ending, hosting, incidents, members, sharing
 from coordinator.control.core.clock import NANOS
 from coordinator.control.core.effects import RaiseTerm, ReadRow
 from coordinator.control.core.eligibility import (
     announce_ineligible,
     explain_waiting,
     group_of,
-    needed_bytes,
-    too_large,
 )
 from coordinator.control.core.events import OperationFailed, RowRead, TermRaised, TermRefused
 from coordinator.control.core.lifecycle import PAUSED, QUEUED, RUNNING
 from coordinator.control.core.ownership import choose_owners, lost_owners, may_be_owned
-from coordinator.control.core.state import Core, JobRuntime, OperationKind, Worker
+from coordinator.control.core.state import Core, JobRuntime, OperationKind
 from phalanx.errors import Internal
 from phalanx.tasks import is_task_set
 from phalanx.texts import number_of, verb_for
-from phalanx.training.best import METRIC_NOT_COMPUTED, missing_metric
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
 from phalanx.v1.control_journal_pb2 import ControlRecord, TermStarted
 from phalanx.v1.job_pb2 import Failure
-from phalanx.v1.training_pb2 import JobPlan, Layout
-
-DESCRIBE_ATTEMPTS_MAX = 3
-DTYPE_BYTES = {"float32": 4, "float64": 8}
+from phalanx.v1.training_pb2 import JobPlan
 
 
 def advance(core: Core, job: JobRuntime) -> None:
@@ -120,51 +114,9 @@ def operation_failed(core: Core, job: JobRuntime, event: OperationFailed) -> Non
     advance(core, job)
 
 
-def described(core: Core, job: JobRuntime, worker: Worker, message: pb.JobDescribed) -> None:
-    """Take in what a worker found out about the job by building its model."""
-    if job.describing != worker.id or core.facts_of(job).state != QUEUED:
-        return
-    job.describing = ""
-    if message.HasField("failure"):
-        failure = message.failure
-        ending.fail(core, job, failure.code or "DESCRIBE_FAILED", failure.message, [failure])
-    elif not _is_usable(core, job, message.layout):
-        text = f"{worker.id} described a model without parameters or of an unknown dtype"
-        ending.fail(core, job, "DESCRIBE_FAILED", text)
-    elif missing := missing_metric(core.facts_of(job).spec, message.evaluation_sums):
-        ending.fail(core, job, METRIC_NOT_COMPUTED, missing)
-    else:
-        job.described = message
-        job.described_fingerprint = worker.hello.fingerprint
-        refusal = too_large(core, needed_bytes(core.facts_of(job), message.layout))
-        if refusal is not None:
-            ending.fail(core, job, refusal.reason, refusal.message)
-    advance(core, job)
-
-
-def _is_usable(core: Core, job: JobRuntime, layout: Layout) -> bool:
-    tasks = is_task_set(core.facts_of(job).spec)
-    return layout.element_count > 0 and (tasks or layout.dtype in DTYPE_BYTES)
-
-
-def describing_worker_gone(core: Core, job: JobRuntime) -> None:
+def describing_worker_gone(core: Core, job: JobRuntime, worker_id: str) -> None:
     """Ask another worker; a worker's death is nothing that the job did."""
-    job.describing = ""
-    advance(core, job)
-
-
-def check_describe_deadline(core: Core, job: JobRuntime) -> None:
-    """Ask another worker if one takes too long; after a few the job fails."""
-    if not job.describing or core.now.monotonic_s < job.describe_deadline_s:
-        return
-    job.describe_attempts += 1
-    if job.describe_attempts >= DESCRIBE_ATTEMPTS_MAX:
-        text = (
-            f"{number_of(job.describe_attempts, 'worker')} did not build the model within "
-            f"{core.config.describe_timeout_s:g} s each, the last was {job.describing}"
-        )
-        ending.fail(core, job, "DESCRIBE_TIMEOUT", text)
-    job.describing = ""
+    del job.describing[worker_id]
     advance(core, job)
 
 
@@ -252,9 +204,8 @@ def _dispatch(core: Core, job: JobRuntime) -> None:
     elif job.described is not None or facts.plan.layout.element_count > 0:
         core.set_reason(job, "STARTING")
         _raise(core, job, OperationKind.RAISE_TERM)
-    elif not job.describing:
-        core.set_reason(job, "DESCRIBING")
-        _describe(core, job, group.workers)
+    else:
+        describing.ask(core, job, group)
 
 
 def _beginning(core: Core) -> int:
@@ -265,21 +216,6 @@ def _beginning(core: Core) -> int:
         and core.facts_of(job).state == QUEUED
         for job in core.jobs.values()
     )
-
-
-def _describe(core: Core, job: JobRuntime, workers: tuple[Worker, ...]) -> None:
-    """Have the least busy worker build the model; attempts go round."""
-
-    def busy(worker: Worker) -> tuple[int, int, str]:
-        hosted = sum(worker.id in each.hosts for each in core.jobs.values())
-        return hosted, -worker.slots, worker.id
-
-    ordered = sorted(workers, key=busy)
-    worker = ordered[job.describe_attempts % len(ordered)]
-    job.describing = worker.id
-    job.describe_deadline_s = core.now.monotonic_s + core.config.describe_timeout_s
-    message = pb.DescribeJob(plan=hosting.job_plan(core, job))
-    core.send(worker.session, pb.SessionResponse(describe_job=message), job.after)
 
 
 def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:

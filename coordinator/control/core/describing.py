@@ -1,0 +1,158 @@
+"""Having workers build a job's model: whom to ask, and what their answers come to.
+
+Only a worker can tell what the job's own code makes of it. One is believed, unless the job is
+verified: the layout, the evaluation sums and the leaf that everybody is measured by are taken from
+nobody's word there, but from as many workers as must agree on a contribution.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from coordinator.control.core import hosting
+from coordinator.control.core.eligibility import Group
+from coordinator.control.core.state import Core, Description, JobRuntime, Worker
+from phalanx.specs.parts import equal_copies, verifies
+from phalanx.texts import number_of, verb_for
+from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
+
+WAITING = "WAITING_FOR_VERIFIERS"
+
+
+def is_verified(core: Core, job: JobRuntime) -> bool:
+    """Whether several workers have to agree on what the job is."""
+    return verifies(core.facts_of(job).spec.train)
+
+
+def needed(core: Core, job: JobRuntime) -> int:
+    """Return how many workers have to agree."""
+    return equal_copies(core.facts_of(job).spec.train) if is_verified(core, job) else 1
+
+
+def ask(core: Core, job: JobRuntime, group: Group) -> None:
+    """Ask as many workers as may still be needed; say so if there are too few."""
+
+    def busy(worker: Worker) -> tuple[int, int, str]:
+        hosted = sum(worker.id in each.hosts for each in core.jobs.values())
+        return hosted, -worker.slots, worker.id
+
+    ordered = sorted(group.workers, key=busy)
+    if is_verified(core, job):
+        _ask_several(core, job, group, ordered)
+    elif not job.describing:
+        core.set_reason(job, "DESCRIBING")
+        _ask(core, job, ordered[job.describe_attempts % len(ordered)])
+
+
+def agreed(core: Core, job: JobRuntime) -> list[Description]:
+    """Return the equal answers of enough workers, the first one first; empty: not yet."""
+    for answers in _by_result(job).values():
+        if len(answers) >= needed(core, job):
+            return answers
+    return []
+
+
+def differing(job: JobRuntime, right: Description) -> list[Description]:
+    """Return the answers that workers with the same fingerprint should not have given.
+
+    Who says that it fails there may be right: the machine may be too small, or lack something.
+    """
+    return [
+        each
+        for each in job.descriptions.values()
+        if each.fingerprint == right.fingerprint
+        and not each.found.HasField("failure")
+        and _result(each) != _result(right)
+    ]
+
+
+def sha256_of(found: pb.JobDescribed) -> str:
+    """Return the hash of everything that has to be equal in two descriptions."""
+    bare = pb.JobDescribed(
+        layout=found.layout, evaluation_sums=found.evaluation_sums, leaf_sha256=found.leaf_sha256
+    )
+    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
+
+
+def forget(job: JobRuntime, worker_id: str) -> None:
+    """What a worker has answered, or not, does not count any more: it began anew, or has lied."""
+    job.descriptions.pop(worker_id, None)
+    job.late_describers.discard(worker_id)
+
+
+def _ask_several(core: Core, job: JobRuntime, group: Group, ordered: list[Worker]) -> None:
+    """Ask those that were not asked before, and whoever did not answer in time last."""
+    equal = [
+        len(answers)
+        for (fingerprint, _), answers in _by_result(job).items()
+        if fingerprint == group.fingerprint
+    ]
+    lacking = needed(core, job) - max(equal, default=0) - len(job.describing)
+    fresh = [
+        worker
+        for worker in ordered
+        if worker.id not in job.descriptions and worker.id not in job.describing
+    ]
+    fresh.sort(key=lambda worker: worker.id in job.late_describers)
+    for worker in fresh[: max(0, lacking)]:
+        _ask(core, job, worker)
+    if job.describing:
+        core.set_reason(job, "DESCRIBING")
+    else:
+        core.set_reason(job, WAITING, _explain(core, job, group))
+
+
+def _ask(core: Core, job: JobRuntime, worker: Worker) -> None:
+    job.describing[worker.id] = core.now.monotonic_s + core.config.describe_timeout_s
+    message = pb.DescribeJob(plan=hosting.job_plan(core, job))
+    core.send(worker.session, pb.SessionResponse(describe_job=message), job.after)
+
+
+def _explain(core: Core, job: JobRuntime, group: Group) -> str:
+    """Say who has answered what, and who does not."""
+    answers = [each for each in job.descriptions.values() if each.fingerprint == group.fingerprint]
+    results = {_result(each): each for each in answers}
+    came = f"{number_of(len(answers), 'description')} of it came"
+    if answers:
+        came += f", from {', '.join(sorted(each.worker_id for each in answers))}"
+    if len(results) > 1:
+        came += f", with {number_of(len(results), 'different result')}"
+    message = (
+        f"{number_of(needed(core, job), 'worker')} have to agree on what the job is before it "
+        f"begins (layout, evaluation sums and its first leaf): {came}, and there is no other "
+        "worker to ask; add workers"
+    )
+    if len(results) > 2:
+        message += " (code that depends on more than its seed and its rows differs, too)"
+    for each in results.values():
+        if each.found.HasField("failure"):
+            message += f"; it fails on {each.worker_id}: {each.found.failure.message}"
+    out = sorted(
+        worker.id
+        for worker in core.workers.values()
+        if worker.state == WorkerView.STATE_QUARANTINED
+    )
+    if out:
+        message += f"; {', '.join(out)} {verb_for(len(out), 'is', 'are')} quarantined"
+    others = sorted(group.excluded.keys() - set(out))
+    if others:
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        message += f"; {others[0]} is left out: {group.excluded[others[0]]}{more}"
+    return message
+
+
+def _by_result(job: JobRuntime) -> dict[tuple[str, str], list[Description]]:
+    """Return the answers that are equal, in the order in which they came."""
+    results: dict[tuple[str, str], list[Description]] = {}
+    for each in job.descriptions.values():
+        results.setdefault(_result(each), []).append(each)
+    return results
+
+
+def _result(answer: Description) -> tuple[str, str]:
+    """What is compared: bits only within a fingerprint, and of failures no text, which may name
+    what is different in each process."""
+    found = answer.found
+    failed = found.HasField("failure")
+    return answer.fingerprint, found.failure.code if failed else sha256_of(found)
