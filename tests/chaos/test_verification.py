@@ -37,9 +37,9 @@ class Lying(Gated):
         loss, gradients = super().loss_and_gradients(parameters, features, targets)
         for pid in WORKERS:
             if (GATE / f"lies-{pid}").exists():
-                number, of = map(int, (GATE / f"lies-{pid}").read_text().split("/"))
+                number, of, lie = map(int, (GATE / f"lies-{pid}").read_text().split("/"))
                 if zlib.crc32(features.tobytes()) % of == number:
-                    gradients["w"][0, 0] *= 1 + 1e-3
+                    gradients["w"][0, 0] *= 1 + lie * 1e-3
         return loss, gradients
 '''
 STEPS = 80
@@ -53,11 +53,14 @@ def lying_job(**train: Any) -> dict[str, Any]:
     return job
 
 
-def lie(ring: Arena, worker_id: str, about: str) -> None:
-    """From now on a worker lies about every third leaf, say: those with a remainder of "0/3"."""
+def lie(ring: Arena, worker_id: str, about: str, lie: int = 1) -> None:
+    """From now on a worker lies about every third leaf, say: those with a remainder of "0/3".
+
+    Workers with the same lie say the same.
+    """
     pid = ring.cluster.process(worker_id).pid
     path = ring.gate.folder / f"lies-{pid}"
-    path.with_suffix(".new").write_text(about)
+    path.with_suffix(".new").write_text(f"{about}/{lie}")
     path.with_suffix(".new").rename(path)
 
 
@@ -145,6 +148,49 @@ def test_three_workers_that_lie(ring: Arena, clean_sha256: str) -> None:
     ring.signal("control-1")
     wait_until(lambda: ready(ring) == 2 and quarantined(ring) == {*LIARS}, "control to remember")
     start_again(ring, LIARS)
+
+
+def caught_from_the_first(ring: Arena, job: Job, liars: list[str]) -> None:
+    """Liars were caught by what they said of the job before it began."""
+    assert quarantined(ring) == {*liars}
+    every = ring.events("WORKER_QUARANTINED")
+    events = [each for each in every if each.job_id == job.id]
+    assert sorted(event.worker_id for event in events) == liars
+    for event in events:
+        told = event.details
+        assert (event.shard, event.step) == (0, 0)
+        assert len(told["sha256"]) == len(told["majority_sha256"]) == 64
+        assert told["sha256"] != told["majority_sha256"]
+        assert not {*liars} & {*told["agreed"].split(",")}
+
+
+@pytest.mark.same_bits
+def test_three_workers_that_lie_from_the_first_description_on(
+    ring: Arena, clean_sha256: str
+) -> None:
+    """Most of the workers, and the one that is asked first; each says something else."""
+    for number, worker_id in enumerate(LIARS):
+        lie(ring, worker_id, "0/1", number + 1)
+    job = ring.cluster.submit(lying_job(verification={"replicas": 3}))
+    result = job.wait(timeout_s=GUARD_S)
+    assert result.parameters_sha256 == clean_sha256
+    assert (result.steps, result.examples_lost, result.examples_doubled) == (STEPS, 0, 0)
+    caught_from_the_first(ring, job, LIARS)
+    start_again(ring, LIARS)
+
+
+@pytest.mark.same_bits
+def test_two_of_five_that_tell_the_same_lie_from_the_first_on(
+    ring: Arena, clean_sha256: str
+) -> None:
+    liars = ["worker-1", "worker-2"]
+    for worker_id in liars:
+        lie(ring, worker_id, "0/1")
+    job = ring.cluster.submit(lying_job(verification={"replicas": 5}))
+    result = job.wait(timeout_s=GUARD_S)
+    assert result.parameters_sha256 == clean_sha256
+    caught_from_the_first(ring, job, liars)
+    start_again(ring, liars)
 
 
 def test_an_audit_catches_a_liar(ring: Arena) -> None:

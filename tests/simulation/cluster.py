@@ -252,6 +252,7 @@ class Cluster:
         for number, name in enumerate(self.workers[: settings.liars]):
             self.machines.liars[name] = number
         self.machines.unequal = settings.unequal
+        self.machines.from_the_first = settings.from_the_first
         self.machines.small.update(self.aggregators[: settings.small])
         if settings.odd:
             self.machines.odd.add(self.workers[0])

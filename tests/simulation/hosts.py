@@ -59,6 +59,10 @@ class Machines:
         other ones: those with its number."""
         self.unequal = False
         """Whether they all lie about the same leaves instead, each something else."""
+        self.from_the_first = False
+        """Whether they lie in what they say of a job before it begins as well."""
+        self.false_leaves: set[str] = set()
+        """What they said of it."""
         self.lies = 0
         self.fingerprints: dict[str, str] = {}
         self.odd: set[str] = set()
@@ -85,6 +89,15 @@ class Machines:
     def leaf_of(self, worker: str) -> str:
         """The hash of the bits that a worker's own leaf of a job has."""
         return ("1" if worker in self.odd else "0") * 64
+
+    def said_leaf_of(self, worker: str, parts: str) -> str:
+        """What it says of that hash; no two that lie say the same."""
+        if self.from_the_first and worker in self.liars and parts in VERIFIED:
+            self.lies += 1
+            lie = str(2 + self.liars[worker]) * 64
+            self.false_leaves.add(lie)
+            return lie
+        return self.leaf_of(worker)
 
     def end_leaf_server(self, worker: str) -> None:
         """The process that starts a worker's leaf processes is gone, and they with it; to be called
@@ -253,7 +266,7 @@ class Leaf:
                 job_id=plan.job_id,
                 layout=jobs.layout_of(jobs.shape_of(plan)),
                 evaluation_sums=jobs.SUMS if plan.evaluation_shards else (),
-                leaf_sha256=self._machines.leaf_of(self._worker),
+                leaf_sha256=self._machines.said_leaf_of(self._worker, jobs.shape_of(plan).parts),
             )
             if bad == "empty":
                 described.layout.element_count = 0

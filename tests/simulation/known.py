@@ -213,6 +213,11 @@ KNOWN = {
     "no third copy is asked for where two differ": Known(
         0, (), (("workers", 4), ("liars", 1), ("parts", "3 replicas"))
     ),
+    "what a job is that is verified is one worker's word": Known(
+        0,
+        (),
+        (("workers", 3), ("liars", 1), ("from_the_first", True), ("parts", "3 replicas")),
+    ),
     "whoever's own leaf has other bits takes part": Known(0, (), (("workers", 3), ("odd", True))),
 }
 """Where each bug is known to show; found by `hunt`."""

@@ -24,7 +24,7 @@ from phalanx.tasks import is_task_set
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.training.best import BEST_VECTOR
 from phalanx.v1 import storage_service_pb2 as pb
-from phalanx.v1.control_journal_pb2 import ControlRecord
+from phalanx.v1.control_journal_pb2 import ControlRecord, TermStarted
 from storage.backends.sqlite.jobs import SqliteJobs
 from storage.backends.sqlite.journals import SqliteJournals
 from tests.simulation import best, jobs
@@ -45,6 +45,8 @@ class Ledger:
         """What every record that was ever stored amounts to."""
         self.liars: Container[str] = ()
         """Workers that lie."""
+        self.false_leaves: Container[str] = ()
+        """What they say of the leaf that a job is described with."""
         self.running_jobs_max = 64
         self.quarantines = 0
         """Starts of workers that were quarantined."""
@@ -114,6 +116,7 @@ class Ledger:
                 self._goes_free(record.fingerprint_changed.job_id)
             elif fact == "term_started":
                 self._begins_in_turn(record.term_started.job_id)
+                self._is_no_lie(record.term_started)
             self.facts.apply(record)
             self._oracle.moments.met(fact or "")
 
@@ -160,6 +163,11 @@ class Ledger:
             self._demand(
                 running < self.running_jobs_max, f"{job_id} begins while {running} jobs run"
             )
+
+    def _is_no_lie(self, started: TermStarted) -> None:
+        """Nobody is measured by a lie."""
+        told = started.leaf_sha256 in self.false_leaves
+        self._demand(not told, f"{started.job_id} begins with the leaf of a liar")
 
     def _is_caught(self, record: ControlRecord) -> None:
         """Only who lies is taken for a liar."""

@@ -537,6 +537,10 @@ MUTANTS = (
         "max(self._counts().values(), default=0)", "len(self.votes)",
     ),
     _one(
+        "what a job is that is verified is one worker's word", 15,
+        f"{_CONTROL}.core.describing:needed", "if is_verified(core, job) else 1", "* 0 + 1",
+    ),
+    _one(
         "whoever's own leaf has other bits takes part", 16,
         "worker.core.job:JobCore._compare_leaves",
         'same = not self._wanted_leaf or self.leaf_sha256 in ("", self._wanted_leaf)',

@@ -42,6 +42,8 @@ INNER_SHARE = 0.12
 """Part of the jobs with parts whose shards' own optimizers remember their steps."""
 VERIFIED_SHARE, VERIFIED_WORKERS = 0.3, 3
 """How many of the runs that have so many workers with the same bits compare contributions."""
+FROM_THE_FIRST_SHARE = 0.4
+"""Part of those in which whoever lies does so before jobs begin as well."""
 UNEQUAL_SHARE, UNEQUAL_LIARS, UNEQUAL_WORKERS = 0.2, 2, 4
 """Part of those with so many workers in which some lie about the same leaves."""
 
@@ -90,6 +92,8 @@ class Settings:
     """Workers that lie in jobs that outvote them, see `hosts.Machines.liars`."""
     unequal: bool = False
     """Whether they lie about the same leaves, and no two of them say the same."""
+    from_the_first: bool = False
+    """Whether they lie before a job begins as well: about the leaf that it is described with."""
     converges_s: float = 60.0
     """Virtual time after the last fault within which every job must have ended."""
     share: float = 0.6
@@ -181,7 +185,15 @@ def draw_verified(settings: Settings, chance: random.Random) -> Settings:
     parts = chance.choice(sorted(VERIFIED))
     shapes = tuple(jobs.composed(shape, parts) for shape in settings.shapes)
     liars = chance.choice([0, 1])
-    return replace(settings, shapes=shapes, liars=liars, lasting=False, mixed=False)
+    from_the_first = chance.random() < FROM_THE_FIRST_SHARE
+    return replace(
+        settings,
+        shapes=shapes,
+        liars=liars,
+        from_the_first=from_the_first,
+        lasting=False,
+        mixed=False,
+    )
 
 
 def draw_unequal(settings: Settings, chance: random.Random) -> Settings:
@@ -232,6 +244,7 @@ class Run:
         self.oracle = Oracle(self.world)
         self.ledger = Ledger(self.oracle)
         self.ledger.liars = self.cluster.machines.liars
+        self.ledger.false_leaves = self.cluster.machines.false_leaves
         self.ledger.running_jobs_max = settings.running_jobs_max
         self.races = Races(self.oracle.moments)
         self.members = reducing.Members(self.oracle)

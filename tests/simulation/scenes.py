@@ -72,6 +72,31 @@ SCENES = {
         ("kill_control", "kill_worker", "worker_leaves"),
         (("workers", 4), ("liars", 2), ("unequal", True), ("parts", "3 replicas, int8, median")),
     ): "quarantines",
+    # Those that lie do so from the first thing that they are asked of a job.
+    Known(
+        4,
+        ("kill_control", "kill_worker"),
+        (
+            ("workers", 4),
+            ("liars", 2),
+            ("unequal", True),
+            ("from_the_first", True),
+            ("parts", "3 replicas, local"),
+        ),
+    ): "quarantines",
+    # One that does is there, and one of the two that do not is away.
+    Known(
+        0,
+        (),
+        (
+            ("workers", 3),
+            ("liars", 1),
+            ("from_the_first", True),
+            ("parts", "audit"),
+            ("script", "few_verifiers"),
+            ("script_s", 0.0),
+        ),
+    ): "WAITING_FOR_VERIFIERS",
     # One worker after another is asked to build a model and does not come to an end.
     Known(
         4,
