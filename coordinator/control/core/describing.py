@@ -8,6 +8,7 @@ nobody's word there, but from as many workers as must agree on a contribution.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 from coordinator.control.core import hosting
 from coordinator.control.core.eligibility import Group
@@ -32,16 +33,11 @@ def needed(core: Core, job: JobRuntime) -> int:
 
 def ask(core: Core, job: JobRuntime, group: Group) -> None:
     """Ask as many workers as may still be needed; say so if there are too few."""
-
-    def busy(worker: Worker) -> tuple[int, int, str]:
-        hosted = sum(worker.id in each.hosts for each in core.jobs.values())
-        return hosted, -worker.slots, worker.id
-
-    ordered = sorted(group.workers, key=busy)
     if is_verified(core, job):
-        _ask_several(core, job, group, ordered)
+        _ask_several(core, job, group)
     elif not job.describing:
         core.set_reason(job, "DESCRIBING")
+        ordered = _least_busy_first(core, group.workers)
         _ask(core, job, ordered[job.describe_attempts % len(ordered)])
 
 
@@ -81,17 +77,26 @@ def forget(job: JobRuntime, worker_id: str) -> None:
     job.late_describers.discard(worker_id)
 
 
-def _ask_several(core: Core, job: JobRuntime, group: Group, ordered: list[Worker]) -> None:
+def _least_busy_first(core: Core, workers: Iterable[Worker]) -> list[Worker]:
+    def busy(worker: Worker) -> tuple[int, int, str]:
+        hosted = sum(worker.id in each.hosts for each in core.jobs.values())
+        return hosted, -worker.slots, worker.id
+
+    return sorted(workers, key=busy)
+
+
+def _ask_several(core: Core, job: JobRuntime, group: Group) -> None:
     """Ask those that were not asked before, and whoever did not answer in time last."""
     equal = [
         len(answers)
         for (fingerprint, _), answers in _by_result(job).items()
         if fingerprint == group.fingerprint
     ]
-    lacking = needed(core, job) - max(equal, default=0) - len(job.describing)
+    owed = sum(worker.id in job.describing for worker in group.workers)
+    lacking = needed(core, job) - max(equal, default=0) - owed
     fresh = [
         worker
-        for worker in ordered
+        for worker in _least_busy_first(core, group.workers)
         if worker.id not in job.descriptions and worker.id not in job.describing
     ]
     fresh.sort(key=lambda worker: worker.id in job.late_describers)

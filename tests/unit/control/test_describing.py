@@ -305,6 +305,16 @@ def test_bits_are_compared_within_a_fingerprint_only(cluster: Any) -> None:
     assert not caught(cluster)
 
 
+def test_nobody_is_waited_for_who_cannot_take_part(cluster: Any) -> None:
+    submit(cluster, "w1", "w2")
+    for name in ("x1", "x2", "x3"):
+        cluster.worker(name, fingerprint="another")
+    assert asked(cluster) == ["w1", "w2", "x1", "x2"]
+    cluster.say(cluster.sessions["x1"], drain_requested=pb.DrainRequested())
+    cluster.worker("x4", fingerprint="another")
+    assert asked(cluster) == ["w1", "w2", "x1", "x2", "x3"]
+
+
 @pytest.fixture
 def impatient(make_cluster: Any) -> Any:
     return make_cluster(config=CoreConfig(describe_timeout_s=5.0))
