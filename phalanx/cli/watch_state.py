@@ -11,7 +11,7 @@ from phalanx.v1 import job_pb2, job_service_pb2
 
 MOVED_S = 2.5
 """How long a shard that changed its worker is shown as moved."""
-EVENTS_KEPT = 5
+EVENTS_KEPT = 8
 ROUTINE = "CHECKPOINT_COMMITTED"
 LOSSES_KEPT = 2000
 

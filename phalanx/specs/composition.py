@@ -287,7 +287,8 @@ def _compression(compression: job_spec_pb2.Compression) -> Iterator[Violation]:
 def _reduction(reduction: job_spec_pb2.Reduction, shards: int) -> Iterator[Violation]:
     kind, least = reduction.WhichOneof("kind"), parts.least_shards(reduction)
     if kind == "median" and shards < least:
-        message = f"needs at least {least} shards to outvote one, and the job has {shards}"
+        needed = number_of(least, "shard")
+        message = f"needs at least {needed} to outvote one, and the job has {shards}"
         yield Violation("train.reduction.median", f"{message}; raise data.shards")
     elif kind == "trimmed_mean" and shards < least:
         trim = reduction.trimmed_mean.trim

@@ -193,7 +193,8 @@ def _leaf_warnings(spec: job_spec_pb2.JobSpec, rows: int, eligible_workers: int)
     least = spec.resources.min_workers
     if parts.all_reduces(spec.train) and least > shards:
         found.append(
-            f"the job waits for {least} workers (resources.min_workers), and with all_reduce "
+            f"the job waits for {number_of(least, 'worker')} (resources.min_workers), and with "
+            "all_reduce "
             f"{number_of(shards, 'shard')} {verb_for(shards, 'has', 'have')} {shards} of them work"
         )
     return found

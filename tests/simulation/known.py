@@ -93,7 +93,7 @@ KNOWN = {
     "a range keeps what nobody needs any more": Known(0),
     "a round opens before its version is whole": Known(3, settings=_HEALED),
     "the optimizer's state is not restored": Known(0, ("kill_aggregator",)),
-    "a checkpoint shares state with the steps after it": Known(9, settings=_HEALED),
+    "a checkpoint shares state with the steps after it": Known(5, settings=_HEALED),
     "the end is reported before its checkpoint is whole": Known(0),
     "an aggregator obeys an old generation": Known(0, (), _TWO_LEADERS),
     "one stream waits for another": Known(2, (), (("workers", 2), ("script", "stopped_worker"))),
