@@ -214,9 +214,17 @@ class TaskSetCore:
         limit = min(self._batch_size(), -(-len(self._waiting) // self.slots))
         batch: list[tuple[int, int]] = []
         while self._waiting and len(batch) < limit:
+            # What the next such death will be blamed on runs alone: one call that no process gets
+            # to run would have all that are with it blamed.
+            losses = self._losses.get(self._waiting[0][0], 0)
+            alone = losses == LOSSES_WITHOUT_BLAME_MAX - 1
+            if alone and batch:
+                break
             task, attempt = self._waiting.popleft()
             if attempt in self._open:
                 batch.append((task, attempt))
+                if alone:
+                    break
         if not batch:
             return
         go = training_pb2.GoRecord(term=self.term, version=NO_STEP)

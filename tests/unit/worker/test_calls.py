@@ -265,6 +265,26 @@ def test_a_process_that_dies_again_and_again_before_the_call_is_its_failure() ->
     assert driver.running == []
 
 
+def test_what_is_with_a_call_that_no_process_gets_to_run_is_not_blamed() -> None:
+    driver = Driver()
+    driver.give(0)
+    driver.finish(driver.running[0], seconds=BATCH_S / 4)
+    driver.give(1, 2, 3)
+    for _ in range(LOSSES_WITHOUT_BLAME_MAX - 1):
+        assert numbers(driver.running[0]) == [1, 2, 3]
+        driver.end(driver.running[0], lost=True)
+    assert numbers(driver.running[0]) == [1]
+    driver.finish(driver.running[0])
+    assert numbers(driver.running[0]) == [2]
+    driver.end(driver.running[0], lost=True)
+    assert numbers(driver.running[0]) == [3]
+    driver.finish(driver.running[0])
+    message = driver.core.next_reports()
+    assert message is not None
+    blamed = [each.task for each in message.reports if each.HasField("failure")]
+    assert blamed == [2]
+
+
 def test_who_died_before_it_heard_of_a_call_says_nothing_of_it() -> None:
     driver = Driver()
     driver.give(6)
