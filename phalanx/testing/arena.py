@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +221,8 @@ class Gate:
     """Holds leaves in the middle of their work."""
 
     folder: Path
+    furthest: dict[str, int] = field(default_factory=dict)
+    """The furthest step that was seen of each job."""
 
     def __post_init__(self) -> None:
         (self.folder / "passes").mkdir(exist_ok=True)
@@ -239,26 +241,36 @@ class Gate:
         """All go on."""
         (self.folder / "hold").unlink(missing_ok=True)
 
-    def let_pass(self, leaves: int) -> None:
-        """So many leaves go on although the gate is held, if all that were let pass before did."""
+    def let_pass(self, leaves: int) -> bool:
+        """So many leaves go on although the gate is held, if all that were let pass before did;
+        whether they were."""
         passes = self.folder / "passes"
-        if not any(passes.iterdir()):
-            for number in range(leaves):
-                (passes / str(number)).touch()
+        if any(passes.iterdir()):
+            return False
+        for number in range(leaves):
+            (passes / str(number)).touch()
+        return True
 
     def bring_to(self, job: Job, step: int) -> None:
-        """Hold, and let leaves pass until the job has committed a step, or is over."""
+        """Hold, and let leaves pass until the job has committed a step, or is over.
+
+        After a death an earlier step may be shown for a moment than the job has come to. So leaves
+        of the steps that are missing from the furthest one are let pass together, and after that
+        those of one step at a time: else the job could run to its end.
+        """
         leaves = leaves_of_a_step(job)
         self.hold()
-        known, since_s = -1, 0.0
+        known, since_s, first = -1, 0.0, True
 
         def is_there() -> bool:
-            nonlocal known, since_s
+            nonlocal known, since_s, first
             now_s, at = time.monotonic(), job.refresh().progress.step
             if at != known:
                 known, since_s = at, now_s
+                self.furthest[job.id] = max(at, self.furthest.get(job.id, 0))
             elif at < step and now_s - since_s >= SETTLED_S:
-                self.let_pass((step - at) * leaves)
+                steps = max(1, step - self.furthest[job.id]) if first else 1
+                first = not self.let_pass(steps * leaves) and first
             return at >= step or job.done
 
         wait_until(is_there, f"step {step}")

@@ -130,6 +130,27 @@ def test_as_many_leaves_are_let_pass_as_a_step_has(train: dict[str, Any], leaves
     assert leaves_of_a_step(cast("phalanx.Job", job)) == leaves
 
 
+def test_a_job_that_is_shown_too_early_a_step_does_not_run_away(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step has 11 leaves; who has just been started knows of none for a moment."""
+    monkeypatch.setattr("phalanx.testing.arena.SETTLED_S", 0.0)
+    passes, granted = gate.folder / "passes", []
+    shown = iter([10, 0, 0, 0, 0, 12, 12, 12])
+
+    def refresh() -> object:
+        if any(passes.iterdir()):
+            granted.append(len(list(passes.iterdir())))
+            gate.let_nobody_pass()  # they are taken
+        return SimpleNamespace(progress=SimpleNamespace(step=next(shown)))
+
+    message = JobMessage(spec=load_json(json.dumps(gated_job(shards=11))))
+    job = cast("phalanx.Job", SimpleNamespace(id="j", message=message, refresh=refresh, done=False))
+    gate.bring_to(job, 10)
+    gate.bring_to(job, 12)
+    assert granted == [22, 11, 11], "what is missing from the furthest step, then step by step"
+
+
 def arena_of(gate: Gate, pid: int) -> Arena:
     member = Member("worker", "worker-1", pid, "", "", 0, "")
     cluster = SimpleNamespace(process=lambda _: member)
