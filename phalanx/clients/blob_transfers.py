@@ -105,7 +105,8 @@ class BlobTransfers:
             call = self._stub.GetBlob(rest, timeout=timeout)
             try:
                 async for response in self._moving(aiter(call)):
-                    if wanted is None:
+                    if wanted is None and response.size_bytes:
+                        # Before it there may be signs of life: it is being made.
                         wanted = response.size_bytes - request.offset
                     await sink.write(response.chunk)
                     received += len(response.chunk)

@@ -33,11 +33,18 @@ def plan_of(manifest: DatasetManifest) -> DatasetManifest:
 def places_of(manifest: DatasetManifest) -> dict[str, ChunkPlace]:
     """Where each chunk of a linked manifest comes from, by its digest.
 
-    Raises ValueError where there is not one place for each chunk, or a split without any.
+    Raises ValueError where there is not one place for each chunk, or a split without any, and where
+    places are empty or overlap: so there are no more chunks than rows, whatever a manifest says.
     """
     assert manifest.links is not None
     if not all(manifest.splits.values()):
         raise ValueError("a split has no chunk")
+    for split in manifest.splits:
+        end = 0
+        for first, stop in manifest.links.ranges[split]:
+            if not end <= first < stop:
+                raise ValueError(f"rows {first} to {stop} of split {split} overlap others")
+            end = stop
     return {
         chunk.digest: ChunkPlace(split, first, stop)
         for split, chunks in manifest.splits.items()

@@ -128,7 +128,7 @@ class GetBlobResponse(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
     size_bytes: _builtins.int
-    """In the first message only: size of the whole blob."""
+    """In the first message with bytes only: size of the whole blob. Before it there may be empty ones: it is being made."""
     def __init__(
         self,
         *,

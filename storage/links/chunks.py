@@ -91,25 +91,23 @@ class LinkedChunks:
         sources = await self._operations.blobs("find_linked", lambda: self._sources(digest))
         if not sources:
             return
-        size_bytes = sources[0].linked.sizes[digest]
-        end = request.offset + request.length if request.length else size_bytes
-        if not 0 <= request.offset <= end <= size_bytes:
-            raise invalid(
-                "offset",
-                f"bytes {request.offset} to {end} are not all inside blob {digest} of "
-                f"{size_bytes} bytes",
-            )
-        position = request.offset
-        while True:
+        position, end = request.offset, -1
+        while position != end:
             content = await self._wait(digest, sources)
+            if content is None:
+                yield pb.GetBlobResponse()
+                continue
+            size_bytes = 0
+            if end < 0:
+                # Of what the digest is of: a manifest may tell any size.
+                size_bytes = len(content)
+                end = request.offset + request.length if request.length else size_bytes
+                _demand_inside(request, end, size_bytes)
             # Not held while the caller takes it: it may take its time.
-            piece = content[position : min(end, position + MESSAGE_BYTES)] if content else b""
+            piece = content[position : min(end, position + MESSAGE_BYTES)]
             del content
             yield pb.GetBlobResponse(chunk=piece, size_bytes=size_bytes)
-            size_bytes = 0
             position += len(piece)
-            if position >= end:
-                return
 
     def close(self) -> None:
         """End the processes and whatever waits for them."""
@@ -217,6 +215,15 @@ class LinkedChunks:
             while len(self._manifests) > _MANIFESTS:
                 self._manifests.popitem(last=False)
         return linked
+
+
+def _demand_inside(request: pb.GetBlobRequest, end: int, size_bytes: int) -> None:
+    if not 0 <= request.offset <= end <= size_bytes:
+        raise invalid(
+            "offset",
+            f"bytes {request.offset} to {end} are not all inside blob {request.digest} of "
+            f"{size_bytes} bytes",
+        )
 
 
 def _parsed(manifest: DatasetManifest) -> _Linked:

@@ -103,6 +103,25 @@ async def test_chunks_are_made_and_nothing_is_stored(client, service, data, link
         await client.get_blob(digest_of(b"nothing"))
 
 
+@pytest.mark.parametrize("wrong_bytes", [-1000, 1000])
+async def test_another_size_in_the_manifest_of_others_changes_nothing(
+    client, data, link, wrong_bytes
+):
+    manifest = await link(data)
+    target = manifest.splits["train"][3]
+    other = data.with_name("b.parquet")
+    pyarrow.parquet.write_table(table(seed=2), other)
+    chosen = IngestOptions(link=True, test=0.2, chunk_bytes=9000)
+    found = await asyncio.to_thread(ingest, other, chosen, Digests())
+    train = list(found.splits["train"])
+    size_bytes = target.size_bytes + wrong_bytes
+    train[1] = replace(train[1], digest=target.digest, size_bytes=size_bytes)
+    found = replace(found, splits={**found.splits, "train": tuple(train)})
+    await client.create_dataset("others", await client.put_blob(found.to_json()))
+    async with asyncio.timeout(20):
+        assert digest_of(await client.get_blob(target.digest)) == target.digest
+
+
 async def test_they_go_with_the_data_set_and_the_file_stays(client, data, link):
     manifest = await link(data)
     await client.delete_dataset("people")
@@ -166,7 +185,9 @@ async def test_what_may_not_be_linked_is_not_registered(client, data, link, tmp_
     assert await client.list_datasets() == []
 
 
-@pytest.mark.parametrize("what", ["path", "ranges", "missing ranges", "digest", "no chunks"])
+@pytest.mark.parametrize(
+    "what", ["path", "ranges", "overlap", "missing ranges", "digest", "no chunks"]
+)
 async def test_manifests_that_do_not_hold_are_refused(client, data, tmp_path, what):
     options = IngestOptions(link=True, chunk_bytes=9000)
     manifest = await asyncio.to_thread(ingest, data, options, Digests())
@@ -180,6 +201,13 @@ async def test_manifests_that_do_not_hold_are_refused(client, data, tmp_path, wh
         "ranges": replace(
             manifest,
             links=replace(links, ranges={"train": ((1, 9), *links.ranges["train"][1:])}),
+        ),
+        "overlap": replace(
+            manifest,
+            splits={"train": (first, first, *rest)},
+            links=replace(
+                links, ranges={"train": (links.ranges["train"][0], *links.ranges["train"])}
+            ),
         ),
         "missing ranges": replace(manifest, links=replace(links, ranges={"train": ()})),
         "digest": replace(
