@@ -34,16 +34,20 @@ def places_of(manifest: DatasetManifest) -> dict[str, ChunkPlace]:
     """Where each chunk of a linked manifest comes from, by its digest.
 
     Raises ValueError where there is not one place for each chunk, or a split without any, and where
-    places are empty or overlap: so there are no more chunks than rows, whatever a manifest says.
+    places are empty, overlap, or lie past the rows that the manifest gives the split's files. So it
+    has no more chunks than rows; that the files have these is for whoever opens them to check.
     """
     assert manifest.links is not None
     if not all(manifest.splits.values()):
         raise ValueError("a split has no chunk")
     for split in manifest.splits:
-        end = 0
+        end, rows = 0, sum(file.rows for file in manifest.links.files_of(split))
         for first, stop in manifest.links.ranges[split]:
-            if not end <= first < stop:
-                raise ValueError(f"rows {first} to {stop} of split {split} overlap others")
+            if not end <= first < stop <= rows:
+                raise ValueError(
+                    f"rows {first} to {stop} of split {split} overlap others, or are not all among "
+                    f"the {rows} of its files"
+                )
             end = stop
     return {
         chunk.digest: ChunkPlace(split, first, stop)

@@ -91,14 +91,14 @@ class LinkedChunks:
         sources = await self._operations.blobs("find_linked", lambda: self._sources(digest))
         if not sources:
             return
-        position, end = request.offset, -1
+        position, end = request.offset, None
         while position != end:
             content = await self._wait(digest, sources)
             if content is None:
                 yield pb.GetBlobResponse()
                 continue
             size_bytes = 0
-            if end < 0:
+            if end is None:
                 # Of what the digest is of: a manifest may tell any size.
                 size_bytes = len(content)
                 end = request.offset + request.length if request.length else size_bytes

@@ -103,6 +103,13 @@ async def test_chunks_are_made_and_nothing_is_stored(client, service, data, link
         await client.get_blob(digest_of(b"nothing"))
 
 
+@pytest.mark.parametrize(("offset", "length"), [(-1, 0), (-1, 1), (0, 10**9), (10**9, 0)])
+async def test_what_is_not_inside_a_chunk_is_refused_as_such(client, data, link, offset, length):
+    manifest = await link(data)
+    with pytest.raises(InvalidArgument, match="not all inside"):
+        await client.get_blob(manifest.splits["train"][0].digest, offset, length)
+
+
 @pytest.mark.parametrize("wrong_bytes", [-1000, 1000])
 async def test_another_size_in_the_manifest_of_others_changes_nothing(
     client, data, link, wrong_bytes
@@ -186,7 +193,7 @@ async def test_what_may_not_be_linked_is_not_registered(client, data, link, tmp_
 
 
 @pytest.mark.parametrize(
-    "what", ["path", "ranges", "overlap", "missing ranges", "digest", "no chunks"]
+    "what", ["path", "ranges", "overlap", "past the files", "missing ranges", "digest", "no chunks"]
 )
 async def test_manifests_that_do_not_hold_are_refused(client, data, tmp_path, what):
     options = IngestOptions(link=True, chunk_bytes=9000)
@@ -207,6 +214,14 @@ async def test_manifests_that_do_not_hold_are_refused(client, data, tmp_path, wh
             splits={"train": (first, first, *rest)},
             links=replace(
                 links, ranges={"train": (links.ranges["train"][0], *links.ranges["train"])}
+            ),
+        ),
+        "past the files": replace(
+            manifest,
+            splits={"train": (first, *rest, replace(first, digest=digest_of(b"made up")))},
+            links=replace(
+                links,
+                ranges={"train": (*links.ranges["train"], (links.files[0].rows, ROWS + 1))},
             ),
         ),
         "missing ranges": replace(manifest, links=replace(links, ranges={"train": ()})),
