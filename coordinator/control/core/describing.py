@@ -11,12 +11,17 @@ import hashlib
 from collections.abc import Iterable
 
 from coordinator.control.core import hosting
+from coordinator.control.core.disagreement import (
+    different_results,
+    possible_cause,
+    quarantined,
+    quarantined_workers,
+)
 from coordinator.control.core.eligibility import Group
 from coordinator.control.core.state import Core, Description, JobRuntime, Worker
 from phalanx.specs.parts import equal_copies, verifies
-from phalanx.texts import number_of, verb_for
+from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
-from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 
 WAITING = "WAITING_FOR_VERIFIERS"
 
@@ -121,26 +126,18 @@ def _explain(core: Core, job: JobRuntime, group: Group) -> str:
     came = f"{number_of(len(answers), 'description')} of it came"
     if answers:
         came += f", from {', '.join(sorted(each.worker_id for each in answers))}"
-    if len(results) > 1:
-        came += f", with {number_of(len(results), 'different result')}"
+    came += different_results(len(results))
     message = (
         f"{number_of(needed(core, job), 'worker')} have to agree on what the job is before it "
         f"begins (layout, evaluation sums and its first leaf): {came}, and there is no other "
         "worker to ask; add workers"
     )
-    if len(results) > 2:
-        message += " (code that depends on more than its seed and its rows differs, too)"
+    message += possible_cause(len(results))
     for each in results.values():
         if each.found.HasField("failure"):
             message += f"; it fails on {each.worker_id}: {each.found.failure.message}"
-    out = sorted(
-        worker.id
-        for worker in core.workers.values()
-        if worker.state == WorkerView.STATE_QUARANTINED
-    )
-    if out:
-        message += f"; {', '.join(out)} {verb_for(len(out), 'is', 'are')} quarantined"
-    others = sorted(group.excluded.keys() - set(out))
+    message += quarantined_workers(core)
+    others = sorted(group.excluded.keys() - set(quarantined(core)))
     if others:
         more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
         message += f"; {others[0]} is left out: {group.excluded[others[0]]}{more}"

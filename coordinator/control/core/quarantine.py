@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from coordinator.control.core import describing, hosting, incidents, terms
 from coordinator.control.core.describing import WAITING
+from coordinator.control.core.disagreement import (
+    different_results,
+    possible_cause,
+    quarantined_workers,
+)
 from coordinator.control.core.state import Core, Description, JobRuntime, Worker
-from phalanx.texts import number_of, verb_for
+from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 from phalanx.v1.control_journal_pb2 import ControlRecord, WorkerQuarantined
@@ -81,21 +86,12 @@ def watch_verifiers(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
     what = _leaf(missing.node, evaluation=missing.evaluation)
     more = "" if missing.leaves == 1 else f" (and {missing.leaves - 1} more)"
     came = f"{number_of(missing.copies, 'copy', 'copies')} of it came"
-    if missing.results > 1:
-        came += f", with {number_of(missing.results, 'different result')}"
+    came += different_results(missing.results)
     message = (
         f"{number_of(missing.needed, 'worker')} have to agree on {what} of step "
         f"{missing.step}{more}: {came}, and there is no other worker that delivers; add workers"
     )
-    if missing.results > 2:
-        message += " (code that depends on more than its seed and its rows differs, too)"
-    out = sorted(
-        worker.id
-        for worker in core.workers.values()
-        if worker.state == WorkerView.STATE_QUARANTINED
-    )
-    if out:
-        message += f"; {', '.join(out)} {verb_for(len(out), 'is', 'are')} quarantined"
+    message += possible_cause(missing.results) + quarantined_workers(core)
     core.set_reason(job, WAITING, message)
 
 

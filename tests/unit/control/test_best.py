@@ -70,7 +70,8 @@ def test_other_results_take_what_the_report_says_besides(job: Any) -> None:
     assert not ended.progress.HasField("best")
 
 
-def test_user_code_that_does_not_measure_it_fails_the_job(cluster: Any) -> None:
+def described(cluster: Any, evaluation_sums: list[str]) -> None:
+    """Submit user code that keeps its best lift, and say what it measures."""
     cluster.auto = False
     cluster.aggregator()
     session = cluster.worker("w1")
@@ -80,20 +81,15 @@ def test_user_code_that_does_not_measure_it_fails_the_job(cluster: Any) -> None:
         keeping("test/lift")(spec)
 
     cluster.submit(edit=edit)
-    cluster.describe(session, "job-1", layout=LAYOUT, evaluation_sums=["loss", "correct"])
+    cluster.describe(session, "job-1", layout=LAYOUT, evaluation_sums=evaluation_sums)
+
+
+def test_user_code_that_does_not_measure_it_fails_the_job(cluster: Any) -> None:
+    described(cluster, ["loss", "correct"])
     assert (cluster.state(), cluster.job().reason) == ("FAILED", "METRIC_NOT_COMPUTED")
     assert "evaluations of this job give test/accuracy, test/loss" in cluster.job().message
 
 
 def test_user_code_that_measures_it_runs(cluster: Any) -> None:
-    cluster.auto = False
-    cluster.aggregator()
-    session = cluster.worker("w1")
-
-    def edit(spec: JobSpec) -> None:
-        spec.train.model.custom.entrypoint = "net:build"
-        keeping("test/lift")(spec)
-
-    cluster.submit(edit=edit)
-    cluster.describe(session, "job-1", layout=LAYOUT, evaluation_sums=["lift"])
+    described(cluster, ["lift"])
     assert cluster.state() == "RUNNING"

@@ -1,6 +1,5 @@
 """Models of jobs that chose columns: their files, and what they predict of rows of any width."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -15,10 +14,7 @@ from phalanx.data.choice import choose
 from phalanx.data.ingest import ingest, ingest_arrays
 from phalanx.data.manifest import DatasetManifest
 from phalanx.data.model_files import (
-    ModelDescription,
-    description_files,
     load_model_directory,
-    safetensors_header,
 )
 from phalanx.data.options import IngestOptions
 from phalanx.data.predict import LoadedModel
@@ -29,6 +25,7 @@ from phalanx.models import DataSchema, build_model
 from phalanx.testing import datasets
 from phalanx.training.sampler import RowSelection
 from phalanx.v1.job_spec_pb2 import JobSpec
+from tests.unit.data.finished_models import write_finished_model
 
 PEOPLE = """age,job,hours,town,income
 39,clerk,40,Ulm,low
@@ -51,27 +48,7 @@ def write_model(
     spec.train.model.standardise = standardise
     features = choose(manifest, columns).manifest.features
     model = build_model(spec, DataSchema(features, len(manifest.classes), "float32"))
-    generator = np.random.Generator(np.random.Philox(5))
-    parameters = generator.normal(size=model.layout.element_count).astype("float32")
-    description = ModelDescription(
-        name="income",
-        job_id="job-1",
-        manifest=manifest,
-        manifest_digest="d" * 64,
-        spec=spec,
-        spec_sha256="e" * 64,
-        layout=model.layout,
-        parameters_sha256=hashlib.sha256(parameters.tobytes()).hexdigest(),
-        steps=12,
-        job_steps=12,
-        bit_identical=True,
-        fingerprint="f" * 64,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in description_files(description).items():
-        (folder / name).write_bytes(data)
-    tensors = safetensors_header(model.layout) + parameters.tobytes()
-    (folder / "model.safetensors").write_bytes(tensors)
+    write_finished_model(folder, manifest, spec, model)
     return load_model_directory(folder)
 
 

@@ -1,7 +1,6 @@
 """Models as files: written, loaded, and raw rows predicted as training saw them."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from phalanx.testing import datasets
 from phalanx.training.sampler import RowSelection
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import Layout, TensorSpec
+from tests.unit.data.finished_models import write_finished_model
 
 PEOPLE = """age,job,hours,income
 39,clerk,40,low
@@ -54,35 +54,17 @@ def spec_of(kind: str, standardise: bool = True) -> JobSpec:
 def write_model(
     folder: Path, manifest: DatasetManifest, spec: JobSpec, code_dir: Path | None = None
 ) -> ModelDescription:
-    """A model with parameters that are not all zero, as a finished job would leave it."""
     schema = DataSchema(manifest.features, len(manifest.classes), spec.train.dtype)
     model = build_model(spec, schema, code_dir)
-    generator = np.random.Generator(np.random.Philox(5))
-    parameters = generator.normal(size=model.layout.element_count).astype(spec.train.dtype)
-    description = ModelDescription(
-        name="income",
-        job_id="job-1",
-        manifest=manifest,
-        manifest_digest="d" * 64,
-        spec=spec,
-        spec_sha256="e" * 64,
-        layout=model.layout,
-        parameters_sha256=hashlib.sha256(parameters.tobytes()).hexdigest(),
-        steps=12,
-        job_steps=12,
-        bit_identical=True,
-        fingerprint="f" * 64,
+    return write_finished_model(
+        folder,
+        manifest,
+        spec,
+        model,
         dataset="people@1",
         libraries={"numpy": "2"},
         metrics={"test/accuracy": 0.75, "test/loss": float("nan")},
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in description_files(description).items():
-        (folder / name).write_bytes(data)
-    (folder / "model.safetensors").write_bytes(
-        safetensors_header(model.layout) + parameters.tobytes()
-    )
-    return description
 
 
 def people_model(tmp_path: Path, missing: str = "category", **options: Any) -> LoadedModel:
