@@ -67,7 +67,7 @@ def test_workers_killed_amid_steps_cost_the_open_step_and_roll_nothing_back(
 ) -> None:
     with arena(tmp_path, 4) as ring:
         wait_until(lambda: ready(ring) == 4, "all workers")
-        job = ring.cluster.submit(all_reduce_job())
+        job = ring.submit(all_reduce_job())
         for step in (4, 15, 33):
             ring.caught_at(job, step)
             # Never the last one.
@@ -81,7 +81,7 @@ def test_workers_killed_amid_steps_cost_the_open_step_and_roll_nothing_back(
             wait_until(lambda n=lost: len(ring.events("WORKER_LOST")) > n, "the death to be seen")
             wait_until(lambda n=moved: len(ring.events("SHARDS_MOVED")) > n, "a new term")
             assert job.refresh().progress.step >= before, "nothing is rolled back"
-            ring.gate.release()
+        ring.gate.release()
         assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
         nothing_was_rolled_back(ring, job)
         steps = [event.step for event in ring.events("RECOVERED")]
@@ -93,7 +93,7 @@ def test_all_workers_killed_go_on_from_the_checkpoint(
     tmp_path: Path, undisturbed_sha256: str
 ) -> None:
     with arena(tmp_path, 2) as ring:
-        job = ring.cluster.submit(all_reduce_job())
+        job = ring.submit(all_reduce_job())
         ring.caught_at(job, 15)
 
         def behind_a_checkpoint() -> bool:
@@ -114,17 +114,16 @@ def test_all_workers_killed_go_on_from_the_checkpoint(
 
 def test_control_may_die_and_a_member_be_stopped(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 3) as ring:
-        job = ring.cluster.submit(all_reduce_job())
-        ring.at_step(job, 5)
+        job = ring.submit(all_reduce_job())
+        ring.caught_at(job, 5)
         ring.signal("control-1")
-        ring.caught_in_a_leaf()
         # Control notices the silence only of those that have come back to it.
         wait_until(lambda: ready(ring) == 3, "all workers to be back")
         victim = ring.cluster.process("worker-2").pid
         with stopped(victim):
             wait_until(lambda: ring.events("WORKER_LOST"), "its lease to be over")
-            ring.gate.release()
-            ring.at_step(job, 25)
+            ring.caught_at(job, 25)
+        ring.gate.release()
         assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
         nothing_was_rolled_back(ring, job)
 
@@ -135,7 +134,7 @@ def test_a_leaf_that_hangs_under_good_heartbeats_is_copied_by_other_members(
     with arena(tmp_path, 3) as ring:
         # While the gate is held, who comes later gets no shard of a job that goes on without it.
         wait_until(lambda: ready(ring) == 3, "all workers")
-        job = ring.cluster.submit(all_reduce_job())
+        job = ring.submit(all_reduce_job())
         ring.caught_at(job, 5)
         wait_until(lambda: len(hosts(job)) == 3, "three members")
         victim = ring.caught_at(job, 15)[0]
@@ -155,7 +154,7 @@ def test_pause_resume_cancel_and_a_worker_that_leaves(
     tmp_path: Path, undisturbed_sha256: str
 ) -> None:
     with arena(tmp_path, 3) as ring:
-        job = ring.cluster.submit(all_reduce_job())
+        job = ring.submit(all_reduce_job())
         ring.caught_at(job, 5)
         job.pause()
         ring.gate.release()
@@ -168,7 +167,7 @@ def test_pause_resume_cancel_and_a_worker_that_leaves(
         ring.gate.release()
         assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
         nothing_was_rolled_back(ring, job)
-        other = ring.cluster.submit(all_reduce_job())
+        other = ring.submit(all_reduce_job())
         ring.caught_at(other, 3)
         other.cancel()
         ring.gate.release()

@@ -59,9 +59,13 @@ def ends_with_the_same_bits(
     return check
 
 
-def hold_at(gate: Gate, job: Job, step: int) -> None:
+def held_at(network: ProxiedCluster, gate: Gate, step: int) -> Job:
+    """A job whose leaves wait when it has committed a step."""
+    gate.hold()
+    job = network.cluster.submit(gated_job())
     gate.bring_to(job, step)
     assert not job.done, "the job was over before the fault could be injected"
+    return job
 
 
 def lost(network: ProxiedCluster) -> list[str]:
@@ -97,8 +101,7 @@ def test_slow_links_evict_nobody(
 def test_a_worker_that_control_does_not_hear_is_replaced_and_comes_back(
     network: ProxiedCluster, gate: Gate, ends_with_the_same_bits: Callable[[Job], None]
 ) -> None:
-    job = network.cluster.submit(gated_job())
-    hold_at(gate, job, 10)
+    job = held_at(network, gate, 10)
     before = lost(network).count("worker-1")
     network.control_links[0].disturb(to_server=Link(black_hole=True))
     wait_until(lambda: lost(network).count("worker-1") > before, "the lease to run out")
@@ -109,8 +112,7 @@ def test_a_worker_that_control_does_not_hear_is_replaced_and_comes_back(
 def test_a_worker_that_does_not_hear_control_holds_nothing_up(
     network: ProxiedCluster, gate: Gate, ends_with_the_same_bits: Callable[[Job], None]
 ) -> None:
-    job = network.cluster.submit(gated_job())
-    hold_at(gate, job, 10)
+    job = held_at(network, gate, 10)
     network.control_links[0].disturb(to_client=Link(black_hole=True))
     gate.release()
     ends_with_the_same_bits(job)
@@ -123,8 +125,7 @@ def test_tensors_that_do_not_arrive_are_no_end_of_the_job(
     direction: Direction,
     ends_with_the_same_bits: Callable[[Job], None],
 ) -> None:
-    job = network.cluster.submit(gated_job())
-    hold_at(gate, job, 10)
+    job = held_at(network, gate, 10)
     hole = Link(black_hole=True)
     if direction is Direction.TO_SERVER:
         network.data_link.disturb(to_server=hole)
@@ -141,7 +142,7 @@ def test_storms_of_resets_cost_no_contribution(
     network: ProxiedCluster, gate: Gate, ends_with_the_same_bits: Callable[[Job], None]
 ) -> None:
     before = sum(link.resets for link in network.links())
-    job = network.cluster.submit(gated_job())
+    job = held_at(network, gate, 0)
     for step in range(3, 51, 3):
         gate.bring_to(job, step)
         for link in network.links():
@@ -156,8 +157,7 @@ def test_everything_out_of_reach_is_not_the_end_of_the_data(
 ) -> None:
     """Workers that can reach neither control nor aggregator go on looking, for as long as it takes;
     they neither exit nor report anything as done."""
-    job = network.cluster.submit(gated_job())
-    hold_at(gate, job, 10)
+    job = held_at(network, gate, 10)
     for link in network.links():
         link.refuse()
         link.reset()

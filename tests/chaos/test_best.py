@@ -63,11 +63,13 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 
 
 def killed(ring: Arena, job: Job, victims: dict[int, str]) -> None:
-    """Kill a member each time when the job has come to a step; "worker" is one in a leaf."""
+    """Kill a member each time when the job has come to a step; "worker" is one in a leaf.
+
+    The gate is still held at the end.
+    """
     for step, member in victims.items():
         caught = ring.caught_at(job, step)
         ring.signal(caught[0] if member == "worker" else member)
-        ring.gate.release()
 
 
 @pytest.mark.same_bits
@@ -75,21 +77,22 @@ def test_every_service_is_killed_and_the_job_is_paused(
     tmp_path: Path, expected: Undisturbed, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with arena(tmp_path, 3) as ring:
-        job = ring.cluster.submit(keeping_job())
+        job = ring.submit(keeping_job())
         killed(ring, job, {7: "worker", 22: "aggregator-1", 36: "storage"})
         ring.caught_at(job, 43)
         so_far = job.refresh().progress.best
         assert so_far == expected.best, "the best one is known since step 40"
         ring.signal("control-1")
-        ring.gate.release()
         ring.caught_at(job, 47)
         job.pause()
         ring.gate.release()
         wait_until(lambda: job.refresh().state == "PAUSED", "the pause")
         assert job.progress.best == expected.best
         ring.cluster.gc()  # whatever nothing names any more is gone
+        ring.gate.hold()
         job.resume()
         killed(ring, job, {52: "aggregator-1"})
+        ring.gate.release()
         expected.equals(job.wait(timeout_s=GUARD_S))
         assert len(ring.events("STEPS_REPLAYED")) >= 2
         assert ring.cluster.verify(job).equal
@@ -108,7 +111,7 @@ def test_members_of_an_all_reduce_job_are_killed_one_by_one_and_all_at_once(
     tmp_path: Path, expected: Undisturbed
 ) -> None:
     with arena(tmp_path, 3) as ring:
-        job = ring.cluster.submit(keeping_job(all_reduce={}))
+        job = ring.submit(keeping_job(all_reduce={}))
         killed(ring, job, {7: "worker", 38: "worker", 41: "worker"})
         ring.caught_at(job, 46)
         for number in (1, 2, 3):
@@ -126,8 +129,9 @@ def test_a_job_that_goes_on_from_another_one_keeps_what_that_one_had(
         first = ring.cluster.submit(keeping_job(stop={"steps": 47}))
         first.wait(timeout_s=GUARD_S)
         rare = {"every_steps": 100}
-        job = ring.cluster.submit(keeping_job(start={"job": first.id}, checkpoints=rare))
+        job = ring.submit(keeping_job(start={"job": first.id}, checkpoints=rare))
         killed(ring, job, {49: "aggregator-1"})  # it has no checkpoint of its own
+        ring.gate.release()
         expected.equals(job.wait(timeout_s=GUARD_S))
         assert ring.cluster.verify(job).equal
 
@@ -144,8 +148,9 @@ def test_local_steps(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -
     local = {"local": {"steps": 2}, "optimizer": {"adam": {"learning_rate": 0.1}}}
     alone = undisturbed(tmp_path_factory.mktemp("gate"), **local)
     with arena(tmp_path, 3) as ring:
-        job = ring.cluster.submit(keeping_job(**local))
+        job = ring.submit(keeping_job(**local))
         killed(ring, job, {9: "worker", alone.best.step + 2: "aggregator-1"})
+        ring.gate.release()
         alone.equals(job.wait(timeout_s=GUARD_S))
 
 
@@ -155,8 +160,9 @@ def test_contributions_that_commit_one_by_one(
 ) -> None:
     with arena(tmp_path, 3) as ring:
         monkeypatch.setenv("PHALANX_TEST_GATE", str(ring.gate.folder))
-        job = ring.cluster.submit(keeping_job(**mode))
+        job = ring.submit(keeping_job(**mode))
         killed(ring, job, {7: "worker", 22: "aggregator-1", 46: "aggregator-1"})
+        ring.gate.release()
         result = job.wait(timeout_s=GUARD_S)
         assert result.best is not None
         assert result.best.step % 5 == 0

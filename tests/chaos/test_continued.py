@@ -18,7 +18,7 @@ def test_two_jobs_one_after_the_other_are_one(tmp_path: Path, undisturbed_sha256
         assert first.wait(timeout_s=GUARD_S).parameters_sha256 != undisturbed_sha256
 
         rare = {"every_steps": 100}
-        job = ring.cluster.submit(gated_job(start={"job": first.id}, checkpoints=rare))
+        job = ring.submit(gated_job(start={"job": first.id}, checkpoints=rare))
         assert job.message.spec.train.start.job == f"{first.id}@35"
         ring.caught_at(job, 37)
         ring.signal("aggregator-1")  # the job has no checkpoint of its own

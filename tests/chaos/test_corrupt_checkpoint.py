@@ -14,7 +14,7 @@ def test_the_checkpoint_before_a_corrupt_one_is_taken(
     tmp_path: Path, undisturbed_sha256: str
 ) -> None:
     with arena(tmp_path, 2) as ring:
-        job = ring.cluster.submit(gated_job())
+        job = ring.submit(gated_job())
         ring.caught_at(job, 25)
         (address,) = (m.address for m in ring.cluster.processes() if m.role == "storage")
         with SyncStorageClient(address) as storage:

@@ -1,6 +1,6 @@
 """Every way of training balances its ledger whoever is killed in the middle of its leaves.
 
-A cluster for each; the gate stays held from the first kill to the last, and leaves pass by numbers.
+A cluster for each; the gate is held from before the job to the last kill: leaves pass by numbers.
 """
 
 import json
@@ -134,7 +134,7 @@ def test_worker_aggregator_control_and_storage_killed_one_after_another(
     monkeypatch.setenv("PHALANX_TEST_GATE", str(tmp_path))
     with arena(tmp_path, WORKERS) as ring:
         wait_until(lambda: ready(ring) == WORKERS, "all workers")
-        job = ring.cluster.submit(document)
+        job = ring.submit(document)
         for step, who in KILLS:
             kill(ring, job, step, who)
         ring.gate.release()

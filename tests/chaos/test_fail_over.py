@@ -25,7 +25,7 @@ def test_control_and_a_worker_die_together_and_training_goes_on(
     tmp_path: Path, long_job: dict[str, Any], long_sha256: str
 ) -> None:
     with arena(tmp_path, 3, controls=2) as ring:
-        job = ring.cluster.submit(long_job)
+        job = ring.submit(long_job)
         victim = ring.caught_at(job, 10)[0]
         generation = ring.cluster.describe().generation
         leader, standby = controls(ring)
@@ -57,7 +57,7 @@ def test_a_stopped_leader_is_left_by_its_members(
 ) -> None:
     """It holds all its sockets open, and it believes to lead when it goes on."""
     with arena(tmp_path, 2, controls=2) as ring:
-        job = ring.cluster.submit(long_job)
+        job = ring.submit(long_job)
         ring.caught_at(job, 10)
         leader, standby = controls(ring)
         with phalanx.connect(standby.address) as other:

@@ -22,7 +22,7 @@ def test_a_stopped_worker_is_copied_long_before_its_lease_is_over(
     tmp_path: Path, long_job: dict[str, Any], long_sha256: str
 ) -> None:
     with arena(tmp_path, 3, leaf_s=LEAF_S) as ring:
-        job = ring.cluster.submit(long_job)
+        job = ring.submit(long_job)
         victim = ring.caught_at(job, 10)[0]
         with stopped(ring.cluster.process(victim).pid):
             ring.gate.release()
@@ -45,7 +45,7 @@ def test_a_leaf_that_hangs_under_good_heartbeats_is_copied_and_moved(
     tmp_path: Path, long_job: dict[str, Any], long_sha256: str
 ) -> None:
     with arena(tmp_path, 3, leaf_s=LEAF_S) as ring:
-        job = ring.cluster.submit(long_job)
+        job = ring.submit(long_job)
         victim = ring.caught_at(job, 10)[0]
         children = psutil.Process(ring.cluster.process(victim).pid).children(recursive=True)
         leaf = next(child.pid for child in children if child.pid in ring.gate.entered())

@@ -70,7 +70,7 @@ def test_a_worker_killed_in_the_middle_of_a_leaf(
         add_blobs(alone)
         undisturbed = alone.submit(document).wait(timeout_s=GUARD_S).parameters_sha256
     assert undisturbed != plain_sha256, "the mode changes nothing, so nothing is shown"
-    job = ring.cluster.submit(document)
+    job = ring.submit(document)
     ring.signal(ring.caught_at(job, 5)[0])
     ring.gate.release()
     result = job.wait(timeout_s=GUARD_S)
@@ -85,7 +85,7 @@ def test_backup_shards_do_without_a_stopped_worker_and_count_what_they_leave_out
         steps=200, synchronous={"backup_shards": 5}, evaluation={"every_steps": 1000}
     )
     document["reproducibility"] = {"tolerant": {}}
-    job = ring.cluster.submit(document)
+    job = ring.submit(document)
     victim = ring.cluster.process(ring.caught_at(job, 5)[0])
     with stopped(victim.pid):
         ring.gate.release()

@@ -48,12 +48,11 @@ def killed(ring: Arena, jobs: dict[str, phalanx.Job], step: int, *others: str) -
     victim = caught[0]
     for member in (victim, *others):
         ring.signal(member)
-    ring.gate.release()
 
 
 def test_deaths_and_a_pause_between_two_bases(tmp_path: Path) -> None:
     with arena(tmp_path, 3) as ring:
-        jobs = {name: ring.cluster.submit(document) for name, document in DOCUMENTS.items()}
+        jobs = {name: ring.submit(document) for name, document in DOCUMENTS.items()}
         killed(ring, jobs, 7)
         killed(ring, jobs, 13, ring.cluster.describe().leader)
         hold_at(ring, jobs, 18)
@@ -64,9 +63,11 @@ def test_deaths_and_a_pause_between_two_bases(tmp_path: Path) -> None:
         for job in jobs.values():
             wait_until(lambda job=job: job.refresh().state == "PAUSED", "the pause")
         ring.cluster.add_worker()
+        ring.gate.hold()
         for job in jobs.values():
             job.resume()
         killed(ring, jobs, 26, "aggregator-1")
+        ring.gate.release()
         results = {name: job.wait(timeout_s=GUARD_S) for name, job in jobs.items()}
         assert ring.events("STEPS_REPLAYED"), "the aggregator's death is"
     for name, result in results.items():

@@ -57,7 +57,7 @@ def test_worker_aggregator_and_control_killed_in_the_middle_of_leaves(
     monkeypatch.setenv("PHALANX_TEST_GATE", str(ring.gate.folder))
     before = {kind: len(ring.events(kind)) for kind in ("WORKER_LOST", "STEPS_REPLAYED")}
     document = gated_job(steps=STEPS, evaluation={"every_steps": 20}, **MODES[mode])
-    job = ring.cluster.submit(document)
+    job = ring.submit(document)
     for step, victim in ((4, "worker"), (15, "aggregator-1"), (25, "control-1"), (35, "both")):
         caught = ring.caught_at(job, step)
         victims = [caught[0]] if victim == "worker" else [victim]
@@ -65,7 +65,7 @@ def test_worker_aggregator_and_control_killed_in_the_middle_of_leaves(
             victims = [caught[-1], "aggregator-1"]
         for member in victims:
             ring.signal(member)
-        ring.gate.release()
+    ring.gate.release()
     ledger_balances(ring, job)
     assert len(ring.events("STEPS_REPLAYED")) > before["STEPS_REPLAYED"]
     if mode == "asynchronous":
@@ -78,7 +78,7 @@ def test_worker_aggregator_and_control_killed_in_the_middle_of_leaves(
 
 
 def test_others_go_on_while_a_worker_is_stopped_and_its_shards_are_moved(ring: Arena) -> None:
-    job = ring.cluster.submit(gated_job(steps=STEPS, asynchronous={}))
+    job = ring.submit(gated_job(steps=STEPS, asynchronous={}))
     victim = ring.cluster.process(ring.caught_at(job, 4)[0])
     with stopped(victim.pid):
         ring.gate.release()
@@ -86,7 +86,7 @@ def test_others_go_on_while_a_worker_is_stopped_and_its_shards_are_moved(ring: A
 
 
 def test_a_paused_job_goes_on_where_each_shard_was(ring: Arena) -> None:
-    job = ring.cluster.submit(gated_job(steps=STEPS, stale={"bound": 3}))
+    job = ring.submit(gated_job(steps=STEPS, stale={"bound": 3}))
     ring.caught_at(job, 5)
     job.pause()
     ring.gate.release()

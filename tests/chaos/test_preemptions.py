@@ -38,7 +38,7 @@ def test_a_shard_whose_workers_are_preempted_again_and_again_is_neither_dropped_
             patch.setenv("PHALANX_TEST_GATE", str(tmp_path))
             add_blobs(inside)
             expected = inside.submit(gated_job(steps=STEPS, shards=1)).wait(timeout_s=GUARD_S)
-        job = ring.cluster.submit(gated_job(steps=STEPS, shards=1))
+        job = ring.submit(gated_job(steps=STEPS, shards=1))
         ring.gate.bring_to(job, 5)
         killed: set[str] = set()
         for _ in range(PREEMPTIONS):
@@ -60,7 +60,7 @@ def test_the_job_outlives_its_coordinator_and_a_worker_that_dies_with_it(
     tmp_path: Path, undisturbed_sha256: str
 ) -> None:
     with arena(tmp_path, 2) as ring:
-        job = ring.cluster.submit(gated_job())
+        job = ring.submit(gated_job())
         victim = ring.caught_at(job, 15)[0]
         generation = ring.cluster.describe().generation
         ring.signal("control-1")

@@ -81,7 +81,7 @@ def caught_with_shards(ring: Arena, job: phalanx.Job) -> str:
 @pytest.mark.same_bits
 def test_workers_killed_in_the_middle_of_a_leaf(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 3) as ring:
-        job = ring.cluster.submit(gated_job())
+        job = ring.submit(gated_job())
         for step in (5, 20, 40):
             ring.caught_at(job, step)
             # One that has just come back may only compute copies of what others hold.
@@ -89,7 +89,7 @@ def test_workers_killed_in_the_middle_of_a_leaf(tmp_path: Path, undisturbed_sha2
             lost = len(ring.events("WORKER_LOST"))
             ring.signal(victim)
             wait_until(lambda n=lost: len(ring.events("WORKER_LOST")) > n, "the death to be seen")
-            ring.gate.release()
+        ring.gate.release()
         result = job.wait(timeout_s=GUARD_S)
         moved = {each.incident_id for each in ring.events("SHARDS_MOVED")} - {""}
         assert len(moved) >= 3
@@ -101,7 +101,7 @@ def test_workers_killed_in_the_middle_of_a_leaf(tmp_path: Path, undisturbed_sha2
 @pytest.mark.same_bits
 def test_all_workers_killed_at_once(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 2) as ring:
-        job = ring.cluster.submit(gated_job())
+        job = ring.submit(gated_job())
         ring.caught_at(job, 15)
         for victim in ("worker-1", "worker-2"):
             ring.signal(victim)
@@ -114,7 +114,7 @@ def test_a_worker_stopped_past_its_lease_and_continued(
     tmp_path: Path, undisturbed_sha256: str
 ) -> None:
     with arena(tmp_path, 3) as ring:
-        job = ring.cluster.submit(gated_job(steps=60))
+        job = ring.submit(gated_job(steps=60))
         victim = ring.caught_at(job, 10)[0]
         ring.signal(victim, signal.SIGSTOP)
         try:
@@ -133,7 +133,7 @@ def test_a_worker_stopped_past_its_lease_and_continued(
 @pytest.mark.same_bits
 def test_a_worker_ten_times_slower_than_the_others(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 3) as ring, Harm() as harm:
-        job = ring.cluster.submit(gated_job())
+        job = ring.submit(gated_job())
         victim = ring.caught_at(job, 10)[0]
         assert harm.inflict(FAULTS["slow-worker"], ring.cluster.process(victim).pid)
         ring.gate.release()
@@ -153,7 +153,7 @@ def test_workers_join_and_leave(tmp_path: Path, long_job: dict[str, Any], long_s
         def happened(kind: str, worker_id: str) -> bool:
             return any(event.worker_id == worker_id for event in ring.events(kind))
 
-        job = ring.cluster.submit(long_job)
+        job = ring.submit(long_job)
         # However long a process takes to start: meanwhile the job does not come to its end.
         ring.caught_at(job, 5)
         joined = ring.cluster.add_worker()

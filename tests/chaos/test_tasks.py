@@ -87,7 +87,7 @@ def test_workers_control_storage_and_the_owner_of_the_tasks_killed_while_tasks_r
     owners = 1
     for done, victim in ((5, "worker"), (30, "control-1"), (60, "aggregator-1"), (90, "both")):
         ring.at_step(job, done)
-        caught = ring.caught_in_a_leaf()
+        caught = ring.caught_in_a_leaf(job)
         victims = [caught[0]] if victim == "worker" else [victim]
         if victim == "both":
             victims = [caught[-1], "aggregator-1"]
@@ -105,7 +105,7 @@ def test_workers_control_storage_and_the_owner_of_the_tasks_killed_while_tasks_r
 def test_storage_killed_while_tasks_run(ring: Arena) -> None:
     job = submit(ring)
     ring.at_step(job, 10)
-    ring.caught_in_a_leaf()
+    ring.caught_in_a_leaf(job)
     ring.signal("storage")
     ring.gate.release()
     each_once(ring, job)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from phalanx.sdk.job import Job
+from phalanx.sdk.values import Event
 from phalanx.testing.arena import (
     GUARD_S,
     Arena,
@@ -120,13 +121,13 @@ def gate(ring: Arena, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.same_bits
 def test_three_workers_that_lie(ring: Arena, clean_sha256: str) -> None:
-    job = ring.cluster.submit(lying_job())
+    job = ring.submit(lying_job())
     begin_to_lie(ring, job)
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 != clean_sha256, "the lies change nothing, so nothing is shown"
     be_honest(ring)
 
-    job = ring.cluster.submit(lying_job(verification={"replicas": 3}))
+    job = ring.submit(lying_job(verification={"replicas": 3}))
     begin_to_lie(ring, job)
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == clean_sha256
@@ -151,10 +152,9 @@ def test_three_workers_that_lie(ring: Arena, clean_sha256: str) -> None:
 
 
 def caught_from_the_first(ring: Arena, job: Job, liars: list[str]) -> None:
-    """Liars were caught by what they said of the job before it began."""
-    assert quarantined(ring) == {*liars}
-    every = ring.events("WORKER_QUARANTINED")
-    events = [each for each in every if each.job_id == job.id]
+    """Liars are caught by what they say of the job before they take part in it."""
+    wait_until(lambda: quarantined(ring) == {*liars}, "the liars to be quarantined")
+    events = wait_until(lambda: told_of(ring, job, len(liars)), "the event of each")
     assert sorted(event.worker_id for event in events) == liars
     for event in events:
         told = event.details
@@ -164,6 +164,13 @@ def caught_from_the_first(ring: Arena, job: Job, liars: list[str]) -> None:
         assert not {*liars} & {*told["agreed"].split(",")}
 
 
+def told_of(ring: Arena, job: Job, count: int) -> list[Event]:
+    """So many quarantines of a job; empty: not yet."""
+    every = ring.events("WORKER_QUARANTINED")
+    events = [each for each in every if each.job_id == job.id]
+    return events if len(events) >= count else []
+
+
 @pytest.mark.same_bits
 def test_three_workers_that_lie_from_the_first_description_on(
     ring: Arena, clean_sha256: str
@@ -171,11 +178,13 @@ def test_three_workers_that_lie_from_the_first_description_on(
     """Most of the workers, and the one that is asked first; each says something else."""
     for number, worker_id in enumerate(LIARS):
         lie(ring, worker_id, "0/1", number + 1)
-    job = ring.cluster.submit(lying_job(verification={"replicas": 3}))
+    job = ring.submit(lying_job(verification={"replicas": 3}))
+    ring.caught_at(job, 1)
+    caught_from_the_first(ring, job, LIARS)
+    ring.gate.release()
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == clean_sha256
     assert (result.steps, result.examples_lost, result.examples_doubled) == (STEPS, 0, 0)
-    caught_from_the_first(ring, job, LIARS)
     start_again(ring, LIARS)
 
 
@@ -186,17 +195,19 @@ def test_two_of_five_that_tell_the_same_lie_from_the_first_on(
     liars = ["worker-1", "worker-2"]
     for worker_id in liars:
         lie(ring, worker_id, "0/1")
-    job = ring.cluster.submit(lying_job(verification={"replicas": 5}))
+    job = ring.submit(lying_job(verification={"replicas": 5}))
     ring.signal("control-1")  # whoever leads next asks anew
+    ring.caught_at(job, 1)
+    caught_from_the_first(ring, job, liars)
+    ring.gate.release()
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == clean_sha256
-    caught_from_the_first(ring, job, liars)
     start_again(ring, liars)
 
 
 def test_an_audit_catches_a_liar(ring: Arena) -> None:
     before = len(ring.events("WORKER_QUARANTINED"))
-    job = ring.cluster.submit(lying_job(verification={"audit_fraction": 0.3}))
+    job = ring.submit(lying_job(verification={"audit_fraction": 0.3}))
     ring.caught_at(job, 3)
     lie(ring, "worker-2", "0/1")
     ring.gate.release()
@@ -209,12 +220,12 @@ def test_an_audit_catches_a_liar(ring: Arena) -> None:
 
 @pytest.mark.same_bits
 def test_worker_and_aggregator_killed_amid_copies(ring: Arena, clean_sha256: str) -> None:
-    job = ring.cluster.submit(lying_job(verification={"replicas": 3}))
+    job = ring.submit(lying_job(verification={"replicas": 3}))
     for step, victims in ((4, 1), (15, 0), (25, 2)):
         caught = ring.caught_at(job, step)
         for member in caught[:victims] or ["aggregator-1"]:
             ring.signal(member)
-        ring.gate.release()
+    ring.gate.release()
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == clean_sha256
     assert (result.steps, result.examples_lost, result.examples_doubled) == (STEPS, 0, 0)
@@ -223,11 +234,12 @@ def test_worker_and_aggregator_killed_amid_copies(ring: Arena, clean_sha256: str
 
 @pytest.mark.same_bits
 def test_without_a_second_worker_the_job_waits_and_says_so(ring: Arena, clean_sha256: str) -> None:
-    job = ring.cluster.submit(lying_job(verification={"replicas": 3}))
-    ring.at_step(job, 5)
+    job = ring.submit(lying_job(verification={"replicas": 3}))
+    ring.caught_at(job, 5)
     with contextlib.ExitStack() as stack:
         for number in range(2, 6):
             stack.enter_context(stopped(ring.cluster.process(f"worker-{number}").pid))
+        ring.gate.release()
         wait_until(lambda: job.refresh().reason == "WAITING_FOR_VERIFIERS", "it to say so")
         # Jobs tell their reason at once, events are shown when they are stored.
         waits = wait_until(lambda: ring.events("JOB_WAITING"), "the event of it")

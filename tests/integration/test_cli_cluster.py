@@ -259,7 +259,7 @@ def test_a_killed_worker_comes_back_and_the_job_does_not_notice(cluster, folder,
         for update in job.watch():
             told += [event.type for event in update.events]
             if killed is None and update.state == "RUNNING" and update.step:
-                killed = cluster.process(ring.caught_in_a_leaf()[0])
+                killed = cluster.process(ring.caught_in_a_leaf(job)[0])
                 os.kill(killed.pid, signal.SIGKILL)
                 ring.gate.release()
     finally:

@@ -54,6 +54,8 @@ def cluster() -> Iterator[phalanx.LocalCluster]:
     options = {"PHALANX_CONTROL_RANGE_MIN_BYTES": str(BLOCK * 4)}
     with phalanx.LocalCluster(workers=2, slots=1, aggregators=3, environment=options) as local:
         add_noise(local)
+        # A job has its ranges on those that control knows when it begins.
+        wait_until(lambda: len(local.describe().aggregators) == 3, "all aggregators")
         yield local
 
 

@@ -140,7 +140,7 @@ def test_a_data_set_ten_times_the_cache_survives_a_kill(
         assert stored > 9.5 * cache_bytes
         running = ring.cluster.submit(job)
         ring.at_step(running, 1)
-        victim = ring.caught_in_a_leaf()[0]
+        victim = ring.caught_in_a_leaf(running)[0]
         ring.signal(victim)
         ring.gate.release()
         result = running.wait(timeout_s=GUARD_S)

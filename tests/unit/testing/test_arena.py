@@ -151,9 +151,22 @@ def test_a_job_that_is_shown_too_early_a_step_does_not_run_away(
     assert granted == [22, 11, 11], "what is missing from the furthest step, then step by step"
 
 
+def test_a_job_that_is_over_is_not_waited_for_in_the_gate(gate: Gate) -> None:
+    """Its last step is shown before its end, and no leaf of it comes to the gate any more."""
+    job = SimpleNamespace(done=False, refresh=lambda: None, wait=lambda timeout_s: None)
+
+    def refresh() -> object:
+        job.done = True
+        return job
+
+    job.refresh = refresh
+    with pytest.raises(AssertionError, match="over before the fault"):
+        arena_of(gate, 0).caught_in_a_leaf(cast("phalanx.Job", job))
+
+
 def arena_of(gate: Gate, pid: int) -> Arena:
     member = Member("worker", "worker-1", pid, "", "", 0, "")
-    cluster = SimpleNamespace(process=lambda _: member)
+    cluster = SimpleNamespace(process=lambda _: member, processes=lambda: [member])
     return Arena(cast("phalanx.LocalCluster", cluster), gate)
 
 
