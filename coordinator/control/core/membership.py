@@ -201,7 +201,7 @@ def worker_ready(core: Core, worker: Worker, message: pb.WorkerJobReady) -> None
     wanted = core.facts_of(job).leaf_sha256
     if wanted and message.leaf_sha256 != wanted and not message.leaf_failed:
         # Whatever term it speaks of: it sets the job up once and tells its leaf once.
-        hosting.leave_out(core, job, worker.id, message.leaf_sha256)
+        quarantine.set_up_otherwise(core, job, worker, message.leaf_sha256)
         return
     hosted = job.hosts.get(worker.id)
     if hosted is None or hosted.term != message.term:
@@ -369,7 +369,7 @@ def _adopt(core: Core, worker: Worker) -> None:
         job = core.jobs.get(each.job_id)
         facts = core.facts_of(job) if job is not None else None
         if job is not None and facts is not None and _has_other_leaf(facts, each):
-            hosting.leave_out(core, job, worker.id, each.leaf_sha256)
+            quarantine.set_up_otherwise(core, job, worker, each.leaf_sha256)
         if job is None or facts is None or not _may_hold(job, facts, worker, each):
             revoke = pb.RevokeJob(
                 job_id=each.job_id, term=each.term, reason="the job does not run here in this term"

@@ -45,15 +45,29 @@ def described_otherwise(
         f"its {what} of job {job.job_id} has SHA-256 {hashes[0]}, "
         f"and that of {', '.join(agreed)} {hashes[1]}"
     )
-    message = pb.OutvotedWorker(
-        worker_id=answer.worker_id,
-        incarnation=answer.incarnation,
-        node=TreeNode(first=0, span=1),  # the leaf that a job is described with
-        sha256=hashes[0],
-        majority_sha256=hashes[1],
-        agreed=agreed,
-    )
+    message = _outvoted_by_description(answer.worker_id, answer.incarnation, *hashes)
+    message.agreed.extend(agreed)
     _quarantine(core, job, message, reason)
+
+
+def set_up_otherwise(core: Core, job: JobRuntime, worker: Worker, leaf_sha256: str) -> None:
+    """Take a job from a worker whose own leaf is another one than the job is measured by.
+
+    It takes no part in that job. If as many workers as have to agree have described that leaf, with
+    the same fingerprint, it gets no work of any job: nobody asked it then, so it was not outvoted.
+    A job that goes on from another one has the leaf of that one, which may be one worker's word.
+    """
+    facts = core.facts_of(job)
+    agreed_on = describing.is_verified(core, job) and facts.continued is None
+    if leaf_sha256 and agreed_on and worker.hello.fingerprint == facts.fingerprint:
+        hashes = leaf_sha256, facts.leaf_sha256
+        reason = (
+            f"its first leaf of job {job.job_id} has SHA-256 {hashes[0]}, "
+            f"and that of the workers that described the job {hashes[1]}"
+        )
+        message = _outvoted_by_description(worker.id, worker.hello.incarnation, *hashes)
+        _quarantine(core, job, message, reason)
+    hosting.leave_out(core, job, worker.id, leaf_sha256)
 
 
 def recall(core: Core, worker: Worker) -> None:
@@ -93,6 +107,19 @@ def watch_verifiers(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
     )
     message += possible_cause(missing.results) + quarantined_workers(core)
     core.set_reason(job, WAITING, message)
+
+
+def _outvoted_by_description(
+    worker_id: str, incarnation: str, sha256: str, majority_sha256: str
+) -> pb.OutvotedWorker:
+    leaf = TreeNode(first=0, span=1)  # the one that a job is described with
+    return pb.OutvotedWorker(
+        worker_id=worker_id,
+        incarnation=incarnation,
+        node=leaf,
+        sha256=sha256,
+        majority_sha256=majority_sha256,
+    )
 
 
 def _quarantine(core: Core, job: JobRuntime, message: pb.OutvotedWorker, reason: str) -> None:

@@ -210,6 +210,32 @@ def test_who_gives_another_leaf_than_the_first_job_had_takes_no_part(cluster: An
     assert "WORKER_INELIGIBLE" in cluster.types()
 
 
+def test_nobody_is_blamed_for_another_leaf_than_one_worker_told_in_the_first_job(
+    cluster: Any,
+) -> None:
+    cluster.aggregator()
+    cluster.auto = False
+    for name in ("w1", "w2"):
+        cluster.worker(name)
+
+    def change(submitted: JobSubmitted) -> None:
+        submitted.continued.checkpoint.CopyFrom(manifest("job-0", 35))
+        submitted.continued.leaf_sha256 = LEAF
+
+    def edit(spec: Any) -> None:
+        spec.train.verification.replicas = 3
+
+    cluster.submit(change=change, edit=edit)
+    layout = Layout(tensors=[TensorSpec(name="w", shape=[64, 10])], dtype="float32")
+    layout.element_count = 640
+    for name in ("w1", "w2"):
+        cluster.describe(cluster.sessions[name], "job-1", layout=layout, leaf_sha256="bb" * 32)
+    ready = pb.WorkerJobReady(job_id="job-1", term=1, leaf_sha256="bb" * 32)
+    cluster.say(cluster.sessions["w1"], worker_job_ready=ready)
+    assert "WORKER_INELIGIBLE" in cluster.types()
+    assert "WORKER_QUARANTINED" not in cluster.types()
+
+
 def test_before_its_first_term_it_falls_back_to_other_bits_as_well(cluster: Any) -> None:
     cluster.aggregator()
     cluster.worker("w1", fingerprint="g")

@@ -103,6 +103,50 @@ def test_two_of_five_that_say_the_same_are_outvoted_by_three(cluster: Any) -> No
     assert caught(cluster) == ["w1", "w2"]
 
 
+def set_up(cluster: Any, name: str, leaf_sha256: str) -> None:
+    """A worker has set the job up, and tells its own leaf."""
+    ready = pb.WorkerJobReady(job_id="job-1", term=1, leaf_sha256=leaf_sha256)
+    cluster.say(cluster.sessions[name], worker_job_ready=ready)
+
+
+def test_a_liar_that_nobody_asked_is_quarantined_once_it_sets_the_job_up(cluster: Any) -> None:
+    submit(cluster, "w1", "w2", "w3")
+    answer(cluster, "w1")
+    answer(cluster, "w2")
+    set_up(cluster, "w1", RIGHT)
+    set_up(cluster, "w3", OTHER)
+    set_up(cluster, "w3", OTHER)
+    [event] = quarantines(cluster)
+    assert (event.worker_id, event.job_id, event.shard, event.step) == ("w3", "job-1", 0, 0)
+    assert event.details["sha256"] == OTHER
+    assert event.details["majority_sha256"] == RIGHT
+    assert cluster.core.workers["w3"].state == Worker.STATE_QUARANTINED
+    assert sorted(cluster.core.jobs["job-1"].hosts) == ["w1", "w2"]
+
+
+def test_a_liar_that_comes_back_to_another_leader_with_the_job_is_quarantined(cluster: Any) -> None:
+    submit(cluster, "w1", "w2")
+    answer(cluster, "w1")
+    answer(cluster, "w2")
+    cluster.lead()
+    held = pb.HeldWorkerJob(job_id="job-1", term=1, ready=True, leaf_sha256=OTHER)
+    cluster.worker("w3", held_jobs=[held])
+    assert caught(cluster) == ["w3"]
+    assert cluster.told("w3", "revoke_job")
+
+
+def test_of_a_job_that_one_worker_described_another_leaf_is_no_lie(cluster: Any) -> None:
+    cluster.auto = False
+    cluster.aggregator()
+    for name in ("w1", "w2"):
+        cluster.worker(name)
+    cluster.submit()
+    answer(cluster, "w1")
+    set_up(cluster, "w2", OTHER)
+    assert not caught(cluster)
+    assert sorted(cluster.core.jobs["job-1"].hosts) == ["w1"]
+
+
 def test_liars_of_different_minds_need_not_be_few(cluster: Any) -> None:
     submit(cluster, "w1", "w2", "w3", "w4", "w5")
     for number, name in enumerate(("w1", "w2", "w3")):
