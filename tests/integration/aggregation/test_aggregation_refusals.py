@@ -61,7 +61,8 @@ async def test_a_last_part_that_cannot_be_stored_fails_the_job_from_any_range(
     await bench.assign(plan, ("a", "b"))
     async with streams(leaves, [member.address for member in members], 1) as worker:
         await worker.work(share(leaves, 0, 1))
-    report = await last_report(members[1].session)
+        # Its stream breaks at the end, and could take along the go record that it carried last.
+        report = await last_report(members[1].session)
     assert (report.outcome, report.reason) == (pb.JobReport.OUTCOME_FAILED, "CHECKPOINT_FAILED")
 
 
