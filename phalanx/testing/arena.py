@@ -298,9 +298,21 @@ class Arena:
         """Submit a job whose leaves wait from the first one on, until `caught_at` lets some pass.
 
         A job of short leaves may be over before a test, on a busy machine, comes to hold the gate.
+        And all workers are there before: while it is held, who comes later may get no shard.
         """
+        self.workers_ready()
         self.gate.hold()
         return self.cluster.submit(job)
+
+    def workers_ready(self) -> None:
+        """Wait until every worker process of the cluster can take work."""
+
+        def all_are() -> bool:
+            there = [each.id for each in self.cluster.processes() if each.role == "worker"]
+            ready = {each.id for each in self.cluster.workers() if each.state == each.STATE_READY}
+            return ready >= {*there}
+
+        wait_until(all_are, "the workers")
 
     def at_step(self, job: Job, step: int) -> None:
         """Wait until the job has committed a step."""
@@ -332,6 +344,23 @@ class Arena:
 
         wait_until(hosts, f"{worker_id} to hold shards")
 
+    def caught_with_shards(self, job: Job) -> str:
+        """A worker that the gate holds in a leaf, and that holds shards of the job.
+
+        One that has just come back may only compute copies of what others hold.
+        """
+
+        def caught() -> str:
+            inside = self.in_a_leaf()
+            holders = (each.worker_id for each in job.refresh().progress.workers if each.shards)
+            found = next((each for each in holders if each in inside), "")
+            if not found:
+                # The others may be through with this step: they begin leaves again with the next.
+                self.gate.let_pass(1)
+            return found
+
+        return str(wait_until(caught, "a leaf of its own shard"))
+
     def in_a_leaf(self) -> set[str]:
         """Ids of the workers that the gate holds in the middle of a leaf now."""
         entered = self.gate.entered()
@@ -359,15 +388,10 @@ class Arena:
     def submit_held(self, job: Mapping[str, Any], workers: int) -> Job:
         """Submit a `held_job`; return it when so many workers are in a leaf of their own shards."""
 
-        def ready() -> int:
-            return sum(each.state == each.STATE_READY for each in self.cluster.workers())
-
         def hosts() -> int:
             return sum(bool(each.shards) for each in submitted.refresh().progress.workers)
 
-        wait_until(lambda: ready() == workers, "the workers")
-        self.gate.hold()
-        submitted = self.cluster.submit(job)
+        submitted = self.submit(job)
         wait_until(lambda: hosts() == workers, "every worker to hold shards")
         wait_until(lambda: len(self.in_a_leaf()) == workers, "a leaf on every worker")
         return submitted

@@ -89,10 +89,6 @@ def document_of(mode: Mode) -> dict[str, Any]:
     return {**gated_job(steps=STEPS, shards=SHARDS, **often, **mode.train), **mode.top}
 
 
-def ready(ring: Arena) -> int:
-    return sum(each.state == each.STATE_READY for each in ring.cluster.workers())
-
-
 def kill(ring: Arena, job: Job, step: int, who: str) -> None:
     """Kill one process while leaves are open, and wait until it was started again."""
     caught = ring.caught_at(job, step)
@@ -133,7 +129,6 @@ def test_worker_aggregator_control_and_storage_killed_one_after_another(
     document = document_of(mode)
     monkeypatch.setenv("PHALANX_TEST_GATE", str(tmp_path))
     with arena(tmp_path, WORKERS) as ring:
-        wait_until(lambda: ready(ring) == WORKERS, "all workers")
         job = ring.submit(document)
         for step, who in KILLS:
             kill(ring, job, step, who)

@@ -23,7 +23,8 @@ def test_a_stopped_worker_is_copied_long_before_its_lease_is_over(
 ) -> None:
     with arena(tmp_path, 3, leaf_s=LEAF_S) as ring:
         job = ring.submit(long_job)
-        victim = ring.caught_at(job, 10)[0]
+        ring.caught_at(job, 10)
+        victim = ring.caught_with_shards(job)
         with stopped(ring.cluster.process(victim).pid):
             ring.gate.release()
             wait_until(lambda: copied(ring, victim), "copies of what the stopped worker owes")
@@ -48,7 +49,8 @@ def test_a_leaf_that_hangs_under_good_heartbeats_is_copied_and_moved(
 ) -> None:
     with arena(tmp_path, 3, leaf_s=LEAF_S) as ring:
         job = ring.submit(long_job)
-        victim = ring.caught_at(job, 10)[0]
+        ring.caught_at(job, 10)
+        victim = ring.caught_with_shards(job)
         children = psutil.Process(ring.cluster.process(victim).pid).children(recursive=True)
         leaf = next(child.pid for child in children if child.pid in ring.gate.entered())
         with stopped(leaf):

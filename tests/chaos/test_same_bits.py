@@ -10,7 +10,7 @@ import phalanx
 from phalanx.chaos.harm import Harm
 from phalanx.chaos.schedule import FAULTS
 from phalanx.reduction import Node, TreeReducer, full_mask, root
-from phalanx.testing.arena import GUARD_S, Arena, add_blobs, arena, gated_job, wait_until
+from phalanx.testing.arena import GUARD_S, add_blobs, arena, gated_job, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -67,25 +67,13 @@ def test_any_number_of_workers(tmp_path: Path, undisturbed_sha256: str) -> None:
             assert (result.examples_lost, result.examples_doubled) == (0, 0)
 
 
-def caught_with_shards(ring: Arena, job: phalanx.Job) -> str:
-    """A worker in the middle of a leaf that holds shards of the job; empty: none now."""
-    caught = ring.in_a_leaf()
-    holders = (each.worker_id for each in job.refresh().progress.workers if each.shards)
-    victim = next((each for each in holders if each in caught), "")
-    if not victim:
-        # The others may be through with this step: they begin leaves again with the next one.
-        ring.gate.let_pass(1)
-    return victim
-
-
 @pytest.mark.same_bits
 def test_workers_killed_in_the_middle_of_a_leaf(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 3) as ring:
         job = ring.submit(gated_job())
         for step in (5, 20, 40):
             ring.caught_at(job, step)
-            # One that has just come back may only compute copies of what others hold.
-            victim = wait_until(lambda: caught_with_shards(ring, job), "a leaf of its own shard")
+            victim = ring.caught_with_shards(job)
             lost = len(ring.events("WORKER_LOST"))
             ring.signal(victim)
             wait_until(lambda n=lost: len(ring.events("WORKER_LOST")) > n, "the death to be seen")
