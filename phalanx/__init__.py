@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from phalanx.errors import IncompleteWarning as IncompleteWarning
     from phalanx.errors import PhalanxError as PhalanxError
     from phalanx.local.cluster import LocalCluster as LocalCluster
     from phalanx.sdk.cluster import Cluster as Cluster
@@ -38,6 +39,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 _HOME_OF_NAME = {
     "Cluster": "phalanx.sdk.cluster",
+    "IncompleteWarning": "phalanx.errors",
     "Job": "phalanx.sdk.job",
     "JobCancelled": "phalanx.sdk.job",
     "JobFailed": "phalanx.sdk.job",
@@ -51,6 +53,7 @@ _HOME_OF_NAME = {
 
 __all__ = [
     "Cluster",
+    "IncompleteWarning",
     "Job",
     "JobCancelled",
     "JobFailed",

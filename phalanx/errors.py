@@ -16,6 +16,8 @@ PhalanxError
 ├── DataLoss             stored bytes are not the bytes that were written
 └── Internal             a defect in Phalanx
 
+IncompleteWarning is none: what it is about was answered, and may not be all.
+
 Each class is the gRPC status of the same name (see ``phalanx.rpc.status``), but nothing here
 imports gRPC, so that the pure cores can raise them. A message says what happened, where, and what
 to do next; it is shown to users as it is and therefore holds no secret, no path of a server and no
@@ -211,6 +213,11 @@ ERROR_OF_CODE: Mapping[Code, type[PhalanxError]] = {
     )
 }
 """The class of each code."""
+
+
+class IncompleteWarning(UserWarning):
+    """What was listed may lack something: control is cut off from storage, and does not know
+    whether another control process leads and knows of more."""
 
 
 def passes_by_itself(error: Exception) -> bool:

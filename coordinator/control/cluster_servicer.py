@@ -12,7 +12,7 @@ from coordinator.control.core import events as ev
 from coordinator.control.core.views import cluster_view, worker_view
 from coordinator.control.job_servicer import remember
 from coordinator.control.paging import Page
-from phalanx.errors import InvalidArgument, Violation
+from phalanx.errors import InvalidArgument, Unavailable, Violation
 from phalanx.rpc.types import ServicerContext
 from phalanx.v1 import cluster_service_pb2 as pb
 from phalanx.v1 import cluster_service_pb2_grpc as pb_grpc
@@ -39,19 +39,23 @@ class ClusterServicer(pb_grpc.ClusterServiceServicer):
         view.leader = self._process.config.id
         view.storage_address = client_storage_address(self._process.config)
         view.storage_available = self._process.store.available
+        view.incomplete = leader.incomplete()
         return view
 
     async def ListWorkers(
         self, request: pb.ListWorkersRequest, context: ServicerContext
     ) -> pb.ListWorkersResponse:
         """List the workers, newest first."""
-        core = self._process.leading().core
+        leader = self._process.leading()
+        core, incomplete = leader.core, leader.incomplete()
         page = Page(request.page_size, request.page_token)
         taken, following = page.take(
             core.workers.values(), lambda worker: (-worker.join_unix_nanos, worker.id)
         )
         workers = [worker_view(core, worker) for worker in taken]
-        return pb.ListWorkersResponse(workers=workers, next_page_token=following)
+        return pb.ListWorkersResponse(
+            workers=workers, next_page_token=following, incomplete=incomplete
+        )
 
     async def DrainWorker(
         self, request: pb.DrainWorkerRequest, context: ServicerContext
@@ -67,7 +71,10 @@ class ClusterServicer(pb_grpc.ClusterServiceServicer):
     async def ListEvents(
         self, request: pb.ListEventsRequest, context: ServicerContext
     ) -> AsyncIterator[pb.ListEventsResponse]:
-        """Show the events in order; with `follow` for as long as the caller listens."""
+        """Show the events in order; with `follow` for as long as the caller listens.
+
+        Without, the end says that these were all: where there may be more, Unavailable does.
+        """
         if request.after_sequence < 0:
             message = "must not be negative"
             raise InvalidArgument(
@@ -85,6 +92,8 @@ class ClusterServicer(pb_grpc.ClusterServiceServicer):
                     if not request.job_id or event.job_id == request.job_id:
                         yield pb.ListEventsResponse(event=event)
                 if not request.follow:
+                    if incomplete := leader.incomplete():
+                        raise Unavailable(incomplete, reason="INCOMPLETE")
                     return
                 try:
                     await asyncio.wait_for(wake.wait(), FOLLOW_POLL_S)

@@ -118,6 +118,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
     ) -> pb.ListJobsResponse:
         """List jobs, newest first."""
         leader = self._process.leading()
+        incomplete = leader.incomplete()
         if request.namespace:
             check_namespace(request.namespace)
         page = Page(request.page_size, request.page_token)
@@ -132,7 +133,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
             chosen, lambda facts: (-facts.kept.submit_unix_nanos, facts.job_id)
         )
         jobs = [leader.job_view(facts.job_id) for facts in taken]
-        return pb.ListJobsResponse(jobs=jobs, next_page_token=following)
+        return pb.ListJobsResponse(jobs=jobs, next_page_token=following, incomplete=incomplete)
 
     async def CancelJob(
         self, request: pb.CancelJobRequest, context: ServicerContext
@@ -249,13 +250,14 @@ class JobServicer(pb_grpc.JobServiceServicer):
         leader.job_view(request.job_id)
         if request.max_points < 0:
             raise _negative("max_points")
+        incomplete = leader.incomplete()
         points = await leader.streams.points(
             request.job_id,
             request.names,
             request.after_step or -1,
             min(request.max_points or MAX_POINTS, MAX_POINTS),
         )
-        return pb.ListJobMetricsResponse(points=points)
+        return pb.ListJobMetricsResponse(points=points, incomplete=incomplete)
 
     async def _call(
         self,

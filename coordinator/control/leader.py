@@ -48,6 +48,11 @@ ANSWER_TIMEOUT_S = 60.0
 WAITING_MAX = 50_000
 """Effects that may wait for their records while storage takes none; callers are sent away from half
 as many on."""
+CUT_OFF = (
+    "this control process has not reached storage for longer than its lease: another one may "
+    "lead by now, and know of more"
+)
+"""Why a list may lack something."""
 
 _log = get_logger(__name__)
 
@@ -234,6 +239,15 @@ class Leader:
             raise NotFound(f"there is no job {job_id[:100]!r}", reason="JOB_NOT_FOUND")
         return self._view(job_id)
 
+    def incomplete(self) -> str:
+        """Return why what is listed may lack something; empty as long as nobody else can lead.
+
+        Nobody can before the lease has run out by this process's own clock. Raises Unavailable as
+        `job_view` does.
+        """
+        self._check_lease()
+        return CUT_OFF if self._lapsed() else ""
+
     def _view(self, job_id: str) -> Job:
         runtime = self.core.jobs.get(job_id)
         return job_view(self.durable.jobs[job_id], runtime, self.core.generation)
@@ -264,9 +278,11 @@ class Leader:
         """Raise Unavailable where the lease has run out and storage was not heard of since, as
         after a pause: soon it tells who leads. Where it is known to be away, nothing may tell for
         long, and people are shown what is known."""
-        lapsed = time.monotonic() - self._store.lease_confirmed_s > self._config.lease_ttl_s
-        if lapsed and self._store.available:
+        if self._lapsed() and self._store.available:
             raise leads_no_more()
+
+    def _lapsed(self) -> bool:
+        return time.monotonic() - self._store.lease_confirmed_s > self._config.lease_ttl_s
 
     def superseded(self, error: Aborted) -> Unavailable:
         """Storage refused a write of this generation: stop leading; return what callers are told.

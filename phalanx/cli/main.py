@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import inspect
 import io
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
@@ -26,7 +28,7 @@ from phalanx.cli.commands import (
 )
 from phalanx.cli.context import Settings
 from phalanx.cli.errors import EXIT_OF_CODE, Exit, file_error, show_error
-from phalanx.errors import InvalidArgument, PhalanxError, Unimplemented
+from phalanx.errors import IncompleteWarning, InvalidArgument, PhalanxError, Unimplemented
 from phalanx.ids import check_namespace
 
 _WITH_VALUE = ("--address", "--namespace", "--token-file", "--ca", "--timeout")
@@ -151,7 +153,8 @@ def run(arguments: Sequence[str]) -> int:
     arguments = _hoist_json(arguments)
     as_json = arguments[:1] == ["--json"]
     try:
-        code = app(args=arguments, prog_name="phalanx", standalone_mode=False)
+        with _warnings_for_people(as_json=as_json):
+            code = app(args=arguments, prog_name="phalanx", standalone_mode=False)
         return code if isinstance(code, int) else Exit.DONE
     except typer.TyperException as error:
         show_error(_usage_error(error), as_json=as_json)
@@ -201,6 +204,30 @@ def main() -> None:
         # Else the interpreter complains at exit that it cannot flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _warnings_for_people(*, as_json: bool) -> Iterator[None]:
+    """Tell that a list may not be whole in a line of its own; in JSON the list says so itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if as_json else "always", IncompleteWarning)
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, IncompleteWarning):
+                print(f"warning: {message}", file=sys.stderr)
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
 
 
 def _exit_code(error: PhalanxError) -> int:

@@ -30,10 +30,15 @@ def print_json(value: object) -> None:
     print(json.dumps(shown, ensure_ascii=False), flush=True)
 
 
-def print_json_list(name: str, messages: Iterable[Message | dict[str, object]]) -> None:
-    """Write a whole list as the one object of the contract."""
+def print_json_list(
+    name: str, messages: Iterable[Message | dict[str, object]], incomplete: str = ""
+) -> None:
+    """Write a whole list as the one object of the contract; where it may not be whole, say why."""
     items = [message_to_json(item) if isinstance(item, Message) else item for item in messages]
-    print_json({name: items, "next_page_token": ""})
+    shown: dict[str, object] = {name: items, "next_page_token": ""}
+    if incomplete:
+        shown["incomplete"] = incomplete
+    print_json(shown)
 
 
 def say(text: str) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from phalanx.errors import DeadlineExceeded, InvalidArgument, PhalanxError
+from phalanx.errors import DeadlineExceeded, InvalidArgument, PhalanxError, Unavailable
 from phalanx.ids import check_namespace, new_request_id
 from phalanx.sdk import following, methods
 from phalanx.sdk.backend import Backend, RemoteBackend
@@ -16,8 +16,9 @@ from phalanx.sdk.data import DataSets
 from phalanx.sdk.discovery import resolve_addresses
 from phalanx.sdk.job import Job
 from phalanx.sdk.job_files import as_document
+from phalanx.sdk.listing import Listing, Pages
 from phalanx.sdk.models import Models
-from phalanx.sdk.transport import CALL_TIMEOUT_S
+from phalanx.sdk.transport import CALL_TIMEOUT_S, STREAM_TIMEOUT_S
 from phalanx.sdk.values import Event, event_value
 from phalanx.sdk.wheels import Wheels
 from phalanx.v1 import cluster_service_pb2, job_pb2, job_service_pb2, storage_service_pb2
@@ -136,21 +137,25 @@ class Cluster:
         request = job_service_pb2.GetJobRequest(job_id=job_id)
         return Job(self.backend, self.backend.call(methods.GET_JOB, request).job)
 
-    def jobs(self, *states: str) -> list[Job]:
+    def jobs(self, *states: str) -> Listing[Job]:
         """Return all jobs, newest first; with ``states`` (``"RUNNING"``) only those in one of
-        them."""
+        them.
+
+        Warns with IncompleteWarning where only a control process answers that is cut off from
+        storage, so that jobs may be missing; ``incomplete`` of the list says so, too.
+        """
         numbers = [_state_number(state) for state in states]
         found: list[Job] = []
-        token = ""
+        pages, token = Pages[Job](self.backend), ""
         while True:
             request = job_service_pb2.ListJobsRequest(
                 namespace=self.namespace, states=numbers, page_size=PAGE_SIZE, page_token=token
             )
-            page = self.backend.call(methods.LIST_JOBS, request)
+            page = pages.ask(methods.LIST_JOBS, request)
             found += [Job(self.backend, job) for job in page.jobs]
             token = page.next_page_token
             if not token:
-                return found
+                return pages.listing(found)
 
     def verify(self, job: Job | str) -> Verdict:
         """Compute a finished job, or that of this id, again in this process and compare the hashes.
@@ -180,17 +185,17 @@ class Cluster:
         """Return version, leader, workers, aggregators and number of jobs."""
         return self.backend.call(methods.GET_CLUSTER, cluster_service_pb2.GetClusterRequest())
 
-    def workers(self) -> list[cluster_service_pb2.Worker]:
-        """Return all known workers, also lost ones, newest first."""
+    def workers(self) -> Listing[cluster_service_pb2.Worker]:
+        """Return all known workers, also lost ones, newest first. Warns as ``jobs`` does."""
         found: list[cluster_service_pb2.Worker] = []
-        token = ""
+        pages, token = Pages[cluster_service_pb2.Worker](self.backend), ""
         while True:
             request = cluster_service_pb2.ListWorkersRequest(page_size=PAGE_SIZE, page_token=token)
-            page = self.backend.call(methods.LIST_WORKERS, request)
+            page = pages.ask(methods.LIST_WORKERS, request)
             found += page.workers
             token = page.next_page_token
             if not token:
-                return found
+                return pages.listing(found)
 
     def drain(self, worker_id: str, *, timeout_s: float | None = None) -> None:
         """Move a worker's shards away and let it leave.
@@ -214,7 +219,9 @@ class Cluster:
             cluster_service_pb2.Worker.STATE_LEFT,
             cluster_service_pb2.Worker.STATE_LOST,
         )
-        return all(worker.state in gone for worker in self.workers() if worker.id == worker_id)
+        workers = self.workers()
+        left = all(worker.state in gone for worker in workers if worker.id == worker_id)
+        return left and not workers.incomplete  # who is not listed may be there
 
     def events(self, job_id: str = "", *, follow: bool = False) -> Iterator[Event]:
         """Yield what happened, in order; with ``follow`` it does not end."""
@@ -226,22 +233,33 @@ class Cluster:
     ) -> Iterator[job_pb2.Event]:
         """Yield the same as wire messages.
 
-        Whoever follows gets each event once, also when the cluster was away for a while.
+        Whoever follows gets each event once, also when the cluster was away for a while. Whoever
+        does not gets Unavailable at the end where nobody answers who knows that there are no more.
         """
         request = cluster_service_pb2.ListEventsRequest(
             job_id=job_id, after_sequence=after_sequence, follow=follow
         )
-        if not follow:
-            for item in self.backend.stream(methods.LIST_EVENTS, request):
-                yield item.event
-            return
 
         def attach() -> Iterator[cluster_service_pb2.ListEventsResponse]:
-            return self.backend.stream(methods.LIST_EVENTS, request, timeout_s=following.FOLLOW_S)
+            timeout_s = following.FOLLOW_S if follow else STREAM_TIMEOUT_S
+            return self.backend.stream(methods.LIST_EVENTS, request, timeout_s=timeout_s)
 
-        for item in following.follow(self.backend, attach):
+        streams = following.follow(self.backend, attach) if follow else _twice(attach)
+        for item in streams:
             request.after_sequence = item.event.sequence
             yield item.event
+
+
+def _twice(
+    attach: Callable[[], Iterator[cluster_service_pb2.ListEventsResponse]],
+) -> Iterator[cluster_service_pb2.ListEventsResponse]:
+    """Yield what there is; where the first process cannot say that this is all, ask another."""
+    try:
+        yield from attach()
+    except Unavailable as error:
+        if error.reason != "INCOMPLETE":
+            raise
+        yield from attach()
 
 
 def _state_number(state: str) -> job_pb2.Job.State.ValueType:

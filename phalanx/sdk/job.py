@@ -4,12 +4,13 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from phalanx.errors import Code, DeadlineExceeded, PhalanxError, Unavailable
 from phalanx.ids import new_request_id
 from phalanx.sdk import following, methods
 from phalanx.sdk.backend import Backend
+from phalanx.sdk.listing import Listing, Pages
 from phalanx.sdk.methods import RequestT, ResponseT
 from phalanx.sdk.values import (
     TERMINAL_STATES,
@@ -306,19 +307,25 @@ class Job:
             return self._backend.get_blob(result.stored.digest)
         return result.value_json.encode()
 
-    def metrics(self, names: Sequence[str] = ()) -> list[MetricPoint]:
-        """Return all points of the named metrics (none named: of all), by step."""
-        return [metric_point_value(point) for point in self.metric_messages(names)]
+    def metrics(self, names: Sequence[str] = ()) -> Listing[MetricPoint]:
+        """Return all points of the named metrics (none named: of all), by step. Warns with
+        IncompleteWarning where control is cut off from storage and may lack some."""
+        pages = Pages[MetricPoint](self._backend)
+        return pages.listing([metric_point_value(each) for each in self._metrics(pages, names)])
 
-    def metric_messages(self, names: Sequence[str] = ()) -> list[job_pb2.MetricPoint]:
-        """Return the same as wire messages, page by page."""
+    def metric_messages(self, names: Sequence[str] = ()) -> Listing[job_pb2.MetricPoint]:
+        """Return the same as wire messages."""
+        pages = Pages[job_pb2.MetricPoint](self._backend)
+        return pages.listing(self._metrics(pages, names))
+
+    def _metrics(self, pages: Pages[Any], names: Sequence[str]) -> list[job_pb2.MetricPoint]:
         points: list[job_pb2.MetricPoint] = []
         after_step = -1
         while True:
             request = job_service_pb2.ListJobMetricsRequest(
                 job_id=self.id, names=names, after_step=after_step, max_points=METRIC_PAGE
             )
-            page = list(self._backend.call(methods.LIST_JOB_METRICS, request).points)
+            page = list(pages.ask(methods.LIST_JOB_METRICS, request).points)
             if len(page) < METRIC_PAGE:
                 return points + page
             # The page may end within a step; that step is asked for again.

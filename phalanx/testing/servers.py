@@ -53,7 +53,7 @@ class ScriptedCluster:
 
     ``watch_script`` is what WatchJob sends; an error in it ends the stream there, and the next call
     goes on after it. ``events``, ``logs`` and ``points`` are what the streams and lists of that
-    kind give.
+    kind give, and ``incomplete`` why there may be more.
     """
 
     def __init__(self, listen: str = "127.0.0.1:0") -> None:
@@ -65,6 +65,7 @@ class ScriptedCluster:
         self.logs: list[job_service_pb2.ReadJobLogsResponse] = []
         self.task_results: list[task_service_pb2.TaskResult] = []
         self.points: list[job_pb2.MetricPoint] = []
+        self.incomplete = ""
         self.cluster = cluster_service_pb2.GetClusterResponse(
             version="0.1.0", generation=1, leader="control-1", storage_available=True
         )
@@ -213,7 +214,9 @@ class _Jobs(job_service_pb2_grpc.JobServiceServicer):
         index = int(request.page_token or 0)
         token = str(index + 1) if index + 1 < len(found) else ""
         return job_service_pb2.ListJobsResponse(
-            jobs=found[index : index + 1], next_page_token=token
+            jobs=found[index : index + 1],
+            next_page_token=token,
+            incomplete=self._script.incomplete,
         )
 
     async def CancelJob(
@@ -282,7 +285,9 @@ class _Jobs(job_service_pb2_grpc.JobServiceServicer):
     ) -> job_service_pb2.ListJobMetricsResponse:
         self._script.accept("ListJobMetrics", request)
         points = [point for point in self._script.points if point.step > request.after_step]
-        return job_service_pb2.ListJobMetricsResponse(points=points[: request.max_points or None])
+        return job_service_pb2.ListJobMetricsResponse(
+            points=points[: request.max_points or None], incomplete=self._script.incomplete
+        )
 
     def _change(self, method: str, request: Any, state: job_pb2.Job.State.ValueType) -> job_pb2.Job:
         self._script.accept(method, request)
@@ -305,7 +310,9 @@ class _Cluster(cluster_service_pb2_grpc.ClusterServiceServicer):
         self, request: cluster_service_pb2.ListWorkersRequest, context: ServicerContext
     ) -> cluster_service_pb2.ListWorkersResponse:
         self._script.accept("ListWorkers", request)
-        return cluster_service_pb2.ListWorkersResponse(workers=self._script.cluster.workers)
+        return cluster_service_pb2.ListWorkersResponse(
+            workers=self._script.cluster.workers, incomplete=self._script.incomplete
+        )
 
     async def DrainWorker(
         self, request: cluster_service_pb2.DrainWorkerRequest, context: ServicerContext
@@ -323,6 +330,8 @@ class _Cluster(cluster_service_pb2_grpc.ClusterServiceServicer):
         for event in self._script.events:
             if request.job_id in ("", event.job_id) and event.sequence > request.after_sequence:
                 yield cluster_service_pb2.ListEventsResponse(event=event)
+        if self._script.incomplete and not request.follow:
+            raise Unavailable(self._script.incomplete, reason="INCOMPLETE")
 
 
 class _Datasets(dataset_service_pb2_grpc.DatasetServiceServicer):

@@ -68,6 +68,7 @@ class GetClusterResponse(_message.Message):
     AGGREGATORS_FIELD_NUMBER: _builtins.int
     JOBS_FIELD_NUMBER: _builtins.int
     STORAGE_AVAILABLE_FIELD_NUMBER: _builtins.int
+    INCOMPLETE_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     generation: _builtins.int
     """Count of control take-overs."""
@@ -76,6 +77,8 @@ class GetClusterResponse(_message.Message):
     """Where clients reach the storage service."""
     storage_available: _builtins.bool
     """True while storage answers."""
+    incomplete: _builtins.str
+    """Why some of this may be missing or old, as in ListJobsResponse."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]: ...
     @_builtins.property
@@ -95,10 +98,11 @@ class GetClusterResponse(_message.Message):
         aggregators: _abc.Iterable[Global___Aggregator] | None = ...,
         jobs: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         storage_available: _builtins.bool = ...,
+        incomplete: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregators", b"aggregators", "generation", b"generation", "jobs", b"jobs", "leader", b"leader", "storage_address", b"storage_address", "storage_available", b"storage_available", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregators", b"aggregators", "generation", b"generation", "incomplete", b"incomplete", "jobs", b"jobs", "leader", b"leader", "storage_address", b"storage_address", "storage_available", b"storage_available", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -318,7 +322,10 @@ class ListWorkersResponse(_message.Message):
 
     WORKERS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    INCOMPLETE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    incomplete: _builtins.str
+    """Why workers may be missing, as in ListJobsResponse. Empty: none is."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]: ...
     def __init__(
@@ -326,10 +333,11 @@ class ListWorkersResponse(_message.Message):
         *,
         workers: _abc.Iterable[Global___Worker] | None = ...,
         next_page_token: _builtins.str = ...,
+        incomplete: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incomplete", b"incomplete", "next_page_token", b"next_page_token", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -83,7 +83,8 @@ class ClusterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListEvents(self, request, context):
-        """The event log in order; with follow it does not end.
+        """The event log in order; with follow it does not end. Where some may be
+        missing at the end (see ListJobsResponse.incomplete), it ends UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -23,7 +23,9 @@ class ClusterServiceStub:
     DrainWorker: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.DrainWorkerRequest, _cluster_service_pb2.DrainWorkerResponse]
     """Moves a worker's shards away, then lets it leave."""
     ListEvents: _aio.UnaryStreamMultiCallable[_cluster_service_pb2.ListEventsRequest, _cluster_service_pb2.ListEventsResponse]
-    """The event log in order; with follow it does not end."""
+    """The event log in order; with follow it does not end. Where some may be
+    missing at the end (see ListJobsResponse.incomplete), it ends UNAVAILABLE.
+    """
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     """For operators: who is in the cluster, what happened, take a worker out."""
@@ -58,6 +60,8 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_service_pb2.ListEventsRequest,
         context: _aio.ServicerContext[_cluster_service_pb2.ListEventsRequest, _abc.AsyncIterator[_cluster_service_pb2.ListEventsResponse]],
     ) -> _abc.AsyncIterator[_cluster_service_pb2.ListEventsResponse]:
-        """The event log in order; with follow it does not end."""
+        """The event log in order; with follow it does not end. Where some may be
+        missing at the end (see ListJobsResponse.incomplete), it ends UNAVAILABLE.
+        """
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _aio.Server) -> None: ...

@@ -133,6 +133,8 @@ class Settings:
     """Whether the user waits with no job."""
     changes: tuple[tuple[float, str, int], ...] = ()
     """When, in scenes, the user pauses or cancels which of her jobs."""
+    lists: bool = False
+    """Whether the user asks every control process for its jobs each time that she looks."""
     tasks: int = 0
     """How many sets of tasks there are, see `task_sets`."""
 
@@ -268,6 +270,7 @@ class Run:
             self.user.waits_s = [0.0 for _ in settings.shapes]
         for change in settings.changes:
             self.user.will(*change)
+        self.user.looks_at_lists = settings.lists
         self.neighbour = Neighbour(
             self.cluster, random.Random(f"neighbour {seed}"), self.oracle.fingerprints
         )
@@ -393,7 +396,7 @@ class Run:
             outcome.faults["last_strike"] = int(self.last.struck)
             met = self.network.misdelivered
             outcome.faults.update({MISDELIVERED[kind]: count for kind, count in met.items()})
-        outcome.reasons = user.reasons
+        outcome.reasons, outcome.incomplete = user.reasons, user.incomplete
         disk = self.cluster.storage_machine.disk
         outcome.torn, outcome.unsynced = disk.torn, disk.lost
         outcome.rolled_back = sum(self.oracle.terms.values()) - len(self.oracle.terms)

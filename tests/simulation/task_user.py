@@ -83,8 +83,7 @@ class TaskUser(User):
             await self._judge(number, job_id)
             if self._chance.random() < FORGOTTEN:
                 await self._forget(job_id)
-        request = pb.ListJobsRequest(namespace=NAMESPACE)
-        listed = await self._insist(lambda stub: stub.ListJobs, request)
+        listed = await self._whole_list(NAMESPACE)
         if {job.id for job in listed.jobs} != {*self.ids} - self._deleted:
             raise SimulationFailed(f"{self.ids} without {self._deleted} are there as {listed}")
         self.ended = True

@@ -67,6 +67,10 @@ class User:
         """Calls that she made again although they had been answered."""
         self.old_answers = 0
         """Answers by a leader of a lower generation than another one's before."""
+        self.incomplete = 0
+        """Lists that said that jobs may be missing."""
+        self.looks_at_lists = False
+        """Whether she asks every control process for its jobs each time that she looks."""
         self.reasons: Counter[str] = Counter()
         """Why jobs were where they were, each time that she looked."""
         self.ended = False
@@ -108,10 +112,11 @@ class User:
             await asyncio.sleep(POLL_S)
             for job_id in self.ids:
                 await self._look(job_id)
+            if self.looks_at_lists:
+                await self._look_at_lists()
         for change in (*changes, *self._resuming):
             change.cancel()
-        request = job_service_pb2.ListJobsRequest(namespace="default")
-        listed = await self._insist(lambda stub: stub.ListJobs, request)
+        listed = await self._whole_list("default")
         if sorted(job.id for job in listed.jobs) != sorted(self.ids):
             raise SimulationFailed(
                 f"{len(listed.jobs)} jobs are there, {len(self.ids)} were submitted, each under "
@@ -151,6 +156,35 @@ class User:
         hosts = [each.worker_id for each in answer.job.progress.workers if each.shards]
         if 0 < most < len(hosts):
             raise SimulationFailed(f"{job_id} wants {most} workers at most and has {hosts}")
+
+    async def _look_at_lists(self) -> None:
+        """Whoever is asked: what looks whole has every job that was acknowledged before."""
+        request = job_service_pb2.ListJobsRequest(namespace="default")
+        for stub in self._stubs:
+            known = set(self.ids)
+            try:
+                listed = await call_with_retry(
+                    stub.ListJobs, request, timeout_s=ATTEMPT_S, attempts=1
+                )
+            except (Unavailable, DeadlineExceeded):
+                continue
+            missing = known - {job.id for job in listed.jobs}
+            self.incomplete += bool(listed.incomplete)
+            if missing and not listed.incomplete:
+                raise SimulationFailed(
+                    f"{sorted(missing)} are missing from a list that looks whole"
+                )
+
+    async def _whole_list(self, namespace: str) -> Any:
+        """Ask for all jobs until somebody knows them all."""
+        request = job_service_pb2.ListJobsRequest(namespace=namespace)
+        while True:
+            listed = await self._insist(lambda stub: stub.ListJobs, request)
+            if not listed.incomplete:
+                return listed
+            self.incomplete += 1
+            self._turn += 1
+            await asyncio.sleep(0.1)
 
     async def _change(self, after_s: float, act: str, index: int) -> None:
         await asyncio.sleep(after_s)

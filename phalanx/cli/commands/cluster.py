@@ -146,6 +146,7 @@ def status(context: typer.Context, state: STATE = None) -> None:
                 ("version", found.version),
                 ("leader", f"{found.leader}, generation {found.generation}"),
                 ("storage", "available" if found.storage_available else "UNAVAILABLE"),
+                ("incomplete", found.incomplete),
                 ("workers", _counted(states) or "none"),
                 ("aggregators", sum(item.connected for item in found.aggregators)),
                 ("jobs", _counted(dict(found.jobs)) or "none"),
@@ -188,7 +189,7 @@ def workers(context: typer.Context) -> None:
     with settings.connect() as cluster:
         found = cluster.workers()
     if settings.json:
-        print_json_list("workers", found)
+        print_json_list("workers", found, found.incomplete)
         return
     print_table(
         ("WORKER", "STATE", "SLOTS", "PID", "MEMORY", "JOB: SHARDS", "REASON"),

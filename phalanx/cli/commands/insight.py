@@ -59,7 +59,7 @@ def metrics(
     with settings.connect() as cluster:
         points = cluster.get(job_id).metric_messages()
     if settings.json:
-        print_json_list("points", points)
+        print_json_list("points", points, points.incomplete)
         return
     names = sorted({point.name for point in points})
     by_step: dict[int, dict[str, float]] = {}

@@ -175,7 +175,7 @@ def jobs(
     with settings.connect() as cluster:
         found = cluster.jobs(*(state or []))
     if settings.json:
-        print_json_list("jobs", [job.message for job in found])
+        print_json_list("jobs", [job.message for job in found], found.incomplete)
         return
     print_table(
         ("JOB", "STATE", "STEP", "LOSS", "CREATED"),
@@ -201,14 +201,13 @@ def _show_dead_letters(settings: Settings, state: list[str] | None) -> None:
     if state:
         raise InvalidArgument("--dead-letters are of failed jobs; leave --state out")
     with settings.connect() as cluster:
-        found = [
-            (job, failure) for job in cluster.jobs("failed") for failure in job.message.failures
-        ]
+        failed = cluster.jobs("failed")
+    found = [(job, failure) for job in failed for failure in job.message.failures]
     if settings.json:
         letters: list[Message | dict[str, object]] = [
             {"job_id": job.id, **message_to_json(failure)} for job, failure in found
         ]
-        print_json_list("dead_letters", letters)
+        print_json_list("dead_letters", letters, failed.incomplete)
         return
     for job, failure in found:
         print(f"{job.id}  {failure.code}  {_place_of(failure)}".rstrip())

@@ -80,6 +80,28 @@ def test_jobs_is_one_object_with_a_token(phalanx, job):
     assert_snake_case(shown)
 
 
+@pytest.mark.parametrize(
+    "command", [("jobs",), ("jobs", "--dead-letters"), ("workers",), ("metrics", "digits-1")]
+)
+def test_a_list_that_may_not_be_whole_says_so(phalanx, cluster, job, command):
+    cluster.incomplete = "another one may lead by now"
+    told = phalanx("--json", *command)
+    assert (told.code, told.err) == (0, "")
+    assert told.json()["incomplete"] == cluster.incomplete
+    told = phalanx(*command)
+    assert told.code == 0
+    assert told.err.splitlines()[0] == f"warning: {cluster.incomplete}"
+
+
+def test_events_that_may_not_be_all_are_shown_and_end_as_an_error(phalanx, cluster):
+    cluster.events = [job_pb2.Event(sequence=1, type="JOB_QUEUED", message="x is queued")]
+    cluster.incomplete = "another one may lead by now"
+    told = phalanx("events")
+    assert told.code == 4
+    assert "x is queued" in told.out
+    assert cluster.incomplete in told.err
+
+
 def test_json_may_stand_at_the_end(phalanx, job):
     assert phalanx("jobs", "--json").json()["jobs"][0]["id"] == "digits-1"
 

@@ -6,25 +6,34 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from coordinator.control import journal
 from coordinator.control import leader as leader_module
+from coordinator.control.cluster_servicer import ClusterServicer
 from coordinator.control.config import ControlConfig
 from coordinator.control.core import effects as fx
 from coordinator.control.core import events as ev
-from coordinator.control.core.facts import Facts
+from coordinator.control.core.facts import Facts, JobFacts
 from coordinator.control.gauges import Gauges
+from coordinator.control.job_servicer import JobServicer
 from coordinator.control.leader import Leader, leads_no_more
 from coordinator.control.process import ControlProcess
 from coordinator.control.sessions import CoordinationServicer
 from phalanx.errors import DataLoss, Internal, NotFound, Unavailable
 from phalanx.telemetry.metrics import ControlMetrics, new_registry
+from phalanx.v1 import cluster_service_pb2, job_service_pb2
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
-from phalanx.v1.control_journal_pb2 import ControlRecord, RememberedRequest
+from phalanx.v1.control_journal_pb2 import (
+    ControlRecord,
+    JobSnapshot,
+    JobSubmitted,
+    RememberedRequest,
+)
 from phalanx.v1.job_pb2 import Event
 from phalanx.v1.job_service_pb2 import CancelJobResponse
 
@@ -316,3 +325,88 @@ async def test_a_leader_whose_lease_ran_out_answers_nothing_until_storage_has_to
     leader._store.lease_confirmed_s = time.monotonic()
     with pytest.raises(NotFound):
         leader.job_view("job-1")
+
+
+@pytest.fixture
+def asked(leader: Leader) -> dict[str, Callable[[], Any]]:
+    """What people ask of a process that leads and knows one job: lists, and the cluster."""
+    facts = JobFacts(JobSnapshot(submitted=JobSubmitted(job_id="job-1")))
+    leader.durable.jobs["job-1"] = facts
+    leader.streams._series["job-1"] = {}
+    config = leader._config
+    process: Any = SimpleNamespace(leading=lambda: leader, config=config, store=leader._store)
+    jobs, cluster = JobServicer(process, None), ClusterServicer(process)  # type: ignore[arg-type]
+    metrics = job_service_pb2.ListJobMetricsRequest(job_id="job-1")
+    context: Any = None
+
+    async def events() -> Any:
+        request = cluster_service_pb2.ListEventsRequest()
+        return [each async for each in cluster.ListEvents(request, context)]
+
+    return {
+        "jobs": lambda: jobs.ListJobs(job_service_pb2.ListJobsRequest(), context),
+        "metrics": lambda: jobs.ListJobMetrics(metrics, context),
+        "workers": lambda: cluster.ListWorkers(cluster_service_pb2.ListWorkersRequest(), context),
+        "cluster": lambda: cluster.GetCluster(cluster_service_pb2.GetClusterRequest(), context),
+        "events": events,
+    }
+
+
+ASKED = ("jobs", "metrics", "workers", "cluster")
+
+
+def lapse(leader: Leader) -> None:
+    leader._store.lease_confirmed_s -= leader._config.lease_ttl_s + 1
+
+
+@pytest.mark.parametrize("what", ASKED)
+async def test_what_a_leader_lists_is_whole_as_long_as_nobody_else_can_lead(
+    leader: Leader, asked: dict[str, Callable[[], Any]], what: str
+) -> None:
+    leader._store.available = False  # for less than a lease
+    assert (await asked[what]()).incomplete == ""
+
+
+@pytest.mark.parametrize("what", ASKED)
+async def test_a_leader_cut_off_for_a_lease_lists_what_it_knows_and_says_that_some_may_be_missing(
+    leader: Leader, asked: dict[str, Callable[[], Any]], what: str
+) -> None:
+    lapse(leader)
+    leader._store.available = False
+    told = await asked[what]()
+    assert "another one may lead" in told.incomplete
+    if what == "jobs":
+        assert [job.id for job in told.jobs] == ["job-1"]
+    leader._store.lease_confirmed_s = time.monotonic()
+    assert (await asked[what]()).incomplete == ""
+
+
+@pytest.mark.parametrize("what", [*ASKED, "events"])
+async def test_a_leader_that_may_have_been_paused_for_a_lease_lists_nothing(
+    leader: Leader, asked: dict[str, Callable[[], Any]], what: str
+) -> None:
+    lapse(leader)
+    if what == "jobs":
+        del leader.durable.jobs["job-1"]  # an empty list is one, too
+    with pytest.raises(Unavailable) as caught:
+        await asked[what]()
+    assert caught.value.reason == "NOT_LEADER"
+
+
+async def test_events_of_a_leader_that_is_cut_off_end_as_what_may_be_incomplete(
+    leader: Leader,
+) -> None:
+    """Those that it knows come first."""
+    leader.event_log._recent.append(Event(sequence=1, type="JOB_QUEUED"))
+    leader._store.available = False
+    process: Any = SimpleNamespace(leading=lambda: leader)
+    request = cluster_service_pb2.ListEventsRequest()
+    context: Any = None
+    told = [each async for each in ClusterServicer(process).ListEvents(request, context)]
+    assert [each.event.sequence for each in told] == [1]
+    lapse(leader)
+    stream = ClusterServicer(process).ListEvents(request, context)
+    assert (await anext(stream)).event.sequence == 1
+    with pytest.raises(Unavailable, match="another one may lead") as caught:
+        await anext(stream)
+    assert caught.value.retry_after_s

@@ -200,6 +200,55 @@ def test_where_only_an_older_leader_answers_the_call_says_so(told_by_two, script
     assert job.state == "SUCCEEDED"
 
 
+CUT_OFF = "this control process has not reached storage"
+
+
+@pytest.fixture
+def cut_off():
+    """A leader that knows one job and one event, and not whether another one leads."""
+    with ScriptedCluster() as old:
+        job_in(old, generation=1)
+        old.events = [job_pb2.Event(sequence=1, type="JOB_QUEUED")]
+        old.incomplete = CUT_OFF
+        yield old
+
+
+def test_a_list_that_may_not_be_whole_is_asked_of_another_address(script, cut_off):
+    script.jobs["digits-2"] = job_pb2.Job(id="digits-2", state=job_pb2.Job.STATE_QUEUED)
+    job_in(script, generation=2)
+    script.events = [job_pb2.Event(sequence=each, type="JOB_QUEUED") for each in (1, 2)]
+    with phalanx.connect(f"{cut_off.address},{script.address}") as cluster:
+        found = cluster.jobs()
+        assert ({job.id for job in found}, found.incomplete) == ({"digits-1", "digits-2"}, "")
+        cluster.backend._control._current = 0
+        assert [event.sequence for event in cluster.events()] == [1, 2]
+    assert len(cut_off.requests("ListJobs")) == len(cut_off.requests("ListEvents")) == 1
+
+
+def test_a_list_that_nobody_knows_whole_comes_with_a_warning(cut_off):
+    with phalanx.connect(cut_off.address) as cluster:
+        for ask in (cluster.jobs, cluster.workers, cluster.get("digits-1").metrics):
+            with pytest.warns(phalanx.IncompleteWarning, match=CUT_OFF) as told:
+                found = ask()
+            assert [warning.filename for warning in told] == [__file__]
+            assert found.incomplete == CUT_OFF
+        events = cluster.events()
+        assert next(events).sequence == 1
+        with pytest.raises(Unavailable, match=CUT_OFF):
+            next(events)
+    assert len(cut_off.requests("ListEvents")) == 2
+
+
+def test_nobody_has_left_by_a_list_that_may_not_be_whole(cut_off):
+    cut_off.cluster.workers.add(id="w1")
+    with (
+        phalanx.connect(cut_off.address) as cluster,
+        pytest.warns(phalanx.IncompleteWarning),
+        pytest.raises(DeadlineExceeded),
+    ):
+        cluster.drain("w1", timeout_s=0.0)
+
+
 def test_watch_leaves_an_address_that_says_nothing(script, monkeypatch):
     monkeypatch.setattr("phalanx.sdk.job.WATCH_S", 0.2)
     job_in(script, job_pb2.Job.STATE_SUCCEEDED)
