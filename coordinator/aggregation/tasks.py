@@ -133,7 +133,7 @@ class HostedTasks:
         self._sessions = 0
         self._commits: deque[tuple[float, int]] = deque()
         self._last_commit_unix_nanos = 0
-        self._reported: tuple[int, int] | None = None
+        self._reported: tuple[int, int, frozenset[str]] | None = None
         self._told_s = 0.0
         self._final: Report | None = None
         self._background: set[asyncio.Task[None]] = set()
@@ -381,17 +381,23 @@ class HostedTasks:
         while True:
             await asyncio.sleep(REPORT_EVERY_S)
             dispatcher = self.dispatcher
-            state = (dispatcher.done + dispatcher.given_up, dispatcher.failed_tries)
+            state = self._state()
             if self._final is None and state != self._reported:
                 self._report()
             if self._admitted:
-                self._metrics.job_step.labels(self.ranges.plan.job_id).set(state[0])
+                done = dispatcher.done + dispatcher.given_up
+                self._metrics.job_step.labels(self.ranges.plan.job_id).set(done)
+
+    def _state(self) -> tuple[int, int, frozenset[str]]:
+        """What is reported whenever it is not what it was."""
+        dispatcher = self.dispatcher
+        late = frozenset(dispatcher.late_workers())
+        return dispatcher.done + dispatcher.given_up, dispatcher.failed_tries, late
 
     def _report(self) -> None:
         if not self._connected():
             return
-        dispatcher = self.dispatcher
-        self._reported = (dispatcher.done + dispatcher.given_up, dispatcher.failed_tries)
+        self._reported = self._state()
         report = self._make_report(Report.OUTCOME_RUNNING)
         self._send(coordination.SessionRequest(job_report=report))
 
@@ -405,6 +411,10 @@ class HostedTasks:
             examples_per_second=self._per_second(),
             metrics=self._numbers(),
             last_commit_unix_nanos=self._last_commit_unix_nanos,
+            late_workers=[
+                coordination.LateWorker(worker_id=name, late_s=late_s)
+                for name, late_s in self.dispatcher.late_workers().items()
+            ],
         )
 
     def _numbers(self) -> dict[str, float]:

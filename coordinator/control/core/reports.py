@@ -7,6 +7,7 @@ from coordinator.control.core.clock import NANOS
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.ownership import live_aggregators
 from coordinator.control.core.state import Aggregator, Core, JobRuntime, Worker
+from phalanx.tasks import is_task_set
 from phalanx.texts import number_of, verb_for
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
@@ -110,11 +111,17 @@ def member_event(core: Core, member: Aggregator | Worker, message: pb.MemberEven
         incident_id, known = outages.told(core, member, message)
     elif message.type in CHECKPOINT_EVENTS and job is not None:
         incident_id = incidents.of_lost_owners(core, job)
+    worker_id = ""
+    if message.type == "SPECULATION_STARTED":
+        worker_id = message.details.get("worker_id", "")[:200]
+        if job is not None and worker_id in core.workers:
+            incident_id = _late(core, job, worker_id)
     places = {name: getattr(message, name) for name in ("shard", "step") if message.HasField(name)}
     core.emit(
         message.type,
         message.message,
         job_id=message.job_id,
+        worker_id=worker_id,
         incident_id=incident_id,
         details={**message.details, **known, "member": member.id},
         **places,
@@ -134,7 +141,7 @@ def copies_started(core: Core, aggregator: Aggregator | Worker, message: pb.Copi
         incident = incidents.detected(core, "late", message.worker_id, began_s)
         incident.jobs[job.job_id] = job.step
         incident.moved = core.now
-        incident_id = incident.id
+        incident_id = _late(core, job, message.worker_id)
     elif message.worker_id:
         # Told after the fact: control was away when it happened.
         incident_id = incidents.suspected(core, message.worker_id)
@@ -163,6 +170,15 @@ def copies_started(core: Core, aggregator: Aggregator | Worker, message: pb.Copi
     )
 
 
+def _late(core: Core, job: JobRuntime, worker_id: str) -> str:
+    """Note that others do a worker's part as well; return the incident's id.
+
+    It is over with the first report that does not name the worker, be it the next one.
+    """
+    job.late.add(worker_id)
+    return incidents.suspected(core, worker_id)
+
+
 def _another_may_hold(core: Core, job: JobRuntime, aggregator: Aggregator | Worker) -> bool:
     """Note that one has not enough memory for its ranges; it is asked twice only if others may not
     own them."""
@@ -175,15 +191,17 @@ def _watch_late(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
     """A worker that is late for a lease loses its shards; one that is not late any more is well.
 
     Silence is another matter, with its own lease. Nobody is late for longer than he can deliver,
-    whatever the root waits for: who comes back, or is tried again, has a lease to show it.
+    whatever the root waits for: who comes back, or is tried again, has a lease to show it. Tasks may
+    take as long as they do; others have run them meanwhile.
     """
+    tasks = is_task_set(core.facts_of(job).spec)
     late = {each.worker_id: each.late_s for each in report.late_workers if each.worker_id}
     late = _not_heard_of(core, job, report) | late
     for worker_id, reported_s in late.items():
         worker, hosted = core.workers.get(worker_id), job.hosts.get(worker_id)
         if worker is None or hosted is None or worker.state == WorkerView.STATE_SUSPECTED:
             continue
-        if not hosted.ready:
+        if tasks or not hosted.ready:
             continue
         late_s = min(reported_s, core.now.monotonic_s - hosted.since_s)
         if late_s >= core.lease_ttl_s():

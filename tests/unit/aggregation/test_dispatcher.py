@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import count
 
 import pytest
 
@@ -144,6 +145,49 @@ def test_a_worker_that_comes_back_goes_on_with_what_it_had() -> None:
     assert tasks_of(effects) == []
     record = append_of(dispatcher.handle(Reported(2, [done(0, held[0].attempt)]), 0.3))
     assert [each.attempt for each in record.results] == [held[0].attempt]
+
+
+def test_who_says_nothing_is_late_until_it_is_heard_of() -> None:
+    dispatcher = begun(2)
+    dispatcher.handle(Tick(), 0.0)
+    (send,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 1), 0.0))
+    assert dispatcher.late_workers() == {}
+    for tick in range(1, 60):
+        dispatcher.handle(Tick(), tick * 0.1)
+        if moved := dispatcher.late_workers():
+            break
+    assert moved.keys() == {"worker-1"}
+    dispatcher.handle(Tick(), tick * 0.1 + 0.5)
+    assert dispatcher.late_workers()["worker-1"] == pytest.approx(moved["worker-1"] + 0.5)
+    dispatcher.handle(Reported(1, [done(send.tasks[0], send.first_attempt)]), tick * 0.1 + 0.6)
+    assert dispatcher.late_workers() == {}
+
+
+def test_who_takes_long_is_late_until_its_task_is_done() -> None:
+    """By whomever: what it still computes then is of no use."""
+    dispatcher = begun(12)
+    dispatcher.handle(Tick(), 0.0)
+    now_s = 0.0
+    (long,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 1), now_s))
+    (send,) = sends(dispatcher.handle(WorkerOpened(2, "worker-2", 1), now_s))
+    attempts = list(zip(send.tasks, count(send.first_attempt), strict=False))
+    copies: list[tuple[int, int]] = []
+    while not copies:
+        now_s += 0.1
+        report = [done(task, attempt) for task, attempt in attempts]
+        effects = dispatcher.handle(Reported(2, report), now_s)
+        attempts = []
+        dispatcher.handle(Reported(1, []), now_s)  # it lives
+        effects += dispatcher.handle(Appended(), now_s)
+        effects += dispatcher.handle(Tick(), now_s)
+        given = [each for each in sends(effects) if each.session == 2 and each.tasks]
+        for each in given:
+            attempts += zip(each.tasks, count(each.first_attempt), strict=False)
+        copies = [each for each in attempts if each[0] in long.tasks]
+    assert Moved("late", (copies[0][0],), "worker-1") in effects
+    assert dispatcher.late_workers().keys() == {"worker-1"}
+    dispatcher.handle(Reported(2, [done(*each) for each in copies]), now_s + 0.1)
+    assert dispatcher.late_workers() == {}
 
 
 def test_a_report_is_settled_only_once_it_is_durable() -> None:

@@ -101,6 +101,15 @@ def test_another_time_is_another_incident(running: Any) -> None:
     assert first.incident_id != second.incident_id
 
 
+def test_it_is_another_one_also_where_the_shards_came_before_the_next_report(running: Any) -> None:
+    started(running)
+    running.time_s += 0.1
+    report(running, 9)
+    running.kill("w2")
+    (first,), (lost,) = of_type(running, "SPECULATION_STARTED"), of_type(running, "WORKER_LOST")
+    assert first.incident_id != lost.incident_id
+
+
 def test_a_worker_that_beats_and_delivers_nothing_loses_its_shards(running: Any) -> None:
     started(running)
     running.advance(1.9)

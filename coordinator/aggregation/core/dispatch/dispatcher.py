@@ -74,6 +74,8 @@ class _Attempt:
     since_s: float
     doubtful: bool = False
     """Its worker says nothing; others may have the task."""
+    late_s: float | None = None
+    """When others were given the task as well."""
 
 
 @dataclass(eq=False, slots=True)
@@ -164,6 +166,17 @@ class Dispatcher:
     def state(self, task: int) -> State:
         """Where a task stands."""
         return State(self._state[task])
+
+    def late_workers(self) -> dict[str, float]:
+        """Workers whose tasks others run as well: for how many seconds they have been late."""
+        late: dict[str, float] = {}
+        for peer in self._peers.values():
+            since_s = [each.late_s for each in peer.attempts.values() if each.late_s is not None]
+            if peer.silent:
+                since_s.append(peer.heard_s)
+            if since_s:
+                late[peer.worker_id] = self._now_s - min(since_s)
+        return late
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """Decide what one event means."""
@@ -479,6 +492,8 @@ class Dispatcher:
                 :free
             ]
             for task in mine:
-                self._effects.append(Moved("late", (task,), self._leases[task][0].worker_id))
+                first = self._leases[task][0]
+                first.late_s = self._now_s
+                self._effects.append(Moved("late", (task,), first.worker_id))
             self._give(peer, mine)
             late = [each for each in late if each[1] not in mine]
