@@ -117,7 +117,8 @@ class HostedJob:
         self._refused_shards: tuple[int, ...] = ()
         #: In every report, so that no control that comes later misses one.
         self._outvoted: list[coordination.OutvotedWorker] = []
-        self._storage_lost_s: float | None = None
+        self._waits_for_storage: tuple[float, PhalanxError] | None = None
+        """Since when a checkpoint waits, and for what."""
         self._reported: tuple[int, int] | None = None
         self._missing = False
         self._commits_to_report = 0
@@ -188,6 +189,7 @@ class HostedJob:
         self._points.extendleft(reversed(again))
         self._points_sent.clear()
         self._flush_points()
+        self._tell_that_it_waits()
         if self._final is not None:
             self._send(coordination.SessionRequest(job_report=self._final))
         elif self.ranges.is_root:
@@ -437,15 +439,30 @@ class HostedJob:
             reason=error.reason,
             message=error.message,
         )
-        if self._storage_lost_s is None:
-            self._storage_lost_s = time.monotonic()
-            text = f"a checkpoint waits, training goes on: {error.message}"
-            self._tell("STORAGE_UNAVAILABLE", text, reason=error.reason)
+        if self._waits_for_storage is None:
+            self._waits_for_storage = time.monotonic(), error
+            self._tell_that_it_waits()
+
+    def _tell_that_it_waits(self) -> None:
+        """To each leader anew: one that has taken over knows nothing of it."""
+        if self._waits_for_storage is not None:
+            since_s, error = self._waits_for_storage
+            self._tell(
+                "STORAGE_UNAVAILABLE",
+                f"a checkpoint waits, training goes on: {error.message}",
+                reason=error.reason,
+                waited_s=f"{time.monotonic() - since_s:.6f}",
+            )
 
     def _storage_back(self) -> None:
-        if self._storage_lost_s is not None:
-            away_s, self._storage_lost_s = time.monotonic() - self._storage_lost_s, None
-            self._tell("STORAGE_RESTORED", f"checkpoints are written again after {away_s:.1f} s")
+        if self._waits_for_storage is not None:
+            away_s = time.monotonic() - self._waits_for_storage[0]
+            self._waits_for_storage = None
+            self._tell(
+                "STORAGE_RESTORED",
+                f"checkpoints are written again after {away_s:.1f} s",
+                waited_s=f"{away_s:.6f}",
+            )
 
     def _tell(self, type_: str, message: str, **details: str) -> None:
         event = coordination.MemberEvent(

@@ -125,6 +125,8 @@ class Leader:
         self._spawn(self._clear_up(), vital=False)
         self._store.on_change = self._storage_changed
         self.dispatch(ev.Led(self._config.id, lost))
+        if not self._store.available:
+            self._storage_changed(False)
 
     async def stop(self, error: PhalanxError) -> None:
         """Stop leading: members and callers are sent away, what is not durable is forgotten.

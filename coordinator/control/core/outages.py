@@ -2,9 +2,13 @@
 
 Control notices by itself. Owners of ranges say so while a checkpoint of theirs waits, sometimes
 before control does or after it has storage again. Training goes on meanwhile, so no step ends it.
+Incidents are of one leadership: one that lasts under the next is told there again, by whoever still
+waits, from its true beginning.
 """
 
 from __future__ import annotations
+
+import math
 
 from coordinator.control.core.clock import NANOS
 from coordinator.control.core.events import StorageLost, StorageReturned
@@ -29,7 +33,7 @@ def lost(core: Core, event: StorageLost) -> None:
 
 def returned(core: Core, event: StorageReturned) -> None:
     """Tell that storage answers control again."""
-    incident_id, details = ended(core, _CONTROL)
+    incident_id, details = ended(core, _CONTROL, event.lost_s)
     core.emit(
         "STORAGE_RESTORED",
         f"storage answers again after {core.now.monotonic_s - event.lost_s:.1f} s",
@@ -40,14 +44,20 @@ def returned(core: Core, event: StorageReturned) -> None:
 
 def told(
     core: Core, member: Aggregator | Worker, message: pb.MemberEvent
-) -> tuple[str, dict[str, str]]:
-    """An owner of ranges waits for storage, or does not any more: return incident and details."""
+) -> tuple[str, dict[str, str]] | None:
+    """An owner of ranges waits for storage, or does not any more: return incident and details.
+
+    None where it was told before: an owner says that it waits on each session anew.
+    """
     facts = core.facts.jobs.get(message.job_id)
     term = facts.term if facts is not None else 0
     waiter = Waiter(member.id, member.hello.incarnation, message.job_id, term)
-    if message.type == "STORAGE_UNAVAILABLE":
-        return began(core, waiter, core.now.monotonic_s)
-    return ended(core, waiter)
+    began_s = core.now.monotonic_s - _waited_s(message)
+    if message.type != "STORAGE_UNAVAILABLE":
+        return ended(core, waiter, began_s)
+    if core.outage is not None and waiter in core.outage.waiters:
+        return None
+    return began(core, waiter, began_s)
 
 
 def began(core: Core, waiter: Waiter, answered_s: float) -> tuple[str, dict[str, str]]:
@@ -59,21 +69,19 @@ def began(core: Core, waiter: Waiter, answered_s: float) -> tuple[str, dict[str,
     if outage is not None:
         outage.waiters = {each for each in outage.waiters if _waits(core, each)}
     if outage is None or not outage.waiters:
-        silence_s = max(0.0, core.now.monotonic_s - answered_s)
-        outage = core.outage = Outage(core.new_incident_id(), core.now, silence_s)
-        _observe(core, "detect", silence_s)
+        outage = _opened(core, answered_s)
+        _observe(core, "detect", outage.silence_s)
     outage.waiters.add(waiter)
     return outage.incident_id, _details(outage)
 
 
-def ended(core: Core, waiter: Waiter) -> tuple[str, dict[str, str]]:
-    """Somebody waits for storage no more; the last one closes the incident.
-
-    Nothing is known of an outage that an earlier leadership saw the beginning of.
-    """
+def ended(core: Core, waiter: Waiter, began_s: float) -> tuple[str, dict[str, str]]:
+    """Somebody has waited for storage since then, and does no more; the last one closes the
+    incident. That may be the first that this leadership hears of it."""
     outage = core.outage
-    if outage is None or waiter not in outage.waiters:
-        return "", {}
+    others = outage is not None and any(_waits(core, each) for each in outage.waiters)
+    if outage is None or not (others or waiter in outage.waiters):
+        outage = _opened(core, began_s)
     outage.waiters.discard(waiter)
     details = _details(outage)
     if not any(_waits(core, each) for each in outage.waiters):
@@ -82,6 +90,20 @@ def ended(core: Core, waiter: Waiter) -> tuple[str, dict[str, str]]:
         _observe(core, "total", away_s)
         core.outage = None
     return outage.incident_id, details
+
+
+def _opened(core: Core, since_s: float) -> Outage:
+    silence_s = max(0.0, core.now.monotonic_s - since_s)
+    core.outage = Outage(core.new_incident_id(), core.now, silence_s)
+    return core.outage
+
+
+def _waited_s(message: pb.MemberEvent) -> float:
+    try:
+        waited_s = float(message.details.get("waited_s", ""))
+    except ValueError:
+        return 0.0
+    return waited_s if 0.0 < waited_s < math.inf else 0.0
 
 
 def _waits(core: Core, waiter: Waiter) -> bool:

@@ -108,7 +108,10 @@ def member_event(core: Core, member: Aggregator | Worker, message: pb.MemberEven
     incident_id, known = "", dict[str, str]()
     job = core.jobs.get(message.job_id)
     if message.type in STORAGE_EVENTS:
-        incident_id, known = outages.told(core, member, message)
+        outage = outages.told(core, member, message)
+        if outage is None:
+            return
+        incident_id, known = outage
     elif message.type in CHECKPOINT_EVENTS and job is not None:
         incident_id = incidents.of_lost_owners(core, job)
     worker_id = ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import pytest
 
 from coordinator.aggregation import hosting
@@ -9,6 +12,7 @@ from coordinator.aggregation.core.effects import Committed, Refused
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.gauges import JobGauges
 from coordinator.aggregation.hosting import HostedJob
+from phalanx.errors import Unavailable
 from phalanx.optimizers import build_optimizer
 from phalanx.telemetry.metrics import AggregatorMetrics, new_registry
 from phalanx.testing.ranges import make_plan, parameter_ranges
@@ -82,3 +86,24 @@ async def test_who_sends_what_is_not_finite_is_told_once(job, sent):
     assert [event.type for event in events] == ["NON_FINITE_REFUSED"] * 2
     assert [event.details["shards"] for event in events] == ["3, 7", "7"]
     assert "left out of step 1" in events[0].message
+
+
+async def test_a_checkpoint_that_waits_is_told_to_each_leader_until_it_is_written(
+    job, sent, monkeypatch
+):
+    now_s = 100.0
+    monkeypatch.setattr(hosting, "time", SimpleNamespace(monotonic=lambda: now_s, time=time.time))
+    job._storage_away(Unavailable("no answer"), 1)
+    now_s = 102.5
+    job._storage_away(Unavailable("no answer"), 2)  # to the same leader: it knows
+    job.session_opened()
+    now_s = 103.0
+    job._storage_back()
+    job.session_opened()
+    events = [message.member_event for message in sent if message.HasField("member_event")]
+    assert [(event.type, float(event.details["waited_s"])) for event in events] == [
+        ("STORAGE_UNAVAILABLE", 0.0),
+        ("STORAGE_UNAVAILABLE", 2.5),
+        ("STORAGE_RESTORED", 3.0),
+    ]
+    assert events[1].details["reason"] == "UNAVAILABLE"

@@ -49,7 +49,7 @@ class AwayStore:
         self.storage = self
         self.CollectGarbage = None
         self.on_change: Any = None
-        self.lease_confirmed_s = time.monotonic()
+        self.lease_confirmed_s = self.answered_s = time.monotonic()
 
     async def append_exactly(self, *_: Any) -> int:
         await asyncio.Event().wait()
@@ -410,3 +410,25 @@ async def test_events_of_a_leader_that_is_cut_off_end_as_what_may_be_incomplete(
     with pytest.raises(Unavailable, match="another one may lead") as caught:
         await anext(stream)
     assert caught.value.retry_after_s
+
+
+async def test_a_leader_that_begins_without_storage_tells_that_it_is_away(leader: Leader) -> None:
+    """It was lost after this leadership had read the journal, and before it heard of such things."""
+    store = AwayStore()
+    store.available = False
+    other = Leader(
+        leader._config,
+        store,  # type: ignore[arg-type]
+        leader._gauges,
+        generation=2,
+        replayed=(Facts(), Facts()),
+        control_sequence=(0, 0),
+        event_sequence=0,
+    )
+    other.start()
+    store.available = True
+    store.on_change(True)
+    told = [each for each in other.event_log._held if each.type.startswith("STORAGE_")]
+    assert [each.type for each in told] == ["STORAGE_UNAVAILABLE", "STORAGE_RESTORED"]
+    assert told[0].incident_id == told[1].incident_id != ""
+    await other.stop(leads_no_more())

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from coordinator.control.core import events as ev
+from coordinator.control.core.clock import NANOS
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2
 from phalanx.v1.job_pb2 import Event, Failure
@@ -134,11 +135,54 @@ def test_who_can_say_no_more_keeps_no_outage_open(running: Any) -> None:
     assert running.core.outage is None
 
 
-def test_the_end_of_an_outage_that_another_leadership_saw_is_of_no_incident(running: Any) -> None:
-    tell(running, "STORAGE_RESTORED")
+def test_an_outage_that_another_leadership_saw_begin_is_told_again_from_its_true_beginning(
+    running: Any,
+) -> None:
+    """Who waits for storage says so to whoever leads; once is enough for one leadership."""
+    began_s = running.now.unix_nanos / NANOS - 2.5
+    for waited_s in ("2.5", "2.75"):
+        tell(running, "STORAGE_UNAVAILABLE", details={"waited_s": waited_s})
+    running.time_s += 1.0
+    tell(running, "STORAGE_RESTORED", details={"waited_s": "3.5"})
+    away, back = told(running)
+    assert away.incident_id == back.incident_id != ""
+    for each in (away, back):
+        assert float(each.details["began_unix_s"]) == pytest.approx(began_s)
+    assert back.details["restored_after_s"] == "3.500000"
+    assert running.core.outage is None
+
+
+def test_the_end_of_an_outage_that_nobody_told_this_leadership_of_is_an_incident_too(
+    running: Any,
+) -> None:
+    """It was over before who had waited for it found the new leader."""
+    ended_s = running.now.unix_nanos / NANOS
+    tell(running, "STORAGE_RESTORED", details={"waited_s": "3.5"})
+    (back,) = told(running)
+    assert back.incident_id != ""
+    assert back.details["restored_after_s"] == "3.500000"
+    assert float(back.details["began_unix_s"]) == pytest.approx(ended_s - 3.5)
+    assert measured(running) == pytest.approx({"total": 3.5})
+    assert running.core.outage is None
+
+
+def test_it_is_part_of_the_one_that_others_wait_in(running: Any) -> None:
+    lose(running)
+    tell(running, "STORAGE_RESTORED", details={"waited_s": "3.5"})
+    assert running.core.outage is not None
     bring_back(running)
-    assert [each.incident_id for each in told(running)] == ["", ""]
-    assert not measured(running)
+    assert len({each.incident_id for each in told(running)}) == 1
+    assert [("restored_after_s" in each.details) for each in told(running)] == [False, False, True]
+
+
+@pytest.mark.parametrize("waited", ["", "soon", "-1", "nan", "inf"])
+def test_who_does_not_say_for_how_long_it_waited_has_waited_from_now_on(
+    running: Any, waited: str
+) -> None:
+    tell(running, "STORAGE_RESTORED", details={"waited_s": waited})
+    (back,) = told(running)
+    assert back.incident_id != ""
+    assert back.details["restored_after_s"] == "0.000000"
 
 
 def test_members_write_only_what_is_theirs_to_tell(running: Any) -> None:
@@ -184,3 +228,12 @@ def test_a_checkpoint_that_is_not_there_any_more_belongs_to_it_as_well(running: 
     lost = next(each for each in running.events if each.type == "AGGREGATOR_LOST")
     corrupt = next(each for each in running.events if each.type == "CHECKPOINT_CORRUPT")
     assert corrupt.incident_id == lost.incident_id != ""
+
+
+def test_the_end_is_of_no_incident_whose_waiters_are_gone(running: Any) -> None:
+    tell(running, "STORAGE_UNAVAILABLE")
+    running.core.aggregators["a1"].hello.incarnation = "a1-2"
+    tell(running, "STORAGE_RESTORED", details={"waited_s": "1.0"})
+    first, second = told(running)
+    assert first.incident_id != second.incident_id != ""
+    assert second.details["restored_after_s"] == "1.000000"
