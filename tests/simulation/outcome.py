@@ -54,6 +54,8 @@ class Outcome:
     """Highest term of any job."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Why jobs were where they were, each time their user looked."""
+    again: int = 0
+    """Requests that arrived late or twice."""
     incomplete: int = 0
     """Lists that told a user that jobs may be missing."""
     deaf: int = 0

@@ -135,6 +135,8 @@ class Settings:
     """When, in scenes, the user pauses or cancels which of her jobs."""
     lists: bool = False
     """Whether the user asks every control process for its jobs each time that she looks."""
+    misdelivered: str = ""
+    """A method whose requests, in scenes, mostly arrive late or twice, or lose their answers."""
     tasks: int = 0
     """How many sets of tasks there are, see `task_sets`."""
 
@@ -397,6 +399,7 @@ class Run:
             met = self.network.misdelivered
             outcome.faults.update({MISDELIVERED[kind]: count for kind, count in met.items()})
         outcome.reasons, outcome.incomplete = user.reasons, user.incomplete
+        outcome.again = self.network.misdelivered["late"] + self.network.misdelivered["twice"]
         disk = self.cluster.storage_machine.disk
         outcome.torn, outcome.unsynced = disk.torn, disk.lost
         outcome.rolled_back = sum(self.oracle.terms.values()) - len(self.oracle.terms)
@@ -543,6 +546,9 @@ def simulate(
         else:
             chosen = {kind: kinds[kind] for kind in sorted(only)}
             schedule = Schedule(run.world, chosen, every_s=settings.every_s, share=1.0)
+            if settings.misdelivered:
+                chance = random.Random(f"misdelivery {seed}")
+                run.network.misdelivery = Misdelivery(chance, 0.8, method=settings.misdelivered)
         schedule.begin(FIRST_FAULT_S, settings.faults_s)
         run.faults.strike_at(settings.strike, random.Random(f"strike {seed}"))
         play(run.cluster, settings.script, run.oracle, settings.script_s)

@@ -201,6 +201,22 @@ SCENES = {
             ("lists", True),
         ),
     ): "incomplete",
+    # Of what raises a job's term copies arrive when it has been raised again.
+    Known(
+        0,
+        ("kill_aggregator",),
+        (
+            ("controls", 1),
+            ("aggregators", 2),
+            ("workers", 2),
+            ("misdelivered", "RaiseTerm"),
+            ("every_s", 0.8),
+            ("faults_s", 9.0),
+            ("leaf_s", 0.1),
+            ("shapes", (Shape(steps=50, checkpoint_every=3), Shape(elements=40, steps=50))),
+            ("converges_s", 150.0),
+        ),
+    ): "again",
 }
 """Each with what it must show: a reason that somebody must have been told for a job, in capitals,
 or what of its outcome must have come about."""

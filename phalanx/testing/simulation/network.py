@@ -119,17 +119,24 @@ class Misdelivery:
     - *lost*: it is carried out, and the connection breaks before the answer arrives;
     - *late*: the connection breaks at once; yet the request arrives, after others sent since;
     - *twice*: it arrives again later on, from something that sends again what was answered.
+
+    With `method` only calls of this one do.
     """
 
     KINDS = ("lost", "late", "twice")
 
-    def __init__(self, chance: random.Random, share: float, latest_s: float = 3.0) -> None:
+    def __init__(
+        self, chance: random.Random, share: float, latest_s: float = 3.0, method: str = ""
+    ) -> None:
         self._chance = chance
         self._share = share
         self._latest_s = latest_s
+        self._method = method
 
-    def draw(self) -> str:
-        """What happens to the next call; empty: nothing."""
+    def draw(self, path: str) -> str:
+        """What happens to the next call, one of this path; empty: nothing."""
+        if self._method and not path.endswith(f"/{self._method}"):
+            return ""
         if self._chance.random() >= self._share:
             return ""
         return self._chance.choice(self.KINDS)

@@ -265,7 +265,7 @@ class SimulatedChannel:
 
         def call(request: Any, *, timeout: float | None = None, **_: Any) -> ClientCall:
             misdelivery = self.network.misdelivery
-            return make(timeout, request, "" if misdelivery is None else misdelivery.draw())
+            return make(timeout, request, "" if misdelivery is None else misdelivery.draw(path))
 
         return call
 

@@ -20,6 +20,7 @@ from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.training_pb2 import GoRecord
 
 PLAN = make_plan(elements=1000, steps=40)
+GUARD_S = 30.0
 
 
 def until_version(version):
@@ -46,6 +47,44 @@ async def test_a_repeated_assignment_changes_nothing_and_is_answered(bench):
         ready = await member.session.receive("ranges_ready")
         assert ready.version == 3
         assert (await worker.vector(3)).tobytes() == reference(PLAN)[3].tobytes()
+
+
+async def test_what_is_said_late_of_an_older_term_rolls_nothing_back(bench):
+    member = await bench.aggregator()
+    await bench.assign(PLAN, term=3)
+    leaves = Leaves(PLAN)
+    async with streams(leaves, [member.address], 3) as worker:
+        go = await worker.work(share(leaves, 0, 1), until_version(3))
+        await member.session.send(assign_ranges=bench.assignment(PLAN, term=2))
+        await member.session.send(release_ranges=pb.ReleaseRanges(job_id="job-test", term=2))
+        await member.session.send(assign_ranges=bench.assignment(PLAN, term=3))
+        ready = await member.session.receive("ranges_ready")
+        assert (ready.term, ready.version) == (3, 3), "and nothing is said of the older one"
+        await worker.contribute(go, [Node(0, 4)])
+        await worker.work(share(leaves, 0, 1), until_version(5))
+        assert (await worker.vector(5)).tobytes() == reference(PLAN)[5].tobytes()
+
+
+async def test_a_term_that_is_loaded_is_not_given_up_for_an_older_one(bench, monkeypatch):
+    member = await bench.aggregator()
+    may_load = asyncio.Event()
+    known_storage = member.aggregator._known_storage
+
+    async def wait():
+        await may_load.wait()
+        return await known_storage()
+
+    monkeypatch.setattr(member.aggregator, "_known_storage", wait)
+    for term in (2, 3, 3, 2):
+        await member.session.send(assign_ranges=bench.assignment(PLAN, term=term))
+    await member.session.send(release_ranges=pb.ReleaseRanges(job_id="job-test", term=2))
+    async with asyncio.timeout(GUARD_S):
+        while member.aggregator._loading.get("job-test", (0,))[0] != 3:
+            await asyncio.sleep(0)
+        may_load.set()
+    ready = await member.session.receive("ranges_ready")
+    assert (ready.term, ready.HasField("failure")) == (3, False)
+    assert member.aggregator.find("job-test").ranges.term == 3
 
 
 async def test_training_goes_on_without_control_and_is_adopted(bench):
