@@ -10,7 +10,9 @@ from tests.simulation.cluster import Services
 from tests.simulation.jobs import Shape
 from tests.simulation.outcome import Outcome
 from tests.simulation.rare import (
+    AGAIN,
     ASLEEP,
+    CUT_OFF,
     DEAF,
     FULL,
     GARBAGE,
@@ -65,6 +67,7 @@ KNOWN = {
         2, ("isolation", "one_way_partition", "pause_storage", "slow_link"), _CONTROLS
     ),
     "a lease is taken over before it has expired": Known(4, ("slow_link",), _CONTROLS),
+    "a lease runs out by the wall clock": Known(6, ("clock_jump", "slow_link"), _CONTROLS),
     "the generation does not rise": Known(2),
     "records are appended wherever there is room": Known(
         11,
@@ -150,6 +153,15 @@ KNOWN = {
     ),
     "a checkpoint keeps no versions to make states again from": Known(
         0, ("kill_aggregator", "kill_worker"), (("parts", "sign"),)
+    ),
+    "a late call raises a term again": Known(4, *AGAIN),
+    "each block is rounded as the first one": Known(0, (), (("workers", 2), ("parts", "int8"))),
+    "what a leader lists looks whole whoever may lead": Known(2, *CUT_OFF),
+    "events are dropped although there is room": Known(0, ("kill_storage",), (("workers", 3),)),
+    "the event log is cut too far": Known(
+        0,
+        ("kill_worker",),
+        (("workers", 3), ("limits", (("coordinator.control.event_log:KEPT_MAX", 20),))),
     ),
     "decay begins anew in every range": Known(1),
     "leaves run on a part of a version": Known(1),

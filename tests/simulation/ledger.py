@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 from coordinator.aggregation.checkpoints import parse_part
 from coordinator.aggregation.core.machine import JobRanges
-from coordinator.control import journal
+from coordinator.control import event_log, journal
 from coordinator.control.core.facts import RESUMING, Facts
 from coordinator.control.core.lifecycle import CANCELLED, QUEUED, RUNNING, SUCCEEDED
+from coordinator.control.event_log import EventLog
 from coordinator.control.journal import STREAM, JournalWriter
 from coordinator.control.leader import Leader
 from phalanx.errors import Unavailable
@@ -25,6 +26,7 @@ from phalanx.testing.simulation.clocks import Environment
 from phalanx.training.best import BEST_VECTOR
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.control_journal_pb2 import ControlRecord, TermStarted
+from phalanx.v1.job_pb2 import Event
 from storage.backends.sqlite.jobs import SqliteJobs
 from storage.backends.sqlite.journals import SqliteJournals
 from tests.simulation import best, jobs
@@ -190,6 +192,25 @@ class Ledger:
         )
         self._oracle.moments.met("snapshot")
 
+    def _forgot(self, journals: SqliteJournals, request: pb.TruncateJournalRequest) -> None:
+        """The newest events stay."""
+        if request.stream == event_log.STREAM:
+            database: Any = journals._database
+            rows = database._machine.connection.execute(RECORDS, (event_log.STREAM, 0)).fetchall()
+            enough = len(rows) >= event_log.KEPT_MAX
+            self._demand(enough, f"{len(rows)} events are left of {event_log.KEPT_MAX}")
+
+    def _observing(self, append: Callable[[EventLog, Event], None]) -> Any:
+        """An event is dropped only where too many wait for storage."""
+
+        def observe(log: EventLog, event: Event) -> None:
+            there_is_room, dropped = len(log._held) < event_log.HELD_MAX, log.dropped
+            append(log, event)
+            lost = there_is_room and log.dropped > dropped
+            self._demand(not lost, "an event is dropped although there is room for it")
+
+        return observe
+
     def _checkpointed(
         self,
         store: SqliteJobs,
@@ -304,6 +325,7 @@ class Ledger:
         replace(JournalWriter, "append", appending)
         replace(Leader, "_perform", performing)
         replace(Leader, "_on_durable", being_durable)
+        replace(EventLog, "append", self._observing(EventLog.append))
         self._install_storage(environment)
         for name in ("begin", "begin_restored"):
             replace(JobRanges, name, self._beginning(getattr(JobRanges, name)))
@@ -322,6 +344,7 @@ class Ledger:
         def truncating(journals: SqliteJournals, request: pb.TruncateJournalRequest) -> None:
             truncate(journals, request)
             self._truncated(journals, request)
+            self._forgot(journals, request)
 
         def committing(
             store: SqliteJobs, request: pb.CommitCheckpointRequest

@@ -27,6 +27,7 @@ _VERSIONS = "worker.core.versions:VersionAssembly"
 _OUTBOX = "worker.core.outbox:Outbox"
 _REPLICA = "worker.core.all_reduce.replica"
 _JOURNAL = f"{_CONTROL}.journal:JournalWriter"
+_EVENTS = f"{_CONTROL}.event_log:EventLog"
 _DECIDER = "phalanx.training.decisions:RootDecider"
 _BEST = "phalanx.training.best:BestRule"
 _SILENT = f"{_CONTROL}.core.ownership:_silent"
@@ -122,6 +123,21 @@ MUTANTS = (
         "challenge = seen if waited_s >= lease_ttl_s else (0, 0)",
         "challenge = seen if waited_s >= lease_ttl_s / 8 else (0, 0)",
     ),
+    _many(
+        "a lease runs out by the wall clock", 12,
+            Change(
+                f"{_CONTROL}.leadership:acquire", "since_s = (0, 0), time.monotonic()",
+                "since_s = (0, 0), time.time()",
+            ),
+            Change(
+                f"{_CONTROL}.leadership:acquire", "since_s = held, time.monotonic()",
+                "since_s = held, time.time()",
+            ),
+            Change(
+                f"{_CONTROL}.leadership:acquire", "waited_s = time.monotonic() - since_s",
+                "waited_s = time.time() - since_s",
+            ),
+    ),
     _one(
         "the generation does not rise", 12, f"{_LEASES}:acquire",
         "granted = LeaseRow(request.holder, current.token + 1, 1)",
@@ -142,6 +158,10 @@ MUTANTS = (
                 "if len(manifest.parts) < manifest.range_count:", "if not manifest.parts:",
             ),
             Change(f"{_CHECKPOINTS}:register_part", "_check_cover(manifest)", "pass"),
+    ),
+    _one(
+        "a late call raises a term again", 2, f"{_CHECKPOINTS}:raise_term",
+        "if request.expected_term != current:", "if False:",
     ),
     _one(
         "a finished job gets another term", 9, f"{_CHECKPOINTS}:raise_term",
@@ -338,6 +358,10 @@ MUTANTS = (
         "for number in range(base, version):", "for number in ():",
     ),
     _one(
+        "each block is rounded as the first one", 14, "phalanx.compressors.base:compress_in_place",
+        "codec.encode_block(piece, block, key)", "codec.encode_block(piece, 0, key)",
+    ),
+    _one(
         "decay begins anew in every range", 14, f"{_AGGREGATION}.core.state:_decay_frames",
         "position = -piece.first_element", "position = 0",
     ),
@@ -489,6 +513,18 @@ MUTANTS = (
     _one(
         "callers are not sent away while facts wait for storage", 12, f"{_JOURNAL}.full",
         "return self.stuck or len(self._queue) >= QUEUE_MAX", "return False",
+    ),
+    _one(
+        "what a leader lists looks whole whoever may lead", 12,
+        f"{_CONTROL}.leader:Leader.incomplete", 'CUT_OFF if self._lapsed() else ""', '""',
+    ),
+    _one(
+        "events are dropped although there is room", 0, f"{_EVENTS}.append",
+        "if len(self._held) >= HELD_MAX:", "if len(self._held) >= 2:",
+    ),
+    _one(
+        "the event log is cut too far", 0, f"{_EVENTS}._truncate",
+        "before = self._next - KEPT_MAX", "before = self._next - KEPT_MAX // 2",
     ),
     _one(
         "young blobs are garbage, too", 9, "storage.core.garbage:is_old_enough",

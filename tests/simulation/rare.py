@@ -111,6 +111,38 @@ FULL: Rare = (
 )
 """Storage's disk is full for a while; jobs are paused and cancelled meanwhile."""
 
+CUT_OFF: Rare = (
+    (),
+    (
+        ("controls", 2),
+        ("workers", 2),
+        ("shapes", (Shape(steps=50), Shape(elements=40, steps=50))),
+        ("leaf_s", 0.2),
+        ("script", "two_leaders"),
+        ("script_s", 0.5),
+        ("faults_s", 14.0),
+        ("converges_s", 150.0),
+        ("lists", True),
+    ),
+)
+"""A leader that is cut off from storage, and replaced, is asked for its jobs."""
+
+AGAIN: Rare = (
+    ("kill_aggregator",),
+    (
+        ("controls", 1),
+        ("aggregators", 2),
+        ("workers", 2),
+        ("misdelivered", "RaiseTerm"),
+        ("every_s", 0.8),
+        ("faults_s", 9.0),
+        ("leaf_s", 0.1),
+        ("shapes", (Shape(steps=50, checkpoint_every=3), Shape(elements=40, steps=50))),
+        ("converges_s", 150.0),
+    ),
+)
+"""Of what raises a job's term copies arrive when it has been raised again."""
+
 RARE = (DEAF, UNHEARD, TAKEN_OVER, ASLEEP, GARBAGE, PLATEAU, FULL)
 """Those in which any seed must do well."""
 

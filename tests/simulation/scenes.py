@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from coordinator.control.core.state import CoreConfig
-from tests.simulation.jobs import Shape
 from tests.simulation.known import Known
 from tests.simulation.outcome import Outcome
 from tests.simulation.rare import (
+    AGAIN,
+    CUT_OFF,
     DEAF,
     FULL,
     GARBAGE,
@@ -186,37 +187,9 @@ SCENES = {
     Known(0, *PLATEAU): "rolled_back",
     Known(0, *FULL): "sent_away",
     # A leader that is cut off from storage, and replaced, is asked for its jobs.
-    Known(
-        4,
-        (),
-        (
-            ("controls", 2),
-            ("workers", 2),
-            ("shapes", (Shape(steps=50), Shape(elements=40, steps=50))),
-            ("leaf_s", 0.2),
-            ("script", "two_leaders"),
-            ("script_s", 0.5),
-            ("faults_s", 14.0),
-            ("converges_s", 150.0),
-            ("lists", True),
-        ),
-    ): "incomplete",
+    Known(4, *CUT_OFF): "incomplete",
     # Of what raises a job's term copies arrive when it has been raised again.
-    Known(
-        0,
-        ("kill_aggregator",),
-        (
-            ("controls", 1),
-            ("aggregators", 2),
-            ("workers", 2),
-            ("misdelivered", "RaiseTerm"),
-            ("every_s", 0.8),
-            ("faults_s", 9.0),
-            ("leaf_s", 0.1),
-            ("shapes", (Shape(steps=50, checkpoint_every=3), Shape(elements=40, steps=50))),
-            ("converges_s", 150.0),
-        ),
-    ): "again",
+    Known(0, *AGAIN): "again",
 }
 """Each with what it must show: a reason that somebody must have been told for a job, in capitals,
 or what of its outcome must have come about."""

@@ -194,8 +194,8 @@ def _watch_late(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
     """A worker that is late for a lease loses its shards; one that is not late any more is well.
 
     Silence is another matter, with its own lease. Nobody is late for longer than he can deliver,
-    whatever the root waits for: who comes back, or is tried again, has a lease to show it. Tasks may
-    take as long as they do; others have run them meanwhile.
+    whatever the root waits for: who comes back, or is tried again, has a lease to show it. Tasks
+    may take as long as they do; others run them meanwhile.
     """
     tasks = is_task_set(core.facts_of(job).spec)
     late = {each.worker_id: each.late_s for each in report.late_workers if each.worker_id}

@@ -413,7 +413,7 @@ async def test_events_of_a_leader_that_is_cut_off_end_as_what_may_be_incomplete(
 
 
 async def test_a_leader_that_begins_without_storage_tells_that_it_is_away(leader: Leader) -> None:
-    """It was lost after this leadership had read the journal, and before it heard of such things."""
+    """It was lost after the journal had been read, and before this leader heard of such things."""
     store = AwayStore()
     store.available = False
     other = Leader(
