@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from phalanx.data.manifest import DatasetManifest, Statistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ChunkPlace:
     """Where a chunk comes from: rows [first, stop) of the files of a split."""
 

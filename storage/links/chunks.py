@@ -6,15 +6,12 @@ of the user's files meanwhile, nobody ever gets other rows than those that were 
 
 import asyncio
 import hashlib
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from phalanx.data.link_plans import ChunkPlace, places_of, plan_of
-from phalanx.data.linked_files import folder_of
 from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import DataLoss, FailedPrecondition, PhalanxError, Unavailable
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
@@ -22,7 +19,8 @@ from phalanx.v1 import storage_service_pb2 as pb
 from storage.core.catalog import VersionName
 from storage.core.keys import invalid
 from storage.interfaces import Backend
-from storage.links.maker import Makers, Plan, is_transient
+from storage.links.maker import Makers, is_transient
+from storage.links.manifests import LinkedManifest, ManifestCache, demand_allowed, parsed
 from storage.service.manifests import read_manifest
 from storage.service.operations import LINKED_DATA_LOST, Operations
 
@@ -31,25 +29,15 @@ MADE_BYTES = 128 * 1024 * 1024
 """Made chunks are kept up to this, for whoever asks next and for those who take them slowly."""
 
 _SIGN_OF_LIFE_S = 2.0
-_MANIFESTS = 4
 
 
 @dataclass(frozen=True)
-class _Linked:
-    """A linked manifest: how its chunks are made, where each lies and how large it is."""
-
-    plan: Plan
-    places: dict[str, ChunkPlace]
-    sizes: dict[str, int]
-    paths: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Source:
-    """One data set that a chunk can be made from."""
+class _Problem:
+    """Why one data set did not give a chunk; ``where`` says which rows it is, if that is known."""
 
     dataset: dataset_pb.Dataset
-    linked: _Linked
+    where: str
+    error: PhalanxError
 
 
 class LinkedChunks:
@@ -70,8 +58,7 @@ class LinkedChunks:
         self._made: OrderedDict[str, bytes] = OrderedDict()
         self._made_bytes = 0
         self._making: dict[str, asyncio.Task[bytes]] = {}
-        self._mutex = threading.Lock()
-        self._manifests: OrderedDict[str, _Linked] = OrderedDict()
+        self._manifests = ManifestCache(self._load)
 
     async def check(self, manifest: DatasetManifest) -> None:
         """Look whether the chunks of a manifest can be made: the first of each split is.
@@ -88,9 +75,14 @@ class LinkedChunks:
         Raises DataLoss (LINKED_DATA_LOST) where its file is not any more what it was.
         """
         digest = request.digest
-        sources = await self._operations.blobs("find_linked", lambda: self._sources(digest))
+        catalog = self._backend.catalog
+        sources = await self._operations.blobs(
+            "find_linked", lambda: catalog.datasets_linking(digest)
+        )
         if not sources:
             return
+        if request.offset < 0 or request.length < 0:
+            raise invalid("offset", f"bytes {request.offset} on are not all inside any blob")
         position, end = request.offset, None
         while position != end:
             content = await self._wait(digest, sources)
@@ -115,7 +107,7 @@ class LinkedChunks:
         self._pool.shutdown(cancel_futures=True)
         self.makers.close()
 
-    async def _wait(self, digest: str, sources: Sequence[_Source]) -> bytes | None:
+    async def _wait(self, digest: str, sources: Sequence[dataset_pb.Dataset]) -> bytes | None:
         """Return the chunk, or None if it takes longer than the caller may be left alone."""
         made = self._made.get(digest)
         if made is not None:
@@ -141,7 +133,7 @@ class LinkedChunks:
             _, oldest = self._made.popitem(last=False)
             self._made_bytes -= len(oldest)
 
-    async def _make(self, digest: str, sources: Sequence[_Source]) -> bytes:
+    async def _make(self, digest: str, sources: Sequence[dataset_pb.Dataset]) -> bytes:
         started_s = time.perf_counter()
         loop = asyncio.get_running_loop()
         try:
@@ -154,33 +146,24 @@ class LinkedChunks:
         self._operations.observe("make_chunk", started_s, None)
         return content
 
-    def _from_any(self, digest: str, sources: Sequence[_Source]) -> bytes:
+    def _from_any(self, digest: str, sources: Sequence[dataset_pb.Dataset]) -> bytes:
         """Make a chunk from the first data set that still gives it."""
         problems = []
-        for source in sources:
+        for dataset in sources:
+            where = ""
             try:
-                return self._from_one(digest, source.linked)
+                linked = self._manifests.get(dataset.manifest_digest)
+                place = linked.places[digest]
+                where = (
+                    f" (rows {place.first} to {place.stop - 1} of its {place.split} split's files)"
+                )
+                linked.demand_allowed(self._roots)
+                return self._from_one(digest, linked)
             except PhalanxError as error:
-                problems.append((source, error))
-        transient = next((problem for problem in problems if is_transient(problem[1])), None)
-        source, cause = transient or problems[0]
-        place = source.linked.places[digest]
-        dataset = source.dataset
-        name = VersionName(dataset.namespace, dataset.name, dataset.version)
-        text = (
-            f"chunk {digest[:12]} of data set {name} (rows {place.first} to {place.stop - 1} of "
-            f"its {place.split} split's files) cannot be made: {cause.message}"
-        )
-        if transient:
-            raise Unavailable(text, reason=cause.reason) from cause
-        raise DataLoss(
-            f"{text}. Bring the file back as it was, or add the data set again, then "
-            "`phalanx retry` the jobs that failed",
-            reason=LINKED_DATA_LOST,
-            details={"dataset": str(name), "cause": cause.reason},
-        ) from cause
+                problems.append(_Problem(dataset, where, error))
+        raise _explained(digest, problems) from problems[0].error
 
-    def _from_one(self, digest: str, linked: _Linked) -> bytes:
+    def _from_one(self, digest: str, linked: LinkedManifest) -> bytes:
         place = linked.places[digest]
         content = self.makers.make(linked.plan, place.split, place.first, place.stop)
         size_bytes = linked.sizes[digest]
@@ -192,29 +175,22 @@ class LinkedChunks:
         return content
 
     def _check(self, manifest: DatasetManifest) -> None:
-        linked = _parsed(manifest)
-        for path in linked.paths:
-            folder_of(path, self._roots)
+        demand_allowed(manifest, self._roots)
+        linked = parsed(manifest, self._roots)
         self.makers.check(linked.plan)
         for chunks in manifest.splits.values():
             self._from_one(chunks[0].digest, linked)
 
-    def _sources(self, digest: str) -> list[_Source]:
-        """Return the data sets that link a chunk, newest first."""
-        datasets = self._backend.catalog.datasets_linking(digest)
-        return [_Source(dataset, self._linked(dataset.manifest_digest)) for dataset in datasets]
-
-    def _linked(self, manifest_digest: str) -> _Linked:
-        """Return a manifest that was registered."""
-        with self._mutex:
-            linked = self._manifests.get(manifest_digest)
-            if linked is None:
-                linked = _parsed(read_manifest(self._backend.blobs, manifest_digest))
-                self._manifests[manifest_digest] = linked
-            self._manifests.move_to_end(manifest_digest)
-            while len(self._manifests) > _MANIFESTS:
-                self._manifests.popitem(last=False)
-        return linked
+    def _load(self, manifest_digest: str) -> LinkedManifest:
+        """Read a manifest that was registered; damage to its blob is counted."""
+        started_s = time.perf_counter()
+        try:
+            manifest = read_manifest(self._backend.blobs, manifest_digest)
+        except PhalanxError as error:
+            self._operations.observe("read_manifest", started_s, error)
+            raise
+        self._operations.observe("read_manifest", started_s, None)
+        return parsed(manifest, self._roots)
 
 
 def _demand_inside(request: pb.GetBlobRequest, end: int, size_bytes: int) -> None:
@@ -226,21 +202,18 @@ def _demand_inside(request: pb.GetBlobRequest, end: int, size_bytes: int) -> Non
         )
 
 
-def _parsed(manifest: DatasetManifest) -> _Linked:
-    """Return what is needed of a linked manifest; raises InvalidArgument if it is none."""
-    try:
-        assert manifest.links is not None
-        content = plan_of(manifest).to_json()
-        places = places_of(manifest)
-        paths = tuple(str(file.path) for file in manifest.links.all_files())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise invalid("manifest_digest", f"the links of the manifest are none: {error!r}") from None
-    sizes = {
-        chunk.digest: chunk.size_bytes for chunks in manifest.splits.values() for chunk in chunks
-    }
-    plan = Plan(hashlib.sha256(content).hexdigest(), content, _listed(paths))
-    return _Linked(plan, places, sizes, paths)
-
-
-def _listed(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if paths[3:] else "")
+def _explained(digest: str, problems: Sequence[_Problem]) -> PhalanxError:
+    """What to tell whoever asked for a chunk that no data set gives."""
+    transient = next((problem for problem in problems if is_transient(problem.error)), None)
+    problem = transient or problems[0]
+    dataset, cause = problem.dataset, problem.error
+    name = VersionName(dataset.namespace, dataset.name, dataset.version)
+    text = f"chunk {digest[:12]} of data set {name}{problem.where} cannot be made: {cause.message}"
+    if transient:
+        return Unavailable(text, reason=cause.reason)
+    return DataLoss(
+        f"{text}. Bring the file back as it was, or add the data set again, then "
+        "`phalanx retry` the jobs that failed",
+        reason=LINKED_DATA_LOST,
+        details={"dataset": str(name), "cause": cause.reason},
+    )

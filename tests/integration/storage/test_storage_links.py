@@ -30,6 +30,7 @@ from phalanx.testing.storage_messages import digest_of
 from storage.config import StorageConfig
 from storage.links.maker import Makers, Plan
 from storage.runtime import StorageProcess
+from storage.service.manifests import read_manifest
 
 ROWS = 4000
 
@@ -127,6 +128,52 @@ async def test_another_size_in_the_manifest_of_others_changes_nothing(
     await client.create_dataset("others", await client.put_blob(found.to_json()))
     async with asyncio.timeout(20):
         assert digest_of(await client.get_blob(target.digest)) == target.digest
+
+
+async def test_of_many_data_sets_one_manifest_is_parsed_and_once(client, data, link, monkeypatch):
+    manifest = await link(data)
+    for number in range(8):
+        other = replace(manifest, notes=(f"{number}",))
+        await client.create_dataset(f"d{number}", await client.put_blob(other.to_json()))
+    read = []
+
+    def counted(blobs, digest):
+        read.append(digest)
+        return read_manifest(blobs, digest)
+
+    monkeypatch.setattr("storage.links.chunks.read_manifest", counted)
+    chunks = await asyncio.gather(*(client.get_blob(digest) for digest in manifest.digests()))
+    assert [digest_of(chunk) for chunk in chunks] == list(manifest.digests())
+    # The newest gives every chunk, and whoever asks meanwhile waits for the one who parses it.
+    assert len(read) == 1
+
+
+async def test_what_may_not_be_read_any_more_costs_nothing(
+    tmp_path, client, service, data, link, monkeypatch
+):
+    manifest = await link(data)
+    await service.stop(0.5)
+    flags = {"state": str(tmp_path / "state"), "listen": "127.0.0.1:0", "gc_interval_s": "0"}
+    closed = StorageProcess(build(StorageConfig, flags, {}))
+    await closed.start()
+    async with StorageClient(closed.server.address) as other:
+        with pytest.raises(DataLoss, match="reads no files in place") as caught:
+            await other.get_blob(manifest.digests()[0])
+    assert caught.value.details["cause"] == "LINK_NOT_ALLOWED"
+    assert closed.links.makers.pids() == []
+    await closed.stop(0.5)
+
+
+async def test_a_manifest_of_files_that_may_not_be_read_is_refused_unparsed(
+    client, data, tmp_path, monkeypatch
+):
+    outside = tmp_path / "outside.parquet"
+    data.rename(outside)
+    manifest = await asyncio.to_thread(ingest, outside, IngestOptions(link=True), Digests())
+    monkeypatch.setattr("storage.links.manifests.places_of", None)
+    digest = await client.put_blob(manifest.to_json())
+    with pytest.raises(FailedPrecondition, match="lies in none of the folders"):
+        await client.create_dataset("people", digest)
 
 
 async def test_they_go_with_the_data_set_and_the_file_stays(client, data, link):
