@@ -11,7 +11,7 @@ import numpy as np
 
 from phalanx.data.formats.parquet_rows import DecodedBatches, ParquetRows
 from phalanx.data.link_plans import ChunkPlace
-from phalanx.data.linked_files import CHANGED, open_linked
+from phalanx.data.linked_files import CHANGED, open_linked, reading
 from phalanx.data.links import LinkedFile, Links
 from phalanx.data.manifest import SPLITS, ColumnKind, DatasetManifest
 from phalanx.data.options import CHUNK_BYTES_MAXIMUM, ChunkSize, IngestOptions
@@ -21,7 +21,7 @@ from phalanx.data.splits import Splitter
 from phalanx.data.table_encoder import TableEncoder
 from phalanx.data.targets import Target
 from phalanx.data.writer import split_writer, stored
-from phalanx.errors import FailedPrecondition, PhalanxError
+from phalanx.errors import FailedPrecondition, PhalanxError, Unavailable
 from phalanx.texts import number_of
 
 _OPEN_FILES = 16
@@ -42,7 +42,7 @@ class OpenFiles:
     def open(self, file: LinkedFile) -> ParquetRows:
         """The rows of a file that is what it was when it was linked.
 
-        Raises FailedPrecondition (see ``open_linked``).
+        Raises FailedPrecondition, Unavailable (see ``open_linked``).
         """
         descriptor = open_linked(file, self._roots)
         status = os.fstat(descriptor)
@@ -52,10 +52,11 @@ class OpenFiles:
             os.close(descriptor)
             self._open.move_to_end(file)
             return before[1]
-        self._close(file)
-        rows = ParquetRows(
-            os.fdopen(descriptor, "rb", buffering=0), file.path, identity, self._kept
-        )
+        self.let_go(file)
+        with reading(file.path):
+            rows = ParquetRows(
+                os.fdopen(descriptor, "rb", buffering=0), file.path, identity, self._kept
+            )
         if rows.rows != file.rows:
             rows.close()
             raise FailedPrecondition(
@@ -64,15 +65,16 @@ class OpenFiles:
             )
         self._open[file] = identity, rows
         while len(self._open) > _OPEN_FILES:
-            self._close(next(iter(self._open)))
+            self.let_go(next(iter(self._open)))
         return rows
 
     def close(self) -> None:
         """Close all files."""
         for file in list(self._open):
-            self._close(file)
+            self.let_go(file)
 
-    def _close(self, file: LinkedFile) -> None:
+    def let_go(self, file: LinkedFile) -> None:
+        """Close a file if it is open."""
         opened = self._open.pop(file, None)
         if opened is not None:
             opened[1].close()
@@ -102,7 +104,8 @@ class ChunkMaker:
     def make(self, place: ChunkPlace) -> bytes:
         """The bytes of a chunk, if the files are what they were; otherwise they may be others.
 
-        Raises PhalanxError where a file cannot be read or its rows cannot be encoded.
+        Raises PhalanxError where a file cannot be read or its rows cannot be encoded; Unavailable
+        where that may pass.
         """
         made = _OneChunk()
         encoder = TableEncoder(
@@ -137,10 +140,7 @@ class ChunkMaker:
         for file in files:
             begin, end = max(place.first, start), min(place.stop, start + file.rows)
             if begin < end:
-                found = self._files.open(file).batches(
-                    self._wanted, self._options, begin - start, end - start
-                )
-                for batch in found:
+                for batch in self._read(file, begin - start, end - start):
                     if splitter.deals:
                         codes = splitter.codes(begin, begin + batch.rows, total)
                         yield _taken(batch, np.flatnonzero(codes == code))
@@ -148,6 +148,17 @@ class ChunkMaker:
                         yield batch
                     begin += batch.rows
             start += file.rows
+
+    def _read(self, file: LinkedFile, first: int, stop: int) -> Iterator[TableBatch]:
+        """Rows [first, stop) of a file; raises Unavailable where that is not to be told."""
+        try:
+            with reading(file.path):
+                opened = self._files.open(file)
+                yield from opened.batches(self._wanted, self._options, first, stop)
+        except Unavailable:
+            # A handle that went stale stays so.
+            self._files.let_go(file)
+            raise
 
 
 class _OneChunk:

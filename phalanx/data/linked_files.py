@@ -5,20 +5,47 @@ a service opens only what lies below folders that its operator named, and follow
 on the way: with one, whoever may write into such a folder could have it read any file.
 """
 
+import errno
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from phalanx.data.links import LinkedFile
-from phalanx.errors import FailedPrecondition, InvalidArgument
+from phalanx.errors import FailedPrecondition, InvalidArgument, PhalanxError, Unavailable
 
 NOT_ALLOWED = "LINK_NOT_ALLOWED"
 UNREADABLE = "LINKED_FILE_UNREADABLE"
 CHANGED = "LINKED_FILE_CHANGED"
+AWAY = "LINKED_FILE_AWAY"
+"""The reason where the disk, the network or memory gave no answer: nothing is known of the file."""
 
+_PASSING = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.EINTR,
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENFILE,
+        errno.ENOBUFS,
+        errno.ENOMEM,
+        errno.ENOTCONN,
+        errno.EREMOTEIO,
+        errno.ESHUTDOWN,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+    }
+)
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 8
 _FOOTER_LIMIT_BYTES = 256 * 1024 * 1024
@@ -42,7 +69,8 @@ def describe_file(path: Path, rows: int) -> LinkedFile:
 def open_linked(file: LinkedFile, roots: Sequence[str]) -> int:
     """Return a descriptor of the file if it lies below one of the folders and is what it was.
 
-    Raises FailedPrecondition: LINK_NOT_ALLOWED, LINKED_FILE_UNREADABLE, LINKED_FILE_CHANGED.
+    Raises FailedPrecondition (LINK_NOT_ALLOWED, LINKED_FILE_UNREADABLE, LINKED_FILE_CHANGED), and
+    Unavailable (LINKED_FILE_AWAY) where it cannot be told.
     """
     descriptor = _open_below(file.path, roots)
     try:
@@ -53,11 +81,34 @@ def open_linked(file: LinkedFile, roots: Sequence[str]) -> int:
             raise _changed(file, "its footer is another one")
     except OSError as error:
         os.close(descriptor)
-        raise _unreadable(file.path, error) from error
+        raise unreadable(file.path, error) from error
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Read a file inside of this; raises Unavailable (LINKED_FILE_AWAY) for errors that pass."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        raise unreadable(path, error) from error
+    except PhalanxError as error:
+        # Whoever parses a file takes whatever its bytes cannot be had for as damage.
+        if isinstance(error.__cause__, OSError) and _passes(error.__cause__):
+            raise unreadable(path, error.__cause__) from error
+        raise
+
+
+def unreadable(path: str, error: OSError | MemoryError) -> PhalanxError:
+    """What to tell of a file for which the system gave an error."""
+    problem = "out of memory" if isinstance(error, MemoryError) else _said(error)
+    text = f"the storage service cannot read {path}: {problem}"
+    if _passes(error):
+        return Unavailable(text, reason=AWAY)
+    return FailedPrecondition(text, reason=UNREADABLE)
 
 
 def footer_sha256(descriptor: int, size_bytes: int) -> str | None:
@@ -110,7 +161,7 @@ def _open_below(path: str, roots: Sequence[str]) -> int:
     try:
         return _walk(folder, os.path.relpath(path, folder).split(os.sep), path)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _walk(root: str, parts: Sequence[str], path: str) -> int:
@@ -133,15 +184,17 @@ def _walk(root: str, parts: Sequence[str], path: str) -> int:
     return descriptor
 
 
-def _unreadable(path: str, error: OSError) -> FailedPrecondition:
+def _passes(error: OSError | MemoryError) -> bool:
+    return isinstance(error, MemoryError) or error.errno in _PASSING
+
+
+def _said(error: OSError) -> str:
     problem = (error.strerror or str(error)).lower()
     if isinstance(error, FileNotFoundError):
-        problem = "there is no such file where it runs"
-    elif isinstance(error, NotADirectoryError) or "symbolic link" in problem:
-        problem = "a part of the path is a symbolic link or no folder"
-    return FailedPrecondition(
-        f"the storage service cannot read {path}: {problem}", reason=UNREADABLE
-    )
+        return "there is no such file where it runs"
+    if isinstance(error, NotADirectoryError) or "symbolic link" in problem:
+        return "a part of the path is a symbolic link or no folder"
+    return problem
 
 
 def _changed(file: LinkedFile, how: str) -> FailedPrecondition:

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phalanx.errors import DataLoss, FailedPrecondition, PhalanxError
+from phalanx.errors import DataLoss, FailedPrecondition, PhalanxError, Unavailable
 from phalanx.files import replace_content
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ def _first_made(digest: str, makers: list[tuple[ChunkMaker, ChunkPlace]]) -> byt
         try:
             content = maker.make(place)
         except PhalanxError as error:
-            problem = problem or error
+            # One that may pass is what to tell of: the next try may succeed.
+            problem = error if isinstance(error, Unavailable) else problem or error
             continue
         if hashlib.sha256(content).hexdigest() == digest:
             return content
@@ -93,6 +94,8 @@ def _first_made(digest: str, makers: list[tuple[ChunkMaker, ChunkPlace]]) -> byt
             "the rows of its files are not what they were when they were linked"
         )
     assert problem is not None
+    if isinstance(problem, Unavailable):
+        raise problem
     raise DataLoss(
         f"chunk {digest[:12]} of a linked data set cannot be made: {problem.message}. Bring the "
         "file back as it was, or add the data set again",

@@ -23,8 +23,9 @@ os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 from phalanx.data.link_plans import ChunkPlace  # noqa: E402
 from phalanx.data.linked_chunks import ChunkMaker, OpenFiles  # noqa: E402
+from phalanx.data.linked_files import AWAY  # noqa: E402
 from phalanx.data.manifest import DatasetManifest  # noqa: E402
-from phalanx.errors import PhalanxError  # noqa: E402
+from phalanx.errors import PhalanxError, Unavailable  # noqa: E402
 from storage.links import messages  # noqa: E402
 
 KEPT_BYTES = 64 * 1024 * 1024
@@ -52,10 +53,13 @@ class Server:
                 return {}, b""
             return {}, maker.make(ChunkPlace(header["split"], header["first"], header["stop"]))
         except PhalanxError as error:
-            return {"error": error.message, "reason": error.reason}, b""
+            passes = isinstance(error, Unavailable)
+            return {"error": error.message, "reason": error.reason, "passes": passes}, b""
+        except MemoryError as error:
+            return {"error": f"out of memory: {error}", "reason": AWAY, "passes": True}, b""
         except Exception as error:  # noqa: BLE001 - whatever a file makes of its readers
             traceback.print_exc()
-            return {"error": f"{type(error).__name__}: {error}", "reason": ""}, b""
+            return {"error": f"{type(error).__name__}: {error}", "reason": "", "passes": False}, b""
 
     def _maker(self, digest: str, plan: bytes) -> ChunkMaker | None:
         """The maker of a plan, of which only the digest comes where it is known."""

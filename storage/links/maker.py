@@ -2,6 +2,7 @@
 
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -11,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phalanx.data.linked_files import AWAY
 from phalanx.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     PhalanxError,
-    ResourceExhausted,
     Unavailable,
 )
 from phalanx.telemetry.logs import get_logger
@@ -23,6 +24,9 @@ from storage.links import messages
 
 ANSWER_TIMEOUT_S = 300.0
 """A chunk that takes longer is not made: its file is on a disk that hangs, or was made to hang."""
+
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGILL})
+"""What a process dies of by what it reads. An abort may be for want of memory."""
 
 PROGRAM = (sys.executable, "-P", "-m", "storage.links")
 _ROOT = str(Path(__file__).resolve().parents[2])
@@ -115,14 +119,14 @@ class Makers:
         self._closed = False
 
     def check(self, plan: Plan) -> None:
-        """Look whether all files of a plan can be read; raises FailedPrecondition naming one."""
+        """Look whether all files of a plan can be read; raises as ``make`` does."""
         self._ask({"do": "check"}, plan)
 
     def make(self, plan: Plan, split: str, first: int, stop: int) -> bytes:
         """Return the bytes of a chunk, whether or not they are what they were.
 
-        Raises FailedPrecondition where its files cannot be read, ResourceExhausted where every
-        process died of them, DeadlineExceeded, Unavailable.
+        Raises FailedPrecondition where its files are not what they were, or crash whoever parses
+        them; DeadlineExceeded, and Unavailable for all that may pass.
         """
         _, body = self._ask({"do": "make", "split": split, "first": first, "stop": stop}, plan)
         return body
@@ -176,11 +180,18 @@ class Makers:
                 f"reading {plan.files} took longer than {self._timeout_s:g} s",
                 reason="LINKED_FILE_SLOW",
             ) from error
-        if is_last:
-            raise ResourceExhausted(
-                f"the process that reads {plan.files} ended twice, with {code}: it takes more "
-                "memory than there is, or is damaged",
+        if is_last and -code in _CRASHES:
+            raise FailedPrecondition(
+                f"the process that reads {plan.files} crashed twice, with {code}: "
+                "a file is damaged",
                 reason="LINKED_FILE_DEADLY",
+            ) from error
+        if is_last:
+            # Whoever has it killed, mostly for want of memory, says nothing of the file.
+            raise Unavailable(
+                f"the process that reads {plan.files} ended twice, with {code}: there may be less "
+                "memory than it takes",
+                reason=AWAY,
             ) from error
 
     def _start(self) -> _Process:
@@ -207,7 +218,8 @@ class Makers:
 def _checked(answer: messages.Message) -> messages.Message:
     error = answer[0].get("error")
     if error is not None:
-        raise FailedPrecondition(str(error), reason=str(answer[0]["reason"]))
+        kind = Unavailable if answer[0]["passes"] else FailedPrecondition
+        raise kind(str(error), reason=str(answer[0]["reason"]))
     return answer
 
 

@@ -23,7 +23,6 @@ from phalanx.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    ResourceExhausted,
     Unavailable,
 )
 from phalanx.testing.storage_messages import digest_of
@@ -312,6 +311,22 @@ async def test_a_process_that_was_killed_is_replaced(client, service, data, link
     assert len(service.links.makers.pids()) <= 2
 
 
+async def test_a_chunk_whose_readers_are_killed_is_not_lost(
+    client, service, data, link, tmp_path, monkeypatch
+):
+    manifest = await link(data)
+    alive = service.links.makers
+    dead = Makers([], 1, program=dying(tmp_path / "log", signal.SIGKILL))
+    service.links.makers = dead
+    async with StorageClient(service.server.address, attempts=1) as once:
+        with pytest.raises(Unavailable, match="cannot be made: the process that reads"):
+            await once.get_blob(manifest.digests()[0])
+    service.links.makers = alive
+    dead.close()
+    digest = manifest.digests()[0]
+    assert digest_of(await client.get_blob(digest)) == digest
+
+
 async def test_journals_do_not_wait_for_a_process_that_hangs(client, service, data, link):
     manifest = await link(data)
     (pid,) = service.links.makers.pids()
@@ -350,13 +365,30 @@ def test_a_plan_that_is_none_is_told_of(tmp_path):
         makers.check(NO_PLAN)
 
 
-def test_a_file_that_kills_its_reader_is_told_of(tmp_path):
+def dying(log, by):
+    """A reader that dies of every request."""
+    script = (
+        f"import os, socket; open({str(log)!r}, 'a').write('x'); asked = socket.socket(fileno=0); "
+        f"asked.recv(1); os.kill(os.getpid(), {int(by)})"
+    )
+    return (sys.executable, "-c", script)
+
+
+def test_a_file_that_crashes_its_reader_is_told_of(tmp_path):
     log = tmp_path / "log"
-    script = f"import socket; open({str(log)!r}, 'a').write('x'); socket.socket(fileno=0).recv(1)"
-    makers = Makers([], 1, program=(sys.executable, "-c", script))
-    with pytest.raises(ResourceExhausted, match=r"reads /data/a\.parquet ended twice"):
+    makers = Makers([], 1, program=dying(log, signal.SIGSEGV))
+    with pytest.raises(FailedPrecondition, match=r"reads /data/a\.parquet crashed twice"):
         makers.check(NO_PLAN)
     assert log.read_text() == "xx"
+    makers.close()
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGABRT])
+def test_a_reader_that_is_killed_says_nothing_of_its_file(tmp_path, by):
+    makers = Makers([], 1, program=dying(tmp_path / "log", by))
+    with pytest.raises(Unavailable, match=r"reads /data/a\.parquet ended twice") as caught:
+        makers.check(NO_PLAN)
+    assert caught.value.reason == "LINKED_FILE_AWAY"
     makers.close()
 
 

@@ -1,5 +1,7 @@
 """Linked chunks: made again from the user's Parquet files, to the bytes that copying stores."""
 
+import errno
+import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,11 +17,17 @@ from phalanx.data.formats.parquet_rows import DecodedBatches
 from phalanx.data.ingest import ingest, ingest_arrays
 from phalanx.data.link_plans import places_of, plan_of
 from phalanx.data.linked_chunks import ChunkMaker, OpenFiles
-from phalanx.data.linked_files import CHANGED, NOT_ALLOWED, UNREADABLE
+from phalanx.data.linked_files import AWAY, CHANGED, NOT_ALLOWED, UNREADABLE
 from phalanx.data.linking import LARGE_GROUP_ROWS, Digests
 from phalanx.data.manifest import DatasetManifest
 from phalanx.data.options import IngestOptions
-from phalanx.errors import FailedPrecondition, InvalidArgument, PhalanxError, Unimplemented
+from phalanx.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    PhalanxError,
+    Unavailable,
+    Unimplemented,
+)
 from phalanx.testing.storage_messages import digest_of
 
 KEPT_BYTES = 1 << 20
@@ -197,6 +205,71 @@ def test_a_file_that_changed_is_named(
     assert error.reason == reason
     assert str(tmp_path / "a.parquet") in error.message
     assert words in error.message
+
+
+class Failing(io.FileIO):
+    """A file on a disk that may be away."""
+
+    error: OSError | MemoryError | None = None
+
+    def readinto(self, buffer: Any) -> int:
+        if Failing.error is not None:
+            raise Failing.error
+        return super().readinto(buffer)
+
+    def read(self, size: int | None = -1) -> bytes:
+        if Failing.error is not None:
+            raise Failing.error
+        return super().read(-1 if size is None else size)
+
+
+PASSING = [
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    OSError(errno.EAGAIN, "Try again"),
+    OSError(errno.ENOTCONN, "Transport endpoint is not connected"),
+    MemoryError("malloc of 1000 bytes failed"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+@pytest.mark.parametrize("when", ["opening", "reading"])
+def test_a_disk_that_is_away_says_nothing_of_a_file(
+    tmp_path: Path,
+    linked: DatasetManifest,
+    monkeypatch: pytest.MonkeyPatch,
+    error: OSError | MemoryError,
+    when: str,
+) -> None:
+    monkeypatch.setattr("os.fdopen", lambda descriptor, *_, **__: Failing(descriptor))
+    monkeypatch.setattr(Failing, "error", error if when == "opening" else None)
+    files = OpenFiles([str(tmp_path)], 0)
+    maker = ChunkMaker(plan_of(linked), files)
+    places = places_of(linked)
+    digest, place = list(places.items())[-1]
+    if when == "reading":
+        maker.check()
+        Failing.error = error
+    with pytest.raises(Unavailable, match=r"a\.parquet") as caught:
+        maker.make(place)
+    assert caught.value.reason == AWAY
+    Failing.error = None
+    assert digest_of(maker.make(place)) == digest
+    files.close()
+
+
+@pytest.mark.parametrize("call", ["open", "pread", "fstat"])
+def test_a_disk_that_is_away_when_a_file_is_looked_at(
+    opened: OpenFiles, linked: DatasetManifest, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"phalanx.data.linked_files.os.{call}", fail)
+        with pytest.raises(Unavailable, match="stale file handle"):
+            made(linked, opened)
+    assert made(linked, opened)
 
 
 def test_the_same_content_at_the_same_path_is_the_same_file(
