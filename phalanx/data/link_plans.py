@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 
 from phalanx.data.manifest import DatasetManifest, Statistics
 
+_PLACES = 8
+"""Of one chunk: where a file is constant all its chunks may be equal."""
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkPlace:
@@ -30,8 +33,9 @@ def plan_of(manifest: DatasetManifest) -> DatasetManifest:
     )
 
 
-def places_of(manifest: DatasetManifest) -> dict[str, ChunkPlace]:
-    """Where each chunk of a linked manifest comes from, by its digest.
+def places_of(manifest: DatasetManifest) -> dict[str, tuple[ChunkPlace, ...]]:
+    """Where each chunk of a linked manifest comes from, by its digest; equal chunks have several
+    places.
 
     Raises ValueError where there is not one place for each chunk, or a split without any, and where
     places are empty, overlap, or lie past the rows that the manifest gives the split's files. So it
@@ -49,8 +53,10 @@ def places_of(manifest: DatasetManifest) -> dict[str, ChunkPlace]:
                     f"the {rows} of its files"
                 )
             end = stop
-    return {
-        chunk.digest: ChunkPlace(split, first, stop)
-        for split, chunks in manifest.splits.items()
-        for chunk, (first, stop) in zip(chunks, manifest.links.ranges[split], strict=True)
-    }
+    places: dict[str, tuple[ChunkPlace, ...]] = {}
+    for split, chunks in manifest.splits.items():
+        for chunk, (first, stop) in zip(chunks, manifest.links.ranges[split], strict=True):
+            known = places.get(chunk.digest, ())
+            if len(known) < _PLACES:
+                places[chunk.digest] = (*known, ChunkPlace(split, first, stop))
+    return places

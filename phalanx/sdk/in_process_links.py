@@ -43,9 +43,10 @@ class LinkedBlobs:
         with self._mutex:
             self._files.append(files)
             maker.check()
-            for digest, place in places_of(manifest).items():
+            for digest, places in places_of(manifest).items():
                 # What was linked last is looked at first.
-                self._makers.setdefault(digest, []).insert(0, (maker, place))
+                found = self._makers.setdefault(digest, [])
+                found[:0] = [(maker, place) for place in places]
 
     def path(self, digest: str) -> Path | None:
         """Return a file that holds a chunk; None where nobody links it.

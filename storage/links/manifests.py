@@ -26,14 +26,14 @@ class LinkedManifest:
     """What is needed of a linked manifest; ``outside`` are paths that may not be read, if any."""
 
     plan: Plan
-    places: Mapping[str, ChunkPlace]
+    places: Mapping[str, tuple[ChunkPlace, ...]]
     sizes: Mapping[str, int]
     outside: tuple[str, ...] = ()
 
     @property
     def memory_bytes(self) -> int:
         """About what it takes in memory."""
-        return sys.getsizeof(self.plan.content) + _PLACE_BYTES * len(self.places)
+        return sys.getsizeof(self.plan.content) + _PLACE_BYTES * sum(map(len, self.places.values()))
 
     def demand_allowed(self, roots: Sequence[str]) -> None:
         """Raise FailedPrecondition (LINK_NOT_ALLOWED) where a file lies below none of ``roots``.

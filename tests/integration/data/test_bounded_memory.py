@@ -52,7 +52,8 @@ from phalanx.data.options import IngestOptions
 path = pathlib.Path(sys.argv[1])
 manifest = ingest(path, IngestOptions(link=True, test=0.1), Digests())
 files = OpenFiles([str(path.parent)], 4 << 20)
-maker, places = ChunkMaker(plan_of(manifest), files), list(places_of(manifest).values())
+maker = ChunkMaker(plan_of(manifest), files)
+places = [place for place, *_ in places_of(manifest).values()]
 for place in (places[-1], places[len(places) // 2], places[0]):
     maker.make(place)
 status = pathlib.Path("/proc/self/status").read_text()

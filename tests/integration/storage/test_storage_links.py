@@ -204,6 +204,53 @@ async def test_a_file_that_changed_is_named_and_adding_again_heals(client, servi
     assert service.server.registry.get_sample_value(corruptions) == 0
 
 
+async def test_equal_chunks_come_from_any_of_their_places(client, data, link, monkeypatch):
+    rows, folder = 16 * 225, data.with_name("parts")
+    folder.mkdir()
+    for name in ("a.parquet", "b.parquet"):
+        pyarrow.parquet.write_table(table(rows), folder / name, row_group_size=1500)
+    manifest = await link(folder, test=None, format="parquet")
+    assert len(manifest.digests()) < len(manifest.splits["train"])
+    monkeypatch.setattr("storage.links.chunks.MADE_BYTES", 0)
+    for name in ("a.parquet", "b.parquet"):
+        (folder / name).rename(data.with_name("aside"))
+        for chunk in await chunks_of(client, manifest):
+            assert digest_of(chunk) in manifest.digests()
+        data.with_name("aside").rename(folder / name)
+    for name in ("a.parquet", "b.parquet"):
+        (folder / name).unlink()
+    with pytest.raises(DataLoss, match="no such file"):
+        await client.get_blob(manifest.digests()[0])
+
+
+async def test_what_gave_chunks_before_is_tried_first(client, service, data, link, monkeypatch):
+    monkeypatch.setattr("storage.links.chunks.MADE_BYTES", 0)
+    manifest = await link(data)
+    copy = data.with_name("b.parquet")
+    copy.write_bytes(data.read_bytes())
+    await link(copy)
+    copy.unlink()
+    asked = []
+    make = service.links.makers.make
+
+    def counted(plan, *place):
+        asked.append(plan.files)
+        return make(plan, *place)
+
+    monkeypatch.setattr(service.links.makers, "make", counted)
+    await client.get_blob(manifest.digests()[0])
+    assert asked == [str(copy), str(data)]
+    # Neither that chunk nor another one is tried there again.
+    for digest in manifest.digests()[:3]:
+        await client.get_blob(digest)
+    assert asked[2:] == [str(data)] * 3
+    # The other one, where this one goes.
+    copy.write_bytes(data.read_bytes())
+    data.unlink()
+    assert digest_of(await client.get_blob(manifest.digests()[0])) == manifest.digests()[0]
+    assert asked[5:] == [str(data), str(copy)]
+
+
 async def test_rows_that_changed_in_place_never_get_out(client, data, link):
     pyarrow.parquet.write_table(
         table(), data, use_dictionary=False, compression="none", write_statistics=False
@@ -317,11 +364,11 @@ async def test_a_chunk_whose_readers_are_killed_is_not_lost(
     manifest = await link(data)
     alive = service.links.makers
     dead = Makers([], 1, program=dying(tmp_path / "log", signal.SIGKILL))
-    service.links.makers = dead
+    service.links.making.makers = dead
     async with StorageClient(service.server.address, attempts=1) as once:
         with pytest.raises(Unavailable, match="cannot be made: the process that reads"):
             await once.get_blob(manifest.digests()[0])
-    service.links.makers = alive
+    service.links.making.makers = alive
     dead.close()
     digest = manifest.digests()[0]
     assert digest_of(await client.get_blob(digest)) == digest

@@ -15,7 +15,9 @@ GUARD_S = 30.0
 
 def linked(name: str, chunks: int = 10) -> LinkedManifest:
     plan = Plan(name, b"plan", "/data/a.parquet")
-    places = {f"{name}-{index}": ChunkPlace("train", index, index + 1) for index in range(chunks)}
+    places = {
+        f"{name}-{index}": (ChunkPlace("train", index, index + 1),) for index in range(chunks)
+    }
     return LinkedManifest(plan, places, {})
 
 
