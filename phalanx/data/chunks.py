@@ -18,16 +18,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.data.chunk_layout import (
+    CHUNK_LIMIT_BYTES,
+    NAME_OF_DTYPE,
+    TensorShape,
+    head_of,
+    in_order,
+)
 from phalanx.errors import DataLoss, InvalidArgument
 from phalanx.texts import number_of
 
-CHUNK_LIMIT_BYTES = 16 * 1024 * 1024
-"""No chunk is larger than this."""
-
-_HEADER_ALIGNMENT_BYTES = 64
 _HEADER_LIMIT_BYTES = 64 * 1024
-_NAME_OF_DTYPE = {"uint8": "U8", "int32": "I32", "int64": "I64", "float32": "F32", "float64": "F64"}
-_DTYPE_OF_NAME = {name: np.dtype(dtype) for dtype, name in _NAME_OF_DTYPE.items()}
+_DTYPE_OF_NAME = {name: np.dtype(dtype) for dtype, name in NAME_OF_DTYPE.items()}
 
 
 @dataclass(frozen=True)
@@ -139,32 +141,24 @@ def decode_chunk(buffer: memoryview | bytes, name: str = "chunk") -> DenseChunk 
 
 
 def _encode(tensors: Mapping[str, NDArray[Any]], kind: str) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"phalanx": "chunk/1", "kind": kind}}
-    parts: list[NDArray[Any]] = []
-    offset = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
-        dtype = _NAME_OF_DTYPE.get(tensor.dtype.name)
-        if dtype is None:
+    for name, tensor in tensors.items():
+        if tensor.dtype.name not in NAME_OF_DTYPE:
             raise InvalidArgument(
-                f"{name} of a chunk cannot be {tensor.dtype.name}; use {', '.join(_NAME_OF_DTYPE)}"
+                f"{name} of a chunk cannot be {tensor.dtype.name}; use {', '.join(NAME_OF_DTYPE)}"
             )
-        little_endian = np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("<"))
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + little_endian.nbytes],
-        }
-        offset += little_endian.nbytes
-        parts.append(little_endian)
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _HEADER_ALIGNMENT_BYTES)
-    size_bytes = 8 + len(text) + offset
+    shapes = [TensorShape(name, each.dtype.name, each.shape) for name, each in tensors.items()]
+    head, size_bytes = head_of(shapes, kind)
     if size_bytes > CHUNK_LIMIT_BYTES:
         raise InvalidArgument(
             f"a chunk of {size_bytes} bytes is over the limit of {CHUNK_LIMIT_BYTES}; "
             "use fewer rows"
         )
-    return b"".join((len(text).to_bytes(8, "little"), text, *(part.tobytes() for part in parts)))
+    parts = (tensors[shape.name] for shape in in_order(shapes))
+    return b"".join((head, *(_little_endian(part) for part in parts)))
+
+
+def _little_endian(tensor: NDArray[Any]) -> bytes:
+    return np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("<")).tobytes()
 
 
 def _decode(view: memoryview) -> tuple[dict[str, NDArray[Any]], str]:

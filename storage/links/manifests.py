@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from phalanx.data.chunk_layout import size_of
 from phalanx.data.link_plans import ChunkPlace, places_of, plan_of
 from phalanx.data.linked_files import folder_of
 from phalanx.data.manifest import DatasetManifest
@@ -27,7 +28,6 @@ class LinkedManifest:
 
     plan: Plan
     places: Mapping[str, tuple[ChunkPlace, ...]]
-    sizes: Mapping[str, int]
     outside: tuple[str, ...] = ()
 
     @property
@@ -54,11 +54,8 @@ def parsed(manifest: DatasetManifest, roots: Sequence[str]) -> LinkedManifest:
         places = places_of(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise invalid("manifest_digest", f"the links of the manifest are none: {error!r}") from None
-    sizes = {
-        chunk.digest: chunk.size_bytes for chunks in manifest.splits.values() for chunk in chunks
-    }
     plan = Plan(hashlib.sha256(content).hexdigest(), content, _listed(paths))
-    return LinkedManifest(plan, places, sizes, tuple(_outside(paths, roots)))
+    return LinkedManifest(plan, places, tuple(_outside(paths, roots)))
 
 
 def demand_allowed(manifest: DatasetManifest, roots: Sequence[str]) -> None:
@@ -73,6 +70,26 @@ def demand_allowed(manifest: DatasetManifest, roots: Sequence[str]) -> None:
         raise invalid("manifest_digest", f"the links of the manifest are none: {error!r}") from None
     for path in paths:
         folder_of(path, roots)
+
+
+def demand_sizes(manifest: DatasetManifest) -> None:
+    """Raise InvalidArgument where a chunk has another size than its rows take.
+
+    Nobody could tell by the chunks: they are not stored, and only some are made to look at them.
+    """
+    sizes: dict[tuple[int, int], int] = {}
+    for split, chunks in manifest.splits.items():
+        for index, chunk in enumerate(chunks):
+            key = chunk.rows, chunk.nonzeros
+            try:
+                wanted = sizes.get(key) or sizes.setdefault(key, size_of(chunk, manifest))
+            except (KeyError, TypeError) as error:
+                raise invalid("manifest.dtype", f"no chunk has it: {error!r}") from None
+            if chunk.size_bytes != wanted:
+                raise invalid(
+                    f"manifest.splits.{split}[{index}].size_bytes",
+                    f"{chunk.size_bytes}, but by its rows it has {wanted} bytes",
+                )
 
 
 class ManifestCache:

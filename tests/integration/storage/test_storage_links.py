@@ -14,6 +14,7 @@ import pytest
 
 from phalanx.clients.storage import StorageClient
 from phalanx.config import build
+from phalanx.data.chunk_layout import size_of
 from phalanx.data.ingest import ingest
 from phalanx.data.linking import Digests
 from phalanx.data.options import IngestOptions
@@ -110,9 +111,9 @@ async def test_what_is_not_inside_a_chunk_is_refused_as_such(client, data, link,
         await client.get_blob(manifest.splits["train"][0].digest, offset, length)
 
 
-@pytest.mark.parametrize("wrong_bytes", [-1000, 1000])
+@pytest.mark.parametrize("wrong_rows", [-20, 20])
 async def test_another_size_in_the_manifest_of_others_changes_nothing(
-    client, data, link, wrong_bytes
+    client, data, link, wrong_rows
 ):
     manifest = await link(data)
     target = manifest.splits["train"][3]
@@ -121,8 +122,9 @@ async def test_another_size_in_the_manifest_of_others_changes_nothing(
     chosen = IngestOptions(link=True, test=0.2, chunk_bytes=9000)
     found = await asyncio.to_thread(ingest, other, chosen, Digests())
     train = list(found.splits["train"])
-    size_bytes = target.size_bytes + wrong_bytes
-    train[1] = replace(train[1], digest=target.digest, size_bytes=size_bytes)
+    foreign = replace(train[1], digest=target.digest, rows=target.rows + wrong_rows)
+    train[1] = replace(foreign, size_bytes=size_of(foreign, found))
+    assert train[1].size_bytes != target.size_bytes
     found = replace(found, splits={**found.splits, "train": tuple(train)})
     await client.create_dataset("others", await client.put_blob(found.to_json()))
     async with asyncio.timeout(20):
@@ -329,6 +331,51 @@ async def test_manifests_that_do_not_hold_are_refused(client, data, tmp_path, wh
     with pytest.raises((FailedPrecondition, InvalidArgument)):
         await client.create_dataset("wrong", digest)
     assert await client.list_datasets() == []
+
+
+@pytest.mark.parametrize("more_bytes", [-1, 1, 10**15])
+@pytest.mark.parametrize("split", ["train", "test"])
+async def test_a_size_that_is_none_is_refused_as_such(client, data, split, more_bytes):
+    options = IngestOptions(link=True, test=0.2, chunk_bytes=9000)
+    manifest = await asyncio.to_thread(ingest, data, options, Digests())
+    for index in (0, 1, len(manifest.splits[split]) - 1):
+        chunks = list(manifest.splits[split])
+        size_bytes = chunks[index].size_bytes
+        chunks[index] = replace(chunks[index], size_bytes=size_bytes + more_bytes)
+        wrong = replace(manifest, splits={**manifest.splits, split: tuple(chunks)})
+        with pytest.raises(InvalidArgument) as caught:
+            await client.create_dataset("wrong", await client.put_blob(wrong.to_json()))
+        (violation,) = caught.value.violations
+        assert violation.field == f"manifest.splits.{split}[{index}].size_bytes"
+        assert f"it has {size_bytes} bytes" in violation.message
+    assert await client.list_datasets() == []
+
+
+async def test_another_size_of_a_file_is_refused(client, data):
+    manifest = await asyncio.to_thread(ingest, data, IngestOptions(link=True), Digests())
+    (file,) = manifest.links.files
+    file = replace(file, size_bytes=file.size_bytes + 1)
+    wrong = replace(manifest, links=replace(manifest.links, files=(file,)))
+    with pytest.raises(FailedPrecondition, match=f"it has {file.size_bytes - 1} bytes, not"):
+        await client.create_dataset("wrong", await client.put_blob(wrong.to_json()))
+
+
+async def test_a_wrong_size_in_an_old_manifest_keeps_no_chunk_from_being_read(
+    client, service, data, monkeypatch
+):
+    options = IngestOptions(link=True, chunk_bytes=9000)
+    manifest = await asyncio.to_thread(ingest, data, options, Digests())
+    chunks = tuple(replace(each, size_bytes=7) for each in manifest.splits["train"])
+    wrong = replace(manifest, splits={"train": chunks})
+
+    async def unchecked(_manifest):
+        pass
+
+    # As it was registered before sizes were looked at.
+    monkeypatch.setattr(service.links, "check", unchecked)
+    await client.create_dataset("old", await client.put_blob(wrong.to_json()))
+    for digest in manifest.digests():
+        assert digest_of(await client.get_blob(digest)) == digest
 
 
 async def test_nothing_is_linked_without_a_folder_for_it(tmp_path, data):

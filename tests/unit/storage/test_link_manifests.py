@@ -18,7 +18,7 @@ def linked(name: str, chunks: int = 10) -> LinkedManifest:
     places = {
         f"{name}-{index}": (ChunkPlace("train", index, index + 1),) for index in range(chunks)
     }
-    return LinkedManifest(plan, places, {})
+    return LinkedManifest(plan, places)
 
 
 def test_they_are_kept_up_to_a_limit_of_bytes() -> None:
