@@ -18,6 +18,9 @@ from storage.links.maker import Plan
 KEPT_BYTES = 128 * 1024 * 1024
 """Parsed manifests are kept up to this: to parse a large one takes seconds."""
 
+CHUNKS_MAX = 250_000
+"""Of one linked data set: what is kept of each has to stay in memory, and in the catalog."""
+
 _PLACE_BYTES = 400
 """What one place takes with its digest: measured, and rounded up."""
 
@@ -59,11 +62,19 @@ def parsed(manifest: DatasetManifest, roots: Sequence[str]) -> LinkedManifest:
 
 
 def demand_allowed(manifest: DatasetManifest, roots: Sequence[str]) -> None:
-    """Raise FailedPrecondition (LINK_NOT_ALLOWED) unless all files may be read.
+    """Raise FailedPrecondition (LINK_NOT_ALLOWED) unless all files may be read, and InvalidArgument
+    where there are too many chunks.
 
     Before anything else is done with a manifest that somebody brings.
     """
     assert manifest.links is not None
+    count = sum(map(len, manifest.splits.values()))
+    if count > CHUNKS_MAX:
+        raise invalid(
+            "manifest.splits",
+            f"{count:,} chunks; a linked data set has at most {CHUNKS_MAX:,}: add it with larger "
+            "chunks (chunk_bytes), or as several data sets",
+        )
     try:
         paths = [str(file.path) for file in manifest.links.all_files()]
     except TypeError as error:

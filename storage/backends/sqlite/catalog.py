@@ -8,14 +8,15 @@ from typing import TypeVar
 from google.protobuf import empty_pb2
 from google.protobuf.message import DecodeError
 
-from phalanx.errors import DataLoss, FailedPrecondition, NotFound
+from phalanx.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
 from phalanx.texts import number_of
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import model_service_pb2 as model_pb
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.backends.sqlite.database import Database
 from storage.backends.sqlite.leases import check_request_fence
-from storage.backends.sqlite.references import LINK, add_references, drop_references
+from storage.backends.sqlite.links import SqliteLinks, give_up_name, make_room, rows_linking
+from storage.backends.sqlite.references import add_references, drop_references
 from storage.backends.sqlite.requests import once
 from storage.backends.sqlite.rows import NAMES, PINS, REFERENCES
 from storage.core import catalog
@@ -51,6 +52,7 @@ class SqliteCatalog:
     ) -> None:
         self._namespace_bytes_max = namespace_bytes_max
         self._database = database
+        self._links = SqliteLinks(database)
         self._blobs = blobs
         self._now_unix_nanos = now_unix_nanos
 
@@ -65,6 +67,9 @@ class SqliteCatalog:
         name = catalog.new_name(request.namespace, request.name)
         chunks = sorted({check_digest(digest, "linked") for digest in linked})
         wanted = sorted({*digests, check_digest(request.manifest_digest, "manifest_digest")})
+        row_id = None
+        if chunks and not self._is_newest(name, request.manifest_digest):
+            row_id = self._links.write(chunks)
 
         def create(connection: sqlite3.Connection) -> dataset_pb.Dataset:
             newest = _newest(connection, DATASET, name)
@@ -72,26 +77,33 @@ class SqliteCatalog:
                 dataset = _load(connection, DATASET, newest, dataset_pb.Dataset)
                 if dataset.manifest_digest == request.manifest_digest:
                     return dataset
+            if chunks and row_id is None:
+                raise Unavailable(f"another version of {name} came meanwhile; try again")
             self._check_stored(wanted)
             dataset = dataset_pb.Dataset()
             dataset.CopyFrom(summary)
             self._check_quota(connection, name.namespace, catalog.dataset_bytes(dataset))
-            row_id = self._insert(connection, DATASET, name, dataset, wanted)
-            add_references(connection, LINK, "", row_id, chunks)
+            self._insert(connection, DATASET, name, dataset, wanted, row_id)
             return dataset
 
-        return self._database.write(
-            once(request, request.request_id, dataset_pb.Dataset, create, self._now_s)
-        )
+        act = once(request, request.request_id, dataset_pb.Dataset, create, self._now_s)
+        try:
+            created = self._database.write(act)
+        except BaseException:
+            if row_id is not None:
+                self._links.give_up(row_id)
+            raise
+        if row_id is not None and self._links.is_unnamed(row_id):
+            self._links.drop(row_id)  # the answer was there already
+        return created
 
     def datasets_linking(self, digest: str) -> list[dataset_pb.Dataset]:
         """Return the data sets whose manifest says how to make a chunk, newest first."""
         check_digest(digest, "digest")
 
         def read(connection: sqlite3.Connection) -> list[dataset_pb.Dataset]:
-            where = "digest = ? AND kind = ? ORDER BY position DESC"
-            found = REFERENCES.select(connection, where, digest, LINK)
-            return [_linking(connection, position) for _, _, _, position in found]
+            found = (_dataset_of(connection, each) for each in rows_linking(connection, digest))
+            return [dataset for dataset in found if dataset is not None]
 
         return self._database.read(read)
 
@@ -191,6 +203,16 @@ class SqliteCatalog:
     def _now_s(self) -> float:
         return self._now_unix_nanos() / 1e9
 
+    def _is_newest(self, name: VersionName, manifest_digest: str) -> bool:
+        def read(connection: sqlite3.Connection) -> bool:
+            newest = _newest(connection, DATASET, name)
+            if newest is None:
+                return False
+            dataset = _load(connection, DATASET, newest, dataset_pb.Dataset)
+            return dataset.manifest_digest == manifest_digest
+
+        return self._database.read(read)
+
     def _check_quota(self, connection: sqlite3.Connection, namespace: str, more: int) -> None:
         """Raise ResourceExhausted where a namespace would hold more than it may."""
         if not self._namespace_bytes_max:
@@ -224,21 +246,24 @@ class SqliteCatalog:
         name: VersionName,
         entry: dataset_pb.Dataset | model_pb.ModelVersion,
         digests: Iterable[str],
-    ) -> int:
-        """Give ``entry`` the next version of ``name`` and store it; return the id of its row."""
+        row_id: int | None = None,
+    ) -> None:
+        """Give ``entry`` the next version of ``name`` and store it, in the row that has its links
+        if there is one."""
         entry.namespace, entry.name = name.namespace, name.name
         entry.version = _take_version(connection, kind, name)
         entry.create_time.FromNanoseconds(self._now_unix_nanos())
         message = entry.SerializeToString(deterministic=True)
         row = (kind, name.namespace, name.name, entry.version)
+        if row_id is not None:
+            make_room(connection, row_id)
         cursor = connection.execute(
-            "INSERT INTO versions (kind, namespace, name, version, checksum, message) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
-            (*row, _checksum(kind, entry.version, message), message),
+            "INSERT INTO versions (id, kind, namespace, name, version, checksum, message) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (row_id, *row, _checksum(kind, entry.version, message), message),
         )
         assert cursor.lastrowid is not None
         add_references(connection, kind, "", cursor.lastrowid, digests)
-        return cursor.lastrowid
 
     def _get(self, kind: str, name: VersionName, entry_class: type[EntryT]) -> EntryT:
         def act(connection: sqlite3.Connection) -> EntryT:
@@ -276,7 +301,10 @@ class SqliteCatalog:
         request: dataset_pb.DeleteDatasetRequest | model_pb.DeleteModelRequest,
         request_id: str,
     ) -> None:
+        nameless: list[int] = []
+
         def delete(connection: sqlite3.Connection) -> empty_pb2.Empty:
+            nameless.clear()
             values = (kind, name.namespace, name.name, name.version, name.version)
             rows = connection.execute(
                 "SELECT id FROM versions "
@@ -295,12 +323,16 @@ class SqliteCatalog:
             if holders:
                 raise catalog.in_use(_WORDS[kind], name, [holder for (holder,) in holders])
             for row_id in row_ids:
-                connection.execute("DELETE FROM versions WHERE id = ?", (row_id,))
+                if give_up_name(connection, row_id):
+                    nameless.append(row_id)
+                else:
+                    connection.execute("DELETE FROM versions WHERE id = ?", (row_id,))
                 drop_references(connection, kind, "", row_id)
-                drop_references(connection, LINK, "", row_id)
             return empty_pb2.Empty()
 
         self._database.write(once(request, request_id, empty_pb2.Empty, delete, self._now_s))
+        for row_id in nameless:
+            self._links.drop(row_id)
 
 
 _WORDS = {DATASET: "data set", MODEL: "model"}
@@ -322,11 +354,16 @@ def _row_id(connection: sqlite3.Connection, kind: str, name: VersionName) -> int
     return None if row is None else int(row[0])
 
 
-def _linking(connection: sqlite3.Connection, row_id: int) -> dataset_pb.Dataset:
-    """Return the data set of a row that a reference names."""
-    namespace, name, version, checksum, message = connection.execute(
-        "SELECT namespace, name, version, checksum, message FROM versions WHERE id = ?", (row_id,)
+def _dataset_of(connection: sqlite3.Connection, row_id: int) -> dataset_pb.Dataset | None:
+    """Return the data set of a row; None for one that has no name yet, or none any more."""
+    row = connection.execute(
+        "SELECT namespace, name, version, checksum, message FROM versions "
+        "WHERE id = ? AND kind = ?",
+        (row_id, DATASET),
     ).fetchone()
+    if row is None:
+        return None
+    namespace, name, version, checksum, message = row
     exact = VersionName(namespace, name, version)
     return _parse(DATASET, exact, checksum, message, dataset_pb.Dataset)
 

@@ -15,6 +15,7 @@ from phalanx.testing.storage_messages import digest_of, model
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import model_service_pb2 as model_pb
 from phalanx.v1 import storage_service_pb2 as pb
+from storage.backends.sqlite.references import add_references
 from storage.backends.sqlite.rows import Table
 from storage.core.catalog import parse_name, parse_page
 
@@ -453,6 +454,86 @@ def test_a_link_keeps_its_manifest_and_no_blob(backend, put, link):
     assert backend.references.sweep([chunk, manifest], lambda digest: 1) == [1]
     delete(backend, "a")
     assert backend.references.unreferenced([manifest]) == [manifest]
+
+
+def chunks(count):
+    return [b"chunk %d" % index for index in range(count)]
+
+
+def test_many_links_are_written_and_dropped_in_pieces(harness, link, monkeypatch):
+    monkeypatch.setattr("storage.backends.sqlite.links.PIECE_LINKS", 4)
+    database, changes = harness.backend.catalog._database, []
+    write = database.write
+
+    def counted(act, **options):
+        def count(connection):
+            before = connection.total_changes
+            result = act(connection)
+            changes.append(connection.total_changes - before)
+            return result
+
+        return write(count, **options)
+
+    monkeypatch.setattr(database, "write", counted)
+    link("a", *chunks(30))
+    delete(harness.backend, "a")
+    assert sum(changes) > 60
+    # The version itself, its name and its manifest are a few more.
+    assert max(changes) <= 8
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_links_of_a_registration_that_failed_are_nobodys_and_go(harness, link, monkeypatch, after):
+    monkeypatch.setattr("storage.backends.sqlite.links.PIECE_LINKS", 4)
+    link("other", *chunks(3))
+    pieces = []
+
+    def failing(connection, *args):
+        pieces.append(args)
+        if len(pieces) > after:
+            raise ResourceExhausted("the disk is full")
+        add_references(connection, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("storage.backends.sqlite.links.add_references", failing)
+        # As if the process had ended there: what it wrote stays.
+        patch.setattr("storage.backends.sqlite.links.SqliteLinks.give_up", lambda *_: None)
+        with pytest.raises(ResourceExhausted):
+            link("a", *chunks(10))
+    assert linking(harness.backend, b"chunk 0") == [("other", 1)]
+    harness.reopen()
+    count = "SELECT (SELECT count(*) FROM versions), (SELECT count(*) FROM blob_references)"
+    rows = harness.backend.catalog._database.read(lambda found: found.execute(count).fetchone())
+    assert rows == (1, 4)
+    link("a", *chunks(10))
+    assert linking(harness.backend, b"chunk 0") == [("a", 1), ("other", 1)]
+
+
+def test_links_of_a_deletion_that_broke_off_are_nobodys_and_go(harness, link, monkeypatch):
+    monkeypatch.setattr("storage.backends.sqlite.links.PIECE_LINKS", 4)
+    link("a", *chunks(10))
+    with monkeypatch.context() as patch:
+        patch.setattr("storage.backends.sqlite.links.SqliteLinks.drop", lambda *_: None)
+        delete(harness.backend, "a")
+    assert linking(harness.backend, b"chunk 9") == []
+    link("b", *chunks(10))
+    assert linking(harness.backend, b"chunk 9") == [("b", 1)]
+    harness.reopen()
+    assert linking(harness.backend, b"chunk 9") == [("b", 1)]
+    rows = harness.backend.catalog._database.read(
+        lambda found: found.execute("SELECT count(*) FROM blob_references").fetchone()
+    )
+    assert rows == (11,)
+
+
+def test_a_registration_that_is_repeated_leaves_no_second_links(harness, link):
+    first = link("a", *chunks(10))
+    assert link("a", *chunks(10)) == first
+    assert linking(harness.backend, b"chunk 9") == [("a", 1)]
+    rows = harness.backend.catalog._database.read(
+        lambda found: found.execute("SELECT count(*) FROM blob_references").fetchone()
+    )
+    assert rows == (11,)
 
 
 def test_linked_data_sets_count_nothing(harness, link, add):

@@ -378,6 +378,15 @@ async def test_a_wrong_size_in_an_old_manifest_keeps_no_chunk_from_being_read(
         assert digest_of(await client.get_blob(digest)) == digest
 
 
+async def test_more_chunks_than_one_data_set_may_have_are_refused(client, data, link, monkeypatch):
+    monkeypatch.setattr("storage.links.manifests.CHUNKS_MAX", 10)
+    with pytest.raises(InvalidArgument, match="at most 10: add it with larger chunks") as caught:
+        await link(data)
+    (violation,) = caught.value.violations
+    assert violation.field == "manifest.splits"
+    await link(data, chunk_bytes=100_000)
+
+
 async def test_nothing_is_linked_without_a_folder_for_it(tmp_path, data):
     flags = {"state": str(tmp_path / "other"), "listen": "127.0.0.1:0"}
     service = StorageProcess(build(StorageConfig, flags, {}))
