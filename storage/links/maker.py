@@ -1,5 +1,6 @@
 """Processes that make chunks, as storage sees them: started when needed, replaced when they die."""
 
+import contextlib
 import os
 import queue
 import signal
@@ -24,6 +25,13 @@ from storage.links import messages
 
 ANSWER_TIMEOUT_S = 300.0
 """A chunk that takes longer is not made: its file is on a disk that hangs, or was made to hang."""
+
+END_S = 1.0
+"""How long a process is waited for that was killed, or dies by itself; no lock is held meanwhile.
+One that waits for a disk, from which no signal wakes it, is left to end when it may."""
+
+_DYING_FOR_EACH = 2
+"""So many processes may be left so, for each that runs: they may keep their memory."""
 
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGFPE, signal.SIGILL})
 """What a process dies of by what it reads. An abort may be for want of memory."""
@@ -77,17 +85,23 @@ class _Process:
             answer = self._once({**header, "plan": plan.digest}, plan.content)
         return answer
 
-    def end(self) -> None:
-        """Kill it; whoever is asking it gets OSError."""
+    def stop(self) -> None:
+        """Kill it, which loses nothing, and wait for nothing; whoever is asking it gets OSError."""
         self._process.kill()
-        self._process.wait()
+        # One that waits for a disk dies when the disk answers.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
-    def kill(self) -> int:
-        """Kill it, which loses nothing; return its exit code."""
-        self._process.kill()
-        code = self._process.wait()
+    def ended(self, timeout_s: float) -> int | None:
+        """Return its exit code, or None if it has not ended in that time."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def close(self) -> None:
+        """Close the socket, once nobody asks any more."""
         self._socket.close()
-        return code
 
     def _once(self, header: Mapping[str, Any], body: bytes) -> messages.Message:
         messages.send(self._socket, header, body)
@@ -116,6 +130,9 @@ class Makers:
             self._free.put(None)
         self._mutex = threading.Lock()
         self._running: set[_Process] = set()
+        #: Killed, and not dead yet: they are looked at again before another one is started.
+        self._dying: list[_Process] = []
+        self._dying_max = _DYING_FOR_EACH * processes
         self._closed = False
 
     def check(self, plan: Plan) -> None:
@@ -140,16 +157,18 @@ class Makers:
         """End all processes, now and for good; whoever asks one gets Unavailable."""
         with self._mutex:
             self._closed = True
-            for process in self._running:
-                process.end()
+            running = list(self._running)
+        for process in running:
+            process.stop()
 
     def close(self) -> None:
         """Let go of what is left of them, once nobody asks any more."""
         self.end()
         with self._mutex:
-            for process in self._running:
-                process.kill()
+            running = list(self._running)
             self._running.clear()
+        for process in running:
+            self._bury(process)
 
     def _ask(self, header: Mapping[str, Any], plan: Plan) -> messages.Message:
         process = self._free.get()
@@ -162,7 +181,7 @@ class Makers:
                     answer = process.ask(header, plan, self._timeout_s)
                 except (OSError, ValueError) as error:
                     gone, process = process, None
-                    code = self._forget(gone)
+                    code = self._forget(gone, is_silent=isinstance(error, TimeoutError))
                     _log.warning("link_reader_lost", pid=gone.pid, code=code, error=str(error))
                     self._explain(error, code, plan, is_last)
                     continue
@@ -171,7 +190,7 @@ class Makers:
         finally:
             self._free.put(process)
 
-    def _explain(self, error: Exception, code: int, plan: Plan, is_last: bool) -> None:
+    def _explain(self, error: Exception, code: int | None, plan: Plan, is_last: bool) -> None:
         """Raise what a lost process means, unless it is worth another attempt."""
         if self._closed:
             raise Unavailable("the storage service stops", reason="STOPPING") from error
@@ -180,7 +199,7 @@ class Makers:
                 f"reading {plan.files} took longer than {self._timeout_s:g} s",
                 reason="LINKED_FILE_SLOW",
             ) from error
-        if is_last and -code in _CRASHES:
+        if is_last and code is not None and -code in _CRASHES:
             raise FailedPrecondition(
                 f"the process that reads {plan.files} crashed twice, with {code}: "
                 "a file is damaged",
@@ -198,6 +217,13 @@ class Makers:
         with self._mutex:
             if self._closed:
                 raise Unavailable("the storage service stops", reason="STOPPING")
+            self._dying = [process for process in self._dying if process.ended(0) is None]
+            if len(self._dying) >= self._dying_max:
+                raise Unavailable(
+                    f"{len(self._dying)} processes that read linked files wait for a disk that "
+                    "does not answer, and cannot even end",
+                    reason=AWAY,
+                )
             try:
                 process = _Process(self._command)
             except OSError as error:
@@ -209,10 +235,26 @@ class Makers:
         _log.info("link_reader_started", pid=process.pid)
         return process
 
-    def _forget(self, process: _Process) -> int:
+    def _forget(self, process: _Process, *, is_silent: bool) -> int | None:
+        """Have done with a process; return its exit code if it has one."""
         with self._mutex:
             self._running.discard(process)
-        return process.kill()
+        # What it dies of by itself is told by its code, which a signal would replace.
+        code = None if is_silent else process.ended(END_S)
+        if code is None:
+            return self._bury(process)
+        process.close()
+        return code
+
+    def _bury(self, process: _Process) -> int | None:
+        process.stop()
+        code = process.ended(END_S)
+        process.close()
+        if code is None:
+            _log.warning("link_reader_does_not_end", pid=process.pid)
+            with self._mutex:
+                self._dying.append(process)
+        return code
 
 
 def _checked(answer: messages.Message) -> messages.Message:
