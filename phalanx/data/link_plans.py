@@ -7,6 +7,10 @@ from dataclasses import dataclass, replace
 
 from phalanx.data.manifest import DatasetManifest, Statistics
 
+_FILE_S = 0.5
+_CHUNKS_PER_S = 2000.0
+_BYTES_PER_S = 4e6
+
 _PLACES = 8
 """Of one chunk: where a file is constant all its chunks may be equal."""
 
@@ -31,6 +35,26 @@ def plan_of(manifest: DatasetManifest) -> DatasetManifest:
         notes=(),
         links=replace(manifest.links, ranges={}),
     )
+
+
+def checking_s(manifest: DatasetManifest) -> float:
+    """How long a service may take to look at what a manifest links, in seconds; 0 for nothing.
+
+    It opens all files, makes the first chunk of each split, and notes all chunks: on a slow share,
+    and on a slow disk.
+    """
+    links = manifest.links
+    if links is None:
+        return 0.0
+    chunks = sum(map(len, manifest.splits.values()))
+    seconds = len(links.all_files()) * _FILE_S + chunks / _CHUNKS_PER_S
+    for split, ranges in links.ranges.items():
+        files = links.files_of(split)
+        rows = sum(file.rows for file in files)
+        if ranges and rows:
+            part = ranges[0][1] / rows
+            seconds += part * sum(file.size_bytes for file in files) / _BYTES_PER_S
+    return seconds
 
 
 def places_of(manifest: DatasetManifest) -> dict[str, tuple[ChunkPlace, ...]]:

@@ -96,9 +96,9 @@ class ChunkMaker:
         is_text = bool(plan.classes) and plan.class_kind == "text"
         self._wanted[plan.target] = "categorical" if is_text else "numeric"
 
-    def check(self) -> None:
-        """Look whether all files can be read; raises FailedPrecondition naming one that cannot."""
-        for file in self._links.all_files():
+    def check(self, first: int = 0, stop: int | None = None) -> None:
+        """Look whether files [first, stop) can be read; raises as ``open_linked`` does."""
+        for file in self._links.all_files()[first:stop]:
             self._files.open(file)
 
     def make(self, place: ChunkPlace) -> bytes:

@@ -40,9 +40,13 @@ class Backend(Protocol):
         request: RequestT,
         *,
         timeout_s: float | None = None,
+        more_s: float = 0.0,
         accept: Callable[[ResponseT], bool] | None = None,
     ) -> ResponseT:
-        """Make a unary call; an answer that `accept` refuses is asked for again elsewhere."""
+        """Make a unary call; an answer that `accept` refuses is asked for again elsewhere.
+
+        ``more_s`` is what it may take beyond the time that any call may.
+        """
 
     def stream(
         self,
@@ -89,10 +93,13 @@ class RemoteBackend:
         request: RequestT,
         *,
         timeout_s: float | None = None,
+        more_s: float = 0.0,
         accept: Callable[[ResponseT], bool] | None = None,
     ) -> ResponseT:
         """Make a unary call, with fail-over and retries."""
-        return self._transport(method).call(method, request, timeout_s=timeout_s, accept=accept)
+        return self._transport(method).call(
+            method, request, timeout_s=timeout_s, more_s=more_s, accept=accept
+        )
 
     def stream(
         self,

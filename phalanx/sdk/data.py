@@ -9,10 +9,12 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from phalanx.data.link_plans import checking_s
 from phalanx.errors import InvalidArgument
 from phalanx.ids import new_request_id
 from phalanx.sdk import methods
 from phalanx.sdk.backend import Backend
+from phalanx.sdk.silence import Silence
 from phalanx.v1 import dataset_service_pb2
 from phalanx.v1.dataset_service_pb2 import Dataset
 
@@ -38,6 +40,7 @@ class DataSets:
         name: str,
         *source: Any,
         on_stored: Callable[[int], None] | None = None,
+        on_silence: Callable[[], None] | None = None,
         **options: Any,
     ) -> Dataset:
         """Write a data set, or a new version of it, into storage.
@@ -50,16 +53,19 @@ class DataSets:
         (a SciPy sparse matrix stays sparse). ``test`` and ``validation`` are a fraction, files, or
         a pair of features and targets; ``feature_names`` names the columns of an array. ``options``
         are those of ``phalanx.data.options.IngestOptions``. Chunks are stored as they are read, so
-        memory stays small whatever the size; ``on_stored`` is told the bytes of each. Raises
-        InvalidArgument with line and column of what is wrong in a file.
+        memory stays small whatever the size; ``on_stored`` is told the bytes of each, and
+        ``on_silence`` is called once, from another thread, where storage gives no answer for some
+        seconds. Raises InvalidArgument with line and column of what is wrong in a file.
 
         With ``link=True`` Parquet files stay where they are, and storage keeps nothing but a
         manifest; it must be able to read them at the same path, below a folder that it was allowed
         to (``link_roots`` of ``LocalCluster``). Raises FailedPrecondition where it is not.
         """
-        with _Sink(self._backend, on_stored) as sink:
+        silence = Silence(on_silence)
+        with _Sink(self._backend, on_stored, silence) as sink:
             manifest = self._ingest(source, options, sink)
-        return self.register(name, manifest)
+        with silence.watched():
+            return self.register(name, manifest)
 
     def _ingest(
         self, source: tuple[Any, ...], options: dict[str, Any], sink: _Sink
@@ -95,7 +101,8 @@ class DataSets:
             manifest_digest=digest,
             request_id=new_request_id(),
         )
-        return self._backend.call(methods.CREATE_DATASET, request).dataset
+        more_s = checking_s(manifest)
+        return self._backend.call(methods.CREATE_DATASET, request, more_s=more_s).dataset
 
     def list(self) -> list[Dataset]:
         """Return all data sets."""
@@ -147,9 +154,15 @@ class _Sink:
     Leaving the block waits for all of them, or gives up what is under way where it raised.
     """
 
-    def __init__(self, backend: Backend, on_stored: Callable[[int], None] | None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        on_stored: Callable[[int], None] | None,
+        silence: Silence,
+    ) -> None:
         self._backend = backend
         self._on_stored = on_stored
+        self._silence = silence
         self._under_way: deque[tuple[int, Future[str]]] = deque()
 
     def __enter__(self) -> Self:
@@ -174,7 +187,8 @@ class _Sink:
     def _settle(self) -> int:
         """Wait for the oldest; return its bytes."""
         size_bytes, upload = self._under_way[0]
-        upload.result()
+        with self._silence.watched():
+            upload.result()
         self._under_way.popleft()
         if self._on_stored is not None:
             self._on_stored(size_bytes)

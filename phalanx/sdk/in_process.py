@@ -144,6 +144,7 @@ class InProcessBackend:
         request: RequestT,
         *,
         timeout_s: float | None = None,
+        more_s: float = 0.0,
         accept: Callable[[ResponseT], bool] | None = None,
     ) -> ResponseT:
         """Answer a unary call."""

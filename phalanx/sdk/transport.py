@@ -70,14 +70,17 @@ class Transport:
         request: RequestT,
         *,
         timeout_s: float | None = None,
+        more_s: float = 0.0,
         accept: Callable[[ResponseT], bool] | None = None,
     ) -> ResponseT:
         """Make a unary call. Raises PhalanxError.
 
+        ``more_s`` is what this very call may take beyond the time that any call may.
+
         An answer that ``accept`` refuses is that of a process which is behind: another address is
         asked, as if this one had said ``Unavailable``.
         """
-        deadline = time.monotonic() + (timeout_s or self.timeout_s)
+        deadline = time.monotonic() + (timeout_s or self.timeout_s) + more_s
         away_since_s: float | None = None
         attempts = ROUNDS * len(self.addresses)
         wait_s, patience_s = _FIRST_WAIT_S, SILENCE_S if len(self.addresses) > 1 else inf

@@ -49,7 +49,7 @@ class Server:
             if maker is None:
                 return {"wants": "plan"}, b""
             if header["do"] == "check":
-                maker.check()
+                maker.check(header["first"], header["stop"])
                 return {}, b""
             return {}, maker.make(ChunkPlace(header["split"], header["first"], header["stop"]))
         except PhalanxError as error:

@@ -135,9 +135,9 @@ class Makers:
         self._dying_max = _DYING_FOR_EACH * processes
         self._closed = False
 
-    def check(self, plan: Plan) -> None:
-        """Look whether all files of a plan can be read; raises as ``make`` does."""
-        self._ask({"do": "check"}, plan)
+    def check(self, plan: Plan, first: int, stop: int) -> None:
+        """Look whether files [first, stop) of a plan can be read; raises as ``make`` does."""
+        self._ask({"do": "check", "first": first, "stop": stop}, plan)
 
     def make(self, plan: Plan, split: str, first: int, stop: int) -> bytes:
         """Return the bytes of a chunk, whether or not they are what they were.

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from phalanx.data.link_plans import ChunkPlace
@@ -22,6 +23,9 @@ from storage.links.manifests import (
 )
 from storage.links.ranking import Ranking
 from storage.service.operations import LINKED_DATA_LOST
+
+_FILES_AT_ONCE = 100
+"""Are looked at before a reader serves others again; each time it has its whole time limit."""
 
 ResultT = TypeVar("ResultT")
 
@@ -72,7 +76,10 @@ class Making:
         Raises FailedPrecondition naming a file that cannot be read, InvalidArgument, Unavailable.
         """
         linked = await self._run(lambda: self._allowed(manifest))
-        await self._run(lambda: self.makers.check(linked.plan))
+        assert manifest.links is not None
+        for first in range(0, len(manifest.links.all_files()), _FILES_AT_ONCE):
+            stop = first + _FILES_AT_ONCE
+            await self._run(partial(self.makers.check, linked.plan, first, stop))
         for chunks in manifest.splits.values():
             digest = chunks[0].digest
             await self._from_place(digest, linked, linked.places[digest][0])

@@ -186,7 +186,9 @@ def add_with_progress(
                 if sys.stderr.isatty():
                     status.update(f"{name}: {bytes_text(stored_bytes)} stored")
 
-            dataset = cluster.data.add(name, *paths, on_stored=on_stored, **options)
+            dataset = cluster.data.add(
+                name, *paths, on_stored=on_stored, on_silence=say_silent, **options
+            )
         if settings.json:
             print_json(dataset)
             return
@@ -195,6 +197,16 @@ def add_with_progress(
     _describe_short(dataset)
     for note in manifest.notes:
         say(f"  note: {note}")
+
+
+def say_silent() -> None:
+    """Say what is waited for."""
+    from phalanx.cli.output import say
+
+    say(
+        "storage has not answered for some seconds; waiting for it "
+        "(`phalanx status` shows which services are up)"
+    )
 
 
 @group.command("list")

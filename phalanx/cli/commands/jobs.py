@@ -411,7 +411,7 @@ def _wait(job: Job, settings: Settings) -> int:
 
 def _add_data(cluster: Cluster, document: Document, paths: list[Path], **options: Any) -> None:
     """Add the job's data set unless the cluster has one of that name."""
-    from phalanx.cli.commands.data import _held_out
+    from phalanx.cli.commands.data import _held_out, say_silent
     from phalanx.cli.output import say
 
     name = document.spec.data.name.partition("@")[0]
@@ -427,7 +427,7 @@ def _add_data(cluster: Cluster, document: Document, paths: list[Path], **options
             "missing": options["missing"],
         }
         given = {key: value for key, value in chosen.items() if value is not None}
-        added = cluster.data.add(name, *paths, **given)
+        added = cluster.data.add(name, *paths, on_silence=say_silent, **given)
         say(f"added data set {added.name}@{added.version}")
     else:
         say(f"data set {known.name}@{known.version} is there already; --data is not read again")

@@ -177,6 +177,24 @@ async def test_a_manifest_of_files_that_may_not_be_read_is_refused_unparsed(
         await client.create_dataset("people", digest)
 
 
+async def test_many_files_are_looked_at_in_parts(client, service, data, link, monkeypatch):
+    monkeypatch.setattr("storage.links.making._FILES_AT_ONCE", 2)
+    folder = data.with_name("parts")
+    folder.mkdir()
+    for number in range(5):
+        pyarrow.parquet.write_table(table(500, number), folder / f"{number}.parquet")
+    parts = []
+    check = service.links.makers.check
+
+    def counted(plan, first, stop):
+        parts.append((first, stop))
+        return check(plan, first, stop)
+
+    monkeypatch.setattr(service.links.makers, "check", counted)
+    await link(folder, format="parquet")
+    assert parts == [(0, 2), (2, 4), (4, 6)]
+
+
 async def test_they_go_with_the_data_set_and_the_file_stays(client, data, link):
     manifest = await link(data)
     await client.delete_dataset("people")
@@ -462,10 +480,10 @@ NO_PLAN = Plan("1" * 64, b"no plan", "/data/a.parquet")
 def test_a_plan_that_is_none_is_told_of(tmp_path):
     makers = Makers([str(tmp_path)], 1)
     with pytest.raises(FailedPrecondition, match="not a data set manifest"):
-        makers.check(NO_PLAN)
+        makers.check(NO_PLAN, 0, 1)
     makers.close()
     with pytest.raises(Unavailable, match="stops"):
-        makers.check(NO_PLAN)
+        makers.check(NO_PLAN, 0, 1)
 
 
 def dying(log, by):
@@ -481,7 +499,7 @@ def test_a_file_that_crashes_its_reader_is_told_of(tmp_path):
     log = tmp_path / "log"
     makers = Makers([], 1, program=dying(log, signal.SIGSEGV))
     with pytest.raises(FailedPrecondition, match=r"reads /data/a\.parquet crashed twice"):
-        makers.check(NO_PLAN)
+        makers.check(NO_PLAN, 0, 1)
     assert log.read_text() == "xx"
     makers.close()
 
@@ -490,7 +508,7 @@ def test_a_file_that_crashes_its_reader_is_told_of(tmp_path):
 def test_a_reader_that_is_killed_says_nothing_of_its_file(tmp_path, by):
     makers = Makers([], 1, program=dying(tmp_path / "log", by))
     with pytest.raises(Unavailable, match=r"reads /data/a\.parquet ended twice") as caught:
-        makers.check(NO_PLAN)
+        makers.check(NO_PLAN, 0, 1)
     assert caught.value.reason == "LINKED_FILE_AWAY"
     makers.close()
 
@@ -499,6 +517,6 @@ def test_a_reader_that_is_silent_is_given_up():
     script = "import socket; socket.socket(fileno=0); import time; time.sleep(600)"
     makers = Makers([], 1, program=(sys.executable, "-c", script), timeout_s=0.01)
     with pytest.raises(DeadlineExceeded, match=r"a\.parquet took longer than 0\.01 s"):
-        makers.check(NO_PLAN)
+        makers.check(NO_PLAN, 0, 1)
     assert makers.pids() == []
     makers.close()

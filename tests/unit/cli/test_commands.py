@@ -2,10 +2,12 @@ import errno
 import io
 import json
 import os
+import threading
 
 import pytest
 
-from phalanx.errors import InvalidArgument, Violation
+from phalanx.cli.commands.data import say_silent
+from phalanx.errors import InvalidArgument, Unavailable, Violation
 from phalanx.specs import load_yaml, to_json
 from phalanx.testing.wheels import make_wheel
 from phalanx.v1 import cluster_service_pb2, job_pb2, job_service_pb2
@@ -282,3 +284,25 @@ def test_a_data_set_may_be_called_like_a_service(offline):
     outcome = offline("--address", "127.0.0.1:9", "data", "add", "storage", "nowhere.csv", "--json")
     assert outcome.code == 3
     assert outcome.error()["code"] == "NOT_FOUND"
+
+
+def test_data_add_says_what_it_waits_for(phalanx, cluster, tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("x,y\n1,a\n2,b\n")
+    told = threading.Event()
+
+    def tell():
+        say_silent()
+        told.set()
+
+    def register(*_):
+        # As where storage is stopped, and goes on once that was said.
+        assert told.wait(30)
+        raise Unavailable("storage went away")
+
+    monkeypatch.setattr("phalanx.sdk.silence.SILENCE_S", 0.0)
+    monkeypatch.setattr("phalanx.cli.commands.data.say_silent", tell)
+    monkeypatch.setattr("phalanx.sdk.data.DataSets.register", register)
+    monkeypatch.setattr("phalanx.sdk.data._Sink.put", lambda *_: "0" * 64)
+    outcome = phalanx("data", "add", "a", str(tmp_path / "a.csv"))
+    assert "storage has not answered for some seconds; waiting for it" in outcome.err
+    assert outcome.out == ""

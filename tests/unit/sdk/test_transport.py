@@ -131,3 +131,18 @@ def test_an_error_of_the_cluster_is_an_answer(server: Restarting) -> None:
     server.refuses = False
     server.back_s = server.now_s + AWAY_S - 1
     opened.call(GET_CLUSTER, GetClusterRequest())
+
+
+def test_a_call_may_be_given_more_time_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+
+    def answered(_address: str, _method: Any, _request: Any, timeout_s: float, _accept: Any) -> Any:
+        limits.append(timeout_s)
+        return GetClusterResponse()
+
+    opened = Transport(["a:1"], timeout_s=100.0)
+    monkeypatch.setattr(opened, "_attempt", answered)
+    for more_s in (0.0, 1000.0):
+        opened.call(GET_CLUSTER, GetClusterRequest(), more_s=more_s)
+    usual, more = limits
+    assert usual <= 100.0 < more <= 1100.0

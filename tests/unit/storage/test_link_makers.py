@@ -67,16 +67,16 @@ def test_one_that_cannot_be_killed_is_left_and_another_one_started(undying: list
     several = makers(1, 0.01)
     for count in (1, 2):
         with pytest.raises(DeadlineExceeded, match="took longer"):
-            several.check(PLAN)
+            several.check(PLAN, 0, 1)
         assert len(undying) == count
         assert several.pids() == []
     # They may keep their memory, so there are only so many.
     with pytest.raises(Unavailable, match="2 processes that read linked files wait for a disk"):
-        several.check(PLAN)
+        several.check(PLAN, 0, 1)
     assert len(undying) == 2
     undying[0].die()
     with pytest.raises(DeadlineExceeded):
-        several.check(PLAN)
+        several.check(PLAN, 0, 1)
     assert len(undying) == 3
     several.close()
 
@@ -87,7 +87,7 @@ def test_the_end_waits_for_none_that_hangs(undying: list[Undying]) -> None:
 
     def ask() -> None:
         try:
-            several.check(PLAN)
+            several.check(PLAN, 0, 1)
         except PhalanxError as error:
             answers.append(error)
 
