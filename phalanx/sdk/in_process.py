@@ -352,7 +352,7 @@ class InProcessBackend:
 
         manifest = self._manifest(request.manifest_digest)
         if manifest.links is not None:
-            self._linked.register(manifest)
+            self._linked.register(request.manifest_digest, manifest)
         dataset = described(manifest, request.manifest_digest)
         dataset.namespace = request.namespace or "default"
         dataset.name = request.name
@@ -379,8 +379,15 @@ class InProcessBackend:
                     f"job {job.id} refers to data set {request.name}; delete the job first",
                     reason="IN_USE",
                 )
+        before = self._linked_manifests()
         self._datasets.remove(request.namespace, request.name)
+        for manifest_digest in before - self._linked_manifests():
+            self._linked.forget(manifest_digest)
         return dataset_service_pb2.DeleteDatasetResponse()
+
+    def _linked_manifests(self) -> set[str]:
+        versions = (each for found in self._datasets.values() for each in found)
+        return {dataset.manifest_digest for dataset in versions if dataset.linked}
 
     def _dataset_of(self, job: job_pb2.Job) -> dataset_service_pb2.Dataset:
         return self._datasets.find(job.spec.namespace, job.spec.data.name)
