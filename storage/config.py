@@ -32,7 +32,10 @@ class StorageConfig(ServerConfig):
         check=absolute_paths,
     )
     link_processes: int = option(
-        2, "Chunks of linked files that are made at once, each by a process.", check=at_least(1)
+        3,
+        "Chunks of linked files that are made at once, each by a process; those of one data set "
+        "by all processes but one.",
+        check=at_least(1),
     )
     gc_grace_s: float = option(
         3600.0, "Age at which a blob that nothing refers to is garbage.", check=at_least(0)

@@ -18,6 +18,7 @@ from storage.core.keys import invalid
 from storage.interfaces import Backend
 from storage.links.maker import Makers
 from storage.links.making import Making
+from storage.links.slots import Slots
 from storage.service.manifests import read_manifest
 from storage.service.operations import Operations
 
@@ -41,7 +42,8 @@ class LinkedChunks:
         self._backend = backend
         self._operations = operations
         self._pool = ThreadPoolExecutor(processes, "storage-links")
-        self.making = Making(roots, Makers(roots, processes), self._pool, self._load)
+        makers = Makers(roots, processes)
+        self.making = Making(roots, makers, self._pool, Slots(processes), self._load)
         self._made: OrderedDict[str, bytes] = OrderedDict()
         self._made_bytes = 0
         self._under_way: dict[str, asyncio.Task[bytes]] = {}

@@ -22,12 +22,16 @@ from storage.links.manifests import (
     parsed,
 )
 from storage.links.ranking import Ranking
+from storage.links.slots import Slots
 from storage.service.operations import LINKED_DATA_LOST
 
 _FILES_AT_ONCE = 100
 """Are looked at before a reader serves others again; each time it has its whole time limit."""
 
 ResultT = TypeVar("ResultT")
+
+_CHECKS = "being added"
+"""Takes the turns of all data sets that are being registered."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +44,21 @@ class _Problem:
 
 
 class Making:
-    """Use it in one event loop. ``makers`` do the work, in threads of ``pool``; ``load`` reads a
-    registered manifest, in one of them too."""
+    """Use it in one event loop. ``makers`` do the work, in threads of ``pool``, at which data sets
+    have turns by ``slots``; ``load`` reads a registered manifest, in one of them too."""
 
     def __init__(
         self,
         roots: Sequence[str],
         makers: Makers,
         pool: Executor,
+        slots: Slots,
         load: Callable[[str], DatasetManifest],
     ) -> None:
         self._roots = tuple(roots)
         self.makers = makers
         self._pool = pool
+        self._slots = slots
         self._manifests = ManifestCache(lambda digest: parsed(load(digest), self._roots))
         self._ranking = Ranking()
 
@@ -75,23 +81,23 @@ class Making:
 
         Raises FailedPrecondition naming a file that cannot be read, InvalidArgument, Unavailable.
         """
-        linked = await self._run(lambda: self._allowed(manifest))
+        linked = await self._run(_CHECKS, lambda: self._allowed(manifest))
         assert manifest.links is not None
         for first in range(0, len(manifest.links.all_files()), _FILES_AT_ONCE):
             stop = first + _FILES_AT_ONCE
-            await self._run(partial(self.makers.check, linked.plan, first, stop))
+            await self._run(_CHECKS, partial(self.makers.check, linked.plan, first, stop))
         for chunks in manifest.splits.values():
             digest = chunks[0].digest
-            await self._from_place(digest, linked, linked.places[digest][0])
+            await self._from_place(_CHECKS, digest, linked, linked.places[digest][0])
 
     async def _from_dataset(
         self, digest: str, dataset: dataset_pb.Dataset, problems: list[_Problem]
     ) -> bytes | None:
         """Return the chunk, or None and what is wrong in ``problems``."""
         place: ChunkPlace | None = None
-        source = dataset.manifest_digest
+        source, key = dataset.manifest_digest, f"{dataset.namespace}/{dataset.name}"
         try:
-            linked = await self._run(lambda: self._manifests.get(source))
+            linked = await self._run(key, lambda: self._manifests.get(source))
             places = self._ranking.places(digest, source, linked.places[digest])
             place = places[0]
             linked.demand_allowed(self._roots)
@@ -100,7 +106,7 @@ class Making:
             return None
         for place in places:
             try:
-                content = await self._from_place(digest, linked, place)
+                content = await self._from_place(key, digest, linked, place)
             except PhalanxError as error:
                 problems.append(_Problem(dataset, place, error))
                 continue
@@ -108,7 +114,9 @@ class Making:
             return content
         return None
 
-    async def _from_place(self, digest: str, linked: LinkedManifest, place: ChunkPlace) -> bytes:
+    async def _from_place(
+        self, key: str, digest: str, linked: LinkedManifest, place: ChunkPlace
+    ) -> bytes:
         """Return the chunk. Raises PhalanxError."""
 
         def make() -> bytes:
@@ -120,7 +128,7 @@ class Making:
                 )
             return content
 
-        return await self._run(make)
+        return await self._run(key, make)
 
     def _allowed(self, manifest: DatasetManifest) -> LinkedManifest:
         demand_allowed(manifest, self._roots)
@@ -128,8 +136,9 @@ class Making:
         demand_sizes(manifest)
         return linked
 
-    async def _run(self, function: Callable[[], ResultT]) -> ResultT:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+    async def _run(self, key: str, function: Callable[[], ResultT]) -> ResultT:
+        async with self._slots.of(key):
+            return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
 
 def _worst(problems: Sequence[_Problem], datasets: Sequence[dataset_pb.Dataset]) -> _Problem:

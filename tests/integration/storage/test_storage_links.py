@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -446,6 +447,42 @@ async def test_a_chunk_whose_readers_are_killed_is_not_lost(
     dead.close()
     digest = manifest.digests()[0]
     assert digest_of(await client.get_blob(digest)) == digest
+
+
+@contextlib.contextmanager
+def held(service, path, monkeypatch):
+    """Has chunks of a file take until the end of the block."""
+    may_end = threading.Event()
+    make = service.links.makers.make
+
+    def slow(plan, *place):
+        if plan.files == str(path):
+            assert may_end.wait(60)
+        return make(plan, *place)
+
+    monkeypatch.setattr(service.links.makers, "make", slow)
+    try:
+        yield
+    finally:
+        may_end.set()
+
+
+async def test_a_data_set_with_slow_files_leaves_a_reader_to_others(
+    client, service, data, link, monkeypatch
+):
+    manifest = await link(data)
+    other = data.with_name("b.parquet")
+    pyarrow.parquet.write_table(table(seed=2), other)
+    others = await link(other, "others")
+    with held(service, data, monkeypatch):
+        slow = [asyncio.create_task(client.get_blob(digest)) for digest in manifest.digests()]
+        async with asyncio.timeout(30):
+            for digest, chunk in zip(
+                others.digests(), await chunks_of(client, others), strict=True
+            ):
+                assert digest_of(chunk) == digest
+        assert not any(task.done() for task in slow)
+    assert [digest_of(chunk) for chunk in await asyncio.gather(*slow)] == list(manifest.digests())
 
 
 async def test_journals_do_not_wait_for_a_process_that_hangs(client, service, data, link):
