@@ -14,15 +14,18 @@ from coordinator.control.store import Store
 from phalanx import specs
 from phalanx.data.choice import RawColumns
 from phalanx.data.manifest import DatasetManifest
+from phalanx.data.model_files import DESCRIPTION_FILE
 from phalanx.errors import InvalidArgument, NotFound, PermissionDenied, Violation
 from phalanx.ids import new_id
 from phalanx.specs.starting import (
     LENGTH_BYTES,
     Shapes,
+    check_columns,
     check_shapes,
     header_bytes,
     known_shapes,
     stored_shapes,
+    trained_on,
 )
 from phalanx.v1 import (
     dataset_service_pb2,
@@ -78,6 +81,7 @@ class Submissions:
             start_model_digest = _parameters_of(model)
             assert dataset is not None, "a job that trains reads data"
             await self._check_start_model(start_model_digest, known_shapes(resolved, dataset))
+            await self._check_start_columns(model, resolved, dataset)
         origin = None
         if resolved.train.start.WhichOneof("from") == "job":
             origin = await find_origin(resolved, core, self._store)
@@ -184,6 +188,9 @@ class Submissions:
         """The columns of the data set, where the job chooses some: only its manifest has them."""
         if dataset is None or not specs.chooses_columns(spec):
             return None
+        return await self._all_columns(dataset)
+
+    async def _all_columns(self, dataset: dataset_service_pb2.Dataset) -> RawColumns:
         stored = await self._store.get_blob(dataset.manifest_digest)
         # Large where there are many features: heartbeats have their turn.
         return RawColumns.of(await asyncio.to_thread(DatasetManifest.from_json, stored))
@@ -209,6 +216,20 @@ class Submissions:
             size = header_bytes(await self._part(digest, 0, LENGTH_BYTES))
             header = await self._part(digest, LENGTH_BYTES, size)
             check_shapes(stored_shapes(header), wanted)
+
+    async def _check_start_columns(
+        self,
+        model: model_service_pb2.ModelVersion,
+        spec: job_spec_pb2.JobSpec,
+        dataset: dataset_service_pb2.Dataset,
+    ) -> None:
+        """Refuse a model of other columns than those that the job chose, or does not choose."""
+        digest = next((each.digest for each in model.files if each.path == DESCRIPTION_FILE), "")
+        if not digest:
+            return
+        seen = await asyncio.to_thread(trained_on, await self._store.get_blob(digest))
+        if seen.needs_columns(spec.data):
+            check_columns(seen, spec.data, await self._all_columns(dataset))
 
     async def _part(self, digest: str, offset: int, length: int) -> bytes:
         """Return a part of a blob; nothing where the blob ends before."""

@@ -252,6 +252,7 @@ class InProcessBackend:
             resolve_start_model(spec, model)
             assert dataset is not None, "a job that trains reads data"
             self._check_start_model(model, known_shapes(spec, dataset))
+            self._check_start_columns(model, spec, dataset)
         shown = plan(spec, dataset)
         digest = spec_sha256(spec)
         if request.validate_only:
@@ -277,6 +278,22 @@ class InProcessBackend:
 
         if wanted:
             check_shapes(shapes_in_file(self._parameters_path(model)), wanted)
+
+    def _check_start_columns(
+        self,
+        model: model_service_pb2.ModelVersion,
+        spec: JobSpec,
+        dataset: dataset_service_pb2.Dataset,
+    ) -> None:
+        from phalanx.data.choice import RawColumns
+        from phalanx.data.model_files import DESCRIPTION_FILE
+        from phalanx.specs.starting import check_columns, trained_on
+
+        digest = next(each.digest for each in model.files if each.path == DESCRIPTION_FILE)
+        seen = trained_on(self.get_blob(digest))
+        if seen.needs_columns(spec.data):
+            columns = RawColumns.of(self._manifest(dataset.manifest_digest))
+            check_columns(seen, spec.data, columns)
 
     def _get_job(self, request: job_service_pb2.GetJobRequest) -> Message:
         return job_service_pb2.GetJobResponse(job=self._jobs.get(request.job_id))

@@ -1,14 +1,17 @@
 """A job that starts with the parameters of a model: they must be those that its own model has.
 
-Of the file only the head is read: its length, then names and shapes as JSON (safetensors).
+Of the file with them only the head is read: its length, then names and shapes as JSON
+(safetensors). Which columns they belong to is in the model's description.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from phalanx.data.choice import RawColumns
 from phalanx.errors import InvalidArgument, Violation
 from phalanx.specs import catalog
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
@@ -18,6 +21,7 @@ LENGTH_BYTES = 8
 HEADER_LIMIT_BYTES = 16 * 1024 * 1024
 
 _FIELD = "train.start.model"
+_NAMES_SHOWN = 10
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -71,6 +75,53 @@ def check_shapes(stored: Shapes, wanted: Shapes) -> None:
     for name, shape in stored.items():
         if name not in wanted:
             raise _misfit(f"it has a tensor {name!r} {list(shape)}, and the model of this job none")
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """The raw columns that a model sees, in order; ``names`` is empty where they have none.
+
+    ``chosen`` says whether a job chose them among those of its data set.
+    """
+
+    names: tuple[str, ...] = ()
+    chosen: bool = False
+
+    def needs_columns(self, data: job_spec_pb2.Data) -> bool:
+        """Say whether it takes the columns of a job's data set to compare, chosen or not."""
+        return bool(self.names) and (self.chosen or bool(data.features))
+
+
+def trained_on(description: bytes) -> TrainedOn:
+    """Return what a model's description says of its columns; nothing where it is none."""
+    try:
+        document = json.loads(description)
+        names = tuple(str(column["name"]) for column in document["columns"])
+        return TrainedOn(names, document.get("chosen_from") is not None)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return TrainedOn()
+
+
+def check_columns(model: TrainedOn, data: job_spec_pb2.Data, columns: RawColumns | None) -> None:
+    """Raise InvalidArgument where a model saw other columns than a job has, or in another order.
+
+    Only where the model or the job chose some: equal shapes do not tell them apart. Columns without
+    names go by their places, of which nothing is known in other data unless they were chosen.
+    """
+    if columns is None or not model.needs_columns(data):
+        return
+    own = tuple(data.features) or tuple(column.name for column in columns.named)
+    if not own or own == model.names:
+        return
+    raise _refused(
+        f"does not fit: it was trained on the columns {_shown(model.names)}, and this job is on "
+        f"{_shown(own)}; choose the same in data.features, or start from another model"
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if names[_NAMES_SHOWN:] else ""
+    return ", ".join(name[:60] for name in names[:_NAMES_SHOWN]) + more
 
 
 def _misfit(text: str) -> InvalidArgument:

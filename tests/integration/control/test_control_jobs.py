@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from typing import Any
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from phalanx.clients.storage import StorageClient
 from phalanx.rpc.status import from_rpc_error
 from phalanx.testing.members import ScriptedAggregator, ScriptedWorker
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -86,6 +88,38 @@ async def test_columns_are_chosen_from_those_of_the_manifest(cluster: Any) -> No
     assert error.reason == "SPEC_INVALID"
     assert [each.field for each in error.violations] == ["data.features[1]"]
     assert "x1 to x8" in error.violations[0].message
+
+
+async def test_a_model_of_other_columns_is_no_start(cluster: Any) -> None:
+    shapes = {"weights": [2], "bias": [1]}
+    header = json.dumps(
+        {
+            name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}
+            for name, shape in shapes.items()
+        }
+    ).encode()
+    columns = {"columns": [{"name": "x1"}, {"name": "x3"}], "chosen_from": {"count": 8}}
+    contents = {
+        "model.safetensors": len(header).to_bytes(8, "little") + header + bytes(12),
+        "model.json": json.dumps(columns).encode(),
+    }
+    async with StorageClient(cluster.storage_address) as storage:
+        files = [
+            model_service_pb2.ModelFile(path=path, digest=await storage.put_blob(content))
+            for path, content in contents.items()
+        ]
+        await storage.create_model(model_service_pb2.ModelVersion(name="few", files=files))
+    train = (await cluster.submit()).spec.train
+    train.start.model = "few"
+    same = await cluster.submit(data=Data(name="digits", features=["x3", "x1"]), train=train)
+    assert same.spec.train.start.model == "few@1"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cluster.submit(data=Data(name="digits", features=["x1", "x2"]), train=train)
+    error = from_rpc_error(caught.value)
+    assert error.reason == "START_MODEL_MISFIT"
+    (violation,) = error.violations
+    assert violation.field == "train.start.model"
+    assert "trained on the columns x1, x3, and this job is on x1, x2" in violation.message
 
 
 async def test_the_same_request_id_gives_the_first_answer(cluster: Any) -> None:

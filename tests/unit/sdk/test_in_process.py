@@ -147,11 +147,42 @@ def test_columns_that_there_are_not_are_refused_at_submission(cluster):
 
 def test_a_model_to_start_from_has_to_have_the_chosen_features(cluster):
     few = cluster.submit(choosing("x1", "x3")).wait(60).model
-    assert cluster.submit(choosing("x1", "x2", start={"model": few})).wait(60).steps == 8
+    assert cluster.submit(choosing("x1", "x3", start={"model": few})).wait(60).steps == 8
     with pytest.raises(
         InvalidArgument, match=r"shape \[2, 2\] and the model of this job needs \[3,"
     ):
         cluster.submit(with_train(start={"model": few}))
+
+
+def test_a_model_to_start_from_has_to_have_the_chosen_columns(cluster, data):
+    few = cluster.submit(choosing("x1", "x3")).wait(60).model
+    jobs = len(cluster.jobs())
+    with pytest.raises(
+        InvalidArgument, match=r"on the columns x1, x3, and .* on x1, x2;"
+    ) as caught:
+        cluster.submit(choosing("x1", "x2", start={"model": few}))
+    assert [each.field for each in caught.value.violations] == ["train.start.model"]
+    assert len(cluster.jobs()) == jobs
+    # Columns with names are compared though the job takes all of its data set.
+    features, target = data
+    table = {"a": features[:, 0], "b": features[:, 1], "y": target}
+    cluster.data.add("named", {**table, "c": features[:, 2]}, target="y", test=0.25)
+    cluster.data.add("two", table, target="y", test=0.25)
+
+    def on(name, *columns, **train):
+        spec = choosing(*columns, **train)
+        return cluster.submit({**spec, "data": {**spec["data"], "name": name}})
+
+    other = on("named", "b", "c").wait(60).model
+    same = on("named", "b", "a").wait(60).model
+    with pytest.raises(InvalidArgument, match="on the columns b, c, and this job is on a, b;"):
+        on("two", start={"model": other})
+    assert on("two", start={"model": same}).wait(60).steps == 8
+    # As ever where nobody chose: a model may be taken to other data of the same shape.
+    whole = on("two").wait(60).model
+    renamed = {"p": features[:, 0], "q": features[:, 1], "y": target}
+    cluster.data.add("renamed", renamed, target="y", test=0.25)
+    assert on("renamed", start={"model": whole}).wait(60).steps == 8
 
 
 def test_a_job_can_be_paused_resumed_and_cancelled(cluster):

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from phalanx.data.choice import RawColumns
+from phalanx.data.manifest import Column
 from phalanx.errors import InvalidArgument
 from phalanx.specs.starting import (
     HEADER_LIMIT_BYTES,
     MISFIT,
+    TrainedOn,
+    check_columns,
     check_shapes,
     header_bytes,
     shapes_in_file,
+    trained_on,
 )
+from phalanx.v1.job_spec_pb2 import Data
 
 WANTED = {"weights": (8, 2), "bias": (2,)}
 
@@ -65,3 +71,54 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, header: bytes) -
 def test_a_header_that_cannot_be_is_not_read(first: bytes) -> None:
     with pytest.raises(InvalidArgument, match=r"train\.start\.model holds no parameters"):
         header_bytes(first)
+
+
+NAMED = RawColumns(3, (Column("a"), Column("b"), Column("c")))
+PLACES = RawColumns(3)
+
+
+@pytest.mark.parametrize(
+    ("model", "chosen", "columns"),
+    [
+        (TrainedOn(("a", "b"), chosen=True), ["c", "b"], NAMED),
+        (TrainedOn(("b", "a"), chosen=True), ["a", "b"], NAMED),
+        (TrainedOn(("d", "e", "f"), chosen=True), [], NAMED),
+        (TrainedOn(("a", "b")), ["b", "c"], NAMED),
+        (TrainedOn(("x1", "x3"), chosen=True), ["x1", "x2"], PLACES),
+    ],
+)
+def test_other_columns_are_refused_by_their_names(
+    model: TrainedOn, chosen: list[str], columns: RawColumns
+) -> None:
+    data = Data(name="d", features=chosen)
+    assert model.needs_columns(data)
+    with pytest.raises(InvalidArgument, match="trained on the columns") as said:
+        check_columns(model, data, columns)
+    assert said.value.reason == MISFIT
+    assert [each.field for each in said.value.violations] == ["train.start.model"]
+
+
+@pytest.mark.parametrize(
+    ("model", "chosen", "columns"),
+    [
+        (TrainedOn(("a", "b"), chosen=True), ["a", "b"], NAMED),
+        (TrainedOn(("a", "b", "c"), chosen=True), [], NAMED),
+        (TrainedOn(("d", "e", "f")), [], NAMED),
+        (TrainedOn(("x1", "x3"), chosen=True), [], RawColumns(2)),
+        (TrainedOn(), ["a", "b"], NAMED),
+    ],
+)
+def test_the_same_columns_and_those_of_which_nothing_is_known_fit(
+    model: TrainedOn, chosen: list[str], columns: RawColumns
+) -> None:
+    check_columns(model, Data(name="d", features=chosen), columns)
+
+
+def test_columns_are_read_from_the_description_of_a_model() -> None:
+    columns = [{"name": "a"}, {"name": "b"}]
+    text = json.dumps({"columns": columns, "chosen_from": {"count": 3}})
+    assert trained_on(text.encode()) == TrainedOn(("a", "b"), chosen=True)
+    whole = json.dumps({"columns": columns, "chosen_from": None})
+    assert trained_on(whole.encode()) == TrainedOn(("a", "b"))
+    for nothing in (b"", b"[]", b"{}", b'{"columns": 1}', b"\xff"):
+        assert trained_on(nothing) == TrainedOn()
