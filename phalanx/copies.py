@@ -201,6 +201,10 @@ class Copies:
         hurt = self._late or self._orphaned or self._kind.unknown_late
         return bool(hurt) or any(home not in self._streams for home in self._kind.home)
 
+    def belong(self, worker_id: str, shards: int) -> None:
+        """Whose these shards of the open round are, where that is known before they come."""
+        self._kind.home[worker_id] = shards
+
     # -- what follows
 
     def late_workers(self, now_s: float) -> dict[str, float]:

@@ -30,8 +30,9 @@ TRAIN_LOSS = "train/loss"
 class RootDecider:
     """The sequence of go records of one job in one term.
 
-    Call ``start`` or ``restore`` once, then ``initialised``, ``committed`` and ``evaluated`` as the
-    rounds end; each returns the next record. Nothing follows a terminal record.
+    Call ``start`` or ``restore`` once (neither where version 0 is there already), then
+    ``initialised``, ``committed`` and ``evaluated`` as the rounds end; each returns the next
+    record. Nothing follows a terminal record.
     """
 
     def __init__(self, plan: JobPlan, term: int) -> None:

@@ -83,6 +83,8 @@ class Outcome:
     """Members that were one step behind and were sent the gradient that others had kept."""
     brought_up: int = 0
     """Members that were sent everything."""
+    begun_for: int = 0
+    """Roots of those that took the initial parameters from a member that made them instead."""
     tasks: int = 0
     """Tasks that a user was told are done."""
     tasks_given_up: int = 0

@@ -55,6 +55,8 @@ class Members:
         """Members that were one step behind and were sent the gradient that was kept."""
         self.brought_up = 0
         """Members that were sent everything."""
+        self.begun_for = 0
+        """Roots that took the initial parameters from a member that made them instead."""
         self.copied = 0
         """Copies of late shards that were asked for."""
         self._oracle = oracle
@@ -93,6 +95,7 @@ class Members:
         best = max(held.get(member, NONE) for member in core._members)
         if best == NONE:
             best = core._restore.step if core._restore is not None else 0
+            self.begun_for += core.root is not None and core._holder != core.worker_id
         self._oracle.demand(
             (version == best and held.keys() >= set(core._members)) or self._went_on(core, best),
             f"{self._what(core)} starts at version {version}; its members held {held}",

@@ -411,7 +411,7 @@ class Run:
         members = self.members
         outcome.copies_asked += members.copied
         outcome.reduced, outcome.caught_up = members.committed, members.caught_up
-        outcome.brought_up = members.brought_up
+        outcome.brought_up, outcome.begun_for = members.brought_up, members.begun_for
         self._add_tasks(outcome)
         if user.repeats:
             outcome.faults["call_repeated"] += user.repeats

@@ -56,6 +56,18 @@ SCENES = {
         ("kill_control",),
         (("workers", 3), ("liars", 1), ("parts", "3 replicas"), ("script", "few_verifiers")),
     ): "WAITING_FOR_VERIFIERS",
+    # The leaf that is to make the initial parameters never ends, and nobody ends its process.
+    Known(
+        3,
+        ("kill_control",),
+        (
+            ("workers", 3),
+            ("script", "hangs_at_once"),
+            ("script_s", 0.0),
+            ("leaf_timeout_s", 600.0),
+            bad_jobs("", "all-reduce", steps=20),
+        ),
+    ): "begun_for",
     # Nobody gives the bits any more that the job began with; it may go on with others.
     Known(
         1, (), (("workers", 3), ("mixed", True), ("script", "workers_gone"), _MAY_FALL_BACK)

@@ -81,6 +81,7 @@ def play(cluster: Cluster, name: str, oracle: Oracle, begins_s: float) -> None:
             "leaders_die": lambda: _take_turns(cluster, oracle),
             "deaf_leader": lambda: _deafen(cluster, oracle),
             "unheard_aggregators": lambda: _part_from_aggregators(cluster, oracle),
+            "hangs_at_once": lambda: cluster.machines.hung.add(first),
             "aggregators_gone": lambda: cluster.lose(cluster.aggregators[:-1]),
         }[name]
         cluster.world.at(begins_s, begin)

@@ -60,6 +60,69 @@ def test_before_anything_is_measured_it_takes_longer_and_a_copy_may_come_from_th
     ends_with_the_same_bits(job, PATIENCE_UNMEASURED_S)
 
 
+def test_the_root_asks_another_member_for_the_parameters_that_its_leaf_does_not_make():
+    job = cluster(11)
+    job.members["w0"].hangs = True
+    assert not job.wait(PATIENCE_UNMEASURED_S - 0.5, until=lambda: max(job.versions) >= 0)
+    assert job.wait(1.0, until=lambda: job.versions == {0})
+    first = job.members["w0"].told[0]
+    assert (first.worker_id, first.cause, first.step) == ("w0", "late", 0)
+    assert (list(first.shards), list(first.copied_to)) == ([0], ["w1"])
+    assert job.delivered["state parameters"] == 2, "of one frame: to the root, and from it to w2"
+    ends_with_the_same_bits(job, 3 * PATIENCE_UNMEASURED_S)
+
+
+def test_a_copy_of_the_initial_parameters_that_hangs_as_well_costs_one_more_wait():
+    job = cluster(12)
+    job.members["w0"].hangs = job.members["w1"].hangs = True
+    assert not job.wait(2 * PATIENCE_UNMEASURED_S - 0.5, until=lambda: max(job.versions) >= 0)
+    assert job.wait(1.5, until=lambda: job.versions == {0})
+    job.members["w1"].hangs = False
+    ends_with_the_same_bits(job, 3 * PATIENCE_UNMEASURED_S)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("taken", ["copied", "asked"])
+def test_a_leaf_that_is_only_slow_at_the_initial_parameters_changes_no_bit(seed, taken):
+    """It ends while another member makes them, or while the root is sent what that one made."""
+    job = cluster(seed, 3)
+    root, maker = job.members["w0"], job.members["w1"]
+    root.hangs = maker.hangs = True
+    job.wait(PATIENCE_UNMEASURED_S + 0.5)
+    assert maker.running, "it was ordered a copy"
+    if taken == "asked":
+        maker.hangs = False
+        assert job.wait(2.0, until=lambda: job.delivered["state parameters"] > 0)
+    root.hangs = maker.hangs = False
+    ends_with_the_same_bits(job)
+
+
+def test_a_member_that_made_the_initial_parameters_and_sends_none_is_told():
+    job = cluster(13)
+    root, maker = job.members["w0"], job.members["w1"]
+    root.hangs = True
+    assert job.wait(PATIENCE_UNMEASURED_S + 1.0, until=lambda: root.core._holder == "w1")
+    maker.stopped = True
+    job.wait(HELLO_S - 1.0)
+    assert root.core.unheard() == {}
+    job.wait(2.0)
+    assert root.core.unheard().keys() == {"w1"}
+    # Control begins a term without it, in which nobody holds anything again.
+    job.kill("w1")
+    job.change(["w0", "w2"])
+    ends_with_the_same_bits(job, 4 * PATIENCE_UNMEASURED_S)
+
+
+def test_whoever_made_the_initial_parameters_hands_them_on_in_the_next_term():
+    job = cluster(14)
+    job.members["w0"].hangs = True
+    maker = job.members["w1"].core
+    assert job.wait(PATIENCE_UNMEASURED_S + 1.0, until=lambda: maker.replica.version == 0)
+    job.kill("w0")
+    job.change(["w2", "w1"])
+    ends_with_the_same_bits(job)
+
+
 def test_an_evaluation_that_nobody_begins_is_missed():
     """Not even its first frame comes: the record that orders it opens its round."""
     plan = plan_of(spec_of(STEPS), SHARDS, 8)

@@ -10,8 +10,9 @@ A term begins when every member has told every other what it held when it heard 
 starts at the highest version of these: whoever holds another asks the first that holds this one,
 and gets the kept gradient of one step or everything. One that holds it may hear of the first step
 of the term before it has heard of every member, and starts with that step. If nobody holds any, the
-root loads the checkpoint or initialises. The step that was open is computed again; nothing is
-rolled back.
+root loads the checkpoint or initialises; where its leaf does not come to an end, another member
+initialises as well, and the root asks that one for what it has. The step that was open is computed
+again; nothing is rolled back.
 
 A worker that hosts the job and is no member yet only prepares for it.
 """
@@ -41,6 +42,7 @@ from worker.core.all_reduce.replica import (
     Memory,
     NonFinite,
     Replica,
+    elements_of,
 )
 from worker.core.all_reduce.root import TERMINAL_ACTIONS, Root
 from worker.core.all_reduce.serving import Serving
@@ -192,7 +194,7 @@ class AllReduceJob(JobCore):
                 return self._ask(self._holder)
             if self._restore is not None:
                 return [Restore(self.job_id, self.term, self._restore)]
-            return self.go_record(self.root.initialise())
+            return self._issue(self.root.initialise())
         return self._start() if replica.version == best else self._ask(self._holder)
 
     def _ask(self, holder: str) -> list[Effect]:
@@ -299,8 +301,7 @@ class AllReduceJob(JobCore):
             hashed = header.state_hash
             return self._hashed(member, hashed.version, hashed.sha256)
         if kind == "version_held":
-            self._hear(header.version_held, member)
-            return self.look()
+            return self._hear(header.version_held, member) + self.look()
         raise InvalidArgument(f"a member sends frames, questions and hashes, not {kind!r}")
 
     def contribute(
@@ -372,7 +373,11 @@ class AllReduceJob(JobCore):
 
     def _expect(self, go: GoRecord) -> None:
         """Miss what does not come under a record for the version that is held here."""
-        if self._late is None or self.owner is None or go.version != self.versions.whole_version:
+        if self._late is None or self.owner is None:
+            return
+        if go.action == GoRecord.ACTION_INITIALISE and self.root is not None:
+            self._late.initialises((go.version, go.round), self.elapsed())
+        if go.version != self.versions.whole_version:
             return
         self.owner.expect(go)
         self._late.turn(self.owner.open_round, self.elapsed())
@@ -386,15 +391,20 @@ class AllReduceJob(JobCore):
         node = Node(frame.node.first, frame.node.span)
         late.frame(member, (frame.step, frame.round), node, copy=frame.copy, now_s=now_s)
 
-    def _hear(self, answer: pb.VersionHeld, member: str) -> None:
-        if self._late is not None and answer.term == self.term:
-            self._late.answered(
-                member,
-                answer.version,
-                self.elapsed(),
-                held=answer.held,
-                starting=answer.starting,
-            )
+    def _hear(self, answer: pb.VersionHeld, member: str) -> list[Effect]:
+        if self._late is None or answer.term != self.term:
+            return []
+        self._late.answered(
+            member, answer.version, self.elapsed(), held=answer.held, starting=answer.starting
+        )
+        if not answer.held:
+            return []
+        self._serving.wants_no_state(member)
+        if self._started or self._holder != self.worker_id:
+            return []
+        # It was ordered to initialise as well, and has come to an end first.
+        self._began[member], self._holder = answer.version, member
+        return self._ask(member)
 
     def _answer(self, asked: pb.VersionAsked) -> list[Effect]:
         """The owner of a range asks for a version: say at once whether it is here."""
@@ -438,7 +448,7 @@ class AllReduceJob(JobCore):
         if replica is None or self._failed or not 0 <= frame.range < len(self._ranges):
             return []
         piece = self._ranges[frame.range]
-        values = self._values(piece, frame, payload)
+        values = elements_of(piece, frame, payload, replica.dtype)
         whole = replica.reduced(
             frame.version,
             piece.first_element + frame.first_element,
@@ -510,19 +520,16 @@ class AllReduceJob(JobCore):
         if task.round is not self.round or task.round.go.action != GoRecord.ACTION_INITIALISE:
             return super().part_done(task, part, count, loss, mask, sums)
         assert self.replica is not None
-        assert self.root is not None
         super().part_done(task, part, count, loss, mask, sums)
         try:
             self.replica.initialise(part.buffer)
         except NonFinite as error:
             return self._fail("PARAMETERS_NON_FINITE", str(error))
-        effects = self._end_round()
-        self._started = True
-        return [*effects, Serve(self.job_id), *self._issue(self.root.initialised(self.elapsed()))]
+        return self._end_round() + self._start()
 
     def _owed(self, round: Round) -> list[Node]:
         if round.go.action == GoRecord.ACTION_INITIALISE:
-            return [Node(0, 1)]
+            return [Node(0, 1)] if self.root is not None else []
         return super()._owed(round)
 
     def _target(self) -> GoRecord | None:
@@ -572,22 +579,6 @@ class AllReduceJob(JobCore):
         """The checkpoint at a version is complete, or given up."""
         if self.root is not None:
             self.root.checkpoint_done(version)
-
-    # Inside
-
-    def _values(
-        self, piece: training_pb2.ParameterRange, frame: pb.ReducedFrame, payload: memoryview
-    ) -> Array | None:
-        """The elements of a reduced frame; None where no shard was present."""
-        assert self.replica is not None
-        dtype, end = self.replica.dtype, frame.first_element + frame.element_count
-        fits = 0 <= frame.first_element < end <= piece.element_count
-        if not fits or len(payload) not in (0, frame.element_count * dtype.itemsize):
-            raise InvalidArgument(
-                f"elements {frame.first_element}+{frame.element_count} in {len(payload)} bytes are "
-                f"no frame of range {frame.range}; check that all run the same version of Phalanx"
-            )
-        return np.frombuffer(payload, dtype) if len(payload) else None
 
 
 def _itemsize(plan: training_pb2.JobPlan) -> int:

@@ -11,6 +11,10 @@ frame, or by its answer to a question. A leaf that hangs, or is slow, is in a me
 and costs what it costs with a parameter server. A member that does not answer holds the job up. How
 long is told to control, which begins a term without it after a lease. One to which the state is
 still on its way says that, and is waited for.
+
+The parameters that a job begins with are made by the root, as a round of one shard whose home is
+known. Nobody can be left behind then, since nobody holds anything: a copy is ordered as soon as it
+is due, and whoever was ordered one is asked whether it has come to hold the version.
 """
 
 from __future__ import annotations
@@ -46,7 +50,10 @@ class LateShards:
         self._copies = Copies()
         self._copies.stream_opened(worker_id, takes_copies=True)
         self._others = tuple(member for member in members if member != worker_id)
+        self._worker_id = worker_id
         self._key: Key | None = None
+        #: In the round of the initial parameters: who was ordered to make them as well.
+        self._makers: set[str] | None = None
         #: Members that have shown that they hold the version of the open round.
         self._shown: set[str] = set()
         self._waiting = Due()
@@ -73,9 +80,15 @@ class LateShards:
         self._copies.turn(round, now_s)
         key = round.key if round is not None else None
         if key != self._key:
-            self._key, self._waiting = key, Due()
+            self._key, self._waiting, self._makers = key, Due(), None
             for known in (self._shown, self._asked_s, self._unheard_s):
                 known.clear()
+
+    def initialises(self, key: Key, now_s: float) -> None:
+        """This member makes the initial parameters now, until another round is open."""
+        self.turn(OpenRound(key, GoRecord.ACTION_INITIALISE, 1, lambda: 1), now_s)
+        self._copies.belong(self._worker_id, 1)
+        self._makers = set()
 
     def frame(self, member: str, key: Key, node: Node, *, copy: bool, now_s: float) -> None:
         """A member sent a frame; to be called before the range takes it."""
@@ -99,6 +112,8 @@ class LateShards:
         orders, started = self._copies.look(now_s, control_away=False)
         self._waiting.orders += orders
         self._waiting.started += started
+        if self._makers is not None:
+            return self._have_made(self._makers, now_s)
         if not self._waiting.orders:
             return Due()
         behind = [member for member in self._others if member not in self._shown]
@@ -120,6 +135,15 @@ class LateShards:
             for member, since_s in self._unheard_s.items()
             if member not in self._shown
         }
+
+    def _have_made(self, makers: set[str], now_s: float) -> Due:
+        """The orders for the initial parameters, and questions to whoever got one."""
+        due, self._waiting = self._waiting, Due()
+        makers.update(order.worker_id for order in due.orders)
+        makers.discard(self._worker_id)
+        due.questions = [each for each in sorted(makers) if self._may_ask(each, now_s)]
+        self._asked_s.update(dict.fromkeys(due.questions, now_s))
+        return due
 
     def _may_ask(self, member: str, now_s: float) -> bool:
         asked_s = self._asked_s.get(member)

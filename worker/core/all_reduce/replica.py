@@ -400,6 +400,24 @@ class HeldVersions(VersionAssembly):
         return replica.buffer_of(version)
 
 
+def elements_of(
+    piece: training_pb2.ParameterRange,
+    frame: pb.ReducedFrame,
+    payload: memoryview,
+    dtype: np.dtype[Any],
+) -> Array | None:
+    """The elements of a reduced frame; None where no shard was present. Raises
+    `InvalidArgument`."""
+    end = frame.first_element + frame.element_count
+    fits = 0 <= frame.first_element < end <= piece.element_count
+    if not fits or len(payload) not in (0, frame.element_count * dtype.itemsize):
+        raise InvalidArgument(
+            f"elements {frame.first_element}+{frame.element_count} in {len(payload)} bytes are "
+            f"no frame of range {frame.range}; check that all run the same version of Phalanx"
+        )
+    return np.frombuffer(payload, dtype) if len(payload) else None
+
+
 def _decay(
     layout: training_pb2.Layout, grid: list[tuple[int, int]]
 ) -> list[NDArray[np.bool_] | None]:

@@ -45,7 +45,6 @@ class Root:
         """
         record = replica.record
         if record is None:
-            self.decider.start()
             return self._issue(self.decider.initialised(elapsed_s))
         try:
             state = json.loads(record.root_state)
@@ -59,10 +58,6 @@ class Root:
         if record.version == replica.version:
             return self._issue(go)
         return self.committed(replica, elapsed_s)
-
-    def initialised(self, elapsed_s: float) -> GoRecord:
-        """Version 0 is here."""
-        return self._issue(self.decider.initialised(elapsed_s))
 
     def committed(self, replica: Replica, elapsed_s: float) -> GoRecord:
         """A step is done: every member has all of its gradient, or will before it goes on."""

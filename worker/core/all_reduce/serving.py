@@ -54,6 +54,12 @@ class Serving:
         """A member holds another version than the one that the term starts with."""
         self._streams[key].asked = held
 
+    def wants_no_state(self, member: str) -> None:
+        """A member has come to hold by itself what it asked for."""
+        for stream in self._streams.values():
+            if stream.member == member:
+                stream.asked = stream.handing = None
+
     def tell(self, member: str, header: pb.ExchangeResponseHeader) -> bool:
         """Put a message first on the newest stream of a member; False: it has none."""
         streams = [each for each in self._streams.values() if each.member == member]
