@@ -13,6 +13,32 @@ from phalanx.testing.arena import GUARD_S, Arena, arena, gated_job, stopped, wai
 pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
 
+BEGINS_BADLY = '''
+"""The same model; the first that is to make the parameters that a job begins with never does."""
+
+import inspect
+import time
+
+from gated import GATE, Gated
+
+
+class BeginsBadly(Gated):
+    def initial(self, seed):
+        described = any(frame.function == "describe" for frame in inspect.stack())
+        if not described and self.is_first():
+            while True:
+                time.sleep(1)
+        return super().initial(seed)
+
+    def is_first(self):
+        try:
+            (GATE / "hangs").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+'''
+
+
 def all_reduce_job(**options: Any) -> dict[str, Any]:
     return gated_job(**options, all_reduce={})
 
@@ -144,6 +170,23 @@ def test_a_leaf_that_hangs_under_good_heartbeats_is_copied_by_other_members(
             assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
         # By their numbers, not by name: while the gate is held, whose they are may be forgotten.
         assert copied_shards(ring) & held
+        assert not ring.events("WORKER_LOST"), "its heartbeats never stopped"
+        nothing_was_rolled_back(ring, job)
+
+
+def test_a_leaf_that_hangs_before_the_first_step_is_copied_by_another_member(
+    tmp_path: Path, undisturbed_sha256: str
+) -> None:
+    with arena(tmp_path, 3) as ring:
+        wait_until(lambda: ready(ring) == 3, "all workers")
+        document = all_reduce_job()
+        document["code"]["files"]["begins_badly.py"] = BEGINS_BADLY
+        document["train"]["model"]["custom"]["entrypoint"] = "begins_badly:BeginsBadly"
+        job = ring.cluster.submit(document)
+        assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256
+        assert (ring.gate.folder / "hangs").exists()
+        first = ring.events("SPECULATION_STARTED")[0]
+        assert (first.step, first.details["shards"]) == (0, "0")
         assert not ring.events("WORKER_LOST"), "its heartbeats never stopped"
         nothing_was_rolled_back(ring, job)
 
