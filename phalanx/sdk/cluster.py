@@ -25,7 +25,7 @@ from phalanx.v1 import cluster_service_pb2, job_pb2, job_service_pb2, storage_se
 from phalanx.v1.job_spec_pb2 import JobSpec
 
 if TYPE_CHECKING:
-    from phalanx.sdk.verification import Verdict
+    from phalanx.sdk.verdict import Verdict
 
 DEFAULT_NAMESPACE = "default"
 PAGE_SIZE = 500
@@ -158,13 +158,15 @@ class Cluster:
                 return pages.listing(found)
 
     def verify(self, job: Job | str) -> Verdict:
-        """Compute a finished job, or that of this id, again in this process and compare the hashes.
+        """Count what a finished job, or that of this id, has used, and compute it again here.
 
-            assert cluster.verify(job).equal
+            verdict = cluster.verify(job)
+            assert verdict.balanced  # every example once in every epoch, or named as left out
+            assert verdict.equal  # the same bits
 
         The same leaves are summed by the same tree, without the cluster's workers; the chunks that
-        the job reads are downloaded. Raises FailedPrecondition for a job that has not succeeded,
-        and for one whose order was not written down.
+        the job reads are downloaded. Where nobody can compute the bits again, ``not_compared`` says
+        why. Raises FailedPrecondition for a job that has not succeeded.
         """
         from phalanx.sdk.verification import verify_job
 

@@ -17,6 +17,7 @@ from phalanx.ids import new_id
 from phalanx.sdk.in_process_tasks import TaskFailed
 from phalanx.tasks import is_task_set
 from phalanx.texts import number_of
+from phalanx.training.expected import expected_of_shard
 from phalanx.v1 import job_pb2, job_service_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.task_service_pb2 import TaskResult
@@ -280,6 +281,9 @@ class InProcessJobs:
                 metrics=trained.metrics,
                 steps=trained.steps,
                 best=None if trained.best is None else trained.best.message(),
+                examples_lost=sum(
+                    expected_of_shard(run.plan, shard, step) for shard, step in trained.left_out
+                ),
             )
         )
         self._event(run, "MODEL_REGISTERED", model)

@@ -1,154 +1,257 @@
-"""Computing a finished job again, without its cluster."""
+"""Proving of a finished job, without its cluster: its ledger, and that its bits come out again."""
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phalanx.errors import FailedPrecondition, NotFound
+from phalanx.errors import DataLoss, FailedPrecondition, NotFound
 from phalanx.sdk.in_process import IN_PROCESS, job_code
 from phalanx.sdk.job import Job
-from phalanx.sdk.methods import LIST_CHECKPOINTS
+from phalanx.sdk.methods import LIST_CHECKPOINTS, READ_TASK_RESULTS
+from phalanx.sdk.values import Result
+from phalanx.sdk.verdict import TaskLedger, Verdict
 from phalanx.tasks import is_task_set
 
 if TYPE_CHECKING:
+    from phalanx.data.manifest import DatasetManifest
     from phalanx.sdk.cluster import Cluster
+    from phalanx.training.ledger import Ledger
+    from phalanx.training.local import TrainedModel
     from phalanx.training.replay import ReplayLog
     from phalanx.v1.job_spec_pb2 import JobSpec
+    from phalanx.v1.storage_service_pb2 import CheckpointManifest
     from phalanx.v1.training_pb2 import JobPlan
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """Both hashes of the parameters."""
-
-    job_id: str
-    steps: int
-    cluster_sha256: str
-    local_sha256: str
-    bit_identical: bool
-    #: An asynchronous job, computed again in the order that its log tells.
-    replayed: bool = False
-
-    @property
-    def equal(self) -> bool:
-        """Whether this process computed the same bits."""
-        return self.cluster_sha256 == self.local_sha256
-
-    @property
-    def explanation(self) -> str:
-        """Why the hashes may differ."""
-        if self.replayed:
-            return (
-                "the order of the contributions is that of the log, so either this machine's "
-                "processor or library versions have another numeric fingerprint, or the workers' "
-                "differed, or the job's code is not a pure function of its arguments"
-            )
-        if not self.bit_identical:
-            return "the job ran on workers with different numeric fingerprints, as its model says"
-        return (
-            "either this machine's processor or library versions have another numeric fingerprint "
-            "(`phalanx workers --json` shows the workers'), or the job's code is not a pure "
-            "function of its arguments, or something is broken"
-        )
-
-    def to_json(self) -> dict[str, object]:
-        """Return the JSON of ``--json``."""
-        return {
-            "job_id": self.job_id,
-            "steps": self.steps,
-            "cluster_sha256": self.cluster_sha256,
-            "local_sha256": self.local_sha256,
-            "equal": self.equal,
-        }
+_NOT_WRITTEN_DOWN = (
+    "its contributions were applied in the order in which they came, and it was not written down; "
+    "submit it with train.asynchronous.replay_log: true"
+)
 
 
 def verify_job(cluster: Cluster, job_id: str) -> Verdict:
-    """Compute a job again in this process and return both hashes.
+    """Count what a job has used, and compute it again in this process.
 
-    Downloads the chunks that the job reads. An asynchronous job is replayed in the order of its
-    log, and a job that went on from another one is computed from the very beginning. Raises
-    FailedPrecondition unless the job has succeeded, where it has no log or its origin is gone, and
-    where nobody wrote down what its parameters depend on, or it has none.
+    Downloads the chunks that the job reads. A job whose contributions commit one by one is replayed
+    in the order of its log, and one that went on from another is computed from the very beginning.
+    Where nobody wrote down what the parameters depend on, the verdict says so, and the ledger is
+    counted all the same. A set of tasks has its results counted.
+
+    Raises FailedPrecondition unless the job has succeeded, and where its origin is gone; NotFound
+    where the last checkpoint is needed and is not kept any more; DataLoss where it cannot be read.
     """
-    from phalanx.data.manifest import DatasetManifest
-    from phalanx.specs import job_plan
-    from phalanx.training.local import train_in_process
-
     job = cluster.get(job_id)
     if job.result is None:
         raise FailedPrecondition(
             f"job {job_id} is {job.state}; only a job that has succeeded can be verified"
         )
-    _demand_all_is_known(job, in_process=cluster.backend.address == IN_PROCESS)
-    spec = job.message.spec
-    dataset = cluster.data.get(spec.data.name)
-    plan = job_plan(spec, dataset, job_id)
-    until_step = None
-    if spec.train.start.job or spec.train.stop.HasField("wall_time"):
-        # Its steps follow from more than its own rules: those of another job, or a clock.
-        until_step = job.result.steps if job.result.best is None else job.result.best.step
-        _forget_stop_rules(plan)
-    first = _first_of(cluster, job)
-    replay = replay_log_of(cluster, job) if plan.asynchronous else None
-    manifest = DatasetManifest.from_json(cluster.backend.get_blob(plan.manifest_digest))
-    with tempfile.TemporaryDirectory(prefix="phalanx-verify-") as name:
-        folder = Path(name)
+    if is_task_set(job.message.spec):
+        return _verify_tasks(cluster, job, job.result)
+    return _Training(cluster, job, job.result).verdict()
 
-        def fetch(digest: str) -> Path:
-            path = folder / digest
-            if not path.exists():
-                cluster.backend.get_blob_to(digest, path)
-            return path
 
+def replay_log_of(cluster: Cluster, job: Job) -> ReplayLog | None:
+    """Return the order in which a finished job applied its contributions one by one.
+
+    None for a job that ran in this process, where it is always the same. Raises FailedPrecondition
+    where the job was not asked to write it down, and NotFound where it is not kept any more.
+    """
+    if cluster.backend.address == IN_PROCESS:
+        return None
+    if not _keeps_log(job.message.spec):
+        raise FailedPrecondition(f"job {job.id}: {_NOT_WRITTEN_DOWN}")
+    return _read_log(cluster, job, _last_checkpoint(cluster, job))
+
+
+def _verify_tasks(cluster: Cluster, job: Job, result: Result) -> Verdict:
+    from phalanx.v1.job_service_pb2 import ReadTaskResultsRequest
+
+    request = ReadTaskResultsRequest(job_id=job.id)
+    found: Counter[int] = Counter()
+    given_up: set[int] = set()
+    for page in cluster.backend.stream(READ_TASK_RESULTS, request):
+        for each in page.results:
+            found[each.task] += 1
+            if each.HasField("failure"):
+                given_up.add(each.task)
+    tasks = range(len(job.message.spec.tasks.arguments))
+    return Verdict(
+        job_id=job.id,
+        steps=result.steps,
+        cluster_sha256="",
+        local_sha256="",
+        bit_identical=False,
+        tasks=TaskLedger(
+            tasks=len(tasks),
+            done=len(found.keys() - given_up),
+            given_up=tuple(sorted(given_up)),
+            # A result of a task that is not there is one too many as well.
+            doubled=tuple(sorted(task for task in found if found[task] > 1 or task not in tasks)),
+            missing=tuple(task for task in tasks if not found[task]),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is written of a job: which steps shards have completed, and in which order."""
+
+    completed: tuple[int, ...]
+    examples: int | None
+    log: ReplayLog | None = None
+
+
+class _Training:
+    """Verifies one job that has trained a model."""
+
+    def __init__(self, cluster: Cluster, job: Job, result: Result) -> None:
+        from phalanx.data.manifest import DatasetManifest
+        from phalanx.specs import job_plan
+
+        self._cluster = cluster
+        self._job = job
+        self._result = result
+        self._spec = job.message.spec
+        dataset = cluster.data.get(self._spec.data.name)
+        self._plan = job_plan(self._spec, dataset, job.id)
+        manifest = cluster.backend.get_blob(self._plan.manifest_digest)
+        self._manifest: DatasetManifest = DatasetManifest.from_json(manifest)
+
+    def verdict(self) -> Verdict:
+        """Read what is written, compute the job again if that is enough, and count."""
+        result = self._result
+        first = _first_of(self._cluster, self._job)
+        record = self._record()
+        why = self._unknown(record)
+        with tempfile.TemporaryDirectory(prefix="phalanx-verify-") as name:
+            trained = None if why else self._trained(Path(name), first, record)
+        sha256 = "" if trained is None else trained.parameters_sha256
+        if trained is not None and sha256 != result.parameters_sha256:
+            why = self._excuse()
+        return Verdict(
+            job_id=self._job.id,
+            steps=result.steps if trained is None else trained.steps,
+            cluster_sha256=result.parameters_sha256,
+            local_sha256=sha256,
+            bit_identical=result.bit_identical,
+            replayed=self._plan.asynchronous,
+            ledger=self._ledger(record, trained),
+            not_compared=why,
+        )
+
+    def _record(self) -> _Record:
+        """Read what the last checkpoint says.
+
+        Without one, all shards have completed all steps, where they commit together.
+        """
+        from phalanx.training.asynchronous import completed_steps
+
+        job, result, shards = self._job, self._result, self._plan.shards
+        together = (result.steps,) * shards
+        if self._cluster.backend.address == IN_PROCESS:
+            return _Record(together, job.message.progress.examples)
+        try:
+            last = _last_checkpoint(self._cluster, job)
+        except NotFound:
+            if self._plan.asynchronous:
+                raise
+            return _Record(together, None)
+        if last.step != result.steps:
+            raise DataLoss(
+                f"job {job.id} made {result.steps} steps, and its last checkpoint is of {last.step}"
+            )
+        examples = _examples_of(last)
+        if not self._plan.asynchronous:
+            return _Record(together, examples)
+        completed = tuple(completed_steps(last.root_state, shards, last.step))
+        log = _read_log(self._cluster, job, last) if _keeps_log(self._spec) else None
+        return _Record(completed, examples, log)
+
+    def _unknown(self, record: _Record) -> str:
+        """Why nobody can compute the parameters again; empty where somebody can."""
+        in_process = self._cluster.backend.address == IN_PROCESS
+        if self._plan.asynchronous and record.log is None and not in_process:
+            return _NOT_WRITTEN_DOWN
+        if self._spec.train.synchronous.backup_shards and self._result.examples_lost:
+            return (
+                "the job left out contributions that came too late (backup_shards), and which they "
+                "were is not written down"
+            )
+        return ""
+
+    def _excuse(self) -> str:
+        """Why other bits prove nothing; empty where they do."""
+        if self._result.bit_identical or self._plan.asynchronous:
+            return ""
+        return (
+            "its workers may have had different numeric fingerprints, as its model says, and this "
+            "process computed other bits"
+        )
+
+    def _trained(self, folder: Path, first: JobSpec, record: _Record) -> TrainedModel:
+        """Compute the job again; `first` is the spec of the job that began where it does."""
+        from phalanx.training.local import train_in_process
+
+        spec, result, plan = self._spec, self._result, self._plan
+        until_step = None
+        if spec.train.start.job or spec.train.stop.HasField("wall_time"):
+            # Its steps follow from more than its own rules: those of another job, or a clock.
+            until_step = result.steps if result.best is None else result.best.step
+            plan = _without_stop_rules(plan)
+        fetch = _fetcher(self._cluster, folder)
         start_model = None
         if first.train.start.model:
-            start_model = cluster.models.cached(first.train.start.model) / "model.safetensors"
-        trained = train_in_process(
+            cached = self._cluster.models.cached(first.train.start.model)
+            start_model = cached / "model.safetensors"
+        return train_in_process(
             plan,
-            manifest,
+            self._manifest,
             fetch,
             code_dir=job_code(spec, fetch, folder / "code"),
             start_model=start_model,
-            replay=replay,
+            replay=record.log,
             until_step=until_step,
         )
-    return Verdict(
-        job_id=job_id,
-        steps=trained.steps,
-        cluster_sha256=job.result.parameters_sha256,
-        local_sha256=trained.parameters_sha256,
-        bit_identical=job.result.bit_identical,
-        replayed=plan.asynchronous,
-    )
+
+    def _ledger(self, record: _Record, trained: TrainedModel | None) -> Ledger:
+        from phalanx.training.ledger import Books, applied_by, take_stock
+
+        result = self._result
+        books = Books(
+            completed=record.completed,
+            examples=record.examples,
+            lost=result.examples_lost,
+            doubled=result.examples_doubled,
+            applied=None if record.log is None else applied_by(record.log, self._plan.shards),
+            left_out=frozenset() if trained is None else trained.left_out,
+            all_named=trained is not None and trained.steps == result.steps,
+        )
+        return take_stock(self._plan, _Split(self._manifest, self._spec.data.split), books)
 
 
-def _demand_all_is_known(job: Job, *, in_process: bool) -> None:
-    """Raise FailedPrecondition for a job whose parameters nobody can compute again from its spec
-    and its data, with what its own books say."""
-    spec, result = job.message.spec, job.result
-    assert result is not None
-    if is_task_set(spec):
-        raise FailedPrecondition(
-            f"job {job.id} is a set of independent tasks, which has no parameters to compare; "
-            f"`phalanx results {job.id}` shows what each of them returned"
-        )
-    books = (
-        f"its own books: examples lost {result.examples_lost}, counted twice "
-        f"{result.examples_doubled}"
-    )
-    if spec.train.synchronous.backup_shards and result.examples_lost:
-        raise FailedPrecondition(
-            f"job {job.id} left out contributions that came too late (backup_shards), and which "
-            f"they were is not written down, so its bits cannot be computed again; {books}"
-        )
-    if spec.train.stale.bound and not in_process:
-        raise FailedPrecondition(
-            f"contributions of job {job.id} were applied in the order in which they came, which "
-            f"stale jobs do not write down, so its bits cannot be computed again; {books}"
-        )
+class _Split:
+    """The chunks of one split, which nobody has to read to count its rows."""
+
+    def __init__(self, manifest: DatasetManifest, split: str) -> None:
+        self.chunks = tuple(manifest.splits[split])
+        self.chunk_rows = tuple(chunk.rows for chunk in self.chunks)
+
+
+def _fetcher(cluster: Cluster, folder: Path) -> Callable[[str], Path]:
+    """Return what brings a blob into the folder."""
+
+    def fetch(digest: str) -> Path:
+        path = folder / digest
+        if not path.exists():
+            cluster.backend.get_blob_to(digest, path)
+        return path
+
+    return fetch
 
 
 def _first_of(cluster: Cluster, job: Job) -> JobSpec:
@@ -171,37 +274,48 @@ def _first_of(cluster: Cluster, job: Job) -> JobSpec:
     return spec
 
 
-def _forget_stop_rules(plan: JobPlan) -> None:
-    """Nothing ends the job but its last step, and nothing has to be measured for it."""
+def _without_stop_rules(plan: JobPlan) -> JobPlan:
+    """Return the plan of a job that nothing ends but its last step, and that measures nothing."""
     from phalanx.v1.job_spec_pb2 import JobSpec
+    from phalanx.v1.training_pb2 import JobPlan
 
+    endless = JobPlan()
+    endless.CopyFrom(plan)
     spec = JobSpec.FromString(plan.spec)
     spec.train.stop.Clear()
-    plan.spec = spec.SerializeToString(deterministic=True)
-    plan.evaluation_shards = 0
+    endless.spec = spec.SerializeToString(deterministic=True)
+    endless.evaluation_shards = 0
+    return endless
 
 
-def replay_log_of(cluster: Cluster, job: Job) -> ReplayLog | None:
-    """Return the order in which a finished asynchronous job applied its contributions.
+def _keeps_log(spec: JobSpec) -> bool:
+    return spec.train.asynchronous.replay_log
 
-    None for a job that ran in this process, where it is always the same. Raises FailedPrecondition
-    where the job was not asked to write it down, and NotFound where it is not kept any more.
-    """
-    from phalanx.data.checkpoint_parts import parse_part
-    from phalanx.training.replay import ReplayLog
+
+def _last_checkpoint(cluster: Cluster, job: Job) -> CheckpointManifest:
     from phalanx.v1.storage_service_pb2 import ListCheckpointsRequest
 
-    train = job.message.spec.train
-    if cluster.backend.address == IN_PROCESS:
-        return None
-    if not train.asynchronous.replay_log:
-        raise FailedPrecondition(
-            f"contributions of job {job.id} were applied in the order in which they came, and it "
-            "was not written down; submit it with train.asynchronous.replay_log: true"
-        )
     answer = cluster.backend.call(LIST_CHECKPOINTS, ListCheckpointsRequest(job_id=job.id))
     for checkpoint in answer.checkpoints:
         if checkpoint.final:
-            _, vectors = parse_part(cluster.backend.get_blob(checkpoint.parts[0].digest))
-            return ReplayLog.restored(vectors, checkpoint.step * job.message.spec.data.shards)
-    raise NotFound(f"the last checkpoint of job {job.id}, which has the log, is not kept any more")
+            return checkpoint
+    raise NotFound(f"the last checkpoint of job {job.id} is not kept any more")
+
+
+def _examples_of(checkpoint: CheckpointManifest) -> int:
+    """Return how many examples the root has counted."""
+    try:
+        return int(json.loads(checkpoint.root_state)["examples"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataLoss(
+            f"the checkpoint at step {checkpoint.step} does not say how many examples entered the "
+            f"steps: {error!r}"
+        ) from None
+
+
+def _read_log(cluster: Cluster, job: Job, checkpoint: CheckpointManifest) -> ReplayLog:
+    from phalanx.data.checkpoint_parts import parse_part
+    from phalanx.training.replay import ReplayLog
+
+    _, vectors = parse_part(cluster.backend.get_blob(checkpoint.parts[0].digest))
+    return ReplayLog.restored(vectors, checkpoint.step * job.message.spec.data.shards)

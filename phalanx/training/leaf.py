@@ -37,16 +37,21 @@ from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan, Layout
 
 
-class RowReader(Protocol):
-    """What gathers rows of one split; see ``phalanx.data.reader.ChunkReader``."""
+class Chunks(Protocol):
+    """The chunks of one split: all that the sampler has to know of it."""
 
-    manifest: DatasetManifest
-    dtype: np.dtype[np.generic]
     chunks: tuple[ChunkInfo, ...]
 
     @property
     def chunk_rows(self) -> tuple[int, ...]:
         """Rows of each chunk of the split, in order."""
+
+
+class RowReader(Chunks, Protocol):
+    """What gathers rows of one split; see ``phalanx.data.reader.ChunkReader``."""
+
+    manifest: DatasetManifest
+    dtype: np.dtype[np.generic]
 
     def rows(self, selections: Sequence[RowSelection]) -> Batch:
         """Return copies of the rows, one selection after another."""
@@ -104,9 +109,7 @@ def leaf_batch(reader: RowReader, plan: JobPlan, shard: int, step: int) -> Batch
     They do not depend on the parameters, so they can be had before these are there.
     """
     settings = _settings(plan.spec)
-    epoch, step_in_epoch = divmod(step, max(1, plan.steps_per_epoch))
-    rows = training_rows(plan, reader, shard)
-    selections = rows_for_leaf(rows, settings.seed, epoch, step_in_epoch, plan.rows_per_leaf)
+    selections = leaf_rows(plan, reader, shard, step)
     if not selections:
         return None
     batch = _batch(reader, selections, settings)
@@ -115,7 +118,15 @@ def leaf_batch(reader: RowReader, plan: JobPlan, shard: int, step: int) -> Batch
     return replace(batch, weights=_class_weights(reader, settings)[batch.targets])
 
 
-def training_rows(plan: JobPlan, reader: RowReader, shard: int) -> ShardRows:
+def leaf_rows(plan: JobPlan, split: Chunks, shard: int, step: int) -> list[RowSelection]:
+    """Return which rows of the split one training leaf reads."""
+    epoch, step_in_epoch = divmod(step, max(1, plan.steps_per_epoch))
+    rows = training_rows(plan, split, shard)
+    seed = _settings(plan.spec).seed
+    return rows_for_leaf(rows, seed, epoch, step_in_epoch, plan.rows_per_leaf)
+
+
+def training_rows(plan: JobPlan, reader: Chunks, shard: int) -> ShardRows:
     """Return the rows of a shard that its training leaves read."""
     settings = _settings(plan.spec)
     classes = _class_layout(reader, settings) if settings.by_class else None
@@ -255,12 +266,12 @@ def _settings(spec: bytes) -> _Settings:
     )
 
 
-_LAYOUTS: WeakKeyDictionary[RowReader, ClassLayout] = WeakKeyDictionary()
+_LAYOUTS: WeakKeyDictionary[Chunks, ClassLayout] = WeakKeyDictionary()
 _WEIGHTS: WeakKeyDictionary[RowReader, Array] = WeakKeyDictionary()
 """The even order of each reader's rows, and the weights of its classes, computed once."""
 
 
-def _class_layout(reader: RowReader, settings: _Settings) -> ClassLayout:
+def _class_layout(reader: Chunks, settings: _Settings) -> ClassLayout:
     if reader not in _LAYOUTS:
         chunk_classes = [chunk.class_rows for chunk in reader.chunks]
         _LAYOUTS[reader] = ClassLayout(chunk_classes, oversample=settings.oversample)

@@ -70,6 +70,7 @@ class TrainedModel:
         parameters_sha256: of their little-endian bytes.
         steps: number of updates that the job made.
         examples: number of examples that entered them.
+        left_out: (shard, step) of the contributions that had to be left out of theirs.
         reason: which stop rule ended the job.
         metrics: last value of each metric, as of the parameters.
         points: (step, name, value) of the curves.
@@ -85,6 +86,7 @@ class TrainedModel:
     metrics: dict[str, float]
     points: list[tuple[int, str, float]]
     best: Kept | None = None
+    left_out: frozenset[tuple[int, int]] = frozenset()
 
 
 def train_in_process(
@@ -217,6 +219,8 @@ class _Job:
         #: Those of the best evaluation, where the job keeps it.
         self._best_parameters: Array | None = None
         self._skipped_steps: set[int] = set()
+        #: (shard, step) of what did not enter its step.
+        self._left_out: set[tuple[int, int]] = set()
         self._points: list[tuple[int, str, float]] = []
         count = model.layout.element_count
         dtype = np.dtype(model.layout.dtype)
@@ -269,6 +273,7 @@ class _Job:
             metrics=dict(self.decider.metrics if best is None else best.metrics),
             points=self._points,
             best=best,
+            left_out=frozenset(self._left_out),
         )
 
     def _observed(self, go: GoRecord) -> GoRecord:
@@ -288,19 +293,26 @@ class _Job:
         leaves: dict[int, Contribution] = {}
         parameters = self._seen(self._parameters)
         for unit in self._units:
+            outcomes: list[LeafOutcome] = []
             payloads: dict[int, Array | None] = {}
             for shard in unit:
                 out = np.empty_like(parameters)
                 outcome = self._leaf(parameters, shard, version, out)
                 if not outcome.finite:
                     self._skip(shard, version)
+                outcomes.append(outcome)
                 present = outcome.count > 0 and outcome.finite
-                tree.count(shard, outcome, present)
                 payloads[shard - unit.start] = out if present else None
             values = self._contribution(reduce_leaves(payloads, len(unit)), unit.start, version)
-            tree.fill(unit, values, payloads)
             if self._reducer is not None and values is not None:
                 leaves[unit.start] = Contribution([values], outcome.count)
+                if not leaves[unit.start].finite:
+                    # Encoding made it so; the reducer leaves it out.
+                    self._left_out.add((unit.start, version))
+                    values, payloads = None, {}
+            for index, outcome in enumerate(outcomes):
+                tree.count(unit[index], outcome, payloads.get(index) is not None)
+            tree.fill(unit, values, payloads)
         gradient, count, loss = tree.result()
         divisor = count
         if self._reducer is not None:
@@ -391,6 +403,7 @@ class _Job:
         )
         if rule.WhichOneof("action") != "skip":
             raise _failure(message, "NON_FINITE")
+        self._left_out.add((shard, version))
         self._skipped_steps.add(version)
         if 0 < rule.skip.max_steps < len(self._skipped_steps):
             raise _failure(message, "NON_FINITE")

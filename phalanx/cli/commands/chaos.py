@@ -136,6 +136,7 @@ def _job_to_watch(cluster: Cluster, job_id: str) -> Job:
 
 def _verified(cluster: Cluster, job: Job, run: Chaos, settings: Settings) -> Report:
     from phalanx.cli.output import say
+    from phalanx.cli.verdict_view import problems_of
 
     so_far = run.report()
     if so_far.not_recovered or not so_far.control_answered:
@@ -144,7 +145,13 @@ def _verified(cluster: Cluster, job: Job, run: Chaos, settings: Settings) -> Rep
     if not settings.json:
         say(f"waiting for the end of {job.id}, to compute it again …")
     job.wait()
-    return run.report(bit_identical=cluster.verify(job).equal)
+    verdict = cluster.verify(job)
+    found = False if verdict.wrong else verdict.equal or None
+    report = run.report(bit_identical=found)
+    notes = [f"the ledger does not balance: {each}" for each in problems_of(verdict)]
+    if verdict.not_compared:
+        notes.append(f"bits were not compared: {verdict.not_compared}")
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def _seconds(option: str, text: str, *, at_least: float) -> float:

@@ -294,34 +294,33 @@ def delete(context: typer.Context, job_id: JOB) -> None:
 
 
 def verify(context: typer.Context, job_id: JOB) -> None:
-    """Compute a finished job again here and compare the SHA-256.
+    """Prove what a finished job used, and compute it again here.
 
-    The same leaves are summed by the same tree without any cluster. Exit code 1 when the hashes
-    differ.
+    The job's own records tell which contributions were committed, and its sampler which examples
+    these had: in every whole epoch each example exactly once, but for those that are named as left
+    out. Then the same leaves are summed by the same tree without any cluster, and the SHA-256 of
+    the parameters is compared. A set of tasks must have one result of each task.
+
+    Exit code 1 when the hashes differ or the ledger does not balance; 6 when it balances and there
+    is nothing to compare the hash with.
     """
-    from phalanx.cli.output import print_fields, print_json, say
+    from phalanx.cli.errors import Exit
+    from phalanx.cli.output import print_json, say
+    from phalanx.cli.verdict_view import print_verdict
 
     settings = settings_of(context)
     with settings.connect() as cluster:
         cluster.get(job_id)
         if not settings.json:
-            say(f"computing {job_id} again in this process …")
+            say(f"verifying {job_id} in this process …")
         outcome = cluster.verify(job_id)
     if settings.json:
         print_json(outcome.to_json())
     else:
-        print_fields(
-            [
-                ("job", job_id),
-                ("steps", outcome.steps),
-                ("cluster", outcome.cluster_sha256),
-                ("this process", outcome.local_sha256),
-                ("verdict", "equal" if outcome.equal else "DIFFERENT"),
-            ]
-        )
-        if not outcome.equal:
-            say(outcome.explanation)
-    raise typer.Exit(0 if outcome.equal else 1)
+        print_verdict(outcome)
+    if outcome.wrong:
+        raise typer.Exit(Exit.JOB_FAILED)
+    raise typer.Exit(Exit.CONFLICT if outcome.not_compared else Exit.DONE)
 
 
 def read_job(file: str, sets: list[str]) -> Document:
