@@ -28,11 +28,6 @@ if TYPE_CHECKING:
     from phalanx.v1.storage_service_pb2 import CheckpointManifest
     from phalanx.v1.training_pb2 import JobPlan
 
-_NOT_WRITTEN_DOWN = (
-    "its contributions were applied in the order in which they came, and it was not written down; "
-    "submit it with train.asynchronous.replay_log: true"
-)
-
 
 def verify_job(cluster: Cluster, job_id: str) -> Verdict:
     """Count what a job has used, and compute it again in this process.
@@ -64,7 +59,7 @@ def replay_log_of(cluster: Cluster, job: Job) -> ReplayLog | None:
     if cluster.backend.address == IN_PROCESS:
         return None
     if not _keeps_log(job.message.spec):
-        raise FailedPrecondition(f"job {job.id}: {_NOT_WRITTEN_DOWN}")
+        raise FailedPrecondition(_not_written_down(job.message.spec))
     return _read_log(cluster, job, _last_checkpoint(cluster, job))
 
 
@@ -176,7 +171,7 @@ class _Training:
         """Why nobody can compute the parameters again; empty where somebody can."""
         in_process = self._cluster.backend.address == IN_PROCESS
         if self._plan.asynchronous and record.log is None and not in_process:
-            return _NOT_WRITTEN_DOWN
+            return _not_written_down(self._spec)
         if self._spec.train.synchronous.backup_shards and self._result.examples_lost:
             return (
                 "the job left out contributions that came too late (backup_shards), and which they "
@@ -289,7 +284,17 @@ def _without_stop_rules(plan: JobPlan) -> JobPlan:
 
 
 def _keeps_log(spec: JobSpec) -> bool:
-    return spec.train.asynchronous.replay_log
+    from phalanx.specs import parts
+
+    return parts.keeps_replay_log(spec.train)
+
+
+def _not_written_down(spec: JobSpec) -> str:
+    mode = spec.train.WhichOneof("consistency")
+    return (
+        "its contributions were applied in the order in which they came, and it was not written "
+        f"down; submit it with train.{mode}.replay_log: true"
+    )
 
 
 def _last_checkpoint(cluster: Cluster, job: Job) -> CheckpointManifest:

@@ -57,6 +57,12 @@ def commits_one_by_one(train: job_spec_pb2.Train) -> bool:
     return train.HasField("asynchronous") or (train.HasField("stale") and train.stale.bound > 0)
 
 
+def keeps_replay_log(train: job_spec_pb2.Train) -> bool:
+    """Whether the order in which contributions commit is written down, where it is not given."""
+    wanted = train.asynchronous.replay_log or train.stale.replay_log
+    return commits_one_by_one(train) and wanted
+
+
 def verifies(train: job_spec_pb2.Train) -> bool:
     """Whether contributions are compared with copies by other workers before they count."""
     return train.HasField("verification")

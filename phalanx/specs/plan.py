@@ -302,6 +302,8 @@ def _asynchronous_warnings(spec: job_spec_pb2.JobSpec, rows: int) -> list[str]:
     count = number_of(steps, "step")
     if steps and train.asynchronous.barrier_every_clocks >= steps:
         return [f"asynchronous.barrier_every_clocks never fires: the job has {count}"]
+    if train.stale.replay_log and not parts.commits_one_by_one(train):
+        return ["stale.replay_log changes nothing: with a bound of 0 all shards commit together"]
     # The last step of a shard is steps - 1 ahead of one that has not begun.
     if steps and parts.commits_one_by_one(train) and train.stale.bound >= steps - 1 > 0:
         return [f"stale.bound never fires: the job has {count}, and no shard waits for another"]

@@ -38,9 +38,9 @@ def asynchronous_plan(plan: JobPlan, **train: Any) -> JobPlan:
     from google.protobuf.json_format import ParseDict
 
     spec = JobSpec.FromString(plan.spec)
-    if "stale" in train:
-        spec.train.stale.bound = train.pop("stale")
-    else:
+    if isinstance(train.get("stale"), int):
+        train["stale"] = {"bound": train["stale"]}
+    elif "stale" not in train:
         spec.train.asynchronous.plain.SetInParent()
     ParseDict(train, spec.train)
     spec.reproducibility.tolerant.SetInParent()

@@ -36,7 +36,7 @@ class ReplayLog:
         if commits:
             shards, staleness = vectors.get(SHARDS), vectors.get(STALENESS)
             if shards is None or staleness is None:
-                raise DataLoss("the checkpoint has no replay log; set asynchronous.replay_log")
+                raise DataLoss("the checkpoint has no replay log; set replay_log")
             log._shards = [int(each) for each in shards]
             log._staleness = [int(each) for each in staleness]
         if len(log) != commits or len(log._staleness) != commits:

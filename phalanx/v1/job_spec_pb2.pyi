@@ -820,16 +820,20 @@ class Stale(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BOUND_FIELD_NUMBER: _builtins.int
+    REPLAY_LOG_FIELD_NUMBER: _builtins.int
     bound: _builtins.int
     """In steps; 0 is synchronous."""
+    replay_log: _builtins.bool
+    """Write down (version, shard, order) in checkpoints, so that the run can be replayed bit for bit."""
     def __init__(
         self,
         *,
         bound: _builtins.int = ...,
+        replay_log: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "replay_log", b"replay_log"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

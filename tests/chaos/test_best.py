@@ -154,7 +154,9 @@ def test_local_steps(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -
         alone.equals(job.wait(timeout_s=GUARD_S))
 
 
-@pytest.mark.parametrize("mode", [{"asynchronous": {"replay_log": True}}, {"stale": {"bound": 2}}])
+@pytest.mark.parametrize(
+    "mode", [{"asynchronous": {"replay_log": True}}, {"stale": {"bound": 2, "replay_log": True}}]
+)
 def test_contributions_that_commit_one_by_one(
     tmp_path: Path, mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +170,7 @@ def test_contributions_that_commit_one_by_one(
         assert result.best.step % 5 == 0
         assert result.metrics[METRIC] == result.best.value
         assert (result.steps, result.examples_lost, result.examples_doubled) == (STEPS, 0, 0)
-        if "asynchronous" in mode:
-            # In the order of its log it comes to the same evaluations, and the same best one.
-            assert ring.cluster.verify(job).equal
+        # In the order of its log it comes to the same evaluations, and the same best one.
+        verdict = ring.cluster.verify(job)
+        assert verdict.equal
+        assert verdict.balanced

@@ -78,3 +78,4 @@ def test_what_a_shard_keeps_and_the_order_of_commits_go_on_as_well(
             assert job.wait(timeout_s=GUARD_S).steps == 20
             verdict = verify_job(ring.cluster, job.id)
             assert verdict.equal, (name, verdict)
+            assert verdict.balanced, (name, verdict)

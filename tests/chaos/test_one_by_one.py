@@ -24,7 +24,7 @@ PER_EPOCH = 3
 
 MODES: dict[str, dict[str, Any]] = {
     "asynchronous": {"asynchronous": {"delay_compensated": {}, "replay_log": True}},
-    "stale": {"stale": {"bound": 2}},
+    "stale": {"stale": {"bound": 2, "replay_log": True}},
 }
 
 
@@ -68,13 +68,14 @@ def test_worker_aggregator_and_control_killed_in_the_middle_of_leaves(
     ring.gate.release()
     ledger_balances(ring, job)
     assert len(ring.events("STEPS_REPLAYED")) > before["STEPS_REPLAYED"]
-    if mode == "asynchronous":
-        log = replay_log_of(ring.cluster, job)
-        assert log is not None
-        shards = [log.commit(number)[0] for number in range(len(log))]
-        assert np.bincount(shards).tolist() == [STEPS] * SHARDS
-        assert max(n - log.commit(n)[1] for n in range(len(log))) > 0, "nothing was ever stale"
-        assert verify_job(ring.cluster, job.id).equal
+    log = replay_log_of(ring.cluster, job)
+    assert log is not None
+    shards = [log.commit(number)[0] for number in range(len(log))]
+    assert np.bincount(shards).tolist() == [STEPS] * SHARDS
+    assert max(n - log.commit(n)[1] for n in range(len(log))) > 0, "nothing was ever stale"
+    verdict = verify_job(ring.cluster, job.id)
+    assert verdict.equal
+    assert verdict.balanced
 
 
 def test_others_go_on_while_a_worker_is_stopped_and_its_shards_are_moved(ring: Arena) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from phalanx.sdk.job import Job
 from phalanx.sdk.methods import READ_JOURNAL
+from phalanx.sdk.verdict import TaskLedger
 from phalanx.tasks import journal_stream
 from phalanx.testing.arena import GUARD_S, Arena, arena, wait_until
 from phalanx.v1.storage_service_pb2 import ReadJournalRequest
@@ -77,6 +78,7 @@ def each_once(ring: Arena, job: Job) -> list[TaskRecord]:
     records = records_of(ring, job)
     counted = Counter(each.task for record in records for each in record.results)
     assert counted == dict.fromkeys(range(TASKS), 1)
+    assert ring.cluster.verify(job).tasks == TaskLedger(tasks=TASKS, done=TASKS)
     return records
 
 

@@ -24,6 +24,7 @@ from phalanx.frames import frame_grid
 from phalanx.models.base import decay_mask
 from phalanx.optimizers import Late, build_contribution_optimizer, gradient_limit
 from phalanx.reducers import Contribution
+from phalanx.specs import parts
 from phalanx.training.asynchronous import StepSums
 from phalanx.training.leaf import LeafOutcome
 from phalanx.training.local_asynchronous import AsynchronousSteps
@@ -183,7 +184,7 @@ class CommitHistory:
             return f"has shards at the steps {completed}, and they were at {known.completed}"
         model = self._at(known, best.model_step(self.shape, step))
         wrong = best.wrong_with(self.shape, step, vectors, model.parameters)
-        if wrong or not self._train.asynchronous.replay_log:
+        if wrong or not parts.keeps_replay_log(self._train):
             return wrong
         log = ReplayLog.restored(vectors, known.number)
         told = [log.commit(number) for number in range(len(log))]
@@ -213,7 +214,7 @@ class CommitHistory:
         if counts != wanted:
             return "does not have each step of each shard once", sha256
         newest = hashlib.sha256(last.parameters.tobytes()).hexdigest()
-        if self._train.asynchronous.replay_log and self._replayed(log) != newest:
+        if parts.keeps_replay_log(self._train) and self._replayed(log) != newest:
             return "gives other bits when its log is replayed", sha256
         return "", sha256
 

@@ -74,7 +74,7 @@ ONE_BY_ONE: dict[str, dict[str, Any]] = {
     "delay compensated, log": {
         "asynchronous": {"delay_compensated": {"strength": 0.5}, "replay_log": True}
     },
-    "stale 1": {"stale": {"bound": 1}},
+    "stale 1": {"stale": {"bound": 1, "replay_log": True}},
     "stale 3, bfloat16": {"stale": {"bound": 3}, "compression": {"cast_to": "bfloat16"}},
 }
 """Parts of jobs whose contributions commit one by one."""

@@ -53,6 +53,7 @@ from phalanx.frames import encode_response
 from phalanx.optimizers import ContributionOptimizer, Late
 from phalanx.reducers import Contribution, Slices, Steps
 from phalanx.rounds import RoundSpec
+from phalanx.specs import parts
 from phalanx.texts import number_of
 from phalanx.training.asynchronous import Clocks, StepSums, completed_steps, stale_bound
 from phalanx.training.decisions import RootDecider
@@ -85,7 +86,7 @@ class AsynchronousRanges(JobRanges):
         self._train = JobSpec.FromString(plan.spec).train
         self._range = self._ranges[0]
         self._grid = {first: i for i, (first, _) in enumerate(self._range.parameters.grid)}
-        self._log = ReplayLog() if self._train.asynchronous.replay_log else None
+        self._log = ReplayLog() if parts.keeps_replay_log(self._train) else None
         self._begin_at(None)
         #: What contributions look like while leaves are started; None: none are.
         self._phase: RoundSpec | None = None

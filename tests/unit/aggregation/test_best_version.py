@@ -233,13 +233,18 @@ def test_what_workers_see_with_a_loss_is_kept_without_one() -> None:
 # Other kinds of ranges
 
 
-@pytest.mark.parametrize("replay_log", [False, True])
-def test_contributions_that_commit_one_by_one(replay_log: bool) -> None:
+LOGGED: list[dict[str, Any]] = [
+    {"asynchronous": {"replay_log": True}},
+    {"stale": {"bound": 2, "replay_log": True}},
+]
+
+
+@pytest.mark.parametrize("options", [{}, *LOGGED])
+def test_contributions_that_commit_one_by_one(options: dict[str, Any]) -> None:
     made = make_plan(
         elements=1000, shards=3, steps=6, evaluation_shards=2, evaluate_every=2,
         checkpoint_every=1, best="test/accuracy", bitwise=False,
     )  # fmt: skip
-    options = {"asynchronous": {"replay_log": True}} if replay_log else {}
     rate = {"sgd": {"learning_rate": 1e-6}}
     plan = asynchronous_plan(made, optimizer=rate, **options)
     job = StartedLeaves(plan, make_ranges)
@@ -264,7 +269,7 @@ def test_contributions_that_commit_one_by_one(replay_log: bool) -> None:
     assert best_bytes([parts[6]]) == versions[4].tobytes() != versions[6].tobytes()
     assert best_bytes([parts[3]]) == versions[2].tobytes()
     assert BEST_VECTOR not in parts[4].snapshot.extra
-    assert ("replay_shards" in parts[6].snapshot.extra) is replay_log
+    assert ("replay_shards" in parts[6].snapshot.extra) is (options in LOGGED)
     again = StartedLeaves(plan, make_ranges)
     kept = parts[5]
     again.perform(again.ranges.begin_restored(5, {0: vectors_of(kept)}, kept.root_state))

@@ -177,8 +177,9 @@ def test_what_the_job_says_of_itself_must_be_what_was_used(local: Any) -> None:
 LOGGED = {"asynchronous": {"replay_log": True}}
 
 
-def test_a_log_is_followed_and_counted(local: Any) -> None:
-    job = submitted(local, LOGGED)
+@pytest.mark.parametrize("train", [LOGGED, {"stale": {"bound": 2, "replay_log": True}}])
+def test_a_log_is_followed_and_counted(local: Any, train: dict[str, Any]) -> None:
+    job = submitted(local, train)
     cluster = elsewhere(local, checkpoint_of(local, job, log_of(turns(job))))
     verdict = cluster.verify(job)
     assert verdict.replayed
@@ -210,6 +211,7 @@ def test_without_a_log_the_ledger_is_counted_all_the_same(
     assert verdict.balanced
     assert (verdict.wrong, verdict.equal, verdict.compared) == (False, False, False)
     assert "was not written down" in verdict.not_compared
+    assert f"train.{next(iter(train))}.replay_log: true" in verdict.not_compared
     assert verdict.ledger is not None
     assert verdict.ledger.exact_epochs == EPOCHS
     assert verdict.to_json()["local_sha256"] == ""

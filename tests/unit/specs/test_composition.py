@@ -323,6 +323,15 @@ def test_the_plan_warns_of_local_steps_that_end_far_behind_the_last_epoch(
     assert all(f"the job uses {used}:" in each for each in found)
 
 
+@pytest.mark.parametrize(("bound", "told"), [(0, True), (2, False)])
+def test_a_log_of_an_order_that_is_given_is_warned_of(
+    make_dataset: MakeDataset, bound: int, told: bool
+) -> None:
+    settings = (f"train.stale={{bound: {bound}, replay_log: true}}", "train.stop={steps: 10}")
+    warnings = planned(make_dataset(), *settings).warnings
+    assert any("stale.replay_log changes nothing" in each for each in warnings) == told
+
+
 @pytest.mark.parametrize(("bound", "told"), [(8, False), (9, True), (50, True)])
 def test_a_stale_bound_that_no_shard_comes_to_is_warned_of(
     make_dataset: MakeDataset, bound: int, told: bool
