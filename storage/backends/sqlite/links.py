@@ -18,8 +18,8 @@ from storage.backends.sqlite.database import Database
 from storage.backends.sqlite.references import LINK, add_references
 from storage.backends.sqlite.rows import REFERENCES
 
-PIECE_LINKS = 4000
-"""Written or dropped in one transaction, in some 30 ms."""
+PIECE_LINKS = 2000
+"""Written or dropped in one transaction, in some 10 ms where nothing else runs."""
 
 _UNNAMED = "unnamed"
 
