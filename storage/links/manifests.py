@@ -12,6 +12,7 @@ from phalanx.data.link_plans import ChunkPlace, places_of, plan_of
 from phalanx.data.linked_files import folder_of
 from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import FailedPrecondition
+from phalanx.texts import number_of
 from storage.core.keys import invalid
 from storage.links.maker import Plan
 
@@ -72,8 +73,8 @@ def demand_allowed(manifest: DatasetManifest, roots: Sequence[str]) -> None:
     if count > CHUNKS_MAX:
         raise invalid(
             "manifest.splits",
-            f"{count:,} chunks; a linked data set has at most {CHUNKS_MAX:,}: add it with larger "
-            "chunks (chunk_bytes), or as several data sets",
+            f"{number_of(count, 'chunk')}; a linked data set has at most {CHUNKS_MAX:,}: add it "
+            "with larger chunks (chunk_bytes), or as several data sets",
         )
     try:
         paths = [str(file.path) for file in manifest.links.all_files()]
