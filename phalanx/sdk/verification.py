@@ -17,6 +17,7 @@ from phalanx.sdk.methods import LIST_CHECKPOINTS, READ_TASK_RESULTS
 from phalanx.sdk.values import Result
 from phalanx.sdk.verdict import TaskLedger, Verdict
 from phalanx.tasks import is_task_set
+from phalanx.texts import number_of
 
 if TYPE_CHECKING:
     from phalanx.data.manifest import DatasetManifest
@@ -158,7 +159,8 @@ class _Training:
             return _Record(together, None)
         if last.step != result.steps:
             raise DataLoss(
-                f"job {job.id} made {result.steps} steps, and its last checkpoint is of {last.step}"
+                f"job {job.id} made {number_of(result.steps, 'step')}, and its last checkpoint is "
+                f"of step {last.step}"
             )
         examples = _examples_of(last)
         if not self._plan.asynchronous:
@@ -214,6 +216,7 @@ class _Training:
         )
 
     def _ledger(self, record: _Record, trained: TrainedModel | None) -> Ledger:
+        from phalanx.specs import parts
         from phalanx.training.ledger import Books, applied_by, take_stock
 
         result = self._result
@@ -224,7 +227,10 @@ class _Training:
             doubled=result.examples_doubled,
             applied=None if record.log is None else applied_by(record.log, self._plan.shards),
             left_out=frozenset() if trained is None else trained.left_out,
-            all_named=trained is not None and trained.steps == result.steps,
+            # A reducer may have refused what a faulty worker sent, which nobody computes again.
+            all_named=trained is not None
+            and trained.steps == result.steps
+            and not parts.reduces_leaves(self._spec.train),
         )
         return take_stock(self._plan, _Split(self._manifest, self._spec.data.split), books)
 

@@ -293,26 +293,19 @@ class _Job:
         leaves: dict[int, Contribution] = {}
         parameters = self._seen(self._parameters)
         for unit in self._units:
-            outcomes: list[LeafOutcome] = []
             payloads: dict[int, Array | None] = {}
             for shard in unit:
                 out = np.empty_like(parameters)
                 outcome = self._leaf(parameters, shard, version, out)
                 if not outcome.finite:
                     self._skip(shard, version)
-                outcomes.append(outcome)
                 present = outcome.count > 0 and outcome.finite
+                tree.count(shard, outcome, present)
                 payloads[shard - unit.start] = out if present else None
             values = self._contribution(reduce_leaves(payloads, len(unit)), unit.start, version)
+            tree.fill(unit, values, payloads)
             if self._reducer is not None and values is not None:
                 leaves[unit.start] = Contribution([values], outcome.count)
-                if not leaves[unit.start].finite:
-                    # Encoding made it so; the reducer leaves it out.
-                    self._left_out.add((unit.start, version))
-                    values, payloads = None, {}
-            for index, outcome in enumerate(outcomes):
-                tree.count(unit[index], outcome, payloads.get(index) is not None)
-            tree.fill(unit, values, payloads)
         gradient, count, loss = tree.result()
         divisor = count
         if self._reducer is not None:
