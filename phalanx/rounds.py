@@ -67,6 +67,9 @@ class Round:
     refused: tuple[int, ...] = ()
     """Shards that were left out; here a sum that is not finite fails the job."""
 
+    left_out: tuple[int, ...] = ()
+    """Shards that the round did not wait for; here it waits for all."""
+
     at_once = False
     """All frames complete together, with so much to do that others must have their turn."""
 

@@ -58,7 +58,7 @@ class Verdict:
     cluster_sha256: str
     local_sha256: str
     bit_identical: bool
-    #: An asynchronous job, computed again in the order that its log tells.
+    #: What it depends on is given by a log: which contributions were applied, in which order.
     replayed: bool = False
     ledger: Ledger | None = None
     tasks: TaskLedger | None = None
@@ -90,7 +90,7 @@ class Verdict:
         """Why the hashes may differ."""
         if self.replayed:
             return (
-                "the order of the contributions is that of the log, so either this machine's "
+                "the contributions and their order are those of the log, so either this machine's "
                 "processor or library versions have another numeric fingerprint, or the workers' "
                 "differed, or the job's code is not a pure function of its arguments"
             )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from phalanx.data.manifest import DatasetManifest
     from phalanx.sdk.cluster import Cluster
     from phalanx.training.ledger import Ledger
+    from phalanx.training.left_out import LeftOutLog
     from phalanx.training.local import TrainedModel
     from phalanx.training.replay import ReplayLog
     from phalanx.v1.job_spec_pb2 import JobSpec
@@ -95,11 +96,12 @@ def _verify_tasks(cluster: Cluster, job: Job, result: Result) -> Verdict:
 
 @dataclass(frozen=True)
 class _Record:
-    """What is written of a job: which steps shards have completed, and in which order."""
+    """What is written of a job: which steps shards have completed, in which order, without whom."""
 
     completed: tuple[int, ...]
     examples: int | None
     log: ReplayLog | None = None
+    left_out: LeftOutLog | None = None
 
 
 class _Training:
@@ -135,10 +137,14 @@ class _Training:
             cluster_sha256=result.parameters_sha256,
             local_sha256=sha256,
             bit_identical=result.bit_identical,
-            replayed=self._plan.asynchronous,
+            replayed=self._plan.asynchronous or self._has_backups,
             ledger=self._ledger(record, trained),
             not_compared=why,
         )
+
+    @property
+    def _has_backups(self) -> bool:
+        return self._spec.train.synchronous.backup_shards > 0
 
     def _record(self) -> _Record:
         """Read what the last checkpoint says.
@@ -164,7 +170,8 @@ class _Training:
             )
         examples = _examples_of(last)
         if not self._plan.asynchronous:
-            return _Record(together, examples)
+            absences = _read_absences(self._cluster, last) if self._has_backups else None
+            return _Record(together, examples, left_out=absences)
         completed = tuple(completed_steps(last.root_state, shards, last.step))
         log = _read_log(self._cluster, job, last) if _keeps_log(self._spec) else None
         return _Record(completed, examples, log)
@@ -174,7 +181,7 @@ class _Training:
         in_process = self._cluster.backend.address == IN_PROCESS
         if self._plan.asynchronous and record.log is None and not in_process:
             return _not_written_down(self._spec)
-        if self._spec.train.synchronous.backup_shards and self._result.examples_lost:
+        if self._has_backups and record.left_out is None and self._result.examples_lost:
             return (
                 "the job left out contributions that came too late (backup_shards), and which they "
                 "were is not written down"
@@ -183,7 +190,7 @@ class _Training:
 
     def _excuse(self) -> str:
         """Why other bits prove nothing; empty where they do."""
-        if self._result.bit_identical or self._plan.asynchronous:
+        if self._result.bit_identical or self._plan.asynchronous or self._has_backups:
             return ""
         return (
             "its workers may have had different numeric fingerprints, as its model says, and this "
@@ -212,6 +219,7 @@ class _Training:
             code_dir=job_code(spec, fetch, folder / "code"),
             start_model=start_model,
             replay=record.log,
+            left_out=record.left_out,
             until_step=until_step,
         )
 
@@ -220,13 +228,16 @@ class _Training:
         from phalanx.training.ledger import Books, applied_by, take_stock
 
         result = self._result
+        left_out = frozenset() if trained is None else trained.left_out
+        if record.left_out is not None:
+            left_out |= record.left_out.contributions
         books = Books(
             completed=record.completed,
             examples=record.examples,
             lost=result.examples_lost,
             doubled=result.examples_doubled,
             applied=None if record.log is None else applied_by(record.log, self._plan.shards),
-            left_out=frozenset() if trained is None else trained.left_out,
+            left_out=left_out,
             # A reducer may have refused what a faulty worker sent, which nobody computes again.
             all_named=trained is not None
             and trained.steps == result.steps
@@ -322,6 +333,15 @@ def _examples_of(checkpoint: CheckpointManifest) -> int:
             f"the checkpoint at step {checkpoint.step} does not say how many examples entered the "
             f"steps: {error!r}"
         ) from None
+
+
+def _read_absences(cluster: Cluster, checkpoint: CheckpointManifest) -> LeftOutLog | None:
+    """Return what each step left out; None where it was not written down."""
+    from phalanx.data.checkpoint_parts import parse_part
+    from phalanx.training.left_out import COUNTS, LeftOutLog
+
+    _, vectors = parse_part(cluster.backend.get_blob(checkpoint.parts[0].digest))
+    return LeftOutLog.restored(vectors, checkpoint.step) if COUNTS in vectors else None
 
 
 def _read_log(cluster: Cluster, job: Job, checkpoint: CheckpointManifest) -> ReplayLog:

@@ -40,6 +40,7 @@ from phalanx.training.leaf import (
     run_evaluation_leaf,
     run_leaf,
 )
+from phalanx.training.left_out import LeftOutLog
 from phalanx.training.local_asynchronous import AsynchronousSteps
 from phalanx.training.replay import ReplayLog
 from phalanx.training.start import load_start_parameters
@@ -99,6 +100,7 @@ def train_in_process(
     on_progress: Callable[[Progress], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
     replay: ReplayLog | None = None,
+    left_out: LeftOutLog | None = None,
     until_step: int | None = None,
 ) -> TrainedModel:
     """Run a job to its end and return the model.
@@ -112,6 +114,7 @@ def train_in_process(
         on_progress: called after each step and evaluation; what it raises ends the job.
         clock: seconds, for the wall-time rule alone.
         replay: the order of an asynchronous run that is to be computed again.
+        left_out: what each step left out in a run that is to be computed again.
         until_step: end there at the latest, whatever the stop rules say.
 
     Raises:
@@ -140,6 +143,7 @@ def train_in_process(
                 on_progress=on_progress,
                 clock=clock,
                 replay=replay,
+                left_out=left_out,
                 until_step=until_step,
             )
     finally:
@@ -156,6 +160,7 @@ def run_job(
     on_progress: Callable[[Progress], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
     replay: ReplayLog | None = None,
+    left_out: LeftOutLog | None = None,
     until_step: int | None = None,
 ) -> TrainedModel:
     """Run the rounds of a job whose model and readers are there; see `train_in_process`.
@@ -163,7 +168,7 @@ def run_job(
     BLAS must use one thread already. `evaluation_reader` may be None only where the plan has no
     evaluation shards.
     """
-    job = _Job(plan, model, reader, evaluation_reader, start_model, replay)
+    job = _Job(plan, model, reader, evaluation_reader, start_model, replay, left_out)
     begin_s = clock()
     go = job.decider.start()
     ends = (GoRecord.ACTION_STOP, GoRecord.ACTION_FAIL)
@@ -187,7 +192,9 @@ class _Job:
         evaluation_reader: RowReader | None,
         start_model: Path | None,
         replay: ReplayLog | None,
+        left_out: LeftOutLog | None,
     ) -> None:
+        self._absences = left_out
         self._plan = JobPlan()
         self._plan.CopyFrom(plan)
         self._plan.layout.CopyFrom(model.layout)
@@ -292,11 +299,15 @@ class _Job:
         tree = _Tree(self._plan.shards)
         leaves: dict[int, Contribution] = {}
         parameters = self._seen(self._parameters)
+        absent = () if self._absences is None else self._absences.of(version)
+        self._left_out.update((shard, version) for shard in absent)
         for unit in self._units:
             payloads: dict[int, Array | None] = {}
             for shard in unit:
                 out = np.empty_like(parameters)
-                outcome = self._leaf(parameters, shard, version, out)
+                outcome = LeafOutcome(0, 0.0, True)
+                if shard not in absent:
+                    outcome = self._leaf(parameters, shard, version, out)
                 if not outcome.finite:
                     self._skip(shard, version)
                 present = outcome.count > 0 and outcome.finite
@@ -307,6 +318,13 @@ class _Job:
             if self._reducer is not None and values is not None:
                 leaves[unit.start] = Contribution([values], outcome.count)
         gradient, count, loss = tree.result()
+        self._apply(gradient, count, leaves, version)
+        return count, loss
+
+    def _apply(
+        self, gradient: Array | None, count: int, leaves: dict[int, Contribution], version: int
+    ) -> None:
+        """Make the next version of what the tree has summed, or of the leaves by themselves."""
         divisor = count
         if self._reducer is not None:
             reduced = self._reducer.reduce(leaves)
@@ -326,7 +344,6 @@ class _Job:
                 )
                 raise _failure(message, "PARAMETERS_NON_FINITE")
             self._parameters, self._next = self._next, self._parameters
-        return count, loss
 
     def _train_one_by_one(self, steps: AsynchronousSteps) -> StepSums:
         def leaf(parameters: Array, shard: int, step: int, out: Array) -> LeafOutcome | None:

@@ -49,7 +49,7 @@ class Mode:
     train: dict[str, Any]
     same_bits: bool = True
     replayed: bool = False
-    """Whether its log tells how to compute the same bits again."""
+    """Whether a log tells how to compute the same bits again."""
     one_by_one: bool = False
     leaves_out: bool = False
     own_steps: int = 1
@@ -60,6 +60,7 @@ MODES = {
     "backups": Mode(
         {"synchronous": {"backup_shards": 2}},
         same_bits=False,
+        replayed=True,
         leaves_out=True,
         top={"reproducibility": {"tolerant": {}}},
     ),
@@ -131,7 +132,9 @@ def proved(verdict: Verdict, mode: Mode) -> None:
     assert ledger.problems == ()
     assert ledger.epochs == STEPS * mode.own_steps // PER_EPOCH
     assert (ledger.doubled, ledger.missing) == (0, 0)
-    if not mode.leaves_out:
+    if mode.leaves_out:
+        assert sum(each.examples for each in ledger.named) == ledger.left_out > 0
+    else:
         assert ledger.exact_epochs == ledger.epochs
         assert (ledger.used, ledger.left_out) == (ROWS * ledger.epochs, 0)
     assert verdict.equal == verdict.compared == (mode.same_bits or mode.replayed)

@@ -17,6 +17,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from phalanx.errors import DataLoss
+from phalanx.training.left_out import LeftOutLog
 from tests.simulation import best, jobs
 
 Array = NDArray[Any]
@@ -70,7 +72,8 @@ class History:
         if known is None:
             return "is no version that was followed"
         model = _back(known, version - best.model_step(self._shape, version))
-        return best.wrong_with(self._shape, version, vectors, model.parameters)
+        wrong = best.wrong_with(self._shape, version, vectors, model.parameters)
+        return wrong or self._wrong_log(known, version, vectors)
 
     def left_out(self, term: int) -> frozenset[int]:
         """Shards that the newest step of a term left out."""
@@ -109,6 +112,22 @@ class History:
             if known.bits == bits:
                 return known
         return None
+
+    def _wrong_log(self, known: _Known, version: int, vectors: Mapping[str, Array]) -> str:
+        """What is wrong with the log of what the steps up to a version have left out."""
+        try:
+            log = LeftOutLog.restored(vectors, version)
+        except DataLoss as error:
+            return f"has no log of its steps: {error}"
+        for step in reversed(range(version)):
+            told = {shard for shard in log.of(step) if self.examples(step + 1, frozenset({shard}))}
+            if {each for each in told if not jobs.is_skipped(self._shape, each, step)} != {
+                each for each in known.left_out if not jobs.is_skipped(self._shape, each, step)
+            }:
+                return f"says that step {step} left out {log.of(step)}, not {set(known.left_out)}"
+            assert known.before is not None
+            known = known.before
+        return ""
 
     def _may_be_left_out(self) -> Iterator[frozenset[int]]:
         for count in range(self._shape.backup + 1):

@@ -122,6 +122,10 @@ KNOWN = {
     "a reducer does not wait for the last leaf": Known(0, (), (("parts", "median"),)),
     "one shard more than the job says may be left out": Known(0, (), (("parts", "1 backup"),)),
     "what was left out is forgotten with a checkpoint": Known(0, (), (("parts", "1 backup"),)),
+    "which shards were left out is forgotten with a checkpoint": Known(
+        0, ("kill_aggregator",), (("aggregators", 2), ("parts", "1 backup"))
+    ),
+    "what a step left out is noted as nothing": Known(0, (), (("parts", "1 backup"),)),
     "a contribution counts again where it comes again": Known(
         0, _STREAMS, (("workers", 3), ("parts", "asynchronous"))
     ),

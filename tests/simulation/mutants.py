@@ -284,6 +284,16 @@ MUTANTS = (
         "what was left out is forgotten with a checkpoint", 4, f"{_MACHINE}._state",
         'state["examples_lost"] = self.examples_lost', 'state["examples_lost"] = 0',
     ),
+    _one(
+        "which shards were left out is forgotten with a checkpoint", 4,
+        f"{_AGGREGATION}.core.backups:BackupRanges.begin_restored",
+        "LeftOutLog.restored(kept, version) if COUNTS in kept else None", "LeftOutLog()",
+    ),
+    _one(
+        "what a step left out is noted as nothing", 4,
+        f"{_AGGREGATION}.core.backups:BackupRanges._close",
+        "self._log.add(current.left_out)", "self._log.add(())",
+    ),
     _many(
         "a contribution counts again where it comes again", 4,
             Change(

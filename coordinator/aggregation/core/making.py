@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coordinator.aggregation.core.asynchronous import AsynchronousRanges
+from coordinator.aggregation.core.backups import BackupRanges
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.core.stateful import StatefulRanges
 from coordinator.aggregation.core.verified import VerifiedRanges
 from phalanx.optimizers import build_contribution_optimizer, build_optimizer
+from phalanx.specs import parts
 from phalanx.training.decisions import RootDecider
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan, ParameterRange
@@ -30,5 +32,7 @@ def make_ranges(
     optimizer = build_optimizer(train, plan.total_steps)
     if plan.verified:
         return VerifiedRanges(plan, term, owned, optimizer, decider, secret)
-    kind = StatefulRanges if plan.state_every else JobRanges
+    kind: type[JobRanges] = StatefulRanges if plan.state_every else JobRanges
+    if parts.backup_shards(train):
+        kind = BackupRanges
     return kind(plan, term, owned, optimizer, decider)

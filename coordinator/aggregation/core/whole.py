@@ -104,6 +104,8 @@ class LeavesRound:
         self._closed = False
         #: Shards whose contributions were not finite, and so left out.
         self.refused: tuple[int, ...] = ()
+        #: Shards that were not whole when the round had all that it needs.
+        self.left_out: tuple[int, ...] = ()
         self._reduced: list[Array | None] = []
         self._left = len(spec.grid)
         self._divisor = 0
@@ -187,7 +189,9 @@ class LeavesRound:
 
     def _close(self) -> None:
         """What the round needs is in: whatever is not whole by now is left out."""
-        for node in nodes_of_mask(self.missing, self.spec.width):
+        missing = self.missing
+        self.left_out = tuple(shard for shard in range(self.spec.width) if missing >> shard & 1)
+        for node in nodes_of_mask(missing, self.spec.width):
             self._scalars.fill(node, 0, 0.0, 0)
         self._arriving.clear()
         self._closed = True

@@ -8,12 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.aggregation.core.effects import Committed
+from coordinator.aggregation.core.effects import Committed, StartCheckpoint
+from coordinator.aggregation.core.making import make_ranges
 from phalanx.frames import BLOCK_ELEMENTS
 from phalanx.models.base import decay_mask
 from phalanx.optimizers import build_optimizer
 from phalanx.reduction import Node, reduce_leaves
-from phalanx.testing.ranges import ROWS_PER_LEAF, leaf_gradient, leaf_loss, make_plan
+from phalanx.testing.ranges import (
+    ROWS_PER_LEAF,
+    ScriptedJob,
+    leaf_gradient,
+    leaf_loss,
+    make_plan,
+)
+from phalanx.training.left_out import LeftOutLog
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan
 
@@ -106,6 +114,40 @@ def test_without_backup_shards_everything_is_waited_for(jobs: Any) -> None:
     job = jobs.started(backup_plan(0))
     job.send(frames_of(job, 0, 1, 2, 3))
     assert job.root.version == 0
+
+
+def left_out_of(effect: StartCheckpoint) -> LeftOutLog:
+    extra = {name: pieces[0] for name, pieces in effect.snapshot.extra.items()}
+    return LeftOutLog.restored(extra, effect.version)
+
+
+def test_checkpoints_say_which_shards_each_step_left_out(jobs: Any) -> None:
+    plan = backup_plan(2, checkpoint_every=2, steps=4)
+    job = ScriptedJob(make_ranges, plan, ((0,),), 1)
+    job.begin()
+    job.run_round()
+    late = [{0, 3}, {1, 2}, {3, 4}, {0, 1}]
+    for version in range(3):
+        job.send(frames_of(job, *sorted(set(range(5)) - late[version])))
+        job.pull()
+    (checkpoint,) = jobs.checkpoints(job)
+    log = left_out_of(checkpoint)
+    assert [set(log.of(step)) for step in range(len(log))] == late[:2]
+
+    for kept, wanted in (
+        (checkpoint.snapshot.extra, late[:2]),
+        ({}, None),  # of a job that began where nobody wrote it down
+    ):
+        again = make_ranges(plan, 2, job.pieces)
+        vectors = {name: pieces[0] for name, pieces in kept.items()}
+        parameters = np.concatenate(checkpoint.snapshot.frames)
+        again.begin_restored(2, {0: (parameters, vectors)}, checkpoint.root_state)
+        (paused,) = [each for each in again.pause() if isinstance(each, StartCheckpoint)]
+        if wanted is None:
+            assert not paused.snapshot.extra
+        else:
+            log = left_out_of(paused)
+            assert [set(log.of(step)) for step in range(len(log))] == wanted
 
 
 def throughput(jobs: Any, backup: int, steps: int = 60) -> float:

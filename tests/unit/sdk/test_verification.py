@@ -12,12 +12,17 @@ import pytest
 import safetensors.numpy
 
 import phalanx
+from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import DataLoss, FailedPrecondition, NotFound
 from phalanx.sdk.cluster import Cluster
 from phalanx.sdk.job import Job
 from phalanx.sdk.methods import LIST_CHECKPOINTS, READ_TASK_RESULTS
 from phalanx.sdk.verdict import TaskLedger
 from phalanx.sdk.verification import replay_log_of
+from phalanx.specs import job_plan
+from phalanx.training.expected import expected_of_shard
+from phalanx.training.left_out import LeftOutLog
+from phalanx.training.local import train_in_process
 from phalanx.training.replay import ReplayLog
 from phalanx.v1.job_service_pb2 import ReadTaskResultsResponse
 from phalanx.v1.storage_service_pb2 import (
@@ -90,7 +95,7 @@ class Elsewhere:
 
 
 def checkpoint_of(
-    local: Any, job: Job, log: ReplayLog | None = None, **state: Any
+    local: Any, job: Job, log: ReplayLog | LeftOutLog | None = None, **state: Any
 ) -> CheckpointManifest:
     """What the job would have left on a cluster."""
     assert job.result is not None
@@ -263,6 +268,53 @@ def test_which_contributions_came_too_late_is_not_known(local: Any) -> None:
     assert "backup_shards" in verdict.not_compared
     assert verdict.ledger is not None
     assert (verdict.ledger.used, verdict.ledger.left_out) == (EPOCHS * ROWS - 16, 16)
+
+
+def without(local: Any, job: Job, *steps: tuple[int, ...]) -> LeftOutLog:
+    """Let the job have left these shards out, and write down what it would have come to."""
+    log = LeftOutLog()
+    for shards in steps:
+        log.add(shards)
+    spec = job.message.spec
+    dataset = local.data.get(spec.data.name)
+    plan = job_plan(spec, dataset, job.id)
+    manifest = DatasetManifest.from_json(local.backend.get_blob(plan.manifest_digest))
+    trained = train_in_process(plan, manifest, local.backend._blob_path, left_out=log)
+    stored = stored_of(local, job)
+    stored.result.parameters_sha256 = trained.parameters_sha256
+    stored.result.bit_identical = False
+    stored.result.examples_lost = sum(expected_of_shard(plan, *each) for each in log.contributions)
+    stored.progress.examples = trained.examples
+    return log
+
+
+def test_shards_that_came_too_late_are_left_out_again(local: Any) -> None:
+    tolerant = {"reproducibility": {"tolerant": {}}}
+    job = submitted(local, {"synchronous": {"backup_shards": 2}}, **tolerant)
+    assert job.result is not None
+    plain, steps = job.result.parameters_sha256, job.result.steps
+    late = [(step % SHARDS,) if step % 2 else () for step in range(steps)]
+    log = without(local, job, *late)
+    job = local.get(job.id)
+    verdict = elsewhere(local, checkpoint_of(local, job, log)).verify(job.id)
+    assert verdict.equal
+    assert verdict.local_sha256 != plain
+    assert verdict.ledger is not None
+    assert verdict.ledger.problems == ()
+    named = [(each.shard, each.step - 1) for each in verdict.ledger.named]
+    assert sorted(named) == sorted(log.contributions)
+    assert verdict.ledger.exact_epochs == 0
+    others = LeftOutLog()
+    for shards in late:
+        others.add([(shard + 1) % SHARDS for shard in shards])
+    moved = elsewhere(local, checkpoint_of(local, job, others)).verify(job.id)
+    assert moved.wrong
+    assert moved.compared
+    assert not moved.equal
+    none = LeftOutLog()
+    for _ in late:
+        none.add(())
+    assert not elsewhere(local, checkpoint_of(local, job, none)).verify(job.id).balanced
 
 
 def test_the_last_checkpoint_may_be_gone_where_all_shards_commit_together(local: Any) -> None:
