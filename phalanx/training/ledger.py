@@ -219,10 +219,10 @@ class _Stock:
 
     def _count(self, epoch: int) -> _Epoch:
         counts = _Epoch(np.zeros_like(self._rows.wanted), np.zeros_like(self._rows.wanted))
-        for own_step in range(epoch * self._per_epoch, (epoch + 1) * self._per_epoch):
-            step = own_step // self._own
-            for shard in range(self._plan.shards):
-                contribution = shard, step
+        # Shard by shard: the sampler remembers the order of a few shards at a time.
+        for shard in range(self._plan.shards):
+            for own_step in range(epoch * self._per_epoch, (epoch + 1) * self._per_epoch):
+                contribution = shard, own_step // self._own
                 times = self._times(contribution)
                 if not times:
                     continue

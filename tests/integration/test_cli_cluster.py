@@ -103,6 +103,7 @@ def test_data_train_and_predict_from_the_command_line(cli, folder):
     assert np.mean(np.array(predicted) == np.array(wanted)) > 0.9
     code, out, _ = cli("verify", job_id)
     assert (code, "equal" in out) == (0, True)
+    assert "ledger        balances" in out
     code, out, _ = cli("--json", "show", job_id)
     assert json.loads(out)["state"] == "STATE_SUCCEEDED"
     code, out, _ = cli("metrics", job_id, "--csv")

@@ -199,8 +199,32 @@ def test_a_second_contribution_to_a_step_has_read_a_version_without_the_first(
     rows = ledger.epoch_examples // SHARDS
     assert 0 < ledger.doubled <= rows
     assert 0 < ledger.missing <= rows
+    assert any("used more often than an epoch has them" in each for each in ledger.problems)
+    assert any("of whole epochs not used" in each for each in ledger.problems)
     applied = applied_by(log_of(shards, {SHARDS * 3: SHARDS * 2}), SHARDS)
     assert (applied[0, 2], applied[0, 3]) == (2, 0)
+
+
+def test_a_log_goes_as_far_as_the_steps_that_shards_have_completed(stored: StoredDataset) -> None:
+    """Also in the epoch that the job ended in, where nothing has to be complete."""
+    plan = plan_of(stored, asynchronous={"replay_log": True})
+    steps = plan.total_steps - 2
+    shards = commits_of(steps)
+    shards[-1] = shards[0]
+    applied = applied_by(log_of(shards), SHARDS)
+    ledger = stock(stored, plan, Books((steps,) * SHARDS, None, applied=applied))
+    assert (ledger.doubled, ledger.missing) == (0, 0)
+    assert ledger.problems == (
+        f"shard 0 has completed {steps} steps, and the log has {steps + 1} contributions of it",
+        f"shard 3 has completed {steps} steps, and the log has {steps - 1} contributions of it",
+    )
+
+
+def test_the_plan_and_the_data_set_have_as_many_rows(stored: StoredDataset) -> None:
+    plan = plan_of(stored)
+    plan.train_rows += 1
+    ledger = stock(stored, plan, replace(books_of(plan, plan.total_steps), examples=None))
+    assert ledger.problems == ("an epoch has 203 examples, and the job was planned for 204",)
 
 
 def test_shards_may_end_at_different_steps(stored: StoredDataset) -> None:

@@ -270,7 +270,9 @@ def test_which_contributions_came_too_late_is_not_known(local: Any) -> None:
     assert (verdict.ledger.used, verdict.ledger.left_out) == (EPOCHS * ROWS - 16, 16)
 
 
-def without(local: Any, job: Job, *steps: tuple[int, ...]) -> LeftOutLog:
+def without(
+    local: Any, job: Job, *steps: tuple[int, ...], until_step: int | None = None
+) -> LeftOutLog:
     """Let the job have left these shards out, and write down what it would have come to."""
     log = LeftOutLog()
     for shards in steps:
@@ -279,9 +281,11 @@ def without(local: Any, job: Job, *steps: tuple[int, ...]) -> LeftOutLog:
     dataset = local.data.get(spec.data.name)
     plan = job_plan(spec, dataset, job.id)
     manifest = DatasetManifest.from_json(local.backend.get_blob(plan.manifest_digest))
-    trained = train_in_process(plan, manifest, local.backend._blob_path, left_out=log)
+    fetch = local.backend._blob_path
+    trained = train_in_process(plan, manifest, fetch, left_out=log)
+    kept = train_in_process(plan, manifest, fetch, left_out=log, until_step=until_step)
     stored = stored_of(local, job)
-    stored.result.parameters_sha256 = trained.parameters_sha256
+    stored.result.parameters_sha256 = kept.parameters_sha256
     stored.result.bit_identical = False
     stored.result.examples_lost = sum(expected_of_shard(plan, *each) for each in log.contributions)
     stored.progress.examples = trained.examples
@@ -315,6 +319,24 @@ def test_shards_that_came_too_late_are_left_out_again(local: Any) -> None:
     for _ in late:
         none.add(())
     assert not elsewhere(local, checkpoint_of(local, job, none)).verify(job.id).balanced
+
+
+def test_what_came_too_late_after_the_best_step_is_named_as_well(local: Any) -> None:
+    """Where a clock ended the job, nothing is computed beyond the step that was kept."""
+    tolerant = {"reproducibility": {"tolerant": {}}}
+    job = submitted(local, {"synchronous": {"backup_shards": 1}}, **tolerant)
+    assert job.result is not None
+    log = without(local, job, *[(2,)] * job.result.steps, until_step=3)
+    stored = stored_of(local, job)
+    stored.spec.train.stop.wall_time.nanos = 1
+    stored.result.best.step = 3
+    job = local.get(job.id)
+    verdict = elsewhere(local, checkpoint_of(local, job, log)).verify(job.id)
+    assert verdict.equal
+    assert verdict.steps == 3
+    assert verdict.ledger is not None
+    assert verdict.ledger.problems == ()
+    assert {(each.shard, each.step - 1) for each in verdict.ledger.named} == log.contributions
 
 
 def test_the_last_checkpoint_may_be_gone_where_all_shards_commit_together(local: Any) -> None:
