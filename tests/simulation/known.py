@@ -20,6 +20,7 @@ from tests.simulation.rare import (
     PLATEAU,
     TAKEN_OVER,
     UNHEARD,
+    bad_jobs,
 )
 from tests.simulation.runs import simulate
 
@@ -239,6 +240,16 @@ KNOWN = {
 """Where each bug is known to show; found by `hunt`."""
 
 _STUCK = (("aggregators", 2), ("workers", 2), ("script", "stuck_payloads"))
+_HANGS_AT_ONCE = (
+    ("workers", 3),
+    ("slots", 1),
+    ("script", "hangs_at_once"),
+    ("script_s", 0.0),
+    ("leaf_timeout_s", 600.0),
+    ("faults_s", 16.0),
+    ("every_s", 1.5),
+    bad_jobs("", "all-reduce", "all-reduce, local", steps=30),
+)
 FOUND_BUGS = (
     Known(2, (), _STUCK),  # a worker that never delivered anything held a new job up for ever
     Known(5, (), _STUCK),  # so did one that shards were moved to and that opened no stream
@@ -257,8 +268,10 @@ FOUND_BUGS = (
     Known(0, (), (("parts", "all-reduce"),)),
     # a worker that was started again was taken for the member that it had been in the same term;
     Known(1000, settings=(("parts", "all-reduce"),)),
-    # an evaluation of which nobody began a shard was never missed.
+    # an evaluation of which nobody began a shard was never missed;
     Known(2, ("hung_leaf",), (("workers", 3), ("parts", "all-reduce"), ("leaf_timeout_s", 600.0))),
+    # nobody told of a root that could not load one, as its only leaf process hung in another.
+    Known(12, settings=_HANGS_AT_ONCE),
     # One never began that a worker with other bits had described than those that were there.
     Known(3046, settings=(("parts", "all-reduce, clipped gradient"),)),
     # Of a shard whose home was not known no copy was asked of the one worker that could, as it was

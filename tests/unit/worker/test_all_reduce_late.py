@@ -176,6 +176,32 @@ def test_a_member_that_says_no_hello_is_told():
     assert job.members["w1"].core.unheard().keys() == {"w2"}
 
 
+def test_a_root_that_has_not_loaded_the_job_is_told():
+    """It opens streams to the others, but accepts none."""
+    job = cluster(15)
+    root = job.members["w0"].core
+    root._set_up = root.prepared = False
+    job.wait(HELLO_S - 1)
+    assert job.members["w1"].core.unheard() == {}
+    job.wait(2)
+    assert job.members["w1"].core.unheard().keys() == {"w0"}
+    assert job.members["w2"].core.unheard().keys() == {"w0"}
+    # Control begins a term without it.
+    job.change(["w1", "w2"])
+    ends_with_the_same_bits(job)
+
+
+def test_a_root_that_takes_long_to_make_the_initial_parameters_is_not_told():
+    job = cluster(16)
+    for member in job.members.values():
+        member.hangs = True
+    job.wait(2.5 * PATIENCE_UNMEASURED_S)
+    assert not any(member.core.unheard() for member in job.members.values())
+    for member in job.members.values():
+        member.hangs = False
+    ends_with_the_same_bits(job)
+
+
 def test_a_member_to_which_the_state_is_on_its_way_is_waited_for():
     job = cluster(8)
     at(job, 2)

@@ -364,8 +364,11 @@ class AllReduceJob(JobCore):
         if self.joined and len(self._began) < len(self._members):
             silent = [member for member in self._members if member not in self._began]
             return dict.fromkeys(silent, waited_s) if waited_s >= HELLO_S else {}
-        if not self._started and self._began.get(self._holder, NONE) > NONE:
-            return {self._holder: waited_s} if waited_s >= HELLO_S else {}
+        if not self._started and self._holder:
+            # To make the initial parameters may take long. One that has loaded the job is heard.
+            made = self._began[self._holder] > NONE
+            if made or not self._outbox.is_open(self._holder):
+                return {self._holder: waited_s} if waited_s >= HELLO_S else {}
         return self._late.unheard(now_s) if self._late is not None else {}
 
     def _tell(self, member: str, header: pb.ExchangeResponseHeader) -> list[Effect]:
