@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from coordinator.control.process import ControlProcess
 
 FOLLOW_POLL_S = 5.0
+LINES_COME_LATE_S = 2.0
+"""So long after the end of a job its last lines may still be on their way: workers collect them for
+a quarter of a second, and control writes them several times a second."""
 MAX_POINTS = 10_000
 
 ResponseT = TypeVar("ResponseT", bound=Message)
@@ -205,26 +210,28 @@ class JobServicer(pb_grpc.JobServiceServicer):
     async def ReadJobLogs(
         self, request: pb.ReadJobLogsRequest, context: ServicerContext
     ) -> AsyncIterator[pb.ReadJobLogsResponse]:
-        """Show the log of a job; with `follow` until it has ended."""
+        """Show the log of a job; with `follow` until it has ended and its last lines are here."""
         leader = self._process.leading()
         leader.job_view(request.job_id)
         after_nanos = request.after_time.ToNanoseconds() if request.HasField("after_time") else 0
-        wake, position = asyncio.Event(), 0
+        wake, position, enough_s = asyncio.Event(), 0, math.inf
         leader.streams.subscribe(request.job_id, wake)
         try:
             while True:
                 leader.watchers.check_open()
-                ended = leader.job_view(request.job_id).state in ENDED
+                enough_s = _enough_s(leader.job_view(request.job_id), enough_s)
+                complete = time.monotonic() >= enough_s
                 wake.clear()
                 async for following, line in leader.streams.lines(request.job_id, position):
                     position = following
                     chosen = not request.worker_id or line.worker_id == request.worker_id
                     if chosen and line.time_unix_nanos > after_nanos:
                         yield _log_response(line)
-                if ended or not request.follow:
+                if complete or not request.follow:
                     return
+                wait_s = min(FOLLOW_POLL_S, max(0.0, enough_s - time.monotonic()))
                 try:
-                    await asyncio.wait_for(wake.wait(), FOLLOW_POLL_S)
+                    await asyncio.wait_for(wake.wait(), wait_s)
                 except TimeoutError:
                     continue
         finally:
@@ -294,6 +301,18 @@ def _submitter(context: ServicerContext) -> str:
     """The host that a call came from; names come with authentication."""
     kind, _, rest = context.peer().partition(":")
     return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else kind
+
+
+def _enough_s(job: job_pb2.Job, known_s: float) -> float:
+    """When, on the monotonic clock, all lines of a job are here; `known_s` is what was said before.
+
+    One that has been over for long has them already; how long it has been is told by the wall
+    clock, which may have been set back.
+    """
+    if job.state not in ENDED:
+        return math.inf
+    ago_s = max(0.0, time.time() - job.end_time.ToNanoseconds() / 1e9)
+    return min(known_s, time.monotonic() + max(0.0, LINES_COME_LATE_S - ago_s))
 
 
 def _log_response(line: JobLogLine) -> pb.ReadJobLogsResponse:

@@ -11,6 +11,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from coordinator.control import job_servicer
 from phalanx.clients.storage import StorageClient
 from phalanx.rpc.status import from_rpc_error
 from phalanx.testing.members import ScriptedAggregator, ScriptedWorker
@@ -321,6 +322,32 @@ async def test_logs_and_metric_points_are_kept(cluster: Any) -> None:
             if len(read) == 3:
                 break
         assert read == [("w1", n, f"line {n}") for n in range(3)]
+
+
+async def test_who_follows_a_log_gets_the_lines_that_come_after_the_end(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers collect them for a moment, and a short job is over by then."""
+    monkeypatch.setattr(job_servicer, "LINES_COME_LATE_S", GUARD_S)
+    stub = cluster.jobs()
+    async with (
+        ScriptedAggregator(cluster.control_address, "a1"),
+        ScriptedWorker(cluster.control_address, "w1") as worker,
+    ):
+        job = await cluster.submit()
+        await cluster.wait_for_state(job.id, "RUNNING")
+        await stub.CancelJob(job_service_pb2.CancelJobRequest(job_id=job.id), timeout=GUARD_S)
+        await cluster.wait_for_state(job.id, "CANCELLED")
+        logs = job_service_pb2.ReadJobLogsRequest(job_id=job.id, follow=True)
+        call = stub.ReadJobLogs(logs, timeout=GUARD_S)
+        reading = asyncio.ensure_future(call.read())
+        await asyncio.sleep(0)
+        line = pb.JobLogLine(time_unix_nanos=1, level="info", text="the last line")
+        worker.say(job_log_lines=pb.JobLogLines(job_id=job.id, lines=[line]))
+        assert (await reading).text == "the last line"
+        monkeypatch.setattr(job_servicer, "LINES_COME_LATE_S", 0.0)
+        again = [each.text async for each in stub.ReadJobLogs(logs, timeout=GUARD_S)]
+        assert again == ["the last line"]
 
 
 async def test_code_travels_as_blobs(cluster: Any, make_spec: Any) -> None:
