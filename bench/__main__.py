@@ -12,7 +12,7 @@ SUITES = {
     "startup": "up_ready_s, import_s, control_idle_mb",
     "small_model": "small_model_steps_per_s",
     "exchange": "exchange_100mb_vs_grpc_echo, …_vs_gloo, aggregator_memory_ratio_…",
-    "efficiency": "worker_efficiency_1, scaling_2_workers, checkpoint_overhead",
+    "efficiency": "worker_efficiency_1, scaling_2_workers and its bound, checkpoint_overhead",
     "heterogeneous": "heterogeneous_slow, heterogeneous_straggler, heterogeneous_join",
     "tasks": "tasks_per_s, task_round_trip_ms",
     "all_reduce": "all_reduce_sent_1 … all_reduce_sent_8",

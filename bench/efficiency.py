@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.clusters import FASHION, cluster, fashion_job, median, step_seconds
+from bench.cores import two_workers_bound
 from bench.results import Measurement
 from phalanx.blas import ENVIRONMENT
 from phalanx.data.ingest import ingest
@@ -51,7 +52,7 @@ class Round:
 
 
 def run(command: str) -> list[Measurement]:
-    """`worker_efficiency_1`, `scaling_2_workers`, `checkpoint_overhead`.
+    """`worker_efficiency_1`, `scaling_2_workers` and its bound, `checkpoint_overhead`.
 
     The first two are medians of the ratios of single rounds: the machine changes its speed by more
     within minutes than what is looked for.
@@ -85,6 +86,7 @@ def run(command: str) -> list[Measurement]:
             scaling >= 0.9,
             command,
         ),
+        two_workers_bound(_steps_per_s(alone), ideal, command),
         Measurement(
             "checkpoint_overhead",
             overhead,
@@ -139,6 +141,10 @@ def _seconds_per_step(job: Job) -> float:
     result = job.wait(timeout_s=300)
     assert result.steps == STEPS
     return statistics.fmean(step_seconds(job, WARM_UP))
+
+
+def _steps_per_s(rows_per_s: float) -> float:
+    return rows_per_s / _rows_per_step(fashion_job("efficiency", STEPS)["data"]["shards"])
 
 
 def _rows_per_step(shards: int) -> float:
