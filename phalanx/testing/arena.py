@@ -304,6 +304,13 @@ class Arena:
         self.gate.hold()
         return self.cluster.submit(job)
 
+    def grow_to(self, workers: int) -> None:
+        """Start workers until there are so many, and wait until all can take work."""
+        there = sum(each.role == "worker" for each in self.cluster.processes())
+        for _ in range(workers - there):
+            self.cluster.add_worker()
+        self.workers_ready()
+
     def workers_ready(self) -> None:
         """Wait until every worker process of the cluster can take work."""
 

@@ -80,9 +80,7 @@ def test_any_number_of_workers_gives_the_bits_of_a_parameter_server(
         served = ring.cluster.submit(gated_job()).wait(timeout_s=GUARD_S)
         assert served.parameters_sha256 == undisturbed_sha256
         for workers in range(1, 9):
-            for _ in range(workers - ready(ring)):
-                ring.cluster.add_worker()
-            wait_until(lambda n=workers: ready(ring) == n, f"{workers} workers")
+            ring.grow_to(workers)
             job = ring.cluster.submit(all_reduce_job())
             assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed_sha256, workers
             nothing_was_rolled_back(ring, job)

@@ -53,14 +53,8 @@ def test_summing_in_arrival_order_would_give_other_bits(
 @pytest.mark.same_bits
 def test_any_number_of_workers(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 1) as ring:
-
-        def ready() -> int:
-            return sum(each.state == each.STATE_READY for each in ring.cluster.describe().workers)
-
         for workers in (1, 2, 3, 5, 8):
-            for _ in range(workers - ready()):
-                ring.cluster.add_worker()
-            wait_until(lambda n=workers: ready() == n, f"{workers} workers")
+            ring.grow_to(workers)
             result = ring.cluster.submit(gated_job()).wait(timeout_s=GUARD_S)
             assert result.parameters_sha256 == undisturbed_sha256, f"with {workers} workers"
             assert result.bit_identical
