@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
 def test_control_dies_and_training_goes_on(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 2) as ring:
-        job = ring.cluster.submit(gated_job())
+        job = ring.submit(gated_job())
         ring.caught_at(job, 10)
         before = ring.cluster.describe().generation
         ring.signal("control-1")
@@ -26,7 +26,7 @@ def test_control_dies_and_training_goes_on(tmp_path: Path, undisturbed_sha256: s
 
 def test_control_and_a_worker_die_together(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 2, controls=2) as ring:
-        job = ring.cluster.submit(gated_job())
+        job = ring.submit(gated_job())
         victim = ring.caught_at(job, 10)[0]
         before = ring.cluster.describe()
         ring.signal(before.leader)
@@ -43,7 +43,7 @@ def test_a_leader_stopped_past_its_lease_and_continued(
     tmp_path: Path, undisturbed_sha256: str
 ) -> None:
     with arena(tmp_path, 2, controls=2) as ring:
-        job = ring.cluster.submit(gated_job())
+        job = ring.submit(gated_job())
         ring.caught_at(job, 10)
         before = ring.cluster.describe()
         ring.signal(before.leader, signal.SIGSTOP)
@@ -62,7 +62,7 @@ def test_a_leader_stopped_past_its_lease_and_continued(
 
 def test_an_aggregator_dies_and_the_job_replays(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 2) as ring:
-        job = ring.cluster.submit(gated_job())
+        job = ring.submit(gated_job())
         ring.caught_at(job, 25)
         ring.signal("aggregator-1")
         ring.gate.release()
@@ -76,7 +76,7 @@ def test_an_aggregator_dies_before_the_first_checkpoint(
     tmp_path: Path, undisturbed_sha256: str
 ) -> None:
     with arena(tmp_path, 2) as ring:
-        job = ring.cluster.submit(gated_job())
+        job = ring.submit(gated_job())
         ring.caught_at(job, 2)
         ring.signal("aggregator-1")
         ring.gate.release()
@@ -85,7 +85,7 @@ def test_an_aggregator_dies_before_the_first_checkpoint(
 
 def test_storage_dies_and_training_goes_on(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 2) as ring:
-        job = ring.cluster.submit(gated_job())
+        job = ring.submit(gated_job())
         ring.caught_at(job, 15)
         ring.signal("storage")
         ring.gate.release()
@@ -96,7 +96,7 @@ def test_storage_dies_and_training_goes_on(tmp_path: Path, undisturbed_sha256: s
 
 def test_everything_dies_at_once(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 2) as ring:
-        job = ring.cluster.submit(gated_job())
+        job = ring.submit(gated_job())
         ring.caught_at(job, 25)
         for member in ring.cluster.processes():
             ring.signal(member.id)
@@ -106,7 +106,7 @@ def test_everything_dies_at_once(tmp_path: Path, undisturbed_sha256: str) -> Non
 
 def test_pause_resume_on_another_number_of_workers(tmp_path: Path, undisturbed_sha256: str) -> None:
     with arena(tmp_path, 1) as ring:
-        job = ring.cluster.submit(gated_job())
+        job = ring.submit(gated_job())
         ring.caught_at(job, 12)
         job.pause()
         ring.gate.release()

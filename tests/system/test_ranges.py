@@ -54,9 +54,16 @@ def cluster() -> Iterator[phalanx.LocalCluster]:
     options = {"PHALANX_CONTROL_RANGE_MIN_BYTES": str(BLOCK * 4)}
     with phalanx.LocalCluster(workers=2, slots=1, aggregators=3, environment=options) as local:
         add_noise(local)
-        # A job has its ranges on those that control knows when it begins.
-        wait_until(lambda: len(local.describe().aggregators) == 3, "all aggregators")
         yield local
+
+
+def wait_for_aggregators(cluster: phalanx.LocalCluster) -> None:
+    """A job has its ranges on those that control knows when it begins."""
+
+    def known() -> int:
+        return sum(each.connected for each in cluster.describe().aggregators)
+
+    wait_until(lambda: known() == 3, "all aggregators")
 
 
 def owners(cluster: phalanx.LocalCluster, of: Job) -> str:
@@ -76,6 +83,7 @@ def at_step(job: Job, step: int) -> None:
 def test_three_aggregators_end_in_the_bits_of_one_process(
     cluster: phalanx.LocalCluster, expected: str
 ) -> None:
+    wait_for_aggregators(cluster)
     wide = cluster.submit(job())
     assert wide.wait(timeout_s=GUARD_S).parameters_sha256 == expected
     told = owners(cluster, wide)
@@ -108,6 +116,7 @@ def test_an_aggregator_of_several_dies(
         lambda: all(p.metrics_address and p.pid for p in cluster.processes()),
         "all processes to be back",
     )
+    wait_for_aggregators(cluster)
     wide = cluster.submit(job())
     at_step(wide, 12)
     process = cluster.process(victim)
