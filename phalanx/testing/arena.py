@@ -254,9 +254,9 @@ class Gate:
     def bring_to(self, job: Job, step: int) -> None:
         """Hold, and let leaves pass until the job has committed a step, or is over.
 
-        After a death an earlier step may be shown for a moment than the job has come to. So leaves
-        of the steps that are missing from the furthest one are let pass together, and after that,
-        while an earlier one is shown, those of one step at a time: else it could run to its end.
+        After a death, or on a busy machine, an earlier step may be shown for a while than the job
+        has come to. So leaves of the steps that are missing from the furthest one are let pass
+        together once, and after that those of one step at a time: else it could run to its end.
         """
         leaves = leaves_of_a_step(job)
         self.hold()
@@ -270,7 +270,7 @@ class Gate:
                 self.furthest[job.id] = max(at, self.furthest.get(job.id, 0))
             elif at < step and now_s - since_s >= SETTLED_S:
                 furthest = self.furthest[job.id]
-                steps = max(1, step - furthest) if first or at == furthest else 1
+                steps = max(1, step - furthest) if first else 1
                 first = not self.let_pass(steps * leaves) and first
             return at >= step or job.done
 
