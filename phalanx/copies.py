@@ -42,7 +42,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from operator import and_, or_
 
-from phalanx.reduction import Node, children_present, nodes_of_mask, shards_mask
+from phalanx.reduction import Node, children_present, nodes_of_mask, shards_mask, shards_of_mask
 
 PATIENCE_FACTOR = 2.0
 PATIENCE_LEAST_S = 0.1
@@ -398,7 +398,7 @@ class Copies:
             cause=cause,
             key=round.key,
             action=round.action,
-            shards=tuple(shard for shard in range(round.width) if mask >> shard & 1),
+            shards=shards_of_mask(mask),
             copied_to=tuple(sorted(order.worker_id for order in given)),
             waited_s=waited_s,
             patience_s=self.patience_s() or PATIENCE_UNMEASURED_S,

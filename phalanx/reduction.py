@@ -113,6 +113,11 @@ def shards_mask(nodes: Iterable[Node], width: int) -> int:
     return mask
 
 
+def shards_of_mask(mask: int) -> tuple[int, ...]:
+    """Return the shards of a mask (bit i is shard i), in order."""
+    return tuple(shard for shard in range(mask.bit_length()) if mask >> shard & 1)
+
+
 def nodes_of_mask(mask: int, width: int) -> list[Node]:
     """Return the fewest aligned nodes that make up these shards (bit i is shard i), in order."""
     nodes: list[Node] = []

@@ -14,7 +14,6 @@ from coordinator.control.store import Store
 from phalanx import specs
 from phalanx.data.choice import RawColumns
 from phalanx.data.manifest import DatasetManifest
-from phalanx.data.model_files import DESCRIPTION_FILE
 from phalanx.errors import InvalidArgument, NotFound, PermissionDenied, Violation
 from phalanx.ids import new_id
 from phalanx.specs.starting import (
@@ -22,6 +21,7 @@ from phalanx.specs.starting import (
     Shapes,
     check_columns,
     check_shapes,
+    description_digest,
     header_bytes,
     known_shapes,
     stored_shapes,
@@ -224,7 +224,7 @@ class Submissions:
         dataset: dataset_service_pb2.Dataset,
     ) -> None:
         """Refuse a model of other columns than those that the job chose, or does not choose."""
-        digest = next((each.digest for each in model.files if each.path == DESCRIPTION_FILE), "")
+        digest = description_digest(model)
         if not digest:
             return
         seen = await asyncio.to_thread(trained_on, await self._store.get_blob(digest))

@@ -286,10 +286,11 @@ class InProcessBackend:
         dataset: dataset_service_pb2.Dataset,
     ) -> None:
         from phalanx.data.choice import RawColumns
-        from phalanx.data.model_files import DESCRIPTION_FILE
-        from phalanx.specs.starting import check_columns, trained_on
+        from phalanx.specs.starting import check_columns, description_digest, trained_on
 
-        digest = next(each.digest for each in model.files if each.path == DESCRIPTION_FILE)
+        digest = description_digest(model)
+        if not digest:
+            return
         seen = trained_on(self.get_blob(digest))
         if seen.needs_columns(spec.data):
             columns = RawColumns.of(self._manifest(dataset.manifest_digest))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phalanx.errors import DataLoss, FailedPrecondition, NotFound
 from phalanx.sdk.in_process import IN_PROCESS, job_code
@@ -20,6 +20,8 @@ from phalanx.tasks import is_task_set
 from phalanx.texts import number_of
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from phalanx.data.manifest import DatasetManifest
     from phalanx.sdk.cluster import Cluster
     from phalanx.training.ledger import Ledger
@@ -109,12 +111,13 @@ class _Training:
 
     def __init__(self, cluster: Cluster, job: Job, result: Result) -> None:
         from phalanx.data.manifest import DatasetManifest
-        from phalanx.specs import job_plan
+        from phalanx.specs import job_plan, parts
 
         self._cluster = cluster
         self._job = job
         self._result = result
         self._spec = job.message.spec
+        self._has_backups = parts.backup_shards(self._spec.train) > 0
         dataset = cluster.data.get(self._spec.data.name)
         self._plan = job_plan(self._spec, dataset, job.id)
         manifest = cluster.backend.get_blob(self._plan.manifest_digest)
@@ -141,10 +144,6 @@ class _Training:
             ledger=self._ledger(record, trained),
             not_compared=why,
         )
-
-    @property
-    def _has_backups(self) -> bool:
-        return self._spec.train.synchronous.backup_shards > 0
 
     def _record(self) -> _Record:
         """Read what the last checkpoint says.
@@ -337,16 +336,21 @@ def _examples_of(checkpoint: CheckpointManifest) -> int:
 
 def _read_absences(cluster: Cluster, checkpoint: CheckpointManifest) -> LeftOutLog | None:
     """Return what each step left out; None where it was not written down."""
-    from phalanx.data.checkpoint_parts import parse_part
     from phalanx.training.left_out import COUNTS, LeftOutLog
 
-    _, vectors = parse_part(cluster.backend.get_blob(checkpoint.parts[0].digest))
+    vectors = _vectors(cluster, checkpoint)
     return LeftOutLog.restored(vectors, checkpoint.step) if COUNTS in vectors else None
 
 
 def _read_log(cluster: Cluster, job: Job, checkpoint: CheckpointManifest) -> ReplayLog:
-    from phalanx.data.checkpoint_parts import parse_part
     from phalanx.training.replay import ReplayLog
 
-    _, vectors = parse_part(cluster.backend.get_blob(checkpoint.parts[0].digest))
-    return ReplayLog.restored(vectors, checkpoint.step * job.message.spec.data.shards)
+    steps = checkpoint.step * job.message.spec.data.shards
+    return ReplayLog.restored(_vectors(cluster, checkpoint), steps)
+
+
+def _vectors(cluster: Cluster, checkpoint: CheckpointManifest) -> Mapping[str, NDArray[Any]]:
+    """What a checkpoint keeps beside the parameters; a log is in one range only."""
+    from phalanx.data.checkpoint_parts import parse_part
+
+    return parse_part(cluster.backend.get_blob(checkpoint.parts[0].digest))[1]

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phalanx.data.choice import RawColumns
+from phalanx.data.model_files import DESCRIPTION_FILE
 from phalanx.errors import InvalidArgument, Violation
 from phalanx.specs import catalog
-from phalanx.v1 import dataset_service_pb2, job_spec_pb2
+from phalanx.v1 import dataset_service_pb2, job_spec_pb2, model_service_pb2
 
 MISFIT = "START_MODEL_MISFIT"
 LENGTH_BYTES = 8
@@ -90,6 +91,11 @@ class TrainedOn:
     def needs_columns(self, data: job_spec_pb2.Data) -> bool:
         """Say whether it takes the columns of a job's data set to compare, chosen or not."""
         return bool(self.names) and (self.chosen or bool(data.features))
+
+
+def description_digest(model: model_service_pb2.ModelVersion) -> str:
+    """Return the digest of a model's description; empty where it has none."""
+    return next((each.digest for each in model.files if each.path == DESCRIPTION_FILE), "")
 
 
 def trained_on(description: bytes) -> TrainedOn:

@@ -43,10 +43,6 @@ def all_reduce_job(**options: Any) -> dict[str, Any]:
     return gated_job(**options, all_reduce={})
 
 
-def ready(ring: Arena) -> int:
-    return sum(each.state == each.STATE_READY for each in ring.cluster.describe().workers)
-
-
 def hosts(job: Job) -> set[str]:
     return {each.worker_id for each in job.refresh().progress.workers if each.shards}
 
@@ -142,7 +138,7 @@ def test_control_may_die_and_a_member_be_stopped(tmp_path: Path, undisturbed_sha
         ring.caught_at(job, 5)
         ring.signal("control-1")
         # Control notices the silence only of those that have come back to it.
-        wait_until(lambda: ready(ring) == 3, "all workers to be back")
+        ring.workers_ready()
         victim = ring.cluster.process("worker-2").pid
         with stopped(victim):
             wait_until(lambda: ring.events("WORKER_LOST"), "its lease to be over")
@@ -176,7 +172,7 @@ def test_a_leaf_that_hangs_before_the_first_step_is_copied_by_another_member(
     tmp_path: Path, undisturbed_sha256: str
 ) -> None:
     with arena(tmp_path, 3) as ring:
-        wait_until(lambda: ready(ring) == 3, "all workers")
+        ring.workers_ready()
         document = all_reduce_job()
         document["code"]["files"]["begins_badly.py"] = BEGINS_BADLY
         document["train"]["model"]["custom"]["entrypoint"] = "begins_badly:BeginsBadly"

@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from phalanx.reducers import Contribution, Reducer, Slices, Steps
-from phalanx.reduction import Node, nodes_of_mask
+from phalanx.reduction import Node, nodes_of_mask, shards_of_mask
 from phalanx.rounds import (
     NodeScalars,
     Round,
@@ -190,7 +190,7 @@ class LeavesRound:
     def _close(self) -> None:
         """What the round needs is in: whatever is not whole by now is left out."""
         missing = self.missing
-        self.left_out = tuple(shard for shard in range(self.spec.width) if missing >> shard & 1)
+        self.left_out = shards_of_mask(missing)
         for node in nodes_of_mask(missing, self.spec.width):
             self._scalars.fill(node, 0, 0.0, 0)
         self._arriving.clear()

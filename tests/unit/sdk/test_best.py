@@ -14,25 +14,12 @@ import phalanx
 from phalanx.errors import InvalidArgument
 from phalanx.sdk.job import JobFailed
 from phalanx.sdk.values import BestEvaluation
+from tests.unit.sdk.nets import net
 
-NET = """
-import numpy as np
-from phalanx.models import UserModel
-
-class Net(UserModel):
-    def __init__(self, schema):
-        super().__init__(schema, {"w": (schema.features, schema.classes)})
-
-    def initial(self, seed):
-        return {"w": np.zeros((self.schema.features, self.schema.classes), np.float32)}
-
-    def loss_and_gradients(self, parameters, features, targets):
-        error = features @ parameters["w"] - np.eye(self.schema.classes, dtype=np.float32)[targets]
-        return float((error**2).sum()), {"w": features.T @ error}
-
-    def predictions(self, parameters, features):
-        return features @ parameters["w"]
-"""
+NET = net("""
+error = features @ parameters["w"] - np.eye(self.schema.classes, dtype=np.float32)[targets]
+return float((error**2).sum()), {"w": features.T @ error}
+""")
 
 
 @pytest.fixture

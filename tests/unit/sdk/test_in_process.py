@@ -13,6 +13,7 @@ from phalanx.errors import (
 )
 from phalanx.sdk.verification import verify_job
 from phalanx.testing.wheels import make_wheel
+from tests.unit.sdk.nets import net
 
 SPEC = {
     "name": "toy",
@@ -305,25 +306,13 @@ def test_nothing_is_left_behind(data):
     assert not folder.exists()
 
 
-NET = """
-import numpy as np
-from phalanx.models import UserModel
-from mine.rates import RATE
-
-class Net(UserModel):
-    def __init__(self, schema):
-        super().__init__(schema, {"w": (schema.features, schema.classes)})
-
-    def initial(self, seed):
-        return {"w": np.zeros((self.schema.features, self.schema.classes), np.float32)}
-
-    def loss_and_gradients(self, parameters, features, targets):
-        error = features @ parameters["w"] - np.eye(self.schema.classes, dtype=np.float32)[targets]
-        return float((error**2).sum()), {"w": RATE * features.T @ error}
-
-    def predictions(self, parameters, features):
-        return features @ parameters["w"]
-"""
+NET = net(
+    """
+error = features @ parameters["w"] - np.eye(self.schema.classes, dtype=np.float32)[targets]
+return float((error**2).sum()), {"w": RATE * features.T @ error}
+""",
+    imports="from mine.rates import RATE",
+)
 
 
 def test_a_wheel_runs_here_and_goes_with_its_model(cluster, data, tmp_path):

@@ -31,27 +31,14 @@ from phalanx.v1.storage_service_pb2 import (
     ListCheckpointsResponse,
 )
 from phalanx.v1.task_service_pb2 import TaskResult
+from tests.unit.sdk.nets import net
 
 SHARDS, ROWS, EPOCHS = 4, 240, 3
 
-BROKEN = """
-import numpy as np
-from phalanx.models import UserModel
-
-class Net(UserModel):
-    def __init__(self, schema):
-        super().__init__(schema, {"w": (schema.features, schema.classes)})
-
-    def initial(self, seed):
-        return {"w": np.zeros((self.schema.features, self.schema.classes), np.float32)}
-
-    def loss_and_gradients(self, parameters, features, targets):
-        gradient = {"w": np.ones_like(parameters["w"])}
-        return (np.nan if features[:, 0].max() > 2.5 else 1.0), gradient
-
-    def predictions(self, parameters, features):
-        return features @ parameters["w"]
-"""
+BROKEN = net("""
+gradient = {"w": np.ones_like(parameters["w"])}
+return (np.nan if features[:, 0].max() > 2.5 else 1.0), gradient
+""")
 
 
 @pytest.fixture
