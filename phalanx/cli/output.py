@@ -30,6 +30,11 @@ def print_json(value: object) -> None:
     print(json.dumps(shown, ensure_ascii=False), flush=True)
 
 
+def deleted_text(name: str) -> str:
+    """Say what is gone: one version, or all that a name had."""
+    return f"deleted {name}" if "@" in name else f"deleted {name}, all versions"
+
+
 def print_json_list(
     name: str, messages: Iterable[Message | dict[str, object]], incomplete: str = ""
 ) -> None:

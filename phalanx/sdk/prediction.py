@@ -36,7 +36,7 @@ def predict_file(model: LoadedModel, input: Path, output: Path | BinaryIO) -> Pr
 
     The columns are ``prediction`` and, for classes, ``probability of CLASS`` for each. A path
     ending in .parquet gets Parquet, all else is CSV. A file appears only when it is complete.
-    Raises InvalidArgument for a wrong row, with its place.
+    Raises InvalidArgument for a wrong row, with its place, and where the file is the input itself.
     """
     if not isinstance(output, Path):
         # A file that is missing or wrong from the start is told before anything is written.
@@ -45,6 +45,8 @@ def predict_file(model: LoadedModel, input: Path, output: Path | BinaryIO) -> Pr
         return _predict(model, chain(begun, blocks), _csv_writer(model, output))
     if output.suffix not in (".csv", ".parquet"):
         raise InvalidArgument(f"{output} ends in neither .csv nor .parquet")
+    if output.exists() and input.exists() and output.samefile(input):
+        raise InvalidArgument(f"{output} holds the raw rows; write the predictions elsewhere")
     partial = output.with_name(f".{output.name}.partial")
     try:
         with ExitStack() as stack:

@@ -282,8 +282,11 @@ def show(context: typer.Context, name: NAME) -> None:
 
 @group.command()
 def delete(context: typer.Context, name: NAME) -> None:
-    """Delete a data set; refused while a job needs it."""
-    from phalanx.cli.output import print_json, say
+    """Delete a data set: NAME@VERSION, or NAME with all its versions.
+
+    Refused while a job needs it.
+    """
+    from phalanx.cli.output import deleted_text, print_json, say
 
     settings = settings_of(context)
     with settings.connect() as cluster:
@@ -291,7 +294,7 @@ def delete(context: typer.Context, name: NAME) -> None:
     if settings.json:
         print_json({})
     else:
-        say(f"deleted {name}")
+        say(deleted_text(name))
 
 
 def _describe_short(dataset: Any) -> None:

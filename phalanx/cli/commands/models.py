@@ -129,8 +129,11 @@ def export(
 
 @group.command()
 def delete(context: typer.Context, name: NAME) -> None:
-    """Delete a model; refused while a job needs it."""
-    from phalanx.cli.output import print_json, say
+    """Delete a model: NAME@VERSION, or NAME with all its versions.
+
+    Refused while a job needs it.
+    """
+    from phalanx.cli.output import deleted_text, print_json, say
 
     settings = settings_of(context)
     with settings.connect() as cluster:
@@ -138,7 +141,7 @@ def delete(context: typer.Context, name: NAME) -> None:
     if settings.json:
         print_json({})
     else:
-        say(f"deleted {name}")
+        say(deleted_text(name))
 
 
 def predict(

@@ -10,7 +10,13 @@ from phalanx.cli.commands.data import say_silent
 from phalanx.errors import InvalidArgument, Unavailable, Violation
 from phalanx.specs import load_yaml, to_json
 from phalanx.testing.wheels import make_wheel
-from phalanx.v1 import cluster_service_pb2, job_pb2, job_service_pb2
+from phalanx.v1 import (
+    cluster_service_pb2,
+    dataset_service_pb2,
+    job_pb2,
+    job_service_pb2,
+    model_service_pb2,
+)
 
 
 def write(tmp_path, text, name="job.yaml"):
@@ -25,6 +31,15 @@ def test_submit_writes_only_the_id_to_standard_output(phalanx, cluster, tmp_path
     assert outcome.out.strip() in cluster.jobs
     assert "phalanx watch" in outcome.err
     assert "10 steps" in outcome.err
+
+
+@pytest.mark.parametrize("group", ["data", "models"])
+def test_a_deletion_says_whether_all_versions_are_gone(phalanx, cluster, group):
+    for name in ("all", "one@2"):
+        cluster.datasets[name] = dataset_service_pb2.Dataset(name=name[:3], version=2)
+        cluster.models[name] = model_service_pb2.ModelVersion(name=name[:3], version=2)
+    assert phalanx(group, "delete", "all").err.strip() == "deleted all, all versions"
+    assert phalanx(group, "delete", "one@2").err.strip() == "deleted one@2"
 
 
 def test_submit_reads_standard_input(phalanx, cluster, monkeypatch):

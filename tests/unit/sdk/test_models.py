@@ -77,6 +77,16 @@ def test_csv_and_parquet_hold_the_same_predictions(model, rows, tmp_path):
     assert probabilities == model.predict_probabilities(rows)[:, 0].tolist()
 
 
+@pytest.mark.parametrize("shown_as", ["rows.csv", "link.csv"])
+def test_predictions_do_not_overwrite_the_raw_rows(model, tmp_path, shown_as):
+    raw = tmp_path / "rows.csv"
+    raw.write_text(CSV)
+    (tmp_path / "link.csv").symlink_to(raw)
+    with pytest.raises(InvalidArgument, match="holds the raw rows"):
+        predict_file(model, raw, tmp_path / shown_as)
+    assert raw.read_text() == CSV
+
+
 def test_many_rows_pass_in_blocks(model, tmp_path):
     file = tmp_path / "many.csv"
     file.write_text("size,colour\n" + "1.5,red\n" * 20_000)
