@@ -254,24 +254,26 @@ class Gate:
     def bring_to(self, job: Job, step: int) -> None:
         """Hold, and let leaves pass until the job has committed a step, or is over.
 
-        After a death, or on a busy machine, an earlier step may be shown for a while than the job
+        After a death, or on a busy machine, an earlier step may be shown for seconds than the job
         has come to. So leaves of the steps that are missing from the furthest one are let pass
-        together once, and after that those of one step at a time: else it could run to its end.
+        together once, and after that those of one step at a time, after waits that double until
+        the shown step changes: else the job could run to its end meanwhile.
         """
         leaves = leaves_of_a_step(job)
         self.hold()
-        known, since_s, first = -1, 0.0, True
+        known, since_s, wait_s, first = -1, 0.0, SETTLED_S, True
 
         def is_there() -> bool:
-            nonlocal known, since_s, first
+            nonlocal known, since_s, wait_s, first
             now_s, at = time.monotonic(), job.refresh().progress.step
             if at != known:
-                known, since_s = at, now_s
+                known, since_s, wait_s = at, now_s, SETTLED_S
                 self.furthest[job.id] = max(at, self.furthest.get(job.id, 0))
-            elif at < step and now_s - since_s >= SETTLED_S:
+            elif at < step and now_s - since_s >= wait_s:
                 furthest = self.furthest[job.id]
                 steps = max(1, step - furthest) if first else 1
-                first = not self.let_pass(steps * leaves) and first
+                if self.let_pass(steps * leaves):
+                    since_s, wait_s, first = now_s, 2 * wait_s, False
             return at >= step or job.done
 
         wait_until(is_there, f"step {step}")

@@ -151,6 +151,34 @@ def test_a_job_that_is_shown_too_early_a_step_does_not_run_away(
     assert granted == [22, 11, 11], "what is missing from the furthest step, then step by step"
 
 
+def test_few_leaves_are_let_pass_while_an_old_step_is_shown(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody tells of steps while storage starts, and on a busy machine that takes its time."""
+    now_s = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: now_s, sleep=sleep)
+    monkeypatch.setattr("phalanx.testing.arena.time", clock)
+    granted = 0
+
+    def refresh() -> object:
+        nonlocal granted
+        granted += len(list((gate.folder / "passes").iterdir()))
+        gate.let_nobody_pass()  # they are taken
+        step = min(granted // 11, 4) if now_s < 10 else granted // 11
+        return SimpleNamespace(progress=SimpleNamespace(step=step))
+
+    message = JobMessage(spec=load_json(json.dumps(gated_job(shards=11))))
+    job = cast("phalanx.Job", SimpleNamespace(id="j", message=message, refresh=refresh, done=False))
+    gate.bring_to(job, 4)
+    gate.bring_to(job, 8)
+    assert granted <= 11 * (8 + 5), "10 s are 33 times the age that a shown step may have"
+
+
 def test_a_job_that_is_over_is_not_waited_for_in_the_gate(gate: Gate) -> None:
     """Its last step is shown before its end, and no leaf of it comes to the gate any more."""
     job = SimpleNamespace(done=False, refresh=lambda: None, wait=lambda timeout_s: None)
