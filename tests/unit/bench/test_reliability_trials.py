@@ -17,7 +17,7 @@ from bench.reliability.jobs import (
     leaf_times,
     open_leaf_s,
 )
-from bench.reliability.joins import pause_row
+from bench.reliability.joins import Joins, pause_row
 from bench.reliability.rows import Rows
 from phalanx.chaos.report import Commit, Span
 from phalanx.errors import Unavailable
@@ -81,13 +81,13 @@ def test_computing_what_was_owed_anew_is_not_counted():
     assert not kills.row_of([0.25, 0.41], 2, "command", quick=False).reached
 
 
-def test_a_pause_is_what_no_undisturbed_gap_was_and_the_worst_of_all():
+def test_a_pause_is_what_no_gap_was_while_another_started_elsewhere_and_the_worst_of_all():
     made = Rows("command", quick=False)
-    calm, joining = [Span(0, 2), Span(4, 6)], [Span(2, 4), Span(6, 8)]
+    elsewhere, joining = [Span(0, 2), Span(4, 6)], [Span(2, 4), Span(6, 8)]
 
     def pause(*times):
         commits = [Commit(step, time) for step, time in enumerate(times)]
-        return pause_row(made, commits, calm, joining)
+        return pause_row(made, Joins([], elsewhere, elsewhere, joining, commits))
 
     steady = pause(0, 0.4, 0.8, 1.3, 1.7, 2.1, 2.6, 3.0, 4.2, 4.6, 5, 5.5, 6, 6.5, 7, 7.5, 8)
     assert (steady.value, steady.reached, steady.trials) == (0, True, 2)
