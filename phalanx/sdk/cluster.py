@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from phalanx.errors import DeadlineExceeded, InvalidArgument, PhalanxError, Unavailable
+from phalanx.errors import DeadlineExceeded, InvalidArgument, PhalanxError
 from phalanx.ids import check_namespace, new_request_id
 from phalanx.sdk import following, methods
 from phalanx.sdk.backend import Backend, RemoteBackend
@@ -235,8 +235,8 @@ class Cluster:
     ) -> Iterator[job_pb2.Event]:
         """Yield the same as wire messages.
 
-        Whoever follows gets each event once, also when the cluster was away for a while. Whoever
-        does not gets Unavailable at the end where nobody answers who knows that there are no more.
+        Each event comes once, also when the cluster was away for a while. Whoever does not follow
+        gets Unavailable at the end where nobody answers who knows that there are no more.
         """
         request = cluster_service_pb2.ListEventsRequest(
             job_id=job_id, after_sequence=after_sequence, follow=follow
@@ -246,22 +246,14 @@ class Cluster:
             timeout_s = following.FOLLOW_S if follow else STREAM_TIMEOUT_S
             return self.backend.stream(methods.LIST_EVENTS, request, timeout_s=timeout_s)
 
-        streams = following.follow(self.backend, attach) if follow else _twice(attach)
+        streams = (
+            following.follow(self.backend, attach)
+            if follow
+            else following.whole(self.backend, attach)
+        )
         for item in streams:
             request.after_sequence = item.event.sequence
             yield item.event
-
-
-def _twice(
-    attach: Callable[[], Iterator[cluster_service_pb2.ListEventsResponse]],
-) -> Iterator[cluster_service_pb2.ListEventsResponse]:
-    """Yield what there is; where the first process cannot say that this is all, ask another."""
-    try:
-        yield from attach()
-    except Unavailable as error:
-        if error.reason != "INCOMPLETE":
-            raise
-        yield from attach()
 
 
 def _state_number(state: str) -> job_pb2.Job.State.ValueType:

@@ -17,6 +17,8 @@ FOLLOW_S = 30.0
 as one does that has nothing to say; so each of them ends, and somebody is asked who lives."""
 REATTACH_S = 60.0
 """How long a follower keeps trying to attach again to a cluster that went away."""
+TAKE_OVER_S = 10.0
+"""How long a list is asked for again while one control process takes over from another."""
 
 ItemT = TypeVar("ItemT")
 
@@ -44,6 +46,29 @@ def follow(backend: Backend, attach: Callable[[], Iterator[ItemT]]) -> Iterator[
             if now_s - away_since_s >= REATTACH_S:
                 raise
         time.sleep(random.uniform(0.2, 0.4))
+
+
+def whole(backend: Backend, attach: Callable[[], Iterator[ItemT]]) -> Iterator[ItemT]:
+    """Yield all that there is, by several streams where one breaks off.
+
+    A process that leads no more ends its streams, and the next leader goes on. Who cannot say that
+    this is all is believed when another one, or the same, has been asked once more. Raises
+    Unavailable then, and where nobody leads for TAKE_OVER_S.
+    """
+    deadline_s = time.monotonic() + TAKE_OVER_S
+    is_second = False
+    while True:
+        try:
+            yield from attach()
+            return
+        except Unavailable as error:
+            is_cut_off = error.reason == "INCOMPLETE"
+            if (is_cut_off and is_second) or time.monotonic() >= deadline_s:
+                raise
+            is_second = is_second or is_cut_off
+            if not is_cut_off:
+                backend.call(GET_CLUSTER, GetClusterRequest())
+                time.sleep(random.uniform(0.2, 0.4))
 
 
 def _answers(backend: Backend) -> bool:

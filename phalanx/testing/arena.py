@@ -17,6 +17,7 @@ from phalanx.errors import Unavailable
 from phalanx.sdk.job import Job
 from phalanx.sdk.values import Event
 from phalanx.specs import parts
+from phalanx.testing.scraping import scrape, series
 
 SETTLED_S = 0.3
 """What a job shows of its progress is not older than that."""
@@ -209,6 +210,10 @@ def stopped(pid: int) -> Iterator[None]:
             send(pid, signal.SIGCONT)
 
 
+def _step_of(job: Job) -> Any:
+    return series("job_step", job_id=job.id)
+
+
 def leaves_of_a_step(job: Job) -> int:
     """How often a gradient is computed for one step, copies that are compared included."""
     spec = job.message.spec
@@ -251,13 +256,16 @@ class Gate:
             (passes / str(number)).touch()
         return True
 
-    def bring_to(self, job: Job, step: int) -> None:
+    def bring_to(
+        self, job: Job, step: int, committed: Callable[[Job], int | None] | None = None
+    ) -> None:
         """Hold, and let leaves pass until the job has committed a step, or is over.
 
         After a death, or on a busy machine, an earlier step may be shown for seconds than the job
         has come to. So leaves of the steps that are missing from the furthest one are let pass
-        together once, and after that those of one step at a time, after waits that double until
-        the shown step changes: else the job could run to its end meanwhile.
+        together once, and after that those of one step at a time: else the job could run to its
+        end meanwhile. And `committed` is asked before, which tells the newest step at once, or
+        None; where nobody can tell, the waits double until the shown step changes.
         """
         leaves = leaves_of_a_step(job)
         self.hold()
@@ -271,9 +279,13 @@ class Gate:
                 self.furthest[job.id] = max(at, self.furthest.get(job.id, 0))
             elif at < step and now_s - since_s >= wait_s:
                 furthest = self.furthest[job.id]
-                steps = max(1, step - furthest) if first else 1
-                if self.let_pass(steps * leaves):
-                    since_s, wait_s, first = now_s, 2 * wait_s, False
+                told = committed(job) if committed else None
+                if told is not None and told > furthest:
+                    self.furthest[job.id], since_s = told, now_s
+                    return told >= step
+                if self.let_pass((max(1, step - furthest) if first else 1) * leaves):
+                    since_s, first = now_s, False
+                    wait_s = 2 * wait_s if told is None else wait_s
             return at >= step or job.done
 
         wait_until(is_there, f"step {step}")
@@ -335,8 +347,17 @@ class Arena:
         Leaves are let pass by numbers: however busy the machine is, a job that was submitted to a
         held gate, and was not released since, does not run away.
         """
-        self.gate.bring_to(job, step)
+        self.gate.bring_to(job, step, self.committed)
         return self._caught(job)
+
+    def committed(self, job: Job) -> int | None:
+        """The newest step that the aggregators of the job have committed; None where none tells."""
+        found = []
+        for member in self.cluster.processes():
+            if member.role == "aggregator" and member.metrics_address:
+                with contextlib.suppress(OSError):  # it has died, or begins
+                    found.append(scrape(member.metrics_address).get(_step_of(job)))
+        return max((int(step) for step in found if step is not None), default=None)
 
     def _not_over(self, job: Job) -> None:
         if job.done:

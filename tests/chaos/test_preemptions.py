@@ -39,7 +39,7 @@ def test_a_shard_whose_workers_are_preempted_again_and_again_is_neither_dropped_
             add_blobs(inside)
             expected = inside.submit(gated_job(steps=STEPS, shards=1)).wait(timeout_s=GUARD_S)
         job = ring.submit(gated_job(steps=STEPS, shards=1))
-        ring.gate.bring_to(job, 5)
+        ring.caught_at(job, 5)
         killed: set[str] = set()
         for _ in range(PREEMPTIONS):
             victim = wait_until(lambda: _in_the_leaf(ring, killed), "a worker in the leaf")[0]

@@ -24,6 +24,9 @@ from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
 
 WAITING = "WAITING_FOR_VERIFIERS"
+SLOW_S = 10.0
+"""Who has not answered after that may hang: another worker is asked besides. Most models are built
+within a second, and those whose libraries take longer to import are worth building twice."""
 
 
 def is_verified(core: Core, job: JobRuntime) -> bool:
@@ -44,6 +47,16 @@ def ask(core: Core, job: JobRuntime, group: Group) -> None:
         core.set_reason(job, "DESCRIBING")
         ordered = _least_busy_first(core, group.workers)
         _ask(core, job, ordered[job.describe_attempts % len(ordered)])
+    elif len(slow(core, job)) == len(job.describing):
+        others = [worker for worker in group.workers if worker.id not in job.describing]
+        for worker in _least_busy_first(core, others)[: _room(core, job, group)]:
+            _ask(core, job, worker)
+
+
+def slow(core: Core, job: JobRuntime) -> list[str]:
+    """Return who was asked so long ago that others are asked besides."""
+    asked_s = core.now.monotonic_s + core.config.describe_timeout_s - SLOW_S
+    return [worker_id for worker_id, due_s in job.describing.items() if due_s <= asked_s]
 
 
 def agreed(core: Core, job: JobRuntime) -> list[Description]:
@@ -97,7 +110,8 @@ def _ask_several(core: Core, job: JobRuntime, group: Group) -> None:
         for (fingerprint, _), answers in _by_result(job).items()
         if fingerprint == group.fingerprint
     ]
-    owed = sum(worker.id in job.describing for worker in group.workers)
+    waited_for = job.describing.keys() - set(slow(core, job))
+    owed = sum(worker.id in waited_for for worker in group.workers)
     lacking = needed(core, job) - max(equal, default=0) - owed
     fresh = [
         worker
@@ -105,12 +119,18 @@ def _ask_several(core: Core, job: JobRuntime, group: Group) -> None:
         if worker.id not in job.descriptions and worker.id not in job.describing
     ]
     fresh.sort(key=lambda worker: worker.id in job.late_describers)
-    for worker in fresh[: max(0, lacking)]:
+    for worker in fresh[: max(0, min(lacking, _room(core, job, group)))]:
         _ask(core, job, worker)
     if job.describing:
         core.set_reason(job, "DESCRIBING")
     else:
         core.set_reason(job, WAITING, _explain(core, job, group))
+
+
+def _room(core: Core, job: JobRuntime, group: Group) -> int:
+    """Return how many more may be asked: code that hangs must not take every worker with it."""
+    asked = sum(worker.id in job.describing for worker in group.workers)
+    return max(0, 2 * needed(core, job) - asked)
 
 
 def _ask(core: Core, job: JobRuntime, worker: Worker) -> None:

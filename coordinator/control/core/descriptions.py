@@ -33,6 +33,8 @@ def check_deadline(core: Core, job: JobRuntime) -> None:
     """Ask another worker if one takes too long; after a few the job fails."""
     late = [key for key, due_s in job.describing.items() if core.now.monotonic_s >= due_s]
     if not late:
+        if describing.slow(core, job):
+            terms.advance(core, job)
         return
     for worker_id in late:
         del job.describing[worker_id]
@@ -76,6 +78,7 @@ def _take(core: Core, job: JobRuntime, answer: Description) -> None:
     elif missing := missing_metric(facts.spec, found.evaluation_sums):
         ending.fail(core, job, METRIC_NOT_COMPUTED, missing)
     else:
+        job.describing.clear()
         job.described = found
         job.described_fingerprint = answer.fingerprint
         refusal = too_large(core, needed_bytes(facts, found.layout))

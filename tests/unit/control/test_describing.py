@@ -426,3 +426,54 @@ def test_one_that_drains_leaves_once_it_has_answered(cluster: Any) -> None:
     answer(cluster, "w1")
     cluster.advance(0.5)
     assert cluster.told("w1", "drain")
+
+
+def unverified(cluster: Any, *names: str) -> None:
+    cluster.auto = False
+    cluster.aggregator()
+    for name in names:
+        cluster.worker(name)
+    cluster.submit()
+
+
+def test_another_is_asked_besides_one_whose_leaf_may_hang(cluster: Any) -> None:
+    unverified(cluster, "w1", "w2", "w3")
+    cluster.advance(9.0)
+    assert asked(cluster) == ["w1"]
+    cluster.advance(2.0)
+    assert asked(cluster) == ["w1", "w2"]
+    answer(cluster, "w2")
+    assert (cluster.state(), leaf(cluster), asked(cluster)) == ("RUNNING", RIGHT, [])
+    answer(cluster, "w1", OTHER)
+    assert leaf(cluster) == RIGHT, "whoever comes second is not listened to"
+
+
+def test_code_that_hangs_takes_two_workers_at_most(cluster: Any) -> None:
+    unverified(cluster, "w1", "w2", "w3", "w4")
+    cluster.advance(200.0)
+    assert asked(cluster) == ["w1", "w2"]
+    cluster.advance(700.0)
+    assert (cluster.state(), cluster.job().reason) == ("FAILED", "DESCRIBE_TIMEOUT")
+
+
+def test_a_lonely_worker_may_take_its_time(cluster: Any) -> None:
+    unverified(cluster, "w1")
+    cluster.advance(250.0)
+    assert asked(cluster) == ["w1"]
+    answer(cluster, "w1")
+    assert cluster.state() == "RUNNING"
+
+
+def test_a_verified_job_does_not_wait_for_one_whose_leaf_may_hang(cluster: Any) -> None:
+    submit(cluster, "w1", "w2", "w3", "w4", "w5", "w6")
+    answer(cluster, "w2")
+    cluster.advance(11.0)
+    assert asked(cluster) == ["w1", "w3"]
+    answer(cluster, "w3")
+    assert (cluster.state(), leaf(cluster)) == ("RUNNING", RIGHT)
+
+
+def test_verified_code_that_hangs_takes_twice_as_many_as_it_needs(cluster: Any) -> None:
+    submit(cluster, "w1", "w2", "w3", "w4", "w5", "w6")
+    cluster.advance(200.0)
+    assert asked(cluster) == ["w1", "w2", "w3", "w4"]

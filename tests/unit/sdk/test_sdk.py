@@ -239,6 +239,26 @@ def test_a_list_that_nobody_knows_whole_comes_with_a_warning(cut_off):
     assert len(cut_off.requests("ListEvents")) == 2
 
 
+def test_a_list_goes_on_behind_what_came_when_its_leader_was_replaced(script, cluster):
+    script.events = [job_pb2.Event(sequence=each, type="JOB_QUEUED") for each in (1, 2)]
+    events = cluster.events()
+    script.fail(
+        "ListEvents", Unavailable("this control process leads no more", reason="NOT_LEADING")
+    )
+    assert [event.sequence for event in events] == [1, 2]
+    assert len(script.requests("ListEvents")) == 2
+
+
+def test_a_list_that_no_leader_gives_ends_with_what_was_said(script, cluster, monkeypatch):
+    monkeypatch.setattr("phalanx.sdk.following.TAKE_OVER_S", 0.0)
+    assert not cluster.jobs()
+    script.fail(
+        "ListEvents", Unavailable("this control process leads no more", reason="NOT_LEADING")
+    )
+    with pytest.raises(Unavailable, match="leads no more"):
+        list(cluster.events())
+
+
 def test_nobody_has_left_by_a_list_that_may_not_be_whole(cut_off):
     cut_off.cluster.workers.add(id="w1")
     with (

@@ -179,6 +179,21 @@ def test_few_leaves_are_let_pass_while_an_old_step_is_shown(
     assert granted <= 11 * (8 + 5), "10 s are 33 times the age that a shown step may have"
 
 
+def test_no_leaf_is_let_pass_where_the_step_was_committed_and_is_not_shown(gate: Gate) -> None:
+    (gate.folder / "hold").touch()
+    message = JobMessage(spec=load_json(json.dumps(gated_job(shards=11))))
+    shown = SimpleNamespace(progress=SimpleNamespace(step=3))
+    job = SimpleNamespace(id="j", message=message, refresh=lambda: shown, done=False)
+    passes = []
+
+    def committed(_: object) -> int:
+        passes.extend((gate.folder / "passes").iterdir())
+        return 5
+
+    gate.bring_to(cast("phalanx.Job", job), 5, committed)
+    assert (passes, gate.furthest) == ([], {"j": 5})
+
+
 def test_a_job_that_is_over_is_not_waited_for_in_the_gate(gate: Gate) -> None:
     """Its last step is shown before its end, and no leaf of it comes to the gate any more."""
     job = SimpleNamespace(done=False, refresh=lambda: None, wait=lambda timeout_s: None)
