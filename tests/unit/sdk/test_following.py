@@ -82,8 +82,24 @@ def test_a_cluster_that_stays_away_is_given_up(monkeypatch):
     assert len(backend.asked) == 1 + following.REATTACH_S
 
 
-def test_what_is_not_followed_is_asked_once():
+def test_what_is_not_followed_goes_on_behind_the_last_one_and_ends():
+    backend = ScriptedBackend([event(1), AWAY], [event(2)])
+    assert [each.sequence for each in Cluster(backend).event_messages()] == [1, 2]
+    assert [request.after_sequence for request in backend.asked] == [0, 1]
+
+
+def test_a_list_is_not_asked_of_a_cluster_that_is_not_there_any_more():
     backend = ScriptedBackend([event(1), AWAY])
+    backend.alive.append(False)
     with pytest.raises(Unavailable):
         list(Cluster(backend).event_messages())
     assert len(backend.asked) == 1
+
+
+def test_a_list_that_nobody_gives_is_given_up(monkeypatch):
+    now_s = iter(range(1, 1000))
+    monkeypatch.setattr(following.time, "monotonic", lambda: next(now_s))
+    backend = ScriptedBackend(*[[AWAY]] * 100)
+    with pytest.raises(Unavailable, match="going down"):
+        list(Cluster(backend).event_messages())
+    assert len(backend.asked) == following.TAKE_OVER_S

@@ -243,7 +243,7 @@ def test_a_list_goes_on_behind_what_came_when_its_leader_was_replaced(script, cl
     script.events = [job_pb2.Event(sequence=each, type="JOB_QUEUED") for each in (1, 2)]
     events = cluster.events()
     script.fail(
-        "ListEvents", Unavailable("this control process leads no more", reason="NOT_LEADING")
+        "ListEvents", Unavailable("this control process leads no more", reason="NOT_LEADER")
     )
     assert [event.sequence for event in events] == [1, 2]
     assert len(script.requests("ListEvents")) == 2
@@ -253,7 +253,7 @@ def test_a_list_that_no_leader_gives_ends_with_what_was_said(script, cluster, mo
     monkeypatch.setattr("phalanx.sdk.following.TAKE_OVER_S", 0.0)
     assert not cluster.jobs()
     script.fail(
-        "ListEvents", Unavailable("this control process leads no more", reason="NOT_LEADING")
+        "ListEvents", Unavailable("this control process leads no more", reason="NOT_LEADER")
     )
     with pytest.raises(Unavailable, match="leads no more"):
         list(cluster.events())
