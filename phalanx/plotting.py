@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phalanx.errors import FailedPrecondition, InvalidArgument, NotFound
+from phalanx.files import replace_content
 
 if TYPE_CHECKING:
     from phalanx.sdk.job import Job
@@ -53,17 +55,23 @@ def require_plot(file: Path) -> None:
         raise NotFound(f"there is no folder {file.parent} for {file.name}; make it first")
 
 
-def plot_job(job: Job, file: Path) -> None:
-    """Fetch metrics and events of a job and draw them to ``file`` (.png, .svg or .pdf)."""
+def plot_job(job: Job, file: Path) -> bool:
+    """Fetch metrics and events of a job and draw them to ``file`` (.png, .svg or .pdf).
+
+    Return whether there are any metrics; without them no file is written.
+    """
     from phalanx.sdk import methods
     from phalanx.sdk.values import event_value
     from phalanx.v1.cluster_service_pb2 import ListEventsRequest
 
     points = job.metrics()
+    if not points:
+        return False
     request = ListEventsRequest(job_id=job.id)
     events = [event_value(item.event) for item in job.stream(methods.LIST_EVENTS, request)]
     title = f"{job.id} · {job.state.lower()}"
     plot_curves(file, title, points, incidents_of(events, points))
+    return True
 
 
 def incidents_of(events: Iterable[Event], points: Sequence[MetricPoint]) -> list[Incident]:
@@ -87,7 +95,8 @@ def plot_curves(
     """Draw losses above and the other metrics below, by step, and write them to ``file``.
 
     Incidents are vertical lines with numbers; what the numbers mean stands below the curves, so
-    that texts never lie on each other or on a curve. Raises FailedPrecondition without matplotlib.
+    that texts never lie on each other or on a curve. The file appears only when it is complete.
+    Raises FailedPrecondition without matplotlib.
     """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -118,7 +127,9 @@ def plot_curves(
             axes.tick_params(labelbottom=False)
     if notes:
         _draw_notes(figure.add_subplot(grid[len(panels)]), notes)
-    figure.savefig(file, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format=file.suffix.lower().removeprefix("."))
+    replace_content(file, picture.getvalue())
 
 
 def _series(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,11 @@ class Settings:
     namespace: str = "default"
     timeout_s: float = 30.0
     json: bool = False
+
+    def command(self, *words: str) -> str:
+        """Return the command line that people are told for another command on the same cluster."""
+        where = () if self.address is None else ("--address", self.address)
+        return shlex.join(("phalanx", *where, *words))
 
     def connect(self) -> Cluster:
         """Return the cluster that the options name; nothing is dialled yet."""

@@ -2,13 +2,18 @@
 
 import sys
 
-from phalanx.parent import EXIT_INTERRUPTED
-
 
 def main() -> None:
     """Run the command line of this process."""
     try:
         from phalanx.cli import main as program
-    except KeyboardInterrupt:
+
+        program.main()
+    except (Exception, KeyboardInterrupt) as error:
+        from phalanx.cli.command_line import say_how_to_attach, was_interrupted
+        from phalanx.parent import EXIT_INTERRUPTED
+
+        if not was_interrupted(error):
+            raise
+        say_how_to_attach(sys.argv[1:])
         sys.exit(EXIT_INTERRUPTED)
-    program.main()

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from phalanx.cli.command_line import command_at, say_how_to_attach, was_interrupted
 from phalanx.cli.commands import (
     chaos,
     cluster,
@@ -31,7 +32,6 @@ from phalanx.cli.errors import EXIT_OF_CODE, Exit, file_error, show_error
 from phalanx.errors import IncompleteWarning, InvalidArgument, PhalanxError, Unimplemented
 from phalanx.ids import check_namespace
 
-_WITH_VALUE = ("--address", "--namespace", "--token-file", "--ca", "--timeout")
 EPILOG = "Start with: phalanx up   ·   Help on one command: phalanx COMMAND --help"
 
 app = typer.Typer(
@@ -119,8 +119,28 @@ class _Command(TyperCommand):
 
 
 class _Group(TyperGroup):
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _interruptible():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _interruptible():
+            return super().invoke(ctx)
+
     def get_help_option(self, ctx: Any) -> TyperOption | None:
         return _without_type(super().get_help_option(ctx))
+
+
+class _Interrupted(Exception):
+    """Ctrl-C that no command has answered: of KeyboardInterrupt itself typer makes an exit code."""
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise _Interrupted from error
 
 
 def _without_type(option: TyperOption | None) -> TyperOption | None:
@@ -163,7 +183,7 @@ def run(arguments: Sequence[str]) -> int:
         show_error(error, as_json=as_json)
         return _exit_code(error)
     except (KeyboardInterrupt, typer.Abort):
-        return Exit.INTERRUPTED
+        return _interrupted(arguments)
     except SystemExit:
         # Whoever read our output has seen enough (phalanx jobs | head).
         return Exit.DONE
@@ -177,6 +197,8 @@ def run(arguments: Sequence[str]) -> int:
         show_error(_memory_error(error), as_json=as_json)
         return Exit.CONFLICT
     except Exception as error:  # noqa: BLE001 - the last resort of the program
+        if was_interrupted(error):
+            return _interrupted(arguments)
         show_error(_bug(error), as_json=as_json)
         return Exit.BUG
 
@@ -237,6 +259,12 @@ def _exit_code(error: PhalanxError) -> int:
     return EXIT_OF_CODE[error.code]
 
 
+def _interrupted(arguments: Sequence[str]) -> int:
+    # A watch that had attached said it itself, and ended with an exit code.
+    say_how_to_attach(arguments)
+    return Exit.INTERRUPTED
+
+
 def _usage_error(error: typer.TyperException) -> InvalidArgument:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "phalanx"
@@ -277,16 +305,8 @@ def _bug(error: Exception) -> PhalanxError:
     )
 
 
-def _command_at(arguments: Sequence[str]) -> int:
-    """Return the place of the command: a data set may have the name of one."""
-    index = 0
-    while index < len(arguments) and arguments[index].startswith("-"):
-        index += 2 if arguments[index] in _WITH_VALUE else 1
-    return index
-
-
 def _reads_large_files(arguments: Sequence[str]) -> bool:
-    at = _command_at(arguments)
+    at = command_at(arguments)
     return list(arguments[at : at + 2]) == ["data", "add"]
 
 
@@ -296,7 +316,7 @@ def _hoist_json(arguments: Sequence[str]) -> list[str]:
     It belongs before the command, but who writes it at the end means the same; and errors of a
     command line that does not parse shall be JSON as well. The services have options of their own.
     """
-    at = _command_at(arguments)
+    at = command_at(arguments)
     own = at if arguments[at : at + 1] and arguments[at] in services.NAMES else len(arguments)
     end = next((i for i, word in enumerate(arguments[:own]) if word == "--"), own)
     if "--json" not in arguments[:end]:

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 from phalanx.cli.context import Settings
-from phalanx.cli.errors import Exit
+from phalanx.cli.errors import Exit, file_error
 from phalanx.cli.output import console, print_fields, print_json, say
 from phalanx.cli.watch_state import WatchState
+from phalanx.errors import PhalanxError
 from phalanx.sdk.job import Job
 from phalanx.sdk.values import BestEvaluation, event_value
 from phalanx.tasks import is_task_set
@@ -26,8 +27,9 @@ def follow(
 ) -> int:
     """Show a job until it has ended; return the exit code.
 
-    Ctrl-C leaves the job running and says how to attach again; ``go_on`` is the command that goes
-    on with it where its cluster ends with this program.
+    Ctrl-C leaves the job running, says how to attach again and writes to ``plot`` what there is so
+    far; another one ends that, too. ``go_on`` is the command that goes on with the job where its
+    cluster ends with this program.
     """
     if plot is not None:
         from phalanx.plotting import require_plot
@@ -35,27 +37,56 @@ def follow(
         # Told now rather than after an hour of training.
         require_plot(plot)
     try:
-        if settings.json:
-            for item in job.watch_messages():
-                print_json(item)
-        elif sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            _follow_live(job)
-        else:
-            _follow_plain(job)
+        _show(job, settings)
     except KeyboardInterrupt:
-        if go_on is not None:
-            say("\nthe job stops with its cluster; from its last checkpoint it goes on")
-            say(f"when the cluster is there again:       {go_on}")
-            return Exit.INTERRUPTED
-        say(f"\nthe job goes on; attach again with: phalanx watch {job.id}")
-        say(f"or end it with:                        phalanx cancel {job.id}")
+        _say_how_to_return(job, settings, go_on)
+        if plot is not None:
+            _plot_so_far(job, plot)
         return Exit.INTERRUPTED
     if plot is not None:
-        from phalanx.plotting import plot_job
-
-        plot_job(job, plot)
-        say(f"curves written to {plot}")
+        _plot(job, plot)
     return conclude(job, settings)
+
+
+def _show(job: Job, settings: Settings) -> None:
+    if settings.json:
+        for item in job.watch_messages():
+            print_json(item)
+    elif sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        _follow_live(job)
+    else:
+        _follow_plain(job)
+
+
+def _say_how_to_return(job: Job, settings: Settings, go_on: str | None) -> None:
+    if go_on is not None:
+        say("\nthe job stops with its cluster; from its last checkpoint it goes on")
+        say(f"when the cluster is there again:       {go_on}")
+        return
+    say(f"\nthe job goes on; attach again with: {settings.command('watch', job.id)}")
+    say(f"or end it with:                     {settings.command('cancel', job.id)}")
+
+
+def _plot_so_far(job: Job, plot: Path) -> None:
+    """Write the curves of a job that may go on; say why where they are not written."""
+    say("writing the curves so far; Ctrl-C leaves without them")
+    try:
+        _plot(job, plot)
+    except KeyboardInterrupt:
+        say(f"\n{plot} is not written")
+    except PhalanxError as error:
+        say(f"{plot} is not written: {error}")
+    except OSError as error:
+        say(f"{plot} is not written: {file_error(error)}")
+
+
+def _plot(job: Job, plot: Path) -> None:
+    from phalanx.plotting import plot_job
+
+    if plot_job(job, plot):
+        say(f"curves written to {plot}")
+    else:
+        say(f"there are no curves, as nothing has been measured; {plot} is not written")
 
 
 def conclude(job: Job, settings: Settings) -> int:

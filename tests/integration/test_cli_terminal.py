@@ -161,7 +161,7 @@ def long_job(cluster, folder):
 
 def test_watch_shows_a_job_live_and_ctrl_c_leaves_it_running(cluster, folder, long_job):
     arguments = ("--address", cluster.address, "watch", long_job.id)
-    with on_terminal(*arguments, folder=folder) as screen:
+    with on_terminal(*arguments, "--plot", "so-far.png", folder=folder) as screen:
         screen.wait_for(rf"{long_job.id}  RUNNING  kinds@1, 4 shards")
         screen.wait_for(r"[━╸╺]+\s+step [\d,]+/1,000,000  epoch \d+\.\d\d")
         screen.wait_for(r"train/loss \d\.\d+ .*test/accuracy \d\.\d+")
@@ -175,10 +175,12 @@ def test_watch_shows_a_job_live_and_ctrl_c_leaves_it_running(cluster, folder, lo
         family = family_of(screen.process.pid)
         screen.press(CTRL_C)
         assert screen.end() == 130
-        assert f"the job goes on; attach again with: phalanx watch {long_job.id}" in screen.text
+        assert f"the job goes on; attach again with: phalanx {' '.join(arguments)}" in screen.text
+        assert "curves written to so-far.png" in screen.text
         assert "Traceback" not in screen.text
         shown, hidden = screen.raw.rfind("\x1b[?25h"), screen.raw.rfind("\x1b[?25l")
         assert shown > hidden >= 0, "the cursor stays hidden"
+    assert (folder / "so-far.png").read_bytes().startswith(b"\x89PNG")
     assert not alive(family)
     step = long_job.refresh().progress.step
     wait_until(lambda: long_job.refresh().progress.step > step, "the job goes on")

@@ -32,7 +32,7 @@ SETS = Annotated[
 ]
 PLOT = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.png", help="At the end write the curves, with incidents marked."),
+    typer.Option(metavar="FILE.png", help="At the end, or at Ctrl-C, write curves and incidents."),
 ]
 
 
@@ -82,7 +82,7 @@ def submit(
         if not wait:
             from phalanx.cli.output import say
 
-            say(f"  next: phalanx watch {job.id}")
+            say(f"  next: {settings.command('watch', job.id)}")
             return
         raise typer.Exit(_wait(job, settings))
 
@@ -401,7 +401,7 @@ def _wait(job: Job, settings: Settings) -> int:
         for _ in job.watch():
             pass
     except KeyboardInterrupt:
-        say(f"\nthe job goes on; attach again with: phalanx watch {job.id}")
+        say(f"\nthe job goes on; attach again with: {settings.command('watch', job.id)}")
         return Exit.INTERRUPTED
     if settings.json:
         print_json(job.message)

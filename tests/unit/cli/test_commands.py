@@ -29,7 +29,7 @@ def test_submit_writes_only_the_id_to_standard_output(phalanx, cluster, tmp_path
     outcome = phalanx("submit", write(tmp_path, "name: digits\n"))
     assert outcome.code == 0
     assert outcome.out.strip() in cluster.jobs
-    assert "phalanx watch" in outcome.err
+    assert f"phalanx --address {cluster.address} watch {outcome.out}" in outcome.err
     assert "10 steps" in outcome.err
 
 
@@ -112,42 +112,6 @@ def test_train_shows_the_job_to_its_end(phalanx, cluster, tmp_path):
     assert outcome.code == 0
     assert "digits@1" in outcome.out
     assert "ab" * 32 in outcome.out
-
-
-def test_ctrl_c_in_watch_says_how_to_attach_again(phalanx, cluster, monkeypatch):
-    from phalanx.sdk.job import Job
-
-    cluster.jobs["digits-1"] = job_pb2.Job(id="digits-1", state=job_pb2.Job.STATE_RUNNING)
-
-    def interrupted(self, after_sequence=0):
-        raise KeyboardInterrupt
-        yield
-
-    monkeypatch.setattr(Job, "watch_messages", interrupted)
-    outcome = phalanx("watch", "digits-1")
-    assert outcome.code == 130
-    assert "phalanx watch digits-1" in outcome.err
-
-
-def test_ctrl_c_in_train_does_not_promise_a_cluster_that_ends_with_it(
-    phalanx, cluster, tmp_path, monkeypatch
-):
-    from phalanx.sdk.cluster import Cluster
-    from phalanx.sdk.job import Job
-
-    def interrupted(self, after_sequence=0):
-        raise KeyboardInterrupt
-        yield
-
-    monkeypatch.setattr(Job, "watch_messages", interrupted)
-    file = write(tmp_path, "name: digits\n")
-    assert "phalanx watch" in phalanx("train", file).err
-    # The cluster of the test stands for one that `train` started itself.
-    monkeypatch.setattr("phalanx.local.cluster.LocalCluster", Cluster)
-    outcome = phalanx("train", file, "--state", "here")
-    assert outcome.code == 130
-    assert "phalanx watch" not in outcome.err
-    assert "phalanx up --state here" in outcome.err
 
 
 def test_watch_writes_plain_lines_without_a_terminal(phalanx, cluster):
