@@ -120,7 +120,13 @@ class IngestOptions:
         return tuple(Path(path) for path in value)
 
     def _violations(self) -> list[Violation]:
-        wrong: list[Violation] = []
+        wrong = [
+            Violation(name, f"is a whole number, not {getattr(self, name)!r}")
+            for name in ("seed", "max_categories", "block_bytes")
+            if not isinstance(getattr(self, name), int)
+        ]
+        if wrong:
+            return wrong
 
         def check(good: bool, name: str, message: str) -> None:
             if not good:
@@ -137,17 +143,17 @@ class IngestOptions:
             f"test and validation take {both:g} of the rows; leave some to train",
         )
         check(
-            self.missing in {"error", "category", "mean"},
+            self.missing in ("error", "category", "mean"),
             "missing",
             f"is error, category or mean, not {self.missing!r}",
         )
         check(
-            self.task in {None, "classification", "regression"},
+            self.task in (None, "classification", "regression"),
             "task",
             f"is classification or regression, not {self.task!r}",
         )
-        check(self.dtype in {"float32", "float64"}, "dtype", "is float32 or float64")
-        check(self.layout in {"auto", "dense", "csr"}, "layout", "is auto, dense or csr")
+        check(self.dtype in ("float32", "float64"), "dtype", "is float32 or float64")
+        check(self.layout in ("auto", "dense", "csr"), "layout", "is auto, dense or csr")
         check(
             self.chunk_bytes is None or 1024 <= self.chunk_bytes <= CHUNK_BYTES_MAXIMUM,
             "chunk_bytes",

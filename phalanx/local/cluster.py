@@ -13,6 +13,7 @@ from phalanx.ids import check_namespace
 from phalanx.local.options import LocalOptions
 from phalanx.local.state import Member
 from phalanx.local.supervisor import START_TIMEOUT_S, Supervisor
+from phalanx.sdk import arguments
 from phalanx.sdk.backend import Backend, RemoteBackend
 from phalanx.sdk.cluster import Cluster
 from phalanx.sdk.discovery import parse_addresses
@@ -50,6 +51,18 @@ class LocalCluster(Cluster):
         environment: Mapping[str, str] | None = None,
         timeout_s: float = START_TIMEOUT_S,
     ) -> None:
+        counts = {
+            "workers": workers,
+            "aggregators": aggregators,
+            "controls": controls,
+            "slots": 1 if slots is None else slots,
+            "port": port,
+        }
+        for field, value in counts.items():
+            arguments.whole(field, value)
+        arguments.text("namespace", namespace, "the name of a namespace")
+        if state is not None:
+            state = arguments.path("state", state, "the path of a folder")
         if not workers and (state is not None or port):
             raise InvalidArgument("workers=0 has no processes: it takes neither state nor port")
         check_namespace(namespace)

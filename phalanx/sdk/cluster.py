@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from phalanx.errors import DeadlineExceeded, InvalidArgument, PhalanxError
 from phalanx.ids import check_namespace, new_request_id
-from phalanx.sdk import following, methods
+from phalanx.sdk import arguments, following, methods
 from phalanx.sdk.backend import Backend, RemoteBackend
 from phalanx.sdk.data import DataSets
 from phalanx.sdk.discovery import resolve_addresses
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 DEFAULT_NAMESPACE = "default"
 PAGE_SIZE = 500
 _DRAIN_LOOK_S = 0.1
+_NAMESPACE = "the name of a namespace"
+_STATE = 'the names of states, as "RUNNING"'
 _GRACE_OF_STORAGE = -1
 """Stands for the grace time that storage was started with."""
 
@@ -47,7 +49,10 @@ def connect(
     Nothing is dialled before the first call. ``timeout_s`` bounds each call. Raises InvalidArgument
     for a malformed address or namespace.
     """
-    check_namespace(namespace)
+    check_namespace(arguments.text("namespace", namespace, _NAMESPACE))
+    if address is not None:
+        arguments.text("address", address, "HOST:PORT, or several with commas")
+    arguments.seconds("timeout_s", timeout_s)
     backend = RemoteBackend(resolve_addresses(address), timeout_s=timeout_s)
     return Cluster(backend, namespace=namespace)
 
@@ -119,9 +124,10 @@ class Cluster:
         dry_run: bool,
     ) -> job_service_pb2.SubmitJobResponse:
         document = as_document(job)
+        arguments.text("request_id", request_id, "a string, or leave it out")
         spec = JobSpec()
         spec.CopyFrom(document.spec)
-        wanted = namespace or self.namespace
+        wanted = arguments.text("namespace", namespace or self.namespace, _NAMESPACE)
         if not spec.namespace and wanted != DEFAULT_NAMESPACE:
             spec.namespace = wanted
         request = job_service_pb2.SubmitJobRequest(
@@ -134,7 +140,8 @@ class Cluster:
 
     def get(self, job_id: str) -> Job:
         """Return one job. Raises NotFound."""
-        request = job_service_pb2.GetJobRequest(job_id=job_id)
+        wanted = arguments.text("job_id", job_id, arguments.JOB_ID)
+        request = job_service_pb2.GetJobRequest(job_id=wanted)
         return Job(self.backend, self.backend.call(methods.GET_JOB, request).job)
 
     def jobs(self, *states: str) -> Listing[Job]:
@@ -144,7 +151,7 @@ class Cluster:
         Warns with IncompleteWarning where only a control process answers that is cut off from
         storage, so that jobs may be missing; ``incomplete`` of the list says so, too.
         """
-        numbers = [_state_number(state) for state in states]
+        numbers = [_state_number(state) for state in arguments.texts("states", states, _STATE)]
         found: list[Job] = []
         pages, token = Pages[Job](self.backend), ""
         while True:
@@ -170,7 +177,7 @@ class Cluster:
         """
         from phalanx.sdk.verification import verify_job
 
-        return verify_job(self, job if isinstance(job, str) else job.id)
+        return verify_job(self, job.id if isinstance(job, Job) else job)
 
     def gc(self, *, dry_run: bool = False) -> storage_service_pb2.CollectGarbageResponse:
         """Remove stored blobs that nothing refers to any more, or with ``dry_run`` only count them.
@@ -204,8 +211,11 @@ class Cluster:
 
         With ``timeout_s`` wait until it has left; raises DeadlineExceeded if it has not.
         """
+        if timeout_s is not None:
+            arguments.seconds("timeout_s", timeout_s)
         request = cluster_service_pb2.DrainWorkerRequest(
-            worker_id=worker_id, request_id=new_request_id()
+            worker_id=arguments.text("worker_id", worker_id, arguments.WORKER_ID),
+            request_id=new_request_id(),
         )
         self.backend.call(methods.DRAIN_WORKER, request)
         if timeout_s is None:
@@ -239,7 +249,9 @@ class Cluster:
         gets Unavailable at the end where nobody answers who knows that there are no more.
         """
         request = cluster_service_pb2.ListEventsRequest(
-            job_id=job_id, after_sequence=after_sequence, follow=follow
+            job_id=arguments.text("job_id", job_id, arguments.JOB_ID),
+            after_sequence=after_sequence,
+            follow=follow,
         )
 
         def attach() -> Iterator[cluster_service_pb2.ListEventsResponse]:

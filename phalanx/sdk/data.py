@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from phalanx.data.link_plans import checking_s
 from phalanx.errors import InvalidArgument
 from phalanx.ids import new_request_id
-from phalanx.sdk import methods
+from phalanx.sdk import arguments, methods
 from phalanx.sdk.backend import Backend
 from phalanx.sdk.silence import Silence
 from phalanx.v1 import dataset_service_pb2
@@ -61,6 +61,8 @@ class DataSets:
         manifest; it must be able to read them at the same path, below a folder that it was allowed
         to (``link_roots`` of ``LocalCluster``). Raises FailedPrecondition where it is not.
         """
+        # Asked before all is read rather than after.
+        arguments.text("name", name, "the name of the data set to add")
         silence = Silence(on_silence)
         with _Sink(self._backend, on_stored, silence) as sink:
             manifest = self._ingest(source, options, sink)
@@ -83,7 +85,8 @@ class DataSets:
                 f"it was given {len(source)} things of other kinds"
             )
         features, targets = source[0], source[1] if len(source) == 2 else None
-        names = options.pop("feature_names", ())
+        names = options.pop("feature_names", None)
+        names = [] if names is None else arguments.texts("feature_names", names, "names of columns")
         held_out = {
             split: options.pop(split)
             for split in ("test", "validation")
@@ -120,7 +123,8 @@ class DataSets:
 
     def get(self, name: str) -> Dataset:
         """Return one data set, NAME or NAME@VERSION. Raises NotFound."""
-        request = dataset_service_pb2.GetDatasetRequest(namespace=self._namespace, name=name)
+        wanted = arguments.text("name", name, arguments.DATASET_NAME)
+        request = dataset_service_pb2.GetDatasetRequest(namespace=self._namespace, name=wanted)
         return self._backend.call(methods.GET_DATASET, request).dataset
 
     def manifest(self, name: str) -> DatasetManifest:
@@ -135,7 +139,9 @@ class DataSets:
         Raises FailedPrecondition while a job refers to it.
         """
         request = dataset_service_pb2.DeleteDatasetRequest(
-            namespace=self._namespace, name=name, request_id=new_request_id()
+            namespace=self._namespace,
+            name=arguments.text("name", name, arguments.DATASET_NAME),
+            request_id=new_request_id(),
         )
         self._backend.call(methods.DELETE_DATASET, request)
 

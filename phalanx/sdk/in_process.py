@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 import phalanx
 from phalanx.errors import FailedPrecondition, NotFound, Unimplemented, Violation
 from phalanx.files import replace_content
-from phalanx.ids import check_blob_id
+from phalanx.ids import check_blob_id, check_name
 from phalanx.sdk import methods
 from phalanx.sdk.in_process_jobs import InProcessJobs, now
 from phalanx.sdk.in_process_links import LinkedBlobs
@@ -373,7 +373,7 @@ class InProcessBackend:
             self._linked.register(request.manifest_digest, manifest)
         dataset = described(manifest, request.manifest_digest)
         dataset.namespace = request.namespace or "default"
-        dataset.name = request.name
+        dataset.name = check_name(request.name, "data set")
         registered = self._datasets.register(dataset)
         return dataset_service_pb2.CreateDatasetResponse(dataset=registered)
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from phalanx.errors import Code, DeadlineExceeded, PhalanxError, Unavailable
 from phalanx.ids import new_request_id
-from phalanx.sdk import following, methods
+from phalanx.sdk import arguments, following, methods
 from phalanx.sdk.backend import Backend
 from phalanx.sdk.listing import Listing, Pages
 from phalanx.sdk.methods import RequestT, ResponseT
@@ -186,7 +186,9 @@ class Job:
         ``timeout_s`` (the job goes on then), and Unavailable, or DeadlineExceeded where it is
         stopped, when the cluster stays away.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline = None
+        if timeout_s is not None:
+            deadline = time.monotonic() + arguments.seconds("timeout_s", timeout_s)
         answered_s = time.monotonic()
         wait_s = 0.05
         while not self.done:
@@ -223,7 +225,9 @@ class Job:
     def cancel(self, reason: str = "") -> "Job":
         """End the job at the next step boundary; returns itself."""
         request = job_service_pb2.CancelJobRequest(
-            job_id=self.id, request_id=new_request_id(), reason=reason
+            job_id=self.id,
+            request_id=new_request_id(),
+            reason=arguments.text("reason", reason, "a string, which is kept with the job"),
         )
         self.message = self._backend.call(methods.CANCEL_JOB, request).job
         return self
@@ -270,7 +274,9 @@ class Job:
     ) -> Iterator[job_service_pb2.ReadJobLogsResponse]:
         """Yield the same as wire messages."""
         request = job_service_pb2.ReadJobLogsRequest(
-            job_id=self.id, follow=follow, worker_id=worker_id
+            job_id=self.id,
+            follow=follow,
+            worker_id=arguments.text("worker_id", worker_id, arguments.WORKER_ID),
         )
         if not follow:
             yield from self._backend.stream(methods.READ_JOB_LOGS, request)
@@ -293,7 +299,8 @@ class Job:
 
         Raises FailedPrecondition for a job that is no set of tasks.
         """
-        request = job_service_pb2.ReadTaskResultsRequest(job_id=self.id, tasks=tasks)
+        wanted = arguments.wholes("tasks", tasks, "numbers of tasks, from 0")
+        request = job_service_pb2.ReadTaskResultsRequest(job_id=self.id, tasks=wanted)
         found = [
             task_result_value(result, self._value_json(result))
             for page in self._backend.stream(methods.READ_TASK_RESULTS, request)
@@ -320,6 +327,7 @@ class Job:
 
     def _metrics(self, pages: Pages[Any], names: Sequence[str]) -> list[job_pb2.MetricPoint]:
         points: list[job_pb2.MetricPoint] = []
+        names = arguments.texts("names", names, 'names of metrics, as "train/loss"')
         after_step = -1
         while True:
             request = job_service_pb2.ListJobMetricsRequest(

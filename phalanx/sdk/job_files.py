@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phalanx.errors import InvalidArgument, NotFound
+from phalanx.sdk import arguments
 from phalanx.v1.job_spec_pb2 import JobSpec
 
 if TYPE_CHECKING:
     from phalanx.specs import Document
 
 FILE_LIMIT_BYTES = 1024 * 1024
+_FILE = "the path of a job file"
+_JOB = f"a spec (phalanx.load), a dict of its JSON, or {_FILE}"
 
 
 def load(path: str | PathLike[str], *, sets: Sequence[str] = ()) -> JobSpec:
@@ -28,7 +30,7 @@ def load(path: str | PathLike[str], *, sets: Sequence[str] = ()) -> JobSpec:
 
 def read_document(path: str | PathLike[str], *, sets: Sequence[str] = ()) -> Document:
     """Read a job file and keep the lines of its fields, for messages. Raises as ``load``."""
-    file = Path(path)
+    file = arguments.path("path", path, _FILE)
     try:
         if file.stat().st_size > FILE_LIMIT_BYTES:
             raise InvalidArgument(f"{file} is larger than 1 MiB; that is no job file")
@@ -58,5 +60,17 @@ def as_document(job: JobSpec | Mapping[str, Any] | str | PathLike[str]) -> Docum
     if isinstance(job, JobSpec):
         return Document(job, "the job")
     if isinstance(job, Mapping):
-        return parse_document(json.dumps(job), "the job", is_json=True)
-    return read_document(job)
+        return parse_document(_json_of(job), "the job", is_json=True)
+    if isinstance(job, str) and "\n" in job:
+        raise InvalidArgument(f"job is a text of several lines, which is no path; give {_JOB}")
+    return read_document(arguments.path("job", job, _JOB))
+
+
+def _json_of(job: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(job))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidArgument(
+            f"the job is no JSON: {error}; a dict has strings as keys, and strings, numbers, "
+            "lists and dicts as values"
+        ) from None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from phalanx.errors import AlreadyExists, DataLoss
 from phalanx.ids import new_request_id
-from phalanx.sdk import methods
+from phalanx.sdk import arguments, methods
 from phalanx.sdk.backend import Backend
 from phalanx.sdk.discovery import cache_dir
 from phalanx.v1 import model_service_pb2
@@ -45,7 +45,8 @@ class Models:
 
     def describe(self, name: str) -> ModelVersion:
         """Return what is known of a model, NAME or NAME@VERSION. Raises NotFound."""
-        request = model_service_pb2.GetModelRequest(namespace=self._namespace, name=name)
+        wanted = arguments.text("name", name, arguments.MODEL_NAME)
+        request = model_service_pb2.GetModelRequest(namespace=self._namespace, name=wanted)
         return self._backend.call(methods.GET_MODEL, request).model
 
     def get(self, name: str, *, allow_code: bool = False) -> LoadedModel:
@@ -76,7 +77,7 @@ class Models:
 
     def download(self, name: str, folder: str | PathLike[str]) -> Path:
         """Write the files of a model to a new folder; return it. Raises AlreadyExists."""
-        target = Path(folder)
+        target = arguments.path("folder", folder, "the path of a new folder")
         if target.exists():
             raise AlreadyExists(f"{target} exists; give a folder that does not exist yet")
         self._download(self.describe(name), target)
@@ -90,7 +91,7 @@ class Models:
         """
         from phalanx.sdk.exporting import export_model
 
-        target = Path(file)
+        target = arguments.path("file", file, "the path of a new file")
         export_model(self.cached(name), target)
         return target
 
@@ -100,7 +101,9 @@ class Models:
         Raises FailedPrecondition while a job refers to it.
         """
         request = model_service_pb2.DeleteModelRequest(
-            namespace=self._namespace, name=name, request_id=new_request_id()
+            namespace=self._namespace,
+            name=arguments.text("name", name, arguments.MODEL_NAME),
+            request_id=new_request_id(),
         )
         self._backend.call(methods.DELETE_MODEL, request)
 

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from phalanx.errors import InvalidArgument, NotFound
-from phalanx.sdk import methods
+from phalanx.sdk import arguments, methods
 from phalanx.sdk.backend import Backend
 from phalanx.v1 import storage_service_pb2
 from phalanx.wheels import STREAM, WHEEL_LIMIT_BYTES, check_wheel
@@ -39,7 +39,7 @@ class Wheels:
         Raises NotFound when there is no such file and InvalidArgument when it is no wheel in pure
         Python.
         """
-        file = Path(path)
+        file = arguments.path("path", path, "the path of a wheel")
         data = _read_wheel(file)
         wheel = Wheel(file.name, self._backend.put_blob(data), len(data))
         # The pin keeps it from garbage collection until a job needs it.
