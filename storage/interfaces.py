@@ -180,7 +180,7 @@ class Catalog(Protocol):
         """Return one page and the token of the next (empty: it was the last)."""
 
     def delete_dataset(self, request: dataset_pb.DeleteDatasetRequest, name: VersionName) -> None:
-        """Delete one version (0: all of them); NotFound, FailedPrecondition (IN_USE)."""
+        """Delete one version (0: all); NotFound, FailedPrecondition (IN_USE, REFERENCED)."""
 
     def create_model(self, request: model_pb.CreateModelRequest) -> model_pb.ModelVersion:
         """Register the next version; AlreadyExists, FailedPrecondition (BLOB_MISSING)."""
@@ -192,13 +192,16 @@ class Catalog(Protocol):
         """Return one page and the token of the next (empty: it was the last)."""
 
     def delete_model(self, request: model_pb.DeleteModelRequest, name: VersionName) -> None:
-        """Delete one version (0: all of them); NotFound, FailedPrecondition (IN_USE)."""
+        """Delete one version (0: all); NotFound, FailedPrecondition (IN_USE, REFERENCED)."""
 
     def set_pins(self, request: pb.SetPinsRequest) -> None:
-        """Replace the pins of a holder; NotFound names what does not exist."""
+        """Replace the pins of a holder; NotFound names what does not exist.
+
+        Or, with ``ended``, let those that it has be deleted by force, and let go of its blobs.
+        """
 
     def pin_holders(self, after: str, limit: int) -> list[str]:
-        """Return who holds pins, in order, from the first one after ``after``."""
+        """Return who holds pins and has not ended, in order, from the first after ``after``."""
 
 
 class ReferenceStore(Protocol):

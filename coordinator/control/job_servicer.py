@@ -190,11 +190,13 @@ class JobServicer(pb_grpc.JobServiceServicer):
         self, request: pb.DeleteJobRequest, context: ServicerContext
     ) -> pb.DeleteJobResponse:
         """Forget an ended job."""
+        leader = self._process.leading()
         answer = await self._call(
             "DeleteJob",
             request,
             lambda token, remembered: ev.DeleteJob(token, request.job_id, remembered),
         )
+        await leader.removed(request.job_id)
         return _of_type(answer, pb.DeleteJobResponse)
 
     async def WatchJob(

@@ -45,6 +45,7 @@ from phalanx.v1.task_service_pb2 import TaskResult
 
 TICK_S = 0.1
 ANSWER_TIMEOUT_S = 60.0
+REMOVAL_WAIT_S = 2.0
 WAITING_MAX = 50_000
 """Effects that may wait for their records while storage takes none; callers are sent away from half
 as many on."""
@@ -112,6 +113,7 @@ class Leader:
         self._answers: dict[int, asyncio.Future[Message]] = {}
         self._tokens = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._removals: dict[str, asyncio.Task[Any]] = {}
         self._storage_lost_s: float | None = None
 
     # -- life -------------------------------------------------------------------------------
@@ -211,6 +213,14 @@ class Leader:
             self.check_storage()
             await self._all_durable()
         return answer
+
+    async def removed(self, job_id: str) -> None:
+        """Wait until storage has forgotten a deleted job: what that has used can be deleted then.
+
+        Not for long: the deletion is durable, and storage may be away.
+        """
+        if job_id in self._removals:
+            await asyncio.wait([self._removals[job_id]], timeout=REMOVAL_WAIT_S)
 
     def member_said(self, session: MemberSession, message: pb.SessionRequest) -> None:
         """Take in a message of a member; logs and points go past the core."""
@@ -369,7 +379,9 @@ class Leader:
                 self._spawn(self._operate(effect), vital=True)
             case fx.RemoveJob():
                 self.streams.forget(effect.job_id)
-                self._spawn(self._remove(effect.job_id), vital=False)
+                removal = self._spawn(self._remove(effect.job_id), vital=False)
+                self._removals[effect.job_id] = removal
+                removal.add_done_callback(lambda _: self._removals.pop(effect.job_id, None))
             case fx.Observe():
                 self._gauges.observe(effect)
             case fx.SuspectSelf():
@@ -457,10 +469,11 @@ class Leader:
             )
             self._storage_lost_s = None
 
-    def _spawn(self, work: Coroutine[Any, Any, Any], *, vital: bool) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, Any], *, vital: bool) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(lambda done: self._ended(done, vital))
+        return task
 
     def _ended(self, task: asyncio.Task[Any], vital: bool) -> None:
         self._tasks.discard(task)

@@ -68,8 +68,13 @@ class Operations:
                 await self._store.insist_call(storage.DeleteJournal, request)
 
     async def release_pins(self, job_id: str) -> None:
-        """Let go of the data set, the model and the code that an ended job needed."""
-        request = pb.SetPinsRequest(holder=job_id, fence=self._store.fence)
+        """Say that a job has ended and needs its data set, its model and its code no more to run.
+
+        Storage goes on knowing which data set and model that were: proving the job, and going on
+        from it, take them. Of a job that is not there it forgets all.
+        """
+        ended = job_id in self._durable.jobs
+        request = pb.SetPinsRequest(holder=job_id, ended=ended, fence=self._store.fence)
         await self._store.insist_call(self._store.storage.SetPins, request)
 
     async def _raise_term(self, effect: fx.RaiseTerm) -> ev.Event:

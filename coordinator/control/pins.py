@@ -1,6 +1,6 @@
 """Pins that nobody needs any more, although nobody let go of them.
 
-A submission pins its data and code before its job is journalled, and lets go after it has ended; a
+A submission pins its data and code before its job is journalled, and says when it has ended; a
 leader can die or lose its lease in between, or storage can be away. What is left is found by
 comparing storage with the journal, when a leadership begins and before garbage is collected:
 nobody else pins anything for a job meanwhile, since storage refuses the leader before.

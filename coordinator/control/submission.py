@@ -120,8 +120,8 @@ class Submissions:
             )
             pins.append(pb.Pin(dataset=version))
         pins += [pb.Pin(blob=digest) for digest in sorted(set(plan.code_digests.values()))]
-        if plan.start_model_digest:
-            pins.append(pb.Pin(blob=plan.start_model_digest))
+        if submitted.spec.train.start.model:
+            pins.append(pb.Pin(model=_start_version(submitted.spec)))
         checkpoint = submitted.continued.checkpoint
         taken = {part.digest for part in checkpoint.parts}
         pins += [pb.Pin(blob=digest) for digest in sorted(taken)]
@@ -237,6 +237,13 @@ class Submissions:
             return await self._store.get_blob(digest, offset, length)
         except InvalidArgument:
             return b""
+
+
+def _start_version(spec: job_spec_pb2.JobSpec) -> pb.PinnedVersion:
+    """Return which model a resolved spec names."""
+    path, _, version = spec.train.start.model.partition("@")
+    namespace, _, name = path.rpartition("/")
+    return pb.PinnedVersion(namespace=namespace or spec.namespace, name=name, version=int(version))
 
 
 def _parameters_of(model: model_service_pb2.ModelVersion) -> str:

@@ -133,15 +133,17 @@ class DataSets:
 
         return DatasetManifest.from_json(self._backend.get_blob(self.get(name).manifest_digest))
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, force: bool = False) -> None:
         """Delete a data set, NAME (all versions) or NAME@VERSION.
 
-        Raises FailedPrecondition while a job refers to it.
+        Raises FailedPrecondition while a job refers to it. With ``force`` only while one can still
+        run: those that have ended can neither be verified nor be gone on from then.
         """
         request = dataset_service_pb2.DeleteDatasetRequest(
             namespace=self._namespace,
             name=arguments.text("name", name, arguments.DATASET_NAME),
             request_id=new_request_id(),
+            force=force,
         )
         self._backend.call(methods.DELETE_DATASET, request)
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from google.protobuf.message import Message
 
 import phalanx
-from phalanx.errors import FailedPrecondition, NotFound, Unimplemented, Violation
+from phalanx import deletions
+from phalanx.errors import NotFound, Unimplemented, Violation
 from phalanx.files import replace_content
 from phalanx.ids import check_blob_id, check_name
 from phalanx.sdk import methods
-from phalanx.sdk.in_process_jobs import InProcessJobs, now
+from phalanx.sdk.in_process_jobs import OVER, InProcessJobs, now
 from phalanx.sdk.in_process_links import LinkedBlobs
 from phalanx.sdk.methods import Method, RequestT, ResponseT
 from phalanx.sdk.transport import STREAM_TIMEOUT_S
@@ -57,13 +58,15 @@ class Catalog(dict[tuple[str, str], list[VersionT]]):
     def __init__(self, what: str) -> None:
         super().__init__()
         self.what = what
+        # Outlives its versions, so that NAME@VERSION never comes to mean something else.
+        self._last_versions: dict[tuple[str, str], int] = {}
 
     def register(self, item: VersionT) -> VersionT:
         """Add a new version."""
-        versions = self.setdefault((item.namespace, item.name), [])
-        item.version = versions[-1].version + 1 if versions else 1
+        key = (item.namespace, item.name)
+        item.version = self._last_versions[key] = self._last_versions.get(key, 0) + 1
         item.create_time.CopyFrom(now())
-        versions.append(item)
+        self.setdefault(key, []).append(item)
         return item
 
     def find(self, namespace: str, name: str) -> VersionT:
@@ -387,21 +390,31 @@ class InProcessBackend:
 
     def _delete_dataset(self, request: dataset_service_pb2.DeleteDatasetRequest) -> Message:
         unwanted = self._datasets.find(request.namespace, request.name)
-        for job in self._jobs.all():
-            if not job.spec.data.name:
-                continue  # a set of tasks
-            used = self._dataset_of(job)
-            same = (used.namespace, used.name) == (unwanted.namespace, unwanted.name)
-            if same and ("@" not in request.name or used.version == unwanted.version):
-                raise FailedPrecondition(
-                    f"job {job.id} refers to data set {request.name}; delete the job first",
-                    reason="IN_USE",
-                )
+        self._check_unused(deletions.DATASET, unwanted, request, lambda spec: spec.data.name)
         before = self._linked_manifests()
         self._datasets.remove(request.namespace, request.name)
         for manifest_digest in before - self._linked_manifests():
             self._linked.forget(manifest_digest)
         return dataset_service_pb2.DeleteDatasetResponse()
+
+    def _check_unused(
+        self,
+        kind: str,
+        unwanted: dataset_service_pb2.Dataset | model_service_pb2.ModelVersion,
+        request: dataset_service_pb2.DeleteDatasetRequest | model_service_pb2.DeleteModelRequest,
+        name_in: Callable[[JobSpec], str],
+    ) -> None:
+        """Raise FailedPrecondition where jobs refer to a version that is to be deleted."""
+        users = []
+        for job in self._jobs.all():
+            path, _, version = name_in(job.spec).partition("@")
+            namespace, _, name = path.rpartition("/")
+            used = (namespace or job.spec.namespace, name)
+            if used == (unwanted.namespace, unwanted.name) and (
+                "@" not in request.name or version == str(unwanted.version)
+            ):
+                users.append((job.id, job.state in OVER))
+        deletions.check_unused(kind, request.name, users, force=request.force)
 
     def _linked_manifests(self) -> set[str]:
         versions = (each for found in self._datasets.values() for each in found)
@@ -419,6 +432,8 @@ class InProcessBackend:
         return model_service_pb2.ListModelsResponse(models=found)
 
     def _delete_model(self, request: model_service_pb2.DeleteModelRequest) -> Message:
+        unwanted = self._models.find(request.namespace, request.name)
+        self._check_unused(deletions.MODEL, unwanted, request, lambda spec: spec.train.start.model)
         self._models.remove(request.namespace, request.name)
         return model_service_pb2.DeleteModelResponse()
 

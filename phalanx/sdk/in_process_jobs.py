@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from phalanx.training.local import Progress, TrainedModel
 
 State = job_pb2.Job.State
-ENDED = frozenset({State.STATE_SUCCEEDED, State.STATE_FAILED, State.STATE_CANCELLED})
+OVER = frozenset({State.STATE_SUCCEEDED, State.STATE_CANCELLED})
+"""Ended for good; a job that failed may be tried again."""
+ENDED = OVER | {State.STATE_FAILED}
 
 Train = Callable[[JobPlan, Callable[["Progress"], None]], "TrainedModel"]
 Register = Callable[[job_pb2.Job, JobPlan, "TrainedModel"], str]

@@ -95,15 +95,18 @@ class Models:
         export_model(self.cached(name), target)
         return target
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, force: bool = False) -> None:
         """Delete a model, NAME (all versions) or NAME@VERSION.
 
-        Raises FailedPrecondition while a job refers to it.
+        Raises FailedPrecondition while a job refers to it that starts from it. With ``force`` only
+        while one can still run: those that have ended cannot be verified then. The job that made
+        it does not mind.
         """
         request = model_service_pb2.DeleteModelRequest(
             namespace=self._namespace,
             name=arguments.text("name", name, arguments.MODEL_NAME),
             request_id=new_request_id(),
+            force=force,
         )
         self._backend.call(methods.DELETE_MODEL, request)
 

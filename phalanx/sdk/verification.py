@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from phalanx.training.left_out import LeftOutLog
     from phalanx.training.local import TrainedModel
     from phalanx.training.replay import ReplayLog
+    from phalanx.v1.dataset_service_pb2 import Dataset
     from phalanx.v1.job_spec_pb2 import JobSpec
     from phalanx.v1.storage_service_pb2 import CheckpointManifest
     from phalanx.v1.training_pb2 import JobPlan
@@ -41,7 +42,8 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
     Where nobody wrote down what the parameters depend on, the verdict says so, and the ledger is
     counted all the same. A set of tasks has its results counted.
 
-    Raises FailedPrecondition unless the job has succeeded, and where its origin is gone; NotFound
+    Raises FailedPrecondition unless the job has succeeded, and where its data set or its origin is
+    deleted; NotFound
     where the last checkpoint is needed and is not kept any more; DataLoss where it cannot be read.
     """
     job = cluster.get(job_id)
@@ -118,7 +120,7 @@ class _Training:
         self._result = result
         self._spec = job.message.spec
         self._has_backups = parts.backup_shards(self._spec.train) > 0
-        dataset = cluster.data.get(self._spec.data.name)
+        dataset = _dataset_of(cluster, job)
         self._plan = job_plan(self._spec, dataset, job.id)
         manifest = cluster.backend.get_blob(self._plan.manifest_digest)
         self._manifest: DatasetManifest = DatasetManifest.from_json(manifest)
@@ -128,7 +130,7 @@ class _Training:
         result = self._result
         first = _first_of(self._cluster, self._job)
         record = self._record()
-        why = self._unknown(record)
+        why = self._unknown(record) or self._without_model(first)
         with tempfile.TemporaryDirectory(prefix="phalanx-verify-") as name:
             trained = None if why else self._trained(Path(name), first, record)
         sha256 = "" if trained is None else trained.parameters_sha256
@@ -185,6 +187,16 @@ class _Training:
                 "the job left out contributions that came too late (backup_shards), and which they "
                 "were is not written down"
             )
+        return ""
+
+    def _without_model(self, first: JobSpec) -> str:
+        """Say so where the model is deleted that the job started from; empty where it is not."""
+        name = first.train.start.model
+        try:
+            if name:
+                self._cluster.models.describe(name)
+        except NotFound:
+            return f"model {name} is deleted, from which it started"
         return ""
 
     def _excuse(self) -> str:
@@ -263,6 +275,19 @@ def _fetcher(cluster: Cluster, folder: Path) -> Callable[[str], Path]:
         return path
 
     return fetch
+
+
+def _dataset_of(cluster: Cluster, job: Job) -> Dataset:
+    """Return the data set that a job has read. Raises FailedPrecondition where it is deleted."""
+    name = job.message.spec.data.name
+    try:
+        return cluster.data.get(name)
+    except NotFound as error:
+        raise FailedPrecondition(
+            f"data set {name} is deleted, which job {job.id} has read: what that used can be "
+            "neither counted nor computed again",
+            reason="DATASET_DELETED",
+        ) from error
 
 
 def _first_of(cluster: Cluster, job: Job) -> JobSpec:

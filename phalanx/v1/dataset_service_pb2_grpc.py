@@ -83,7 +83,8 @@ class DatasetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteDataset(self, request, context):
-        """Refused with FAILED_PRECONDITION while a job refers to it.
+        """Refused with FAILED_PRECONDITION while a job refers to it: reason IN_USE where one of them can still run, else
+        REFERENCED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -24,7 +24,9 @@ class DatasetServiceStub:
     GetDataset: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.GetDatasetRequest, _dataset_service_pb2.GetDatasetResponse]
     ListDatasets: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.ListDatasetsRequest, _dataset_service_pb2.ListDatasetsResponse]
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.DeleteDatasetRequest, _dataset_service_pb2.DeleteDatasetResponse]
-    """Refused with FAILED_PRECONDITION while a job refers to it."""
+    """Refused with FAILED_PRECONDITION while a job refers to it: reason IN_USE where one of them can still run, else
+    REFERENCED.
+    """
 
 class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
     """Data sets: immutable, versioned, made of checksummed chunks."""
@@ -60,6 +62,8 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dataset_service_pb2.DeleteDatasetRequest,
         context: _aio.ServicerContext[_dataset_service_pb2.DeleteDatasetRequest, _abc.Awaitable[_dataset_service_pb2.DeleteDatasetResponse]],
     ) -> _abc.Awaitable[_dataset_service_pb2.DeleteDatasetResponse]:
-        """Refused with FAILED_PRECONDITION while a job refers to it."""
+        """Refused with FAILED_PRECONDITION while a job refers to it: reason IN_USE where one of them can still run, else
+        REFERENCED.
+        """
 
 def add_DatasetServiceServicer_to_server(servicer: DatasetServiceServicer, server: _aio.Server) -> None: ...

@@ -21,7 +21,9 @@ class ModelServiceStub:
     GetModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]
     ListModels: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]
     DeleteModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.DeleteModelRequest, _model_service_pb2.DeleteModelResponse]
-    """Refused with FAILED_PRECONDITION while a job refers to it."""
+    """Refused with FAILED_PRECONDITION while a job refers to it: reason IN_USE where one of them can still run, else
+    REFERENCED.
+    """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Trained models: a versioned set of named files."""
@@ -54,6 +56,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.DeleteModelRequest,
         context: _aio.ServicerContext[_model_service_pb2.DeleteModelRequest, _abc.Awaitable[_model_service_pb2.DeleteModelResponse]],
     ) -> _abc.Awaitable[_model_service_pb2.DeleteModelResponse]:
-        """Refused with FAILED_PRECONDITION while a job refers to it."""
+        """Refused with FAILED_PRECONDITION while a job refers to it: reason IN_USE where one of them can still run, else
+        REFERENCED.
+        """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _aio.Server) -> None: ...

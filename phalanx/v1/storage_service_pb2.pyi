@@ -1083,8 +1083,13 @@ class SetPinsRequest(_message.Message):
     HOLDER_FIELD_NUMBER: _builtins.int
     PINS_FIELD_NUMBER: _builtins.int
     FENCE_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
     holder: _builtins.str
     """Usually a job id; DeleteJobRow of that job removes the pins, too."""
+    ended: _builtins.bool
+    """In place of pins: the holder keeps those that it has, and needs none of them to run. Its data sets and models
+    can be deleted with force, its blobs are let go of. Nothing happens where it has none.
+    """
     @_builtins.property
     def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pin]:
         """None: the holder needs nothing any more."""
@@ -1097,10 +1102,11 @@ class SetPinsRequest(_message.Message):
         holder: _builtins.str = ...,
         pins: _abc.Iterable[Global___Pin] | None = ...,
         fence: Global___Fence | None = ...,
+        ended: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "holder", b"holder", "pins", b"pins"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "fence", b"fence", "holder", b"holder", "pins", b"pins"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

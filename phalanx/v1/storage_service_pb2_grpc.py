@@ -278,14 +278,16 @@ class StorageServiceServicer:
         """Says what a holder (a job) needs, in place of what it said before: data sets
         and models cannot be deleted and blobs are no garbage while pinned.
         NOT_FOUND when one of them does not exist; then nothing is changed.
+        Or says that the holder has ended: what it has used can then be deleted by
+        force.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListPins(self, request, context):
-        """Says who holds pins, some at a time: a leader of control lets go of what
-        one before it pinned for jobs that it did not live to take.
+        """Says who holds pins and has not ended, some at a time: a leader of control
+        lets go of what one before it pinned for jobs that it did not live to take.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -63,10 +63,12 @@ class StorageServiceStub:
     """Says what a holder (a job) needs, in place of what it said before: data sets
     and models cannot be deleted and blobs are no garbage while pinned.
     NOT_FOUND when one of them does not exist; then nothing is changed.
+    Or says that the holder has ended: what it has used can then be deleted by
+    force.
     """
     ListPins: _aio.UnaryUnaryMultiCallable[_storage_service_pb2.ListPinsRequest, _storage_service_pb2.ListPinsResponse]
-    """Says who holds pins, some at a time: a leader of control lets go of what
-    one before it pinned for jobs that it did not live to take.
+    """Says who holds pins and has not ended, some at a time: a leader of control
+    lets go of what one before it pinned for jobs that it did not live to take.
     """
     CollectGarbage: _aio.UnaryUnaryMultiCallable[_storage_service_pb2.CollectGarbageRequest, _storage_service_pb2.CollectGarbageResponse]
     """Mark and sweep of blobs that nothing refers to and that are old enough."""
@@ -234,6 +236,8 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
         """Says what a holder (a job) needs, in place of what it said before: data sets
         and models cannot be deleted and blobs are no garbage while pinned.
         NOT_FOUND when one of them does not exist; then nothing is changed.
+        Or says that the holder has ended: what it has used can then be deleted by
+        force.
         """
 
     @_abc_1.abstractmethod
@@ -242,8 +246,8 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _storage_service_pb2.ListPinsRequest,
         context: _aio.ServicerContext[_storage_service_pb2.ListPinsRequest, _abc.Awaitable[_storage_service_pb2.ListPinsResponse]],
     ) -> _abc.Awaitable[_storage_service_pb2.ListPinsResponse]:
-        """Says who holds pins, some at a time: a leader of control lets go of what
-        one before it pinned for jobs that it did not live to take.
+        """Says who holds pins and has not ended, some at a time: a leader of control
+        lets go of what one before it pinned for jobs that it did not live to take.
         """
 
     @_abc_1.abstractmethod

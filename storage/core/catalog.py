@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from phalanx.errors import AlreadyExists, FailedPrecondition, ResourceExhausted
+from phalanx.errors import AlreadyExists, ResourceExhausted
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import model_service_pb2 as model_pb
 from storage.core.keys import check_digest, check_file_path, check_key, check_word, invalid
@@ -180,13 +180,3 @@ def check_model(model: model_pb.ModelVersion) -> VersionName:
     if model.parameters_sha256:
         check_digest(model.parameters_sha256, "model.parameters_sha256")
     return name
-
-
-def in_use(kind: str, name: VersionName, holders: list[str]) -> FailedPrecondition:
-    """Return the error for deleting something that is pinned by ``holders`` (at least one)."""
-    more = f" and {len(holders) - 3} more" if len(holders) > 3 else ""
-    return FailedPrecondition(
-        f"{kind} {name} is in use by {', '.join(holders[:3])}{more}; delete or finish that first",
-        reason="IN_USE",
-        details={"holders": ",".join(holders[:3])},
-    )

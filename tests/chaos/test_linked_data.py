@@ -95,6 +95,7 @@ def test_deaths_of_storage_and_of_a_worker(tmp_path: Path, data: Path, sha256: s
         with SyncStorageClient(address) as storage:
             storage.collect_garbage(grace_s=0)
             assert storage.missing_blobs(manifest.digests()) == list(manifest.digests())
+        job.delete()
         ring.cluster.data.delete("linked")
         assert data.exists()
 

@@ -15,12 +15,16 @@ import pytest
 import phalanx
 from phalanx.cli.main import run
 from phalanx.errors import NotFound
+from phalanx.sdk.methods import Method
 from phalanx.v1.cluster_service_pb2 import Worker
+from phalanx.v1.storage_service_pb2 import ListPinsRequest, ListPinsResponse
 from tests.integration.real_processes import wait_for
 
 GUARD_S = 120.0
 
 wait_until = partial(wait_for, guard_s=GUARD_S)
+
+LIST_PINS = Method("phalanx.v1.StorageService", "ListPins", ListPinsRequest, ListPinsResponse)
 
 LONG = """
 name: long
@@ -237,6 +241,35 @@ def test_data_sets_are_shown_and_deleted_once_nobody_needs_them(cli, cluster, fo
         cli("delete", job.id)
     cli("data", "delete", "numbers")
     assert "no data sets yet" in cli("data", "list", remark=True)
+
+
+def test_what_finished_jobs_used_goes_by_force_and_verify_says_so(cli, cluster, folder):
+    cluster.data.add("spent", folder / "numbers.csv", target="kind", test=0.25)
+    sets = ("--set", "train.stop.steps=20", "--set", "data.name=spent")
+    first = cli("submit", "long.yaml", *sets, "--set", "output.model=one", "--wait").split()[0]
+    more = ("--set", "output.model=two", "--set", "train.start.model=one")
+    second = cli("submit", "long.yaml", *sets, *more, "--wait").split()[0]
+    wait_until(lambda: not {first, second} & pin_holders(cluster), "their ends are noted")
+    refused = cli("data", "delete", "spent", code=6)
+    assert first in refused
+    assert second in refused
+    assert "--force" in refused
+    assert second in cli("models", "delete", "one", code=6)
+    cli("verify", second)
+    cli("models", "delete", "one", "--force")
+    cli("verify", second, code=6)
+    counted = cluster.verify(second)
+    assert counted.balanced
+    assert counted.not_compared == "model one@1 is deleted, from which it started"
+    cli("data", "delete", "spent", "--force")
+    for job_id in (first, second):
+        assert f"data set spent@1 is deleted, which job {job_id}" in cli("verify", job_id, code=6)
+    assert cli("predict", "two", "numbers.csv").startswith("prediction")
+    cli("models", "delete", "two")
+
+
+def pin_holders(cluster):
+    return set(cluster.backend.call(LIST_PINS, ListPinsRequest()).holders)
 
 
 def test_workers_and_doctor(cli, cluster, folder):

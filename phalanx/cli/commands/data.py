@@ -30,6 +30,11 @@ NAME = Annotated[
     ),
 ]
 
+FORCE = Annotated[
+    bool,
+    typer.Option("--force", metavar="", help="Also what jobs refer to that have ended for good."),
+]
+
 
 @group.command()
 def add(
@@ -281,16 +286,17 @@ def show(context: typer.Context, name: NAME) -> None:
 
 
 @group.command()
-def delete(context: typer.Context, name: NAME) -> None:
+def delete(context: typer.Context, name: NAME, force: FORCE = False) -> None:
     """Delete a data set: NAME@VERSION, or NAME with all its versions.
 
-    Refused while a job needs it.
+    Refused while a job refers to it. With --force only while one can still run; those that have
+    ended can neither be verified nor be gone on from then.
     """
     from phalanx.cli.output import deleted_text, print_json, say
 
     settings = settings_of(context)
     with settings.connect() as cluster:
-        cluster.data.delete(name)
+        cluster.data.delete(name, force=force)
     if settings.json:
         print_json({})
     else:

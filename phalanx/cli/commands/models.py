@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from phalanx.cli.commands.data import PANEL
+from phalanx.cli.commands.data import FORCE, PANEL
 from phalanx.cli.context import settings_of
 from phalanx.texts import number_of
 
@@ -128,16 +128,17 @@ def export(
 
 
 @group.command()
-def delete(context: typer.Context, name: NAME) -> None:
+def delete(context: typer.Context, name: NAME, force: FORCE = False) -> None:
     """Delete a model: NAME@VERSION, or NAME with all its versions.
 
-    Refused while a job needs it.
+    Refused while a job refers to it that starts from it. With --force only while one can still
+    run; those that have ended cannot be verified then.
     """
     from phalanx.cli.output import deleted_text, print_json, say
 
     settings = settings_of(context)
     with settings.connect() as cluster:
-        cluster.models.delete(name)
+        cluster.models.delete(name, force=force)
     if settings.json:
         print_json({})
     else:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from google.protobuf import empty_pb2
 from google.protobuf.message import DecodeError
 
+from phalanx import deletions
 from phalanx.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
 from phalanx.texts import number_of
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
@@ -28,7 +29,9 @@ DATASET = "dataset"
 MODEL = "model"
 _PIN = "pin"
 _NEXT_HOLDERS = """
-SELECT holder FROM (SELECT DISTINCT holder FROM pins WHERE holder > ? ORDER BY holder LIMIT ?)
+SELECT holder FROM (
+    SELECT DISTINCT holder FROM pins WHERE holder > ? AND ended = 0 ORDER BY holder LIMIT ?
+)
 UNION SELECT owner FROM (
     SELECT DISTINCT owner FROM blob_references WHERE kind = ? AND owner > ? ORDER BY owner LIMIT ?
 ) ORDER BY 1 LIMIT ?
@@ -151,8 +154,11 @@ class SqliteCatalog:
         self._delete(MODEL, name, request, request.request_id)
 
     def set_pins(self, request: pb.SetPinsRequest) -> None:
-        """Replace the pins of a holder."""
+        """Replace the pins of a holder, or note that it has ended."""
         holder = check_word(request.holder, "holder")
+        if request.ended:
+            self._end_holder(request, holder)
+            return
         versions: list[tuple[str, VersionName]] = []
         blobs: list[str] = []
         for index, pin in enumerate(request.pins):
@@ -176,14 +182,27 @@ class SqliteCatalog:
             for kind, name in versions:
                 if _row_id(connection, kind, name) is None:
                     raise _not_found(kind, name)
-                pin_row = PINS.sealed(kind, name.namespace, name.name, name.version, holder)
+                pin_row = PINS.sealed(kind, name.namespace, name.name, name.version, holder, 0)
                 connection.execute(f"INSERT OR IGNORE {PINS.insertion}", pin_row)
             add_references(connection, _PIN, holder, 0, blobs)
 
         self._database.write(act)
 
+    def _end_holder(self, request: pb.SetPinsRequest, holder: str) -> None:
+        if request.pins:
+            raise invalid("pins", "a holder that has ended keeps those that it has; give none")
+
+        def act(connection: sqlite3.Connection) -> None:
+            check_request_fence(connection, request)
+            for row in list(PINS.select(connection, "holder = ?", holder)):
+                pin_row = PINS.sealed(*row[:-1], 1)
+                connection.execute(f"INSERT OR REPLACE {PINS.insertion}", pin_row)
+            drop_references(connection, _PIN, holder)
+
+        self._database.write(act)
+
     def pin_holders(self, after: str, limit: int) -> list[str]:
-        """Return who holds pins."""
+        """Return who holds pins and has not ended."""
 
         def read(connection: sqlite3.Connection) -> list[str]:
             names = connection.execute(_NEXT_HOLDERS, (after, limit, _PIN, after, limit, limit))
@@ -192,7 +211,8 @@ class SqliteCatalog:
                 return []
             # A damaged name would be taken for that of nobody, and its pins let go.
             span = (after, page[-1])
-            found = {row[4] for row in PINS.select(connection, "holder > ? AND holder <= ?", *span)}
+            where = "holder > ? AND holder <= ? AND ended = 0"
+            found = {row[4] for row in PINS.select(connection, where, *span)}
             owned = REFERENCES.select(
                 connection, "kind = ? AND owner > ? AND owner <= ?", _PIN, *span
             )
@@ -306,22 +326,14 @@ class SqliteCatalog:
         def delete(connection: sqlite3.Connection) -> empty_pb2.Empty:
             nameless.clear()
             values = (kind, name.namespace, name.name, name.version, name.version)
-            rows = connection.execute(
-                "SELECT id FROM versions "
-                "WHERE kind = ? AND namespace = ? AND name = ? AND (? = 0 OR version = ?)",
-                values,
-            )
+            where = "kind = ? AND namespace = ? AND name = ? AND (? = 0 OR version = ?)"
+            # All of it are constants of this program.
+            rows = connection.execute(f"SELECT id FROM versions WHERE {where}", values)  # noqa: S608
             row_ids = [row_id for (row_id,) in rows]
             if not row_ids:
                 raise _not_found(kind, name)
-            holders = connection.execute(
-                "SELECT DISTINCT holder FROM pins "
-                "WHERE kind = ? AND namespace = ? AND name = ? AND (? = 0 OR version = ?) "
-                "ORDER BY holder",
-                values,
-            ).fetchall()
-            if holders:
-                raise catalog.in_use(_WORDS[kind], name, [holder for (holder,) in holders])
+            pins = [(row[4], bool(row[5])) for row in PINS.select(connection, where, *values)]
+            deletions.check_unused(_WORDS[kind], str(name), pins, force=request.force)
             for row_id in row_ids:
                 if give_up_name(connection, row_id):
                     nameless.append(row_id)
@@ -335,7 +347,7 @@ class SqliteCatalog:
             self._links.drop(row_id)
 
 
-_WORDS = {DATASET: "data set", MODEL: "model"}
+_WORDS = {DATASET: deletions.DATASET, MODEL: deletions.MODEL}
 
 
 def _newest(connection: sqlite3.Connection, kind: str, name: VersionName) -> VersionName | None:

@@ -43,10 +43,6 @@ class Table:
         where = " AND ".join(f"{column} = ?" for column in self.columns[: self.key])
         return f"{self._selection} WHERE {where}"
 
-    @cached_property
-    def _checksum_of_name(self) -> int:
-        return zlib.crc32(self.name.encode())
-
     def sealed(self, *row: Value) -> tuple[Value, ...]:
         """Return a row with its checksum."""
         return (*row, self.checksum(row))
@@ -54,11 +50,7 @@ class Table:
     def checksum(self, row: Sequence[Value]) -> int:
         """Return the checksum of a row without it."""
         assert len(row) == len(self.columns)
-        found = self._checksum_of_name
-        for value in row:
-            data = value if isinstance(value, bytes) else str(value).encode()
-            found = zlib.crc32(data, zlib.crc32(b"%d:" % len(data), found))
-        return found
+        return row_checksum(self.name, *row)
 
     def find(self, connection: sqlite3.Connection, *key: Value) -> tuple[Any, ...] | None:
         """Return the row with this key, verified; None only if there is none for certain.
@@ -109,6 +101,15 @@ class Table:
                 )
 
 
+def row_checksum(table: str, *row: Value) -> int:
+    """Return the checksum of a row of a table, also of one with the columns that it once had."""
+    found = zlib.crc32(table.encode())
+    for value in row:
+        data = value if isinstance(value, bytes) else str(value).encode()
+        found = zlib.crc32(data, zlib.crc32(b"%d:" % len(data), found))
+    return found
+
+
 def next_id(connection: sqlite3.Connection, table: Table) -> int:
     """Return an id that no row of the table has."""
     statement = f"SELECT ifnull(max(id), 0) + 1 FROM {table.name}"  # noqa: S608
@@ -122,7 +123,7 @@ CHECKPOINTS = Table(
     "checkpoints", ("job_id", "term", "step", "final", "id", "whole", "manifest"), 4
 )
 REFERENCES = Table("blob_references", ("digest", "kind", "owner", "position"), 4)
-PINS = Table("pins", ("kind", "namespace", "name", "version", "holder"), 5)
+PINS = Table("pins", ("kind", "namespace", "name", "version", "holder", "ended"), 5)
 NAMES = Table("names", ("kind", "namespace", "name", "next_version"), 3)
 REQUESTS = Table("requests", ("kind", "request_id", "request_sha256", "response", "create_s"), 2)
 

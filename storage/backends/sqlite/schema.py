@@ -7,7 +7,7 @@ transaction together with the new version number.
 import sqlite3
 
 from phalanx.errors import FailedPrecondition
-from storage.backends.sqlite.rows import TABLES, Value
+from storage.backends.sqlite.rows import row_checksum
 
 APPLICATION_ID = 0x50484C58  # "PHLX"
 
@@ -134,7 +134,14 @@ UPDATE requests SET checksum =
     row_checksum('requests', kind, request_id, request_sha256, response, create_s);
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND)
+# 1: the holder has ended for good; what it pins can be deleted by force.
+_THIRD = """
+ALTER TABLE pins ADD COLUMN ended INTEGER NOT NULL DEFAULT 0;
+UPDATE pins SET checksum =
+    row_checksum('pins', kind, namespace, name, version, holder, ended);
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD)
 
 
 def migrate(connection: sqlite3.Connection, migrations: tuple[str, ...] = MIGRATIONS) -> None:
@@ -146,13 +153,9 @@ def migrate(connection: sqlite3.Connection, migrations: tuple[str, ...] = MIGRAT
             f"{len(migrations)}): start that version, or choose another folder",
             reason="STATE_TOO_NEW",
         )
-    connection.create_function("row_checksum", -1, _row_checksum, deterministic=True)
+    connection.create_function("row_checksum", -1, row_checksum, deterministic=True)
     for number in range(version, len(migrations)):
         script = (
             f"BEGIN IMMEDIATE; {migrations[number]} PRAGMA user_version = {number + 1}; COMMIT;"
         )
         connection.executescript(script)
-
-
-def _row_checksum(table: str, *row: Value) -> int:
-    return next(each for each in TABLES if each.name == table).checksum(row)

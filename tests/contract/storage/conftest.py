@@ -7,6 +7,7 @@ from typing import Protocol
 import pytest
 
 from phalanx.testing.storage_messages import digest_of
+from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from storage.backends.sqlite import open_embedded_backend
 from storage.interfaces import Backend, StoredBlob
 
@@ -91,3 +92,22 @@ def put(harness: Harness) -> Callable[[bytes], str]:
         return stored.digest
 
     return put_blob
+
+
+@pytest.fixture
+def add(harness: Harness, put: Callable[[bytes], str]) -> Callable[..., dataset_pb.Dataset]:
+    """Registers a data set of one chunk; the manifest differs with ``content``."""
+
+    def create(
+        name: str = "adult", content: bytes = b"chunk", request_id: str = "", namespace: str = ""
+    ) -> dataset_pb.Dataset:
+        chunk, manifest = put(content), put(b"manifest of " + content)
+        request = dataset_pb.CreateDatasetRequest(
+            namespace=namespace, name=name, manifest_digest=manifest, request_id=request_id
+        )
+        summary = dataset_pb.Dataset(
+            manifest_digest=manifest, rows={"train": 10}, features=3, task="classification"
+        )
+        return harness.backend.catalog.create_dataset(request, summary, [chunk])
+
+    return create

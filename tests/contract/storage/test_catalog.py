@@ -14,27 +14,9 @@ from phalanx.errors import (
 from phalanx.testing.storage_messages import digest_of, model
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import model_service_pb2 as model_pb
-from phalanx.v1 import storage_service_pb2 as pb
 from storage.backends.sqlite.references import add_references
-from storage.backends.sqlite.rows import Table
 from storage.core.catalog import parse_name, parse_page
-
-
-@pytest.fixture
-def add(harness, put):
-    """Registers a data set of one chunk; the manifest differs with ``content``."""
-
-    def create(name="adult", content=b"chunk", request_id="", namespace=""):
-        chunk, manifest = put(content), put(b"manifest of " + content)
-        request = dataset_pb.CreateDatasetRequest(
-            namespace=namespace, name=name, manifest_digest=manifest, request_id=request_id
-        )
-        summary = dataset_pb.Dataset(
-            manifest_digest=manifest, rows={"train": 10}, features=3, task="classification"
-        )
-        return harness.backend.catalog.create_dataset(request, summary, [chunk])
-
-    return create
+from tests.contract.storage.pinning import delete, pins
 
 
 @pytest.fixture
@@ -55,11 +37,6 @@ def link(harness, put):
 
 def get(backend, text, namespace=""):
     return backend.catalog.get_dataset(parse_name(namespace, text))
-
-
-def delete(backend, name, request_id=""):
-    request = dataset_pb.DeleteDatasetRequest(name=name, request_id=request_id)
-    backend.catalog.delete_dataset(request, parse_name("", name))
 
 
 def pages(backend, size, namespace=""):
@@ -240,105 +217,6 @@ def test_deleting_again_with_the_same_request_id_succeeds(backend, add):
     delete(backend, "adult", "r-1")
     with pytest.raises(NotFound):
         delete(backend, "adult", "r-2")
-
-
-def pins(holder, *versions, blobs=(), kind="dataset"):
-    return pb.SetPinsRequest(
-        holder=holder,
-        pins=[
-            *(
-                pb.Pin(**{kind: pb.PinnedVersion(name=name, version=version)})
-                for name, version in versions
-            ),
-            *(pb.Pin(blob=blob) for blob in blobs),
-        ],
-    )
-
-
-def test_what_is_pinned_cannot_be_deleted(harness, add):
-    backend = harness.backend
-    add(content=b"a")
-    add(content=b"b")
-    backend.catalog.set_pins(pins("job-1", ("adult", 1)))
-    harness.reopen()
-    backend = harness.backend
-    for name in ("adult@1", "adult"):
-        with pytest.raises(FailedPrecondition) as caught:
-            delete(backend, name)
-        assert caught.value.reason == "IN_USE"
-        assert "job-1" in caught.value.message
-    delete(backend, "adult@2")
-    backend.catalog.set_pins(pins("job-2", ("adult", 1)))
-    backend.catalog.set_pins(pins("job-1"))
-    with pytest.raises(FailedPrecondition, match="job-2"):
-        delete(backend, "adult")
-    backend.jobs.delete_row(pb.DeleteJobRowRequest(job_id="job-2"))
-    delete(backend, "adult")
-
-
-def test_pins_replace_those_before_or_change_nothing(backend, add):
-    add("a")
-    add("b")
-    backend.catalog.set_pins(pins("job-1", ("a", 1)))
-    for bad in (pins("job-1", ("b", 1), ("gone", 1)), pins("job-1", blobs=[digest_of(b"gone")])):
-        with pytest.raises(NotFound):
-            backend.catalog.set_pins(bad)
-    with pytest.raises(FailedPrecondition):
-        delete(backend, "a")
-    backend.catalog.set_pins(pins("job-1", ("b", 1)))
-    delete(backend, "a")
-    with pytest.raises(FailedPrecondition):
-        delete(backend, "b")
-
-
-def test_holders_of_pins_come_in_order_a_page_at_a_time(harness, add, put):
-    backend = harness.backend
-    add("a")
-    for holder in ("job-3", "job-1"):
-        backend.catalog.set_pins(pins(holder, ("a", 1)))
-    backend.catalog.set_pins(pins("job-2", blobs=[put(b"code")]))
-    backend.catalog.set_pins(pins("job-1", ("a", 1), blobs=[digest_of(b"code")]))
-    harness.reopen()
-    backend = harness.backend
-    assert backend.catalog.pin_holders("", 2) == ["job-1", "job-2"]
-    assert backend.catalog.pin_holders("job-2", 2) == ["job-3"]
-    assert backend.catalog.pin_holders("job-3", 2) == []
-    backend.catalog.set_pins(pins("job-2"))
-    assert backend.catalog.pin_holders("", 9) == ["job-1", "job-3"]
-
-
-def test_a_page_of_holders_costs_what_is_on_it(backend, add, put, monkeypatch):
-    add("a")
-    for number in range(20):
-        blobs = [put(b"code %d" % number)]
-        backend.catalog.set_pins(pins(f"job-{number:02}", ("a", 1), blobs=blobs))
-    opened = []
-    real = Table.opened
-
-    def count(table, row):
-        opened.append(table.name)
-        return real(table, row)
-
-    monkeypatch.setattr(Table, "opened", count)
-    last, pages = "", 0
-    while page := backend.catalog.pin_holders(last, 2):
-        last, pages = page[-1], pages + 1
-    assert pages == 10
-    assert len(opened) == 40
-
-
-@pytest.mark.parametrize(
-    "pin",
-    [
-        pb.Pin(),
-        pb.Pin(dataset=pb.PinnedVersion(name="a")),
-        pb.Pin(dataset=pb.PinnedVersion(name="..", version=1)),
-        pb.Pin(blob="x"),
-    ],
-)
-def test_pins_of_nothing_are_refused(backend, pin):
-    with pytest.raises(InvalidArgument, match=r"pins\[0\]"):
-        backend.catalog.set_pins(pb.SetPinsRequest(holder="job-1", pins=[pin]))
 
 
 def test_models(harness, put):

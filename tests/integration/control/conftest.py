@@ -172,6 +172,9 @@ class RealCluster:
     def store(self) -> Any:
         return storage_service_pb2_grpc.StorageServiceStub(self._channel(self.storage_address))
 
+    def datasets(self) -> Any:
+        return dataset_service_pb2_grpc.DatasetServiceStub(self._channel(self.storage_address))
+
     def models(self) -> Any:
         return model_service_pb2_grpc.ModelServiceStub(self._channel(self.storage_address))
 

@@ -8,6 +8,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
+from coordinator.control import leader
 from coordinator.control.core.facts import Facts
 from coordinator.control.leader import Leader
 from coordinator.control.operations import Operations
@@ -15,7 +16,7 @@ from coordinator.control.pins import unclaimed
 from coordinator.control.store import Store
 from phalanx.errors import Unimplemented
 from phalanx.ids import new_id
-from phalanx.v1 import job_service_pb2
+from phalanx.v1 import dataset_service_pb2, job_service_pb2
 from phalanx.v1 import storage_service_pb2 as pb
 
 GUARD_S = 30.0
@@ -82,6 +83,43 @@ async def test_pins_of_a_job_that_ended_with_its_leader_go_too(
 
     await storage_only.start_control("second")
     await wait_for_holders(storage_only, [queued.id])
+
+
+@pytest.mark.parametrize("storage_answers", [True, False])
+async def test_what_a_deleted_job_has_used_can_be_deleted_at_once(
+    storage_only: Any, monkeypatch: pytest.MonkeyPatch, storage_answers: bool
+) -> None:
+    """Whoever deletes a job waits for storage to forget it, but not for a storage that is away."""
+    remove = Operations.remove
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    async def late(operations: Operations, job_id: str) -> None:
+        reached.set()
+        await go_on.wait()
+        await remove(operations, job_id)
+
+    monkeypatch.setattr(Operations, "remove", late)
+    monkeypatch.setattr(leader, "REMOVAL_WAIT_S", GUARD_S if storage_answers else 0.01)
+    await storage_only.start_control("first")
+    job = await storage_only.submit()
+    jobs, datasets = storage_only.jobs(), storage_only.datasets()
+    cancel = job_service_pb2.CancelJobRequest(job_id=job.id)
+    await jobs.CancelJob(cancel, timeout=GUARD_S)
+    await wait_for_holders(storage_only, [])
+    delete = dataset_service_pb2.DeleteDatasetRequest(name=job.spec.data.name)
+    with pytest.raises(grpc.aio.AioRpcError, match=f"was used by {job.id}"):
+        await datasets.DeleteDataset(delete, timeout=GUARD_S)
+
+    forget = jobs.DeleteJob(job_service_pb2.DeleteJobRequest(job_id=job.id), timeout=GUARD_S)
+    await asyncio.wait_for(reached.wait(), GUARD_S)
+    if storage_answers:
+        with pytest.raises(grpc.aio.AioRpcError, match="there is no job"):
+            await jobs.GetJob(job_service_pb2.GetJobRequest(job_id=job.id), timeout=GUARD_S)
+        assert not forget.done()
+        go_on.set()
+    await forget
+    if storage_answers:
+        await datasets.DeleteDataset(delete, timeout=GUARD_S)
 
 
 async def test_pins_that_could_not_be_let_go_go_with_the_garbage(

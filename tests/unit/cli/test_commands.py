@@ -35,11 +35,14 @@ def test_submit_writes_only_the_id_to_standard_output(phalanx, cluster, tmp_path
 
 @pytest.mark.parametrize("group", ["data", "models"])
 def test_a_deletion_says_whether_all_versions_are_gone(phalanx, cluster, group):
-    for name in ("all", "one@2"):
+    for name in ("all", "one@2", "used@1"):
         cluster.datasets[name] = dataset_service_pb2.Dataset(name=name[:3], version=2)
         cluster.models[name] = model_service_pb2.ModelVersion(name=name[:3], version=2)
     assert phalanx(group, "delete", "all").err.strip() == "deleted all, all versions"
     assert phalanx(group, "delete", "one@2").err.strip() == "deleted one@2"
+    assert phalanx(group, "delete", "used@1", "--force").code == 0
+    asked = cluster.requests("DeleteDataset" if group == "data" else "DeleteModel")
+    assert [request.force for request in asked] == [False, False, True]
 
 
 def test_submit_reads_standard_input(phalanx, cluster, monkeypatch):

@@ -253,6 +253,42 @@ def test_data_and_models_by_version(cluster, data):
         cluster.models.get("toy")
 
 
+def test_what_a_job_used_goes_by_force_and_only_once_the_job_is_over(cluster, data):
+    first = cluster.submit(SPEC)
+    first.wait(60)
+    second = cluster.submit(with_train(start={"model": "toy"}))
+    second.wait(60)
+    for delete, name, users in (
+        (cluster.data.delete, "toy", f"{first.id}, {second.id}"),
+        (cluster.data.delete, "toy@1", f"{first.id}, {second.id}"),
+        (cluster.models.delete, "toy@1", second.id),
+        (cluster.models.delete, "toy", second.id),
+    ):
+        with pytest.raises(FailedPrecondition) as refused:
+            delete(name)
+        assert refused.value.reason == "REFERENCED"
+        shown = sorted(users.split(", "))
+        assert f"was used by {', '.join(shown)}:" in refused.value.message
+    cluster.models.delete("toy@2")  # nothing starts from it; the job that made it does not mind
+    cluster.models.delete("toy@1", force=True)
+    cluster.data.delete("toy", force=True)
+    assert cluster.data.add("toy", *data).version == 2, "an old version never means other data"
+    assert [job.state for job in cluster.jobs()] == ["SUCCEEDED", "SUCCEEDED"]
+
+
+def test_what_a_failed_job_used_stays_since_it_may_be_tried_again(cluster):
+    files = {"broken.py": net("raise ValueError('never')")}
+    spec = with_train(model={"custom": {"entrypoint": "broken:Net"}})
+    job = cluster.submit({**spec, "code": {"files": files}})
+    with pytest.raises(phalanx.JobFailed):
+        job.wait(60)
+    with pytest.raises(FailedPrecondition) as refused:
+        cluster.data.delete("toy", force=True)
+    assert refused.value.reason == "IN_USE"
+    job.delete()
+    cluster.data.delete("toy")
+
+
 def test_a_job_starts_from_the_version_of_a_model_that_was_there(cluster):
     cluster.submit(SPEC).wait(60)
     job = cluster.submit(with_train(start={"model": "default/toy"}))

@@ -334,6 +334,24 @@ def test_the_last_checkpoint_may_be_gone_where_all_shards_commit_together(local:
         elsewhere(local).verify(submitted(local, LOGGED))
 
 
+def test_without_its_data_set_a_job_is_not_verified(local: Any) -> None:
+    job = submitted(local)
+    local.data.delete("toy", force=True)
+    with pytest.raises(FailedPrecondition, match=f"toy@1 is deleted, which job {job.id}") as caught:
+        local.verify(job)
+    assert caught.value.reason == "DATASET_DELETED"
+
+
+def test_without_the_model_that_it_started_from_a_job_is_only_counted(local: Any) -> None:
+    submitted(local)
+    job = submitted(local, {"start": {"model": "toy"}})
+    assert local.verify(job).equal
+    local.models.delete("toy@1", force=True)
+    verdict = local.verify(job)
+    assert verdict.balanced
+    assert verdict.not_compared == "model toy@1 is deleted, from which it started"
+
+
 def test_a_checkpoint_of_another_step_is_refused(local: Any) -> None:
     job = submitted(local)
     checkpoint = checkpoint_of(local, job)

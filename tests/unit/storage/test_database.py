@@ -23,6 +23,7 @@ from storage.backends.sqlite.references import (
     add_references,
     drop_references,
 )
+from storage.backends.sqlite.rows import PINS
 from storage.backends.sqlite.schema import MIGRATIONS, migrate
 
 GUARD_S = 30
@@ -346,6 +347,16 @@ def test_migrations_run_once_each_and_whole_or_not_at_all(tmp_path):
     connection = sqlite3.connect(tmp_path / "x", isolation_level=None)
     assert connection.execute("PRAGMA user_version").fetchone() == (2,)
     assert connection.execute("SELECT count(*) FROM a").fetchone() == (1,)
+    connection.close()
+
+
+def test_pins_of_before_holders_could_end_are_those_of_holders_that_have_not(tmp_path):
+    connection = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
+    migrate(connection, MIGRATIONS[:1])
+    connection.execute("INSERT INTO pins VALUES ('job-1', 'dataset', 'default', 'adult', 3)")
+    migrate(connection, MIGRATIONS)
+    row = ("dataset", "default", "adult", 3, "job-1", 0)
+    assert list(PINS.select(connection, "holder = ?", "job-1")) == [row]
     connection.close()
 
 
