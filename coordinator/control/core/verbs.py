@@ -216,7 +216,8 @@ def drain(core: Core, event: DrainWorker) -> None:
     """Have a worker finish and leave."""
     worker = core.workers.get(event.worker_id)
     if worker is None:
-        raise NotFound(f"there is no worker {event.worker_id}", reason="WORKER_NOT_FOUND")
+        text = f"there is no worker {event.worker_id}; `phalanx workers` shows what there is"
+        raise NotFound(text, reason="WORKER_NOT_FOUND")
     if not worker.connected:
         state = WorkerView.State.Name(worker.state).removeprefix("STATE_")
         text = f"worker {event.worker_id} is {state}: there is nothing to drain"
@@ -258,10 +259,16 @@ def _join(ending: Ending, event: CancelJob) -> None:
     ending.requests.append(request)
 
 
+def no_job(job_id: str) -> NotFound:
+    """Return the error for a job that does not exist, or does not any more."""
+    text = f"there is no job {job_id[:100]!r}; `phalanx jobs` shows what there is"
+    return NotFound(text, reason="JOB_NOT_FOUND")
+
+
 def _find(core: Core, job_id: str) -> tuple[JobFacts, JobRuntime | None]:
     facts = core.facts.jobs.get(job_id)
     if facts is None:
-        raise NotFound(f"there is no job {job_id[:100]!r}", reason="JOB_NOT_FOUND")
+        raise no_job(job_id)
     return facts, core.jobs.get(job_id)
 
 

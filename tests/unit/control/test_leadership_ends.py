@@ -303,7 +303,7 @@ async def test_a_journal_that_cannot_be_read_ends_the_process_in_order(
 async def test_a_leader_without_storage_does_not_know_that_a_job_is_not_there(
     leader: Leader,
 ) -> None:
-    with pytest.raises(NotFound, match="there is no job"):
+    with pytest.raises(NotFound, match=r"there is no job .*`phalanx jobs`"):
         leader.job_view("job-1")
     leader._store.available = False
     with pytest.raises(Unavailable) as caught:
