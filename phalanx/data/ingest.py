@@ -35,6 +35,7 @@ from phalanx.data.splits import TEST, TRAIN, VALIDATION, Splitter, deal, split_n
 from phalanx.data.statistics import FEATURE_LIMIT
 from phalanx.data.table_encoder import TableEncoder
 from phalanx.data.targets import Target, TargetEncoder, TargetScan
+from phalanx.data.wording import option
 from phalanx.data.writer import BlobSink, DatasetWriter
 from phalanx.errors import InvalidArgument, Violation
 from phalanx.texts import number_of
@@ -130,7 +131,9 @@ def _held_out_files(
             held_out.append((code, open_paths(paths, options, opened.main, format_name).main))
     if opened.test is not None:
         if options.test is not None:
-            raise InvalidArgument("the files hold a test split already; leave out --test")
+            raise InvalidArgument(
+                f"the files hold a test split already; leave out {option('test')}"
+            )
         held_out.append((TEST, opened.test))
     return held_out
 
@@ -162,7 +165,7 @@ def _check_options(options: IngestOptions, *, is_table: bool) -> None:
     if wrong:
         message = f"has no meaning for {what}"
         raise InvalidArgument(
-            f"{wrong[0]}: {message}", violations=[Violation(name, message) for name in wrong]
+            f"{option(wrong[0])} {message}", violations=[Violation(name, message) for name in wrong]
         )
 
 
@@ -290,7 +293,7 @@ class _TableIngest(_Ingest):
             if not kept:
                 raise InvalidArgument("no column is left to predict")
             last = kept[-1]
-            return last, (f"the target is the last column, {last!r} (--target overrules)",)
+            return last, (f"the target is the last column, {last!r} (option `target` overrules)",)
         if wanted in names:
             return str(wanted), ()
         try:
@@ -432,6 +435,6 @@ def _widened(batch: ArrayBatch, features: int) -> Any:
         index = int(rows.indices[too_wide]) + 1
         raise InvalidArgument(
             f"{batch.where(row, f'index {index}')}: the train data has "
-            f"{number_of(features, 'feature')}; say --features with the full width"
+            f"{number_of(features, 'feature')}; say {option('feature_count')} with the full width"
         )
     return type(rows)((rows.data, rows.indices, rows.indptr), shape=(rows.shape[0], features))

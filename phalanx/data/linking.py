@@ -17,6 +17,7 @@ from phalanx.data.links import LinkedFile, Links
 from phalanx.data.manifest import SPLITS, DatasetManifest
 from phalanx.data.options import IngestOptions
 from phalanx.data.splits import Splitter, ranges_of
+from phalanx.data.wording import option
 from phalanx.errors import FailedPrecondition, InvalidArgument, Unimplemented, Violation
 from phalanx.texts import number_of
 
@@ -54,8 +55,8 @@ def refuse_format(format_name: str) -> None:
         return
     message = (
         f"only Parquet files can be linked, not {format_name}: rows of other formats cannot be "
-        "found without reading all before them. Leave out --link to have them copied, or write "
-        "them to Parquet once"
+        f"found without reading all before them. Leave out {option('link', True)} to have them "
+        "copied, or write them to Parquet once"
     )
     raise InvalidArgument(message, violations=(Violation("link", message),))
 

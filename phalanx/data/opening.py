@@ -16,6 +16,7 @@ from phalanx.data.formats.safetensors_files import SafetensorsArrays
 from phalanx.data.formats.tables import MemoryTable, ParquetTable, arrow_column, arrow_table
 from phalanx.data.options import IngestOptions
 from phalanx.data.sources import TARGET, Opened, Source, TableShape
+from phalanx.data.wording import option
 from phalanx.errors import InvalidArgument, NotFound
 from phalanx.texts import number_of
 
@@ -119,14 +120,15 @@ def format_of(paths: Sequence[Path], default: str | None = None) -> str:
             return "idx"
         inside = sorted(file for file in path.iterdir() if _ending(file) in _FORMAT_OF_ENDING)
         if not inside:
-            raise InvalidArgument(f"no file in {path} has a known ending; say --format")
+            raise InvalidArgument(f"no file in {path} has a known ending; say {option('format')}")
         path = inside[0]
     if "-idx" in path.name:
         return "idx"
     found = _FORMAT_OF_ENDING.get(_ending(path)) or _format_by_content(path) or default
     if found is None:
         raise InvalidArgument(
-            f"{path.name} does not tell its format; say --format with one of {', '.join(FORMATS)}"
+            f"{path.name} does not tell its format; say {option('format')} with one of "
+            f"{', '.join(FORMATS)}"
         )
     return found
 
@@ -165,7 +167,7 @@ def _series(files: Sequence[Path], opened: Sequence[Opened]) -> Opened:
         without = next(path for path, one in zip(files, opened, strict=True) if one.test is None)
         raise InvalidArgument(
             f"{without.name} brings no test split, and another of the files does; "
-            "say which arrays to read with --features-key and --target-key"
+            f"say which arrays to read with {option('features_key')} and {option('target_key')}"
         )
     return Opened(ArraySeries([one.main for one in opened]), ArraySeries(tests) if tests else None)
 

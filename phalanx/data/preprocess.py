@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from phalanx.data.manifest import Column
+from phalanx.data.wording import option
 from phalanx.errors import InvalidArgument
 
 MISSING = -1
@@ -180,8 +181,8 @@ def missing_value(where: str) -> InvalidArgument:
     """The error of a missing value where none is allowed."""
     return InvalidArgument(
         f"{where}: the value is missing; choose what becomes of missing values when the data set "
-        "is added: --missing category (a category of its own, the mean in numeric columns) or "
-        "--missing mean",
+        f"is added: {option('missing', 'category')} (a category of its own, the mean in numeric "
+        f"columns) or {option('missing', 'mean')}",
         reason="MISSING_VALUE",
     )
 

@@ -17,6 +17,7 @@ from phalanx.data.preprocess import (
     Whereabouts,
     missing_value,
 )
+from phalanx.data.wording import option
 from phalanx.errors import InvalidArgument
 
 
@@ -70,7 +71,7 @@ class ColumnScan:
         if len(self._words) > self.max_categories:
             raise InvalidArgument(
                 f"column {self.name!r} has more than {self.max_categories} different values; leave "
-                f"it out with --ignore {self.name}, or raise --max-categories",
+                f"it out with {option('ignore', self.name)}, or raise {option('max_categories')}",
                 reason="TOO_MANY_CATEGORIES",
             )
 
@@ -119,7 +120,7 @@ class ColumnScan:
     def _empty(self) -> InvalidArgument:
         return InvalidArgument(
             f"column {self.name!r} has no value in the train split; leave it out with "
-            f"--ignore {self.name}"
+            f"{option('ignore', self.name)}"
         )
 
 

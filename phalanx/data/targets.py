@@ -15,6 +15,7 @@ from phalanx.data.preprocess import (
     Whereabouts,
     row_count,
 )
+from phalanx.data.wording import option
 from phalanx.errors import InvalidArgument
 
 CLASS_LIMIT = 10_000
@@ -112,11 +113,11 @@ class TargetScan:
             )
         if self._many:
             why = "is not always a whole number" if not self._whole else "has many different values"
-            note = f"regression, since the target {self.name!r} {why} (--task overrules)"
+            note = f"regression, since the target {self.name!r} {why} (option `task` overrules)"
             return "regression", note
         return "classification", (
             f"classification, since the target {self.name!r} has {len(self._numbers)} different "
-            "whole numbers (--task overrules)"
+            "whole numbers (option `task` overrules)"
         )
 
     def _classes(self) -> tuple[tuple[str, ...], ClassKind]:
@@ -137,7 +138,7 @@ class TargetScan:
             raise InvalidArgument(
                 f"the target {self.name!r} has labels such as {int(rounded[0])}, and whole numbers "
                 "of 2^53 and more cannot be told apart; make them text (in a table, with "
-                f"--categorical {self.name})",
+                f"{option('categorical', self.name)})",
                 reason="BAD_TARGET",
             )
 
@@ -145,7 +146,8 @@ class TargetScan:
         if count > CLASS_LIMIT:
             raise InvalidArgument(
                 f"the target {self.name!r} has more than {CLASS_LIMIT} different values; if it is "
-                "a number to predict, say --task regression, else choose another with --target"
+                f"a number to predict, say {option('task', 'regression')}, else choose another "
+                f"with {option('target')}"
             )
 
 
@@ -194,7 +196,9 @@ class TargetEncoder:
         more = ", …" if len(self.target.classes) > 10 else ""
         hint = ""
         if label[:-1] in self._words:
-            hint = f" (if {label[-1]!r} is not a part of it, say --trim-labels '{label[-1]}')"
+            hint = (
+                f" (if {label[-1]!r} is not a part of it, say {option('trim_labels', label[-1])})"
+            )
         return InvalidArgument(
             f"{where}: the label {label!r} does not occur in the train split, whose classes are "
             f"{shown}{more}{hint}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,12 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from phalanx.cli.context import settings_of
+from phalanx.data.wording import Value, spelled
 from phalanx.errors import InvalidArgument
 from phalanx.texts import number_of
 
 group = typer.Typer(no_args_is_help=True, help="Add and list data sets.")
 PANEL = "Data, jobs and models"
 _FILES_SHOWN = 10
+_FLAG_OF = {"feature_count": "features"}
 
 
 def register(app: typer.Typer) -> None:
@@ -178,7 +181,7 @@ def add_with_progress(
     context: typer.Context, name: str, paths: list[Path], options: dict[str, Any]
 ) -> None:
     """Add a data set, showing on a terminal how much is stored."""
-    from phalanx.cli.output import bytes_text, console, print_json, say
+    from phalanx.cli.output import bytes_text, console, print_json
 
     settings = settings_of(context)
     stored_bytes = 0
@@ -191,17 +194,31 @@ def add_with_progress(
                 if sys.stderr.isatty():
                     status.update(f"{name}: {bytes_text(stored_bytes)} stored")
 
-            dataset = cluster.data.add(
-                name, *paths, on_stored=on_stored, on_silence=say_silent, **options
-            )
+            with spelled(flag):
+                dataset = cluster.data.add(
+                    name, *paths, on_stored=on_stored, on_silence=say_silent, **options
+                )
         if settings.json:
             print_json(dataset)
             return
         manifest = cluster.data.manifest(f"{dataset.name}@{dataset.version}")
     print(f"{dataset.name}@{dataset.version}")
     _describe_short(dataset)
-    for note in manifest.notes:
+    say_notes(manifest.notes)
+
+
+def say_notes(notes: tuple[str, ...]) -> None:
+    """Say what was assumed of the data."""
+    from phalanx.cli.output import say
+
+    for note in notes:
         say(f"  note: {note}")
+
+
+def flag(option: str, value: Value = "") -> str:
+    """Return how an option of the data is given to `phalanx data add`."""
+    name = _FLAG_OF.get(option, option).replace("_", "-")
+    return f"--{name} {shlex.quote(value)}" if isinstance(value, str) and value else f"--{name}"
 
 
 def say_silent() -> None:

@@ -17,6 +17,7 @@ from phalanx.texts import number_of
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
+    from phalanx.data.wording import Value
     from phalanx.sdk.cluster import Cluster
     from phalanx.sdk.job import Job
     from phalanx.specs import Document
@@ -410,8 +411,9 @@ def _wait(job: Job, settings: Settings) -> int:
 
 def _add_data(cluster: Cluster, document: Document, paths: list[Path], **options: Any) -> None:
     """Add the job's data set unless the cluster has one of that name."""
-    from phalanx.cli.commands.data import _held_out, say_silent
+    from phalanx.cli.commands.data import _held_out, say_notes, say_silent
     from phalanx.cli.output import say
+    from phalanx.data.wording import spelled
 
     name = document.spec.data.name.partition("@")[0]
     if not name:
@@ -426,10 +428,20 @@ def _add_data(cluster: Cluster, document: Document, paths: list[Path], **options
             "missing": options["missing"],
         }
         given = {key: value for key, value in chosen.items() if value is not None}
-        added = cluster.data.add(name, *paths, on_silence=say_silent, **given)
+        with spelled(_flag):
+            added = cluster.data.add(name, *paths, on_silence=say_silent, **given)
         say(f"added data set {added.name}@{added.version}")
+        say_notes(cluster.data.manifest(f"{added.name}@{added.version}").notes)
     else:
         say(f"data set {known.name}@{known.version} is there already; --data is not read again")
+
+
+def _flag(option: str, value: Value = "") -> str:
+    """Return how an option of the data is given; most of them `phalanx data add` has alone."""
+    from phalanx.cli.commands.data import flag
+
+    text = flag(option, value)
+    return text if option in ("target", "test", "missing") else f"`phalanx data add … {text}`"
 
 
 def _act(context: typer.Context, job_id: str, action: Callable[[Job], Job]) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phalanx.cli.commands.data import FORCE, PANEL
+from phalanx.cli.commands.data import FORCE, PANEL, flag
 from phalanx.cli.context import settings_of
+from phalanx.data.wording import spelled
 from phalanx.texts import number_of
+
+if TYPE_CHECKING:
+    from phalanx.data.predict import LoadedModel
 
 group = typer.Typer(no_args_is_help=True, help="List, download and delete models.")
 NAME = Annotated[
@@ -176,9 +180,7 @@ def predict(
 
     phalanx predict adult new-people.csv -o predictions.csv
     """
-    from phalanx.cli.output import print_json, say
     from phalanx.data.model_files import load_model_directory
-    from phalanx.sdk.prediction import predict_file, predicted_rows
 
     settings = settings_of(context)
     if Path(model).is_dir():
@@ -187,19 +189,30 @@ def predict(
         with settings.connect() as cluster:
             folder = cluster.models.cached(model)
     loaded = load_model_directory(folder, allow_code=allow_code)
-    if output is None and settings.json:
-        for row in predicted_rows(loaded, input):
+    with spelled(flag):
+        _write_predictions(loaded, input, output, as_json=settings.json)
+
+
+def _write_predictions(
+    model: LoadedModel, input: Path, output: Path | None, *, as_json: bool
+) -> None:
+    from phalanx.cli.output import print_json, say
+    from phalanx.sdk.prediction import predict_file, predicted_rows
+
+    written = None
+    if output is None and as_json:
+        for row in predicted_rows(model, input):
             print_json(row)
-        return
-    predicted = predict_file(loaded, input, output or sys.stdout.buffer)
-    for remark in predicted.remarks:
-        say(f"note: {remark}")
-    if output is None:
-        sys.stdout.flush()
-    elif settings.json:
-        print_json({"path": str(output), "rows": predicted.rows})
     else:
-        say(f"{number_of(predicted.rows, 'prediction')} written to {output}")
+        written = predict_file(model, input, output or sys.stdout.buffer)
+    for remark in model.remarks.sentences:
+        say(f"note: {remark}")
+    if output is None or written is None:
+        sys.stdout.flush()
+    elif as_json:
+        print_json({"path": str(output), "rows": written.rows})
+    else:
+        say(f"{number_of(written.rows, 'prediction')} written to {output}")
 
 
 def _metrics_text(metrics: dict[str, float]) -> str:

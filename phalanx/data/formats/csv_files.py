@@ -24,6 +24,7 @@ from phalanx.data.manifest import ColumnKind, SourceFile
 from phalanx.data.options import IngestOptions
 from phalanx.data.preprocess import ColumnValues
 from phalanx.data.sources import TableBatch, TableShape
+from phalanx.data.wording import option
 from phalanx.errors import InvalidArgument, PhalanxError
 from phalanx.texts import number_of
 
@@ -171,8 +172,8 @@ class CsvTable:
                     if cell.strip() not in markers and not is_number(cell):
                         return InvalidArgument(
                             f"{path.name}, line {row.line}, column {name!r}: {cell.strip()!r} is "
-                            "not a number (if the column holds categories, say --categorical "
-                            f"{name})",
+                            "not a number (if the column holds categories, say "
+                            f"{option('categorical', name)})",
                             reason="BAD_CELL",
                         )
         except PhalanxError as found:

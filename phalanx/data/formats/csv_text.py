@@ -18,6 +18,7 @@ from phalanx.data.arrow_values import is_number
 from phalanx.data.manifest import ColumnKind
 from phalanx.data.options import IngestOptions
 from phalanx.data.sources import TableShape
+from phalanx.data.wording import option
 from phalanx.errors import InvalidArgument, NotFound
 from phalanx.texts import number_of
 
@@ -165,7 +166,7 @@ def inspect(
     kinds.update(dict.fromkeys(options.categorical, "categorical"))
     kinds.update(dict.fromkeys(options.numeric, "numeric"))
     note = "the first line of the file is its header" if header else "the file has no header line"
-    notes = (f"{note} (--header and --no-header overrule)",) if options.header is None else ()
+    notes = (f"{note} (option `header` overrules)",) if options.header is None else ()
     return Dialect(delimiter, options.comment, header), TableShape(names, kinds, notes=notes)
 
 
@@ -184,7 +185,7 @@ def _comment_hint(first: TextRow) -> str:
     sign = first.cells[0][:1] or _DELIMITERS[-1]
     if sign.isalnum() or sign.isspace():
         return ""
-    return f" as in line {first.line} (if that line is a comment, say --comment '{sign}')"
+    return f" as in line {first.line} (if that line is a comment, say {option('comment', sign)})"
 
 
 def _delimiter(path: Path, comment: str | None) -> str:
@@ -240,6 +241,6 @@ def _names(
     names = [name or f"column_{index + 1}" for index, name in enumerate(names)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        place = f"{path.name}, line {header.line}" if header else "--columns"
+        place = f"{path.name}, line {header.line}" if header else option("columns")
         raise InvalidArgument(f"{place}: the column name {twice[0]!r} occurs twice")
     return tuple(names)

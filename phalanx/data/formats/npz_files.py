@@ -28,6 +28,7 @@ from phalanx.data.formats.arrays import (
 from phalanx.data.options import IngestOptions
 from phalanx.data.preprocess import NumericValues
 from phalanx.data.sources import ArrayBatch, Opened
+from phalanx.data.wording import option
 from phalanx.errors import InvalidArgument, NotFound
 
 _FEATURE_KEYS = ("X", "x", "features", "data", "X_train", "x_train")
@@ -120,7 +121,7 @@ def _usual(members: dict[str, _Member], candidates: tuple[str, ...], what: str, 
     if not found:
         raise InvalidArgument(
             f"{path.name} has the arrays {', '.join(members) or '(none)'}; say which one "
-            f"holds the {what} with --{what}-key"
+            f"holds the {what} with {option(f'{what}_key')}"
         )
     return found[0]
 

@@ -20,6 +20,7 @@ from phalanx.data.formats.arrays import (
 )
 from phalanx.data.options import IngestOptions
 from phalanx.data.sources import ArrayBatch
+from phalanx.data.wording import option
 from phalanx.errors import InvalidArgument, NotFound
 
 _FEATURE_KEYS = ("features", "X", "x", "data")
@@ -79,7 +80,7 @@ def _usual(tensors: Mapping[str, Any], candidates: tuple[str, ...], what: str, p
     if not found:
         raise InvalidArgument(
             f"{path.name} has the tensors {', '.join(tensors) or '(none)'}; say which one "
-            f"holds the {what} with --{what}-key"
+            f"holds the {what} with {option(f'{what}_key')}"
         )
     return found[0]
 

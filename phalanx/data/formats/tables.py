@@ -22,6 +22,7 @@ from phalanx.data.manifest import ColumnKind, SourceFile
 from phalanx.data.options import IngestOptions
 from phalanx.data.preprocess import ColumnValues, Whereabouts
 from phalanx.data.sources import TableBatch, TableShape
+from phalanx.data.wording import option
 from phalanx.errors import InvalidArgument, NotFound
 from phalanx.texts import number_of
 
@@ -153,7 +154,7 @@ def shape_of(name: str, schema: pa.Schema, options: IngestOptions) -> TableShape
         if kind is None:
             raise InvalidArgument(
                 f"{name}, column {field.name!r}: values of type {field.type} cannot be features; "
-                f"leave the column out with --ignore {field.name}"
+                f"leave the column out with {option('ignore', field.name)}"
             )
         if field.name in options.categorical:
             kind = "categorical"

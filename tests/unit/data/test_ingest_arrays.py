@@ -112,8 +112,8 @@ class TestNpz:
     @pytest.mark.parametrize(
         ("arrays", "message"),
         [
-            ({"X": IMAGES}, "has the arrays X; say which one holds the target with --target-key"),
-            ({"y": LABELS}, "say which one holds the features with --features-key"),
+            ({"X": IMAGES}, "has the arrays X; say which one holds the target with target_key="),
+            ({"y": LABELS}, "say which one holds the features with features_key="),
             ({"X": IMAGES, "y": LABELS[:5]}, "30 rows of features, but 5 targets"),
             ({"X": LABELS, "y": LABELS}, "'X' have shape (30,); rows by features are needed"),
             ({"X": IMAGES, "y": IMAGES}, "targets have shape (30, 4, 3); one per row is needed"),
@@ -302,7 +302,10 @@ class TestLibsvm:
         assert add(tmp_path, path, feature_count=10).features == 10
         test = self.write(tmp_path, "1 1:1\n-1 9:1\n", "test.svm")
         message = error_of(tmp_path, path, test=test)
-        assert "test.svm, line 2, index 9: the train data has 6 features; say --features" in message
+        assert (
+            "test.svm, line 2, index 9: the train data has 6 features; say feature_count="
+            in message
+        )
         manifest = add(tmp_path, path, test=test, feature_count=9)
         assert rows_of(tmp_path, manifest, "test").features.shape == (2, 9)
         narrow = error_of(tmp_path, path, feature_count=4)

@@ -257,8 +257,8 @@ def test_a_missing_value_is_an_error_with_its_place_unless_a_choice_is_made(
 ) -> None:
     message = error_of(tmp_path, text)
     assert message.startswith(f"data.csv, {place}: the value is missing")
-    assert "--missing category" in message
-    assert "--missing mean" in message
+    assert "missing='category'" in message
+    assert "missing='mean'" in message
 
 
 def test_a_missing_value_becomes_a_category_or_the_mean(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_only_a_test_row_misses_a_category(tmp_path: Path) -> None:
     [
         (
             PEOPLE.replace("38,clerk", "old,clerk"),
-            "line 4, column 'age': 'old' is not a number (if the column holds categories, say --ca",
+            "line 4, column 'age': 'old' is not a number (if the column holds categories, say categorical=['age'])",
         ),
         (PEOPLE.replace("37,", "1_0,"), "data.csv, line 7, column 'age': '1_0' is not a number"),
         (PEOPLE.replace("53,baker,40", "53,baker"), "data.csv, line 5: 3 cells, expected 4"),
@@ -333,9 +333,9 @@ def test_ends_of_labels_can_be_cut_off(tmp_path: Path) -> None:
     held_out = tmp_path / "test.csv"
     held_out.write_text("|a remark\n20,smith,1,low.\n21,clerk,2,high.\n")
     message = error_of(tmp_path, PEOPLE, test=held_out)
-    assert message.endswith("(if that line is a comment, say --comment '|')")
+    assert message.endswith("(if that line is a comment, say comment='|')")
     message = error_of(tmp_path, PEOPLE, test=held_out, comment="|")
-    assert message.endswith("(if '.' is not a part of it, say --trim-labels '.')")
+    assert message.endswith("(if '.' is not a part of it, say trim_labels='.')")
     manifest = add(tmp_path, PEOPLE, test=held_out, comment="|", trim_labels=".!")
     assert manifest.classes == ("high", "low")
     assert rows_of(tmp_path, manifest, "test").targets.tolist() == [1, 0]
@@ -375,7 +375,7 @@ def test_too_many_categories_are_an_error_with_a_way_out(tmp_path: Path) -> None
     text = "x,id,y\n" + "".join(f"{n},id{n},{n % 2}\n" for n in range(60))
     message = error_of(tmp_path, text, max_categories=50)
     assert "column 'id' has more than 50 different values" in message
-    assert "--ignore id" in message
+    assert "ignore=['id']" in message
     assert add(tmp_path, text, max_categories=60).features == 61
 
 
@@ -402,7 +402,7 @@ def test_missing_files_and_unknown_endings(tmp_path: Path) -> None:
     sink = DirectoryBlobs(tmp_path)
     with pytest.raises(NotFound, match=r"no file .*nothing\.csv"):
         ingest(tmp_path / "nothing.csv", IngestOptions(), sink)
-    assert "say --format with one of csv, parquet" in error_of(tmp_path, PEOPLE, "data.doc")
+    assert "say format= with one of csv, parquet" in error_of(tmp_path, PEOPLE, "data.doc")
     assert add(tmp_path, PEOPLE, "data.doc", format="csv").features == 5
     assert "unknown format 'doc'" in error_of(tmp_path, PEOPLE, format="doc")
 
@@ -448,7 +448,7 @@ def test_labels_that_reading_has_rounded_are_refused(tmp_path: Path) -> None:
     text = "x,y\n1,9007199254740992\n2,9007199254740993\n3,5\n"
     message = error_of(tmp_path, text)
     assert "labels such as 9007199254740992" in message
-    assert "--categorical y" in message
+    assert "categorical=['y']" in message
     assert add(tmp_path, text, categorical=("y",)).classes == (
         "5",
         "9007199254740992",

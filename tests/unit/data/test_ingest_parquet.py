@@ -109,7 +109,7 @@ def test_types_that_cannot_be_features_are_named_and_can_be_left_out(
     table = pa.table({"x": [1, 2, 3, 4], "odd": column, "y": [0, 1, 0, 1]})
     message = error_of(tmp_path, table)
     assert message.startswith(f"a.parquet, column 'odd': values of type {kind}")
-    assert message.endswith("leave the column out with --ignore odd")
+    assert message.endswith("leave the column out with ignore=['odd']")
     assert add(tmp_path, table, ignore=("odd",)).features == 1
 
 

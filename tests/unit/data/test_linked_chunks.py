@@ -386,6 +386,6 @@ def test_large_row_groups_are_remarked_on(tmp_path: Path) -> None:
     large = write(tmp_path / "b.parquet", table, group=rows)
     options = IngestOptions(link=True, task="regression")
     assert ingest(small, options, Digests()).notes == (
-        "the target is the last column, 'y' (--target overrules)",
+        "the target is the last column, 'y' (option `target` overrules)",
     )
     assert "the largest has 262,145 rows" in ingest(large, options, Digests()).notes[-1]
