@@ -12,12 +12,13 @@ from phalanx.data.formats.csv_text import open_bytes
 from phalanx.data.formats.idx_files import open_idx
 from phalanx.data.formats.libsvm_files import LibsvmArrays
 from phalanx.data.formats.npz_files import open_npz
+from phalanx.data.formats.paths import check_path
 from phalanx.data.formats.safetensors_files import SafetensorsArrays
 from phalanx.data.formats.tables import MemoryTable, ParquetTable, arrow_column, arrow_table
 from phalanx.data.options import IngestOptions
 from phalanx.data.sources import TARGET, Opened, Source, TableShape
 from phalanx.data.wording import option
-from phalanx.errors import InvalidArgument, NotFound
+from phalanx.errors import InvalidArgument
 from phalanx.texts import number_of
 
 FORMATS = ("csv", "parquet", "npz", "libsvm", "safetensors", "idx")
@@ -52,8 +53,7 @@ def open_paths(
     if not paths:
         raise InvalidArgument("name at least one file")
     for path in paths:
-        if not path.exists():
-            raise NotFound(f"there is no file {path}")
+        check_path(path)
     format_name = options.format or format_of(paths, default_format)
     if format_name == "idx":
         return open_idx(paths)
@@ -157,6 +157,8 @@ def _files(path: Path, format_name: str) -> list[Path]:
     )
     if not files:
         raise InvalidArgument(f"folder {path} has no {format_name} files")
+    for file in files:
+        check_path(file)
     return files
 
 

@@ -15,6 +15,7 @@ from phalanx.data.formats.csv_files import CsvTable
 from phalanx.data.formats.idx_files import idx_features
 from phalanx.data.formats.libsvm_files import LibsvmArrays
 from phalanx.data.formats.npz_files import npz_features
+from phalanx.data.formats.paths import check_path
 from phalanx.data.formats.tables import MemoryTable, ParquetTable
 from phalanx.data.manifest import Column
 from phalanx.data.opening import format_of, frame_of_objects, is_frame
@@ -23,7 +24,7 @@ from phalanx.data.picking import FeaturePicker
 from phalanx.data.preprocess import Encoder
 from phalanx.data.scan import ArrayEncoder
 from phalanx.data.sources import ArrayBatch, TableSource
-from phalanx.errors import InvalidArgument, NotFound
+from phalanx.errors import InvalidArgument
 from phalanx.texts import number_of
 
 
@@ -113,8 +114,9 @@ class RawRows:
         yield self._stored(features.astype(self.dtype, copy=False))
 
     def _file(self, path: Path) -> tuple[Iterator[Any], Remarks]:
-        if not path.exists():
-            raise NotFound(f"there is no file {path}")
+        check_path(path)
+        if path.is_dir():
+            raise InvalidArgument(f"{path} is a folder; name a file of rows in it")
         format_name = format_of([path], "csv")
         if format_name == "csv":
             return self._table(self._csv(path))

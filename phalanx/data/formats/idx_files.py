@@ -19,10 +19,11 @@ from phalanx.data.formats.arrays import (
     flat_width,
     is_whole_bytes,
 )
+from phalanx.data.formats.paths import check_path
 from phalanx.data.manifest import SourceFile
 from phalanx.data.preprocess import NumericValues
 from phalanx.data.sources import ArrayBatch, ArrayShape, Opened
-from phalanx.errors import InvalidArgument, NotFound
+from phalanx.errors import InvalidArgument
 
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
@@ -136,11 +137,10 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _header_of(path: Path) -> _Header:
+    check_path(path)
     try:
         with _open(path) as file:
             return _read_header(file, path)
-    except FileNotFoundError as error:
-        raise NotFound(f"there is no file {path}") from error
     except (EOFError, zlib.error, OSError) as error:
         raise InvalidArgument(f"{path.name} is not an idx file: {error}") from error
 

@@ -120,7 +120,7 @@ def _usual(members: dict[str, _Member], candidates: tuple[str, ...], what: str, 
     found = [key for key in candidates if key in members]
     if not found:
         raise InvalidArgument(
-            f"{path.name} has the arrays {', '.join(members) or '(none)'}; say which one "
+            f"{path.name} has the arrays {', '.join(members)}; say which one "
             f"holds the {what} with {option(f'{what}_key')}"
         )
     return found[0]
@@ -141,7 +141,7 @@ def _member(members: dict[str, _Member], key: str, path: Path) -> _Member:
 def _members(path: Path) -> dict[str, _Member]:
     try:
         with zipfile.ZipFile(path) as archive:
-            return {
+            members = {
                 name.removesuffix(".npy"): _header(archive, name)
                 for name in archive.namelist()
                 if name.endswith(".npy")
@@ -150,6 +150,9 @@ def _members(path: Path) -> dict[str, _Member]:
         raise NotFound(f"there is no file {path}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
         raise InvalidArgument(f"{path.name} is not an NPZ file: {error}") from error
+    if not members:
+        raise InvalidArgument(f"{path.name} is not an NPZ file: it is an archive without arrays")
+    return members
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> _Member:

@@ -22,6 +22,7 @@ from phalanx.data.options import IngestOptions
 from phalanx.data.sources import ArrayBatch
 from phalanx.data.wording import option
 from phalanx.errors import InvalidArgument, NotFound
+from phalanx.texts import number_of
 
 _FEATURE_KEYS = ("features", "X", "x", "data")
 _TARGET_KEYS = ("targets", "target", "y", "Y", "labels", "label")
@@ -79,7 +80,7 @@ def _usual(tensors: Mapping[str, Any], candidates: tuple[str, ...], what: str, p
     found = [key for key in candidates if key in tensors]
     if not found:
         raise InvalidArgument(
-            f"{path.name} has the tensors {', '.join(tensors) or '(none)'}; say which one "
+            f"{path.name} has the tensors {', '.join(tensors)}; say which one "
             f"holds the {what} with {option(f'{what}_key')}"
         )
     return found[0]
@@ -88,21 +89,45 @@ def _usual(tensors: Mapping[str, Any], candidates: tuple[str, ...], what: str, p
 def _header(path: Path) -> tuple[dict[str, Any], memoryview]:
     """What the file says of its tensors, and the bytes of all of them, mapped."""
     try:
+        if path.stat().st_size <= 8:
+            raise ValueError("it is too short")
         with path.open("rb") as file:
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         header_bytes = int.from_bytes(view[:8], "little")
-        header: dict[str, Any] = json.loads(bytes(view[8 : 8 + header_bytes]))
-        header.pop("__metadata__", None)
+        if not 0 < header_bytes <= len(view) - 8:
+            raise ValueError("it does not start with the length of a header")
+        header = _described(bytes(view[8 : 8 + header_bytes]))
         body = view[8 + header_bytes :]
+        end = 0
         for key, entry in header.items():
             first, stop = entry["data_offsets"]
             if not 0 <= first <= stop <= len(body):
                 raise ValueError(f"tensor {key!r} reaches past the end of the file")
-        return header, body
+            end = max(end, stop)
+        if end != len(body):
+            raise ValueError(f"its last {number_of(len(body) - end, 'byte')} belong to no tensor")
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {path}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise _no_safetensors(path, error) from error
+    if not header:
+        raise InvalidArgument(f"{path.name} holds no tensors")
+    return header, body
+
+
+def _described(text: bytes) -> dict[str, Any]:
+    """The tensors that a header tells of."""
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise ValueError("its header is no JSON") from error
+    if not isinstance(header, dict) or not all(
+        key == "__metadata__" or (isinstance(entry, dict) and "data_offsets" in entry)
+        for key, entry in header.items()
+    ):
+        raise ValueError("its header does not describe tensors")
+    header.pop("__metadata__", None)
+    return header
 
 
 def _tensor(body: memoryview, key: str, entry: Any, path: Path) -> NDArray[Any]:
@@ -120,4 +145,4 @@ def _tensor(body: memoryview, key: str, entry: Any, path: Path) -> NDArray[Any]:
 
 
 def _no_safetensors(path: Path, error: Exception) -> InvalidArgument:
-    return InvalidArgument(f"{path.name} is not a safetensors file: {error}")
+    return InvalidArgument(f"{path.name} is not a safetensors file, or is damaged: {error}")

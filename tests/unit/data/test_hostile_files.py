@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
+import socket
 import tracemalloc
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +16,13 @@ from phalanx.data.chunks import decode_chunk
 from phalanx.data.formats.idx_files import IdxArrays
 from phalanx.data.formats.npz_files import NpzArrays
 from phalanx.data.formats.safetensors_files import SafetensorsArrays
+from phalanx.data.ingest import ingest
+from phalanx.data.linking import Digests
 from phalanx.data.manifest import DatasetManifest
+from phalanx.data.opening import FORMATS
 from phalanx.data.options import IngestOptions
-from phalanx.errors import DataLoss, InvalidArgument
+from phalanx.data.raw_rows import RawRows
+from phalanx.errors import DataLoss, InvalidArgument, NotFound
 
 DEEP = b"[" * 100_000
 MIB = 1024 * 1024
@@ -99,3 +106,110 @@ def test_an_archive_that_unfolds_beyond_its_shape_is_read_no_further(tmp_path: P
         assert tracemalloc.get_traced_memory()[1] < 8 * MIB
     finally:
         tracemalloc.stop()
+
+
+def refused(path: Path, **options: Any) -> str:
+    with pytest.raises(InvalidArgument) as caught:
+        ingest(path, IngestOptions(**options), Digests())
+    return caught.value.message
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Path:
+    """Nobody writes into it: whoever opened it would wait without end."""
+    path = tmp_path / "rows.csv"
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize("format_name", [None, *FORMATS])
+def test_a_pipe_is_refused_before_it_is_opened(pipe: Path, format_name: str | None) -> None:
+    assert refused(pipe, format=format_name) == (
+        f"{pipe} is a pipe, and data are read more than once; "
+        "write them to a file first and name that"
+    )
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_pipe_is_no_split_and_no_part_of_a_folder(pipe: Path, split: str) -> None:
+    good = pipe.with_name("good.csv")
+    good.write_text("x,y\n1,0\n2,1\n")
+    assert "rows.csv is a pipe" in refused(good, **{split: pipe})
+    assert "rows.csv is a pipe" in refused(pipe.parent, format="csv")
+
+
+def test_a_pipe_holds_no_labels(tmp_path: Path) -> None:
+    images, labels = tmp_path / "a-images-idx3-ubyte", tmp_path / "a-labels-idx1-ubyte"
+    images.write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 7]))
+    os.mkfifo(labels)
+    assert "a-labels-idx1-ubyte is a pipe" in refused(images)
+
+
+def test_a_descriptor_of_a_pipe_is_refused_and_one_of_a_file_is_read(tmp_path: Path) -> None:
+    """As a shell gives them with <(…) and with < FILE."""
+    reading, writing = os.pipe()
+    try:
+        assert f"/dev/fd/{reading} is a pipe" in refused(Path(f"/dev/fd/{reading}"), format="csv")
+    finally:
+        os.close(reading)
+        os.close(writing)
+    path = tmp_path / "rows.csv"
+    path.write_text("x,y\n1,0\n2,1\n")
+    with path.open() as file:
+        opened = Path(f"/dev/fd/{file.fileno()}")
+        manifest = ingest(opened, IngestOptions(format="csv"), Digests())
+    assert manifest.rows("train") == 2
+
+
+def test_devices_sockets_and_paths_that_are_none_are_refused(tmp_path: Path) -> None:
+    assert "/dev/null is a device" in refused(Path("/dev/null"), format="csv")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        assert "is a socket" in refused(tmp_path / "s", format="csv")
+    assert "cannot read 'a\\x00b'" in refused(Path("a\0b"), format="csv")
+    assert "name too long" in refused(tmp_path / ("a" * 300), format="csv")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotFound, match="there is no file"):
+        ingest(tmp_path / "file" / "a.csv", IngestOptions(), Digests())
+
+
+def test_rows_to_predict_come_from_a_file(pipe: Path) -> None:
+    rows = RawRows((), features=1, dtype="float32", sparse=False, target="y")
+    with pytest.raises(InvalidArgument, match=r"rows\.csv is a pipe"):
+        rows.encode(pipe)
+    with pytest.raises(InvalidArgument, match="is a folder; name a file of rows in it"):
+        rows.encode(pipe.parent)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it is too short"),
+        (b"garbage", "it is too short"),
+        (b"garbage, and no tensor at all", "it does not start with the length of a header"),
+        (bytes(100), "it does not start with the length of a header"),
+        ((1000).to_bytes(8, "little") + b"{}", "it does not start with the length of a header"),
+        (_file(b"{no}"), "its header is no JSON"),
+        (_file(b"[]"), "its header does not describe tensors"),
+        (_file(b'{"a": 5}'), "its header does not describe tensors"),
+        (_file(b"{}", b"x" * 50), "its last 50 bytes belong to no tensor"),
+        (_tensors([4], 16, bytes(15)), "tensor 'features' reaches past the end of the file"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_not_asked_for_its_tensors(
+    tmp_path: Path, content: bytes, why: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    expected = f"a.safetensors is not a safetensors file, or is damaged: {why}"
+    assert refused(path) == expected
+
+
+def test_files_that_hold_nothing_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(_file(b"{}"))
+    assert refused(path) == "a.safetensors holds no tensors"
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+    assert refused(path) == "a.npz is not an NPZ file: it is an archive without arrays"

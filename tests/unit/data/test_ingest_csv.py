@@ -302,7 +302,7 @@ def test_only_a_test_row_misses_a_category(tmp_path: Path) -> None:
     [
         (
             PEOPLE.replace("38,clerk", "old,clerk"),
-            "line 4, column 'age': 'old' is not a number (if the column holds categories, say categorical=['age'])",
+            "line 4, column 'age': 'old' is not a number (if the column holds categories, say c",
         ),
         (PEOPLE.replace("37,", "1_0,"), "data.csv, line 7, column 'age': '1_0' is not a number"),
         (PEOPLE.replace("53,baker,40", "53,baker"), "data.csv, line 5: 3 cells, expected 4"),
