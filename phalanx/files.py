@@ -1,7 +1,9 @@
 """Files that others read while they are written."""
 
 import contextlib
+import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 NAME_LIMIT_BYTES = 245
@@ -32,3 +34,23 @@ def replace_content(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+@contextlib.contextmanager
+def completed(path: Path) -> Iterator[Path]:
+    """A path beside the file to write to; it becomes the file once the block has ended well.
+
+    Raises:
+        OSError: it cannot be written; the error names the file itself, which is as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        if error.filename is not None and os.fspath(error.filename) == str(partial):
+            error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()

@@ -1,6 +1,8 @@
-"""Words of messages that depend on a number."""
+"""Words of messages that depend on a number, or on how many things there are to name."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def number_of(count: int, noun: str, plural: str = "") -> str:
@@ -11,3 +13,9 @@ def number_of(count: int, noun: str, plural: str = "") -> str:
 def verb_for(count: int, one: str, many: str) -> str:
     """Return the form of a verb that goes with a number: ``is`` for 1, else ``are``."""
     return one if count == 1 else many
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Return the first of the names, and how many there are where these are not all."""
+    shown = ", ".join(names[:most])
+    return f"{shown}, … ({len(names):,} in all)" if len(names) > most else shown

@@ -277,8 +277,11 @@ class _TableIngest(_Ingest):
             sparse=sparse,
             dtype=self.options.dtype,
             columns=columns,
-            notes=(*shape.notes, *notes, *encoder.remarks()),
+            notes=(*shape.notes, *notes, *self._notes_of_splits(), *encoder.remarks()),
         )
+
+    def _notes_of_splits(self) -> list[str]:
+        return [note for _, source in self.held_out for note in source.shape.notes]
 
     def _target(self, shape: TableShape) -> tuple[str, tuple[str, ...]]:
         """Name of the target column, and a note where it was assumed."""

@@ -25,7 +25,7 @@ from phalanx.data.preprocess import Encoder
 from phalanx.data.scan import ArrayEncoder
 from phalanx.data.sources import ArrayBatch, TableSource
 from phalanx.errors import InvalidArgument
-from phalanx.texts import number_of
+from phalanx.texts import listed, number_of
 
 
 @dataclass
@@ -35,11 +35,12 @@ class Remarks:
     ``ignored_columns`` are those that the model does not use; ``unchosen_columns`` those of them
     that the training data had and the job did not choose. ``sentences`` tell of both, of unknown
     categories and of missing values that were replaced; they are complete once all rows have been
-    read.
+    read. ``assumed`` is what had to be taken for granted before.
     """
 
     ignored_columns: tuple[str, ...] = ()
     unchosen_columns: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
     _encoder: Encoder | None = field(default=None, repr=False)
 
     @property
@@ -52,9 +53,9 @@ class Remarks:
             if name not in unchosen
         ]
         if unchosen:
-            names = _listed(self.unchosen_columns)
+            names = listed(self.unchosen_columns)
             told.append(f"columns that the job did not choose are ignored: {names}")
-        return (*told, *(self._encoder.remarks() if self._encoder else ()))
+        return (*self.assumed, *told, *(self._encoder.remarks() if self._encoder else ()))
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ class RawRows:
             raise InvalidArgument(f"{path} is a folder; name a file of rows in it")
         format_name = format_of([path], "csv")
         if format_name == "csv":
-            return self._table(self._csv(path))
+            table = self._csv(path)
+            return self._table(table, table.shape.notes)
         if format_name == "parquet":
             return self._table(ParquetTable([path], self._options()))
         if format_name == "npz":
@@ -134,12 +136,14 @@ class RawRows:
 
     def _csv(self, path: Path) -> CsvTable:
         if not self._has_names:
-            return CsvTable([path], self._options())
+            return CsvTable([path], self._options(), advise=False)
         names = [column.name for column in self.columns]
         whole = [column.name for column in self.chosen_from.named] if self.chosen_from else ()
-        return CsvTable([path], self._options(), names, whole)
+        return CsvTable([path], self._options(), names, whole, advise=False)
 
-    def _table(self, source: TableSource) -> tuple[Iterator[Any], Remarks]:
+    def _table(
+        self, source: TableSource, assumed: tuple[str, ...] = ()
+    ) -> tuple[Iterator[Any], Remarks]:
         present = source.present
         columns = self.columns or tuple(Column(f"x{index + 1}") for index in range(self.features))
         names = self._names(columns, present)
@@ -154,7 +158,7 @@ class RawRows:
                 for features in encoder.encode(values, batch.where):
                     yield self._stored(features)
 
-        return pieces(), Remarks(ignored, self._unchosen(ignored, names), encoder)
+        return pieces(), Remarks(ignored, self._unchosen(ignored, names), assumed, encoder)
 
     def _names(self, columns: tuple[Column, ...], present: tuple[str, ...]) -> list[str]:
         """Which of the columns that are there hold the expected ones."""
@@ -172,7 +176,7 @@ class RawRows:
             if whole and len(rest) == whole.count:
                 return [rest[position] for position in self._positions]
         raise InvalidArgument(
-            f"column {absent[0]!r} is missing; the model needs {_listed(expected)}",
+            f"column {absent[0]!r} is missing; the model needs {listed(expected)}",
             reason="MISSING_COLUMN",
         )
 
@@ -187,7 +191,7 @@ class RawRows:
 
     def _arrays(self, batches: Iterable[ArrayBatch]) -> Iterator[Any]:
         if any(column.kind == "categorical" for column in self.columns):
-            names = _listed([column.name for column in self.columns])
+            names = listed([column.name for column in self.columns])
             raise InvalidArgument(f"the model needs the columns {names}, not numbers alone")
         encoder = ArrayEncoder(self.columns, self.dtype)
         for batch in batches:
@@ -231,7 +235,7 @@ class RawRows:
             raise InvalidArgument(
                 f"rows have {number_of(width, 'value')}, the model needs the "
                 f"{number_of(len(names), 'column')} "
-                f"{_listed(names)}; rows that are encoded already go to predict_prepared"
+                f"{listed(names)}; rows that are encoded already go to predict_prepared"
             )
         return frame_of_objects(array, names)
 
@@ -264,8 +268,3 @@ def _frame_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """Rows by column name as columns; what a row lacks is a missing value."""
     names = dict.fromkeys(str(name) for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:20])
-    return f"{shown}, … ({len(names)} in all)" if len(names) > 20 else shown

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 from phalanx.errors import AlreadyExists, InvalidArgument
+from phalanx.files import completed
 
 _FIRST_TIME = (1980, 1, 1, 0, 0, 0)
 
@@ -25,12 +26,8 @@ def export_model(folder: Path, file: Path) -> None:
         )
     if file.exists():
         raise AlreadyExists(f"{file} exists; give a name that is free")
-    temporary = file.with_name(f".{file.name}.partial")
-    try:
-        write(folder, temporary)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with completed(file) as partial:
+        write(folder, partial)
 
 
 def _write_zip(folder: Path, file: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from phalanx.errors import InvalidArgument
+from phalanx.files import completed
 
 if TYPE_CHECKING:
     from phalanx.data.predict import LoadedModel, Predictions
@@ -47,19 +48,12 @@ def predict_file(model: LoadedModel, input: Path, output: Path | BinaryIO) -> Pr
         raise InvalidArgument(f"{output} ends in neither .csv nor .parquet")
     if output.exists() and input.exists() and output.samefile(input):
         raise InvalidArgument(f"{output} holds the raw rows; write the predictions elsewhere")
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        with ExitStack() as stack:
-            write: Write
-            if output.suffix == ".parquet":
-                write = stack.enter_context(_ParquetWriter(model, partial))
-            else:
-                write = _csv_writer(model, stack.enter_context(partial.open("wb")))
-            predicted = _predict(model, model.predict_batches(input), write)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
-    return predicted
+    with completed(output) as partial, partial.open("wb") as stream:
+        blocks = model.predict_batches(input)
+        if output.suffix == ".csv":
+            return _predict(model, blocks, _csv_writer(model, stream))
+        with _ParquetWriter(model, stream) as write:
+            return _predict(model, blocks, write)
 
 
 def predicted_rows(model: LoadedModel, input: Path) -> Iterator[dict[str, Any]]:
@@ -109,9 +103,9 @@ def _csv_writer(model: LoadedModel, stream: BinaryIO) -> Write:
 class _ParquetWriter(AbstractContextManager["_ParquetWriter"]):
     """Gathers blocks to row groups of a sensible size."""
 
-    def __init__(self, model: LoadedModel, path: Path) -> None:
+    def __init__(self, model: LoadedModel, stream: BinaryIO) -> None:
         self._headings = _headings(model)
-        self._path = path
+        self._stream = stream
         self._writer: Any = None
         self._waiting: list[list[Any]] = [[] for _ in self._headings]
 
@@ -132,6 +126,6 @@ class _ParquetWriter(AbstractContextManager["_ParquetWriter"]):
 
         table = pa.table(dict(zip(self._headings, self._waiting, strict=True)))
         if self._writer is None:
-            self._writer = parquet.ParquetWriter(self._path, table.schema)
+            self._writer = parquet.ParquetWriter(self._stream, table.schema)
         self._writer.write_table(table)
         self._waiting = [[] for _ in self._headings]

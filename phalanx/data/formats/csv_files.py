@@ -5,6 +5,7 @@ import functools
 import io
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,7 @@ from phalanx.data.preprocess import ColumnValues
 from phalanx.data.sources import TableBatch, TableShape
 from phalanx.data.wording import option
 from phalanx.errors import InvalidArgument, PhalanxError
-from phalanx.texts import number_of
+from phalanx.texts import listed, number_of
 
 _BLOCK_BYTES_MINIMUM = 64
 _WIDEST_BLOCK_BYTES = 1 << 30
@@ -38,7 +39,8 @@ class CsvTable:
     ``like`` names the columns that are expected, where another file has fixed them already (the
     test file of a train file, a file to predict): a header is then matched by name, a file without
     one by position. ``whole`` names all columns of that other file, where ``like`` are some of
-    them: a file without a header may have these as well.
+    them: a file without a header may have these as well. Without ``advise`` the caller has no
+    options, and errors name none.
     """
 
     def __init__(
@@ -47,23 +49,35 @@ class CsvTable:
         options: IngestOptions,
         like: Sequence[str] | None = None,
         whole: Sequence[str] = (),
+        *,
+        advise: bool = True,
     ) -> None:
         self._options = options
+        self._advise = advise
         self._paths = tuple(paths)
         self._files: list[tuple[Path, Dialect, tuple[str, ...]]] = []
         self._shape: TableShape | None = None
+        notes: list[str] = []
         for path in paths:
-            dialect, shape = inspect(path, options, like or ())
-            self._shape = self._shape or shape
+            dialect, shape = inspect(path, options, like or (), advise=advise)
+            if self._shape is None:
+                self._shape = shape
+                notes += () if like else shape.notes
             names = _matched(path, shape, dialect, like or self._shape.names, whole)
+            if names != shape.names and not dialect.header:
+                notes.append(
+                    f"{path.name} has no header line: its columns are taken by position, as "
+                    f"{listed(names)}"
+                )
             self._files.append((path, dialect, names))
+        self._notes = tuple(notes)
 
     @property
     def shape(self) -> TableShape:
-        """The columns of the first file."""
+        """The columns of the first file; what was assumed of files that go with others."""
         if self._shape is None:
             raise InvalidArgument("no CSV file was given")
-        return self._shape
+        return replace(self._shape, notes=self._notes)
 
     @property
     def present(self) -> tuple[str, ...]:
@@ -170,15 +184,23 @@ class CsvTable:
                 for index, name in numeric:
                     cell = row.cells[index]
                     if cell.strip() not in markers and not is_number(cell):
+                        first = number == 0 and not dialect.header
                         return InvalidArgument(
                             f"{path.name}, line {row.line}, column {name!r}: {cell.strip()!r} is "
-                            "not a number (if the column holds categories, say "
-                            f"{option('categorical', name)})",
+                            f"not a number{self._hint(name, first)}",
                             reason="BAD_CELL",
                         )
         except PhalanxError as found:
             return found
         return InvalidArgument(f"{path.name}, after {number_of(rows, 'good row')}: {error}")
+
+    def _hint(self, name: str, first: bool) -> str:
+        """What to say if the cell is right, which may stand in the first row of the file."""
+        if not self._advise:
+            return ""
+        if first and self._options.header is None:
+            return f" (if the line is a header, say {option('header', True)})"
+        return f" (if the column holds categories, say {option('categorical', name)})"
 
 
 class _Body(io.RawIOBase):
@@ -235,7 +257,7 @@ def _matched(
     if len(shape.names) != len(like):
         raise InvalidArgument(
             f"{path.name} has no header line and {number_of(len(shape.names), 'column')}, "
-            f"expected the {number_of(len(like), 'column')} {', '.join(like)}"
+            f"expected the {number_of(len(like), 'column')} {listed(like)}"
         )
     return tuple(like)
 

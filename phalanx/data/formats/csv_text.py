@@ -128,7 +128,7 @@ class _Lines:
 
 
 def inspect(
-    path: Path, options: IngestOptions, expected: Sequence[str] = ()
+    path: Path, options: IngestOptions, expected: Sequence[str] = (), *, advise: bool = True
 ) -> tuple[Dialect, TableShape]:
     """Delimiter, header, names and kinds, from the first rows of the file.
 
@@ -144,7 +144,7 @@ def inspect(
     sample = [first, *itertools.islice(rows, limit)]
     width = len(first.cells)
     for index, row in enumerate(sample):
-        check_width(path, row, width, _comment_hint(first) if index == 1 else "")
+        check_width(path, row, width, _comment_hint(first) if index == 1 and advise else "")
     missing = set(options.missing_markers)
     guessed = _kinds(sample[1:], width, missing)
     header = options.header

@@ -101,8 +101,13 @@ def npz_features(path: Path, features_key: str | None = None) -> Iterator[ArrayB
     """The features alone, with zeros for targets: the usual array, or the only one."""
     members = _members(path)
     if features_key is None:
-        only = next(iter(members)) if len(members) == 1 else None
-        features_key = only or _usual(members, _FEATURE_KEYS, "features", path)
+        found = list(members) if len(members) == 1 else _known(members, _FEATURE_KEYS)
+        if not found:
+            raise InvalidArgument(
+                f"{path.name} has the arrays {', '.join(members)}; rows to predict are its only "
+                f"one, or called one of {', '.join(_FEATURE_KEYS)}"
+            )
+        features_key = found[0]
     member = _member(members, features_key, path)
     width = flat_width(member.shape, path.name, f"{features_key!r}")
     check_numeric(member.dtype, path.name)
@@ -117,13 +122,17 @@ def npz_features(path: Path, features_key: str | None = None) -> Iterator[ArrayB
 
 
 def _usual(members: dict[str, _Member], candidates: tuple[str, ...], what: str, path: Path) -> str:
-    found = [key for key in candidates if key in members]
+    found = _known(members, candidates)
     if not found:
         raise InvalidArgument(
             f"{path.name} has the arrays {', '.join(members)}; say which one "
             f"holds the {what} with {option(f'{what}_key')}"
         )
     return found[0]
+
+
+def _known(members: dict[str, _Member], candidates: tuple[str, ...]) -> list[str]:
+    return [key for key in candidates if key in members]
 
 
 def _member(members: dict[str, _Member], key: str, path: Path) -> _Member:

@@ -212,6 +212,30 @@ def test_a_test_file_may_order_its_columns_otherwise(tmp_path: Path) -> None:
     )
 
 
+def test_files_without_a_header_are_said_to_be_taken_by_position(tmp_path: Path) -> None:
+    held_out = tmp_path / "test.csv"
+    held_out.write_text(PEOPLE)
+    assert "by position" not in " ".join(add(tmp_path, PEOPLE, test=held_out).notes)
+    held_out.write_text(PEOPLE.partition("\n")[2])
+    manifest = add(tmp_path, PEOPLE, test=held_out)
+    note = "has no header line: its columns are taken by position, as age, job, hours, income"
+    assert f"test.csv {note}" in manifest.notes
+    paths = [tmp_path / "data.csv", held_out]
+    manifest = ingest(paths, IngestOptions(), DirectoryBlobs(tmp_path / "blobs"))
+    assert f"test.csv {note}" in manifest.notes
+    # Where the first file has no header either there is nothing to be mistaken.
+    manifest = add(tmp_path, PEOPLE.partition("\n")[2], test=held_out)
+    assert "by position" not in " ".join(manifest.notes)
+
+
+def test_a_bad_cell_of_the_first_line_may_be_of_a_header(tmp_path: Path) -> None:
+    message = error_of(tmp_path, "a,,y\n1,2,0\n4,5,1\n7,8,0\n")
+    assert message == (
+        "data.csv, line 1, column 'column_3': 'y' is not a number "
+        "(if the line is a header, say header=True)"
+    )
+
+
 def test_a_header_of_numbers_is_known_from_the_train_file(tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text("2,1,y\n10,20,a\n")
     text = "1,2,y\n3,4,a\n5,6,b\n"

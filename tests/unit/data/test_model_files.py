@@ -23,6 +23,7 @@ from phalanx.data.model_files import (
 )
 from phalanx.data.options import IngestOptions
 from phalanx.data.predict import BLOCK_ROWS, LoadedModel
+from phalanx.data.raw_rows import RawRows
 from phalanx.data.reader import ChunkReader
 from phalanx.data.writer import DirectoryBlobs
 from phalanx.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
@@ -285,6 +286,33 @@ def test_a_bad_cell_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text("age,job,hours\n1,clerk,2\n3,clerk,many\n")
     with pytest.raises(InvalidArgument, match=r"bad\.csv, line 3, column 'hours': 'many' is not"):
         model.predict(tmp_path / "bad.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "age,job,hours\n1,clerk,2\n3,clerk,many\n",
+            "line 3, column 'hours': 'many' is not a number",
+        ),
+        ("#age,job,hours\n1,clerk,2,3\n", "line 2: 4 cells, expected 3"),
+    ],
+)
+def test_nothing_is_advised_that_no_prediction_can_say(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(text)
+    with pytest.raises(InvalidArgument) as caught:
+        people_model(tmp_path).predict(path)
+    assert caught.value.message == f"bad.csv, {message}"
+
+
+def test_arrays_to_predict_go_by_usual_names(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", one=np.zeros((2, 3)), two=np.zeros((2, 3)))
+    rows = RawRows((), features=3, dtype="float32", sparse=False, target="y")
+    with pytest.raises(InvalidArgument, match="rows to predict are its only one, or called one of"):
+        list(rows.encode(tmp_path / "a.npz")[0])
 
 
 def test_arrays_of_a_wrong_width_are_refused(tmp_path: Path) -> None:

@@ -120,6 +120,28 @@ def test_a_wrong_row_leaves_no_file(model, tmp_path):
         predict_file(model, file, tmp_path / "out.txt")
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_file_that_cannot_be_written_is_named_as_it_was_given(model, rows, tmp_path, ending):
+    wanted = tmp_path / "nowhere" / f"out.{ending}"
+    with pytest.raises(FileNotFoundError) as caught:
+        predict_file(model, rows, wanted)
+    assert caught.value.filename == str(wanted)
+    taken = tmp_path / f"folder.{ending}"
+    taken.mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        predict_file(model, rows, taken)
+    assert (caught.value.filename, caught.value.filename2) == (str(taken), None)
+    assert sorted(path.name for path in tmp_path.iterdir() if "partial" in path.name) == []
+
+
+def test_rows_without_a_header_are_said_to_be_taken_by_position(model, rows, tmp_path):
+    assert predict_file(model, rows, io.BytesIO()).remarks == ()
+    rows.write_text(CSV.partition("\n")[2])
+    assert predict_file(model, rows, io.BytesIO()).remarks == (
+        "rows.csv has no header line: its columns are taken by position, as size, colour",
+    )
+
+
 def test_oddities_are_told(model, tmp_path):
     file = tmp_path / "odd.csv"
     file.write_text("size,colour,extra\n1.0,green,1\n")
@@ -166,6 +188,11 @@ def test_exports(cluster, job, tmp_path):
         cluster.models.export("shapes", tmp_path / "m.onnx")
     with pytest.raises(NotFound):
         cluster.models.export("nothing", tmp_path / "m.npz")
+    for ending in ("zip", "npz", "safetensors"):
+        wanted = tmp_path / "nowhere" / f"m.{ending}"
+        with pytest.raises(FileNotFoundError) as caught:
+            cluster.models.export("shapes", wanted)
+        assert caught.value.filename == str(wanted)
 
 
 def test_verification_computes_the_same_bits(cluster, job):
