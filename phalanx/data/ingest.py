@@ -251,9 +251,8 @@ class _TableIngest(_Ingest):
     def run(self) -> DatasetManifest:
         shape = self.main.shape
         target_name, notes = self._target(shape)
-        names = tuple(
-            name for name in shape.names if name != target_name and name not in self.options.ignore
-        )
+        ignored = {target_name, *self.options.ignore, *shape.left_out}
+        names = tuple(name for name in shape.names if name not in ignored)
         if not names:
             raise InvalidArgument("no column is left to learn from")
         columns, target = self._scan(shape, names, target_name)
@@ -292,7 +291,8 @@ class _TableIngest(_Ingest):
                 f"there is no column {unknown[0]!r} to ignore; the columns are {', '.join(names)}"
             )
         if wanted is None:
-            kept = [name for name in names if name not in self.options.ignore]
+            ignored = {*self.options.ignore, *shape.left_out}
+            kept = [name for name in names if name not in ignored]
             if not kept:
                 raise InvalidArgument("no column is left to predict")
             last = kept[-1]

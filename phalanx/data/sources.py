@@ -36,12 +36,16 @@ class ArrayBatch:
 
 @dataclass(frozen=True)
 class TableShape:
-    """The columns of a table in order, what they hold, and which of them are true-or-false."""
+    """The columns of a table in order, what they hold, and which of them are true-or-false.
+
+    Those ``left_out`` are no features, as if it had been said to ignore them.
+    """
 
     names: tuple[str, ...]
     kinds: Mapping[str, ColumnKind]
     booleans: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    left_out: frozenset[str] = frozenset()
 
 
 class TableSource(Protocol):

@@ -27,6 +27,7 @@ SAMPLE_ROWS = 10_000
 
 _SAMPLE_CELLS = 1_000_000
 _DELIMITERS = ",;\t|"
+_WHOLE = re.compile(r"-?[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def inspect(
     guessed = _kinds(sample[1:], width, missing)
     header = options.header
     if header is None:
-        named = {cell.strip() for cell in first.cells}
+        named = set(_named(first.cells))
         known = bool(expected) and set(expected) <= named
         header = known or _is_header(sample, guessed, missing)
     if header and len(sample) == 1:
@@ -167,7 +168,12 @@ def inspect(
     kinds.update(dict.fromkeys(options.numeric, "numeric"))
     note = "the first line of the file is its header" if header else "the file has no header line"
     notes = (f"{note} (option `header` overrules)",) if options.header is None else ()
-    return Dialect(delimiter, options.comment, header), TableShape(names, kinds, notes=notes)
+    left_out: frozenset[str] = frozenset()
+    if header and _may_be_index(first, options):
+        left_out, note = _index(names[0], kinds[names[0]], sample[1:])
+        notes = (*notes, note)
+    shape = TableShape(names, kinds, notes=notes, left_out=left_out)
+    return Dialect(delimiter, options.comment, header), shape
 
 
 def check_width(path: Path, row: TextRow, width: int, hint: str = "") -> None:
@@ -213,32 +219,66 @@ def _kinds(rows: Sequence[TextRow], width: int, missing: set[str]) -> list[Colum
 
 
 def _is_header(sample: Sequence[TextRow], kinds: Sequence[ColumnKind], missing: set[str]) -> bool:
-    """A first row of words, over numbers or over words that it does not share."""
+    """A first row of words, over numbers or over words that it does not share.
+
+    The first of them may be lacking, over an index.
+    """
     first = [cell.strip() for cell in sample[0].cells]
-    if any(cell in missing or is_number(cell) for cell in first):
+    skipped = 1 if len(first) > 1 and not first[0] else 0
+    words = first[skipped:]
+    if any(cell in missing or is_number(cell) for cell in words):
         return False
-    if "numeric" in kinds or len(sample) == 1:
+    if "numeric" in kinds[skipped:] or len(sample) == 1:
         return True
-    return len(set(first)) == len(first) and all(
-        cell != row.cells[column].strip() for column, cell in enumerate(first) for row in sample[1:]
+    return len(set(words)) == len(words) and all(
+        cell != row.cells[column].strip()
+        for column, cell in enumerate(words, start=skipped)
+        for row in sample[1:]
     )
+
+
+def _may_be_index(header: TextRow, options: IngestOptions) -> bool:
+    """Whether the first column has no name, and nothing was said of it."""
+    width = len(header.cells)
+    if width == 1 or header.cells[0].strip() or options.columns:
+        return False
+    name = _named(header.cells)[0]
+    said = {*options.categorical, *options.numeric, *options.ignore, str(options.target)}
+    return not said & {name, "1", str(-width)}
+
+
+def _index(name: str, kind: ColumnKind, rows: Sequence[TextRow]) -> tuple[frozenset[str], str]:
+    """A first column without a name: whether it is left out, which ``rows`` tell, and a note."""
+    cells = [row.cells[0].strip() for row in rows]
+    differ = len(set(cells)) == len(cells) and "" not in cells
+    if differ and (kind == "categorical" or all(map(_WHOLE.fullmatch, cells))):
+        return frozenset({name}), (
+            "the first column has no name and another value in each row, as an index that pandas "
+            f"or R wrote: it is left out ({name!r} in option `numeric` or `categorical` keeps it)"
+        )
+    return frozenset(), (
+        f"the first column has no name and is called {name!r} (option `ignore` leaves it out)"
+    )
+
+
+def _named(cells: Sequence[str]) -> list[str]:
+    """Names of a header; those that are lacking go by place."""
+    return [cell.strip() or f"column_{index + 1}" for index, cell in enumerate(cells)]
 
 
 def _names(
     path: Path, header: TextRow | None, width: int, options: IngestOptions
 ) -> tuple[str, ...]:
     if options.columns:
-        names = [name.strip() for name in options.columns]
-        if len(names) != width:
+        cells: Sequence[str] = options.columns
+        if len(cells) != width:
             raise InvalidArgument(
-                f"{number_of(len(names), 'column name')} given, {path.name} has "
+                f"{number_of(len(cells), 'column name')} given, {path.name} has "
                 f"{number_of(width, 'column')}"
             )
-    elif header:
-        names = [cell.strip() for cell in header.cells]
     else:
-        names = [""] * width
-    names = [name or f"column_{index + 1}" for index, name in enumerate(names)]
+        cells = header.cells if header else [""] * width
+    names = _named(cells)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         place = f"{path.name}, line {header.line}" if header else option("columns")
