@@ -19,6 +19,12 @@ _NUMBER = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 
+# Between thousands stand blanks too: plain, no-break and narrow ones.
+_DECIMAL_COMMA = r"(?:\d*|\d{1,3}(?:[. '\u00a0\u202f]\d{3})+),\d+(?:[eE][+-]?\d+)?"
+_THOUSANDS = r"\d{1,3}(?:[, '\u00a0\u202f]\d{3})+(?:\.\d*)?"
+_NUMBER_ELSEWHERE = re.compile(rf"[+-]?(?:{_DECIMAL_COMMA}|{_THOUSANDS})", re.ASCII)
+NUMBER_RULE = "numbers have a decimal point here and nothing between thousands"
+
 
 def kind_of(arrow_type: pa.DataType) -> ColumnKind | None:
     """What a typed column holds; None for what cannot be a feature (dates, lists, bytes, …)."""
@@ -80,7 +86,8 @@ def parsed_numbers(
         if not is_number(word):
             row = int((text.codes == index).argmax())
             raise InvalidArgument(
-                f"{where(row, column)}: {word!r} is not a number", reason="BAD_CELL"
+                f"{where(row, column)}: {word!r} is not a number{number_hint(word)}",
+                reason="BAD_CELL",
             )
         table[index] = float(word)
     return NumericValues(table[text.codes])
@@ -89,6 +96,16 @@ def parsed_numbers(
 def is_number(text: str) -> bool:
     """Whether the text is a number (``+1.5e3``, ``inf``, ``nan``; no ``1_000``, no ``0x10``)."""
     return _NUMBER.fullmatch(text) is not None
+
+
+def is_number_elsewhere(text: str) -> bool:
+    """Whether the text is a number with a decimal comma or separated thousands (``1,003``)."""
+    return _NUMBER_ELSEWHERE.fullmatch(text) is not None
+
+
+def number_hint(text: str) -> str:
+    """How to write what is a number elsewhere, in brackets; else nothing."""
+    return f" ({NUMBER_RULE})" if is_number_elsewhere(text) else ""
 
 
 def as_word(cell: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.data.doubts import refuse_names
 from phalanx.data.formats.tables import ParquetTable
 from phalanx.data.linking import Digests, Linking, refuse_format, refuse_urls
 from phalanx.data.manifest import ChunkInfo, Column, ColumnKind, DatasetManifest, Format
@@ -38,9 +39,10 @@ from phalanx.data.targets import Target, TargetEncoder, TargetScan
 from phalanx.data.wording import option
 from phalanx.data.writer import BlobSink, DatasetWriter
 from phalanx.errors import InvalidArgument, Violation
-from phalanx.texts import number_of
+from phalanx.texts import listed, number_of
 
 DENSE_FEATURE_LIMIT = 1_000_000
+_NAMES_SHOWN = 8
 
 
 def ingest(
@@ -250,6 +252,7 @@ class _TableIngest(_Ingest):
 
     def run(self) -> DatasetManifest:
         shape = self.main.shape
+        refuse_names(shape.names)
         target_name, notes = self._target(shape)
         ignored = {target_name, *self.options.ignore, *shape.left_out}
         names = tuple(name for name in shape.names if name not in ignored)
@@ -276,8 +279,28 @@ class _TableIngest(_Ingest):
             sparse=sparse,
             dtype=self.options.dtype,
             columns=columns,
-            notes=(*shape.notes, *notes, *self._notes_of_splits(), *encoder.remarks()),
+            notes=(
+                *shape.notes,
+                *notes,
+                *self._notes_of_categories(columns),
+                *self._notes_of_splits(),
+                *encoder.remarks(),
+            ),
         )
+
+    def _notes_of_categories(self, columns: Sequence[Column]) -> list[str]:
+        """Which columns were taken for categories without being asked to."""
+        taken = [
+            column
+            for column in columns
+            if column.kind == "categorical" and column.name not in self.options.categorical
+        ]
+        if not taken:
+            return []
+        width = number_of(sum(column.width for column in taken), "feature")
+        what = f"{number_of(len(taken), 'column')} of words as categories, {width} in all"
+        names = listed([column.name for column in taken], _NAMES_SHOWN)
+        return [f"{what}: {names} (option `numeric` overrules)"]
 
     def _notes_of_splits(self) -> list[str]:
         return [note for _, source in self.held_out for note in source.shape.notes]
@@ -317,7 +340,13 @@ class _TableIngest(_Ingest):
             target_name, options.task, target_name in shape.booleans, options.trim_labels
         )
         scans = {
-            name: ColumnScan(name, shape.kinds[name], options.missing, options.max_categories)
+            name: ColumnScan(
+                name,
+                shape.kinds[name],
+                options.missing,
+                options.max_categories,
+                meant=name in options.categorical,
+            )
             for name in names
         }
         # Without replacement of missing values a numeric column has nothing to teach.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.data.doubts import Doubts
 from phalanx.data.manifest import Column, ColumnKind, MissingPolicy
 from phalanx.data.preprocess import (
     MISSING,
@@ -46,22 +47,31 @@ def running_sum(total: float, values: NDArray[np.float64]) -> float:
 
 @dataclass
 class ColumnScan:
-    """Vocabulary, or mean, of one column over the train split."""
+    """Vocabulary, or mean, of one column over the train split.
+
+    ``meant`` says that the words are categories, whatever they look like.
+    """
 
     name: str
     kind: ColumnKind
     missing: MissingPolicy
     max_categories: int
+    meant: bool = False
     _sum: float = 0.0
     _count: int = 0
     _missing: int = 0
     _words: dict[str, int] = field(default_factory=dict)
+    _doubts: Doubts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._doubts = Doubts(self.name)
 
     def add(self, values: ColumnValues, where: Whereabouts) -> None:
         """Some train rows; raises InvalidArgument for too many categories and infinite numbers."""
         if isinstance(values, NumericValues):
             self._add_numbers(values.values, where)
             return
+        self._doubts.look(values, where)
         known = values.codes != MISSING
         self._missing += int(np.count_nonzero(~known))
         counts = np.bincount(values.codes[known], minlength=len(values.words))
@@ -69,6 +79,7 @@ class ColumnScan:
             word = values.words[int(index)]
             self._words[word] = self._words.get(word, 0) + int(counts[index])
         if len(self._words) > self.max_categories:
+            self._refuse_numbers()
             raise InvalidArgument(
                 f"column {self.name!r} has more than {self.max_categories} different values; leave "
                 f"it out with {option('ignore', self.name)}, or raise {option('max_categories')}",
@@ -79,6 +90,7 @@ class ColumnScan:
         """The column; raises InvalidArgument when the train split has no value to learn from."""
         if self.kind == "numeric":
             return Column(self.name, missing=self.missing, fill=self._numeric_fill())
+        self._refuse_numbers()
         words = tuple(sorted(self._words))
         if not words and not self._missing:
             raise self._empty()
@@ -96,6 +108,10 @@ class ColumnScan:
             fill,
             missing_category=self.missing == "category" and self._missing > 0,
         )
+
+    def _refuse_numbers(self) -> None:
+        if not self.meant:
+            self._doubts.refuse_numbers(self._words, option("categorical", self.name))
 
     def _add_numbers(self, values: NDArray[np.float64], where: Whereabouts) -> None:
         infinite = np.isinf(values)

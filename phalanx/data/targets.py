@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.data.arrow_values import number_hint
+from phalanx.data.doubts import Doubts
 from phalanx.data.manifest import ClassKind, Task
 from phalanx.data.preprocess import (
     MISSING,
@@ -60,6 +62,10 @@ class TargetScan:
     _whole: bool = True
     _text: bool = False
     _many: bool = False
+    _doubts: Doubts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._doubts = Doubts(self.name)
 
     def add(self, values: ColumnValues, where: Whereabouts) -> None:
         """Targets of some train rows; a missing one is an error."""
@@ -67,10 +73,13 @@ class TargetScan:
         check_complete(values, self.name, where)
         if not isinstance(values, NumericValues):
             self._text = True
+            self._doubts.look(values, where)
             if self.task == "regression":
                 raise _text_target(values, self.name, where)
             used = np.unique(values.codes)
             self._words.update(_trimmed(values.words[code], self.trim) for code in used)
+            if len(self._words) > CLASS_LIMIT:
+                self._refuse_numbers()
             self._check_limit(len(self._words))
             return
         if self._many or self.task == "regression":
@@ -92,6 +101,7 @@ class TargetScan:
         """Task and classes; InvalidArgument without rows, and with less than two classes."""
         if not self._rows and not self.settled:
             raise InvalidArgument("the train split has no rows")
+        self._refuse_numbers()
         task, note = self._decide()
         if task == "regression":
             return Target(self.name, task, note=note)
@@ -102,6 +112,10 @@ class TargetScan:
                 f"{self.name!r}; a classification needs at least two classes"
             )
         return Target(self.name, task, classes, kind, note)
+
+    def _refuse_numbers(self) -> None:
+        if self.task is None:
+            self._doubts.refuse_numbers(self._words, option("task", "classification"))
 
     def _decide(self) -> tuple[Task, str]:
         if self.task is not None:
@@ -207,9 +221,10 @@ class TargetEncoder:
 
 
 def _text_target(values: TextValues, name: str, where: Whereabouts) -> InvalidArgument:
+    word = values.words[values.codes[0]]
     return InvalidArgument(
-        f"{where(0, name)}: the target {values.words[values.codes[0]]!r} is text, "
-        "a regression needs numbers"
+        f"{where(0, name)}: the target {word!r} is text, a regression needs numbers"
+        f"{number_hint(word)}"
     )
 
 

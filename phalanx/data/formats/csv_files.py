@@ -12,7 +12,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.csv
 
-from phalanx.data.arrow_values import is_number, numeric_values, text_values
+from phalanx.data.arrow_values import is_number, number_hint, numeric_values, text_values
 from phalanx.data.formats.csv_text import (
     Dialect,
     check_quotes,
@@ -183,11 +183,13 @@ class CsvTable:
                 check_width(path, row, len(names))
                 for index, name in numeric:
                     cell = row.cells[index]
-                    if cell.strip() not in markers and not is_number(cell):
+                    word = cell.strip()
+                    if word not in markers and not is_number(cell):
                         first = number == 0 and not dialect.header
+                        hint = number_hint(word) or self._hint(name, first)
                         return InvalidArgument(
-                            f"{path.name}, line {row.line}, column {name!r}: {cell.strip()!r} is "
-                            f"not a number{self._hint(name, first)}",
+                            f"{path.name}, line {row.line}, column {name!r}: {word!r} is not a "
+                            f"number{hint}",
                             reason="BAD_CELL",
                         )
         except PhalanxError as found:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-from phalanx.data.arrow_values import is_number
+from phalanx.data.arrow_values import is_number, is_number_elsewhere
+from phalanx.data.doubts import HOLDS_NUL
 from phalanx.data.manifest import ColumnKind
 from phalanx.data.options import IngestOptions
 from phalanx.data.sources import TableShape
@@ -141,6 +142,12 @@ def inspect(
     first = next(rows, None)
     if first is None:
         raise InvalidArgument(f"{path.name} has no rows")
+    for index, cell in enumerate(first.cells, start=1):
+        if "\0" in cell:
+            raise InvalidArgument(
+                f"{path.name}, line {first.line}, column {index}: {cell!r} {HOLDS_NUL}",
+                reason="BAD_CELL",
+            )
     limit = max(100, min(SAMPLE_ROWS, _SAMPLE_CELLS // len(first.cells)))
     sample = [first, *itertools.islice(rows, limit)]
     width = len(first.cells)
@@ -203,7 +210,16 @@ def _delimiter(path: Path, comment: str | None) -> str:
         except (EOFError, OSError, zlib.error) as error:
             raise InvalidArgument(f"{path.name} is damaged: {error}") from error
     unquoted = re.sub(r'"[^"]*"', "", first)
+    for delimiter in _DELIMITERS[1:]:
+        # With decimal commas there are more of these than of what separates the cells.
+        cells = unquoted.split(delimiter)
+        if len(cells) > 1 and all(_is_any_number(cell.strip()) for cell in cells):
+            return delimiter
     return max(_DELIMITERS, key=unquoted.count)
+
+
+def _is_any_number(cell: str) -> bool:
+    return is_number(cell) or is_number_elsewhere(cell)
 
 
 def _kinds(rows: Sequence[TextRow], width: int, missing: set[str]) -> list[ColumnKind]:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from phalanx.data.ingest import ingest
+from phalanx.data.arrow_values import is_number_elsewhere
+from phalanx.data.ingest import ingest, ingest_arrays
 from phalanx.data.linking import Digests
 from phalanx.data.manifest import DatasetManifest
 from phalanx.data.options import IngestOptions
@@ -111,3 +112,125 @@ def test_a_split_may_have_an_index_or_none(tmp_path: Path) -> None:
         manifest = add(tmp_path, INDEXED, test=held_out)
         assert manifest.rows("test") == 3
         assert names_of(manifest) == ["a", "b"]
+
+
+@pytest.mark.parametrize("text", ["1,5", "-0,5", ",5", "1.003,50", "1,003", "12 003", "1'003.5"])
+def test_numbers_as_they_are_written_elsewhere_are_known(text: str) -> None:
+    assert is_number_elsewhere(text)
+
+
+@pytest.mark.parametrize("text", ["1.5", "1003", "1,", "1,2,3", "12,34,567", "1.2.3", "a1,5", ""])
+def test_what_else_holds_digits_and_commas_is_text(text: str) -> None:
+    assert not is_number_elsewhere(text)
+
+
+RULE = (
+    "looks like a number, as most of the column does, but numbers have a decimal point here and "
+    "nothing between thousands; convert them first (pandas.read_csv takes decimal=',' or "
+    "thousands=','), or say {} if they are none"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "otherwise"),
+    [
+        ("a;b;y\n7;2,2;0\n2;2,3;1\n", "line 2, column 'b': '2,2'", "categorical=['b']"),
+        ("1,5;2,2;0\n1,6;2,3;1\n", "line 1, column 'column_1': '1,5'", "categorical=['column_1']"),
+        ('x,y\n17,0\n"1,003",1\n"2,500",0\n', "line 3, column 'x': '1,003'", "categorical=['x']"),
+        ("x;y\n2;low\nmany;low\n3,5;high\n4,5;high\n", "line 4, column 'x': '3,5'", None),
+        ("x;y\n1;0,5\n2;1,5\n3;2\n", "line 2, column 'y': '0,5'", "task='classification'"),
+    ],
+    ids=["decimal comma", "without a header", "thousands", "some are none", "target"],
+)
+def test_numbers_of_another_country_do_not_become_categories(
+    tmp_path: Path, text: str, place: str, otherwise: str | None
+) -> None:
+    expected = RULE.format(otherwise or "categorical=['x']")
+    assert error_of(tmp_path, text) == f"data.csv, {place} {expected}"
+
+
+def test_more_of_them_than_there_may_be_categories_are_told_as_what_they_are(
+    tmp_path: Path,
+) -> None:
+    lines = [f"{n},5;{n},25;{n % 2}\n" for n in range(1500)]
+    assert "line 2, column 'a': '0,5' looks like" in error_of(tmp_path, "a;b;y\n" + "".join(lines))
+    lines = [f"{n};{n},5\n" for n in range(10_500)]
+    assert "line 2, column 'y': '0,5' looks like" in error_of(tmp_path, "a;y\n" + "".join(lines))
+
+
+def test_text_columns_of_frames_and_arrays_are_looked_at_too(tmp_path: Path) -> None:
+    frame = {"x": ["1,5", "2,5", "3"], "y": [0, 1, 0]}
+    with pytest.raises(InvalidArgument, match="the table, row 1, column 'x': '1,5' looks like"):
+        ingest_arrays(frame, None, IngestOptions(), Digests())
+    with pytest.raises(InvalidArgument, match="the data, row 1, target: '1,5' looks like"):
+        ingest_arrays([[1.0], [2.0]], ["1,5", "2,5"], IngestOptions(), Digests())
+
+
+def test_what_is_meant_as_categories_is_taken_so(tmp_path: Path) -> None:
+    text = "x;y\n1,2;1,5\n2,3;2,5\n1,2;1,5\n"
+    manifest = add(tmp_path, text, categorical=("x",), task="classification")
+    assert manifest.feature_names() == ("x=1,2", "x=2,3")
+    assert manifest.classes == ("1,5", "2,5")
+    # Few such words among others need no asking.
+    assert add(tmp_path, "x;y\n1,2;0\nbig;1\nlow;0\n").features == 3
+    assert add(tmp_path, "x;n;y\n1,2;3;0\n2,3;4;1\n", ignore=("x",)).features == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("x;y\n1;0\n2;1\n3,5;1\n", {}, "line 4, column 'x': '3,5' is not a number"),
+        ("x;y\n3,5;1\n3,6;0\n", {"numeric": ("x",)}, "line 2, column 'x': '3,5' is not a number"),
+        (
+            "x;y\n1;3,5\n2;4,5\n",
+            {"task": "regression"},
+            "line 2, column 'y': the target '3,5' is text, a regression needs numbers",
+        ),
+    ],
+)
+def test_a_cell_that_is_a_number_elsewhere_says_how_to_write_it(
+    tmp_path: Path, text: str, options: dict[str, Any], message: str
+) -> None:
+    rule = "(numbers have a decimal point here and nothing between thousands)"
+    assert error_of(tmp_path, text, **options) == f"data.csv, {message} {rule}"
+
+
+def test_columns_taken_as_categories_are_said(tmp_path: Path) -> None:
+    text = "age,town,job,y\n1,ulm,a,0\n2,bonn,b,1\n3,ulm,c,0\n"
+    note = "2 columns of words as categories, 5 features in all: town, job (option `numeric` "
+    assert f"{note}overrules)" in add(tmp_path, text).notes
+    note = "1 column of words as categories, 3 features in all: job (option `numeric` overrules)"
+    assert note in add(tmp_path, text, categorical=("town",)).notes
+    assert "of words" not in " ".join(add(tmp_path, text, categorical=("town", "job")).notes)
+    names = [f"c{number}" for number in range(30)]
+    wide = "\n".join([",".join([*names, "y"]), ",".join(["a"] * 30 + ["1"]), "b," * 30 + "2"])
+    note = "30 columns of words as categories, 60 features in all: c0, c1, c2, c3, c4, c5, c6, c7, "
+    assert f"{note}… (30 in all) (option `numeric` overrules)" in add(tmp_path, wide).notes
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("x,y\n1,a\n2,b\0\n", "line 3, column 'y': 'b\\x00'"),
+        ("x,y\na,1\nc,2\n\0,2\n", "line 4, column 'x': '\\x00'"),
+    ],
+)
+def test_a_nul_is_a_part_of_no_label_and_no_category(tmp_path: Path, text: str, place: str) -> None:
+    assert error_of(tmp_path, text) == (
+        f"data.csv, {place} holds a NUL, which no text does; is the file damaged, or text of "
+        "another encoding than UTF-8?"
+    )
+
+
+def test_a_nul_in_frames_arrays_and_names(tmp_path: Path) -> None:
+    with pytest.raises(
+        InvalidArgument, match=r"the table, row 2, column 'x': 'a.x00b' holds a NUL"
+    ):
+        ingest_arrays({"x": ["a", "a\0b"], "y": [0, 1]}, None, IngestOptions(), Digests())
+    with pytest.raises(InvalidArgument, match=r"the data, row 1, target: 'a.x00b' holds a NUL"):
+        ingest_arrays([[1.0], [2.0]], ["a\0b", "b"], IngestOptions(), Digests())
+    with pytest.raises(InvalidArgument, match=r"the column name 'x.x00' holds a NUL"):
+        ingest_arrays({"x\0": [1, 2], "y": [0, 1]}, None, IngestOptions(), Digests())
+    (tmp_path / "wide.csv").write_bytes("x,y\n1,2\n2,3\n".encode("utf-16-le"))
+    with pytest.raises(InvalidArgument, match=r"wide\.csv, line 1, column 1: 'x.x00' holds a NUL"):
+        ingest(tmp_path / "wide.csv", IngestOptions(), Digests())
