@@ -138,21 +138,8 @@ def inspect(
     Raises InvalidArgument for an empty file, names that occur twice, and options that do not fit.
     """
     delimiter = options.delimiter or _delimiter(path, options.comment)
-    rows = text_rows(path, delimiter, options.comment)
-    first = next(rows, None)
-    if first is None:
-        raise InvalidArgument(f"{path.name} has no rows")
-    for index, cell in enumerate(first.cells, start=1):
-        if "\0" in cell:
-            raise InvalidArgument(
-                f"{path.name}, line {first.line}, column {index}: {cell!r} {HOLDS_NUL}",
-                reason="BAD_CELL",
-            )
-    limit = max(100, min(SAMPLE_ROWS, _SAMPLE_CELLS // len(first.cells)))
-    sample = [first, *itertools.islice(rows, limit)]
-    width = len(first.cells)
-    for index, row in enumerate(sample):
-        check_width(path, row, width, _comment_hint(first) if index == 1 and advise else "")
+    sample = _sample(path, delimiter, options.comment, advise)
+    first, width = sample[0], len(sample[0].cells)
     missing = set(options.missing_markers)
     guessed = _kinds(sample[1:], width, missing)
     header = options.header
@@ -181,6 +168,27 @@ def inspect(
         notes = (*notes, note)
     shape = TableShape(names, kinds, notes=notes, left_out=left_out)
     return Dialect(delimiter, options.comment, header), shape
+
+
+def _sample(path: Path, delimiter: str, comment: str | None, advise: bool) -> list[TextRow]:
+    """The first rows, which have as many cells as the very first."""
+    rows = text_rows(path, delimiter, comment)
+    first = next(rows, None)
+    if first is None:
+        raise InvalidArgument(f"{path.name} has no rows")
+    for index, cell in enumerate(first.cells, start=1):
+        if "\0" in cell:
+            raise InvalidArgument(
+                f"{path.name}, line {first.line}, column {index}: {cell!r} {HOLDS_NUL}",
+                reason="BAD_CELL",
+            )
+    limit = max(100, min(SAMPLE_ROWS, _SAMPLE_CELLS // len(first.cells)))
+    sample = [first, *itertools.islice(rows, limit)]
+    for index, row in enumerate(sample):
+        check_width(
+            path, row, len(first.cells), _comment_hint(first) if index == 1 and advise else ""
+        )
+    return sample
 
 
 def check_width(path: Path, row: TextRow, width: int, hint: str = "") -> None:
