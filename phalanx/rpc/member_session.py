@@ -146,7 +146,12 @@ class MemberSession:
     async def _keep_open(self) -> None:
         while True:
             address = self._addresses[self.search.turn]
-            welcomed, reason = await self._once(address)
+            try:
+                welcomed, reason = await self._once(address)
+            except Exception as error:  # noqa: BLE001 - a member without a session is lost for good
+                # Also what closing the connection raises, after everything else went as it should.
+                _log.exception("session_failed", address=address)
+                welcomed, reason = False, f"a defect of this member: {type(error).__name__}"
             _log.info("session_ended", address=address, reason=reason)
             await asyncio.sleep(self.search.wait_after(welcomed=welcomed) * random.uniform(0.5, 1))
 
@@ -176,9 +181,6 @@ class MemberSession:
             return False, "control does not answer"
         except (PhalanxError, asyncio.InvalidStateError) as error:
             return welcomed, str(error) or "the session ended"
-        except Exception as error:  # noqa: BLE001 - a member without a session is lost for good
-            _log.exception("session_failed", address=address)
-            return False, f"a defect of this member: {type(error).__name__}"
         finally:
             self.connected = False
             if call is not None:

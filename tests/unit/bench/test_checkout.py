@@ -1,8 +1,13 @@
 """The commit at which a figure was measured."""
 
+import shutil
 import subprocess
 
+import pytest
+
 from bench.checkout import UNKNOWN, WRITTEN, commit_of
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 
 
 def _git(folder, *arguments):
@@ -16,6 +21,7 @@ def _git(folder, *arguments):
     return done.stdout.strip()
 
 
+@needs_git
 def test_the_commit_of_a_checkout_and_whether_it_was_changed(tmp_path):
     root = tmp_path.resolve()
     _git(root, "init", "-q")
@@ -35,6 +41,7 @@ def test_the_commit_of_a_checkout_and_whether_it_was_changed(tmp_path):
     assert commit_of(root) == commit + "+"
 
 
+@needs_git
 def test_a_copy_inside_another_checkout_has_no_commit(tmp_path):
     _git(tmp_path, "init", "-q")
     _git(tmp_path, "commit", "-qm", "another", "--allow-empty")

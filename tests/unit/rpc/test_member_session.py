@@ -64,6 +64,40 @@ async def test_a_defect_in_a_handler_costs_one_session_and_not_the_member(where:
     assert not broken
 
 
+async def test_a_connection_that_cannot_be_closed_costs_one_session_and_not_the_member(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened = []
+
+    def open_channel(address: str, **options: Any) -> Any:
+        channel = open_real(address, **options)
+        opened.append(channel)
+        if len(opened) == 1:
+            close = channel.close
+
+            async def fail() -> None:
+                await close()
+                raise asyncio.InvalidStateError("the call is over")
+
+            monkeypatch.setattr(channel, "close", fail)
+        return channel
+
+    open_real = member_session.open_channel
+    monkeypatch.setattr(member_session, "open_channel", open_channel)
+    async with ScriptedControl() as control:
+        session = MemberSession(
+            [control.address], hello, pb.Heartbeat, lambda _: None, lambda _: None
+        )
+        session.start()
+        try:
+            async with asyncio.timeout(GUARD_S):
+                (await control.next_session()).break_off()
+                await control.next_session()
+        finally:
+            await session.close()
+    assert len(opened) == 2
+
+
 async def test_of_too_many_reports_the_oldest_go_and_are_counted() -> None:
     session = MemberSession(["127.0.0.1:1"], hello, pb.Heartbeat, lambda _: None, lambda _: None)
     for number in range(member_session._REPORTS_MAX + 2):
