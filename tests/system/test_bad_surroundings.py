@@ -29,7 +29,7 @@ OTHER_KERNELS = {"x86_64": "Prescott", "aarch64": "ARMV8"}
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[phalanx.LocalCluster]:
-    with phalanx.LocalCluster(workers=1, slots=1) as local:
+    with phalanx.LocalCluster(workers=1, slots=2) as local:  # more slots than a stranger
         local.data.add("clouds", *classification())
         yield local
 

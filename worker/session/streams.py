@@ -55,7 +55,12 @@ async def keep_open(stream: OwnerStream, address: str) -> None:
     wait_s = _FIRST_WAIT_S
     try:
         while True:
-            was_open, error = await run_once(stream, channel)
+            try:
+                was_open, error = await run_once(stream, channel)
+            except Exception as failure:  # noqa: BLE001 - without it the job would stand still
+                # Also what opening and cancelling the call raise.
+                _log.exception("stream_failed", job_id=stream.job_id)
+                was_open, error = False, Internal(f"{type(failure).__name__}: {failure}")
             if was_open:
                 wait_s = _FIRST_WAIT_S
             limit_s = _LONGEST_WAIT_S
@@ -94,13 +99,10 @@ async def run_once(stream: OwnerStream, channel: grpc.aio.Channel) -> tuple[bool
         return opened, await end_of(call)
     except PhalanxError as error:
         return opened, error
-    except Exception as error:  # noqa: BLE001 - without this stream the job would stand still
-        _log.exception("stream_failed", job_id=stream.job_id)
-        return False, Internal(f"{type(error).__name__}: {error}")
     finally:
-        call.cancel()
         if opened:
             stream.closed()
+        call.cancel()
     return opened, Unavailable("the aggregator ended the stream", reason="STREAM_ENDED")
 
 
