@@ -16,6 +16,7 @@ from tests.simulation.rare import (
     DEAF,
     FULL,
     GARBAGE,
+    LAGGARD,
     OVERFLOW,
     PLATEAU,
     TAKEN_OVER,
@@ -101,16 +102,7 @@ KNOWN = {
     "the end is reported before its checkpoint is whole": Known(0),
     "an aggregator obeys an old generation": Known(0, (), _TWO_LEADERS),
     "one stream waits for another": Known(2, (), (("workers", 2), ("script", "stopped_worker"))),
-    "a laggard waits for a version that is gone": Known(
-        2,
-        (),
-        (
-            ("workers", 2),
-            ("faults_s", 8.0),
-            ("range_min_bytes", 1 << 20),
-            ("script", "others_leave_a_laggard"),
-        ),
-    ),
+    "a laggard waits for a version that is gone": Known(2, *LAGGARD),
     "late shards are not copied": Known(
         0, (), (("aggregators", 2), ("workers", 2), ("script", "stuck_payloads"))
     ),

@@ -143,7 +143,18 @@ AGAIN: Rare = (
 )
 """Of what raises a job's term copies arrive when it has been raised again."""
 
-RARE = (DEAF, UNHEARD, TAKEN_OVER, ASLEEP, GARBAGE, PLATEAU, FULL)
+LAGGARD: Rare = (
+    (),
+    (
+        ("workers", 2),
+        ("faults_s", 8.0),
+        ("range_min_bytes", 1 << 20),
+        ("script", "others_leave_a_laggard"),
+    ),
+)
+"""A worker falls behind for good, and then the others are gone. Any fault that breaks its stream
+would help it."""
+RARE = (DEAF, UNHEARD, TAKEN_OVER, ASLEEP, GARBAGE, PLATEAU, FULL, LAGGARD)
 """Those in which any seed must do well."""
 
 

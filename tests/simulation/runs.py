@@ -365,6 +365,16 @@ class Run:
                 )
             )
 
+    def run(self, schedule: Schedule) -> None:
+        """Let faults happen, heal, and go on until everything has ended."""
+        try:
+            self.world.run(self.settings.faults_s)
+            self.heal(schedule)
+            self.converge()
+        except SimulationFailed as error:
+            # Seen in a callback of the world, which nothing else catches.
+            self.world.fail(error)
+
     def judge(self, schedule: Schedule | None = None) -> Outcome:
         """Compare what came out with what had to, and end everything."""
         world, user = self.world, self.user
@@ -553,9 +563,7 @@ def simulate(
         run.faults.strike_at(settings.strike, random.Random(f"strike {seed}"))
         play(run.cluster, settings.script, run.oracle, settings.script_s)
         run.last.lie_in_wait(settings.last_s, lambda: run.heal(schedule))
-        run.world.run(settings.faults_s)
-        run.heal(schedule)
-        run.converge()
+        run.run(schedule)
         outcome = run.judge(schedule)
     finally:
         run.close()

@@ -171,6 +171,14 @@ def test_a_failing_seed_prints_the_command_that_replays_it(capsys, monkeypatch):
     assert "other bits" in capsys.readouterr().out
 
 
+def test_what_a_callback_of_the_world_sees_fails_the_seed_as_well(given, monkeypatch):
+    def play(cluster, name, oracle, begins_s):
+        cluster.world.at(0.5, lambda: oracle.fail("seen between two tasks"))
+
+    monkeypatch.setattr("tests.simulation.runs.play", play)
+    assert simulate(given, 1000).failure == "seen between two tasks"
+
+
 def test_a_failing_scenario_is_replayed_by_the_command_that_it_prints(capsys, monkeypatch):
     monkeypatch.setattr("tests.simulation.jobs.reference_sha256", lambda *_: "0" * 64)
     name = of_kind("control-dies")[0]
