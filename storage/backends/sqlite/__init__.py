@@ -45,6 +45,8 @@ def open_embedded_backend(
         database = Database(folder, on_failure, on_corruption, log_pages=log_pages)
         # SQLite does so too, and ignores it if that fails.
         state.sync()
+        # It removes what a registration that was broken off left behind, and so may fail.
+        catalog = SqliteCatalog(database, blobs, now_unix_nanos, namespace_bytes_max)
         state.set_spare_aside()
     except BaseException:
         if database is not None:
@@ -65,7 +67,7 @@ def open_embedded_backend(
         journals=SqliteJournals(database),
         leases=SqliteLeases(database, now_unix_nanos),
         jobs=SqliteJobs(database, blobs, now_unix_nanos, on_corruption),
-        catalog=SqliteCatalog(database, blobs, now_unix_nanos, namespace_bytes_max),
+        catalog=catalog,
         references=SqliteReferences(database, now_unix_nanos),
         close=close,
     )

@@ -54,6 +54,15 @@ def test_a_first_start_that_cannot_log_ahead_is_no_start():
         assert swept.tally.calls["sync"] >= 3
 
 
+def test_a_start_that_fails_at_its_end_lets_go_of_the_folder():
+    with working_folder() as folder:
+        swept = Sweep(folder)
+        started = swept.record().started_calls
+        swept.fail_each_call("EIO once", range(started - 10, started + 1))
+        assert swept.tally.failures == []
+        assert swept.tally.calls["open"] >= 2, "a connection to read with is opened in between"
+
+
 def test_every_call_of_a_blob_and_of_its_registration():
     with working_folder() as folder:
         swept = Sweep(folder)
