@@ -1,5 +1,6 @@
 """Hostile messages, other processors, taken ports and full disks around a real cluster."""
 
+import contextlib
 import json
 import os
 import socket
@@ -17,7 +18,7 @@ import pytest
 import phalanx
 from phalanx.errors import Code, FailedPrecondition, PhalanxError, ResourceExhausted
 from phalanx.rpc.status import from_rpc_error
-from phalanx.testing.arena import GUARD_S, wait_until
+from phalanx.testing.arena import GUARD_S, SOFTMAX_MODEL, wait_until
 from phalanx.testing.datasets import classification
 from phalanx.v1 import dataset_service_pb2, model_service_pb2, storage_service_pb2
 
@@ -192,16 +193,51 @@ def test_a_port_in_use(cluster: phalanx.LocalCluster, tmp_path: Path) -> None:
     assert works(cluster)
 
 
+@contextlib.contextmanager
+def mounted(folder: Path, size: str) -> Iterator[None]:
+    """A file system of its own, so large, at a folder; the test is skipped where there is none."""
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs is not allowed here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A state folder whose storage has a file system of its own with 24 MiB."""
     disk = tmp_path / "state" / "storage"
-    disk.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small tmpfs is not allowed here")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    with mounted(disk, "24m"):
+        yield disk
+
+
+def test_a_worker_whose_cache_is_on_a_full_disk_fails_no_job(tmp_path: Path) -> None:
+    """It is asked first what the model is, as it has the smaller name, and nothing to do."""
+    cache = tmp_path / "state" / "cache" / "worker-1"
+    with_code = {
+        **job(model={"custom": {"entrypoint": "softmax:Softmax"}}),
+        "code": {"files": {"softmax.py": SOFTMAX_MODEL}},
+    }
+    with (
+        mounted(cache, "64k"),
+        phalanx.LocalCluster(workers=2, slots=1, state=tmp_path / "state") as cluster,
+    ):
+        with (cache / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1024))
+        cluster.data.add("clouds", *classification())
+        wait_until(lambda: len(cluster.workers()) == 2, "both workers")
+        submitted = cluster.submit(with_code)
+        sha256 = submitted.wait(timeout_s=GUARD_S).parameters_sha256
+        told = [e for e in cluster.events() if e.type == "WORKER_INELIGIBLE"]
+        assert told[0].worker_id == "worker-1"
+        assert "No space left" in told[0].message
+    with phalanx.LocalCluster(workers=0) as alone:
+        alone.data.add("clouds", *classification())
+        assert alone.submit(with_code).wait(timeout_s=GUARD_S).parameters_sha256 == sha256
 
 
 def test_a_full_disk(small_disk: Path) -> None:

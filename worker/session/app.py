@@ -52,7 +52,6 @@ LeafFailed = coordination.LeafFailed
 _LOG_FLUSH_S = 0.25
 _PREPARE_RETRY_S = 2.0
 _PREPARE_RETRY_LONGEST_S = 30.0
-_LEAF_ATTEMPTS = 2
 _KILL_AFTER_S = 1.0
 """What a call that nobody wants any more has to end by itself; a leaf always gets to its end."""
 _LEAVE_WITHOUT_CONTROL_S = 1.0
@@ -379,10 +378,9 @@ class Session:
         assert job.prepared is not None
         if not job.core.plan.bitwise:
             return ""
-        for _ in range(_LEAF_ATTEMPTS):  # the first may die with the leaf of another job
-            described = await self._slots.describe(job.prepared)
-            if not described.HasField("failure"):
-                return described.leaf_sha256
+        described = await self._slots.describe(job.prepared)
+        if not described.HasField("failure"):
+            return described.leaf_sha256
         text = described.failure.message
         _log.warning("own_leaf_failed", job_id=job.core.job_id, message=text)
         return ""

@@ -30,6 +30,7 @@ LeafFailed = coordination.LeafFailed
 
 TICK_S = 0.1
 LOST_STARTS_MAX = 3
+DESCRIBE_ATTEMPTS = 2
 """Starts in a row that come to nothing before a slot, or all of them, count as out of order."""
 _TICK_MAX_S = 0.5
 
@@ -181,7 +182,20 @@ class SlotPool:
         return next((each.result() for each in waits if each.done() and each.result()), None)
 
     async def describe(self, job: PreparedJob) -> coordination.JobDescribed:
-        """Have a leaf process describe a job; its death or silence is a failure of the job."""
+        """Have a leaf process describe a job; its silence is a failure of the job, and so is its
+        death where the next one dies, too: the first may have been killed for another's sake."""
+        for _ in range(DESCRIBE_ATTEMPTS):
+            try:
+                answer = await self._described(job)
+            except _Died as error:
+                text = f"a leaf process died while it built the model: {error}"
+                answer = _not_described(text)
+            else:
+                break
+        answer.job_id = job.plan.job_id
+        return answer
+
+    async def _described(self, job: PreparedJob) -> coordination.JobDescribed:
         place = self._place(0, job.code_key)
         while place.describing is not None:
             await asyncio.wait([place.describing])
@@ -192,19 +206,16 @@ class SlotPool:
         self._tell(place, Kind.DESCRIBE, place.description)
         try:
             await self._patiently(place, place.describing)
-            answer = coordination.JobDescribed.FromString(place.describing.result())
+            return coordination.JobDescribed.FromString(place.describing.result())
         except TimeoutError:
             if place.process is not None:
                 place.process.hung()
-            text = f"the job's code was not ready within {self._leaf_timeout_s:g} s and was killed"
-            answer = _not_described(text)
-        except _Died as error:
-            answer = _not_described(f"a leaf process died while it built the model: {error}")
+            return _not_described(
+                f"the job's code was not ready within {self._leaf_timeout_s:g} s and was killed"
+            )
         finally:
             place.describing.cancel()  # whoever waits for its turn has it now
             place.describing, place.description = None, b""
-        answer.job_id = job.plan.job_id
-        return answer
 
     def run(self, task: Task, job: PreparedJob) -> None:
         """Run a task on its slot, which must be idle."""

@@ -45,12 +45,17 @@ def ask(core: Core, job: JobRuntime, group: Group) -> None:
         _ask_several(core, job, group)
     elif not job.describing:
         core.set_reason(job, "DESCRIBING")
-        ordered = _least_busy_first(core, group.workers)
+        ordered = _least_busy_first(core, elsewhere(job, group) or group.workers)
         _ask(core, job, ordered[job.describe_attempts % len(ordered)])
     elif len(slow(core, job)) == len(job.describing):
-        others = [worker for worker in group.workers if worker.id not in job.describing]
+        others = [each for each in elsewhere(job, group) if each.id not in job.describing]
         for worker in _least_busy_first(core, others)[: _room(core, job, group)]:
             _ask(core, job, worker)
+
+
+def elsewhere(job: JobRuntime, group: Group) -> list[Worker]:
+    """Return the workers on which building the model has not failed."""
+    return [worker for worker in group.workers if worker.id not in job.undescribed]
 
 
 def slow(core: Core, job: JobRuntime) -> list[str]:
@@ -92,6 +97,7 @@ def sha256_of(found: pb.JobDescribed) -> str:
 def forget(job: JobRuntime, worker_id: str) -> None:
     """What a worker has answered, or not, does not count any more: it began anew, or has lied."""
     job.descriptions.pop(worker_id, None)
+    job.undescribed.pop(worker_id, None)
     job.late_describers.discard(worker_id)
 
 

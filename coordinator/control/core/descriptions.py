@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from coordinator.control.core import describing, ending, quarantine, terms
-from coordinator.control.core.eligibility import needed_bytes, too_large
+from coordinator.control.core.eligibility import group_of, needed_bytes, too_large
 from coordinator.control.core.lifecycle import QUEUED
 from coordinator.control.core.state import Core, Description, JobRuntime, Worker
 from phalanx.tasks import is_task_set
 from phalanx.texts import number_of
 from phalanx.training.best import METRIC_NOT_COMPUTED, missing_metric
 from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1.job_pb2 import Failure
 from phalanx.v1.training_pb2 import Layout
 
 DESCRIBE_ATTEMPTS_MAX = 3
@@ -70,8 +71,8 @@ def _take(core: Core, job: JobRuntime, answer: Description) -> None:
     """Let the job be what was found out, if it can be computed at all."""
     found, facts = answer.found, core.facts_of(job)
     if found.HasField("failure"):
-        failure = found.failure
-        ending.fail(core, job, failure.code or "DESCRIBE_FAILED", failure.message, [failure])
+        if not _is_asked_elsewhere(core, job, answer):
+            _fail(core, job, found.failure)
     elif not _is_usable(core, job, found.layout):
         text = f"{answer.worker_id} described a model without parameters or of an unknown dtype"
         ending.fail(core, job, "DESCRIBE_FAILED", text)
@@ -79,11 +80,45 @@ def _take(core: Core, job: JobRuntime, answer: Description) -> None:
         ending.fail(core, job, METRIC_NOT_COMPUTED, missing)
     else:
         job.describing.clear()
+        job.undescribed.clear()
         job.described = found
         job.described_fingerprint = answer.fingerprint
         refusal = too_large(core, needed_bytes(facts, found.layout))
         if refusal is not None:
             ending.fail(core, job, refusal.reason, refusal.message)
+
+
+def _is_asked_elsewhere(core: Core, job: JobRuntime, answer: Description) -> bool:
+    """Whether a failure may be that of the one machine: a full disk, or a process that was killed.
+
+    Those that verify have agreed on it already.
+    """
+    if describing.is_verified(core, job):
+        return False
+    failure = job.undescribed[answer.worker_id] = Failure()
+    failure.CopyFrom(answer.found.failure)
+    failure.worker_ids[:] = [answer.worker_id]
+    others = describing.elsewhere(job, group_of(core, job))
+    if not others or len(job.undescribed) >= DESCRIBE_ATTEMPTS_MAX:
+        return False
+    core.emit(
+        "WORKER_INELIGIBLE",
+        f"{answer.worker_id} cannot build the model: {failure.message}; another worker is asked",
+        job_id=job.job_id,
+        worker_id=answer.worker_id,
+        details={"cause": "not_described", "code": failure.code},
+    )
+    return True
+
+
+def _fail(core: Core, job: JobRuntime, failure: Failure) -> None:
+    """End the job with what was said last, and everything that was said."""
+    failures = [*job.undescribed.values()] or [failure]
+    message = failure.message
+    if len(failures) > 1:
+        message += f" (it failed on {', '.join(sorted(job.undescribed))})"
+    job.undescribed.clear()
+    ending.fail(core, job, failure.code or "DESCRIBE_FAILED", message, failures)
 
 
 def _is_usable(core: Core, job: JobRuntime, layout: Layout) -> bool:

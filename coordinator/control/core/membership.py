@@ -55,6 +55,7 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
     if old is not None and old.connected:
         _replace_worker(core, old, hello)
     same = old is not None and old.hello.incarnation == hello.incarnation
+    was_lost = old is not None and old.state == WorkerView.STATE_LOST
     worker = Worker(
         hello=hello,
         session=session,
@@ -87,6 +88,8 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
         job.set_aside.pop(worker.id, None)
         if not same:
             job.set_aside_before.pop(worker.id, None)
+        if not same or was_lost:
+            # The leaf in which it was stopped took it that long, and says nothing of the next.
             job.speeds.pop(worker.id, None)
         if worker.id in job.describing:
             # What it was asked got lost with its session.

@@ -246,6 +246,8 @@ class JobRuntime:
     describe_attempts: int = 0
     descriptions: dict[str, Description] = field(default_factory=dict)
     """What workers answered, of a job that is verified, until enough of them agree."""
+    undescribed: dict[str, job_pb2.Failure] = field(default_factory=dict)
+    """What failed where its model could not be built, of a job that is not verified."""
     late_describers: set[str] = field(default_factory=set)
     """Workers that were asked so, and did not answer in time."""
     described: pb.JobDescribed | None = None

@@ -168,6 +168,25 @@ def test_one_so_slow_that_it_gets_nothing_is_tried_again(beats: Beats) -> None:
     assert beats.counts() == [4, 4, 4, 4]
 
 
+def comes_back(beats: Beats, name: str) -> None:
+    """A worker that was lost, and that nobody ended, opens a session with the job in hand."""
+    mine = beats.cluster.told(name, "assign_job")[-1]
+    job = pb.HeldWorkerJob(job_id="job-1", term=1, placement=mine.placement, ready=True)
+    beats.cluster.worker(name, slots=1, held_jobs=[job])
+
+
+def test_one_that_was_stopped_is_not_taken_for_slow_when_it_comes_back(beats: Beats) -> None:
+    """In the leaf in which it was stopped it is; it is told of once that is over."""
+    beats.go(3.0)
+    beats.leaf_s["w3"] = 4.0
+    beats.go(0.5)
+    beats.cluster.kill("w3")
+    assert beats.count("w3") == 0
+    beats.leaf_s["w3"] = 0.1
+    comes_back(beats, "w3")
+    assert beats.counts() == [4, 4, 4, 4]
+
+
 def test_moves_are_rare_whatever_happens(beats: Beats) -> None:
     for turn in range(60):
         for place, name in enumerate(WORKERS):

@@ -477,3 +477,54 @@ def test_verified_code_that_hangs_takes_twice_as_many_as_it_needs(cluster: Any) 
     submit(cluster, "w1", "w2", "w3", "w4", "w5", "w6")
     cluster.advance(200.0)
     assert asked(cluster) == ["w1", "w2", "w3", "w4"]
+
+
+FULL = Failure(code="JOB_DATA", message="no space left on device")
+
+
+def ineligible(cluster: Any) -> list[str]:
+    return [each.worker_id for each in cluster.events if each.type == "WORKER_INELIGIBLE"]
+
+
+def test_one_that_cannot_build_the_model_fails_no_job_that_another_can(cluster: Any) -> None:
+    unverified(cluster, "w1", "w2", "w3")
+    answer(cluster, "w1", failure=FULL)
+    assert (cluster.state(), asked(cluster)) == ("QUEUED", ["w2"])
+    [told] = [each for each in cluster.events if each.type == "WORKER_INELIGIBLE"]
+    assert (told.worker_id, told.job_id) == ("w1", "job-1")
+    assert "no space left on device" in told.message
+    answer(cluster, "w2")
+    assert (cluster.state(), leaf(cluster)) == ("RUNNING", RIGHT)
+
+
+def test_code_that_three_cannot_build_fails_the_job_and_says_on_whom(cluster: Any) -> None:
+    unverified(cluster, "w1", "w2", "w3", "w4")
+    for name in ("w1", "w2", "w3"):
+        assert cluster.state() == "QUEUED"
+        answer(cluster, name, failure=Failure(code="JOB_CODE", message="no module named x"))
+    job = cluster.job()
+    assert (cluster.state(), job.reason) == ("FAILED", "JOB_CODE")
+    assert job.message == "no module named x (it failed on w1, w2, w3)"
+    assert [list(each.worker_ids) for each in job.failures] == [["w1"], ["w2"], ["w3"]]
+    assert ineligible(cluster) == ["w1", "w2"], "the third was the last word"
+
+
+@pytest.mark.parametrize("names", [("w1",), ("w1", "w2")])
+def test_where_nobody_else_is_there_the_job_fails_at_once(
+    cluster: Any, names: tuple[str, ...]
+) -> None:
+    unverified(cluster, *names)
+    for name in names:
+        answer(cluster, name, failure=FULL)
+    assert (cluster.state(), cluster.job().reason) == ("FAILED", "JOB_DATA")
+
+
+def test_one_that_was_started_anew_is_asked_again(cluster: Any) -> None:
+    unverified(cluster, "w1", "w2")
+    answer(cluster, "w1", failure=FULL)
+    cluster.kill("w1")
+    cluster.worker("w1", incarnation="again")
+    answer(cluster, "w2", failure=FULL)
+    assert (cluster.state(), asked(cluster)) == ("QUEUED", ["w1"])
+    answer(cluster, "w1")
+    assert cluster.state() == "RUNNING"

@@ -29,7 +29,7 @@ from worker.session.chunks import ChunkServer
 from worker.session.leaf_server import LeafServer
 from worker.session.process import LeafProcess
 from worker.session.sending import SocketSender
-from worker.session.slots import SlotPool
+from worker.session.slots import DESCRIBE_ATTEMPTS, SlotPool
 
 GUARD_S = 30.0
 LEAF_TIMEOUT_S = 60.0
@@ -190,13 +190,32 @@ async def test_a_description_is_asked_of_the_process_that_comes_next(pool: SlotP
         assert (await describing).leaf_sha256 == "ab"
 
 
-async def test_a_process_that_dies_of_a_description_is_not_asked_again(pool: SlotPool) -> None:
+async def test_a_process_that_dies_of_a_description_is_replaced_once(pool: SlotPool) -> None:
+    describing = asyncio.create_task(pool.describe(job()))
+    await asyncio.sleep(0)
+    for _ in range(DESCRIBE_ATTEMPTS):
+        leaf = Leaf.made[-1]
+        async with asyncio.timeout(GUARD_S):
+            while not leaf.sent:
+                await asyncio.sleep(0)
+        leaf.die()
+    async with asyncio.timeout(GUARD_S):
+        assert "died" in (await describing).failure.message
+    assert [leaf.sent for leaf in Leaf.made if leaf.sent] == [[Kind.DESCRIBE]] * DESCRIBE_ATTEMPTS
+
+
+async def test_a_process_that_was_killed_over_a_description_is_no_fault_of_the_job(
+    pool: SlotPool,
+) -> None:
     describing = asyncio.create_task(pool.describe(job()))
     await asyncio.sleep(0)
     Leaf.made[-1].die()
+    leaf = Leaf.made[-1]
     async with asyncio.timeout(GUARD_S):
-        assert "died" in (await describing).failure.message
-    assert [leaf.sent for leaf in Leaf.made] == [[Kind.DESCRIBE], []]
+        while not leaf.sent:
+            await asyncio.sleep(0)
+        leaf.say(Kind.DESCRIBED, ipc.pack_json({"job": job().number}, b""))
+        assert not (await describing).HasField("failure")
 
 
 async def test_code_that_is_being_described_outlives_a_job_that_ends(pool: SlotPool) -> None:

@@ -12,9 +12,10 @@ from worker import ipc
 from worker.core.rounds import PartState
 from worker.ipc import Kind, Message
 from worker.session import slots
-from worker.session.slots import SlotPool
+from worker.session.slots import DESCRIBE_ATTEMPTS, SlotPool
 
 SIGKILL = -9
+GUARD_S = 30.0
 
 
 class FakeProcess:
@@ -108,8 +109,11 @@ async def test_a_description_that_was_given_up_answers_nobody_and_holds_nobody_u
 
 async def test_a_process_that_dies_over_a_model_is_told_as_the_fault_of_its_job(pool):
     describing = asyncio.create_task(pool.describe(JOB))
-    await asyncio.sleep(0)
-    started[0].die()
+    for attempt in range(DESCRIBE_ATTEMPTS):
+        async with asyncio.timeout(GUARD_S):
+            while not started[attempt].told:
+                await asyncio.sleep(0)
+        started[attempt].die()
     answer = await describing
     assert answer.failure.code == "JOB_CODE"
 
