@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -26,9 +26,8 @@ from bench.reliability.jobs import (
     undisturbed_sha256,
 )
 from bench.results import Measurement
-from phalanx.chaos.report import Commit
 
-WORKERS, SHARDS, LEAF_S, STEPS = 4, 124, 0.01, 64
+WORKERS, SHARDS, LEAF_S, STEPS = 4, 124, 0.01, 128
 EQUAL_STEPS = 24
 REACH = 1.15
 CYCLE_S = 0.1
@@ -40,10 +39,10 @@ says nothing of slowness."""
 def run(command: str) -> list[Measurement]:
     """`heterogeneous_…`: seconds of the job ÷ the ideal ones."""
     sha256 = undisturbed_sha256(_job(STEPS))
-    step_s = _step_s()
-    equal_s = step_s * (STEPS - 1)
+    equal_s, setup_s = _equal()
 
-    def measured(name: str, what: str, seconds: float, ideal_s: float) -> Measurement:
+    def measured(name: str, what: str, seconds: float, leaves_s: float) -> Measurement:
+        ideal_s = setup_s + leaves_s
         ratio = seconds / ideal_s
         return Measurement(
             f"heterogeneous_{name}",
@@ -59,30 +58,34 @@ def run(command: str) -> list[Measurement]:
 
     found = []
     for name, times in (("slow", 4), ("straggler", 10)):
-        ideal_s = equal_s * WORKERS / (WORKERS - 1 + 1 / times)
+        leaves_s = equal_s * WORKERS / (WORKERS - 1 + 1 / times)
         seconds = _seconds(WORKERS, sha256, slow_times=times)
-        found.append(measured(name, f"one of them {times} × slower", seconds, ideal_s))
-    half = (STEPS - 1) // 2
+        found.append(measured(name, f"one of them {times} × slower", seconds, leaves_s))
+    half = STEPS // 2
     joined_s = _seconds(WORKERS - 1, sha256, join_at=half)
     with_three_s = equal_s * WORKERS / (WORKERS - 1)
-    ideal_s = (half * with_three_s + (STEPS - 1 - half) * equal_s) / (STEPS - 1)
-    return [*found, measured("join", "the fourth joins half way", joined_s, ideal_s)]
+    leaves_s = (half * with_three_s + (STEPS - half) * equal_s) / STEPS
+    return [*found, measured("join", "the fourth joins half way", joined_s, leaves_s)]
 
 
 def _job(steps: int) -> dict[str, object]:
     return patient_job("heterogeneous", SHARDS, steps, checkpoint_every=10 * STEPS)
 
 
-def _step_s() -> float:
-    """The time of a step on equal workers."""
+def _equal() -> tuple[float, float]:
+    """On equal workers: the time of all steps, and that from the start to the first of them."""
     with patient_cluster(WORKERS, LEAF_S) as running:
+        wait_for(lambda: all_ready(running, WORKERS), "all workers")
         job = running.submit(_job(EQUAL_STEPS))
         job.wait(timeout_s=GUARD_S)
-        return _between(commits_of(job)) / (EQUAL_STEPS - 1)
+        commits = commits_of(job)
+        step_s = (commits[-1].unix_s - commits[0].unix_s) / (EQUAL_STEPS - 1)
+        first_s = commits[0].unix_s - _started_unix_s(running, job)
+        return STEPS * step_s, max(0.0, first_s - step_s)
 
 
 def _seconds(workers: int, sha256: str, *, slow_times: int = 1, join_at: int = 0) -> float:
-    """Run the job; return the time from its first committed step to its last."""
+    """Run the job; return the time from its start to its last committed step."""
     with patient_cluster(workers, LEAF_S) as running:
         wait_for(lambda: all_ready(running, workers), "all workers")
         pid = running.process("worker-1").pid
@@ -93,11 +96,12 @@ def _seconds(workers: int, sha256: str, *, slow_times: int = 1, join_at: int = 0
                 running.add_worker()
             result = job.wait(timeout_s=GUARD_S)
         assert result.parameters_sha256 == sha256, "the bits are those of other workers"
-        return _between(commits_of(job))
+        return commits_of(job)[-1].unix_s - _started_unix_s(running, job)
 
 
-def _between(commits: Sequence[Commit]) -> float:
-    return commits[-1].unix_s - commits[0].unix_s
+def _started_unix_s(running: phalanx.LocalCluster, job: phalanx.Job) -> float:
+    started = (event for event in running.events(job.id) if event.type == "JOB_STARTED")
+    return next(started).time.timestamp()
 
 
 def _reached(job: phalanx.Job, step: int) -> Callable[[], bool]:
