@@ -36,6 +36,7 @@ from phalanx.errors import (
     PhalanxError,
     Unavailable,
 )
+from phalanx.last_commit import LastCommit
 from phalanx.rpc.patience import insist
 from phalanx.telemetry.logs import get_logger
 from phalanx.training.states import STATE_VECTOR
@@ -108,9 +109,8 @@ class HostedJob:
         self._points_sent: deque[job_pb2.MetricPoint] = deque(maxlen=POINTS_SAID_AGAIN)
         self._commits: deque[tuple[float, int]] = deque()
         self._examples = 0
-        self._last_commit_unix_nanos = 0
-        self._arrived_unix_nanos = 0
-        self._last_contribution_unix_nanos = 0
+        self._last_commit = LastCommit()
+        self._arrived_s: float | None = None
         #: The newest complete checkpoint; -1: none.
         self._checkpoint_step = -1
         self._steps_replayed = 0
@@ -153,7 +153,7 @@ class HostedJob:
 
     def contribute(self, key: object, frame: pb.ContributionFrame, payload: memoryview) -> None:
         """Take a frame that arrived on a stream."""
-        self._arrived_unix_nanos = time.time_ns()
+        self._arrived_s = time.monotonic()
         # What is late there the ranges know themselves; a state says nothing of a contribution.
         if not self.ranges.plan.asynchronous and frame.vector != STATE_VECTOR:
             self.copying.frame(key, frame)
@@ -191,7 +191,7 @@ class HostedJob:
         self._flush_points()
         self._tell_that_it_waits()
         if self._final is not None:
-            self._send(coordination.SessionRequest(job_report=self._final))
+            self._send_report(self._final)
         elif self.ranges.is_root:
             self._report()
 
@@ -257,8 +257,7 @@ class HostedJob:
 
     def _committed(self, effect: Committed) -> None:
         now_s = time.monotonic()
-        self._last_commit_unix_nanos = time.time_ns()
-        self._last_contribution_unix_nanos = self._arrived_unix_nanos
+        self._last_commit.committed(self._arrived_s)
         self._examples += effect.example_count
         # The first commit after a stall ends an incident: its time is told, not a later one's.
         stalled = bool(self._commits) and now_s - self._commits[-1][0] > REPORT_EVERY_S
@@ -362,7 +361,7 @@ class HostedJob:
             self._final = report
             self._flush_points()
             if self._connected():
-                self._send(coordination.SessionRequest(job_report=report))
+                self._send_report(report)
             # The last evaluation is as new as the end.
             self.gauges.metrics(self.ranges.decider)
 
@@ -531,7 +530,11 @@ class HostedJob:
             return
         self._reported = (self.ranges.version, self._checkpoint_step)
         report = self._make_report(Report.OUTCOME_RUNNING)
-        self._send(coordination.SessionRequest(job_report=report))
+        self._send_report(report)
+
+    def _send_report(self, report: Report) -> None:
+        aged = self._last_commit.aged(report)
+        self._send(coordination.SessionRequest(job_report=aged))
 
     def _make_report(
         self,
@@ -558,8 +561,6 @@ class HostedJob:
             failure=failure,
             examples_lost=self.ranges.examples_lost,
             examples_doubled=self.ranges.examples_doubled,
-            last_commit_unix_nanos=self._last_commit_unix_nanos,
-            last_contribution_unix_nanos=self._last_contribution_unix_nanos,
             steps_replayed=self._steps_replayed,
             late_workers=self.copying.late_workers(self.elapsed_s),
             outvoted_workers=self._outvoted,

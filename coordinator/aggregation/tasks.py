@@ -30,6 +30,7 @@ from coordinator.aggregation.core.dispatch.events import (
 from coordinator.aggregation.task_journal import TaskJournal
 from phalanx.clients.storage import StorageClient
 from phalanx.errors import Aborted, Internal, PhalanxError, ResourceExhausted, Unavailable
+from phalanx.last_commit import LastCommit
 from phalanx.rpc.patience import insist
 from phalanx.tasks import failures_max
 from phalanx.telemetry.logs import get_logger
@@ -132,7 +133,7 @@ class HostedTasks:
         self._outboxes: dict[int, Outbox] = {}
         self._sessions = 0
         self._commits: deque[tuple[float, int]] = deque()
-        self._last_commit_unix_nanos = 0
+        self._last_commit = LastCommit()
         self._reported: tuple[int, int, frozenset[str]] | None = None
         self._told_s = 0.0
         self._final: Report | None = None
@@ -197,7 +198,7 @@ class HostedTasks:
     def session_opened(self) -> None:
         """Control is new or back: tell it where the job is."""
         if self._final is not None:
-            self._send(coordination.SessionRequest(job_report=self._final))
+            self._send_report(self._final)
         else:
             self._report()
 
@@ -270,7 +271,7 @@ class HostedTasks:
             self.fail("RESULTS_NOT_JOURNALLED", known.message)
             return
         now_s = time.monotonic()
-        self._last_commit_unix_nanos = time.time_ns()
+        self._last_commit.committed()
         self._commits.append((now_s, len(record.results)))
         while self._commits[0][0] < now_s - _RATE_WINDOW_S and len(self._commits) > 2:
             self._commits.popleft()
@@ -373,7 +374,7 @@ class HostedTasks:
         if failure is not None:
             self._final.failure.CopyFrom(failure)
         if self._connected():
-            self._send(coordination.SessionRequest(job_report=self._final))
+            self._send_report(self._final)
 
     # -- reports
 
@@ -399,7 +400,11 @@ class HostedTasks:
             return
         self._reported = self._state()
         report = self._make_report(Report.OUTCOME_RUNNING)
-        self._send(coordination.SessionRequest(job_report=report))
+        self._send_report(report)
+
+    def _send_report(self, report: Report) -> None:
+        aged = self._last_commit.aged(report)
+        self._send(coordination.SessionRequest(job_report=aged))
 
     def _make_report(self, outcome: Report.Outcome.ValueType) -> Report:
         return Report(
@@ -410,7 +415,6 @@ class HostedTasks:
             examples=self.dispatcher.done,
             examples_per_second=self._per_second(),
             metrics=self._numbers(),
-            last_commit_unix_nanos=self._last_commit_unix_nanos,
             late_workers=[
                 coordination.LateWorker(worker_id=name, late_s=late_s)
                 for name, late_s in self.dispatcher.late_workers().items()

@@ -692,12 +692,12 @@ class JobReport(_message.Message):
     EXAMPLES_LOST_FIELD_NUMBER: _builtins.int
     EXAMPLES_DOUBLED_FIELD_NUMBER: _builtins.int
     STEPS_REPLAYED_FIELD_NUMBER: _builtins.int
-    LAST_COMMIT_UNIX_NANOS_FIELD_NUMBER: _builtins.int
     LATE_WORKERS_FIELD_NUMBER: _builtins.int
-    LAST_CONTRIBUTION_UNIX_NANOS_FIELD_NUMBER: _builtins.int
     OUTVOTED_WORKERS_FIELD_NUMBER: _builtins.int
     VERIFIERS_MISSING_FIELD_NUMBER: _builtins.int
     BEST_FIELD_NUMBER: _builtins.int
+    SINCE_COMMIT_S_FIELD_NUMBER: _builtins.int
+    SINCE_CONTRIBUTION_S_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     outcome: Global___JobReport.Outcome.ValueType
@@ -711,10 +711,12 @@ class JobReport(_message.Message):
     examples_lost: _builtins.int
     examples_doubled: _builtins.int
     steps_replayed: _builtins.int
-    last_commit_unix_nanos: _builtins.int
-    """Commit times of the newest steps, for recovery time lines."""
-    last_contribution_unix_nanos: _builtins.int
-    """When the last contribution to the newest step came in."""
+    since_commit_s: _builtins.float
+    """How old the newest commit of this term was when the report was sent, and the
+    last contribution to it; unset before the first. Ages, since no two machines
+    agree what time it is.
+    """
+    since_contribution_s: _builtins.float
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
@@ -753,18 +755,25 @@ class JobReport(_message.Message):
         examples_lost: _builtins.int = ...,
         examples_doubled: _builtins.int = ...,
         steps_replayed: _builtins.int = ...,
-        last_commit_unix_nanos: _builtins.int = ...,
         late_workers: _abc.Iterable[Global___LateWorker] | None = ...,
-        last_contribution_unix_nanos: _builtins.int = ...,
         outvoted_workers: _abc.Iterable[Global___OutvotedWorker] | None = ...,
         verifiers_missing: Global___VerifiersMissing | None = ...,
         best: _job_pb2.BestEvaluation | None = ...,
+        since_commit_s: _builtins.float | None = ...,
+        since_contribution_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "failure", b"failure", "verifiers_missing", b"verifiers_missing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_since_commit_s", b"_since_commit_s", "_since_contribution_s", b"_since_contribution_s", "best", b"best", "failure", b"failure", "since_commit_s", b"since_commit_s", "since_contribution_s", b"since_contribution_s", "verifiers_missing", b"verifiers_missing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "checkpoint_step", b"checkpoint_step", "epoch", b"epoch", "examples", b"examples", "examples_doubled", b"examples_doubled", "examples_lost", b"examples_lost", "examples_per_second", b"examples_per_second", "failure", b"failure", "job_id", b"job_id", "last_commit_unix_nanos", b"last_commit_unix_nanos", "last_contribution_unix_nanos", b"last_contribution_unix_nanos", "late_workers", b"late_workers", "message", b"message", "metrics", b"metrics", "outcome", b"outcome", "outvoted_workers", b"outvoted_workers", "reason", b"reason", "step", b"step", "steps_replayed", b"steps_replayed", "term", b"term", "verifiers_missing", b"verifiers_missing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_since_commit_s", b"_since_commit_s", "_since_contribution_s", b"_since_contribution_s", "best", b"best", "checkpoint_step", b"checkpoint_step", "epoch", b"epoch", "examples", b"examples", "examples_doubled", b"examples_doubled", "examples_lost", b"examples_lost", "examples_per_second", b"examples_per_second", "failure", b"failure", "job_id", b"job_id", "late_workers", b"late_workers", "message", b"message", "metrics", b"metrics", "outcome", b"outcome", "outvoted_workers", b"outvoted_workers", "reason", b"reason", "since_commit_s", b"since_commit_s", "since_contribution_s", b"since_contribution_s", "step", b"step", "steps_replayed", b"steps_replayed", "term", b"term", "verifiers_missing", b"verifiers_missing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__since_commit_s: _TypeAlias = _typing.Literal["since_commit_s"]  # noqa: Y015
+    _WhichOneofArgType__since_commit_s: _TypeAlias = _typing.Literal["_since_commit_s", b"_since_commit_s"]  # noqa: Y015
+    _WhichOneofReturnType__since_contribution_s: _TypeAlias = _typing.Literal["since_contribution_s"]  # noqa: Y015
+    _WhichOneofArgType__since_contribution_s: _TypeAlias = _typing.Literal["_since_contribution_s", b"_since_contribution_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__since_commit_s) -> _WhichOneofReturnType__since_commit_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__since_contribution_s) -> _WhichOneofReturnType__since_contribution_s | None: ...
 
 Global___JobReport: _TypeAlias = JobReport  # noqa: Y015
 

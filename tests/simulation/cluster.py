@@ -37,6 +37,7 @@ from tests.simulation.calls import CallingLeaf
 from tests.simulation.hosts import Arena, Cache, Leaf, Machines
 from tests.simulation.oracle import LEASE_TTL_S
 from tests.simulation.stored import Machine
+from tests.simulation.time_lines import clock_off_ns
 from worker.config import WorkerConfig
 
 STORAGE = "storage:7420"
@@ -288,6 +289,7 @@ class Cluster:
         kind = name.rpartition("-")[0] or name
         main = getattr(self, f"_{kind}")
         process = self.world.start(name, lambda: main(name, stop))
+        process.wall_offset_ns = clock_off_ns(self.world.seed, name)
         process.on_death.append(lambda: process_died(self.network, process))
         self.alive[name] = process
         return process

@@ -30,6 +30,7 @@ from tests.simulation.silence import Silence
 from tests.simulation.stranger import Stranger
 from tests.simulation.task_user import TaskUser
 from tests.simulation.tasking import Tasking
+from tests.simulation.time_lines import TimeLines
 from tests.simulation.user import Job, User
 
 FIRST_FAULT_S = 0.3
@@ -253,6 +254,7 @@ class Run:
         self.races = Races(self.oracle.moments)
         self.members = reducing.Members(self.oracle)
         self.silence = Silence(self.oracle, loses_nobody=settings.loses_nobody)
+        self.time_lines = TimeLines(self.oracle)
         self.faults = Faults(self.cluster, self.oracle.moments)
         self.last = last.LastStrike(
             self.cluster, self.faults, settings.last, random.Random(f"last strike {seed}")
@@ -309,6 +311,7 @@ class Run:
         self.races.install(self._watched)
         self.members.install(self._watched)
         self.silence.install(self._watched)
+        self.time_lines.install(self._watched)
         for where, value in self.settings.limits:
             module, _, name = where.partition(":")
             self._watched.replace(import_module(module), name, value)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from coordinator.control.core.clock import NANOS
+from coordinator.control.core.clock import NANOS, Instant
 from coordinator.control.core.events import LostLeader
-from coordinator.control.core.state import Core, Incident, JobRuntime, seconds_between
-from phalanx.v1 import coordination_service_pb2 as pb
+from coordinator.control.core.state import CommitTime, Core, Incident, JobRuntime
 
 CONTROL_LOST = "control_lost"
 
@@ -91,7 +90,7 @@ def of_lost_owners(core: Core, job: JobRuntime) -> str:
     return lost[-1].id if lost else ""
 
 
-def committed(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
+def committed(core: Core, job: JobRuntime, commit: CommitTime) -> None:
     """Close the incidents of a job whose root has committed a step after the failure."""
     for incident in list(core.incidents.values()):
         if job.job_id not in incident.jobs:
@@ -101,9 +100,9 @@ def committed(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
             if not job.hosts:
                 continue  # the steps since then needed nobody's leave, and nobody is back yet
             since = incident.moved or since
-        if report.last_commit_unix_nanos <= since.unix_nanos or report.step <= 0:
+        if commit.at_s <= since.monotonic_s or commit.step <= 0:
             continue
-        _recovered(core, job, incident, report)
+        _recovered(core, job, incident, commit)
         forget(core, job.job_id, incident)
 
 
@@ -120,9 +119,9 @@ def forget(core: Core, job_id: str, only: Incident | None = None) -> None:
             core.incidents.pop(incident.id, None)
 
 
-def _recovered(core: Core, job: JobRuntime, incident: Incident, report: pb.JobReport) -> None:
+def _recovered(core: Core, job: JobRuntime, incident: Incident, commit: CommitTime) -> None:
     """Tell the whole story, with the seconds of each phase since the failure began."""
-    took_s = seconds_between(incident.detected, report.last_commit_unix_nanos)
+    took_s = commit.at_s - incident.detected.monotonic_s
     silence_s = max(0.0, incident.detected.monotonic_s - incident.suspected_s)
     line = {"fenced": silence_s}
     if incident.cause == CONTROL_LOST:
@@ -134,21 +133,20 @@ def _recovered(core: Core, job: JobRuntime, incident: Incident, report: pb.JobRe
         line["suspected"] = max(0.0, incident.noticed_s - incident.suspected_s)
     if incident.moved is not None and incident.cause != CONTROL_LOST:
         line["redispatched"] = max(0.0, incident.moved.monotonic_s - incident.suspected_s)
-        if report.last_contribution_unix_nanos > incident.detected.unix_nanos:
-            filled_s = seconds_between(incident.detected, report.last_contribution_unix_nanos)
+        if commit.filled_s is not None and commit.filled_s > incident.detected.monotonic_s:
+            filled_s = commit.filled_s - incident.detected.monotonic_s
             line["recomputed"] = silence_s + filled_s
-            handed_s = seconds_between(incident.detected, incident.moved.unix_nanos)
-            _observe(core, incident, "recompute", filled_s - handed_s)
+            _observe(core, incident, "recompute", commit.filled_s - incident.moved.monotonic_s)
     line["committed"] = silence_s + took_s
     _observe(core, incident, "commit", took_s)
     _observe(core, incident, "total", took_s + silence_s)
     details = {f"{phase}_after_s": f"{seconds:.6f}" for phase, seconds in line.items()}
     core.emit(
         "RECOVERED",
-        f"step {report.step} committed {took_s:.3f} s after {_what(incident)}",
+        f"step {commit.step} committed {took_s:.3f} s after {_what(incident)}",
         job_id=job.job_id,
         incident_id=incident.id,
-        step=report.step,
+        step=commit.step,
         details={
             **details,
             "cause": incident.cause,
@@ -156,7 +154,7 @@ def _recovered(core: Core, job: JobRuntime, incident: Incident, report: pb.JobRe
             "began_unix_s": f"{_began_unix_s(incident):.6f}",
             "detect_s": f"{silence_s:.6f}",
             "commit_s": f"{took_s:.6f}",
-            "committed_unix_s": f"{report.last_commit_unix_nanos / NANOS:.6f}",
+            "committed_unix_s": f"{_unix_s(core.now, commit.at_s):.6f}",
         },
     )
 
@@ -182,8 +180,13 @@ def _line_of_take_over(incident: Incident) -> dict[str, float]:
 
 
 def _began_unix_s(incident: Incident) -> float:
-    silence_s = max(0.0, incident.detected.monotonic_s - incident.suspected_s)
-    return incident.detected.unix_nanos / NANOS - silence_s
+    began_s = min(incident.suspected_s, incident.detected.monotonic_s)
+    return _unix_s(incident.detected, began_s)
+
+
+def _unix_s(known: Instant, monotonic_s: float) -> float:
+    """What the wall clock showed at a time, if it has run on evenly until one that is known."""
+    return known.unix_nanos / NANOS - (known.monotonic_s - monotonic_s)
 
 
 def _observe(core: Core, incident: Incident, phase: str, seconds: float) -> None:

@@ -120,7 +120,7 @@ def _led(core: Core, event: Led) -> None:
     for facts in core.facts.jobs.values():
         if facts.ended:
             continue
-        job = core.jobs[facts.job_id] = new_runtime(facts)
+        job = core.jobs[facts.job_id] = new_runtime(facts, core.now)
         if facts.state == RUNNING:
             job.row_known = False
             job.adopt_until_s = core.led_s + core.lease_ttl_s()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from coordinator.control.core import ending, hosting, incidents, outages, quarantine, terms
-from coordinator.control.core.clock import NANOS
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.ownership import live_aggregators
-from coordinator.control.core.state import Aggregator, Core, JobRuntime, Worker
+from coordinator.control.core.state import Aggregator, CommitTime, Core, JobRuntime, Worker
 from phalanx.tasks import is_task_set
 from phalanx.texts import number_of, verb_for
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -76,11 +78,12 @@ def job_report(core: Core, aggregator: Aggregator | Worker, report: pb.JobReport
         if report.outcome == pb.JobReport.OUTCOME_FAILED:
             _failed(core, job, report)
         return
-    previous = job.report
-    job.report = report
-    if previous is not None:
-        _measure_steps(job, previous, report)
-    incidents.committed(core, job, report)
+    previous, job.report = job.report, report
+    committed_before, job.commit = job.commit, _commit_of(core, job, report)
+    if job.commit is not None:
+        if committed_before is not None:
+            _measure_steps(job, committed_before, job.commit)
+        incidents.committed(core, job, job.commit)
     _announce_checkpoint(core, job, previous, report)
     if not job.all_reduce:
         _watch_late(core, job, report)
@@ -265,11 +268,27 @@ def _not_heard_of(core: Core, job: JobRuntime, report: pb.JobReport) -> dict[str
     return {worker_id: now_s - since_s for worker_id, since_s in job.not_heard_of.items()}
 
 
-def _measure_steps(job: JobRuntime, before: pb.JobReport, after: pb.JobReport) -> None:
-    steps = after.step - before.step
-    took_s = (after.last_commit_unix_nanos - before.last_commit_unix_nanos) / NANOS
-    told = before.term == after.term and before.last_commit_unix_nanos > 0
-    if told and steps > 0 and took_s > 0:
+def _commit_of(core: Core, job: JobRuntime, report: pb.JobReport) -> CommitTime | None:
+    """Return when the newest step was committed: the root says how long ago that was.
+
+    That is too late by the time for which the report was under way, so of several reports of one
+    step the earliest time is the best.
+    """
+    if not report.HasField("since_commit_s") or not math.isfinite(report.since_commit_s):
+        return None
+    at_s = core.now.monotonic_s - max(0.0, report.since_commit_s)
+    filled_s = None
+    if report.HasField("since_contribution_s") and math.isfinite(report.since_contribution_s):
+        filled_s = min(at_s, core.now.monotonic_s - report.since_contribution_s)
+    known = job.commit
+    if known is not None and (known.term, known.step) == (report.term, report.step):
+        return known if known.at_s <= at_s else replace(known, at_s=at_s, filled_s=filled_s)
+    return CommitTime(report.term, report.step, at_s, filled_s)
+
+
+def _measure_steps(job: JobRuntime, before: CommitTime, after: CommitTime) -> None:
+    steps, took_s = after.step - before.step, after.at_s - before.at_s
+    if before.term == after.term and steps > 0 and took_s > 0:
         known_s = job.leveling.step_s or took_s / steps
         job.leveling.step_s = (known_s + took_s / steps) / 2
 

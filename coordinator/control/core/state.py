@@ -200,6 +200,17 @@ class TreePlacement:
         return lost
 
 
+@dataclass(frozen=True)
+class CommitTime:
+    """When a step was committed, by control's monotonic clock, see `reports`."""
+
+    term: int
+    step: int
+    at_s: float
+    filled_s: float | None
+    """When the last contribution to it came in, where the root knows."""
+
+
 @dataclass
 class Leveling:
     """Where the placement by measured speed stands, see `balancing`."""
@@ -226,6 +237,8 @@ class JobRuntime:
     evaluation: TreePlacement
     all_reduce: bool = False
     """Its workers own the parameters; see `members`."""
+    waits_since_s: float = 0.0
+    """When it was submitted, by the monotonic clock."""
     hosts: dict[str, Hosting] = field(default_factory=dict)
     placement: int = 0
     reason: str = ""
@@ -262,6 +275,8 @@ class JobRuntime:
     restore: storage_service_pb2.CheckpointManifest | None = None
     bad_checkpoints: set[str] = field(default_factory=set)
     report: pb.JobReport | None = None
+    commit: CommitTime | None = None
+    """The newest commit that the root reported."""
     stopped: bool = False
     final: storage_service_pb2.CheckpointManifest | None = None
     failed_leaves: dict[tuple[bool, int], list[FailedLeaf]] = field(default_factory=dict)
@@ -556,17 +571,18 @@ class Core:
         self.publish(job.job_id, job.after)
 
 
-def new_runtime(facts: JobFacts) -> JobRuntime:
-    """Return the soft state of a job about which nothing is known yet."""
+def new_runtime(facts: JobFacts, now: Instant) -> JobRuntime:
+    """Return the soft state of a job about which nothing is known yet.
+
+    For how long it had waited under another leader only wall clocks tell; from now on it is the
+    monotonic one.
+    """
+    waited_s = max(0.0, (now.unix_nanos - facts.kept.submit_unix_nanos) / NANOS)
     return JobRuntime(
         job_id=facts.job_id,
         train=TreePlacement(facts.plan.shards, unit=max(1, facts.plan.unit_span)),
         evaluation=TreePlacement(facts.plan.evaluation_shards),
         all_reduce=all_reduces(facts.spec.train),
         storage_term=facts.term,
+        waits_since_s=now.monotonic_s - waited_s,
     )
-
-
-def seconds_between(earlier: Instant, later_unix_nanos: int) -> float:
-    """Return the seconds from an instant to a wall-clock time, never negative."""
-    return max(0.0, (later_unix_nanos - earlier.unix_nanos) / NANOS)

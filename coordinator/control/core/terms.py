@@ -7,7 +7,6 @@ most one storage operation per job is under way; what must wait for it is taken 
 from __future__ import annotations
 
 from coordinator.control.core import describing, ending, hosting, incidents, members, sharing
-from coordinator.control.core.clock import NANOS
 from coordinator.control.core.effects import RaiseTerm, ReadRow
 from coordinator.control.core.eligibility import (
     announce_ineligible,
@@ -52,7 +51,7 @@ def advance_queue(core: Core) -> None:
 
     def urgency(job: JobRuntime) -> float:
         kept = core.facts_of(job).kept
-        waited_s = (core.now.unix_nanos - kept.submit_unix_nanos) / NANOS
+        waited_s = core.now.monotonic_s - job.waits_since_s
         return sharing.rank(kept.submitted.spec.priority, waited_s)
 
     for job in sorted(waiting, key=urgency, reverse=True):
@@ -247,8 +246,7 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
     resumed = facts.resuming
     former = {each.aggregator_id for each in facts.ranges}
     if first and not facts.kept.start_unix_nanos:
-        queued_s = (core.now.unix_nanos - facts.kept.submit_unix_nanos) / 1e9
-        core.observe("job_queue_seconds", max(0.0, queued_s))
+        core.observe("job_queue_seconds", core.now.monotonic_s - job.waits_since_s)
     job.after = job.term_after = core.persist(ControlRecord(term_started=started))
     job.restore, job.lost_owners = restore, set()
     job.adopt_until_s = 0.0  # nobody can come back with shards of a term that has just begun

@@ -105,7 +105,7 @@ def submit(core: Core, event: SubmitJob) -> None:
     request.subject = submitted.job_id
     index = core.persist(record, request)
     facts = core.facts.jobs[submitted.job_id]
-    job = core.jobs[submitted.job_id] = new_runtime(facts)
+    job = core.jobs[submitted.job_id] = new_runtime(facts, core.now)
     job.after = index
     core.answer(event.token, _submitted(facts), index)
     core.emit("JOB_QUEUED", f"{facts.spec.name} is queued", job_id=job.job_id, after=index)
@@ -193,7 +193,7 @@ def retry(core: Core, event: RetryJob) -> None:
     _carry_over(facts, changed)
     event.request.subject = event.job_id
     index = core.persist(ControlRecord(job_changed=changed), event.request)
-    job = core.jobs[event.job_id] = new_runtime(facts)
+    job = core.jobs[event.job_id] = new_runtime(facts, core.now)
     job.after = index
     core.answer(event.token, RetryJobResponse(job=job_view(facts, job, core.generation)), index)
     core.emit("JOB_QUEUED", "queued again by a user", job_id=job.job_id, after=index)

@@ -46,7 +46,7 @@ async def test_a_killed_worker_is_noticed_by_its_broken_stream(cluster: Any) -> 
         lost = await cluster.wait_for_event("WORKER_LOST")
         moved = await cluster.wait_for_event("SHARDS_MOVED", job.id)
         assert moved.incident_id == lost.incident_id
-        aggregator.report(job.id, 5, last_commit_unix_nanos=2**62)
+        aggregator.report(job.id, 5, since_commit_s=0.0)
         recovered = await cluster.wait_for_event("RECOVERED", job.id)
         assert recovered.incident_id == lost.incident_id
 
@@ -102,7 +102,7 @@ async def test_a_killed_control_comes_back_and_adopts_what_runs(storage_only: An
         assert "AGGREGATOR_LOST" not in [event.type for event in after]
         generations = {event.generation for event in after}
         assert generations == {1, 2}
-        same.report(job.id, 8, last_commit_unix_nanos=2**62)
+        same.report(job.id, 8, since_commit_s=0.0)
         recovered = await storage_only.wait_for_event("RECOVERED", job.id)
         assert (recovered.details["cause"], recovered.details["member"]) == (
             "control_lost",

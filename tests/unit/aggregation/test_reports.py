@@ -12,6 +12,7 @@ from coordinator.aggregation.core.effects import Committed, Refused
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.gauges import JobGauges
 from coordinator.aggregation.hosting import HostedJob
+from phalanx import last_commit
 from phalanx.errors import Unavailable
 from phalanx.optimizers import build_optimizer
 from phalanx.telemetry.metrics import AggregatorMetrics, new_registry
@@ -107,3 +108,20 @@ async def test_a_checkpoint_that_waits_is_told_to_each_leader_until_it_is_writte
         ("STORAGE_RESTORED", 3.0),
     ]
     assert events[1].details["reason"] == "UNAVAILABLE"
+
+
+async def test_reports_tell_how_old_the_commit_is_when_they_are_sent(job, sent, monkeypatch):
+    """Also the last one, which is told to each leader."""
+    now_s = 100.0
+    clock = SimpleNamespace(monotonic=lambda: now_s, time_ns=lambda: 0, time=time.time)
+    monkeypatch.setattr(hosting, "time", clock)
+    monkeypatch.setattr(last_commit, "time", clock)
+    job.session_opened()
+    commit(job, 1)
+    now_s = 100.5
+    job.fail("AGGREGATION_FAILED", "it broke")
+    now_s = 107.25
+    job.session_opened()
+    first, *later = [each.job_report for each in sent if each.HasField("job_report")]
+    assert not first.HasField("since_commit_s")
+    assert [each.since_commit_s for each in later] == [0.5, 7.25]

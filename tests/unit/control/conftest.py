@@ -242,7 +242,7 @@ class Cluster:
     def report(self, job_id: str, step: int, owner: str = "a1", **fields: Any) -> None:
         """Let the root report."""
         fields.setdefault("outcome", pb.JobReport.OUTCOME_RUNNING)
-        fields.setdefault("last_commit_unix_nanos", self.now.unix_nanos)
+        fields.setdefault("since_commit_s", 0.0)
         fields.setdefault("term", self.core.facts.jobs[job_id].term)
         report = pb.JobReport(job_id=job_id, step=step, **fields)
         self.say(self.sessions[owner], job_report=report)

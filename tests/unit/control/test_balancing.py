@@ -36,7 +36,7 @@ class Beats:
         self.seconds = dict.fromkeys(WORKERS, 0.0)
         self.step = 0
         # As the root reports before there is a commit.
-        cluster.report("job-1", 0, last_commit_unix_nanos=0)
+        cluster.report("job-1", 0, since_commit_s=None)
 
     def go(self, seconds: float) -> None:
         """Let time pass: half a second, then heartbeats, a report of the root and a tick."""

@@ -122,3 +122,45 @@ def test_small_corrections_add_up_to_a_step(jumping: Any, sign: int) -> None:
         jumping.offset_s = sign * count * 59.0
         jumping.advance(1.0)
     assert submitted(jumping, "job-2") == "job-1"
+
+
+@pytest.mark.parametrize("jump_s", [30.0, -30.0])
+def test_a_recovery_takes_as_long_as_it_takes_whatever_wall_clocks_say(
+    jumping: Any, running: Any, jump_s: float
+) -> None:
+    running.kill("w2")
+    jumping.offset_s = jump_s
+    running.time_s += 0.5
+    running.report("job-1", 3, since_commit_s=0.125)
+    recovered = running.events[-1]
+    assert (recovered.type, recovered.details["commit_s"]) == ("RECOVERED", "0.375000")
+    measured = {
+        dict(each.labels)["phase"]: each.value
+        for each in running.observed
+        if each.metric == "recovery_seconds"
+    }
+    assert measured["total"] == pytest.approx(0.375)
+
+
+@pytest.mark.parametrize("jump_s", [DAY_S, -DAY_S])
+def test_a_job_has_waited_as_long_as_it_has(jumping: Any, jump_s: float) -> None:
+    jumping.aggregator()
+    jumping.submit()
+    jumping.offset_s = jump_s
+    jumping.advance(10.0)
+    jumping.worker("w1")
+    waited = [each.value for each in jumping.observed if each.metric == "job_queue_seconds"]
+    assert waited == [pytest.approx(10.0)]
+
+
+def test_a_jump_does_not_move_a_job_up_in_the_queue(jumping: Any) -> None:
+    def urgent(spec: JobSpec) -> None:
+        spec.priority = 60
+
+    jumping.submit("job-1")
+    jumping.offset_s = DAY_S
+    jumping.submit("job-2", edit=urgent)
+    jumping.aggregator()
+    jumping.worker("w1")
+    asked = [each.plan.job_id for each in jumping.told("w1", "describe_job")]
+    assert asked[0] == "job-2"

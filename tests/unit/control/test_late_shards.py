@@ -31,8 +31,7 @@ def started(running: Any, worker_id: str = "w2", cause: str = "late", step: int 
 
 def report(running: Any, step: int, **late_s: float) -> None:
     late = [pb.LateWorker(worker_id=key, late_s=value) for key, value in late_s.items()]
-    contributed = running.now.unix_nanos - 1_000_000
-    running.report("job-1", step, late_workers=late, last_contribution_unix_nanos=contributed)
+    running.report("job-1", step, late_workers=late, since_contribution_s=0.001)
 
 
 def of_type(running: Any, kind: str) -> list[Any]:

@@ -37,11 +37,30 @@ def test_a_killed_worker_moves_only_its_own_shards(running: Any) -> None:
 
 
 def test_a_commit_from_before_the_death_recovers_nothing(running: Any) -> None:
-    committed = running.now.unix_nanos
     running.time_s += 1.0
     running.kill("w2")
-    running.report("job-1", 3, last_commit_unix_nanos=committed)
+    running.report("job-1", 3, since_commit_s=1.0)
     assert "RECOVERED" not in running.types()
+
+
+def test_a_commit_told_again_by_a_slower_report_is_no_new_one(running: Any) -> None:
+    running.time_s += 1.0
+    running.report("job-1", 3, since_commit_s=0.25)
+    running.kill("w2")
+    running.time_s += 1.0
+    running.report("job-1", 3, since_commit_s=0.75)  # half a second under way
+    assert "RECOVERED" not in running.types()
+    running.report("job-1", 4, since_commit_s=0.125)
+    assert running.events[-1].details["commit_s"] == "0.875000"
+
+
+@pytest.mark.parametrize("since_s", [float("nan"), float("inf"), -30.0])
+def test_ages_that_cannot_be_are_not_believed(running: Any, since_s: float) -> None:
+    running.kill("w2")
+    running.time_s += 0.5
+    running.report("job-1", 3, since_commit_s=since_s, since_contribution_s=since_s)
+    told = [each.details["commit_s"] for each in running.events if each.type == "RECOVERED"]
+    assert told == (["0.500000"] if since_s < 0 else []), "no commit is later than its report"
 
 
 def test_a_worker_that_returns_with_the_job_in_hand_gets_a_share_again(running: Any) -> None:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from phalanx.last_commit import LastCommit
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_pb2
 from phalanx.v1.training_pb2 import GoRecord
@@ -50,7 +51,7 @@ class RootReports:
         """A term begins; the newest checkpoint that is known is that of this step."""
         self.checkpoint_step = checkpoint_step
         self.steps_replayed = 0
-        self._last_commit_unix_nanos = 0
+        self._last_commit = LastCommit()
         self._reported: tuple[int, int] | None = None
         self._told = 0
         self._final: Report | None = None
@@ -59,7 +60,7 @@ class RootReports:
     def committed(self, example_count: int) -> None:
         """One more step is done."""
         now_s = time.monotonic()
-        self._last_commit_unix_nanos = time.time_ns()
+        self._last_commit.committed()
         stalled = bool(self._commits) and now_s - self._commits[-1][0] > REPORT_EVERY_S
         self._commits.append((now_s, example_count))
         while self._commits[0][0] < now_s - _RATE_WINDOW_S and len(self._commits) > 2:
@@ -82,8 +83,7 @@ class RootReports:
         self._flush_points()
         if self._final is None and self._core.unheard() and self._connected():
             # Not only the root sees who holds the job up.
-            report = self._made(Report.OUTCOME_RUNNING)
-            self._send(coordination.SessionRequest(job_report=report))
+            self._send_report(self._made(Report.OUTCOME_RUNNING))
         if self._core.root is None or self._final is not None:
             return
         if (self._core.versions.whole_version, self.checkpoint_step) != self._reported:
@@ -97,7 +97,7 @@ class RootReports:
         self._points_sent.clear()
         self._flush_points()
         if self._final is not None:
-            self._send(coordination.SessionRequest(job_report=self._final))
+            self._send_report(self._final)
         elif self._core.root is not None:
             self._report()
 
@@ -119,15 +119,18 @@ class RootReports:
             self._final = report
             self._flush_points()
             if self._connected():
-                self._send(coordination.SessionRequest(job_report=report))
+                self._send_report(report)
 
     def _report(self) -> None:
         # Before it holds something the root has nothing to say of how far the job is.
         if not self._connected() or self._core.versions.whole_version < 0:
             return
         self._reported = (self._core.versions.whole_version, self.checkpoint_step)
-        report = self._made(Report.OUTCOME_RUNNING)
-        self._send(coordination.SessionRequest(job_report=report))
+        self._send_report(self._made(Report.OUTCOME_RUNNING))
+
+    def _send_report(self, report: Report) -> None:
+        aged = self._last_commit.aged(report)
+        self._send(coordination.SessionRequest(job_report=aged))
 
     def _made(
         self,
@@ -149,7 +152,6 @@ class RootReports:
             checkpoint_step=max(0, self.checkpoint_step),
             failure=failure,
             steps_replayed=self.steps_replayed,
-            last_commit_unix_nanos=self._last_commit_unix_nanos,
             late_workers=[
                 coordination.LateWorker(worker_id=worker_id, late_s=late_s)
                 for worker_id, late_s in sorted(self._core.unheard().items())
