@@ -43,7 +43,8 @@ def _verification(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     verification, path = spec.train.verification, "train.verification"
     replicas, fraction = verification.replicas, verification.audit_fraction
     audits = verification.WhichOneof("kind") == "audit_fraction"
-    if audits and not 0 < fraction <= 1:
+    # What is no number at all is said for every field alike.
+    if audits and math.isfinite(fraction) and not 0 < fraction <= 1:
         message = f"must be above 0 and at most 1, not {fraction:.16g}"
         yield Violation(f"{path}.audit_fraction", message)
     elif verification.WhichOneof("kind") == "replicas":

@@ -201,6 +201,20 @@ def test_a_pause_is_told_to_the_worker_that_is_the_root(reducing: Any) -> None:
     assert (reducing.state(), term(reducing)) == ("RUNNING", 2)
 
 
+def test_without_workers_a_pause_waits_for_one(reducing: Any) -> None:
+    for name in ("w1", "w2", "w3"):
+        reducing.kill(name)
+    reducing.call(ev.PauseJob, "job-1")
+    reducing.advance(60.0)
+    assert (reducing.state(), reducing.job().reason) == ("RUNNING", "WAITING_FOR_WORKERS")
+    assert "it pauses at its next step, for which it needs a worker" in reducing.job().message
+    join(reducing, "w4")
+    assert members(reducing) == ["w4"]
+    assert [each.kind for each in reducing.told("w4", "job_command")] == [pb.JobCommand.KIND_PAUSE]
+    reducing.report("job-1", 3, owner="w4", outcome=pb.JobReport.OUTCOME_PAUSED)
+    assert reducing.state() == "PAUSED"
+
+
 def test_a_job_that_is_paused_while_its_term_is_raised_stays_paused(reducing: Any) -> None:
     reducing.call(ev.PauseJob, "job-1")
     reducing.storage_up = False

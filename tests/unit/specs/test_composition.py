@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -26,6 +27,20 @@ def complaints(dataset: Dataset, *settings: str) -> dict[str, str]:
     with pytest.raises(InvalidArgument) as caught:
         specs.prepare(edited(*settings), dataset)
     return {each.field: each.message for each in caught.value.violations}
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_fraction_that_is_no_number_is_complained_of_once(
+    make_dataset: MakeDataset, number: float
+) -> None:
+    spec = edited("train.verification={audit_fraction: 0.5}")
+    spec.train.verification.audit_fraction = number
+    with pytest.raises(InvalidArgument) as caught:
+        specs.prepare(spec, make_dataset())
+    found = [(each.field, each.message) for each in caught.value.violations]
+    assert found == [
+        ("train.verification.audit_fraction", f"must be a finite number, not {number}")
+    ]
 
 
 def planned(dataset: Dataset, *settings: str) -> Plan:
