@@ -36,11 +36,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Injected:
-    """A fault that was carried out: when, which, on which process."""
+    """A fault that was carried out: when, which, on which process; ``idle`` if the job had nothing
+    there."""
 
     unix_s: float
     fault: str
     victim: str
+    idle: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Injury:
     """A fault and what it cost: the longest wait for a commit beyond the usual one.
 
     Where it was not ``recovered`` from, no step was committed any more, and ``recovery_s`` is only
-    how long that was watched.
+    how long that was watched. One on an ``idle`` process cost nothing, which says nothing of
+    recoveries: it is not counted among them.
     """
 
     at_s: float
@@ -56,6 +59,7 @@ class Injury:
     victim: str
     recovery_s: float
     recovered: bool = True
+    idle: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Report:
     """What a run under faults came to.
 
     ``goodput`` is steps per second under faults over those of the undisturbed times before and
-    after; None where one of them was too short to say.
+    after; None where one of them was too short to say, or nothing was harmed.
     """
 
     job_id: str
@@ -102,6 +106,11 @@ class Report:
     notes: tuple[str, ...] = field(default=())
 
     @property
+    def harmful(self) -> int:
+        """How many faults hit a process that the job needed; of none the report proves nothing."""
+        return sum(not each.idle for each in self.injuries)
+
+    @property
     def not_recovered(self) -> int:
         """How many faults there were after which no step was committed any more."""
         return sum(not each.recovered for each in self.injuries)
@@ -118,7 +127,7 @@ class Report:
         """Return the JSON of ``phalanx chaos --json``."""
         shown = asdict(self)
         counters, injuries = shown.pop("counters"), shown.pop("injuries")
-        return {**shown, **counters, "faults": list(injuries)}
+        return {**shown, **counters, "harmful": self.harmful, "faults": list(injuries)}
 
 
 def steps_at(commits: Sequence[Commit], unix_s: float) -> float:
@@ -213,16 +222,22 @@ def injuries(
     unrecovered: int,
 ) -> list[Injury]:
     """Return what each fault cost: it answers for what is lost until the next one, or until the end
-    of the span. From the last ``unrecovered`` the job has not recovered."""
-    ends_s = [each.unix_s for each in injected[1:]] + [watched.end_s]
-    found = []
-    for index, (each, end_s) in enumerate(zip(injected, ends_s, strict=False)):
+    of the span. From the last ``unrecovered`` the job has not recovered. Those on idle processes
+    answer for nothing."""
+    harmful = [each for each in injected if not each.idle]
+    ends_s = [each.unix_s for each in harmful[1:]] + [watched.end_s]
+    found = [
+        Injury(round(each.unix_s - watched.start_s, 3), each.fault, each.victim, 0.0, idle=True)
+        for each in injected
+        if each.idle
+    ]
+    for index, (each, end_s) in enumerate(zip(harmful, ends_s, strict=False)):
         wait_s = longest_wait(commits, Span(each.unix_s, end_s), usual_gap_s, until_s)
         recovery_s = round(max(0.0, wait_s - usual_gap_s), 6)
         at_s = round(each.unix_s - watched.start_s, 3)
-        recovered = index < len(injected) - unrecovered
+        recovered = index < len(harmful) - unrecovered
         found.append(Injury(at_s, each.fault, each.victim, recovery_s, recovered))
-    return found
+    return sorted(found, key=lambda each: each.at_s)
 
 
 def summarise(
@@ -248,10 +263,10 @@ def summarise(
     succeeded by then should have gone on: time without a commit counts up to there.
     """
     until_s = _until_s(commits, state, [disturbed, *undisturbed], watched_until_s)
-    unrecovered = 0
+    unrecovered, harmful = 0, [each for each in injected if not each.idle]
     if state != _ENDED_WELL:
         usual_s = _usual_gap_s(commits, undisturbed) or 0.0
-        unrecovered = blamed(commits, injected, usual_s, until_s)
+        unrecovered = blamed(commits, harmful, usual_s, until_s)
     if unrecovered:
         # A job that does not go on is no yardstick for what it was without faults.
         undisturbed = [span for span in undisturbed if span.start_s < disturbed.start_s]
@@ -261,7 +276,7 @@ def summarise(
     after_s = (span.start_s for span in undisturbed if span.start_s >= disturbed.end_s)
     watched = Span(disturbed.start_s, min(after_s, default=until_s))
     hurt = injuries(commits, injected, watched, usual_s, until_s, unrecovered)
-    recoveries = [each.recovery_s for each in hurt]
+    recoveries = [each.recovery_s for each in hurt if not each.idle]
     # The step that is under way at the end is not counted, and neither is its usual time.
     counted_s = max(until_s - usual_s, commits[-1].unix_s) if commits else until_s
     slow, normal = rate(commits, [disturbed], counted_s), rate(commits, undisturbed, counted_s)
@@ -273,7 +288,7 @@ def summarise(
         undisturbed_s=sum(span.length_s for span in undisturbed),
         steps_per_s=slow,
         undisturbed_steps_per_s=normal,
-        goodput=slow / normal if slow is not None and normal else None,
+        goodput=slow / normal if harmful and slow is not None and normal else None,
         usual_gap_s=usual_gap_s,
         longest_gap_s=longest_wait(commits, watched, usual_s, until_s) if usual_s else None,
         recovery_p50_s=percentile(recoveries, 50),

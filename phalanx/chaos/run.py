@@ -87,6 +87,9 @@ class Chaos:
         self._gauges = Gauges(job.id)
         self._first_event = 0
         self._ask_at_s = 0.0
+        self._needed: dict[str, set[str]] = {}
+        """By role, the processes that the job needs, as control last said; of others it needs
+        all."""
 
     @property
     def began(self) -> bool:
@@ -102,6 +105,7 @@ class Chaos:
         """
         course = self._course
         self._await_first_step()
+        self._needed = _patiently(self._needed_now)
         self._first_event = max((event.sequence for event in self._events()), default=0)
         self._undisturbed()
         if self._job.done:
@@ -203,19 +207,23 @@ class Chaos:
             self._course.spans.append(Span(start_s, time.time()))
 
     def _inflict(self, harm: Harm, planned: Planned) -> None:
-        """Carry out one fault; nobody to carry it out on is counted, not waited for."""
-        held = harm.held
+        """Carry out one fault, if possible where it matters; nobody to carry it out on is counted,
+        not waited for."""
+        held, role = harm.held, planned.fault.role
         candidates = {
             victim.id: victim
             for victim in _patiently(self._victims.living)
-            if victim.role == planned.fault.role and victim.pid not in held
+            if victim.role == role and victim.pid not in held
         }
         if candidates:
-            victim = candidates[planned.choose(list(candidates))]
+            needed = candidates.keys() & self._needed.get(role, candidates.keys())
+            victim = candidates[planned.choose(list(needed or candidates))]
+            idle = not needed
             # Noted first: a Ctrl-C may come as soon as the harm is done.
-            self._course.injected.append(Injected(time.time(), planned.fault.name, victim.id))
+            self._course.injected.append(Injected(time.time(), planned.fault.name, victim.id, idle))
             if harm.inflict(planned.fault, victim.pid):
-                self._tell(f"{planned.at_s:6.1f} s  {planned.fault.name:16} {victim.id}")
+                where = f"{victim.id}, which the job does not need" if idle else victim.id
+                self._tell(f"{planned.at_s:6.1f} s  {planned.fault.name:16} {where}")
                 return
             self._course.injected.pop()
         self._course.skipped += 1
@@ -261,7 +269,17 @@ class Chaos:
                 self._job.refresh()
                 if not aggregators:
                     self._log.saw(self._job.progress.step, time.time())
+                # A leader that has just taken over does not know yet who is there.
+                self._needed |= {role: ids for role, ids in self._needed_now().items() if ids}
         return not self._job.done
+
+    def _needed_now(self) -> dict[str, set[str]]:
+        found = self._cluster.describe()
+        return {
+            "worker": {each.worker_id for each in self._job.progress.workers},
+            "aggregator": {each.id for each in found.aggregators if self._job.id in each.job_ids},
+            "control": {found.leader} - {""},
+        }
 
     def _refresh(self) -> Job:
         return _patiently(self._job.refresh)

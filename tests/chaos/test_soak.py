@@ -43,6 +43,7 @@ def test_random_faults_change_nothing(
     with capsys.disabled():
         print(f"\nseed {seed}:", json.dumps(report.to_json(), indent=1))
     assert report.healthy
+    assert report.harmful
     assert not report.notes
     fired = {injury.fault for injury in report.injuries}
     assert 4 * len(FAULTS) > DURATION_S or fired == set(FAULTS), "a kind of fault never fired"

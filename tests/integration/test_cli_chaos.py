@@ -127,6 +127,8 @@ def test_without_a_job_or_with_a_wrong_word_nothing_is_harmed(cluster, cli):
     state = ("--state", str(cluster.state_dir))
     assert cli("chaos", *state, "--fault", "meteor")[0] == 2
     assert cli("chaos", *state, "--every", "soon")[0] == 2
+    code, _, err = cli("chaos", *state, "--every", "3s", "--for", "1s")
+    assert (code, "no fault would happen" in err) == (2, True)
     assert cli("chaos", *state, "--job", "no-such-job")[0] == 3
     code, _, err = cli("chaos", *state)
     assert (code, "no job runs" in err) == (6, True)

@@ -71,7 +71,8 @@ def chaos(
     restarts it. Ctrl-C ends it; paused processes are continued in any case.
 
     Exit code 1 when the job failed or did not go on after a fault, when control
-    stayed away, when something was lost or doubled, and when the bits differ.
+    stayed away, when something was lost or doubled, and when the bits differ;
+    6 when no process was harmed that the job needed, which proves nothing.
 
     [bold]Examples[/bold]
 
@@ -83,6 +84,7 @@ def chaos(
     from phalanx.chaos.schedule import faults_named
     from phalanx.chaos.victims import victims_of
     from phalanx.cli.output import say
+    from phalanx.errors import InvalidArgument
     from phalanx.sdk.discovery import default_state_dir
 
     settings = settings_of(context)
@@ -96,6 +98,11 @@ def chaos(
         baseline_s=_seconds("--baseline", baseline, at_least=0.0),
         seed=seed,
     )
+    if options.every_s > options.duration_s:
+        raise InvalidArgument(
+            f"--every {every} is longer than --for {duration}: no fault would happen",
+            reason="USAGE",
+        )
     with settings.connect() as cluster:
         watched = _job_to_watch(cluster, job)
         victims = victims_of(cluster, (state or default_state_dir()).absolute())
@@ -117,7 +124,13 @@ def chaos(
             raise
         report = report or run.report()
     _show(report, settings)
-    raise typer.Exit(Exit.DONE if report.healthy else Exit.JOB_FAILED)
+    raise typer.Exit(_exit_of(report))
+
+
+def _exit_of(report: Report) -> Exit:
+    if not report.healthy:
+        return Exit.JOB_FAILED
+    return Exit.DONE if report.harmful else Exit.CONFLICT
 
 
 def _job_to_watch(cluster: Cluster, job_id: str) -> Job:
@@ -208,7 +221,10 @@ def _show(report: Report, settings: Settings) -> None:
     print_fields(
         [
             ("job", f"{report.job_id}, {report.state}"),
-            ("faults", f"{len(report.injuries)} in {report.disturbed_s:.0f} s{_skipped(report)}"),
+            (
+                "faults",
+                f"{len(report.injuries)} in {report.disturbed_s:.0f} s{_without_effect(report)}",
+            ),
             ("goodput", "" if report.goodput is None else f"{100 * report.goodput:.1f} %"),
             ("steps per second", _number(report.steps_per_s, "")),
             ("  undisturbed", _number(report.undisturbed_steps_per_s, "")),
@@ -227,16 +243,22 @@ def _show(report: Report, settings: Settings) -> None:
     )
     for note in report.notes:
         say(note)
+    if not report.harmful:
+        say("no process was harmed that the job needed: this says nothing of what faults cost")
 
 
 _BITS = {True: "equal to the undisturbed computation", False: "DIFFERENT", None: ""}
 
 
-def _skipped(report: Report) -> str:
-    return f", {report.skipped} skipped: nobody was there" if report.skipped else ""
+def _without_effect(report: Report) -> str:
+    idle = len(report.injuries) - report.harmful
+    text = f", {idle} where the job had nothing" if idle else ""
+    return text + (f", {report.skipped} skipped: nobody was there" if report.skipped else "")
 
 
 def _recovery(injury: Injury) -> str:
+    if injury.idle:
+        return "not needed by the job"
     return f"{injury.recovery_s:.2f} s" if injury.recovered else "NOT RECOVERED"
 
 

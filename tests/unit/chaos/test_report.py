@@ -23,6 +23,7 @@ def _commits(*times: float) -> list[Commit]:
 
 
 STEADY = _commits(*(0.5 * step for step in range(61)))  # two steps per second for 30 s
+AT_ONCE = [Injected(10.1, "kill-worker", "w")]  # recovered from within a step
 BEFORE, DISTURBED, AFTER = Span(0, 10), Span(10, 20), Span(20, 30)
 
 
@@ -37,12 +38,39 @@ def test_steps_are_counted_with_the_part_of_the_one_under_way():
 
 
 def test_an_undisturbed_run_has_the_goodput_1():
-    report = _summary(STEADY)
+    report = _summary(STEADY, AT_ONCE)
     assert report.goodput == pytest.approx(1)
     assert report.undisturbed_steps_per_s == pytest.approx(2)
     assert report.usual_gap_s == pytest.approx(0.5)
     assert report.longest_gap_s == pytest.approx(0.5)
-    assert report.recovery_p50_s is None
+    assert report.recovery_p50_s == pytest.approx(0)
+
+
+def test_faults_that_harm_nobody_are_no_recoveries_and_give_no_goodput():
+    spare = Injected(12.0, "kill-aggregator", "aggregator-2", idle=True)
+    for injected in ([], [spare]):
+        report = _summary(STEADY, injected)
+        assert (report.harmful, report.goodput, report.recovery_p50_s) == (0, None, None)
+        assert report.to_json()["harmful"] == 0
+    before = [0.5 * step for step in range(25)]  # up to 12 s
+    after = [14.5 + 0.5 * step for step in range(40)]
+    report = _summary(_commits(*before, *after), [Injected(12.1, "kill-worker", "w"), spare])
+    assert [(each.idle, each.recovery_s) for each in report.injuries] == [
+        (True, 0.0),
+        (False, pytest.approx(2.0)),
+    ]
+    assert (report.harmful, report.recovery_p50_s) == (1, pytest.approx(2.0))
+    assert report.goodput == pytest.approx(0.8)
+
+
+def test_a_job_that_stops_is_not_blamed_on_a_spare():
+    spare = Injected(12.2, "kill-aggregator", "aggregator-2", idle=True)
+    report = _summary(STEADY[:25], [Injected(11.9, "kill-worker", "w"), spare])
+    assert [(each.idle, each.recovered) for each in report.injuries] == [
+        (False, False),
+        (True, True),
+    ]
+    assert not report.healthy
 
 
 def test_a_pause_of_two_seconds_costs_a_fifth_of_ten():
@@ -133,7 +161,7 @@ def test_a_job_that_succeeded_has_nothing_more_to_commit():
 
 
 def test_a_step_under_way_at_the_end_is_neither_counted_nor_missed():
-    report = _summary(STEADY[:60], watched_until_s=29.9)
+    report = _summary(STEADY[:60], AT_ONCE, watched_until_s=29.9)
     assert (report.goodput, report.healthy) == (pytest.approx(1), True)
 
 
@@ -173,6 +201,7 @@ def test_the_json_is_flat_and_complete():
             "victim": "worker-2",
             "recovery_s": 0.0,
             "recovered": True,
+            "idle": False,
         }
     ]
     assert shown["examples_lost"] == shown["examples_doubled"] == 0
