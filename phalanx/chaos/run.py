@@ -28,6 +28,7 @@ FIRST_STEP_S = 60.0
 SETTLED_COMMITS = 3
 NOBODY_THERE = (Unavailable, DeadlineExceeded)
 """What a call ends with while control is dead, or stopped."""
+_BEGAN_UNIX_S = time.time() - time.monotonic()
 
 Tell = Callable[[str], None]
 ResultT = TypeVar("ResultT")
@@ -117,7 +118,7 @@ class Chaos:
         except NOBODY_THERE as nobody:
             self._note_silence(nobody)
         finally:
-            course.watched_until_s = time.time()
+            course.watched_until_s = _now_s()
 
     def report(self, *, bit_identical: bool | None = None) -> Report:
         """Return what came of it. Raises FailedPrecondition if it ended before the first fault."""
@@ -155,7 +156,7 @@ class Chaos:
     def _disturb(self) -> None:
         options, course = self._options, self._course
         with Harm() as harm:
-            start_s = time.time()
+            start_s = _now_s()
             try:
                 planned = draw(options.mix, options.every_s, options.duration_s, options.seed)
                 for each in planned:
@@ -164,7 +165,7 @@ class Chaos:
                     self._inflict(harm, each)
                 self._sleep_until(start_s + options.duration_s)
             finally:
-                course.disturbed = Span(start_s, time.time())
+                course.disturbed = Span(start_s, _now_s())
 
     def _note_silence(self, nobody: PhalanxError) -> None:
         self._course.silent = True
@@ -202,9 +203,9 @@ class Chaos:
         seconds = self._options.baseline_s
         if seconds and not self._job.done:
             self._tell(f"undisturbed for {seconds:g} s …")
-            start_s = time.time()
+            start_s = _now_s()
             self._sleep_until(start_s + seconds)
-            self._course.spans.append(Span(start_s, time.time()))
+            self._course.spans.append(Span(start_s, _now_s()))
 
     def _inflict(self, harm: Harm, planned: Planned) -> None:
         """Carry out one fault, if possible where it matters; nobody to carry it out on is counted,
@@ -220,7 +221,7 @@ class Chaos:
             victim = candidates[planned.choose(list(needed or candidates))]
             idle = not needed
             # Noted first: a Ctrl-C may come as soon as the harm is done.
-            self._course.injected.append(Injected(time.time(), planned.fault.name, victim.id, idle))
+            self._course.injected.append(Injected(_now_s(), planned.fault.name, victim.id, idle))
             if harm.inflict(planned.fault, victim.pid):
                 where = f"{victim.id}, which the job does not need" if idle else victim.id
                 self._tell(f"{planned.at_s:6.1f} s  {planned.fault.name:16} {where}")
@@ -232,12 +233,12 @@ class Chaos:
     def _settle(self) -> None:
         """Wait until all processes are back and steps are committed as before."""
         wait_s = max(SETTLE_S, SETTLE_GAPS * self._log.usual_gap_s)
-        began_s, step = time.time(), self._refresh().progress.step
+        began_s, step = _now_s(), self._refresh().progress.step
         back = commits = False
-        while self._sleep_until(time.time() + LOOK_S) and not (back and commits):
+        while self._sleep_until(_now_s() + LOOK_S) and not (back and commits):
             back = _patiently(self._victims.all_up)
             commits = self._job.progress.step >= step + SETTLED_COMMITS
-            if time.time() - began_s > wait_s:
+            if _now_s() - began_s > wait_s:
                 if not back:
                     self._course.notes.append(f"not all processes are back after {wait_s:.0f} s")
                 if not commits:
@@ -249,10 +250,10 @@ class Chaos:
 
     def _sleep_until(self, unix_s: float) -> bool:
         """Sleep and keep an eye on the job; return False as soon as it has ended."""
-        while (now_s := time.time()) < unix_s:
+        while (now_s := _now_s()) < unix_s:
             if not self._look():
                 return False
-            time.sleep(max(0.0, min(now_s + LOOK_S, unix_s) - time.time()))
+            time.sleep(max(0.0, min(now_s + LOOK_S, unix_s) - _now_s()))
         return not self._job.done
 
     def _look(self) -> bool:
@@ -262,13 +263,13 @@ class Chaos:
             aggregators = [each for each in self._victims.living() if each.metrics_address]
             step = self._gauges.read(aggregators)
             if step is not None:
-                self._log.saw(step, time.time())
+                self._log.saw(step, _now_s())
             now_s = time.monotonic()
             if now_s >= self._ask_at_s:
                 self._ask_at_s = now_s + ASK_EVERY_S
                 self._job.refresh()
                 if not aggregators:
-                    self._log.saw(self._job.progress.step, time.time())
+                    self._log.saw(self._job.progress.step, _now_s())
                 # A leader that has just taken over does not know yet who is there.
                 self._needed |= {role: ids for role, ids in self._needed_now().items() if ids}
         return not self._job.done
@@ -310,6 +311,11 @@ class Chaos:
             shards_moved=counted["SHARDS_MOVED"],
             speculations=counted["SPECULATION_STARTED"],
         )
+
+
+def _now_s() -> float:
+    """Return the wall time as it would be had nobody set the clock since this program began."""
+    return _BEGAN_UNIX_S + time.monotonic()
 
 
 def _patiently(call: Callable[[], ResultT]) -> ResultT:

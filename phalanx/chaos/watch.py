@@ -13,6 +13,8 @@ from phalanx.chaos.report import Commit, Span, gaps
 from phalanx.chaos.victims import Victim
 
 SCRAPE_TIMEOUT_S = 0.5
+SEEN_WITHIN_S = 0.5
+"""How soon commits are usually seen; recorded times that are further away are another clock's."""
 _LINE = re.compile(
     r"^phalanx_job_(step|examples_lost_total|examples_doubled_total)"
     r'\{job_id="([^"]*)"\} ([0-9.e+]+)$',
@@ -41,12 +43,19 @@ class StepLog:
 
     def better(self, points: Sequence[Commit]) -> list[Commit]:
         """Return the commits that were recorded with their own times if they are as many as those
-        that were seen; long jobs record only some. Seen are the latest, which may not be recorded
-        yet."""
-        if not points or len(points) < len(self._commits):
+        that were seen, and by the same clock. Long jobs record only some, and the clock is that of
+        the machine of the aggregator. Seen are the latest, which may not be recorded yet."""
+        if not points or len(points) < len(self._commits) or not self._agrees(points):
             return list(self._commits)
         later = (each for each in self._commits if each.step > points[-1].step)
         return [*points, *(each for each in later if each.unix_s > points[-1].unix_s)]
+
+    def _agrees(self, points: Sequence[Commit]) -> bool:
+        recorded = {point.step: point.unix_s for point in points}
+        late_s = [
+            each.unix_s - recorded[each.step] for each in self._commits if each.step in recorded
+        ]
+        return not late_s or 0 <= statistics.median(late_s) <= SEEN_WITHIN_S
 
 
 class Gauges:

@@ -1,5 +1,7 @@
 """A run under faults whose control goes away and stays away."""
 
+import itertools
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -131,3 +133,18 @@ def test_a_leader_that_does_not_know_yet_who_is_there_takes_nothing_back(impatie
     run = Chaos(cluster, ScriptedJob(100_000, None), Everybody(NAMES), options)
     run.run()
     assert {each.victim for each in run.report().injuries} == {"aggregator-2"}
+
+
+def test_a_clock_that_is_set_moves_no_fault(impatient, monkeypatch):
+    monkeypatch.setattr(chaos.Harm, "inflict", lambda *_: True)
+    jumps_s = itertools.count(start=1, step=1000)
+    clock = SimpleNamespace(
+        time=lambda: time.time() + next(jumps_s), monotonic=time.monotonic, sleep=time.sleep
+    )
+    monkeypatch.setattr(chaos, "time", clock)
+    options = ChaosOptions([FAULTS["kill-worker"]], 0.1, duration_s=0.4, baseline_s=0.05)
+    run = Chaos(CLUSTER, ScriptedJob(100_000, None), Everybody(NAMES), options)
+    run.run()
+    found = [each.at_s for each in run.report().injuries]
+    assert [at_s >= 0.1 * number for number, at_s in enumerate(found)] == [True] * 4
+    assert max(found) < 1000

@@ -43,6 +43,15 @@ def test_recorded_times_are_better_unless_they_are_fewer():
     assert log.better([Commit(2, 1.0)]) == [Commit(1, 0.05), Commit(2, 1.05)]
 
 
+@pytest.mark.parametrize("off_s", [-30.0, 0.6, 30.0])
+def test_times_by_the_clock_of_another_machine_are_no_better(off_s: float):
+    log = StepLog()
+    for step in range(1, 10):
+        log.saw(step, step + 0.05)
+    recorded = [Commit(step, step + off_s) for step in range(1, 10)]
+    assert log.better(recorded) == [Commit(step, step + 0.05) for step in range(1, 10)]
+
+
 def test_a_page_of_metrics():
     assert parse(PAGE, "a") == {"step": 12, "examples_lost_total": 3, "examples_doubled_total": 0}
     assert parse(PAGE, "c") == {}
