@@ -98,12 +98,19 @@ def test_tests_of_chaos_that_compare_bits_are_marked():
             assert "pytest.mark.same_bits" in text, path.name
 
 
+def hunted(number, by):
+    return {"name": f"bug {number}", "seeds": number, "found": bool(by), "by": by}
+
+
 def test_a_planted_bug_that_was_not_found_is_named():
-    found = [{"name": f"bug {n}", "seeds": n, "found": True} for n in range(1, 26)]
+    found = [hunted(n, "swarm" if n < 20 else "scenario") for n in range(1, 26)]
     row = row_of(found, "command", quick=False)
     assert (row.value, row.trials, row.reached) == (25, 25, True)
-    assert row.note == "at once 1, within 20 seeds 20, the last after 25"
-    row = row_of([*found, {"name": "fence", "seeds": 2000, "found": False}], "c", quick=False)
+    assert row.note == (
+        "19 by one of 60 seeds of the swarm, 1 of them by the first; "
+        "6 by seeds of a scenario that brings them about, the last after 25"
+    )
+    row = row_of([*found, hunted(2000, "")], "c", quick=False)
     assert row.reached is False
-    assert "not found: fence" in row.note
+    assert "not found: bug 2000" in row.note
     assert row_of(found[:5], "c", quick=False).reached is False, "too few were planted"
