@@ -1,9 +1,9 @@
 """Hunts planted bugs: how many seeds each takes to be found.
 
-python -m tests.simulation.hunt [--seeds 2000] [--swarm-seeds N] [--processes N] [--json FILE] [NAME …]
+python -m tests.simulation.hunt [--seeds 2000 [--swarm-seeds N]] [--processes N] [NAME …]
 
-The seeds are those of the swarm, which knows nothing of the bug, and after so many of these those of
-the bug's own scenario: the faults, or the settings, that bring it about more often.
+The seeds are those of the swarm, which knows nothing of the bug, and after so many of these those
+of the bug's own scenario: the faults, or the settings, that bring it about more often.
 """
 
 from __future__ import annotations
