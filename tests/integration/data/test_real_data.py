@@ -68,7 +68,7 @@ def test_the_published_adult_test_file_goes_in_as_it_is(tmp_path: Path) -> None:
     folder = shared_data("adult")
     blobs = DirectoryBlobs(tmp_path)
     options: dict[str, Any] = {"missing": "category", "test": folder / "adult.test"}
-    for wrong, advice in (({}, r"--comment '\|'"), ({"comment": "|"}, r"--trim-labels '\.'")):
+    for wrong, advice in (({}, r"comment='\|'"), ({"comment": "|"}, r"trim_labels='\.'")):
         with pytest.raises(InvalidArgument, match=rf"adult\.test, line 2.*{advice}"):
             ingest(folder / "adult.data", IngestOptions(**options, **wrong), blobs)
     chosen = IngestOptions(**options, comment="|", trim_labels=".")
