@@ -242,7 +242,14 @@ def test_without_a_second_worker_the_job_waits_and_says_so(ring: Arena, clean_sh
         ring.gate.release()
         wait_until(lambda: job.refresh().reason == "WAITING_FOR_VERIFIERS", "it to say so")
         # Jobs tell their reason at once, events are shown when they are stored.
-        waits = wait_until(lambda: ring.events("JOB_WAITING"), "the event of it")
+        waits = wait_until(
+            lambda: [
+                each
+                for each in ring.events("JOB_WAITING")
+                if each.details["reason"] == "WAITING_FOR_VERIFIERS"
+            ],
+            "the event of it",
+        )
         assert "2 workers have to agree" in waits[-1].message
         assert job.progress.step < STEPS
     result = job.wait(timeout_s=GUARD_S)
