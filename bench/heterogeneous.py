@@ -27,7 +27,7 @@ from bench.reliability.jobs import (
 )
 from bench.results import Measurement
 
-WORKERS, SHARDS, LEAF_S, STEPS = 4, 124, 0.01, 128
+WORKERS, SHARDS, LEAF_S, STEPS = 4, 124, 0.01, 64
 EQUAL_STEPS = 24
 REACH = 1.15
 CYCLE_S = 0.1

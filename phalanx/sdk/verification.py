@@ -43,8 +43,8 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
     counted all the same. A set of tasks has its results counted.
 
     Raises FailedPrecondition unless the job has succeeded, and where its data set or its origin is
-    deleted; NotFound
-    where the last checkpoint is needed and is not kept any more; DataLoss where it cannot be read.
+    deleted; NotFound where the last checkpoint is needed and is not kept any more; DataLoss where
+    it cannot be read.
     """
     job = cluster.get(job_id)
     if job.result is None:

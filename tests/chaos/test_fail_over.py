@@ -13,10 +13,6 @@ from phalanx.testing.arena import GUARD_S, Arena, arena, stopped, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
-PATIENT_LEASE = {"PHALANX_LEASE_TTL_S": "5"}
-"""An aggregator that comes later than after a lease is rightly taken for lost; on a busy machine
-two seconds are not enough for it to notice, to search and to be heard."""
-
 
 def controls(ring: Arena) -> tuple[Member, Member]:
     """The control process that leads, and the one that stands by."""
@@ -60,7 +56,7 @@ def test_a_stopped_leader_is_left_by_its_members(
     tmp_path: Path, long_job: dict[str, Any], long_sha256: str
 ) -> None:
     """It holds all its sockets open, and it believes to lead when it goes on."""
-    with arena(tmp_path, 2, controls=2, environment=PATIENT_LEASE) as ring:
+    with arena(tmp_path, 2, controls=2) as ring:
         job = ring.submit(long_job)
         ring.caught_at(job, 10)
         leader, standby = controls(ring)

@@ -17,7 +17,7 @@ from bench.reliability.jobs import (
     leaf_times,
     open_leaf_s,
 )
-from bench.reliability.joins import Joins, pause_row
+from bench.reliability.joins import Joins, pause_rows
 from bench.reliability.rows import Rows
 from phalanx.chaos.report import Commit, Span
 from phalanx.errors import Unavailable
@@ -81,13 +81,13 @@ def test_computing_what_was_owed_anew_is_not_counted():
     assert not kills.row_of([0.25, 0.41], 2, "command", quick=False).reached
 
 
-def test_a_pause_is_what_no_gap_was_while_another_started_elsewhere_and_the_worst_of_all():
+def test_a_pause_is_what_no_undisturbed_gap_was_and_the_worst_of_all():
     made = Rows("command", quick=False)
-    elsewhere, joining = [Span(0, 2), Span(4, 6)], [Span(2, 4), Span(6, 8)]
+    calm, joining = [Span(0, 2), Span(4, 6)], [Span(2, 4), Span(6, 8)]
 
     def pause(*times):
         commits = [Commit(step, time) for step, time in enumerate(times)]
-        return pause_row(made, Joins([], elsewhere, elsewhere, joining, commits))
+        return pause_rows(made, Joins([], calm, joining, joining, commits))[0]
 
     steady = pause(0, 0.4, 0.8, 1.3, 1.7, 2.1, 2.6, 3.0, 4.2, 4.6, 5, 5.5, 6, 6.5, 7, 7.5, 8)
     assert (steady.value, steady.reached, steady.trials) == (0, True, 2)
@@ -97,6 +97,16 @@ def test_a_pause_is_what_no_gap_was_while_another_started_elsewhere_and_the_wors
     assert (varied.value, varied.reach) == (pytest.approx(0.1), "<= 0.3"), "0.5 and 0.8 s before"
     assert varied.reached
     assert not pause(0, 1, 2, 3, 4, 5).reached, "nothing was committed while the second joined"
+
+
+def test_what_the_start_of_any_process_costs_is_told_besides():
+    commits = [
+        Commit(step, time) for step, time in enumerate((0, 0.4, 0.8, 1.2, 1.9, 2.3, 3.1, 3.5))
+    ]
+    joins = Joins([], [Span(0, 1)], [Span(2, 3.2)], [Span(1.1, 2)], commits)
+    plain, beyond = pause_rows(Rows("command", quick=False), joins)
+    assert (plain.name, plain.value) == ("worker_restart_pause_s", pytest.approx(0.3))
+    assert (beyond.name, beyond.value) == ("worker_restart_pause_beyond_a_start_s", 0)
 
 
 def test_a_job_that_no_member_computes_any_more_does_not_go_on():
