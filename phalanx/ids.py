@@ -82,3 +82,13 @@ def check_blob_id(text: str) -> BlobId:
             f"blob id {text[:80]!r} is not 64 lower-case hexadecimal digits", reason="BAD_BLOB_ID"
         )
     return BlobId(text)
+
+
+def split_version_name(text: str, namespace: str) -> tuple[str, str, str]:
+    """Return namespace, name and version, as text, of ``[NAMESPACE/]NAME[@VERSION]``, unchecked.
+
+    A name that says no namespace is in ``namespace``; a version that is not said is empty.
+    """
+    path, _, version = text.partition("@")
+    space, slash, name = path.rpartition("/")
+    return (space if slash else namespace), name, version

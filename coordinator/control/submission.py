@@ -15,7 +15,7 @@ from phalanx import specs
 from phalanx.data.choice import RawColumns
 from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import InvalidArgument, NotFound, PermissionDenied, Violation
-from phalanx.ids import new_id
+from phalanx.ids import new_id, split_version_name
 from phalanx.specs.starting import (
     LENGTH_BYTES,
     Shapes,
@@ -241,9 +241,8 @@ class Submissions:
 
 def _start_version(spec: job_spec_pb2.JobSpec) -> pb.PinnedVersion:
     """Return which model a resolved spec names."""
-    path, _, version = spec.train.start.model.partition("@")
-    namespace, _, name = path.rpartition("/")
-    return pb.PinnedVersion(namespace=namespace or spec.namespace, name=name, version=int(version))
+    namespace, name, version = split_version_name(spec.train.start.model, spec.namespace)
+    return pb.PinnedVersion(namespace=namespace, name=name, version=int(version))
 
 
 def _parameters_of(model: model_service_pb2.ModelVersion) -> str:

@@ -18,7 +18,7 @@ import phalanx
 from phalanx import deletions
 from phalanx.errors import NotFound, Unimplemented, Violation
 from phalanx.files import replace_content
-from phalanx.ids import check_blob_id, check_name
+from phalanx.ids import check_blob_id, check_name, split_version_name
 from phalanx.sdk import methods
 from phalanx.sdk.in_process_jobs import OVER, InProcessJobs, now
 from phalanx.sdk.in_process_links import LinkedBlobs
@@ -71,10 +71,9 @@ class Catalog(dict[tuple[str, str], list[VersionT]]):
 
     def find(self, namespace: str, name: str) -> VersionT:
         """Return [NAMESPACE/]NAME (the newest) or …@VERSION. Raises NotFound."""
-        path, at, version = name.partition("@")
-        space, slash, stem = path.rpartition("/")
-        for item in reversed(self.get((space if slash else namespace or "default", stem), [])):
-            if not at or str(item.version) == version:
+        space, stem, version = split_version_name(name, namespace or "default")
+        for item in reversed(self.get((space, stem), [])):
+            if "@" not in name or str(item.version) == version:
                 return item
         raise NotFound(f"there is no {self.what} {name!r}")
 
@@ -407,10 +406,8 @@ class InProcessBackend:
         """Raise FailedPrecondition where jobs refer to a version that is to be deleted."""
         users = []
         for job in self._jobs.all():
-            path, _, version = name_in(job.spec).partition("@")
-            namespace, _, name = path.rpartition("/")
-            used = (namespace or job.spec.namespace, name)
-            if used == (unwanted.namespace, unwanted.name) and (
+            *used, version = split_version_name(name_in(job.spec), job.spec.namespace)
+            if used == [unwanted.namespace, unwanted.name] and (
                 "@" not in request.name or version == str(unwanted.version)
             ):
                 users.append((job.id, job.state in OVER))

@@ -11,6 +11,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from phalanx.errors import AlreadyExists, ResourceExhausted
+from phalanx.ids import split_version_name
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import model_service_pb2 as model_pb
 from storage.core.keys import check_digest, check_file_path, check_key, check_word, invalid
@@ -99,11 +100,10 @@ def parse_name(namespace: str, text: str) -> VersionName:
 
     A name that says no namespace is in ``namespace``.
     """
-    path, at, version = text.partition("@")
-    space, slash, name = path.rpartition("/")
-    space = check_key(space, "namespace") if slash else namespace_of(namespace)
+    space, name, version = split_version_name(text, namespace_of(namespace))
+    check_key(space, "namespace")
     check_key(name, "name")
-    if not at:
+    if "@" not in text:
         return VersionName(space, name, 0)
     plain = version.isascii() and version.isdigit() and len(version) <= 18
     if not plain or str(int(version)) != version or version == "0":

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phalanx.errors import InvalidArgument
-from phalanx.ids import check_blob_id, check_name, is_made_id, is_name, new_id
+from phalanx.ids import check_blob_id, check_name, is_made_id, is_name, new_id, split_version_name
 
 BAD = [
     "",
@@ -65,3 +65,16 @@ def test_made_ids_are_told_from_other_names() -> None:
     assert is_made_id(new_id("fashion-mlp"))
     for other in ("fashion-mlp", "code.0123456789abcdef", "job-1", "job-aeiouaei", "-bcdfghjk"):
         assert not is_made_id(other)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("digits", ("mine", "digits", "")),
+        ("digits@3", ("mine", "digits", "3")),
+        ("yours/digits@3", ("yours", "digits", "3")),
+        ("/digits", ("", "digits", "")),
+    ],
+)
+def test_the_name_of_a_version_is_taken_apart(text, parts):
+    assert split_version_name(text, "mine") == parts
