@@ -15,6 +15,12 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def is_loopback(address: str) -> bool:
+    """Return whether only this machine reaches ``HOST:PORT``."""
+    host = split_address(address)[0]
+    return host in {"localhost", "::1"} or host.startswith("127.")
+
+
 def bind_error(address: str, error: OSError) -> FailedPrecondition:
     """Return the error of a server that cannot listen on ``address``."""
     if error.errno == errno.EADDRINUSE:

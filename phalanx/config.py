@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from phalanx.addresses import split_address
+from phalanx.addresses import is_loopback, split_address
 from phalanx.errors import InvalidArgument, Violation
 from phalanx.ids import check_name, new_id
 from phalanx.telemetry.levels import FORMATS, LEVELS
@@ -106,12 +106,12 @@ def name(value: str) -> str | None:
     return None
 
 
+def _optional_address(value: str | None) -> str | None:
+    return None if not value else address(value)
+
+
 def _optional_name(value: str) -> str | None:
     return None if value == "" else name(value)
-
-
-def _optional_address(value: str | None) -> str | None:
-    return None if value is None else address(value)
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,35 @@ class ServiceConfig:
     log_format: str = option(
         "json", "json for machines, text for people.", check=one_of(FORMATS), common=True
     )
+    tls_certificate: Path | None = option(
+        None,
+        "Certificate of this process and those that lead to the authority, PEM. It is read again "
+        "when it changes, as the other files of keys are.",
+        common=True,
+    )
+    tls_key: Path | None = option(None, "Key of the certificate, PEM.", common=True)
+    tls_ca: Path | None = option(
+        None, "Certificates of the authorities whose nodes are trusted, PEM.", common=True
+    )
     parent_pid: int = option(
         0, "Die at once when this parent process dies; 0 for no parent.", check=at_least(0)
     )
 
     def violations(self) -> Sequence[Violation]:
         """Return what is wrong between fields; each ``field`` is the field's plain name."""
-        return ()
+        tls = {name: getattr(self, name) for name in ("tls_certificate", "tls_key", "tls_ca")}
+        if all(value is None for value in tls.values()):
+            return ()
+        return [
+            Violation(name, "is missing: certificate, key and authorities go together")
+            for name, value in tls.items()
+            if value is None
+        ]
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether this process encrypts, and proves itself to others."""
+        return self.tls_certificate is not None
 
 
 @dataclass(frozen=True)
@@ -173,6 +195,75 @@ class ServerConfig(ServiceConfig):
     idle_connection_s: float = option(
         60.0, "Time after which a connection without a call is closed.", check=at_least(1)
     )
+    insecure: bool = option(
+        False,
+        "Serve beyond this machine although there are no keys: whoever reaches it may do anything.",
+        common=True,
+    )
+
+    def violations(self) -> Sequence[Violation]:
+        """Whoever is reached from elsewhere needs keys."""
+        found = list(super().violations())
+        if not (self.has_keys or self.insecure or is_loopback(self.listen)):
+            found.append(
+                Violation(
+                    "listen",
+                    f"{self.listen!r} is reached from other machines, and without keys whoever "
+                    f"reaches it may do anything; {self._remedy()}, listen on 127.0.0.1, or say "
+                    "--insecure on a network that nobody else is in",
+                )
+            )
+        return found
+
+    def _remedy(self) -> str:
+        return "give --tls-certificate, --tls-key and --tls-ca (`phalanx certs init` makes them)"
+
+
+@dataclass(frozen=True)
+class TokensConfig(ServerConfig):
+    """What a service takes in addition that people call, and not only nodes."""
+
+    tokens: Path | None = option(
+        None,
+        "File with the hashes of the tokens of people; it is read again when it changes.",
+        common=True,
+    )
+    public_listen: str = option(
+        "",
+        "Address where people need no certificate, only a token; empty: they need both.",
+        check=_optional_address,
+    )
+
+    def violations(self) -> Sequence[Violation]:
+        """Certificates and tokens go together: nobody could call with one of them alone."""
+        found = list(super().violations())
+        if self.has_keys and self.tokens is None:
+            found.append(
+                Violation(
+                    "tokens",
+                    "is missing: with certificates people need tokens (`phalanx token create` "
+                    "makes the file)",
+                )
+            )
+        elif self.tokens is not None and not self.has_keys:
+            found.append(
+                Violation(
+                    "tokens",
+                    "needs --tls-certificate, --tls-key and --tls-ca: a token that is sent in the "
+                    "clear is anybody's (`phalanx certs init` makes them)",
+                )
+            )
+        if self.public_listen and not self.has_keys:
+            found.append(
+                Violation("public_listen", "is for clusters with keys; without, use --listen")
+            )
+        return found
+
+    def _remedy(self) -> str:
+        return (
+            "give --tls-certificate, --tls-key and --tls-ca (`phalanx certs init` makes them) and "
+            "--tokens (`phalanx token create`)"
+        )
 
 
 def parse(
@@ -276,8 +367,10 @@ def _parser(
         shown = "required" if item.metadata["required"] else f"default: {_shown(item.default)}"
         variable = _variables(config_class, item)[-1]
         help = f"{item.metadata['help']} ({shown}; {variable})".replace("%", "%%")
+        # A switch may stand alone: `--insecure` is `--insecure true`.
+        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if hints[item.name] is bool else {}
         parser.add_argument(
-            _flag(item.name), dest=item.name, metavar="VALUE", help=help, action=action
+            _flag(item.name), dest=item.name, metavar="VALUE", help=help, action=action, **alone
         )
     return parser
 

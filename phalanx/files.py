@@ -18,16 +18,20 @@ def is_too_long(path: str) -> bool:
     return name_bytes > NAME_LIMIT_BYTES or len(path.encode()) > PATH_LIMIT_BYTES
 
 
-def replace_content(path: Path, content: bytes) -> None:
+def replace_content(path: Path, content: bytes, *, mode: int | None = None) -> None:
     """Give a file this content at once: readers see the old file or the whole new one.
 
-    Several threads and processes may write the same file; one of them wins.
+    With a `mode` it has these permissions before a byte of the content is in it. Several threads
+    and processes may write the same file; one of them wins.
 
     Raises:
         OSError: it cannot be written; then the old file is as it was and nothing is left behind.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        if mode is not None:
+            partial.touch(mode=mode, exist_ok=False)
+            partial.chmod(mode)
         partial.write_bytes(content)
         partial.replace(path)
     except BaseException:

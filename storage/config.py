@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from phalanx.config import ServerConfig, absolute_paths, address, at_least, option
+from phalanx.config import TokensConfig, absolute_paths, address, at_least, option
 
 
 @dataclass(frozen=True)
-class StorageConfig(ServerConfig):
+class StorageConfig(TokensConfig):
     """Keeps everything that must survive: journals, leases, checkpoints, data sets and models."""
 
     service: ClassVar[str] = "storage"

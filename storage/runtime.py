@@ -5,6 +5,7 @@ import contextlib
 import os
 
 from phalanx.errors import PhalanxError
+from phalanx.rpc.credentials import ServerKeys
 from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.process import announce
 from phalanx.rpc.server import FIXED_WINDOWS, Server
@@ -54,6 +55,8 @@ class StorageProcess:
             registry=registry,
             limits=ServerLimits.of(config),
             options=FIXED_WINDOWS,
+            keys=ServerKeys.of(config, config.tokens),
+            public_listen=config.public_listen,
         )
         self.operations = Operations("embedded", metrics)
         self.backend: Backend = open_embedded_backend(

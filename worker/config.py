@@ -68,7 +68,8 @@ class WorkerConfig(ServerConfig):
 
     def violations(self) -> Sequence[Violation]:
         """Labels need a name and a value; a slot needs room for Python itself."""
-        found = [
+        found = list(super().violations())
+        found += [
             Violation("labels", f"{text!r} is not of the form name=value")
             for text in self.labels
             if not text.partition("=")[0] or "=" not in text

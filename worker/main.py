@@ -12,6 +12,7 @@ from phalanx.clients.storage import StorageClient
 from phalanx.config import parse
 from phalanx.data.reader import OPEN_CHUNKS
 from phalanx.rpc.buffers import reuse_large_buffers
+from phalanx.rpc.credentials import ClientKeys, ServerKeys
 from phalanx.rpc.limits import ServerLimits, raise_open_files
 from phalanx.rpc.patience import Patience, insist
 from phalanx.rpc.process import announce, run_service
@@ -30,8 +31,9 @@ _PATIENCE = Patience(first_s=0.1, longest_s=2.0)
 class Transfers:
     """Blobs from and to storage; waits for as long as storage is away or takes no more calls."""
 
-    def __init__(self, address: str | None) -> None:
-        self._client = StorageClient(address) if address is not None else None
+    def __init__(self, address: str | None, keys: ClientKeys | None = None) -> None:
+        self._keys = keys
+        self._client = StorageClient(address, keys=keys) if address is not None else None
         self._known = asyncio.Event()
         if self._client is not None:
             self._known.set()
@@ -39,7 +41,7 @@ class Transfers:
     def found(self, address: str) -> None:
         """Control says where storage is; an address from the settings is not replaced."""
         if self._client is None:
-            self._client = StorageClient(address)
+            self._client = StorageClient(address, keys=self._keys)
             self._known.set()
 
     async def to_file(self, digest: str, path: Path) -> None:
@@ -71,10 +73,11 @@ async def serve(
 ) -> None:
     """Run a worker until `stop` is set or control has drained it."""
     registry = new_registry()
-    blobs = Transfers(config.storage[0] if config.storage else None)
+    keys = ClientKeys.of(config)
+    blobs = Transfers(config.storage[0] if config.storage else None, keys)
     metrics = WorkerMetrics(registry)
     session = Session(
-        config, metrics, blobs.to_file, blobs.found, leaves, blobs.store, blobs.client
+        config, metrics, blobs.to_file, blobs.found, leaves, blobs.store, blobs.client, keys
     )
     server = Server(
         listen=config.listen,
@@ -83,6 +86,7 @@ async def serve(
         reflection=config.reflection,
         registry=registry,
         limits=ServerLimits.of(config),
+        keys=ServerKeys.of(config),
     )
     MemberExchange(session.served).add_to(server.raw)
     try:

@@ -17,6 +17,7 @@ from coordinator.aggregation.core.machine import stale_term
 from coordinator.aggregation.hosting import HostedJob
 from phalanx.errors import Internal, InvalidArgument, PhalanxError, Unavailable
 from phalanx.frames import decode_request, encode_response
+from phalanx.keys.caller import current_caller
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import aggregation_service_pb2 as pb
 
@@ -89,6 +90,7 @@ async def _hello(context: Any) -> pb.ExchangeHello:
     header, _ = decode_request(data)
     if header.WhichOneof("message") != "hello":
         raise InvalidArgument("the first message of an exchange stream must be a hello")
+    current_caller().check_member(header.hello.worker_id)
     return header.hello
 
 

@@ -29,6 +29,7 @@ from phalanx import numeric_fingerprint
 from phalanx.clients.storage import StorageClient
 from phalanx.errors import Internal, PhalanxError, ResourceExhausted
 from phalanx.ids import new_incarnation
+from phalanx.rpc.credentials import ClientKeys, ServerKeys
 from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.member_session import MemberSession, Refused
 from phalanx.rpc.patience import insist
@@ -59,6 +60,7 @@ async def serve(config: AggregatorConfig, stop: asyncio.Event) -> None:
         service_names=[SERVICE, TASK_SERVICE],
         reflection=config.reflection,
         limits=ServerLimits.of(config),
+        keys=ServerKeys.of(config),
     )
     aggregator = Aggregator(
         config, AggregatorMetrics(server.registry), numeric_fingerprint.compute()
@@ -89,6 +91,7 @@ class Aggregator:
         self, config: AggregatorConfig, metrics: AggregatorMetrics, fingerprint: str
     ) -> None:
         self._config = config
+        self._keys = ClientKeys.of(config)
         self._fingerprint = fingerprint
         self._metrics = metrics
         self._id = config.id
@@ -104,7 +107,12 @@ class Aggregator:
         if config.storage:
             self._storage_found(config.storage[0])
         self._session = MemberSession(
-            config.control, self._hello, self._heartbeat, self._on_message, self._on_open
+            config.control,
+            self._hello,
+            self._heartbeat,
+            self._on_message,
+            self._on_open,
+            self._keys,
         )
 
     def find(self, job_id: str) -> HostedJob | None:
@@ -187,7 +195,7 @@ class Aggregator:
                 self._command(message.job_command)
 
     def _storage_found(self, address: str) -> None:
-        self._storage = StorageClient(address)
+        self._storage = StorageClient(address, keys=self._keys)
         self._storage_known.set()
 
     # -- ranges

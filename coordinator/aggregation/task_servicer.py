@@ -12,6 +12,7 @@ from coordinator.aggregation.core.dispatch.events import Reported, WorkerOpened
 from coordinator.aggregation.core.machine import stale_term
 from coordinator.aggregation.tasks import HostedTasks, Outbox
 from phalanx.errors import InvalidArgument, Unavailable
+from phalanx.keys.caller import current_caller
 from phalanx.v1 import task_service_pb2 as pb
 from phalanx.v1 import task_service_pb2_grpc as pb_grpc
 
@@ -66,6 +67,7 @@ async def _hello(context: Any) -> pb.WorkHello:
     if request is grpc.aio.EOF or not request.HasField("hello"):
         raise InvalidArgument("the first message of a stream of tasks must be a hello")
     hello: pb.WorkHello = request.hello
+    current_caller().check_member(hello.worker_id)
     return hello
 
 

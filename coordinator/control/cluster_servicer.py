@@ -12,6 +12,7 @@ from coordinator.control.core import events as ev
 from coordinator.control.core.views import cluster_view, worker_view
 from coordinator.control.job_servicer import remember
 from coordinator.control.paging import Page
+from coordinator.control.visibility import hide_jobs, is_visible
 from phalanx.errors import InvalidArgument, Unavailable, Violation
 from phalanx.rpc.types import ServicerContext
 from phalanx.v1 import cluster_service_pb2 as pb
@@ -35,6 +36,12 @@ class ClusterServicer(pb_grpc.ClusterServiceServicer):
         """Return the cluster at a glance."""
         leader = self._process.leading()
         view = cluster_view(leader.core)
+        facts = leader.core.facts
+        for worker in view.workers:
+            hide_jobs(facts, worker)
+        for aggregator in view.aggregators:
+            shown = [each for each in aggregator.job_ids if is_visible(facts, each)]
+            aggregator.job_ids[:] = shown
         view.version = phalanx.__version__
         view.leader = self._process.config.id
         view.storage_address = client_storage_address(self._process.config)
@@ -52,7 +59,7 @@ class ClusterServicer(pb_grpc.ClusterServiceServicer):
         taken, following = page.take(
             core.workers.values(), lambda worker: (-worker.join_unix_nanos, worker.id)
         )
-        workers = [worker_view(core, worker) for worker in taken]
+        workers = [hide_jobs(core.facts, worker_view(core, worker)) for worker in taken]
         return pb.ListWorkersResponse(
             workers=workers, next_page_token=following, incomplete=incomplete
         )
@@ -89,7 +96,8 @@ class ClusterServicer(pb_grpc.ClusterServiceServicer):
                 wake.clear()
                 async for event in leader.event_log.read(position):
                     position = event.sequence
-                    if not request.job_id or event.job_id == request.job_id:
+                    wanted = not request.job_id or event.job_id == request.job_id
+                    if wanted and is_visible(leader.core.facts, event.job_id):
                         yield pb.ListEventsResponse(event=event)
                 if not request.follow:
                     if incomplete := leader.incomplete():

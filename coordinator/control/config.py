@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from coordinator.control.core.quotas import Quotas
 from coordinator.control.core.state import CoreConfig
-from phalanx.config import ServerConfig, address, at_least, option, positive
+from phalanx.addresses import is_loopback
+from phalanx.config import TokensConfig, address, at_least, option, positive
 from phalanx.errors import InvalidArgument, Violation
 
 
@@ -17,7 +18,7 @@ def _optional_address(value: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class ControlConfig(ServerConfig):
+class ControlConfig(TokensConfig):
     """Leads the cluster: who is in it, who does what, what became of each job."""
 
     service: ClassVar[str] = "control"
@@ -70,11 +71,13 @@ class ControlConfig(ServerConfig):
     )
 
     def violations(self) -> Sequence[Violation]:
-        """Check that a lease covers a few heartbeats."""
+        """Check also that a lease covers a few heartbeats."""
+        found = list(super().violations())
         if self.lease_ttl_s < 2 * self.heartbeat_interval_s:
             shortest = 2 * self.heartbeat_interval_s
-            return (Violation("lease_ttl_s", f"must be at least two heartbeats, {shortest:g} s"),)
-        return ()
+            text = f"must be at least two heartbeats, {shortest:g} s"
+            found.append(Violation("lease_ttl_s", text))
+        return found
 
     def core(self) -> CoreConfig:
         """Return what the core needs to know."""
@@ -92,9 +95,9 @@ class ControlConfig(ServerConfig):
         )
 
     def code_allowed(self) -> bool:
-        """Whether jobs may bring their own code: only where nobody else can reach this process."""
-        host = self.listen.rpartition(":")[0].strip("[]")
-        return host in {"localhost", "::1"} or host.startswith("127.")
+        """Whether jobs may bring their own code: where tokens say whose may, or nobody else can
+        reach this process."""
+        return self.has_keys or is_loopback(self.listen)
 
 
 def client_storage_address(config: ControlConfig) -> str:

@@ -19,7 +19,9 @@ from google.protobuf.message_factory import GetMessageClass
 
 from coordinator.control.store import Store
 from phalanx.errors import PhalanxError, Unavailable
+from phalanx.keys.caller import Service
 from phalanx.rpc.channel import open_channel
+from phalanx.rpc.credentials import ClientKeys
 from phalanx.rpc.status import from_rpc_error
 from phalanx.rpc.types import Handler, ServicerContext
 from phalanx.telemetry.logs import get_logger
@@ -61,7 +63,13 @@ async def find_leader(store: Store, generation: int) -> str:
 class Forwarding(grpc.aio.ServerInterceptor):
     """Wraps the methods of `services`: they run here while `leads()`, else at the leader."""
 
-    def __init__(self, services: tuple[str, ...], leads: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        services: tuple[str, ...],
+        leads: Callable[[], bool],
+        keys: ClientKeys | None = None,
+    ) -> None:
+        self._keys = keys
         self._services = services
         self._leads = leads
         self._wrapped: dict[str, tuple[Handler, Handler]] = {}
@@ -74,7 +82,9 @@ class Forwarding(grpc.aio.ServerInterceptor):
             return
         old, self._channel, self._address = self._channel, None, address
         if address:
-            self._channel = open_channel(address, own_connection=True)
+            self._channel = open_channel(
+                address, keys=self._keys, service=Service.CONTROL, own_connection=True
+            )
             _log.info("forwards_calls", address=address)
         if old is not None:
             await old.close()
@@ -176,7 +186,10 @@ def _metadata(context: ServicerContext) -> list[tuple[str, str | bytes]]:
 
 
 def _as_called(context: ServicerContext) -> dict[str, Any]:
-    """The caller's deadline and metadata, marked as handed on."""
+    """The caller's deadline and metadata, a token among it, marked as handed on.
+
+    The leader asks who calls as this process did: nobody speaks for somebody else.
+    """
     passed = [
         (key, value)
         for key, value in _metadata(context)

@@ -21,6 +21,7 @@ from coordinator.control.core.views import job_view
 from coordinator.control.paging import Page
 from coordinator.control.submission import Submissions
 from coordinator.control.turns import Turns
+from coordinator.control.visibility import check_job
 from coordinator.control.watching import watch
 from phalanx.errors import (
     Aborted,
@@ -30,6 +31,7 @@ from phalanx.errors import (
     Violation,
 )
 from phalanx.ids import check_namespace
+from phalanx.keys.caller import current_caller
 from phalanx.rpc.types import ServicerContext
 from phalanx.tasks import is_task_set
 from phalanx.v1 import dataset_service_pb2, job_pb2
@@ -116,7 +118,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
         self, request: pb.GetJobRequest, context: ServicerContext
     ) -> pb.GetJobResponse:
         """Return one job."""
-        return pb.GetJobResponse(job=self._process.leading().job_view(request.job_id))
+        return pb.GetJobResponse(job=self._leader_for(request).job_view(request.job_id))
 
     async def ListJobs(
         self, request: pb.ListJobsRequest, context: ServicerContext
@@ -131,6 +133,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
             facts
             for facts in leader.durable.jobs.values()
             if (not request.namespace or facts.spec.namespace == request.namespace)
+            and current_caller().may_act_in(facts.spec.namespace)
             and (not request.states or facts.state in request.states)
             and all(facts.spec.labels.get(key) == request.labels[key] for key in request.labels)
         ]
@@ -205,7 +208,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
         """Show a job until it has ended."""
         if request.after_sequence < 0:
             raise _negative("after_sequence")
-        leader = self._process.leading()
+        leader = self._leader_for(request)
         async for update in watch(leader, request.job_id, request.after_sequence):
             yield update
 
@@ -213,7 +216,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
         self, request: pb.ReadJobLogsRequest, context: ServicerContext
     ) -> AsyncIterator[pb.ReadJobLogsResponse]:
         """Show the log of a job; with `follow` until it has ended and its last lines are here."""
-        leader = self._process.leading()
+        leader = self._leader_for(request)
         leader.job_view(request.job_id)
         after_nanos = request.after_time.ToNanoseconds() if request.HasField("after_time") else 0
         wake, position, enough_s = asyncio.Event(), 0, math.inf
@@ -243,7 +246,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
         self, request: pb.ReadTaskResultsRequest, context: ServicerContext
     ) -> AsyncIterator[pb.ReadTaskResultsResponse]:
         """Return what came of the tasks of a job so far."""
-        leader = self._process.leading()
+        leader = self._leader_for(request)
         job = leader.job_view(request.job_id)
         if not is_task_set(job.spec):
             text = f"job {request.job_id} is no set of tasks and has no results of tasks"
@@ -255,7 +258,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
         self, request: pb.ListJobMetricsRequest, context: ServicerContext
     ) -> pb.ListJobMetricsResponse:
         """Return the points of a job's metrics."""
-        leader = self._process.leading()
+        leader = self._leader_for(request)
         leader.job_view(request.job_id)
         if request.max_points < 0:
             raise _negative("max_points")
@@ -268,13 +271,19 @@ class JobServicer(pb_grpc.JobServiceServicer):
         )
         return pb.ListJobMetricsResponse(points=points, incomplete=incomplete)
 
+    def _leader_for(self, request: Any) -> Leader:
+        """Return the leadership, for a caller who may know of the job that a request names."""
+        leader = self._process.leading()
+        check_job(leader.core.facts, request.job_id)
+        return leader
+
     async def _call(
         self,
         method: str,
         request: Any,
         make: Callable[[int, RememberedRequest], ev.Event],
     ) -> Message:
-        leader = self._process.leading()
+        leader = self._leader_for(request)
         remembered = remember(method, request)
         return await leader.request(lambda token: make(token, remembered))
 
@@ -300,7 +309,10 @@ def _negative(field: str) -> InvalidArgument:
 
 
 def _submitter(context: ServicerContext) -> str:
-    """The host that a call came from; names come with authentication."""
+    """Who submits a job; where nobody has a name, from which host."""
+    caller = current_caller()
+    if not caller.open_cluster:
+        return caller.name
     kind, _, rest = context.peer().partition(":")
     return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else kind
 

@@ -18,6 +18,7 @@ from coordinator.control.sessions import CoordinationServicer
 from coordinator.control.store import Store
 from coordinator.control.submission import Submissions
 from phalanx.errors import Aborted, PhalanxError, Unavailable
+from phalanx.rpc.credentials import ClientKeys, ServerKeys
 from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.process import announce
 from phalanx.rpc.server import FIXED_WINDOWS, Server
@@ -51,7 +52,8 @@ class ControlProcess:
         self.config = config
         registry = new_registry()
         self.gauges = Gauges(ControlMetrics(registry))
-        self._forwarding = Forwarding(FORWARDED_SERVICES, lambda: self._leader is not None)
+        keys = ClientKeys.of(config)
+        self._forwarding = Forwarding(FORWARDED_SERVICES, lambda: self._leader is not None, keys)
         self.server = Server(
             listen=config.listen,
             metrics_listen=config.metrics_listen,
@@ -61,8 +63,10 @@ class ControlProcess:
             limits=ServerLimits.of(config),
             options=FIXED_WINDOWS,
             interceptors=[self._forwarding],
+            keys=ServerKeys.of(config, config.tokens),
+            public_listen=config.public_listen,
         )
-        self.store = Store(config.storage)
+        self.store = Store(config.storage, keys)
         self._leader: Leader | None = None
         self._announced = False
         self._followed = 0

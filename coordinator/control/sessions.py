@@ -12,9 +12,11 @@ from phalanx.errors import (
     DeadlineExceeded,
     Internal,
     InvalidArgument,
+    PermissionDenied,
     PhalanxError,
     ResourceExhausted,
 )
+from phalanx.keys.caller import Service, current_caller
 from phalanx.rpc.types import ServicerContext
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -38,6 +40,7 @@ class MemberSession:
         self.number = number
         self.queue: asyncio.Queue[pb.SessionResponse | PhalanxError | None] = asyncio.Queue()
         self.member_id = ""
+        self.caller = current_caller()
 
     def send(self, message: pb.SessionResponse) -> bool:
         """Queue a message; False if the member reads so slowly that the queue is full."""
@@ -61,11 +64,21 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self) -> MemberSession:
-        """Make room for a new session. Raises ResourceExhausted."""
+    def open(self, member_id: str) -> MemberSession:
+        """Make room for a new session. Raises ResourceExhausted; PermissionDenied where a caller
+        with another certificate has a session as this very member."""
         if len(self._open) >= SESSIONS_MAX:
             raise ResourceExhausted(f"there are {SESSIONS_MAX} sessions already; try again later")
         session = MemberSession(next(self._numbers))
+        session.member_id = member_id
+        there = () if session.caller.open_cluster else self._open.values()
+        for other in there:
+            if other.member_id == member_id and other.caller != session.caller:
+                raise PermissionDenied(
+                    f"{member_id!r} is here already, with another certificate than that of "
+                    f"{session.caller.name}",
+                    reason="NOT_THIS_MEMBER",
+                )
         self._open[session.number] = session
         return session
 
@@ -102,8 +115,7 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         event_of, member_id = await _hello(request_iterator)
         # Asked again: a leadership that ended meanwhile would keep the member for ever.
         leader = self._process.leading()
-        session = leader.sessions.open()
-        session.member_id = member_id
+        session = leader.sessions.open(member_id)
         reader = asyncio.create_task(self._read(leader, session, request_iterator))
         leader.dispatch(event_of(session.number))
         try:
@@ -162,10 +174,23 @@ async def _hello(request_iterator: AsyncIterator[pb.SessionRequest]):  # type: i
         raise InvalidArgument("the stream ended before the hello") from None
     if first.HasField("worker_hello"):
         worker = first.worker_hello
+        _check_is(Service.WORKER, worker.worker_id)
         return (lambda session: ev.WorkerConnected(session, worker)), worker.worker_id
     if first.HasField("aggregator_hello"):
         aggregator = first.aggregator_hello
+        _check_is(Service.AGGREGATOR, aggregator.aggregator_id)
         return (
             lambda session: ev.AggregatorConnected(session, aggregator)
         ), aggregator.aggregator_id
     raise InvalidArgument("the first message must be the hello of a worker or an aggregator")
+
+
+def _check_is(service: Service, member_id: str) -> None:
+    """Raise PermissionDenied where the caller's certificate is not that of such a member."""
+    caller = current_caller()
+    if not caller.open_cluster and service not in caller.services:
+        raise PermissionDenied(
+            f"the certificate of {caller.name} is none of a node of the kind {service}",
+            reason="ROLE_NOT_ALLOWED",
+        )
+    caller.check_member(member_id)

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import grpc.aio
 
 from phalanx.errors import Aborted, DeadlineExceeded, PhalanxError, Unavailable
+from phalanx.keys.caller import Service
 from phalanx.rpc.channel import ATTEMPTS, call_with_retry, open_channel
+from phalanx.rpc.credentials import ClientKeys
 from phalanx.rpc.patience import Patience, insist
 from phalanx.rpc.status import from_rpc_error
 from phalanx.telemetry.logs import get_logger
@@ -34,8 +36,8 @@ _log = get_logger(__name__)
 class Store:
     """Storage as control uses it. `fence` is set while this process leads."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = open_channel(address)
+    def __init__(self, address: str, keys: ClientKeys | None = None) -> None:
+        self._channel = open_channel(address, keys=keys, service=Service.STORAGE)
         self.storage = storage_service_pb2_grpc.StorageServiceStub(self._channel)
         self.datasets = dataset_service_pb2_grpc.DatasetServiceStub(self._channel)
         self.models = model_service_pb2_grpc.ModelServiceStub(self._channel)

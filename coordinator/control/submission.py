@@ -62,8 +62,9 @@ class Submissions:
         """
         if (spec.code.files or spec.code.wheels) and not self._config.code_allowed():
             raise PermissionDenied(
-                "this cluster listens beyond this machine and takes no code with jobs; install the "
-                "code on the workers, or use a cluster that listens on 127.0.0.1",
+                "this cluster is open to other machines without keys and takes no code with jobs; "
+                "give it certificates and tokens, install the code on the workers, or use a "
+                "cluster that listens on 127.0.0.1",
                 reason="CODE_NOT_ALLOWED",
                 violations=[Violation("code", "is not allowed on this cluster")],
             )

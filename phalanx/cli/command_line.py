@@ -6,7 +6,7 @@ Nothing here imports more than the interpreter has loaded anyway.
 import sys
 from collections.abc import Sequence
 
-WITH_VALUE = ("--address", "--namespace", "--token-file", "--ca", "--timeout")
+WITH_VALUE = ("--address", "--namespace", "--token-file", "--ca", "--cert", "--key", "--timeout")
 """The options before the command that take a value."""
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 if TYPE_CHECKING:
+    from phalanx.local.state import ClusterState
     from phalanx.sdk.cluster import Cluster
 
 
@@ -20,6 +22,10 @@ class Settings:
     namespace: str = "default"
     timeout_s: float = 30.0
     json: bool = False
+    token_file: str | None = None
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
 
     def command(self, *words: str) -> str:
         """Return the command line that people are told for another command on the same cluster."""
@@ -30,7 +36,29 @@ class Settings:
         """Return the cluster that the options name; nothing is dialled yet."""
         from phalanx.sdk.cluster import connect
 
-        return connect(self.address, namespace=self.namespace, timeout_s=self.timeout_s)
+        return connect(
+            self.address,
+            namespace=self.namespace,
+            timeout_s=self.timeout_s,
+            token=Path(self.token_file) if self.token_file is not None else None,
+            ca=self.ca,
+            certificate=self.certificate,
+            key=self.key,
+        )
+
+    def connect_local(self, state: ClusterState) -> Cluster:
+        """Return the cluster that runs on a state folder; its keys lie there."""
+        from phalanx.sdk.cluster import connect
+        from phalanx.sdk.keys import CA_FILE, TOKEN_FILE
+
+        keys = Path(state.keys_dir) if state.keys_dir else None
+        return connect(
+            state.address,
+            namespace=self.namespace,
+            timeout_s=self.timeout_s,
+            token=Path(self.token_file) if self.token_file else keys and keys / TOKEN_FILE,
+            ca=self.ca or (keys and keys / CA_FILE),
+        )
 
 
 def settings_of(context: typer.Context) -> Settings:

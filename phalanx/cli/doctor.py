@@ -8,9 +8,10 @@ import platform
 import shutil
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from phalanx.cli.context import Settings
 from phalanx.errors import PhalanxError
 from phalanx.sdk.discovery import DEFAULT_ADDRESS, resolve_addresses
 from phalanx.texts import number_of
@@ -40,7 +41,7 @@ class Check:
         return {"name": self.name, "state": state, "message": self.message, "advice": self.advice}
 
 
-def examine(state_dir: Path, address: str | None) -> list[Check]:
+def examine(state_dir: Path, settings: Settings) -> list[Check]:
     """Return all findings; takes a few seconds at most."""
     return [
         _python(),
@@ -52,7 +53,7 @@ def examine(state_dir: Path, address: str | None) -> list[Check]:
         _disk(state_dir),
         _port(),
         *_proxy(),
-        _cluster(address),
+        _cluster(settings),
     ]
 
 
@@ -151,13 +152,12 @@ def _proxy() -> list[Check]:
     return [Check("proxy", OK, f"{', '.join(names)} is set; Phalanx does not use it")]
 
 
-def _cluster(address: str | None) -> Check:
-    from phalanx.sdk.cluster import connect
-
+def _cluster(settings: Settings) -> Check:
+    address = settings.address
     shown = address or ""
     try:
         shown = ",".join(resolve_addresses(address))
-        with connect(address, timeout_s=_PROBE_TIMEOUT_S) as cluster:
+        with replace(settings, timeout_s=_PROBE_TIMEOUT_S).connect() as cluster:
             found = cluster.describe()
     except PhalanxError as error:
         # Only a cluster that was asked for must be there.

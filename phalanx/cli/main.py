@@ -23,13 +23,14 @@ from phalanx.cli.commands import (
     data,
     insight,
     jobs,
+    keys,
     models,
     results,
     services,
 )
 from phalanx.cli.context import Settings
 from phalanx.cli.errors import EXIT_OF_CODE, Exit, file_error, show_error
-from phalanx.errors import IncompleteWarning, InvalidArgument, PhalanxError, Unimplemented
+from phalanx.errors import IncompleteWarning, InvalidArgument, PhalanxError
 from phalanx.ids import check_namespace
 
 EPILOG = "Start with: phalanx up   ·   Help on one command: phalanx COMMAND --help"
@@ -68,11 +69,18 @@ def global_options(
         str, typer.Option(metavar="N", help="Keeps jobs, data and models apart.")
     ] = "default",
     token_file: Annotated[
-        str | None, typer.Option(metavar="F", help="Not yet: file with an access token.")
+        str | None,
+        typer.Option(metavar="F", help="File with your token. Default: $PHALANX_TOKEN_FILE."),
     ] = None,
     ca: Annotated[
-        str | None, typer.Option(metavar="F", help="Not yet: certificates to trust, PEM.")
+        str | None,
+        typer.Option(metavar="F", help="Authority to trust, PEM. Default: $PHALANX_CA."),
     ] = None,
+    cert: Annotated[
+        str | None,
+        typer.Option(metavar="F", help="Your certificate, for ports that ask for one."),
+    ] = None,
+    key: Annotated[str | None, typer.Option(metavar="F", help="Key of your certificate.")] = None,
     timeout: Annotated[
         float, typer.Option(metavar="S", min=0.1, help="Longest wait for one answer, seconds.")
     ] = 30.0,
@@ -91,14 +99,17 @@ def global_options(
     [bold]Try it:[/bold] phalanx up --detach · phalanx data add NAME FILE ·
     phalanx submit job.yaml · phalanx watch JOB · phalanx down
     """
-    for option, value in (("--token-file", token_file), ("--ca", ca)):
-        if value is not None:
-            raise Unimplemented(
-                f"{option} is not carried out by this version: connections are neither encrypted "
-                "nor authenticated yet; leave it out and keep the cluster on the loopback interface"
-            )
     check_namespace(namespace, "--namespace")
-    context.obj = Settings(address=address, namespace=namespace, timeout_s=timeout, json=json)
+    context.obj = Settings(
+        address=address,
+        namespace=namespace,
+        timeout_s=timeout,
+        json=json,
+        token_file=token_file,
+        ca=ca,
+        certificate=cert,
+        key=key,
+    )
 
 
 cluster.register_start(app)
@@ -110,6 +121,7 @@ insight.register(app)
 results.register(app)
 cluster.register(app)
 chaos.register(app)
+keys.register(app)
 services.register(app)
 
 

@@ -12,7 +12,9 @@ from phalanx.clients.blob_transfers import STREAM_TIMEOUT_S, BlobTransfers
 from phalanx.clients.journal_appender import JournalAppender
 from phalanx.errors import Aborted, InvalidArgument, NotFound
 from phalanx.ids import new_request_id
+from phalanx.keys.caller import Service
 from phalanx.rpc.channel import ATTEMPTS, MESSAGE_LIMIT_BYTES, call_with_retry, open_channel
+from phalanx.rpc.credentials import ClientKeys
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import dataset_service_pb2_grpc as dataset_grpc
 from phalanx.v1 import model_service_pb2 as model_pb
@@ -47,6 +49,8 @@ class Acquired(NamedTuple):
 class StorageClient:
     """Speaks to storage at ``address`` (HOST:PORT); use it in one event loop and close it.
 
+    With ``keys`` it is encrypted; the certificate must be that of ``service``, or of the host.
+
     Every call has a deadline: its ``timeout_s``, or that of the client. UNAVAILABLE is retried
     within it, at most ``attempts`` times, where doing a thing twice is harmless; that is all but
     appending "whatever is next" and uploading a one-way stream. Raises PhalanxError.
@@ -59,11 +63,15 @@ class StorageClient:
         timeout_s: float = CALL_TIMEOUT_S,
         attempts: int = ATTEMPTS,
         own_connection: bool = False,
+        keys: ClientKeys | None = None,
+        service: Service | None = Service.STORAGE,
     ) -> None:
         self.address = address
         self._timeout_s = timeout_s
         self._attempts = attempts
-        self._channel: grpc.aio.Channel = open_channel(address, own_connection=own_connection)
+        self._channel: grpc.aio.Channel = open_channel(
+            address, keys=keys, service=service, own_connection=own_connection
+        )
         self._storage = pb_grpc.StorageServiceStub(self._channel)
         self._datasets = dataset_grpc.DatasetServiceStub(self._channel)
         self._models = model_grpc.ModelServiceStub(self._channel)

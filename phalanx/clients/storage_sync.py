@@ -14,6 +14,7 @@ from phalanx.clients.blob_sources import BlobSource
 from phalanx.clients.storage_async import CALL_TIMEOUT_S, BlobSize, StorageClient
 from phalanx.errors import FailedPrecondition
 from phalanx.rpc.channel import ATTEMPTS
+from phalanx.rpc.credentials import ClientKeys
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import model_service_pb2 as model_pb
 from phalanx.v1 import storage_service_pb2 as pb
@@ -25,7 +26,12 @@ class SyncStorageClient:
     """Does what ``StorageClient`` does, blocking; see there for each method. Close it."""
 
     def __init__(
-        self, address: str, *, timeout_s: float = CALL_TIMEOUT_S, attempts: int = ATTEMPTS
+        self,
+        address: str,
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+        attempts: int = ATTEMPTS,
+        keys: ClientKeys | None = None,
     ) -> None:
         self.address = address
         self._loop = asyncio.new_event_loop()
@@ -36,7 +42,13 @@ class SyncStorageClient:
 
         async def open_client() -> StorageClient:
             return StorageClient(
-                address, timeout_s=timeout_s, attempts=attempts, own_connection=True
+                address,
+                timeout_s=timeout_s,
+                attempts=attempts,
+                own_connection=True,
+                keys=keys,
+                # People dial a host, and that is who must answer.
+                service=None,
             )
 
         try:

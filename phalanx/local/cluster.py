@@ -17,6 +17,7 @@ from phalanx.sdk import arguments
 from phalanx.sdk.backend import Backend, RemoteBackend
 from phalanx.sdk.cluster import Cluster
 from phalanx.sdk.discovery import parse_addresses
+from phalanx.sdk.keys import resolve_keys
 
 
 class LocalCluster(Cluster):
@@ -32,9 +33,10 @@ class LocalCluster(Cluster):
     ``state`` is a folder that outlives the cluster; without it everything is gone at the end,
     models included. ``port`` is control's, by default a free one. ``slots`` are leaf processes per
     worker. ``link_roots`` are the folders below which files may lie that ``data.add`` links; with
-    ``workers=0`` any file may. ``environment`` is added to that of all processes. Raises
-    FailedPrecondition when a port or the folder is taken, and DeadlineExceeded when it is not ready
-    after ``timeout_s``.
+    ``workers=0`` any file may. ``environment`` is added to that of all processes. A
+    ``secure`` one has keys, in the folder ``keys`` of its state; this object has the token of an
+    administrator. Raises FailedPrecondition when a port or the folder is taken, and
+    DeadlineExceeded when it is not ready after ``timeout_s``.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class LocalCluster(Cluster):
         namespace: str = "default",
         link_roots: Sequence[str | PathLike[str]] = (),
         environment: Mapping[str, str] | None = None,
+        secure: bool = False,
         timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         counts = {
@@ -80,6 +83,7 @@ class LocalCluster(Cluster):
                     port=port,
                     link_roots=tuple(Path(root) for root in link_roots),
                     environment=environment or {},
+                    secure=secure,
                 )
                 self._supervisor = Supervisor.launch(options, timeout_s)
             backend = self._open_backend()
@@ -92,7 +96,8 @@ class LocalCluster(Cluster):
 
     def _open_backend(self) -> Backend:
         if self._supervisor is not None:
-            return RemoteBackend(parse_addresses(self._supervisor.address))
+            keys = resolve_keys(self._supervisor.options.keys_dir, environ={})
+            return RemoteBackend(parse_addresses(self._supervisor.address), keys=keys)
         from phalanx.sdk.in_process import InProcessBackend
 
         return InProcessBackend(self.state_dir)

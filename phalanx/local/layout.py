@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from phalanx.local.keys import TOKENS_FILE
 from phalanx.local.members import MemberPlan
 from phalanx.local.options import HOST, LocalOptions
 from phalanx.local.ports import check_free, free_ports
+from phalanx.sdk.keys import CA_FILE
 
 CONTROL, AGGREGATOR, WORKER, STORAGE = "control", "aggregator", "worker", "storage"
 IMPORTS = {
@@ -31,6 +33,10 @@ class Layout:
     storage_address: str
     control_addresses: tuple[str, ...]
     aggregator_addresses: tuple[str, ...]
+    public_storage_address: str = ""
+    public_control_addresses: tuple[str, ...] = ()
+    """Where people call a cluster with keys, and need a token only; without keys there are no such
+    addresses of their own."""
 
     @classmethod
     def choose(cls, options: LocalOptions) -> "Layout":
@@ -40,16 +46,31 @@ class Layout:
         """
         if options.port:
             check_free(options.port)
-        ports = free_ports(1 + options.controls + options.aggregators)
+        dialled = 1 + options.controls
+        ports = free_ports(dialled + options.aggregators + (dialled if options.secure else 0))
         if options.port:
-            ports[1] = options.port
+            # Of the first control process, where people dial it.
+            ports[-options.controls if options.secure else 1] = options.port
         addresses = [f"{HOST}:{port}" for port in ports]
+        members = dialled + options.aggregators
         return cls(
             options=options,
             storage_address=addresses[0],
-            control_addresses=tuple(addresses[1 : 1 + options.controls]),
-            aggregator_addresses=tuple(addresses[1 + options.controls :]),
+            control_addresses=tuple(addresses[1:dialled]),
+            aggregator_addresses=tuple(addresses[dialled:members]),
+            public_storage_address=addresses[members] if options.secure else "",
+            public_control_addresses=tuple(addresses[members + 1 :]),
         )
+
+    @property
+    def client_addresses(self) -> tuple[str, ...]:
+        """Where people reach control."""
+        return self.public_control_addresses or self.control_addresses
+
+    @property
+    def client_storage_address(self) -> str:
+        """Where people reach storage."""
+        return self.public_storage_address or self.storage_address
 
     def members(self) -> list[MemberPlan]:
         """Return the plans of all members, in the order in which they shall start."""
@@ -77,14 +98,17 @@ class Layout:
         ]
         for root in self.options.link_roots:
             arguments += ["--link-root", str(root.absolute())]
+        arguments += self._tokens(self.public_storage_address)
         return self._plan(STORAGE, "storage", arguments)
 
     def _control(self, index: int) -> MemberPlan:
         arguments = [
             *("coordinator", "control", "--listen", self.control_addresses[index]),
             *("--storage", self.storage_address),
-            *("--public-address", self.storage_address),
+            *("--public-address", self.client_storage_address),
         ]
+        if self.public_control_addresses:
+            arguments += self._tokens(self.public_control_addresses[index])
         return self._plan(CONTROL, f"control-{index + 1}", arguments)
 
     def _aggregator(self, index: int) -> MemberPlan:
@@ -95,11 +119,27 @@ class Layout:
         ]
         return self._plan(AGGREGATOR, f"aggregator-{index + 1}", arguments)
 
+    def _tokens(self, public_listen: str) -> list[str]:
+        keys_dir = self.options.keys_dir
+        if keys_dir is None:
+            return []
+        return ["--tokens", str(keys_dir / TOKENS_FILE), "--public-listen", public_listen]
+
+    def _tls(self, role: str) -> list[str]:
+        keys_dir = self.options.keys_dir
+        if keys_dir is None:
+            return []
+        return [
+            *("--tls-certificate", str(keys_dir / f"{role}.pem")),
+            *("--tls-key", str(keys_dir / f"{role}.key")),
+            *("--tls-ca", str(keys_dir / CA_FILE)),
+        ]
+
     def _plan(self, role: str, id: str, arguments: Sequence[str]) -> MemberPlan:
         return MemberPlan(
             role=role,
             id=id,
-            arguments=(*arguments, "--log-level", self.options.log_level),
+            arguments=(*arguments, *self._tls(role), "--log-level", self.options.log_level),
             log=self._state_dir / "logs" / f"{id}.log",
             announce=self._state_dir / "run" / f"{id}.json",
             imports=IMPORTS[role],

@@ -17,7 +17,8 @@ class LocalOptions:
 
     ``port`` is control's; 0 takes a free one, as all other processes do. ``slots`` are leaf
     processes per worker; None shares the cores out. ``link_roots`` are the folders below which
-    linked files may lie. ``environment`` is added to that of every process.
+    linked files may lie. ``environment`` is added to that of every process. A ``secure`` cluster
+    has keys, in the folder ``keys`` of its state.
     """
 
     state_dir: Path
@@ -29,6 +30,7 @@ class LocalOptions:
     log_level: str = "info"
     link_roots: tuple[Path, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    secure: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("workers", 0), ("aggregators", 1), ("controls", 1)):
@@ -45,6 +47,11 @@ class LocalOptions:
                 raise InvalidArgument(f"link_roots: {root} has a comma, which separates folders")
         if not 0 <= self.port <= 65535:
             raise InvalidArgument(f"port is {self.port}; it must be 0 to 65535")
+
+    @property
+    def keys_dir(self) -> Path | None:
+        """Where the keys are; None: the cluster has none."""
+        return self.state_dir.absolute() / "keys" if self.secure else None
 
     @property
     def slots_per_worker(self) -> int:

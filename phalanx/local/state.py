@@ -44,6 +44,8 @@ class ClusterState:
     start_unix_s: float
     ready: bool
     members: tuple[Member, ...]
+    keys_dir: str = ""
+    """Where the keys of a cluster with keys are."""
 
 
 def write_state(state_dir: Path, state: ClusterState) -> None:

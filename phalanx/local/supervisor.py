@@ -20,6 +20,7 @@ from typing import IO, TypeVar
 import phalanx
 from phalanx.errors import DeadlineExceeded, FailedPrecondition, NotFound, PhalanxError, Unavailable
 from phalanx.local.forks import ForkServer
+from phalanx.local.keys import make_keys
 from phalanx.local.layout import WORKER, Layout
 from phalanx.local.members import MemberPlan, MemberProcess
 from phalanx.local.options import LocalOptions
@@ -90,7 +91,7 @@ class Supervisor:
     @property
     def address(self) -> str:
         """Where clients reach the cluster; several control processes are a comma separated list."""
-        return ",".join(self.layout.control_addresses)
+        return ",".join(self.layout.client_addresses)
 
     def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Start all processes and return once each has said that it is ready.
@@ -107,6 +108,7 @@ class Supervisor:
         remove_state(self.options.state_dir)
         for folder in ("logs", "run", "cache"):
             (self.options.state_dir / folder).mkdir(exist_ok=True)
+        self._make_keys()
         self._thread.start()
         try:
             self._ready.result(timeout_s)
@@ -309,6 +311,15 @@ class Supervisor:
                     member.wait(time.monotonic() + STOP_S)
                     break
 
+    def _make_keys(self) -> None:
+        if self.options.keys_dir is not None:
+            try:
+                make_keys(self.options.keys_dir)
+            except BaseException:
+                self._release()
+                self._close_pipe()
+                raise
+
     def _release(self) -> None:
         if self._lock_file is not None:
             remove_state(self.options.state_dir)
@@ -326,11 +337,12 @@ class Supervisor:
         state = ClusterState(
             pid=os.getpid(),
             address=self.address,
-            storage_address=self.layout.storage_address,
+            storage_address=self.layout.client_storage_address,
             version=phalanx.__version__,
             start_unix_s=self._start_unix_s,
             ready=self._ready.done() if ready is None else ready,
             members=tuple(member.describe() for member in self._members),
+            keys_dir=str(self.options.keys_dir or ""),
         )
         try:
             write_state(self.options.state_dir, state)

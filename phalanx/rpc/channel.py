@@ -14,6 +14,9 @@ import grpc
 import grpc.aio
 
 from phalanx.errors import InvalidArgument, PhalanxError, Unavailable
+from phalanx.keys.caller import Service
+from phalanx.rpc.credentials import ClientKeys, expected_name
+from phalanx.rpc.renewed import RenewedChannel
 from phalanx.rpc.status import from_rpc_error
 
 MESSAGE_LIMIT_BYTES = 4 * 1024 * 1024
@@ -79,16 +82,37 @@ def target_of(address: str) -> str:
 
 
 def open_channel(
-    address: str, *, own_connection: bool = False, extra: Iterable[tuple[str, Any]] = ()
+    address: str,
+    *,
+    keys: ClientKeys | None = None,
+    service: Service | None = None,
+    own_connection: bool = False,
+    extra: Iterable[tuple[str, Any]] = (),
 ) -> grpc.aio.Channel:
-    """Open a channel for asyncio; close it with ``await channel.close()``."""
-    options = channel_options(own_connection=own_connection, extra=extra)
-    return grpc.aio.insecure_channel(target_of(address), options=options)
+    """Open a channel for asyncio; close it with ``await channel.close()``.
+
+    With ``keys`` it is encrypted, and only a ``service`` of the same authority is talked to;
+    without a ``service`` the certificate must be that of the host.
+    """
+    target = target_of(address)
+    if keys is None:
+        options = channel_options(own_connection=own_connection, extra=extra)
+        return grpc.aio.insecure_channel(target, options=options)
+    options = channel_options(
+        own_connection=own_connection, extra=[*extra, *expected_name(service)]
+    )
+    return RenewedChannel(
+        keys, lambda credentials: grpc.aio.secure_channel(target, credentials, options=options)
+    )
 
 
-def open_sync_channel(address: str) -> grpc.Channel:
+def open_sync_channel(
+    address: str, credentials: grpc.ChannelCredentials | None = None
+) -> grpc.Channel:
     """Open a channel for blocking callers (SDK and command line)."""
-    return grpc.insecure_channel(target_of(address), options=channel_options())
+    if credentials is None:
+        return grpc.insecure_channel(target_of(address), options=channel_options())
+    return grpc.secure_channel(target_of(address), credentials, options=channel_options())
 
 
 async def call_with_retry(

@@ -27,6 +27,9 @@ from phalanx.errors import (
     PhalanxError,
     Unavailable,
 )
+from phalanx.keys.caller import current_caller, set_caller
+from phalanx.keys.policy import Check, rule_of
+from phalanx.rpc.authentication import Gate
 from phalanx.rpc.limits import Admission
 from phalanx.rpc.status import to_rpc_status
 from phalanx.rpc.types import Handler, ServicerContext
@@ -48,8 +51,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every asyncio handler of a server; plain (thread pool) handlers pass untouched."""
 
     def __init__(
-        self, metrics: GrpcServerMetrics, admission: Admission, first_message_timeout_s: float
+        self,
+        metrics: GrpcServerMetrics,
+        admission: Admission,
+        first_message_timeout_s: float,
+        gate: Gate | None = None,
     ) -> None:
+        self._gate = gate
         self._metrics = metrics
         self._admission = admission
         self._first_message_timeout_s = first_message_timeout_s
@@ -83,15 +91,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if inspect.isasyncgenfunction(behaviour):
             behaviour = _written(behaviour)
         elif not inspect.iscoroutinefunction(behaviour):
+            if self._gate is not None:
+                raise TypeError(f"{method} has a plain handler, which would be open to everybody")
             return handler
         decode = handler.request_deserializer and _decoder(handler.request_deserializer, method)
         timeout_s = self._first_message_timeout_s
+        check = rule_of(method).check if self._gate is not None else None
         if handler.request_streaming:
             behaviour = _impatient(behaviour, timeout_s)
         else:
             # gRPC itself would answer bytes that are no message with UNKNOWN and the text of the
             # exception.
-            behaviour, decode = _of_one_message(behaviour, decode, timeout_s), None
+            behaviour, decode = _of_one_message(behaviour, decode, timeout_s, check), None
         make = (
             grpc.stream_stream_rpc_method_handler
             if handler.response_streaming
@@ -105,7 +116,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _guarded(self, behaviour: Behaviour, method: str) -> Behaviour:
         service, _, name = method.lstrip("/").rpartition("/")
-        metrics, admission = self._metrics, self._admission
+        metrics, admission, gate = self._metrics, self._admission, self._gate
+        rule = rule_of(method)
 
         async def guarded(request: Any, context: ServicerContext) -> Any:
             started = time.perf_counter()
@@ -118,6 +130,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 peer = context.peer()
                 admission.enter(peer)
                 connection = peer
+                if gate is not None:
+                    set_caller(gate.admit(method, rule, context))
                 response = await behaviour(request, context)
             except grpc.aio.AbortError:
                 ended(_code_set_by_handler(context))
@@ -155,8 +169,13 @@ def _decoder(deserializer: Decoder, method: str) -> Decoder:
     return decode
 
 
-def _of_one_message(behaviour: Behaviour, decode: Decoder | None, timeout_s: float) -> Behaviour:
-    """Return a handler of a stream that reads its one message, in time, and hands it on."""
+def _of_one_message(
+    behaviour: Behaviour, decode: Decoder | None, timeout_s: float, check: Check | None
+) -> Behaviour:
+    """Return a handler of a stream that reads its one message, in time, and hands it on.
+
+    `check` raises where what is in the message is not for its caller.
+    """
 
     async def read_one(_: Any, context: ServicerContext) -> Any:
         try:
@@ -166,7 +185,10 @@ def _of_one_message(behaviour: Behaviour, decode: Decoder | None, timeout_s: flo
             raise _silent(timeout_s) from None
         if data is grpc.aio.EOF:
             raise InvalidArgument("the call ended before its request", reason="NO_MESSAGE")
-        return await behaviour(decode(data) if decode else data, context)
+        request = decode(data) if decode else data
+        if check is not None:
+            check(current_caller(), request)
+        return await behaviour(request, context)
 
     return read_one
 

@@ -18,7 +18,9 @@ import grpc
 import grpc.aio
 
 from phalanx.errors import PhalanxError, Unavailable
+from phalanx.keys.caller import Service
 from phalanx.rpc.channel import open_channel
+from phalanx.rpc.credentials import ClientKeys
 from phalanx.rpc.status import from_rpc_error
 from phalanx.telemetry.logs import get_logger
 from phalanx.texts import number_of
@@ -90,7 +92,9 @@ class MemberSession:
         heartbeat: Callable[[], coordination.Heartbeat],
         on_message: Callable[[coordination.SessionResponse], None],
         on_open: Callable[[coordination.Welcome], None],
+        keys: ClientKeys | None = None,
     ) -> None:
+        self._keys = keys
         self._addresses = list(addresses)
         self._hello = hello
         self._heartbeat = heartbeat
@@ -157,7 +161,9 @@ class MemberSession:
 
     async def _once(self, address: str) -> tuple[bool, str]:
         """Run one session to its end: whether control welcomed the member, and why it ended."""
-        channel = open_channel(address, own_connection=True)
+        channel = open_channel(
+            address, keys=self._keys, service=Service.CONTROL, own_connection=True
+        )
         welcomed = False
         call: Any = None
         try:

@@ -23,7 +23,9 @@ from prometheus_client import CollectorRegistry
 
 from phalanx.addresses import explain_bind_failure, split_address
 from phalanx.rpc import health
+from phalanx.rpc.authentication import Gate
 from phalanx.rpc.channel import MESSAGE_LIMIT_BYTES, Options
+from phalanx.rpc.credentials import ServerKeys
 from phalanx.rpc.interceptors import CallInterceptor
 from phalanx.rpc.limits import Admission, ServerLimits, make_room_for_connections
 from phalanx.telemetry.http import MetricsServer
@@ -80,6 +82,9 @@ class Server:
     added; they get health states and are shown by reflection. ``registry`` is where the metrics of
     this process live; ``limits`` is what its peers may take up. ``interceptors`` come after the one
     that turns errors into statuses. Make it inside the event loop that runs it.
+
+    With ``keys`` callers need a certificate, and what each may do is said by ``phalanx.keys``; at
+    ``public_listen`` they need none and prove themselves by a token alone.
     """
 
     def __init__(
@@ -93,9 +98,12 @@ class Server:
         limits: ServerLimits = _DEFAULT_LIMITS,
         options: Iterable[tuple[str, Any]] = (),
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        keys: ServerKeys | None = None,
+        public_listen: str = "",
     ) -> None:
+        self._keys = keys
         self._listen = listen
-        self._host, _ = split_address(listen)
+        self._public_listen = public_listen
         self.registry = registry if registry is not None else new_registry()
         room = make_room_for_connections(limits)
         if room < limits.connections_max:
@@ -103,7 +111,10 @@ class Server:
             limits = replace(limits, connections_max=room)
         self.admission = Admission(limits)
         interceptor = CallInterceptor(
-            GrpcServerMetrics(self.registry), self.admission, limits.first_message_timeout_s
+            GrpcServerMetrics(self.registry),
+            self.admission,
+            limits.first_message_timeout_s,
+            Gate(keys.tokens) if keys is not None else None,
         )
         self.raw: grpc.aio.Server = grpc.aio.server(
             interceptors=[interceptor, *interceptors], options=server_options(options, limits)
@@ -116,6 +127,7 @@ class Server:
         if metrics_listen is not None:
             self._http = MetricsServer(metrics_listen, self.registry, self._health.serving)
         self.address = ""
+        self.public_address = ""
 
     @property
     def metrics_address(self) -> str:
@@ -128,15 +140,24 @@ class Server:
         Raises FailedPrecondition, naming the address, when it cannot be used. Health says "not
         serving" until ``set_serving``.
         """
-        try:
-            port = self.raw.add_insecure_port(self._listen)
-        except RuntimeError as error:
-            raise explain_bind_failure(self._listen) from error
+        address = self._bind(self._listen, mutual=True)
+        public = self._bind(self._public_listen, mutual=False) if self._public_listen else ""
         if self._http is not None:
             await self._http.start()
         await self.raw.start()
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        self.address = f"{host}:{port}"
+        self.address, self.public_address = address, public
+
+    def _bind(self, listen: str, *, mutual: bool) -> str:
+        """Open a port; return its real HOST:PORT. This is the one place where one is opened."""
+        try:
+            if self._keys is None:
+                port = self.raw.add_insecure_port(listen)
+            else:
+                port = self.raw.add_secure_port(listen, self._keys.credentials(mutual=mutual))
+        except RuntimeError as error:
+            raise explain_bind_failure(listen) from error
+        host, _ = split_address(listen)
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def set_serving(self, serving: bool, service: str = "") -> None:
         """Say in health whether a service, or with the empty name everything, can be used."""

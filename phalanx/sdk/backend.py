@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from phalanx.addresses import split_address
+from phalanx.rpc.credentials import ClientKeys
 from phalanx.sdk.methods import (
     GET_CLUSTER,
     STORAGE_SERVICES,
@@ -77,8 +78,14 @@ class Backend(Protocol):
 class RemoteBackend:
     """The services of a running cluster."""
 
-    def __init__(self, addresses: Sequence[str], *, timeout_s: float = CALL_TIMEOUT_S) -> None:
-        self._control = Transport(addresses, hint=_HINT, timeout_s=timeout_s)
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+        keys: ClientKeys | None = None,
+    ) -> None:
+        self._control = Transport(addresses, hint=_HINT, timeout_s=timeout_s, keys=keys)
         self._storage: Transport | None = None
         self._blobs: SyncStorageClient | None = None
 
@@ -148,6 +155,7 @@ class RemoteBackend:
                 what="the storage service",
                 hint="`phalanx status` shows which services are up",
                 timeout_s=self._control.timeout_s,
+                keys=self._control.keys,
             )
         return self._storage
 
@@ -155,7 +163,9 @@ class RemoteBackend:
         if self._blobs is None:
             from phalanx.clients.storage import SyncStorageClient
 
-            self._blobs = SyncStorageClient(self._storage_transport().address)
+            self._blobs = SyncStorageClient(
+                self._storage_transport().address, keys=self._control.keys
+            )
         return self._blobs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,9 +14,10 @@ from phalanx.ids import check_namespace, new_request_id
 from phalanx.sdk import arguments, following, methods
 from phalanx.sdk.backend import Backend, RemoteBackend
 from phalanx.sdk.data import DataSets
-from phalanx.sdk.discovery import resolve_addresses
+from phalanx.sdk.discovery import resolve
 from phalanx.sdk.job import Job
 from phalanx.sdk.job_files import as_document
+from phalanx.sdk.keys import resolve_keys
 from phalanx.sdk.listing import Listing, Pages
 from phalanx.sdk.models import Models
 from phalanx.sdk.transport import CALL_TIMEOUT_S, STREAM_TIMEOUT_S
@@ -41,19 +43,33 @@ def connect(
     *,
     namespace: str = DEFAULT_NAMESPACE,
     timeout_s: float = CALL_TIMEOUT_S,
+    token: str | Path | None = None,
+    ca: str | PathLike[str] | None = None,
+    certificate: str | PathLike[str] | None = None,
+    key: str | PathLike[str] | None = None,
 ) -> Cluster:
     """Return a cluster that runs already.
 
     ``address`` is HOST:PORT or several of them with commas, tried in turn; by default
     PHALANX_ADDRESS, else the cluster that ``phalanx up`` runs on this machine, else 127.0.0.1:7410.
-    Nothing is dialled before the first call. ``timeout_s`` bounds each call. Raises InvalidArgument
-    for a malformed address or namespace.
+    Nothing is dialled before the first call. ``timeout_s`` bounds each call.
+
+    ``token`` is who you are to a cluster with keys: the text of a token, or a ``Path`` of a file
+    with one (by default PHALANX_TOKEN_FILE), which is read again when it is replaced. ``ca`` is the
+    file with the authority to trust (PHALANX_CA). ``certificate`` and ``key`` are files too, for
+    ports that ask people for one (PHALANX_CERTIFICATE, PHALANX_KEY). With any of them connections
+    are encrypted; a cluster that ``phalanx up --secure`` runs on this machine needs none.
+
+    Raises InvalidArgument for a malformed address, namespace or token, and for files that cannot be
+    used.
     """
     check_namespace(arguments.text("namespace", namespace, _NAMESPACE))
     if address is not None:
         arguments.text("address", address, "HOST:PORT, or several with commas")
     arguments.seconds("timeout_s", timeout_s)
-    backend = RemoteBackend(resolve_addresses(address), timeout_s=timeout_s)
+    found = resolve(address)
+    keys = resolve_keys(found.keys_dir, token=token, ca=ca, certificate=certificate, key=key)
+    backend = RemoteBackend(found.addresses, timeout_s=timeout_s, keys=keys)
     return Cluster(backend, namespace=namespace)
 
 

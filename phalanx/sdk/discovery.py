@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from phalanx.addresses import split_address
 from phalanx.errors import InvalidArgument
@@ -33,12 +34,29 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
 def resolve_addresses(
     given: str | None = None, environ: Mapping[str, str] = os.environ
 ) -> tuple[str, ...]:
+    """Return the addresses to dial; see ``resolve``."""
+    return resolve(given, environ).addresses
+
+
+class Found(NamedTuple):
+    """Where a cluster is; ``keys_dir`` has the keys of one with keys on this machine."""
+
+    addresses: tuple[str, ...]
+    keys_dir: Path | None = None
+
+
+def resolve(given: str | None = None, environ: Mapping[str, str] = os.environ) -> Found:
     """Return the addresses to dial: ``given``, else PHALANX_ADDRESS, else the cluster that
     ``phalanx up`` runs on this machine, else the default port. Raises InvalidArgument."""
     text = given if given is not None else environ.get("PHALANX_ADDRESS", "")
-    if text.strip():
-        return parse_addresses(text)
-    return (_address_of_local_cluster(default_state_dir(environ)) or DEFAULT_ADDRESS,)
+    local = _local_cluster(default_state_dir(environ))
+    if not text.strip():
+        return local or Found((DEFAULT_ADDRESS,))
+    addresses = parse_addresses(text)
+    # It may be named, too.
+    return (
+        local if local is not None and set(addresses) <= set(local.addresses) else Found(addresses)
+    )
 
 
 def parse_addresses(text: str) -> tuple[str, ...]:
@@ -52,12 +70,15 @@ def parse_addresses(text: str) -> tuple[str, ...]:
     return parts
 
 
-def _address_of_local_cluster(state_dir: Path) -> str | None:
+def _local_cluster(state_dir: Path) -> Found | None:
     try:
         state = json.loads((state_dir / STATE_FILE).read_text())
         # The file of a supervisor that was killed stays behind; its address is of no use then.
         os.kill(int(state["pid"]), 0)
         address = str(state["address"])
+        keys_dir = str(state.get("keys_dir") or "")
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return address or None
+    if not address:
+        return None
+    return Found(tuple(address.split(",")), Path(keys_dir) if keys_dir else None)

@@ -18,6 +18,7 @@ import grpc
 
 from phalanx.errors import DeadlineExceeded, PhalanxError, Unavailable
 from phalanx.rpc.channel import open_sync_channel
+from phalanx.rpc.credentials import ClientKeys
 from phalanx.rpc.status import from_rpc_error
 from phalanx.sdk.methods import Method, RequestT, ResponseT
 
@@ -35,6 +36,7 @@ CLOSE_S = 2.0
 """How long a channel may take to close before it is left to the end of the process."""
 UNREACHABLE = "UNREACHABLE"
 BEHIND = "BEHIND"
+_TLS_FAILURES = ("CERTIFICATE", "Ssl handshake", "SSL", "Socket closed", "handshake")
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 0.5
 
@@ -49,7 +51,9 @@ class Transport:
         what: str = "the cluster",
         hint: str = "",
         timeout_s: float = CALL_TIMEOUT_S,
+        keys: ClientKeys | None = None,
     ) -> None:
+        self.keys = keys
         self.addresses = tuple(addresses)
         self.timeout_s = timeout_s
         self._what = what
@@ -58,6 +62,8 @@ class Transport:
         self._current = 0
         self._has_answered = False
         self._channels: dict[str, grpc.Channel] = {}
+        self._version = 0
+        self._replaced: list[grpc.Channel] = []
 
     @property
     def address(self) -> str:
@@ -148,8 +154,9 @@ class Transport:
     def close(self) -> None:
         """Close all channels."""
         with self._lock:
-            channels = list(self._channels.values())
+            channels = [*self._channels.values(), *self._replaced]
             self._channels.clear()
+            self._replaced.clear()
         for channel in channels:
             # It waits for the end of its calls, and one that Ctrl-C broke off may have none.
             closing = threading.Thread(target=channel.close, daemon=True)
@@ -184,10 +191,16 @@ class Transport:
         )
 
     def _channel(self, address: str) -> grpc.Channel:
+        version, credentials = self.keys.current() if self.keys is not None else (0, None)
         with self._lock:
+            if version != self._version:
+                # Other certificates: calls that are open end where they are.
+                self._replaced += self._channels.values()
+                self._channels.clear()
+                self._version = version
             channel = self._channels.get(address)
             if channel is None:
-                channel = self._channels[address] = open_sync_channel(address)
+                channel = self._channels[address] = open_sync_channel(address, credentials)
             return channel
 
     def _move_on(self, failed: str) -> None:
@@ -202,9 +215,21 @@ class Transport:
         if not isinstance(error, Unavailable) or own_words:
             return error
         message = f"cannot reach {self._what} at {', '.join(self.addresses)}"
-        return Unavailable(
-            f"{message}; {self._hint}" if self._hint else message, reason=UNREACHABLE
-        )
+        hint = self._hint_on_keys(error.message) or self._hint
+        return Unavailable(f"{message}; {hint}" if hint else message, reason=UNREACHABLE)
+
+    def _hint_on_keys(self, details: str) -> str:
+        """What to do where both sides are there and one does not take the other for safe."""
+        if self.keys is None and "Socket closed" in details:
+            return "it hung up, as one that wants encryption does: give --ca and --token-file"
+        if self.keys is not None and "Verification" in details:
+            return "its certificate is not for that host"
+        if self.keys is not None and any(each in details for each in _TLS_FAILURES):
+            return (
+                "no secure connection came about: the authority (--ca) is another one, a "
+                "certificate has expired or is missing, or it does not encrypt at all"
+            )
+        return ""
 
     def _behind(self, address: str) -> Unavailable:
         return Unavailable(

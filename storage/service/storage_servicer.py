@@ -3,6 +3,8 @@
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
+from phalanx.keys.caller import current_caller
+from phalanx.keys.policy import check_stream
 from phalanx.rpc.types import ServicerContext
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2_grpc as pb_grpc
@@ -79,6 +81,7 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
             yield pb.AppendJournalsResponse(appended=await self._append(request.append))
 
     async def _append(self, request: pb.AppendJournalRequest) -> pb.AppendJournalResponse:
+        check_stream(current_caller(), request.stream)
         next_sequence = await self._operations.state(
             "append_journal", lambda: self._backend.journals.append(request)
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 from phalanx.errors import Internal
 from phalanx.ids import new_incarnation
+from phalanx.rpc.credentials import ClientKeys
 from phalanx.rpc.member_session import MemberSession, Refused
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import WorkerMetrics
@@ -64,7 +65,7 @@ _log = get_logger(__name__)
 class Session:
     """One worker. `download` gets blobs from storage and `store` puts one there; `storage_found`
     learns its address; `leaves` starts its leaf processes. `storage` is needed where `address` is
-    set: for jobs whose workers own the parameters."""
+    set: for jobs whose workers own the parameters. `keys` are what it proves itself with."""
 
     def __init__(
         self,
@@ -75,8 +76,10 @@ class Session:
         leaves: LeafServer | None = None,
         store: Store | None = None,
         storage: GetStorage | None = None,
+        keys: ClientKeys | None = None,
     ) -> None:
         self._config = config
+        self._keys = keys
         self._storage = storage
         #: Where other workers reach this one; empty: nowhere.
         self.address = ""
@@ -96,7 +99,7 @@ class Session:
         )
         self._chunks = ChunkServer(self._cache, self._slots.fetched)
         self._control = MemberSession(
-            config.control, self._hello, self._heartbeat, self._on_message, self._on_open
+            config.control, self._hello, self._heartbeat, self._on_message, self._on_open, keys
         )
         self._logs = LogCollector(config.id, self._control.report)
         self._jobs: dict[str, HostedJob | HostedTasks] = {}
@@ -318,14 +321,15 @@ class Session:
     def _hosted(self, core: JobCore | TaskSetCore) -> HostedJob | HostedTasks:
         me = self._config.id, self._incarnation
         if isinstance(core, TaskSetCore):
-            return HostedTasks(core, *me, self._settle, self._store)
+            return HostedTasks(core, *me, self._settle, self._store, self._keys)
         if not isinstance(core, AllReduceJob):
-            return HostedJob(core, *me, self._settle)
+            return HostedJob(core, *me, self._settle, self._keys)
         assert self._storage is not None
         return HostedAllReduce(
             core,
             *me,
             self._settle,
+            self._keys,
             send=self._control.report,
             connected=lambda: self._control.connected,
             storage=self._storage,

@@ -14,6 +14,8 @@ import grpc.aio
 
 from phalanx.errors import Unavailable
 from phalanx.frames import decode_response, encode_request
+from phalanx.keys.caller import Service
+from phalanx.rpc.credentials import ClientKeys
 from phalanx.v1 import aggregation_service_pb2 as exchange
 from phalanx.v1 import training_pb2
 from worker.session.streams import STREAM_TIMEOUT_S, both_ways, end_of, keep_open
@@ -58,13 +60,15 @@ class ExchangeStream:
         address: str,
         hello: exchange.ExchangeHello,
         events: StreamEvents,
+        keys: ClientKeys | None = None,
+        owner: Service = Service.AGGREGATOR,
     ) -> None:
         self.job_id = hello.job_id
         self.owner_id = aggregator_id
         self._hello = hello
         self._events = events
         self._something = asyncio.Event()
-        self._task = asyncio.create_task(keep_open(self, address))
+        self._task = asyncio.create_task(keep_open(self, address, keys, owner))
 
     def wake(self) -> None:
         """There may be something to send."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from phalanx.compressors import build_down_codec, build_up_codec, decoded
 from phalanx.errors import InvalidArgument
 from phalanx.frames import encode_request
+from phalanx.keys.caller import Service
+from phalanx.rpc.credentials import ClientKeys
 from phalanx.v1 import aggregation_service_pb2 as exchange
 from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.core.effects import Effect, OpenStreams
@@ -28,13 +30,18 @@ class HostedJob:
     `perform` carries out all other effects and starts waiting tasks.
     """
 
+    owners: ClassVar[Service] = Service.AGGREGATOR
+    """What the owners of its ranges are."""
+
     def __init__(
         self,
         core: JobCore,
         worker_id: str,
         incarnation: str,
         perform: Callable[[list[Effect]], None],
+        keys: ClientKeys | None = None,
     ) -> None:
+        self._keys = keys
         self.core = core
         self.progress = JobProgress()
         self.prepared: PreparedJob | None = None
@@ -68,7 +75,9 @@ class HostedJob:
         hello = self._hello(wanted)
         for aggregator_id, address in wanted.owners:
             events = _TermEvents(self, wanted.term)
-            self._streams[aggregator_id] = ExchangeStream(aggregator_id, address, hello, events)
+            self._streams[aggregator_id] = ExchangeStream(
+                aggregator_id, address, hello, events, self._keys, self.owners
+            )
 
     def _hello(self, wanted: OpenStreams) -> exchange.ExchangeHello:
         return exchange.ExchangeHello(

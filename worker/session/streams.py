@@ -15,7 +15,9 @@ import grpc
 import grpc.aio
 
 from phalanx.errors import Aborted, Internal, PhalanxError, Unavailable
+from phalanx.keys.caller import Service
 from phalanx.rpc.channel import open_channel
+from phalanx.rpc.credentials import ClientKeys
 from phalanx.rpc.status import error_of, from_rpc_error
 from phalanx.telemetry.logs import get_logger
 
@@ -49,9 +51,17 @@ class OwnerStream(Protocol):
         """A stream that was accepted has ended."""
 
 
-async def keep_open(stream: OwnerStream, address: str) -> None:
-    """Open a stream, and again whenever it ends, until this is cancelled."""
-    channel = open_channel(address, own_connection=True)
+async def keep_open(
+    stream: OwnerStream,
+    address: str,
+    keys: ClientKeys | None = None,
+    service: Service = Service.AGGREGATOR,
+) -> None:
+    """Open a stream, and again whenever it ends, until this is cancelled.
+
+    With `keys` the owner must prove that it is such a `service`.
+    """
+    channel = open_channel(address, keys=keys, service=service, own_connection=True)
     wait_s = _FIRST_WAIT_S
     try:
         while True:

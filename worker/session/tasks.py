@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from phalanx.rpc.credentials import ClientKeys
 from phalanx.tasks import INLINE_BYTES
 from phalanx.v1 import task_service_pb2 as pb
 from phalanx.v1 import task_service_pb2_grpc as pb_grpc
@@ -37,7 +38,9 @@ class HostedTasks:
         incarnation: str,
         perform: Callable[[list[Effect]], None],
         store: Store,
+        keys: ClientKeys | None = None,
     ) -> None:
+        self._keys = keys
         self.core = core
         self.progress = JobProgress()
         self.prepared: PreparedJob | None = None
@@ -66,7 +69,7 @@ class HostedTasks:
         ((owner_id, address),) = wanted.owners
         hello = partial(self._hello, wanted.term)
         stream = _TaskStream(self.core, owner_id, hello, self._perform, self._something)
-        self._stream = asyncio.create_task(keep_open(stream, address))
+        self._stream = asyncio.create_task(keep_open(stream, address, self._keys))
 
     def wake(self, aggregator_id: str) -> None:
         """There may be something to say."""

@@ -64,6 +64,12 @@ def up(
             "more folders. Default: none.",
         ),
     ] = None,
+    secure: Annotated[
+        bool,
+        typer.Option(
+            "--secure", metavar="", help="Encrypt, and ask for tokens; keys are made at first."
+        ),
+    ] = False,
 ) -> None:
     """Start a whole cluster on this machine.
 
@@ -91,6 +97,7 @@ def up(
         slots=slots,
         log_level=log_level,
         link_roots=tuple(link_root or ()),
+        secure=secure,
     )
     if not detach:
         raise typer.Exit(run_in_foreground(options, settings))
@@ -120,15 +127,14 @@ def status(context: typer.Context, state: STATE = None) -> None:
     from phalanx.cli.commands.local import list_members, state_to_json
     from phalanx.cli.output import print_fields, print_json
     from phalanx.local.state import read_state
-    from phalanx.sdk.cluster import connect
     from phalanx.sdk.discovery import default_state_dir
     from phalanx.sdk.wire_json import message_to_json
 
     settings = settings_of(context)
     folder = (state or default_state_dir()).absolute()
     local = read_state(folder)
-    address = local.address if state is not None and local is not None else settings.address
-    with connect(address, timeout_s=settings.timeout_s) as cluster:
+    meant = local if state is not None else None
+    with settings.connect_local(meant) if meant else settings.connect() as cluster:
         found = cluster.describe()
         # Another cluster may be meant than the one of this machine.
         if local is not None and cluster.address not in (local.address, *local.address.split(",")):
@@ -168,7 +174,7 @@ def doctor(context: typer.Context, state: STATE = None) -> None:
     from phalanx.sdk.discovery import default_state_dir
 
     settings = settings_of(context)
-    checks = examine((state or default_state_dir()).absolute(), settings.address)
+    checks = examine((state or default_state_dir()).absolute(), settings)
     healthy = all(check.state != PROBLEM for check in checks)
     if settings.json:
         print_json({"healthy": healthy, "checks": [check.to_json() for check in checks]})

@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -174,6 +175,8 @@ def show_started(state: ClusterState, state_dir: Path, settings: Settings, took_
     say(f"  state in {state_dir}")
     if state_dir != default_state_dir() and state.address != DEFAULT_ADDRESS:
         say(f"  export PHALANX_ADDRESS={state.address}")
+    if state.keys_dir:
+        say(f"  keys in {state.keys_dir}; this user needs no flags on this machine")
     say("  next: phalanx data add NAME FILE · phalanx submit job.yaml · phalanx watch JOB")
 
 
@@ -203,6 +206,7 @@ def state_to_json(state: ClusterState, state_dir: Path) -> dict[str, object]:
         "pid": state.pid,
         "address": state.address,
         "storage_address": state.storage_address,
+        "keys_dir": state.keys_dir,
         "state_dir": str(state_dir),
         "version": state.version,
         "processes": [
@@ -252,26 +256,24 @@ def cluster_for_training(settings: Settings, workers: int, state: Path | None) -
     """Return the cluster that the user means, else a new one that ends with its ``with`` block."""
     from phalanx.cli.output import say
     from phalanx.local.cluster import LocalCluster
-    from phalanx.sdk.cluster import connect
 
     if settings.address or (os.environ.get("PHALANX_ADDRESS") and state is None):
         return settings.connect()
     folder = (state or default_state_dir()).absolute()
     running = read_state(folder)
     if running is not None:
-        return connect(running.address, namespace=settings.namespace, timeout_s=settings.timeout_s)
-    if state is None and _answers(DEFAULT_ADDRESS):
+        return settings.connect_local(running)
+    if state is None and _answers(settings):
         return settings.connect()
     if not settings.json:
         say(f"no cluster runs; starting one with {number_of(workers, 'worker')}, state in {folder}")
     return LocalCluster(workers, state=folder, namespace=settings.namespace)
 
 
-def _answers(address: str) -> bool:
-    from phalanx.sdk.cluster import connect
-
+def _answers(settings: Settings) -> bool:
+    at_default = replace(settings, address=DEFAULT_ADDRESS, timeout_s=_PROBE_TIMEOUT_S)
     try:
-        with connect(address, timeout_s=_PROBE_TIMEOUT_S) as cluster:
+        with at_default.connect() as cluster:
             cluster.describe()
     except (Unavailable, DeadlineExceeded):
         return False

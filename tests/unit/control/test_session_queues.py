@@ -27,7 +27,7 @@ def queued(session: MemberSession) -> list[object]:
 
 
 def test_a_member_that_does_not_read_is_told_so_after_what_it_was_sent(sessions: Sessions) -> None:
-    session, other = sessions.open(), sessions.open()
+    session, other = sessions.open("worker-1"), sessions.open("worker-1")
     for number in range(10 * ROOM):
         sessions.send(session.number, message(number))
     *sent, error = queued(session)
@@ -39,7 +39,7 @@ def test_a_member_that_does_not_read_is_told_so_after_what_it_was_sent(sessions:
 
 
 def test_a_member_that_reads_stays(sessions: Sessions) -> None:
-    session = sessions.open()
+    session = sessions.open("worker-1")
     for number in range(10 * ROOM):
         sessions.send(session.number, message(number))
         assert queued(session) == [message(number)]
@@ -50,8 +50,8 @@ def test_there_is_a_bound_to_sessions_too(
     sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions_module, "SESSIONS_MAX", 2)
-    first, _ = sessions.open(), sessions.open()
+    first, _ = sessions.open("worker-1"), sessions.open("worker-1")
     with pytest.raises(ResourceExhausted, match="2 sessions"):
-        sessions.open()
+        sessions.open("worker-1")
     sessions.end(first.number, None)
-    assert sessions.open()
+    assert sessions.open("worker-1")

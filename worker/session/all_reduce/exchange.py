@@ -15,6 +15,7 @@ import grpc.aio
 
 from phalanx.errors import Internal, InvalidArgument, PhalanxError, Unavailable
 from phalanx.frames import decode_request, encode_response
+from phalanx.keys.caller import current_caller
 from phalanx.v1 import aggregation_service_pb2 as pb
 from worker.core.all_reduce.owner import stale_term
 
@@ -123,6 +124,7 @@ async def _hello(context: Any) -> pb.ExchangeHello:
     header, _ = decode_request(data)
     if header.WhichOneof("message") != "hello":
         raise InvalidArgument("the first message of an exchange stream must be a hello")
+    current_caller().check_member(header.hello.worker_id)
     return header.hello
 
 

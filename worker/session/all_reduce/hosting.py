@@ -10,13 +10,15 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from prometheus_client import Counter
 
 from phalanx.clients.storage import StorageClient
 from phalanx.errors import Aborted, PhalanxError, Unavailable
 from phalanx.frames import decode_request
+from phalanx.keys.caller import Service
+from phalanx.rpc.credentials import ClientKeys
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import aggregation_service_pb2 as exchange
 from phalanx.v1 import coordination_service_pb2 as coordination
@@ -43,19 +45,22 @@ _log = get_logger(__name__)
 class HostedAllReduce(HostedJob):
     """Carries out what the core decides; `send` hands a message to control, if `connected`."""
 
+    owners: ClassVar[Service] = Service.WORKER
+
     def __init__(
         self,
         core: AllReduceJob,
         worker_id: str,
         incarnation: str,
         perform: Perform,
+        keys: ClientKeys | None = None,
         *,
         send: Callable[[coordination.SessionRequest], None],
         connected: Callable[[], bool],
         storage: GetStorage,
         sent_bytes: Counter,
     ) -> None:
-        super().__init__(core, worker_id, incarnation, perform)
+        super().__init__(core, worker_id, incarnation, perform, keys)
         self.all_reduce = core
         core.elapsed = lambda: time.monotonic() - self._began_s
         self.reports = RootReports(core, send, connected)
