@@ -8,6 +8,7 @@ people dial, carry host names and addresses as well.
 from __future__ import annotations
 
 import ipaddress
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -65,13 +66,17 @@ class Authority:
         now: Callable[[], datetime] | None = None,
     ) -> Authority:
         """Make an authority of its own name."""
-        key, subject = ec.generate_private_key(ec.SECP256R1()), _subject(name)
+        key = ec.generate_private_key(ec.SECP256R1())
+        # While one authority takes over from another both are trusted, and must not be mixed up.
+        subject = _subject(f"{name} {secrets.token_hex(4)}")
         start = now() if now else datetime.now(UTC)
         builder = _builder(subject, subject, key.public_key(), start, days)
         builder = builder.add_extension(
             x509.BasicConstraints(ca=True, path_length=0), critical=True
         )
         builder = builder.add_extension(_usage(signs=True), critical=True)
+        named = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+        builder = builder.add_extension(named, critical=False)
         certificate = builder.sign(key, hashes.SHA256())
         return cls(_pair(certificate, key), now)
 
@@ -107,6 +112,8 @@ class Authority:
         builder = _builder(_subject(common_name), issuer, key.public_key(), self._now(), days)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), True)
         builder = builder.add_extension(_usage(signs=False), critical=True)
+        signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        builder = builder.add_extension(signer, critical=False)
         usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         if names:

@@ -94,13 +94,37 @@ def _list_of_jobs(caller: Caller, request: Any) -> None:
 
 
 def _submission(caller: Caller, request: Any) -> None:
-    spec: job_spec_pb2.JobSpec = request.spec
-    namespace = spec.namespace or DEFAULT_NAMESPACE
-    caller.check_namespace(namespace, "spec.namespace")
+    _spec(caller, request.spec, request.spec.namespace or DEFAULT_NAMESPACE, "spec")
+
+
+def _spec(caller: Caller, spec: job_spec_pb2.JobSpec, namespace: str, path: str) -> None:
+    """Look at a spec, whose path from the request is given, and at those inside of it."""
+    namespace = spec.namespace or namespace
+    caller.check_namespace(namespace, f"{path}.namespace")
     for field, name in _references(spec):
-        caller.check_namespace(namespace_of_name(namespace, name), f"spec.{field}")
+        caller.check_namespace(namespace_of_name(namespace, name), f"{path}.{field}")
     for field in _code(spec):
-        caller.check_code(f"spec.{field}")
+        caller.check_code(f"{path}.{field}")
+    if spec.HasField("sweep"):
+        _spec(caller, spec.sweep.base, namespace, f"{path}.sweep.base")
+        _grid(caller, spec.sweep, f"{path}.sweep.grid")
+
+
+def _grid(caller: Caller, sweep: job_spec_pb2.Sweep, path: str) -> None:
+    """Values that are put into a spec later could say anything there."""
+    for name, values in sweep.grid.items():
+        parts = name.split(".")
+        whole = any(
+            value.WhichOneof("kind") in {"struct_value", "list_value"} for value in values.values
+        )
+        if whole or parts[0] == "code" or parts[-1] == "entrypoint":
+            caller.check_code(path)
+        if (whole or parts[-1] in _NAMES) and not caller.acts_everywhere:
+            raise PermissionDenied(
+                f"{path}: {name[:128]!r} may name what is in another namespace; that takes a token "
+                "for all namespaces",
+                reason="NAMESPACE_NOT_ALLOWED",
+            )
 
 
 def _references(spec: job_spec_pb2.JobSpec) -> Iterator[tuple[str, str]]:
@@ -109,6 +133,10 @@ def _references(spec: job_spec_pb2.JobSpec) -> Iterator[tuple[str, str]]:
     yield "train.start.model", spec.train.start.model
     yield "evaluate.model", spec.evaluate.model
     yield "predict.model", spec.predict.model
+
+
+_NAMES = frozenset({"namespace", "name", "model", "job"})
+"""Last parts of the paths of fields that name something."""
 
 
 def _code(spec: job_spec_pb2.JobSpec) -> Iterator[str]:
@@ -257,6 +285,9 @@ RULES: Mapping[str, Rule] = {
     **_table("phalanx.v1.AggregationService", {"Exchange": _nodes(_WORKER)}),
     **_table("phalanx.v1.TaskService", {"Work": _nodes(_WORKER)}),
     # Whoever asks whether a server lives proves nothing.
-    **_table("grpc.health.v1.Health", {"Check": Rule(public=True), "Watch": Rule(public=True)}),
+    **_table(
+        "grpc.health.v1.Health",
+        {"Check": Rule(public=True), "Watch": Rule(public=True), "List": NO_RULE},
+    ),
     **_table("grpc.reflection.v1alpha.ServerReflection", {"ServerReflectionInfo": _ANY_ROLE}),
 }

@@ -78,10 +78,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if known is not None and known[0] is handler:
             return known[1]
         wrapped = self._wrap(handler, method)
-        self._wrapped[method] = (handler, wrapped)
+        if wrapped is not None:
+            self._wrapped[method] = (handler, wrapped)
         return wrapped
 
-    def _wrap(self, handler: Handler, method: str) -> Handler:
+    def _wrap(self, handler: Handler, method: str) -> Handler | None:
         behaviour: Any = (
             handler.unary_unary
             or handler.unary_stream
@@ -91,9 +92,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if inspect.isasyncgenfunction(behaviour):
             behaviour = _written(behaviour)
         elif not inspect.iscoroutinefunction(behaviour):
-            if self._gate is not None:
-                raise TypeError(f"{method} has a plain handler, which would be open to everybody")
-            return handler
+            # A plain handler would be open to everybody: where callers must prove who they are it
+            # is not there.
+            return handler if self._gate is None else None
         decode = handler.request_deserializer and _decoder(handler.request_deserializer, method)
         timeout_s = self._first_message_timeout_s
         check = rule_of(method).check if self._gate is not None else None
