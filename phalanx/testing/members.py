@@ -21,7 +21,9 @@ import grpc.aio
 
 from phalanx.errors import DeadlineExceeded, PhalanxError
 from phalanx.ids import new_incarnation
+from phalanx.keys.caller import Service
 from phalanx.rpc.channel import open_channel
+from phalanx.rpc.credentials import ClientKeys
 from phalanx.rpc.status import from_rpc_error
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.coordination_service_pb2_grpc import CoordinationServiceStub
@@ -59,6 +61,9 @@ def held_jobs(told: Iterable[pb.SessionResponse]) -> tuple[pb.HeldWorkerJob, ...
 class ScriptedMember(ABC):
     """One session with control. `received` holds what control has sent, in order."""
 
+    keys: ClientKeys | None = None
+    """What it proves itself with; set before it connects."""
+
     def __init__(self, control: str, member_id: str, *, scripted: bool = True) -> None:
         self.member_id = member_id
         self.scripted = scripted
@@ -80,7 +85,9 @@ class ScriptedMember(ABC):
         """React to a message from control; subclasses do what a real member would say."""
 
     async def __aenter__(self) -> Self:
-        self._channel = open_channel(self._control, own_connection=True)
+        self._channel = open_channel(
+            self._control, keys=self.keys, service=Service.CONTROL, own_connection=True
+        )
         stub = CoordinationServiceStub(self._channel)
         self._outbound.put_nowait(self.hello())
         self._tasks = [asyncio.create_task(self._read(stub)), asyncio.create_task(self._beat())]
