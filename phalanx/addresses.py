@@ -1,6 +1,7 @@
 """HOST:PORT addresses and what to say when one cannot be used."""
 
 import errno
+import ipaddress
 import socket
 
 from phalanx.errors import FailedPrecondition, InvalidArgument
@@ -18,7 +19,10 @@ def split_address(address: str) -> tuple[str, int]:
 def is_loopback(address: str) -> bool:
     """Return whether only this machine reaches ``HOST:PORT``."""
     host = split_address(address)[0]
-    return host in {"localhost", "::1"} or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def bind_error(address: str, error: OSError) -> FailedPrecondition:
