@@ -14,7 +14,7 @@ from worker.config import WorkerConfig
 
 SERVICES = (ControlConfig, StorageConfig, AggregatorConfig, WorkerConfig)
 TLS = {"tls_certificate": "c.pem", "tls_key": "c.key", "tls_ca": "ca.pem"}
-ELSEWHERE = ("0.0.0.0:7410", "[::]:7410", "10.0.0.1:7410", "train.example:7410", "128.0.0.1:1")
+ELSEWHERE = ("0.0.0.0:7410", "[::]:7410", "10.0.0.1:7410", "train.example:7410", "127.a.example:1")
 
 
 def _build(service: type[ServerConfig], **flags: str) -> Any:

@@ -91,7 +91,7 @@ class Restarting:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Restarting:
     restarting = Restarting(monkeypatch)
-    monkeypatch.setattr(transport, "open_sync_channel", lambda _: restarting)
+    monkeypatch.setattr(transport, "open_sync_channel", lambda _, __=None: restarting)
     return restarting
 
 
