@@ -87,7 +87,7 @@ def test_commands_exist(document: str, command: str) -> None:
     program, *arguments = shlex.split(command)
     if program == "phalanx":
         positions = [word for word in arguments if not word.startswith("-")]
-        known = 2 if arguments[0] in {"data", "code", "models"} else 1
+        known = 2 if arguments[0] in {"data", "code", "models", "certs", "token"} else 1
         unknown = arguments_unknown_to(["-P", "-m", "phalanx.cli", *positions[:known]], arguments)
         assert not unknown, f"{document} shows {unknown} of {command}"
     elif program == "python" and arguments[0] == "-m":
@@ -101,7 +101,9 @@ def test_commands_exist(document: str, command: str) -> None:
         syntax = ["sh", "-n", str(REPOSITORY / arguments[0])]
         assert subprocess.run(syntax, timeout=GUARD_S, check=False).returncode == 0
     else:
-        assert program in {".", "grpcurl", "pip", "python3"}, f"{document}: who tests {command}?"
+        assert program in {".", "export", "grpcurl", "pip", "python3", "umask"}, (
+            f"{document}: who tests {command}?"
+        )
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
