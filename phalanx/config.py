@@ -91,6 +91,18 @@ def addresses(value: Sequence[str]) -> str | None:
     return next((wrong for part in value if (wrong := address(part))), None)
 
 
+def url_of(*schemes: str) -> Check:
+    """Return a check for nothing, or a URL of one of these schemes with something behind it."""
+
+    def check(value: str) -> str | None:
+        scheme, _, rest = value.partition("://")
+        if not value or (scheme in schemes and rest):
+            return None
+        return f"must begin with {' or '.join(f'{each}://' for each in schemes)}"
+
+    return check
+
+
 def absolute_paths(value: Sequence[str]) -> str | None:
     """Check for absolute paths."""
     relative = next((path for path in value if not os.path.isabs(path)), None)

@@ -1,10 +1,12 @@
 """Settings of the storage service."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from phalanx.config import TokensConfig, absolute_paths, address, at_least, option
+from phalanx.config import TokensConfig, absolute_paths, address, at_least, option, url_of
+from phalanx.errors import Violation
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,24 @@ class StorageConfig(TokensConfig):
     listen: str = option(
         "127.0.0.1:7420", "Address to serve gRPC on; port 0 takes a free one.", check=address
     )
-    state: Path = option(..., "Folder that holds everything; one storage process at a time.")
+    state: Path | None = option(
+        None,
+        "Folder that holds everything, or what --metadata or --blobs do not name; one storage "
+        "process at a time.",
+    )
+    metadata: str = option(
+        "",
+        "Where journals, leases and the catalog are: postgresql://HOST/DATABASE; empty for SQLite "
+        "in the state folder. What it does not say (PGUSER, PGPASSWORD, …) is taken from the "
+        "environment.",
+        check=url_of("postgresql", "postgres"),
+    )
+    blobs: str = option(
+        "",
+        "Where blobs are: s3://BUCKET/PREFIX; empty for the state folder. Credentials, region and "
+        "endpoint (AWS_…) are taken from the environment.",
+        check=url_of("s3"),
+    )
     reserve_bytes: int = option(
         32 * 1024 * 1024,
         "Refuse blobs while less of the disk is free, so that journals can still be written.",
@@ -45,3 +64,9 @@ class StorageConfig(TokensConfig):
         "Time between garbage collections; 0 for none but those asked for.",
         check=at_least(0),
     )
+
+    def violations(self) -> Sequence[Violation]:
+        """Return what is wrong between fields."""
+        if self.state is None and not (self.metadata and self.blobs):
+            return [Violation("state", "is required, unless --metadata and --blobs are given")]
+        return ()

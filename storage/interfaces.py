@@ -238,3 +238,5 @@ class Backend:
     catalog: Catalog
     references: ReferenceStore
     close: Callable[[], None]
+    keep_time: Callable[[], None] = lambda: None
+    """To be called every now and then; lets the ages of what is stored go on."""

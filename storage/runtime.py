@@ -19,7 +19,7 @@ from phalanx.v1 import (
     storage_service_pb2,
     storage_service_pb2_grpc,
 )
-from storage.backends.sqlite import open_embedded_backend
+from storage.backends.opening import Places, backend_name, open_backend
 from storage.config import StorageConfig
 from storage.interfaces import Backend
 from storage.links.chunks import LinkedChunks
@@ -58,9 +58,10 @@ class StorageProcess:
             keys=ServerKeys.of(config, config.tokens),
             public_listen=config.public_listen,
         )
-        self.operations = Operations("embedded", metrics)
-        self.backend: Backend = open_embedded_backend(
-            config.state,
+        places = Places(config.state, config.metadata, config.blobs)
+        self.operations = Operations(backend_name(places), metrics)
+        self.backend: Backend = open_backend(
+            places,
             reserve_bytes=config.reserve_bytes,
             namespace_bytes_max=config.namespace_bytes,
             on_corruption=self.operations.corruption,

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
+from phalanx.testing import object_server as objects
+from phalanx.testing import postgres_server as postgres
 from tests.warm import WarmServer, warm_clusters
 
 
@@ -45,3 +47,23 @@ def loaded_code(warm_server: WarmServer) -> Iterator[None]:
     """Clusters of this module start from code that is loaded already."""
     with warm_clusters(warm_server):
         yield
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgres.PostgresServer]:
+    """A PostgreSQL server without databases, one for each process of tests that asks for it."""
+    if reason := postgres.why_not():
+        pytest.skip(reason)
+    with postgres.PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[objects.ObjectServer]:
+    """An S3 server without buckets, which the environment says how to reach."""
+    if reason := objects.why_not():
+        pytest.skip(reason)
+    with objects.ObjectServer() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server

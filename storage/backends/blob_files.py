@@ -2,16 +2,15 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
-from phalanx.errors import DataLoss, InvalidArgument
+from storage.backends.checked_reader import CheckedReader
 from storage.backends.file_system import FileSystem
 from storage.backends.files import read_errors, write_errors
-from storage.core.keys import invalid
+from storage.core.uploads import check_upload
 from storage.interfaces import Buffer, StoredBlob
 
-_VERIFY_CHUNK_BYTES = 1024 * 1024
 _SPACE_CHECK_BYTES = 8 * 1024 * 1024
 
 
@@ -55,17 +54,7 @@ class FileBlobWriter:
     def commit(self, expected_digest: str = "", expected_bytes: int = -1) -> StoredBlob:
         """Make the blob durable and visible."""
         digest = self._hash.hexdigest()
-        if expected_bytes not in (-1, self._size_bytes):
-            raise InvalidArgument(
-                f"{self._size_bytes} bytes came, not the {expected_bytes} that were announced",
-                reason="SIZE_MISMATCH",
-            )
-        if expected_digest not in ("", digest):
-            raise InvalidArgument(
-                f"what came has the digest {digest}, not {expected_digest}: it was changed on its "
-                "way, or the digest belongs to something else",
-                reason="DIGEST_MISMATCH",
-            )
+        check_upload(digest, self._size_bytes, expected_digest, expected_bytes)
         with write_errors("a blob"):
             self._disk.sync(self._descriptor)
             self._close()
@@ -88,43 +77,20 @@ class FileBlobWriter:
             self._disk.close(descriptor)
 
 
-class FileBlobReader:
+class FileBlobReader(CheckedReader):
     """A BlobReader; ``report(digest, is_corrupt)`` hears the result of every verification."""
 
     def __init__(
         self, digest: str, disk: FileSystem, descriptor: int, report: Callable[[str, bool], None]
     ) -> None:
-        self._digest = digest
         self._disk = disk
         self._descriptor = descriptor
-        self._report = report
         try:
-            self._size_bytes = disk.size_bytes(descriptor)
+            size_bytes = disk.size_bytes(descriptor)
         except BaseException:
             self.close()
             raise
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of the whole blob."""
-        return self._size_bytes
-
-    def chunks(self, offset: int, length: int, chunk_bytes: int) -> Iterator[bytes]:
-        """Yield a part of the blob, or all of it, verified."""
-        if offset < 0 or length < 0 or offset + length > self._size_bytes:
-            raise invalid(
-                "offset",
-                f"bytes {offset} to {offset + length} are not all inside blob {self._digest} of "
-                f"{self._size_bytes} bytes",
-            )
-        if length == self._size_bytes:
-            return self._verified(chunk_bytes)
-        return self._read(offset, length, chunk_bytes)
-
-    def verify(self) -> None:
-        """Read the whole blob and raise DataLoss if it is not what its digest says."""
-        for _ in self._verified(_VERIFY_CHUNK_BYTES):
-            pass
+        super().__init__(digest, size_bytes, report)
 
     def close(self) -> None:
         """Close the file."""
@@ -132,36 +98,7 @@ class FileBlobReader:
             self._disk.close(self._descriptor)
             self._descriptor = -1
 
-    def _verified(self, chunk_bytes: int) -> Iterator[bytes]:
-        checksum = hashlib.sha256()
-        held = b""
-        for chunk in self._read(0, self._size_bytes, chunk_bytes):
-            checksum.update(chunk)
-            if held:
-                yield held
-            held = chunk
-        is_corrupt = checksum.hexdigest() != self._digest
-        self._report(self._digest, is_corrupt)
-        if is_corrupt:
-            raise self._corrupt()
-        if held:
-            yield held
-
-    def _read(self, offset: int, length: int, chunk_bytes: int) -> Iterator[bytes]:
-        end = offset + length
-        while offset < end:
-            with read_errors(f"blob {self._digest}"):
-                chunk = self._disk.read(self._descriptor, min(chunk_bytes, end - offset), offset)
-            if not chunk:
-                self._report(self._digest, True)
-                raise self._corrupt()
-            offset += len(chunk)
-            yield chunk
-
-    def _corrupt(self) -> DataLoss:
-        return DataLoss(
-            f"blob {self._digest} does not match its digest any more: put it again, or go back to "
-            "the checkpoint before it",
-            reason="BLOB_CORRUPT",
-            details={"digest": self._digest},
-        )
+    def fetch(self, offset: int, length: int) -> bytes:
+        """Read from the file."""
+        with read_errors(f"blob {self.digest}"):
+            return self._disk.read(self._descriptor, length, offset)

@@ -11,6 +11,9 @@ from pathlib import Path
 from phalanx.errors import DataLoss, FailedPrecondition, ResourceExhausted, Unavailable
 from storage.backends.file_system import THIS_MACHINE, FileSystem
 
+DATABASE_NAME = "metadata.sqlite3"
+"""The file of the state folder that has a database in it, where that is not elsewhere."""
+
 _SPARE_BYTES = 256 * 1024
 _COPY_BYTES = 1024 * 1024
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -64,16 +64,19 @@ class Collector:
 
     async def show_usage(self) -> None:
         """Bring the metric ``storage_bytes`` up to date."""
-        gauge = self._metrics.storage_bytes
-        gauge.labels("blobs").set(self._backend.blobs.usage_bytes())
         try:
-            metadata_bytes = await self._operations.state(
-                "usage", self._backend.references.usage_bytes
-            )
+            metadata_bytes, blob_bytes = await self._operations.state("usage", self._look)
         except PhalanxError as error:
             _log.warning("usage_unknown", message=error.message)
             return
+        gauge = self._metrics.storage_bytes
         gauge.labels("metadata").set(metadata_bytes)
+        gauge.labels("blobs").set(blob_bytes)
+
+    def _look(self) -> tuple[int, int]:
+        backend = self._backend
+        backend.keep_time()
+        return backend.references.usage_bytes(), backend.blobs.usage_bytes()
 
     async def _collect_by_itself(self) -> None:
         try:

@@ -18,6 +18,7 @@ import phalanx.compressors.base
 import phalanx.frames
 import phalanx.reducers.contributions
 import phalanx.rpc.server
+import storage.backends.opening
 import storage.runtime
 import storage.service.operations
 import worker.main
@@ -159,7 +160,7 @@ class Services:
         replace(worker.session.slots, "LeafProcess", self._leaf)
         replace(worker.session.setup, "Arena", self)
         replace(phalanx.clients.blob_transfers, "FileSink", _FileSink)
-        replace(storage.runtime, "open_embedded_backend", self._backend)
+        replace(storage.backends.opening, "open_embedded_backend", self._backend)
         self._replace_making()
 
     def _replace_making(self) -> None:

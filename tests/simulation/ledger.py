@@ -27,8 +27,8 @@ from phalanx.training.best import BEST_VECTOR
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.control_journal_pb2 import ControlRecord, TermStarted
 from phalanx.v1.job_pb2 import Event
-from storage.backends.sqlite.jobs import SqliteJobs
-from storage.backends.sqlite.journals import SqliteJournals
+from storage.backends.sql.jobs import SqlJobs
+from storage.backends.sql.journals import SqlJournals
 from tests.simulation import best, jobs
 from tests.simulation.oracle import Oracle
 
@@ -101,7 +101,7 @@ class Ledger:
 
     # Storage
 
-    def _catch_up(self, journals: SqliteJournals) -> None:
+    def _catch_up(self, journals: SqlJournals) -> None:
         """Take in what the journal holds by now, whether storage lived to say so or not."""
         database: Any = journals._database
         connection = database._machine.connection
@@ -178,7 +178,7 @@ class Ledger:
         self._demand(caught.done or not honest, f"{caught.worker_id} is quarantined: it is honest")
         self.quarantines += not caught.done
 
-    def _truncated(self, journals: SqliteJournals, request: pb.TruncateJournalRequest) -> None:
+    def _truncated(self, journals: SqlJournals, request: pb.TruncateJournalRequest) -> None:
         """What was cut off must be said by what is left."""
         if request.stream != STREAM:
             return
@@ -192,7 +192,7 @@ class Ledger:
         )
         self._oracle.moments.met("snapshot")
 
-    def _forgot(self, journals: SqliteJournals, request: pb.TruncateJournalRequest) -> None:
+    def _forgot(self, journals: SqlJournals, request: pb.TruncateJournalRequest) -> None:
         """The newest events stay."""
         if request.stream == event_log.STREAM:
             database: Any = journals._database
@@ -213,7 +213,7 @@ class Ledger:
 
     def _checkpointed(
         self,
-        store: SqliteJobs,
+        store: SqlJobs,
         request: pb.CommitCheckpointRequest,
         response: pb.CommitCheckpointResponse,
     ) -> None:
@@ -331,38 +331,38 @@ class Ledger:
             replace(JobRanges, name, self._beginning(getattr(JobRanges, name)))
 
     def _install_storage(self, environment: Environment) -> None:
-        append, truncate = SqliteJournals.append, SqliteJournals.truncate
-        commit, delete = SqliteJobs.commit, SqliteJobs.delete_row
+        append, truncate = SqlJournals.append, SqlJournals.truncate
+        commit, delete = SqlJobs.commit, SqlJobs.delete_row
 
-        def appending(journals: SqliteJournals, request: pb.AppendJournalRequest) -> int:
+        def appending(journals: SqlJournals, request: pb.AppendJournalRequest) -> int:
             try:
                 return append(journals, request)
             finally:
                 if request.stream == STREAM:
                     self._catch_up(journals)
 
-        def truncating(journals: SqliteJournals, request: pb.TruncateJournalRequest) -> None:
+        def truncating(journals: SqlJournals, request: pb.TruncateJournalRequest) -> None:
             truncate(journals, request)
             self._truncated(journals, request)
             self._forgot(journals, request)
 
         def committing(
-            store: SqliteJobs, request: pb.CommitCheckpointRequest
+            store: SqlJobs, request: pb.CommitCheckpointRequest
         ) -> pb.CommitCheckpointResponse:
             response = commit(store, request)
             self._checkpointed(store, request, response)
             return response
 
-        def deleting(store: SqliteJobs, request: pb.DeleteJobRowRequest) -> None:
+        def deleting(store: SqlJobs, request: pb.DeleteJobRowRequest) -> None:
             delete(store, request)
             # Where there was a row a late copy of the call that made it makes another one.
             self._oracle.terms.pop(request.job_id, None)
             self._oracle.final.pop(request.job_id, None)
 
-        environment.replace(SqliteJobs, "delete_row", deleting)
-        environment.replace(SqliteJournals, "append", appending)
-        environment.replace(SqliteJournals, "truncate", truncating)
-        environment.replace(SqliteJobs, "commit", committing)
+        environment.replace(SqlJobs, "delete_row", deleting)
+        environment.replace(SqlJournals, "append", appending)
+        environment.replace(SqlJournals, "truncate", truncating)
+        environment.replace(SqlJobs, "commit", committing)
 
     def _beginning(self, real: Any) -> Any:
         def begin(ranges: JobRanges, *args: Any) -> Any:

@@ -35,9 +35,9 @@ from phalanx.rpc.member_session import Refused
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.testing.simulation.loop import SimulationFailed, World
 from phalanx.v1 import storage_service_pb2 as pb
-from storage.backends.sqlite.jobs import SqliteJobs
-from storage.backends.sqlite.journals import SqliteJournals
-from storage.backends.sqlite.leases import SqliteLeases
+from storage.backends.sql.jobs import SqlJobs
+from storage.backends.sql.journals import SqlJournals
+from storage.backends.sql.leases import SqlLeases
 from tests.simulation import jobs
 from tests.simulation.commits import CommitHistory
 from tests.simulation.histories import History
@@ -498,12 +498,12 @@ class Oracle:
     def _install_storage(self, environment: Environment) -> None:
         fenced = self.fenced
         for owner, name, check in (
-            (SqliteJournals, "append", self.appended),
-            (SqliteJournals, "truncate", lambda request, _: fenced(request)),
-            (SqliteLeases, "acquire", self.granted),
-            (SqliteLeases, "renew", self.renewed),
-            (SqliteLeases, "release", lambda request, _: self.released(request)),
-            (SqliteJobs, "commit", self.committed),
+            (SqlJournals, "append", self.appended),
+            (SqlJournals, "truncate", lambda request, _: fenced(request)),
+            (SqlLeases, "acquire", self.granted),
+            (SqlLeases, "renew", self.renewed),
+            (SqlLeases, "release", lambda request, _: self.released(request)),
+            (SqlJobs, "commit", self.committed),
         ):
             environment.replace(owner, name, self._after_request(owner, name, check))
 
@@ -512,7 +512,7 @@ class Oracle:
             self.term_raised(request, term)
 
         environment.replace(
-            SqliteJobs, "raise_term", self._after_request(SqliteJobs, "raise_term", raised)
+            SqlJobs, "raise_term", self._after_request(SqlJobs, "raise_term", raised)
         )
 
     def _in_term(self, real: Any) -> Any:

@@ -17,11 +17,12 @@ from phalanx.errors import DataLoss, InvalidArgument, NotFound, PhalanxError, Un
 from phalanx.testing.simulation.disk import DiskFailed, DiskFull, SimulatedDisk
 from phalanx.testing.simulation.loop import World
 from storage.backends.files import disk_full
-from storage.backends.sqlite.catalog import SqliteCatalog
-from storage.backends.sqlite.jobs import SqliteJobs
-from storage.backends.sqlite.journals import SqliteJournals
-from storage.backends.sqlite.leases import SqliteLeases
-from storage.backends.sqlite.references import SqliteReferences
+from storage.backends.sql.catalog import SqlCatalog
+from storage.backends.sql.jobs import SqlJobs
+from storage.backends.sql.journals import SqlJournals
+from storage.backends.sql.leases import SqlLeases
+from storage.backends.sql.references import SqlReferences
+from storage.backends.sqlite.database import SqliteConnection, used_bytes, vacuum_some
 from storage.backends.sqlite.schema import migrate
 from storage.core.garbage import is_old_enough
 from storage.core.keys import check_digest, invalid, is_digest
@@ -49,7 +50,9 @@ class Machine:
         """Called when a part of a blob was written and is not synced."""
         self.touched_s: dict[str, float] = {}
         """When each blob was stored, or asked for as one that is needed."""
-        self.connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=256)
+        self.connection = sqlite3.connect(
+            ":memory:", isolation_level=None, cached_statements=256, factory=SqliteConnection
+        )
         self.connection.deserialize(_new_database())
         self.connection.execute("PRAGMA foreign_keys = ON")
 
@@ -68,11 +71,11 @@ class Machine:
         return Backend(
             name="simulated",
             blobs=blobs,
-            journals=SqliteJournals(database),
-            leases=SqliteLeases(database, now_unix_nanos),
-            jobs=SqliteJobs(database, blobs, now_unix_nanos, on_corruption),
-            catalog=SqliteCatalog(database, blobs, now_unix_nanos, namespace_bytes_max),
-            references=SqliteReferences(database, now_unix_nanos),
+            journals=SqlJournals(database),
+            leases=SqlLeases(database, now_unix_nanos),
+            jobs=SqlJobs(database, blobs, now_unix_nanos, on_corruption),
+            catalog=SqlCatalog(database, blobs, now_unix_nanos, namespace_bytes_max),
+            references=SqlReferences(database, now_unix_nanos),
             close=lambda: None,
         )
 
@@ -108,6 +111,13 @@ class Database:
     def read(self, act: Callable[[sqlite3.Connection], Any]) -> Any:
         self._machine.world.transitions += 1
         return act(self._machine.connection)
+
+    def reclaim(self) -> None:
+        while self.write(vacuum_some):
+            pass
+
+    def used_bytes(self) -> int:
+        return int(self.read(used_bytes))
 
     def _fail(self) -> None:
         # The process is replaced; by then the disk works again.

@@ -32,8 +32,8 @@ from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.task_service_pb2 import FailedTry, TaskRecord, TaskResult
 from phalanx.v1.training_pb2 import JobPlan
-from storage.backends.sqlite.jobs import SqliteJobs
-from storage.backends.sqlite.journals import SqliteJournals
+from storage.backends.sql.jobs import SqlJobs
+from storage.backends.sql.journals import SqlJournals
 from tests.simulation.ledger import RECORDS
 from tests.simulation.oracle import Oracle
 from tests.simulation.task_sets import Calls, value_of
@@ -103,7 +103,7 @@ class Tasking:
 
     # The journal
 
-    def _catch_up(self, journals: SqliteJournals, stream: str) -> None:
+    def _catch_up(self, journals: SqlJournals, stream: str) -> None:
         """Take in what the journal holds by now, whether storage lived to say so or not."""
         known = self._known(stream.partition("/")[2])
         database: Any = journals._database
@@ -344,23 +344,23 @@ class Tasking:
         self._install_worker(environment)
 
     def _install_storage(self, environment: Environment) -> None:
-        append, commit = SqliteJournals.append, SqliteJobs.commit
+        append, commit = SqlJournals.append, SqlJobs.commit
         streams = journal_stream("")
 
-        def appending(journals: SqliteJournals, request: pb.AppendJournalRequest) -> int:
+        def appending(journals: SqlJournals, request: pb.AppendJournalRequest) -> int:
             try:
                 return append(journals, request)
             finally:
                 if request.stream.startswith(streams):
                     self._catch_up(journals, request.stream)
 
-        def committing(store: SqliteJobs, request: pb.CommitCheckpointRequest) -> Any:
+        def committing(store: SqlJobs, request: pb.CommitCheckpointRequest) -> Any:
             response = commit(store, request)
             self._finished(request)
             return response
 
-        environment.replace(SqliteJournals, "append", appending)
-        environment.replace(SqliteJobs, "commit", committing)
+        environment.replace(SqlJournals, "append", appending)
+        environment.replace(SqlJobs, "commit", committing)
 
     def _install_worker(self, environment: Environment) -> None:
         def counted(real: Any, before: Any = None) -> Any:

@@ -8,12 +8,14 @@ from phalanx.errors import PhalanxError
 from storage.backends.directory_blobs import DirectoryBlobs
 from storage.backends.file_system import THIS_MACHINE, FileSystem
 from storage.backends.files import StateFolder
-from storage.backends.sqlite.catalog import SqliteCatalog
+from storage.backends.folder_owner import demand_no_owner
+from storage.backends.sql import home
+from storage.backends.sql.catalog import SqlCatalog
+from storage.backends.sql.jobs import SqlJobs
+from storage.backends.sql.journals import SqlJournals
+from storage.backends.sql.leases import SqlLeases
+from storage.backends.sql.references import SqlReferences
 from storage.backends.sqlite.database import LOG_NAME, LOG_PAGES, Database, ignore
-from storage.backends.sqlite.jobs import SqliteJobs
-from storage.backends.sqlite.journals import SqliteJournals
-from storage.backends.sqlite.leases import SqliteLeases
-from storage.backends.sqlite.references import SqliteReferences
 from storage.interfaces import Backend
 
 
@@ -33,21 +35,19 @@ def open_embedded_backend(
     ``on_corruption`` hears of manifests that were skipped because they are damaged; ``on_failure``
     is called when the disk failed so that the process must end. SQLite does not use ``disk``, and
     copies its log into the database whenever that has ``log_pages`` pages. Raises
-    FailedPrecondition (STATE_IN_USE, STATE_UNUSABLE, STATE_TOO_NEW).
+    FailedPrecondition (STATE_IN_USE, STATE_UNUSABLE, STATE_TOO_NEW, BLOBS_ELSEWHERE).
     """
     state = StateFolder(folder, disk)
     blobs: DirectoryBlobs | None = None
     database: Database | None = None
     try:
+        demand_no_owner(state, disk)
         state.spend_spare()
         blobs = DirectoryBlobs(state.fd, reserve_bytes=reserve_bytes, disk=disk)
-        state.write_again(LOG_NAME)
-        database = Database(folder, on_failure, on_corruption, log_pages=log_pages)
-        # SQLite does so too, and ignores it if that fails.
-        state.sync()
+        database = _open_database(state, on_failure, on_corruption, log_pages)
+        home.demand_homeless(database)
         # It removes what a registration that was broken off left behind, and so may fail.
-        catalog = SqliteCatalog(database, blobs, now_unix_nanos, namespace_bytes_max)
-        state.set_spare_aside()
+        catalog = SqlCatalog(database, blobs, now_unix_nanos, namespace_bytes_max)
     except BaseException:
         if database is not None:
             database.close()
@@ -64,13 +64,41 @@ def open_embedded_backend(
     return Backend(
         name="embedded",
         blobs=blobs,
-        journals=SqliteJournals(database),
-        leases=SqliteLeases(database, now_unix_nanos),
-        jobs=SqliteJobs(database, blobs, now_unix_nanos, on_corruption),
+        journals=SqlJournals(database),
+        leases=SqlLeases(database, now_unix_nanos),
+        jobs=SqlJobs(database, blobs, now_unix_nanos, on_corruption),
         catalog=catalog,
-        references=SqliteReferences(database, now_unix_nanos),
+        references=SqlReferences(database, now_unix_nanos),
         close=close,
     )
 
 
-__all__ = ["open_embedded_backend"]
+def open_embedded_database(
+    state: StateFolder,
+    on_failure: Callable[[PhalanxError], None],
+    on_corruption: Callable[[str], None],
+) -> Database:
+    """Open only the database of a state folder; blobs are elsewhere."""
+    state.spend_spare()
+    return _open_database(state, on_failure, on_corruption, LOG_PAGES)
+
+
+def _open_database(
+    state: StateFolder,
+    on_failure: Callable[[PhalanxError], None],
+    on_corruption: Callable[[str], None],
+    log_pages: int,
+) -> Database:
+    state.write_again(LOG_NAME)
+    database = Database(state.path, on_failure, on_corruption, log_pages=log_pages)
+    try:
+        # SQLite does so too, and ignores it if that fails.
+        state.sync()
+        state.set_spare_aside()
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+__all__ = ["open_embedded_backend", "open_embedded_database"]

@@ -1,10 +1,10 @@
 """One SQLite database: many readers, one writing thread, commits in groups.
 
-Theory of operation ------------------- All writes are *acts*, functions of a connection, and run on
-one thread. Acts that wait together share one transaction, hence one fsync; each has a savepoint of
-its own, so that one that raises undoes only itself. Nobody hears the outcome of his act, not even
-its error, before the transaction is durable: an error may rest on what another act of the same
-transaction did.
+Theory of operation
+-------------------
+All writes are *acts*, functions of a connection, and run on one thread (``sql.groups``), those that
+wait together in one transaction, hence with one fsync. Each has a savepoint of its own, so that one
+that raises undoes only itself.
 
 An act that does something outside of the database, which no rollback undoes, asks to be *alone*:
 what it sees is durable by then. A blob that only an open transaction has let go of must stay.
@@ -27,56 +27,34 @@ import queue
 import sqlite3
 import stat
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from phalanx.errors import (
-    DataLoss,
-    DeadlineExceeded,
-    FailedPrecondition,
-    Internal,
-    PhalanxError,
-    ResourceExhausted,
-    Unavailable,
-)
-from storage.backends.files import disk_full
-from storage.backends.sqlite.rows import TABLES
+from phalanx.errors import DataLoss, FailedPrecondition, Internal, PhalanxError, Unavailable
+from storage.backends.files import DATABASE_NAME, disk_full
+from storage.backends.sql.connection import Act, Connection, ResultT
+from storage.backends.sql.groups import Job, WritingThread
+from storage.backends.sql.rows import TABLES
 from storage.backends.sqlite.schema import APPLICATION_ID, migrate
 
-ResultT = TypeVar("ResultT")
-Act = Callable[[sqlite3.Connection], ResultT]
-
-FILE_NAME = "metadata.sqlite3"
+FILE_NAME = DATABASE_NAME
 LOG_NAME = f"{FILE_NAME}-wal"
 _INCREMENTAL = 2
-_BATCH_ACTS = 128
-_QUEUE_ACTS = 1024
 _READERS = 16
-_WRITE_TIMEOUT_S = 60.0
+_VACUUM_PAGES = 2000
 _BUSY_TIMEOUT_S = 10.0
 _LOG_LIMIT_BYTES = 8 * 1024 * 1024
 LOG_PAGES = 1000
 """Pages of the log at which it is copied into the database file."""
 
 
-@dataclass
-class _Job:
-    """One act on its way through the writing thread."""
+class SqliteConnection(sqlite3.Connection):
+    """A connection of ``sql.connection``."""
 
-    act: Act[Any]
-    alone: bool = False
-    future: Future[Any] = field(default_factory=Future)
-    result: Any = None
-    error: Exception | None = None
-
-    def finish(self) -> None:
-        if self.error is not None:
-            self.future.set_exception(self.error)
-        else:
-            self.future.set_result(self.result)
+    def scan(self, selection: str) -> Iterator[Any]:
+        """Yield all rows of a table."""
+        return iter(self.execute(f"{selection} NOT INDEXED"))
 
 
 def ignore(_: object) -> None:
@@ -103,16 +81,12 @@ class Database:
         self._on_corruption = on_corruption
         self._on_failure = on_failure
         self._failure: PhalanxError | None = None
-        self._queue: queue.Queue[_Job | None] = queue.Queue(_QUEUE_ACTS)
-        self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue(_READERS)
+        self._readers: queue.LifoQueue[SqliteConnection] = queue.LifoQueue(_READERS)
         self._reader_slots = threading.BoundedSemaphore(_READERS)
-        self._closing = threading.Lock()
-        self._closed = False
         self._connection = self._open()
-        self._thread = threading.Thread(target=self._run, name="sqlite-writer", daemon=True)
-        self._thread.start()
+        self._writing = WritingThread("sqlite-writer", "disk", self._commit)
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self) -> SqliteConnection:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(os.lstat(self._path).st_mode):
                 raise FailedPrecondition(
@@ -141,7 +115,7 @@ class Database:
             raise _unusable(error) from error
         return connection
 
-    def _check(self, connection: sqlite3.Connection) -> None:
+    def _check(self, connection: SqliteConnection) -> None:
         """Look for damage; FailedPrecondition (STATE_UNUSABLE) where it cannot be mended."""
         found = _damage(connection)
         if found:
@@ -163,7 +137,7 @@ class Database:
                 # What needs the row will say so; the rest is served.
                 self._on_corruption(error.message)
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> SqliteConnection:
         try:
             return sqlite3.connect(
                 self._path,
@@ -171,6 +145,7 @@ class Database:
                 isolation_level=None,
                 check_same_thread=False,
                 cached_statements=256,
+                factory=SqliteConnection,
             )
         except sqlite3.Error as error:
             raise _unusable(error) from error
@@ -179,32 +154,18 @@ class Database:
         """Run ``act`` in a transaction, or ``alone`` in it; return its result once that is durable.
 
         The act may be run more than once and must have no effects but those on its connection, or
-        repeatable ones. What it raises is raised here.
+        repeatable ones. What it raises is raised here. Called from inside an act, it joins that
+        one's transaction.
         """
-        job = _Job(act, alone)
-        with self._closing:
-            if self._failure is not None:
-                raise self._failure
-            if self._closed:
-                raise Unavailable("storage is stopping; try again", reason="STOPPING")
-            try:
-                self._queue.put_nowait(job)
-            except queue.Full:
-                raise Unavailable(
-                    f"{_QUEUE_ACTS} writes are waiting for the disk; try again", reason="OVERLOADED"
-                ) from None
-        try:
-            result: ResultT = job.future.result(timeout=_WRITE_TIMEOUT_S)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"the disk took over {_WRITE_TIMEOUT_S:g} s; the write may have happened or not",
-                reason="DISK_SLOW",
-            ) from None
-        return result
+        if self._writing.is_current:
+            return act(self._connection)
+        if self._failure is not None:
+            raise self._failure
+        return self._writing.run(act, alone=alone)
 
     def read(self, act: Act[ResultT]) -> ResultT:
         """Run ``act``, which only reads, on one consistent state; return its result."""
-        if self._closed:
+        if self._writing.is_closed:
             raise Unavailable("storage is stopping; try again", reason="STOPPING")
         with self._reader_slots:
             try:
@@ -218,14 +179,19 @@ class Database:
             except sqlite3.Error as error:
                 raise _translated(error) from error
 
+    def reclaim(self) -> None:
+        """Shrink the file."""
+        while self.write(vacuum_some):
+            pass
+
+    def used_bytes(self) -> int:
+        """Return the size of the database without its free pages."""
+        return self.read(used_bytes)
+
     def close(self) -> None:
         """Finish what is queued and close; later calls raise Unavailable."""
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-            self._queue.put(None)
-        self._thread.join()
+        if not self._writing.close():
+            return
         while True:
             try:
                 self._readers.get_nowait().close()
@@ -233,7 +199,7 @@ class Database:
                 break
         self._connection.close()
 
-    def _take_reader(self) -> sqlite3.Connection:
+    def _take_reader(self) -> SqliteConnection:
         try:
             return self._readers.get_nowait()
         except queue.Empty:
@@ -241,38 +207,7 @@ class Database:
             connection.execute("PRAGMA query_only = ON")
             return connection
 
-    def _run(self) -> None:
-        while (first := self._queue.get()) is not None:
-            jobs = [first]
-            stopping = False
-            while len(jobs) < _BATCH_ACTS and not stopping and not jobs[-1].alone:
-                try:
-                    following = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                if following is None:
-                    stopping = True
-                elif following.alone:
-                    self._commit_all(jobs)
-                    jobs = [following]
-                else:
-                    jobs.append(following)
-            self._commit_all(jobs)
-            if stopping:
-                break
-
-    def _commit_all(self, jobs: list[_Job]) -> None:
-        error = self._commit(jobs)
-        if isinstance(error, ResourceExhausted) and len(jobs) > 1:
-            for job in jobs:
-                self._commit_all([job])
-            return
-        for job in jobs:
-            if error is not None:
-                job.result, job.error = None, error
-            job.finish()
-
-    def _commit(self, jobs: list[_Job]) -> PhalanxError | None:
+    def _commit(self, jobs: Sequence[Job]) -> PhalanxError | None:
         """Run the jobs in one transaction; return why none of them happened, or None."""
         if self._failure is not None:
             return self._failure
@@ -290,7 +225,7 @@ class Database:
             return _translated(error)
         return None
 
-    def _run_in_savepoint(self, job: _Job) -> None:
+    def _run_in_savepoint(self, job: Job) -> None:
         job.result = job.error = None
         self._connection.execute("SAVEPOINT act")
         try:
@@ -310,6 +245,22 @@ class Database:
         )
         self._on_failure(self._failure)
         return self._failure
+
+
+def vacuum_some(connection: Connection) -> bool:
+    """Give some free pages back; return whether there are more."""
+    connection.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+    free: int = connection.execute("PRAGMA freelist_count").fetchone()[0]
+    return free > 0
+
+
+def used_bytes(connection: Connection) -> int:
+    """Return the size of all pages that are not free."""
+    pages, free, size_bytes = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * size_bytes)
 
 
 def _unusable(error: sqlite3.Error) -> FailedPrecondition:

@@ -7,7 +7,7 @@ transaction together with the new version number.
 import sqlite3
 
 from phalanx.errors import FailedPrecondition
-from storage.backends.sqlite.rows import row_checksum
+from storage.backends.sql.rows import row_checksum
 
 APPLICATION_ID = 0x50484C58  # "PHLX"
 
@@ -141,7 +141,40 @@ UPDATE pins SET checksum =
     row_checksum('pins', kind, namespace, name, version, holder, ended);
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD)
+_FOURTH = """
+-- One row: the time for which storage has run, in any process (see storage.core.elapsed).
+CREATE TABLE elapsed (
+    id INTEGER PRIMARY KEY,
+    elapsed_s REAL NOT NULL,
+    token TEXT NOT NULL,
+    checksum INTEGER NOT NULL
+) STRICT;
+
+-- One row: which place holds the blobs (see storage.backends.sql.home).
+CREATE TABLE home (
+    id INTEGER PRIMARY KEY,
+    place TEXT NOT NULL,
+    token TEXT NOT NULL,
+    settled INTEGER NOT NULL,
+    checksum INTEGER NOT NULL
+) STRICT;
+
+-- Objects of an object store. state: arriving, stored, corrupt or doomed. digest: of a blob that is
+-- stored or corrupt, else empty. since_s: the elapsed time at which it was touched, or got its
+-- state.
+CREATE TABLE objects (
+    key TEXT PRIMARY KEY,
+    digest TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    state TEXT NOT NULL,
+    since_s REAL NOT NULL,
+    checksum INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX objects_by_digest ON objects (digest) WHERE digest <> '';
+CREATE INDEX objects_by_state ON objects (state, digest);
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH)
 
 
 def migrate(connection: sqlite3.Connection, migrations: tuple[str, ...] = MIGRATIONS) -> None:

@@ -2,74 +2,102 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from uuid import uuid4
 
 import pytest
 
+from phalanx.testing.object_server import ObjectServer
+from phalanx.testing.postgres_server import PostgresServer
 from phalanx.testing.storage_messages import digest_of
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
-from storage.backends.sqlite import open_embedded_backend
+from storage.backends.opening import Places, open_backend
+from storage.backends.sql.objects import load_blob
 from storage.interfaces import Backend, StoredBlob
 
+BACKENDS = ("embedded", "sqlite+s3", "postgres+directory", "postgres+s3")
 
-class Harness(Protocol):
+
+class Harness:
     """A back end under test and what a test may do to it from outside."""
 
-    backend: Backend
-    corruptions: list[str]
-    now_unix_nanos: int
-    namespace_bytes_max: int
-    """Holds from the next `reopen` on."""
-
-    def reopen(self) -> None:
-        """Close the back end and open it again on the same state."""
-
-    def flip_bit(self, digest: str, bit: int) -> None:
-        """Damage a stored blob."""
-
-    def close(self) -> None:
-        """End it."""
-
-
-class EmbeddedHarness:
-    """SQLite and a directory."""
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, postgres: PostgresServer | None, objects: ObjectServer | None
+    ) -> None:
         self._folder = folder
+        self._postgres = postgres
+        self._objects = objects
+        self._database_name = f"contract-{uuid4().hex}"
+        self._bucket = uuid4().hex
+        self._later_s = 0.0
         self.namespace_bytes_max = 0
+        """Holds from the next `reopen` on."""
         self.corruptions: list[str] = []
         self.now_unix_nanos = 1_700_000_000_000_000_000
+        self.places = Places(
+            folder,
+            "" if postgres is None else postgres.create_database(self._database_name),
+            "" if objects is None else f"{objects.create_bucket(self._bucket)}/some/where",
+        )
         self.backend = self._open()
 
     def _open(self) -> Backend:
-        return open_embedded_backend(
-            self._folder,
+        return open_backend(
+            self.places,
             namespace_bytes_max=self.namespace_bytes_max,
             on_corruption=self.corruptions.append,
             now_unix_nanos=lambda: self.now_unix_nanos,
+            clock_s=lambda: self._later_s,
         )
 
+    @property
+    def database(self):
+        """The database of the back end."""
+        return self.backend.catalog._database
+
     def reopen(self) -> None:
+        """Close the back end and open it again on the same state."""
         self.backend.close()
         self.backend = self._open()
 
+    def tidy(self) -> None:
+        """Do what storage does by itself, once what processes left behind is old."""
+        self.backend.keep_time()
+        self._later_s += 7 * 24 * 3600.0
+        self.backend.references.reclaim()
+        self._later_s += 7 * 24 * 3600.0
+        self.backend.references.reclaim()
+        if self._postgres is not None:
+            self._postgres.execute("VACUUM FULL", self._database_name)
+
     def flip_bit(self, digest: str, bit: int) -> None:
-        path = self._folder / "blobs" / digest[:2] / digest
-        content = bytearray(path.read_bytes())
+        """Damage a stored blob."""
+        if self._objects is None:
+            path = self._folder / "blobs" / digest[:2] / digest
+            content = bytearray(path.read_bytes())
+        else:
+            row = self.database.read(lambda connection: load_blob(connection, digest))
+            key = f"some/where/{row.key}"
+            content = bytearray(self._objects.get(self._bucket, key))
         content[bit // 8] ^= 1 << (bit % 8)
-        path.write_bytes(content)
+        if self._objects is None:
+            path.write_bytes(content)
+        else:
+            self._objects.put(self._bucket, key, bytes(content))
 
     def close(self) -> None:
+        """End it."""
         self.backend.close()
+        if self._postgres is not None:
+            self._postgres.execute(f'DROP DATABASE "{self._database_name}" WITH (FORCE)')
 
 
-HARNESSES: dict[str, Callable[[Path], Harness]] = {"embedded": EmbeddedHarness}
-
-
-@pytest.fixture(params=HARNESSES)
+@pytest.fixture(params=BACKENDS)
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
     """One back end after the other."""
-    harness = HARNESSES[request.param](tmp_path / "state")
+    kind = request.param
+    postgres = request.getfixturevalue("postgres_server") if "postgres" in kind else None
+    objects = request.getfixturevalue("object_server") if "s3" in kind else None
+    harness = Harness(tmp_path / "state", postgres, objects)
     yield harness
     harness.close()
 

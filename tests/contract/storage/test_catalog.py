@@ -14,7 +14,7 @@ from phalanx.errors import (
 from phalanx.testing.storage_messages import digest_of, model
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import model_service_pb2 as model_pb
-from storage.backends.sqlite.references import add_references
+from storage.backends.sql.references import add_references
 from storage.core.catalog import parse_name, parse_page
 from tests.contract.storage.pinning import delete, pins
 
@@ -338,16 +338,38 @@ def chunks(count):
     return [b"chunk %d" % index for index in range(count)]
 
 
+class Counting:
+    """A connection that counts the rows that are changed."""
+
+    def __init__(self, connection):
+        self._connection = connection
+        self.rows = 0
+
+    def execute(self, statement, *values):
+        cursor = self._connection.execute(statement, *values)
+        if not statement.startswith("SELECT"):
+            self.rows += cursor.rowcount
+        return cursor
+
+    def executemany(self, statement, rows):
+        cursor = self._connection.executemany(statement, rows)
+        self.rows += cursor.rowcount
+        return cursor
+
+    def scan(self, selection):
+        return self._connection.scan(selection)
+
+
 def test_many_links_are_written_and_dropped_in_pieces(harness, link, monkeypatch):
-    monkeypatch.setattr("storage.backends.sqlite.links.PIECE_LINKS", 4)
-    database, changes = harness.backend.catalog._database, []
+    monkeypatch.setattr("storage.backends.sql.links.PIECE_LINKS", 4)
+    database, changes = harness.database, []
     write = database.write
 
     def counted(act, **options):
         def count(connection):
-            before = connection.total_changes
-            result = act(connection)
-            changes.append(connection.total_changes - before)
+            counting = Counting(connection)
+            result = act(counting)
+            changes.append(counting.rows)
             return result
 
         return write(count, **options)
@@ -362,7 +384,7 @@ def test_many_links_are_written_and_dropped_in_pieces(harness, link, monkeypatch
 
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_links_of_a_registration_that_failed_are_nobodys_and_go(harness, link, monkeypatch, after):
-    monkeypatch.setattr("storage.backends.sqlite.links.PIECE_LINKS", 4)
+    monkeypatch.setattr("storage.backends.sql.links.PIECE_LINKS", 4)
     link("other", *chunks(3))
     pieces = []
 
@@ -373,32 +395,34 @@ def test_links_of_a_registration_that_failed_are_nobodys_and_go(harness, link, m
         add_references(connection, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("storage.backends.sqlite.links.add_references", failing)
+        patch.setattr("storage.backends.sql.links.add_references", failing)
         # As if the process had ended there: what it wrote stays.
-        patch.setattr("storage.backends.sqlite.links.SqliteLinks.give_up", lambda *_: None)
+        patch.setattr("storage.backends.sql.links.SqlLinks.give_up", lambda *_: None)
         with pytest.raises(ResourceExhausted):
             link("a", *chunks(10))
     assert linking(harness.backend, b"chunk 0") == [("other", 1)]
     harness.reopen()
+    harness.tidy()
     count = "SELECT (SELECT count(*) FROM versions), (SELECT count(*) FROM blob_references)"
-    rows = harness.backend.catalog._database.read(lambda found: found.execute(count).fetchone())
+    rows = harness.database.read(lambda found: found.execute(count).fetchone())
     assert rows == (1, 4)
     link("a", *chunks(10))
     assert linking(harness.backend, b"chunk 0") == [("a", 1), ("other", 1)]
 
 
 def test_links_of_a_deletion_that_broke_off_are_nobodys_and_go(harness, link, monkeypatch):
-    monkeypatch.setattr("storage.backends.sqlite.links.PIECE_LINKS", 4)
+    monkeypatch.setattr("storage.backends.sql.links.PIECE_LINKS", 4)
     link("a", *chunks(10))
     with monkeypatch.context() as patch:
-        patch.setattr("storage.backends.sqlite.links.SqliteLinks.drop", lambda *_: None)
+        patch.setattr("storage.backends.sql.links.SqlLinks.drop", lambda *_: None)
         delete(harness.backend, "a")
     assert linking(harness.backend, b"chunk 9") == []
     link("b", *chunks(10))
     assert linking(harness.backend, b"chunk 9") == [("b", 1)]
     harness.reopen()
+    harness.tidy()
     assert linking(harness.backend, b"chunk 9") == [("b", 1)]
-    rows = harness.backend.catalog._database.read(
+    rows = harness.database.read(
         lambda found: found.execute("SELECT count(*) FROM blob_references").fetchone()
     )
     assert rows == (11,)
@@ -408,7 +432,7 @@ def test_a_registration_that_is_repeated_leaves_no_second_links(harness, link):
     first = link("a", *chunks(10))
     assert link("a", *chunks(10)) == first
     assert linking(harness.backend, b"chunk 9") == [("a", 1)]
-    rows = harness.backend.catalog._database.read(
+    rows = harness.database.read(
         lambda found: found.execute("SELECT count(*) FROM blob_references").fetchone()
     )
     assert rows == (11,)

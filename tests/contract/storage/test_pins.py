@@ -5,7 +5,7 @@ import pytest
 from phalanx.errors import FailedPrecondition, InvalidArgument, NotFound
 from phalanx.testing.storage_messages import digest_of
 from phalanx.v1 import storage_service_pb2 as pb
-from storage.backends.sqlite.rows import Table
+from storage.backends.sql.rows import Table
 from storage.core.catalog import parse_name
 from tests.contract.storage.pinning import delete, end, pins
 

@@ -140,8 +140,9 @@ def test_touched_blobs_are_young_again(backend, put):
     assert digest_of(b"content") in blobs(backend)
 
 
-def test_many_short_jobs_leave_the_disk_flat(backend, put):
+def test_many_short_jobs_leave_the_disk_flat(harness, put):
     """Jobs come, log, checkpoint, finish and are deleted; nothing is left of them."""
+    backend = harness.backend
 
     def one_job(number):
         job_id = f"job-{number}"
@@ -160,7 +161,7 @@ def test_many_short_jobs_leave_the_disk_flat(backend, put):
         end = pb.TruncateJournalRequest(stream="control", before_sequence=last)
         backend.journals.truncate(end)
         collect_garbage(backend, grace_s=0, dry_run=False)
-        backend.references.reclaim()
+        harness.tidy()
         return backend.references.usage_bytes(), backend.blobs.usage_bytes()
 
     first = usage_after(0, 50)

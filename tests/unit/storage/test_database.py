@@ -16,14 +16,14 @@ from phalanx.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from storage.backends.sqlite import database as database_module
-from storage.backends.sqlite.database import FILE_NAME, Database
-from storage.backends.sqlite.references import (
-    SqliteReferences,
+from storage.backends.sql import groups
+from storage.backends.sql.references import (
+    SqlReferences,
     add_references,
     drop_references,
 )
-from storage.backends.sqlite.rows import PINS
+from storage.backends.sql.rows import PINS
+from storage.backends.sqlite.database import FILE_NAME, Database
 from storage.backends.sqlite.schema import MIGRATIONS, migrate
 
 GUARD_S = 30
@@ -77,7 +77,7 @@ class Gate:
 def queued(database, count):
     deadline = threading.Event()
     for _ in range(3000):
-        if database._queue.qsize() >= count:
+        if database._writing.queue.qsize() >= count:
             return
         deadline.wait(0.01)
     raise AssertionError("the acts never queued up")
@@ -148,7 +148,7 @@ def test_an_act_sees_what_those_before_it_in_its_transaction_did(database):
 def test_a_blob_goes_only_once_what_let_go_of_it_is_durable(database):
     """Else a crash at that moment brings back a checkpoint whose blob is gone."""
     digest = "ab" * 32
-    references = SqliteReferences(database, lambda: 0)
+    references = SqlReferences(database, lambda: 0)
     database.write(lambda connection: add_references(connection, "pin", "job-1", 0, [digest]))
     removed = []
 
@@ -269,7 +269,7 @@ def test_other_errors_of_a_transaction(database, failures, code, error):
 
 def test_too_many_waiting_writes_are_refused(database, monkeypatch):
     gate = Gate(database)
-    database._queue.maxsize = 1
+    database._writing.queue.maxsize = 1
     waiting = threading.Thread(target=lambda: database.write(insert("a")))
     waiting.start()
     queued(database, 1)
@@ -375,7 +375,7 @@ def test_a_database_that_is_a_link_is_refused(tmp_path):
 
 
 def test_a_slow_disk_is_told(database, monkeypatch):
-    monkeypatch.setattr(database_module, "_WRITE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(groups, "WRITE_TIMEOUT_S", 0.01)
     entered, leave = threading.Event(), threading.Event()
 
     def slow(connection):

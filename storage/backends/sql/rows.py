@@ -1,13 +1,12 @@
 """Checksums of rows: what a table holds is what was written, or it is told.
 
-SQLite finds damage to the structure of its file, not to what the rows say. A fencing token that
-lost a bit would let an old leader write; a reference that lost one would have garbage collection
-remove the blob that it named. So every row carries a checksum over all its columns, which is
-compared when the row is read. A row that is *not* found is believed to be missing only if all rows
-of its table are intact: the damaged one may be the one that was looked for.
+A database finds damage to the structure of its files, not always to what the rows say. A fencing
+token that lost a bit would let an old leader write; a reference that lost one would have garbage
+collection remove the blob that it named. So every row carries a checksum over all its columns,
+which is compared when the row is read. A row that is *not* found is believed to be missing only if
+all rows of its table are intact: the damaged one may be the one that was looked for.
 """
 
-import sqlite3
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from phalanx.errors import DataLoss
-
-Value = str | int | float | bytes
+from storage.backends.sql.connection import Connection, Value
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,27 @@ class Table:
     def insertion(self) -> str:
         """The statement that inserts a row of ``sealed``."""
         marks = ", ".join("?" * (len(self.columns) + 1))
-        return f"INTO {self.name} ({', '.join(self.columns)}, checksum) VALUES ({marks})"
+        # All names are constants of this program.
+        return f"INSERT INTO {self.name} ({', '.join(self.columns)}, checksum) VALUES ({marks})"  # noqa: S608
+
+    @cached_property
+    def insertion_if_new(self) -> str:
+        """The statement that inserts a row, or does nothing if there is one with its key."""
+        return f"{self.insertion} ON CONFLICT DO NOTHING"
+
+    @cached_property
+    def replacement(self) -> str:
+        """The statement that inserts a row in the place of the one with its key, if there is."""
+        changed = ", ".join(f"{name} = excluded.{name}" for name in self._others)
+        key = ", ".join(self.columns[: self.key])
+        return f"{self.insertion} ON CONFLICT ({key}) DO UPDATE SET {changed}"
+
+    @property
+    def _others(self) -> tuple[str, ...]:
+        return (*self.columns[self.key :], "checksum")
 
     @cached_property
     def _selection(self) -> str:
-        # All names are constants of this program.
         return f"SELECT {', '.join(self.columns)}, checksum FROM {self.name}"  # noqa: S608
 
     @cached_property
@@ -52,7 +66,7 @@ class Table:
         assert len(row) == len(self.columns)
         return row_checksum(self.name, *row)
 
-    def find(self, connection: sqlite3.Connection, *key: Value) -> tuple[Any, ...] | None:
+    def find(self, connection: Connection, *key: Value) -> tuple[Any, ...] | None:
         """Return the row with this key, verified; None only if there is none for certain.
 
         Raises DataLoss (ROW_CORRUPT).
@@ -62,7 +76,7 @@ class Table:
             self.verify(connection, absent=key)
         return row
 
-    def find_or_none(self, connection: sqlite3.Connection, *key: Value) -> tuple[Any, ...] | None:
+    def find_or_none(self, connection: Connection, *key: Value) -> tuple[Any, ...] | None:
         """Do the same, but believe that a row that is not found was never there."""
         row = connection.execute(self._selection_by_key, key).fetchone()
         return None if row is None else self.opened(row)
@@ -79,19 +93,15 @@ class Table:
         return tuple(values)
 
     def select(
-        self, connection: sqlite3.Connection, where: str, *values: Value
+        self, connection: Connection, where: str, *values: Value
     ) -> Iterator[tuple[Any, ...]]:
         """Yield the rows of which ``where`` holds (a constant of this program), verified."""
         for row in connection.execute(f"{self._selection} WHERE {where}", values):
             yield self.opened(row)
 
-    def verify(self, connection: sqlite3.Connection, absent: Sequence[Value] = ()) -> None:
+    def verify(self, connection: Connection, absent: Sequence[Value] = ()) -> None:
         """Raise DataLoss (ROW_CORRUPT) if a row is damaged, or if one with this key is there."""
-        rows = connection.execute(
-            # Not by an index, which may be what is damaged.
-            f"{self._selection} NOT INDEXED"
-        )
-        for row in rows:
+        for row in connection.scan(self._selection):
             values = self.opened(row)
             if absent and values[: self.key] == tuple(absent):
                 raise DataLoss(
@@ -110,9 +120,9 @@ def row_checksum(table: str, *row: Value) -> int:
     return found
 
 
-def next_id(connection: sqlite3.Connection, table: Table) -> int:
+def next_id(connection: Connection, table: str) -> int:
     """Return an id that no row of the table has."""
-    statement = f"SELECT ifnull(max(id), 0) + 1 FROM {table.name}"  # noqa: S608
+    statement = f"SELECT coalesce(max(id), 0) + 1 FROM {table}"  # noqa: S608
     return int(connection.execute(statement).fetchone()[0])
 
 
@@ -126,6 +136,12 @@ REFERENCES = Table("blob_references", ("digest", "kind", "owner", "position"), 4
 PINS = Table("pins", ("kind", "namespace", "name", "version", "holder", "ended"), 5)
 NAMES = Table("names", ("kind", "namespace", "name", "next_version"), 3)
 REQUESTS = Table("requests", ("kind", "request_id", "request_sha256", "response", "create_s"), 2)
+ELAPSED = Table("elapsed", ("id", "elapsed_s", "token"), 1)
+HOME = Table("home", ("id", "place", "token", "settled"), 1)
+OBJECTS = Table("objects", ("key", "digest", "size_bytes", "state", "since_s"), 1)
 
-TABLES = (LEASES, STREAMS, JOBS, CHECKPOINTS, REFERENCES, PINS, NAMES, REQUESTS)
+TABLES = (
+    *(LEASES, STREAMS, JOBS, CHECKPOINTS, REFERENCES, PINS, NAMES, REQUESTS),
+    *(ELAPSED, HOME, OBJECTS),
+)
 """All but records and versions, whose checksums are those of ``storage.core``."""

@@ -1,15 +1,14 @@
-"""Journals in SQLite."""
+"""Journals."""
 
-import sqlite3
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from phalanx.errors import Aborted
 from phalanx.v1 import storage_service_pb2 as pb
-from storage.backends.sqlite.database import Database
-from storage.backends.sqlite.leases import check_request_fence
-from storage.backends.sqlite.references import add_references, drop_references
-from storage.backends.sqlite.rows import STREAMS, next_id
+from storage.backends.sql.connection import Connection, Database
+from storage.backends.sql.leases import check_request_fence
+from storage.backends.sql.references import add_references, drop_references
+from storage.backends.sql.rows import STREAMS, next_id
 from storage.core import journals
 from storage.core.garbage import find_digests
 from storage.core.journals import READ_BATCH_BYTES, READ_BATCH_RECORDS, StreamState
@@ -29,7 +28,7 @@ class _Fetched(NamedTuple):
     rows: list[tuple[int, bytes, int]]
 
 
-class SqliteJournals:
+class SqlJournals:
     """A JournalStore; what looks like a digest in a record is noted when it is appended."""
 
     def __init__(self, database: Database) -> None:
@@ -42,7 +41,7 @@ class SqliteJournals:
         references = [(index, find_digests(record)) for index, record in enumerate(records)]
         references = [(index, digests) for index, digests in references if digests]
 
-        def act(connection: sqlite3.Connection) -> int:
+        def act(connection: Connection) -> int:
             check_request_fence(connection, request)
             stream = _load(connection, request.stream)
             state = stream.state if stream else StreamState()
@@ -98,7 +97,7 @@ class SqliteJournals:
         """Drop the records before a sequence."""
         journals.check_truncate(request)
 
-        def act(connection: sqlite3.Connection) -> None:
+        def act(connection: Connection) -> None:
             check_request_fence(connection, request)
             stream = _load(connection, request.stream)
             after = journals.truncate(stream.state if stream else StreamState(), request)
@@ -118,7 +117,7 @@ class SqliteJournals:
         """Remove a stream."""
         check_stream(request.stream, "stream")
 
-        def act(connection: sqlite3.Connection) -> None:
+        def act(connection: Connection) -> None:
             check_request_fence(connection, request)
             stream = _load(connection, request.stream)
             if stream is None:
@@ -132,24 +131,16 @@ class SqliteJournals:
     def _fetch(self, name: str, position: int, limit: int | None) -> _Fetched:
         count = READ_BATCH_RECORDS if limit is None else min(limit, READ_BATCH_RECORDS)
 
-        def act(connection: sqlite3.Connection) -> _Fetched:
+        def act(connection: Connection) -> _Fetched:
             stream = _load(connection, name)
             if stream is None:
                 return _Fetched(StreamState(), position, [])
             first = max(position, stream.state.first_sequence)
-            cursor = connection.execute(
+            rows = connection.execute(
                 "SELECT sequence, payload, checksum FROM records "
-                "WHERE stream = ? AND sequence >= ? ORDER BY sequence LIMIT ?",
-                (stream.id, first, count),
-            )
-            rows: list[tuple[int, bytes, int]] = []
-            size_bytes = 0
-            for row in cursor:
-                size_bytes += len(row[1])
-                if rows and size_bytes > READ_BATCH_BYTES:
-                    break
-                rows.append(row)
-            cursor.close()
+                "WHERE stream = ? AND sequence >= ? AND sequence <= ? ORDER BY sequence",
+                (stream.id, first, _last_of_batch(connection, stream.id, first, count)),
+            ).fetchall()
             return _Fetched(stream.state, first, rows)
 
         fetched = self._database.read(act)
@@ -158,19 +149,32 @@ class SqliteJournals:
         return fetched
 
 
-def _load(connection: sqlite3.Connection, name: str) -> _Stream | None:
+def _last_of_batch(connection: Connection, stream_id: int, first: int, count: int) -> int:
+    """Return the last record of those from ``first`` on that fit into one answer."""
+    last, size_bytes = first, 0
+    for sequence, length in connection.execute(
+        "SELECT sequence, length(payload) FROM records "
+        "WHERE stream = ? AND sequence >= ? ORDER BY sequence LIMIT ?",
+        (stream_id, first, count),
+    ):
+        size_bytes += length
+        if sequence > first and size_bytes > READ_BATCH_BYTES:
+            break
+        last = sequence
+    return last
+
+
+def _load(connection: Connection, name: str) -> _Stream | None:
     row = STREAMS.find(connection, name)
     return None if row is None else _Stream(row[1], StreamState(row[2], row[3]))
 
 
-def _store(
-    connection: sqlite3.Connection, name: str, stream: _Stream | None, state: StreamState
-) -> int:
+def _store(connection: Connection, name: str, stream: _Stream | None, state: StreamState) -> int:
     """Write the bounds of a stream; return its id."""
-    stream_id = next_id(connection, STREAMS) if stream is None else stream.id
+    stream_id = next_id(connection, STREAMS.name) if stream is None else stream.id
     row = STREAMS.sealed(name, stream_id, state.first_sequence, state.next_sequence)
     if stream is None:
-        connection.execute(f"INSERT {STREAMS.insertion}", row)
+        connection.execute(STREAMS.insertion, row)
     else:
         connection.execute(
             "UPDATE streams SET first_sequence = ?, next_sequence = ?, checksum = ? WHERE id = ?",

@@ -1,6 +1,5 @@
-"""Data sets and models in SQLite."""
+"""Data sets and models."""
 
-import sqlite3
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
@@ -14,12 +13,12 @@ from phalanx.texts import number_of
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import model_service_pb2 as model_pb
 from phalanx.v1 import storage_service_pb2 as pb
-from storage.backends.sqlite.database import Database
-from storage.backends.sqlite.leases import check_request_fence
-from storage.backends.sqlite.links import SqliteLinks, give_up_name, make_room, rows_linking
-from storage.backends.sqlite.references import add_references, drop_references
-from storage.backends.sqlite.requests import once
-from storage.backends.sqlite.rows import NAMES, PINS, REFERENCES
+from storage.backends.sql.connection import Connection, Database
+from storage.backends.sql.leases import check_request_fence
+from storage.backends.sql.links import SqlLinks, Unnamed, make_room, rows_linking
+from storage.backends.sql.references import add_references, drop_references
+from storage.backends.sql.requests import once
+from storage.backends.sql.rows import NAMES, PINS, REFERENCES, next_id
 from storage.core import catalog
 from storage.core.catalog import Page, VersionName
 from storage.core.keys import check_digest, check_key, check_word, invalid
@@ -31,16 +30,16 @@ _PIN = "pin"
 _NEXT_HOLDERS = """
 SELECT holder FROM (
     SELECT DISTINCT holder FROM pins WHERE holder > ? AND ended = 0 ORDER BY holder LIMIT ?
-)
+) AS of_versions
 UNION SELECT owner FROM (
     SELECT DISTINCT owner FROM blob_references WHERE kind = ? AND owner > ? ORDER BY owner LIMIT ?
-) ORDER BY 1 LIMIT ?
+) AS of_blobs ORDER BY 1 LIMIT ?
 """
 
 EntryT = TypeVar("EntryT", dataset_pb.Dataset, model_pb.ModelVersion)
 
 
-class SqliteCatalog:
+class SqlCatalog:
     """A Catalog. ``now_unix_nanos`` reads the wall clock.
 
     ``namespace_bytes_max`` limits the data sets and models of one namespace; 0 for no limit.
@@ -52,10 +51,11 @@ class SqliteCatalog:
         blobs: BlobStore,
         now_unix_nanos: Callable[[], int],
         namespace_bytes_max: int = 0,
+        links: SqlLinks | None = None,
     ) -> None:
         self._namespace_bytes_max = namespace_bytes_max
         self._database = database
-        self._links = SqliteLinks(database)
+        self._links = links or SqlLinks(database)
         self._blobs = blobs
         self._now_unix_nanos = now_unix_nanos
 
@@ -70,41 +70,41 @@ class SqliteCatalog:
         name = catalog.new_name(request.namespace, request.name)
         chunks = sorted({check_digest(digest, "linked") for digest in linked})
         wanted = sorted({*digests, check_digest(request.manifest_digest, "manifest_digest")})
-        row_id = None
+        row = None
         if chunks and not self._is_newest(name, request.manifest_digest):
-            row_id = self._links.write(chunks)
+            row = self._links.write(chunks)
 
-        def create(connection: sqlite3.Connection) -> dataset_pb.Dataset:
+        def create(connection: Connection) -> dataset_pb.Dataset:
             newest = _newest(connection, DATASET, name)
             if newest is not None:
                 dataset = _load(connection, DATASET, newest, dataset_pb.Dataset)
                 if dataset.manifest_digest == request.manifest_digest:
                     return dataset
-            if chunks and row_id is None:
+            if chunks and row is None:
                 raise Unavailable(f"another version of {name} came meanwhile; try again")
             self._check_stored(wanted)
             dataset = dataset_pb.Dataset()
             dataset.CopyFrom(summary)
             self._check_quota(connection, name.namespace, catalog.dataset_bytes(dataset))
-            self._insert(connection, DATASET, name, dataset, wanted, row_id)
+            self._insert(connection, DATASET, name, dataset, wanted, row)
             return dataset
 
         act = once(request, request.request_id, dataset_pb.Dataset, create, self._now_s)
         try:
             created = self._database.write(act)
         except BaseException:
-            if row_id is not None:
-                self._links.give_up(row_id)
+            if row is not None:
+                self._links.give_up(row)
             raise
-        if row_id is not None and self._links.is_unnamed(row_id):
-            self._links.drop(row_id)  # the answer was there already
+        if row is not None and self._links.is_unnamed(row):
+            self._links.drop(row)  # the answer was there already
         return created
 
     def datasets_linking(self, digest: str) -> list[dataset_pb.Dataset]:
         """Return the data sets whose manifest says how to make a chunk, newest first."""
         check_digest(digest, "digest")
 
-        def read(connection: sqlite3.Connection) -> list[dataset_pb.Dataset]:
+        def read(connection: Connection) -> list[dataset_pb.Dataset]:
             found = (_dataset_of(connection, each) for each in rows_linking(connection, digest))
             return [dataset for dataset in found if dataset is not None]
 
@@ -115,7 +115,7 @@ class SqliteCatalog:
         name = catalog.check_model(request.model)
         sizes_given = {file.digest: file.size_bytes for file in request.model.files}
 
-        def create(connection: sqlite3.Connection) -> model_pb.ModelVersion:
+        def create(connection: Connection) -> model_pb.ModelVersion:
             sizes = self._check_stored(sizes_given)
             model = model_pb.ModelVersion()
             model.CopyFrom(request.model)
@@ -172,7 +172,7 @@ class SqliteCatalog:
             else:
                 raise invalid(field, "names nothing; give a dataset, a model or a blob")
 
-        def act(connection: sqlite3.Connection) -> None:
+        def act(connection: Connection) -> None:
             check_request_fence(connection, request)
             missing = set(blobs) - set(self._blobs.sizes(blobs))
             if missing:
@@ -183,7 +183,7 @@ class SqliteCatalog:
                 if _row_id(connection, kind, name) is None:
                     raise _not_found(kind, name)
                 pin_row = PINS.sealed(kind, name.namespace, name.name, name.version, holder, 0)
-                connection.execute(f"INSERT OR IGNORE {PINS.insertion}", pin_row)
+                connection.execute(PINS.insertion_if_new, pin_row)
             add_references(connection, _PIN, holder, 0, blobs)
 
         self._database.write(act)
@@ -192,11 +192,10 @@ class SqliteCatalog:
         if request.pins:
             raise invalid("pins", "a holder that has ended keeps those that it has; give none")
 
-        def act(connection: sqlite3.Connection) -> None:
+        def act(connection: Connection) -> None:
             check_request_fence(connection, request)
             for row in list(PINS.select(connection, "holder = ?", holder)):
-                pin_row = PINS.sealed(*row[:-1], 1)
-                connection.execute(f"INSERT OR REPLACE {PINS.insertion}", pin_row)
+                connection.execute(PINS.replacement, PINS.sealed(*row[:-1], 1))
             drop_references(connection, _PIN, holder)
 
         self._database.write(act)
@@ -204,7 +203,7 @@ class SqliteCatalog:
     def pin_holders(self, after: str, limit: int) -> list[str]:
         """Return who holds pins and has not ended."""
 
-        def read(connection: sqlite3.Connection) -> list[str]:
+        def read(connection: Connection) -> list[str]:
             names = connection.execute(_NEXT_HOLDERS, (after, limit, _PIN, after, limit, limit))
             page = [name for (name,) in names]
             if not page:
@@ -224,7 +223,7 @@ class SqliteCatalog:
         return self._now_unix_nanos() / 1e9
 
     def _is_newest(self, name: VersionName, manifest_digest: str) -> bool:
-        def read(connection: sqlite3.Connection) -> bool:
+        def read(connection: Connection) -> bool:
             newest = _newest(connection, DATASET, name)
             if newest is None:
                 return False
@@ -233,7 +232,7 @@ class SqliteCatalog:
 
         return self._database.read(read)
 
-    def _check_quota(self, connection: sqlite3.Connection, namespace: str, more: int) -> None:
+    def _check_quota(self, connection: Connection, namespace: str, more: int) -> None:
         """Raise ResourceExhausted where a namespace would hold more than it may."""
         if not self._namespace_bytes_max:
             return
@@ -261,12 +260,12 @@ class SqliteCatalog:
 
     def _insert(
         self,
-        connection: sqlite3.Connection,
+        connection: Connection,
         kind: str,
         name: VersionName,
         entry: dataset_pb.Dataset | model_pb.ModelVersion,
         digests: Iterable[str],
-        row_id: int | None = None,
+        linking: Unnamed | None = None,
     ) -> None:
         """Give ``entry`` the next version of ``name`` and store it, in the row that has its links
         if there is one."""
@@ -275,18 +274,20 @@ class SqliteCatalog:
         entry.create_time.FromNanoseconds(self._now_unix_nanos())
         message = entry.SerializeToString(deterministic=True)
         row = (kind, name.namespace, name.name, entry.version)
-        if row_id is not None:
-            make_room(connection, row_id)
-        cursor = connection.execute(
+        if linking is None:
+            row_id = next_id(connection, "versions")
+        else:
+            row_id = linking.id
+            make_room(connection, linking)
+        connection.execute(
             "INSERT INTO versions (id, kind, namespace, name, version, checksum, message) "
             "VALUES (?, ?, ?, ?, ?, ?, ?)",
             (row_id, *row, _checksum(kind, entry.version, message), message),
         )
-        assert cursor.lastrowid is not None
-        add_references(connection, kind, "", cursor.lastrowid, digests)
+        add_references(connection, kind, "", row_id, digests)
 
     def _get(self, kind: str, name: VersionName, entry_class: type[EntryT]) -> EntryT:
-        def act(connection: sqlite3.Connection) -> EntryT:
+        def act(connection: Connection) -> EntryT:
             exact = name if name.version else _newest(connection, kind, name)
             if exact is None:
                 raise _not_found(kind, name)
@@ -297,7 +298,7 @@ class SqliteCatalog:
     def _list(self, kind: str, page: Page, entry_class: type[EntryT]) -> tuple[list[EntryT], str]:
         after_name, after_version = page.after or ("", 0)
 
-        def act(connection: sqlite3.Connection) -> list[tuple[str, int, int, bytes]]:
+        def act(connection: Connection) -> list[tuple[str, int, int, bytes]]:
             return connection.execute(
                 "SELECT name, version, checksum, message FROM versions "
                 "WHERE kind = ? AND namespace = ? AND (name > ? OR (name = ? AND version < ?)) "
@@ -321,9 +322,9 @@ class SqliteCatalog:
         request: dataset_pb.DeleteDatasetRequest | model_pb.DeleteModelRequest,
         request_id: str,
     ) -> None:
-        nameless: list[int] = []
+        nameless: list[Unnamed] = []
 
-        def delete(connection: sqlite3.Connection) -> empty_pb2.Empty:
+        def delete(connection: Connection) -> empty_pb2.Empty:
             nameless.clear()
             values = (kind, name.namespace, name.name, name.version, name.version)
             where = "kind = ? AND namespace = ? AND name = ? AND (? = 0 OR version = ?)"
@@ -335,22 +336,23 @@ class SqliteCatalog:
             pins = [(row[4], bool(row[5])) for row in PINS.select(connection, where, *values)]
             deletions.check_unused(_WORDS[kind], str(name), pins, force=request.force)
             for row_id in row_ids:
-                if give_up_name(connection, row_id):
-                    nameless.append(row_id)
+                row = self._links.give_up_name(connection, row_id)
+                if row is not None:
+                    nameless.append(row)
                 else:
                     connection.execute("DELETE FROM versions WHERE id = ?", (row_id,))
                 drop_references(connection, kind, "", row_id)
             return empty_pb2.Empty()
 
         self._database.write(once(request, request_id, empty_pb2.Empty, delete, self._now_s))
-        for row_id in nameless:
-            self._links.drop(row_id)
+        for row in nameless:
+            self._links.drop(row)
 
 
 _WORDS = {DATASET: deletions.DATASET, MODEL: deletions.MODEL}
 
 
-def _newest(connection: sqlite3.Connection, kind: str, name: VersionName) -> VersionName | None:
+def _newest(connection: Connection, kind: str, name: VersionName) -> VersionName | None:
     row = connection.execute(
         "SELECT max(version) FROM versions WHERE kind = ? AND namespace = ? AND name = ?",
         (kind, name.namespace, name.name),
@@ -358,7 +360,7 @@ def _newest(connection: sqlite3.Connection, kind: str, name: VersionName) -> Ver
     return None if row[0] is None else VersionName(name.namespace, name.name, row[0])
 
 
-def _row_id(connection: sqlite3.Connection, kind: str, name: VersionName) -> int | None:
+def _row_id(connection: Connection, kind: str, name: VersionName) -> int | None:
     row = connection.execute(
         "SELECT id FROM versions WHERE kind = ? AND namespace = ? AND name = ? AND version = ?",
         (kind, name.namespace, name.name, name.version),
@@ -366,7 +368,7 @@ def _row_id(connection: sqlite3.Connection, kind: str, name: VersionName) -> int
     return None if row is None else int(row[0])
 
 
-def _dataset_of(connection: sqlite3.Connection, row_id: int) -> dataset_pb.Dataset | None:
+def _dataset_of(connection: Connection, row_id: int) -> dataset_pb.Dataset | None:
     """Return the data set of a row; None for one that has no name yet, or none any more."""
     row = connection.execute(
         "SELECT namespace, name, version, checksum, message FROM versions "
@@ -381,7 +383,7 @@ def _dataset_of(connection: sqlite3.Connection, row_id: int) -> dataset_pb.Datas
 
 
 def _load(
-    connection: sqlite3.Connection, kind: str, name: VersionName, entry_class: type[EntryT]
+    connection: Connection, kind: str, name: VersionName, entry_class: type[EntryT]
 ) -> EntryT:
     row = connection.execute(
         "SELECT checksum, message FROM versions "
@@ -394,7 +396,7 @@ def _load(
 
 
 def _all(
-    connection: sqlite3.Connection, kind: str, namespace: str, entry_class: type[EntryT]
+    connection: Connection, kind: str, namespace: str, entry_class: type[EntryT]
 ) -> Iterator[EntryT]:
     rows = connection.execute(
         "SELECT name, version, checksum, message FROM versions WHERE kind = ? AND namespace = ?",
@@ -426,11 +428,11 @@ def _parse(
     )
 
 
-def _take_version(connection: sqlite3.Connection, kind: str, name: VersionName) -> int:
+def _take_version(connection: Connection, kind: str, name: VersionName) -> int:
     row = NAMES.find(connection, kind, name.namespace, name.name)
     version = 1 if row is None else int(row[3])
     row = NAMES.sealed(kind, name.namespace, name.name, version + 1)
-    connection.execute(f"INSERT OR REPLACE {NAMES.insertion}", row)
+    connection.execute(NAMES.replacement, row)
     return version
 
 

@@ -1,6 +1,5 @@
-"""Terms and checkpoints of jobs in SQLite."""
+"""Terms and checkpoints of jobs."""
 
-import sqlite3
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,10 +7,10 @@ from google.protobuf.message import DecodeError
 
 from phalanx.errors import DataLoss, NotFound
 from phalanx.v1 import storage_service_pb2 as pb
-from storage.backends.sqlite.database import Database
-from storage.backends.sqlite.leases import check_request_fence
-from storage.backends.sqlite.references import add_references, drop_references
-from storage.backends.sqlite.rows import CHECKPOINTS, JOBS, next_id
+from storage.backends.sql.connection import Connection, Database
+from storage.backends.sql.leases import check_request_fence
+from storage.backends.sql.references import add_references, drop_references
+from storage.backends.sql.rows import CHECKPOINTS, JOBS, next_id
 from storage.core import checkpoints
 from storage.core.checkpoints import CheckpointKey, JobRow, manifest_checksum
 from storage.core.keys import check_key
@@ -28,7 +27,7 @@ class _Stored(NamedTuple):
     intact: bool
 
 
-class SqliteJobs:
+class SqlJobs:
     """A JobStore.
 
     ``now_unix_nanos`` reads the wall clock; ``on_corruption`` hears of manifests that were skipped
@@ -50,14 +49,10 @@ class SqliteJobs:
     def raise_term(self, request: pb.RaiseTermRequest) -> int:
         """Return the new term."""
 
-        def act(connection: sqlite3.Connection) -> int:
+        def act(connection: Connection) -> int:
             check_request_fence(connection, request)
             row = checkpoints.raise_term(_load_row(connection, request.job_id), request)
-            connection.execute(
-                f"INSERT {JOBS.insertion} ON CONFLICT (job_id) "
-                "DO UPDATE SET term = excluded.term, checksum = excluded.checksum",
-                JOBS.sealed(request.job_id, row.term),
-            )
+            connection.execute(JOBS.replacement, JOBS.sealed(request.job_id, row.term))
             for stored in _load_all(connection, request.job_id):
                 if stored.intact and not stored.whole:
                     _drop(connection, request.job_id, stored.id)
@@ -77,7 +72,7 @@ class SqliteJobs:
         """Register one part, and complete the checkpoint if it is the last."""
         checkpoints.check_commit(request)
 
-        def act(connection: sqlite3.Connection) -> pb.CommitCheckpointResponse:
+        def act(connection: Connection) -> pb.CommitCheckpointResponse:
             job_id = request.job_id
             stored = _load_all(connection, job_id)
             at_key = next((s for s in stored if s.key == checkpoints.key_of(request)), None)
@@ -111,7 +106,7 @@ class SqliteJobs:
         """Remove a job's row, checkpoints and pins."""
         check_key(request.job_id, "job_id")
 
-        def act(connection: sqlite3.Connection) -> None:
+        def act(connection: Connection) -> None:
             check_request_fence(connection, request)
             drop_references(connection, _KIND, request.job_id)
             drop_references(connection, "pin", request.job_id)
@@ -139,7 +134,7 @@ class SqliteJobs:
         return None
 
 
-def _load_row(connection: sqlite3.Connection, job_id: str) -> JobRow | None:
+def _load_row(connection: Connection, job_id: str) -> JobRow | None:
     row = JOBS.find(connection, job_id)
     if row is None:
         return None
@@ -172,7 +167,7 @@ def _is_final(stored: _Stored) -> bool:
     return stored.key.final
 
 
-def _load_all(connection: sqlite3.Connection, job_id: str) -> list[_Stored]:
+def _load_all(connection: Connection, job_id: str) -> list[_Stored]:
     rows = connection.execute(
         "SELECT id, term, step, final, whole, manifest, checksum FROM checkpoints WHERE job_id = ?",
         (job_id,),
@@ -198,26 +193,26 @@ def _parse(data: bytes) -> pb.CheckpointManifest | None:
     return manifest
 
 
-def _store(connection: sqlite3.Connection, manifest: pb.CheckpointManifest, whole: bool) -> None:
+def _store(connection: Connection, manifest: pb.CheckpointManifest, whole: bool) -> None:
     key = checkpoints.key_of(manifest)
     row = connection.execute(
         "SELECT id FROM checkpoints WHERE job_id = ? AND term = ? AND step = ? AND final = ?",
-        (manifest.job_id, *key),
+        (manifest.job_id, key.term, key.step, int(key.final)),
     ).fetchone()
     if row is not None:
         _drop(connection, manifest.job_id, row[0])
-    row_id = next_id(connection, CHECKPOINTS)
+    row_id = next_id(connection, CHECKPOINTS.name)
     sealed = CHECKPOINTS.sealed(
         manifest.job_id,
         *(key.term, key.step, int(key.final), row_id, int(whole)),
         manifest.SerializeToString(deterministic=True),
     )
-    connection.execute(f"INSERT {CHECKPOINTS.insertion}", sealed)
+    connection.execute(CHECKPOINTS.insertion, sealed)
     digests = [part.digest for part in manifest.parts]
     add_references(connection, _KIND, manifest.job_id, row_id, digests)
 
 
-def _retain(connection: sqlite3.Connection, request: pb.CommitCheckpointRequest) -> None:
+def _retain(connection: Connection, request: pb.CommitCheckpointRequest) -> None:
     """Drop older unfinished checkpoints and whole ones beyond ``keep``."""
     stored = [row for row in _load_all(connection, request.job_id) if row.intact]
     completed = checkpoints.key_of(request)
@@ -229,6 +224,6 @@ def _retain(connection: sqlite3.Connection, request: pb.CommitCheckpointRequest)
             _drop(connection, request.job_id, row.id)
 
 
-def _drop(connection: sqlite3.Connection, job_id: str, row_id: int) -> None:
+def _drop(connection: Connection, job_id: str, row_id: int) -> None:
     connection.execute("DELETE FROM checkpoints WHERE id = ?", (row_id,))
     drop_references(connection, _KIND, job_id, row_id)

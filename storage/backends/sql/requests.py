@@ -1,13 +1,12 @@
-"""Remembered request ids in SQLite."""
+"""Remembered request ids."""
 
-import sqlite3
 from collections.abc import Callable
 from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from storage.backends.sqlite.database import Act
-from storage.backends.sqlite.rows import REQUESTS
+from storage.backends.sql.connection import Act, Connection
+from storage.backends.sql.rows import REQUESTS
 from storage.core.catalog import Remembered, recall, request_checksum
 
 ResponseT = TypeVar("ResponseT", bound=Message)
@@ -31,7 +30,7 @@ def once(
         return act
     kind = request.DESCRIPTOR.full_name
 
-    def run(connection: sqlite3.Connection) -> ResponseT:
+    def run(connection: Connection) -> ResponseT:
         row = REQUESTS.find_or_none(connection, kind, request_id)
         first = recall(None if row is None else Remembered(*row[2:4]), request_id, request)
         if first is not None:
@@ -42,7 +41,7 @@ def once(
         row = REQUESTS.sealed(
             kind, request_id, request_checksum(request), response.SerializeToString(), now_s()
         )
-        connection.execute(f"INSERT {REQUESTS.insertion}", row)
+        connection.execute(REQUESTS.insertion, row)
         return response
 
     return run

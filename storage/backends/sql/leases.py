@@ -1,25 +1,24 @@
-"""Leases in SQLite."""
+"""Leases."""
 
-import sqlite3
 from collections.abc import Callable
 
 from phalanx.v1 import storage_service_pb2 as pb
-from storage.backends.sqlite.database import Database
-from storage.backends.sqlite.requests import once
-from storage.backends.sqlite.rows import LEASES
+from storage.backends.sql.connection import Connection, Database
+from storage.backends.sql.requests import once
+from storage.backends.sql.rows import LEASES
 from storage.core import leases
 from storage.core.keys import check_stream, check_word
 from storage.core.leases import LeaseRow
 
 
-def load_lease(connection: sqlite3.Connection, name: str) -> LeaseRow | None:
+def load_lease(connection: Connection, name: str) -> LeaseRow | None:
     """Return the lease's row, or None."""
     row = LEASES.find(connection, name)
     return None if row is None else LeaseRow(*row[1:])
 
 
 def check_request_fence(
-    connection: sqlite3.Connection,
+    connection: Connection,
     request: pb.AppendJournalRequest
     | pb.TruncateJournalRequest
     | pb.DeleteJournalRequest
@@ -32,7 +31,7 @@ def check_request_fence(
         leases.check_fence(load_lease(connection, request.fence.lease), request.fence)
 
 
-class SqliteLeases:
+class SqlLeases:
     """A LeaseStore."""
 
     def __init__(self, database: Database, now_unix_nanos: Callable[[], int]) -> None:
@@ -43,7 +42,7 @@ class SqliteLeases:
         """Take a lease if the rules allow it."""
         leases.check_acquire(request)
 
-        def decide(connection: sqlite3.Connection) -> pb.AcquireLeaseResponse:
+        def decide(connection: Connection) -> pb.AcquireLeaseResponse:
             result = leases.acquire(load_lease(connection, request.name), request)
             if result.acquired:
                 _store(connection, request.name, result.row)
@@ -53,7 +52,7 @@ class SqliteLeases:
                 lost_holder=result.lost_holder,
             )
 
-        def act(connection: sqlite3.Connection) -> pb.AcquireLeaseResponse:
+        def act(connection: Connection) -> pb.AcquireLeaseResponse:
             # Only what was granted is remembered: followers ask all the time.
             granted = once(
                 request,
@@ -74,7 +73,7 @@ class SqliteLeases:
         """Raise the counter of a held lease."""
         check_stream(request.name, "name")
 
-        def act(connection: sqlite3.Connection) -> LeaseRow:
+        def act(connection: Connection) -> LeaseRow:
             row = leases.renew(load_lease(connection, request.name), request)
             _store(connection, request.name, row)
             return row
@@ -86,7 +85,7 @@ class SqliteLeases:
         check_stream(request.name, "name")
         check_word(request.holder, "holder")
 
-        def act(connection: sqlite3.Connection) -> None:
+        def act(connection: Connection) -> None:
             row = leases.release(load_lease(connection, request.name), request)
             if row is not None:
                 _store(connection, request.name, row)
@@ -99,6 +98,6 @@ class SqliteLeases:
         return self._database.read(lambda connection: load_lease(connection, name))
 
 
-def _store(connection: sqlite3.Connection, name: str, row: LeaseRow) -> None:
+def _store(connection: Connection, name: str, row: LeaseRow) -> None:
     sealed = LEASES.sealed(name, row.holder, row.token, row.counter)
-    connection.execute(f"INSERT OR REPLACE {LEASES.insertion}", sealed)
+    connection.execute(LEASES.replacement, sealed)

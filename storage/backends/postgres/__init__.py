@@ -1,0 +1,1 @@
+"""Journals, leases, jobs and the catalog in PostgreSQL; needs the extra ``postgres``."""
