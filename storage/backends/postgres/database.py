@@ -10,18 +10,22 @@ before this one has left. Acts of one process that wait together share a transac
 (``sql.groups``). Readers wait for nobody: they see one committed state (REPEATABLE READ).
 
 A connection that breaks ends its transaction, on the server too, and frees the lock. What was not
-committed never happened, and the acts are run again on another connection. Whether a COMMIT whose
-answer did not come has happened is asked of the server by the number of the transaction. So callers
-see a broken connection, or a server that starts again, as a delay; after PATIENCE_S they get
-Unavailable. A process that stops inside a transaction holds the others up until the server ends
-that (``idle_in_transaction_session_timeout``); what it does later is refused.
+committed never happened, and the acts are run again on another connection. Each transaction leaves
+a token of its own in a row of its process: so where the answer to a COMMIT did not come, the next
+connection finds out whether it happened. (The number of the transaction would not do: a server that
+crashed gives it again.) Callers see a broken connection, or a server that starts again, as a delay;
+after PATIENCE_S they get Unavailable. A process that stops inside a transaction holds the others up
+until the server ends that (``idle_in_transaction_session_timeout``); what it does later is
+refused.
 """
 
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 from psycopg import IsolationLevel
@@ -31,7 +35,7 @@ from psycopg_pool import ConnectionPool
 from phalanx.errors import FailedPrecondition, PhalanxError, Unavailable
 from phalanx.telemetry.logs import get_logger
 from storage.backends.postgres.connection import PostgresConnection, RawConnection
-from storage.backends.postgres.errors import passes, translated, unreachable
+from storage.backends.postgres.errors import passes, translated
 from storage.backends.postgres.schema import migrate
 from storage.backends.sql.connection import Act, ResultT
 from storage.backends.sql.groups import Job, WritingThread
@@ -50,6 +54,8 @@ _LONGEST_PAUSE_S = 1.0
 _CONNECTION: dict[str, Any] = {
     "application_name": "phalanx-storage",
     "connect_timeout": 5,
+    # Of several hosts, the one that leads.
+    "target_session_attrs": "read-write",
     # A server that is gone without a word is noticed within some ten seconds.
     "keepalives_idle": 5,
     "keepalives_interval": 2,
@@ -67,11 +73,13 @@ SELECT set_config('idle_in_transaction_session_timeout', '5s', false),
 """Acknowledged is what is durable, whatever is the default of the database."""
 
 _BEGIN = """
-SELECT substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8), pg_current_xact_id()::text,
-       pg_advisory_xact_lock(?)
+WITH noted AS (
+    INSERT INTO outcomes VALUES (?, ?)
+    ON CONFLICT (writer) DO UPDATE SET token = excluded.token RETURNING writer
+)
+SELECT pg_advisory_xact_lock(?) FROM noted
 """
-"""Takes the lock; returns the time line, which a server that was promoted has changed, and the
-number of the transaction."""
+"""Takes the lock, and leaves the token of the transaction, which is there later if it happened."""
 
 _log = get_logger(__name__)
 
@@ -83,6 +91,7 @@ class PostgresDatabase:
     """
 
     def __init__(self, url: str) -> None:
+        self._id = uuid4().hex
         self._settings = _CONNECTION | conninfo_to_dict(url)
         self._stopping = threading.Event()
         self._writer: RawConnection | None = None
@@ -91,6 +100,8 @@ class PostgresDatabase:
             min_size=1,
             max_size=_READERS,
             timeout=PATIENCE_S,
+            # Whoever reads tries again by himself, and the pool must not sleep meanwhile.
+            reconnect_timeout=_LONGEST_PAUSE_S / 4,
             # A server that started again has closed them all.
             check=ConnectionPool.check_connection,
             configure=_prepare_reader,
@@ -147,7 +158,13 @@ class PostgresDatabase:
         """Finish what is queued and close; later calls raise Unavailable."""
         self._stopping.set()
         if self._writing.close():
+            with suppress(psycopg.Error):
+                self._with_writer(self._leave)
             self._close_connections()
+
+    def _leave(self, connection: PostgresConnection) -> None:
+        connection.execute("DELETE FROM outcomes WHERE writer = ?", (self._id,))
+        connection.raw.commit()
 
     def _close_connections(self) -> None:
         self._pool.close()
@@ -166,33 +183,29 @@ class PostgresDatabase:
         return None
 
     def _run(self, connection: PostgresConnection, *, jobs: Sequence[Job]) -> None:
-        time_line, number, _ = connection.execute(_BEGIN, (WRITE_LOCK,)).fetchone()
+        token = uuid4().hex
+        connection.execute(_BEGIN, (self._id, token, WRITE_LOCK))
         for job in jobs:
             _run_in_savepoint(connection.raw, job)
         try:
             connection.raw.commit()
         except psycopg.Error as error:
             connection.raw.close()
-            if not passes(error) or not self._has_committed(time_line, number):
+            if not passes(error) or not self._has_committed(token):
                 raise
 
-    def _has_committed(self, time_line: str, number: str) -> bool:
+    def _has_committed(self, token: str) -> bool:
         """Say whether a transaction happened whose end nobody told."""
 
-        def ask(connection: PostgresConnection) -> tuple[str, str]:
-            # Once this has the lock, the transaction that had it is over.
-            now, *_ = connection.execute(_BEGIN, (WRITE_LOCK,)).fetchone()
-            status = ""
-            if now == time_line:
-                statement = "SELECT pg_xact_status(?::xid8)"
-                (status,) = connection.execute(statement, (number,)).fetchone()
+        def ask(connection: PostgresConnection) -> bool:
+            # Whoever has the lock knows that the transaction that had it is over.
+            connection.execute("SELECT pg_advisory_xact_lock(?)", (WRITE_LOCK,))
+            statement = "SELECT 1 FROM outcomes WHERE writer = ? AND token = ?"
+            found = connection.execute(statement, (self._id, token)).fetchone()
             connection.raw.rollback()
-            return now, status
+            return found is not None
 
-        _, status = self._until_it_answers(lambda: self._with_writer(ask))
-        if status not in {"committed", "aborted"}:
-            raise unreachable("it does not know what became of a transaction")
-        return status == "committed"
+        return self._until_it_answers(lambda: self._with_writer(ask))
 
     def _with_writer(self, function: Callable[[PostgresConnection], ResultT]) -> ResultT:
         """Call a function with the connection that writes, made anew if it broke."""

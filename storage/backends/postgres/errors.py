@@ -7,8 +7,6 @@ from phalanx.errors import DataLoss, Internal, PhalanxError, ResourceExhausted, 
 
 _PASSING = (
     psycopg.OperationalError,
-    # The connection leads to a server that does not lead any more.
-    errors.ReadOnlySqlTransaction,
     errors.IdleInTransactionSessionTimeout,
     errors.TransactionTimeout,
 )

@@ -145,6 +145,12 @@ CREATE TABLE objects (
 );
 CREATE UNIQUE INDEX objects_by_digest ON objects (digest) WHERE digest <> '';
 CREATE INDEX objects_by_state ON objects (state, digest);
+
+-- The last transaction of each process that writes, by which it finds out what became of it.
+CREATE TABLE outcomes (
+    writer TEXT COLLATE "C" PRIMARY KEY,
+    token TEXT COLLATE "C" NOT NULL
+);
 """
 
 MIGRATIONS: tuple[str, ...] = (_FIRST,)
