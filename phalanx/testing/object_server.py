@@ -46,7 +46,7 @@ class Fault:
     status: int = 0
     """Answered instead of doing anything; 0: the request is carried out."""
     delay_s: float = 0.0
-    """Before that."""
+    """Before that; new faults, or none, end the wait."""
     times: int = -1
     """So many requests; -1 for all."""
 
@@ -95,6 +95,10 @@ class ObjectServer:
         import obstore
 
         obstore.put(self._bucket(bucket), key, content)
+
+    def parts_without_end(self, bucket: str) -> bool:
+        """Whether there are parts of uploads that were neither completed nor aborted."""
+        return b"<UploadId>" in self._send("GET", f"/{bucket}?uploads")
 
     def keys(self, bucket: str) -> list[str]:
         """Return the keys of all objects."""
@@ -169,6 +173,7 @@ class _Faulty:
         self._application = application
         self._mutex = threading.Lock()
         self._faults: list[tuple[Fault, list[int]]] = []
+        self._replaced = threading.Event()
 
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[..., Any]
@@ -178,11 +183,14 @@ class _Faulty:
             with self._mutex:
                 faults = [Fault(**each) for each in json.loads(body)]
                 self._faults = [(fault, [fault.times]) for fault in faults]
+                self._replaced.set()
+                self._replaced = threading.Event()
             start_response("200 OK", [])
             return []
+        replaced = self._replaced
         fault = self._met(environ)
         if fault is not None:
-            time.sleep(fault.delay_s)
+            replaced.wait(fault.delay_s)
             if fault.status:
                 environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
                 start_response(f"{fault.status} Injected", [("Content-Length", "0")])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phalanx.errors import FailedPrecondition, PhalanxError
+from phalanx.errors import FailedPrecondition, PhalanxError, Unavailable
 from storage.backends.directory_blobs import DirectoryBlobs
 from storage.backends.files import StateFolder
 from storage.backends.folder_owner import FolderOwner
@@ -87,7 +87,7 @@ def open_backend(
         blobs: BlobStore
         if places.blobs_url:
             objects = open_objects(places.blobs_url)
-            home.settle(database, objects)
+            _settle(database, objects)
             blobs = in_objects = ObjectBlobs(objects, database, elapsed)
             housekeeping.append(in_objects.purge)
         else:
@@ -126,6 +126,14 @@ def open_objects(url: str) -> "S3Objects":
     except ModuleNotFoundError as error:
         raise _missing("an object store", "s3", error) from error
     return open_s3(url)
+
+
+def _settle(database: Database, objects: "S3Objects") -> None:
+    try:
+        home.settle(database, objects)
+    except Unavailable as error:
+        # At the start, whoever started it is told; what runs waits for it to come back.
+        raise FailedPrecondition(error.message, reason="STATE_UNUSABLE") from error
 
 
 def backend_name(places: Places) -> str:

@@ -29,6 +29,7 @@ PART_BYTES = 8 * 1024 * 1024
 _ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 _OWNER_KEY = "phalanx-owner"
 _PARTS_AT_ONCE = 2
+_RETRIES = 5
 _RETRY_S = 30.0
 _REQUEST_TIMEOUT = "30s"
 _CONNECT_TIMEOUT = "5s"
@@ -48,7 +49,7 @@ def open_s3(url: str) -> "S3Objects":
                 "connect_timeout": _CONNECT_TIMEOUT,
                 "allow_http": _is_plain(os.environ),
             },
-            retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=_RETRY_S)},
+            retry_config={"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_RETRY_S)},
         )
     except (BaseError, ValueError) as error:
         raise FailedPrecondition(
