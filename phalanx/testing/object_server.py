@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from phalanx.parent import die_with_parent
+
 if TYPE_CHECKING:
     from obstore.store import S3Store
 
@@ -125,7 +127,7 @@ class ObjectServer:
         announced = Path(self._files.name, "address")
         with open(Path(self._files.name, "log"), "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__, str(announced)],
+                [sys.executable, "-P", "-m", __name__, str(announced), str(os.getpid())],
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -224,4 +226,5 @@ def _serve(announced: Path) -> None:
 
 
 if __name__ == "__main__":
+    die_with_parent(int(sys.argv[2]))
     _serve(Path(sys.argv[1]))

@@ -91,6 +91,7 @@ class PostgresServer:
         with (self._files / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
+                    *_dying_with_this(),
                     *(str(self._binaries / "postgres"), "-D", str(self._data)),
                     *("-p", str(self.port), "-k", "", *settings),
                 ],
@@ -169,6 +170,11 @@ def _binaries() -> Path | None:
         if versions:
             return versions[-1].parent
     return None
+
+
+def _dying_with_this() -> list[str]:
+    """What to put before a command that is to end when this process is killed."""
+    return ["setpriv", "--pdeathsig", "QUIT"] if shutil.which("setpriv") else []
 
 
 def _identity() -> dict[str, Any]:

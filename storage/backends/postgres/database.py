@@ -15,8 +15,8 @@ a token of its own in a row of its process: so where the answer to a COMMIT did 
 connection finds out whether it happened. (The number of the transaction would not do: a server that
 crashed gives it again.) Callers see a broken connection, or a server that starts again, as a delay;
 after PATIENCE_S they get Unavailable. A process that stops inside a transaction holds the others up
-until the server ends that (``idle_in_transaction_session_timeout``); what it does later is
-refused.
+until the server ends that (``idle_in_transaction_session_timeout``, ``transaction_timeout``); what
+it does later is refused.
 """
 
 import threading
@@ -72,6 +72,11 @@ SELECT set_config('idle_in_transaction_session_timeout', '5s', false),
 """
 """Acknowledged is what is durable, whatever is the default of the database."""
 
+_WRITER_SESSION = """
+SELECT set_config(name, '10s', false) FROM pg_settings WHERE name = 'transaction_timeout'
+"""
+"""Who stops in the midst of a statement is not idle. PostgreSQL has this since its version 17."""
+
 _BEGIN = """
 WITH noted AS (
     INSERT INTO outcomes VALUES (?, ?)
@@ -109,7 +114,7 @@ class PostgresDatabase:
             open=False,
         )
         try:
-            self._until_it_answers(lambda: self._with_writer(_open))
+            self._until_it_answers(self._migrate)
             self._pool.open()
         except psycopg.Error as error:
             self._close_connections()
@@ -120,6 +125,15 @@ class PostgresDatabase:
             self._close_connections()
             raise
         self._writing = WritingThread("postgres-writer", "database", self._commit)
+
+    def _migrate(self) -> None:
+        # In a session of its own, for which no time is too long.
+        with psycopg.connect(**self._settings) as raw:
+            connection = PostgresConnection(raw)
+            migrate(connection)
+            (fsync,) = connection.execute("SELECT current_setting('fsync')").fetchone()
+        if fsync == "off":
+            _log.warning("database_is_not_durable", message="the database has fsync = off")
 
     def write(self, act: Act[ResultT], *, alone: bool = False) -> ResultT:
         """Run ``act`` in a transaction, or ``alone`` in it; return its result once it is durable.
@@ -214,6 +228,7 @@ class PostgresDatabase:
             # With a snapshot that is older than the lock, an act would not see those before it.
             self._writer.isolation_level = IsolationLevel.READ_COMMITTED
             self._writer.execute(_SESSION)
+            self._writer.execute(_WRITER_SESSION)
             self._writer.commit()
         try:
             return function(PostgresConnection(self._writer))
@@ -246,14 +261,6 @@ def _run_in_savepoint(raw: RawConnection, job: Job) -> None:
         if isinstance(error, psycopg.Error) and (passes(error) or raw.closed):
             raise
         job.error = translated(error) if isinstance(error, psycopg.Error) else error
-
-
-def _open(connection: PostgresConnection) -> None:
-    with connection.raw.transaction():
-        migrate(connection)
-        (fsync,) = connection.execute("SELECT current_setting('fsync')").fetchone()
-    if fsync == "off":
-        _log.warning("database_is_not_durable", message="the database has fsync = off")
 
 
 def _prepare_reader(raw: RawConnection) -> None:

@@ -350,22 +350,34 @@ def test_a_server_that_stays_away_is_told_and_comes_back(
         assert appended(backend, "s") == [b"before", b"after"]
 
 
+@pytest.mark.parametrize("where", ["between statements", "inside a statement"])
 def test_a_writer_that_stands_still_holds_nobody_up_for_long(
-    postgres_server, name, opened, monkeypatch
+    postgres_server, name, opened, monkeypatch, where
 ):
     """As a process does that was stopped in a transaction; its act is done after all, once."""
-    session = database_module._SESSION.replace("'5s'", "'200ms'")
-    monkeypatch.setattr(database_module, "_SESSION", session)
+    for setting, long in (("_SESSION", "'5s'"), ("_WRITER_SESSION", "'10s'")):
+        short = getattr(database_module, setting).replace(long, "'500ms'")
+        monkeypatch.setattr(database_module, setting, short)
     slow, other = opened(postgres_server.url(name)), PostgresDatabase(postgres_server.url(name))
     inside, goes_on = threading.Event(), threading.Event()
     runs = []
 
-    def act(connection):
-        runs.append(1)
+    def stand_still():
         if len(runs) == 1:
             inside.set()
             assert goes_on.wait(GUARD_S)
-        connection.execute("INSERT INTO leases VALUES ('slow', 'one', 1, 1, 0)")
+
+    def rows():
+        yield ("first", "one", 1, 1, 0)
+        if where == "inside a statement":
+            stand_still()
+        yield ("second", "one", 1, 1, 0)
+
+    def act(connection):
+        runs.append(1)
+        if where == "between statements":
+            stand_still()
+        connection.executemany("INSERT INTO leases VALUES (?, ?, ?, ?, ?)", rows())
         return len(runs)
 
     results = []
@@ -377,7 +389,7 @@ def test_a_writer_that_stands_still_holds_nobody_up_for_long(
     writing.join(GUARD_S)
     other.close()
     assert results == [2]
-    assert postgres_server.execute("SELECT count(*) FROM leases", name) == [(1,)]
+    assert postgres_server.execute("SELECT count(*) FROM leases", name) == [(2,)]
 
 
 def test_acts_of_processes_run_one_after_another(postgres_server, name):
