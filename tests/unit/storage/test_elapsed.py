@@ -1,7 +1,7 @@
 """Time that processes agree on: no age is ever more than what has really passed."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.core.elapsed import Elapsed, Look, advance, now_s, stamp_s
@@ -51,6 +51,7 @@ STEPS = st.lists(
 )
 
 
+@settings(max_examples=500)
 @given(STEPS)
 def test_no_age_is_more_than_what_has_passed(steps):
     world = Processes()
@@ -85,6 +86,20 @@ def test_time_goes_on_where_all_look_in_turn(gaps, rounds):
             world.look(process, durable=True)
     # One adds, the others note; what is not added yet is less than a round, at both ends.
     assert world.row.elapsed_s >= world.real_s - began - 2 * sum(gaps)
+
+
+def test_a_stamp_counts_what_another_process_has_not_added_yet():
+    world = Processes()
+    world.start(0)
+    world.start(1)
+    world.look(1, durable=True)
+    world.real_s += 100
+    world.look(0, durable=True)  # notes the token of the other one
+    world.real_s += 5
+    stamp, stamped_s = world.stamp_s(0), world.real_s
+    world.real_s += 10
+    world.look(1, durable=True)  # adds all of it
+    assert world.now_s(1) - stamp <= world.real_s - stamped_s
 
 
 def test_alone_ages_are_exact():
