@@ -229,3 +229,13 @@ def passes_by_itself(error: Exception) -> bool:
     if isinstance(error, ResourceExhausted):
         return error.retry_after_s is not None
     return isinstance(error, Unavailable | DeadlineExceeded)
+
+
+def no_job(job_id: str, field: str = "") -> NotFound:
+    """Return the error for a job that does not exist, or does not any more, or is not for you.
+
+    ``field`` is that of the request which names it, where it names more.
+    """
+    text = f"there is no job {job_id[:100]!r}; `phalanx jobs` shows what there is"
+    violations = [Violation(field, text)] if field else []
+    return NotFound(text, reason="JOB_NOT_FOUND", violations=violations)

@@ -9,7 +9,7 @@ from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core
 from coordinator.control.store import Store
 from phalanx import specs
-from phalanx.errors import DataLoss, InvalidArgument, NotFound, Violation
+from phalanx.errors import DataLoss, InvalidArgument, NotFound, Violation, no_job
 from phalanx.keys.caller import current_caller
 from phalanx.training.asynchronous import NO_LIMIT, completed_steps
 from phalanx.v1 import job_spec_pb2
@@ -56,8 +56,7 @@ async def find_origin(spec: job_spec_pb2.JobSpec, core: Core, store: Store) -> O
     job_id, step = specs.parse_reference(spec.train.start.job)
     other = core.facts.jobs.get(job_id)
     if other is None or not current_caller().may_act_in(other.spec.namespace):
-        message = f"there is no job {job_id!r}; `phalanx jobs` shows what there is"
-        raise NotFound(message, reason="JOB_NOT_FOUND", violations=[Violation(_FIELD, message)])
+        raise no_job(job_id, _FIELD)
     specs.check_same(spec, other.spec, job_id)
     listing = pb.ListCheckpointsRequest(job_id=job_id)
     listed = await store.call(store.storage.ListCheckpoints, listing)

@@ -35,7 +35,7 @@ from coordinator.control.sessions import MemberSession, Sessions
 from coordinator.control.store import Store
 from coordinator.control.task_results import read_results
 from coordinator.control.watching import WatchHub
-from phalanx.errors import Aborted, PhalanxError, Unavailable
+from phalanx.errors import Aborted, PhalanxError, Unavailable, no_job
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
@@ -248,7 +248,7 @@ class Leader:
         if job_id not in self.durable.jobs:
             # Cut off from storage: somebody else may lead by now, and may have taken it.
             self.check_storage()
-            raise verbs.no_job(job_id)
+            raise no_job(job_id)
         return self._view(job_id)
 
     def incomplete(self) -> str:

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
-from phalanx.errors import NotFound, PermissionDenied, Violation
+from phalanx.errors import PermissionDenied, Violation, no_job
 
 DOMAIN = "phalanx.internal"
 """Certificates of nodes name services below it: `worker.phalanx.internal`."""
@@ -88,7 +88,7 @@ class Caller:
     def check_job(self, job_id: str, namespace: str) -> None:
         """Raise NotFound, as for a job that is not there, where its namespace is not open."""
         if not self.may_act_in(namespace):
-            raise NotFound(f"there is no job {job_id!r}", reason="JOB_NOT_FOUND")
+            raise no_job(job_id)
 
     def check_code(self, field: str = "code") -> None:
         """Raise PermissionDenied unless the caller may bring code that workers run."""

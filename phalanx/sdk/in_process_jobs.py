@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from phalanx.errors import AlreadyExists, Cancelled, FailedPrecondition, NotFound, PhalanxError
+from phalanx.errors import (
+    AlreadyExists,
+    Cancelled,
+    FailedPrecondition,
+    PhalanxError,
+    no_job,
+)
 from phalanx.ids import new_id
 from phalanx.sdk.in_process_tasks import TaskFailed
 from phalanx.tasks import is_task_set
@@ -337,7 +343,7 @@ class InProcessJobs:
 
     def _find(self, job_id: str) -> _Run:
         if job_id not in self._jobs:
-            raise NotFound(f"there is no job {job_id!r}")
+            raise no_job(job_id)
         return self._jobs[job_id]
 
     def _copy(self, job_id: str) -> job_pb2.Job:

@@ -38,6 +38,7 @@ from phalanx.errors import (
     FailedPrecondition,
     NotFound,
     Unavailable,
+    no_job,
 )
 from phalanx.v1.cluster_service_pb2 import DrainWorkerResponse
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
@@ -257,12 +258,6 @@ def _join(ending: Ending, event: CancelJob) -> None:
         raise Unavailable(text, reason="CANCELLING", retry_after_s=1.0)
     ending.tokens.append(event.token)
     ending.requests.append(request)
-
-
-def no_job(job_id: str) -> NotFound:
-    """Return the error for a job that does not exist, or does not any more."""
-    text = f"there is no job {job_id[:100]!r}; `phalanx jobs` shows what there is"
-    return NotFound(text, reason="JOB_NOT_FOUND")
 
 
 def _find(core: Core, job_id: str) -> tuple[JobFacts, JobRuntime | None]:
