@@ -373,11 +373,12 @@ class World:
         process.alive = False
         self.note(process.number, b"killed")
         self.say(f"{process.name} is gone")
-        process.deferred.clear()
         for notify in process.on_death:
             notify()
         process.on_death.clear()
         self.run_as(process, lambda: self._unwind(process))
+        # Not before: of tasks that have not begun, nobody else may know.
+        process.deferred.clear()
 
     def _unwind(self, process: Process) -> None:
         # Coroutines that the collector finds later would run their last lines at some other time.

@@ -36,6 +36,24 @@ def test_what_a_killed_process_begins_while_it_is_cleaned_up_is_closed_too():
     assert [str(each.message) for each in told] == []
 
 
+def test_what_a_killed_process_had_not_begun_when_it_was_paused_is_closed_too():
+    world = World(1)
+
+    async def main() -> None:
+        raise AssertionError("it runs nothing any more")
+
+    process = world.start("one", main)
+    world.pause(process)
+    world.run(until_s=1.0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        world.kill(process)
+        world.close()
+        del process
+        gc.collect()
+    assert [str(each.message) for each in told] == []
+
+
 def test_callbacks_of_one_instant_run_in_the_order_in_which_they_were_scheduled():
     world = World(1)
     ran: list[str] = []
