@@ -196,6 +196,8 @@ SCENES = {
     Known(0, *UNHEARD): "silent",
     # Garbage is collected all the time, and somebody tries what the contract forbids.
     Known(8, *GARBAGE): "strange",
+    # So it is where jobs are forgotten by a leader whose clock is behind that of the one before.
+    Known(2533): "strange",
     Known(0, *PLATEAU): "rolled_back",
     Known(0, *FULL): "sent_away",
     # A leader that is cut off from storage, and replaced, is asked for its jobs.

@@ -16,7 +16,9 @@ from tests.simulation.batch import command, run_seeds, summary, told, vacuous
 from tests.simulation.cluster import services
 from tests.simulation.jobs import BAD
 from tests.simulation.kept import Kept, kept_in, sources_sha256
+from tests.simulation.known import Known
 from tests.simulation.newcomer import BAD as WORSE
+from tests.simulation.rare import GARBAGE
 from tests.simulation.runs import KINDS, simulate
 from tests.simulation.scenarios import command_of, scenarios, told_of
 from tests.simulation.scenes import SCENES, shown
@@ -177,6 +179,12 @@ def test_what_a_callback_of_the_world_sees_fails_the_seed_as_well(given, monkeyp
 
     monkeypatch.setattr("tests.simulation.runs.play", play)
     assert simulate(given, 1000).failure == "seen between two tasks"
+
+
+def test_a_job_that_nobody_forgets_is_found(given, monkeypatch):
+    monkeypatch.setattr("coordinator.control.core.verbs.expire", lambda core: None)
+    for scene in (Known(8, *GARBAGE), Known(2533)):
+        assert "nobody forgets job" in scene.run(given).failure
 
 
 def test_a_failing_scenario_is_replayed_by_the_command_that_it_prints(capsys, monkeypatch):

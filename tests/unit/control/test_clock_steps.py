@@ -108,6 +108,41 @@ def test_an_ended_job_is_kept_for_its_time(jumping: Any) -> None:
     assert "job-1" not in jumping.core.facts.jobs
 
 
+def test_leaders_whose_clocks_differ_by_less_than_a_minute_make_nothing_older(
+    jumping: Any,
+) -> None:
+    """What one of them counts too little the next one would count again, on and on."""
+
+    def short(spec: JobSpec) -> None:
+        spec.retain.seconds = 600
+
+    jumping.submit("job-1", edit=short)
+    jumping.call(ev.CancelJob, "job-1")
+    for _ in range(60):
+        jumping.offset_s = -50.0 - jumping.offset_s
+        jumping.lead()
+    jumping.advance(580.0, tick_s=10.0)
+    assert "job-1" in jumping.core.facts.jobs
+    jumping.advance(40.0, tick_s=10.0)
+    assert "job-1" not in jumping.core.facts.jobs
+
+
+def test_a_leader_whose_clock_is_behind_keeps_an_ended_job_by_that_much_longer(
+    jumping: Any,
+) -> None:
+    def short(spec: JobSpec) -> None:
+        spec.retain.seconds = 600
+
+    jumping.submit("job-1", edit=short)
+    jumping.call(ev.CancelJob, "job-1")
+    jumping.offset_s = -50.0
+    jumping.lead()
+    jumping.advance(630.0, tick_s=10.0)
+    assert "job-1" in jumping.core.facts.jobs
+    jumping.advance(40.0, tick_s=10.0)
+    assert "job-1" not in jumping.core.facts.jobs
+
+
 def test_small_corrections_are_no_step(jumping: Any) -> None:
     jumping.advance(10.0)
     jumping.offset_s = 5.0
