@@ -60,6 +60,8 @@ class Verdict:
     bit_identical: bool
     #: What it depends on is given by a log: which contributions were applied, in which order.
     replayed: bool = False
+    #: Where the bits differ: whether this process has the numeric fingerprint of the workers.
+    like_workers: bool = False
     ledger: Ledger | None = None
     tasks: TaskLedger | None = None
     not_compared: str = ""
@@ -93,6 +95,11 @@ class Verdict:
                 "the contributions and their order are those of the log, so either this machine's "
                 "processor or library versions have another numeric fingerprint, or the workers' "
                 "differed, or the job's code is not a pure function of its arguments"
+            )
+        if self.like_workers:
+            return (
+                "this machine has the numeric fingerprint of the workers, so either the job's code "
+                "is not a pure function of its arguments, or something is broken"
             )
         return (
             "either this machine's processor or library versions have another numeric fingerprint "

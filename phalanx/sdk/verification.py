@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from phalanx.errors import DataLoss, FailedPrecondition, NotFound
 from phalanx.sdk.in_process import IN_PROCESS, job_code
 from phalanx.sdk.job import Job
-from phalanx.sdk.methods import LIST_CHECKPOINTS, READ_TASK_RESULTS
+from phalanx.sdk.methods import GET_MODEL, LIST_CHECKPOINTS, READ_TASK_RESULTS
 from phalanx.sdk.values import Result
 from phalanx.sdk.verdict import TaskLedger, Verdict
 from phalanx.tasks import is_task_set
@@ -39,8 +39,9 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
 
     Downloads the chunks that the job reads. A job whose contributions commit one by one is replayed
     in the order of its log, and one that went on from another is computed from the very beginning.
-    Where nobody wrote down what the parameters depend on, the verdict says so, and the ledger is
-    counted all the same. A set of tasks has its results counted.
+    Where nobody wrote down what the parameters depend on, or where other bits come out and this
+    process has another numeric fingerprint than the job's workers, the verdict says so, and the
+    ledger is counted all the same. A set of tasks has its results counted.
 
     Raises FailedPrecondition unless the job has succeeded, and where its data set or its origin is
     deleted; NotFound where the last checkpoint is needed and is not kept any more; DataLoss where
@@ -134,8 +135,11 @@ class _Training:
         with tempfile.TemporaryDirectory(prefix="phalanx-verify-") as name:
             trained = None if why else self._trained(Path(name), first, record)
         sha256 = "" if trained is None else trained.parameters_sha256
+        like_workers = False
         if trained is not None and sha256 != result.parameters_sha256:
-            why = self._excuse()
+            workers = self._fingerprint()
+            like_workers = workers == _own_fingerprint()
+            why = self._excuse(elsewhere=bool(workers) and not like_workers)
         return Verdict(
             job_id=self._job.id,
             steps=result.steps if trained is None else trained.steps,
@@ -143,6 +147,7 @@ class _Training:
             local_sha256=sha256,
             bit_identical=result.bit_identical,
             replayed=self._plan.asynchronous or self._has_backups,
+            like_workers=like_workers,
             ledger=self._ledger(record, trained),
             not_compared=why,
         )
@@ -199,14 +204,42 @@ class _Training:
             return f"model {name} is deleted, from which it started"
         return ""
 
-    def _excuse(self) -> str:
+    def _excuse(self, *, elsewhere: bool) -> str:
         """Why other bits prove nothing; empty where they do."""
-        if self._result.bit_identical or self._plan.asynchronous or self._has_backups:
+        if self._plan.asynchronous or self._has_backups:
+            return ""
+        if not self._result.bit_identical:
+            return (
+                "its workers may have had different numeric fingerprints, as its model says, and "
+                "this process computed other bits"
+            )
+        if not elsewhere:
             return ""
         return (
-            "its workers may have had different numeric fingerprints, as its model says, and this "
-            "process computed other bits"
+            "this process has another numeric fingerprint than its workers had (the processor or "
+            "the versions of libraries), and computed other bits; verify it where the fingerprint "
+            "is theirs, which `phalanx workers --json` shows"
         )
+
+    def _fingerprint(self) -> str:
+        """The numeric fingerprint of the workers that computed the job, as its model says.
+
+        Empty where it was bound to none, and where the model is deleted.
+        """
+        from phalanx.data.model_files import DESCRIPTION_FILE
+        from phalanx.v1.model_service_pb2 import GetModelRequest
+
+        backend = self._cluster.backend
+        request = GetModelRequest(namespace=self._spec.namespace, name=self._result.model)
+        try:
+            model = backend.call(GET_MODEL, request).model
+        except NotFound:
+            return ""
+        for file in model.files:
+            if file.path == DESCRIPTION_FILE:
+                described = json.loads(backend.get_blob(file.digest))
+                return str(described.get("fingerprint", ""))
+        return ""
 
     def _trained(self, folder: Path, first: JobSpec, record: _Record) -> TrainedModel:
         """Compute the job again; `first` is the spec of the job that began where it does."""
@@ -263,6 +296,14 @@ class _Split:
     def __init__(self, manifest: DatasetManifest, split: str) -> None:
         self.chunks = tuple(manifest.splits[split])
         self.chunk_rows = tuple(chunk.rows for chunk in self.chunks)
+
+
+def _own_fingerprint() -> str:
+    from phalanx import numeric_fingerprint
+    from phalanx.blas import one_blas_thread
+
+    with one_blas_thread():
+        return numeric_fingerprint.compute()
 
 
 def _fetcher(cluster: Cluster, folder: Path) -> Callable[[str], Path]:

@@ -163,6 +163,34 @@ def test_a_worker_that_computes_other_bits(cluster: phalanx.LocalCluster, tmp_pa
         assert stranger.wait(timeout=GUARD_S) == 0
 
 
+def test_verifying_on_a_machine_that_computes_other_bits(cluster: phalanx.LocalCluster) -> None:
+    kernels = OTHER_KERNELS.get(os.uname().machine)
+    if kernels is None:
+        pytest.skip("no other BLAS kernels are known for this processor")
+    done = cluster.submit(job())
+    done.wait(timeout_s=GUARD_S)
+    command = [sys.executable, "-P", "-m", "phalanx.cli", "--json", "--address", cluster.address]
+
+    def verified(**environment: str) -> tuple[int, dict[str, Any]]:
+        run = subprocess.run(
+            [*command, "verify", done.id],
+            env={**os.environ, **environment},
+            capture_output=True,
+            timeout=GUARD_S,
+            check=False,
+        )
+        found: dict[str, Any] = json.loads(run.stdout)
+        return run.returncode, found
+
+    code, found = verified()
+    assert (code, found["equal"]) == (0, True)
+    code, found = verified(OPENBLAS_CORETYPE=kernels)
+    if found["equal"]:
+        pytest.skip(f"{kernels} kernels give the same bits on this processor")
+    assert (code, found["compared"], found["balanced"]) == (6, False, True)
+    assert "another numeric fingerprint" in found["not_compared"]
+
+
 def test_a_port_in_use(cluster: phalanx.LocalCluster, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

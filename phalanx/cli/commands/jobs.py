@@ -303,7 +303,8 @@ def verify(context: typer.Context, job_id: JOB) -> None:
     the parameters is compared. A set of tasks must have one result of each task.
 
     Exit code 1 when the hashes differ or the ledger does not balance; 6 when it balances and there
-    is nothing to compare the hash with.
+    is nothing to compare the hash with, or the hashes differ on a machine whose numeric fingerprint
+    is not that of the job's workers. Equal hashes prove it on any machine.
     """
     from phalanx.cli.errors import Exit
     from phalanx.cli.output import print_json, say

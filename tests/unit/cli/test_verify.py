@@ -29,6 +29,12 @@ def of_tasks(**more: Any) -> Verdict:
 CASES = {
     "equal": (verdict(), 0, ["5,600 used, 0 left out", "ledger        balances", "equal"]),
     "different": (verdict(local="bb"), 1, ["balances", "DIFFERENT", "fingerprint"]),
+    "broken": (verdict(local="bb", like_workers=True), 1, ["DIFFERENT", "not a pure function"]),
+    "elsewhere": (
+        verdict(local="bb", not_compared="another machine"),
+        6,
+        ["not compared: another"],
+    ),
     "missing": (verdict(MISSING), 1, ["DOES NOT BALANCE: 10 examples", "10 missing", "equal"]),
     "not compared": (verdict(local="", not_compared="no log"), 6, ["not compared: no log"]),
     "neither": (verdict(MISSING, "", not_compared="no log"), 1, ["DOES NOT", "not compared"]),

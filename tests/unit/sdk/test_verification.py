@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import pytest
 import safetensors.numpy
 
 import phalanx
+from phalanx import numeric_fingerprint
+from phalanx.blas import one_blas_thread
+from phalanx.data import model_files
 from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import DataLoss, FailedPrecondition, NotFound
 from phalanx.sdk.cluster import Cluster
@@ -241,6 +245,58 @@ def test_other_bits_of_a_job_that_promised_none_prove_nothing(local: Any) -> Non
     assert "fingerprints" in verdict.not_compared
     stored.result.bit_identical = True
     assert local.verify(job).wrong
+
+
+@pytest.fixture
+def own_fingerprint() -> str:
+    with one_blas_thread():
+        return numeric_fingerprint.compute()
+
+
+def computed_on(local: Any, monkeypatch: pytest.MonkeyPatch, fingerprint: str) -> Job:
+    """A job whose workers had this fingerprint, as its model says."""
+    written = model_files.model_json
+    monkeypatch.setattr(
+        model_files,
+        "model_json",
+        lambda description: written(replace(description, fingerprint=fingerprint)),
+    )
+    return submitted(local)
+
+
+def test_other_bits_on_a_machine_with_another_fingerprint_prove_nothing(
+    local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = computed_on(local, monkeypatch, "f" * 64)
+    assert local.verify(job).equal, "the same bits prove it wherever they come out"
+    stored_of(local, job).result.parameters_sha256 = "0" * 64
+    verdict = local.verify(job)
+    assert verdict.balanced
+    assert (verdict.wrong, verdict.equal, verdict.compared) == (False, False, False)
+    assert "another numeric fingerprint" in verdict.not_compared
+
+
+def test_other_bits_on_a_machine_with_the_same_fingerprint_are_wrong(
+    local: Any, monkeypatch: pytest.MonkeyPatch, own_fingerprint: str
+) -> None:
+    job = computed_on(local, monkeypatch, own_fingerprint)
+    stored_of(local, job).result.parameters_sha256 = "0" * 64
+    verdict = local.verify(job)
+    assert (verdict.wrong, verdict.compared) == (True, True)
+    assert "has the numeric fingerprint of the workers" in verdict.explanation
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_other_bits_are_wrong_where_nobody_knows_the_fingerprint(
+    local: Any, monkeypatch: pytest.MonkeyPatch, deleted: bool
+) -> None:
+    job = computed_on(local, monkeypatch, "f" * 64 if deleted else "")
+    if deleted:
+        local.models.delete("toy")
+    stored_of(local, job).result.parameters_sha256 = "0" * 64
+    verdict = local.verify(job)
+    assert (verdict.wrong, verdict.compared) == (True, True)
+    assert "another numeric fingerprint" in verdict.explanation
 
 
 def test_which_contributions_came_too_late_is_not_known(local: Any) -> None:
