@@ -25,6 +25,7 @@ from storage.interfaces import Backend
 from storage.links.chunks import LinkedChunks
 from storage.service.catalog_servicers import DatasetServicer, ModelServicer
 from storage.service.collection import Collector
+from storage.service.disk import show_disk
 from storage.service.operations import Operations
 from storage.service.storage_servicer import StorageServicer
 
@@ -45,8 +46,8 @@ class StorageProcess:
 
     def __init__(self, config: StorageConfig) -> None:
         self._config = config
-        registry = new_registry()
-        metrics = StorageMetrics(registry)
+        registry = new_registry("storage", config.id)
+        metrics = self._metrics = StorageMetrics(registry)
         self.server = Server(
             listen=config.listen,
             metrics_listen=config.metrics_listen,
@@ -79,6 +80,7 @@ class StorageProcess:
         )
         self._storage = StorageServicer(self.backend, self.operations, self.collector, self.links)
         self._housekeeping: asyncio.Task[None] | None = None
+        self._disk: asyncio.Task[None] | None = None
         self._add_servicers()
 
     def _add_servicers(self) -> None:
@@ -95,16 +97,20 @@ class StorageProcess:
         """Serve; FailedPrecondition if the address cannot be used."""
         await self.server.start()
         self._housekeeping = asyncio.create_task(self.collector.run())
+        self._disk = asyncio.create_task(
+            show_disk(self._config.state, self.operations, self._metrics)
+        )
         self.server.set_serving(True)
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Let open calls end, finish what is being written, close everything."""
         self._storage.end_streams()
         await self.server.stop(grace_s)
-        if self._housekeeping is not None:
-            self._housekeeping.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._housekeeping
+        for task in (self._housekeeping, self._disk):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         await asyncio.to_thread(self.links.close)
         await asyncio.to_thread(self.operations.close)
         await asyncio.to_thread(self.backend.close)

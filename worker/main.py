@@ -72,7 +72,7 @@ async def serve(
     config: WorkerConfig, stop: asyncio.Event, leaves: LeafServer | None = None
 ) -> None:
     """Run a worker until `stop` is set or control has drained it."""
-    registry = new_registry()
+    registry = new_registry("worker", config.id)
     keys = ClientKeys.of(config)
     blobs = Transfers(config.storage[0] if config.storage else None, keys)
     metrics = WorkerMetrics(registry)

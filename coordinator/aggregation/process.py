@@ -37,7 +37,7 @@ from phalanx.rpc.process import announce
 from phalanx.rpc.server import Server
 from phalanx.tasks import is_task_set
 from phalanx.telemetry.logs import get_logger
-from phalanx.telemetry.metrics import AggregatorMetrics
+from phalanx.telemetry.metrics import AggregatorMetrics, new_registry
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_pb2, task_service_pb2_grpc
 from phalanx.v1 import storage_service_pb2 as storage
@@ -59,6 +59,7 @@ async def serve(config: AggregatorConfig, stop: asyncio.Event) -> None:
         metrics_listen=config.metrics_listen,
         service_names=[SERVICE, TASK_SERVICE],
         reflection=config.reflection,
+        registry=new_registry("aggregator", config.id),
         limits=ServerLimits.of(config),
         keys=ServerKeys.of(config),
     )
@@ -114,6 +115,7 @@ class Aggregator:
             self._on_open,
             self._keys,
         )
+        metrics.control_connected.set_function(lambda: float(self._session.connected))
 
     def find(self, job_id: str) -> HostedJob | None:
         """The job, if its ranges are loaded here."""

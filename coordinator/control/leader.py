@@ -366,6 +366,7 @@ class Leader:
                 self._answer(effect)
             case fx.Emit():
                 self.event_log.append(effect.event)
+                self._gauges.told(effect.event.type)
                 _log.info(
                     "event",
                     type=effect.event.type,
@@ -425,7 +426,8 @@ class Leader:
             self.dispatch(ev.Tick())
             ticks += 1
             if ticks % 5 == 0:
-                self._gauges.show(self.core, self.durable, self._journal.lag)
+                dropped = self.event_log.dropped
+                self._gauges.show(self.core, self.durable, self._journal.lag, dropped)
 
     async def _remove(self, job_id: str) -> None:
         """Have storage forget a job. A leader that dies over it leaves it to the next one."""

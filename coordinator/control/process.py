@@ -50,8 +50,9 @@ class ControlProcess:
 
     def __init__(self, config: ControlConfig) -> None:
         self.config = config
-        registry = new_registry()
-        self.gauges = Gauges(ControlMetrics(registry))
+        registry = new_registry("control", config.id)
+        metrics = ControlMetrics(registry)
+        self.gauges = Gauges(metrics)
         keys = ClientKeys.of(config)
         self._forwarding = Forwarding(FORWARDED_SERVICES, lambda: self._leader is not None, keys)
         self.server = Server(
@@ -67,6 +68,7 @@ class ControlProcess:
             public_listen=config.public_listen,
         )
         self.store = Store(config.storage, keys)
+        metrics.storage_available.set_function(lambda: float(self.store.available))
         self._leader: Leader | None = None
         self._announced = False
         self._followed = 0

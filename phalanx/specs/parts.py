@@ -36,6 +36,12 @@ def backup_shards(train: job_spec_pb2.Train) -> int:
     return train.synchronous.backup_shards if train.HasField("synchronous") else 0
 
 
+def may_lose_examples(train: job_spec_pb2.Train) -> bool:
+    """Whether the spec itself lets a step commit without some of its examples."""
+    leaves_out = train.reduction.WhichOneof("kind") not in (None, "weighted_mean")
+    return backup_shards(train) > 0 or train.on_nonfinite.HasField("skip") or leaves_out
+
+
 def local_steps(train: job_spec_pb2.Train) -> int:
     """Return the steps of a shard between two commits; 0 where shards contribute gradients."""
     return train.local.steps if train.HasField("local") else 0

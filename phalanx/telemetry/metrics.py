@@ -38,8 +38,11 @@ _SLOW_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800)
 _VERSIONS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)
 
 
-def new_registry() -> CollectorRegistry:
-    """Return a registry with ``build_info`` and the process's own metrics (memory, CPU, files)."""
+def new_registry(role: str = "", member_id: str = "") -> CollectorRegistry:
+    """Return a registry with ``build_info`` and the process's own metrics (memory, CPU, files).
+
+    With a role ``process_info`` names the process: Prometheus knows it by its address only.
+    """
     # They would double the number of series and say little.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry(auto_describe=True)
@@ -48,6 +51,14 @@ def new_registry() -> CollectorRegistry:
     GCCollector(registry=registry)
     build = Gauge(PREFIX + "build_info", "Version of Phalanx.", ["version"], registry=registry)
     build.labels(version=_version()).set(1)
+    if role:
+        info = Gauge(
+            PREFIX + "process_info",
+            "Who this process is: its part in the cluster and its stable name.",
+            ["role", "member_id"],
+            registry=registry,
+        )
+        info.labels(role=role, member_id=member_id).set(1)
     return registry
 
 
@@ -82,9 +93,22 @@ class ControlMetrics:
         make = _Maker(registry)
         self.leader = make.gauge("leader", "1 while this control process leads, else 0.")
         self.generation = make.gauge("generation", "Generation (fencing token) of this leadership.")
+        self.storage_available = make.gauge(
+            "storage_available", "1 while storage answers this control process, else 0."
+        )
         self.workers = make.gauge("workers", "Workers, by state.", "state")
         self.slots = make.gauge("slots", "Slots of workers, by state.", "state")
+        self.worker_speed_ratio = make.gauge(
+            "worker_speed_ratio",
+            "How many times as fast as usual a worker computes leaves, in the job where it is "
+            "slowest; of the slowest workers only.",
+            "worker_id",
+        )
+        self.aggregators = make.gauge("aggregators", "Aggregators, by state.", "state")
         self.jobs = make.gauge("jobs", "Jobs, by state.", "state")
+        self.job_queue_oldest_seconds = make.gauge(
+            "job_queue_oldest_seconds", "How long the oldest queued job has waited; 0 for none."
+        )
         self.job_queue_seconds = make.histogram(
             "job_queue_seconds", "Time from submission to start.", _SLOW_S
         )
@@ -104,6 +128,13 @@ class ControlMetrics:
             "cause",
             "phase",
         )
+        self.incidents_open = make.gauge(
+            "incidents_open", "Failures from which the cluster has not recovered yet."
+        )
+        self.events_total = make.counter("events_total", "Events, by type.", "type")
+        self.events_dropped_total = make.counter(
+            "events_dropped_total", "Events lost to people because storage was away for too long."
+        )
         self.dead_letters = make.gauge("dead_letters", "Shards that failed for good.")
         self.journal_append_seconds = make.histogram(
             "journal_append_seconds", "Time until a fact was durable.", _FAST_S
@@ -111,6 +142,56 @@ class ControlMetrics:
         self.journal_lag_records = make.gauge(
             "journal_lag_records", "Facts waiting to become durable."
         )
+        self.progress = JobProgressMetrics(registry)
+
+
+class JobProgressMetrics:
+    """What the leader knows of each job that runs, whatever kind it is and whoever owns its ranges.
+
+    A job that does not run has none of these series: that a job has some says that it runs. Values
+    are those of the history that counts, so they go back when a job is rolled back.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        make = _Maker(registry, PREFIX + "job_progress_")
+        self.step = make.gauge("step", "Newest step that the leader heard of.", "job_id")
+        self.planned_steps = make.gauge(
+            "planned_steps", "Steps after which the job ends at the latest; 0: not known.", "job_id"
+        )
+        self.examples = make.gauge("examples", "Examples in the committed steps.", "job_id")
+        self.lost_examples = make.gauge(
+            "lost_examples", "Examples missing from the committed steps.", "job_id"
+        )
+        self.doubled_examples = make.gauge(
+            "doubled_examples", "Examples counted twice in the committed steps.", "job_id"
+        )
+        self.loss_allowed = make.gauge(
+            "loss_allowed",
+            "1 where the job's own spec lets steps go on without examples.",
+            "job_id",
+        )
+        self.metric = make.gauge(
+            "metric", "Newest value of a metric of the job.", "job_id", "metric"
+        )
+        self.workers = make.gauge("workers", "Workers that host shards of the job.", "job_id")
+        self.waiting = make.gauge(
+            "waiting", "1 while the job cannot go on, with what it waits for.", "job_id", "reason"
+        )
+        self.changed_timestamp_seconds = make.gauge(
+            "changed_timestamp_seconds",
+            "When the step changed, or the job was first seen to run by this leader (Unix time).",
+            "job_id",
+        )
+        self.checkpoint_step = make.gauge(
+            "checkpoint_step", "Step of the newest complete checkpoint.", "job_id"
+        )
+        self.checkpoint_timestamp_seconds = make.gauge(
+            "checkpoint_timestamp_seconds",
+            "When that checkpoint was complete, or the job was first seen to run by this leader "
+            "(Unix time).",
+            "job_id",
+        )
+        self.per_job = PerJob(make.made)
 
 
 class AggregatorMetrics:
@@ -174,7 +255,10 @@ class AggregatorMetrics:
             "When the last checkpoint part became durable (Unix time).",
             "job_id",
         )
-        self.per_job = PerJob(make.made)
+        self.per_job = PerJob(tuple(make.made))
+        self.control_connected = make.gauge(
+            "control_connected", "1 while there is a session with control, else 0."
+        )
 
 
 class WorkerMetrics:
@@ -184,6 +268,13 @@ class WorkerMetrics:
         make = _Maker(registry)
         self.leaf_seconds = make.histogram(
             "leaf_seconds", "Time of one leaf in its process.", _FAST_S, "program", "outcome"
+        )
+        self.leaf_examples_total = make.counter(
+            "leaf_examples_total",
+            "Examples in training leaves that were computed, whether or not they came to count.",
+        )
+        self.control_connected = make.gauge(
+            "control_connected", "1 while there is a session with control, else 0."
         )
         self.cache_bytes = make.gauge("cache_bytes", "Size of the disk cache of chunks.")
         self.cache_requests_total = make.counter(
@@ -211,6 +302,12 @@ class StorageMetrics:
         self.storage_bytes = make.gauge("storage_bytes", "Bytes stored, by kind.", "kind")
         self.storage_corruptions_total = make.counter(
             "storage_corruptions_total", "Stored objects whose checksum did not match."
+        )
+        self.storage_disk_size_bytes = make.gauge(
+            "storage_disk_size_bytes", "Size of the disk of the state folder."
+        )
+        self.storage_disk_free_bytes = make.gauge(
+            "storage_disk_free_bytes", "Room on that disk for what storage writes."
         )
 
 
@@ -254,30 +351,38 @@ class PerJob:
             if now_s - ended_s >= JOB_SERIES_KEPT_S:
                 self._drop(job_id)
 
+    def keep_only(self, job_ids: Iterable[str]) -> None:
+        """Drop the series of all other jobs at once."""
+        for job_id in self._jobs.difference(job_ids):
+            self._drop(job_id)
+
     def _drop(self, job_id: str) -> None:
         for metric in self._metrics:
             metric.remove_by_labels({"job_id": job_id})
-        del self._ended[job_id]
+        self._ended.pop(job_id, None)
         self._jobs.discard(job_id)
 
 
 class _Maker:
     """Makes metrics with the prefix in one registry and remembers them."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, prefix: str = PREFIX) -> None:
         self._registry = registry
+        self._prefix = prefix
         self.made: list[MetricWrapperBase] = []
 
     def gauge(self, name: str, help: str, *labels: str) -> Gauge:
-        return self._kept(Gauge(PREFIX + name, help, labels, registry=self._registry))
+        return self._kept(Gauge(self._prefix + name, help, labels, registry=self._registry))
 
     def counter(self, name: str, help: str, *labels: str) -> Counter:
-        return self._kept(Counter(PREFIX + name, help, labels, registry=self._registry))
+        return self._kept(Counter(self._prefix + name, help, labels, registry=self._registry))
 
     def histogram(
         self, name: str, help: str, buckets: tuple[float, ...], *labels: str
     ) -> Histogram:
-        metric = Histogram(PREFIX + name, help, labels, buckets=buckets, registry=self._registry)
+        metric = Histogram(
+            self._prefix + name, help, labels, buckets=buckets, registry=self._registry
+        )
         return self._kept(metric)
 
     def _kept(self, metric: MetricT) -> MetricT:

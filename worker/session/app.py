@@ -91,6 +91,7 @@ class Session:
         self._store = store or _no_store
         self._leaf_done = metrics.leaf_seconds.labels(program="train", outcome="done")
         self._call_done = metrics.leaf_seconds.labels(program="tasks", outcome="done")
+        metrics.control_connected.set_function(lambda: float(self.connected))
         self._incarnation = new_incarnation()
         self._core = WorkerCore(config.slot_count, config.id)
         self._cache = BlobCache(config.cache_dir, config.cache_bytes, download, metrics)
@@ -451,11 +452,12 @@ class Session:
             self._leaf_done.observe(seconds)
         self._attempts.ended(calls=False, count=len(done.seconds))
         self._core.computed(task.job_id, sum(done.seconds))
+        trains = task.round.go.action == GoRecord.ACTION_TRAIN
+        examples = done.count if trains else 0
+        self._metrics.leaf_examples_total.inc(examples)
         job = self._jobs.get(task.job_id)
         if not isinstance(job, HostedJob) or not job.core.owns(task):
             return
-        trains = task.round.go.action == GoRecord.ACTION_TRAIN
-        examples = done.count if trains else 0
         job.progress.add(examples, done.seconds, waited_s=done.waited_s, trains=trains)
         part = task.parts[done.index]
         self._settle(job.core.part_done(task, part, done.count, done.loss, done.mask, done.sums))
