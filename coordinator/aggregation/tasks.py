@@ -141,6 +141,7 @@ class HostedTasks:
         self._closed: asyncio.Future[PhalanxError] = asyncio.get_running_loop().create_future()
         if self._admitted:
             metrics.per_job.resume(plan.job_id)
+            metrics.task_round_trip_seconds.labels(plan.job_id)  # counted from zero
 
     @classmethod
     async def open(
