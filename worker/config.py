@@ -32,7 +32,9 @@ class WorkerConfig(ServerConfig):
         check=address,
     )
     advertise: str = option(
-        "", "Address under which other workers reach this process; empty: the one it serves on."
+        "",
+        "Address under which other workers reach this process; empty: the one it serves on, "
+        "or, where that is 0.0.0.0, the one on its way to control.",
     )
     control: tuple[str, ...] = option(
         (DEFAULT_CONTROL,), "Addresses of control, comma separated.", check=addresses, common=True

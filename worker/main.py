@@ -14,6 +14,7 @@ from phalanx.data.reader import OPEN_CHUNKS
 from phalanx.rpc.buffers import reuse_large_buffers
 from phalanx.rpc.credentials import ClientKeys, ServerKeys
 from phalanx.rpc.limits import ServerLimits, raise_open_files
+from phalanx.rpc.own_address import own_address
 from phalanx.rpc.patience import Patience, insist
 from phalanx.rpc.process import announce, run_service
 from phalanx.rpc.server import Server
@@ -91,7 +92,9 @@ async def serve(
     MemberExchange(session.served).add_to(server.raw)
     try:
         await server.start()
-        session.address = config.advertise or server.address
+        session.address = config.advertise or await own_address(
+            server.address, config.control, stop
+        )
         await session.start()
         session.able_changed = server.set_serving
         server.set_serving(session.able)

@@ -22,7 +22,9 @@ class AggregatorConfig(ServerConfig):
         (), "Address of storage; empty: as control says.", check=addresses, common=True
     )
     advertise: str = option(
-        "", "Address under which workers reach this process; empty: the one it serves on."
+        "",
+        "Address under which workers reach this process; empty: the one it serves on, "
+        "or, where that is 0.0.0.0, the one on its way to control.",
     )
     connection_streams_max: int = option(
         1024,

@@ -32,6 +32,7 @@ from phalanx.ids import new_incarnation
 from phalanx.rpc.credentials import ClientKeys, ServerKeys
 from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.member_session import MemberSession, Refused
+from phalanx.rpc.own_address import own_address
 from phalanx.rpc.patience import insist
 from phalanx.rpc.process import announce
 from phalanx.rpc.server import Server
@@ -70,7 +71,7 @@ async def serve(config: AggregatorConfig, stop: asyncio.Event) -> None:
     servicer = TaskServicer(aggregator.find_tasks)
     task_service_pb2_grpc.add_TaskServiceServicer_to_server(servicer, server.raw)
     await server.start()
-    aggregator.start(config.advertise or server.address)
+    aggregator.start(config.advertise or await own_address(server.address, config.control, stop))
     server.set_serving(True)
     announce(
         config,

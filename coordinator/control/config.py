@@ -32,7 +32,8 @@ class ControlConfig(TokensConfig):
     )
     advertise: str = option(
         "",
-        "Address under which other control processes reach this one; empty: that of --listen.",
+        "Address under which other control processes reach this one; empty: that of --listen, or, "
+        "where that is 0.0.0.0, the one on its way to storage.",
         check=_optional_address,
     )
     heartbeat_interval_s: float = option(

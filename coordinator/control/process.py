@@ -20,6 +20,7 @@ from coordinator.control.submission import Submissions
 from phalanx.errors import Aborted, PhalanxError, Unavailable
 from phalanx.rpc.credentials import ClientKeys, ServerKeys
 from phalanx.rpc.limits import ServerLimits
+from phalanx.rpc.own_address import own_address
 from phalanx.rpc.process import announce
 from phalanx.rpc.server import FIXED_WINDOWS, Server
 from phalanx.telemetry.logs import get_logger
@@ -129,7 +130,7 @@ class ControlProcess:
                 self._leader = leader
                 await self._forwarding.leader_is_at("")
                 self.gauges.leads(generation)
-                self._set_serving(serving=True)
+                self._set_serving(SERVICE_NAMES)
                 self._announce()
                 await asyncio.wait((keeper, leader.failed), return_when=asyncio.FIRST_COMPLETED)
                 error = keeper.result() if keeper.done() else leader.failed.result()
@@ -147,8 +148,11 @@ class ControlProcess:
 
     async def _tell_where(self, generation: int) -> None:
         """Let the others know where this leader is reached, as soon as storage takes it."""
-        address = self.config.advertise or self.server.address
+        address = self.config.advertise
         try:
+            if not address:
+                peers = [self.config.storage]
+                address = await own_address(self.server.address, peers, asyncio.Event())
             await announce_leader(self.store, generation, self.config.id, address)
         except PhalanxError as error:
             _log.warning("leader_not_announced", reason=error.reason, message=error.message)
@@ -165,6 +169,8 @@ class ControlProcess:
             return
         await self._forwarding.leader_is_at(address)
         self._followed = lease.token if address else 0
+        # What it hands on it serves; members hold their sessions with the leader itself.
+        self._set_serving(FORWARDED_SERVICES if address else ())
 
     def _announce(self) -> None:
         """Say once that this process does what it is there for: leads, or stands by."""
@@ -201,7 +207,7 @@ class ControlProcess:
         """Stop leading; what callers and members were told stays true."""
         _log.warning("steps_down", reason=error.reason, message=error.message)
         self._followed = 0
-        self._set_serving(serving=False)
+        self._set_serving(())
         self.gauges.leads(0)
         leader, self._leader = self._leader, None
         if leader is not None:
@@ -209,7 +215,7 @@ class ControlProcess:
 
     async def _hand_over(self, generation: int) -> None:
         """End in good order: write what is left, release the lease."""
-        self._set_serving(serving=False)
+        self._set_serving(())
         leader, self._leader = self._leader, None
         if leader is not None:
             leader.sessions.end_all(leads_no_more())
@@ -217,10 +223,11 @@ class ControlProcess:
             await leader.stop(leads_no_more())
         await leadership.release(self.store, self.config.id, generation)
 
-    def _set_serving(self, *, serving: bool) -> None:
-        self.server.set_serving(serving)
+    def _set_serving(self, served: tuple[str, ...]) -> None:
+        """Say in health which services can be used here; with any of them this process is well."""
+        self.server.set_serving(bool(served))
         for name in SERVICE_NAMES:
-            self.server.set_serving(serving, name)
+            self.server.set_serving(name in served, name)
 
 
 async def serve(config: ControlConfig, stop: asyncio.Event) -> None:

@@ -21,6 +21,7 @@ from phalanx.cli.commands import (
     cluster,
     code,
     data,
+    health,
     insight,
     jobs,
     keys,
@@ -120,6 +121,7 @@ code.register(app)
 insight.register(app)
 results.register(app)
 cluster.register(app)
+health.register(app)
 chaos.register(app)
 keys.register(app)
 services.register(app)

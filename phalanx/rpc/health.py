@@ -8,6 +8,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from phalanx.errors import NotFound
 from phalanx.rpc.types import ServicerContext
 
+LIVENESS = "liveness"
+"""The name under which a server serves for as long as it answers at all: what may decide whether
+its process is killed. A process that waits for another one must not be."""
+
 SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 _SERVING: int = health_pb2.HealthCheckResponse.SERVING
@@ -24,13 +28,15 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
 
     def __init__(self, service_names: Iterable[str]) -> None:
         self._states: dict[str, int] = dict.fromkeys(("", *service_names), _NOT_SERVING)
+        self._states[LIVENESS] = _SERVING
         self._changed = asyncio.Event()
 
     def set(self, serving: bool, service: str = "") -> None:
         """Set one service, or all of them with the empty name, and wake the watchers."""
         state = _SERVING if serving else _NOT_SERVING
         for name in self._states if service == "" else (service,):
-            self._states[name] = state
+            if name != LIVENESS:
+                self._states[name] = state
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from coordinator.control.forwarding import FORWARDED
+from coordinator.control.process import SERVICE_NAMES
 from phalanx.errors import Unavailable
 from phalanx.rpc.channel import open_channel
 from phalanx.rpc.status import from_rpc_error
@@ -183,6 +185,36 @@ async def test_a_follower_hands_calls_on_and_takes_over(storage_only: Any) -> No
         cluster_service_pb2.GetClusterRequest(), timeout=GUARD_S
     )
     assert (answer.leader, answer.generation) == ("second", 2)
+
+
+async def test_a_follower_is_well_and_says_that_it_does_not_lead(storage_only: Any) -> None:
+    """What waits for a new process to be well, as a rolling update does, must not wait until it
+    leads; and members look for the leader itself."""
+    await storage_only.spawn_control("first")
+    await storage_only.start_control("second", lease_ttl_s=1.0, heartbeat_interval_s=0.2)
+    serving = health_pb2.HealthCheckResponse.SERVING
+    async with open_channel(storage_only.control_address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+
+        async def wait_for(service: str) -> None:
+            watching = stub.Watch(health_pb2.HealthCheckRequest(service=service), timeout=GUARD_S)
+            while (await watching.read()).status != serving:
+                pass
+            watching.cancel()
+
+        async def serves(service: str) -> bool:
+            request = health_pb2.HealthCheckRequest(service=service)
+            return bool((await stub.Check(request, timeout=GUARD_S)).status == serving)
+
+        job_service, cluster_service, coordination = SERVICE_NAMES
+        await wait_for("")
+        assert await serves(job_service)
+        assert await serves(cluster_service)
+        assert not await serves(coordination)
+        await storage_only.kill_control()
+        await wait_for(coordination)
+        assert await serves("")
+        assert await serves(job_service)
 
 
 async def test_a_call_to_a_leader_that_stopped_ends_when_another_one_leads(

@@ -6,7 +6,7 @@ import pytest
 COMMANDS = [
     *("up", "down", "status", "doctor", "submit", "train", "jobs", "show", "watch", "cancel"),
     *("pause", "resume", "retry", "delete", "verify", "logs", "metrics", "events", "workers"),
-    *("drain", "predict", "gc", "chaos"),
+    *("drain", "predict", "gc", "health", "chaos"),
 ]
 GROUPS = {
     "data": ["add", "list", "show", "delete"],

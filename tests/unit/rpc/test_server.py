@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from phalanx.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, PhalanxError
 from phalanx.rpc.channel import MESSAGE_LIMIT_BYTES, call_with_retry, open_channel
+from phalanx.rpc.health import LIVENESS
 from phalanx.rpc.server import Server
 from phalanx.rpc.status import from_rpc_error
 from phalanx.rpc.types import ServicerContext
@@ -249,6 +250,18 @@ async def test_health_follows_set_serving_per_service(
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await state("no.such.Service")
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_liveness_stays_whatever_can_be_used(
+    server: Server, channel: grpc.aio.Channel
+) -> None:
+    """Or a process would be killed for waiting for another one."""
+    stub = health_pb2_grpc.HealthStub(channel)
+    request = health_pb2.HealthCheckRequest(service=LIVENESS)
+    for serving in (False, True, False):
+        server.set_serving(serving)
+        answer = await stub.Check(request, timeout=GUARD_S)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 async def test_health_watch_tells_each_change(server: Server, channel: grpc.aio.Channel) -> None:
