@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import itertools
 import re
 import shlex
 import shutil
@@ -100,6 +101,11 @@ def test_commands_exist(document: str, command: str) -> None:
         assert (REPOSITORY / arguments[0]).is_file()
         syntax = ["sh", "-n", str(REPOSITORY / arguments[0])]
         assert subprocess.run(syntax, timeout=GUARD_S, check=False).returncode == 0
+    elif program in {"docker", "kubectl"}:
+        # What they do with these files tests/deploy tries.
+        options = {"-f", "--file", "-k"}
+        named = [path for option, path in itertools.pairwise(arguments) if option in options]
+        assert all((REPOSITORY / path).exists() for path in named), command
     else:
         assert program in {".", "export", "grpcurl", "pip", "python3", "umask"}, (
             f"{document}: who tests {command}?"

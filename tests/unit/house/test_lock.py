@@ -10,7 +10,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[3]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 
@@ -40,6 +41,8 @@ def _asked(lines: list[str]) -> list[Requirement]:
     [
         ("runtime", PROJECT["dependencies"] + EXTRAS["plot"]),
         ("dev", PROJECT["dependencies"] + EXTRAS["plot"] + EXTRAS["dev"]),
+        ("image", PROJECT["dependencies"] + EXTRAS["postgres"] + EXTRAS["s3"]),
+        ("build", PYPROJECT["build-system"]["requires"]),
     ],
 )
 def test_lock_satisfies_the_project(lock: str, lines: list[str]) -> None:
@@ -58,12 +61,19 @@ def test_development_uses_the_versions_that_users_run() -> None:
     assert {name: dev.get(name) for name in runtime} == runtime
 
 
+def test_the_image_has_the_versions_that_were_tested_and_no_more_than_it_needs() -> None:
+    runtime, image = _locked("runtime"), _locked("image")
+    both = runtime.keys() & image.keys()
+    assert {name: image[name] for name in both} == {name: runtime[name] for name in both}
+    assert image.keys().isdisjoint({"matplotlib", "pytest", "torch", "pip"})
+
+
 def test_demo_never_installs_deep_learning_or_tools() -> None:
     assert _locked("runtime").keys().isdisjoint({"torch", "pytest", "mypy", "grpcio-tools"})
     assert "torch" not in _locked("dev")
 
 
-@pytest.mark.parametrize("lock", ["runtime", "dev"])
+@pytest.mark.parametrize("lock", ["runtime", "dev", "image", "build"])
 def test_lock_names_no_registry(lock: str) -> None:
     text = (ROOT / "requirements" / f"{lock}.txt").read_text(encoding="utf-8")
     assert not re.search(r"://|--index|--find-links|--extra-index|--trusted-host", text)
