@@ -1,6 +1,7 @@
 """How full the disk of the state folder is, for the metrics."""
 
 import asyncio
+import math
 from functools import partial
 from pathlib import Path
 from shutil import disk_usage
@@ -11,11 +12,15 @@ from storage.service.operations import Operations
 SHOW_INTERVAL_S = 15.0
 
 
-async def show_disk(state: Path, operations: Operations, metrics: StorageMetrics) -> None:
-    """Keep the metrics up to date until cancelled.
+async def show_disk(state: Path | None, operations: Operations, metrics: StorageMetrics) -> None:
+    """Keep the metrics up to date until cancelled; they are NaN where there is no state folder.
 
     A disk that hangs must not hold up the event loop, so a thread looks; what is shown is then old.
     """
+    if state is None:
+        metrics.storage_disk_size_bytes.set(math.nan)
+        metrics.storage_disk_free_bytes.set(math.nan)
+        return
     look = partial(_size_and_free_bytes, state)
     while True:
         size_bytes, free_bytes = await operations.blobs("disk_usage", look)
@@ -28,5 +33,5 @@ def _size_and_free_bytes(state: Path) -> tuple[float, float]:
     try:
         usage = disk_usage(state)
     except OSError:
-        return float("nan"), float("nan")
+        return math.nan, math.nan
     return usage.total, usage.free

@@ -40,3 +40,17 @@ async def test_a_disk_that_is_gone_is_not_shown_as_full(tmp_path: Path) -> None:
     size, free = await looked(tmp_path / "gone", CollectorRegistry())
     assert math.isnan(size)
     assert math.isnan(free)
+
+
+async def test_where_nothing_is_on_a_disk_none_is_shown_as_full(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    metrics = StorageMetrics(registry)
+    operations = Operations("postgres+s3", metrics)
+    try:
+        await disk.show_disk(None, operations, metrics)
+    finally:
+        operations.close()
+    for name in ("size", "free"):
+        value = registry.get_sample_value(f"phalanx_storage_disk_{name}_bytes")
+        assert value is not None
+        assert math.isnan(value)
