@@ -67,6 +67,8 @@ class StorageConfig(TokensConfig):
 
     def violations(self) -> Sequence[Violation]:
         """Return what is wrong between fields."""
+        found = list(super().violations())
         if self.state is None and not (self.metadata and self.blobs):
-            return [Violation("state", "is required, unless --metadata and --blobs are given")]
-        return ()
+            text = "is required, unless --metadata and --blobs are given"
+            found.append(Violation("state", text))
+        return found
