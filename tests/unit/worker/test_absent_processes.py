@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -300,7 +300,14 @@ def nothing(*_: Any) -> None:
 
 
 @pytest.fixture
-async def leaves() -> AsyncIterator[LeafServer]:
+def children() -> Callable[[], list[psutil.Process]]:
+    """The processes that the test has started; servers of other tests may be there as well."""
+    before = psutil.Process().children()
+    return lambda: [child for child in psutil.Process().children() if child not in before]
+
+
+@pytest.fixture
+async def leaves(children: Callable[[], list[psutil.Process]]) -> AsyncIterator[LeafServer]:
     """A leaf server that is ready."""
     server, ready = LeafServer(), asyncio.Event()
     server.call_when_ready(ready.set)
@@ -344,7 +351,7 @@ async def test_the_end_of_a_process_is_told_whatever_its_last_words_break(
 
 
 async def test_processes_that_come_and_go_leave_no_descriptor_on_either_side(
-    leaves: LeafServer,
+    leaves: LeafServer, children: Callable[[], list[psutil.Process]]
 ) -> None:
     async def come_and_go() -> None:
         gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -355,7 +362,7 @@ async def test_processes_that_come_and_go_leave_no_descriptor_on_either_side(
 
     async with asyncio.timeout(GUARD_S):
         await come_and_go()
-        (server,) = psutil.Process().children()
+        (server,) = children()
         ours, theirs = open_descriptors(""), server.num_fds()
         for _ in range(5):
             await come_and_go()
@@ -365,10 +372,12 @@ async def test_processes_that_come_and_go_leave_no_descriptor_on_either_side(
     assert server.num_threads() == 1
 
 
-async def test_a_server_that_is_not_ready_is_ended_at_once() -> None:
+async def test_a_server_that_is_not_ready_is_ended_at_once(
+    children: Callable[[], list[psutil.Process]],
+) -> None:
     server = LeafServer()
     server.call_when_ready(lambda: pytest.fail("nobody waits any more"))
-    (process,) = psutil.Process().children()
+    (process,) = children()
     server.forget()
     assert not process.is_running()
 
@@ -394,14 +403,16 @@ async def test_a_server_that_cannot_be_started_is_started_later(
     assert not server.ready
 
 
-async def test_a_server_that_dies_before_it_is_ready_is_replaced() -> None:
+async def test_a_server_that_dies_before_it_is_ready_is_replaced(
+    children: Callable[[], list[psutil.Process]],
+) -> None:
     server, ready = LeafServer(), asyncio.Event()
     server.call_when_ready(ready.set)
-    (first,) = psutil.Process().children()
+    (first,) = children()
     first.kill()
     async with asyncio.timeout(GUARD_S):
         await ready.wait()
-    assert first not in psutil.Process().children()
+    assert first not in children()
     server.forget()
 
 
@@ -416,7 +427,7 @@ run(socket.socket(fileno=0), int(sys.argv[1]))
 
 @pytest.mark.parametrize("hangs", ["fork", "waitpid"])
 async def test_a_server_that_hangs_holds_nobody_up(
-    monkeypatch: pytest.MonkeyPatch, hangs: str
+    monkeypatch: pytest.MonkeyPatch, hangs: str, children: Callable[[], list[psutil.Process]]
 ) -> None:
     def start(_ours: socket.socket, theirs: socket.socket) -> Any:
         return subprocess.Popen(
@@ -441,7 +452,7 @@ async def test_a_server_that_hangs_holds_nobody_up(
     server.call_when_ready(ready.set)
     async with asyncio.timeout(GUARD_S):
         await ready.wait()
-        (child,) = psutil.Process().children()
+        (child,) = children()
         monkeypatch.setattr(leaf_server, "ANSWER_TIMEOUT_S", 0.5)
         process = LeafProcess(server, 0, nothing, nothing, lambda _, code: gone.set_result(code))
         process.kill()
