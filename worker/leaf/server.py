@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from typing import NoReturn
 
 from setproctitle import setproctitle, setthreadtitle
@@ -90,12 +91,28 @@ def _ignore_stopping() -> None:
     for number in _STOPPING:
         signal.signal(number, lambda *_: None)
         signal.siginterrupt(number, False)
-    os.register_at_fork(after_in_child=_stop_as_usual)
+    os.register_at_fork(
+        before=_hold_back, after_in_parent=_let_through, after_in_child=_stop_as_usual
+    )
+
+
+_held_back = threading.local()
+
+
+def _hold_back() -> None:
+    """What reaches a new process before it stops as usual must wait until it does, not be lost:
+    multiprocessing.Pool ends processes that have hardly begun, and waits for them."""
+    _held_back.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _let_through() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held_back.mask)
 
 
 def _stop_as_usual() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _let_through()
 
 
 def _forget_chance() -> None:
