@@ -28,6 +28,7 @@ from coordinator.aggregation.core.effects import (
 )
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.gauges import JobGauges
+from coordinator.aggregation.step_spans import StepSpans
 from phalanx.clients.storage import StorageClient
 from phalanx.errors import (
     Aborted,
@@ -102,6 +103,7 @@ class HostedJob:
         self._connected = connected
         self._spec = JobSpec.FromString(ranges.plan.spec)
         self._started_s = time.monotonic()
+        self._spans = StepSpans(ranges.plan.job_id, ranges.term)
         self._wakers: dict[object, asyncio.Event] = {}
         self._checkpoints: dict[asyncio.Task[None], int] = {}
         self._points: deque[job_pb2.MetricPoint] = deque(maxlen=POINTS_MAX)
@@ -265,6 +267,7 @@ class HostedJob:
         while self._commits[0][0] < now_s - _RATE_WINDOW_S and len(self._commits) > 2:
             self._commits.popleft()
         self.gauges.committed(effect, now_s)
+        self._spans.committed(effect, self._arrived_s)
         if self._commits_to_report or stalled:
             self._commits_to_report = max(0, self._commits_to_report - 1)
             self._report()
@@ -392,7 +395,9 @@ class HostedJob:
             if earlier:
                 await asyncio.wait(earlier)
             response = await self._store_part(effect, part)
-            self.gauges.checkpointed(time.monotonic() - started_s)
+            seconds = time.monotonic() - started_s
+            self.gauges.checkpointed(seconds)
+            self._spans.checkpointed(effect.version, effect.snapshot.range.index, seconds)
             if response.complete or await self._completed(effect):
                 self._checkpoint_step = max(self._checkpoint_step, effect.version)
         except PhalanxError as error:

@@ -36,11 +36,12 @@ from coordinator.control.store import Store
 from coordinator.control.task_results import read_results
 from coordinator.control.watching import WatchHub
 from phalanx.errors import Aborted, PhalanxError, Unavailable, no_job
+from phalanx.telemetry import traces
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
 from phalanx.v1.control_journal_pb2 import ControlRecord, RememberedRequest
-from phalanx.v1.job_pb2 import Job, Progress
+from phalanx.v1.job_pb2 import Event, Job, Progress
 from phalanx.v1.task_service_pb2 import TaskResult
 
 TICK_S = 0.1
@@ -367,6 +368,7 @@ class Leader:
             case fx.Emit():
                 self.event_log.append(effect.event)
                 self._gauges.told(effect.event.type)
+                self._trace(effect.event)
                 _log.info(
                     "event",
                     type=effect.event.type,
@@ -387,6 +389,13 @@ class Leader:
                 self._gauges.observe(effect)
             case fx.SuspectSelf():
                 self._fail(Unavailable(f"a member knows generation {effect.generation}"))
+
+    def _trace(self, event: Event) -> None:
+        tracing = traces.active()
+        if tracing is not None:
+            from coordinator.control.incident_spans import trace_incident
+
+            trace_incident(tracing, event)
 
     def _answer(self, effect: fx.Answer) -> None:
         answer = self._answers.get(effect.token)

@@ -18,6 +18,7 @@ from phalanx.keys.caller import Service
 from phalanx.rpc.credentials import ClientKeys, expected_name
 from phalanx.rpc.renewed import RenewedChannel
 from phalanx.rpc.status import from_rpc_error
+from phalanx.telemetry import traces
 
 MESSAGE_LIMIT_BYTES = 4 * 1024 * 1024
 """No message of any service is larger; tensors travel in frames below it."""
@@ -94,6 +95,22 @@ def open_channel(
     With ``keys`` it is encrypted, and only a ``service`` of the same authority is talked to;
     without a ``service`` the certificate must be that of the host.
     """
+    channel = _open(address, keys, service, own_connection, extra)
+    tracing = traces.active()
+    if tracing is None:
+        return channel
+    from phalanx.rpc.traced import TracedChannel
+
+    return TracedChannel(tracing, channel)
+
+
+def _open(
+    address: str,
+    keys: ClientKeys | None,
+    service: Service | None,
+    own_connection: bool,
+    extra: Iterable[tuple[str, Any]],
+) -> grpc.aio.Channel:
     target = target_of(address)
     if keys is None:
         options = channel_options(own_connection=own_connection, extra=extra)

@@ -33,6 +33,7 @@ from phalanx.rpc.authentication import Gate
 from phalanx.rpc.limits import Admission
 from phalanx.rpc.status import to_rpc_status
 from phalanx.rpc.types import Handler, ServicerContext
+from phalanx.telemetry import traces
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import GrpcServerMetrics
 
@@ -104,6 +105,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # gRPC itself would answer bytes that are no message with UNKNOWN and the text of the
             # exception.
             behaviour, decode = _of_one_message(behaviour, decode, timeout_s, check), None
+        tracing = traces.active()
+        if tracing is not None:
+            from phalanx.rpc.traced import traced
+
+            # Inside what refuses callers: of strangers there are no spans, and nothing is taken.
+            behaviour = traced(tracing, behaviour, method, streams=handler.response_streaming)
         make = (
             grpc.stream_stream_rpc_method_handler
             if handler.response_streaming

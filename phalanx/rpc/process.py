@@ -29,6 +29,7 @@ from phalanx.config import EXIT_USAGE, ServiceConfig
 from phalanx.errors import FailedPrecondition, InvalidArgument
 from phalanx.files import replace_content
 from phalanx.parent import EXIT_INTERRUPTED, die_with_parent
+from phalanx.telemetry import traces
 from phalanx.telemetry.logs import configure_logging, get_logger
 
 EXIT_BUG = 70
@@ -50,6 +51,7 @@ def run_service(config: ConfigT, main: Main[ConfigT], *, role: str) -> int:
     """
     die_with_parent(config.parent_pid)
     configure_logging(role, config.id, config.log_level, config.log_format)
+    traces.configure(role, config.id)
     try:
         return asyncio.run(_until_stopped(config, main)) or 0
     except (FailedPrecondition, InvalidArgument) as error:
@@ -61,6 +63,8 @@ def run_service(config: ConfigT, main: Main[ConfigT], *, role: str) -> int:
     except Exception:  # noqa: BLE001 - the boundary where defects are told
         _log.exception("crashed")
         return EXIT_BUG
+    finally:
+        traces.shutdown()
 
 
 async def _until_stopped(config: ConfigT, main: Main[ConfigT]) -> int | None:

@@ -28,9 +28,10 @@ from phalanx.rpc.channel import MESSAGE_LIMIT_BYTES, Options
 from phalanx.rpc.credentials import ServerKeys
 from phalanx.rpc.interceptors import CallInterceptor
 from phalanx.rpc.limits import Admission, ServerLimits, make_room_for_connections
+from phalanx.telemetry import traces
 from phalanx.telemetry.http import MetricsServer
 from phalanx.telemetry.logs import get_logger
-from phalanx.telemetry.metrics import GrpcServerMetrics, new_registry
+from phalanx.telemetry.metrics import GrpcServerMetrics, TraceMetrics, new_registry
 
 HANDSHAKE_TIMEOUT_MS = 3000
 _DEFAULT_LIMITS = ServerLimits()
@@ -116,6 +117,9 @@ class Server:
             limits.first_message_timeout_s,
             Gate(keys.tokens) if keys is not None else None,
         )
+        tracing = traces.active()
+        if tracing is not None:
+            tracing.queue.on_count = TraceMetrics(self.registry).count
         self.raw: grpc.aio.Server = grpc.aio.server(
             interceptors=[interceptor, *interceptors], options=server_options(options, limits)
         )

@@ -21,6 +21,7 @@ from phalanx.rpc.channel import open_sync_channel
 from phalanx.rpc.credentials import ClientKeys
 from phalanx.rpc.status import from_rpc_error
 from phalanx.sdk.methods import Method, RequestT, ResponseT
+from phalanx.telemetry import traces
 
 CALL_TIMEOUT_S = 30.0
 STREAM_TIMEOUT_S = 3600.0
@@ -135,7 +136,7 @@ class Transport:
             request_serializer=method.request.SerializeToString,
             response_deserializer=method.response.FromString,
         )
-        call = opener(request, timeout=timeout_s)
+        call = opener(request, timeout=timeout_s, metadata=traces.of_this_program())
         try:
             for response in call:
                 self._has_answered = True
@@ -172,7 +173,9 @@ class Transport:
         accept: Callable[[ResponseT], bool] | None,
     ) -> ResponseT:
         try:
-            response: ResponseT = self._unary(address, method)(request, timeout=timeout_s)
+            response: ResponseT = self._unary(address, method)(
+                request, timeout=timeout_s, metadata=traces.of_this_program()
+            )
         except grpc.RpcError as rpc_error:
             error = self._explain(rpc_error)
             if error.reason != UNREACHABLE and not isinstance(error, DeadlineExceeded):

@@ -86,6 +86,24 @@ class GrpcServerMetrics:
         self.handling_seconds.labels(service, method).observe(seconds)
 
 
+class TraceMetrics:
+    """What becomes of the spans of a process that traces."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.spans_total = Counter(
+            PREFIX + "trace_spans_total",
+            "Spans that were sampled, by what became of them: sent or dropped.",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in ("sent", "dropped"):
+            self.spans_total.labels(outcome)
+
+    def count(self, outcome: str, spans: int) -> None:
+        """Add spans that were sent or dropped."""
+        self.spans_total.labels(outcome).inc(spans)
+
+
 class ControlMetrics:
     """Metrics of a control process."""
 

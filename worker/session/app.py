@@ -40,6 +40,7 @@ from worker.session.chunks import ChunkServer
 from worker.session.fingerprint import stored_fingerprint
 from worker.session.hosting import HostedJob
 from worker.session.leaf_server import LeafServer
+from worker.session.leaf_spans import LeafSpans
 from worker.session.logs import LogCollector
 from worker.session.process import LeafProcess
 from worker.session.setup import PreparedJob, prepare
@@ -90,6 +91,7 @@ class Session:
         self._storage_found = storage_found
         self._store = store or _no_store
         self._leaf_done = metrics.leaf_seconds.labels(program="train", outcome="done")
+        self._spans = LeafSpans(config.id)
         self._call_done = metrics.leaf_seconds.labels(program="tasks", outcome="done")
         metrics.control_connected.set_function(lambda: float(self.connected))
         self._incarnation = new_incarnation()
@@ -460,6 +462,7 @@ class Session:
             return
         job.progress.add(examples, done.seconds, waited_s=done.waited_s, trains=trains)
         part = task.parts[done.index]
+        self._spans.ended(task, part, sum(done.seconds), asynchronous=job.core.plan.asynchronous)
         self._settle(job.core.part_done(task, part, done.count, done.loss, done.mask, done.sums))
 
     def call_done(self, task: Task, index: int, seconds: float, value_json: bytes) -> None:
@@ -484,6 +487,15 @@ class Session:
             if isinstance(job, HostedTasks) and job.prepared is not None:
                 step, shard = -1, failure.shard
                 self._logs.add(job.prepared.number, step, shard, "error", failure.traceback)
+            elif isinstance(job, HostedJob):
+                asynchronous = job.core.plan.asynchronous
+                self._spans.ended(
+                    task,
+                    task.parts[index],
+                    failure.seconds,
+                    asynchronous=asynchronous,
+                    failed=outcome,
+                )
             self._settle(job.core.part_failed(task, task.parts[index], failure))
 
     def server_died(self, task: Task, shard: int) -> bool:

@@ -223,7 +223,7 @@ class HostedAllReduce(HostedJob):
             case do.Store():
                 self._spawn(partial(self._store, effect))
             case do.Committed():
-                self.reports.committed(effect.example_count)
+                self.reports.committed(effect.version, effect.example_count)
             case do.Points():
                 self.reports.keep_points(effect.points)
             case do.Fail():

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from phalanx.last_commit import LastCommit
+from phalanx.telemetry import traces
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_pb2
 from phalanx.v1.training_pb2 import GoRecord
@@ -41,6 +42,7 @@ class RootReports:
         self._core = core
         self._send = send
         self._connected = connected
+        self._tracing = traces.active()
         self._points: deque[job_pb2.MetricPoint] = deque(maxlen=POINTS_MAX)
         # Said again on the next session: a control that died may not have stored them.
         self._points_sent: deque[job_pb2.MetricPoint] = deque(maxlen=POINTS_SAID_AGAIN)
@@ -54,12 +56,19 @@ class RootReports:
         self._last_commit = LastCommit()
         self._reported: tuple[int, int] | None = None
         self._told = 0
+        self._step_began_ns = time.time_ns()
         self._final: Report | None = None
         self._commits.clear()
 
-    def committed(self, example_count: int) -> None:
+    def committed(self, version: int, example_count: int) -> None:
         """One more step is done."""
         now_s = time.monotonic()
+        if self._tracing is not None:
+            now_ns = time.time_ns()
+            step = (self._core.job_id, self._core.term, version)
+            times_ns = (min(self._step_began_ns, now_ns), now_ns)
+            self._tracing.step(step, times_ns, {"examples": example_count})
+            self._step_began_ns = now_ns
         self._last_commit.committed()
         stalled = bool(self._commits) and now_s - self._commits[-1][0] > REPORT_EVERY_S
         self._commits.append((now_s, example_count))
