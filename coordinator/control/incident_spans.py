@@ -1,4 +1,4 @@
-"""Spans of incidents, made of the events that tell of their ends; only where this process traces."""
+"""Spans of incidents, made of the events that tell of their ends, where this process traces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether this process traces, and with what; nothing of OpenTelemetry is imported where it does not.
+"""Whether this process traces, and with what; where it does not, no OpenTelemetry is imported.
 
     configure("worker", "worker-1")           # once at start, after every fork
     tracing = active()                        # None: no traces
