@@ -67,13 +67,14 @@ def shutdown() -> None:
 def of_this_program() -> Metadata:
     """Return the context of a program that traces itself and calls a cluster; else nothing.
 
-    Nothing is imported for it: a program with a span at hand has loaded what makes it.
+    A program with a span at hand has loaded what makes it; for others nothing is imported.
     """
-    propagate = sys.modules.get("opentelemetry.propagate")
-    if propagate is None:
+    if "opentelemetry.trace" not in sys.modules:
         return ()
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
     carrier: dict[str, str] = {}
-    propagate.inject(carrier)
+    TraceContextTextMapPropagator().inject(carrier)
     return tuple((key, carrier[key]) for key in CONTEXT_KEYS if key in carrier)
 
 

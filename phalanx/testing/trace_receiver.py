@@ -1,9 +1,9 @@
 """What takes traces: a gRPC server with OpenTelemetry's own `TraceService`.
 
-    with receiver() as received:
-        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": received.endpoint}
-        ...
-    received.spans
+with receiver() as received:
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": received.endpoint}
+    ...
+received.spans
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def receiver() -> Iterator[Received]:
     """Run one on a free port of loopback."""
     received = Received()
     server = grpc.server(ThreadPoolExecutor(2))
-    pb_grpc.add_TraceServiceServicer_to_server(_Servicer(received), server)
+    add: Any = pb_grpc.add_TraceServiceServicer_to_server
+    add(_Servicer(received), server)
     received.endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     try:

@@ -76,8 +76,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         }
         with arena(folder, 2, secure=True, environment=environment) as ring:
             job = ring.submit(traceless_job())
-            victim = ring.caught_at(job, 3)[0]
+            ring.caught_at(job, 3)
+            victim = ring.caught_with_shards(job)
             ring.signal(victim)
+            wait_until(lambda: ring.events("WORKER_LOST"), "the death to be seen")
             ring.gate.release()
             job.wait(timeout_s=90)
             sha256 = ring.cluster.submit(plain_job()).wait(timeout_s=90).parameters_sha256

@@ -16,6 +16,7 @@ SECTIONS = {
     "Workers": metrics.WorkerMetrics,
     "Storage": metrics.StorageMetrics,
     "Every server": metrics.GrpcServerMetrics,
+    "Every process that traces": metrics.TraceMetrics,
 }
 
 
