@@ -13,6 +13,7 @@ sample the same steps.
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -270,22 +271,25 @@ class _Ids(IdGenerator):
 
     def __init__(self) -> None:
         self._random = RandomIdGenerator()
-        self._next: SpanContext | None = None
+        # Of this thread: another one may begin a span meanwhile.
+        self._local = threading.local()
 
     @contextmanager
     def next_are(self, context: SpanContext) -> Iterator[None]:
         """Have the span that is started inside get these ids."""
-        self._next = context
+        self._local.next = context
         try:
             yield
         finally:
-            self._next = None
+            del self._local.next
 
     def generate_span_id(self) -> int:
-        return self._next.span_id if self._next is not None else self._random.generate_span_id()
+        known: SpanContext | None = getattr(self._local, "next", None)
+        return self._random.generate_span_id() if known is None else known.span_id
 
     def generate_trace_id(self) -> int:
-        return self._next.trace_id if self._next is not None else self._random.generate_trace_id()
+        known: SpanContext | None = getattr(self._local, "next", None)
+        return self._random.generate_trace_id() if known is None else known.trace_id
 
 
 class _RareAndRatio(Sampler):

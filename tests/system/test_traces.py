@@ -62,6 +62,7 @@ class Story:
     victim: str
     token: str
     sha256: str
+    others: dict[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +84,16 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             ring.gate.release()
             job.wait(timeout_s=90)
             sha256 = ring.cluster.submit(plain_job()).wait(timeout_s=90).parameters_sha256
+            others = {
+                kind: ring.cluster.submit(gated_job(5, shards=4, **{kind: {}}))
+                for kind in ("all_reduce", "asynchronous")
+            }
+            for each in others.values():
+                each.wait(timeout_s=90)
             keys = ring.cluster.state_dir / "keys"
             token = next(keys.glob("*.token")).read_text().strip()
-        yield Story(received, job.id, victim, token, sha256)
+        ids = {kind: each.id for kind, each in others.items()}
+        yield Story(received, job.id, victim, token, sha256, ids)
 
 
 def test_a_submission_is_one_trace_through_control_and_storage(story: Story) -> None:
@@ -94,7 +102,7 @@ def test_a_submission_is_one_trace_through_control_and_storage(story: Story) -> 
         for span in story.received.named("phalanx.v1.JobService/SubmitJob")
         if span.service == "phalanx-control"
     ]
-    assert len(submissions) == 2
+    assert len(submissions) == 4
     for submit in submissions:
         calls = story.received.children(submit)
         assert calls
@@ -132,6 +140,33 @@ def test_a_step_is_one_trace_of_the_aggregator_and_the_workers(story: Story) -> 
                 seen |= {*range(int(first), int(first) + int(count))}
     # Whatever a killed process had not sent is lost with it, which may be of the steps before.
     assert shards[STEPS] == {0, 1, 2, 3}
+
+
+def test_jobs_of_other_kinds_tell_of_their_steps_too(story: Story) -> None:
+    services, below = {}, {}
+    for kind, job_id in story.others.items():
+        steps = [
+            span
+            for span in story.received.named("phalanx.step")
+            if span.attributes["phalanx.job_id"] == job_id
+        ]
+        services[kind] = {span.service for span in steps}
+        below[kind] = {each.name for span in steps for each in story.received.children(span)}
+    # Of an all-reduce job the workers own the parameters, and one of them commits.
+    assert services == {
+        "all_reduce": {"phalanx-worker"},
+        "asynchronous": {"phalanx-aggregator"},
+    }
+    assert "phalanx.leaf" in below["all_reduce"]
+    # Nobody knows the step of a leaf before it is committed, so it is a trace of its own.
+    assert below["asynchronous"] - {"phalanx.checkpoint"} == {"phalanx.collect", "phalanx.reduce"}
+    alone = [
+        span
+        for span in story.received.named("phalanx.leaf")
+        if span.attributes["phalanx.job_id"] == story.others["asynchronous"]
+    ]
+    assert alone
+    assert not any(span.parent_id for span in alone)
 
 
 def test_the_death_of_a_worker_is_an_incident_with_its_phases(story: Story) -> None:
