@@ -124,12 +124,18 @@ def _open(
 
 
 def open_sync_channel(
-    address: str, credentials: grpc.ChannelCredentials | None = None
+    address: str,
+    credentials: grpc.ChannelCredentials | None = None,
+    service: Service | None = None,
 ) -> grpc.Channel:
-    """Open a channel for blocking callers (SDK and command line)."""
+    """Open a channel for blocking callers (SDK and command line).
+
+    With a ``service`` the certificate must be that of one, else that of the host.
+    """
     if credentials is None:
         return grpc.insecure_channel(target_of(address), options=channel_options())
-    return grpc.secure_channel(target_of(address), credentials, options=channel_options())
+    options = channel_options(extra=expected_name(service))
+    return grpc.secure_channel(target_of(address), credentials, options=options)
 
 
 async def call_with_retry(

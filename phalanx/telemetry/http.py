@@ -1,8 +1,8 @@
-"""``/metrics`` and ``/healthz`` over HTTP, served by the event loop of the process.
+"""``/metrics``, ``/healthz`` and ``/livez`` over HTTP, served by the event loop of the process.
 
 The answer to ``/healthz`` comes from the same loop as the service's own answers: a process whose
-loop is stuck looks unhealthy because it is. Requests are small and bounded in size, time and
-number.
+loop is stuck looks unhealthy because it is. ``/livez`` is well for as long as that loop answers at
+all. Requests are small and bounded in size, time and number.
 """
 
 import asyncio
@@ -75,10 +75,12 @@ class MetricsServer:
             healthy = self._healthy()
             status = "200 OK" if healthy else "503 Service Unavailable"
             return _response(status, "text/plain", b"ok\n" if healthy else b"not serving\n", method)
+        if path == "/livez":
+            return _response("200 OK", "text/plain", b"ok\n", method)
         if path == "/metrics":
             encode, content_type = choose_encoder(_accept(lines))
             return _response("200 OK", content_type, encode(self._registry), method)
-        return _response("404 Not Found", "text/plain", b"/metrics and /healthz only\n", method)
+        return _response("404 Not Found", "text/plain", b"only /metrics, /healthz, /livez\n", method)
 
 
 def _accept(lines: list[str]) -> str:

@@ -81,7 +81,7 @@ def issue_cert(
     """
     from phalanx.keys import folder
 
-    services = [_service(each) for each in service or ()]
+    services = [service_of(each, "--service") for each in service or ()]
     if member and not services:
         raise InvalidArgument("--member is for nodes; say which with --service")
     folder.issue(directory, name, services, hosts=host or (), member=member, days=days)
@@ -224,12 +224,13 @@ def _show(context: typer.Context, directory: Path, names: list[str] | None = Non
     )
 
 
-def _service(text: str) -> Service:
+def service_of(text: str, flag: str = "--kind") -> Service:
+    """Return the kind of node that a flag names. Raises InvalidArgument."""
     try:
         return Service(text)
     except ValueError:
         choices = ", ".join(Service)
-        raise InvalidArgument(f"--service {text!r}: it is one of {choices}") from None
+        raise InvalidArgument(f"{flag} {text!r}: it is one of {choices}") from None
 
 
 def _role(text: str) -> Role:

@@ -63,6 +63,11 @@ async def test_healthz_tells_whether_the_service_can_be_used(server: MetricsServ
     assert body == "not serving\n"
 
 
+async def test_livez_is_well_for_as_long_as_somebody_answers(server: MetricsServer) -> None:
+    Health.healthy = False
+    assert (await _ask(server, _get("/livez")))[0].startswith("HTTP/1.1 200")
+
+
 @pytest.mark.parametrize(
     ("request_line", "status"),
     [("GET /etc/passwd HTTP/1.1", "404"), ("POST /metrics HTTP/1.1", "405"), ("\xff", "405")],
