@@ -1,7 +1,8 @@
 """Closed schemas of the fields of custom resources that deploy/kubernetes uses.
 
-After the definitions of the Prometheus operator 0.85 (PodMonitor) and of KEDA 2.17 (ScaledObject),
-which have many more fields: one that is not here is looked up there first.
+After the definitions of the Prometheus operator 0.85 (PodMonitor), of KEDA 2.17 (ScaledObject) and
+of cert-manager 1.18 (Issuer, Certificate), which have many more fields: one that is not here is
+looked up there first.
 """
 
 from __future__ import annotations
@@ -53,7 +54,17 @@ POD_MONITOR = resource(
             "podMetricsEndpoints": many(
                 closed(
                     {"port": TEXT},
-                    {"path": TEXT, "interval": DURATION, "scrapeTimeout": DURATION},
+                    {
+                        "path": TEXT,
+                        "interval": DURATION,
+                        "scrapeTimeout": DURATION,
+                        "relabelings": many(
+                            closed(
+                                {"sourceLabels": many(TEXT), "targetLabel": TEXT},
+                                {"regex": TEXT, "replacement": TEXT},
+                            )
+                        ),
+                    },
                 )
             ),
         },
@@ -101,4 +112,41 @@ SCALED_OBJECT = resource(
     ),
 )
 
-SCHEMAS = {"PodMonitor": POD_MONITOR, "ScaledObject": SCALED_OBJECT}
+ISSUER = resource(
+    "cert-manager.io/v1",
+    "Issuer",
+    {"oneOf": [closed({"selfSigned": closed({})}), closed({"ca": closed({"secretName": TEXT})})]},
+)
+
+CERTIFICATE = resource(
+    "cert-manager.io/v1",
+    "Certificate",
+    closed(
+        {
+            "secretName": TEXT,
+            "issuerRef": closed({"name": TEXT, "kind": {"const": "Issuer"}}),
+            "privateKey": closed(
+                {
+                    "algorithm": {"const": "ECDSA"},
+                    "size": {"enum": [256, 384, 521]},
+                    "rotationPolicy": {"enum": ["Always", "Never"]},
+                }
+            ),
+        },
+        {
+            "commonName": {"type": "string", "maxLength": 64},
+            "dnsNames": many(TEXT),
+            "usages": many({"enum": ["digital signature", "server auth", "client auth"]}),
+            "isCA": {"type": "boolean"},
+            "duration": DURATION,
+            "renewBefore": DURATION,
+        },
+    ),
+)
+
+SCHEMAS = {
+    "PodMonitor": POD_MONITOR,
+    "ScaledObject": SCALED_OBJECT,
+    "Issuer": ISSUER,
+    "Certificate": CERTIFICATE,
+}

@@ -29,15 +29,22 @@ CONTAINER_FIELDS: dict[Path, Any] = {
     ("securityContext", "privileged"): False,
     ("securityContext", "readOnlyRootFilesystem"): True,
     ("securityContext", "capabilities", "drop"): ["ALL"],
-    ("startupProbe", "grpc", "service"): "liveness",
-    ("livenessProbe", "grpc", "service"): "liveness",
-    ("readinessProbe", "grpc", "port"): None,
+    ("startupProbe", "httpGet", "path"): "/livez",
+    ("livenessProbe", "httpGet", "path"): "/livez",
+    ("readinessProbe", "httpGet", "path"): "/healthz",
     ("resources", "requests", "cpu"): None,
     ("resources", "requests", "memory"): None,
     ("resources", "requests", "ephemeral-storage"): None,
     ("resources", "limits", "cpu"): None,
     ("resources", "limits", "memory"): None,
     ("resources", "limits", "ephemeral-storage"): None,
+}
+#: Secrets that are mounted, by volume; nobody else has them.
+SECRETS = {
+    "coordinator": {"keys": "phalanx-control-keys", "tokens": "phalanx-tokens"},
+    "storage": {"keys": "phalanx-storage-keys", "tokens": "phalanx-tokens"},
+    "aggregator": {"keys": "phalanx-aggregator-keys"},
+    "worker": {"keys": "phalanx-worker-keys"},
 }
 FORBIDDEN = ("hostNetwork", "hostPID", "hostIPC")
 NAMESPACE_LABELS = {
@@ -81,6 +88,7 @@ def findings(objects: Sequence[Object]) -> list[str]:
         found += [f"{workload['metadata']['name']}: {each}" for each in _workload(workload)]
     found += _disruption_budgets(objects, workloads)
     found += _default_deny(objects)
+    found += _insecure(objects)
     found += _back_up(objects)
     return found
 
@@ -108,6 +116,7 @@ def _workload(workload: Object) -> Iterator[str]:
             yield f"volume {volume['name']} is of the host"
         if "emptyDir" in volume and "sizeLimit" not in volume["emptyDir"]:
             yield f"volume {volume['name']} has no limit"
+    yield from _secrets(workload["metadata"]["name"], pod)
     for container in pod["containers"]:
         for path, wanted in CONTAINER_FIELDS.items():
             yield from _field(container, path, wanted)
@@ -116,6 +125,26 @@ def _workload(workload: Object) -> Iterator[str]:
             yield "the image has no version"
         if "add" in container.get("securityContext", {}).get("capabilities", {}):
             yield "capabilities are added"
+
+
+def _secrets(component: str, pod: Object) -> Iterator[str]:
+    """Each kind of process has its own keys, and cannot write them."""
+    mounted = {each["name"]: each["secret"] for each in pod["volumes"] if "secret" in each}
+    if {name: each["secretName"] for name, each in mounted.items()} != SECRETS.get(component):
+        yield "the secrets are those of others"
+    for name, secret in mounted.items():
+        if secret.get("defaultMode") != 0o440:
+            yield f"secret {name} can be read by others"
+    for container in pod["containers"]:
+        for mount in container["volumeMounts"]:
+            if mount["name"] in mounted and not mount.get("readOnly"):
+                yield f"secret {mount['name']} can be written to"
+
+
+def _insecure(objects: Sequence[Object]) -> Iterator[str]:
+    for each in of_kind(objects, "ConfigMap"):
+        if any("INSECURE" in name for name in each["data"]):
+            yield f"{each['metadata']['name']}: whoever calls may do anything"
 
 
 def _field(value: Any, path: Path, wanted: Any) -> Iterator[str]:

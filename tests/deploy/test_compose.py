@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from typing import Any
 
@@ -32,7 +33,7 @@ OWN: dict[str, type[ServerConfig]] = {
     "worker": WorkerConfig,
 }
 BOUNDS = ("mem_limit", "cpus", "pids_limit")
-ONE_TIME = {"s3-folder", "bucket"}
+ONE_TIME = {"keys", "s3-folder", "bucket"}
 
 
 def services(name: str) -> dict[str, dict[str, Any]]:
@@ -75,7 +76,7 @@ def test_compose_takes_it(files: str, version: str) -> None:
 
 def test_there_is_all_that_a_cluster_needs() -> None:
     found = services("compose.yaml")
-    assert found.keys() == {*OWN, "prometheus", "grafana", "chaos"}
+    assert found.keys() == {*OWN, "keys", "prometheus", "grafana", "chaos"}
     assert (found["worker"]["scale"], found["aggregator"]["scale"]) == (4, 2)
     assert [name for name, each in found.items() if "profiles" in each] == ["chaos"]
 
@@ -131,6 +132,7 @@ def test_services_understand_their_settings(
     elif isinstance(config, WorkerConfig | AggregatorConfig):
         assert config.control == ("coordinator-1:7410", "coordinator-2:7410")
         assert config.storage == ("storage:7420",)
+    assert config.has_keys
     if isinstance(config, WorkerConfig):
         # Compose kills who takes longer to end.
         grace = services("compose.yaml")["worker"]["stop_grace_period"]
@@ -152,9 +154,66 @@ def test_the_job_of_the_walk_is_one() -> None:
     assert (spec.data.name, spec.train.batch_size, spec.train.stop.epochs) == ("fashion", 2048, 200)
 
 
+def test_people_reach_the_ports_where_a_token_is_enough() -> None:
+    for name in ("storage", "coordinator-1", "coordinator-2"):
+        each = services("compose.yaml")[name]
+        service = OWN[name].service.upper()
+        public = each["environment"][f"PHALANX_{service}_PUBLIC_LISTEN"].rpartition(":")[2]
+        assert [port.rpartition(":")[2] for port in each["ports"]] == [public]
+
+
+def test_each_kind_of_process_is_given_its_own_keys_only() -> None:
+    found = services("compose.yaml")
+    assert not [name for name, each in found.items() if "INSECURE" in str(each)]
+    for name, config in OWN.items():
+        keys = [each for each in found[name]["volumes"] if each.startswith("keys")]
+        assert keys == [f"keys-{config.service}:/etc/phalanx/keys:ro"]
+    authority = [name for name, each in found.items() if "keys:/var" in str(each.get("volumes"))]
+    assert authority == ["keys"]
+
+
+def test_what_prometheus_scrapes_is_what_runs_here() -> None:
+    """Every target is a service at the port of its image, and every service is a target."""
+    text = (DEPLOY / "prometheus/prometheus.yml").read_text(encoding="utf-8")
+    targets = set()
+    for scraped in YAML(typ="safe", pure=True).load(text)["scrape_configs"]:
+        for static in scraped.get("static_configs", ()):
+            targets |= {(scraped["job_name"], *each.split(":")) for each in static["targets"]}
+        for looked_up in scraped.get("dns_sd_configs", ()):
+            port = str(looked_up["port"])
+            targets |= {(scraped["job_name"], name, port) for name in looked_up["names"]}
+    dockerfile = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+    ports = dict(re.findall(r"PHALANX_(\w+)_METRICS_LISTEN=0\.0\.0\.0:(\d+)", dockerfile))
+    assert targets == {
+        (f"phalanx-{config.service}", name, ports[config.service.upper()])
+        for name, config in OWN.items()
+    }
+    networks = services("compose.yaml")["prometheus"]["networks"]
+    assert set(services("compose.yaml")["worker"]["networks"]) <= set(networks)
+
+
+def test_grafana_finds_prometheus_and_the_dashboards() -> None:
+    found = services("compose.yaml")
+    folder = DEPLOY / "grafana/provisioning"
+    yaml = YAML(typ="safe", pure=True)
+    (source,) = yaml.load(folder / "datasources/prometheus.yml")["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    assert set(found["grafana"]["networks"]) <= set(found["prometheus"]["networks"])
+    (provider,) = yaml.load(folder / "dashboards/phalanx.yml")["providers"]
+    mounts = dict(each.split(":")[:2] for each in found["grafana"]["volumes"])
+    assert mounts["./grafana/dashboards"] == provider["options"]["path"]
+    assert mounts["./grafana/provisioning"] == "/etc/grafana/provisioning"
+
+
+def test_without_a_named_file_the_whole_of_it_runs() -> None:
+    lines = (DEPLOY / ".env").read_text(encoding="utf-8").splitlines()
+    settings = dict(line.split("=") for line in lines if not line.startswith("#"))
+    assert settings == {"COMPOSE_FILE": ":".join(FILES["postgres-s3"])}
+
+
 def test_what_is_published_can_be_chosen_apart_from_what_is_listened_on() -> None:
     """Clients are told the port of storage that is published, not the one in the network."""
     told = services("compose.yaml")["coordinator-1"]["environment"]
     published = services("compose.yaml")["storage"]["ports"]
     assert told["PHALANX_CONTROL_PUBLIC_ADDRESS"] == "0.0.0.0:${PHALANX_STORAGE_PORT:-7420}"
-    assert published == ["127.0.0.1:${PHALANX_STORAGE_PORT:-7420}:7420"]
+    assert published == ["127.0.0.1:${PHALANX_STORAGE_PORT:-7420}:7421"]

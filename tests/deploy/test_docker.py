@@ -15,6 +15,7 @@ import pytest
 from google.protobuf.json_format import ParseDict
 
 import phalanx
+from phalanx.rpc.channel import open_sync_channel
 from phalanx.sdk.job import Job
 from phalanx.testing.arena import wait_until
 from phalanx.testing.datasets import REPOSITORY
@@ -33,7 +34,7 @@ from tests.deploy.noise_job import GUARD_S, STEPS, add_noise, job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-SERVICES = ("storage", "coordinator-1", "coordinator-2", "aggregator", "worker")
+SERVICES = ("keys", "storage", "coordinator-1", "coordinator-2", "aggregator", "worker")
 CANARY = "canary-" + secrets.token_hex(16)
 
 
@@ -95,6 +96,17 @@ class Compose:
             "CHAOS_KILLS": "1",
         }
         self.address = ",".join(f"127.0.0.1:{port}" for port in self.ports)
+        self.ca = self.token = ""
+
+    def read_keys(self) -> None:
+        """As people are told to."""
+        self.ca = self("run", "--rm", "-T", "keys", "ca")
+        self.token = self("run", "--rm", "-T", "keys", "admin-token").strip()
+
+    def connect(self, folder: Path) -> phalanx.Cluster:
+        ca = folder / "ca.pem"
+        ca.write_text(self.ca)
+        return phalanx.connect(self.address, token=self.token, ca=ca)
 
     def __call__(self, *arguments: str) -> str:
         files = ["--file", str(REPOSITORY / "deploy/compose.yaml")]
@@ -113,7 +125,7 @@ class Compose:
         return {each["Config"]["Hostname"]: each for each in found}
 
     def health(self) -> dict[str, str]:
-        found = self.containers().values()
+        found = [each for name in SERVICES[1:] for each in self.containers(name).values()]
         return {each["Name"]: each["State"]["Health"]["Status"] for each in found}
 
 
@@ -122,6 +134,7 @@ def compose(docker: Engine, image: str) -> Iterator[Compose]:
     made = Compose(docker, image)
     try:
         made("up", "--detach", "--no-build", *SERVICES)
+        made.read_keys()
         yield made
     finally:
         made("--profile", "chaos", "down", "--volumes", "--timeout", "1")
@@ -185,7 +198,7 @@ def test_what_is_loaded_late_is_in_the_image(docker: Engine, image: str) -> None
 def test_containers_can_write_nothing_but_their_volumes(compose: Compose) -> None:
     wait_until(lambda: set(compose.health().values()) == {"healthy"}, "every service to be well")
     found = compose.containers()
-    assert len(found) == 9
+    assert len(found) == 10
     for container in found.values():
         assert container["HostConfig"]["ReadonlyRootfs"], container["Name"]
         assert container["HostConfig"]["CapDrop"] == ["ALL"]
@@ -199,21 +212,51 @@ def test_containers_can_write_nothing_but_their_volumes(compose: Compose) -> Non
     assert "Read-only file system" in done.stderr
 
 
-def submit_by_grpc(address: str) -> str:
+def test_each_kind_of_process_has_its_own_keys_and_no_other(compose: Compose) -> None:
+    tokens = {"storage": ["tokens.json"], "coordinator-1": ["tokens.json"]}
+    for service in ("storage", "coordinator-1", "aggregator", "worker"):
+        container = next(iter(compose.containers(service)))
+        listed = compose.docker.docker("exec", container, "ls", "/etc/phalanx/keys").split()
+        assert listed == ["ca.pem", "node.key", "node.pem", *tokens.get(service, [])]
+    written = compose.docker.run(
+        [compose.docker.docker_path, "exec", container, "touch", "/etc/phalanx/keys/planted"],
+        check=False,
+    )
+    assert "Read-only file system" in written.stderr
+
+
+def test_nobody_is_let_in_without_keys(compose: Compose) -> None:
+    for credentials in (None, grpc.ssl_channel_credentials(compose.ca.encode())):
+        address = f"127.0.0.1:{compose.ports[0]}"
+        with open_sync_channel(address, credentials) as channel:
+            stub: Any = job_service_pb2_grpc.JobServiceStub(channel)
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.ListJobs(job_service_pb2.ListJobsRequest(), timeout=GUARD_S)
+        code = grpc.StatusCode.UNAUTHENTICATED if credentials else grpc.StatusCode.UNAVAILABLE
+        assert refused.value.code() == code
+
+
+def submit_by_grpc(compose: Compose) -> str:
     """As any client in any language does, and once more, as one that has lost the answer."""
     request = job_service_pb2.SubmitJobRequest(spec=ParseDict(job(), JobSpec()), request_id="once")
-    with grpc.insecure_channel(address) as channel:
+    credentials = grpc.composite_channel_credentials(
+        grpc.ssl_channel_credentials(compose.ca.encode()),
+        grpc.access_token_call_credentials(compose.token),
+    )
+    with grpc.secure_channel(f"127.0.0.1:{compose.ports[0]}", credentials) as channel:
         stub: Any = job_service_pb2_grpc.JobServiceStub(channel)
         first = stub.SubmitJob(request, timeout=GUARD_S).job.id
         assert stub.SubmitJob(request, timeout=GUARD_S).job.id == first
     return str(first)
 
 
-def test_a_killed_worker_and_a_killed_leader_change_no_bit(compose: Compose, expected: str) -> None:
-    with phalanx.connect(compose.address) as cluster:
+def test_a_killed_worker_and_a_killed_leader_change_no_bit(
+    compose: Compose, expected: str, tmp_path: Path
+) -> None:
+    with compose.connect(tmp_path) as cluster:
         wait_until(lambda: len(cluster.workers()) == 4, "four workers")
         add_noise(cluster)
-        running = cluster.get(submit_by_grpc(f"127.0.0.1:{compose.ports[0]}"))
+        running = cluster.get(submit_by_grpc(compose))
         at_step(running, 20)
 
         worker = kill_one_with_shards(compose, cluster, running)
@@ -236,7 +279,8 @@ def test_a_killed_worker_and_a_killed_leader_change_no_bit(compose: Compose, exp
     assert result.steps == STEPS
     assert result.examples_lost == 0
     assert result.parameters_sha256 == expected
-    dead = [each["Name"] for each in compose.containers().values() if not each["State"]["Running"]]
+    there = [each for name in SERVICES[1:] for each in compose.containers(name).values()]
+    dead = [each["Name"] for each in there if not each["State"]["Running"]]
     assert len(dead) == 2, "nobody else has died"
 
 

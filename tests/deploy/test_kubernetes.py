@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import re
@@ -18,7 +19,8 @@ import pytest
 
 from coordinator.aggregation.config import AggregatorConfig
 from coordinator.control.config import ControlConfig
-from phalanx.config import ServerConfig, build
+from phalanx.config import ServerConfig, TokensConfig, build
+from phalanx.keys.caller import Service, service_name
 from phalanx.testing.datasets import REPOSITORY
 from storage.config import StorageConfig
 from tests.deploy import kustomize, policies
@@ -30,6 +32,8 @@ KUBERNETES = REPOSITORY / "deploy/kubernetes"
 OVERLAYS = ("small", "production", "scale-to-zero")
 VERSIONS = ("1.29", "1.31", "1.33", "1.35", "1.37")
 PORTS = {"coordinator": 7410, "storage": 7420, "aggregator": 7430, "worker": 7440}
+#: Where people need a token and no certificate.
+PEOPLES_PORTS = {"coordinator": 7411, "storage": 7421}
 CONFIGS: dict[str, type[ServerConfig]] = {
     "coordinator": ControlConfig,
     "storage": StorageConfig,
@@ -39,8 +43,13 @@ CONFIGS: dict[str, type[ServerConfig]] = {
 Object = dict[str, Any]
 
 
-def rendered(overlay: str) -> list[Object]:
+@functools.cache
+def _render(overlay: str) -> list[Object]:
     return kustomize.render(KUBERNETES / "overlays" / overlay)
+
+
+def rendered(overlay: str) -> list[Object]:
+    return copy.deepcopy(_render(overlay))
 
 
 def workload(objects: list[Object], name: str) -> Object:
@@ -200,6 +209,29 @@ OTHER_HOLES: dict[str, tuple[Callable[[list[Object]], None], str]] = {
         ),
         "coordinator: both may be on one node",
     ),
+    "keys of others": (
+        in_pod(
+            "worker",
+            lambda pod: pod["volumes"][1]["secret"].update(secretName="phalanx-control-keys"),
+        ),
+        "worker: the secrets are those of others",
+    ),
+    "keys for all to read": (
+        in_pod("worker", lambda pod: pod["volumes"][1]["secret"].pop("defaultMode")),
+        "worker: secret keys can be read by others",
+    ),
+    "keys to write to": (
+        in_pod(
+            "storage", lambda pod: pod["containers"][0]["volumeMounts"][1].update(readOnly=False)
+        ),
+        "storage: secret keys can be written to",
+    ),
+    "no keys": (
+        lambda objects: policies.of_kind(objects, "ConfigMap")[0]["data"].update(
+            PHALANX_INSECURE="true"
+        ),
+        "whoever calls may do anything",
+    ),
     "another namespace": (
         lambda objects: objects[-1]["metadata"].update(namespace="default"),
         "is in another namespace",
@@ -231,11 +263,17 @@ def test_pods_call_those_they_need_and_nobody_else(overlay: str) -> None:
         if allowed(rules, pods[caller], pods[called], PORTS[called])
     }
     assert calls == {
-        *((member, "coordinator") for member in ("coordinator", "aggregator", "worker", "client")),
-        *((member, "storage") for member in ("coordinator", "aggregator", "worker", "client")),
+        *((member, "coordinator") for member in ("coordinator", "aggregator", "worker")),
+        *((member, "storage") for member in ("coordinator", "aggregator", "worker")),
         ("worker", "aggregator"),
         ("worker", "worker"),
     }
+    people = {
+        (caller, called)
+        for caller, called in itertools.product(pods, PEOPLES_PORTS)
+        if allowed(rules, pods[caller], pods[called], PEOPLES_PORTS[called])
+    }
+    assert people == {("client", "coordinator"), ("client", "storage")}
     for caller, called in itertools.product(pods, PORTS):
         assert not allowed(rules, pods[caller], pods[called], 22)
         # Prometheus is in another namespace.
@@ -268,8 +306,17 @@ def settings_of(objects: list[Object], component: str) -> dict[str, str]:
 def test_services_understand_their_settings(overlay: str, component: str) -> None:
     """Names that nobody reads would be ignored without a word."""
     settings = settings_of(rendered(overlay), component)
-    config = build(CONFIGS[component], {}, {"PHALANX_STORAGE_STATE": "/state", **settings})
+    # Those of the secret phalanx-back-ends among them.
+    given = {"PHALANX_STORAGE_STATE": "/state", "PHALANX_STORAGE_BLOBS": "s3://phalanx/blobs"}
+    config = build(CONFIGS[component], {}, {**given, **settings})
     assert config.id == f"{component}-0"
+    assert config.has_keys
+    mounts = workload(rendered(overlay), component)["spec"]["template"]["spec"]["containers"][0]
+    folders = {each["mountPath"] for each in mounts["volumeMounts"]}
+    used = [config.tls_ca, config.tls_certificate, config.tls_key, getattr(config, "tokens", None)]
+    assert {str(path.parent) for path in used if path is not None} <= folders
+    if isinstance(config, TokensConfig):
+        assert config.public_listen == f"0.0.0.0:{PEOPLES_PORTS[component]}"
     if isinstance(config, WorkerConfig | AggregatorConfig):
         leaders = 1 if overlay == "small" else 2
         assert config.control == tuple(
@@ -303,12 +350,48 @@ def test_ports_are_those_of_the_image() -> None:
             "containers"
         ]
         ports = {each["name"]: each["containerPort"] for each in container["ports"]}
-        assert ports == {"grpc": port, "metrics": 9410}
+        people = PEOPLES_PORTS.get(component)
+        assert ports == {"grpc": port, "metrics": 9410} | ({"people": people} if people else {})
         service = "CONTROL" if component == "coordinator" else component.upper()
         assert f"PHALANX_{service}_LISTEN=0.0.0.0:{port}" in dockerfile
         assert f"PHALANX_{service}_METRICS_LISTEN=0.0.0.0:9410" in dockerfile
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-            assert container[probe]["grpc"]["port"] == port
+            assert container[probe]["httpGet"]["port"] == "metrics"
+
+
+def test_certificates_name_their_kind_and_what_people_dial() -> None:
+    objects = rendered("production")
+    issued = {
+        each["spec"]["secretName"]: each["spec"]
+        for each in policies.of_kind(objects, "Certificate")
+        if not each["spec"].get("isCA")
+    }
+    services = {each["metadata"]["name"] for each in policies.of_kind(objects, "Service")}
+    assert issued.keys() == {each["keys"] for each in policies.SECRETS.values()}
+    for component in policies.COMPONENTS:
+        spec = issued[policies.SECRETS[component]["keys"]]
+        kind = CONFIGS[component].service
+        assert spec["dnsNames"][0] == service_name(Service(kind))
+        assert {"server auth", "client auth"} <= set(spec["usages"])
+        dialled = set(spec["dnsNames"][1:])
+        if component in PEOPLES_PORTS:
+            assert kind in services
+            assert {kind, f"{kind}.phalanx.svc", "localhost"} <= dialled
+        else:
+            assert not dialled
+
+
+def test_scraped_pods_have_the_names_that_rules_rely_on() -> None:
+    (monitor,) = policies.of_kind(rendered("production"), "PodMonitor")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    for component in policies.COMPONENTS:
+        labels = {"__meta_kubernetes_pod_label_app_kubernetes_io_component": component}
+        for rule in endpoint["relabelings"]:
+            (source,) = rule["sourceLabels"]
+            if found := re.fullmatch(rule["regex"], labels[source]):
+                value = rule["replacement"].replace("$1", found[1] if found.groups() else "")
+                labels[rule["targetLabel"]] = value
+        assert labels["job"] == f"phalanx-{CONFIGS[component].service}"
 
 
 def test_workers_scale_by_cpu_or_to_zero_and_nobody_else_sets_their_number() -> None:
