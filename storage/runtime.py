@@ -27,6 +27,7 @@ from storage.service.catalog_servicers import DatasetServicer, ModelServicer
 from storage.service.collection import Collector
 from storage.service.disk import show_disk
 from storage.service.operations import Operations
+from storage.service.readiness import watch_servers
 from storage.service.storage_servicer import StorageServicer
 
 EXIT_DISK_FAILED = 74
@@ -81,6 +82,7 @@ class StorageProcess:
         self._storage = StorageServicer(self.backend, self.operations, self.collector, self.links)
         self._housekeeping: asyncio.Task[None] | None = None
         self._disk: asyncio.Task[None] | None = None
+        self._servers: asyncio.Task[None] | None = None
         self._add_servicers()
 
     def _add_servicers(self) -> None:
@@ -101,9 +103,16 @@ class StorageProcess:
             show_disk(self._config.state, self.operations, self._metrics)
         )
         self.server.set_serving(True)
+        if self.backend.check is not None:
+            watch = watch_servers(self.backend.check, self.server.set_serving)
+            self._servers = asyncio.create_task(watch)
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Let open calls end, finish what is being written, close everything."""
+        if self._servers is not None:
+            self._servers.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._servers
         self._storage.end_streams()
         await self.server.stop(grace_s)
         for task in (self._housekeeping, self._disk):

@@ -80,7 +80,9 @@ class MetricsServer:
         if path == "/metrics":
             encode, content_type = choose_encoder(_accept(lines))
             return _response("200 OK", content_type, encode(self._registry), method)
-        return _response("404 Not Found", "text/plain", b"only /metrics, /healthz, /livez\n", method)
+        return _response(
+            "404 Not Found", "text/plain", b"only /metrics, /healthz, /livez\n", method
+        )
 
 
 def _accept(lines: list[str]) -> str:

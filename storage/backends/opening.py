@@ -5,7 +5,7 @@ object store. What is not the embedded default is imported only here, where it i
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from storage.backends.folder_owner import FolderOwner
 from storage.backends.object_blobs import ObjectBlobs
 from storage.backends.sql import home
 from storage.backends.sql.catalog import SqlCatalog
-from storage.backends.sql.connection import Database
+from storage.backends.sql.connection import Connection, Database
 from storage.backends.sql.elapsed import SqlElapsed
 from storage.backends.sql.jobs import SqlJobs
 from storage.backends.sql.journals import SqlJournals
@@ -84,9 +84,13 @@ def open_backend(
             database = sqlite
         elapsed = SqlElapsed(database, clock_s)
         housekeeping = [elapsed.advance]
+        checks: list[Callable[[], object]] = []
+        if places.metadata_url:
+            checks.append(lambda: database.read(_ask))
         blobs: BlobStore
         if places.blobs_url:
             objects = open_objects(places.blobs_url)
+            checks.append(objects.owner)
             _settle(database, objects)
             blobs = in_objects = ObjectBlobs(objects, database, elapsed)
             housekeeping.append(in_objects.purge)
@@ -107,7 +111,17 @@ def open_backend(
             references=SqlReferences(database, now_unix_nanos, housekeeping),
             keep_time=elapsed.advance,
             close=opened.pop_all().close,
+            check=lambda: _call_all(checks),
         )
+
+
+def _ask(connection: Connection) -> None:
+    connection.execute("SELECT 1").fetchone()
+
+
+def _call_all(checks: Sequence[Callable[[], object]]) -> None:
+    for check in checks:
+        check()
 
 
 def open_postgres(url: str) -> "PostgresDatabase":

@@ -341,11 +341,13 @@ def test_a_server_that_stays_away_is_told_and_comes_back(
             lambda: backend.journals.append(append("s", b"away")),
             lambda: appended(backend, "s"),
             lambda: backend.leases.get("leader"),
+            backend.check,
         ):
             with pytest.raises(Unavailable) as caught:
                 call()
             assert caught.value.reason == "DATABASE_UNREACHABLE"
         proxy.heal()
+        backend.check()
         backend.journals.append(append("s", b"after"))
         assert appended(backend, "s") == [b"before", b"after"]
 

@@ -102,6 +102,16 @@ def test_what_fails_once_is_tried_again(storage, fault):
     assert storage.get(storage.put(LARGE)) == LARGE
 
 
+def test_whether_the_object_store_is_there_can_be_asked(storage):
+    storage.backend.check()
+    storage.server.disturb(Fault("GET", status=500))
+    with pytest.raises(Unavailable) as caught:
+        storage.backend.check()
+    assert caught.value.reason == "OBJECT_STORE_UNREACHABLE"
+    storage.server.disturb()
+    storage.backend.check()
+
+
 @pytest.mark.parametrize("content", [b"small", LARGE])
 def test_an_upload_that_is_aborted_leaves_no_object(storage, content):
     kept = storage.put(b"kept")
