@@ -1,0 +1,96 @@
+"""Requests drawn from the descriptors, to every method of every service of a real cluster.
+
+PHALANX_FUZZ_ROUNDS says how often each method is called in the long test (1,000 times),
+PHALANX_FUZZ_SEED draws the requests: the same seed, the same requests.
+"""
+
+import asyncio
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.integration.fuzzed_calls import (
+    SERVED,
+    TASKS,
+    Fuzzing,
+    all_methods,
+    defects_in_logs,
+    sizes,
+)
+
+from phalanx.errors import PhalanxError
+from phalanx.testing.arena import GUARD_S, Arena, arena, gated_job, wait_until
+
+MIB = 1024 * 1024
+ROUNDS = int(os.environ.get("PHALANX_FUZZ_ROUNDS", "1000"))
+SEED = int(os.environ.get("PHALANX_FUZZ_SEED", "0")) or random.randrange(1, 1_000_000)
+GROWTH_LIMIT_BYTES = 48 * MIB
+FILES_MORE = 24
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def ring(tmp_path: Path, loaded_code: None) -> Iterator[Arena]:
+    """A cluster in which jobs of each kind wait in the middle of their work."""
+    with arena(tmp_path, 2, state=tmp_path / "state") as made:
+        yield made
+
+
+def held_jobs(ring: Arena) -> list[str]:
+    jobs = [ring.submit(gated_job()), ring.submit(gated_job(all_reduce={}))]
+    jobs.append(ring.cluster.submit(TASKS))
+    ring.gate.release()
+    ring.gate.hold()
+    wait_until(lambda: all(job.refresh().progress.workers for job in jobs[:2]), "the jobs")
+    return [job.id for job in jobs]
+
+
+def forget_others(ring: Arena, keep: list[str]) -> None:
+    """End the jobs that were drawn, or they would compute for ever."""
+    for job in ring.cluster.jobs():
+        if job.id not in keep and not job.done:
+            try:
+                job.cancel()
+            except PhalanxError as error:
+                assert error.reason in {"JOB_ENDED", "JOB_NOT_FOUND"}, error
+
+
+def honest_job(ring: Arena) -> None:
+    ring.gate.release()
+    job = ring.cluster.submit(gated_job(steps=3) | {"name": "honest"})
+    assert job.wait(timeout_s=GUARD_S).examples_lost == 0
+    assert ring.cluster.models.get("honest").name == "honest"
+
+
+def fuzzed(ring: Arena, seed: int, requests: int, batches: int) -> Fuzzing:
+    jobs = held_jobs(ring)
+    fuzzing = Fuzzing(ring, seed, jobs)
+    before = sizes(ring)
+    for batch in range(batches):
+        asyncio.run(fuzzing.run(requests))
+        forget_others(ring, jobs)
+        if batch == 0:
+            before = sizes(ring)
+    assert not fuzzing.wrong, f"seed {seed}: " + "\n".join(fuzzing.wrong[:20])
+    assert {*fuzzing.answers} == {
+        f"/{each.containing_service.full_name}/{each.name}" for each in all_methods()
+    }
+    assert defects_in_logs(ring.cluster.state_dir / "logs") == []
+    for member, (memory, files, threads) in sizes(ring).items():
+        if member in before:
+            old = before[member]
+            assert memory - old[0] < GROWTH_LIMIT_BYTES, member
+            assert files - old[1] < FILES_MORE, member
+            assert threads - old[2] < FILES_MORE, member
+    honest_job(ring)
+    return fuzzing
+
+
+def test_whatever_is_sent_is_answered_and_costs_nothing(ring: Arena) -> None:
+    fuzzing = fuzzed(ring, 4711, requests=6, batches=2)
+    heard = {code for answers in fuzzing.answers.values() for code in answers}
+    assert {"OK", "INVALID_ARGUMENT", "NOT_FOUND"} <= heard
+    assert all(member.pid for member in ring.cluster.processes())
