@@ -75,9 +75,14 @@ def check_namespace(text: str, field: str = "namespace") -> str:
     )
 
 
+def is_blob_id(text: str) -> bool:
+    """Return whether ``text`` is a lower-case hexadecimal SHA-256."""
+    return _BLOB_ID.fullmatch(text) is not None
+
+
 def check_blob_id(text: str) -> BlobId:
     """Return ``text`` if it is a lower-case hexadecimal SHA-256; else raise InvalidArgument."""
-    if _BLOB_ID.fullmatch(text) is None:
+    if not is_blob_id(text):
         raise InvalidArgument(
             f"blob id {text[:80]!r} is not 64 lower-case hexadecimal digits", reason="BAD_BLOB_ID"
         )

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from phalanx.errors import AlreadyExists, DataLoss
-from phalanx.ids import new_request_id
+from phalanx.files import LENGTH_RULE, is_too_long
+from phalanx.ids import is_blob_id, is_name, new_request_id
 from phalanx.sdk import arguments, methods
 from phalanx.sdk.backend import Backend
 from phalanx.sdk.discovery import cache_dir
@@ -63,14 +64,7 @@ class Models:
     def cached(self, name: str) -> Path:
         """Return the folder of a model in the cache, downloading it if it is not there."""
         model = self.describe(name)
-        # The parameters' hash keeps models of different clusters apart.
-        folder = (
-            cache_dir()
-            / "models"
-            / model.namespace
-            / model.name
-            / f"{model.version}-{model.parameters_sha256[:16]}"
-        )
+        folder = _folder_of(cache_dir() / "models", model)
         if not folder.is_dir():
             self._download(model, folder)
         return folder
@@ -131,9 +125,24 @@ class Models:
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _folder_of(root: Path, model: ModelVersion) -> Path:
+    """Return where a model is kept; whatever a server says of it, that is below ``root``."""
+    for what, text in (("namespace", model.namespace), ("name", model.name)):
+        if not is_name(text):
+            raise DataLoss(f"the server told of a model whose {what} is {text[:80]!r}")
+    # The parameters' hash keeps models of different clusters apart.
+    sha256 = model.parameters_sha256
+    if not is_blob_id(sha256):
+        raise DataLoss(f"the server told of a model whose SHA-256 is {sha256[:80]!r}")
+    return root / model.namespace / model.name / f"{model.version}-{sha256[:16]}"
+
+
 def _safe_path(text: str) -> Path:
-    """Return a file's path within its model's folder; what leads out of it is refused."""
+    """Return a file's path within its model's folder; what leads out of it is refused, and what no
+    disk takes."""
     path = PurePosixPath(text)
-    if path.is_absolute() or not path.parts or ".." in path.parts:
-        raise DataLoss(f"the model names a file {text!r}, which lies outside its folder")
+    if path.is_absolute() or not path.parts or ".." in path.parts or "\0" in text:
+        raise DataLoss(f"the model names a file {text[:80]!r}, which lies outside its folder")
+    if is_too_long(text):
+        raise DataLoss(f"the model names a file {text[:80]!r}…, which is too long; {LENGTH_RULE}")
     return Path(*path.parts)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from tests.integration.fuzzed_calls import (
-    SERVED,
     TASKS,
     Fuzzing,
     all_methods,
@@ -21,7 +20,7 @@ from tests.integration.fuzzed_calls import (
 )
 
 from phalanx.errors import PhalanxError
-from phalanx.testing.arena import GUARD_S, Arena, arena, gated_job, wait_until
+from phalanx.testing.arena import GUARD_S, Arena, arena, gated_job, unhurried_job
 
 MIB = 1024 * 1024
 ROUNDS = int(os.environ.get("PHALANX_FUZZ_ROUNDS", "1000"))
@@ -34,17 +33,20 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def ring(tmp_path: Path, loaded_code: None) -> Iterator[Arena]:
-    """A cluster in which jobs of each kind wait in the middle of their work."""
-    with arena(tmp_path, 2, state=tmp_path / "state") as made:
+    """A cluster whose leaves take their time and little of the machine's."""
+    with arena(tmp_path, 2, leaf_s=0.1, state=tmp_path / "state") as made:
         yield made
 
 
-def held_jobs(ring: Arena) -> list[str]:
-    jobs = [ring.submit(gated_job()), ring.submit(gated_job(all_reduce={}))]
+def endless_jobs(ring: Arena) -> list[str]:
+    """One job of each kind of owner, all at work: ranges, workers among themselves, tasks."""
+    ring.workers_ready()
+    ranges, among = unhurried_job(10**6), unhurried_job(10**6)
+    among["train"]["all_reduce"] = {}
+    jobs = [ring.cluster.submit(each) for each in (ranges, among)]
+    for job in jobs:
+        ring.at_step(job, 1)
     jobs.append(ring.cluster.submit(TASKS))
-    ring.gate.release()
-    ring.gate.hold()
-    wait_until(lambda: all(job.refresh().progress.workers for job in jobs[:2]), "the jobs")
     return [job.id for job in jobs]
 
 
@@ -59,14 +61,13 @@ def forget_others(ring: Arena, keep: list[str]) -> None:
 
 
 def honest_job(ring: Arena) -> None:
-    ring.gate.release()
     job = ring.cluster.submit(gated_job(steps=3) | {"name": "honest"})
     assert job.wait(timeout_s=GUARD_S).examples_lost == 0
-    assert ring.cluster.models.get("honest").name == "honest"
+    assert ring.cluster.models.describe("honest").job_id == job.id
 
 
 def fuzzed(ring: Arena, seed: int, requests: int, batches: int) -> Fuzzing:
-    jobs = held_jobs(ring)
+    jobs = endless_jobs(ring)
     fuzzing = Fuzzing(ring, seed, jobs)
     before = sizes(ring)
     for batch in range(batches):
@@ -94,3 +95,13 @@ def test_whatever_is_sent_is_answered_and_costs_nothing(ring: Arena) -> None:
     heard = {code for answers in fuzzing.answers.values() for code in answers}
     assert {"OK", "INVALID_ARGUMENT", "NOT_FOUND"} <= heard
     assert all(member.pid for member in ring.cluster.processes())
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_whatever_is_sent_for_long(ring: Arena, capsys: pytest.CaptureFixture[str]) -> None:
+    fuzzing = fuzzed(ring, SEED, requests=20, batches=max(2, ROUNDS // 20))
+    with capsys.disabled():
+        print(f"\nseed {SEED}")
+        for method, answers in sorted(fuzzing.answers.items()):
+            print(f"{method}: {dict(answers.most_common())}")

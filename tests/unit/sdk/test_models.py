@@ -165,10 +165,19 @@ def test_a_download_never_replaces_a_folder(cluster, job, tmp_path):
         cluster.models.download("shapes", target)
 
 
-@pytest.mark.parametrize("path", ["../evil", "/etc/passwd", "a/../../b", ""])
+@pytest.mark.parametrize("path", ["../evil", "/etc/passwd", "a/../../b", "", "a\0b", "a" * 300])
 def test_a_model_cannot_write_outside_its_folder(path):
     with pytest.raises(DataLoss):
         _safe_path(path)
+
+
+@pytest.mark.parametrize("field", ["namespace", "name", "parameters_sha256"])
+def test_a_server_cannot_name_a_folder_outside_the_cache(cluster, job, monkeypatch, field):
+    described = cluster.models.describe("shapes")
+    setattr(described, field, "../../../../elsewhere")
+    monkeypatch.setattr(cluster.models, "describe", lambda name: described)
+    with pytest.raises(DataLoss, match="the server told of a model whose"):
+        cluster.models.cached("shapes")
 
 
 def test_exports(cluster, job, tmp_path):

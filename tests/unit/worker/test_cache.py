@@ -218,6 +218,22 @@ async def test_a_removed_file_is_fetched_again_though_it_was_pinned(
     second.release()
 
 
+@pytest.mark.parametrize("digest", ["../../elsewhere", "/tmp/elsewhere", "a", "f" * 63 + "/"])
+async def test_what_is_no_digest_is_never_a_path(
+    caches: Caches, store: Store, tmp_path: Path, digest: str
+) -> None:
+    """Leaf processes say what they want, and run other people's code."""
+    cache = caches()
+    before = {*tmp_path.rglob("*")}
+    cache.prefetch(digest, 4)
+    cache.prefetch_later(digest, 4)
+    with pytest.raises(InvalidArgument, match="64 lower-case"):
+        await cache.get(digest)
+    await asyncio.gather(*cache._prefetching, *cache._reading_ahead)
+    assert store.downloads == []
+    assert {*tmp_path.rglob("*")} == before
+
+
 async def test_errors_reach_those_who_ask_and_can_be_tried_again(
     caches: Caches, store: Store
 ) -> None:
