@@ -95,7 +95,9 @@ def _claim(brought_by: dict[str, str], name: str, by: str) -> None:
 def _opened(source: Path | BinaryIO, name: str) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(source)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+    except FileNotFoundError:
+        raise
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise _no_wheel(name, str(error)) from error
 
 
@@ -176,7 +178,10 @@ def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> bytes:
     """The content of an entry, which is as long as the entry says (zipfile reads no further)."""
     try:
         return archive.read(entry)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+    except (
+        *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError),
+        *(ValueError, OSError),  # places in the file that it has not
+    ) as error:
         raise _no_wheel(name, f"{entry.filename}: {error}") from error
 
 

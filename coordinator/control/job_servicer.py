@@ -218,7 +218,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
         """Show the log of a job; with `follow` until it has ended and its last lines are here."""
         leader = self._leader_for(request)
         leader.job_view(request.job_id)
-        after_nanos = request.after_time.ToNanoseconds() if request.HasField("after_time") else 0
+        after_nanos = _after_nanos(request)
         wake, position, enough_s = asyncio.Event(), 0, math.inf
         leader.streams.subscribe(request.job_id, wake)
         try:
@@ -301,6 +301,18 @@ def remember(method: str, request: Message) -> RememberedRequest:
 def _of_type(answer: Message, kind: type[ResponseT]) -> ResponseT:
     assert isinstance(answer, kind), f"{type(answer).__name__} instead of {kind.__name__}"
     return answer
+
+
+def _after_nanos(request: pb.ReadJobLogsRequest) -> int:
+    if not request.HasField("after_time"):
+        return 0
+    try:
+        return request.after_time.ToNanoseconds()
+    except ValueError as error:
+        message = f"is no time: {error}"
+        raise InvalidArgument(
+            f"after_time {message}", violations=[Violation("after_time", message)]
+        ) from None
 
 
 def _negative(field: str) -> InvalidArgument:

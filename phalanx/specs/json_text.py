@@ -8,11 +8,13 @@ from json.decoder import scanstring  # type: ignore[attr-defined]
 
 from phalanx.specs.tree import (
     DEPTH_LIMIT,
+    HALF_CHARACTER,
     TEXT_LIMIT_BYTES,
     Entry,
     Node,
     Problems,
     Scalar,
+    is_unicode,
     join_key,
 )
 
@@ -90,6 +92,8 @@ class _Parser:
 
     def _string(self) -> str:
         text, self._at = scanstring(self._text, self._at + 1, True)
+        if not is_unicode(text):
+            raise self._error(f"a text that {HALF_CHARACTER}")
         return str(text)
 
     def _object(self, depth: int, path: str) -> tuple[Entry, ...]:

@@ -49,7 +49,10 @@ def stored_shapes(header: bytes) -> Shapes:
             for name, tensor in tensors.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
+        OverflowError,  # a size of Infinity, which Python's JSON takes for a number
+    ) as error:
         raise _refused(f"holds no parameters that can be read: {error!r}") from error
 
 

@@ -75,6 +75,14 @@ class Problems:
         raise invalid_text(self.source, ordered)
 
 
+HALF_CHARACTER = "holds half of a surrogate pair, which is no character"
+
+
+def is_unicode(text: str) -> bool:
+    """Say whether a text can be written down: escapes can also name half of a surrogate pair."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def invalid_text(source: str, violations: list[Violation]) -> InvalidArgument:
     """Return the error for a text with these wrong fields."""
     first = violations[0]

@@ -12,12 +12,14 @@ from typing import Any
 
 from phalanx.specs.tree import (
     DEPTH_LIMIT,
+    HALF_CHARACTER,
     NODE_LIMIT,
     TEXT_LIMIT_BYTES,
     Entry,
     Node,
     Problems,
     Scalar,
+    is_unicode,
     join_key,
 )
 
@@ -109,6 +111,9 @@ class _Converter:
                 for index, item in enumerate(node.value)
             ]
             return Node(line, "sequence", items=tuple(item for item in converted if item))
+        if not is_unicode(node.value):
+            self._problems.add(path, HALF_CHARACTER, line)
+            return None
         if node.style is None:
             scalar = resolve_plain(node.value)
             return Node(line, "scalar", scalar, bare=scalar is None and node.value == "")
@@ -122,6 +127,9 @@ class _Converter:
                 self._problems.add(path, "a key must be one word, not a list or mapping", line)
                 continue
             key = str(key_node.value)
+            if not is_unicode(key):
+                self._problems.add(path, f"a key {HALF_CHARACTER}", line)
+                continue
             if key in entries:
                 first = entries[key].line
                 self._problems.add(

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from phalanx.errors import PhalanxError
+from phalanx.testing.arena import GUARD_S, Arena, add_blobs, arena, gated_job, unhurried_job
 from tests.integration.fuzzed_calls import (
     TASKS,
     Fuzzing,
@@ -18,9 +21,6 @@ from tests.integration.fuzzed_calls import (
     defects_in_logs,
     sizes,
 )
-
-from phalanx.errors import PhalanxError
-from phalanx.testing.arena import GUARD_S, Arena, arena, gated_job, unhurried_job
 
 MIB = 1024 * 1024
 ROUNDS = int(os.environ.get("PHALANX_FUZZ_ROUNDS", "1000"))
@@ -61,6 +61,7 @@ def forget_others(ring: Arena, keep: list[str]) -> None:
 
 
 def honest_job(ring: Arena) -> None:
+    add_blobs(ring.cluster)  # who may call all methods may also have deleted it
     job = ring.cluster.submit(gated_job(steps=3) | {"name": "honest"})
     assert job.wait(timeout_s=GUARD_S).examples_lost == 0
     assert ring.cluster.models.describe("honest").job_id == job.id

@@ -112,7 +112,7 @@ class CsvTable:
                     yield TableBatch(batch.num_rows, self._columns(batch, wanted), where)
             if body.quotes % 2:
                 check_quotes(path, dialect.delimiter, dialect.comment)
-        except (pa.ArrowInvalid, EOFError, OSError, zlib.error) as error:
+        except (pa.ArrowException, EOFError, OSError, zlib.error) as error:
             raise self._diagnosis(path, dialect, names, wanted, rows, error) from error
 
     def _arrow_batches(

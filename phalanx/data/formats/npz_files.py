@@ -6,6 +6,7 @@ Objects (pickles) are refused.
 import contextlib
 import functools
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Generator, Iterator
@@ -171,6 +172,14 @@ def _header(archive: zipfile.ZipFile, name: str) -> _Member:
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    try:
+        return _parsed_header(file)
+    except (SyntaxError, tokenize.TokenError) as error:
+        # NumPy reads a header that is no Python literal once more, as one of Python 2.
+        raise ValueError(f"the header of an array is no literal: {error}") from error
+
+
+def _parsed_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)

@@ -68,7 +68,7 @@ class ParquetRows:
         self._cursor: _Cursor | None = None
         try:
             self._file = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             file.close()
             raise InvalidArgument(f"{name} is not a Parquet file: {error}") from error
         metadata = self._file.metadata

@@ -129,7 +129,7 @@ def table_batches(
             where = functools.partial(_where, name, rows)
             rows += batch.num_rows
             yield TableBatch(batch.num_rows, _columns(batch, wanted, options, where), where)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise InvalidArgument(f"{name} is damaged after row {rows}: {error}") from error
 
 
@@ -251,7 +251,7 @@ def _parquet(path: Path) -> Any:
         )
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {path}") from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise InvalidArgument(f"{path.name} is not a Parquet file: {error}") from error
 
 

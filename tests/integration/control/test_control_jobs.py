@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
 
 from coordinator.control import job_servicer
@@ -348,6 +349,12 @@ async def test_who_follows_a_log_gets_the_lines_that_come_after_the_end(
         monkeypatch.setattr(job_servicer, "LINES_COME_LATE_S", 0.0)
         again = [each.text async for each in stub.ReadJobLogs(logs, timeout=GUARD_S)]
         assert again == ["the last line"]
+        for odd in (Timestamp(seconds=2**62), Timestamp(nanos=-1)):
+            logs.after_time.CopyFrom(odd)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.ReadJobLogs(logs, timeout=GUARD_S).read()
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "after_time is no time" in refused.value.details()
 
 
 async def test_code_travels_as_blobs(cluster: Any, make_spec: Any) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.config.fuzzed_names import fuzzed_names
 
 from phalanx import ids
 from phalanx.data.linked_files import folder_of
@@ -24,6 +23,7 @@ from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.model_service_pb2 import ModelVersion
 from phalanx.wheels import _inside, _members, write_code
 from storage.core import keys
+from tests.unit.config.fuzzed_names import fuzzed_names
 from worker.cache import BlobCache
 
 SEED = int(os.environ.get("PHALANX_FUZZ_SEED", "0")) or 20

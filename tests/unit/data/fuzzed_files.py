@@ -17,7 +17,23 @@ import pyarrow.parquet as pq
 from phalanx.data.chunks import encode_csr, encode_dense
 
 TOKENS = (
-    *(b"", b"\0", b"\n", b"\r\n", b",", b";", b"\t", b'"', b"'", b"#", b":", b"{", b"}", b"[", b"]"),
+    *(
+        b"",
+        b"\0",
+        b"\n",
+        b"\r\n",
+        b",",
+        b";",
+        b"\t",
+        b'"',
+        b"'",
+        b"#",
+        b":",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+    ),
     *(b"nan", b"inf", b"-inf", b"1e999", b"-1", b"9" * 400, b"18446744073709551616", b"0x10"),
     *(b"\xff\xfe", b"\xc3", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"&a", b"*a", b"!!python/object:x"),
     *(b"<<: *a", b"- ", b"  ", b"|", b"---", b"%YAML 9", b"null", b"~", b"true", b"\x1b[31m"),
@@ -153,9 +169,7 @@ def beside(path: Path) -> None:
         path.with_name("a-labels-idx1-ubyte").write_bytes(labels)
 
 
-WHEEL = (
-    b"Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-)
+WHEEL = b"Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 
 
 def good_wheel() -> bytes:

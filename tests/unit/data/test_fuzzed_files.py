@@ -20,18 +20,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from tests.unit.data.fuzzed_files import (
-    JOB,
-    Change,
-    beside,
-    changed_archive,
-    changed_json,
-    changed_tensors,
-    damaged,
-    good_chunks,
-    good_files,
-    good_wheel,
-)
 
 from phalanx.data.checkpoint_parts import parse_part
 from phalanx.data.chunks import decode_chunk
@@ -47,6 +35,20 @@ from phalanx.keys.files import check_pair, check_trusted
 from phalanx.sdk.job_files import parse_document
 from phalanx.specs.starting import shapes_in_file, trained_on
 from phalanx.wheels import check_wheel, write_code
+from tests.unit.data.fuzzed_files import (
+    JOB,
+    Change,
+    beside,
+    changed_archive,
+    changed_json,
+    changed_tensors,
+    damaged,
+    good_chunks,
+    good_files,
+    good_wheel,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Reading .*npz.* file required additional header")
 
 SEED = int(os.environ.get("PHALANX_FUZZ_SEED", "0")) or 31
 FILES = int(os.environ.get("PHALANX_FUZZ_FILES", "3000"))

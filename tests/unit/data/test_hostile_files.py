@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from phalanx.data.chunks import decode_chunk
@@ -213,3 +215,28 @@ def test_files_that_hold_nothing_say_so(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "nothing")
     assert refused(path) == "a.npz is not an NPZ file: it is an archive without arrays"
+
+
+@pytest.mark.parametrize("header", ["{'descr': (", "{'shape': (8,), : 1}", "{" * 30])
+def test_an_array_whose_header_is_no_literal_is_none(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "a.npz"
+    size = len(header).to_bytes(2, "little")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("X.npy", b"\x93NUMPY\1\0" + size + header.encode())
+    assert refused(path).startswith("a.npz is not an NPZ file: ")
+
+
+def test_what_arrow_cannot_read_is_no_parquet_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A schema can be damaged so that it asks for types that Arrow knows of and does not have."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": [1.0, 2.0], "y": [0, 1]}), path)
+
+    def unread(*_: Any, **__: Any) -> None:
+        raise pa.ArrowNotImplementedError("Integers with more than 64 bits not implemented")
+
+    monkeypatch.setattr(pq, "ParquetFile", unread)
+    assert refused(path) == (
+        "a.parquet is not a Parquet file: Integers with more than 64 bits not implemented"
+    )

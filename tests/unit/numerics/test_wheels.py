@@ -151,3 +151,15 @@ def test_a_wheel_for_another_python_is_refused_where_it_would_run(
     else:
         with pytest.raises(InvalidArgument, match="this worker has Python"):
             write_code(tmp_path / "code", {}, {"mine": wheel})
+
+
+@pytest.mark.parametrize("more", [1, 100, 2**31])
+def test_a_listing_that_points_out_of_the_archive_is_refused(tmp_path: Path, more: int) -> None:
+    path = make_wheel(tmp_path, {"nets.py": "x = 1\n"})
+    content = bytearray(path.read_bytes())
+    # Where the listing begins is said in the last 22 bytes; entries are moved by what is wrong.
+    begin = int.from_bytes(content[-6:-2], "little") + more
+    content[-6:-2] = (begin % 2**32).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(InvalidArgument, match="is no wheel"):
+        check_wheel(path, path.name)

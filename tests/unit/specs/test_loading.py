@@ -371,3 +371,17 @@ def test_an_empty_mapping_sets_the_message() -> None:
     spec = specs.load_yaml("train: {}")
     assert spec.WhichOneof("program") == "train"
     assert specs.load_yaml("{}") == JobSpec()
+
+
+@pytest.mark.parametrize(
+    ("text", "as_json", "field"),
+    [
+        ('{"tasks": {"arguments": [{"n": "\\ud800"}]}}', True, ""),
+        ('{"name": "a", "\\udc00": 1}', True, ""),
+        ('tasks: {arguments: [{n: "\\ud800"}]}', False, "tasks.arguments[0].n"),
+        ('code: {files: {"\\ud800.py": x}}', False, "code.files"),
+    ],
+)
+def test_half_a_character_is_refused(text: str, as_json: bool, field: str) -> None:
+    found = [each for each in mistakes(text, as_json=as_json) if "surrogate" in each.message]
+    assert [(each.field, each.line) for each in found] == [(field, 1)]
