@@ -20,6 +20,7 @@ from phalanx.errors import (
     PhalanxError,
     Unavailable,
 )
+from phalanx.keys.environment import without_secrets
 from phalanx.telemetry.logs import get_logger
 from storage.links import messages
 
@@ -268,7 +269,7 @@ def _checked(answer: messages.Message) -> messages.Message:
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     # Python finds this very code, wherever the service was started from.
     paths = [_ROOT, *filter(None, [environ.get("PYTHONPATH")])]
-    return {**environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**without_secrets(environ), "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def is_transient(error: PhalanxError) -> bool:

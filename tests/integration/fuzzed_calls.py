@@ -72,7 +72,13 @@ class Fuzzing:
         self.chance = Random(seed)
         self.answers: dict[str, Counter[str]] = defaultdict(Counter)
         self.wrong: list[str] = []
-        digest = ring.cluster.data.get("blobs").manifest_digest
+        self.messages = HostileMessages(self.chance)
+        self.servers: dict[str, list[str]] = {}
+        self.knows(jobs)
+
+    def knows(self, jobs: Sequence[str]) -> None:
+        """Name these jobs from now on, and call the members that are there now."""
+        digest = self.ring.cluster.data.get("blobs").manifest_digest
         self.messages = HostileMessages(
             self.chance,
             # Neither the lease nor the journal of control, nor its members: whoever may write

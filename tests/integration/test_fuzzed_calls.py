@@ -41,6 +41,7 @@ def ring(tmp_path: Path, loaded_code: None) -> Iterator[Arena]:
 def endless_jobs(ring: Arena) -> list[str]:
     """One job of each kind of owner, all at work: ranges, workers among themselves, tasks."""
     ring.workers_ready()
+    add_blobs(ring.cluster)
     ranges, among = unhurried_job(10**6), unhurried_job(10**6)
     among["train"]["all_reduce"] = {}
     jobs = [ring.cluster.submit(each) for each in (ranges, among)]
@@ -48,6 +49,11 @@ def endless_jobs(ring: Arena) -> list[str]:
         ring.at_step(job, 1)
     jobs.append(ring.cluster.submit(TASKS))
     return [job.id for job in jobs]
+
+
+def at_work(ring: Arena, jobs: list[str]) -> bool:
+    found = {job.id: job for job in ring.cluster.jobs()}
+    return all(each in found and not found[each].done for each in jobs)
 
 
 def forget_others(ring: Arena, keep: list[str]) -> None:
@@ -72,6 +78,10 @@ def fuzzed(ring: Arena, seed: int, requests: int, batches: int) -> Fuzzing:
     fuzzing = Fuzzing(ring, seed, jobs)
     before = sizes(ring)
     for batch in range(batches):
+        if not at_work(ring, jobs):
+            # What was drawn has ended one of them, or has deleted their data.
+            jobs = endless_jobs(ring)
+            fuzzing.knows(jobs)
         asyncio.run(fuzzing.run(requests))
         forget_others(ring, jobs)
         if batch == 0:

@@ -26,6 +26,7 @@ from setproctitle import getproctitle
 
 from phalanx.blas import ENVIRONMENT as ONE_BLAS_THREAD
 from phalanx.forking import client
+from phalanx.keys.environment import without_secrets
 from phalanx.telemetry.logs import get_logger
 from worker.core.restarts import Restarts
 from worker.leaf.server import READY, run
@@ -345,7 +346,10 @@ def _be_a_program(ours: socket.socket, theirs: socket.socket, session_pid: int) 
                     os.close(number)
         # The title's place is found by the first variable, so before that one is changed.
         getproctitle()
-        os.environ.update(_environment(os.environ))
+        changed = _environment(os.environ)
+        for name in {*os.environ} - {*changed}:
+            del os.environ[name]
+        os.environ.update(changed)
         if not sys.flags.safe_path and sys.path[0] != _ROOT:
             del sys.path[0]
         if _ROOT not in sys.path:
@@ -359,4 +363,4 @@ def _environment(parent: Mapping[str, str]) -> dict[str, str]:
     # Python finds this very code, wherever the session process was started from.
     paths = [_ROOT, *filter(None, [parent.get("PYTHONPATH")])]
     threads = {**ONE_BLAS_THREAD, "NUMEXPR_NUM_THREADS": "1"}
-    return {**parent, **threads, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**without_secrets(parent), **threads, "PYTHONPATH": os.pathsep.join(paths)}

@@ -170,6 +170,8 @@ class Fickle(UserModel):
             "session": os.getsid(0) == os.getpid(),
             "core": resource.getrlimit(resource.RLIMIT_CORE)[0],
             "faults": faulthandler.is_enabled(),
+            "secret": os.environ.get("PGPASSWORD", ""),
+            "told": b"canary-7" in open("/proc/self/environ", "rb").read(),
             "multiplied": multiplied_in_a_child(),
             "stopped": stopped_children(),
             "faulted": faults_of_rows_again(),

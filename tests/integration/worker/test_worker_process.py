@@ -235,8 +235,13 @@ os.execv(sys.executable, [sys.executable, "-P", "-m", *sys.argv[1:]])
     "program", [("-P", "-m"), ("-m",), ("-c", CLOSED)], ids=["usual", "unsafe path", "no streams"]
 )
 async def test_user_code_meets_a_process_of_its_own(
-    bench: Any, spawn: Any, tmp_path: Path, program: tuple[str, ...]
+    bench: Any,
+    spawn: Any,
+    tmp_path: Path,
+    program: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("PGPASSWORD", "canary-7")
     bench.job(shards=2, custom={"row": 1, "act": "tell"})
     with ScriptedCluster() as cluster:
         cluster.blobs.update(bench.blobs)
@@ -271,6 +276,8 @@ async def test_user_code_meets_a_process_of_its_own(
                     "session": True,
                     "core": 0,
                     "faults": True,
+                    "secret": "",
+                    "told": False,
                     "multiplied": 42,
                     "stopped": [-signal.SIGTERM, -signal.SIGTERM],
                 }
