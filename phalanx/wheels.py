@@ -176,6 +176,9 @@ def _contents(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[str, bytes]
 
 def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> bytes:
     """The content of an entry, which is as long as the entry says (zipfile reads no further)."""
+    # Files lie before the listing. Room is made for as much as is asked for, there or not.
+    if entry.compress_size > archive.start_dir:
+        raise _no_wheel(name, f"{entry.filename} reaches beyond the end")
     try:
         return archive.read(entry)
     except (

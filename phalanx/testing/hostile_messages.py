@@ -11,7 +11,7 @@ behind it. What a program adds later, be it a field, a message or a method, is d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -171,9 +171,11 @@ class HostileMessages:
             for each in kind.fields
             if each.containing_oneof is None and self.chance.random() < share
         ]
-        for choice in kind.oneofs:
-            if self.chance.random() < max(share, 0.7):
-                chosen.append(self.chance.choice(choice.fields))
+        chosen += [
+            self.chance.choice(choice.fields)
+            for choice in kind.oneofs
+            if self.chance.random() < max(share, 0.7)
+        ]
         return chosen
 
     def _set(self, message: Message, field: FieldDescriptor, depth: int) -> None:
@@ -214,7 +216,7 @@ class HostileMessages:
         return made
 
     def _nest(self, message: Message) -> None:
-        """Put a message into one of its own kind, as deep as can be read, where that is possible."""
+        """Put a message into one of its own kind, as deep as can be read, where it has one."""
         for _ in range(60):
             again = next((each for each in message.DESCRIPTOR.fields if _recurs(each)), None)
             if again is None:
@@ -233,8 +235,18 @@ class HostileMessages:
     # -- values
 
     def _value(self, field: FieldDescriptor) -> Any:
-        draw = _DRAWS.get(field.type)
-        return draw(self, field) if draw is not None else self._whole(field)
+        match field.type:
+            case FieldDescriptor.TYPE_BOOL:
+                return self.chance.random() < 0.5
+            case FieldDescriptor.TYPE_BYTES:
+                return self._bytes()
+            case FieldDescriptor.TYPE_STRING:
+                return self._text()
+            case FieldDescriptor.TYPE_DOUBLE | FieldDescriptor.TYPE_FLOAT:
+                return self._real(field)
+            case FieldDescriptor.TYPE_ENUM:
+                return self._chosen_enum(field)
+        return self._whole(field)
 
     def _whole(self, field: FieldDescriptor) -> int:
         low, high = SIZES.get(field.type, _64_BITS)
@@ -255,12 +267,12 @@ class HostileMessages:
         small = field.type == FieldDescriptor.TYPE_FLOAT
         return value if not small or abs(value) < 1e38 or math.isinf(value) else 1e38
 
-    def _text(self, _: FieldDescriptor) -> str:
+    def _text(self) -> str:
         if self.words and self.chance.random() < TIDY_SHARE:
             return self.chance.choice(self.words)
         return self.chance.choice(TEXTS)
 
-    def _bytes(self, field: FieldDescriptor) -> bytes:
+    def _bytes(self) -> bytes:
         kind = self.chance.randrange(4)
         if kind == 0:
             return self.chance.randbytes(self.chance.choice((0, 1, 8, 64, 512, LONG)))
@@ -268,20 +280,7 @@ class HostileMessages:
             return bytes(self.chance.choice((1, 4, 64, 4096)))
         if kind == 2:
             return self.chance.choice((b"\xff" * 8, b"\x01", b"\x0a\x80" * 50, b"[" * 3000))
-        return self._text(field).encode()
-
-    def _flag(self, _: FieldDescriptor) -> bool:
-        return self.chance.random() < 0.5
-
-
-_DRAWS: Mapping[int, Callable[[HostileMessages, FieldDescriptor], Any]] = {
-    FieldDescriptor.TYPE_BOOL: HostileMessages._flag,
-    FieldDescriptor.TYPE_BYTES: HostileMessages._bytes,
-    FieldDescriptor.TYPE_DOUBLE: HostileMessages._real,
-    FieldDescriptor.TYPE_ENUM: HostileMessages._chosen_enum,
-    FieldDescriptor.TYPE_FLOAT: HostileMessages._real,
-    FieldDescriptor.TYPE_STRING: HostileMessages._text,
-}
+        return self._text().encode()
 
 
 def _holds_messages(field: FieldDescriptor) -> bool:

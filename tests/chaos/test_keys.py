@@ -16,6 +16,7 @@ from phalanx.errors import NotFound, PermissionDenied, PhalanxError, Unauthentic
 from phalanx.keys import folder, tokens
 from phalanx.keys.caller import CODE, Role
 from phalanx.local.keys import TOKENS_FILE
+from phalanx.rpc.status import from_rpc_error
 from phalanx.sdk import methods
 from phalanx.sdk.job_files import as_document
 from phalanx.testing.arena import GUARD_S, Arena, arena, gated_job, wait_until
@@ -194,14 +195,17 @@ def test_strangers_get_nothing_from_a_cluster_with_keys(tmp_path: Path) -> None:
 
 
 def test_a_recorded_submission_gives_the_same_job_again(tmp_path: Path) -> None:
-    """Byte by byte what a client sent, sent again: nothing new comes of it, and with the token of
-    somebody else nothing at all."""
-    with arena(tmp_path, 1, secure=True) as ring:
+    """Byte by byte what a client sent, sent again, also after others lead and storage has started
+    anew: nothing new comes of it, and with the token of somebody else nothing at all."""
+    with arena(tmp_path, 1, secure=True, controls=2) as ring:
         keys = _keys(ring)
         job = gated_job(steps=5)
         recorded = SubmitJobRequest(spec=as_document(job).spec, request_id="nightly-1")
         first = ring.cluster.submit(job, request_id="nightly-1")
         viewer = tokens.create(keys / TOKENS_FILE, "ann", Role.VIEWER)
+        elsewhere = tokens.create(
+            keys / TOKENS_FILE, "bob", Role.SUBMITTER, namespaces=["speech"], permissions=[CODE]
+        )
         admin = (keys / "admin.token").read_text().strip()
         credentials = grpc.ssl_channel_credentials((keys / "ca.pem").read_bytes())
         with grpc.secure_channel(ring.cluster.address, credentials) as channel:
@@ -213,10 +217,31 @@ def test_a_recorded_submission_gives_the_same_job_again(tmp_path: Path) -> None:
                 assert isinstance(answer, bytes)
                 return answer
 
+            def replayed() -> str:
+                try:
+                    return str(SubmitJobResponse.FromString(replay(admin)).job.id)
+                except grpc.RpcError as error:
+                    assert from_rpc_error(error).code.value in ("UNAVAILABLE", "ABORTED"), error
+                    return ""
+
+            def refused() -> list[str]:
+                found = []
+                for token in (viewer, elsewhere, "phx_old"):
+                    with pytest.raises(grpc.RpcError) as caught:
+                        replay(token)
+                    found.append(from_rpc_error(caught.value).code.value)
+                return found
+
             for _ in range(3):
-                assert SubmitJobResponse.FromString(replay(admin)).job.id == first.id
-            for token in (viewer, "phx_old"):
-                with pytest.raises(grpc.RpcError):
-                    replay(token)
-        first.wait(timeout_s=GUARD_S)
+                assert replayed() == first.id
+            assert refused() == ["PERMISSION_DENIED", "PERMISSION_DENIED", "UNAUTHENTICATED"]
+            first.wait(timeout_s=GUARD_S)
+            generation = ring.cluster.describe().generation
+            for role in ("control", "storage"):
+                for member in ring.cluster.processes():
+                    if member.role == role:
+                        ring.signal(member.id)
+                assert wait_until(replayed, f"an answer after the death of {role}") == first.id
+            assert refused() == ["PERMISSION_DENIED", "PERMISSION_DENIED", "UNAUTHENTICATED"]
+            assert ring.cluster.describe().generation > generation
         assert len(ring.cluster.jobs()) == 1

@@ -78,12 +78,18 @@ class NpzArrays(PairInFile):
                 )
 
 
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, EOFError),
+    *(NotImplementedError, RuntimeError),  # a later version of ZIP; a password
+)
+
+
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except (*_DAMAGE, OSError) as error:
         raise InvalidArgument(f"{path.name} is damaged: {error}") from error
 
 
@@ -158,7 +164,7 @@ def _members(path: Path) -> dict[str, _Member]:
             }
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {path}") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
+    except (*_DAMAGE, ValueError, OSError) as error:
         raise InvalidArgument(f"{path.name} is not an NPZ file: {error}") from error
     if not members:
         raise InvalidArgument(f"{path.name} is not an NPZ file: it is an archive without arrays")

@@ -186,9 +186,8 @@ JOB = b"""# a job
 name: fuzz
 namespace: default
 data: {name: blobs, shards: 4}
-base: &a [1, 2]
 train:
-  model: {mlp: {hidden: [128, 64], activation: relu}}
+  model: {mlp: {hidden: &a [128, 64], activation: relu}}
   optimizer: {adam: {learning_rate: 0.003}}
   synchronous: {}
   batch_size: 2048

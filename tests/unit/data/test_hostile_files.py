@@ -240,3 +240,15 @@ def test_what_arrow_cannot_read_is_no_parquet_file(
     assert refused(path) == (
         "a.parquet is not a Parquet file: Integers with more than 64 bits not implemented"
     )
+
+
+@pytest.mark.parametrize(("at", "value"), [(6, 128), (8, 1)], ids=["a later ZIP", "a password"])
+def test_an_archive_that_python_cannot_open_is_no_npz(tmp_path: Path, at: int, value: int) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, X=np.ones((4, 2)), y=np.arange(4) % 2)
+    content = bytearray(path.read_bytes())
+    for entry in range(2):
+        listed = content.index(b"PK\1\2", listed + 1 if entry else 0)
+        content[listed + at] = value
+    path.write_bytes(content)
+    assert refused(path).startswith("a.npz is not an NPZ file: ")

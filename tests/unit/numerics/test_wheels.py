@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import tracemalloc
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -163,3 +164,18 @@ def test_a_listing_that_points_out_of_the_archive_is_refused(tmp_path: Path, mor
     path.write_bytes(content)
     with pytest.raises(InvalidArgument, match="is no wheel"):
         check_wheel(path, path.name)
+
+
+def test_a_file_that_is_longer_than_its_wheel_costs_no_memory(tmp_path: Path) -> None:
+    path = make_wheel(tmp_path, {"nets.py": "x = 1\n"})
+    content = bytearray(path.read_bytes())
+    listed = content.index(b"PK\1\2")
+    content[listed + 20 : listed + 24] = (2**30).to_bytes(4, "little")  # its compressed size
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidArgument, match="reaches beyond the end"):
+            write_code(tmp_path / "code", {}, {path.name: path})
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
