@@ -118,7 +118,7 @@ class HostileMessages:
 
     def change(self, message: Message) -> None:
         """Change one field, of the message or of one inside of it."""
-        fields = message.DESCRIPTOR.fields
+        fields: list[Any] = list(message.DESCRIPTOR.fields)
         if not fields:
             return
         there = [each for each, _ in message.ListFields() if _holds_messages(each)]
@@ -198,6 +198,7 @@ class HostileMessages:
             setattr(message, field.name, self._value(field))
 
     def _fill_map(self, message: Message, field: FieldDescriptor, depth: int) -> None:
+        assert field.message_type is not None
         key, value = (field.message_type.fields_by_name[each] for each in ("key", "value"))
         held: Any = getattr(message, field.name)
         for _ in range(self._count(depth)):
@@ -218,7 +219,8 @@ class HostileMessages:
     def _nest(self, message: Message) -> None:
         """Put a message into one of its own kind, as deep as can be read, where it has one."""
         for _ in range(60):
-            again = next((each for each in message.DESCRIPTOR.fields if _recurs(each)), None)
+            fields: list[Any] = list(message.DESCRIPTOR.fields)
+            again = next((each for each in fields if _recurs(each)), None)
             if again is None:
                 return
             held: Any = getattr(message, again.name)
@@ -253,9 +255,10 @@ class HostileMessages:
         if self.chance.random() < TIDY_SHARE:
             return max(low, self.chance.choice((0, 1, 1, 2, 3, 8, 16, 64)))
         edges = EDGES if high < 2**40 else (*EDGES, *EDGES_OF_64_BITS)
-        return min(high, max(low, self.chance.choice((*edges, low, high))))
+        return int(min(high, max(low, self.chance.choice((*edges, low, high)))))
 
     def _chosen_enum(self, field: FieldDescriptor) -> int:
+        assert field.enum_type is not None
         if self.chance.random() < TIDY_SHARE:
             return int(self.chance.choice(field.enum_type.values).number)
         return self._whole(field)

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import grpc.aio
@@ -152,7 +152,7 @@ class _Channels:
             self._open[address] = grpc.aio.insecure_channel(address)
         return self._open[address]
 
-    async def __aenter__(self) -> _Channels:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -313,12 +313,12 @@ def _sessions(jobs: Sequence[str], digest: str) -> Iterator[Message]:
 
 def defects_in_logs(folder: Path) -> list[str]:
     """Lines of logs that tell of what nobody expected."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        for line in path.read_text(errors="replace").splitlines():
-            if any(word in line for word in TRACES):
-                found.append(f"{path.name}: {_readable(line)}")
-    return found
+    return [
+        f"{path.name}: {_readable(line)}"
+        for path in sorted(folder.iterdir())
+        for line in path.read_text(errors="replace").splitlines()
+        if any(word in line for word in TRACES)
+    ]
 
 
 def _readable(line: str) -> str:

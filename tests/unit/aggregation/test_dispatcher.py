@@ -237,6 +237,28 @@ def test_an_attempt_of_another_worker_reports_nothing() -> None:
     assert [each.settled for each in sends(effects)] == [(send.first_attempt,)]
 
 
+def test_a_worker_completes_on_its_stream_only_what_it_was_given_there() -> None:
+    """Results for what others have, for another task than that of the attempt, for attempts that
+    nobody was given and for no task at all complete nothing."""
+    dispatcher = begun(3)
+    (theirs,) = sends(dispatcher.handle(WorkerOpened(1, "worker-1", 1), 0.0))
+    (own,) = sends(dispatcher.handle(WorkerOpened(2, "worker-2", 1), 0.0))
+    forged = [
+        done(theirs.tasks[0], theirs.first_attempt),
+        done(theirs.tasks[0], own.first_attempt),
+        done(2, own.first_attempt + 7),
+        done(-1, own.first_attempt),
+        done(3, own.first_attempt),
+        done(2**31 - 1, 2**62),
+    ]
+    effects = dispatcher.handle(Reported(2, forged), 0.1)
+    effects += dispatcher.handle(Reported(9, [done(0, theirs.first_attempt)]), 0.1)
+    assert not any(isinstance(each, Append) for each in effects)
+    assert dispatcher.done == 0
+    honest = [done(own.tasks[0], own.first_attempt)]
+    assert len(append_of(dispatcher.handle(Reported(2, honest), 0.2)).results) == 1
+
+
 @pytest.mark.parametrize("by", ["its owner", "the next owner"])
 def test_a_failure_counts_once_though_its_worker_never_heard_that_it_did(by: str) -> None:
     dispatcher = begun(1)

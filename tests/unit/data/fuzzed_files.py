@@ -122,10 +122,12 @@ def changed_archive(chance: Random, content: bytes) -> bytes:
         with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as target:
             for name in names:
                 data = archive.read(name)
+                called = name
                 if name == odd:
                     data = damaged(chance, data[:200]) + data[200:]
-                    name = chance.choice((name, name, name, "../" + name, name + "\0x", "a/" * 90))
-                target.writestr(name, data)
+                    odd_names = ("../" + name, name + "\0x", "a/" * 90)
+                    called = chance.choice((name, name, name, *odd_names))
+                target.writestr(called, data)
     return made.getvalue()
 
 

@@ -182,8 +182,9 @@ def _read(path: Path, content: bytes, parse: Parse, which: str) -> str:
         parse(path, content)
         said = "read"
     except PhalanxError as error:
-        assert isinstance(error, InvalidArgument | DataLoss | FailedPrecondition), (which, content)
-        assert str(error).strip(), (which, content)
+        known = isinstance(error, InvalidArgument | DataLoss | FailedPrecondition)
+        if not known or not str(error).strip():
+            raise AssertionError(f"{which}: {content[:3000]!r}") from error
         said = error.reason
     except Exception as error:
         raise AssertionError(f"{which}: {content[:3000]!r}") from error
