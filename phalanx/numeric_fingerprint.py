@@ -3,7 +3,9 @@
 NumPy and OpenBLAS choose kernels by CPU, and kernels differ in the last bits. A job that promises
 bit-identical results therefore runs on members with one fingerprint. It covers the results of
 matrix products, reductions, elementary functions, an optimizer and a leaf in both dtypes, and the
-versions of the libraries that make them.
+versions of the libraries that make them. What it does not compute here, it names: RULES. The
+version of Phalanx is no part of it, so that a job keeps its bits over an upgrade to a release with
+the same rules.
 """
 
 from __future__ import annotations
@@ -27,7 +29,12 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-_LIBRARIES = ("numpy", "scipy", "phalanx")
+RULES = 1
+"""Version of the rules of training: which rows a leaf takes and in which order, how leaves are
+summed, how a step is made of the sum. Raise it with every change after which the same job has other
+bits: members with another one take no part in the job then, instead of mixing both."""
+
+_LIBRARIES = ("numpy", "scipy")
 _SEED = 0x9E3779B97F4A7C15
 #: (rows, inner, columns); small and large products take different kernels.
 _PRODUCTS = ((7, 3, 5), (64, 784, 33), (256, 128, 10))
@@ -41,7 +48,7 @@ def compute() -> str:
     reproducible: set `phalanx.blas.ENVIRONMENT` before NumPy is imported.
     """
     require_one_thread()
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"rules {RULES}\n".encode())
     for library in _LIBRARIES:
         digest.update(f"{library} {_version(library)}\n".encode())
     for dtype in ("float32", "float64"):

@@ -15,6 +15,7 @@ import grpc.aio
 
 from phalanx.errors import InvalidArgument, PhalanxError, Unavailable
 from phalanx.keys.caller import Service
+from phalanx.rpc import protocol
 from phalanx.rpc.credentials import ClientKeys, expected_name
 from phalanx.rpc.renewed import RenewedChannel
 from phalanx.rpc.status import from_rpc_error
@@ -43,6 +44,7 @@ def channel_options(
     return [
         # Of two options with one name gRPC takes the first.
         *extra,
+        ("grpc.primary_user_agent", protocol.user_agent()),
         ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
         ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
         # gRPC's default waits up to two minutes before it dials a restarted server again.

@@ -29,6 +29,7 @@ from phalanx.errors import (
 )
 from phalanx.keys.caller import current_caller, set_caller
 from phalanx.keys.policy import Check, rule_of
+from phalanx.rpc import protocol
 from phalanx.rpc.authentication import Gate
 from phalanx.rpc.limits import Admission
 from phalanx.rpc.status import to_rpc_status
@@ -39,6 +40,10 @@ from phalanx.telemetry.metrics import GrpcServerMetrics
 
 WRITE_TIMEOUT_S = 60.0
 """How long a stream of responses may wait for its caller to take one."""
+
+_OURS = "phalanx."
+"""Services whose callers must speak a version of the protocol that is spoken here; whether a
+process is well, anybody may ask."""
 
 _STATUS_OF_NUMBER = {status.value[0]: status for status in grpc.StatusCode}
 
@@ -125,7 +130,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _guarded(self, behaviour: Behaviour, method: str) -> Behaviour:
         service, _, name = method.lstrip("/").rpartition("/")
         metrics, admission, gate = self._metrics, self._admission, self._gate
-        rule = rule_of(method)
+        rule, is_ours = rule_of(method), service.startswith(_OURS)
 
         async def guarded(request: Any, context: ServicerContext) -> Any:
             started = time.perf_counter()
@@ -140,6 +145,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 connection = peer
                 if gate is not None:
                     set_caller(gate.admit(method, rule, context))
+                if is_ours:
+                    protocol.check_caller(context.invocation_metadata() or ())
                 response = await behaviour(request, context)
             except grpc.aio.AbortError:
                 ended(_code_set_by_handler(context))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from coordinator.control.core.clock import NANOS
 from coordinator.control.core.lifecycle import ENDED, QUEUED, RUNNING
 from coordinator.control.core.requests import RequestMemory
-from phalanx.errors import DataLoss
+from phalanx.errors import DataLoss, FailedPrecondition
 from phalanx.v1.control_journal_pb2 import (
     ControlRecord,
     FingerprintChanged,
@@ -213,8 +213,15 @@ class Facts:
                 self._quarantine(record.worker_quarantined)
             case "clock_stepped":
                 self._step_clock(record.clock_stepped.nanos)
+            case "control_started":
+                pass  # it says only who leads, and that is in every record
             case _:
-                pass  # control_started says only who leads, and that is in every record
+                # To pass over it would be to forget what somebody was told.
+                raise FailedPrecondition(
+                    "the journal of control holds a record of a kind that this version does not "
+                    "know: a newer Phalanx wrote it. Start that one; nothing is lost",
+                    reason="JOURNAL_TOO_NEW",
+                )
 
     def _start_term(self, started: TermStarted, now: int) -> None:
         kept = self.job(started.job_id).kept
