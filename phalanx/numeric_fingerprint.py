@@ -3,9 +3,8 @@
 NumPy and OpenBLAS choose kernels by CPU, and kernels differ in the last bits. A job that promises
 bit-identical results therefore runs on members with one fingerprint. It covers the results of
 matrix products, reductions, elementary functions, an optimizer and a leaf in both dtypes, and the
-versions of the libraries that make them. What it does not compute here, it names: RULES. The
-version of Phalanx is no part of it, so that a job keeps its bits over an upgrade to a release with
-the same rules.
+versions of the libraries that make them. What it does not compute here it names, by
+the version of the rules of training.
 """
 
 from __future__ import annotations
@@ -22,17 +21,13 @@ from phalanx.blas import require_one_thread
 from phalanx.models import DataSchema, build_model
 from phalanx.models.base import Batch
 from phalanx.optimizers import build_optimizer
+from phalanx.rules import RULES
 from phalanx.v1.job_spec_pb2 import JobSpec
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
 Array = NDArray[Any]
-
-RULES = 1
-"""Version of the rules of training: which rows a leaf takes and in which order, how leaves are
-summed, how a step is made of the sum. Raise it with every change after which the same job has other
-bits: members with another one take no part in the job then, instead of mixing both."""
 
 _LIBRARIES = ("numpy", "scipy")
 _SEED = 0x9E3779B97F4A7C15

@@ -52,23 +52,20 @@ def whole(backend: Backend, attach: Callable[[], Iterator[ItemT]]) -> Iterator[I
     """Yield all that there is, by several streams where one breaks off.
 
     A process that leads no more ends its streams, and the next leader goes on. Who cannot say that
-    this is all is believed when another one, or the same, has been asked once more. Raises
-    Unavailable then, and where nobody leads for TAKE_OVER_S.
+    this is all is asked again, or another one is: storage may be just being started anew. Raises
+    Unavailable where nobody can for TAKE_OVER_S.
     """
     deadline_s = time.monotonic() + TAKE_OVER_S
-    is_second = False
     while True:
         try:
             yield from attach()
             return
         except Unavailable as error:
-            is_cut_off = error.reason == "INCOMPLETE"
-            if (is_cut_off and is_second) or time.monotonic() >= deadline_s:
+            if time.monotonic() >= deadline_s:
                 raise
-            is_second = is_second or is_cut_off
-            if not is_cut_off:
+            if error.reason != "INCOMPLETE":
                 backend.call(GET_CLUSTER, GetClusterRequest())
-                time.sleep(random.uniform(0.2, 0.4))
+            time.sleep(random.uniform(0.2, 0.4))
 
 
 def _answers(backend: Backend) -> bool:

@@ -1,8 +1,8 @@
 """Blocking calls with fail-over over a list of addresses.
 
 A call goes to the address that answered last. When it cannot be reached the next one is tried,
-round and round: a small number of times where nobody ever answered, long enough for a restart where
-somebody did, and within the deadline of the call. So it is when that one is silent for long, as a
+round and round: a small number of times where nobody ever answered, long enough for a restart or a
+change of leaders where somebody did, and within the deadline of the call. So it is when that one is silent for long, as a
 stopped process is, whose sockets stay open. That is safe because every mutating
 request carries a request id, which is the same in all attempts.
 """
@@ -37,6 +37,9 @@ CLOSE_S = 2.0
 """How long a channel may take to close before it is left to the end of the process."""
 UNREACHABLE = "UNREACHABLE"
 BEHIND = "BEHIND"
+PASSES = frozenset((UNREACHABLE, BEHIND, "NOT_LEADER", "STORAGE_UNAVAILABLE"))
+"""Why a cluster that is being restarted, part after part, sends callers away: each of these is over
+within a lease of control, or with the start of the process that is missing."""
 _TLS_FAILURES = ("CERTIFICATE", "Ssl handshake", "SSL", "Socket closed", "handshake")
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 0.5
@@ -104,7 +107,7 @@ class Transport:
                 self._move_on(address)
             except Unavailable as error:
                 away_since_s = away_since_s or time.monotonic()
-                is_patient = error.reason in (UNREACHABLE, BEHIND) and self._has_answered
+                is_patient = error.reason in PASSES and self._has_answered
                 if attempts <= 0 and not (is_patient and time.monotonic() - away_since_s < AWAY_S):
                     raise
                 self._move_on(address)

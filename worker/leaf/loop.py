@@ -17,6 +17,7 @@ import numpy as np
 from phalanx.calls import CallWork
 from phalanx.data.manifest import ChunkInfo
 from phalanx.errors import DataLoss, InvalidArgument, PhalanxError
+from phalanx.messages import known
 from phalanx.reduction import Node, all_finite
 from phalanx.specs.starting import MISFIT
 from phalanx.tasks import is_task_set
@@ -102,7 +103,7 @@ class LeafLoop:
             else:
                 work = JobWork(plan, _paths(document), self._fetch, arena, document["fits"])
                 self._jobs[job] = work
-                if work.model.layout != plan.layout:
+                if work.model.layout != known(plan.layout):
                     text = "the model built here has another layout than the job; see its code"
                     raise DataLoss(text)
         except Exception as error:  # noqa: BLE001

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from phalanx.files import replace_content
+from phalanx.rules import RULES
 
 _LIBRARIES = ("numpy", "scipy", "phalanx")
 _OVERRIDES = ("OPENBLAS_CORETYPE", "NPY_DISABLE_CPU_FEATURES", "NPY_ENABLE_CPU_FEATURES")
@@ -37,7 +38,7 @@ async def stored_fingerprint(folder: Path, compute: Callable[[], Awaitable[str]]
 def machine_key() -> str:
     """A hash of everything that can change the fingerprint."""
     facts = [platform.machine(), platform.python_version(), *_cpu_facts()]
-    facts += [f"{name} {_version(name)}" for name in _LIBRARIES]
+    facts += [f"{name} {_version(name)}" for name in _LIBRARIES] + [f"rules {RULES}"]
     facts += [f"{name}={os.environ.get(name, '')}" for name in _OVERRIDES]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 

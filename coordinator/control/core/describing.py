@@ -19,6 +19,7 @@ from coordinator.control.core.disagreement import (
 )
 from coordinator.control.core.eligibility import Group
 from coordinator.control.core.state import Core, Description, JobRuntime, Worker
+from phalanx.messages import known
 from phalanx.specs.parts import equal_copies, verifies
 from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -91,7 +92,7 @@ def sha256_of(found: pb.JobDescribed) -> str:
     bare = pb.JobDescribed(
         layout=found.layout, evaluation_sums=found.evaluation_sums, leaf_sha256=found.leaf_sha256
     )
-    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
+    return hashlib.sha256(known(bare).SerializeToString(deterministic=True)).hexdigest()
 
 
 def forget(job: JobRuntime, worker_id: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from phalanx import blas, numeric_fingerprint
+from phalanx import blas, numeric_fingerprint, rules
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CODE = "from phalanx.numeric_fingerprint import compute; print(compute())"
@@ -62,6 +62,36 @@ def test_other_library_versions_have_another_fingerprint(
     try:
         with blas.one_blas_thread():
             assert numeric_fingerprint.compute() != usual
+    finally:
+        numeric_fingerprint.compute.cache_clear()
+
+
+def test_other_rules_of_training_have_another_fingerprint(
+    usual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Members of a release that trains otherwise do not take part in a job that has begun."""
+    monkeypatch.setattr(numeric_fingerprint, "RULES", rules.RULES + 1)
+    numeric_fingerprint.compute.cache_clear()
+    try:
+        with blas.one_blas_thread():
+            assert numeric_fingerprint.compute() != usual
+    finally:
+        numeric_fingerprint.compute.cache_clear()
+
+
+def test_another_release_with_the_same_rules_has_the_same_fingerprint(
+    usual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = numeric_fingerprint.version
+    monkeypatch.setattr(
+        numeric_fingerprint,
+        "version",
+        lambda library: "9.9.9" if library == "phalanx" else known(library),
+    )
+    numeric_fingerprint.compute.cache_clear()
+    try:
+        with blas.one_blas_thread():
+            assert numeric_fingerprint.compute() == usual
     finally:
         numeric_fingerprint.compute.cache_clear()
 

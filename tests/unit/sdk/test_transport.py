@@ -7,6 +7,7 @@ import grpc
 import pytest
 
 from phalanx.errors import NotFound, Unavailable
+from phalanx.rpc.status import to_rpc_status
 from phalanx.sdk import transport
 from phalanx.sdk.methods import GET_CLUSTER
 from phalanx.sdk.transport import AWAY_S, ROUNDS, Transport
@@ -57,6 +58,22 @@ class Refused(Away):
         return grpc.StatusCode.NOT_FOUND
 
 
+class SentAway(grpc.RpcError):
+    """A process answers, and says why it cannot serve the call now."""
+
+    def __init__(self, reason: str) -> None:
+        self._status = to_rpc_status(Unavailable("try again", reason=reason, retry_after_s=0.2))
+
+    def code(self) -> grpc.StatusCode:
+        return self._status.code
+
+    def details(self) -> str:
+        return self._status.details
+
+    def trailing_metadata(self) -> Any:
+        return self._status.trailing_metadata
+
+
 class Restarting:
     """A server that is away for some time, on a clock of its own."""
 
@@ -65,6 +82,7 @@ class Restarting:
         self.back_s = 0.0
         self.attempts = 0
         self.refuses = False
+        self.sends_away: grpc.RpcError | None = None
         monkeypatch.setattr("phalanx.sdk.transport.time", self)
 
     def monotonic(self) -> float:
@@ -81,7 +99,7 @@ class Restarting:
         if self.refuses:
             raise Refused
         if self.now_s < self.back_s:
-            raise Away
+            raise self.sends_away or Away
         return GetClusterResponse()
 
     def close(self) -> None:
@@ -103,6 +121,22 @@ def test_a_call_outlasts_the_restart_of_a_cluster_that_has_answered(server: Rest
     server.back_s, begun_s = server.now_s + 1000, server.now_s
     with pytest.raises(Unavailable, match="cannot reach the cluster at a:1"):
         opened.call(GET_CLUSTER, GetClusterRequest())
+    assert AWAY_S <= server.now_s - begun_s < AWAY_S + 2
+
+
+@pytest.mark.parametrize("reason", ["NOT_LEADER", "STORAGE_UNAVAILABLE"])
+def test_a_call_outlasts_a_cluster_that_sends_callers_away(
+    server: Restarting, reason: str
+) -> None:
+    """Another control process takes over a lease after the death of the one that led."""
+    opened = Transport(["a:1", "b:1"])
+    server.sends_away = SentAway(reason)
+    server.back_s = server.now_s + AWAY_S - 1
+    opened.call(GET_CLUSTER, GetClusterRequest())
+    server.back_s, begun_s = server.now_s + 1000, server.now_s
+    with pytest.raises(Unavailable) as refused:
+        opened.call(GET_CLUSTER, GetClusterRequest())
+    assert refused.value.reason == reason
     assert AWAY_S <= server.now_s - begun_s < AWAY_S + 2
 
 
