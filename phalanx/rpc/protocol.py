@@ -43,7 +43,7 @@ def check_caller(metadata: Iterable[tuple[str, str | bytes]]) -> None:
 def check_overlap(oldest: int, newest: int) -> None:
     """Raise FailedPrecondition (PROTOCOL_VERSION) where these versions and ours have none in
     common."""
-    if oldest <= NEWEST and OLDEST <= newest:
+    if oldest <= NEWEST and newest >= OLDEST:
         return
     is_newer = oldest > NEWEST
     older = "this process" if is_newer else "the caller"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import grpc
@@ -60,10 +61,24 @@ def _later(serializer: Serializer | None) -> Serializer | None:
 def speak(oldest: int, newest: int) -> None:
     """Make this process one that speaks these versions."""
     protocol.OLDEST, protocol.NEWEST = oldest, newest
+    channel = import_module("grpc.aio._channel").Channel
     for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
-        _extend_calls(grpc.aio._channel.Channel, kind)  # noqa: SLF001 - there is no public place
+        _extend_calls(channel, kind)
         _extend_handlers(f"{kind}_rpc_method_handler")
+    _extend_frames()
     _extend_sessions()
+
+
+def _extend_frames() -> None:
+    """Frames of tensors are written by hand, around a header."""
+    from phalanx import frames
+
+    usual = frames._encode  # noqa: SLF001 - as above
+
+    def encode(header: bytes, payload: Any) -> bytes:
+        return usual(header + UNKNOWN, payload)
+
+    frames._encode = encode  # noqa: SLF001
 
 
 def _extend_calls(channel: Any, kind: str) -> None:

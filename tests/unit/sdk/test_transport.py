@@ -125,9 +125,7 @@ def test_a_call_outlasts_the_restart_of_a_cluster_that_has_answered(server: Rest
 
 
 @pytest.mark.parametrize("reason", ["NOT_LEADER", "STORAGE_UNAVAILABLE"])
-def test_a_call_outlasts_a_cluster_that_sends_callers_away(
-    server: Restarting, reason: str
-) -> None:
+def test_a_call_outlasts_a_cluster_that_sends_callers_away(server: Restarting, reason: str) -> None:
     """Another control process takes over a lease after the death of the one that led."""
     opened = Transport(["a:1", "b:1"])
     server.sends_away = SentAway(reason)
