@@ -49,8 +49,8 @@ def check_overlap(oldest: int, newest: int) -> None:
     older = "this process" if is_newer else "the caller"
     raise FailedPrecondition(
         f"the caller speaks {_these(oldest, newest)} of the protocol and this process "
-        f"{_these(OLDEST, NEWEST)}: {older} is too old. Upgrade {older}, release by release: storage "
-        "first, then control, aggregators, workers, and clients last",
+        f"{_these(OLDEST, NEWEST)}: {older} is too old. Upgrade {older}, release by release: "
+        "storage first, then control, aggregators, workers, and clients last",
         reason="PROTOCOL_VERSION",
         details={
             "caller_oldest": str(oldest),

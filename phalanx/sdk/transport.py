@@ -2,9 +2,9 @@
 
 A call goes to the address that answered last. When it cannot be reached the next one is tried,
 round and round: a small number of times where nobody ever answered, long enough for a restart or a
-change of leaders where somebody did, and within the deadline of the call. So it is when that one is silent for long, as a
-stopped process is, whose sockets stay open. That is safe because every mutating
-request carries a request id, which is the same in all attempts.
+change of leaders where somebody did, and within the deadline of the call. So it is when that one is
+silent for long, as a stopped process is, whose sockets stay open. That is safe because every
+mutating request carries a request id, which is the same in all attempts.
 """
 
 import random

@@ -23,7 +23,7 @@ from phalanx.sdk.job import Job
 from phalanx.sdk.values import Result
 
 GUARD_S = 90.0
-PAUSE_S = 0.02
+PAUSE_S = 0.1
 
 
 class Callers:
