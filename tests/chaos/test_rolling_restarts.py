@@ -25,7 +25,10 @@ IN_ORDER = ("storage", "control-1", "control-2", "aggregator-1", "aggregator-2",
 
 @pytest.mark.parametrize(
     ("number", "secure", "order"),
-    [(signal.SIGTERM, True, IN_ORDER), (signal.SIGKILL, False, IN_ORDER[::-1])],
+    [
+        (signal.SIGTERM, True, IN_ORDER),
+        pytest.param(signal.SIGKILL, False, IN_ORDER[::-1], marks=pytest.mark.soak),
+    ],
     ids=["drained, with keys", "killed, the other way round"],
 )
 def test_all_services_are_replaced_and_no_call_fails(
