@@ -16,6 +16,15 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def split_addresses(text: str) -> list[str]:
+    """Return the addresses of a text that separates them by commas.
+
+    >>> split_addresses("one:7420, two:7420")
+    ['one:7420', 'two:7420']
+    """
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def is_loopback(address: str) -> bool:
     """Return whether only this machine reaches ``HOST:PORT``."""
     host = split_address(address)[0]

@@ -241,4 +241,5 @@ class Backend:
     keep_time: Callable[[], None] = lambda: None
     """To be called every now and then; lets the ages of what is stored go on."""
     check: Callable[[], None] | None = None
-    """Raises Unavailable while the servers behind this back end are away; None: there are none."""
+    """Raises Unavailable while the servers behind this back end are away, without patience; None:
+    there are none."""

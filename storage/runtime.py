@@ -27,7 +27,7 @@ from storage.service.catalog_servicers import DatasetServicer, ModelServicer
 from storage.service.collection import Collector
 from storage.service.disk import show_disk
 from storage.service.operations import Operations
-from storage.service.readiness import watch_servers
+from storage.service.readiness import show_readiness
 from storage.service.storage_servicer import StorageServicer
 
 EXIT_DISK_FAILED = 74
@@ -82,7 +82,7 @@ class StorageProcess:
         self._storage = StorageServicer(self.backend, self.operations, self.collector, self.links)
         self._housekeeping: asyncio.Task[None] | None = None
         self._disk: asyncio.Task[None] | None = None
-        self._servers: asyncio.Task[None] | None = None
+        self._readiness: asyncio.Task[None] | None = None
         self._add_servicers()
 
     def _add_servicers(self) -> None:
@@ -104,25 +104,28 @@ class StorageProcess:
         )
         self.server.set_serving(True)
         if self.backend.check is not None:
-            watch = watch_servers(self.backend.check, self.server.set_serving)
-            self._servers = asyncio.create_task(watch)
+            self._readiness = asyncio.create_task(
+                show_readiness(self.backend.check, self.server.set_serving)
+            )
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Let open calls end, finish what is being written, close everything."""
-        if self._servers is not None:
-            self._servers.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._servers
         self._storage.end_streams()
+        # First who would say again that it serves.
+        await _ended(self._readiness)
         await self.server.stop(grace_s)
-        for task in (self._housekeeping, self._disk):
-            if task is not None:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+        await _ended(self._housekeeping)
+        await _ended(self._disk)
         await asyncio.to_thread(self.links.close)
         await asyncio.to_thread(self.operations.close)
         await asyncio.to_thread(self.backend.close)
+
+
+async def _ended(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 def end_at_once(error: PhalanxError) -> None:

@@ -8,7 +8,17 @@ import structlog
 
 from phalanx.testing import object_server as objects
 from phalanx.testing import postgres_server as postgres
+from phalanx.testing import stores
 from tests.warm import WarmServer, warm_clusters
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--stores",
+        choices=stores.CHOICES,
+        default=stores.EMBEDDED,
+        help="What the storage of clusters in tests/chaos keeps things in.",
+    )
 
 
 def pytest_configure() -> None:

@@ -40,7 +40,10 @@ class WorkerConfig(ServerConfig):
         (DEFAULT_CONTROL,), "Addresses of control, comma separated.", check=addresses, common=True
     )
     storage: tuple[str, ...] = option(
-        (), "Address of storage; empty: as control says.", check=addresses, common=True
+        (),
+        "Address of storage, or those of its replicas, comma separated; empty: as control says.",
+        check=addresses,
+        common=True,
     )
     slots: int = option(0, "Leaves that run at once; 0: one per core.", check=at_least(0))
     cache_dir: Path = option(

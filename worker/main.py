@@ -75,7 +75,7 @@ async def serve(
     """Run a worker until `stop` is set or control has drained it."""
     registry = new_registry("worker", config.id)
     keys = ClientKeys.of(config)
-    blobs = Transfers(config.storage[0] if config.storage else None, keys)
+    blobs = Transfers(",".join(config.storage) or None, keys)
     metrics = WorkerMetrics(registry)
     session = Session(
         config, metrics, blobs.to_file, blobs.found, leaves, blobs.store, blobs.client, keys

@@ -19,7 +19,10 @@ class AggregatorConfig(ServerConfig):
         ("127.0.0.1:7410",), "Addresses of control, comma separated.", check=addresses, common=True
     )
     storage: tuple[str, ...] = option(
-        (), "Address of storage; empty: as control says.", check=addresses, common=True
+        (),
+        "Address of storage, or those of its replicas, comma separated; empty: as control says.",
+        check=addresses,
+        common=True,
     )
     advertise: str = option(
         "",

@@ -107,7 +107,7 @@ class Aggregator:
         self._storage_known = asyncio.Event()
         self._process = psutil.Process()
         if config.storage:
-            self._storage_found(config.storage[0])
+            self._storage_found(",".join(config.storage))
         self._session = MemberSession(
             config.control,
             self._hello,

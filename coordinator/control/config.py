@@ -8,13 +8,17 @@ from typing import ClassVar
 
 from coordinator.control.core.quotas import Quotas
 from coordinator.control.core.state import CoreConfig
-from phalanx.addresses import is_loopback
-from phalanx.config import TokensConfig, address, at_least, option, positive
+from phalanx.addresses import is_loopback, split_addresses
+from phalanx.config import TokensConfig, address, addresses, at_least, option, positive
 from phalanx.errors import InvalidArgument, Violation
 
 
 def _optional_address(value: str) -> str | None:
     return None if value == "" else address(value)
+
+
+def _optional_addresses(value: str) -> str | None:
+    return addresses(split_addresses(value))
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,16 @@ class ControlConfig(TokensConfig):
     service: ClassVar[str] = "control"
 
     listen: str = option("127.0.0.1:7410", "Address to serve gRPC on.", check=address)
-    storage: str = option("127.0.0.1:7420", "Address of the storage service.", check=address)
+    storage: tuple[str, ...] = option(
+        ("127.0.0.1:7420",),
+        "Address of the storage service, or those of its replicas, comma separated.",
+        check=addresses,
+    )
     public_address: str = option(
         "",
-        "Address under which clients reach storage; empty: the host that they dialled.",
-        check=_optional_address,
+        "Address under which clients reach storage, or those of its replicas, comma separated; "
+        "empty: the host that they dialled.",
+        check=_optional_addresses,
     )
     advertise: str = option(
         "",
@@ -93,7 +102,14 @@ class ControlConfig(TokensConfig):
                 slots_max=self.namespace_slots_max,
                 memory_bytes_max=self.namespace_memory_bytes,
             ),
+            storage_address=self._storage_of_members(),
         )
+
+    def _storage_of_members(self) -> str:
+        """Where members find storage who were not told; empty: on the host that they dialled."""
+        if len(self.storage) == 1 or any(is_loopback(each) for each in self.storage):
+            return ""
+        return ",".join(self.storage)
 
     def code_allowed(self) -> bool:
         """Whether jobs may bring their own code: where tokens say whose may, or nobody else can
@@ -105,7 +121,7 @@ def client_storage_address(config: ControlConfig) -> str:
     """Return where clients reach storage; an address of this machine alone is left to them."""
     if config.public_address:
         return config.public_address
-    return config.storage
+    return ",".join(config.storage)
 
 
 def checked_request_id(request_id: str) -> str:

@@ -68,7 +68,7 @@ class ControlProcess:
             keys=ServerKeys.of(config, config.tokens),
             public_listen=config.public_listen,
         )
-        self.store = Store(config.storage, keys)
+        self.store = Store(",".join(config.storage), keys)
         metrics.storage_available.set_function(lambda: float(self.store.available))
         self._leader: Leader | None = None
         self._announced = False
@@ -151,8 +151,9 @@ class ControlProcess:
         address = self.config.advertise
         try:
             if not address:
-                peers = [self.config.storage]
-                address = await own_address(self.server.address, peers, asyncio.Event())
+                address = await own_address(
+                    self.server.address, self.config.storage, asyncio.Event()
+                )
             await announce_leader(self.store, generation, self.config.id, address)
         except PhalanxError as error:
             _log.warning("leader_not_announced", reason=error.reason, message=error.message)

@@ -1,8 +1,9 @@
 """Uploads and downloads of blobs: verified at both ends, retried, downloads resumed."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 from phalanx.clients.blob_sinks import FileSink, MemorySink, Sink
 from phalanx.clients.blob_sources import BlobSource, Repeatable, Stream, open_source
@@ -24,13 +25,21 @@ _SLOWEST_BYTES_PER_S = 4e6
 class BlobTransfers:
     """Moves blobs over one stub.
 
-    ``timeout_s`` bounds a call without its content, and how long a download may stand still.
+    ``timeout_s`` bounds a call without its content, and how long a download may stand still;
+    ``on_silence`` is told the call of one that does.
     """
 
-    def __init__(self, stub: pb_grpc.StorageServiceStub, timeout_s: float, attempts: int) -> None:
+    def __init__(
+        self,
+        stub: pb_grpc.StorageServiceStub,
+        timeout_s: float,
+        attempts: int,
+        on_silence: Callable[[Any], None] = lambda _: None,
+    ) -> None:
         self._stub = stub
         self._timeout_s = timeout_s
         self._attempts = attempts
+        self._on_silence = on_silence
 
     async def put(
         self, source: BlobSource, *, digest: str, check_first: bool, timeout_s: float | None
@@ -104,7 +113,7 @@ class BlobTransfers:
             )
             call = self._stub.GetBlob(rest, timeout=timeout)
             try:
-                async for response in self._moving(aiter(call)):
+                async for response in self._moving(call):
                     if wanted is None and response.size_bytes:
                         # Before it there may be signs of life: it is being made.
                         wanted = response.size_bytes - request.offset
@@ -116,14 +125,14 @@ class BlobTransfers:
         limit_s = timeout_s or STREAM_TIMEOUT_S
         await call_with_retry(attempt, request, timeout_s=limit_s, attempts=self._attempts)
 
-    async def _moving(
-        self, responses: AsyncIterator[pb.GetBlobResponse]
-    ) -> AsyncIterator[pb.GetBlobResponse]:
+    async def _moving(self, call: Any) -> AsyncIterator[pb.GetBlobResponse]:
+        responses = aiter(call)
         while True:
             try:
                 async with asyncio.timeout(self._timeout_s):
                     response = await anext(responses, None)
             except TimeoutError:
+                self._on_silence(call)
                 raise DeadlineExceeded(
                     f"no part of the blob came for {self._timeout_s:g} s", reason="DOWNLOAD_IDLE"
                 ) from None

@@ -22,9 +22,16 @@ class JournalAppender:
     Nothing is retried: after an error whoever called finds out what became of the append. Close it.
     """
 
-    def __init__(self, method: Callable[..., Any], timeout_s: float) -> None:
+    def __init__(
+        self,
+        method: Callable[..., Any],
+        timeout_s: float,
+        on_silence: Callable[[Any], None] = lambda _: None,
+    ) -> None:
+        """``on_silence`` is told the call of a stream that says nothing for ``timeout_s``."""
         self._method = method
         self._timeout_s = timeout_s
+        self._on_silence = on_silence
         self._call: Any = None
 
     async def append(self, stream: str, records: Sequence[bytes], expected_sequence: int) -> int:
@@ -41,6 +48,8 @@ class JournalAppender:
             async with asyncio.timeout(self._timeout_s):
                 return await self._exchange(request)
         except TimeoutError:
+            if self._call is not None:
+                self._on_silence(self._call)
             self.close()
             text = f"storage did not answer an append to {stream!r} within {self._timeout_s:g} s"
             raise DeadlineExceeded(text, reason="STORAGE_SILENT") from None

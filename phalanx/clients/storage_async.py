@@ -1,6 +1,7 @@
 """The asyncio client of storage."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -15,6 +16,7 @@ from phalanx.ids import new_request_id
 from phalanx.keys.caller import Service
 from phalanx.rpc.channel import ATTEMPTS, MESSAGE_LIMIT_BYTES, call_with_retry, open_channel
 from phalanx.rpc.credentials import ClientKeys
+from phalanx.rpc.replicas import blame
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import dataset_service_pb2_grpc as dataset_grpc
 from phalanx.v1 import model_service_pb2 as model_pb
@@ -49,6 +51,9 @@ class Acquired(NamedTuple):
 class StorageClient:
     """Speaks to storage at ``address`` (HOST:PORT); use it in one event loop and close it.
 
+    Several addresses, separated by commas, are those of replicas: when one dies or is silent, what
+    is retried goes on with the next, uploads from their beginning and downloads where they were.
+
     With ``keys`` it is encrypted; the certificate must be that of ``service``, or of the host.
 
     Every call has a deadline: its ``timeout_s``, or that of the client. UNAVAILABLE is retried
@@ -75,7 +80,9 @@ class StorageClient:
         self._storage = pb_grpc.StorageServiceStub(self._channel)
         self._datasets = dataset_grpc.DatasetServiceStub(self._channel)
         self._models = model_grpc.ModelServiceStub(self._channel)
-        self._blobs = BlobTransfers(self._storage, timeout_s, attempts)
+        self._blobs = BlobTransfers(
+            self._storage, timeout_s, attempts, partial(blame, self._channel)
+        )
 
     async def __aenter__(self) -> Self:
         """Return the client."""
@@ -171,7 +178,9 @@ class StorageClient:
 
     def journal_appender(self) -> JournalAppender:
         """Return what appends to a journal again and again, one append at a time."""
-        return JournalAppender(self._storage.AppendJournals, self._timeout_s)
+        return JournalAppender(
+            self._storage.AppendJournals, self._timeout_s, partial(blame, self._channel)
+        )
 
     async def read_journal(
         self,

@@ -32,7 +32,9 @@ class LocalCluster(Cluster):
 
     ``state`` is a folder that outlives the cluster; without it everything is gone at the end,
     models included. ``port`` is control's, by default a free one. ``slots`` are leaf processes per
-    worker. ``link_roots`` are the folders below which files may lie that ``data.add`` links; with
+    worker. Several ``storages`` are replicas on the database and the object store that
+    ``environment`` names (``PHALANX_STORAGE_METADATA``, ``PHALANX_STORAGE_BLOBS``).
+    ``link_roots`` are the folders below which files may lie that ``data.add`` links; with
     ``workers=0`` any file may. ``environment`` is added to that of all processes. A
     ``secure`` one has keys, in the folder ``keys`` of its state; this object has the token of an
     administrator. Raises FailedPrecondition when a port or the folder is taken, and
@@ -45,6 +47,7 @@ class LocalCluster(Cluster):
         aggregators: int = 1,
         *,
         controls: int = 1,
+        storages: int = 1,
         slots: int | None = None,
         port: int = 0,
         state: str | PathLike[str] | None = None,
@@ -58,6 +61,7 @@ class LocalCluster(Cluster):
             "workers": workers,
             "aggregators": aggregators,
             "controls": controls,
+            "storages": storages,
             "slots": 1 if slots is None else slots,
             "port": port,
         }
@@ -79,6 +83,7 @@ class LocalCluster(Cluster):
                     workers=workers,
                     aggregators=aggregators,
                     controls=controls,
+                    storages=storages,
                     slots=slots,
                     port=port,
                     link_roots=tuple(Path(root) for root in link_roots),

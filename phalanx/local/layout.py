@@ -30,10 +30,10 @@ class Layout:
     """
 
     options: LocalOptions
-    storage_address: str
+    storage_addresses: tuple[str, ...]
     control_addresses: tuple[str, ...]
     aggregator_addresses: tuple[str, ...]
-    public_storage_address: str = ""
+    public_storage_addresses: tuple[str, ...] = ()
     public_control_addresses: tuple[str, ...] = ()
     """Where people call a cluster with keys, and need a token only; without keys there are no such
     addresses of their own."""
@@ -46,20 +46,21 @@ class Layout:
         """
         if options.port:
             check_free(options.port)
-        dialled = 1 + options.controls
+        storages = options.storages
+        dialled = storages + options.controls
         ports = free_ports(dialled + options.aggregators + (dialled if options.secure else 0))
         if options.port:
             # Of the first control process, where people dial it.
-            ports[-options.controls if options.secure else 1] = options.port
+            ports[-options.controls if options.secure else storages] = options.port
         addresses = [f"{HOST}:{port}" for port in ports]
         members = dialled + options.aggregators
         return cls(
             options=options,
-            storage_address=addresses[0],
-            control_addresses=tuple(addresses[1:dialled]),
+            storage_addresses=tuple(addresses[:storages]),
+            control_addresses=tuple(addresses[storages:dialled]),
             aggregator_addresses=tuple(addresses[dialled:members]),
-            public_storage_address=addresses[members] if options.secure else "",
-            public_control_addresses=tuple(addresses[members + 1 :]),
+            public_storage_addresses=tuple(addresses[members : members + storages]),
+            public_control_addresses=tuple(addresses[members + storages :]),
         )
 
     @property
@@ -68,13 +69,18 @@ class Layout:
         return self.public_control_addresses or self.control_addresses
 
     @property
+    def storage_address(self) -> str:
+        """Where members reach storage: all replicas, separated by commas."""
+        return ",".join(self.storage_addresses)
+
+    @property
     def client_storage_address(self) -> str:
-        """Where people reach storage."""
-        return self.public_storage_address or self.storage_address
+        """Where people reach storage: all replicas, separated by commas."""
+        return ",".join(self.public_storage_addresses) or self.storage_address
 
     def members(self) -> list[MemberPlan]:
         """Return the plans of all members, in the order in which they shall start."""
-        plans = [self._storage()]
+        plans = [self._storage(index) for index in range(self.options.storages)]
         plans += [self._control(index) for index in range(self.options.controls)]
         plans += [self._aggregator(index) for index in range(self.options.aggregators)]
         plans += [self.worker(index) for index in range(self.options.workers)]
@@ -91,15 +97,17 @@ class Layout:
         ]
         return self._plan(WORKER, id, arguments)
 
-    def _storage(self) -> MemberPlan:
+    def _storage(self, index: int) -> MemberPlan:
         arguments = [
-            *("storage", "--listen", self.storage_address),
+            *("storage", "--listen", self.storage_addresses[index]),
             *("--state", str(self._state_dir / "storage")),
         ]
         for root in self.options.link_roots:
             arguments += ["--link-root", str(root.absolute())]
-        arguments += self._tokens(self.public_storage_address)
-        return self._plan(STORAGE, "storage", arguments)
+        if self.public_storage_addresses:
+            arguments += self._tokens(self.public_storage_addresses[index])
+        id = "storage" if self.options.storages == 1 else f"storage-{index + 1}"
+        return self._plan(STORAGE, id, arguments)
 
     def _control(self, index: int) -> MemberPlan:
         arguments = [

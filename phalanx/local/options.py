@@ -9,13 +9,15 @@ from phalanx.errors import InvalidArgument
 
 HOST = "127.0.0.1"
 MEMBERS_MAX = 256
+SHARED_PLACES = {"PHALANX_STORAGE_METADATA", "PHALANX_STORAGE_BLOBS"}
 
 
 @dataclass(frozen=True)
 class LocalOptions:
     """How many processes of which kind, and where they keep their state.
 
-    ``port`` is control's; 0 takes a free one, as all other processes do. ``slots`` are leaf
+    Several ``storages`` are replicas on the database and the object store that ``environment``
+    names. ``port`` is control's; 0 takes a free one, as all other processes do. ``slots`` are leaf
     processes per worker; None shares the cores out. ``link_roots`` are the folders below which
     linked files may lie. ``environment`` is added to that of every process. A ``secure`` cluster
     has keys, in the folder ``keys`` of its state.
@@ -25,6 +27,7 @@ class LocalOptions:
     workers: int = 4
     aggregators: int = 1
     controls: int = 1
+    storages: int = 1
     port: int = 0
     slots: int | None = None
     log_level: str = "info"
@@ -33,11 +36,21 @@ class LocalOptions:
     secure: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 0), ("aggregators", 1), ("controls", 1)):
+        for name, least in (
+            ("workers", 0),
+            ("aggregators", 1),
+            ("controls", 1),
+            ("storages", 1),
+        ):
             if not least <= getattr(self, name) <= MEMBERS_MAX:
                 raise InvalidArgument(
                     f"{name} is {getattr(self, name)}; it must be {least} to {MEMBERS_MAX}"
                 )
+        if self.storages > 1 and not self.environment.keys() >= SHARED_PLACES:
+            raise InvalidArgument(
+                f"storages is {self.storages}; only one can have a state folder: say where they "
+                f"keep things with {' and '.join(sorted(SHARED_PLACES))} in environment"
+            )
         if self.slots is not None and self.slots < 1:
             raise InvalidArgument(f"slots is {self.slots}; it must be 1 or more")
         for root in self.link_roots:

@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
+from phalanx.addresses import split_addresses
 from phalanx.errors import InvalidArgument, PhalanxError, Unavailable
 from phalanx.keys.caller import Service
 from phalanx.rpc import protocol
 from phalanx.rpc.credentials import ClientKeys, expected_name
 from phalanx.rpc.renewed import RenewedChannel
+from phalanx.rpc.replicas import ReplicasChannel
 from phalanx.rpc.status import from_rpc_error
 from phalanx.telemetry import traces
 
@@ -27,6 +29,16 @@ MESSAGE_LIMIT_BYTES = 4 * 1024 * 1024
 ATTEMPTS = 4
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 1.0
+
+_WHERE_THERE_IS_ANOTHER = (
+    # A call that may take minutes must not spend them on a replica that stands still. Servers take
+    # no more than a ping in ten seconds.
+    ("grpc.keepalive_time_ms", 12_000),
+    ("grpc.keepalive_timeout_ms", 4_000),
+    # Of the pings that measure the connection, while one of which is out no other one is sent.
+    ("grpc.http2.ping_timeout_ms", 4_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
 
 Options = list[tuple[str, Any]]
 ResponseT = TypeVar("ResponseT")
@@ -68,7 +80,7 @@ def target_of(address: str) -> str:
 
     Raises InvalidArgument for anything else.
     """
-    parts = [part.strip() for part in address.split(",") if part.strip()]
+    parts = split_addresses(address)
     for part in parts:
         host, colon, port = part.rpartition(":")
         if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -94,9 +106,28 @@ def open_channel(
 ) -> grpc.aio.Channel:
     """Open a channel for asyncio; close it with ``await channel.close()``.
 
+    Several addresses, separated by commas, are those of replicas: when one fails, the calls after
+    that go to the next.
+
     With ``keys`` it is encrypted, and only a ``service`` of the same authority is talked to;
     without a ``service`` the certificate must be that of the host.
     """
+    addresses = split_addresses(address)
+    if len(addresses) > 1:
+        for each in addresses:
+            target_of(each)  # now, not when it is needed
+
+        def open_one(address: str) -> grpc.aio.Channel:
+            # A connection of its own, which nobody else's failures keep from being dialled.
+            return open_channel(
+                address,
+                keys=keys,
+                service=service,
+                own_connection=True,
+                extra=[*extra, *_WHERE_THERE_IS_ANOTHER],
+            )
+
+        return ReplicasChannel(addresses, open_one)
     channel = _open(address, keys, service, own_connection, extra)
     tracing = traces.active()
     if tracing is None:

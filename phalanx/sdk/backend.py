@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from phalanx.addresses import split_address
+from phalanx.addresses import split_address, split_addresses
 from phalanx.rpc.credentials import ClientKeys
 from phalanx.sdk.methods import (
     GET_CLUSTER,
@@ -149,9 +149,11 @@ class RemoteBackend:
     def _storage_transport(self) -> Transport:
         if self._storage is None:
             answer = self._control.call(GET_CLUSTER, GetClusterRequest())
-            address = reachable_address(answer.storage_address, self._control.address)
             self._storage = Transport(
-                [address],
+                [
+                    reachable_address(each, self._control.address)
+                    for each in split_addresses(answer.storage_address)
+                ],
                 what="the storage service",
                 hint="`phalanx status` shows which services are up",
                 timeout_s=self._control.timeout_s,
@@ -164,7 +166,7 @@ class RemoteBackend:
             from phalanx.clients.storage import SyncStorageClient
 
             self._blobs = SyncStorageClient(
-                self._storage_transport().address, keys=self._control.keys
+                ",".join(self._storage_transport().addresses), keys=self._control.keys
             )
         return self._blobs
 

@@ -17,6 +17,7 @@ from phalanx.errors import Unavailable
 from phalanx.sdk.job import Job
 from phalanx.sdk.values import Event
 from phalanx.specs import parts
+from phalanx.testing import stores
 from phalanx.testing.scraping import scrape, series
 
 SETTLED_S = 0.3
@@ -304,9 +305,11 @@ class Gate:
 class Arena:
     """A cluster, its gate and the bits that every undisturbed run has."""
 
-    def __init__(self, cluster: phalanx.LocalCluster, gate: Gate) -> None:
+    def __init__(self, cluster: phalanx.LocalCluster, gate: Gate, kept: stores.Kept) -> None:
         self.cluster = cluster
         self.gate = gate
+        self.kept = kept
+        """What its storage keeps."""
 
     def submit(self, job: Mapping[str, Any]) -> Job:
         """Submit a job whose leaves wait from the first one on, until `caught_at` lets some pass.
@@ -470,12 +473,19 @@ def arena(
 ) -> Iterator[Arena]:
     """A cluster of real processes with a gate; leaves of `unhurried_job` take `leaf_s`."""
     gate = Gate(folder)
-    gated = {"PHALANX_TEST_GATE": str(folder), "PHALANX_TEST_LEAF_S": str(leaf_s)}
+    shared = stores.shared_kept(options.get("state"))
+    variables = {
+        "PHALANX_TEST_GATE": str(folder),
+        "PHALANX_TEST_LEAF_S": str(leaf_s),
+        **(shared.environment if shared is not None else {}),
+        **(environment or {}),
+    }
     with phalanx.LocalCluster(
-        workers=workers, slots=1, environment={**gated, **(environment or {})}, **options
+        workers=workers, slots=1, environment=variables, **options
     ) as cluster:
         try:
             add_blobs(cluster)
-            yield Arena(cluster, gate)
+            embedded = stores.EmbeddedKept(Path(cluster.state_dir) / "storage")
+            yield Arena(cluster, gate, shared or embedded)
         finally:
             gate.release()

@@ -27,6 +27,7 @@ import psutil
 import phalanx
 from phalanx.addresses import split_address
 from phalanx.local.ports import free_ports
+from phalanx.testing import stores
 from phalanx.testing.tcp_proxy import Link, TcpProxy
 
 GUARD_S = 60.0
@@ -109,7 +110,8 @@ class ProxiedCluster:
         self.workers: list[ServiceProcess] = []
         self._folder = folder
         self._count = workers
-        self._environment = dict(environment or {})
+        kept = stores.kept(folder / "state")
+        self._environment = {**kept.environment, **(environment or {})}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:

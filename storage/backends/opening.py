@@ -18,7 +18,7 @@ from storage.backends.folder_owner import FolderOwner
 from storage.backends.object_blobs import ObjectBlobs
 from storage.backends.sql import home
 from storage.backends.sql.catalog import SqlCatalog
-from storage.backends.sql.connection import Connection, Database
+from storage.backends.sql.connection import Database
 from storage.backends.sql.elapsed import SqlElapsed
 from storage.backends.sql.jobs import SqlJobs
 from storage.backends.sql.journals import SqlJournals
@@ -73,9 +73,11 @@ def open_backend(
             folder = StateFolder(_state(places))
             opened.callback(folder.close)
         database: Database
+        checks: list[Callable[[], object]] = []
         if places.metadata_url:
             postgres = open_postgres(places.metadata_url)
             opened.callback(postgres.close)
+            checks.append(postgres.check)
             database = postgres
         else:
             assert folder is not None
@@ -84,9 +86,6 @@ def open_backend(
             database = sqlite
         elapsed = SqlElapsed(database, clock_s)
         housekeeping = [elapsed.advance]
-        checks: list[Callable[[], object]] = []
-        if places.metadata_url:
-            checks.append(lambda: database.read(_ask))
         blobs: BlobStore
         if places.blobs_url:
             objects = open_objects(places.blobs_url)
@@ -113,10 +112,6 @@ def open_backend(
             close=opened.pop_all().close,
             check=lambda: _call_all(checks),
         )
-
-
-def _ask(connection: Connection) -> None:
-    connection.execute("SELECT 1").fetchone()
 
 
 def _call_all(checks: Sequence[Callable[[], object]]) -> None:

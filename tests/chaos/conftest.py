@@ -1,10 +1,36 @@
-"""The bits that every disturbed run is compared with."""
+"""The bits that every disturbed run is compared with, and what storage keeps things in."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from phalanx.testing import stores
 from phalanx.testing.arena import gated_job, undisturbed_sha256_of, unhurried_job
+
+
+@pytest.fixture(scope="session")
+def shared_stores(request: pytest.FixtureRequest) -> stores.SharedStores | None:
+    """The servers that `--stores` asks for; None: storage is embedded."""
+    if request.config.getoption("--stores") == stores.EMBEDDED:
+        return None
+    return stores.SharedStores(
+        request.getfixturevalue("postgres_server"), request.getfixturevalue("object_server")
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clusters_keep_things(shared_stores: stores.SharedStores | None) -> Iterator[None]:
+    """Storages of this folder's tests are where `--stores` says."""
+    with stores.used(shared_stores):
+        yield
+
+
+@pytest.fixture(scope="module")
+def embedded_only(shared_stores: stores.SharedStores | None) -> None:
+    """For tests about the disk under embedded storage."""
+    if shared_stores is not None:
+        pytest.skip("about the disk that embedded storage is on")
 
 
 @pytest.fixture(scope="module", autouse=True)

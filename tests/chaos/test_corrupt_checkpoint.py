@@ -20,11 +20,7 @@ def test_the_checkpoint_before_a_corrupt_one_is_taken(
         with SyncStorageClient(address) as storage:
             wait_until(lambda: len(storage.list_checkpoints(job.id)) > 1, "two checkpoints")
             newest, before = storage.list_checkpoints(job.id)[:2]
-        digest = newest.parts[0].digest
-        path = Path(ring.cluster.state_dir) / "storage" / "blobs" / digest[:2] / digest
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 0b100
-        path.write_bytes(content)
+        ring.kept.damage(newest.parts[0].digest)
         ring.signal("aggregator-1")
         ring.gate.release()
         result = job.wait(timeout_s=GUARD_S)

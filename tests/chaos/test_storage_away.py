@@ -64,18 +64,12 @@ def stopped_storage(ring: Arena) -> Iterator[None]:
 
 @contextlib.contextmanager
 def dead_storage(ring: Arena) -> Iterator[None]:
-    """It is killed and cannot be started again: where its folder was, there is none."""
-    folder = Path(ring.cluster.state_dir) / "storage"
-    aside = folder.with_name("storage-aside")
+    """It is killed and cannot be started again: its folder is not there any more, or its database
+    takes nobody in."""
     ring.signal("storage", signal.SIGSTOP)
-    folder.rename(aside)
-    folder.touch()
-    ring.signal("storage")
-    try:
+    with ring.kept.shut():
+        ring.signal("storage")
         yield
-    finally:
-        folder.unlink()
-        aside.rename(folder)
 
 
 AWAY: dict[str, Callable[[Arena], AbstractContextManager[None]]] = {

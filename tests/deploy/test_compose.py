@@ -128,7 +128,7 @@ def test_services_understand_their_settings(
     config = build(OWN[name], {}, settings)
     if isinstance(config, ControlConfig):
         assert config.advertise == f"{name}:7410"
-        assert config.storage == "storage:7420"
+        assert config.storage == ("storage:7420",)
     elif isinstance(config, WorkerConfig | AggregatorConfig):
         assert config.control == ("coordinator-1:7410", "coordinator-2:7410")
         assert config.storage == ("storage:7420",)

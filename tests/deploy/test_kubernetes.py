@@ -325,7 +325,7 @@ def test_services_understand_their_settings(overlay: str, component: str) -> Non
         assert config.storage == ("storage:7420",)
     if isinstance(config, ControlConfig):
         assert config.advertise == "coordinator-0.coordinator:7410"
-        assert config.storage == "storage:7420"
+        assert config.storage == ("storage:7420",)
     if isinstance(config, WorkerConfig):
         assert (config.slots, config.drain_timeout_s) == (1, 75.0)
         (cache,) = (

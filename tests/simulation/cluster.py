@@ -360,7 +360,7 @@ class Cluster:
         config = ControlConfig(
             id=name,
             listen=f"{name}:{_PORTS['control']}",
-            storage=STORAGE,
+            storage=(STORAGE,),
             metrics_listen=None,
             range_min_bytes=self.settings.range_min_bytes,
             snapshot_every_records=self.settings.snapshot_every_records,

@@ -44,6 +44,9 @@ from storage.backends.sql.rows import TABLES
 PATIENCE_S = 10.0
 """So long an act is tried again while the database cannot be reached."""
 
+CHECK_S = 2.0
+"""So long a check of the database waits for a connection."""
+
 WRITE_LOCK = 0x5048_4C58_0000
 """Number of the advisory lock that every writing transaction holds."""
 
@@ -156,6 +159,14 @@ class PostgresDatabase:
             raise Unavailable("storage is stopping; try again", reason="STOPPING")
         try:
             return self._until_it_answers(attempt)
+        except psycopg.Error as error:
+            raise translated(error) from error
+
+    def check(self) -> None:
+        """Raise Unavailable if the database does not answer at once."""
+        try:
+            with self._pool.connection(CHECK_S) as raw:
+                raw.execute("SELECT 1")
         except psycopg.Error as error:
             raise translated(error) from error
 

@@ -10,7 +10,7 @@ from phalanx.testing.storage_messages import digest_of, part
 
 MIB = 1024 * 1024
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("embedded_only")]
 
 
 def fill(disk, left_bytes=0):

@@ -12,7 +12,7 @@ from phalanx.testing.storage_process import StorageProcess
 
 EXIT_DISK_FAILED = 74
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("embedded_only")]
 
 
 def strace(*options):

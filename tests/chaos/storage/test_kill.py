@@ -8,6 +8,7 @@ import pytest
 
 from phalanx.clients.storage import SyncStorageClient
 from phalanx.errors import PhalanxError
+from phalanx.testing import stores
 from phalanx.testing.storage_messages import digest_of, part
 from phalanx.testing.storage_process import StorageProcess
 from phalanx.v1 import storage_service_pb2 as pb
@@ -19,8 +20,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def storage(tmp_path):
-    with StorageProcess(tmp_path / "state") as storage:
+def kept(tmp_path):
+    return stores.kept(tmp_path / "state")
+
+
+@pytest.fixture
+def storage(tmp_path, kept):
+    with StorageProcess(tmp_path / "state", environment=kept.environment) as storage:
         yield storage
 
 
@@ -92,7 +98,7 @@ def test_every_acknowledged_record_survives(storage):
     assert all(acknowledged.values())
 
 
-def test_every_acknowledged_blob_survives_and_no_half_one_is_left(storage):
+def test_every_acknowledged_blob_survives_and_no_half_one_is_left(storage, kept):
     acknowledged = []
     generator = random.Random(2)
     sizes = [100, 70_000, 3_000_000]
@@ -111,12 +117,12 @@ def test_every_acknowledged_blob_survives_and_no_half_one_is_left(storage):
         storage.kill()
         writers.join()
         storage.start()
-        assert list((storage.state / "uploads").iterdir()) == []
+        assert not kept.unfinished()
         with SyncStorageClient(storage.address) as client:
             for digest, content in acknowledged:
                 assert client.get_blob(digest) == content
-    for path in (storage.state / "blobs").glob("*/*"):
-        assert digest_of(path.read_bytes()) == path.name
+    for digest, content in kept.blobs().items():
+        assert digest_of(content) == digest
 
 
 def test_acknowledged_checkpoints_survive_whole(storage):
@@ -165,10 +171,10 @@ def test_a_lease_survives_and_its_token_goes_on(storage):
     assert tokens == [1, 2, 3]
 
 
-def test_the_blocking_client_finds_a_restarted_storage_again(tmp_path, free_port):
-    state = tmp_path / "state"
+def test_the_blocking_client_finds_a_restarted_storage_again(tmp_path, kept, free_port):
+    listen = f"127.0.0.1:{free_port}"
     with (
-        StorageProcess(state, listen=f"127.0.0.1:{free_port}") as storage,
+        StorageProcess(tmp_path / "state", listen=listen, environment=kept.environment) as storage,
         SyncStorageClient(storage.address, timeout_s=GUARD_S, attempts=50) as client,
     ):
         client.append_journal("control", [b"a"], expected_sequence=0)

@@ -81,7 +81,7 @@ class RealCluster:
             id=control_id,
             listen="127.0.0.1:0",
             metrics_listen="127.0.0.1:0",
-            storage=self.storage_address,
+            storage=(self.storage_address,),
             announce=self.folder / f"{control_id}.json",
             **{**FAST, **settings},
         )

@@ -64,7 +64,7 @@ class SharedCluster:
             id=name,
             listen="127.0.0.1:0",
             metrics_listen=None,
-            storage=storage,
+            storage=(storage,),
             announce=announced,
             **{**FAST, **self.ring.flags("control"), **settings},
         )

@@ -9,10 +9,12 @@ from uuid import uuid4
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from phalanx.clients.storage import SyncStorageClient
 from phalanx.errors import Aborted, FailedPrecondition, NotFound, PhalanxError
 from phalanx.rpc.channel import open_sync_channel
+from phalanx.rpc.health import LIVENESS
 from phalanx.rpc.status import from_rpc_error
 from phalanx.testing.object_server import Fault
 from phalanx.testing.storage_messages import acquire, append, digest_of, part
@@ -22,6 +24,7 @@ from phalanx.v1 import storage_service_pb2_grpc as pb_grpc
 
 pytestmark = pytest.mark.slow
 GUARD_S = 60
+STORAGE_SERVICE = pb.DESCRIPTOR.services_by_name["StorageService"].full_name
 
 
 class Replica:
@@ -271,3 +274,37 @@ def test_a_replica_that_stands_still_holds_the_other_up_for_some_seconds_at_most
             writer.join(GUARD_S)
     records = other.client.read_journal("s")
     assert len(records) == len(answered)
+
+
+def health_of(process, service=""):
+    with open_sync_channel(process.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=service)
+        return stub.Check(request, timeout=GUARD_S).status
+
+
+def test_it_is_not_ready_while_its_database_takes_nobody_in(replicas, postgres_server):
+    """That is no reason to kill it: it lives on, and is ready again by itself."""
+    process, name = replicas[0].process, replicas[0].bucket
+    serving = health_pb2.HealthCheckResponse.SERVING
+    not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
+
+    def becomes(status):
+        with open_sync_channel(process.address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            for answer in stub.Watch(health_pb2.HealthCheckRequest(), timeout=GUARD_S):
+                if answer.status == status:
+                    return
+
+    becomes(serving)
+    postgres_server.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+    postgres_server.execute(
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+    )
+    becomes(not_serving)
+    assert health_of(process, LIVENESS) == serving
+    assert health_of(process, STORAGE_SERVICE) == not_serving
+    postgres_server.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+    becomes(serving)
+    assert health_of(process, STORAGE_SERVICE) == serving
+    assert replicas[0].client.append_journal("control", [b"a"], expected_sequence=0) == 1

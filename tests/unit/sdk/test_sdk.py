@@ -410,7 +410,7 @@ def test_garbage_is_collected_with_the_grace_time_of_storage(script, cluster):
 
 # Verbs of the command line that the interface has under another name, or does not have.
 _SHOWN = {("show",), ("data", "show"), ("models", "show"), ("status",)}
-_OF_A_MACHINE = {("up",), ("down",), ("doctor",), ("chaos",)}
+_OF_A_MACHINE = {("up",), ("down",), ("doctor",), ("chaos",), ("health",)}
 _OF_FILES = {
     *(("certs", verb) for verb in ("init", "issue", "renew", "list")),
     *(("token", verb) for verb in ("create", "list", "revoke")),

@@ -40,7 +40,7 @@ async def test_what_changes_is_said_and_nothing_else() -> None:
         if not there:
             raise Unavailable("away")
 
-    task = asyncio.create_task(readiness.watch_servers(check, said.append))
+    task = asyncio.create_task(readiness.show_readiness(check, said.append))
     async with asyncio.timeout(GUARD_S):
         await asked.wait()
         while len(said) < 3:
