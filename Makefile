@@ -11,6 +11,7 @@ demo test check bench reliability lock:
 
 # Real processes, real signals: the tests that kill things. Random faults for minutes:
 # make chaos ARGS="-m soak" (PHALANX_SOAK_S=600 for ten of them, PHALANX_SOAK_SEED=7 for the same faults again)
+# make chaos ARGS=--stores=postgres+s3: the same tests, storage on a real PostgreSQL and S3 server
 chaos:
 	@sh scripts/bootstrap test tests/chaos $(ARGS)
 

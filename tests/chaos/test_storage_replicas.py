@@ -86,9 +86,10 @@ def addresses(ring: Arena) -> str:
 
 def is_back(ring: Arena, replica: str, before: int) -> bool:
     """Whether it is another process than before, which serves."""
-    if ring.cluster.process(replica).pid in (0, before):
+    member = ring.cluster.process(replica)
+    if member.pid in (0, before) or not member.address:
         return False
-    with SyncStorageClient(ring.cluster.process(replica).address, attempts=1) as client:
+    with SyncStorageClient(member.address, attempts=1) as client:
         client.missing_blobs([])
     return True
 

@@ -95,6 +95,33 @@ def test_everybody_knows_everybody_before_anything_runs(tmp_path):
             assert ",".join(layout.control_addresses) in arguments
 
 
+@pytest.mark.parametrize("secure", [False, True])
+def test_everybody_hears_of_all_replicas_of_storage(tmp_path, secure):
+    places = {"PHALANX_STORAGE_METADATA": "postgresql://x/y", "PHALANX_STORAGE_BLOBS": "s3://x"}
+    options = LocalOptions(
+        tmp_path, storages=2, controls=2, environment=places, secure=secure, port=free_ports(1)[0]
+    )
+    layout = Layout.choose(options)
+    one, other, *members = layout.members()
+    assert [one.id, other.id] == ["storage-1", "storage-2"]
+    for each, plan in zip(layout.storage_addresses, (one, other), strict=True):
+        assert f"--listen {each} " in " ".join(plan.arguments)
+    assert layout.storage_address == ",".join(layout.storage_addresses)
+    for plan in members:
+        assert f"--storage {layout.storage_address} " in " ".join(plan.arguments), plan.id
+    assert layout.client_addresses[0].endswith(f":{options.port}")
+    dialled = (*layout.storage_addresses, *layout.public_storage_addresses)
+    assert len({*dialled, *layout.control_addresses, *layout.public_control_addresses}) == (
+        8 if secure else 4
+    )
+    assert layout.client_storage_address.count(",") == 1
+
+
+def test_replicas_of_storage_need_a_place_that_they_share(tmp_path):
+    with pytest.raises(InvalidArgument, match="PHALANX_STORAGE_METADATA"):
+        LocalOptions(tmp_path, storages=2)
+
+
 def test_storage_hears_of_the_folders_to_link_from(tmp_path, monkeypatch):
     (tmp_path / "one,two").mkdir()
     (tmp_path / "data").mkdir()
