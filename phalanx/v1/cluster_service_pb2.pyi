@@ -74,7 +74,9 @@ class GetClusterResponse(_message.Message):
     """Count of control take-overs."""
     leader: _builtins.str
     storage_address: _builtins.str
-    """Where clients reach the storage service."""
+    """Where clients reach the storage service: HOST:PORT, or those of its
+    replicas, separated by commas.
+    """
     storage_available: _builtins.bool
     """True while storage answers."""
     incomplete: _builtins.str

@@ -1211,7 +1211,9 @@ class Welcome(_message.Message):
     heartbeat_interval_s: _builtins.float
     lease_ttl_s: _builtins.float
     storage_address: _builtins.str
-    """Empty: the host that the member dialled, storage's default port."""
+    """HOST:PORT, or those of its replicas, separated by commas. Empty: the host
+    that the member dialled, storage's default port.
+    """
     answers_heartbeats: _builtins.bool
     """Every heartbeat gets an answer; a lease without one means: look elsewhere."""
     def __init__(

@@ -1,83 +1,79 @@
-"""Storage whose database or object store is away says that it is not ready, and stays alive."""
+"""What the health service says while the database comes and goes."""
 
 import asyncio
-import dataclasses
+import contextlib
 import threading
-from pathlib import Path
-from typing import Any
+from collections.abc import AsyncIterator
 
-import grpc.aio
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from phalanx.errors import Unavailable
-from storage import runtime
-from storage.backends.opening import Places, open_backend
-from storage.config import StorageConfig
-from storage.interfaces import Backend
+from phalanx.errors import PhalanxError, Unavailable
 from storage.service import readiness
 
 GUARD_S = 30.0
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-@pytest.fixture(autouse=True)
-def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readiness, "INTERVAL_S", 0.01)
+class Database:
+    """Answers, raises or hangs, and says what was made of it."""
+
+    def __init__(self) -> None:
+        self.error: PhalanxError | None = None
+        self.answers = threading.Event()
+        self.answers.set()
+        self.said: asyncio.Queue[bool] = asyncio.Queue()
+        self.asked = 0
+
+    def check(self) -> None:
+        self.asked += 1
+        assert self.answers.wait(GUARD_S)
+        if self.error is not None:
+            raise self.error
 
 
-async def test_what_changes_is_said_and_nothing_else() -> None:
-    answers = [True, False, False, True, True, False]
-    said: list[bool] = []
-    asked = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def check() -> None:
-        there = answers.pop(0) if answers else False
-        if not answers:
-            loop.call_soon_threadsafe(asked.set)
-        if not there:
-            raise Unavailable("away")
-
-    task = asyncio.create_task(readiness.show_readiness(check, said.append))
-    async with asyncio.timeout(GUARD_S):
-        await asked.wait()
-        while len(said) < 3:
-            await asyncio.sleep(0)
-    task.cancel()
-    assert said == [False, True, False]
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(readiness, "SILENCE_S", 0.02)
 
 
-async def test_health_tells_it_and_liveness_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    away = threading.Event()
-
-    def check() -> None:
-        if away.is_set():
-            raise Unavailable("the database is away")
-
-    def opened(places: Places, **options: Any) -> Backend:
-        return dataclasses.replace(open_backend(places, **options), check=check)
-
-    monkeypatch.setattr(runtime, "open_backend", opened)
-    process = runtime.StorageProcess(StorageConfig(listen="127.0.0.1:0", state=tmp_path))
-    await process.start()
+@contextlib.asynccontextmanager
+async def watched(database: Database) -> AsyncIterator[None]:
+    watching = asyncio.create_task(
+        readiness.show_readiness(database.check, database.said.put_nowait)
+    )
     try:
-        async with (
-            asyncio.timeout(GUARD_S),
-            grpc.aio.insecure_channel(process.server.address) as channel,
-        ):
-            stub = health_pb2_grpc.HealthStub(channel)
-            watch = stub.Watch(health_pb2.HealthCheckRequest())
-            assert (await watch.read()).status == SERVING
-            away.set()
-            assert (await watch.read()).status == NOT_SERVING
-            alive = await stub.Check(health_pb2.HealthCheckRequest(service="liveness"))
-            assert alive.status == SERVING
-            away.clear()
-            assert (await watch.read()).status == SERVING
-            watch.cancel()
+        async with asyncio.timeout(GUARD_S):
+            yield
     finally:
-        await process.stop(0)
+        database.answers.set()
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_it_is_told_once_that_it_is_away_and_once_that_it_is_back() -> None:
+    database = Database()
+    async with watched(database):
+        for _ in range(2):
+            database.error = Unavailable("gone")
+            assert await database.said.get() is False
+            asked = database.asked
+            while database.asked < asked + 3:
+                await asyncio.sleep(0)
+            assert database.said.empty()
+            database.error = None
+            assert await database.said.get() is True
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_silence_is_absence_and_one_question_is_out_at_a_time() -> None:
+    database = Database()
+    async with watched(database):
+        database.answers.clear()
+        assert await database.said.get() is False
+        asked = database.asked
+        await asyncio.to_thread(lambda: None)
+        assert database.asked == asked
+        database.answers.set()
+        assert await database.said.get() is True
