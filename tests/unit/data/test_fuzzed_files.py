@@ -48,7 +48,11 @@ from tests.unit.data.fuzzed_files import (
     good_wheel,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:Reading .*npz.* file required additional header")
+# What is read with a warning is read.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Reading .*npz.* file required additional header"),
+    pytest.mark.filterwarnings("ignore::ruamel.yaml.error.ReusedAnchorWarning"),
+]
 
 SEED = int(os.environ.get("PHALANX_FUZZ_SEED", "0")) or 31
 FILES = int(os.environ.get("PHALANX_FUZZ_FILES", "3000"))
