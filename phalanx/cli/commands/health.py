@@ -47,7 +47,7 @@ def health(
     address: Annotated[
         str,
         typer.Argument(
-            metavar="[HOST:PORT]",
+            metavar="HOST:PORT",
             help="The process. Default: whichever listens on a usual port of this machine.",
             show_default=False,
         ),
@@ -81,6 +81,8 @@ def health(
     phalanx health 10.0.0.2:7430
 
     phalanx --timeout 3 health --service liveness
+
+    phalanx --ca ca.pem --cert client.pem --key client.key health 10.0.0.3:7440 --kind worker
     """
     from phalanx.cli.output import print_json
 

@@ -12,6 +12,8 @@ GROUPS = {
     "data": ["add", "list", "show", "delete"],
     "models": ["list", "show", "get", "export", "delete"],
     "code": ["add", "list"],
+    "certs": ["init", "issue", "renew", "list"],
+    "token": ["create", "list", "revoke"],
 }
 SERVICES = ["coordinator", "aggregator", "worker", "storage"]
 
@@ -21,6 +23,7 @@ def test_every_command_explains_itself(offline, command):
     outcome = offline(command, "--help")
     assert outcome.code == 0
     assert f"phalanx {command}" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(("group", "command"), [(g, c) for g, cs in GROUPS.items() for c in cs])
@@ -28,6 +31,7 @@ def test_every_command_of_a_group_explains_itself(offline, group, command):
     outcome = offline(group, command, "--help")
     assert outcome.code == 0
     assert f"phalanx {group} {command}" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 80
 
 
 def test_help_lists_every_command_and_fits_80_columns(offline):
