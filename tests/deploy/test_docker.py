@@ -15,10 +15,14 @@ import pytest
 from google.protobuf.json_format import ParseDict
 
 import phalanx
+from phalanx.clients.storage_sync import SyncStorageClient
 from phalanx.rpc.channel import open_sync_channel
 from phalanx.sdk.job import Job
 from phalanx.testing.arena import wait_until
 from phalanx.testing.datasets import REPOSITORY
+from phalanx.testing.object_server import ObjectServer
+from phalanx.testing.postgres_server import PostgresServer
+from phalanx.testing.tcp_proxy import TcpProxy
 from phalanx.v1 import job_service_pb2, job_service_pb2_grpc
 from phalanx.v1.job_spec_pb2 import JobSpec
 from tests.deploy import noise_job
@@ -193,6 +197,55 @@ def test_what_is_loaded_late_is_in_the_image(docker: Engine, image: str) -> None
         *("run", "--rm", "--read-only", "--network", "none", "--entrypoint", "python"),
         *(image, "-P", "-c", late),
     )
+
+
+def storage_of(
+    docker: Engine, image: str, postgres_url: str, blobs_url: str, variables: dict[str, str]
+) -> tuple[str, str]:
+    """Storage in a container whose network is this machine's; return the container and address."""
+    address = f"127.0.0.1:{free_port()}"
+    container = docker.docker(
+        *("run", "--detach", "--read-only", "--tmpfs", "/tmp", "--network", "host"),
+        *(part for name, value in variables.items() for part in ("--env", f"{name}={value}")),
+        *(image, "storage", "--listen", address, "--metrics-listen", "127.0.0.1:0"),
+        *("--metadata", postgres_url, "--blobs", blobs_url),
+    ).strip()
+    return container, address
+
+
+def says(docker: Engine, container: str, address: str, *arguments: str) -> bool:
+    """What `phalanx health` inside of the container ends with."""
+    words = ("exec", container, "phalanx", "--timeout", "4", "health", address, *arguments)
+    return docker.run([docker.docker_path, *words], check=False).returncode == 0
+
+
+def test_storage_of_the_image_is_in_postgresql_and_s3(
+    docker: Engine, image: str, postgres_server: PostgresServer, object_server: ObjectServer
+) -> None:
+    """What one container has stored another one finds, and each says when its servers are away."""
+    name = f"image-{secrets.token_hex(4)}"
+    with TcpProxy(postgres_server.address) as proxy:
+        postgres_server.create_database(name)
+        urls = (postgres_server.url(name, proxy.address), object_server.create_bucket(name))
+        variables = object_server.environment
+        first, address = storage_of(docker, image, urls[0], f"{urls[1]}/blobs", variables)
+        wait_until(lambda: says(docker, first, address), "the first storage process")
+        with SyncStorageClient(address) as client:
+            digest = client.put_blob(b"kept by others")
+        docker.docker("rm", "--force", first)
+        assert any("/blobs/" in key for key in object_server.keys(name))
+
+        second, address = storage_of(docker, image, urls[0], f"{urls[1]}/blobs", variables)
+        wait_until(lambda: says(docker, second, address), "the second storage process")
+        with SyncStorageClient(address) as client:
+            assert client.get_blob(digest) == b"kept by others"
+        proxy.refuse()
+        proxy.reset()
+        wait_until(lambda: not says(docker, second, address), "it to say that it is not ready")
+        assert says(docker, second, address, "--service", "liveness")
+        proxy.heal()
+        wait_until(lambda: says(docker, second, address), "it to say that it is ready again")
+        docker.docker("rm", "--force", second)
 
 
 def test_containers_can_write_nothing_but_their_volumes(compose: Compose) -> None:
