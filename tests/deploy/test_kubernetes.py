@@ -362,9 +362,6 @@ def test_ports_are_those_of_the_image() -> None:
 def test_the_handbook_makes_every_secret_that_pods_take() -> None:
     text = (REPOSITORY / "docs/DEPLOYMENT.md").read_text(encoding="utf-8")
     made = set(re.findall(r"create secret generic (\S+)", text))
-    kinds = re.search(r"for kind in (.+); do", text)
-    assert kinds is not None
-    made |= {each.replace("$kind", kind) for each in made for kind in kinds[1].split()}
     for objects in map(rendered, OVERLAYS):
         for component in policies.COMPONENTS:
             pod = workload(objects, component)["spec"]["template"]["spec"]

@@ -101,6 +101,8 @@ def test_commands_exist(document: str, command: str) -> None:
         assert (REPOSITORY / arguments[0]).is_file()
         syntax = ["sh", "-n", str(REPOSITORY / arguments[0])]
         assert subprocess.run(syntax, timeout=GUARD_S, check=False).returncode == 0
+    elif program == "cd":
+        assert (REPOSITORY / arguments[0]).is_dir()
     elif program in {"docker", "kubectl"}:
         # What they do with these files tests/deploy tries.
         options = {"-f", "--file", "-k"}
