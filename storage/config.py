@@ -65,6 +65,16 @@ class StorageConfig(TokensConfig):
         check=at_least(0),
     )
 
+    scrub_interval_s: float = option(
+        7 * 24 * 3600.0,
+        "Time in which everything stored is read once to find damage; it takes longer where "
+        "--scrub-bytes-per-s says so. 0 for never.",
+        check=at_least(0),
+    )
+    scrub_bytes_per_s: float = option(
+        20e6, "Bytes of blobs that scrubbing reads in a second.", check=at_least(1)
+    )
+
     def violations(self) -> Sequence[Violation]:
         """Return what is wrong between fields."""
         found = list(super().violations())

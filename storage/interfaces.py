@@ -82,8 +82,11 @@ class BlobStore(Protocol):
     def touch(self, digests: Iterable[str]) -> Mapping[str, int]:
         """Do the same as ``sizes`` and make them young, so that garbage collection spares them."""
 
-    def scan(self) -> Iterator[StoredBlob]:
-        """List what is stored, in any order; puts and removals meanwhile may or may not show."""
+    def scan(self, prefix: str = "") -> Iterator[StoredBlob]:
+        """List what is stored, in any order; puts and removals meanwhile may or may not show.
+
+        With a ``prefix`` of two digits only what begins with it.
+        """
 
     def remove_if_old(self, digest: str, grace_s: float) -> int | None:
         """Remove the blob unless it is young; return the bytes freed, or None if nothing went.
@@ -216,6 +219,8 @@ class ReferenceStore(Protocol):
     def sweep(self, digests: Sequence[str], remove: Callable[[str], int | None]) -> list[int]:
         """Call ``remove`` for those that nothing names; return its results that are not None.
 
+        Raises FailedPrecondition (BACKUP_RUNNING) while somebody holds what a snapshot names.
+
         No reference can be registered meanwhile: registrations and sweeps exclude each other.
         """
 
@@ -224,6 +229,41 @@ class ReferenceStore(Protocol):
 
     def usage_bytes(self) -> int:
         """Return the size of journals, leases, rows and catalog together."""
+
+    def named_by(self, digest: str) -> Sequence[str]:
+        """Return in words who names a blob, some of them where they are many."""
+
+
+class SnapshotStore(Protocol):
+    """All rows at once, for backups."""
+
+    def read(self, tell: Callable[[pb.ReadSnapshotResponse], None]) -> None:
+        """Tell all rows as of one moment, and the blobs that they name.
+
+        A message with ``tables`` begins; another one says that reading began anew, and what came
+        before it counts for nothing.
+        """
+
+    def damaged_rows(self, count: Callable[[int], None]) -> Sequence[str]:
+        """Read all rows and say how many they are; return in words which ones are damaged."""
+
+    def is_empty(self) -> bool:
+        """Say whether there is no row of what would be in a snapshot."""
+
+    def is_restoring(self) -> bool:
+        """Say whether a restore into this place began and did not end."""
+
+    def begin_restore(self) -> None:
+        """Remove all rows; until ``end_restore`` the place is not whole, whoever asks."""
+
+    def insert(self, rows: Sequence[pb.SnapshotRow], stride: int) -> None:
+        """Write rows of a snapshot; fencing tokens and terms are raised by ``stride``.
+
+        Leases are nobody's then.
+        """
+
+    def end_restore(self) -> None:
+        """Say that what was restored is whole."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +277,7 @@ class Backend:
     jobs: JobStore
     catalog: Catalog
     references: ReferenceStore
+    snapshots: SnapshotStore
     close: Callable[[], None]
     keep_time: Callable[[], None] = lambda: None
     """To be called every now and then; lets the ages of what is stored go on."""

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 
-from phalanx.errors import PhalanxError
+from phalanx.errors import FailedPrecondition, PhalanxError
 from phalanx.rpc.credentials import ServerKeys
 from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.process import announce
@@ -26,8 +26,10 @@ from storage.links.chunks import LinkedChunks
 from storage.service.catalog_servicers import DatasetServicer, ModelServicer
 from storage.service.collection import Collector
 from storage.service.disk import show_disk
+from storage.service.holds import Holds
 from storage.service.operations import Operations
 from storage.service.readiness import show_readiness
+from storage.service.scrubbing import Scrubber
 from storage.service.storage_servicer import StorageServicer
 
 EXIT_DISK_FAILED = 74
@@ -69,21 +71,42 @@ class StorageProcess:
             on_corruption=self.operations.corruption,
             on_failure=end_at_once,
         )
+        self._demand_whole()
+        holds = Holds(self.backend.leases, self.operations)
         self.collector = Collector(
             self.backend,
             self.operations,
             metrics,
             grace_s=config.gc_grace_s,
             interval_s=config.gc_interval_s,
+            holds=holds,
+        )
+        self.scrubber = Scrubber(
+            self.backend,
+            self.operations,
+            metrics,
+            interval_s=config.scrub_interval_s,
+            bytes_per_s=config.scrub_bytes_per_s,
         )
         self.links = LinkedChunks(
             self.backend, self.operations, config.link_root, config.link_processes
         )
-        self._storage = StorageServicer(self.backend, self.operations, self.collector, self.links)
+        self._storage = StorageServicer(
+            self.backend, self.operations, self.collector, self.links, holds, self.scrubber
+        )
+        self._scrubbing: asyncio.Task[None] | None = None
         self._housekeeping: asyncio.Task[None] | None = None
         self._disk: asyncio.Task[None] | None = None
         self._readiness: asyncio.Task[None] | None = None
         self._add_servicers()
+
+    def _demand_whole(self) -> None:
+        if self.backend.snapshots.is_restoring():
+            self.backend.close()
+            raise FailedPrecondition(
+                "a restore into this place did not end: run `phalanx restore` again",
+                reason="RESTORE_UNFINISHED",
+            )
 
     def _add_servicers(self) -> None:
         raw = self.server.raw
@@ -99,6 +122,7 @@ class StorageProcess:
         """Serve; FailedPrecondition if the address cannot be used."""
         await self.server.start()
         self._housekeeping = asyncio.create_task(self.collector.run())
+        self._scrubbing = asyncio.create_task(self.scrubber.run())
         self._disk = asyncio.create_task(
             show_disk(self._config.state, self.operations, self._metrics)
         )
@@ -115,6 +139,7 @@ class StorageProcess:
         await _ended(self._readiness)
         await self.server.stop(grace_s)
         await _ended(self._housekeeping)
+        await _ended(self._scrubbing)
         await _ended(self._disk)
         await asyncio.to_thread(self.links.close)
         await asyncio.to_thread(self.operations.close)

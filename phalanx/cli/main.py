@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from phalanx.cli.command_line import command_at, say_how_to_attach, was_interrupted
 from phalanx.cli.commands import (
+    backups,
     chaos,
     cluster,
     code,
@@ -121,6 +122,7 @@ code.register(app)
 insight.register(app)
 results.register(app)
 cluster.register(app)
+backups.register(app)
 health.register(app)
 chaos.register(app)
 keys.register(app)

@@ -190,6 +190,14 @@ def _checkpoints(caller: Caller, _: Any) -> None:
         )
 
 
+def _everything(caller: Caller, _: Any) -> None:
+    if not caller.acts_everywhere:
+        raise PermissionDenied(
+            f"{caller.name} may not read all that is stored: it takes a token for all namespaces",
+            reason="NAMESPACE_NOT_ALLOWED",
+        )
+
+
 def _not_this(caller: Caller, what: str) -> PermissionDenied:
     return PermissionDenied(f"{what} is not for {caller.name}", reason="NOT_YOURS")
 
@@ -279,6 +287,8 @@ RULES: Mapping[str, Rule] = {
             "SetPins": _people(_SUBMITTER, _pins, _CONTROL, _AGGREGATOR),
             "ListPins": _nodes(_CONTROL),
             "CollectGarbage": _people(_ADMIN, None, _CONTROL),
+            "ReadSnapshot": _people(_ADMIN, _everything),
+            "Scrub": _people(_ADMIN, _everything),
         },
     ),
     **_table("phalanx.v1.CoordinationService", {"Session": _nodes(_AGGREGATOR, _WORKER)}),

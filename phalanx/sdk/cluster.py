@@ -34,6 +34,7 @@ PAGE_SIZE = 500
 _DRAIN_LOOK_S = 0.1
 _NAMESPACE = "the name of a namespace"
 _STATE = 'the names of states, as "RUNNING"'
+_SCRUB_S = 7 * 24 * 3600.0
 _GRACE_OF_STORAGE = -1
 """Stands for the grace time that storage was started with."""
 
@@ -205,6 +206,14 @@ class Cluster:
             dry_run=dry_run, grace_s=_GRACE_OF_STORAGE
         )
         return self.backend.call(methods.COLLECT_GARBAGE, request)
+
+    def scrub(self) -> Iterator[storage_service_pb2.ScrubResponse]:
+        """Have storage read everything that it has; yield what it finds and how far it is.
+
+        It does so by itself in the background, slowly.
+        """
+        request = storage_service_pb2.ScrubRequest()
+        return self.backend.stream(methods.SCRUB, request, timeout_s=_SCRUB_S)
 
     def describe(self) -> cluster_service_pb2.GetClusterResponse:
         """Return version, leader, workers, aggregators and number of jobs."""

@@ -89,6 +89,10 @@ _STORAGE = "phalanx.v1.StorageService"
 COLLECT_GARBAGE = Method(
     _STORAGE, "CollectGarbage", storage.CollectGarbageRequest, storage.CollectGarbageResponse
 )
+READ_SNAPSHOT = Method(
+    _STORAGE, "ReadSnapshot", storage.ReadSnapshotRequest, storage.ReadSnapshotResponse
+)
+SCRUB = Method(_STORAGE, "Scrub", storage.ScrubRequest, storage.ScrubResponse)
 CHECK_BLOBS = Method(_STORAGE, "CheckBlobs", storage.CheckBlobsRequest, storage.CheckBlobsResponse)
 APPEND_JOURNAL = Method(
     _STORAGE, "AppendJournal", storage.AppendJournalRequest, storage.AppendJournalResponse

@@ -140,6 +140,16 @@ class StorageServiceStub:
                 request_serializer=phalanx_dot_v1_dot_storage__service__pb2.CollectGarbageRequest.SerializeToString,
                 response_deserializer=phalanx_dot_v1_dot_storage__service__pb2.CollectGarbageResponse.FromString,
                 _registered_method=True)
+        self.ReadSnapshot = channel.unary_stream(
+                '/phalanx.v1.StorageService/ReadSnapshot',
+                request_serializer=phalanx_dot_v1_dot_storage__service__pb2.ReadSnapshotRequest.SerializeToString,
+                response_deserializer=phalanx_dot_v1_dot_storage__service__pb2.ReadSnapshotResponse.FromString,
+                _registered_method=True)
+        self.Scrub = channel.unary_stream(
+                '/phalanx.v1.StorageService/Scrub',
+                request_serializer=phalanx_dot_v1_dot_storage__service__pb2.ScrubRequest.SerializeToString,
+                response_deserializer=phalanx_dot_v1_dot_storage__service__pb2.ScrubResponse.FromString,
+                _registered_method=True)
 
 
 class StorageServiceServicer:
@@ -300,6 +310,22 @@ class StorageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadSnapshot(self, request, context):
+        """Tells all rows as of one moment, for a backup, and which blobs they name. Then it stays open, and says so every few
+        seconds: until the caller ends it, no blob is collected. FAILED_PRECONDITION with reason BACKUP_RUNNING where
+        another one is open.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scrub(self, request, context):
+        """Reads all rows and blobs and compares them with their checksums; tells what it finds as it goes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StorageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -407,6 +433,16 @@ def add_StorageServiceServicer_to_server(servicer, server):
                     servicer.CollectGarbage,
                     request_deserializer=phalanx_dot_v1_dot_storage__service__pb2.CollectGarbageRequest.FromString,
                     response_serializer=phalanx_dot_v1_dot_storage__service__pb2.CollectGarbageResponse.SerializeToString,
+            ),
+            'ReadSnapshot': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadSnapshot,
+                    request_deserializer=phalanx_dot_v1_dot_storage__service__pb2.ReadSnapshotRequest.FromString,
+                    response_serializer=phalanx_dot_v1_dot_storage__service__pb2.ReadSnapshotResponse.SerializeToString,
+            ),
+            'Scrub': grpc.unary_stream_rpc_method_handler(
+                    servicer.Scrub,
+                    request_deserializer=phalanx_dot_v1_dot_storage__service__pb2.ScrubRequest.FromString,
+                    response_serializer=phalanx_dot_v1_dot_storage__service__pb2.ScrubResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -977,6 +1013,60 @@ class StorageService:
             '/phalanx.v1.StorageService/CollectGarbage',
             phalanx_dot_v1_dot_storage__service__pb2.CollectGarbageRequest.SerializeToString,
             phalanx_dot_v1_dot_storage__service__pb2.CollectGarbageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/phalanx.v1.StorageService/ReadSnapshot',
+            phalanx_dot_v1_dot_storage__service__pb2.ReadSnapshotRequest.SerializeToString,
+            phalanx_dot_v1_dot_storage__service__pb2.ReadSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scrub(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/phalanx.v1.StorageService/Scrub',
+            phalanx_dot_v1_dot_storage__service__pb2.ScrubRequest.SerializeToString,
+            phalanx_dot_v1_dot_storage__service__pb2.ScrubResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -72,6 +72,13 @@ class StorageServiceStub:
     """
     CollectGarbage: _aio.UnaryUnaryMultiCallable[_storage_service_pb2.CollectGarbageRequest, _storage_service_pb2.CollectGarbageResponse]
     """Mark and sweep of blobs that nothing refers to and that are old enough."""
+    ReadSnapshot: _aio.UnaryStreamMultiCallable[_storage_service_pb2.ReadSnapshotRequest, _storage_service_pb2.ReadSnapshotResponse]
+    """Tells all rows as of one moment, for a backup, and which blobs they name. Then it stays open, and says so every few
+    seconds: until the caller ends it, no blob is collected. FAILED_PRECONDITION with reason BACKUP_RUNNING where
+    another one is open.
+    """
+    Scrub: _aio.UnaryStreamMultiCallable[_storage_service_pb2.ScrubRequest, _storage_service_pb2.ScrubResponse]
+    """Reads all rows and blobs and compares them with their checksums; tells what it finds as it goes."""
 
 class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
     """Durable state: blobs, journals, leases, job rows and checkpoints."""
@@ -257,5 +264,24 @@ class StorageServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_storage_service_pb2.CollectGarbageRequest, _abc.Awaitable[_storage_service_pb2.CollectGarbageResponse]],
     ) -> _abc.Awaitable[_storage_service_pb2.CollectGarbageResponse]:
         """Mark and sweep of blobs that nothing refers to and that are old enough."""
+
+    @_abc_1.abstractmethod
+    def ReadSnapshot(
+        self,
+        request: _storage_service_pb2.ReadSnapshotRequest,
+        context: _aio.ServicerContext[_storage_service_pb2.ReadSnapshotRequest, _abc.AsyncIterator[_storage_service_pb2.ReadSnapshotResponse]],
+    ) -> _abc.AsyncIterator[_storage_service_pb2.ReadSnapshotResponse]:
+        """Tells all rows as of one moment, for a backup, and which blobs they name. Then it stays open, and says so every few
+        seconds: until the caller ends it, no blob is collected. FAILED_PRECONDITION with reason BACKUP_RUNNING where
+        another one is open.
+        """
+
+    @_abc_1.abstractmethod
+    def Scrub(
+        self,
+        request: _storage_service_pb2.ScrubRequest,
+        context: _aio.ServicerContext[_storage_service_pb2.ScrubRequest, _abc.AsyncIterator[_storage_service_pb2.ScrubResponse]],
+    ) -> _abc.AsyncIterator[_storage_service_pb2.ScrubResponse]:
+        """Reads all rows and blobs and compares them with their checksums; tells what it finds as it goes."""
 
 def add_StorageServiceServicer_to_server(servicer: StorageServiceServicer, server: _aio.Server) -> None: ...

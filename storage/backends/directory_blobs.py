@@ -139,9 +139,9 @@ class DirectoryBlobs:
         """Return the sizes of those that are stored, which are young from now on."""
         return self._look(digests, touch=True)
 
-    def scan(self) -> Iterator[StoredBlob]:
-        """List all blobs."""
-        for name in _FAN_OUT:
+    def scan(self, prefix: str = "") -> Iterator[StoredBlob]:
+        """List all blobs, or those that begin with two digits."""
+        for name in [prefix] if prefix else _FAN_OUT:
             yield from self._scan_folder(name)
 
     def _scan_folder(self, name: str) -> list[StoredBlob]:

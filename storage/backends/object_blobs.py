@@ -98,12 +98,15 @@ class ObjectBlobs:
             found.update((row.digest, row.size_bytes) for row in rows)
         return found
 
-    def scan(self) -> Iterator[StoredBlob]:
-        """List all blobs."""
+    def scan(self, prefix: str = "") -> Iterator[StoredBlob]:
+        """List all blobs, or those that begin with two digits."""
         self._elapsed.advance()
-        after = ""
+        after = prefix
         while page := self._database.read(partial(self._page, after=after)):
-            yield from page
+            for blob in page:
+                if not blob.digest.startswith(prefix):
+                    return
+                yield blob
             after = page[-1].digest
 
     def remove_if_old(self, digest: str, grace_s: float) -> int | None:

@@ -25,6 +25,7 @@ from storage.backends.sql.journals import SqlJournals
 from storage.backends.sql.leases import SqlLeases
 from storage.backends.sql.links import SqlLinks
 from storage.backends.sql.references import SqlReferences
+from storage.backends.sql.snapshots import SqlSnapshots
 from storage.backends.sqlite import open_embedded_backend, open_embedded_database
 from storage.backends.sqlite.database import ignore
 from storage.interfaces import Backend, BlobStore
@@ -108,6 +109,7 @@ def open_backend(
             jobs=SqlJobs(database, blobs, now_unix_nanos, on_corruption),
             catalog=SqlCatalog(database, blobs, now_unix_nanos, namespace_bytes_max, links),
             references=SqlReferences(database, now_unix_nanos, housekeeping),
+            snapshots=SqlSnapshots(database),
             keep_time=elapsed.advance,
             close=opened.pop_all().close,
             check=lambda: _call_all(checks),

@@ -9,7 +9,9 @@ from phalanx.telemetry.metrics import StorageMetrics
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.core.garbage import is_old_enough
 from storage.core.keys import invalid
+from storage.core.snapshots import BACKUP_RUNNING
 from storage.interfaces import Backend
+from storage.service.holds import Holds
 from storage.service.operations import Operations
 
 # Registrations wait while a batch is swept, so batches are small.
@@ -30,12 +32,14 @@ class Collector:
         *,
         grace_s: float,
         interval_s: float,
+        holds: Holds,
     ) -> None:
         self._backend = backend
         self._operations = operations
         self._metrics = metrics
         self._grace_s = grace_s
         self._interval_s = interval_s
+        self._holds = holds
         self._one_at_a_time = asyncio.Lock()
 
     async def collect(self, request: pb.CollectGarbageRequest) -> pb.CollectGarbageResponse:
@@ -44,6 +48,8 @@ class Collector:
             raise invalid("grace_s", "write -1 (the server's own) or seconds")
         grace_s = self._grace_s if request.grace_s == -1 else float(request.grace_s)
         async with self._one_at_a_time:
+            if not request.dry_run:
+                await self._operations.state("hold", self._holds.expire)
             response = await self._operations.blobs(
                 "collect_garbage", lambda: collect_garbage(self._backend, grace_s, request.dry_run)
             )
@@ -82,6 +88,9 @@ class Collector:
         try:
             response = await self.collect(pb.CollectGarbageRequest(grace_s=-1))
         except PhalanxError as error:
+            if error.reason == BACKUP_RUNNING:
+                _log.info("garbage_collection_waits", message=error.message)
+                return
             _log.warning("garbage_collection_failed", reason=error.reason, message=error.message)
             return
         if response.blobs_removed:

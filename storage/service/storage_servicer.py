@@ -12,8 +12,11 @@ from storage.interfaces import Backend
 from storage.links.chunks import LinkedChunks
 from storage.service.blob_calls import BlobCalls
 from storage.service.collection import Collector
+from storage.service.holds import Holds
 from storage.service.open_streams import OpenStreams
 from storage.service.operations import Operations
+from storage.service.scrubbing import Scrubber
+from storage.service.snapshot_calls import SnapshotCalls
 
 PIN_HOLDERS_MAX = 1000
 
@@ -27,11 +30,15 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
         operations: Operations,
         collector: Collector,
         links: LinkedChunks,
+        holds: Holds,
+        scrubber: Scrubber,
     ) -> None:
         self._backend = backend
         self._operations = operations
         self._collector = collector
         self._blob_calls = BlobCalls(backend.blobs, operations, links)
+        self._snapshot_calls = SnapshotCalls(backend.snapshots, operations, holds)
+        self._scrubber = scrubber
         self._appending: OpenStreams[pb.AppendJournalsRequest] = OpenStreams()
 
     def end_streams(self) -> None:
@@ -214,3 +221,19 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
     ) -> pb.CollectGarbageResponse:
         """Remove blobs that nothing refers to."""
         return await self._collector.collect(request)
+
+    async def ReadSnapshot(
+        self, request: pb.ReadSnapshotRequest, context: ServicerContext
+    ) -> AsyncIterator[pb.ReadSnapshotResponse]:
+        """Stream all rows, and hold what they name."""
+        async with aclosing(self._snapshot_calls.read()) as messages:
+            async for message in messages:
+                yield message
+
+    async def Scrub(
+        self, request: pb.ScrubRequest, context: ServicerContext
+    ) -> AsyncIterator[pb.ScrubResponse]:
+        """Read everything that is stored."""
+        async with aclosing(self._scrubber.scrub()) as messages:
+            async for message in messages:
+                yield message

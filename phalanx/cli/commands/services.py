@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import typer
 
@@ -23,25 +24,25 @@ def register(app: typer.Typer) -> None:
 
 def storage(context: typer.Context) -> None:
     """Run the storage service; --help shows its options."""
-    _become(["storage"], context.args)
+    become(["storage"], context.args)
 
 
 def coordinator(context: typer.Context) -> None:
     """Run a control process; --help shows its options."""
-    _become(["coordinator", "control"], context.args)
+    become(["coordinator", "control"], context.args)
 
 
 def aggregator(context: typer.Context) -> None:
     """Run an aggregator; --help shows its options."""
-    _become(["coordinator", "aggregator"], context.args)
+    become(["coordinator", "aggregator"], context.args)
 
 
 def worker(context: typer.Context) -> None:
     """Run a worker; --help shows its options."""
-    _become(["worker"], context.args)
+    become(["worker"], context.args)
 
 
-def _become(module: Sequence[str], arguments: Sequence[str]) -> None:
+def become(module: Sequence[str], arguments: Sequence[str]) -> NoReturn:
     """Replace this process, so that signals and the exit code are the service's own."""
     sys.stdout.flush()
     # -P: a file storage.py in the working folder must not be taken for the service.

@@ -282,7 +282,7 @@ class SqlCatalog:
         connection.execute(
             "INSERT INTO versions (id, kind, namespace, name, version, checksum, message) "
             "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (row_id, *row, _checksum(kind, entry.version, message), message),
+            (row_id, *row, version_checksum(kind, entry.version, message), message),
         )
         add_references(connection, kind, "", row_id, digests)
 
@@ -409,7 +409,7 @@ def _all(
 def _parse(
     kind: str, name: VersionName, checksum: int, message: bytes, entry_class: type[EntryT]
 ) -> EntryT:
-    if _checksum(kind, name.version, message) == checksum:
+    if version_checksum(kind, name.version, message) == checksum:
         try:
             entry = entry_class.FromString(message)
         except DecodeError:
@@ -436,7 +436,8 @@ def _take_version(connection: Connection, kind: str, name: VersionName) -> int:
     return version
 
 
-def _checksum(kind: str, version: int, message: bytes) -> int:
+def version_checksum(kind: str, version: int, message: bytes) -> int:
+    """Return the checksum of the row of a data set or a model."""
     return zlib.crc32(message, zlib.crc32(f"{kind}\0{version}".encode()))
 
 

@@ -7,14 +7,12 @@ from phalanx.errors import Aborted
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.backends.sql.connection import Connection, Database
 from storage.backends.sql.leases import check_request_fence
-from storage.backends.sql.references import add_references, drop_references
+from storage.backends.sql.references import JOURNAL, add_references, drop_references
 from storage.backends.sql.rows import STREAMS, next_id
 from storage.core import journals
 from storage.core.garbage import find_digests
 from storage.core.journals import READ_BATCH_BYTES, READ_BATCH_RECORDS, StreamState
 from storage.core.keys import check_stream
-
-_KIND = "journal"
 
 
 class _Stream(NamedTuple):
@@ -63,7 +61,7 @@ class SqlJournals:
                 ),
             )
             for index, digests in references:
-                add_references(connection, _KIND, str(stream_id), first + index, digests)
+                add_references(connection, JOURNAL, str(stream_id), first + index, digests)
             return after.next_sequence
 
         return self._database.write(act)
@@ -107,7 +105,7 @@ class SqlJournals:
             connection.execute("DELETE FROM records WHERE stream = ? AND sequence < ?", bound)
             connection.execute(
                 "DELETE FROM blob_references WHERE kind = ? AND owner = ? AND position < ?",
-                (_KIND, str(stream.id), after.first_sequence),
+                (JOURNAL, str(stream.id), after.first_sequence),
             )
             _store(connection, request.stream, stream, after)
 
@@ -124,7 +122,7 @@ class SqlJournals:
                 return
             connection.execute("DELETE FROM records WHERE stream = ?", (stream.id,))
             connection.execute("DELETE FROM streams WHERE id = ?", (stream.id,))
-            drop_references(connection, _KIND, str(stream.id))
+            drop_references(connection, JOURNAL, str(stream.id))
 
         self._database.write(act)
 

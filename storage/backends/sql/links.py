@@ -27,7 +27,8 @@ PIECE_LINKS = 2000
 ABANDONED_S = 3600.0
 """A row without a name that is older belongs to a process that ended."""
 
-_UNNAMED = "unnamed"
+UNNAMED = "unnamed"
+"""The kind of rows that have no name."""
 
 
 class Unnamed(NamedTuple):
@@ -92,7 +93,7 @@ class SqlLinks:
         row = Unnamed(row_id, uuid4().hex)
         connection.execute(
             "UPDATE versions SET kind = ?, namespace = '', name = ?, version = ? WHERE id = ?",
-            (_UNNAMED, row.token, self._stamp_s(connection), row_id),
+            (UNNAMED, row.token, self._stamp_s(connection), row_id),
         )
         return row
 
@@ -101,7 +102,7 @@ class SqlLinks:
         connection.execute(
             "INSERT INTO versions (id, kind, namespace, name, version, checksum, message) "
             "VALUES (?, ?, '', ?, ?, 0, ?)",
-            (row_id, _UNNAMED, token, self._stamp_s(connection), b""),
+            (row_id, UNNAMED, token, self._stamp_s(connection), b""),
         )
         return Unnamed(row_id, token)
 
@@ -111,7 +112,7 @@ class SqlLinks:
 
     def _abandoned(self, connection: Connection) -> list[Unnamed]:
         found = connection.execute(
-            "SELECT id, name, version FROM versions WHERE kind = ?", (_UNNAMED,)
+            "SELECT id, name, version FROM versions WHERE kind = ?", (UNNAMED,)
         ).fetchall()
         if self._elapsed is not None:
             now_s = self._elapsed.now_s(connection)
@@ -157,7 +158,7 @@ def _drop_piece(connection: Connection, row: Unnamed) -> bool:
 
 def _is_unnamed(connection: Connection, row: Unnamed) -> bool:
     statement = "SELECT 1 FROM versions WHERE id = ? AND kind = ? AND name = ?"
-    return connection.execute(statement, (row.id, _UNNAMED, row.token)).fetchone() is not None
+    return connection.execute(statement, (row.id, UNNAMED, row.token)).fetchone() is not None
 
 
 def _demand_unnamed(connection: Connection, row: Unnamed) -> None:

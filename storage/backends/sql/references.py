@@ -3,9 +3,14 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from storage.backends.sql.connection import Connection, Database
-from storage.backends.sql.rows import REFERENCES
+from storage.backends.sql.rows import LEASES, REFERENCES
 from storage.core.catalog import REQUEST_MEMORY_S
 from storage.core.keys import check_digest
+from storage.core.leases import LeaseRow
+from storage.core.snapshots import HOLD_LEASE, check_no_hold
+
+JOURNAL = "journal"
+"""The kind of reference of what looks like a digest in a record."""
 
 LINK = "link"
 """The kind of reference with which a data set names a chunk that is made, not stored."""
@@ -36,6 +41,9 @@ def drop_references(
         )
 
 
+_NAMED_BY_LIMIT = 20
+
+
 class SqlReferences:
     """A ReferenceStore; sweeps are acts, as all registrations are.
 
@@ -64,6 +72,8 @@ class SqlReferences:
         """Remove those that nothing names."""
 
         def act(connection: Connection) -> list[int]:
+            row = LEASES.find(connection, HOLD_LEASE)
+            check_no_hold(None if row is None else LeaseRow(*row[1:]))
             results = [remove(digest) for digest in _unreferenced(connection, digests)]
             return [size_bytes for size_bytes in results if size_bytes is not None]
 
@@ -85,6 +95,11 @@ class SqlReferences:
         """Return the size of the database."""
         return self._database.used_bytes()
 
+    def named_by(self, digest: str) -> list[str]:
+        """Return in words who names a blob."""
+        check_digest(digest, "digest")
+        return self._database.read(lambda connection: _named_by(connection, digest))
+
 
 def _unreferenced(connection: Connection, digests: Sequence[str]) -> list[str]:
     statement = "SELECT 1 FROM blob_references WHERE digest = ? AND kind <> ? LIMIT 1"
@@ -93,3 +108,27 @@ def _unreferenced(connection: Connection, digests: Sequence[str]) -> list[str]:
         for digest in digests
     )
     return [digest for digest, row in found if row is None]
+
+
+def _named_by(connection: Connection, digest: str) -> list[str]:
+    where = "digest = ? AND kind <> ? ORDER BY kind, owner, position LIMIT ?"
+    rows = REFERENCES.select(connection, where, digest, LINK, _NAMED_BY_LIMIT)
+    return list(dict.fromkeys(_in_words(connection, *row[1:]) for row in rows))
+
+
+def _in_words(connection: Connection, kind: str, owner: str, position: int) -> str:
+    """Say who has a reference, as precisely as the rows that it leads to allow."""
+    if kind == JOURNAL:
+        names = connection.execute("SELECT name FROM streams WHERE id = ?", (int(owner),))
+        name = names.fetchone()
+        return f"journal {name[0] if name else owner} at record {position}"
+    if kind == "checkpoint":
+        steps = connection.execute("SELECT step FROM checkpoints WHERE id = ?", (position,))
+        step = steps.fetchone()
+        return f"checkpoint of job {owner}" + (f" at step {step[0]}" if step else "")
+    if kind == "pin":
+        return f"pin of {owner}"
+    statement = "SELECT namespace, name, version FROM versions WHERE id = ?"
+    row = connection.execute(statement, (position,)).fetchone()
+    what = "data set" if kind == "dataset" else kind
+    return f"{what} {row[0]}/{row[1]}@{row[2]}" if row else f"a {what} that is gone"

@@ -49,13 +49,14 @@ class Table:
         return (*self.columns[self.key :], "checksum")
 
     @cached_property
-    def _selection(self) -> str:
+    def selection(self) -> str:
+        """The statement that reads all rows, each with its checksum."""
         return f"SELECT {', '.join(self.columns)}, checksum FROM {self.name}"  # noqa: S608
 
     @cached_property
     def _selection_by_key(self) -> str:
         where = " AND ".join(f"{column} = ?" for column in self.columns[: self.key])
-        return f"{self._selection} WHERE {where}"
+        return f"{self.selection} WHERE {where}"
 
     def sealed(self, *row: Value) -> tuple[Value, ...]:
         """Return a row with its checksum."""
@@ -96,12 +97,12 @@ class Table:
         self, connection: Connection, where: str, *values: Value
     ) -> Iterator[tuple[Any, ...]]:
         """Yield the rows of which ``where`` holds (a constant of this program), verified."""
-        for row in connection.execute(f"{self._selection} WHERE {where}", values):
+        for row in connection.execute(f"{self.selection} WHERE {where}", values):
             yield self.opened(row)
 
     def verify(self, connection: Connection, absent: Sequence[Value] = ()) -> None:
         """Raise DataLoss (ROW_CORRUPT) if a row is damaged, or if one with this key is there."""
-        for row in connection.scan(self._selection):
+        for row in connection.scan(self.selection):
             values = self.opened(row)
             if absent and values[: self.key] == tuple(absent):
                 raise DataLoss(

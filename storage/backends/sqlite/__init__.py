@@ -15,6 +15,7 @@ from storage.backends.sql.jobs import SqlJobs
 from storage.backends.sql.journals import SqlJournals
 from storage.backends.sql.leases import SqlLeases
 from storage.backends.sql.references import SqlReferences
+from storage.backends.sql.snapshots import SqlSnapshots
 from storage.backends.sqlite.database import LOG_NAME, LOG_PAGES, Database, ignore
 from storage.interfaces import Backend
 
@@ -69,6 +70,7 @@ def open_embedded_backend(
         jobs=SqlJobs(database, blobs, now_unix_nanos, on_corruption),
         catalog=catalog,
         references=SqlReferences(database, now_unix_nanos),
+        snapshots=SqlSnapshots(database),
         close=close,
     )
 
