@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from phalanx.backups.folder import BackupFolder, Snapshot
 from phalanx.errors import FailedPrecondition
+from phalanx.texts import number_of
 
 
 def check(folder: BackupFolder, snapshot: Snapshot) -> list[str]:
@@ -28,7 +29,7 @@ def check(folder: BackupFolder, snapshot: Snapshot) -> list[str]:
         elif blob.required and blob.digest not in could_not_be_saved:
             found.append(f"blob {blob.digest} is missing")
     if not found and count < snapshot.blobs:
-        found.append(f"{snapshot.blobs - count} of {snapshot.blobs} blobs are missing")
+        found.append(f"{snapshot.blobs - count} of {number_of(snapshot.blobs, 'blob')} missing")
     return found
 
 

@@ -6,7 +6,7 @@ import pytest
 COMMANDS = [
     *("up", "down", "status", "doctor", "submit", "train", "jobs", "show", "watch", "cancel"),
     *("pause", "resume", "retry", "delete", "verify", "logs", "metrics", "events", "workers"),
-    *("drain", "predict", "gc", "health", "chaos"),
+    *("drain", "predict", "gc", "health", "chaos", "backup", "restore", "scrub"),
 ]
 GROUPS = {
     "data": ["add", "list", "show", "delete"],

@@ -82,6 +82,8 @@ EXPECTED = {
         "SetPins": f"{S} control aggregator",
         "ListPins": "control",
         "CollectGarbage": f"{A} control",
+        "ReadSnapshot": A,
+        "Scrub": A,
     },
     "Health": {
         "Check": " ".join(CALLERS),

@@ -85,6 +85,8 @@ CONTRACT = {
         "phalanx_storage_operation_seconds": (HISTOGRAM, ("operation", "backend", "outcome")),
         "phalanx_storage_bytes": (GAUGE, ("kind",)),
         "phalanx_storage_corruptions_total": (COUNTER, ()),
+        "phalanx_storage_scrub_corruptions": (GAUGE, ()),
+        "phalanx_storage_scrub_timestamp_seconds": (GAUGE, ()),
         "phalanx_storage_disk_size_bytes": (GAUGE, ()),
         "phalanx_storage_disk_free_bytes": (GAUGE, ()),
     },

@@ -1,0 +1,67 @@
+"""The commands of the section on backups, as they stand there, on a cluster in the midst of a job."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import phalanx
+from phalanx.testing.arena import GUARD_S, arena, gated_job
+from phalanx.testing.datasets import REPOSITORY
+
+pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
+
+
+def _blocks() -> list[str]:
+    text = (REPOSITORY / "docs" / "OPERATIONS.md").read_text()
+    section = text.partition("\n### Backup and restore\n")[2].partition("\n### ")[0]
+    return re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+
+
+def _run(command: str, folder: Path, environment: dict[str, str]) -> str:
+    """Run what is documented, in this folder."""
+    command = command.replace("/backups", str(folder / "backups"))
+    words = shlex.split(command.replace("/var/lib/phalanx", str(folder / "state")), comments=True)
+    assert words.pop(0) == "phalanx"
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "phalanx.cli", *words],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=GUARD_S,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_job_that_was_half_done_ends_elsewhere_with_the_same_bits(
+    tmp_path: Path, undisturbed_sha256: str
+) -> None:
+    saving, restoring = _blocks()
+    with arena(tmp_path, 2) as ring:
+        job = ring.submit(gated_job())
+        ring.caught_at(job, 25)
+        environment = {"PHALANX_ADDRESS": ring.cluster.address}
+        for command in saving.strip().splitlines():
+            _run(command, tmp_path, environment)
+        # What the old cluster does later is not in the backup.
+        ring.caught_at(job, 35)
+        generation = ring.cluster.describe().generation
+    restore, up, *rest = restoring.strip().splitlines()
+    assert not rest
+    assert "restored" in _run(restore, tmp_path, {})
+    state = next(word for word in shlex.split(up) if word.startswith("/var/lib/phalanx"))
+    folder = state.replace("/var/lib/phalanx", str(tmp_path / "state"))
+    gate = {"PHALANX_TEST_GATE": str(tmp_path)}
+    with phalanx.LocalCluster(workers=3, slots=1, state=folder, environment=gate) as elsewhere:
+        found = elsewhere.get(job.id)
+        result = found.wait(timeout_s=GUARD_S)
+        assert elsewhere.describe().generation > generation
+        assert found.message.progress.step == 60
+    assert result.parameters_sha256 == undisturbed_sha256
+    assert (result.examples_lost, result.examples_doubled) == (0, 0)
