@@ -1,4 +1,4 @@
-"""The commands of the section on backups, as they stand there, on a cluster in the midst of a job."""
+"""The documented commands for backups, on a cluster in the midst of a job."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import phalanx
-from phalanx.testing.arena import GUARD_S, arena, gated_job
+from phalanx.testing.arena import GUARD_S, add_blobs, arena, gated_job
 from phalanx.testing.datasets import REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
@@ -65,3 +65,48 @@ def test_a_job_that_was_half_done_ends_elsewhere_with_the_same_bits(
         assert found.message.progress.step == 60
     assert result.parameters_sha256 == undisturbed_sha256
     assert (result.examples_lost, result.examples_doubled) == (0, 0)
+
+
+def _outcome(*words: str, address: str) -> tuple[int, str]:
+    """Run a command; return its exit code and what it wrote."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "phalanx.cli", *words],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PHALANX_ADDRESS": address},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=GUARD_S,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_damage_is_told_by_name_and_exit_code(tmp_path: Path) -> None:
+    backups = str(tmp_path / "backups")
+    with phalanx.LocalCluster(workers=1, slots=1, state=tmp_path / "state") as cluster:
+        add_blobs(cluster)
+        (chunk, *_) = sorted((tmp_path / "state" / "storage" / "blobs").glob("*/*"))
+        _flip(chunk)
+        code, text = _outcome("scrub", address=cluster.address)
+        assert (code, chunk.name in text, "data set default/blobs@1" in text) == (1, True, True)
+        code, text = _outcome("backup", backups, address=cluster.address)
+        assert (code, chunk.name in text) == (1, True)
+        _flip(chunk)
+        code, _ = _outcome("backup", backups, address=cluster.address)
+        assert code == 0
+        code, text = _outcome("backup", backups, "--verify", address="")
+        assert code == 0
+        _flip(tmp_path / "backups" / "blobs" / chunk.name[:2] / chunk.name)
+        code, text = _outcome("backup", backups, "--verify", address="")
+        assert (code, chunk.name in text) == (1, True)
+        elsewhere = str(tmp_path / "elsewhere")
+        code, text = _outcome("restore", backups, "--state", elsewhere, address="")
+        assert (code, "is damaged" in text) == (6, True)
+        # The next backup fetches it again.
+        assert _outcome("backup", backups, address=cluster.address)[0] == 0
+        assert _outcome("backup", backups, "--verify", address="")[0] == 0
