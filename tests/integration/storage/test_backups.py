@@ -123,9 +123,17 @@ async def test_one_that_is_broken_off_leaves_the_former_and_is_ended_by_the_next
     await asyncio.to_thread(full.close)
     assert folder.names() == [first.snapshot.name]
     assert check(folder, folder.load()) == []
+    # As one leaves it that is killed before its manifest is there.
+    snapshots = folder.path / "snapshots"
+    left = [snapshots / "20990101-a.rows", snapshots / ".20990101-a.json.partial"]
+    for path in left:
+        path.write_bytes(b"half")
     second = await asyncio.to_thread(save, remote, folder)
     assert second.new_blobs == BLOBS - 5
     assert second.snapshot.blobs == 2 * BLOBS
+    folder._tidy()
+    assert not any(path.exists() for path in left)
+    assert [check(folder, folder.load(name)) for name in folder.names()] == [[], []]
 
 
 async def test_a_connection_that_breaks_is_no_damage(client, remote, folder, digests):

@@ -6,7 +6,7 @@ import pytest
 COMMANDS = [
     *("up", "down", "status", "doctor", "submit", "train", "jobs", "show", "watch", "cancel"),
     *("pause", "resume", "retry", "delete", "verify", "logs", "metrics", "events", "workers"),
-    *("drain", "predict", "gc", "health", "chaos", "backup", "restore", "scrub"),
+    *("drain", "predict", "gc", "health", "chaos", "backup", "scrub"),
 ]
 GROUPS = {
     "data": ["add", "list", "show", "delete"],
@@ -15,7 +15,8 @@ GROUPS = {
     "certs": ["init", "issue", "renew", "list"],
     "token": ["create", "list", "revoke"],
 }
-SERVICES = ["coordinator", "aggregator", "worker", "storage"]
+PROGRAMS = ["coordinator", "aggregator", "worker", "storage", "restore"]
+"""Commands that hand their options on to a program of their own."""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -38,7 +39,7 @@ def test_help_lists_every_command_and_fits_80_columns(offline):
     outcome = offline("--help")
     assert outcome.code == 0
     words = outcome.out.split()
-    for command in [*COMMANDS, *GROUPS, *SERVICES]:
+    for command in [*COMMANDS, *GROUPS, *PROGRAMS]:
         assert command in words
     assert max(map(len, outcome.out.splitlines())) <= 80
 
@@ -55,7 +56,7 @@ def test_paragraphs_fill_80_columns_and_flags_ask_for_no_value(offline):
 
 def test_each_summary_fits_one_line(offline):
     lines = offline("--help").out.splitlines()
-    for command in [*COMMANDS, *GROUPS, *SERVICES]:
+    for command in [*COMMANDS, *GROUPS, *PROGRAMS]:
         summary = next(line for line in lines if line.startswith(f"│ {command} "))
         assert summary.rstrip(" │").endswith(".")
 

@@ -132,7 +132,7 @@ COUNTED = ("leader", "generation", "available", "connected", "allowed", "waiting
 @pytest.mark.parametrize("service", CONTRACT)
 def test_names_end_with_a_base_unit_or_with_what_is_counted(service: type) -> None:
     things = "workers|slots|jobs|step|steps|examples|aggregators|versions|records|letters|open"
-    endings = (*UNIT_SUFFIXES, *COUNTED, *things.split("|"))
+    endings = (*UNIT_SUFFIXES, *COUNTED, *things.split("|"), "corruptions")
     for name, (kind, _) in CONTRACT[service].items():
         assert name.endswith(endings), name
         assert name.endswith("_total") == (kind == COUNTER), name
