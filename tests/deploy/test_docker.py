@@ -23,7 +23,7 @@ from phalanx.testing.datasets import REPOSITORY
 from phalanx.testing.object_server import ObjectServer
 from phalanx.testing.postgres_server import PostgresServer
 from phalanx.testing.tcp_proxy import TcpProxy
-from phalanx.v1 import job_service_pb2, job_service_pb2_grpc
+from phalanx.v1 import cluster_service_pb2, job_service_pb2, job_service_pb2_grpc
 from phalanx.v1.job_spec_pb2 import JobSpec
 from tests.deploy import noise_job
 from tests.deploy.engine import (
@@ -349,6 +349,19 @@ def kill_one_with_shards(compose: Compose, cluster: phalanx.Cluster, job: Job) -
     )
     compose.docker.docker("kill", worker.removeprefix("worker-"))
     return str(worker)
+
+
+def test_more_workers_are_a_matter_of_one_command(compose: Compose, tmp_path: Path) -> None:
+    """Those that were killed come back with it."""
+    compose("up", "--detach", "--no-build", "--scale", "worker=8", *SERVICES)
+    with compose.connect(tmp_path) as cluster:
+        wait_until(lambda: len(ready_workers(cluster)) == 8, "eight workers")
+    compose("up", "--detach", "--no-build", *SERVICES)
+
+
+def ready_workers(cluster: phalanx.Cluster) -> list[str]:
+    ready = cluster_service_pb2.Worker.STATE_READY
+    return [each.id for each in cluster.workers() if each.state == ready]
 
 
 def test_the_profile_chaos_kills_a_worker_and_brings_it_back(compose: Compose) -> None:
