@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -65,6 +66,11 @@ def target(harness, tmp_path: Path, request) -> Iterator[Places]:
     if harness.backend.name == "embedded":
         objects = request.getfixturevalue("object_server")
         yield Places(tmp_path / "target", "", f"{objects.create_bucket(tmp_path.name)}/here")
+    elif harness.backend.name == "sqlite+s3":
+        postgres = request.getfixturevalue("postgres_server")
+        name = f"target-{uuid4().hex}"
+        yield Places(tmp_path / "target", postgres.create_database(name))
+        postgres.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
     else:
         yield Places(tmp_path / "target")
 
