@@ -110,3 +110,9 @@ def test_damage_is_told_by_name_and_exit_code(tmp_path: Path) -> None:
         # The next backup fetches it again.
         assert _outcome("backup", backups, address=cluster.address)[0] == 0
         assert _outcome("backup", backups, "--verify", address="")[0] == 0
+        # One of damaged storage takes nobody's place.
+        before = sorted((tmp_path / "backups" / "snapshots").glob("*.json"))
+        (tmp_path / "backups" / "blobs" / chunk.name[:2] / chunk.name).unlink()
+        _flip(chunk)
+        code, _ = _outcome("backup", backups, "--keep", "1", address=cluster.address)
+        assert (code, all(path.exists() for path in before)) == (1, True)

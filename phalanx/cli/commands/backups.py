@@ -86,12 +86,11 @@ def backup(
         return
     opened = BackupFolder(folder, create=not prune)
     with opened.locked(alone=True):
-        if not prune:
-            is_whole = _save(opened, settings)
+        # Those that are whole do not make room for one that is not.
+        if not prune and not _save(opened, settings):
+            raise typer.Exit(FOUND_DAMAGE)
         if keep:
             _prune(opened, keep, settings)
-    if not prune and not is_whole:
-        raise typer.Exit(FOUND_DAMAGE)
 
 
 def restore(context: typer.Context) -> None:
