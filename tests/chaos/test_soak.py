@@ -18,22 +18,20 @@ from phalanx.testing.arena import arena, undisturbed_sha256_of, unhurried_job
 
 DURATION_S = float(os.environ.get("PHALANX_SOAK_S", "120"))
 GUARD_S = DURATION_S + 300
+LEAF_S = 0.05
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(GUARD_S + 120)
-def test_random_faults_change_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_random_faults_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seed = int(os.environ.get("PHALANX_SOAK_SEED", random.randrange(1_000_000)))
-    # About as many steps as the time allows without a fault, at three leaves of 0.05 s each.
+    # About as many steps as the time allows without a fault, at three leaves of LEAF_S each.
     job = unhurried_job(steps=round((DURATION_S + 10) / 0.2))
     expected = undisturbed_sha256_of(job, tmp_path)
-    monkeypatch.setenv("PHALANX_TEST_LEAF_S", "0.05")
     options = ChaosOptions(
         mix=tuple(FAULTS.values()), every_s=4.0, duration_s=DURATION_S, baseline_s=5.0, seed=seed
     )
-    with arena(tmp_path, 4, controls=2, aggregators=2) as ring:
+    with arena(tmp_path, 4, leaf_s=LEAF_S, controls=2, aggregators=2) as ring:
         handle = ring.cluster.submit(job)
         victims = LocalVictims(ring.cluster.state_dir)
         chaos = Chaos(ring.cluster, handle, victims, options)
