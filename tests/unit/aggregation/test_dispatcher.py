@@ -388,6 +388,38 @@ def test_nothing_is_handed_out_while_the_journal_is_far_behind() -> None:
     assert tasks_of(effects)
 
 
+@pytest.mark.parametrize("thief", ["worker-2", "worker-1"])
+def test_a_worker_completes_only_what_it_was_given(thief: str) -> None:
+    dispatcher = begun(3)
+    opened = dispatcher.handle(WorkerOpened(1, "worker-1", 1), 0.0)
+    (sent,) = sends(opened)
+    (mine,) = sent.tasks[:1]
+    others = [task for task in range(3) if task != mine]
+    number = sent.first_attempt
+    claims = [
+        TaskAttempt(task=others[0], attempt=number),
+        TaskAttempt(task=others[0], attempt=number + 1000),
+        TaskAttempt(task=others[1], attempt=1),
+        *([TaskAttempt(task=mine, attempt=number)] if thief != "worker-1" else []),
+    ]
+    for session, claim in enumerate(claims, 2):
+        effects = dispatcher.handle(WorkerOpened(session, thief, 1, [claim]), 0.1)
+        settled = [each for send in sends(effects) for each in send.settled]
+        assert claim.attempt in settled
+        effects = dispatcher.handle(Reported(session, [done(claim.task, claim.attempt)]), 0.2)
+        assert not [each for each in effects if isinstance(each, Append)]
+        dispatcher.handle(WorkerClosed(session), 0.3)
+
+
+def test_what_an_earlier_owner_gave_is_believed() -> None:
+    before = begun(1)
+    number = sends(before.handle(WorkerOpened(1, "worker-1", 1), 0.0))[0].first_attempt
+    after = begun(1, term=2)
+    held = [TaskAttempt(task=0, attempt=number)]
+    assert not tasks_of(after.handle(WorkerOpened(1, "worker-1", 1, held), 0.0))
+    assert append_of(after.handle(Reported(1, [done(0, number)]), 0.1)).results
+
+
 def test_attempts_of_an_owner_that_begins_again_have_other_numbers() -> None:
     first, second = Dispatcher(1, 7, 3, 0), Dispatcher(1, 7, 3, 0)
     second.restore(first.begin())

@@ -51,6 +51,9 @@ ATTEMPTS_AT_ONCE = 2
 TERM_SHIFT, BEGUN_SHIFT = 40, 32
 """Where term and beginning stand in the number of an attempt."""
 
+FIRST_NUMBER = 1 << TERM_SHIFT
+"""All attempts of all terms have greater numbers."""
+
 
 class State(IntEnum):
     """Where a task stands."""
@@ -118,7 +121,9 @@ class Dispatcher:
         """Those of them that succeeded → when they were handed out, plus what the call took."""
         self._unwritten = Unwritten(term)
         self._pace = Pace()
-        self._begun = self._numbers = 0
+        self._begun = self._numbers = self._first_number = 0
+        self._given: dict[int, dict[int, str]] = {}
+        """Tasks without a result → the attempts of this owner → who was given them."""
         self._now_s = 0.0
         self._ticked_s: float | None = None
         self._pause_until_s: float | None = None
@@ -147,6 +152,7 @@ class Dispatcher:
         """
         # The numbers of attempts of an owner that began this very term before stay its own.
         self._numbers = (self.term << TERM_SHIFT) + (self._begun << BEGUN_SHIFT)
+        self._first_number = self._numbers
         record = TaskRecord(term=self.term, began=True)
         if self._too_many_given_up():
             record.tried_anew.extend(
@@ -223,10 +229,18 @@ class Dispatcher:
             not 0 <= held.task < self.total
             or self._state[held.task] >= State.REPORTED
             or held.attempt in self._counted  # it has not heard that its failure was heard
+            or not self._was_given(peer.worker_id, held)
         ):
             peer.settled.append(held.attempt)
         else:
             self._lease(peer, held.task, held.attempt)
+
+    def _was_given(self, worker_id: str, held: TaskAttempt) -> bool:
+        """Say whether an attempt is one that a worker can have: nobody completes what he only says
+        that he was given. Whom an earlier owner gave what is in no journal, and is believed."""
+        if held.attempt > self._first_number:
+            return self._given.get(held.task, {}).get(held.attempt) == worker_id
+        return held.attempt > FIRST_NUMBER
 
     def _closed(self, session: int) -> None:
         peer = self._peers.pop(session, None)
@@ -319,6 +333,7 @@ class Dispatcher:
         if self._state[result.task] == State.WAITING:
             self._waiting -= 1
         self._state[result.task] = State.REPORTED
+        self._given.pop(result.task, None)
         self._unwritten.add_result(result)
         for other in self._leases.pop(result.task, []):
             for peer in self._peers.values():
@@ -429,6 +444,7 @@ class Dispatcher:
         for task in given:
             self._numbers += 1
             self._lease(peer, task, self._numbers)
+            self._given.setdefault(task, {})[self._numbers] = peer.worker_id
         settled, peer.settled = tuple(peer.settled), []
         self._effects.append(Send(peer.session, given, first, settled))
 
