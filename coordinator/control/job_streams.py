@@ -82,7 +82,8 @@ class JobStreams:
         for line in message.lines:
             if len(held) >= HELD_LINES_MAX:
                 return
-            line.worker_id = line.worker_id or member_id
+            # Whoever sends it: a line cannot say that it is somebody else's.
+            line.worker_id = member_id
             line.text = line.text[:LINE_LIMIT_CHARACTERS]
             held.append(line)
 

@@ -180,6 +180,15 @@ async def test_points_and_lines_are_written_and_read_again() -> None:
     assert kept == [("w1", "line 0"), ("w1", "line 1"), ("w1", "line 2")]
 
 
+async def test_a_line_is_its_sender_s_whatever_it_says() -> None:
+    store: Any = MemoryStore()
+    streams = JobStreams(store)
+    forged = JobLogLine(worker_id="w2", text="all is well")
+    streams.add_lines(JobLogLines(job_id="job-1", lines=[forged]), "w1")
+    await streams.flush()
+    assert [line.worker_id async for _, line in streams.lines("job-1", 0)] == ["w1"]
+
+
 class AwayStore(MemoryStore):
     """Reads fail, too, while it is away; `insist` tries again once it is back."""
 
