@@ -117,7 +117,7 @@ def _grid(caller: Caller, sweep: job_spec_pb2.Sweep, path: str) -> None:
         whole = any(
             value.WhichOneof("kind") in {"struct_value", "list_value"} for value in values.values
         )
-        if whole or parts[0] == "code" or parts[-1] == "entrypoint":
+        if whole or parts[0] == "code" or parts[-1] in _CODE_NAMES:
             caller.check_code(path)
         if (whole or parts[-1] in _NAMES) and not caller.acts_everywhere:
             raise PermissionDenied(
@@ -139,6 +139,10 @@ _NAMES = frozenset({"namespace", "name", "model", "job"})
 """Last parts of the paths of fields that name something."""
 
 
+_CODE_NAMES = frozenset({"entrypoint", "module"})
+"""Last parts of the paths of fields that name code."""
+
+
 def _code(spec: job_spec_pb2.JobSpec) -> Iterator[str]:
     """Fields that make workers run what the caller says."""
     if spec.code.files or spec.code.wheels:
@@ -147,6 +151,8 @@ def _code(spec: job_spec_pb2.JobSpec) -> Iterator[str]:
         yield "tasks.entrypoint"
     if spec.train.model.custom.entrypoint:
         yield "train.model.custom.entrypoint"
+    if spec.train.model.torch.module:
+        yield "train.model.torch.module"
 
 
 def check_stream(caller: Caller, stream: str) -> None:
@@ -175,6 +181,9 @@ def _pins(caller: Caller, request: Any) -> None:
     if caller.role is not None:
         if not request.holder.startswith(WHEEL_HOLDER):
             raise _not_this(caller, f"what {request.holder[:128]!r} pins")
+        if not all(pin.HasField("blob") for pin in request.pins):
+            # It would keep others, of whatever namespace, from deleting them.
+            raise _not_this(caller, "a pin of a data set or a model")
         caller.check_code("holder")
     elif _CONTROL not in caller.services and "/" not in request.holder:
         # An aggregator pins results of tasks, as JOB/ATTEMPT.

@@ -239,6 +239,8 @@ def test_every_field_of_a_spec_that_names_something_stored_is_looked_at():
         {"code": {"wheels": ["0" * 64]}},
         {"tasks": {"entrypoint": "os:system"}},
         {"train": {"model": {"custom": {"entrypoint": "os:system"}}}},
+        {"train": {"model": {"torch": {"module": "os:system"}}}},
+        {"sweep": {"grid": {"train.model.torch.module": ["os:system"]}}},
         {"sweep": {"base": {"tasks": {"entrypoint": "os:system"}}}},
         {"sweep": {"base": {"code": {"files": {"net.py": "x = 1"}}}}},
         {"sweep": {"grid": {"train.model.custom.entrypoint": ["os:system"]}}},
@@ -300,6 +302,18 @@ def test_pins_belong_to_those_who_set_them():
     assert not _refused(pins, NODES["aggregator"], of("job-1/7"))
     assert _refused(pins, NODES["aggregator"], of("job-1")) == "NOT_YOURS"
     assert not _refused(pins, NODES["control"], of("job-1"))
+
+
+def test_people_pin_wheels_and_nothing_that_others_could_not_delete_then():
+    def of(**pin):
+        pins = [storage_service_pb2.Pin(blob="0" * 64), storage_service_pb2.Pin(**pin)]
+        return storage_service_pb2.SetPinsRequest(holder="code.0123", pins=pins)
+
+    version = {"namespace": "speech", "name": "letters", "version": 1}
+    for what in ("dataset", "model"):
+        for caller in (CODER, ADMIN):
+            assert _refused("StorageService/SetPins", caller, of(**{what: version})) == "NOT_YOURS"
+    assert not _refused("StorageService/SetPins", CODER, of(blob="1" * 64))
 
 
 def test_checkpoints_take_a_token_for_all_namespaces():
