@@ -11,12 +11,15 @@ than SHA-256 is needed to keep them from being guessed.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -125,11 +128,6 @@ def create(
 
     Raises InvalidArgument, AlreadyExists and FailedPrecondition.
     """
-    entries = _read(path) if path.exists() else []
-    if any(entry.name == name for entry in entries):
-        raise AlreadyExists(
-            f"{path} has a token of {name!r} already; revoke it first, or take another name"
-        )
     token = PREFIX + secrets.token_urlsafe(32)
     entry = TokenEntry(
         check_name(name, "the name"),
@@ -141,17 +139,24 @@ def create(
     )
     # As the file would be read.
     _entry(entry.to_json())
-    _write(path, [*entries, entry])
+    with _alone(path):
+        entries = _read(path) if path.exists() else []
+        if any(each.name == name for each in entries):
+            raise AlreadyExists(
+                f"{path} has a token of {name!r} already; revoke it first, or take another name"
+            )
+        _write(path, [*entries, entry])
     return token
 
 
 def revoke(path: Path, name: str) -> None:
     """Take a token out of the file. Raises NotFound."""
-    entries = _read(path)
-    left = [entry for entry in entries if entry.name != name]
-    if len(left) == len(entries):
-        raise NotFound(f"{path} has no token of {name!r}")
-    _write(path, left)
+    with _alone(path):
+        entries = _read(path)
+        left = [entry for entry in entries if entry.name != name]
+        if len(left) == len(entries):
+            raise NotFound(f"{path} has no token of {name!r}")
+        _write(path, left)
 
 
 def entries_of(path: Path) -> list[TokenEntry]:
@@ -247,6 +252,21 @@ def _by_hash(entries: Sequence[TokenEntry]) -> dict[str, TokenEntry]:
 
 def _broken(what: str) -> FailedPrecondition:
     return FailedPrecondition(f"the file of tokens cannot be used: {what}", reason="BAD_TOKEN_FILE")
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let nobody else change the file meanwhile: a token that is being revoked must not come back
+    with one that is being made. The folder is locked, as the file itself is replaced."""
+    try:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise FailedPrecondition(f"cannot read {path.parent}: {error.strerror}") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _read(path: Path) -> list[TokenEntry]:

@@ -1,7 +1,9 @@
 """The file of tokens."""
 
+import fcntl
 import json
 import stat
+import threading
 
 import pytest
 
@@ -114,6 +116,38 @@ def test_names_are_taken_once_and_only_known_ones_revoked(path):
     with pytest.raises(InvalidArgument):
         tokens.create(path, "Bob Brown", Role.VIEWER)
     assert [entry.name for entry in tokens.entries_of(path)] == ["ann"]
+
+
+def test_a_token_that_is_being_revoked_does_not_come_back_with_another_one(path, monkeypatch):
+    tokens.create(path, "ann", Role.ADMIN)
+    revoking = threading.Thread(target=tokens.revoke, args=(path, "ann"))
+    moved = threading.Event()
+    write, lock = tokens._write, fcntl.flock
+
+    def lock_tellingly(*arguments):
+        if threading.current_thread() is revoking:
+            moved.set()
+        lock(*arguments)
+
+    def write_late(path, entries):
+        # What was read before is written after another one has changed the file, if that can be.
+        if threading.current_thread() is not revoking and not moved.is_set():
+            revoking.start()
+            assert moved.wait(20)
+        write(path, entries)
+        if threading.current_thread() is revoking:
+            moved.set()
+
+    monkeypatch.setattr(fcntl, "flock", lock_tellingly)
+    monkeypatch.setattr(tokens, "_write", write_late)
+    tokens.create(path, "bob", Role.VIEWER)
+    revoking.join(20)
+    assert [entry.name for entry in tokens.entries_of(path)] == ["bob"]
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(FailedPrecondition, match="No such file"):
+        tokens.create(tmp_path / "missing" / "tokens.json", "ann", Role.VIEWER)
 
 
 def test_the_file_of_a_person_holds_one_line(tmp_path):
