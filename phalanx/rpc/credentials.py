@@ -136,7 +136,8 @@ class ServerKeys:
                 _log.warning("keys_not_read", reason=type(error).__name__)
                 return None
             with lock:
-                if version == known:
+                # A handshake that looked before another one must not bring the keys before back.
+                if version <= known:
                     return None
                 known = version
             _log.info("keys_changed")

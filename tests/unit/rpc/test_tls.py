@@ -438,3 +438,19 @@ def test_keys_that_cannot_be_used_are_told_at_the_start(ring):
     with pytest.raises(FailedPrecondition, match="file of tokens") as refused:
         ring.server("storage")
     assert "phx_secret" not in str(refused.value)
+
+
+async def test_a_handshake_that_looked_before_another_does_not_bring_old_keys_back(
+    ring, monkeypatch
+):
+    fetched = []
+    monkeypatch.setattr(
+        grpc, "dynamic_ssl_server_credentials", lambda _, fetch, **__: fetched.append(fetch)
+    )
+    keys = ring.server("control")
+    keys.credentials(mutual=True)
+    (fetch,) = fetched
+    version, _ = keys._watched.read()
+    answers = [(version + 2, "newest"), (version + 1, "older"), (version + 2, "newest")]
+    monkeypatch.setattr(keys._watched, "read", lambda: answers.pop(0))
+    assert [fetch(), fetch(), fetch()] == ["newest", None, None]
