@@ -51,14 +51,23 @@ def option(
     *,
     check: Check | None = None,
     common: bool = False,
+    secret: bool = False,
 ) -> Any:
     """Declare a field of a configuration; ``check`` says what is wrong with a value, if anything.
+
+    A value that may have a ``secret`` in it is in no message.
 
     A default of ``...`` makes the field required. Types: str, int, float, bool, Path, ``X | None``
     (empty text is None) and ``tuple[str, ...]`` (comma separated, or the flag repeated). Fields
     named ``*_bytes`` take ``10GiB`` and ``64M``.
     """
-    metadata = {"help": help, "check": check, "common": common, "required": default is ...}
+    metadata = {
+        "help": help,
+        "check": check,
+        "common": common,
+        "secret": secret,
+        "required": default is ...,
+    }
     return field(default=None if default is ... else default, metadata=metadata)
 
 
@@ -324,16 +333,17 @@ def build(
             if item.metadata["required"]:
                 violations.append(Violation(origin, "is required"))
             continue
+        shown = "the value" if item.metadata["secret"] else repr(text)
         try:
             value = _convert(text, hints[item.name], item.name)
         except ValueError as error:
-            violations.append(Violation(origin, f"{text!r} {error}"))
+            violations.append(Violation(origin, f"{shown} {error}"))
             continue
         check: Check | None = item.metadata["check"]
         wrong = check(value) if check is not None else None
         if wrong is not None:
             violations.append(
-                Violation(origin, f"{text!r} {wrong}" if text not in wrong else wrong)
+                Violation(origin, f"{shown} {wrong}" if text not in wrong else wrong)
             )
         values[item.name] = value
     if not violations:

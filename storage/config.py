@@ -29,12 +29,14 @@ class StorageConfig(TokensConfig):
         "in the state folder. What it does not say (PGUSER, PGPASSWORD, …) is taken from the "
         "environment.",
         check=url_of("postgresql", "postgres"),
+        secret=True,
     )
     blobs: str = option(
         "",
         "Where blobs are: s3://BUCKET/PREFIX; empty for the state folder. Credentials, region and "
         "endpoint (AWS_…) are taken from the environment.",
         check=url_of("s3"),
+        secret=True,
     )
     reserve_bytes: int = option(
         32 * 1024 * 1024,

@@ -100,7 +100,7 @@ class PostgresDatabase:
 
     def __init__(self, url: str) -> None:
         self._id = uuid4().hex
-        self._settings = _CONNECTION | conninfo_to_dict(url)
+        self._settings = _CONNECTION | _parsed(url)
         self._stopping = threading.Event()
         self._writer: RawConnection | None = None
         self._pool: ConnectionPool[RawConnection] = ConnectionPool(
@@ -132,6 +132,9 @@ class PostgresDatabase:
     def _migrate(self) -> None:
         # In a session of its own, for which no time is too long.
         with psycopg.connect(**self._settings) as raw:
+            # Whatever is the default of the database: after waiting for another process to migrate,
+            # a snapshot from before would not show what it did.
+            raw.isolation_level = IsolationLevel.READ_COMMITTED
             connection = PostgresConnection(raw)
             migrate(connection)
             (fsync,) = connection.execute("SELECT current_setting('fsync')").fetchone()
@@ -261,6 +264,25 @@ class PostgresDatabase:
                 _log.warning("database_away", message=str(error).strip())
             self._stopping.wait(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _parsed(url: str) -> dict[str, Any]:
+    """Return what a URL says; where it is none no part of it is told, as it may be a password."""
+    try:
+        settings = conninfo_to_dict(url)
+    except psycopg.Error:
+        settings = {}
+    # A password with a plain "@" or "/" ends early, and its rest would be told as a name.
+    misplaced = any("@" in str(settings.get(name, "")) for name in ("host", "port", "dbname"))
+    if not settings or misplaced:
+        # From None: the other error quotes what it does not understand.
+        raise FailedPrecondition(
+            "the URL of the database is none that PostgreSQL takes; write "
+            "postgresql://USER@HOST:PORT/DATABASE, with what is special in a user or password "
+            "percent-encoded (%40 for @, %25 for %), or give the password in PGPASSWORD",
+            reason="STATE_UNUSABLE",
+        ) from None
+    return settings
 
 
 def _run_in_savepoint(raw: RawConnection, job: Job) -> None:

@@ -459,6 +459,28 @@ def test_of_several_processes_that_start_together_one_migrates(postgres_server, 
         database.close()
 
 
+def test_who_waited_for_another_to_migrate_sees_what_it_did(postgres_server, name):
+    postgres_server.execute(
+        f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'repeatable read'"
+    )
+    url = postgres_server.url(name)
+    opened = []
+    thread = threading.Thread(target=lambda: opened.append(PostgresDatabase(url)))
+    waiting = (
+        "SELECT count(*) FROM pg_locks JOIN pg_database ON pg_database.oid = database "
+        "WHERE datname = %s AND locktype = 'advisory' AND NOT granted"
+    )
+    with psycopg.connect(url) as raw, psycopg.connect(url, autocommit=True) as looking:
+        migrate(PostgresConnection(raw))
+        thread.start()
+        while thread.is_alive() and looking.execute(waiting, (name,)).fetchone() == (0,):
+            pass
+        raw.commit()
+    thread.join(GUARD_S)
+    (database,) = opened
+    database.close()
+
+
 def test_durability_does_not_depend_on_the_defaults_of_the_database(postgres_server, name):
     postgres_server.execute(f'ALTER DATABASE "{name}" SET synchronous_commit = off')
     postgres_server.execute(

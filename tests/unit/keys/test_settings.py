@@ -102,3 +102,10 @@ def test_keys_come_from_one_place_for_all_services(tmp_path):
         config = build(service, flags, environ)
         assert config.tls_certificate == Path("/keys/tls.crt")
         assert getattr(config, "tokens", Path("/keys/tokens.json")) == Path("/keys/tokens.json")
+
+
+def test_a_password_in_a_url_of_the_wrong_kind_is_not_repeated():
+    for name in ("metadata", "blobs"):
+        wrong = _wrong(StorageConfig, **{name: "mysql://ann:s3cret@db/phalanx"})
+        assert "must begin with" in wrong[f"--{name}"]
+        assert "s3cret" not in wrong[f"--{name}"]
