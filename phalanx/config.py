@@ -342,9 +342,7 @@ def build(
         check: Check | None = item.metadata["check"]
         wrong = check(value) if check is not None else None
         if wrong is not None:
-            violations.append(
-                Violation(origin, f"{shown} {wrong}" if text not in wrong else wrong)
-            )
+            violations.append(Violation(origin, f"{shown} {wrong}" if text not in wrong else wrong))
         values[item.name] = value
     if not violations:
         if not values.get("id"):
