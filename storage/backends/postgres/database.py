@@ -152,7 +152,14 @@ class PostgresDatabase:
         return self._writing.run(act, alone=alone)
 
     def read(self, act: Act[ResultT]) -> ResultT:
-        """Run ``act``, which only reads, on one consistent state; return its result."""
+        """Run ``act``, which only reads, on one consistent state; return its result.
+
+        Inside an act it reads with that one's transaction, before which all writers wait: it must
+        not wait itself for a reader's connection.
+        """
+        if self._writing.is_current:
+            assert self._writer is not None
+            return act(PostgresConnection(self._writer))
 
         def attempt() -> ResultT:
             with self._pool.connection() as raw:

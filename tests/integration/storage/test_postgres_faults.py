@@ -499,6 +499,37 @@ def test_durability_does_not_depend_on_the_defaults_of_the_database(postgres_ser
     database.close()
 
 
+def test_an_act_that_reads_waits_for_no_reader(postgres_server, name, monkeypatch):
+    """It has the lock, and all other processes would wait with it."""
+    monkeypatch.setattr(database_module, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(database_module, "_READERS", 2)
+    database = PostgresDatabase(postgres_server.url(name))
+    began, end = threading.Barrier(3), threading.Event()
+
+    def read_long(_):
+        began.wait(GUARD_S)
+        assert end.wait(GUARD_S)
+
+    readers = [threading.Thread(target=database.read, args=(read_long,)) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    began.wait(GUARD_S)
+
+    def act(connection):
+        connection.execute("INSERT INTO jobs VALUES ('job-1', 7, 0)")
+        return database.read(
+            lambda reading: reading.execute("SELECT term FROM jobs").fetchone(),
+        )
+
+    try:
+        assert database.write(act) == (7,)
+    finally:
+        end.set()
+        for reader in readers:
+            reader.join(GUARD_S)
+        database.close()
+
+
 def test_readers_cannot_write(postgres_server, name, opened):
     database = opened(postgres_server.url(name)).catalog._database
     with pytest.raises(Internal, match="read-only"):
