@@ -92,7 +92,8 @@ def group_of(core: Core, job: JobRuntime) -> Group:
     excluded: dict[str, str] = {}
     for worker in core.workers.values():
         if worker.connected and worker.state == WorkerView.STATE_QUARANTINED:
-            excluded[worker.id] = f"it is quarantined: {worker.reason}"
+            # Why names the job that found it out, which may be one of another namespace.
+            excluded[worker.id] = "it is quarantined (`phalanx workers` says why)"
         if not worker.connected or worker.state not in TAKES_WORK:
             continue
         why = misfit(facts, worker, job.described.layout if job.described else None)

@@ -215,6 +215,16 @@ def test_a_job_with_nobody_but_quarantined_workers_says_so(running: Any) -> None
     assert "w1 is left out: it is quarantined" in running.job().message
 
 
+def test_a_job_does_not_hear_which_job_of_others_found_a_worker_out(running: Any) -> None:
+    report(running, 7, outvoted("w1"), outvoted("w2"), outvoted("w3"))
+    running.submit("job-2", edit=lambda spec: setattr(spec, "namespace", "vision"))
+    told = running.job("job-2").message + "".join(
+        each.message for each in running.events if each.job_id == "job-2"
+    )
+    assert "w1 is left out: it is quarantined" in told
+    assert "job-1" not in told
+
+
 def test_all_that_may_be_asked_for_a_copy_hear_of_shards_that_are_left_out(cluster: Any) -> None:
     cluster.aggregator()
     for name in ("w1", "w2", "w3"):
