@@ -280,7 +280,7 @@ def wheel_of(record: bytes) -> str:
     """Return the SHA-256 in a record of the stream of wheels; empty where there is none."""
     try:
         return str(json.loads(record)["sha256"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 

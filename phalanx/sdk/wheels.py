@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -62,11 +63,23 @@ class Wheels:
     def list(self) -> list[Wheel]:
         """Return all stored wheels, oldest first."""
         request = storage_service_pb2.ReadJournalRequest(stream=STREAM)
-        return [
-            Wheel(**json.loads(record.payload))
+        found = (
+            _wheel_in(record.payload)
             for answer in self._backend.stream(methods.READ_JOURNAL, request)
             for record in answer.records
-        ]
+        )
+        return [wheel for wheel in found if wheel is not None]
+
+
+def _wheel_in(record: bytes) -> Wheel | None:
+    """Return the wheel in a record; None where somebody left something else for all others."""
+    try:
+        fields = json.loads(record)
+        return Wheel(
+            str(fields["file_name"]), str(fields["sha256"]), operator.index(fields["size_bytes"])
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _read_wheel(file: Path) -> bytes:
