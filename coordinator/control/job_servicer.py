@@ -21,7 +21,7 @@ from coordinator.control.core.views import job_view
 from coordinator.control.paging import Page
 from coordinator.control.submission import Submissions
 from coordinator.control.turns import Turns
-from coordinator.control.visibility import check_job
+from coordinator.control.visibility import check_job, subjects_hidden
 from coordinator.control.watching import watch
 from phalanx.errors import (
     Aborted,
@@ -71,7 +71,8 @@ class JobServicer(pb_grpc.JobServiceServicer):
             raise InvalidArgument(f"spec {message}", violations=[Violation("spec", message)])
         remembered = remember("SubmitJob", request)
         if not request.validate_only:
-            before = await leader.answered_before(remembered)
+            with subjects_hidden(leader.core.facts):
+                before = await leader.answered_before(remembered)
             if isinstance(before, pb.SubmitJobResponse):
                 return before
         leader.check_storage()
@@ -96,7 +97,10 @@ class JobServicer(pb_grpc.JobServiceServicer):
         self._submissions.under_way.add(submitted.job_id)
         try:
             await self._store(leader, submitted, dataset)
-            answer = await leader.request(lambda token: ev.SubmitJob(token, submitted, remembered))
+            with subjects_hidden(leader.core.facts):
+                answer = await leader.request(
+                    lambda token: ev.SubmitJob(token, submitted, remembered)
+                )
         finally:
             self._submissions.under_way.discard(submitted.job_id)
             # Refused, given up, or the second of two calls with one request id.
@@ -285,7 +289,8 @@ class JobServicer(pb_grpc.JobServiceServicer):
     ) -> Message:
         leader = self._leader_for(request)
         remembered = remember(method, request)
-        return await leader.request(lambda token: make(token, remembered))
+        with subjects_hidden(leader.core.facts):
+            return await leader.request(lambda token: make(token, remembered))
 
 
 def remember(method: str, request: Message) -> RememberedRequest:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from coordinator.control.core.facts import Facts
+from phalanx.errors import AlreadyExists
 from phalanx.keys.caller import current_caller
 from phalanx.v1 import cluster_service_pb2 as pb
 
@@ -26,6 +30,20 @@ def is_visible(facts: Facts, job_id: str) -> bool:
         return True
     job = facts.jobs.get(job_id)
     return job is not None and caller.may_act_in(job.spec.namespace)
+
+
+@contextlib.contextmanager
+def subjects_hidden(facts: Facts) -> Iterator[None]:
+    """Have whoever uses the request id of somebody else not hear which job that was about."""
+    try:
+        yield
+    except AlreadyExists as error:
+        if is_visible(facts, error.details.get("subject", "")):
+            raise
+        raise AlreadyExists(
+            "this request id was used for another request; use a new id for a new request",
+            reason=error.reason,
+        ) from None
 
 
 def hide_jobs(facts: Facts, view: pb.Worker) -> pb.Worker:

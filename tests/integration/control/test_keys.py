@@ -161,6 +161,31 @@ async def test_jobs_of_other_namespaces_are_neither_seen_nor_touched(
     assert isinstance(await _error(bob.ListJobs(named, timeout=GUARD_S)), PermissionDenied)
 
 
+async def test_a_request_id_of_somebody_else_does_not_tell_of_the_job(
+    cluster: SharedCluster,
+) -> None:
+    await cluster.start()
+    ring = cluster.ring
+    ann, bob = (
+        cluster.jobs(ring.token(name, namespaces=[space], permissions=[CODE]))
+        for name, space in (("ann", "vision"), ("bob", "speech"))
+    )
+    first = _submission("vision", request_id="nightly")
+    job = (await ann.SubmitJob(first, timeout=GUARD_S)).job
+    own = (await bob.SubmitJob(_submission("speech"), timeout=GUARD_S)).job
+    cancel = job_service_pb2.CancelJobRequest(job_id=own.id, request_id="nightly")
+    for call in (
+        bob.SubmitJob(_submission("speech", request_id="nightly"), timeout=GUARD_S),
+        bob.CancelJob(cancel, timeout=GUARD_S),
+    ):
+        refused = await _error(call)
+        assert refused.reason == "REQUEST_ID_REUSED"
+        assert job.id not in f"{refused} {refused.details}"
+    again = _submission("vision", "other", request_id="nightly")
+    refused = await _error(ann.SubmitJob(again, timeout=GUARD_S))
+    assert refused.details["subject"] == job.id
+
+
 async def test_events_and_views_of_workers_tell_nothing_of_other_namespaces(
     cluster: SharedCluster,
 ) -> None:
