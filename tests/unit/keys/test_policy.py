@@ -14,6 +14,7 @@ from phalanx.errors import PermissionDenied
 from phalanx.keys.caller import ANYBODY, CODE, NOBODY, Caller, Role, Service
 from phalanx.keys.policy import NO_RULE, RULES, check_stream, denied, rule_of
 from phalanx.v1 import (
+    cluster_service_pb2,
     dataset_service_pb2,
     job_service_pb2,
     model_service_pb2,
@@ -314,6 +315,28 @@ def test_people_pin_wheels_and_nothing_that_others_could_not_delete_then():
         for caller in (CODER, ADMIN):
             assert _refused("StorageService/SetPins", caller, of(**{what: version})) == "NOT_YOURS"
     assert not _refused("StorageService/SetPins", CODER, of(blob="1" * 64))
+
+
+def test_an_aggregator_reads_journals_of_tasks_only():
+    read = storage_service_pb2.ReadJournalRequest
+    assert not _refused("StorageService/ReadJournal", NODES["aggregator"], read(stream="tasks/j-1"))
+    for stream in ("control", "leaders", "events", "logs/j-1", "code"):
+        request = read(stream=stream)
+        assert _refused("StorageService/ReadJournal", NODES["aggregator"], request) == "NOT_YOURS"
+        assert not _refused("StorageService/ReadJournal", NODES["control"], request)
+        assert not _refused("StorageService/ReadJournal", ANYBODY, request)
+
+
+def test_what_concerns_all_namespaces_takes_an_administrator_of_all():
+    one = Caller("mia", role=Role.ADMIN, namespaces=frozenset({"vision"}))
+    for method, request in (
+        ("StorageService/CollectGarbage", storage_service_pb2.CollectGarbageRequest()),
+        ("ClusterService/DrainWorker", cluster_service_pb2.DrainWorkerRequest(worker_id="w-1")),
+    ):
+        assert _refused(method, one, request) == "NAMESPACE_NOT_ALLOWED"
+        assert not _refused(method, ADMIN, request)
+    collect = storage_service_pb2.CollectGarbageRequest()
+    assert not _refused("StorageService/CollectGarbage", NODES["control"], collect)
 
 
 def test_checkpoints_take_a_token_for_all_namespaces():
