@@ -66,6 +66,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._gate = gate
         self._metrics = metrics
         self._admission = admission
+        self._strangers = admission.of_strangers()
         self._first_message_timeout_s = first_message_timeout_s
         # Servicers register the same handler object for every call of a method.
         self._wrapped: dict[str, tuple[Handler, Handler]] = {}
@@ -131,16 +132,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         service, _, name = method.lstrip("/").rpartition("/")
         metrics, admission, gate = self._metrics, self._admission, self._gate
         rule, is_ours = rule_of(method), service.startswith(_OURS)
+        # Nobody is asked who calls: the first place where a flood would get through.
+        strangers = self._strangers if gate is not None and rule.public else None
 
         async def guarded(request: Any, context: ServicerContext) -> Any:
             started = time.perf_counter()
-            connection = ""
+            connection = stranger = ""
 
             def ended(code: grpc.StatusCode) -> None:
                 metrics.observe(service, name, code.name, time.perf_counter() - started)
 
             try:
                 peer = context.peer()
+                if strangers is not None:
+                    strangers.enter(peer)
+                    stranger = peer
                 admission.enter(peer)
                 connection = peer
                 if gate is not None:
@@ -165,6 +171,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             finally:
                 if connection:
                     admission.leave(connection)
+                if strangers is not None and stranger:
+                    strangers.leave(stranger)
 
         return guarded
 

@@ -1,7 +1,7 @@
 """How much of a server its peers may take up: connections, calls, and time without a word."""
 
 import resource
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 from phalanx.config import ServerConfig
@@ -77,6 +77,17 @@ class Admission:
         self._calls += 1
         self._calls_of_peer[peer] = calls_of_peer + 1
         self._calls_of_connection[connection] = calls_of_connection + 1
+
+    def of_strangers(self) -> "Admission":
+        """Return one that leaves room to those who prove who they are, whoever else calls."""
+        limits = self._limits
+        return Admission(
+            replace(
+                limits,
+                calls_max=max(1, limits.calls_max // 2),
+                peer_calls_max=max(1, limits.peer_calls_max // 8),
+            )
+        )
 
     def leave(self, connection: str) -> None:
         """Count off a call that was let in."""

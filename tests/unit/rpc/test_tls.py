@@ -20,6 +20,7 @@ from phalanx.keys.authority import Authority
 from phalanx.keys.caller import CODE, Role, Service, current_caller
 from phalanx.keys.policy import RULES
 from phalanx.rpc.channel import open_channel
+from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.server import Server
 from phalanx.rpc.status import from_rpc_error
 from phalanx.testing.keys import KeyRing
@@ -235,7 +236,7 @@ FIELDS = {
     "ReadJournal": {"stream": "code"},
     "SetPins": {"holder": "code.1"},
 }
-NODE_FIELDS = {"SetPins": {"holder": "job/1"}}
+NODE_FIELDS = {"SetPins": {"holder": "job/1"}, "ReadJournal": {"stream": "tasks/job"}}
 
 
 @pytest.mark.parametrize("who", [*(role.name for role in Role), *Service, "client"])
@@ -454,3 +455,26 @@ async def test_a_handshake_that_looked_before_another_does_not_bring_old_keys_ba
     answers = [(version + 2, "newest"), (version + 1, "older"), (version + 2, "newest")]
     monkeypatch.setattr(keys._watched, "read", lambda: answers.pop(0))
     assert [fetch(), fetch(), fetch()] == ["newest", None, None]
+
+
+async def test_whoever_proves_nothing_leaves_room_for_the_others(ring, arrivals):
+    limits = ServerLimits(calls_max=16, peer_calls_max=16)
+    token = ring.token("ann", Role.ADMIN)
+    async with (
+        _served(ring, arrivals, limits=limits, public_listen="127.0.0.1:0") as server,
+        open_channel(server.public_address, keys=ring.client()) as strange,
+        open_channel(server.address, keys=ring.client("client", token), service=CONTROL) as known,
+    ):
+        health = health_pb2_grpc.HealthStub(strange)
+        watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(16)]
+        reasons = []
+        for watch in watches:
+            try:
+                await watch.read()
+            except grpc.aio.AioRpcError as error:
+                reasons.append(from_rpc_error(error).reason)
+        assert reasons == ["TOO_MANY_CALLS_OF_PEER"] * 14
+        await _call(known, JOBS, arrivals.methods[JOBS])
+        assert arrivals.calls == [(JOBS, "ann")]
+        for watch in watches:
+            watch.cancel()

@@ -210,7 +210,7 @@ def test_a_job_that_is_over_is_not_waited_for_in_the_gate(gate: Gate) -> None:
 def arena_of(gate: Gate, pid: int) -> Arena:
     member = Member("worker", "worker-1", pid, "", "", 0, "")
     cluster = SimpleNamespace(process=lambda _: member, processes=lambda: [member])
-    return Arena(cast("phalanx.LocalCluster", cluster), gate)
+    return Arena(cast("phalanx.LocalCluster", cluster), gate, stores.Kept())
 
 
 def test_a_member_that_is_down_gets_no_signal(gate: Gate) -> None:
