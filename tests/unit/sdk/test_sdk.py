@@ -415,6 +415,7 @@ _OF_FILES = {
     *(("certs", verb) for verb in ("init", "issue", "renew", "list")),
     *(("token", verb) for verb in ("create", "list", "revoke")),
 }
+_OF_OPERATORS = {("backup",), ("restore",), ("scrub",)}
 _OF_SEVERAL_STEPS = {("train",), ("predict",)}
 
 
@@ -434,6 +435,7 @@ def test_verbs_have_the_names_that_they_have_on_the_command_line():
         _SHOWN
         | _OF_A_MACHINE
         | _OF_FILES
+        | _OF_OPERATORS
         | _OF_SEVERAL_STEPS
         | {(name,) for name in services.NAMES}
     )

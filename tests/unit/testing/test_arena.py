@@ -17,6 +17,7 @@ import phalanx
 from phalanx.local.state import Member
 from phalanx.models.base import DataSchema
 from phalanx.specs import load_json
+from phalanx.testing import stores
 from phalanx.testing.arena import (
     GATED_MODEL,
     SOFTMAX_MODEL,
@@ -210,7 +211,7 @@ def test_a_job_that_is_over_is_not_waited_for_in_the_gate(gate: Gate) -> None:
 def arena_of(gate: Gate, pid: int) -> Arena:
     member = Member("worker", "worker-1", pid, "", "", 0, "")
     cluster = SimpleNamespace(process=lambda _: member, processes=lambda: [member])
-    return Arena(cast("phalanx.LocalCluster", cluster), gate, stores.Kept())
+    return Arena(cast("phalanx.LocalCluster", cluster), gate, cast("stores.Kept", None))
 
 
 def test_a_member_that_is_down_gets_no_signal(gate: Gate) -> None:
