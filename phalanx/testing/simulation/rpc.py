@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from phalanx.rpc import protocol
 from phalanx.testing.simulation.loop import Process, World
 from phalanx.testing.simulation.network import Network, Pipe
 
@@ -200,6 +201,10 @@ class ServerContext:
         self.task: asyncio.Task[None] | None = None
         self._code: grpc.StatusCode | None = None
         self._status: Status | None = None
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        """All processes of a simulation run this code."""
+        return (("user-agent", protocol.user_agent()),)
 
     async def read(self) -> Any:
         data = await self.call.server_half.next(self.call.client_half)
