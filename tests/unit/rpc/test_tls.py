@@ -259,7 +259,12 @@ async def test_each_kind_of_caller_reaches_what_is_its_own_and_nothing_else(ring
             if not person:
                 fields = NODE_FIELDS.get(method.name, fields)
             if allowed:
-                await _call(channel, path, method, **fields)
+                try:
+                    await _call(channel, path, method, **fields)
+                except grpc.aio.AioRpcError as error:
+                    # The handler ended while the rest of the stream was being written.
+                    if from_rpc_error(error).reason != "CALL_ENDED":
+                        raise
                 assert len(arrivals.calls) == 1, path
             else:
                 refused = await _refusal(channel, path, method, **fields)
