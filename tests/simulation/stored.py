@@ -22,6 +22,7 @@ from storage.backends.sql.jobs import SqlJobs
 from storage.backends.sql.journals import SqlJournals
 from storage.backends.sql.leases import SqlLeases
 from storage.backends.sql.references import SqlReferences
+from storage.backends.sql.snapshots import SqlSnapshots
 from storage.backends.sqlite.database import SqliteConnection, used_bytes, vacuum_some
 from storage.backends.sqlite.schema import migrate
 from storage.core.garbage import is_old_enough
@@ -76,6 +77,7 @@ class Machine:
             jobs=SqlJobs(database, blobs, now_unix_nanos, on_corruption),
             catalog=SqlCatalog(database, blobs, now_unix_nanos, namespace_bytes_max),
             references=SqlReferences(database, now_unix_nanos),
+            snapshots=SqlSnapshots(database),
             close=lambda: None,
         )
 
