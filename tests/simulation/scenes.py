@@ -70,7 +70,7 @@ SCENES = {
     ): "begun_for",
     # Nobody gives the bits any more that the job began with; it may go on with others.
     Known(
-        1, (), (("workers", 3), ("mixed", True), ("script", "workers_gone"), _MAY_FALL_BACK)
+        3, (), (("workers", 3), ("mixed", True), ("script", "workers_gone"), _MAY_FALL_BACK)
     ): "WAITING_FOR_FINGERPRINT",
     Known(
         1, (), (("workers", 2), ("aggregators", 2), ("script", "aggregators_gone"), _MAY_FALL_BACK)
