@@ -205,7 +205,7 @@ def test_control_counts_each_attempt_by_how_it_ended(
         return total
 
     wait_until(
-        lambda: ends(control, "phalanx_tasks_total") == of_workers(),
+        lambda: Counter(ends(control, "phalanx_tasks_total")) == of_workers(),
         "control to count what the workers have",
     )
     after = ends(control, "phalanx_tasks_total")
