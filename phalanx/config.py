@@ -225,12 +225,19 @@ class ServerConfig(ServiceConfig):
     def violations(self) -> Sequence[Violation]:
         """Whoever is reached from elsewhere needs keys."""
         found = list(super().violations())
-        if not (self.has_keys or self.insecure or is_loopback(self.listen)):
+        if self.has_keys or self.insecure:
+            return found
+        for name, told, listens in (
+            ("listen", "may do anything", self.listen),
+            ("metrics_listen", "learns what runs here", self.metrics_listen),
+        ):
+            if not listens or is_loopback(listens):
+                continue
             found.append(
                 Violation(
-                    "listen",
-                    f"{self.listen!r} is reached from other machines, and without keys whoever "
-                    f"reaches it may do anything; {self._remedy()}, listen on 127.0.0.1, or say "
+                    name,
+                    f"{listens!r} is reached from other machines, and without keys whoever "
+                    f"reaches it {told}; {self._remedy()}, listen on 127.0.0.1, or say "
                     "--insecure on a network that nobody else is in",
                 )
             )

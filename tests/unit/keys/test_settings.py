@@ -35,6 +35,14 @@ def _keys(service: type[ServerConfig]) -> dict[str, str]:
 
 @pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize("listen", ELSEWHERE)
+def test_metrics_beyond_this_machine_are_refused_without_keys(service, listen):
+    assert set(_wrong(service, metrics_listen=listen)) == {"--metrics-listen"}
+    assert _build(service, metrics_listen=listen, insecure="true").insecure
+    assert _build(service, metrics_listen=listen, **_keys(service)).has_keys
+
+
+@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("listen", ELSEWHERE)
 def test_beyond_this_machine_is_refused_without_keys(service, listen):
     wrong = _wrong(service, listen=listen)
     assert set(wrong) == {"--listen"}
