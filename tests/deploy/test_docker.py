@@ -36,7 +36,7 @@ from tests.deploy.engine import (
 )
 from tests.deploy.noise_job import GUARD_S, STEPS, add_noise, job
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 SERVICES = ("keys", "storage", "coordinator-1", "coordinator-2", "aggregator", "worker")
 CANARY = "canary-" + secrets.token_hex(16)
