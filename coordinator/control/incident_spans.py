@@ -6,6 +6,7 @@ from phalanx.telemetry.tracing import NANOS, Tracing
 from phalanx.v1.job_pb2 import Event
 
 _PHASE = "_after_s"
+_IN_ORDER = ("suspected", "fenced", "redispatched", "recomputed", "committed", "restored")
 _ENDS = ("RECOVERED", "STORAGE_RESTORED")
 
 
@@ -14,10 +15,11 @@ def trace_incident(tracing: Tracing, event: Event) -> None:
     began_unix_s = event.details.get("began_unix_s")
     if event.type not in _ENDS or not began_unix_s:
         return
+    # Those that took no time at all are still one after the other.
     phases = {
-        name.removesuffix(_PHASE): float(seconds)
-        for name, seconds in event.details.items()
-        if name.endswith(_PHASE)
+        phase: float(event.details[phase + _PHASE])
+        for phase in _IN_ORDER
+        if phase + _PHASE in event.details
     }
     told: dict[str, str | int] = {"incident_id": event.incident_id}
     for name in ("cause", "member"):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -20,6 +21,7 @@ import phalanx
 from phalanx.cli.main import run
 from phalanx.models.code import deactivate_user_code
 from phalanx.testing.arena import Arena, Gate, gated_job
+from phalanx.testing.stores import EmbeddedKept
 from phalanx.testing.wheels import make_wheel
 from tests.integration.real_processes import alive, wait_for, write_kinds
 
@@ -251,7 +253,8 @@ def test_workers_status_and_drain(cli, cluster):
 
 
 def test_a_killed_worker_comes_back_and_the_job_does_not_notice(cluster, folder, result):
-    ring = Arena(cluster, Gate(folder))
+    kept = EmbeddedKept(Path(cluster.state_dir) / "storage")
+    ring = Arena(cluster, Gate(folder), kept)
     spec = {**gated_job(steps=400, shards=4), "name": "killed", "data": {"name": "iris"}}
     wanted = cluster.submit({**spec, "name": "quiet"}).wait(timeout_s=GUARD_S).parameters_sha256
     job = cluster.submit(spec)

@@ -85,7 +85,7 @@ KNOWN = {
         3, (), (("strike", "final_checkpoint aggregator kill"),)
     ),
     "ranges take frames of any term": Known(
-        36,
+        1031,
         (*_STREAMS, "isolation", "kill_aggregator", "kill_control", "pause_aggregator"),
         (("aggregators", 2),),
     ),
@@ -177,7 +177,7 @@ KNOWN = {
     ),
     "the gradient of the last step is not kept": Known(0, (), _REDUCING),
     "what came of a task is settled before it is durable": Known(16, *_TASKS_LOST),
-    "whoever comes back with a task that is done does it again": Known(16, *_TASKS_LOST),
+    "whoever comes back with a task that is done does it again": Known(1015, *_TASKS_LOST),
     "an owner that was replaced takes its results for stored": Known(
         3, ("isolation", "pause_aggregator"), _TASKS
     ),

@@ -28,10 +28,11 @@ from phalanx.errors import InvalidArgument
 
 _INDEX_MAXIMUM = 2**31 - 1
 _NUMBER = rb"[+-]?(?:\d++\.?+\d*+|\.\d++)(?:[eE][+-]?\d++)?+"
-_PAIRS = rb"(?:[ \t]++\d++:" + _NUMBER + rb")*+[ \t\r]*+"
+# Not possessive where alternatives are repeated: Python before 3.11.5 takes what does not match.
+_PAIRS = rb"(?:[ \t]++\d++:" + _NUMBER + rb")*[ \t\r]*+"
 _ONE_PER_LINE = bytes.maketrans(b" \t\r:", b"\n\n\n\n")
 _LINE = re.compile(rb"[ \t]*+" + _NUMBER + _PAIRS)
-_BLOCK = re.compile(rb"(?:[ \t]*+(?:" + _NUMBER + _PAIRS + rb"|\r?)\n)*+")
+_BLOCK = re.compile(rb"(?:[ \t]*+(?:" + _NUMBER + _PAIRS + rb"|\r?)\n)*")
 _LABEL = re.compile(rb"[ \t]*+" + _NUMBER + rb"(?=[ \t\r]|$)")
 _PAIR = re.compile(rb"\d++:" + _NUMBER)
 

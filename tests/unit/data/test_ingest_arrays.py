@@ -316,6 +316,10 @@ class TestLibsvm:
         ("text", "message"),
         [
             (LIBSVM + "1 3:x\n", "a.svm, line 6: '3:x' is not index:value"),
+            (
+                LIBSVM + "1 1:2 3:\n-1 2:1\n1 1:1 2:2 3:3\n",
+                "a.svm, line 6: '3:' is not index:value",
+            ),
             (LIBSVM + "1 3:1 4\n", "a.svm, line 6: '4' is not index:value"),
             (LIBSVM + "1 2:1:2\n", "a.svm, line 6: '2:1:2' is not index:value"),
             (LIBSVM + "1 qid:3 1:2\n", "a.svm, line 6: 'qid:3' is not index:value"),
