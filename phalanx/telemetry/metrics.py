@@ -321,8 +321,8 @@ class StorageMetrics:
         self.storage_corruptions_total = make.counter(
             "storage_corruptions_total", "Stored objects whose checksum did not match."
         )
-        self.storage_scrub_corruptions = make.gauge(
-            "storage_scrub_corruptions", "Damaged rows and blobs that the last scrub found."
+        self.storage_scrub_corrupt_records = make.gauge(
+            "storage_scrub_corrupt_records", "Damaged rows and blobs that the last scrub found."
         )
         self.storage_scrub_timestamp_seconds = make.gauge(
             "storage_scrub_timestamp_seconds", "When the last scrub of everything ended; 0: none."

@@ -117,7 +117,7 @@ class Scrubber:
         journals.truncate(pb.TruncateJournalRequest(stream=SCRUB_STREAM, before_sequence=sequence))
 
     def _note_pass(self, corrupt: int) -> None:
-        self._metrics.storage_scrub_corruptions.set(corrupt)
+        self._metrics.storage_scrub_corrupt_records.set(corrupt)
         self._metrics.storage_scrub_timestamp_seconds.set_to_current_time()
         _log.info("scrubbed", corruptions=corrupt)
 

@@ -45,6 +45,6 @@ def _lets(rule: Object, peers: str, other: Labels, port: int | str) -> bool:
 
 
 def _matches(selector: Object, labels: Labels) -> bool:
-    if selector.keys() - {"matchLabels"}:
-        raise NotImplementedError(f"a selector with {sorted(selector)}")
+    # The manifests select by labels alone; another kind would be taken for one that fits all.
+    assert selector.keys() <= {"matchLabels"}, f"a selector with {sorted(selector)}"
     return selector.get("matchLabels", {}).items() <= labels.items()

@@ -240,7 +240,7 @@ async def test_scrubbing_in_the_background_goes_on_where_it_was(
         await scrubber._go_on()
     assert folders[:256] == [f"{number:02x}" for number in range(256)]
     assert folders[256:] == folders[:44]
-    gauge = scrubber._metrics.storage_scrub_corruptions
+    gauge = scrubber._metrics.storage_scrub_corrupt_records
     assert gauge.collect()[0].samples[0].value == 1
     assert scrubber._position()[1] == 44
 

@@ -85,7 +85,7 @@ CONTRACT = {
         "phalanx_storage_operation_seconds": (HISTOGRAM, ("operation", "backend", "outcome")),
         "phalanx_storage_bytes": (GAUGE, ("kind",)),
         "phalanx_storage_corruptions_total": (COUNTER, ()),
-        "phalanx_storage_scrub_corruptions": (GAUGE, ()),
+        "phalanx_storage_scrub_corrupt_records": (GAUGE, ()),
         "phalanx_storage_scrub_timestamp_seconds": (GAUGE, ()),
         "phalanx_storage_disk_size_bytes": (GAUGE, ()),
         "phalanx_storage_disk_free_bytes": (GAUGE, ()),
@@ -132,7 +132,7 @@ COUNTED = ("leader", "generation", "available", "connected", "allowed", "waiting
 @pytest.mark.parametrize("service", CONTRACT)
 def test_names_end_with_a_base_unit_or_with_what_is_counted(service: type) -> None:
     things = "workers|slots|jobs|step|steps|examples|aggregators|versions|records|letters|open"
-    endings = (*UNIT_SUFFIXES, *COUNTED, *things.split("|"), "corruptions")
+    endings = (*UNIT_SUFFIXES, *COUNTED, *things.split("|"))
     for name, (kind, _) in CONTRACT[service].items():
         assert name.endswith(endings), name
         assert name.endswith("_total") == (kind == COUNTER), name
