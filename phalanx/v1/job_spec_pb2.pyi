@@ -920,6 +920,9 @@ class Model(_message.Message):
     MLP_FIELD_NUMBER: _builtins.int
     TORCH_FIELD_NUMBER: _builtins.int
     CUSTOM_FIELD_NUMBER: _builtins.int
+    K_MEANS_FIELD_NUMBER: _builtins.int
+    PCA_FIELD_NUMBER: _builtins.int
+    BOOSTING_FIELD_NUMBER: _builtins.int
     STANDARDISE_FIELD_NUMBER: _builtins.int
     standardise: _builtins.bool
     """[true for dense data, false for sparse] Scale each feature to mean 0 and deviation 1 of the train split."""
@@ -937,6 +940,12 @@ class Model(_message.Message):
     def torch(self) -> Global___Torch: ...
     @_builtins.property
     def custom(self) -> Global___Custom: ...
+    @_builtins.property
+    def k_means(self) -> Global___KMeans: ...
+    @_builtins.property
+    def pca(self) -> Global___Pca: ...
+    @_builtins.property
+    def boosting(self) -> Global___Boosting: ...
     def __init__(
         self,
         *,
@@ -947,15 +956,18 @@ class Model(_message.Message):
         mlp: Global___Mlp | None = ...,
         torch: Global___Torch | None = ...,
         custom: Global___Custom | None = ...,
+        k_means: Global___KMeans | None = ...,
+        pca: Global___Pca | None = ...,
+        boosting: Global___Boosting | None = ...,
         standardise: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_standardise", b"_standardise", "custom", b"custom", "kind", b"kind", "linear_regression", b"linear_regression", "linear_svm", b"linear_svm", "logistic_regression", b"logistic_regression", "mlp", b"mlp", "softmax_regression", b"softmax_regression", "standardise", b"standardise", "torch", b"torch"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_standardise", b"_standardise", "boosting", b"boosting", "custom", b"custom", "k_means", b"k_means", "kind", b"kind", "linear_regression", b"linear_regression", "linear_svm", b"linear_svm", "logistic_regression", b"logistic_regression", "mlp", b"mlp", "pca", b"pca", "softmax_regression", b"softmax_regression", "standardise", b"standardise", "torch", b"torch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_standardise", b"_standardise", "custom", b"custom", "kind", b"kind", "linear_regression", b"linear_regression", "linear_svm", b"linear_svm", "logistic_regression", b"logistic_regression", "mlp", b"mlp", "softmax_regression", b"softmax_regression", "standardise", b"standardise", "torch", b"torch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_standardise", b"_standardise", "boosting", b"boosting", "custom", b"custom", "k_means", b"k_means", "kind", b"kind", "linear_regression", b"linear_regression", "linear_svm", b"linear_svm", "logistic_regression", b"logistic_regression", "mlp", b"mlp", "pca", b"pca", "softmax_regression", b"softmax_regression", "standardise", b"standardise", "torch", b"torch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__standardise: _TypeAlias = _typing.Literal["standardise"]  # noqa: Y015
     _WhichOneofArgType__standardise: _TypeAlias = _typing.Literal["_standardise", b"_standardise"]  # noqa: Y015
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["linear_regression", "logistic_regression", "softmax_regression", "linear_svm", "mlp", "torch", "custom"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["linear_regression", "logistic_regression", "softmax_regression", "linear_svm", "mlp", "torch", "custom", "k_means", "pca", "boosting"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__standardise) -> _WhichOneofReturnType__standardise | None: ...
@@ -1156,6 +1168,115 @@ class Custom(_message.Message):
 Global___Custom: _TypeAlias = Custom  # noqa: Y015
 
 @_typing.final
+class KMeans(_message.Message):
+    """Clusters around means: Lloyd's iterations, each over all rows. No optimizer and no batch_size are given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLUSTERS_FIELD_NUMBER: _builtins.int
+    clusters: _builtins.int
+    """2 or more."""
+    def __init__(
+        self,
+        *,
+        clusters: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clusters", b"clusters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KMeans: _TypeAlias = KMeans  # noqa: Y015
+
+@_typing.final
+class Pca(_message.Message):
+    """The directions in which the rows vary most, from one pass over them. No optimizer, batch_size or stop is given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPONENTS_FIELD_NUMBER: _builtins.int
+    components: _builtins.int
+    """1 to the number of features."""
+    def __init__(
+        self,
+        *,
+        components: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["components", b"components"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pca: _TypeAlias = Pca  # noqa: Y015
+
+@_typing.final
+class Boosting(_message.Message):
+    """Trees by histograms, each correcting those before it. No optimizer, batch_size or stop is given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TREES_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    BINS_FIELD_NUMBER: _builtins.int
+    L2_FIELD_NUMBER: _builtins.int
+    MIN_LEAF_ROWS_FIELD_NUMBER: _builtins.int
+    trees: _builtins.int
+    """[100] Rounds; with more than two classes each grows a tree per class."""
+    learning_rate: _builtins.float
+    """[0.1]"""
+    depth: _builtins.int
+    """[6] Splits from the root to a leaf, at most."""
+    bins: _builtins.int
+    """[64] Values of a feature are told apart by so many bins; 2 to 255."""
+    l2: _builtins.float
+    """[1] Added to the sum of second derivatives of a leaf."""
+    min_leaf_rows: _builtins.int
+    """[20] Rows of a leaf, at least."""
+    def __init__(
+        self,
+        *,
+        trees: _builtins.int | None = ...,
+        learning_rate: _builtins.float | None = ...,
+        depth: _builtins.int | None = ...,
+        bins: _builtins.int | None = ...,
+        l2: _builtins.float | None = ...,
+        min_leaf_rows: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bins", b"_bins", "_depth", b"_depth", "_l2", b"_l2", "_learning_rate", b"_learning_rate", "_min_leaf_rows", b"_min_leaf_rows", "_trees", b"_trees", "bins", b"bins", "depth", b"depth", "l2", b"l2", "learning_rate", b"learning_rate", "min_leaf_rows", b"min_leaf_rows", "trees", b"trees"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bins", b"_bins", "_depth", b"_depth", "_l2", b"_l2", "_learning_rate", b"_learning_rate", "_min_leaf_rows", b"_min_leaf_rows", "_trees", b"_trees", "bins", b"bins", "depth", b"depth", "l2", b"l2", "learning_rate", b"learning_rate", "min_leaf_rows", b"min_leaf_rows", "trees", b"trees"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bins: _TypeAlias = _typing.Literal["bins"]  # noqa: Y015
+    _WhichOneofArgType__bins: _TypeAlias = _typing.Literal["_bins", b"_bins"]  # noqa: Y015
+    _WhichOneofReturnType__depth: _TypeAlias = _typing.Literal["depth"]  # noqa: Y015
+    _WhichOneofArgType__depth: _TypeAlias = _typing.Literal["_depth", b"_depth"]  # noqa: Y015
+    _WhichOneofReturnType__l2: _TypeAlias = _typing.Literal["l2"]  # noqa: Y015
+    _WhichOneofArgType__l2: _TypeAlias = _typing.Literal["_l2", b"_l2"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__min_leaf_rows: _TypeAlias = _typing.Literal["min_leaf_rows"]  # noqa: Y015
+    _WhichOneofArgType__min_leaf_rows: _TypeAlias = _typing.Literal["_min_leaf_rows", b"_min_leaf_rows"]  # noqa: Y015
+    _WhichOneofReturnType__trees: _TypeAlias = _typing.Literal["trees"]  # noqa: Y015
+    _WhichOneofArgType__trees: _TypeAlias = _typing.Literal["_trees", b"_trees"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bins) -> _WhichOneofReturnType__bins | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__depth) -> _WhichOneofReturnType__depth | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__l2) -> _WhichOneofReturnType__l2 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_leaf_rows) -> _WhichOneofReturnType__min_leaf_rows | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trees) -> _WhichOneofReturnType__trees | None: ...
+
+Global___Boosting: _TypeAlias = Boosting  # noqa: Y015
+
+@_typing.final
 class Optimizer(_message.Message):
     """How the mean gradient changes the parameters."""
 
@@ -1165,6 +1286,9 @@ class Optimizer(_message.Message):
     ADAGRAD_FIELD_NUMBER: _builtins.int
     ADAM_FIELD_NUMBER: _builtins.int
     ADAMW_FIELD_NUMBER: _builtins.int
+    COCOA_FIELD_NUMBER: _builtins.int
+    CLOSED_FORM_FIELD_NUMBER: _builtins.int
+    PEGASOS_FIELD_NUMBER: _builtins.int
     SCHEDULE_FIELD_NUMBER: _builtins.int
     CLIP_NORM_FIELD_NUMBER: _builtins.int
     clip_norm: _builtins.float
@@ -1178,6 +1302,12 @@ class Optimizer(_message.Message):
     @_builtins.property
     def adamw(self) -> Global___AdamW: ...
     @_builtins.property
+    def cocoa(self) -> Global___Cocoa: ...
+    @_builtins.property
+    def closed_form(self) -> Global___ClosedForm: ...
+    @_builtins.property
+    def pegasos(self) -> Global___Pegasos: ...
+    @_builtins.property
     def schedule(self) -> Global___Schedule:
         """[constant] How the learning rate changes with the steps."""
 
@@ -1188,16 +1318,19 @@ class Optimizer(_message.Message):
         adagrad: Global___Adagrad | None = ...,
         adam: Global___Adam | None = ...,
         adamw: Global___AdamW | None = ...,
+        cocoa: Global___Cocoa | None = ...,
+        closed_form: Global___ClosedForm | None = ...,
+        pegasos: Global___Pegasos | None = ...,
         schedule: Global___Schedule | None = ...,
         clip_norm: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "adagrad", b"adagrad", "adam", b"adam", "adamw", b"adamw", "clip_norm", b"clip_norm", "kind", b"kind", "schedule", b"schedule", "sgd", b"sgd"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "adagrad", b"adagrad", "adam", b"adam", "adamw", b"adamw", "clip_norm", b"clip_norm", "closed_form", b"closed_form", "cocoa", b"cocoa", "kind", b"kind", "pegasos", b"pegasos", "schedule", b"schedule", "sgd", b"sgd"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "adagrad", b"adagrad", "adam", b"adam", "adamw", b"adamw", "clip_norm", b"clip_norm", "kind", b"kind", "schedule", b"schedule", "sgd", b"sgd"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm", "adagrad", b"adagrad", "adam", b"adam", "adamw", b"adamw", "clip_norm", b"clip_norm", "closed_form", b"closed_form", "cocoa", b"cocoa", "kind", b"kind", "pegasos", b"pegasos", "schedule", b"schedule", "sgd", b"sgd"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clip_norm: _TypeAlias = _typing.Literal["clip_norm"]  # noqa: Y015
     _WhichOneofArgType__clip_norm: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm"]  # noqa: Y015
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["sgd", "adagrad", "adam", "adamw"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["sgd", "adagrad", "adam", "adamw", "cocoa", "closed_form", "pegasos"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_norm) -> _WhichOneofReturnType__clip_norm | None: ...
@@ -1237,6 +1370,82 @@ class Sgd(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
 
 Global___Sgd: _TypeAlias = Sgd  # noqa: Y015
+
+@_typing.final
+class Cocoa(_message.Message):
+    """For linear_svm with the hinge loss and train.l2: each shard ascends the dual problem on its own rows, and the
+    changes are added up. Ma et al., "Adding vs. averaging in distributed primal-dual optimization" (2015).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOCAL_PASSES_FIELD_NUMBER: _builtins.int
+    SIGMA_FIELD_NUMBER: _builtins.int
+    local_passes: _builtins.int
+    """[1] Passes of a shard over its rows in one step."""
+    sigma: _builtins.float
+    """[number of shards] How much each shard makes of the others' changes; below the number of shards nothing is safe."""
+    def __init__(
+        self,
+        *,
+        local_passes: _builtins.int | None = ...,
+        sigma: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_local_passes", b"_local_passes", "_sigma", b"_sigma", "local_passes", b"local_passes", "sigma", b"sigma"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_local_passes", b"_local_passes", "_sigma", b"_sigma", "local_passes", b"local_passes", "sigma", b"sigma"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__local_passes: _TypeAlias = _typing.Literal["local_passes"]  # noqa: Y015
+    _WhichOneofArgType__local_passes: _TypeAlias = _typing.Literal["_local_passes", b"_local_passes"]  # noqa: Y015
+    _WhichOneofReturnType__sigma: _TypeAlias = _typing.Literal["sigma"]  # noqa: Y015
+    _WhichOneofArgType__sigma: _TypeAlias = _typing.Literal["_sigma", b"_sigma"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__local_passes) -> _WhichOneofReturnType__local_passes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sigma) -> _WhichOneofReturnType__sigma | None: ...
+
+Global___Cocoa: _TypeAlias = Cocoa  # noqa: Y015
+
+@_typing.final
+class ClosedForm(_message.Message):
+    """For linear_regression: the normal equations, from one pass over the rows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClosedForm: _TypeAlias = ClosedForm  # noqa: Y015
+
+@_typing.final
+class Pegasos(_message.Message):
+    """For linear_svm with train.l2 λ: the learning rate of step t, from 1, is 1 / (λ t).
+    Shalev-Shwartz, Singer, Srebro, Cotter, "Pegasos" (2011).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: _builtins.int
+    project: _builtins.bool
+    """Shorten the parameters to a norm of 1 / sqrt(λ) after each step."""
+    def __init__(
+        self,
+        *,
+        project: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["project", b"project"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pegasos: _TypeAlias = Pegasos  # noqa: Y015
 
 @_typing.final
 class Adagrad(_message.Message):
@@ -2067,7 +2276,7 @@ Global___Skip: _TypeAlias = Skip  # noqa: Y015
 
 @_typing.final
 class Forest(_message.Message):
-    """Decision trees."""
+    """Decision trees, each grown on rows drawn for it; every tree is a task. As scikit-learn's forests, tree by tree."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2075,9 +2284,13 @@ class Forest(_message.Message):
     TREE_FIELD_NUMBER: _builtins.int
     PER_SHARD_FIELD_NUMBER: _builtins.int
     trees: _builtins.int
+    """1 to 10,000."""
     per_shard: _builtins.bool
+    """Grow each tree on the rows of one shard, instead of all."""
     @_builtins.property
-    def tree(self) -> _struct_pb2.Struct: ...
+    def tree(self) -> _struct_pb2.Struct:
+        """Parameters of scikit-learn's DecisionTreeClassifier or DecisionTreeRegressor, as max_depth: 20."""
+
     def __init__(
         self,
         *,
@@ -2244,20 +2457,29 @@ class Cascade(_message.Message):
     C_FIELD_NUMBER: _builtins.int
     GAMMA_FIELD_NUMBER: _builtins.int
     GAP_AT_MOST_FIELD_NUMBER: _builtins.int
+    PASSES_FIELD_NUMBER: _builtins.int
     c: _builtins.float
+    """What a row on the wrong side of the margin costs."""
     gamma: _builtins.float
+    """Of the kernel exp(-gamma ‖x - y‖²)."""
     gap_at_most: _builtins.float
+    """[1e-6] Ends once a pass changes the dual objective by no more than this share of it."""
+    passes: _builtins.int
+    """[10] Passes through the cascade, at most."""
     def __init__(
         self,
         *,
         c: _builtins.float = ...,
         gamma: _builtins.float = ...,
         gap_at_most: _builtins.float = ...,
+        passes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_passes", b"_passes", "passes", b"passes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["c", b"c", "gamma", b"gamma", "gap_at_most", b"gap_at_most"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_passes", b"_passes", "c", b"c", "gamma", b"gamma", "gap_at_most", b"gap_at_most", "passes", b"passes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__passes: _TypeAlias = _typing.Literal["passes"]  # noqa: Y015
+    _WhichOneofArgType__passes: _TypeAlias = _typing.Literal["_passes", b"_passes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__passes) -> _WhichOneofReturnType__passes | None: ...
 
 Global___Cascade: _TypeAlias = Cascade  # noqa: Y015
