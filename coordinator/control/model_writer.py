@@ -20,6 +20,7 @@ from phalanx.data.model_files import (
     safetensors_header,
 )
 from phalanx.errors import DataLoss
+from phalanx.layouts import model_layout, size_bytes
 from phalanx.training.best import Kept, kept_in
 from phalanx.v1 import model_service_pb2
 from phalanx.v1 import storage_service_pb2 as pb
@@ -42,9 +43,10 @@ class ModelWriter:
         spec, plan = facts.spec, facts.plan
         root = _root_state(final.root_state)
         best = kept_in(root)
-        slices = _parameter_slices(final, best)
+        layout = model_layout(plan.layout)
+        slices = _parameter_slices(final, best, size_bytes(layout))
         parameters = await self._compose(slices)
-        header = pb.BlobPiece(inline=safetensors_header(plan.layout))
+        header = pb.BlobPiece(inline=safetensors_header(layout))
         composed = await self._compose([header, *slices])
         manifest_json = await self._store.get_blob(plan.manifest_digest)
         metrics = _metrics(root) if best is None else dict(best.metrics)
@@ -55,7 +57,7 @@ class ModelWriter:
             manifest_digest=plan.manifest_digest,
             spec=spec,
             spec_sha256=plan.spec_sha256,
-            layout=plan.layout,
+            layout=layout,
             parameters_sha256=parameters.digest,
             steps=final.step if best is None else best.step,
             job_steps=final.step,
@@ -127,8 +129,11 @@ class ModelWriter:
         return answer.model
 
 
-def _parameter_slices(final: pb.CheckpointManifest, best: Kept | None) -> list[pb.BlobPiece]:
-    """Where the model's parameters stand in the parts of a checkpoint, in the order of the ranges.
+def _parameter_slices(
+    final: pb.CheckpointManifest, best: Kept | None, wanted_bytes: int
+) -> list[pb.BlobPiece]:
+    """Where the model's parameters stand in the parts of a checkpoint, in the order of the ranges:
+    the first bytes of all, as the workspace of the job comes after them.
 
     Raises DataLoss where those of the best evaluation are not there.
     """
@@ -138,16 +143,15 @@ def _parameter_slices(final: pb.CheckpointManifest, best: Kept | None) -> list[p
             f"the final checkpoint, of step {final.step}, does not hold the parameters of the best "
             "evaluation as its root says"
         )
-    return [
-        pb.BlobPiece(
-            slice=pb.BlobSlice(
-                digest=part.digest,
-                offset=part.best_offset or part.parameters_offset,
-                length=part.parameters_length,
-            )
-        )
-        for part in sorted(final.parts, key=lambda each: each.range)
-    ]
+    slices, left_bytes = [], wanted_bytes
+    for part in sorted(final.parts, key=lambda each: each.range):
+        taken_bytes = min(part.parameters_length, left_bytes)
+        left_bytes -= taken_bytes
+        if taken_bytes:
+            offset = part.best_offset or part.parameters_offset
+            piece = pb.BlobSlice(digest=part.digest, offset=offset, length=taken_bytes)
+            slices.append(pb.BlobPiece(slice=piece))
+    return slices
 
 
 def stop_reason(final: pb.CheckpointManifest) -> str:

@@ -32,6 +32,9 @@ MODEL_FORMAT = "phalanx.model/1"
 PARAMETERS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
 README_FILE = "README.md"
+CLUSTERING, PROJECTION = "clustering", "projection"
+UNSUPERVISED = {"k_means": CLUSTERING, "pca": PROJECTION}
+"""What models do that look at no target."""
 
 _ALIGNMENT_BYTES = 64
 _ITEM_BYTES = {"float32": 4, "float64": 8}
@@ -113,9 +116,9 @@ def model_json(description: ModelDescription) -> bytes:
         "format": MODEL_FORMAT,
         "name": description.name,
         "job_id": description.job_id,
-        "task": manifest.task,
+        "task": _task(description, manifest),
         "target": manifest.target,
-        "classes": manifest.classes,
+        "classes": _classes(description, manifest),
         "class_kind": manifest.class_kind,
         "features": manifest.features,
         "feature_format": manifest.format,
@@ -150,11 +153,7 @@ def readme(description: ModelDescription) -> str:
     """What a person needs to know of the model, in Markdown."""
     manifest = _manifest_of(description)
     kind = description.spec.train.model.WhichOneof("kind") or "model"
-    what = (
-        f"tells {number_of(len(manifest.classes), 'class', 'classes')} of `{manifest.target}` apart"
-        if manifest.task == "classification"
-        else f"predicts the number `{manifest.target}`"
-    )
+    what = _purpose(description, manifest)
     rows_text = ", ".join(f"{count:,} {split}" for split, count in manifest.rows_by_split().items())
     identical = (
         "The same job gives the same SHA-256 again, on any number of workers."
@@ -215,6 +214,30 @@ def load_model_directory(path: str | Path, *, allow_code: bool = False) -> "Load
 def _manifest_of(description: ModelDescription) -> DatasetManifest:
     """The data set as the model sees it."""
     return choose(description.manifest, description.spec.data.features).manifest
+
+
+def _task(description: ModelDescription, manifest: DatasetManifest) -> str:
+    """What the model does: the task of its data, unless it looks at no target."""
+    kind = description.spec.train.model.WhichOneof("kind") or ""
+    return UNSUPERVISED.get(kind, manifest.task)
+
+
+def _classes(description: ModelDescription, manifest: DatasetManifest) -> list[str]:
+    supervised = _task(description, manifest) == manifest.task
+    return list(manifest.classes) if supervised else []
+
+
+def _purpose(description: ModelDescription, manifest: DatasetManifest) -> str:
+    task, layout = _task(description, manifest), description.layout
+    sizes = {tensor.name: tensor.shape for tensor in layout.tensors}
+    if task == CLUSTERING:
+        return f"puts rows into {number_of(sizes['centers'][0], 'cluster')}"
+    if task == PROJECTION:
+        return f"tells where rows lie along {number_of(sizes['components'][0], 'component')}"
+    if task == "classification":
+        classes = number_of(len(manifest.classes), "class", "classes")
+        return f"tells {classes} of `{manifest.target}` apart"
+    return f"predicts the number `{manifest.target}`"
 
 
 def _chosen_from(description: ModelDescription) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from phalanx.data.model_files import (
     DESCRIPTION_FILE,
     MODEL_FORMAT,
     PARAMETERS_FILE,
+    PROJECTION,
     safetensors_header,
 )
 from phalanx.data.raw_rows import RawRows, Remarks
@@ -79,6 +80,8 @@ class LoadedModel:
         self.name: str = document["name"]
         self.task: str = document["task"]
         self.target: str = document["target"]
+        #: Names of what is predicted for a row, the probabilities of classes apart.
+        self.output_names = _output_names(document)
         self.parameters_sha256: str = document["parameters_sha256"]
         self.metrics: dict[str, float] = document["metrics"]
         self.remarks = Remarks()
@@ -122,7 +125,8 @@ class LoadedModel:
         return loaded
 
     def predict(self, data: Any) -> NDArray[Any]:
-        """Original labels, or numbers for a regression, one per row.
+        """Original labels, numbers for a regression or of clusters, one per row; (rows, components)
+        coordinates for a projection.
 
         Raises InvalidArgument for a missing column, a missing value where training had none, and a
         cell without meaning, with its place.
@@ -132,7 +136,7 @@ class LoadedModel:
     def predict_probabilities(self, data: Any) -> NDArray[Any]:
         """Rows by classes; raises InvalidArgument for a regression."""
         if self.task != "classification":
-            raise InvalidArgument(f"{self.name} predicts a number, it has no probabilities")
+            raise InvalidArgument(f"{self.name} tells no classes apart, it has no probabilities")
         probabilities = self._all(self.predict_batches(data)).probabilities
         assert probabilities is not None
         return probabilities
@@ -202,10 +206,19 @@ class LoadedModel:
         if not parts:
             classification = self.task == "classification"
             probabilities = np.empty((0, len(self.classes))) if classification else None
-            return Predictions(self.classes[:0] if classification else np.empty(0), probabilities)
+            several = len(self.output_names) > 1
+            values = np.empty((0, len(self.output_names)) if several else 0)
+            return Predictions(self.classes[:0] if classification else values, probabilities)
         labels = np.concatenate([part.labels for part in parts])
         outputs = [part.probabilities for part in parts if part.probabilities is not None]
         return Predictions(labels, np.concatenate(outputs) if outputs else None)
+
+
+def _output_names(document: dict[str, Any]) -> tuple[str, ...]:
+    if document["task"] != PROJECTION:
+        return ("prediction",)
+    shapes = {each["name"]: each["shape"] for each in document["layout"]["tensors"]}
+    return tuple(f"component {number}" for number in range(1, int(shapes["components"][0]) + 1))
 
 
 def _write_code(spec: JobSpec, model: Path, allowed: bool) -> Path | None:

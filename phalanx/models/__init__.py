@@ -7,9 +7,11 @@ from pathlib import Path
 from phalanx.errors import InvalidArgument, Unimplemented
 from phalanx.models.base import Batch, DataSchema, LeafSums, Model
 from phalanx.models.custom import load_custom
+from phalanx.models.k_means import KMeans
 from phalanx.models.linear import LinearModel
 from phalanx.models.losses import Logistic, OutputLayer, Softmax, SquaredError
 from phalanx.models.mlp import Mlp
+from phalanx.models.passes import NormalEquations, Pca
 from phalanx.models.user import UserModel
 from phalanx.texts import number_of
 from phalanx.v1 import job_spec_pb2
@@ -35,6 +37,8 @@ def build_model(
     match model.WhichOneof("kind"):
         case "linear_regression":
             _needs_regression(schema, "linear_regression")
+            if spec.train.optimizer.HasField("closed_form") and schema.rows:
+                return NormalEquations(schema, model.linear_regression.bias, spec.train.l2)
             return LinearModel(schema, 1, SquaredError(), model.linear_regression.bias)
         case "logistic_regression":
             if schema.classes != 2:
@@ -48,6 +52,10 @@ def build_model(
             return LinearModel(schema, schema.classes, Softmax(), model.softmax_regression.bias)
         case "mlp":
             return _mlp(model.mlp, schema)
+        case "k_means":
+            return KMeans(schema, model.k_means.clusters)
+        case "pca":
+            return Pca(schema, model.pca.components)
         case "custom":
             return load_custom(model.custom, schema, code_dir)
         case None:

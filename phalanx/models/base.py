@@ -36,11 +36,16 @@ class Batch:
         features: (rows, features) in the dtype of the parameters; dense C order or CSR.
         targets: (rows,) int64 class indices, or the regression targets in the same dtype.
         weights: (rows,) what each row counts in loss and gradient, in the same dtype; None: 1.
+        shard: whose rows they are.
+        positions: (rows,) int64 numbers of the rows in their split; None where the job's algorithm
+            does not ask for them.
     """
 
     features: Array | csr_array
     targets: Array
     weights: Array | None = None
+    shard: int = 0
+    positions: NDArray[np.int64] | None = None
 
     @property
     def rows(self) -> int:
@@ -50,11 +55,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class DataSchema:
-    """What a model needs to know of the data: ``classes`` is 0 for regression."""
+    """What a model needs to know of the data: ``classes`` is 0 for regression.
+
+    ``rows`` and ``shards`` are those that the job trains on; 0 where a model that is there already
+    is loaded: then it has no workspace.
+    """
 
     features: int
     classes: int
     dtype: str = "float32"
+    rows: int = 0
+    shards: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,21 +103,29 @@ class Model(Protocol):
         """Return (rows, classes) probabilities, or (rows,) values for a regression."""
 
 
-def make_layout(tensors: Sequence[tuple[str, Sequence[int], bool]], dtype: str) -> Layout:
+def make_layout(
+    tensors: Sequence[tuple[str, Sequence[int], bool]],
+    dtype: str,
+    workspace: Sequence[tuple[str, Sequence[int]]] = (),
+) -> Layout:
     """Return the layout of named tensors (name, shape, whether L2 and weight decay apply).
+
+    ``workspace`` are those that a job needs while it trains and its model leaves out.
 
     Raises InvalidArgument for a dtype, name or shape that cannot be.
     """
     if dtype not in DTYPES:
         raise InvalidArgument(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    names = [name for name, _, _ in tensors]
+    named = [*((name, shape) for name, shape, _ in tensors), *workspace]
+    names = [name for name, _ in named]
     if not names or len(set(names)) != len(names) or not all(names):
         raise InvalidArgument(f"a model needs tensors with distinct names, not {names}")
-    for name, shape, _ in tensors:
+    for name, shape in named:
         if any(size < 1 for size in shape):
             raise InvalidArgument(f"tensor {name!r} has the shape {tuple(shape)}; sizes start at 1")
     specs = [TensorSpec(name=name, shape=shape, decay=decay) for name, shape, decay in tensors]
-    count = sum(prod(shape) for _, shape, _ in tensors)
+    specs += [TensorSpec(name=name, shape=shape, workspace=True) for name, shape in workspace]
+    count = sum(prod(shape) for _, shape in named)
     return Layout(tensors=specs, dtype=dtype, element_count=count)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from os import PathLike
@@ -130,11 +131,14 @@ def _folder_of(root: Path, model: ModelVersion) -> Path:
     for what, text in (("namespace", model.namespace), ("name", model.name)):
         if not is_name(text):
             raise DataLoss(f"the server told of a model whose {what} is {text[:80]!r}")
-    # The parameters' hash keeps models of different clusters apart.
     sha256 = model.parameters_sha256
     if not is_blob_id(sha256):
         raise DataLoss(f"the server told of a model whose SHA-256 is {sha256[:80]!r}")
-    return root / model.namespace / model.name / f"{model.version}-{sha256[:16]}"
+    # Keeps models of different clusters apart, also those that differ in what is said of them.
+    contents = hashlib.sha256(sha256.encode())
+    for file in sorted(model.files, key=lambda each: each.path):
+        contents.update(f"\n{file.path} {file.digest}".encode())
+    return root / model.namespace / model.name / f"{model.version}-{contents.hexdigest()[:16]}"
 
 
 def _safe_path(text: str) -> Path:

@@ -35,7 +35,8 @@ Write = Callable[["Predictions"], None]
 def predict_file(model: LoadedModel, input: Path, output: Path | BinaryIO) -> Predicted:
     """Predict all rows of a file; write one row for each, in order.
 
-    The columns are ``prediction`` and, for classes, ``probability of CLASS`` for each. A path
+    The columns are ``prediction`` and, for classes, ``probability of CLASS`` for each; of a
+    projection ``component 1`` and so on. A path
     ending in .parquet gets Parquet, all else is CSV. A file appears only when it is complete.
     Raises InvalidArgument for a wrong row, with its place, and where the file is the input itself.
     """
@@ -61,6 +62,9 @@ def predicted_rows(model: LoadedModel, input: Path) -> Iterator[dict[str, Any]]:
     classes = [str(label) for label in model.classes.tolist()]
     for block in model.predict_batches(input):
         labels = block.labels.tolist()
+        if len(model.output_names) > 1:
+            yield from ({"components": values} for values in labels)
+            continue
         if block.probabilities is None:
             yield from ({"prediction": label} for label in labels)
             continue
@@ -77,10 +81,12 @@ def _predict(model: LoadedModel, blocks: Iterable[Predictions], write: Write) ->
 
 
 def _headings(model: LoadedModel) -> list[str]:
-    return ["prediction", *(f"{PROBABILITY}{label}" for label in model.classes.tolist())]
+    return [*model.output_names, *(f"{PROBABILITY}{label}" for label in model.classes.tolist())]
 
 
 def _columns(block: Predictions) -> Sequence[list[Any]]:
+    if block.labels.ndim > 1:
+        return list(block.labels.T.tolist())
     labels = block.labels.tolist()
     if block.probabilities is None:
         return [labels]

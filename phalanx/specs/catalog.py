@@ -23,6 +23,10 @@ _TASKS = {
 }
 
 
+_OWN_METRICS: dict[str, tuple[str, ...]] = {"k_means": ("loss",), "pca": ("loss",)}
+"""Metrics of models that predict no target."""
+
+
 def model_task(model: job_spec_pb2.Model, dataset_task: str) -> str:
     """Return what the model predicts; empty for user code, which may do either."""
     kind = model.WhichOneof("kind") or ""
@@ -33,7 +37,8 @@ def model_task(model: job_spec_pb2.Model, dataset_task: str) -> str:
 
 def metric_names(model: job_spec_pb2.Model, dataset_task: str) -> tuple[str, ...]:
     """Return the names of the model's evaluation metrics; nothing for user code (unknown here)."""
-    return _METRICS.get(model_task(model, dataset_task), ())
+    kind = model.WhichOneof("kind") or ""
+    return _OWN_METRICS.get(kind) or _METRICS.get(model_task(model, dataset_task), ())
 
 
 def element_count(model: job_spec_pb2.Model, features: int, classes: int) -> int:
@@ -57,4 +62,11 @@ def tensor_shapes(
         for index, (wide, narrow) in enumerate(pairwise(widths)):
             shapes[f"layers.{index}.weights"] = (wide, narrow)
             shapes[f"layers.{index}.bias"] = (narrow,)
+    elif kind == "k_means":
+        shapes["centers"] = (model.k_means.clusters, features)
+        shapes["sizes"] = (model.k_means.clusters,)
+    elif kind == "pca":
+        shapes["mean"] = (features,)
+        shapes["components"] = (model.pca.components, features)
+        shapes["variances"] = (model.pca.components,)
     return shapes

@@ -17,6 +17,15 @@ STATE_EVERY = 32
 STATE_EVERY_LEAST = 8
 """And at least: a state is as large as the parameters."""
 
+UPDATED_MODELS = ("k_means", "pca", "boosting")
+"""Models that no optimizer moves."""
+
+UPDATING_OPTIMIZERS = ("closed_form", "cocoa")
+"""Optimizers that see the whole vector."""
+
+PASSES = {"pca": 2, "closed_form": 2}
+"""Steps of an algorithm that has a fixed number of them."""
+
 _INNER_VECTORS = {"adagrad": 1, "adam": 2, "adamw": 2}
 
 
@@ -92,11 +101,22 @@ def least_shards(reduction: job_spec_pb2.Reduction) -> int:
     return 2 * reduction.krum.faulty + 3 if kind == "krum" else 1
 
 
-def needs_one_range(train: job_spec_pb2.Train) -> bool:
+def update_kind(spec: job_spec_pb2.JobSpec) -> str:
+    """Return which algorithm makes the versions of a job; empty where its optimizer does, which
+    treats each parameter by itself."""
+    train = spec.train
+    if train.model.WhichOneof("kind") in UPDATED_MODELS:
+        return train.model.WhichOneof("kind") or ""
+    kind = train.optimizer.WhichOneof("kind") or ""
+    return kind if kind in UPDATING_OPTIMIZERS else ""
+
+
+def needs_one_range(spec: job_spec_pb2.JobSpec) -> bool:
     """Whether one aggregator must see all of each contribution, so that there is one range."""
+    train = spec.train
     root = train.local.outer if train.HasField("local") else train.optimizer
     whole = reduces_leaves(train) or backup_shards(train) > 0 or commits_one_by_one(train)
-    return whole or verifies(train) or root.HasField("clip_norm")
+    return update_kind(spec) != "" or whole or verifies(train) or root.HasField("clip_norm")
 
 
 def feeds_back(compression: job_spec_pb2.Compression) -> bool:

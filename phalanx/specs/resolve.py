@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from phalanx.data.choice import RawColumns
-from phalanx.specs import balance, catalog, features, parts, task_sets
+from phalanx.specs import balance, catalog, features, parts, task_sets, updates
 from phalanx.tasks import is_task_set
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2, model_service_pb2
 
@@ -51,7 +51,9 @@ def resolve(
         if columns is not None:
             features.resolve(result.data, columns)
         _model(result.train, dataset)
-        _optimizer(result.train.optimizer)
+        updates.resolve(result)
+        if not parts.update_kind(result):
+            _optimizer(result.train.optimizer)
         if result.train.HasField("local"):
             _outer(result.train.local.outer)
         _training(result.train)

@@ -17,7 +17,7 @@ from phalanx.data.choice import RawColumns
 from phalanx.errors import InvalidArgument, Violation
 from phalanx.files import LENGTH_RULE, is_too_long
 from phalanx.ids import SHORT_NAME_RULE, is_short_name
-from phalanx.specs import balance, catalog, composition, continuing, features, task_sets
+from phalanx.specs import balance, catalog, composition, continuing, features, task_sets, updates
 from phalanx.specs.fields import walk
 from phalanx.tasks import is_task_set
 from phalanx.texts import number_of
@@ -146,11 +146,13 @@ def validate_against(
     """
     if dataset is None or spec.WhichOneof("program") != "train":
         return []
+    train_rows = balance.train_rows(spec.data, dataset)
     return [
         *_data(spec, dataset),
         *(features.violations(spec.data, dataset, columns) if columns is not None else ()),
         *balance.violations(spec, dataset),
         *_model_fits(spec, dataset),
+        *updates.violations_against(spec, dataset.features, train_rows),
         *_metrics(spec, dataset),
     ]
 
@@ -262,6 +264,7 @@ def _program(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         if spec.train.HasField("local"):
             yield from _optimizer(spec.train.local.outer, spec.train.stop, "train.local.outer")
         yield from composition.violations(spec)
+        yield from updates.violations(spec)
         yield from _stop(spec.train.stop)
         yield from _best(spec.output)
         if spec.train.dtype and spec.train.dtype not in catalog.DTYPES:
@@ -291,7 +294,10 @@ def _entrypoint(entrypoint: str, path: str, example: str) -> Iterator[Violation]
 def _model(model: job_spec_pb2.Model) -> Iterator[Violation]:
     kind = model.WhichOneof("kind")
     if kind is None:
-        choices = "linear_regression, logistic_regression, softmax_regression, mlp or custom"
+        choices = (
+            "linear_regression, logistic_regression, softmax_regression, mlp, k_means, pca or "
+            "custom"
+        )
         yield Violation("train.model", f"is missing; choose {choices}")
     elif kind == "mlp":
         mlp = model.mlp

@@ -76,6 +76,7 @@ class _Settings:
     standardise: bool
     by_class: bool
     oversample: bool
+    positions: bool
     #: By class label; empty: every row counts 1.
     weights: tuple[tuple[str, float], ...]
 
@@ -112,7 +113,9 @@ def leaf_batch(reader: RowReader, plan: JobPlan, shard: int, step: int) -> Batch
     selections = leaf_rows(plan, reader, shard, step)
     if not selections:
         return None
-    batch = _batch(reader, selections, settings)
+    batch = replace(_batch(reader, selections, settings), shard=shard)
+    if settings.positions:
+        batch = replace(batch, positions=_positions(reader, selections))
     if not settings.weights:
         return batch
     return replace(batch, weights=_class_weights(reader, settings)[batch.targets])
@@ -253,6 +256,12 @@ def _batch(reader: RowReader, selections: list[RowSelection], settings: _Setting
     return batch
 
 
+def _positions(split: Chunks, selections: Sequence[RowSelection]) -> NDArray[np.int64]:
+    """Numbers of the rows in their split."""
+    first_rows = np.concatenate([[0], np.cumsum(split.chunk_rows)])
+    return np.concatenate([first_rows[each.chunk_index] + each.rows for each in selections])
+
+
 @lru_cache(maxsize=16)
 def _settings(spec: bytes) -> _Settings:
     message = JobSpec.FromString(spec)
@@ -262,6 +271,7 @@ def _settings(spec: bytes) -> _Settings:
         message.train.model.standardise,
         by_class=by_class(data),
         oversample=data.HasField("oversample"),
+        positions=message.train.optimizer.HasField("cocoa"),
         weights=tuple(sorted(data.class_weights.weights.items())),
     )
 

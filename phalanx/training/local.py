@@ -22,10 +22,11 @@ from phalanx.blas import one_blas_thread
 from phalanx.compressors import Key, build_down_codec, build_up_codec, decoded, encoded
 from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import FailedPrecondition, PhalanxError
+from phalanx.layouts import model_layout
 from phalanx.models import DataSchema, Model, build_model
 from phalanx.models.base import Batch, decay_mask
 from phalanx.models.code import deactivate_user_code
-from phalanx.optimizers import build_optimizer, gradient_limit
+from phalanx.optimizers import Optimizer, build_optimizer, gradient_limit
 from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import Node, TreeReducer, all_finite, reduce_leaves
 from phalanx.specs.shard_rows import rows_of_shard
@@ -44,6 +45,7 @@ from phalanx.training.left_out import LeftOutLog
 from phalanx.training.local_asynchronous import AsynchronousSteps
 from phalanx.training.replay import ReplayLog
 from phalanx.training.start import load_start_parameters
+from phalanx.updates import build_update
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import GoRecord, JobPlan, Layout
 
@@ -129,7 +131,9 @@ def train_in_process(
         return ChunkReader(manifest, split, fetch, dtype=dtype, columns=spec.data.features)
 
     reader = reader_of(spec.data.split)
-    schema = DataSchema(reader.manifest.features, len(manifest.classes), dtype)
+    schema = DataSchema(
+        reader.manifest.features, len(manifest.classes), dtype, plan.train_rows, plan.shards
+    )
     evaluation_reader = reader_of(spec.train.evaluation.split) if plan.evaluation_shards else None
     try:
         model = build_model(spec, schema, code_dir)
@@ -204,7 +208,10 @@ class _Job:
         self._reader = reader
         self._evaluation_reader = evaluation_reader
         self._start_model = start_model
-        self._optimizer = build_optimizer(self._spec.train, plan.total_steps)
+        self._update = build_update(self._plan)
+        self._optimizer: Optimizer | None = None
+        if self._update is None:
+            self._optimizer = build_optimizer(self._spec.train, plan.total_steps)
         self._reducer = build_reducer(self._spec.train, plan.shards)
         self._clip_norm = gradient_limit(self._spec.train)
         self._up_codec = build_up_codec(self._spec)
@@ -234,7 +241,8 @@ class _Job:
         self._parameters: Array = np.zeros(count, dtype)
         self._next: Array = np.empty(count, dtype)
         self._state: dict[str, Array] = {
-            name: np.zeros(count, dtype) for name in self._optimizer.state_names
+            name: np.zeros(count, dtype)
+            for name in (self._optimizer.state_names if self._optimizer else ())
         }
         self._one_by_one: AsynchronousSteps | None = None
         if plan.asynchronous:
@@ -269,9 +277,11 @@ class _Job:
         """The model at the newest version, or at that of the best evaluation."""
         best, kept = self.decider.best, self._best_parameters
         parameters = self._parameters if kept is None else kept
+        layout = model_layout(self._plan.layout)
+        parameters = parameters[: layout.element_count]
         little_endian = parameters.astype(parameters.dtype.newbyteorder("<"), copy=False)
         return TrainedModel(
-            layout=self._plan.layout,
+            layout=layout,
             parameters=parameters,
             parameters_sha256=hashlib.sha256(little_endian.data).hexdigest(),
             steps=self.decider.version,
@@ -331,12 +341,7 @@ class _Job:
             gradient = None if reduced is None else reduced.pieces[0]
             divisor = 0 if reduced is None else reduced.divisor
         if gradient is not None:
-            factor = Contribution([gradient], divisor).factor(self._clip_norm)
-            if factor != 1.0:
-                gradient = gradient * gradient.dtype.type(factor)
-            self._optimizer.apply(
-                self._parameters, gradient, divisor, self._decay, self._state, version, self._next
-            )
+            self._make_next(gradient, divisor, version)
             if not all_finite(self._next):
                 message = (
                     f"step {version + 1} made parameters that are not finite; "
@@ -344,6 +349,18 @@ class _Job:
                 )
                 raise _failure(message, "PARAMETERS_NON_FINITE")
             self._parameters, self._next = self._next, self._parameters
+
+    def _make_next(self, gradient: Array, divisor: int, version: int) -> None:
+        if self._update is not None:
+            self._next = self._update.apply(self._parameters, gradient, divisor, version)
+            return
+        assert self._optimizer is not None
+        factor = Contribution([gradient], divisor).factor(self._clip_norm)
+        if factor != 1.0:
+            gradient = gradient * gradient.dtype.type(factor)
+        self._optimizer.apply(
+            self._parameters, gradient, divisor, self._decay, self._state, version, self._next
+        )
 
     def _train_one_by_one(self, steps: AsynchronousSteps) -> StepSums:
         def leaf(parameters: Array, shard: int, step: int, out: Array) -> LeafOutcome | None:

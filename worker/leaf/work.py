@@ -96,6 +96,8 @@ class JobWork:
             features=manifest.features,
             classes=len(manifest.classes),
             dtype=self.spec.train.dtype or "float32",
+            rows=self.plan.train_rows,
+            shards=self.plan.shards,
         )
         return build_model(self.spec, schema, self._paths.code)
 

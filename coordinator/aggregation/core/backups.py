@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from coordinator.aggregation.core.effects import Effect, StartCheckpoint
 from coordinator.aggregation.core.machine import JobRanges, _Range
 from coordinator.aggregation.core.plan import AnyRound
-from coordinator.aggregation.core.state import Array
-from phalanx.optimizers import Optimizer
+from coordinator.aggregation.core.state import AnyRule, Array
 from phalanx.training.decisions import RootDecider
 from phalanx.training.left_out import COUNTS, LeftOutLog
 from phalanx.v1 import training_pb2
@@ -27,7 +26,7 @@ class BackupRanges(JobRanges):
         plan: training_pb2.JobPlan,
         term: int,
         owned: Sequence[training_pb2.ParameterRange],
-        optimizer: Optimizer,
+        optimizer: AnyRule,
         decider: RootDecider | None,
     ) -> None:
         super().__init__(plan, term, owned, optimizer, decider)

@@ -54,13 +54,13 @@ from coordinator.aggregation.core.roots import (
     OptimizerRoot,
     RootFunction,
     SumRoot,
+    UpdateRoot,
 )
-from coordinator.aggregation.core.state import Array, RangeParameters
+from coordinator.aggregation.core.state import AnyRule, Array, RangeParameters
 from coordinator.aggregation.core.versions import NONE, VersionStore
 from phalanx.compressors import build_down_codec
 from phalanx.copies import OpenRound
 from phalanx.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument
-from phalanx.optimizers import ContributionOptimizer, Optimizer
 from phalanx.reduction import Node
 from phalanx.rounds import Disagreement
 from phalanx.training.best import BEST_VECTOR, kept_in
@@ -121,7 +121,7 @@ class JobRanges:
         plan: training_pb2.JobPlan,
         term: int,
         owned: Sequence[training_pb2.ParameterRange],
-        optimizer: Optimizer | ContributionOptimizer,
+        optimizer: AnyRule,
         decider: RootDecider | None,
     ) -> None:
         """`decider` is given exactly where range 0 is among the `owned`."""
@@ -515,7 +515,8 @@ class JobRanges:
         if go.action == GoRecord.ACTION_INITIALISE:
             owned.root = AssignRoot(parameters, go.version)
         elif go.action == GoRecord.ACTION_TRAIN:
-            owned.root = OptimizerRoot(parameters, go.version)
+            kind = UpdateRoot if parameters.needs_all_frames else OptimizerRoot
+            owned.root = kind(parameters, go.version)
         elif parameters.piece.index == 0:
             owned.root = SumRoot(spec.grid, spec.dtype, "the evaluation")
         else:

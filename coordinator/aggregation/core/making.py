@@ -12,6 +12,7 @@ from coordinator.aggregation.core.verified import VerifiedRanges
 from phalanx.optimizers import build_contribution_optimizer, build_optimizer
 from phalanx.specs import parts
 from phalanx.training.decisions import RootDecider
+from phalanx.updates import build_update
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan, ParameterRange
 
@@ -29,7 +30,8 @@ def make_ranges(
     if plan.asynchronous:
         late = build_contribution_optimizer(train, plan.total_steps)
         return AsynchronousRanges(plan, term, owned, late, decider)
-    optimizer = build_optimizer(train, plan.total_steps)
+    update = build_update(plan)
+    optimizer = build_optimizer(train, plan.total_steps) if update is None else update
     if plan.verified:
         return VerifiedRanges(plan, term, owned, optimizer, decider, secret)
     kind: type[JobRanges] = StatefulRanges if plan.state_every else JobRanges

@@ -2,7 +2,8 @@
 
 A round reduces a named vector over shards; its root function consumes the frames as they become
 complete, in any order. `OptimizerRoot` and `AssignRoot` turn each into the same frame of the next
-parameter version, at once; `SumRoot` keeps the reduced vector for the root's decision.
+parameter version, at once; `UpdateRoot` makes all of them of all of them; `SumRoot` keeps the
+reduced vector for the root's decision.
 """
 
 from __future__ import annotations
@@ -73,6 +74,38 @@ class OptimizerRoot:
             "lower the learning rate or check the data",
         )
         self._parameters.versions.publish(self._version + 1, index, updated)
+        return True
+
+
+class UpdateRoot:
+    """TRAIN where version v + 1 needs all of the sums: nothing is made before the last frame."""
+
+    def __init__(self, parameters: RangeParameters, version: int) -> None:
+        self._parameters = parameters
+        self._version = version
+        self._sums: dict[int, NDArray[np.generic] | None] = {}
+
+    def frame_complete(
+        self, index: int, values: NDArray[np.generic] | None, totals: Totals
+    ) -> bool:
+        """Keep the frame; with the last one make the version. Without any example it is as it
+        was."""
+        parameters, version = self._parameters, self._version
+        self._sums[index] = values
+        if len(self._sums) < len(parameters.grid):
+            return False
+        sums = [each for _, each in sorted(self._sums.items()) if each is not None]
+        if len(sums) < len(parameters.grid) or totals.divisor == 0:
+            for each in range(len(parameters.grid)):
+                parameters.keep(each, version)
+            return True
+        updated = parameters.update(version, sums, totals.divisor)
+        require_finite(
+            updated,
+            f"step {version + 1} made parameters that are not finite; check the data",
+        )
+        for each, (first, count) in enumerate(parameters.grid):
+            parameters.versions.publish(version + 1, each, updated[first : first + count])
         return True
 
 

@@ -20,9 +20,12 @@ from phalanx.errors import DataLoss, Internal
 from phalanx.frames import frame_grid
 from phalanx.optimizers import ContributionOptimizer, Late, Optimizer
 from phalanx.training.best import BEST_VECTOR
+from phalanx.updates import Update
 from phalanx.v1 import training_pb2
 
 Array = NDArray[np.generic]
+AnyRule = Optimizer | ContributionOptimizer | Update
+"""What makes a version of the one before."""
 
 
 @dataclass
@@ -67,7 +70,7 @@ class RangeParameters:
         term: int,
         piece: training_pb2.ParameterRange,
         layout: training_pb2.Layout,
-        optimizer: Optimizer | ContributionOptimizer,
+        optimizer: AnyRule,
         codec: Codec | None = None,
     ) -> None:
         """`codec` is what versions are encoded with on their way to the workers."""
@@ -76,9 +79,11 @@ class RangeParameters:
         self.grid = frame_grid(piece.element_count, self.dtype.itemsize)
         self.versions = VersionStore(term, piece.index, self.grid, self.dtype, codec)
         self._optimizer = optimizer
+        #: Names of the vectors beside the parameters.
+        self.state_names = () if isinstance(optimizer, Update) else optimizer.state_names
         self._decay = _decay_frames(layout, piece, self.grid)
         self._state: list[dict[str, Array]] = [
-            {name: np.zeros(count, self.dtype) for name in optimizer.state_names}
+            {name: np.zeros(count, self.dtype) for name in self.state_names}
             for _, count in self.grid
         ]
         self._snapshots: list[Snapshot] = []
@@ -120,6 +125,18 @@ class RangeParameters:
         )
         return out
 
+    @property
+    def needs_all_frames(self) -> bool:
+        """Whether what makes a version has to see all of the sums."""
+        return isinstance(self._optimizer, Update)
+
+    def update(self, version: int, sums: Sequence[Array], count: int) -> Array:
+        """All elements at `version + 1`, of the reduced frames, in order."""
+        assert isinstance(self._optimizer, Update)
+        frames = [self.versions.values(version, index) for index in range(len(self.grid))]
+        parameters, total = np.concatenate(frames), np.concatenate(list(sums))
+        return self._optimizer.apply(parameters, total, count, version)
+
     def keep(self, index: int, version: int) -> None:
         """Frame `index` of `version + 1` is that of `version`."""
         self.versions.publish(version + 1, index, self.versions.values(version, index))
@@ -130,7 +147,7 @@ class RangeParameters:
         Raises `DataLoss` where a vector is missing or has another length or type.
         """
         vectors = {"parameters": parameters, **state}
-        for name in ("parameters", *self._optimizer.state_names):
+        for name in ("parameters", *self.state_names):
             vector = vectors.get(name)
             if vector is None or vector.dtype != self.dtype or len(vector) != self._length:
                 raise DataLoss(f"range {self.piece.index} has no vector {name!r} that fits it")
@@ -179,14 +196,14 @@ class RangeParameters:
             version=version,
             dtype=self.dtype,
             grid=self.grid,
-            state_names=self._optimizer.state_names,
+            state_names=self.state_names,
             frames=[values for values in held.values if values is not None],
             state=list(self._state),
         )
         if self._best is not None and self._best.version != version:
             snapshot.extra = {BEST_VECTOR: self._best.frames}
         self._snapshots = [kept for kept in self._snapshots if any(kept.state)]
-        if self._optimizer.state_names:
+        if self.state_names:
             self._snapshots.append(snapshot)
         return snapshot
 

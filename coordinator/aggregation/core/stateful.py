@@ -15,8 +15,7 @@ from coordinator.aggregation.core.effects import Effect, StartCheckpoint, Wake
 from coordinator.aggregation.core.machine import JobRanges, _Range
 from coordinator.aggregation.core.plan import AnyRound
 from coordinator.aggregation.core.recalled import NodeStates
-from coordinator.aggregation.core.state import Array
-from phalanx.optimizers import Optimizer
+from coordinator.aggregation.core.state import AnyRule, Array
 from phalanx.training.decisions import RootDecider
 from phalanx.training.states import STATE_VECTOR
 from phalanx.v1 import aggregation_service_pb2 as pb
@@ -32,7 +31,7 @@ class StatefulRanges(JobRanges):
         plan: training_pb2.JobPlan,
         term: int,
         owned: Sequence[training_pb2.ParameterRange],
-        optimizer: Optimizer,
+        optimizer: AnyRule,
         decider: RootDecider | None,
     ) -> None:
         super().__init__(plan, term, owned, optimizer, decider)

@@ -28,10 +28,10 @@ from coordinator.aggregation.core.ballots import Ballot, Outvoted, Question, Vot
 from coordinator.aggregation.core.effects import Ask, Caught, Effect, Verified
 from coordinator.aggregation.core.machine import JobRanges, VerifiersMissing, _Range
 from coordinator.aggregation.core.plan import AnyRound
+from coordinator.aggregation.core.state import AnyRule
 from coordinator.aggregation.core.verifiers import Verifiers
 from phalanx.copies import OpenRound
 from phalanx.errors import InvalidArgument
-from phalanx.optimizers import Optimizer
 from phalanx.specs.parts import equal_copies
 from phalanx.texts import number_of
 from phalanx.training.decisions import RootDecider
@@ -62,7 +62,7 @@ class VerifiedRanges(JobRanges):
         plan: training_pb2.JobPlan,
         term: int,
         owned: Sequence[training_pb2.ParameterRange],
-        optimizer: Optimizer,
+        optimizer: AnyRule,
         decider: RootDecider | None,
         secret: int,
     ) -> None:

@@ -125,7 +125,7 @@ def _fall_back(core: Core, job: JobRuntime, plan: JobPlan, candidates: list[Aggr
 
 
 def _range_count(core: Core, plan: JobPlan, spec: JobSpec, aggregators: int) -> int:
-    if needs_one_range(spec.train):
+    if needs_one_range(spec):
         return 1
     elements = plan.layout.element_count
     wanted = elements * _ITEM_BYTES[plan.layout.dtype] // core.config.range_min_bytes

@@ -189,7 +189,7 @@ def test_what_is_verified_travels_leaf_by_leaf_to_one_range(
     assert resolved.train.verification.replicas == 3
     assert equal_copies(resolved.train) == 2
     assert unit_span(resolved) == 1
-    assert needs_one_range(resolved.train)
+    assert needs_one_range(resolved)
     assert specs.job_plan(resolved, dataset, "job-1").verified
     plain = specs.prepare(edited(f"train.{setting}"), dataset)
     assert not specs.job_plan(plain, dataset, "job-1").verified
@@ -237,7 +237,7 @@ def test_what_travels(make_dataset: MakeDataset, setting: str, span: int) -> Non
     dataset = make_dataset()
     resolved = specs.prepare(edited(f"train.{setting}"), dataset)
     assert unit_span(resolved) == specs.job_plan(resolved, dataset, "job-1").unit_span == span
-    assert needs_one_range(resolved.train) == (span == 1)
+    assert needs_one_range(resolved) == (span == 1)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_backup_shards_must_leave_enough(make_dataset: MakeDataset) -> None:
         edited(tolerant, "train.synchronous={backup_shards: 2}"), make_dataset()
     )
     assert unit_span(resolved) == 1
-    assert needs_one_range(resolved.train)
+    assert needs_one_range(resolved)
 
 
 @pytest.mark.parametrize(
@@ -400,12 +400,12 @@ def test_backup_shards_must_leave_enough(make_dataset: MakeDataset) -> None:
 def test_a_norm_at_the_root_needs_one_range(
     make_dataset: MakeDataset, setting: str, one: bool
 ) -> None:
-    assert needs_one_range(specs.prepare(edited(setting), make_dataset()).train) == one
+    assert needs_one_range(specs.prepare(edited(setting), make_dataset())) == one
 
 
 def test_a_norm_in_the_leaves_does_not(make_dataset: MakeDataset) -> None:
     settings = ("train.local={steps: 2}", "train.optimizer={clip_norm: 1}")
-    assert not needs_one_range(specs.prepare(edited(*settings), make_dataset()).train)
+    assert not needs_one_range(specs.prepare(edited(*settings), make_dataset()))
 
 
 @pytest.mark.parametrize("mode", ["asynchronous={}", "stale={bound: 3}"])
@@ -414,7 +414,7 @@ def test_contributions_that_commit_one_by_one_promise_no_bits(
 ) -> None:
     resolved = specs.prepare(edited(f"train.{mode}"), make_dataset())
     assert resolved.reproducibility.HasField("tolerant"), "one field switches"
-    assert needs_one_range(resolved.train)
+    assert needs_one_range(resolved)
     assert unit_span(resolved) == 1
     found = complaints(make_dataset(), f"train.{mode}", "reproducibility={bitwise: {}}")
     assert "no bits can be promised" in found["reproducibility.bitwise"]
@@ -423,7 +423,7 @@ def test_contributions_that_commit_one_by_one_promise_no_bits(
 def test_a_bound_of_zero_is_synchronous(make_dataset: MakeDataset) -> None:
     resolved = specs.prepare(edited("train.stale={bound: 0}"), make_dataset())
     assert resolved.reproducibility.HasField("bitwise")
-    assert not needs_one_range(resolved.train)
+    assert not needs_one_range(resolved)
     assert not specs.job_plan(resolved, make_dataset(), "job").asynchronous
 
 

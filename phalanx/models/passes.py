@@ -1,0 +1,138 @@
+"""Models from sums over all rows: one pass adds them up, one leaf of the next makes the model.
+
+Finding components and solving equations happens in a leaf, which may take its time, of the first
+shard; the others contribute nothing to that pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.models.base import Array, Batch, DataSchema, LeafSums, TensorViews, make_layout
+from phalanx.models.linear import BIAS, WEIGHTS, LinearModel
+from phalanx.models.losses import SquaredError
+
+PASSES_OVER = "passes_over"
+"""Workspace of one element: the passes that are over."""
+
+MEAN, COMPONENTS, VARIANCES = "mean", "components", "variances"
+PRODUCTS, SUMS = "products", "sums"
+"""Workspace: sums over the rows of x xᵀ and of x (of x y, for the normal equations)."""
+
+
+class Pca:
+    """Principal components, by the covariance of the features.
+
+    Components have length 1 and are ordered by the variance along them, largest first; the largest
+    element of each is positive.
+    """
+
+    evaluation_sums: tuple[str, ...] = ("loss",)
+
+    def __init__(self, schema: DataSchema, components: int) -> None:
+        features = schema.features
+        tensors = [
+            (MEAN, (features,), False),
+            (COMPONENTS, (components, features), False),
+            (VARIANCES, (components,), False),
+        ]
+        workspace: list[tuple[str, tuple[int, ...]]] = []
+        if schema.rows:
+            workspace = [(PRODUCTS, (features, features)), (SUMS, (features,)), (PASSES_OVER, (1,))]
+        self.layout = make_layout(tensors, schema.dtype, workspace)
+        self._rows = schema.rows
+        self._dtype = np.dtype(schema.dtype)
+        self._views = TensorViews(self.layout)
+
+    def initial_parameters(self, seed: int) -> Array:
+        """Return zeros."""
+        return np.zeros(self.layout.element_count, self._dtype)
+
+    def gradient(self, parameters: Array, batch: Batch, out: Array) -> LeafSums:
+        """See ``Model``."""
+        out[:] = 0
+        tensors, sums = self._views(parameters), self._views(out)
+        if tensors[PASSES_OVER][0] == 0:
+            sums[PRODUCTS][...] = _dense(batch.features.T @ batch.features)
+            sums[SUMS][...] = np.asarray(batch.features.sum(axis=0)).ravel()
+        elif batch.shard == 0:
+            mean = tensors[SUMS] / self._rows
+            covariance = tensors[PRODUCTS] / self._rows - np.outer(mean, mean)
+            # The divisor of an estimate from a sample.
+            covariance *= self._rows / max(1, self._rows - 1)
+            values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+            count = len(tensors[VARIANCES])
+            chosen = vectors[:, ::-1][:, :count].T
+            largest = np.abs(chosen).argmax(axis=1)
+            signs = np.sign(chosen[np.arange(count), largest])
+            sums[MEAN][...] = mean
+            sums[COMPONENTS][...] = chosen * signs[:, np.newaxis]
+            sums[VARIANCES][...] = np.maximum(values[::-1][:count], 0)
+        return LeafSums(batch.rows, float(self.evaluate(parameters, batch)[0]))
+
+    def evaluate(self, parameters: Array, batch: Batch) -> NDArray[np.float64]:
+        """Squared distances between the rows and what the components keep of them."""
+        tensors = self._views(parameters)
+        rows = _dense(batch.features) - tensors[MEAN]
+        kept = rows @ tensors[COMPONENTS].T
+        squares = np.einsum("ij,ij->i", rows, rows) - np.einsum("ij,ij->i", kept, kept)
+        return np.array([np.maximum(squares, 0).sum(dtype=np.float64)], np.float64)
+
+    def predict(self, parameters: Array, features: Any) -> Array:
+        """Return (rows, components): the rows' coordinates along the components."""
+        tensors = self._views(parameters)
+        coordinates: Array = (_dense(features) - tensors[MEAN]) @ tensors[COMPONENTS].T
+        return coordinates
+
+
+class NormalEquations(LinearModel):
+    """Linear regression in closed form; among equally good solutions the shortest.
+
+    ``l2`` is that of the job: λ/2‖w‖² beside the mean loss, without the bias.
+    """
+
+    def __init__(self, schema: DataSchema, bias: bool, l2: float) -> None:
+        super().__init__(schema, 1, SquaredError(), bias)
+        self._l2 = l2
+        self._rows = schema.rows
+        size = schema.features + int(bias)
+        workspace = [(PRODUCTS, (size, size)), (SUMS, (size,)), (PASSES_OVER, (1,))]
+        tensors = [(each.name, tuple(each.shape), each.decay) for each in self.layout.tensors]
+        self.layout = make_layout(tensors, schema.dtype, workspace)
+        self._views = TensorViews(self.layout)
+
+    def gradient(self, parameters: Array, batch: Batch, out: Array) -> LeafSums:
+        """See ``Model``."""
+        out[:] = 0
+        tensors, sums = self._views(parameters), self._views(out)
+        if tensors[PASSES_OVER][0] == 0:
+            self._add_up(batch, sums)
+        elif batch.shard == 0:
+            self._solve(tensors, sums)
+        loss = float(self.evaluate(parameters, batch)[0])
+        return LeafSums(batch.rows, loss)
+
+    def _add_up(self, batch: Batch, sums: dict[str, Array]) -> None:
+        rows = _dense(batch.features)
+        if self._bias:
+            rows = np.concatenate([rows, np.ones((batch.rows, 1), rows.dtype)], axis=1)
+        sums[PRODUCTS][...] = rows.T @ rows
+        sums[SUMS][...] = rows.T @ batch.targets
+
+    def _solve(self, tensors: dict[str, Array], sums: dict[str, Array]) -> None:
+        products = np.array(tensors[PRODUCTS])
+        weights = len(tensors[WEIGHTS])
+        diagonal = np.arange(weights)
+        products[diagonal, diagonal] += self._rows * self._l2
+        solution = np.linalg.lstsq(products, tensors[SUMS], rcond=None)[0]
+        sums[WEIGHTS][...] = solution[:weights]
+        if self._bias:
+            sums[BIAS][...] = solution[weights:]
+
+
+def _dense(features: Any) -> Array:
+    array: Array = features if isinstance(features, np.ndarray) else features.toarray()
+    return array

@@ -1,0 +1,129 @@
+"""Job files whose versions no elementwise optimizer makes; see ``phalanx.updates``.
+
+Their defaults, and what does not go with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from phalanx.errors import Violation
+from phalanx.specs import parts
+from phalanx.v1 import job_spec_pb2
+
+_ALL_ROWS = ("k_means", "pca", "boosting", "closed_form", "cocoa")
+"""Each step of these reads every row."""
+
+_WITHOUT_L2 = ("k_means", "pca", "boosting")
+_WITHOUT_TARGETS = ("k_means", "pca")
+
+K_MEANS_STEPS = 50
+
+COMPONENTS_MAX = 4096
+"""Features of pca and closed_form: the vector has the square of them."""
+
+
+def resolve(spec: job_spec_pb2.JobSpec) -> None:
+    """Write out the defaults of such a job; others stay as they are."""
+    train, kind = spec.train, parts.update_kind(spec)
+    if not kind:
+        return
+    train.dtype = train.dtype or "float64"
+    if kind in parts.PASSES:
+        train.stop.steps = parts.PASSES[kind]
+    if kind == "k_means" and not train.HasField("stop"):
+        train.stop.steps = K_MEANS_STEPS
+
+
+def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
+    """Yield what such a job cannot have; works on raw as well as resolved specs."""
+    train, kind = spec.train, parts.update_kind(spec)
+    if not kind:
+        return
+    model = train.model.WhichOneof("kind")
+    if kind == model and train.HasField("optimizer"):
+        message = f"is not needed: {kind} moves its parameters by a rule of its own; leave it out"
+        yield Violation("train.optimizer", message)
+    if kind == "closed_form" and model != "linear_regression":
+        message = "solves the equations of linear_regression; use another optimizer for others"
+        yield Violation("train.optimizer.closed_form", message)
+    if kind in _ALL_ROWS and train.batch_size:
+        message = f"must be left out: each step of {kind} reads all rows"
+        yield Violation("train.batch_size", message)
+    if kind in _WITHOUT_L2 and train.l2:
+        yield Violation("train.l2", f"must be left out: {kind} has no weights to keep short")
+    if kind == "k_means" and train.model.k_means.clusters < 2:
+        message = f"must be at least 2, not {train.model.k_means.clusters}"
+        yield Violation("train.model.k_means.clusters", message)
+    if kind == "pca" and train.model.pca.components < 1:
+        message = f"must be at least 1, not {train.model.pca.components}"
+        yield Violation("train.model.pca.components", message)
+    yield from _stop(train, kind)
+    yield from _parts(spec, kind)
+
+
+def violations_against(spec: job_spec_pb2.JobSpec, features: int, rows: int) -> Iterator[Violation]:
+    """Yield what is wrong between such a job and data of so many features and train rows."""
+    kind = parts.update_kind(spec)
+    if kind in ("pca", "closed_form") and features > COMPONENTS_MAX:
+        path = "train.model.pca" if kind == "pca" else "train.optimizer.closed_form"
+        message = (
+            f"adds up the products of {features} features with one another; it takes at most "
+            f"{COMPONENTS_MAX}"
+        )
+        yield Violation(path, f"{message}: choose fewer in data.features")
+    components, clusters = spec.train.model.pca.components, spec.train.model.k_means.clusters
+    if kind == "pca" and components > features:
+        message = f"{components} are more than the {features} features"
+        yield Violation("train.model.pca.components", message)
+    if kind == "k_means" and clusters > rows:
+        message = f"{clusters} are more than the {rows} rows"
+        yield Violation("train.model.k_means.clusters", message)
+
+
+def _stop(train: job_spec_pb2.Train, kind: str) -> Iterator[Violation]:
+    """Algorithms that end by themselves have no other end."""
+    steps = parts.PASSES.get(kind)
+    if steps is None:
+        return
+    stop = train.stop
+    given = [name for name in ("epochs", "plateau", "wall_time") if stop.HasField(name)]
+    given += ["thresholds"] if stop.thresholds else []
+    given += ["steps"] if stop.HasField("steps") and stop.steps != steps else []
+    for name in given:
+        message = f"must be left out: {kind} has {steps} steps"
+        yield Violation(f"train.stop.{name}", message)
+
+
+def _parts(spec: job_spec_pb2.JobSpec, kind: str) -> Iterator[Violation]:
+    train = spec.train
+    whole = f"{kind} needs all contributions of a step at once, as they are"
+    if parts.commits_one_by_one(train) or train.HasField("local"):
+        path = f"train.{train.WhichOneof('consistency')}"
+        yield Violation(path, f"{whole}; use synchronous")
+    if parts.all_reduces(train):
+        message = f"{kind} is made in the one place where all sums come in; use parameter_server"
+        yield Violation("train.all_reduce", message)
+    if parts.backup_shards(train):
+        yield Violation("train.synchronous.backup_shards", f"{whole}; leave it out")
+    if parts.reduces_leaves(train):
+        rule = train.reduction.WhichOneof("kind")
+        field = rule if rule not in (None, "weighted_mean") else "clip_norm"
+        yield Violation(f"train.reduction.{field}", f"{whole}; leave it out")
+    up = train.compression.WhichOneof("up")
+    if up:
+        yield Violation(f"train.compression.{up}", f"{whole}; leave it out")
+    if train.compression.down_cast_to:
+        yield Violation("train.compression.down_cast_to", f"{whole}; leave it out")
+    if train.on_nonfinite.HasField("skip"):
+        yield Violation("train.on_nonfinite.skip", f"{whole}; use fail")
+    if train.HasField("start"):
+        path = f"train.start.{train.start.WhichOneof('from') or 'model'}"
+        if train.start.WhichOneof("from") != "job":
+            message = f"{kind} begins with sums over all rows, not with parameters; leave it out"
+            yield Violation(path, message)
+    if train.optimizer.HasField("clip_norm"):
+        yield Violation("train.optimizer.clip_norm", f"{kind} has no gradient; leave it out")
+    balance = spec.data.WhichOneof("balance")
+    if balance:
+        yield Violation(f"data.{balance}", f"{kind} counts every row once; leave it out")
