@@ -1,0 +1,52 @@
+"""Algorithms without an elementwise optimizer: the same bits whoever dies in the middle."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import phalanx
+from phalanx.testing.arena import GUARD_S, arena, undisturbed_sha256_of, wait_until
+from phalanx.testing.half_way import kill_in_a_leaf
+
+pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
+
+STEPS = 400
+JOB: dict[str, Any] = {
+    "name": "clusters",
+    "data": {"name": "many", "shards": 11},
+    "train": {
+        "model": {"k_means": {"clusters": 40}},
+        "stop": {"steps": STEPS},
+        "checkpoints": {"every_steps": 20},
+    },
+}
+
+
+def add_many(cluster: phalanx.Cluster) -> None:
+    rng = np.random.default_rng(8)
+    centers = rng.normal(size=(40, 16)) * 3
+    rows = centers[rng.integers(0, 40, 6000)] + rng.normal(size=(6000, 16))
+    cluster.data.add("many", rows, rng.integers(0, 2, 6000), test=0.2)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_and_an_aggregator_die(tmp_path: Path, workers: int) -> None:
+    undisturbed = undisturbed_sha256_of(JOB, tmp_path, add_many)
+    with arena(tmp_path, workers, aggregators=2) as ring:
+        add_many(ring.cluster)
+        ring.workers_ready()
+        job = ring.cluster.submit(JOB)
+        if workers > 1:
+            kill_in_a_leaf(ring, job, 5)
+            wait_until(lambda: ring.events("WORKER_LOST"), "the worker to be missed")
+        ring.at_step(job, 25)
+        for member in ring.cluster.processes():
+            if member.role == "aggregator":
+                ring.signal(member.id)
+        assert not job.refresh().done
+        result = job.wait(timeout_s=GUARD_S)
+        assert ring.events("AGGREGATOR_LOST")
+    assert result.steps == STEPS
+    assert result.parameters_sha256 == undisturbed
