@@ -133,6 +133,9 @@ def _own_engine(folder: Path) -> Iterator[Engine]:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.wait(START_TIMEOUT_S)
+        # The engine leaves its network namespaces mounted, and pytest could not remove the folder.
+        for mounted in (folder / "exec" / "netns").glob("*"):
+            _output("umount", str(mounted))
         shutil.rmtree(folder / "data", ignore_errors=True)
 
 
