@@ -1,0 +1,148 @@
+"""What all estimators do: checks, the job, and the model that it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+import phalanx
+
+if TYPE_CHECKING:
+    from phalanx.data.predict import LoadedModel
+    from phalanx.sdk.job import Job
+
+ROWS_PER_SHARD = 256
+SHARDS_MAX = 64
+
+
+class Trained(BaseEstimator):  # type: ignore[misc]
+    """An estimator whose ``fit`` is a job; ``_program`` says what the job is.
+
+    Attributes:
+        model_: the trained model, see ``phalanx.data.predict.LoadedModel``.
+        metrics_: what the job measured at its end.
+        parameters_sha256_: of the model's parameters, equal wherever the same fit runs.
+    """
+
+    workers: int
+    cluster: Any
+    seed: int
+    timeout_s: float
+    model_: LoadedModel
+
+    def __sklearn_tags__(self) -> Any:
+        """Tell scikit-learn that sparse rows are taken."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+    def _program(self, rows: int) -> Mapping[str, Any]:
+        """Return the program of the job as its file would have it, by name."""
+        raise NotImplementedError
+
+    def _shards(self, rows: int) -> int:
+        return max(1, min(SHARDS_MAX, rows // ROWS_PER_SHARD))
+
+    def _fit(self, X: Any, targets: NDArray[Any], task: str) -> None:
+        name = f"sklearn-{uuid.uuid4().hex[:12]}"
+        job = {
+            "name": name,
+            "data": {"name": name, "shards": self._shards(X.shape[0])},
+            "seed": self.seed,
+            **self._program(X.shape[0]),
+        }
+        with self._opened() as cluster, contextlib.ExitStack() as left:
+            left.callback(self._forget, cluster, name)
+            cluster.data.add(name, X, targets, task=task, dtype="float64")
+            submitted = cluster.submit(job)
+            left.callback(self._end, submitted)
+            result = submitted.wait(timeout_s=self.timeout_s)
+            self.model_ = cluster.models.get(result.model)
+            self.metrics_ = dict(result.metrics)
+            self.parameters_sha256_ = result.parameters_sha256
+            self.n_iter_ = max(1, result.steps)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[phalanx.Cluster]:
+        """The cluster to fit on; one that was made for this ends with it."""
+        if self.cluster is None:
+            with phalanx.LocalCluster(workers=self.workers) as own:
+                yield own
+        elif isinstance(self.cluster, phalanx.Cluster):
+            yield self.cluster
+        else:
+            with phalanx.connect(self.cluster) as connected:
+                yield connected
+
+    def _end(self, job: Job) -> None:
+        """Nothing goes on, and nothing is left, on a cluster of others."""
+        if self.cluster is None:
+            return
+        with contextlib.suppress(phalanx.PhalanxError):
+            if not job.refresh().done:
+                job.cancel("the fit has ended")
+            job.delete()
+
+    def _forget(self, cluster: phalanx.Cluster, name: str) -> None:
+        if self.cluster is None:
+            return
+        for forget in (cluster.models.delete, cluster.data.delete):
+            with contextlib.suppress(phalanx.PhalanxError):
+                forget(name, force=True)
+
+    def _checked(self, X: Any) -> Any:
+        check_is_fitted(self, "model_")
+        return validate_data(self, X, reset=False, accept_sparse="csr", dtype=np.float64)
+
+
+class Classifies(Trained):
+    """Labels of any kind are numbered for the job, in the order of ``classes_``."""
+
+    classes_: NDArray[Any]
+
+    def fit(self, X: Any, y: Any) -> Classifies:
+        """Train on rows ``X`` (array or sparse matrix) with labels ``y``; return the estimator.
+
+        Raises ValueError for what cannot be learnt from, and phalanx.PhalanxError where the job
+        fails.
+        """
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64)
+        check_classification_targets(y)
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs at least two classes, and y has one class only: "
+                f"{self.classes_[0]!r}"
+            )
+        self._fit(X, codes.astype(np.int64), "classification")
+        return self
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Return a label for each row."""
+        rows = self._checked(X)
+        labels: NDArray[Any] = self.classes_[np.asarray(self.model_.predict(rows), np.int64)]
+        return labels
+
+
+class Regresses(Trained):
+    """Targets are numbers."""
+
+    def fit(self, X: Any, y: Any) -> Regresses:
+        """Train on rows ``X`` (array or sparse matrix) with numbers ``y``; return the estimator."""
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64, y_numeric=True)
+        self._fit(X, np.asarray(y, np.float64), "regression")
+        return self
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Return a number for each row."""
+        rows = self._checked(X)
+        predicted: NDArray[Any] = np.asarray(self.model_.predict(rows), np.float64)
+        return predicted

@@ -1,0 +1,125 @@
+"""Regressions and networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import ClassifierMixin, RegressorMixin
+
+from phalanx.sklearn.base import Classifies, Regresses
+
+_AUTO = "auto"
+
+
+class _Network:
+    """Parameters that classifier and regressor share, and the job that they mean."""
+
+    hidden: Sequence[int]
+    optimizer: str | Mapping[str, Any]
+    epochs: float
+    batch_size: int
+    l2: float
+
+    def _train(self, rows: int, linear: Mapping[str, Any], optimizer: Any) -> Mapping[str, Any]:
+        hidden = [int(width) for width in self.hidden]
+        chosen = optimizer if self.optimizer == _AUTO else self.optimizer
+        if isinstance(chosen, str):
+            chosen = {chosen: {}}
+        train: dict[str, Any] = {
+            "model": {"mlp": {"hidden": hidden}} if hidden else linear,
+            "optimizer": chosen,
+            "l2": float(self.l2),
+            "dtype": "float64",
+        }
+        if "closed_form" not in chosen:
+            train["batch_size"] = min(int(self.batch_size), rows)
+            train["stop"] = {"epochs": float(self.epochs)}
+        return {"train": train}
+
+
+class PhalanxClassifier(ClassifierMixin, _Network, Classifies):  # type: ignore[misc]
+    """Softmax regression, or with ``hidden`` layers a network (cross-entropy, ReLU).
+
+    Args:
+        hidden: widths of the hidden layers; none: a softmax regression.
+        optimizer: "auto" (Adam), or as the job file has it: {"sgd": {"learning_rate": 0.1}}.
+        epochs: passes over the rows.
+        batch_size: rows of a step.
+        l2: λ of λ/2‖w‖².
+        seed: of parameters and order.
+        workers: worker processes of a cluster of its own; 0: inside this process.
+        cluster: address of a cluster, or what ``phalanx.connect`` returned; None: its own.
+        timeout_s: how long ``fit`` waits.
+    """
+
+    def __init__(
+        self,
+        hidden: Sequence[int] = (),
+        *,
+        optimizer: str | Mapping[str, Any] = _AUTO,
+        epochs: float = 100,
+        batch_size: int = 64,
+        l2: float = 0.0001,
+        seed: int = 0,
+        workers: int = 0,
+        cluster: Any = None,
+        timeout_s: float = 3600.0,
+    ) -> None:
+        self.hidden = hidden
+        self.optimizer = optimizer
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.l2 = l2
+        self.seed = seed
+        self.workers = workers
+        self.cluster = cluster
+        self.timeout_s = timeout_s
+
+    def predict_proba(self, X: Any) -> NDArray[Any]:
+        """Return (rows, classes) probabilities, in the order of ``classes_``."""
+        rows = self._checked(X)
+        probabilities: NDArray[Any] = np.asarray(
+            self.model_.predict_probabilities(rows), np.float64
+        )
+        return probabilities
+
+    def _program(self, rows: int) -> Mapping[str, Any]:
+        return self._train(rows, {"softmax_regression": {}}, {"adam": {"learning_rate": 0.01}})
+
+
+class PhalanxRegressor(RegressorMixin, _Network, Regresses):  # type: ignore[misc]
+    """Linear regression in closed form, or with ``hidden`` layers a network (squared error, ReLU).
+
+    Parameters as of ``PhalanxClassifier``; "auto" solves a linear regression without any steps.
+    """
+
+    def __init__(
+        self,
+        hidden: Sequence[int] = (),
+        *,
+        optimizer: str | Mapping[str, Any] = _AUTO,
+        epochs: float = 100,
+        batch_size: int = 64,
+        l2: float = 0.0,
+        seed: int = 0,
+        workers: int = 0,
+        cluster: Any = None,
+        timeout_s: float = 3600.0,
+    ) -> None:
+        self.hidden = hidden
+        self.optimizer = optimizer
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.l2 = l2
+        self.seed = seed
+        self.workers = workers
+        self.cluster = cluster
+        self.timeout_s = timeout_s
+
+    def _program(self, rows: int) -> Mapping[str, Any]:
+        adam = {"adam": {"learning_rate": 0.01}}
+        auto = adam if self.hidden else {"closed_form": {}}
+        return self._train(rows, {"linear_regression": {}}, auto)

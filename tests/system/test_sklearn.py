@@ -1,0 +1,81 @@
+"""Estimators in the hands of scikit-learn: its own checks, its tools, and every kind of cluster."""
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.datasets import load_diabetes, load_digits
+from sklearn.linear_model import LinearRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler
+from sklearn.utils.estimator_checks import check_estimator
+
+import phalanx
+import phalanx.sklearn
+
+pytestmark = pytest.mark.slow
+
+ESTIMATORS = [getattr(phalanx.sklearn, name) for name in phalanx.sklearn.__all__]
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS, ids=lambda kind: kind.__name__)
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
+def test_scikit_learn_has_no_objection(kind: Any) -> None:
+    checks = check_estimator(kind(), on_skip=None, on_fail=None)
+    assert len(checks) > 40
+    assert [each["check_name"] for each in checks if each["status"] == "failed"] == []
+
+
+def digits(rows: int = 600) -> tuple[np.ndarray, np.ndarray]:
+    features, targets = load_digits(return_X_y=True)
+    return features[:rows] / 16, np.array([f"digit {each}" for each in targets[:rows]])
+
+
+def test_it_fits_alike_in_this_process_and_on_clusters() -> None:
+    features, labels = digits()
+    alone = phalanx.sklearn.PhalanxClassifier((24,), epochs=5, seed=3).fit(features, labels)
+    own = clone(alone).set_params(workers=2).fit(features, labels)
+    with phalanx.LocalCluster(workers=2) as cluster:
+        there = clone(alone).set_params(cluster=cluster.address).fit(features, labels)
+        held = phalanx.sklearn.PhalanxClassifier((24,), epochs=5, seed=3, cluster=cluster)
+        held.fit(features, labels)
+        assert cluster.jobs() == []
+        assert cluster.models.list() == []
+        assert cluster.data.list() == []
+    hashes = {each.parameters_sha256_ for each in (alone, own, there, held)}
+    assert len(hashes) == 1
+    np.testing.assert_array_equal(own.predict_proba(features), alone.predict_proba(features))
+    assert set(alone.predict(features)) <= set(labels)
+    assert alone.score(features, labels) > 0.5
+
+
+def test_its_linear_regression_is_that_of_scikit_learn() -> None:
+    features, targets = load_diabetes(return_X_y=True)
+    ours = phalanx.sklearn.PhalanxRegressor().fit(features, targets)
+    reference = LinearRegression().fit(features, targets)
+    np.testing.assert_allclose(ours.predict(features), reference.predict(features), rtol=1e-9)
+
+
+def test_it_works_in_pipelines_searches_and_pickles() -> None:
+    features, labels = digits(300)
+    pipeline = make_pipeline(MinMaxScaler(), phalanx.sklearn.PhalanxClassifier(epochs=20))
+    assert cross_val_score(pipeline, features, labels, cv=3).mean() > 0.8
+    search = GridSearchCV(phalanx.sklearn.PhalanxClassifier(epochs=10), {"l2": [0.0, 10.0]}, cv=2)
+    search.fit(features, labels)
+    assert search.best_params_ == {"l2": 0.0}
+    again = pickle.loads(pickle.dumps(search.best_estimator_))
+    np.testing.assert_array_equal(again.predict(features), search.predict(features))
+
+
+def test_a_job_that_cannot_be_is_told_and_leaves_nothing() -> None:
+    features, labels = digits(100)
+    with phalanx.LocalCluster(workers=1) as cluster:
+        wrong = phalanx.sklearn.PhalanxClassifier(
+            optimizer={"sgd": {"learning_rate": -1}}, cluster=cluster
+        )
+        with pytest.raises(phalanx.PhalanxError, match="learning_rate"):
+            wrong.fit(features, labels)
+        assert cluster.data.list() == []
