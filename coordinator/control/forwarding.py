@@ -22,7 +22,7 @@ from phalanx.errors import PhalanxError, Unavailable
 from phalanx.keys.caller import Service
 from phalanx.rpc.channel import open_channel
 from phalanx.rpc.credentials import ClientKeys
-from phalanx.rpc.status import from_rpc_error
+from phalanx.rpc.status import CALL_ENDED, from_rpc_error
 from phalanx.rpc.types import Handler, ServicerContext
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import storage_service_pb2 as pb
@@ -168,7 +168,7 @@ class Forwarding(grpc.aio.ServerInterceptor):
 
     def _told(self, error: grpc.aio.AioRpcError) -> PhalanxError:
         found = from_rpc_error(error)
-        if isinstance(found, Unavailable) and found.reason == Unavailable(found.message).reason:
+        if isinstance(found, Unavailable) and found.reason in (found.code.value, CALL_ENDED):
             return _nobody("the control process that led does not answer; another one takes over")
         return found
 

@@ -32,7 +32,7 @@ from phalanx.keys.policy import Check, rule_of
 from phalanx.rpc import protocol
 from phalanx.rpc.authentication import Gate
 from phalanx.rpc.limits import Admission
-from phalanx.rpc.status import to_rpc_status
+from phalanx.rpc.status import CALL_ENDED, to_rpc_status
 from phalanx.rpc.types import Handler, ServicerContext
 from phalanx.telemetry import traces
 from phalanx.telemetry.logs import get_logger
@@ -158,8 +158,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 ended(_code_set_by_handler(context))
                 raise
             except asyncio.CancelledError:
-                ended(grpc.StatusCode.CANCELLED)
-                raise
+                if _is_given_up():
+                    ended(grpc.StatusCode.CANCELLED)
+                    raise
+                # gRPC would answer nothing, and let the caller wait for the end of its patience.
+                ended(grpc.StatusCode.UNAVAILABLE)
+                await context.abort(*to_rpc_status(_let_go(method)))
             except Exception as error:  # noqa: BLE001 - the boundary where defects are told
                 status = to_rpc_status(_public(error, method))
                 # Counted before the caller hears of it, so that nobody sees the answer first.
@@ -270,6 +274,22 @@ def _written(generator: Behaviour) -> Behaviour:
                     ) from None
 
     return write_all
+
+
+def _is_given_up() -> bool:
+    """Whether the task of this call was cancelled, by its caller or as the server ends.
+
+    Otherwise something was that it waited for.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _let_go(method: str) -> Unavailable:
+    return Unavailable(
+        f"what {method} waited for here was given up, as by a process that stops; try again",
+        reason=CALL_ENDED,
+    )
 
 
 def _public(error: Exception, method: str) -> PhalanxError:

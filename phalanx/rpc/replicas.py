@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 
 from phalanx.rpc.changing import ChangingChannel, Inner
+from phalanx.rpc.status import was_let_go
 from phalanx.telemetry.logs import get_logger
 
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -67,7 +68,8 @@ class ReplicasChannel(ChangingChannel):
             task.add_done_callback(self._judging.discard)
 
     async def _judge(self, call: Any, inner: Inner) -> None:
-        if await call.code() in _AWAY:
+        code = await call.code()
+        if code in _AWAY or was_let_go(code.name, await call.details()):
             self._move_on(inner)
 
     def _move_on(self, failed: Inner) -> None:

@@ -16,6 +16,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from phalanx.errors import (
     ERROR_OF_CODE,
+    Cancelled,
     Code,
     Internal,
     InvalidArgument,
@@ -34,6 +35,12 @@ _MORE_BYTES = 64
 # What grpc.aio makes of a message that it cannot write since the other side has ended the call: the
 # real status is lost, and the next try gets it.
 _WRITE_FAILED = "Internal error from Core"
+# What gRPC says of calls that were cancelled in this process. All others the other side let go: gRPC
+# in a server that stops says CANCELLED, and nothing else, to calls that have arrived there and that
+# the server has not been given yet.
+_CANCELLED_HERE = ("Locally cancelled by application!", "Channel closed!")
+CALL_ENDED = "CALL_ENDED"
+"""The reason of `Unavailable` where a call ended without an answer and nobody here wished it."""
 
 
 class RpcStatus(NamedTuple):
@@ -68,13 +75,24 @@ def from_rpc_error(error: grpc.RpcError) -> PhalanxError:
     code = _code_of(error)
     message = str(_call(error, "details") or code.value)
     status = _rich_status(error)
-    if status is None and code is Internal.code and message == _WRITE_FAILED:
+    if status is not None:
+        return _from_status(code, status, message)
+    if code is Internal.code and message == _WRITE_FAILED:
         return Unavailable(
-            "the call ended while it was being written; try again", reason="CALL_ENDED"
+            "the call ended while it was being written; try again", reason=CALL_ENDED
         )
-    if status is None:
-        return ERROR_OF_CODE[code](message)
-    return _from_status(code, status, message)
+    if was_let_go(code.value, message):
+        return Unavailable(
+            "the call was let go by the other side, which is stopping; try again",
+            reason=CALL_ENDED,
+            retry_after_s=None,
+        )
+    return ERROR_OF_CODE[code](message)
+
+
+def was_let_go(code: str, details: str | None) -> bool:
+    """Whether a call that has no rich status was cancelled, and not in this process."""
+    return code == Cancelled.code.value and details not in _CANCELLED_HERE
 
 
 def _code_of(error: grpc.RpcError) -> Code:

@@ -19,7 +19,7 @@ import grpc
 from phalanx.errors import DeadlineExceeded, PhalanxError, Unavailable
 from phalanx.rpc.channel import open_sync_channel
 from phalanx.rpc.credentials import ClientKeys
-from phalanx.rpc.status import from_rpc_error
+from phalanx.rpc.status import CALL_ENDED, from_rpc_error
 from phalanx.sdk.methods import Method, RequestT, ResponseT
 from phalanx.telemetry import traces
 
@@ -37,7 +37,7 @@ CLOSE_S = 2.0
 """How long a channel may take to close before it is left to the end of the process."""
 UNREACHABLE = "UNREACHABLE"
 BEHIND = "BEHIND"
-PASSES = frozenset((UNREACHABLE, BEHIND, "NOT_LEADER", "STORAGE_UNAVAILABLE"))
+PASSES = frozenset((UNREACHABLE, BEHIND, CALL_ENDED, "NOT_LEADER", "STORAGE_UNAVAILABLE"))
 """Why a cluster that is being restarted, part after part, sends callers away: each of these is over
 within a lease of control, or with the start of the process that is missing."""
 _TLS_FAILURES = ("CERTIFICATE", "Ssl handshake", "SSL", "Socket closed", "handshake")

@@ -87,13 +87,16 @@ async def test_a_retry_reaches_the_other_replica_and_stays_there() -> None:
         assert await ask(channel) == "one", "it is dialled anew at once"
 
 
-async def test_what_a_replica_says_itself_is_no_reason_but_that_it_cannot() -> None:
+@pytest.mark.parametrize("gone", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+async def test_what_a_replica_says_itself_is_no_reason_but_that_it_cannot(
+    gone: grpc.StatusCode,
+) -> None:
     async with two() as (one, _, channel):
         one.answer = grpc.StatusCode.NOT_FOUND
         for _ in range(2):
             with pytest.raises(NotFound):
                 await ask(channel)
-        one.answer = grpc.StatusCode.UNAVAILABLE
+        one.answer = gone
         assert await ask(channel) == "other"
 
 

@@ -11,7 +11,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from phalanx.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, PhalanxError
+from phalanx.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PhalanxError,
+    Unavailable,
+)
 from phalanx.rpc.channel import MESSAGE_LIMIT_BYTES, call_with_retry, open_channel
 from phalanx.rpc.health import LIVENESS
 from phalanx.rpc.server import Server
@@ -51,6 +58,14 @@ class Servicer(stubs.JobServiceServicer):
         self, request: pb.PauseJobRequest, context: ServicerContext
     ) -> pb.PauseJobResponse:
         await context.abort(grpc.StatusCode.DATA_LOSS, "aborted by hand")
+        raise AssertionError
+
+    async def ResumeJob(
+        self, request: pb.ResumeJobRequest, context: ServicerContext
+    ) -> pb.ResumeJobResponse:
+        task = asyncio.create_task(asyncio.Event().wait())
+        task.cancel()
+        await task
         raise AssertionError
 
     async def WatchJob(
@@ -182,6 +197,16 @@ async def test_cancelled_stream_closes_its_generator(
     call.cancel()
     await asyncio.wait_for(servicer.watch_closed.wait(), GUARD_S)
     assert await _counted(server.registry, "WatchJob", "CANCELLED")
+
+
+async def test_a_call_whose_work_is_given_up_by_the_server_is_answered(
+    server: Server, channel: grpc.aio.Channel
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stubs.JobServiceStub(channel).ResumeJob(pb.ResumeJobRequest(), timeout=GUARD_S)
+    error = from_rpc_error(caught.value)
+    assert (type(error), error.reason) == (Unavailable, "CALL_ENDED")
+    assert await _counted(server.registry, "ResumeJob", "UNAVAILABLE")
 
 
 async def test_raw_bytes_handlers_work_and_their_errors_are_rich(

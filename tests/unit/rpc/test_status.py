@@ -1,18 +1,23 @@
 """PhalanxError survives the way over the wire, whatever its size."""
 
+from typing import Any
+
 import grpc
 import grpc.aio
 import pytest
 
 from phalanx.errors import (
     ERROR_OF_CODE,
+    Cancelled,
     Code,
     InvalidArgument,
     PhalanxError,
     Unavailable,
     Violation,
 )
-from phalanx.rpc.status import RpcStatus, from_rpc_error, to_rpc_status
+from phalanx.rpc.status import RpcStatus, from_rpc_error, to_rpc_status, was_let_go
+
+GUARD_S = 30.0
 
 
 def _received(status: RpcStatus) -> grpc.aio.AioRpcError:
@@ -92,6 +97,36 @@ def test_a_call_that_ended_while_it_was_written_may_be_tried_again() -> None:
     assert isinstance(from_rpc_error(error), Unavailable)
     real = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, none, none, "a defect")
     assert from_rpc_error(real).code is Code.INTERNAL
+
+
+def test_a_call_that_a_stopping_server_let_go_may_be_tried_again() -> None:
+    none = grpc.aio.Metadata()
+    for details in ("CANCELLED", "", None):
+        error = grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, none, none, details)
+        back = from_rpc_error(error)
+        assert (type(back), back.reason) == (Unavailable, "CALL_ENDED")
+
+
+@pytest.mark.parametrize("details", ["Locally cancelled by application!", "Channel closed!"])
+def test_a_call_that_was_cancelled_in_this_process_is_cancelled(details: str) -> None:
+    none = grpc.aio.Metadata()
+    error = grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, none, none, details)
+    assert type(from_rpc_error(error)) is Cancelled
+
+
+async def test_grpc_says_of_a_call_that_was_cancelled_here_what_it_is_known_by() -> None:
+    """Channels to nobody: the texts are those of the gRPC that is installed."""
+    waits: dict[str, Any] = {"timeout": GUARD_S, "wait_for_ready": True}
+    async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
+        call = channel.unary_unary("/test/Ask")(b"", **waits)
+        call.cancel()
+        assert not was_let_go((await call.code()).name, await call.details())
+    with grpc.insecure_channel("127.0.0.1:1") as blocking:
+        cancelled = blocking.unary_unary("/test/Ask").future(b"", **waits)
+        cancelled.cancel()
+        closed = blocking.unary_unary("/test/Ask").future(b"", **waits)
+    for each in (cancelled, closed):
+        assert not was_let_go(each.code().name, each.details())
 
 
 def test_garbage_in_the_trailer_is_ignored() -> None:
