@@ -35,8 +35,8 @@ _MORE_BYTES = 64
 # What grpc.aio makes of a message that it cannot write since the other side has ended the call: the
 # real status is lost, and the next try gets it.
 _WRITE_FAILED = "Internal error from Core"
-# What gRPC says of calls that were cancelled in this process. All others the other side let go: gRPC
-# in a server that stops says CANCELLED, and nothing else, to calls that have arrived there and that
+# What gRPC says of calls that were cancelled in this process. All others the other side let go: as
+# a server stops, gRPC says CANCELLED, and nothing else, to calls that have arrived there and that
 # the server has not been given yet.
 _CANCELLED_HERE = ("Locally cancelled by application!", "Channel closed!")
 CALL_ENDED = "CALL_ENDED"
