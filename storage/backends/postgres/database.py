@@ -35,7 +35,7 @@ from psycopg_pool import ConnectionPool
 from phalanx.errors import FailedPrecondition, PhalanxError, Unavailable
 from phalanx.telemetry.logs import get_logger
 from storage.backends.postgres.connection import PostgresConnection, RawConnection
-from storage.backends.postgres.errors import passes, translated
+from storage.backends.postgres.errors import passes, translated, was_waited_for
 from storage.backends.postgres.schema import migrate
 from storage.backends.sql.connection import Act, ResultT
 from storage.backends.sql.groups import Job, WritingThread
@@ -259,13 +259,21 @@ class PostgresDatabase:
             raise
 
     def _until_it_answers(self, attempt: Callable[[], ResultT]) -> ResultT:
-        """Return what ``attempt`` returns, tried again while the database is away."""
+        """Return what ``attempt`` returns, tried again while the database is away.
+
+        It is known to be away from the first failure on. What an attempt took before that is no
+        waiting: a process that stood still has tried once, with a connection that the server ended.
+        """
         ends_s = time.monotonic() + PATIENCE_S
+        is_first = True
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
                 return attempt()
             except psycopg.Error as error:
+                if is_first and not was_waited_for(error):
+                    ends_s = time.monotonic() + PATIENCE_S
+                is_first = False
                 if not passes(error) or time.monotonic() >= ends_s or self._stopping.is_set():
                     raise
                 _log.warning("database_away", message=str(error).strip())

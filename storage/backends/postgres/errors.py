@@ -2,6 +2,7 @@
 
 import psycopg
 from psycopg import errors
+from psycopg_pool import PoolTimeout
 
 from phalanx.errors import DataLoss, Internal, PhalanxError, ResourceExhausted, Unavailable
 
@@ -10,6 +11,7 @@ _PASSING = (
     errors.IdleInTransactionSessionTimeout,
     errors.TransactionTimeout,
 )
+_TIME_RAN_OUT = (PoolTimeout, errors.QueryCanceled)
 _FULL = (errors.DiskFull, errors.OutOfMemory)
 _CORRUPT = (errors.DataCorrupted, errors.IndexCorrupted)
 
@@ -17,6 +19,11 @@ _CORRUPT = (errors.DataCorrupted, errors.IndexCorrupted)
 def passes(error: Exception) -> bool:
     """Say whether trying again on another connection may help."""
     return isinstance(error, _PASSING) and not isinstance(error, _FULL)
+
+
+def was_waited_for(error: Exception) -> bool:
+    """Say whether all the time until this error was spent on waiting for the database."""
+    return isinstance(error, _TIME_RAN_OUT)
 
 
 def translated(error: Exception) -> PhalanxError:
