@@ -32,6 +32,7 @@ _NULL = frozenset(("", "~", "null", "Null", "NULL"))
 _TRUE = frozenset(("true", "True", "TRUE"))
 _FALSE = frozenset(("false", "False", "FALSE"))
 _NAN = frozenset((".nan", ".NaN", ".NAN"))
+_TOO_DEEP = f"nested deeper than {DEPTH_LIMIT} levels"
 _PLAIN_TAG = "tag:yaml.org,2002:"
 _KNOWN_TAGS = frozenset(
     _PLAIN_TAG + name
@@ -51,13 +52,16 @@ def parse_yaml(text: str, problems: Problems) -> Node | None:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
+    yaml = YAML(typ="safe", pure=True)
+    # Each level makes what is in it slower to read; ruamel.yaml counts the first as one.
+    yaml.max_depth = DEPTH_LIMIT + 1
     try:
-        root = YAML(typ="safe", pure=True).compose(text)
+        root = yaml.compose(text)
     except YAMLError as error:
         problems.add("", *_explain(error))
         return None
     except RecursionError:
-        problems.add("", f"nested deeper than {DEPTH_LIMIT} levels", None)
+        problems.add("", _TOO_DEEP, None)
         return None
     if root is None:
         problems.add("", "the file is empty", None)
@@ -147,6 +151,9 @@ class _Converter:
 def _explain(error: Exception) -> tuple[str, int | None]:
     """(message, line) of a syntax error."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    line = None if mark is None else mark.line + 1
     problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+    if str(problem).startswith("maximum depth"):
+        return _TOO_DEEP, line
     hint = "; indent with spaces, not tabs" if "\\t" in str(problem) else ""
-    return f"not valid YAML: {problem}{hint}", None if mark is None else mark.line + 1
+    return f"not valid YAML: {problem}{hint}", line

@@ -151,8 +151,13 @@ NAMES = (
 )
 
 
-def _hangs(_: int, __: FrameType | None) -> None:
-    raise AssertionError(f"a file was read for more than {HANG_S} s")
+class _Hangs(BaseException):
+    """A file is read for too long; none of those who read it may take that for damage."""
+
+
+def _hangs(_: int, frame: FrameType | None) -> None:
+    where = frame and f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+    raise _Hangs(f"read for more than {HANG_S} s, when at {where}")
 
 
 def _try(tmp_path: Path, name: str, count: int, seed: int) -> Counter[str]:
@@ -190,6 +195,9 @@ def _read(path: Path, content: bytes, parse: Parse, which: str) -> str:
         if not known or not str(error).strip():
             raise AssertionError(f"{which}: {content[:3000]!r}") from error
         said = error.reason
+    except _Hangs as error:
+        # Not from it: where a signal comes there may be no line, and pytest cannot tell of that.
+        raise AssertionError(f"{which} is {error}: {content[:3000]!r}") from None
     except Exception as error:
         raise AssertionError(f"{which}: {content[:3000]!r}") from error
     grown = tracemalloc.get_traced_memory()[1] - before
@@ -200,6 +208,18 @@ def _read(path: Path, content: bytes, parse: Parse, which: str) -> str:
 
 def test_every_kind_has_a_name(tmp_path: Path) -> None:
     assert [name for name, _, _, _ in _cases(tmp_path)] == [*NAMES]
+
+
+def test_a_file_that_is_read_without_end_is_told_of(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGALRM, _hangs)
+    tracemalloc.start()
+    try:
+        with pytest.raises(AssertionError, match=r"x is read for more .* at .*\(<lambda>\): b'y'"):
+            _read(tmp_path, b"y", lambda *_: signal.raise_signal(signal.SIGALRM), "x")
+    finally:
+        tracemalloc.stop()
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("name", NAMES)

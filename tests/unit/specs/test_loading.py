@@ -164,6 +164,9 @@ def test_what_yaml_1_1_would_convert_is_text(text: str) -> None:
         ("\ta: 1", "", "indent with spaces", 1),
         ("---\na: 1\n---\nb: 1", "", "another document", 3),
         ("a: *nowhere", "", "undefined alias", 1),
+        ("a:\n  " + "[" * 65 + "]" * 65, "", "nested deeper than 64 levels", 2),
+        ("a:\n  " + "[" * 3000, "", "nested deeper than 64 levels", 2),
+        ("- " * 3000, "", "nested deeper than 64 levels", 1),
         ("", "", "the file is empty", None),
         ("# nothing\n", "", "the file is empty", None),
     ],
@@ -172,6 +175,10 @@ def test_each_mistake_has_its_message(text: str, field: str, says: str, line: in
     violation = only(text)
     assert (violation.field, violation.line) == (field, line)
     assert says in violation.message
+
+
+def test_as_many_levels_as_are_allowed_are_read() -> None:
+    assert only("a: " + "[" * 64 + "]" * 64).field == "a", "it is no field, but its value was read"
 
 
 @pytest.mark.parametrize(
