@@ -6,6 +6,7 @@ from pathlib import Path
 
 from phalanx.errors import InvalidArgument, Unimplemented
 from phalanx.models.base import Batch, DataSchema, LeafSums, Model
+from phalanx.models.boosting import Boosting
 from phalanx.models.custom import load_custom
 from phalanx.models.k_means import KMeans
 from phalanx.models.linear import LinearModel
@@ -52,6 +53,8 @@ def build_model(
             return LinearModel(schema, schema.classes, Softmax(), model.softmax_regression.bias)
         case "mlp":
             return _mlp(model.mlp, schema)
+        case "boosting":
+            return Boosting(schema, model.boosting)
         case "k_means":
             return KMeans(schema, model.k_means.clusters)
         case "pca":

@@ -30,6 +30,8 @@ _OWN_METRICS: dict[str, tuple[str, ...]] = {"k_means": ("loss",), "pca": ("loss"
 def model_task(model: job_spec_pb2.Model, dataset_task: str) -> str:
     """Return what the model predicts; empty for user code, which may do either."""
     kind = model.WhichOneof("kind") or ""
+    if kind == "boosting":
+        return dataset_task
     if kind == "mlp":
         return MLP_LOSSES.get(model.mlp.loss, dataset_task)
     return _TASKS.get(kind, "")
@@ -62,6 +64,12 @@ def tensor_shapes(
         for index, (wide, narrow) in enumerate(pairwise(widths)):
             shapes[f"layers.{index}.weights"] = (wide, narrow)
             shapes[f"layers.{index}.bias"] = (narrow,)
+    elif kind == "boosting":
+        outputs = classes if classes > 2 else 1
+        nodes = (model.boosting.trees * outputs, 2 ** (model.boosting.depth + 1) - 1)
+        shapes["base"] = (outputs,)
+        shapes["edges"] = (features, model.boosting.bins - 1)
+        shapes |= dict.fromkeys(("feature", "threshold", "value"), nodes)
     elif kind == "k_means":
         shapes["centers"] = (model.k_means.clusters, features)
         shapes["sizes"] = (model.k_means.clusters,)

@@ -51,7 +51,7 @@ def resolve(
         if columns is not None:
             features.resolve(result.data, columns)
         _model(result.train, dataset)
-        updates.resolve(result)
+        updates.resolve(result, dataset)
         if not parts.update_kind(result):
             _optimizer(result.train.optimizer)
         if result.train.HasField("local"):
@@ -223,7 +223,8 @@ def _evaluation(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
     if train.evaluation.every_steps == 0:
         each = max(1, parts.local_steps(train))
         per_epoch = steps_per_epoch(spec, train_rows(spec, dataset))
-        train.evaluation.every_steps = max(1, per_epoch // each)
+        per_round = updates.steps_per_round(spec, dataset)
+        train.evaluation.every_steps = max(1, per_epoch // each, per_round)
     if train.stop.HasField("plateau") and not train.stop.plateau.metric:
         train.stop.plateau.metric = f"{train.evaluation.split}/loss"
 

@@ -16,7 +16,6 @@ _REFUSED: dict[str, str] = {
     "resources.gpus": "GPUs are not carried out yet; leave it out",
     "train.local.fragments": "fragments are not carried out yet; leave it out",
     "train.model.linear_svm": "linear_svm is not carried out yet; use logistic_regression",
-    "train.model.boosting": "boosting is not carried out yet; use another model",
     "train.optimizer.cocoa": "cocoa is not carried out yet; use sgd or adam",
     "train.optimizer.pegasos": "pegasos is not carried out yet; use sgd or adam",
     "train.model.torch": "PyTorch modules are not carried out yet; use mlp or custom",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from phalanx.errors import Violation
 from phalanx.specs import parts
-from phalanx.v1 import job_spec_pb2
+from phalanx.v1 import dataset_service_pb2, job_spec_pb2
 
 _ALL_ROWS = ("k_means", "pca", "boosting", "closed_form", "cocoa")
 """Each step of these reads every row."""
@@ -19,11 +19,16 @@ _WITHOUT_TARGETS = ("k_means", "pca")
 
 K_MEANS_STEPS = 50
 
+BOOSTING = job_spec_pb2.Boosting(
+    trees=100, learning_rate=0.1, depth=6, bins=64, l2=1.0, min_leaf_rows=20
+)
+"""What a job has that says nothing."""
+
 COMPONENTS_MAX = 4096
 """Features of pca and closed_form: the vector has the square of them."""
 
 
-def resolve(spec: job_spec_pb2.JobSpec) -> None:
+def resolve(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> None:
     """Write out the defaults of such a job; others stay as they are."""
     train, kind = spec.train, parts.update_kind(spec)
     if not kind:
@@ -33,6 +38,26 @@ def resolve(spec: job_spec_pb2.JobSpec) -> None:
         train.stop.steps = parts.PASSES[kind]
     if kind == "k_means" and not train.HasField("stop"):
         train.stop.steps = K_MEANS_STEPS
+    if kind == "boosting":
+        given = job_spec_pb2.Boosting.FromString(train.model.boosting.SerializeToString())
+        train.model.boosting.CopyFrom(BOOSTING)
+        train.model.boosting.MergeFrom(given)
+        if not (train.stop.HasField("steps") or train.stop.HasField("epochs")):
+            rounds = train.model.boosting.trees * steps_per_round(spec, dataset)
+            train.stop.steps = rounds + _first_steps(dataset)
+
+
+def steps_per_round(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> int:
+    """Return the steps in which boosting grows a tree for each output; 1 for all others."""
+    if parts.update_kind(spec) != "boosting":
+        return 1
+    outputs = len(dataset.classes) if len(dataset.classes) > 2 else 1
+    return spec.train.model.boosting.depth * outputs
+
+
+def _first_steps(dataset: dataset_service_pb2.Dataset) -> int:
+    """Steps before the first tree: where values lie and, for numbers, their mean."""
+    return 1 if dataset.classes else 2
 
 
 def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
@@ -58,6 +83,9 @@ def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     if kind == "pca" and train.model.pca.components < 1:
         message = f"must be at least 1, not {train.model.pca.components}"
         yield Violation("train.model.pca.components", message)
+    if kind == "boosting" and train.dtype == "float32":
+        message = "must be float64, in which the sums of the histograms are exact; leave it out"
+        yield Violation("train.dtype", message)
     yield from _stop(train, kind)
     yield from _parts(spec, kind)
 

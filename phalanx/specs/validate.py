@@ -75,6 +75,12 @@ _RANGES: dict[str, _Range] = {
     "train.batch_size": _NOT_NEGATIVE,
     "train.l2": _NOT_NEGATIVE,
     "train.model.mlp.hidden": _Range(1, 2**20),
+    "train.model.boosting.trees": _Range(1, 10_000),
+    "train.model.boosting.learning_rate": _Range(0, 1, open_low=True),
+    "train.model.boosting.depth": _Range(1, 12),
+    "train.model.boosting.bins": _Range(2, 255),
+    "train.model.boosting.l2": _NOT_NEGATIVE,
+    "train.model.boosting.min_leaf_rows": _Range(1, 2**31 - 1),
     "train.optimizer.sgd.learning_rate": _ABOVE_ZERO,
     "train.optimizer.sgd.momentum": _BELOW_ONE,
     "train.optimizer.adagrad.learning_rate": _ABOVE_ZERO,
@@ -295,8 +301,8 @@ def _model(model: job_spec_pb2.Model) -> Iterator[Violation]:
     kind = model.WhichOneof("kind")
     if kind is None:
         choices = (
-            "linear_regression, logistic_regression, softmax_regression, mlp, k_means, pca or "
-            "custom"
+            "linear_regression, logistic_regression, softmax_regression, mlp, boosting, k_means, "
+            "pca or custom"
         )
         yield Violation("train.model", f"is missing; choose {choices}")
     elif kind == "mlp":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from phalanx.specs.parts import update_kind
 from phalanx.updates.base import Update
+from phalanx.updates.boosting import BoostingUpdate
 from phalanx.updates.k_means import KMeansUpdate
 from phalanx.updates.passes import NextPass
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -28,4 +29,6 @@ def build_update(plan: JobPlan) -> Update | None:
             return KMeansUpdate(plan.layout, spec.seed)
         case "pca" | "closed_form":
             return NextPass(plan.layout)
+        case "boosting":
+            return BoostingUpdate(plan.layout, spec.train.model.boosting)
     return None

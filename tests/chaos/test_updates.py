@@ -31,13 +31,27 @@ def add_many(cluster: phalanx.Cluster) -> None:
     cluster.data.add("many", rows, rng.integers(0, 2, 6000), test=0.2)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_worker_and_an_aggregator_die(tmp_path: Path, workers: int) -> None:
-    undisturbed = undisturbed_sha256_of(JOB, tmp_path, add_many)
+BOOSTING = {
+    **JOB,
+    "name": "trees",
+    "train": {
+        "model": {"boosting": {"trees": 20, "depth": 5, "bins": 32}},
+        "checkpoints": {"every_steps": 20},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("job_of", "workers"), [(JOB, 1), (BOOSTING, 3)], ids=["k-means, alone", "boosting"]
+)
+def test_a_worker_and_an_aggregator_die(
+    tmp_path: Path, job_of: dict[str, Any], workers: int
+) -> None:
+    undisturbed = undisturbed_sha256_of(job_of, tmp_path, add_many)
     with arena(tmp_path, workers, aggregators=2) as ring:
         add_many(ring.cluster)
         ring.workers_ready()
-        job = ring.cluster.submit(JOB)
+        job = ring.cluster.submit(job_of)
         if workers > 1:
             kill_in_a_leaf(ring, job, 5)
             wait_until(lambda: ring.events("WORKER_LOST"), "the worker to be missed")
@@ -48,5 +62,5 @@ def test_a_worker_and_an_aggregator_die(tmp_path: Path, workers: int) -> None:
         assert not job.refresh().done
         result = job.wait(timeout_s=GUARD_S)
         assert ring.events("AGGREGATOR_LOST")
-    assert result.steps == STEPS
+        assert ring.cluster.verify(job).equal
     assert result.parameters_sha256 == undisturbed
