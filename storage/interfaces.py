@@ -262,8 +262,8 @@ class SnapshotStore(Protocol):
         Leases are nobody's then.
         """
 
-    def end_restore(self) -> None:
-        """Say that what was restored is whole."""
+    def end_restore(self, stride: int) -> None:
+        """Say that what was restored is whole; its history is another one from now on."""
 
 
 @dataclass(frozen=True)

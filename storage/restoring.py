@@ -6,7 +6,8 @@ broken off is begun again by the same command; blobs that are there already are 
 
 Leases come back as nobody's, and their fencing tokens and the terms of jobs are raised far beyond
 what the cluster that was saved can have reached since: whoever of it should still live, and reach
-this place, is refused.
+this place, is refused. The place also gets a history of its own, which control tells its members:
+one that holds a job of another history lets go of it, and the job goes on from what is stored here.
 """
 
 from collections.abc import Callable
@@ -58,8 +59,9 @@ def restore(
         _demand_empty(backend)
         backend.snapshots.begin_restore()
         blobs = _restore_blobs(folder, snapshot, backend)
-        rows = _restore_rows(folder, snapshot, backend)
-        backend.snapshots.end_restore()
+        stride = new_stride()
+        rows = _restore_rows(folder, snapshot, backend, stride)
+        backend.snapshots.end_restore(stride)
     finally:
         backend.close()
     return Restored(snapshot, rows, blobs)
@@ -95,8 +97,7 @@ def _restore_blobs(folder: BackupFolder, snapshot: Snapshot, backend: Backend) -
     return count
 
 
-def _restore_rows(folder: BackupFolder, snapshot: Snapshot, backend: Backend) -> int:
-    stride = new_stride()
+def _restore_rows(folder: BackupFolder, snapshot: Snapshot, backend: Backend, stride: int) -> int:
     count = 0
     for message in folder.messages(snapshot.name):
         for first in range(0, len(message.rows), _ROWS_AT_ONCE):

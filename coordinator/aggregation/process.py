@@ -115,6 +115,7 @@ class Aggregator:
             self._on_message,
             self._on_open,
             self._keys,
+            self._let_all_go,
         )
         metrics.control_connected.set_function(lambda: float(self._session.connected))
 
@@ -168,6 +169,7 @@ class Aggregator:
                 generation=self._generation,
                 version=_version(),
                 fingerprint=self._fingerprint,
+                history=self._session.history,
             )
         )
 
@@ -350,6 +352,13 @@ class Aggregator:
         if job is not None and job.ranges.term <= message.term:
             del self._jobs[message.job_id]
             self._spawn(job.close())
+
+    def _let_all_go(self) -> None:
+        """Storage knows nothing of what is held here: it is of another history."""
+        held = {job_id: job.ranges.term for job_id, job in self._jobs.items()}
+        held |= {job_id: term for job_id, (term, _) in self._loading.items()}
+        for job_id, term in held.items():
+            self._release(coordination.ReleaseRanges(job_id=job_id, term=term))
 
     def _command(self, command: Command) -> None:
         job = self._jobs.get(command.job_id)

@@ -85,12 +85,13 @@ class Leader:
         control_sequence: tuple[int, int],
         event_sequence: int,
         submitting: Collection[str] = (),
+        history: int | None = None,
     ) -> None:
         live, self.durable = replayed
         self._config = config
         self._store = store
         self._gauges = gauges
-        self.core = Core(config.core(), generation, live)
+        self.core = Core(config.core(), generation, live, history)
         self.sessions = Sessions()
         self.watchers = WatchHub()
         self.event_log = EventLog(store, event_sequence)

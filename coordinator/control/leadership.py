@@ -28,6 +28,8 @@ class Acquired:
 
     generation: int
     lost: LostLeader | None = None
+    history: int | None = None
+    """Which history storage has; None: it does not say."""
 
 
 async def acquire(
@@ -59,7 +61,8 @@ async def acquire(
             lost = None
             if answer.lost_holder:
                 lost = LostLeader(answer.lost_holder, since_s, time.monotonic())
-            return Acquired(answer.lease.token, lost)
+            history = answer.history if answer.HasField("history") else None
+            return Acquired(answer.lease.token, lost, history)
         held = (answer.lease.token, answer.lease.counter)
         if held != seen:
             seen, since_s = held, time.monotonic()

@@ -125,7 +125,7 @@ class ControlProcess:
             )
             telling = asyncio.create_task(self._tell_where(generation))
             try:
-                leader = await self._replay(generation)
+                leader = await self._replay(acquired)
                 leader.start(acquired.lost)
                 self._leader = leader
                 await self._forwarding.leader_is_at("")
@@ -184,7 +184,7 @@ class ControlProcess:
                 metrics_address=self.server.metrics_address,
             )
 
-    async def _replay(self, generation: int) -> Leader:
+    async def _replay(self, acquired: leadership.Acquired) -> Leader:
         """Rebuild the durable state, twice: one copy for decisions, one for what is safe."""
         facts, following, count = await self.store.insist(lambda: replay(self.store))
         durable = Facts()
@@ -197,7 +197,8 @@ class ControlProcess:
             self.config,
             self.store,
             self.gauges,
-            generation=generation,
+            generation=acquired.generation,
+            history=acquired.history,
             replayed=(facts, durable),
             control_sequence=(following, count),
             event_sequence=events,

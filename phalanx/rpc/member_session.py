@@ -82,7 +82,9 @@ class MemberSession:
     """Keeps a session with one of `addresses` until `close`.
 
     `hello()` and `heartbeat()` make the messages; `on_message` takes what control says and may
-    raise `Refused`; `on_open` is called with the welcome of each session.
+    raise `Refused`; `on_open` is called with the welcome of each session, and before that
+    `on_other_history` where storage was restored from a backup since the one before: what the
+    member holds is of a time that storage knows nothing of.
     """
 
     def __init__(
@@ -93,8 +95,12 @@ class MemberSession:
         on_message: Callable[[coordination.SessionResponse], None],
         on_open: Callable[[coordination.Welcome], None],
         keys: ClientKeys | None = None,
+        on_other_history: Callable[[], None] = lambda: None,
     ) -> None:
         self._keys = keys
+        self._on_other_history = on_other_history
+        self.history: int | None = None
+        """That of the newest welcome that told one; the hello says it."""
         self._addresses = list(addresses)
         self._hello = hello
         self._heartbeat = heartbeat
@@ -176,6 +182,7 @@ class MemberSession:
             self.connected = True
             self._settled_at_s = time.monotonic() + welcome.lease_ttl_s
             self.search.found(welcome.lease_ttl_s)
+            self._note_history(welcome)
             self._on_open(welcome)
             await self._both_ways(call, welcome)
         except grpc.aio.AioRpcError as error:
@@ -202,6 +209,15 @@ class MemberSession:
         if response.WhichOneof("message") != "welcome":
             raise Unavailable("control did not answer the hello")
         return response.welcome  # type: ignore[no-any-return]
+
+    def _note_history(self, welcome: coordination.Welcome) -> None:
+        if not welcome.HasField("history"):
+            return
+        before, self.history = self.history, welcome.history
+        if before not in (None, welcome.history):
+            _log.warning("storage_was_restored", before=before, history=welcome.history)
+            self._reports.clear()
+            self._on_other_history()
 
     async def _both_ways(self, call: Any, welcome: coordination.Welcome) -> None:
         interval_s = welcome.heartbeat_interval_s or 0.5

@@ -21,7 +21,6 @@ from phalanx.reduction import Node
 from phalanx.testing.exchange import ExchangeClient
 from phalanx.testing.ranges import Array, Leaves
 from phalanx.testing.worker_peers import ScriptedControl, ScriptedSession
-from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.training_pb2 import GoRecord
 
 TERMINAL = (GoRecord.ACTION_STOP, GoRecord.ACTION_PAUSE, GoRecord.ACTION_FAIL)
@@ -39,8 +38,7 @@ class AggregatorControl(ScriptedControl):
         if message is grpc.aio.EOF:
             return
         session.hello = message.aggregator_hello
-        welcome = pb.Welcome(heartbeat_interval_s=0.05, lease_ttl_s=2.0)
-        await session.send(self.generation, welcome=welcome)
+        await session.send(self.generation, welcome=self.welcome)
         self._open.append(session)
         self._sessions.put_nowait(session)
         await session.serve()

@@ -84,9 +84,10 @@ class ServiceProcess:
             time.sleep(0.005)
         self.address = json.loads(self._announcement.read_text())["address"]
 
-    def restart(self) -> None:
-        """Kill it without mercy and start it again."""
+    def restart(self, *options: str) -> None:
+        """Kill it without mercy and start it again; options replace those that it was given."""
         self.kill()
+        self._arguments.extend(options)
         self.process = self._spawn()
         self.wait_until_ready()
 

@@ -135,6 +135,7 @@ class WorkerHello(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     """Unique per process start."""
@@ -151,6 +152,8 @@ class WorkerHello(_message.Message):
     """Where other workers reach AggregationService; empty: nowhere, so that it
     takes no part in jobs of the topology all_reduce.
     """
+    history: _builtins.int
+    """That of the welcome under which it got what it holds; absent: not known."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -173,12 +176,15 @@ class WorkerHello(_message.Message):
         generation: _builtins.int = ...,
         version: _builtins.str = ...,
         address: _builtins.str = ...,
+        history: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_history", b"_history", "history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "fingerprint", b"fingerprint", "generation", b"generation", "held_jobs", b"held_jobs", "host", b"host", "incarnation", b"incarnation", "labels", b"labels", "memory_bytes", b"memory_bytes", "pid", b"pid", "slot_memory_bytes", b"slot_memory_bytes", "slots", b"slots", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_history", b"_history", "address", b"address", "fingerprint", b"fingerprint", "generation", b"generation", "held_jobs", b"held_jobs", "history", b"history", "host", b"host", "incarnation", b"incarnation", "labels", b"labels", "memory_bytes", b"memory_bytes", "pid", b"pid", "slot_memory_bytes", b"slot_memory_bytes", "slots", b"slots", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__history: _TypeAlias = _typing.Literal["history"]  # noqa: Y015
+    _WhichOneofArgType__history: _TypeAlias = _typing.Literal["_history", b"_history"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__history) -> _WhichOneofReturnType__history | None: ...
 
 Global___WorkerHello: _TypeAlias = WorkerHello  # noqa: Y015
 
@@ -235,6 +241,7 @@ class AggregatorHello(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     aggregator_id: _builtins.str
     incarnation: _builtins.str
     address: _builtins.str
@@ -244,6 +251,8 @@ class AggregatorHello(_message.Message):
     generation: _builtins.int
     version: _builtins.str
     fingerprint: _builtins.str
+    history: _builtins.int
+    """As in WorkerHello."""
     @_builtins.property
     def held_ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldRanges]: ...
     def __init__(
@@ -258,12 +267,15 @@ class AggregatorHello(_message.Message):
         generation: _builtins.int = ...,
         version: _builtins.str = ...,
         fingerprint: _builtins.str = ...,
+        history: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_history", b"_history", "history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "aggregator_id", b"aggregator_id", "fingerprint", b"fingerprint", "generation", b"generation", "held_ranges", b"held_ranges", "host", b"host", "incarnation", b"incarnation", "pid", b"pid", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_history", b"_history", "address", b"address", "aggregator_id", b"aggregator_id", "fingerprint", b"fingerprint", "generation", b"generation", "held_ranges", b"held_ranges", "history", b"history", "host", b"host", "incarnation", b"incarnation", "pid", b"pid", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__history: _TypeAlias = _typing.Literal["history"]  # noqa: Y015
+    _WhichOneofArgType__history: _TypeAlias = _typing.Literal["_history", b"_history"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__history) -> _WhichOneofReturnType__history | None: ...
 
 Global___AggregatorHello: _TypeAlias = AggregatorHello  # noqa: Y015
 
@@ -1208,6 +1220,7 @@ class Welcome(_message.Message):
     LEASE_TTL_S_FIELD_NUMBER: _builtins.int
     STORAGE_ADDRESS_FIELD_NUMBER: _builtins.int
     ANSWERS_HEARTBEATS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     heartbeat_interval_s: _builtins.float
     lease_ttl_s: _builtins.float
     storage_address: _builtins.str
@@ -1216,6 +1229,10 @@ class Welcome(_message.Message):
     """
     answers_heartbeats: _builtins.bool
     """Every heartbeat gets an answer; a lease without one means: look elsewhere."""
+    history: _builtins.int
+    """Which history storage has: what a member holds of another one is of no use
+    any more, and it lets go of that. Absent: not known.
+    """
     def __init__(
         self,
         *,
@@ -1223,12 +1240,15 @@ class Welcome(_message.Message):
         lease_ttl_s: _builtins.float = ...,
         storage_address: _builtins.str = ...,
         answers_heartbeats: _builtins.bool = ...,
+        history: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_history", b"_history", "history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_heartbeats", b"answers_heartbeats", "heartbeat_interval_s", b"heartbeat_interval_s", "lease_ttl_s", b"lease_ttl_s", "storage_address", b"storage_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_history", b"_history", "answers_heartbeats", b"answers_heartbeats", "heartbeat_interval_s", b"heartbeat_interval_s", "history", b"history", "lease_ttl_s", b"lease_ttl_s", "storage_address", b"storage_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__history: _TypeAlias = _typing.Literal["history"]  # noqa: Y015
+    _WhichOneofArgType__history: _TypeAlias = _typing.Literal["_history", b"_history"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__history) -> _WhichOneofReturnType__history | None: ...
 
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
 

@@ -594,9 +594,14 @@ class AcquireLeaseResponse(_message.Message):
     ACQUIRED_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     LOST_HOLDER_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     acquired: _builtins.bool
     lost_holder: _builtins.str
     """Who held an acquired lease until now and did not release it."""
+    history: _builtins.int
+    """With a granted lease: which history storage has. Restoring a backup begins
+    another one, in which nothing holds that anybody knows of the one before.
+    """
     @_builtins.property
     def lease(self) -> Global___Lease: ...
     def __init__(
@@ -605,12 +610,15 @@ class AcquireLeaseResponse(_message.Message):
         acquired: _builtins.bool = ...,
         lease: Global___Lease | None = ...,
         lost_holder: _builtins.str = ...,
+        history: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_history", b"_history", "history", b"history", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acquired", b"acquired", "lease", b"lease", "lost_holder", b"lost_holder"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_history", b"_history", "acquired", b"acquired", "history", b"history", "lease", b"lease", "lost_holder", b"lost_holder"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__history: _TypeAlias = _typing.Literal["history"]  # noqa: Y015
+    _WhichOneofArgType__history: _TypeAlias = _typing.Literal["_history", b"_history"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__history) -> _WhichOneofReturnType__history | None: ...
 
 Global___AcquireLeaseResponse: _TypeAlias = AcquireLeaseResponse  # noqa: Y015
 
@@ -772,7 +780,9 @@ class RaiseTermResponse(_message.Message):
 
     TERM_FIELD_NUMBER: _builtins.int
     term: _builtins.int
-    """The new term, expected_term + 1."""
+    """The new term: expected_term + 1; of a row that this creates, 1 beyond what
+    jobs of another history of storage can have.
+    """
     def __init__(
         self,
         *,

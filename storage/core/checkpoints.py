@@ -68,8 +68,11 @@ def key_of(message: pb.CheckpointManifest | pb.CommitCheckpointRequest) -> Check
     return CheckpointKey(message.term, message.step, message.final)
 
 
-def raise_term(row: JobRow | None, request: pb.RaiseTermRequest) -> JobRow:
-    """Return the row with the next term.
+def raise_term(row: JobRow | None, request: pb.RaiseTermRequest, history: int = 0) -> JobRow:
+    """Return the row with the next term. The first one of a job is beyond ``history``.
+
+    In the history of which a backup was restored, the same job may have had any number of terms
+    that the backup does not know of.
 
     Raises FailedPrecondition (FINAL_CHECKPOINT) after success and Aborted (STALE_TERM) if the term
     is not the expected one.
@@ -82,7 +85,7 @@ def raise_term(row: JobRow | None, request: pb.RaiseTermRequest) -> JobRow:
     current = 0 if row is None else row.term
     if request.expected_term != current:
         raise _stale_term(request.job_id, request.expected_term, current)
-    return JobRow(current + 1)
+    return JobRow(max(current, history) + 1)
 
 
 def check_commit(request: pb.CommitCheckpointRequest) -> None:

@@ -15,6 +15,10 @@ HOLD_LEASE = "storage/backup"
 RESTORE_LEASE = "storage/restore"
 """There while a place is being restored into: what is in it is not whole."""
 
+HISTORY_LEASE = "storage/history"
+"""Nobody holds it; its token says which history this is. 0, as without a row: never restored.
+Restoring raises it with all other fencing tokens, so that a restored place has one of its own."""
+
 SCRUB_STREAM = "storage/scrub"
 """The journal in which scrubbing notes how far it is."""
 

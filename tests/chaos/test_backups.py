@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import phalanx
-from phalanx.testing.arena import GUARD_S, add_blobs, arena, gated_job
+from phalanx.clients.storage_sync import SyncStorageClient
+from phalanx.testing.arena import GUARD_S, Gate, add_blobs, arena, gated_job, wait_until
 from phalanx.testing.datasets import REPOSITORY
+from phalanx.testing.proxied_cluster import ProxiedCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
@@ -63,6 +65,40 @@ def test_a_job_that_was_half_done_ends_elsewhere_with_the_same_bits(
         result = found.wait(timeout_s=GUARD_S)
         assert elsewhere.describe().generation > generation
         assert found.message.progress.step == 60
+    assert result.parameters_sha256 == undisturbed_sha256
+    assert (result.examples_lost, result.examples_doubled) == (0, 0)
+
+
+def test_members_that_are_ahead_of_what_was_restored_begin_again_from_it(
+    tmp_path: Path, undisturbed_sha256: str
+) -> None:
+    """Everybody but storage and control lives on, and the aggregator has even finished the job."""
+    gate = Gate(tmp_path)
+    folder, restored = str(tmp_path / "backups"), str(tmp_path / "restored")
+    with ProxiedCluster(tmp_path, environment={"PHALANX_TEST_GATE": str(tmp_path)}) as ring:
+        cluster, address = ring.cluster, ring.control.address
+        add_blobs(cluster)
+        wait_until(lambda: len(cluster.workers()) == 2, "the workers")
+        gate.hold()
+        job = cluster.submit(gated_job())
+        gate.bring_to(job, 25)
+        assert _outcome("backup", folder, address=address)[0] == 0
+        ring.control.kill()
+        gate.release()
+        with SyncStorageClient(ring.storage.address) as storage:
+
+            def is_over() -> bool:
+                row = storage.get_job_row(job.id)
+                return row is not None and row.HasField("final_checkpoint")
+
+            wait_until(is_over, "the end of the job")
+        ring.storage.kill()
+        assert _outcome("restore", folder, "--state", restored, address="")[0] == 0
+        ring.storage.restart("--state", restored)
+        ring.control.restart()
+        result = job.wait(timeout_s=GUARD_S)
+        again = [each for each in cluster.events() if each.type == "STEPS_REPLAYED"]
+        assert "from the checkpoint at step 20" in again[-1].message
     assert result.parameters_sha256 == undisturbed_sha256
     assert (result.examples_lost, result.examples_doubled) == (0, 0)
 

@@ -77,6 +77,13 @@ class WorkerCore:
         request = coordination.DrainRequested()
         return Report(coordination.SessionRequest(drain_requested=request))
 
+    def let_all_go(self) -> list[Effect]:
+        """Let every job go: storage knows nothing of what is held here."""
+        gone = [
+            coordination.RevokeJob(job_id=job.job_id, term=job.term) for job in self.jobs.values()
+        ]
+        return self.settle([effect for each in gone for effect in self._revoke(each)])
+
     def held_jobs(self) -> list[coordination.HeldWorkerJob]:
         """What the hello says of the jobs that are hosted."""
         return [

@@ -102,7 +102,13 @@ class Session:
         )
         self._chunks = ChunkServer(self._cache, self._slots.fetched)
         self._control = MemberSession(
-            config.control, self._hello, self._heartbeat, self._on_message, self._on_open, keys
+            config.control,
+            self._hello,
+            self._heartbeat,
+            self._on_message,
+            self._on_open,
+            keys,
+            lambda: self._perform(self._core.let_all_go()),
         )
         self._logs = LogCollector(config.id, self._control.report)
         self._jobs: dict[str, HostedJob | HostedTasks] = {}
@@ -204,6 +210,7 @@ class Session:
             generation=self._core.generation,
             version=_version(),
             address=self.address,
+            history=self._control.history,
         )
         return coordination.SessionRequest(worker_hello=hello)
 

@@ -8,7 +8,7 @@ those who fell silent together do not reach their leases together: being suspect
 
 from __future__ import annotations
 
-from coordinator.control.core import describing, hosting, incidents, quarantine, terms
+from coordinator.control.core import describing, foreign, hosting, incidents, quarantine, terms
 from coordinator.control.core.eligibility import TAKES_WORK
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.lifecycle import RUNNING
@@ -68,6 +68,7 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
     core.workers[worker.id] = worker
     core.sessions[session] = worker
     worker.lease_s = core.lease_ttl_s()
+    worker.foreign = foreign.held_by(core, hello)
     _recall_drain(core, worker)
     quarantine.recall(core, worker)
     _forget_gone(core)
@@ -117,9 +118,14 @@ def aggregator_connected(core: Core, session: int, hello: pb.AggregatorHello) ->
     core.sessions[session] = aggregator
     aggregator.lease_s = core.lease_ttl_s()
     core.send(session, _welcome(core))
-    held = {each.job_id: each for each in hello.held_ranges}
+    aggregator.foreign = foreign.held_by(core, hello)
+    held = {
+        each.job_id: each
+        for each in hello.held_ranges
+        if (each.job_id, each.term) not in aggregator.foreign
+    }
     for each in hello.held_ranges:
-        if not _holds_current(core, aggregator, each):
+        if each.job_id not in held or not _holds_current(core, aggregator, each):
             message = pb.ReleaseRanges(job_id=each.job_id, term=each.term)
             core.send(session, pb.SessionResponse(release_ranges=message))
     for job in core.running():
@@ -361,6 +367,7 @@ def _welcome(core: Core) -> pb.SessionResponse:
             lease_ttl_s=core.lease_ttl_s(),
             storage_address=core.config.storage_address,
             answers_heartbeats=True,
+            history=core.history,
         )
     )
 
@@ -371,7 +378,7 @@ def _adopt(core: Core, worker: Worker) -> None:
     for each in held.values():
         job = core.jobs.get(each.job_id)
         facts = core.facts_of(job) if job is not None else None
-        if job is not None and facts is not None and _has_other_leaf(facts, each):
+        if job is not None and facts is not None and _has_other_leaf(worker, facts, each):
             quarantine.set_up_otherwise(core, job, worker, each.leaf_sha256)
         if job is None or facts is None or not _may_hold(job, facts, worker, each):
             revoke = pb.RevokeJob(
@@ -390,8 +397,10 @@ def _adopt(core: Core, worker: Worker) -> None:
             del job.hosts[worker.id]  # what it was told got lost on the way; it is told again
 
 
-def _has_other_leaf(facts: JobFacts, held: pb.HeldWorkerJob) -> bool:
+def _has_other_leaf(worker: Worker, facts: JobFacts, held: pb.HeldWorkerJob) -> bool:
     """One that tells none is either setting the job up, or it failed or is older, and stays."""
+    if (held.job_id, held.term) in worker.foreign:
+        return False
     return bool(facts.leaf_sha256 and held.leaf_sha256 not in ("", facts.leaf_sha256))
 
 
@@ -407,6 +416,8 @@ def _may_hold(job: JobRuntime, facts: JobFacts, worker: Worker, held: pb.HeldWor
     same_bits = not facts.plan.bitwise or worker.hello.fingerprint == facts.fingerprint
     if facts.leaf_sha256 and worker.id in job.other_leaves:
         same_bits = False
+    if (held.job_id, held.term) in worker.foreign:
+        return False
     takes_work = worker.state != WorkerView.STATE_QUARANTINED
     return facts.state == RUNNING and facts.term == held.term and same_bits and takes_work
 

@@ -309,6 +309,7 @@ def _current(
         # A worker may have the name of an aggregator.
         owns = isinstance(aggregator, Worker) == job.all_reduce
         owns = owns and any(each.aggregator_id == aggregator.id for each in facts.ranges)
+        owns = owns and (job_id, term) not in aggregator.foreign
         if facts.state == RUNNING and facts.term == term and owns:
             return job
     if isinstance(aggregator, Worker):

@@ -92,6 +92,8 @@ class Worker:
     """As it said last: attempts by whether they were calls and how they failed; None: not yet."""
     released: bool = False
     """Whether a draining worker was told that it may leave."""
+    foreign: frozenset[tuple[str, int]] = frozenset()
+    """Jobs and terms that it held of another history of storage when it joined."""
 
     @property
     def id(self) -> str:
@@ -119,6 +121,8 @@ class Aggregator:
     lease_s: float = 0.0
     """The lease that it was told, with the heartbeats that go with it."""
     suspected: bool = False
+    foreign: frozenset[tuple[str, int]] = frozenset()
+    """As of a worker."""
 
     @property
     def id(self) -> str:
@@ -397,9 +401,13 @@ class Outage:
 class Core:
     """The state of control. The modules beside this one are its decisions; `machine` calls them."""
 
-    def __init__(self, config: CoreConfig, generation: int, facts: Facts) -> None:
+    def __init__(
+        self, config: CoreConfig, generation: int, facts: Facts, history: int | None = None
+    ) -> None:
         self.config = config
         self.generation = generation
+        self.history = history
+        """Which history of storage the facts are of; None: not known."""
         self.facts = facts
         self.workers: dict[str, Worker] = {}
         self.aggregators: dict[str, Aggregator] = {}

@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 from phalanx.errors import DataLoss, NotFound
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.backends.sql.connection import Connection, Database
-from storage.backends.sql.leases import check_request_fence
+from storage.backends.sql.leases import check_request_fence, load_history
 from storage.backends.sql.references import add_references, drop_references
 from storage.backends.sql.rows import CHECKPOINTS, JOBS, next_id
 from storage.core import checkpoints
@@ -51,7 +51,9 @@ class SqlJobs:
 
         def act(connection: Connection) -> int:
             check_request_fence(connection, request)
-            row = checkpoints.raise_term(_load_row(connection, request.job_id), request)
+            row = _load_row(connection, request.job_id)
+            history = load_history(connection) if row is None else 0
+            row = checkpoints.raise_term(row, request, history)
             connection.execute(JOBS.replacement, JOBS.sealed(request.job_id, row.term))
             for stored in _load_all(connection, request.job_id):
                 if stored.intact and not stored.whole:

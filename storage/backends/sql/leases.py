@@ -9,12 +9,19 @@ from storage.backends.sql.rows import LEASES
 from storage.core import leases
 from storage.core.keys import check_stream, check_word
 from storage.core.leases import LeaseRow
+from storage.core.snapshots import HISTORY_LEASE
 
 
 def load_lease(connection: Connection, name: str) -> LeaseRow | None:
     """Return the lease's row, or None."""
     row = LEASES.find(connection, name)
     return None if row is None else LeaseRow(*row[1:])
+
+
+def load_history(connection: Connection) -> int:
+    """Return which history of storage this is."""
+    row = load_lease(connection, HISTORY_LEASE)
+    return 0 if row is None else row.token
 
 
 def check_request_fence(
@@ -50,6 +57,7 @@ class SqlLeases:
                 acquired=result.acquired,
                 lease=result.row.message(request.name),
                 lost_holder=result.lost_holder,
+                history=load_history(connection) if result.acquired else None,
             )
 
         def act(connection: Connection) -> pb.AcquireLeaseResponse:

@@ -31,7 +31,7 @@ from storage.backends.sql.rows import (
     Table,
 )
 from storage.core.journals import record_checksum
-from storage.core.snapshots import HOLD_LEASE, RESTORE_LEASE
+from storage.core.snapshots import HISTORY_LEASE, HOLD_LEASE, RESTORE_LEASE
 
 RECORDS = Table("records", ("stream", "sequence", "payload"), 2)
 VERSIONS = Table("versions", ("id", "kind", "namespace", "name", "version", "message"), 1)
@@ -120,13 +120,16 @@ class SqlSnapshots:
 
         self._database.write(act)
 
-    def end_restore(self) -> None:
-        """What was restored is whole now."""
-        self._database.write(
-            lambda connection: (
-                connection.execute("DELETE FROM leases WHERE name = ?", (RESTORE_LEASE,)).rowcount
-            )
-        )
+    def end_restore(self, stride: int) -> None:
+        """What was restored is whole now, and has a history of its own."""
+
+        def act(connection: Connection) -> None:
+            # One that was restored before has been raised with all other leases.
+            first = LEASES.sealed(HISTORY_LEASE, "", stride, 0)
+            connection.execute(LEASES.insertion_if_new, first)
+            connection.execute("DELETE FROM leases WHERE name = ?", (RESTORE_LEASE,))
+
+        self._database.write(act)
 
 
 def new_stride() -> int:

@@ -122,6 +122,32 @@ def test_whoever_led_before_cannot_write_where_it_was_restored(harness, put, add
         backend.close()
 
 
+def test_every_restored_place_has_a_history_and_first_terms_of_its_own(
+    harness, put, add, folder, target, tmp_path
+):
+    """A job that the snapshot knows without a term may have had any number of them since."""
+    fill(harness, put, add)
+    first = {each: pb.RaiseTermRequest(job_id=each) for each in ("queued-0", "queued-1")}
+    lease = harness.backend.leases.acquire(acquire("leader", "control-1"))
+    assert (lease.HasField("history"), lease.history) == (True, 0)
+    assert not harness.backend.leases.acquire(acquire("leader", "other")).HasField("history")
+    saved = save(StoreBackend(harness.backend), folder)
+    assert [harness.backend.jobs.raise_term(each) for each in first.values()] == [1, 1]
+    histories = []
+    for places in (target, Places(tmp_path / "another")):
+        restore(folder, saved.snapshot, lambda places=places: open_backend(places))
+        backend = open_backend(places)
+        try:
+            histories.append(backend.leases.acquire(acquire("leader", "control-2")).history)
+            term = backend.jobs.raise_term(first.popitem()[1])
+            assert term == histories[-1] + 1 > 2**29
+            saved = save(StoreBackend(backend), folder)
+        finally:
+            backend.close()
+    # The second is a restored copy of what was restored before.
+    assert histories[1] > histories[0] + 2**29
+
+
 def test_a_later_backup_writes_only_what_is_new(harness, put, add, folder):
     fill(harness, put, add)
     first = save(StoreBackend(harness.backend), folder)

@@ -65,6 +65,28 @@ async def test_what_is_said_late_of_an_older_term_rolls_nothing_back(bench):
         assert (await worker.vector(5)).tobytes() == reference(PLAN)[5].tobytes()
 
 
+async def test_what_is_of_another_history_of_storage_is_let_go(bench):
+    bench.control.welcome.history = 0
+    member = await bench.aggregator()
+    await bench.assign(PLAN, term=3)
+    leaves = Leaves(PLAN)
+    async with streams(leaves, [member.address], 3) as worker:
+        await worker.work(share(leaves, 0, 1), until_version(3))
+        bench.control.welcome.history = 7
+        member.session.break_off()
+        member.session = await bench.control.next_session()
+        hello = member.session.hello
+        assert (hello.history, [held.version for held in hello.held_ranges]) == (0, [3])
+        with pytest.raises(Unavailable, match="not held here any more"):
+            await worker.work(share(leaves, 0, 1), until_version(4))
+    assert member.aggregator.find("job-test") is None
+    # Whatever its number, this term is another one.
+    await bench.assign(PLAN, term=2)
+    member.session.break_off()
+    again = await bench.control.next_session()
+    assert (again.hello.history, [held.term for held in again.hello.held_ranges]) == (7, [2])
+
+
 async def test_a_term_that_is_loaded_is_not_given_up_for_an_older_one(bench, monkeypatch):
     member = await bench.aggregator()
     may_load = asyncio.Event()

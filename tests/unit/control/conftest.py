@@ -58,6 +58,8 @@ class Cluster:
     """Whether aggregators say RangesReady and workers say they are ready by themselves."""
     parameters: int = 640
     """Of the model that workers describe."""
+    history: int | None = None
+    """Of storage; None: it tells none."""
 
     def __post_init__(self) -> None:
         self.time_s = 100.0
@@ -81,7 +83,7 @@ class Cluster:
         facts = Facts()
         for record in self.journal:
             facts.apply(record)
-        self.core = Core(self.config, self.generation, facts)
+        self.core = Core(self.config, self.generation, facts, self.history)
         self.durable = Facts()
         for record in self.journal:
             self.durable.apply(record)

@@ -245,3 +245,38 @@ def test_the_address_that_welcomed_is_asked_first() -> None:
     search.wait_after(welcomed=False)
     search.wait_after(welcomed=True)
     assert search.turn == 1
+
+
+async def test_what_waited_of_another_history_of_storage_is_not_said() -> None:
+    begun: list[str] = []
+
+    def on_open(_: pb.Welcome) -> None:
+        begun.append("opened")
+
+    async with ScriptedControl() as control:
+        control.welcome.history = 0
+        session = MemberSession(
+            *([control.address], hello, pb.Heartbeat, lambda _: None, on_open),
+            on_other_history=lambda: begun.append("other history"),
+        )
+        session.start()
+        try:
+            async with asyncio.timeout(GUARD_S):
+                first = await control.next_session()
+                control.welcome.history = 7
+                session.report(pb.SessionRequest(drain_requested=pb.DrainRequested()))
+                await first.receive("drain_requested")
+                first.break_off()
+                while session.connected:
+                    await asyncio.sleep(0)
+                session.report(pb.SessionRequest(drain_requested=pb.DrainRequested()))
+                second = await control.next_session()
+                while len(begun) < 3:
+                    await asyncio.sleep(0)
+                session.report(pb.SessionRequest(job_report=pb.JobReport(job_id="job-1")))
+                await second.receive("job_report")
+        finally:
+            await session.close()
+    assert begun == ["opened", "other history", "opened"]
+    assert session.history == 7
+    assert not second.has_received("drain_requested")

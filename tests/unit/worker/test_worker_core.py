@@ -51,6 +51,16 @@ def test_an_assignment_prepares_and_opens_streams_once() -> None:
     assert core.held_jobs()[0].ready
 
 
+def test_all_jobs_are_let_go_whatever_their_term() -> None:
+    core = WorkerCore(1)
+    _say(core, assign_job=_assign(term=3))
+    assert _kinds(core.let_all_go()) == [do.Discard, do.Report]
+    assert not core.jobs
+    assert core.let_all_go() == []
+    # One of a lower term is new.
+    assert _kinds(_say(core, assign_job=_assign(term=1))) == [do.Prepare, do.OpenStreams]
+
+
 def test_a_revoked_job_is_released_whether_it_is_known_or_not() -> None:
     core = WorkerCore(1)
     _say(core, assign_job=_assign(term=3))
