@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from phalanx.clients.storage import StorageClient
 from phalanx.config import parse
 from phalanx.data.reader import OPEN_CHUNKS
 from phalanx.rpc.buffers import reuse_large_buffers
@@ -18,6 +18,7 @@ from phalanx.rpc.own_address import own_address
 from phalanx.rpc.patience import Patience, insist
 from phalanx.rpc.process import announce, run_service
 from phalanx.rpc.server import Server
+from phalanx.rpc.storage_place import StoragePlace
 from phalanx.telemetry.metrics import WorkerMetrics, new_registry
 from worker.config import WorkerConfig
 from worker.session.all_reduce.exchange import SERVICE, MemberExchange
@@ -30,55 +31,33 @@ _PATIENCE = Patience(first_s=0.1, longest_s=2.0)
 
 
 class Transfers:
-    """Blobs from and to storage; waits for as long as storage is away or takes no more calls."""
+    """Blobs from and to storage; waits for as long as it is away or takes no more calls."""
 
-    def __init__(self, address: str | None, keys: ClientKeys | None = None) -> None:
-        self._keys = keys
-        self._client = StorageClient(address, keys=keys) if address is not None else None
-        self._known = asyncio.Event()
-        if self._client is not None:
-            self._known.set()
-
-    def found(self, address: str) -> None:
-        """Control says where storage is; an address from the settings is not replaced."""
-        if self._client is None:
-            self._client = StorageClient(address, keys=self._keys)
-            self._known.set()
+    def __init__(self, place: StoragePlace) -> None:
+        self._place = place
 
     async def to_file(self, digest: str, path: Path) -> None:
         """Write a blob to a file. Raises PhalanxError for what does not pass by itself."""
-        await self._known.wait()
-        assert self._client is not None
-        await insist(partial(self._client.get_blob_to, digest, path), _PATIENCE)
+        client = await self._place.client()
+        await insist(partial(client.get_blob_to, digest, path), _PATIENCE)
 
     async def store(self, content: bytes) -> str:
         """Keep a blob; return its digest. Raises PhalanxError for what does not pass by itself."""
-        await self._known.wait()
-        assert self._client is not None
-        return await insist(partial(self._client.put_blob, content), _PATIENCE)
-
-    async def client(self) -> StorageClient:
-        """The connection itself; waits until it is known where storage is."""
-        await self._known.wait()
-        assert self._client is not None
-        return self._client
-
-    async def close(self) -> None:
-        """Close the connection."""
-        if self._client is not None:
-            await self._client.close()
+        client = await self._place.client()
+        return await insist(partial(client.put_blob, content), _PATIENCE)
 
 
-async def serve(
-    config: WorkerConfig, stop: asyncio.Event, leaves: LeafServer | None = None
-) -> None:
-    """Run a worker until `stop` is set or control has drained it."""
+async def serve(config: WorkerConfig, stop: asyncio.Event, leaves: LeafServer | None = None) -> int:
+    """Run a worker until `stop` is set, control has drained it, or nobody tells where storage is;
+    return the exit code."""
     registry = new_registry("worker", config.id)
     keys = ClientKeys.of(config)
-    blobs = Transfers(",".join(config.storage) or None, keys)
+    storage = StoragePlace(",".join(config.storage), keys)
+    blobs = Transfers(storage)
     metrics = WorkerMetrics(registry)
     session = Session(
-        config, metrics, blobs.to_file, blobs.found, leaves, blobs.store, blobs.client, keys
+        *(config, metrics, blobs.to_file, storage.welcomed, leaves, blobs.store, storage.client),
+        keys=keys,
     )
     server = Server(
         listen=config.listen,
@@ -107,16 +86,23 @@ async def serve(
             address=server.address,
             metrics_address=server.metrics_address,
         )
-        asked = asyncio.create_task(stop.wait())
-        drained = asyncio.create_task(session.wait_drained())
-        await asyncio.wait((asked, drained), return_when=asyncio.FIRST_COMPLETED)
-        asked.cancel()
-        drained.cancel()
+        ends = [stop.wait(), session.wait_drained(), storage.missing.wait()]
+        await _first_of(ends)
         await session.leave()
+        if storage.missing.is_set() and not stop.is_set():
+            return storage.given_up("worker")
+        return 0
     finally:
         await session.close()
         await server.stop(0.0)
-        await blobs.close()
+        await storage.close()
+
+
+async def _first_of(ends: Sequence[Coroutine[Any, Any, Any]]) -> None:
+    tasks = [asyncio.create_task(each) for each in ends]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

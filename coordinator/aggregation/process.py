@@ -36,6 +36,7 @@ from phalanx.rpc.own_address import own_address
 from phalanx.rpc.patience import insist
 from phalanx.rpc.process import announce
 from phalanx.rpc.server import Server
+from phalanx.rpc.storage_place import StoragePlace
 from phalanx.tasks import is_task_set
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import AggregatorMetrics, new_registry
@@ -46,15 +47,14 @@ from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import ParameterRange
 
 EXPIRE_EVERY_S = 30.0
-STORAGE_PORT = 7420
 
 _log = get_logger(__name__)
 
 Command = coordination.JobCommand
 
 
-async def serve(config: AggregatorConfig, stop: asyncio.Event) -> None:
-    """Run until `stop` is set."""
+async def serve(config: AggregatorConfig, stop: asyncio.Event) -> int:
+    """Run until `stop` is set, or nobody tells where storage is; return the exit code."""
     server = Server(
         listen=config.listen,
         metrics_listen=config.metrics_listen,
@@ -79,9 +79,14 @@ async def serve(config: AggregatorConfig, stop: asyncio.Event) -> None:
         address=server.address,
         metrics_address=server.metrics_address,
     )
+    missing = asyncio.create_task(aggregator.storage.missing.wait())
+    asked = asyncio.create_task(stop.wait())
     try:
-        await stop.wait()
+        await asyncio.wait((asked, missing), return_when=asyncio.FIRST_COMPLETED)
+        return 0 if asked.done() else aggregator.storage.given_up("aggregator")
     finally:
+        asked.cancel()
+        missing.cancel()
         await aggregator.close()
         await server.stop()
 
@@ -103,11 +108,8 @@ class Aggregator:
         self._jobs: dict[str, HostedJob | HostedTasks] = {}
         self._loading: dict[str, tuple[int, asyncio.Task[None]]] = {}
         self._background: set[asyncio.Task[Any]] = set()
-        self._storage: StorageClient | None = None
-        self._storage_known = asyncio.Event()
+        self.storage = StoragePlace(",".join(config.storage), self._keys)
         self._process = psutil.Process()
-        if config.storage:
-            self._storage_found(",".join(config.storage))
         self._session = MemberSession(
             config.control,
             self._hello,
@@ -143,8 +145,7 @@ class Aggregator:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(job.close() for job in self._jobs.values()))
-        if self._storage is not None:
-            await self._storage.close()
+        await self.storage.close()
 
     # -- the session with control
 
@@ -177,9 +178,7 @@ class Aggregator:
         return coordination.Heartbeat(resident_bytes=self._process.memory_info().rss)
 
     def _on_open(self, welcome: coordination.Welcome) -> None:
-        if self._storage is None:
-            host = self._config.control[0].rpartition(":")[0]
-            self._storage_found(welcome.storage_address or f"{host}:{STORAGE_PORT}")
+        self.storage.welcomed(welcome, self._session.address)
         for job in self._jobs.values():
             self._say_ready(job)
             job.session_opened()
@@ -198,10 +197,6 @@ class Aggregator:
                 self._release(message.release_ranges)
             case "job_command":
                 self._command(message.job_command)
-
-    def _storage_found(self, address: str) -> None:
-        self._storage = StorageClient(address, keys=self._keys)
-        self._storage_known.set()
 
     # -- ranges
 
@@ -317,9 +312,7 @@ class Aggregator:
         return await insist(attempt, PATIENCE, passes=may_be_stored_later, on_failure=say)
 
     async def _known_storage(self) -> StorageClient:
-        await self._storage_known.wait()
-        assert self._storage is not None
-        return self._storage
+        return await self.storage.client()
 
     def _say_ready(self, job: HostedJob | HostedTasks) -> None:
         self._session.report(

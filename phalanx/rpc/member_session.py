@@ -121,6 +121,11 @@ class MemberSession:
         self._task = asyncio.create_task(self._keep_open())
 
     @property
+    def address(self) -> str:
+        """That of the control process that is dialled now."""
+        return self._addresses[self.search.turn]
+
+    @property
     def settled(self) -> bool:
         """Whether the session is a lease old.
 
@@ -155,7 +160,7 @@ class MemberSession:
 
     async def _keep_open(self) -> None:
         while True:
-            address = self._addresses[self.search.turn]
+            address = self.address
             try:
                 welcomed, reason = await self._once(address)
             except Exception as error:  # noqa: BLE001 - a member without a session is lost for good

@@ -64,16 +64,17 @@ _log = get_logger(__name__)
 
 
 class Session:
-    """One worker. `download` gets blobs from storage and `store` puts one there; `storage_found`
-    learns its address; `leaves` starts its leaf processes. `storage` is needed where `address` is
-    set: for jobs whose workers own the parameters. `keys` are what it proves itself with."""
+    """One worker. `download` gets blobs from storage and `store` puts one there; `welcomed` learns
+    of each welcome, and of the address of who sent it, where that is; `leaves` starts its leaf
+    processes. `storage` is needed where `address` is set: for jobs whose workers own the
+    parameters. `keys` are what it proves itself with."""
 
     def __init__(
         self,
         config: WorkerConfig,
         metrics: WorkerMetrics,
         download: Download,
-        storage_found: Callable[[str], None],
+        welcomed: Callable[[coordination.Welcome, str], None],
         leaves: LeafServer | None = None,
         store: Store | None = None,
         storage: GetStorage | None = None,
@@ -88,7 +89,7 @@ class Session:
         self.able_changed: Callable[[bool], None] = lambda _: None
         self.able = True
         self._metrics = metrics
-        self._storage_found = storage_found
+        self._welcomed = welcomed
         self._store = store or _no_store
         self._leaf_done = metrics.leaf_seconds.labels(program="train", outcome="done")
         self._spans = LeafSpans(config.id)
@@ -236,8 +237,7 @@ class Session:
         )
 
     def _on_open(self, welcome: coordination.Welcome) -> None:
-        if welcome.storage_address:
-            self._storage_found(welcome.storage_address)
+        self._welcomed(welcome, self._control.address)
         if self._core.draining:
             self._perform([self._core.drain_request()])
         for job in self._core.jobs.values():

@@ -380,7 +380,7 @@ class Bench:
             cache_dir=settings.pop("cache_dir", self.folder / "cache"),
             **{"slots": 1, "cache_bytes": 2**30, "labels": (), **_defaults(), **settings},
         )
-        session = Session(config, WorkerMetrics(new_registry()), self._download, lambda _: None)
+        session = Session(config, WorkerMetrics(new_registry()), self._download, lambda *_: None)
         self.sessions.append(session)
         await session.start()
         return session

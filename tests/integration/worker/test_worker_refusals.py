@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from phalanx.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from phalanx.rpc.storage_place import StoragePlace
 from phalanx.testing.worker_peers import ScriptedAggregator, ScriptedControl
 from phalanx.v1 import coordination_service_pb2 as pb
 from worker import main
@@ -70,7 +71,8 @@ async def test_a_description_that_fails_in_any_way_is_answered(bench: Any) -> No
 async def test_a_storage_that_is_stopped_or_busy_is_waited_for_like_one_that_is_gone(
     tmp_path: Path, error: Exception
 ) -> None:
-    downloads = main.Transfers("127.0.0.1:1")
+    place = StoragePlace("127.0.0.1:1")
+    downloads = main.Transfers(place)
     failures = [error]
 
     async def get_blob_to(digest: str, path: Path) -> int:
@@ -78,11 +80,12 @@ async def test_a_storage_that_is_stopped_or_busy_is_waited_for_like_one_that_is_
             raise failures.pop()
         return path.write_bytes(digest.encode())
 
-    downloads._client.get_blob_to = get_blob_to  # type: ignore[union-attr, method-assign]
+    client = await place.client()
+    client.get_blob_to = get_blob_to  # type: ignore[method-assign]
     try:
         await downloads.to_file("ab", tmp_path / "blob")
     finally:
-        await downloads.close()
+        await place.close()
     assert (tmp_path / "blob").read_text() == "ab"
 
 
