@@ -48,6 +48,20 @@ class Gate:
             raise
         return caller
 
+    def check_again(self, method: str, caller: Caller, context: ServicerContext) -> None:
+        """Raise Unauthenticated where a person who was let through would not be now."""
+        try:
+            now = self._caller(context)
+            if now != caller:
+                raise Unauthenticated(
+                    f"what the token of {now.name} allows is not what it was when the call began; "
+                    "call again",
+                    reason="TOKEN_CHANGED",
+                )
+        except PhalanxError as error:
+            _log.info("stream_ended", method=method, caller=caller.name, reason=error.reason)
+            raise
+
     def _caller(self, context: ServicerContext) -> Caller:
         for key, value in context.invocation_metadata() or ():
             if key.lower() == AUTHORIZATION:

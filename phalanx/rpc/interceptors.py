@@ -13,7 +13,8 @@ import asyncio
 import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from functools import partial
 from typing import Any
 
 import grpc
@@ -32,6 +33,7 @@ from phalanx.keys.policy import Check, rule_of
 from phalanx.rpc import protocol
 from phalanx.rpc.authentication import Gate
 from phalanx.rpc.limits import Admission
+from phalanx.rpc.standing import as_long_as
 from phalanx.rpc.status import CALL_ENDED, to_rpc_status
 from phalanx.rpc.types import Handler, ServicerContext
 from phalanx.telemetry import traces
@@ -123,12 +125,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             else grpc.stream_unary_rpc_method_handler
         )
         return make(
-            self._guarded(behaviour, method),
+            self._guarded(
+                behaviour, method, streams=handler.request_streaming or handler.response_streaming
+            ),
             request_deserializer=decode,
             response_serializer=handler.response_serializer,
         )
 
-    def _guarded(self, behaviour: Behaviour, method: str) -> Behaviour:
+    def _guarded(self, behaviour: Behaviour, method: str, *, streams: bool) -> Behaviour:
         service, _, name = method.lstrip("/").rpartition("/")
         metrics, admission, gate = self._metrics, self._admission, self._gate
         rule, is_ours = rule_of(method), service.startswith(_OURS)
@@ -138,6 +142,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def guarded(request: Any, context: ServicerContext) -> Any:
             started = time.perf_counter()
             connection = stranger = ""
+            standing: AbstractAsyncContextManager[None] = nullcontext()
 
             def ended(code: grpc.StatusCode) -> None:
                 metrics.observe(service, name, code.name, time.perf_counter() - started)
@@ -150,10 +155,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 admission.enter(peer)
                 connection = peer
                 if gate is not None:
-                    set_caller(gate.admit(method, rule, context))
+                    caller = gate.admit(method, rule, context)
+                    set_caller(caller)
+                    if streams and caller.role is not None:
+                        standing = as_long_as(partial(gate.check_again, method, caller, context))
                 if is_ours:
                     protocol.check_caller(context.invocation_metadata() or ())
-                response = await behaviour(request, context)
+                async with standing:
+                    response = await behaviour(request, context)
             except grpc.aio.AbortError:
                 ended(_code_set_by_handler(context))
                 raise

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import importlib
 import pkgutil
+import time
 
 import grpc
 import grpc.aio
@@ -19,6 +20,8 @@ from phalanx.keys import tokens
 from phalanx.keys.authority import Authority
 from phalanx.keys.caller import CODE, Role, Service, current_caller
 from phalanx.keys.policy import RULES
+from phalanx.rpc import standing
+from phalanx.rpc.authentication import Gate
 from phalanx.rpc.channel import open_channel
 from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.server import Server
@@ -28,6 +31,8 @@ from phalanx.testing.keys import KeyRing
 GUARD_S = 20.0
 CONTROL = Service.CONTROL
 SESSION = "/phalanx.v1.CoordinationService/Session"
+WATCH = "/phalanx.v1.JobService/WatchJob"
+UPLOAD = "/phalanx.v1.StorageService/PutBlob"
 
 
 class Arrivals:
@@ -36,6 +41,7 @@ class Arrivals:
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
         self.release = asyncio.Event()
+        self.held = {SESSION}
         self.methods = {}
         for each in pkgutil.iter_modules(phalanx.v1.__path__):
             module = importlib.import_module(f"phalanx.v1.{each.name}")
@@ -59,10 +65,11 @@ class Arrivals:
 
         async def arrived(request, context):
             self.calls.append((path, current_caller().name))
-            if path == SESSION:
-                await context.write(answer)
+            if path in self.held:
+                if method.server_streaming:
+                    await context.write(answer)
                 await self.release.wait()
-                return None
+                return None if method.server_streaming else answer
             if method.server_streaming:
                 await context.write(answer)
                 return None
@@ -304,6 +311,67 @@ async def test_a_revoked_token_is_refused_from_the_next_call_on(ring, arrivals):
         tokens.revoke(ring.tokens_path, "ann")
         refused = await _refusal(channel, JOBS, arrivals.methods[JOBS])
         assert refused.reason == "UNKNOWN_TOKEN"
+
+
+@pytest.mark.parametrize("path", [WATCH, UPLOAD])
+@pytest.mark.parametrize("end", ["UNKNOWN_TOKEN", "TOKEN_EXPIRED", "TOKEN_CHANGED"])
+async def test_an_open_stream_ends_soon_after_its_token(ring, arrivals, monkeypatch, path, end):
+    monkeypatch.setattr(standing, "LOOK_EVERY_S", 0.01)
+    expires_s = time.time() + 1.0 if end == "TOKEN_EXPIRED" else None
+    token = ring.token("ann", Role.SUBMITTER, expires_s=expires_s)
+    keys = ring.client("client", token)
+    arrivals.held.add(path)
+    async with (
+        _served(ring, arrivals) as server,
+        open_channel(server.address, keys=keys, service=CONTROL) as channel,
+        asyncio.timeout(GUARD_S),
+    ):
+        make = channel.unary_stream if path == WATCH else channel.stream_unary
+        call = make(path)(b"" if path == WATCH else iter([b""]), timeout=GUARD_S)
+        while not arrivals.calls:
+            await asyncio.sleep(0.001)
+        if end == "UNKNOWN_TOKEN":
+            tokens.revoke(ring.tokens_path, "ann")
+        elif end == "TOKEN_CHANGED":
+            text = ring.tokens_path.read_text()
+            ring.tokens_path.write_text(text.replace('"*"', '"vision"'))
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            if path == WATCH:
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+            await call
+    assert ended.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert from_rpc_error(ended.value).reason == end
+    assert token not in str(ended.value)
+
+
+async def test_a_token_that_stays_ends_no_stream_and_nodes_have_none(ring, arrivals, monkeypatch):
+    monkeypatch.setattr(standing, "LOOK_EVERY_S", 0.001)
+    looked = []
+    check_again = Gate.check_again
+
+    def check(gate, *call):
+        looked.append(call)
+        check_again(gate, *call)
+
+    monkeypatch.setattr(Gate, "check_again", check)
+    arrivals.held.add(WATCH)
+    keys = ring.client("client", ring.token("ann", Role.VIEWER))
+    async with _served(ring, arrivals) as server, asyncio.timeout(GUARD_S):
+        async with open_channel(server.address, keys=keys, service=CONTROL) as channel:
+            call = channel.unary_stream(WATCH)(b"", timeout=GUARD_S)
+            while len(looked) < 5:
+                await asyncio.sleep(0.001)
+            assert not call.done()
+            arrivals.release.set()
+            assert [each async for each in call] == [b""]
+        count = len(looked)
+        path, method = SESSION, arrivals.methods[SESSION]
+        async with open_channel(
+            server.address, keys=ring.client("worker"), service=CONTROL
+        ) as channel:
+            await _call(channel, path, method)
+        assert len(looked) == count
 
 
 async def test_health_asks_for_no_name_and_reflection_for_any(ring, arrivals):
