@@ -46,6 +46,12 @@ class StorageConfig(TokensConfig):
     namespace_bytes: int = option(
         0, "Data sets and models that a namespace may have; 0: no limit.", check=at_least(0)
     )
+    upload_bytes: int = option(
+        1024**3,
+        "What one upload of a person (a chunk of a data set, a wheel) may have, where callers are "
+        "known; members of the cluster have no limit. 0: nobody has.",
+        check=at_least(0),
+    )
     link_root: tuple[str, ...] = option(
         (),
         "Folder below which linked files may lie (`data add --link`); again for more of them. "

@@ -6,7 +6,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import Any
 
-from phalanx.errors import DeadlineExceeded, NotFound, PhalanxError, Unavailable
+from phalanx.errors import (
+    DeadlineExceeded,
+    NotFound,
+    PhalanxError,
+    ResourceExhausted,
+    Unavailable,
+)
+from phalanx.keys.caller import current_caller
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.core.keys import check_digest, invalid
 from storage.interfaces import BlobReader, BlobStore, BlobWriter, StoredBlob
@@ -23,12 +30,24 @@ _IDLE_S = 60.0
 _PATIENCE_S = 2.0
 """An upload that said nothing for so long makes room for another where all places are taken."""
 
+LONGEST_S = 24 * 3600.0
+"""An upload that takes longer is ended, however much of it still comes: it holds a place and room
+that nobody else can have."""
+
 
 class BlobCalls:
     """The calls of StorageService that move blobs."""
 
-    def __init__(self, blobs: BlobStore, operations: Operations, links: LinkedChunks) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        operations: Operations,
+        links: LinkedChunks,
+        person_bytes_max: int = 0,
+    ) -> None:
+        """``person_bytes_max`` is what one upload of a person may have; 0: as much as it will."""
         self._blobs = blobs
+        self._person_bytes_max = person_bytes_max
         self._links = links
         self._operations = operations
         self._uploads = 0
@@ -48,7 +67,13 @@ class BlobCalls:
         self._uploads += 1
         started_s = time.perf_counter()
         try:
-            stored = await self._put(first, requests)
+            async with asyncio.timeout(LONGEST_S):
+                stored = await self._put(first, requests)
+        except TimeoutError as error:
+            self._operations.observe("put_blob", started_s, error)
+            raise DeadlineExceeded(
+                f"the upload did not end within {LONGEST_S / 3600:g} h", reason="UPLOAD_TOO_LONG"
+            ) from None
         except BaseException as error:
             self._operations.observe("put_blob", started_s, error)
             raise
@@ -64,6 +89,9 @@ class BlobCalls:
             raise invalid("chunk", "an upload has at least one message, empty for an empty blob")
         if first.expected_digest:
             check_digest(first.expected_digest, "expected_digest")
+        room = _Room(self._person_bytes_max if current_caller().role is not None else 0)
+        room.check(first.expected_bytes)
+        room.take(first.chunk)
         loop = asyncio.get_running_loop()
         pool = self._operations.blob_pool
         # 0 is what a client sends that does not set the field: nobody announces an empty blob.
@@ -75,6 +103,7 @@ class BlobCalls:
         try:
             # Reads the next message while a thread hashes and writes the one before.
             while (request := await self._next(requests)) is not None:
+                room.take(request.chunk)
                 await asyncio.shield(work)
                 work = loop.run_in_executor(pool, writer.write, request.chunk)
             await asyncio.shield(work)
@@ -181,6 +210,29 @@ class BlobCalls:
         return await self._operations.blobs(
             "compose_blob", lambda: compose(self._blobs, request.pieces)
         )
+
+
+class _Room:
+    """Counts what an upload brings."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._taken_bytes = 0
+
+    def take(self, chunk: bytes) -> None:
+        """Raise ResourceExhausted where the upload gets too large with this."""
+        self._taken_bytes += len(chunk)
+        self.check(self._taken_bytes)
+
+    def check(self, size_bytes: int) -> None:
+        """Raise ResourceExhausted where this is too much."""
+        if 0 < self._limit_bytes < size_bytes:
+            raise ResourceExhausted(
+                f"one upload may have {self._limit_bytes} bytes; an administrator may allow more "
+                "(--upload-bytes of storage)",
+                reason="UPLOAD_TOO_LARGE",
+                details={"limit": str(self._limit_bytes)},
+            )
 
 
 def compose(blobs: BlobStore, pieces: Iterable[pb.BlobPiece]) -> StoredBlob:

@@ -32,11 +32,12 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
         links: LinkedChunks,
         holds: Holds,
         scrubber: Scrubber,
+        person_bytes_max: int = 0,
     ) -> None:
         self._backend = backend
         self._operations = operations
         self._collector = collector
-        self._blob_calls = BlobCalls(backend.blobs, operations, links)
+        self._blob_calls = BlobCalls(backend.blobs, operations, links, person_bytes_max)
         self._snapshot_calls = SnapshotCalls(backend.snapshots, operations, holds)
         self._scrubber = scrubber
         self._appending: OpenStreams[pb.AppendJournalsRequest] = OpenStreams()

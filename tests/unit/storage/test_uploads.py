@@ -1,16 +1,20 @@
 """Uploads that end badly leave nothing, however often they are cancelled meanwhile."""
 
 import asyncio
+import hashlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from phalanx.errors import PhalanxError
+from phalanx.errors import DeadlineExceeded, PhalanxError, ResourceExhausted
+from phalanx.keys.caller import ANYBODY, Caller, Role, Service, set_caller
 from phalanx.telemetry.metrics import StorageMetrics
 from phalanx.v1 import storage_service_pb2 as pb
+from storage.interfaces import StoredBlob
+from storage.service import blob_calls
 from storage.service.blob_calls import BlobCalls
 from storage.service.operations import Operations
 
@@ -96,3 +100,77 @@ async def test_an_upload_that_is_cancelled_while_its_file_is_made_leaves_nothing
             await upload
         assert await asyncio.to_thread(writer.aborted.wait, GUARD_S), "its file stays for ever"
     operations.close()
+
+
+ANN = Caller("ann", role=Role.SUBMITTER)
+
+
+class KeptWriter(SlowWriter):
+    """Keeps what comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.content = b""
+
+    def write(self, chunk: bytes) -> None:
+        self.content += chunk
+
+    def commit(self, *_: Any) -> StoredBlob:
+        return StoredBlob(hashlib.sha256(self.content).hexdigest(), len(self.content))
+
+
+async def uploaded(
+    messages: AsyncIterator[pb.PutBlobRequest], writer: Any, caller: Caller = ANN
+) -> StoredBlob:
+    """Upload as somebody who may send 10 bytes at once if that is a person."""
+    operations = Operations("test", StorageMetrics(CollectorRegistry()))
+    store: Any = Store(writer)
+    no_links: Any = None
+    calls = BlobCalls(store, operations, no_links, person_bytes_max=10)
+    set_caller(caller)
+    try:
+        async with asyncio.timeout(GUARD_S):
+            return await calls.put(messages)
+    finally:
+        operations.close()
+
+
+async def chunks(sizes: Iterable[int], **first: Any) -> AsyncIterator[pb.PutBlobRequest]:
+    for number, size in enumerate(sizes):
+        yield pb.PutBlobRequest(chunk=b"x" * size, **(first if number == 0 else {}))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "first"), [((11,), {}), ((6, 4, 1), {}), ((1,), {"expected_bytes": 11})]
+)
+async def test_an_upload_of_a_person_that_gets_too_large_ends_and_leaves_nothing(
+    sizes: tuple[int, ...], first: dict[str, int]
+) -> None:
+    writer = KeptWriter()
+    with pytest.raises(ResourceExhausted, match="may have 10 bytes") as caught:
+        await uploaded(chunks(sizes, **first), writer)
+    assert caught.value.reason == "UPLOAD_TOO_LARGE"
+    assert len(writer.content) <= 10
+    assert writer.aborted.is_set() or not writer.content
+
+
+async def test_as_much_as_is_allowed_passes_and_members_have_no_limit() -> None:
+    assert (await uploaded(chunks((6, 4)), KeptWriter())).size_bytes == 10
+    node = Caller("aggregator", services=frozenset({Service.AGGREGATOR}))
+    for caller in (node, ANYBODY):
+        assert (await uploaded(chunks((6, 6)), KeptWriter(), caller)).size_bytes == 12
+
+
+async def test_an_upload_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blob_calls, "LONGEST_S", 0.05)
+    writer = KeptWriter()
+
+    async def trickle() -> AsyncIterator[pb.PutBlobRequest]:
+        while True:
+            yield pb.PutBlobRequest()
+            await asyncio.sleep(0.001)
+
+    with pytest.raises(DeadlineExceeded) as caught:
+        await uploaded(trickle(), writer)
+    assert caught.value.reason == "UPLOAD_TOO_LONG"
+    assert writer.aborted.is_set()
