@@ -435,7 +435,9 @@ def _convert(text: str, kind: Any, field_name: str) -> Any:
     if kind is bool:
         return _bool(text)
     if kind is int:
-        return _size(text) if field_name.endswith("_bytes") else _number(text, int, "whole number")
+        if field_name.endswith("_bytes"):
+            return read_bytes(text)
+        return _number(text, int, "whole number")
     if kind is float:
         return _number(text, float, "number")
     return kind(text)
@@ -458,7 +460,8 @@ def _bool(text: str) -> bool:
     return word in ("true", "1")
 
 
-def _size(text: str) -> int:
+def read_bytes(text: str) -> int:
+    """Return a size that is written as 10GiB or 64M. Raises ValueError."""
     unit = text.strip().upper().removesuffix("B").lstrip("0123456789. ")
     number = text.strip()[: len(text.strip().upper().removesuffix("B")) - len(unit)]
     factor = {**_UNITS, **_BINARY_UNITS}.get(unit)
@@ -466,5 +469,5 @@ def _size(text: str) -> int:
         raise ValueError("is not a size; write bytes, 64M or 10GiB")
     try:
         return int(float(number) * factor) if "." in number else int(number) * factor
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError("is not a size; write bytes, 64M or 10GiB") from None

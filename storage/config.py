@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from phalanx.config import TokensConfig, absolute_paths, address, at_least, option, url_of
 from phalanx.errors import Violation
+from phalanx.quota_file import violations_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class StorageConfig(TokensConfig):
     )
     namespace_bytes: int = option(
         0, "Data sets and models that a namespace may have; 0: no limit.", check=at_least(0)
+    )
+    quotas: Path | None = option(
+        None,
+        "JSON file with other limits for single namespaces, the one of control; it is read again "
+        "when it changes.",
+        common=True,
     )
     upload_bytes: int = option(
         1024**3,
@@ -85,7 +92,7 @@ class StorageConfig(TokensConfig):
 
     def violations(self) -> Sequence[Violation]:
         """Return what is wrong between fields."""
-        found = list(super().violations())
+        found = [*super().violations(), *violations_of(self.quotas)]
         if self.state is None and not (self.metadata and self.blobs):
             text = "is required, unless --metadata and --blobs are given"
             found.append(Violation("state", text))

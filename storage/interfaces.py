@@ -19,6 +19,9 @@ from phalanx.v1 import storage_service_pb2 as pb
 from storage.core.catalog import Page, VersionName
 from storage.core.leases import LeaseRow
 
+BytesQuota = int | Callable[[str], int]
+"""What a namespace may have; the same for all, or by its name. 0: no limit."""
+
 Buffer = bytes | bytearray | memoryview
 
 

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import os
+from collections.abc import Callable
 
 from phalanx.errors import FailedPrecondition, PhalanxError
+from phalanx.quota_file import QuotaFile
 from phalanx.rpc.credentials import ServerKeys
 from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.process import announce
@@ -67,7 +69,7 @@ class StorageProcess:
         self.backend: Backend = open_backend(
             places,
             reserve_bytes=config.reserve_bytes,
-            namespace_bytes_max=config.namespace_bytes,
+            namespace_bytes_max=bytes_quota(config),
             on_corruption=self.operations.corruption,
             on_failure=end_at_once,
         )
@@ -180,3 +182,14 @@ async def serve(config: StorageConfig, stop: asyncio.Event) -> None:
         await stop.wait()
     finally:
         await process.stop()
+
+
+def bytes_quota(config: StorageConfig) -> Callable[[str], int]:
+    """Return what says how many bytes a namespace may have by now."""
+    file = QuotaFile(config.quotas)
+
+    def limit(namespace: str) -> int:
+        own = file.read()[1].get(namespace)
+        return config.namespace_bytes if own is None or own.bytes is None else own.bytes
+
+    return limit

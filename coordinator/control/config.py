@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from coordinator.control.core.quotas import Quotas
@@ -11,6 +12,7 @@ from coordinator.control.core.state import CoreConfig
 from phalanx.addresses import is_loopback, split_addresses
 from phalanx.config import TokensConfig, address, addresses, at_least, option, positive
 from phalanx.errors import InvalidArgument, Violation
+from phalanx.quota_file import violations_of
 
 
 def _optional_address(value: str) -> str | None:
@@ -80,9 +82,21 @@ class ControlConfig(TokensConfig):
         0, "Memory that they may insist on, on all workers; 0: no limit.", check=at_least(0)
     )
 
+    namespace_running_jobs_max: int = option(
+        0, "Jobs of a namespace that run at once; others wait; 0: no limit.", check=at_least(0)
+    )
+    namespace_queued_jobs_max: int = option(
+        0, "Queued jobs of a namespace; 0: no limit.", check=at_least(0)
+    )
+    quotas: Path | None = option(
+        None,
+        "JSON file with other limits for single namespaces; it is read again when it changes.",
+        common=True,
+    )
+
     def violations(self) -> Sequence[Violation]:
         """Check also that a lease covers a few heartbeats."""
-        found = list(super().violations())
+        found = [*super().violations(), *violations_of(self.quotas)]
         if self.lease_ttl_s < 2 * self.heartbeat_interval_s:
             shortest = 2 * self.heartbeat_interval_s
             text = f"must be at least two heartbeats, {shortest:g} s"
@@ -101,6 +115,8 @@ class ControlConfig(TokensConfig):
                 jobs_max=self.namespace_jobs_max,
                 slots_max=self.namespace_slots_max,
                 memory_bytes_max=self.namespace_memory_bytes,
+                running_jobs_max=self.namespace_running_jobs_max,
+                queued_jobs_max=self.namespace_queued_jobs_max,
             ),
             storage_address=self._storage_of_members(),
         )

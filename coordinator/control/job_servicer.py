@@ -80,6 +80,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
         async with self._turns.of(namespace):
             if not request.validate_only:
                 # Asked before the work too: what is refused anyhow shall cost nothing.
+                leader.look_at_quotas()
                 check_jobs(leader.core.config.quotas, leader.core.facts, namespace)
             return await self._submit(request, remembered, _submitter(context))
 

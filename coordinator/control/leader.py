@@ -36,6 +36,7 @@ from coordinator.control.store import Store
 from coordinator.control.task_results import read_results
 from coordinator.control.watching import WatchHub
 from phalanx.errors import Aborted, PhalanxError, Unavailable, no_job
+from phalanx.quota_file import QuotaFile
 from phalanx.telemetry import traces
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -86,6 +87,7 @@ class Leader:
         event_sequence: int,
         submitting: Collection[str] = (),
         history: int | None = None,
+        quotas: QuotaFile | None = None,
     ) -> None:
         live, self.durable = replayed
         self._config = config
@@ -109,6 +111,8 @@ class Leader:
         )
         self._operations = Operations(store, self.durable)
         self._submitting = submitting
+        self._quotas = quotas or QuotaFile(None)
+        self._quotas_version = 0
         self._durable_index = 0
         self._waiting: deque[fx.Effect] = deque()
         self._to_publish: set[fx.Publish] = set()
@@ -128,6 +132,7 @@ class Leader:
         self._spawn(self._collect_garbage(), vital=False)
         self._spawn(self._clear_up(), vital=False)
         self._store.on_change = self._storage_changed
+        self.look_at_quotas()
         self.dispatch(ev.Led(self._config.id, lost))
         if not self._store.available:
             self._storage_changed(False)
@@ -180,6 +185,13 @@ class Leader:
                 self._hold(effect)
         self._check_room()
 
+    def look_at_quotas(self) -> None:
+        """Take note of what the file of quotas says by now."""
+        version, namespaces = self._quotas.read()
+        if version != self._quotas_version:
+            self._quotas_version = version
+            self.dispatch(ev.QuotasChanged(namespaces))
+
     async def request(self, make: Callable[[int], ev.Event]) -> Message:
         """Hand a caller's event to the core; return the answer once it is durable.
 
@@ -190,6 +202,7 @@ class Leader:
         self._check_lease()  # a refusal is told without storage
         if self.failed.done():
             raise leads_no_more()
+        self.look_at_quotas()
         token = next(self._tokens)
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._answers[token] = answer
@@ -436,6 +449,7 @@ class Leader:
             self.dispatch(ev.Tick())
             ticks += 1
             if ticks % 5 == 0:
+                self.look_at_quotas()
                 dropped = self.event_log.dropped
                 self._gauges.show(self.core, self.durable, self._journal.lag, dropped)
 

@@ -18,6 +18,7 @@ from coordinator.control.sessions import CoordinationServicer
 from coordinator.control.store import Store
 from coordinator.control.submission import Submissions
 from phalanx.errors import Aborted, PhalanxError, Unavailable
+from phalanx.quota_file import QuotaFile
 from phalanx.rpc.credentials import ClientKeys, ServerKeys
 from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.own_address import own_address
@@ -73,6 +74,7 @@ class ControlProcess:
         self._leader: Leader | None = None
         self._announced = False
         self._followed = 0
+        self._quotas = QuotaFile(config.quotas)
         self._submissions = Submissions(config, self.store)
         job_service_pb2_grpc.add_JobServiceServicer_to_server(
             JobServicer(self, self._submissions), self.server.raw
@@ -199,6 +201,7 @@ class ControlProcess:
             self.gauges,
             generation=acquired.generation,
             history=acquired.history,
+            quotas=self._quotas,
             replayed=(facts, durable),
             control_sequence=(following, count),
             event_sequence=events,

@@ -28,7 +28,7 @@ from storage.backends.sql.references import SqlReferences
 from storage.backends.sql.snapshots import SqlSnapshots
 from storage.backends.sqlite import open_embedded_backend, open_embedded_database
 from storage.backends.sqlite.database import ignore
-from storage.interfaces import Backend, BlobStore
+from storage.interfaces import Backend, BlobStore, BytesQuota
 
 if TYPE_CHECKING:
     from storage.backends.postgres.database import PostgresDatabase
@@ -48,7 +48,7 @@ def open_backend(
     places: Places,
     *,
     reserve_bytes: int = 0,
-    namespace_bytes_max: int = 0,
+    namespace_bytes_max: BytesQuota = 0,
     on_corruption: Callable[[str], None] = ignore,
     on_failure: Callable[[PhalanxError], None] = ignore,
     now_unix_nanos: Callable[[], int] = time.time_ns,

@@ -53,11 +53,13 @@ def check_quota(namespace: str, limit_bytes: int, used_bytes: int, more_bytes: i
     """Raise ResourceExhausted where so many bytes more are too many for a namespace."""
     if used_bytes + more_bytes > limit_bytes:
         raise ResourceExhausted(
-            f"the namespace {namespace!r} may have {limit_bytes} bytes of data sets and models; it "
-            f"has {used_bytes}, and this needs {more_bytes}: delete some versions",
+            f"the namespace {namespace!r} may have {limit_bytes} bytes of data sets and models "
+            f"(quota bytes); it has {used_bytes}, and this needs {more_bytes}: "
+            "delete some versions",
             reason="QUOTA_EXCEEDED",
             details={
                 "namespace": namespace,
+                "quota": "bytes",
                 "limit": str(limit_bytes),
                 "used": str(used_bytes),
             },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from phalanx.quotas import Namespaces
 from phalanx.v1 import coordination_service_pb2, job_pb2, storage_service_pb2
 from phalanx.v1.control_journal_pb2 import JobSubmitted, RememberedRequest
 
@@ -43,6 +44,13 @@ class MemberSaid:
 @dataclass(frozen=True)
 class Tick:
     """Time went on; deadlines are checked."""
+
+
+@dataclass(frozen=True)
+class QuotasChanged:
+    """What the operator's file says of single namespaces is something else now."""
+
+    namespaces: Namespaces
 
 
 @dataclass(frozen=True)
@@ -200,6 +208,7 @@ Event = (
     | SessionBroken
     | MemberSaid
     | Tick
+    | QuotasChanged
     | Led
     | StorageLost
     | StorageReturned

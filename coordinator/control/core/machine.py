@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from coordinator.control.core import (
     budgets,
     descriptions,
@@ -28,6 +30,7 @@ from coordinator.control.core.events import (
     ModelWritten,
     OperationFailed,
     PauseJob,
+    QuotasChanged,
     ResumeJob,
     RetryJob,
     RowRead,
@@ -82,6 +85,10 @@ def handle(core: Core, event: Event, now: Instant) -> list[Effect]:
             membership.aggregator_connected(core, event.session, event.hello)
         case SessionBroken():
             membership.session_broken(core, event.session, event.reason)
+        case QuotasChanged():
+            quotas = replace(core.config.quotas, namespaces=event.namespaces)
+            core.config = replace(core.config, quotas=quotas)
+            terms.advance_queue(core)
         case Led():
             _led(core, event)
         case StorageLost():

@@ -93,6 +93,7 @@ def job_report(core: Core, aggregator: Aggregator | Worker, report: pb.JobReport
     if report.outcome == pb.JobReport.OUTCOME_PAUSED:
         if core.facts_of(job).kept.changed.pause_requested and job.ending is None:
             ending.paused(core, job, report)
+            terms.advance_queue(core)  # another one may run in its place
     elif report.outcome == pb.JobReport.OUTCOME_STOPPED:
         job.stopped = True
         terms.advance(core, job)

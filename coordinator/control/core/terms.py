@@ -6,7 +6,15 @@ most one storage operation per job is under way; what must wait for it is taken 
 
 from __future__ import annotations
 
-from coordinator.control.core import describing, ending, hosting, incidents, members, sharing
+from coordinator.control.core import (
+    describing,
+    ending,
+    hosting,
+    incidents,
+    members,
+    quotas,
+    sharing,
+)
 from coordinator.control.core.effects import RaiseTerm, ReadRow
 from coordinator.control.core.eligibility import (
     announce_ineligible,
@@ -188,11 +196,7 @@ def _raise_when_possible(core: Core, job: JobRuntime) -> None:
 
 def _dispatch(core: Core, job: JobRuntime) -> None:
     facts = core.facts_of(job)
-    running = sum(1 for _ in core.running()) + _beginning(core)
-    if running >= core.config.running_jobs_max:
-        are = verb_for(running, "is", "are")
-        text = f"{number_of(running, 'job')} {are} running"
-        core.set_reason(job, "QUEUED_BEHIND_OTHERS", text)
+    if _has_to_wait(core, job):
         return
     group = group_of(core, job)
     announce_ineligible(core, job, group)
@@ -207,14 +211,31 @@ def _dispatch(core: Core, job: JobRuntime) -> None:
         describing.ask(core, job, group)
 
 
-def _beginning(core: Core) -> int:
-    """Count the queued jobs whose first term storage is being asked for: each runs soon."""
-    return sum(
-        job.operation is not None
+def _has_to_wait(core: Core, job: JobRuntime) -> bool:
+    """Whether as many jobs run as may, of all or of the job's namespace; sets the reason if so."""
+    going = [*core.running(), *_beginning(core)]
+    if len(going) >= core.config.running_jobs_max:
+        are = verb_for(len(going), "is", "are")
+        text = f"{number_of(len(going), 'job')} {are} running"
+        core.set_reason(job, "QUEUED_BEHIND_OTHERS", text)
+        return True
+    namespace = core.facts_of(job).spec.namespace
+    of_it = sum(core.facts_of(each).spec.namespace == namespace for each in going)
+    why = quotas.why_it_waits(core.config.quotas, namespace, of_it)
+    if why:
+        core.set_reason(job, "QUEUED_BY_QUOTA", why)
+    return bool(why)
+
+
+def _beginning(core: Core) -> list[JobRuntime]:
+    """Return the queued jobs whose first term storage is being asked for: each runs soon."""
+    return [
+        job
+        for job in core.jobs.values()
+        if job.operation is not None
         and job.operation.kind is OperationKind.RAISE_TERM
         and core.facts_of(job).state == QUEUED
-        for job in core.jobs.values()
-    )
+    ]
 
 
 def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:

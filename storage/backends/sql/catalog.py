@@ -22,7 +22,7 @@ from storage.backends.sql.rows import NAMES, PINS, REFERENCES, next_id
 from storage.core import catalog
 from storage.core.catalog import Page, VersionName
 from storage.core.keys import check_digest, check_key, check_word, invalid
-from storage.interfaces import BlobStore
+from storage.interfaces import BlobStore, BytesQuota
 
 DATASET = "dataset"
 MODEL = "model"
@@ -42,7 +42,8 @@ EntryT = TypeVar("EntryT", dataset_pb.Dataset, model_pb.ModelVersion)
 class SqlCatalog:
     """A Catalog. ``now_unix_nanos`` reads the wall clock.
 
-    ``namespace_bytes_max`` limits the data sets and models of one namespace; 0 for no limit.
+    ``namespace_bytes_max`` limits the data sets and models of one namespace, of all alike or as it
+    says of each; 0 for no limit.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class SqlCatalog:
         database: Database,
         blobs: BlobStore,
         now_unix_nanos: Callable[[], int],
-        namespace_bytes_max: int = 0,
+        namespace_bytes_max: BytesQuota = 0,
         links: SqlLinks | None = None,
     ) -> None:
         self._namespace_bytes_max = namespace_bytes_max
@@ -234,7 +235,9 @@ class SqlCatalog:
 
     def _check_quota(self, connection: Connection, namespace: str, more: int) -> None:
         """Raise ResourceExhausted where a namespace would hold more than it may."""
-        if not self._namespace_bytes_max:
+        quota = self._namespace_bytes_max
+        limit = quota(namespace) if callable(quota) else quota
+        if not limit:
             return
         used = sum(
             catalog.dataset_bytes(entry)
@@ -243,7 +246,7 @@ class SqlCatalog:
             catalog.model_bytes(entry)
             for entry in _all(connection, MODEL, namespace, model_pb.ModelVersion)
         )
-        catalog.check_quota(namespace, self._namespace_bytes_max, used, more)
+        catalog.check_quota(namespace, limit, used, more)
 
     def _check_stored(self, digests: Iterable[str]) -> Mapping[str, int]:
         wanted = sorted(digests)

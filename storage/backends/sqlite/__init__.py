@@ -17,14 +17,14 @@ from storage.backends.sql.leases import SqlLeases
 from storage.backends.sql.references import SqlReferences
 from storage.backends.sql.snapshots import SqlSnapshots
 from storage.backends.sqlite.database import LOG_NAME, LOG_PAGES, Database, ignore
-from storage.interfaces import Backend
+from storage.interfaces import Backend, BytesQuota
 
 
 def open_embedded_backend(
     folder: Path,
     *,
     reserve_bytes: int = 0,
-    namespace_bytes_max: int = 0,
+    namespace_bytes_max: BytesQuota = 0,
     on_corruption: Callable[[str], None] = ignore,
     on_failure: Callable[[PhalanxError], None] = ignore,
     now_unix_nanos: Callable[[], int] = time.time_ns,

@@ -266,6 +266,22 @@ def test_a_model_needs_files_each_once(backend, put):
             backend.catalog.create_model(model_pb.CreateModelRequest(model=wrong))
 
 
+def test_namespaces_may_have_quotas_of_their_own(harness, put):
+    harness.namespace_bytes_max = {"red": 100, "blue": 0, "green": 1000}.__getitem__
+    harness.reopen()
+    manifest = put(b"manifest")
+    summary = dataset_pb.Dataset(manifest_digest=manifest, size_bytes=101)
+    for namespace in ("red", "blue", "green"):
+        request = dataset_pb.CreateDatasetRequest(
+            namespace=namespace, name="a", manifest_digest=manifest
+        )
+        if namespace == "red":
+            with pytest.raises(ResourceExhausted, match="'red' may have 100 bytes"):
+                harness.backend.catalog.create_dataset(request, summary, [])
+        else:
+            harness.backend.catalog.create_dataset(request, summary, [])
+
+
 def test_a_namespace_holds_data_sets_and_models_up_to_its_quota(harness, put):
     harness.namespace_bytes_max = 1000
     harness.reopen()
@@ -286,10 +302,12 @@ def test_a_namespace_holds_data_sets_and_models_up_to_its_quota(harness, put):
     add_dataset("a", 600)
     add_model("m", b"x" * 300)
     with pytest.raises(
-        ResourceExhausted, match=r"1000 bytes .* has 900, and this needs 101"
+        ResourceExhausted, match=r"1000 bytes .*quota bytes.* has 900, and this needs 101"
     ) as caught:
         add_dataset("b", 101)
     assert caught.value.reason == "QUOTA_EXCEEDED"
+    details = {"namespace": "default", "quota": "bytes", "limit": "1000", "used": "900"}
+    assert caught.value.details == details
     with pytest.raises(ResourceExhausted):
         add_model("n", b"y" * 101)
     add_dataset("a", 600)  # the same again needs nothing

@@ -47,6 +47,7 @@ def a_leader() -> Leader:
     leader.core = Core(CoreConfig(), 1, Facts())
     leader.check_storage = lambda: None
     leader.answered_before = no_answer
+    leader.look_at_quotas = lambda: None
     return leader
 
 

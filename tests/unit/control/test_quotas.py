@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from coordinator.control.config import ControlConfig
 from coordinator.control.core import events as ev
 from coordinator.control.core.facts import Facts
 from coordinator.control.core.quotas import Quotas, check, check_jobs
 from coordinator.control.core.state import CoreConfig
 from coordinator.control.turns import Turns
-from phalanx.errors import ResourceExhausted
+from phalanx.config import build
+from phalanx.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from phalanx.quota_file import QuotaFile
+from phalanx.quotas import Limits
+from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.control_journal_pb2 import ControlRecord, JobChanged, JobSubmitted
 from phalanx.v1.job_pb2 import Job
+from phalanx.v1.job_spec_pb2 import JobSpec
+from storage.config import StorageConfig
 
 
 def submitted(
@@ -41,7 +49,8 @@ def test_a_namespace_has_only_so_many_jobs_and_others_do_not_count() -> None:
     with pytest.raises(ResourceExhausted, match=r"'red' may have 2 jobs .* it has 2") as caught:
         check(quotas, facts, submitted("d"))
     assert caught.value.reason == "QUOTA_EXCEEDED"
-    assert caught.value.details == {"namespace": "red", "limit": "2", "used": "2"}
+    details = {"namespace": "red", "quota": "jobs", "limit": "2", "used": "2"}
+    assert caught.value.details == details
     with pytest.raises(ResourceExhausted):
         check_jobs(quotas, facts, "red")
     check(quotas, facts, submitted("d", "blue"))
@@ -96,6 +105,119 @@ def test_a_retry_is_a_job_too(make_cluster: Any) -> None:
     cluster.submit("job-2")
     refused = cluster.call(ev.RetryJob, "job-1")
     assert isinstance(cluster.answers[refused], ResourceExhausted)
+
+
+def test_a_namespace_may_have_limits_of_its_own() -> None:
+    limits = Limits(jobs=1, slots=0, memory_bytes=7)
+    quotas = Quotas(jobs_max=5, slots_max=3, namespaces={"red": limits})
+    assert quotas.of("red") == Quotas(jobs_max=1, slots_max=0, memory_bytes_max=7)
+    assert quotas.of("blue") == quotas
+    check(quotas, facts_of(submitted("a", "blue")), submitted("b", workers=9))
+    with pytest.raises(ResourceExhausted, match="may have 3 slots"):
+        check(quotas, Facts(), submitted("b", "blue", workers=9))
+
+
+def test_jobs_that_are_queued_have_a_limit_of_their_own() -> None:
+    facts = facts_of(submitted("a"), submitted("b"))
+    with pytest.raises(ResourceExhausted, match=r"2 queued jobs .*; it has 2") as caught:
+        check_jobs(Quotas(queued_jobs_max=2), facts, "red")
+    assert caught.value.details["quota"] == "queued_jobs"
+    running = JobChanged(job_id="a", state=Job.STATE_RUNNING)
+    facts.apply(ControlRecord(job_changed=running))
+    check_jobs(Quotas(queued_jobs_max=2), facts, "red")
+
+
+def in_namespace(name: str) -> Any:
+    def edit(spec: JobSpec) -> None:
+        spec.namespace = name
+
+    return edit
+
+
+@pytest.fixture
+def crowded(make_cluster: Any) -> Any:
+    """Two jobs of a namespace of which one may run, and one of another."""
+    cluster = make_cluster(CoreConfig(quotas=Quotas(running_jobs_max=1)))
+    cluster.aggregator("a1")
+    cluster.worker("w1")
+    for job_id, namespace in (("job-1", "red"), ("job-2", "red"), ("job-3", "blue")):
+        cluster.submit(job_id, edit=in_namespace(namespace))
+    return cluster
+
+
+def test_only_so_many_jobs_of_a_namespace_run_and_the_next_waits_for_its_turn(crowded: Any) -> None:
+    assert [crowded.state(f"job-{each}") for each in (1, 2, 3)] == ["RUNNING", "QUEUED", "RUNNING"]
+    assert crowded.job("job-2").reason == "QUEUED_BY_QUOTA"
+    expected = "'red' may have 1 job running at once (quota running_jobs); it has 1"
+    assert expected in crowded.job("job-2").message
+    crowded.call(ev.CancelJob, "job-1")
+    assert crowded.state("job-2") == "RUNNING"
+
+
+def test_a_job_that_is_paused_lets_the_next_one_run(crowded: Any) -> None:
+    crowded.call(ev.PauseJob, "job-1")
+    crowded.report("job-1", 7, outcome=pb.JobReport.OUTCOME_PAUSED, checkpoint_step=7)
+    assert crowded.state("job-1") == "PAUSED"
+    assert crowded.state("job-2") == "RUNNING"
+
+
+def test_a_quota_that_is_raised_holds_at_once(crowded: Any) -> None:
+    crowded.feed(ev.QuotasChanged({"blue": Limits(running_jobs=9)}))
+    assert crowded.state("job-2") == "QUEUED"
+    crowded.feed(ev.QuotasChanged({"red": Limits(running_jobs=2)}))
+    assert crowded.state("job-2") == "RUNNING"
+
+
+# -- the file
+
+
+def test_the_file_says_what_single_namespaces_may_have(tmp_path: Path) -> None:
+    path = tmp_path / "quotas.json"
+    path.write_text('{"namespaces": {"red": {"jobs": 3, "bytes": "2GiB"}, "blue": {}}}')
+    file = QuotaFile(path)
+    version, found = file.read()
+    assert found == {"red": Limits(jobs=3, bytes=2 * 2**30), "blue": Limits()}
+    assert file.read()[0] == version
+    # One that is broken changes nothing; one that is right again does.
+    path.write_text('{"namespaces": {"red": {"jobs": 3')
+    assert file.read() == (version, found)
+    path.write_text('{"namespaces": {}}')
+    assert file.read() == (version + 1, {})
+    assert QuotaFile(None).read() == (0, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("", "of the form"),
+        ("[]", "of the form"),
+        ('{"namespaces": []}', "of the form"),
+        ('{"namespaces": {}, "more": 1}', "of the form"),
+        ('{"namespaces": {"../red": {}}}', "not allowed"),
+        ('{"namespaces": {"red": 3}}', "red: must be an object"),
+        ('{"namespaces": {"red": {"job": 3}}}', "'job' is no limit; there are bytes, jobs"),
+        ('{"namespaces": {"red": {"jobs": -1}}}', "jobs must be a whole number"),
+        ('{"namespaces": {"red": {"jobs": true}}}', "jobs must be a whole number"),
+        ('{"namespaces": {"red": {"jobs": "3"}}}', "jobs must be a whole number"),
+        ('{"namespaces": {"red": {"bytes": "3 apples"}}}', "bytes is not a size"),
+        (f'{{"namespaces": {{"red": {{"bytes": "{"9" * 400}.0"}}}}}}', "bytes is not a size"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_at_the_start(
+    tmp_path: Path, text: str, wrong: str
+) -> None:
+    path = tmp_path / "quotas.json"
+    path.write_text(text)
+    with pytest.raises(FailedPrecondition) as caught:
+        QuotaFile(path).read()
+    assert caught.value.reason == "BAD_QUOTA_FILE"
+    assert wrong in caught.value.message
+    for service, more in ((ControlConfig, {}), (StorageConfig, {"state": str(tmp_path)})):
+        with pytest.raises(InvalidArgument) as refused:
+            build(service, {"quotas": str(path), **more}, {})
+        (violation,) = refused.value.violations
+        assert "quotas" in violation.field
+        assert wrong in violation.message
 
 
 # -- turns
