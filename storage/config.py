@@ -59,6 +59,11 @@ class StorageConfig(TokensConfig):
         "known; members of the cluster have no limit. 0: nobody has.",
         check=at_least(0),
     )
+    code_bytes: int = option(
+        16 * 1024**3,
+        "What all wheels together may have that people add (`phalanx code add`); 0: no limit.",
+        check=at_least(0),
+    )
     link_root: tuple[str, ...] = option(
         (),
         "Folder below which linked files may lie (`data add --link`); again for more of them. "

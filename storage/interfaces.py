@@ -233,6 +233,9 @@ class ReferenceStore(Protocol):
     def usage_bytes(self) -> int:
         """Return the size of journals, leases, rows and catalog together."""
 
+    def pinned_by(self, holder_prefix: str) -> Sequence[str]:
+        """Return the blobs that holders whose names begin so pin."""
+
     def named_by(self, digest: str) -> Sequence[str]:
         """Return in words who names a blob, some of them where they are many."""
 

@@ -96,6 +96,7 @@ class StorageProcess:
         self._storage = StorageServicer(
             *(self.backend, self.operations, self.collector, self.links, holds, self.scrubber),
             person_bytes_max=config.upload_bytes,
+            code_bytes_max=config.code_bytes,
         )
         self._scrubbing: asyncio.Task[None] | None = None
         self._housekeeping: asyncio.Task[None] | None = None

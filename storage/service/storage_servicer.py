@@ -11,6 +11,7 @@ from phalanx.v1 import storage_service_pb2_grpc as pb_grpc
 from storage.interfaces import Backend
 from storage.links.chunks import LinkedChunks
 from storage.service.blob_calls import BlobCalls
+from storage.service.code_limits import CodeLimits
 from storage.service.collection import Collector
 from storage.service.holds import Holds
 from storage.service.open_streams import OpenStreams
@@ -33,11 +34,13 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
         holds: Holds,
         scrubber: Scrubber,
         person_bytes_max: int = 0,
+        code_bytes_max: int = 0,
     ) -> None:
         self._backend = backend
         self._operations = operations
         self._collector = collector
         self._blob_calls = BlobCalls(backend.blobs, operations, links, person_bytes_max)
+        self._code = CodeLimits(backend, code_bytes_max)
         self._snapshot_calls = SnapshotCalls(backend.snapshots, operations, holds)
         self._scrubber = scrubber
         self._appending: OpenStreams[pb.AppendJournalsRequest] = OpenStreams()
@@ -91,9 +94,14 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
     async def _append(self, request: pb.AppendJournalRequest) -> pb.AppendJournalResponse:
         check_stream(current_caller(), request.stream)
         next_sequence = await self._operations.state(
-            "append_journal", lambda: self._backend.journals.append(request)
+            "append_journal", lambda: self._append_news(request)
         )
         return pb.AppendJournalResponse(next_sequence=next_sequence)
+
+    def _append_news(self, request: pb.AppendJournalRequest) -> int:
+        if self._code.news(request):
+            return self._backend.journals.append(request)
+        return self._code.next_sequence()
 
     async def ReadJournal(
         self, request: pb.ReadJournalRequest, context: ServicerContext
@@ -204,8 +212,12 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
         self, request: pb.SetPinsRequest, context: ServicerContext
     ) -> pb.SetPinsResponse:
         """Replace the pins of a holder."""
-        await self._operations.state("set_pins", lambda: self._backend.catalog.set_pins(request))
+        await self._operations.state("set_pins", lambda: self._set_pins(request))
         return pb.SetPinsResponse()
+
+    def _set_pins(self, request: pb.SetPinsRequest) -> None:
+        self._code.check_pins(request)
+        self._backend.catalog.set_pins(request)
 
     async def ListPins(
         self, request: pb.ListPinsRequest, context: ServicerContext

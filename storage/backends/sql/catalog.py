@@ -16,7 +16,7 @@ from phalanx.v1 import storage_service_pb2 as pb
 from storage.backends.sql.connection import Connection, Database
 from storage.backends.sql.leases import check_request_fence
 from storage.backends.sql.links import SqlLinks, Unnamed, make_room, rows_linking
-from storage.backends.sql.references import add_references, drop_references
+from storage.backends.sql.references import PIN, add_references, drop_references
 from storage.backends.sql.requests import once
 from storage.backends.sql.rows import NAMES, PINS, REFERENCES, next_id
 from storage.core import catalog
@@ -26,7 +26,6 @@ from storage.interfaces import BlobStore, BytesQuota
 
 DATASET = "dataset"
 MODEL = "model"
-_PIN = "pin"
 _NEXT_HOLDERS = """
 SELECT holder FROM (
     SELECT DISTINCT holder FROM pins WHERE holder > ? AND ended = 0 ORDER BY holder LIMIT ?
@@ -179,13 +178,13 @@ class SqlCatalog:
             if missing:
                 raise NotFound(f"blob {min(missing)} is not stored", reason="BLOB_NOT_FOUND")
             connection.execute("DELETE FROM pins WHERE holder = ?", (holder,))
-            drop_references(connection, _PIN, holder)
+            drop_references(connection, PIN, holder)
             for kind, name in versions:
                 if _row_id(connection, kind, name) is None:
                     raise _not_found(kind, name)
                 pin_row = PINS.sealed(kind, name.namespace, name.name, name.version, holder, 0)
                 connection.execute(PINS.insertion_if_new, pin_row)
-            add_references(connection, _PIN, holder, 0, blobs)
+            add_references(connection, PIN, holder, 0, blobs)
 
         self._database.write(act)
 
@@ -197,7 +196,7 @@ class SqlCatalog:
             check_request_fence(connection, request)
             for row in list(PINS.select(connection, "holder = ?", holder)):
                 connection.execute(PINS.replacement, PINS.sealed(*row[:-1], 1))
-            drop_references(connection, _PIN, holder)
+            drop_references(connection, PIN, holder)
 
         self._database.write(act)
 
@@ -205,7 +204,7 @@ class SqlCatalog:
         """Return who holds pins and has not ended."""
 
         def read(connection: Connection) -> list[str]:
-            names = connection.execute(_NEXT_HOLDERS, (after, limit, _PIN, after, limit, limit))
+            names = connection.execute(_NEXT_HOLDERS, (after, limit, PIN, after, limit, limit))
             page = [name for (name,) in names]
             if not page:
                 return []
@@ -214,7 +213,7 @@ class SqlCatalog:
             where = "holder > ? AND holder <= ? AND ended = 0"
             found = {row[4] for row in PINS.select(connection, where, *span)}
             owned = REFERENCES.select(
-                connection, "kind = ? AND owner > ? AND owner <= ?", _PIN, *span
+                connection, "kind = ? AND owner > ? AND owner <= ?", PIN, *span
             )
             return sorted(found | {row[2] for row in owned})
 

@@ -12,6 +12,9 @@ from storage.core.snapshots import HOLD_LEASE, check_no_hold
 JOURNAL = "journal"
 """The kind of reference of what looks like a digest in a record."""
 
+PIN = "pin"
+"""The kind of reference of a pinned blob."""
+
 LINK = "link"
 """The kind of reference with which a data set names a chunk that is made, not stored."""
 
@@ -94,6 +97,17 @@ class SqlReferences:
     def usage_bytes(self) -> int:
         """Return the size of the database."""
         return self._database.used_bytes()
+
+    def pinned_by(self, holder_prefix: str) -> list[str]:
+        """Return the blobs that holders whose names begin so pin."""
+        # Constants of this program have no character that means something in a pattern.
+        where = "kind = ? AND owner LIKE ?"
+        values = (PIN, f"{holder_prefix}%")
+        return self._database.read(
+            lambda connection: sorted(
+                {row[0] for row in REFERENCES.select(connection, where, *values)}
+            )
+        )
 
     def named_by(self, digest: str) -> list[str]:
         """Return in words who names a blob."""

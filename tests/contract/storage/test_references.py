@@ -34,6 +34,15 @@ def test_young_blobs_are_spared(backend, put):
     assert blobs(backend) == {digest}
 
 
+def test_pins_are_found_by_the_beginning_of_their_holders_names(backend, put):
+    one, two, other = (put(content) for content in (b"1", b"2", b"3"))
+    for holder, digests in (("code.a", [one]), ("code.b", [one, two]), ("codes", [other])):
+        pins = [pb.Pin(blob=digest) for digest in digests]
+        backend.catalog.set_pins(pb.SetPinsRequest(holder=holder, pins=pins))
+    assert list(backend.references.pinned_by("code.")) == sorted([one, two])
+    assert list(backend.references.pinned_by("job-1")) == []
+
+
 def test_everything_that_is_named_is_spared_until_it_is_named_no_more(harness, put):
     backend = harness.backend
     chunk, manifest, weights, code, text = (put(b"%d" % number) for number in range(5))
