@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,10 +70,11 @@ def test_a_job_that_was_half_done_ends_elsewhere_with_the_same_bits(
     assert (result.examples_lost, result.examples_doubled) == (0, 0)
 
 
+@pytest.mark.parametrize("topology", [{}, {"all_reduce": {}}], ids=["aggregator", "all-reduce"])
 def test_members_that_are_ahead_of_what_was_restored_begin_again_from_it(
-    tmp_path: Path, undisturbed_sha256: str
+    tmp_path: Path, undisturbed_sha256: str, topology: dict[str, Any]
 ) -> None:
-    """Everybody but storage and control lives on, and the aggregator has even finished the job."""
+    """Everybody but storage and control lives on, and who owns the job has even finished it."""
     gate = Gate(tmp_path)
     folder, restored = str(tmp_path / "backups"), str(tmp_path / "restored")
     with ProxiedCluster(tmp_path, environment={"PHALANX_TEST_GATE": str(tmp_path)}) as ring:
@@ -80,7 +82,7 @@ def test_members_that_are_ahead_of_what_was_restored_begin_again_from_it(
         add_blobs(cluster)
         wait_until(lambda: len(cluster.workers()) == 2, "the workers")
         gate.hold()
-        job = cluster.submit(gated_job())
+        job = cluster.submit(gated_job(**topology))
         gate.bring_to(job, 25)
         assert _outcome("backup", folder, address=address)[0] == 0
         ring.control.kill()
