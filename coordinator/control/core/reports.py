@@ -95,7 +95,8 @@ def job_report(core: Core, aggregator: Aggregator | Worker, report: pb.JobReport
             ending.paused(core, job, report)
             terms.advance_queue(core)  # another one may run in its place
     elif report.outcome == pb.JobReport.OUTCOME_STOPPED:
-        job.stopped = True
+        # Success is a final checkpoint in storage, after which no term is raised.
+        job.stopped = not terms.is_over(core, job)
         terms.advance(core, job)
     elif report.outcome == pb.JobReport.OUTCOME_FAILED:
         _failed(core, job, report)

@@ -81,6 +81,11 @@ def advance_members(core: Core) -> None:
             advance(core, job)
 
 
+def is_over(core: Core, job: JobRuntime) -> bool:
+    """Whether storage has raised a term beyond the one that the job is in, without its success."""
+    return job.final is None and job.storage_term > core.facts_of(job).term
+
+
 def row_read(core: Core, job: JobRuntime, event: RowRead) -> None:
     """Take in the job's row in storage: a final manifest is success, a higher term makes a new one.
 
@@ -91,6 +96,8 @@ def row_read(core: Core, job: JobRuntime, event: RowRead) -> None:
     if event.final is not None:
         job.stopped, job.final = True, event.final
         ending.refuse_ending(core, job)
+    elif is_over(core, job):
+        job.stopped = False  # whoever said so speaks of what storage does not have
     advance(core, job)
 
 
@@ -178,7 +185,7 @@ def _needs_term(core: Core, job: JobRuntime) -> bool:
     """
     if job.all_reduce and core.now.monotonic_s < job.adopt_until_s:
         return False  # its members may be about to come back, with all that it has
-    if job.storage_term > core.facts_of(job).term:
+    if is_over(core, job):
         return True
     return members.have_changed(core, job) if job.all_reduce else bool(lost_owners(core, job))
 

@@ -78,3 +78,21 @@ def test_a_member_of_this_history_or_of_none_is_adopted(
     assert running.core.facts.jobs["job-1"].term == 1
     welcome = running.told("a1", "welcome")[-1]
     assert (welcome.history if welcome.HasField("history") else None) == known
+
+
+@pytest.mark.parametrize("told", ["before", "after"])
+def test_an_end_that_storage_does_not_have_is_none_whoever_tells_it(
+    running: Any, told: str
+) -> None:
+    """Members of an earlier version know of no history."""
+    restored(running)
+    running.aggregator("a1", held_ranges=[held()])
+    if told == "after":
+        running.kill("a1")
+        storage_answers(running)  # a term is raised when somebody is there
+        running.aggregator("a2", fingerprint="other", held_ranges=[])
+        running.aggregator("a1", fingerprint="other", held_ranges=[held()])
+    running.report("job-1", 60, term=1, outcome=STOPPED)
+    running.worker("w1")
+    storage_answers(running)
+    assert running.state() == "RUNNING"
