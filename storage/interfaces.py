@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from phalanx.keys.caller import ANYBODY, Caller
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
 from phalanx.v1 import model_service_pb2 as model_pb
 from phalanx.v1 import storage_service_pb2 as pb
@@ -149,8 +150,13 @@ class JobStore(Protocol):
     def get_row(self, job_id: str) -> pb.GetJobRowResponse:
         """Return term and final checkpoint; NotFound, DataLoss (MANIFEST_CORRUPT)."""
 
-    def commit(self, request: pb.CommitCheckpointRequest) -> pb.CommitCheckpointResponse:
-        """Register one part; see ``storage.core.checkpoints.register_part`` for what it raises."""
+    def commit(
+        self, request: pb.CommitCheckpointRequest, caller: Caller = ANYBODY
+    ) -> pb.CommitCheckpointResponse:
+        """Register one part; see ``storage.core.checkpoints.register_part`` for what it raises.
+
+        PermissionDenied (NOT_YOURS) where another one than the caller owns its range.
+        """
 
     def list_checkpoints(self, job_id: str) -> Sequence[pb.CheckpointManifest]:
         """Return the whole and undamaged checkpoints, newest first; none for an unknown job."""

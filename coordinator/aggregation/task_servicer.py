@@ -67,7 +67,7 @@ async def _hello(context: Any) -> pb.WorkHello:
     if request is grpc.aio.EOF or not request.HasField("hello"):
         raise InvalidArgument("the first message of a stream of tasks must be a hello")
     hello: pb.WorkHello = request.hello
-    current_caller().check_member(hello.worker_id)
+    current_caller().check_member(hello.worker_id, "hello.worker_id")
     return hello
 
 

@@ -17,7 +17,7 @@ from coordinator.control.store import Store
 from phalanx.errors import DataLoss
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import storage_service_pb2 as pb
-from phalanx.v1.control_journal_pb2 import ControlRecord
+from phalanx.v1.control_journal_pb2 import ControlRecord, TermStarted
 
 STREAM = "control"
 BATCH_RECORDS = 512
@@ -130,7 +130,14 @@ class JournalWriter:
             batch.append(entry)
         started = self._began_s = time.monotonic()
         self._next = await self._store.append_exactly(
-            STREAM, self._next, [payload for _, _, payload in batch]
+            STREAM,
+            self._next,
+            [payload for _, _, payload in batch],
+            [
+                _owners(record.term_started)
+                for _, record, _ in batch
+                if record.WhichOneof("fact") == "term_started"
+            ],
         )
         self._began_s = None
         self._observe_append_s(time.monotonic() - started)
@@ -159,3 +166,13 @@ class JournalWriter:
         )
         await self._store.insist_call(self._store.storage.TruncateJournal, request)
         _log.info("journal_snapshot", records=count, from_sequence=first)
+
+
+def _owners(started: TermStarted) -> pb.TermOwners:
+    """Return from whom storage is to take parts of checkpoints in a term."""
+    return pb.TermOwners(
+        job_id=started.job_id,
+        term=started.term,
+        workers=started.workers_own,
+        member_ids=[each.aggregator_id for each in started.ranges],
+    )

@@ -80,7 +80,10 @@ class Operations:
     async def _raise_term(self, effect: fx.RaiseTerm) -> ev.Event:
         storage = self._store.storage
         request = pb.RaiseTermRequest(
-            job_id=effect.job_id, expected_term=effect.expected_term, fence=self._store.fence
+            job_id=effect.job_id,
+            expected_term=effect.expected_term,
+            fence=self._store.fence,
+            tells_owners=True,
         )
         try:
             raised = await self._store.call(storage.RaiseTerm, request)

@@ -15,6 +15,7 @@ from phalanx.errors import (
     PermissionDenied,
     PhalanxError,
     ResourceExhausted,
+    Violation,
 )
 from phalanx.keys.caller import Service, current_caller
 from phalanx.rpc.types import ServicerContext
@@ -78,6 +79,7 @@ class Sessions:
                     f"{member_id!r} is here already, with another certificate than that of "
                     f"{session.caller.name}",
                     reason="NOT_THIS_MEMBER",
+                    violations=[Violation("hello", "names a member that another one is")],
                 )
         self._open[session.number] = session
         return session
@@ -174,23 +176,26 @@ async def _hello(request_iterator: AsyncIterator[pb.SessionRequest]):  # type: i
         raise InvalidArgument("the stream ended before the hello") from None
     if first.HasField("worker_hello"):
         worker = first.worker_hello
-        _check_is(Service.WORKER, worker.worker_id)
+        _check_is(Service.WORKER, worker.worker_id, "worker_hello.worker_id")
         return (lambda session: ev.WorkerConnected(session, worker)), worker.worker_id
     if first.HasField("aggregator_hello"):
         aggregator = first.aggregator_hello
-        _check_is(Service.AGGREGATOR, aggregator.aggregator_id)
+        _check_is(
+            Service.AGGREGATOR, aggregator.aggregator_id, "aggregator_hello.aggregator_id"
+        )
         return (
             lambda session: ev.AggregatorConnected(session, aggregator)
         ), aggregator.aggregator_id
     raise InvalidArgument("the first message must be the hello of a worker or an aggregator")
 
 
-def _check_is(service: Service, member_id: str) -> None:
+def _check_is(service: Service, member_id: str, field: str) -> None:
     """Raise PermissionDenied where the caller's certificate is not that of such a member."""
     caller = current_caller()
     if not caller.open_cluster and service not in caller.services:
         raise PermissionDenied(
             f"the certificate of {caller.name} is none of a node of the kind {service}",
             reason="ROLE_NOT_ALLOWED",
+            violations=[Violation(field, "names a member of another kind than this certificate")],
         )
-    caller.check_member(member_id)
+    caller.check_member(member_id, field)

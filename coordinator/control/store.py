@@ -93,14 +93,24 @@ class Store:
 
         return await self.insist(attempt)
 
-    async def append_exactly(self, stream: str, expected: int, payloads: Sequence[bytes]) -> int:
+    async def append_exactly(
+        self,
+        stream: str,
+        expected: int,
+        payloads: Sequence[bytes],
+        owners: Sequence[pb.TermOwners] = (),
+    ) -> int:
         """Append records at a known place, fenced; wait while storage is away.
 
-        If an answer got lost and the records are there already, that is success. Returns the next
+        Storage takes note of the owners of terms together with the records that name them. If an answer got lost and the records are there already, that is success. Returns the next
         sequence. Raises Aborted when somebody else wrote, or leads.
         """
         request = pb.AppendJournalRequest(
-            stream=stream, expected_sequence=expected, records=payloads, fence=self.fence
+            stream=stream,
+            expected_sequence=expected,
+            records=payloads,
+            fence=self.fence,
+            owners=owners,
         )
         try:
             response = await self.insist_call(self.storage.AppendJournal, request)

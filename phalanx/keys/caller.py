@@ -100,13 +100,28 @@ class Caller:
                 violations=[Violation(field, "needs a token with the permission code")],
             )
 
-    def check_member(self, member_id: str) -> None:
+    def check_member(self, member_id: str, field: str) -> None:
         """Raise PermissionDenied where the certificate is that of other members."""
         if self.members and member_id not in self.members:
             raise PermissionDenied(
                 f"the certificate of {', '.join(sorted(self.members))} cannot speak for "
                 f"{member_id[:128]!r}",
                 reason="NOT_THIS_MEMBER",
+                violations=[Violation(field, "names a member whose certificate this is not")],
+            )
+
+    def check_given(self, service: Service, member_id: str, field: str, what: str) -> None:
+        """Raise PermissionDenied unless this is the member to whom something was given; an empty
+        id: nobody."""
+        if self.open_cluster:
+            return
+        mine = service in self.services and (not self.members or member_id in self.members)
+        if not mine or not member_id:
+            whose = f"the {service} {member_id}" if member_id else "nobody yet"
+            raise PermissionDenied(
+                f"{what} was given to {whose}, not to {self.name}",
+                reason="NOT_YOURS",
+                violations=[Violation(field, "names what was not given to this caller")],
             )
 
 

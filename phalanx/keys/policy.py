@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from phalanx.errors import PermissionDenied
+from phalanx.errors import PermissionDenied, Violation
 from phalanx.keys.caller import Caller, Role, Service
 from phalanx.tasks import journal_stream
 from phalanx.v1 import job_spec_pb2
@@ -165,11 +165,14 @@ def check_stream(caller: Caller, stream: str) -> None:
     if caller.role is not None and stream == WHEELS:
         caller.check_code("stream")
         return
-    raise _not_this(caller, f"the journal {stream[:128]!r}")
+    raise _not_this(caller, f"the journal {stream[:128]!r}", "stream")
 
 
-def _append(caller: Caller, request: Any) -> None:
+def check_append(caller: Caller, request: Any) -> None:
+    """Raise PermissionDenied where a caller may not append what is asked for to this journal."""
     check_stream(caller, request.stream)
+    if request.owners and not caller.open_cluster and _CONTROL not in caller.services:
+        raise _not_this(caller, "who owns the ranges of a job", "owners")
 
 
 def _read(caller: Caller, request: Any) -> None:
@@ -178,20 +181,20 @@ def _read(caller: Caller, request: Any) -> None:
     if _AGGREGATOR in caller.services and request.stream.startswith(TASKS):
         return
     if caller.role is None or request.stream != WHEELS:
-        raise _not_this(caller, f"the journal {request.stream[:128]!r}")
+        raise _not_this(caller, f"the journal {request.stream[:128]!r}", "stream")
 
 
 def _pins(caller: Caller, request: Any) -> None:
     if caller.role is not None:
         if not request.holder.startswith(WHEEL_HOLDER):
-            raise _not_this(caller, f"what {request.holder[:128]!r} pins")
+            raise _not_this(caller, f"what {request.holder[:128]!r} pins", "holder")
         if not all(pin.HasField("blob") for pin in request.pins):
             # It would keep others, of whatever namespace, from deleting them.
-            raise _not_this(caller, "a pin of a data set or a model")
+            raise _not_this(caller, "a pin of a data set or a model", "pins")
         caller.check_code("holder")
     elif _CONTROL not in caller.services and "/" not in request.holder:
         # An aggregator pins results of tasks, as JOB/ATTEMPT.
-        raise _not_this(caller, f"what {request.holder[:128]!r} pins")
+        raise _not_this(caller, f"what {request.holder[:128]!r} pins", "holder")
 
 
 def _checkpoints(caller: Caller, _: Any) -> None:
@@ -224,8 +227,12 @@ def _everything(caller: Caller, _: Any) -> None:
         )
 
 
-def _not_this(caller: Caller, what: str) -> PermissionDenied:
-    return PermissionDenied(f"{what} is not for {caller.name}", reason="NOT_YOURS")
+def _not_this(caller: Caller, what: str, field: str) -> PermissionDenied:
+    return PermissionDenied(
+        f"{what} is not for {caller.name}",
+        reason="NOT_YOURS",
+        violations=[Violation(field, "names what is not for this caller")],
+    )
 
 
 def _people(least: Role, check: Check | None = None, *nodes: Service) -> Rule:
@@ -295,7 +302,7 @@ RULES: Mapping[str, Rule] = {
             "GetBlob": _people(_VIEWER, None, *_MEMBERS),
             "CheckBlobs": _people(_VIEWER, None, *_MEMBERS),
             "ComposeBlob": _nodes(_CONTROL),
-            "AppendJournal": _people(_SUBMITTER, _append, _CONTROL),
+            "AppendJournal": _people(_SUBMITTER, check_append, _CONTROL),
             # Each of its messages names a stream, and storage checks each.
             "AppendJournals": _nodes(_CONTROL, _AGGREGATOR),
             "ReadJournal": _people(_VIEWER, _read, _CONTROL, _AGGREGATOR),

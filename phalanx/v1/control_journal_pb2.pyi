@@ -270,6 +270,7 @@ class TermStarted(_message.Message):
     AGGREGATOR_FINGERPRINT_FIELD_NUMBER: _builtins.int
     RESTORE_STEP_FIELD_NUMBER: _builtins.int
     LEAF_SHA256_FIELD_NUMBER: _builtins.int
+    WORKERS_OWN_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     aggregator_fingerprint: _builtins.str
@@ -277,6 +278,8 @@ class TermStarted(_message.Message):
     restore_step: _builtins.int
     """Step of the checkpoint that the term starts from; -1: from scratch."""
     leaf_sha256: _builtins.str
+    workers_own: _builtins.bool
+    """Workers own the ranges (all-reduce); else aggregators."""
     @_builtins.property
     def plan(self) -> _training_pb2.JobPlan:
         """Complete: layout, sums, range count and fingerprint are set."""
@@ -293,10 +296,11 @@ class TermStarted(_message.Message):
         aggregator_fingerprint: _builtins.str = ...,
         restore_step: _builtins.int = ...,
         leaf_sha256: _builtins.str = ...,
+        workers_own: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_fingerprint", b"aggregator_fingerprint", "job_id", b"job_id", "leaf_sha256", b"leaf_sha256", "plan", b"plan", "ranges", b"ranges", "restore_step", b"restore_step", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_fingerprint", b"aggregator_fingerprint", "job_id", b"job_id", "leaf_sha256", b"leaf_sha256", "plan", b"plan", "ranges", b"ranges", "restore_step", b"restore_step", "term", b"term", "workers_own", b"workers_own"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -283,6 +283,7 @@ class AppendJournalRequest(_message.Message):
     EXPECTED_SEQUENCE_FIELD_NUMBER: _builtins.int
     RECORDS_FIELD_NUMBER: _builtins.int
     FENCE_FIELD_NUMBER: _builtins.int
+    OWNERS_FIELD_NUMBER: _builtins.int
     stream: _builtins.str
     expected_sequence: _builtins.int
     """Sequence that the first record will get (the first of a stream gets 0);
@@ -294,6 +295,12 @@ class AppendJournalRequest(_message.Message):
     def fence(self) -> Global___Fence:
         """Absent: not fenced."""
 
+    @_builtins.property
+    def owners(self) -> _containers.RepeatedCompositeFieldContainer[Global___TermOwners]:
+        """Durable together with the records, which say the same: nobody is told of a term before storage knows whose it is.
+        Without effect for a job that is in another term.
+        """
+
     def __init__(
         self,
         *,
@@ -301,14 +308,49 @@ class AppendJournalRequest(_message.Message):
         expected_sequence: _builtins.int = ...,
         records: _abc.Iterable[_builtins.bytes] | None = ...,
         fence: Global___Fence | None = ...,
+        owners: _abc.Iterable[Global___TermOwners] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_sequence", b"expected_sequence", "fence", b"fence", "records", b"records", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_sequence", b"expected_sequence", "fence", b"fence", "owners", b"owners", "records", b"records", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AppendJournalRequest: _TypeAlias = AppendJournalRequest  # noqa: Y015
+
+@_typing.final
+class TermOwners(_message.Message):
+    """Who may register parts of checkpoints in one term of a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    MEMBER_IDS_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    term: _builtins.int
+    workers: _builtins.bool
+    """They are workers (all-reduce); else aggregators."""
+    @_builtins.property
+    def member_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Who owns each range, by its index."""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        term: _builtins.int = ...,
+        workers: _builtins.bool = ...,
+        member_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "member_ids", b"member_ids", "term", b"term", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TermOwners: _TypeAlias = TermOwners  # noqa: Y015
 
 @_typing.final
 class AppendJournalResponse(_message.Message):
@@ -755,8 +797,13 @@ class RaiseTermRequest(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_TERM_FIELD_NUMBER: _builtins.int
     FENCE_FIELD_NUMBER: _builtins.int
+    TELLS_OWNERS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     expected_term: _builtins.int
+    tells_owners: _builtins.bool
+    """The owners of the new term will be told with the journal; before that nobody who proves who he is may register a
+    part in it. Else any aggregator or worker may.
+    """
     @_builtins.property
     def fence(self) -> Global___Fence: ...
     def __init__(
@@ -765,10 +812,11 @@ class RaiseTermRequest(_message.Message):
         job_id: _builtins.str = ...,
         expected_term: _builtins.int = ...,
         fence: Global___Fence | None = ...,
+        tells_owners: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_term", b"expected_term", "fence", b"fence", "job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_term", b"expected_term", "fence", b"fence", "job_id", b"job_id", "tells_owners", b"tells_owners"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,6 +12,9 @@ leader is needed.
 - Completing a checkpoint drops incomplete ones of the same term that come before it, and later
   parts of those are refused (SUPERSEDED), since checkpoints are taken one at a time and in order.
 - A final manifest is the job's success: at most one, and no term after it.
+- Where callers prove who they are, a part comes from the owner of its range. Control tells the
+  owners of a term in the transaction of the record that says who they are; between that and the
+  raise of the term nobody may register.
 - Order is (term, step, final): steps go back on a roll-back, terms never do.
 """
 
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from phalanx.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound
+from phalanx.keys.caller import Caller, Service
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.core.keys import check_digest, check_key, invalid
 
@@ -86,6 +90,32 @@ def raise_term(row: JobRow | None, request: pb.RaiseTermRequest, history: int = 
     if request.expected_term != current:
         raise _stale_term(request.job_id, request.expected_term, current)
     return JobRow(max(current, history) + 1)
+
+
+def check_owners(owners: pb.TermOwners) -> None:
+    """Raise InvalidArgument if what is told of a term cannot be right."""
+    check_key(owners.job_id, "owners.job_id")
+    if owners.term < 1:
+        raise invalid("owners.term", "terms are counted from 1")
+    if len(owners.member_ids) > RANGE_LIMIT:
+        raise invalid("owners.member_ids", f"a job has at most {RANGE_LIMIT} ranges")
+
+
+def check_owner(
+    owners: pb.TermOwners | None, request: pb.CommitCheckpointRequest, caller: Caller
+) -> None:
+    """Raise PermissionDenied unless the caller owns the part's range in the term of the request.
+
+    ``owners`` are those that were told last. Of other terms nothing is known: either the term is
+    over, or control of a version that tells no owners has begun it.
+    """
+    if owners is None or owners.term != request.term:
+        return
+    index = request.part.range
+    owner = owners.member_ids[index] if index < len(owners.member_ids) else ""
+    service = Service.WORKER if owners.workers else Service.AGGREGATOR
+    what = f"range {index} of job {request.job_id!r} in term {request.term}"
+    caller.check_given(service, owner, "part.range", what)
 
 
 def check_commit(request: pb.CommitCheckpointRequest) -> None:

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from phalanx.keys.caller import current_caller
-from phalanx.keys.policy import check_stream
+from phalanx.keys.policy import check_append
 from phalanx.rpc.types import ServicerContext
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2_grpc as pb_grpc
@@ -92,7 +92,7 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
             yield pb.AppendJournalsResponse(appended=await self._append(request.append))
 
     async def _append(self, request: pb.AppendJournalRequest) -> pb.AppendJournalResponse:
-        check_stream(current_caller(), request.stream)
+        check_append(current_caller(), request)
         next_sequence = await self._operations.state(
             "append_journal", lambda: self._append_news(request)
         )
@@ -186,8 +186,9 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
         self, request: pb.CommitCheckpointRequest, context: ServicerContext
     ) -> pb.CommitCheckpointResponse:
         """Register a part of a checkpoint."""
+        caller = current_caller()
         return await self._operations.state(
-            "commit_checkpoint", lambda: self._backend.jobs.commit(request)
+            "commit_checkpoint", lambda: self._backend.jobs.commit(request, caller)
         )
 
     async def ListCheckpoints(

@@ -347,9 +347,9 @@ class Ledger:
             self._forgot(journals, request)
 
         def committing(
-            store: SqlJobs, request: pb.CommitCheckpointRequest
+            store: SqlJobs, request: pb.CommitCheckpointRequest, *caller: Any
         ) -> pb.CommitCheckpointResponse:
-            response = commit(store, request)
+            response = commit(store, request, *caller)
             self._checkpointed(store, request, response)
             return response
 

@@ -269,6 +269,7 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
         aggregator_fingerprint=owners.fingerprint,
         restore_step=restore.step if restore is not None else -1,
         leaf_sha256=_leaf_of(core, job),
+        workers_own=job.all_reduce,
     )
     before, old_term, first = job.step, facts.term, facts.state == QUEUED
     resumed = facts.resuming

@@ -153,7 +153,17 @@ CREATE TABLE outcomes (
 );
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST,)
+_SECOND = """
+-- Who owns the ranges of a job in its term (see storage.backends.sql.owners). owners: TermOwners.
+CREATE TABLE term_owners (
+    job_id TEXT COLLATE "C" PRIMARY KEY,
+    term BIGINT NOT NULL,
+    owners BYTEA NOT NULL,
+    checksum BIGINT NOT NULL
+);
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND)
 
 
 def migrate(connection: PostgresConnection, migrations: tuple[str, ...] = MIGRATIONS) -> None:

@@ -6,9 +6,11 @@ from typing import NamedTuple
 from google.protobuf.message import DecodeError
 
 from phalanx.errors import DataLoss, NotFound
+from phalanx.keys.caller import ANYBODY, Caller
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.backends.sql.connection import Connection, Database
 from storage.backends.sql.leases import check_request_fence, load_history
+from storage.backends.sql.owners import drop_owners, load_owners, store_owners
 from storage.backends.sql.references import add_references, drop_references
 from storage.backends.sql.rows import CHECKPOINTS, JOBS, next_id
 from storage.core import checkpoints
@@ -55,6 +57,8 @@ class SqlJobs:
             history = load_history(connection) if row is None else 0
             row = checkpoints.raise_term(row, request, history)
             connection.execute(JOBS.replacement, JOBS.sealed(request.job_id, row.term))
+            if request.tells_owners:
+                store_owners(connection, pb.TermOwners(job_id=request.job_id, term=row.term))
             for stored in _load_all(connection, request.job_id):
                 if stored.intact and not stored.whole:
                     _drop(connection, request.job_id, stored.id)
@@ -70,12 +74,16 @@ class SqlJobs:
             raise NotFound(f"job {job_id!r} has no row")
         return pb.GetJobRowResponse(term=row.term, final_checkpoint=row.final)
 
-    def commit(self, request: pb.CommitCheckpointRequest) -> pb.CommitCheckpointResponse:
+    def commit(
+        self, request: pb.CommitCheckpointRequest, caller: Caller = ANYBODY
+    ) -> pb.CommitCheckpointResponse:
         """Register one part, and complete the checkpoint if it is the last."""
         checkpoints.check_commit(request)
 
         def act(connection: Connection) -> pb.CommitCheckpointResponse:
             job_id = request.job_id
+            if not caller.open_cluster:
+                checkpoints.check_owner(load_owners(connection, job_id), request, caller)
             stored = _load_all(connection, job_id)
             at_key = next((s for s in stored if s.key == checkpoints.key_of(request)), None)
             manifest = self._open(job_id, at_key) if at_key else None
@@ -112,6 +120,7 @@ class SqlJobs:
             check_request_fence(connection, request)
             drop_references(connection, _KIND, request.job_id)
             drop_references(connection, "pin", request.job_id)
+            drop_owners(connection, request.job_id)
             for statement in (
                 "DELETE FROM pins WHERE holder = ?",
                 "DELETE FROM checkpoints WHERE job_id = ?",

@@ -7,9 +7,11 @@ from phalanx.errors import Aborted
 from phalanx.v1 import storage_service_pb2 as pb
 from storage.backends.sql.connection import Connection, Database
 from storage.backends.sql.leases import check_request_fence
+from storage.backends.sql.owners import store_owners
 from storage.backends.sql.references import JOURNAL, add_references, drop_references
 from storage.backends.sql.rows import STREAMS, next_id
 from storage.core import journals
+from storage.core.checkpoints import check_owners
 from storage.core.garbage import find_digests
 from storage.core.journals import READ_BATCH_BYTES, READ_BATCH_RECORDS, StreamState
 from storage.core.keys import check_stream
@@ -35,6 +37,8 @@ class SqlJournals:
     def append(self, request: pb.AppendJournalRequest) -> int:
         """Append all records or none; return the sequence after the last."""
         journals.check_append(request)
+        for owners in request.owners:
+            check_owners(owners)
         records = list(request.records)
         references = [(index, find_digests(record)) for index, record in enumerate(records)]
         references = [(index, digests) for index, digests in references if digests]
@@ -44,6 +48,8 @@ class SqlJournals:
             stream = _load(connection, request.stream)
             state = stream.state if stream else StreamState()
             after = journals.append(state, request)
+            for owners in request.owners:
+                store_owners(connection, owners)
             if not records:
                 return after.next_sequence
             stream_id = _store(connection, request.stream, stream, after)

@@ -140,9 +140,10 @@ REQUESTS = Table("requests", ("kind", "request_id", "request_sha256", "response"
 ELAPSED = Table("elapsed", ("id", "elapsed_s", "token"), 1)
 HOME = Table("home", ("id", "place", "token", "settled"), 1)
 OBJECTS = Table("objects", ("key", "digest", "size_bytes", "state", "since_s"), 1)
+TERM_OWNERS = Table("term_owners", ("job_id", "term", "owners"), 1)
 
 TABLES = (
     *(LEASES, STREAMS, JOBS, CHECKPOINTS, REFERENCES, PINS, NAMES, REQUESTS),
-    *(ELAPSED, HOME, OBJECTS),
+    *(ELAPSED, HOME, OBJECTS, TERM_OWNERS),
 )
 """All but records and versions, whose checksums are those of ``storage.core``."""

@@ -174,7 +174,17 @@ CREATE UNIQUE INDEX objects_by_digest ON objects (digest) WHERE digest <> '';
 CREATE INDEX objects_by_state ON objects (state, digest);
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH)
+_FIFTH = """
+-- Who owns the ranges of a job in its term (see storage.backends.sql.owners). owners: TermOwners.
+CREATE TABLE term_owners (
+    job_id TEXT PRIMARY KEY,
+    term INTEGER NOT NULL,
+    owners BLOB NOT NULL,
+    checksum INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH)
 
 
 def migrate(connection: sqlite3.Connection, migrations: tuple[str, ...] = MIGRATIONS) -> None:

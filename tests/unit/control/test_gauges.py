@@ -91,7 +91,9 @@ class SlowStore:
     def __init__(self) -> None:
         self.turns = asyncio.Semaphore(0)
 
-    async def append_exactly(self, _stream: str, first: int, records: list[bytes]) -> int:
+    async def append_exactly(
+        self, _stream: str, first: int, records: list[bytes], _owners: Any
+    ) -> int:
         await self.turns.acquire()
         return first + len(records)
 

@@ -34,7 +34,9 @@ class MemoryStore:
         self.fence = pb.Fence(lease="leader", token=1)
         self.storage = self
 
-    async def append_exactly(self, stream: str, expected: int, payloads: Sequence[bytes]) -> int:
+    async def append_exactly(
+        self, stream: str, expected: int, payloads: Sequence[bytes], owners: Sequence[Any] = ()
+    ) -> int:
         await self.open.wait()
         records = self.streams.setdefault(stream, [])
         if expected != len(records):

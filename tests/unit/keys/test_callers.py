@@ -38,10 +38,10 @@ def test_any_other_name_is_that_of_nobody(name):
 
 def test_a_certificate_of_one_member_speaks_for_it_alone():
     named = _node("worker.phalanx.internal", "w-7.worker.phalanx.internal")
-    named.check_member("w-7")
+    named.check_member("w-7", "worker_id")
     with pytest.raises(PermissionDenied, match="w-7 cannot speak for 'w-8'"):
-        named.check_member("w-8")
-    _node("worker.phalanx.internal").check_member("w-8")
+        named.check_member("w-8", "worker_id")
+    _node("worker.phalanx.internal").check_member("w-8", "worker_id")
 
 
 def test_jobs_of_other_namespaces_are_not_there():
@@ -56,7 +56,7 @@ def test_without_keys_anybody_may_do_anything():
     assert anybody.acts_everywhere
     anybody.check_namespace("any")
     anybody.check_code()
-    anybody.check_member("any")
+    anybody.check_member("any", "worker_id")
 
 
 async def test_a_call_has_a_caller_of_its_own():

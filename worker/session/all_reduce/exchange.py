@@ -124,7 +124,7 @@ async def _hello(context: Any) -> pb.ExchangeHello:
     header, _ = decode_request(data)
     if header.WhichOneof("message") != "hello":
         raise InvalidArgument("the first message of an exchange stream must be a hello")
-    current_caller().check_member(header.hello.worker_id)
+    current_caller().check_member(header.hello.worker_id, "hello.worker_id")
     return header.hello
 
 
