@@ -11,6 +11,7 @@ from coordinator.aggregation.core.machine import JobRanges
 from phalanx.copies import Copies, Order, Started
 from phalanx.errors import InvalidArgument
 from phalanx.frames import encode_response
+from phalanx.given import GivenWork
 from phalanx.reduction import Node
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import aggregation_service_pb2 as pb
@@ -37,7 +38,7 @@ class Copying:
     """The late-shard rule for one job in one term.
 
     `tell` hands a message to control; `control_away` says whether it is not there
-    to move the shards of the dead.
+    to move the shards of the dead. Orders are proofs by `given`.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Copying:
         ranges: JobRanges,
         tell: Callable[[coordination.SessionRequest], None],
         control_away: Callable[[], bool],
+        given: GivenWork,
     ) -> None:
         self._ranges = ranges
+        self._given = given
         self._tell = tell
         self._control_away = control_away
         self._copies = Copies()
@@ -145,11 +148,13 @@ class Copying:
         return streams[-1] if streams else None
 
     def _encoded(self, order: Order) -> bytes:
+        nodes = [TreeNode(first=node.first, span=node.span) for node in order.nodes]
         wanted = pb.CopyNodes(
             term=self._ranges.term,
             version=max(0, order.key[0]),
             round=order.key[1],
-            nodes=[TreeNode(first=node.first, span=node.span) for node in order.nodes],
+            nodes=nodes,
+            given=self._given.order(order.worker_id, nodes),
         )
         return encode_response(pb.ExchangeResponseHeader(copy_nodes=wanted))
 

@@ -45,13 +45,14 @@ class ExchangeServicer:
         """Run one stream from hello to end."""
         hello = await _hello(context)
         job = self._hosted(hello)
+        job.given.show(hello.worker_id, hello.given, "hello.given")
         welcome = pb.ExchangeWelcome(term=job.ranges.term, ranges=job.ranges.range_indexes)
         await context.write(encode_response(pb.ExchangeResponseHeader(welcome=welcome)))
         key = object()
         waker = job.open_stream(key, hello)
         tasks = [
             asyncio.create_task(_send(context, job, key, waker, hello.takes_joined_go_records)),
-            asyncio.create_task(_receive(context, job, key)),
+            asyncio.create_task(_receive(context, job, key, hello.worker_id)),
             asyncio.create_task(job.closed()),
         ]
         try:
@@ -94,13 +95,13 @@ async def _hello(context: Any) -> pb.ExchangeHello:
     return header.hello
 
 
-async def _receive(context: Any, job: HostedJob, key: object) -> None:
+async def _receive(context: Any, job: HostedJob, key: object, worker_id: str) -> None:
     while (data := await context.read()) is not grpc.aio.EOF:
         header, payload = decode_request(data)
         if header.WhichOneof("message") == "frame":
             job.gauges.received(header.frame, len(data), len(payload))
         try:
-            _take(job, key, header, payload)
+            _take(job, key, worker_id, header, payload)
         except (Internal, MemoryError) as error:
             # Half of a decision may be taken: the round could never complete any more.
             _log.exception("aggregation_failed", job_id=job.ranges.plan.job_id)
@@ -111,19 +112,28 @@ async def _receive(context: Any, job: HostedJob, key: object) -> None:
 
 
 def _take(
-    job: HostedJob, key: object, header: pb.ExchangeRequestHeader, payload: memoryview
+    job: HostedJob,
+    key: object,
+    worker_id: str,
+    header: pb.ExchangeRequestHeader,
+    payload: memoryview,
 ) -> None:
     """Hand one message to the ranges. Whatever is no error of the sender is raised as Internal."""
     kind = header.WhichOneof("message")
     try:
         if kind == "frame":
+            job.given.check_frame(worker_id, header.frame)
             job.contribute(key, header.frame, payload)
         elif kind == "go_record":
             job.go_record(header.go_record)
         elif kind == "starts_wanted":
-            job.perform(job.ranges.starts_wanted(key, header.starts_wanted))
+            wanted = header.starts_wanted
+            job.given.check_shards(worker_id, wanted.shards, "starts_wanted.shards")
+            job.perform(job.ranges.starts_wanted(key, wanted))
         elif kind == "recall":
             job.perform(job.ranges.recall(key, header.recall))
+        elif kind == "given":
+            job.given.show(worker_id, header.given, "given")
         else:
             raise InvalidArgument(f"an exchange stream takes frames and go records, not {kind!r}")
     except (PhalanxError, MemoryError):

@@ -37,6 +37,7 @@ from phalanx.errors import (
     PhalanxError,
     Unavailable,
 )
+from phalanx.given import GivenWork
 from phalanx.last_commit import LastCommit
 from phalanx.rpc.patience import insist
 from phalanx.telemetry.logs import get_logger
@@ -84,7 +85,8 @@ class HostedJob:
 
     Made in the event loop. `send` hands a message to control. While control is away (not
     `connected`) nothing is handed over: the newest report stands for all before it, and metric
-    points wait here. `settled` says whether control moves the shards of the dead at once.
+    points wait here. `settled` says whether control moves the shards of the dead at once. With a
+    `seal_key` workers show what they were given.
     """
 
     def __init__(
@@ -95,8 +97,10 @@ class HostedJob:
         send: Send,
         connected: Callable[[], bool] = lambda: True,
         settled: Callable[[], bool] = lambda: True,
+        seal_key: bytes = b"",
     ) -> None:
         self.ranges = ranges
+        self.given = GivenWork(ranges.plan, ranges.term, seal_key)
         self.gauges = gauges
         self._storage = storage
         self._send = send
@@ -127,7 +131,7 @@ class HostedJob:
         self._final: Report | None = None
         self._ending: asyncio.Task[None] | None = None
         self._worker: asyncio.Task[None] | None = None
-        self.copying = Copying(ranges, send, lambda: not settled())
+        self.copying = Copying(ranges, send, lambda: not settled(), self.given)
         self._watchman = asyncio.create_task(self._watch_round())
         self._reporter = asyncio.create_task(self._report_often())
         self._closed: asyncio.Future[PhalanxError] = asyncio.get_running_loop().create_future()

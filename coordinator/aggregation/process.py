@@ -259,6 +259,7 @@ class Aggregator:
                 self._metrics,
                 self._session.report,
                 lambda: self._session.connected,
+                message.seal_key,
             )
             self._jobs[job_id] = tasks
             tasks.begin()
@@ -275,6 +276,7 @@ class Aggregator:
             self._session.report,
             connected=lambda: self._session.connected,
             settled=lambda: self._session.settled,
+            seal_key=message.seal_key,
         )
         self._jobs[job_id] = job
         # The newest step that is known to have been there: what comes after the checkpoint is

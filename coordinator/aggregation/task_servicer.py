@@ -32,6 +32,7 @@ class TaskServicer(pb_grpc.TaskServiceServicer):
         """Run one stream from hello to end."""
         hello = await _hello(context)
         job = self._hosted(hello)
+        job.given.show(hello.worker_id, hello.given, "hello.given")
         session, outbox = job.open_stream()
         try:
             await context.write(pb.WorkResponse(welcome=pb.WorkWelcome(term=job.ranges.term)))

@@ -30,6 +30,7 @@ from coordinator.aggregation.core.dispatch.events import (
 from coordinator.aggregation.task_journal import TaskJournal
 from phalanx.clients.storage import StorageClient
 from phalanx.errors import Aborted, Internal, PhalanxError, ResourceExhausted, Unavailable
+from phalanx.given import GivenWork
 from phalanx.last_commit import LastCommit
 from phalanx.rpc.patience import insist
 from phalanx.tasks import failures_max
@@ -121,8 +122,10 @@ class HostedTasks:
         metrics: AggregatorMetrics,
         send: SendToControl,
         connected: Callable[[], bool],
+        seal_key: bytes = b"",
     ) -> None:
         self.ranges = TaskRange(plan, term)
+        self.given = GivenWork(plan, term, seal_key)
         self.dispatcher = dispatcher
         self._journal = journal
         self._storage = storage
@@ -152,6 +155,7 @@ class HostedTasks:
         metrics: AggregatorMetrics,
         send: SendToControl,
         connected: Callable[[], bool],
+        seal_key: bytes = b"",
     ) -> HostedTasks:
         """Read what is done and begin the term in the journal. Raises PhalanxError."""
         spec = JobSpec.FromString(plan.spec)
@@ -169,7 +173,7 @@ class HostedTasks:
             except Aborted:
                 continue  # the owner before was still writing: its records count
             break
-        return cls(plan, term, dispatcher, journal, storage, metrics, send, connected)
+        return cls(plan, term, dispatcher, journal, storage, metrics, send, connected, seal_key)
 
     def begin(self) -> None:
         """Start to hand tasks out."""

@@ -7,6 +7,7 @@ expects; a job does not fail of it.
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Awaitable, Callable
 
 from coordinator.control.core import effects as fx
@@ -22,6 +23,7 @@ from phalanx.errors import (
     NotFound,
     PhalanxError,
 )
+from phalanx.given import KEY_BYTES
 from phalanx.tasks import is_task_set, journal_stream
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.job_pb2 import Result
@@ -97,7 +99,11 @@ class Operations:
         listing = pb.ListCheckpointsRequest(job_id=effect.job_id)
         listed = await self._store.insist_call(storage.ListCheckpoints, listing)
         return ev.TermRaised(
-            effect.job_id, effect.operation, raised.term, tuple(listed.checkpoints)
+            effect.job_id,
+            effect.operation,
+            raised.term,
+            tuple(listed.checkpoints),
+            secrets.token_bytes(KEY_BYTES) if self._store.has_keys else b"",
         )
 
     async def _read_row(self, job_id: str, operation: int) -> ev.RowRead:

@@ -180,9 +180,7 @@ async def _hello(request_iterator: AsyncIterator[pb.SessionRequest]):  # type: i
         return (lambda session: ev.WorkerConnected(session, worker)), worker.worker_id
     if first.HasField("aggregator_hello"):
         aggregator = first.aggregator_hello
-        _check_is(
-            Service.AGGREGATOR, aggregator.aggregator_id, "aggregator_hello.aggregator_id"
-        )
+        _check_is(Service.AGGREGATOR, aggregator.aggregator_id, "aggregator_hello.aggregator_id")
         return (
             lambda session: ev.AggregatorConnected(session, aggregator)
         ), aggregator.aggregator_id

@@ -37,6 +37,8 @@ class Store:
     """Storage as control uses it. `fence` is set while this process leads."""
 
     def __init__(self, address: str, keys: ClientKeys | None = None) -> None:
+        self.has_keys = keys is not None
+        """Whether callers of this cluster prove who they are."""
         self._channel = open_channel(address, keys=keys, service=Service.STORAGE)
         self.storage = storage_service_pb2_grpc.StorageServiceStub(self._channel)
         self.datasets = dataset_service_pb2_grpc.DatasetServiceStub(self._channel)
@@ -102,7 +104,8 @@ class Store:
     ) -> int:
         """Append records at a known place, fenced; wait while storage is away.
 
-        Storage takes note of the owners of terms together with the records that name them. If an answer got lost and the records are there already, that is success. Returns the next
+        Storage takes note of the owners of terms together with the records that name them. If an
+        answer got lost and the records are there already, that is success. Returns the next
         sequence. Raises Aborted when somebody else wrote, or leads.
         """
         request = pb.AppendJournalRequest(

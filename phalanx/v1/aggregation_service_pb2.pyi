@@ -59,6 +59,7 @@ class ExchangeRequestHeader(_message.Message):
     STATE_WANTED_FIELD_NUMBER: _builtins.int
     STATE_HASH_FIELD_NUMBER: _builtins.int
     VERSION_HELD_FIELD_NUMBER: _builtins.int
+    GIVEN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ExchangeHello: ...
     @_builtins.property
@@ -83,6 +84,10 @@ class ExchangeRequestHeader(_message.Message):
     def state_hash(self) -> Global___StateHash: ...
     @_builtins.property
     def version_held(self) -> Global___VersionHeld: ...
+    @_builtins.property
+    def given(self) -> _training_pb2.Given:
+        """More of what the worker was given, before the first frame of it."""
+
     def __init__(
         self,
         *,
@@ -94,12 +99,13 @@ class ExchangeRequestHeader(_message.Message):
         state_wanted: Global___StateWanted | None = ...,
         state_hash: Global___StateHash | None = ...,
         version_held: Global___VersionHeld | None = ...,
+        given: _training_pb2.Given | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "recall", b"recall", "starts_wanted", b"starts_wanted", "state_hash", b"state_hash", "state_wanted", b"state_wanted", "version_held", b"version_held"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "given", b"given", "go_record", b"go_record", "hello", b"hello", "message", b"message", "recall", b"recall", "starts_wanted", b"starts_wanted", "state_hash", b"state_hash", "state_wanted", b"state_wanted", "version_held", b"version_held"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "go_record", b"go_record", "hello", b"hello", "message", b"message", "recall", b"recall", "starts_wanted", b"starts_wanted", "state_hash", b"state_hash", "state_wanted", b"state_wanted", "version_held", b"version_held"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "given", b"given", "go_record", b"go_record", "hello", b"hello", "message", b"message", "recall", b"recall", "starts_wanted", b"starts_wanted", "state_hash", b"state_hash", "state_wanted", b"state_wanted", "version_held", b"version_held"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "frame", "go_record", "starts_wanted", "recall", "state_wanted", "state_hash", "version_held"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "frame", "go_record", "starts_wanted", "recall", "state_wanted", "state_hash", "version_held", "given"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -116,6 +122,7 @@ class ExchangeHello(_message.Message):
     TAKES_JOINED_GO_RECORDS_FIELD_NUMBER: _builtins.int
     TAKES_COPIES_FIELD_NUMBER: _builtins.int
     HELD_VERSION_FIELD_NUMBER: _builtins.int
+    GIVEN_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     worker_id: _builtins.str
@@ -128,6 +135,10 @@ class ExchangeHello(_message.Message):
     """All-reduce: the version that the worker held whole when the term began for
     it; absent: none.
     """
+    @_builtins.property
+    def given(self) -> _training_pb2.Given:
+        """That the worker was given work of this job in this term."""
+
     def __init__(
         self,
         *,
@@ -138,10 +149,11 @@ class ExchangeHello(_message.Message):
         takes_joined_go_records: _builtins.bool = ...,
         takes_copies: _builtins.bool = ...,
         held_version: _builtins.int | None = ...,
+        given: _training_pb2.Given | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "held_version", b"held_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "given", b"given", "held_version", b"held_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "held_version", b"held_version", "incarnation", b"incarnation", "job_id", b"job_id", "takes_copies", b"takes_copies", "takes_joined_go_records", b"takes_joined_go_records", "term", b"term", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "given", b"given", "held_version", b"held_version", "incarnation", b"incarnation", "job_id", b"job_id", "takes_copies", b"takes_copies", "takes_joined_go_records", b"takes_joined_go_records", "term", b"term", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__held_version: _TypeAlias = _typing.Literal["held_version"]  # noqa: Y015
     _WhichOneofArgType__held_version: _TypeAlias = _typing.Literal["_held_version", b"_held_version"]  # noqa: Y015
@@ -555,11 +567,16 @@ class CopyNodes(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
+    GIVEN_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     version: _builtins.int
     round: _builtins.int
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.TreeNode]: ...
+    @_builtins.property
+    def given(self) -> _training_pb2.Given:
+        """For all owners of ranges: that the worker was given these copies to make."""
+
     def __init__(
         self,
         *,
@@ -567,10 +584,11 @@ class CopyNodes(_message.Message):
         version: _builtins.int = ...,
         round: _builtins.int = ...,
         nodes: _abc.Iterable[_training_pb2.TreeNode] | None = ...,
+        given: _training_pb2.Given | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["given", b"given"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "round", b"round", "term", b"term", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["given", b"given", "nodes", b"nodes", "round", b"round", "term", b"term", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -271,6 +271,7 @@ class TermStarted(_message.Message):
     RESTORE_STEP_FIELD_NUMBER: _builtins.int
     LEAF_SHA256_FIELD_NUMBER: _builtins.int
     WORKERS_OWN_FIELD_NUMBER: _builtins.int
+    SEAL_KEY_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     aggregator_fingerprint: _builtins.str
@@ -280,6 +281,10 @@ class TermStarted(_message.Message):
     leaf_sha256: _builtins.str
     workers_own: _builtins.bool
     """Workers own the ranges (all-reduce); else aggregators."""
+    seal_key: _builtins.bytes
+    """With it is sealed what workers are given in this term; empty: nobody proves
+    who he is.
+    """
     @_builtins.property
     def plan(self) -> _training_pb2.JobPlan:
         """Complete: layout, sums, range count and fingerprint are set."""
@@ -297,10 +302,11 @@ class TermStarted(_message.Message):
         restore_step: _builtins.int = ...,
         leaf_sha256: _builtins.str = ...,
         workers_own: _builtins.bool = ...,
+        seal_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_fingerprint", b"aggregator_fingerprint", "job_id", b"job_id", "leaf_sha256", b"leaf_sha256", "plan", b"plan", "ranges", b"ranges", "restore_step", b"restore_step", "term", b"term", "workers_own", b"workers_own"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_fingerprint", b"aggregator_fingerprint", "job_id", b"job_id", "leaf_sha256", b"leaf_sha256", "plan", b"plan", "ranges", b"ranges", "restore_step", b"restore_step", "seal_key", b"seal_key", "term", b"term", "workers_own", b"workers_own"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

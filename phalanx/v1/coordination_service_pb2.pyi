@@ -199,6 +199,7 @@ class HeldWorkerJob(_message.Message):
     EVALUATION_NODES_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     LEAF_SHA256_FIELD_NUMBER: _builtins.int
+    GIVEN_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     placement: _builtins.int
@@ -209,6 +210,10 @@ class HeldWorkerJob(_message.Message):
     def train_nodes(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.TreeNode]: ...
     @_builtins.property
     def evaluation_nodes(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.TreeNode]: ...
+    @_builtins.property
+    def given(self) -> _training_pb2.Given:
+        """As in the AssignJob that brought these nodes."""
+
     def __init__(
         self,
         *,
@@ -219,10 +224,11 @@ class HeldWorkerJob(_message.Message):
         evaluation_nodes: _abc.Iterable[_training_pb2.TreeNode] | None = ...,
         ready: _builtins.bool = ...,
         leaf_sha256: _builtins.str = ...,
+        given: _training_pb2.Given | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["given", b"given"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation_nodes", b"evaluation_nodes", "job_id", b"job_id", "leaf_sha256", b"leaf_sha256", "placement", b"placement", "ready", b"ready", "term", b"term", "train_nodes", b"train_nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation_nodes", b"evaluation_nodes", "given", b"given", "job_id", b"job_id", "leaf_sha256", b"leaf_sha256", "placement", b"placement", "ready", b"ready", "term", b"term", "train_nodes", b"train_nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1289,6 +1295,8 @@ class AssignJob(_message.Message):
     LEAF_SHA256_FIELD_NUMBER: _builtins.int
     RESTORE_FIELD_NUMBER: _builtins.int
     REACHED_STEP_FIELD_NUMBER: _builtins.int
+    GIVEN_FIELD_NUMBER: _builtins.int
+    SEAL_KEY_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     placement: _builtins.int
     """Rises with every change of placement of this job."""
@@ -1298,6 +1306,8 @@ class AssignJob(_message.Message):
     """
     reached_step: _builtins.int
     """All-reduce: the newest step that control knew before."""
+    seal_key: _builtins.bytes
+    """All-reduce, where callers prove who they are: see AssignRanges."""
     @_builtins.property
     def plan(self) -> _training_pb2.JobPlan: ...
     @_builtins.property
@@ -1312,6 +1322,10 @@ class AssignJob(_message.Message):
     def restore(self) -> _storage_service_pb2.CheckpointManifest:
         """All-reduce: where the job goes on if no member holds any version of it."""
 
+    @_builtins.property
+    def given(self) -> _training_pb2.Given:
+        """For the owners of the ranges: that this worker was given these nodes."""
+
     def __init__(
         self,
         *,
@@ -1324,10 +1338,12 @@ class AssignJob(_message.Message):
         leaf_sha256: _builtins.str = ...,
         restore: _storage_service_pb2.CheckpointManifest | None = ...,
         reached_step: _builtins.int = ...,
+        given: _training_pb2.Given | None = ...,
+        seal_key: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "restore", b"restore"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["given", b"given", "plan", b"plan", "restore", b"restore"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation_nodes", b"evaluation_nodes", "leaf_sha256", b"leaf_sha256", "placement", b"placement", "plan", b"plan", "ranges", b"ranges", "reached_step", b"reached_step", "restore", b"restore", "term", b"term", "train_nodes", b"train_nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation_nodes", b"evaluation_nodes", "given", b"given", "leaf_sha256", b"leaf_sha256", "placement", b"placement", "plan", b"plan", "ranges", b"ranges", "reached_step", b"reached_step", "restore", b"restore", "seal_key", b"seal_key", "term", b"term", "train_nodes", b"train_nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1369,10 +1385,15 @@ class AssignRanges(_message.Message):
     RANGES_FIELD_NUMBER: _builtins.int
     RESTORE_FIELD_NUMBER: _builtins.int
     REACHED_STEP_FIELD_NUMBER: _builtins.int
+    SEAL_KEY_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     reached_step: _builtins.int
     """The newest step that control knew before: those after the checkpoint are
     replayed.
+    """
+    seal_key: _builtins.bytes
+    """With it is sealed what workers were given in this term, and contributions
+    are taken from those only who show it; empty: from all.
     """
     @_builtins.property
     def plan(self) -> _training_pb2.JobPlan: ...
@@ -1392,10 +1413,11 @@ class AssignRanges(_message.Message):
         ranges: _abc.Iterable[_training_pb2.ParameterRange] | None = ...,
         restore: _storage_service_pb2.CheckpointManifest | None = ...,
         reached_step: _builtins.int = ...,
+        seal_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "restore", b"restore"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "ranges", b"ranges", "reached_step", b"reached_step", "restore", b"restore", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "ranges", b"ranges", "reached_step", b"reached_step", "restore", b"restore", "seal_key", b"seal_key", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

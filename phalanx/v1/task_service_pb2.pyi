@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from phalanx.v1 import job_pb2 as _job_pb2
+from phalanx.v1 import training_pb2 as _training_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -59,6 +60,7 @@ class WorkHello(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    GIVEN_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     worker_id: _builtins.str
@@ -72,6 +74,10 @@ class WorkHello(_message.Message):
         term. They go on being its own.
         """
 
+    @_builtins.property
+    def given(self) -> _training_pb2.Given:
+        """That the worker was given this set in this term, where callers prove who they are."""
+
     def __init__(
         self,
         *,
@@ -81,10 +87,11 @@ class WorkHello(_message.Message):
         incarnation: _builtins.str = ...,
         slots: _builtins.int = ...,
         held: _abc.Iterable[Global___TaskAttempt] | None = ...,
+        given: _training_pb2.Given | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["given", b"given"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "incarnation", b"incarnation", "job_id", b"job_id", "slots", b"slots", "term", b"term", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["given", b"given", "held", b"held", "incarnation", b"incarnation", "job_id", b"job_id", "slots", b"slots", "term", b"term", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

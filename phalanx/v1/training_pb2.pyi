@@ -48,6 +48,73 @@ class TreeNode(_message.Message):
 Global___TreeNode: _TypeAlias = TreeNode  # noqa: Y015
 
 @_typing.final
+class Given(_message.Message):
+    """What a worker was given to compute in one term of a job, for it to show to the
+    owners of ranges; only where callers prove who they are.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODES_FIELD_NUMBER: _builtins.int
+    SEAL_FIELD_NUMBER: _builtins.int
+    nodes: _builtins.bytes
+    """GivenNodes, serialized."""
+    seal: _builtins.bytes
+    """HMAC-SHA-256 of it with the key of the term."""
+    def __init__(
+        self,
+        *,
+        nodes: _builtins.bytes = ...,
+        seal: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "seal", b"seal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Given: _TypeAlias = Given  # noqa: Y015
+
+@_typing.final
+class GivenNodes(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    TRAIN_NODES_FIELD_NUMBER: _builtins.int
+    EVALUATION_NODES_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    term: _builtins.int
+    worker_id: _builtins.str
+    @_builtins.property
+    def train_nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TreeNode]: ...
+    @_builtins.property
+    def evaluation_nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TreeNode]: ...
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___TreeNode]:
+        """Nodes of others that the owner of a range wants copies of, whatever the round."""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        term: _builtins.int = ...,
+        worker_id: _builtins.str = ...,
+        train_nodes: _abc.Iterable[Global___TreeNode] | None = ...,
+        evaluation_nodes: _abc.Iterable[Global___TreeNode] | None = ...,
+        copies: _abc.Iterable[Global___TreeNode] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies", b"copies", "evaluation_nodes", b"evaluation_nodes", "job_id", b"job_id", "term", b"term", "train_nodes", b"train_nodes", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GivenNodes: _TypeAlias = GivenNodes  # noqa: Y015
+
+@_typing.final
 class Layout(_message.Message):
     """The flat parameter vector: named tensors one after another, C order,
     little endian, no padding.

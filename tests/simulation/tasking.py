@@ -354,9 +354,7 @@ class Tasking:
                 if request.stream.startswith(streams):
                     self._catch_up(journals, request.stream)
 
-        def committing(
-            store: SqlJobs, request: pb.CommitCheckpointRequest, *caller: Any
-        ) -> Any:
+        def committing(store: SqlJobs, request: pb.CommitCheckpointRequest, *caller: Any) -> Any:
             response = commit(store, request, *caller)
             self._finished(request)
             return response

@@ -49,6 +49,7 @@ class TaskSetCore:
         #: Tasks are handed out by their owner, not placed by control.
         self.train_nodes: list[Node] = []
         self.evaluation_nodes: list[Node] = []
+        self.assigned = training_pb2.Given()
         timeout = JobSpec.FromString(plan.spec).tasks.timeout
         self.timeout_s = timeout.seconds + timeout.nanos * 1e-9
         self._dispatcher = dispatcher
@@ -75,6 +76,7 @@ class TaskSetCore:
         if (message.term, message.placement) <= (self.term, self.placement):
             return []
         self.placement = message.placement
+        self.assigned = message.given
         if message.term == self.term:
             return []
         self.plan, self.term = message.plan, message.term

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from phalanx.given import Covered
 from phalanx.reduction import Node
 from phalanx.v1 import aggregation_service_pb2, training_pb2
 from phalanx.v1 import coordination_service_pb2 as coordination
@@ -70,6 +71,10 @@ class JobCore:
         self._absent: dict[int, set[int]] = {}
         #: (version, round) → nodes of others that aggregators want copies of.
         self._copies: dict[tuple[int, int], list[Node]] = {}
+        #: Proofs of what was given to this worker in the term, for the owners of ranges.
+        self.given: list[training_pb2.Given] = []
+        self.assigned = training_pb2.Given()
+        self._covered = Covered(plan)
         self._tasks: dict[int, Task] = {}
         self._losses: dict[Node, int] = {}
 
@@ -83,6 +88,8 @@ class JobCore:
         if message.term > self.term:
             effects += self._start_term(message)
         self.placement = message.placement
+        self.assigned = message.given
+        self._keep_given(message.given)
         self.train_nodes = _nodes(message.train_nodes)
         self.evaluation_nodes = _nodes(message.evaluation_nodes)
         if self.round is not None:
@@ -154,6 +161,7 @@ class JobCore:
         newest = max((version for version, _ in self._copies), default=message.version)
         if message.term != self.term or message.version < newest - 1:
             return []
+        self._keep_given(message.given)
         for old in [known for known in self._copies if known[0] < message.version - 1]:
             del self._copies[old]
         self._copies.setdefault(key, []).extend(_nodes(message.nodes))
@@ -268,12 +276,19 @@ class JobCore:
 
     # Inside
 
+    def _keep_given(self, given: training_pb2.Given) -> None:
+        """Keep what proves that more was given to this worker than is known to have been."""
+        nodes = training_pb2.GivenNodes.FromString(given.nodes)
+        if given.seal and (self._covered.add(nodes) or not self.given):
+            self.given.append(given)
+
     def _start_term(self, message: coordination.AssignJob) -> list[Effect]:
         effects = self._end_starts() + self._end_round()
         layout = message.plan.layout
         itemsize = np.dtype(layout.dtype or "float32").itemsize
         self.plan = message.plan
         self.term = message.term
+        self.given, self._covered = [], Covered(message.plan)
         self._wanted_leaf = message.leaf_sha256
         self._compare_leaves()
         # In rounds nobody needs what is read there once two newer versions are coming.

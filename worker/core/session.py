@@ -95,6 +95,7 @@ class WorkerCore:
                 evaluation_nodes=_messages(job.evaluation_nodes),
                 ready=job.prepared,
                 leaf_sha256=job.leaf_sha256,
+                given=job.assigned if job.assigned.seal else None,
             )
             for job in self.jobs.values()
         ]

@@ -55,6 +55,8 @@ class HostedJob:
         self._builder = FrameBuilder(build_up_codec(spec))
         self._down_codec = build_down_codec(spec.train)
         self._wanted: OpenStreams | None = None
+        #: By stream: how many of the proofs of what was given to this worker were shown.
+        self._shown: dict[str, int] = {}
 
     @property
     def step(self) -> int:
@@ -87,6 +89,7 @@ class HostedJob:
             incarnation=self._incarnation,
             takes_joined_go_records=True,
             takes_copies=True,
+            given=self.core.given[0] if self.core.given else None,
         )
 
     def wake(self, aggregator_id: str) -> None:
@@ -114,7 +117,8 @@ class HostedJob:
     # Events of the present term's streams
 
     def opened(self, aggregator_id: str) -> None:
-        """An aggregator accepted its stream."""
+        """An aggregator accepted its stream, and with its hello what was given first."""
+        self._shown[aggregator_id] = 1
         self._perform(self.core.stream_opened(aggregator_id))
 
     def go_record(self, go: training_pb2.GoRecord) -> None:
@@ -153,7 +157,14 @@ class HostedJob:
         """Only jobs whose workers own the parameters know more messages; see all_reduce."""
 
     def next_message(self, aggregator_id: str) -> bytes | None:
-        """The next message of a stream, encoded."""
+        """The next message of a stream, encoded; whatever was given is shown before it is done."""
+        shown = self._shown.get(aggregator_id, 0)
+        if 0 < shown < len(self.core.given):
+            self._shown[aggregator_id] = shown + 1
+            return encode_request(exchange.ExchangeRequestHeader(given=self.core.given[shown]))
+        return self._next_of_core(aggregator_id)
+
+    def _next_of_core(self, aggregator_id: str) -> bytes | None:
         out = self.core.next_message(aggregator_id)
         if out is None:
             return None

@@ -123,6 +123,7 @@ class HostedTasks:
             incarnation=self._incarnation,
             slots=self.core.slots,
             held=self.core.held(),
+            given=self.core.assigned if self.core.assigned.seal else None,
         )
 
 

@@ -159,6 +159,8 @@ class TermRaised:
     operation: int
     term: int
     checkpoints: tuple[storage_service_pb2.CheckpointManifest, ...] = ()
+    seal_key: bytes = b""
+    """Drawn for the term; empty where nobody proves who he is."""
 
 
 @dataclass(frozen=True)

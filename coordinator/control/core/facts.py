@@ -74,6 +74,11 @@ class JobFacts:
         return self.state == RUNNING and self.kept.changed.reason == RESUMING
 
     @property
+    def seal_key(self) -> bytes:
+        """With it is sealed what workers are given in the term; empty: nobody asks for it."""
+        return self.kept.term_started.seal_key
+
+    @property
     def term(self) -> int:
         """The term that was last started, 0 before the first."""
         return self.kept.term_started.term

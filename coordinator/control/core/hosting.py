@@ -20,9 +20,10 @@ from coordinator.control.core.eligibility import (
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.state import Core, Hosting, JobRuntime, TreePlacement, Worker
 from coordinator.control.core.tree import nodes_of
+from phalanx.given import sealed
 from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
-from phalanx.v1.training_pb2 import JobPlan
+from phalanx.v1.training_pb2 import GivenNodes, JobPlan
 
 
 @dataclass(frozen=True)
@@ -336,7 +337,18 @@ def _send(core: Core, job: JobRuntime, worker: Worker, hosting: Hosting) -> None
         evaluation_nodes=nodes_of(hosting.evaluation, job.evaluation.width),
         leaf_sha256=facts.leaf_sha256,
     )
+    given = GivenNodes(
+        job_id=job.job_id,
+        term=hosting.term,
+        worker_id=worker.id,
+        train_nodes=assign.train_nodes,
+        evaluation_nodes=assign.evaluation_nodes,
+    )
+    shown = sealed(facts.seal_key, given)
+    if shown is not None:
+        assign.given.CopyFrom(shown)
     if job.all_reduce:
+        assign.seal_key = facts.seal_key
         assign.reached_step = job.step
         if job.restore is not None:
             assign.restore.CopyFrom(job.restore)

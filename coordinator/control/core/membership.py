@@ -24,6 +24,7 @@ from coordinator.control.core.state import (
 )
 from coordinator.control.core.tree import shards_of
 from phalanx.errors import Aborted, FailedPrecondition, InvalidArgument, PhalanxError, Unavailable
+from phalanx.given import was_given
 from phalanx.ids import is_name
 from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -419,7 +420,8 @@ def _may_hold(job: JobRuntime, facts: JobFacts, worker: Worker, held: pb.HeldWor
     if (held.job_id, held.term) in worker.foreign:
         return False
     takes_work = worker.state != WorkerView.STATE_QUARANTINED
-    return facts.state == RUNNING and facts.term == held.term and same_bits and takes_work
+    believed = facts.term == held.term and was_given(facts.seal_key, worker.id, held)
+    return facts.state == RUNNING and believed and same_bits and takes_work
 
 
 def _claim(tree: TreePlacement, worker: Worker, nodes: object) -> set[int]:

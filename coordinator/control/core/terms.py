@@ -138,7 +138,10 @@ def assign_ranges(core: Core, job: JobRuntime, aggregator_id: str) -> None:
     """Tell an aggregator which ranges of the current term are its own."""
     facts = core.facts_of(job)
     message = pb.AssignRanges(
-        plan=hosting.job_plan(core, job), term=facts.term, ranges=facts.ranges
+        plan=hosting.job_plan(core, job),
+        term=facts.term,
+        ranges=facts.ranges,
+        seal_key=facts.seal_key,
     )
     if job.restore is not None:
         message.restore.CopyFrom(job.restore)
@@ -270,6 +273,7 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
         restore_step=restore.step if restore is not None else -1,
         leaf_sha256=_leaf_of(core, job),
         workers_own=job.all_reduce,
+        seal_key=event.seal_key,
     )
     before, old_term, first = job.step, facts.term, facts.state == QUEUED
     resumed = facts.resuming

@@ -27,9 +27,7 @@ def commit(backend, put):
 
 
 def raise_term(backend, expected=0, tells_owners=True):
-    request = pb.RaiseTermRequest(
-        job_id="job-1", expected_term=expected, tells_owners=tells_owners
-    )
+    request = pb.RaiseTermRequest(job_id="job-1", expected_term=expected, tells_owners=tells_owners)
     return backend.jobs.raise_term(request)
 
 

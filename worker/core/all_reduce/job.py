@@ -27,6 +27,7 @@ import numpy as np
 from phalanx.copies import PATIENCE_UNMEASURED_S
 from phalanx.errors import DataLoss, InvalidArgument
 from phalanx.frames import encode_request, encode_response
+from phalanx.given import GivenWork
 from phalanx.reduction import Node
 from phalanx.rounds import Disagreement
 from phalanx.v1 import aggregation_service_pb2 as pb
@@ -103,6 +104,8 @@ class AllReduceJob(JobCore):
         self._failed = False
         self._due: dict[str, deque[bytes]] = {}
         self._serving = Serving(0)
+        #: What other members were given.
+        self._others = GivenWork(plan, 0, b"")
         self._hash: bytes = b""
         self._snapshot_of = NONE
         #: Only where elements are owned.
@@ -161,6 +164,7 @@ class AllReduceJob(JobCore):
         self._came_s = 0.0
         self._due = {member: deque() for member in self._members}
         self._serving = Serving(self.term)
+        self._others = GivenWork(message.plan, message.term, message.seal_key)
         self._hash, self._snapshot_of = b"", NONE
         self._asked.clear()
         self.root = self.owner = self._late = None
@@ -270,6 +274,7 @@ class AllReduceJob(JobCore):
             raise InvalidArgument(f"{hello.worker_id} is no member of job {self.job_id}")
         if hello.term != self.term:
             raise stale_term(self.job_id, hello.term, self.term)
+        self._others.show(hello.worker_id, hello.given, "hello.given")
         self._serving.opened(key, hello.worker_id)
         if self._late is not None:
             self._late.member_opened(hello.worker_id)
@@ -291,7 +296,11 @@ class AllReduceJob(JobCore):
         if not member:
             return []  # of a term before
         if kind == "frame":
+            self._others.check_frame(member, header.frame)
             return self.contribute(header.frame, payload, member)
+        if kind == "given":
+            self._others.show(member, header.given, "given")
+            return []
         if kind == "state_wanted":
             wanted = header.state_wanted
             held = wanted.held_version if wanted.HasField("held_version") else NONE
@@ -348,7 +357,7 @@ class AllReduceJob(JobCore):
             )
             effects += self._tell(member, pb.ExchangeResponseHeader(version_asked=asked))
         for order in due.orders:
-            wanted = copies_wanted(self.term, order)
+            wanted = copies_wanted(self.term, order, self._others)
             if order.worker_id == self.worker_id:
                 effects += self.copy_nodes(wanted)
             else:

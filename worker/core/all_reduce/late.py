@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from phalanx.copies import Copies, Key, OpenRound, Order, Started
+from phalanx.given import GivenWork
 from phalanx.reduction import Node
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import coordination_service_pb2 as coordination
@@ -150,10 +151,16 @@ class LateShards:
         return asked_s is None or now_s - asked_s >= ASK_EVERY_S
 
 
-def copies_wanted(term: int, order: Order) -> pb.CopyNodes:
+def copies_wanted(term: int, order: Order, given: GivenWork) -> pb.CopyNodes:
     """An order as members get it."""
     nodes = [TreeNode(first=node.first, span=node.span) for node in order.nodes]
-    return pb.CopyNodes(term=term, version=order.key[0], round=order.key[1], nodes=nodes)
+    return pb.CopyNodes(
+        term=term,
+        version=order.key[0],
+        round=order.key[1],
+        nodes=nodes,
+        given=given.order(order.worker_id, nodes),
+    )
 
 
 def copies_started(job_id: str, term: int, started: Started) -> coordination.SessionRequest:

@@ -198,7 +198,7 @@ class HostedAllReduce(HostedJob):
             self._spawn(self._loop_back)
 
     async def _loop_back(self) -> None:
-        while (message := super().next_message(self._worker_id)) is not None:
+        while (message := self._next_of_core(self._worker_id)) is not None:
             header, payload = decode_request(message)
             self._perform(self.all_reduce.contribute(header.frame, payload))
             await asyncio.sleep(0)
