@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable
 from typing import Any
 
 from google.protobuf.message import Message
@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from coordinator.control.config import ControlConfig
 from coordinator.control.core import effects as fx
 from coordinator.control.core import events as ev
-from coordinator.control.core import verbs
+from coordinator.control.core import membership, verbs
 from coordinator.control.core.clock import Instant
 from coordinator.control.core.facts import Facts
 from coordinator.control.core.lifecycle import CANCELLED, SUCCEEDED
@@ -36,7 +36,9 @@ from coordinator.control.store import Store
 from coordinator.control.task_results import read_results
 from coordinator.control.watching import WatchHub
 from phalanx.errors import Aborted, PhalanxError, Unavailable, no_job
+from phalanx.keys.caller import Service
 from phalanx.quota_file import QuotaFile
+from phalanx.specs.parts import all_reduces
 from phalanx.telemetry import traces
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -237,9 +239,46 @@ class Leader:
         if job_id in self._removals:
             await asyncio.wait([self._removals[job_id]], timeout=REMOVAL_WAIT_S)
 
+    def member_came(self, session: MemberSession, held: Iterable[str]) -> None:
+        """A member is here; of the jobs that it says it has it may speak if that was believed."""
+        for job_id in held:
+            if self._takes_part(session, job_id):
+                self.sessions.told(session, job_id)
+
+    def _takes_part(self, session: MemberSession, job_id: str) -> bool:
+        is_worker = session.service is Service.WORKER
+        return membership.takes_part(self.core, job_id, session.member_id, is_worker)
+
+    def _may_speak(self, session: MemberSession, kind: str, job_id: str) -> bool:
+        """Whether a member may say this of a job; one that was never given it is not heard.
+
+        The session goes on: under a new leader it can be late news of a job that was let go.
+        """
+        if session.caller.open_cluster or kind == "worker_job_released":
+            return True
+        known = self._takes_part(session, job_id) or self.sessions.was_told(session, job_id)
+        facts = self.durable.jobs.get(job_id)
+        if kind == "metric_points" and facts is not None:
+            # Only owners of ranges have them.
+            is_worker = session.service is Service.WORKER
+            known = known and all_reduces(facts.spec.train) == is_worker
+        if not known:
+            _log.warning(
+                "member_not_heard",
+                member_id=session.member_id,
+                caller=session.caller.name,
+                field=f"{kind}.job_id",
+                job_id=job_id[:128],
+                reason="NOT_YOURS",
+            )
+        return known
+
     def member_said(self, session: MemberSession, message: pb.SessionRequest) -> None:
         """Take in a message of a member; logs and points go past the core."""
         kind = message.WhichOneof("message")
+        job_id = getattr(getattr(message, kind), "job_id", "") if kind is not None else ""
+        if kind is not None and job_id and not self._may_speak(session, kind, job_id):
+            return
         if kind == "job_log_lines":
             if message.job_log_lines.job_id in self.durable.jobs:
                 self.streams.add_lines(message.job_log_lines, session.member_id)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coordinator.control.core import events as ev
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 HELLO_TIMEOUT_S = 5.0
 QUEUE_MAX = 2000
 SESSIONS_MAX = 5000
+TOLD_MAX = 1000
+"""Jobs of which is known that a member was told of them."""
 
 _log = get_logger(__name__)
 
@@ -37,10 +40,11 @@ _log = get_logger(__name__)
 class MemberSession:
     """The sending half of one member's stream; an error in the queue ends the stream with it."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, service: Service, member_id: str) -> None:
         self.number = number
+        self.service = service
         self.queue: asyncio.Queue[pb.SessionResponse | PhalanxError | None] = asyncio.Queue()
-        self.member_id = ""
+        self.member_id = member_id
         self.caller = current_caller()
 
     def send(self, message: pb.SessionResponse) -> bool:
@@ -61,17 +65,18 @@ class Sessions:
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self._open: dict[int, MemberSession] = {}
+        #: Jobs that members were told of, whatever session they are on now: the newest of each.
+        self._told: dict[tuple[Service, str], dict[str, None]] = {}
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, member_id: str) -> MemberSession:
+    def open(self, service: Service, member_id: str) -> MemberSession:
         """Make room for a new session. Raises ResourceExhausted; PermissionDenied where a caller
         with another certificate has a session as this very member."""
         if len(self._open) >= SESSIONS_MAX:
             raise ResourceExhausted(f"there are {SESSIONS_MAX} sessions already; try again later")
-        session = MemberSession(next(self._numbers))
-        session.member_id = member_id
+        session = MemberSession(next(self._numbers), service, member_id)
         there = () if session.caller.open_cluster else self._open.values()
         for other in there:
             if other.member_id == member_id and other.caller != session.caller:
@@ -87,9 +92,26 @@ class Sessions:
     def send(self, number: int, message: pb.SessionResponse) -> None:
         """Send to a member, if its session is still open; a member that does not read is closed."""
         session = self._open.get(number)
-        if session is not None and not session.send(message):
+        if session is None:
+            return
+        self.told(session, _job_of(message))
+        if not session.send(message):
             _log.warning("member_reads_too_slowly", member_id=session.member_id)
             self.end(number, ResourceExhausted("the member does not read what it is sent"))
+
+    def told(self, session: MemberSession, job_id: str) -> None:
+        """A member was told of a job, or takes part in it: it may speak of it, also later."""
+        if not job_id or session.caller.open_cluster:
+            return
+        jobs = self._told.setdefault((session.service, session.member_id), {})
+        jobs.pop(job_id, None)
+        jobs[job_id] = None
+        if len(jobs) > TOLD_MAX:
+            del jobs[next(iter(jobs))]
+
+    def was_told(self, session: MemberSession, job_id: str) -> bool:
+        """Whether a member that proves who it is was told of a job."""
+        return job_id in self._told.get((session.service, session.member_id), {})
 
     def end(self, number: int, error: PhalanxError | None) -> None:
         """End a session."""
@@ -114,12 +136,13 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
     ) -> AsyncIterator[pb.SessionResponse]:
         """Serve one member until its stream breaks or it is sent away."""
         self._process.leading()
-        event_of, member_id = await _hello(request_iterator)
+        hello = await _hello(request_iterator)
         # Asked again: a leadership that ended meanwhile would keep the member for ever.
         leader = self._process.leading()
-        session = leader.sessions.open(member_id)
+        session = leader.sessions.open(hello.service, hello.member_id)
         reader = asyncio.create_task(self._read(leader, session, request_iterator))
-        leader.dispatch(event_of(session.number))
+        leader.dispatch(hello.event(session.number))
+        leader.member_came(session, hello.held)
         try:
             while True:
                 message = await session.queue.get()
@@ -166,8 +189,26 @@ def _hand_over(
     return None
 
 
-async def _hello(request_iterator: AsyncIterator[pb.SessionRequest]):  # type: ignore[no-untyped-def]
-    """Return (function from session to event, member id) of the first message."""
+def _job_of(message: pb.SessionResponse) -> str:
+    """The job that a message tells a member of, if it does."""
+    kind = message.WhichOneof("message")
+    if kind in ("describe_job", "assign_job", "assign_ranges"):
+        return str(getattr(message, kind).plan.job_id)
+    return ""
+
+
+@dataclass(frozen=True)
+class _Hello:
+    service: Service
+    member_id: str
+    event: Callable[[int], ev.Event]
+    """Of a session with this number."""
+    held: frozenset[str]
+    """Jobs that the member says it has."""
+
+
+async def _hello(request_iterator: AsyncIterator[pb.SessionRequest]) -> _Hello:
+    """Return who speaks, as the first message says and the certificate does not deny."""
     try:
         first = await asyncio.wait_for(anext(request_iterator), HELLO_TIMEOUT_S)
     except TimeoutError:
@@ -177,13 +218,21 @@ async def _hello(request_iterator: AsyncIterator[pb.SessionRequest]):  # type: i
     if first.HasField("worker_hello"):
         worker = first.worker_hello
         _check_is(Service.WORKER, worker.worker_id, "worker_hello.worker_id")
-        return (lambda session: ev.WorkerConnected(session, worker)), worker.worker_id
+        return _Hello(
+            Service.WORKER,
+            worker.worker_id,
+            lambda session: ev.WorkerConnected(session, worker),
+            frozenset(each.job_id for each in worker.held_jobs),
+        )
     if first.HasField("aggregator_hello"):
         aggregator = first.aggregator_hello
         _check_is(Service.AGGREGATOR, aggregator.aggregator_id, "aggregator_hello.aggregator_id")
-        return (
-            lambda session: ev.AggregatorConnected(session, aggregator)
-        ), aggregator.aggregator_id
+        return _Hello(
+            Service.AGGREGATOR,
+            aggregator.aggregator_id,
+            lambda session: ev.AggregatorConnected(session, aggregator),
+            frozenset(each.job_id for each in aggregator.held_ranges),
+        )
     raise InvalidArgument("the first message must be the hello of a worker or an aggregator")
 
 

@@ -147,6 +147,17 @@ def session_broken(core: Core, session: int, reason: str) -> None:
         member.heard_s = core.now.monotonic_s
 
 
+def takes_part(core: Core, job_id: str, member_id: str, is_worker: bool) -> bool:
+    """Whether a job that has not ended is given to a member: shards of it, or ranges."""
+    job = core.jobs.get(job_id)
+    if job is None:
+        return False
+    if is_worker and member_id in job.hosts:
+        return True
+    owners = {each.aggregator_id for each in core.facts_of(job).ranges}
+    return is_worker == job.all_reduce and member_id in owners
+
+
 def heartbeat(core: Core, member: Worker | Aggregator, message: pb.Heartbeat) -> None:
     """Take in what a worker says of its jobs; being heard at all is noted by `heard`."""
     if isinstance(member, Aggregator):

@@ -45,6 +45,7 @@ class Hosted:
     def __init__(self, context: BrokenConnection) -> None:
         cursor = SimpleNamespace(take=lambda elapsed_s: None)
         self.ranges = SimpleNamespace(term=1, range_indexes=[0], cursor=lambda key, joins: cursor)
+        self.given = SimpleNamespace(show=lambda worker_id, given, field: None)
         self.copying = SimpleNamespace(next_order=self.next_served)
         self.open: set[object] = set()
         self._context = context
