@@ -158,6 +158,9 @@ class JobStore(Protocol):
         PermissionDenied (NOT_YOURS) where another one than the caller owns its range.
         """
 
+    def check_root(self, job_id: str, caller: Caller, field: str) -> None:
+        """Raise PermissionDenied (NOT_YOURS) where another one owns range 0 of the job."""
+
     def list_checkpoints(self, job_id: str) -> Sequence[pb.CheckpointManifest]:
         """Return the whole and undamaged checkpoints, newest first; none for an unknown job."""
 

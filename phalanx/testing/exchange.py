@@ -97,6 +97,7 @@ class ExchangeClient:
         dtype: str = "<f4",
         joins: bool = True,
         takes_copies: bool = False,
+        given: training_pb2.Given | None = None,
     ) -> None:
         hello = pb.ExchangeHello(
             job_id=job_id,
@@ -105,6 +106,7 @@ class ExchangeClient:
             incarnation=worker_id,
             takes_joined_go_records=joins,
             takes_copies=takes_copies,
+            given=given,
         )
         self._hello = pb.ExchangeRequestHeader(hello=hello)
         self._address = address

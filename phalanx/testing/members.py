@@ -52,6 +52,7 @@ def held_jobs(told: Iterable[pb.SessionResponse]) -> tuple[pb.HeldWorkerJob, ...
                 train_nodes=assign.train_nodes,
                 evaluation_nodes=assign.evaluation_nodes,
                 ready=True,
+                given=assign.given if assign.HasField("given") else None,
             )
         elif message.WhichOneof("message") == "revoke_job":
             held.pop(message.revoke_job.job_id, None)

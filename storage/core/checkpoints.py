@@ -118,6 +118,16 @@ def check_owner(
     caller.check_given(service, owner, "part.range", what)
 
 
+def check_root(owners: pb.TermOwners | None, term: int, caller: Caller, field: str) -> None:
+    """Raise PermissionDenied unless the caller owns range 0 of a job that is in this term: what
+    comes of tasks is written by that one. Before the owners are told the places of records fence.
+    """
+    if owners is not None and owners.term == term and owners.member_ids:
+        service = Service.WORKER if owners.workers else Service.AGGREGATOR
+        what = f"range 0 of job {owners.job_id!r} in term {term}"
+        caller.check_given(service, owners.member_ids[0], field, what)
+
+
 def check_commit(request: pb.CommitCheckpointRequest) -> None:
     """Raise InvalidArgument if the request cannot be right whatever is stored."""
     check_key(request.job_id, "job_id")

@@ -3,8 +3,8 @@
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from phalanx.keys.caller import current_caller
-from phalanx.keys.policy import check_append
+from phalanx.keys.caller import Service, current_caller
+from phalanx.keys.policy import TASKS, check_append
 from phalanx.rpc.types import ServicerContext
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2_grpc as pb_grpc
@@ -93,6 +93,7 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
 
     async def _append(self, request: pb.AppendJournalRequest) -> pb.AppendJournalResponse:
         check_append(current_caller(), request)
+        await self._check_root_of(request.stream, "stream")
         next_sequence = await self._operations.state(
             "append_journal", lambda: self._append_news(request)
         )
@@ -107,12 +108,24 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
         self, request: pb.ReadJournalRequest, context: ServicerContext
     ) -> AsyncIterator[pb.ReadJournalResponse]:
         """Stream records."""
+        await self._check_root_of(request.stream, "stream")
         responses = self._backend.journals.read(request)
         pool = self._operations.state_pool
         stream = self._operations.stream("read_journal", responses, pool)
         async with aclosing(stream) as read:
             async for response in read:
                 yield response
+
+    async def _check_root_of(self, stream: str, field: str) -> None:
+        """Of results of tasks, whose journals these are, let aggregators have those of their own
+        job. The same is said of what keeps them, as JOB/ATTEMPT."""
+        caller = current_caller()
+        is_aggregator = Service.AGGREGATOR in caller.services
+        if is_aggregator and Service.CONTROL not in caller.services and stream.startswith(TASKS):
+            job_id = stream.removeprefix(TASKS).partition("/")[0]
+            await self._operations.state(
+                "check_root", lambda: self._backend.jobs.check_root(job_id, caller, field)
+            )
 
     async def TruncateJournal(
         self, request: pb.TruncateJournalRequest, context: ServicerContext
@@ -213,6 +226,7 @@ class StorageServicer(pb_grpc.StorageServiceServicer):
         self, request: pb.SetPinsRequest, context: ServicerContext
     ) -> pb.SetPinsResponse:
         """Replace the pins of a holder."""
+        await self._check_root_of(f"{TASKS}{request.holder}", "holder")
         await self._operations.state("set_pins", lambda: self._set_pins(request))
         return pb.SetPinsResponse()
 

@@ -104,6 +104,17 @@ class SqlJobs:
 
         return self._database.write(act)
 
+    def check_root(self, job_id: str, caller: Caller, field: str) -> None:
+        """Raise PermissionDenied where another one than the caller owns range 0 of the job."""
+
+        def act(connection: Connection) -> None:
+            row = JOBS.find(connection, job_id)
+            if row is not None:
+                owners = load_owners(connection, job_id)
+                checkpoints.check_root(owners, int(row[1]), caller, field)
+
+        self._database.read(act)
+
     def list_checkpoints(self, job_id: str) -> Sequence[pb.CheckpointManifest]:
         """Return the whole checkpoints with right checksums, newest first."""
         check_key(job_id, "job_id")

@@ -159,3 +159,24 @@ def test_a_deleted_job_leaves_no_owners(backend, commit):
     backend.jobs.delete_row(pb.DeleteJobRowRequest(job_id="job-1"))
     raise_term(backend, tells_owners=False)
     assert commit(named("a-9")).complete
+
+
+def test_results_of_tasks_are_those_of_the_owner(backend):
+    def refuses(caller, field="stream"):
+        try:
+            backend.jobs.check_root("job-1", caller, field)
+        except PermissionDenied as error:
+            return [each.field for each in error.violations]
+        return []
+
+    assert not refuses(named("a-1"))
+    raise_term(backend)
+    # Nobody is told of a term before its owners are; whoever had the one before may still write.
+    assert not refuses(named("a-9"))
+    tell(backend, "a-1")
+    assert not refuses(named("a-1"))
+    assert not refuses(AGGREGATOR)
+    assert refuses(named("a-9")) == ["stream"]
+    assert refuses(named("a-9"), "holder") == ["holder"]
+    raise_term(backend, 1, tells_owners=False)
+    assert not refuses(named("a-9"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,91 +11,16 @@ from typing import Any
 import grpc
 import pytest
 
-from coordinator.control.config import ControlConfig
-from coordinator.control.process import ControlProcess
 from phalanx.errors import NotFound, PermissionDenied, PhalanxError, Unauthenticated
 from phalanx.keys.caller import CODE, Role, Service
-from phalanx.rpc.channel import open_channel
 from phalanx.rpc.status import from_rpc_error
-from phalanx.testing.keys import KeyRing
 from phalanx.testing.members import ScriptedAggregator, ScriptedWorker
 from phalanx.v1 import (
     cluster_service_pb2,
-    cluster_service_pb2_grpc,
     job_service_pb2,
     job_service_pb2_grpc,
 )
-from phalanx.v1.job_spec_pb2 import JobSpec
-from storage.config import StorageConfig
-from storage.runtime import StorageProcess
-
-GUARD_S = 30.0
-FAST = {"heartbeat_interval_s": 0.1, "lease_ttl_s": 0.6}
-
-
-class SharedCluster:
-    """Storage and control processes with keys, in this event loop."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ring = KeyRing(folder / "keys")
-        self.controls: list[ControlProcess] = []
-        self.stack = contextlib.AsyncExitStack()
-
-    async def start(self, controls: int = 1, **settings: Any) -> None:
-        storage = StorageProcess(
-            StorageConfig(
-                id="storage",
-                listen="127.0.0.1:0",
-                metrics_listen=None,
-                state=self.folder / "state",
-                **self.ring.flags("storage"),
-            )
-        )
-        await storage.start()
-        self.stack.push_async_callback(storage.stop, 0.0)
-        for number in range(controls):
-            await self._start_control(f"control-{number}", storage.server.address, settings)
-
-    async def _start_control(self, name: str, storage: str, settings: dict[str, Any]) -> None:
-        announced = self.folder / f"{name}.json"
-        config = ControlConfig(
-            id=name,
-            listen="127.0.0.1:0",
-            metrics_listen=None,
-            storage=(storage,),
-            announce=announced,
-            **{**FAST, **self.ring.flags("control"), **settings},
-        )
-        control = ControlProcess(config)
-        stop = asyncio.Event()
-        running = asyncio.create_task(control.run(stop))
-
-        async def end() -> None:
-            stop.set()
-            await running
-
-        self.stack.push_async_callback(end)
-        self.controls.append(control)
-        async with asyncio.timeout(GUARD_S):
-            while not announced.exists():
-                await asyncio.sleep(0.01)
-
-    def channel(self, token: str = "", *, certificate: str = "client", control: int = 0) -> Any:
-        keys = self.ring.client(certificate, token)
-        address = self.controls[control].server.address
-        channel = open_channel(address, keys=keys, service=Service.CONTROL, own_connection=True)
-        self.stack.push_async_callback(channel.close)
-        return channel
-
-    def jobs(self, token: str, *, control: int = 0) -> Any:
-        return job_service_pb2_grpc.JobServiceStub(self.channel(token, control=control))
-
-    def operators(self, token: str) -> Any:
-        return cluster_service_pb2_grpc.ClusterServiceStub(self.channel(token))
-
-    def members(self, certificate: str) -> tuple[str, Any]:
-        return self.controls[0].server.address, self.ring.client(certificate)
+from tests.integration.control.shared_cluster import GUARD_S, SharedCluster, submission
 
 
 @pytest.fixture
@@ -104,17 +28,6 @@ async def cluster(tmp_path: Path) -> AsyncIterator[SharedCluster]:
     shared = SharedCluster(tmp_path)
     async with shared.stack:
         yield shared
-
-
-def _submission(namespace: str, name: str = "count", **more: Any) -> Any:
-    spec = JobSpec(
-        namespace=namespace,
-        name=name,
-        code={"files": {"work.py": "def run(n): return n"}},
-        tasks={"entrypoint": "work:run"},
-    )
-    spec.tasks.arguments.add().update({"n": 1})
-    return job_service_pb2.SubmitJobRequest(spec=spec, **more)
 
 
 async def _error(call: Any) -> PhalanxError:
@@ -136,9 +49,9 @@ async def test_jobs_of_other_namespaces_are_neither_seen_nor_touched(
         cluster.jobs(ring.token(name, namespaces=[space], permissions=[CODE]))
         for name, space in (("ann", "vision"), ("bob", "speech"))
     )
-    job = (await ann.SubmitJob(_submission("vision"), timeout=GUARD_S)).job
+    job = (await ann.SubmitJob(submission("vision"), timeout=GUARD_S)).job
     assert job.submitter == "ann"
-    refused = await _error(bob.SubmitJob(_submission("vision"), timeout=GUARD_S))
+    refused = await _error(bob.SubmitJob(submission("vision"), timeout=GUARD_S))
     assert refused.reason == "NAMESPACE_NOT_ALLOWED"
     for method in ("GetJob", "CancelJob", "PauseJob", "ResumeJob", "RetryJob", "DeleteJob"):
         request = getattr(job_service_pb2, f"{method}Request")(job_id=job.id)
@@ -170,18 +83,18 @@ async def test_a_request_id_of_somebody_else_does_not_tell_of_the_job(
         cluster.jobs(ring.token(name, namespaces=[space], permissions=[CODE]))
         for name, space in (("ann", "vision"), ("bob", "speech"))
     )
-    first = _submission("vision", request_id="nightly")
+    first = submission("vision", request_id="nightly")
     job = (await ann.SubmitJob(first, timeout=GUARD_S)).job
-    own = (await bob.SubmitJob(_submission("speech"), timeout=GUARD_S)).job
+    own = (await bob.SubmitJob(submission("speech"), timeout=GUARD_S)).job
     cancel = job_service_pb2.CancelJobRequest(job_id=own.id, request_id="nightly")
     for call in (
-        bob.SubmitJob(_submission("speech", request_id="nightly"), timeout=GUARD_S),
+        bob.SubmitJob(submission("speech", request_id="nightly"), timeout=GUARD_S),
         bob.CancelJob(cancel, timeout=GUARD_S),
     ):
         refused = await _error(call)
         assert refused.reason == "REQUEST_ID_REUSED"
         assert job.id not in f"{refused} {refused.details}"
-    again = _submission("vision", "other", request_id="nightly")
+    again = submission("vision", "other", request_id="nightly")
     refused = await _error(ann.SubmitJob(again, timeout=GUARD_S))
     assert refused.details["subject"] == job.id
 
@@ -201,7 +114,7 @@ async def test_events_and_views_of_workers_tell_nothing_of_other_namespaces(
     aggregator = ScriptedAggregator(address, "aggregator-1")
     aggregator.keys = cluster.members("aggregator")[1]
     async with worker, aggregator:
-        job = (await cluster.jobs(ann).SubmitJob(_submission("vision"), timeout=GUARD_S)).job
+        job = (await cluster.jobs(ann).SubmitJob(submission("vision"), timeout=GUARD_S)).job
         await worker.wait_for("assign_job")
         everything = cluster_service_pb2.ListEventsRequest()
         for token, sees in ((ann, True), (bob, False)):
@@ -234,7 +147,7 @@ async def test_a_follower_hands_on_who_calls_and_the_leader_looks_again(
         while True:
             try:
                 answer = await cluster.jobs(token, control=follower).SubmitJob(
-                    _submission("vision", request_id="once"), timeout=GUARD_S
+                    submission("vision", request_id="once"), timeout=GUARD_S
                 )
             except grpc.aio.AioRpcError as error:
                 if from_rpc_error(error).reason != "NOT_LEADER":
@@ -247,12 +160,10 @@ async def test_a_follower_hands_on_who_calls_and_the_leader_looks_again(
     for control in (follower, leader):
         jobs = cluster.jobs(viewer, control=control)
         assert (await jobs.GetJob(get, timeout=GUARD_S)).job.submitter == "ann"
-        submission = _submission("vision")
-        assert isinstance(
-            await _error(jobs.SubmitJob(submission, timeout=GUARD_S)), PermissionDenied
-        )
+        wanted = submission("vision")
+        assert isinstance(await _error(jobs.SubmitJob(wanted, timeout=GUARD_S)), PermissionDenied)
         again = await cluster.jobs(token, control=control).SubmitJob(
-            _submission("vision", request_id="once"), timeout=GUARD_S
+            submission("vision", request_id="once"), timeout=GUARD_S
         )
         assert again.job.id == answer.job.id
     # The mark of a call that was handed on gives nobody a name, not even a control process.
@@ -304,19 +215,19 @@ async def test_quotas_are_those_of_the_namespace_that_the_caller_is_in(
     ring = cluster.ring
     ann = cluster.jobs(ring.token("ann", namespaces=["vision"], permissions=[CODE]))
     bob = cluster.jobs(ring.token("bob", namespaces=["speech"], permissions=[CODE]))
-    await ann.SubmitJob(_submission("vision"), timeout=GUARD_S)
-    refused = await _error(ann.SubmitJob(_submission("vision", "two"), timeout=GUARD_S))
+    await ann.SubmitJob(submission("vision"), timeout=GUARD_S)
+    refused = await _error(ann.SubmitJob(submission("vision", "two"), timeout=GUARD_S))
     assert refused.reason == "QUOTA_EXCEEDED"
     # It cannot be had from others by naming their namespace.
-    refused = await _error(ann.SubmitJob(_submission("speech", "two"), timeout=GUARD_S))
+    refused = await _error(ann.SubmitJob(submission("speech", "two"), timeout=GUARD_S))
     assert refused.reason == "NAMESPACE_NOT_ALLOWED"
-    await bob.SubmitJob(_submission("speech"), timeout=GUARD_S)
+    await bob.SubmitJob(submission("speech"), timeout=GUARD_S)
 
 
 async def test_submissions_need_the_permission_to_bring_code(cluster: SharedCluster) -> None:
     await cluster.start()
     without = cluster.jobs(cluster.ring.token("ann", namespaces=["vision"]))
-    refused = await _error(without.SubmitJob(_submission("vision"), timeout=GUARD_S))
+    refused = await _error(without.SubmitJob(submission("vision"), timeout=GUARD_S))
     assert refused.reason == "CODE_NOT_ALLOWED"
     assert [each.field for each in refused.violations] == ["spec.code"]
     assert json.dumps(str(refused)).count("ann") == 1

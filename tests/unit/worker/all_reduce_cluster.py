@@ -13,7 +13,8 @@ from functools import cache
 
 import numpy as np
 
-from phalanx.frames import BLOCK_ELEMENTS, decode_request, decode_response
+from phalanx.frames import BLOCK_ELEMENTS, decode_request, decode_response, encode_request
+from phalanx.given import KEY_BYTES, sealed
 from phalanx.optimizers import build_optimizer
 from phalanx.reduction import cover, reduce_leaves
 from phalanx.v1 import aggregation_service_pb2 as exchange
@@ -215,6 +216,8 @@ class Stream:
         self.up: deque[bytes] = deque()
         self.down: deque[bytes] = deque()
         self.opened = False
+        #: Proofs of what the client was given that the server has seen; the first with the hello.
+        self.shown = 1
 
 
 class Cluster:
@@ -228,6 +231,8 @@ class Cluster:
         stops: list[int] | None = None,
     ) -> None:
         self.random = random.Random(seed)
+        #: Every other cluster is one in which callers prove who they are.
+        self.seal_key = bytes(KEY_BYTES) if seed % 2 else b""
         self.plan = plan
         self.members: dict[str, Member] = {}
         self.streams: list[Stream] = []
@@ -272,14 +277,23 @@ class Cluster:
             first = stop
             # Where there is an evaluation the last one computes it.
             evaluates = self.plan.evaluation_shards and name == names[-1]
+            given = training_pb2.GivenNodes(
+                job_id="job-1",
+                term=self.term,
+                worker_id=name,
+                train_nodes=nodes,
+                evaluation_nodes=[training_pb2.TreeNode(span=1)] if evaluates else [],
+            )
             self.members[name].assign(
                 coordination.AssignJob(
                     plan=self.plan,
                     term=self.term,
                     ranges=ranges,
                     placement=1,
-                    train_nodes=nodes,
-                    evaluation_nodes=[training_pb2.TreeNode(span=1)] if evaluates else [],
+                    train_nodes=given.train_nodes,
+                    evaluation_nodes=given.evaluation_nodes,
+                    given=sealed(self.seal_key, given),
+                    seal_key=self.seal_key,
                 )
             )
 
@@ -289,6 +303,8 @@ class Cluster:
             hello = exchange.ExchangeHello(job_id="job-1", term=effect.term, worker_id=client.name)
             if effect.held >= 0:
                 hello.held_version = effect.held
+            if client.core.given:
+                hello.given.CopyFrom(client.core.given[0])
             self.streams.append(Stream(self, client, self.members[name], hello))
 
     def kill(self, name: str) -> None:
@@ -333,6 +349,10 @@ class Cluster:
         if not stream.up and stream.client.core.term == stream.hello.term:
             core, name = stream.client.core, stream.server.name
             message = core.next_due(name)
+            if message is None and stream.shown < len(core.given):
+                shown = exchange.ExchangeRequestHeader(given=core.given[stream.shown])
+                message = encode_request(shown)
+                stream.shown += 1
             if message is None and (out := core.next_message(name)) is not None:
                 message = stream.client.builder.encode(out, stream.client.arena)
             if message is not None:
