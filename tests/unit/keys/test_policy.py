@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 from google.protobuf import json_format
@@ -12,7 +13,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 import phalanx.v1
 from phalanx.errors import PermissionDenied
 from phalanx.keys.caller import ANYBODY, CODE, NOBODY, Caller, Role, Service
-from phalanx.keys.policy import NO_RULE, RULES, check_stream, denied, rule_of
+from phalanx.keys.policy import NO_RULE, RULES, check_append, check_stream, denied, rule_of
+from phalanx.keys.ties import TIES, node_methods, table
 from phalanx.v1 import (
     cluster_service_pb2,
     dataset_service_pb2,
@@ -21,6 +23,8 @@ from phalanx.v1 import (
     storage_service_pb2,
 )
 from phalanx.v1.job_spec_pb2 import JobSpec
+
+ROOT = Path(__file__).parents[3]
 
 PEOPLE = {
     role.name.lower(): Caller("ann", role=role, namespaces=frozenset({"default"})) for role in Role
@@ -344,3 +348,31 @@ def test_checkpoints_take_a_token_for_all_namespaces():
     assert _refused("StorageService/ListCheckpoints", ANN, request) == "NAMESPACE_NOT_ALLOWED"
     assert not _refused("StorageService/ListCheckpoints", ADMIN, request)
     assert not _refused("StorageService/ListCheckpoints", NODES["aggregator"], request)
+
+
+# What ties nodes to what they write
+
+
+def test_every_method_of_nodes_says_what_ties_them_to_what_they_write():
+    """A new method for nodes is not finished before somebody has thought about that."""
+    assert set(TIES) == set(node_methods())
+    assert all(TIES.values())
+
+
+def test_the_guarantees_list_the_ties():
+    text = (ROOT / "docs" / "GUARANTEES.md").read_text()
+    begin, end = "<!-- node methods: phalanx.keys.ties -->\n", "\n<!-- end of node methods -->"
+    assert text.partition(begin)[2].partition(end)[0] == table()
+
+
+def test_only_control_says_who_owns_ranges():
+    request = storage_service_pb2.AppendJournalRequest(stream="tasks/job-1")
+    check_append(NODES["aggregator"], request)
+    request.owners.add(job_id="job-1", term=1, member_ids=["a-1"])
+    for caller in (NODES["aggregator"], CODER):
+        request.stream = "code" if caller is CODER else "tasks/job-1"
+        with pytest.raises(PermissionDenied) as refused:
+            check_append(caller, request)
+        assert [each.field for each in refused.value.violations] == ["owners"]
+    check_append(NODES["control"], request)
+    check_append(ANYBODY, request)
