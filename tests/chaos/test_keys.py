@@ -19,7 +19,7 @@ from phalanx.local.keys import TOKENS_FILE
 from phalanx.rpc.status import from_rpc_error
 from phalanx.sdk import methods
 from phalanx.sdk.job_files import as_document
-from phalanx.testing.arena import GUARD_S, Arena, arena, gated_job, wait_until
+from phalanx.testing.arena import GUARD_S, Arena, arena, gated_job, stopped, wait_until
 from phalanx.v1.job_service_pb2 import SubmitJobRequest, SubmitJobResponse
 
 pytestmark = pytest.mark.slow
@@ -51,6 +51,30 @@ def test_workers_with_keys_reduce_among_themselves(tmp_path: Path, undisturbed_s
     with arena(tmp_path, 2, secure=True) as ring:
         result = ring.cluster.submit(gated_job(all_reduce={})).wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == undisturbed_sha256
+
+
+@pytest.mark.soak
+@pytest.mark.same_bits
+@pytest.mark.parametrize("topology", [{}, {"all_reduce": {}}], ids=["served", "all_reduce"])
+def test_copies_of_late_shards_are_taken_where_workers_show_what_they_were_given(
+    tmp_path: Path, undisturbed_sha256: str, topology: dict[str, Any]
+) -> None:
+    """A leaf hangs: whoever orders a copy of it proves that to the owners of the other ranges."""
+    with arena(tmp_path, 3, secure=True, aggregators=2) as ring:
+        ring.workers_ready()
+        job = ring.submit(gated_job(**topology))
+        victim = ring.caught_at(job, 15)[0]
+        children = psutil.Process(ring.cluster.process(victim).pid).children(recursive=True)
+        leaf = next(child.pid for child in children if child.pid in ring.gate.entered())
+        with stopped(leaf):
+            ring.gate.release()
+            result = job.wait(timeout_s=GUARD_S)
+        assert ring.events("SPECULATION_STARTED")
+        assert not ring.events("WORKER_LOST"), "its heartbeats never stopped"
+        logs = [path.read_text() for path in (ring.cluster.state_dir / "logs").iterdir()]
+    assert not [text for text in logs if "NOT_YOURS" in text]
+    assert result.parameters_sha256 == undisturbed_sha256
+    assert (result.examples_lost, result.examples_doubled) == (0, 0)
 
 
 @pytest.mark.same_bits
