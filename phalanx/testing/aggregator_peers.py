@@ -21,7 +21,8 @@ from phalanx.reduction import Node
 from phalanx.testing.exchange import ExchangeClient
 from phalanx.testing.ranges import Array, Leaves
 from phalanx.testing.worker_peers import ScriptedControl, ScriptedSession
-from phalanx.v1.training_pb2 import GoRecord
+from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1.training_pb2 import Given, GoRecord
 
 TERMINAL = (GoRecord.ACTION_STOP, GoRecord.ACTION_PAUSE, GoRecord.ACTION_FAIL)
 
@@ -108,8 +109,10 @@ async def streams(
     worker_id: str = "worker",
     *,
     takes_copies: bool = False,
+    given: Given | None = None,
 ) -> AsyncIterator[Streams]:
-    """Open one worker's streams; `addresses` name the owner of each range."""
+    """Open one worker's streams; `addresses` name the owner of each range, and `given` is what it
+    shows to them."""
     async with contextlib.AsyncExitStack() as stack:
         clients: dict[str, ExchangeClient] = {}
         by_range: dict[int, ExchangeClient] = {}
@@ -127,6 +130,7 @@ async def streams(
                 worker_id=worker_id,
                 dtype=leaves.plan.layout.dtype,
                 takes_copies=takes_copies,
+                given=given,
             )
             clients[address] = await stack.enter_async_context(client)
             by_range |= dict.fromkeys(owned, client)

@@ -29,6 +29,7 @@ from phalanx.v1.control_journal_pb2 import ControlRecord, TermStarted
 from phalanx.v1.job_pb2 import Event
 from storage.backends.sql.jobs import SqlJobs
 from storage.backends.sql.journals import SqlJournals
+from storage.backends.sql.owners import load_owners
 from tests.simulation import best, jobs
 from tests.simulation.oracle import Oracle
 
@@ -211,6 +212,18 @@ class Ledger:
 
         return observe
 
+    def _demand_owner(self, store: SqlJobs, request: pb.CommitCheckpointRequest) -> None:
+        """Whoever may register a part was told to storage before: with keys it is compared."""
+        read: Any = store._database.read
+        owners = read(lambda connection: load_owners(connection, request.job_id))
+        told = (
+            owners is not None
+            and owners.term == request.term
+            and request.part.range < len(owners.member_ids)
+        )
+        what = f"{request.job_id}: range {request.part.range} in term {request.term}"
+        self._demand(told, f"{what} is registered, and storage does not know whose it is")
+
     def _checkpointed(
         self,
         store: SqlJobs,
@@ -350,6 +363,7 @@ class Ledger:
             store: SqlJobs, request: pb.CommitCheckpointRequest, *caller: Any
         ) -> pb.CommitCheckpointResponse:
             response = commit(store, request, *caller)
+            self._demand_owner(store, request)
             self._checkpointed(store, request, response)
             return response
 

@@ -581,9 +581,9 @@ class Oracle:
     def _after_request(self, owner: Any, name: str, check: Callable[[Any, Any], None]) -> Any:
         real = getattr(owner, name)
 
-        def acted(target: Any, request: Any) -> Any:
+        def acted(target: Any, request: Any, *caller: Any) -> Any:
             try:
-                result = real(target, request)
+                result = real(target, request, *caller)
             except Exception as error:
                 reason = getattr(error, "reason", "")
                 self.stale_refused += reason in ("STALE_GENERATION", "STALE_TERM")

@@ -72,10 +72,16 @@ class Bench:
         term: int = 1,
         restore: Any = None,
         reached_step: int = 0,
+        seal_key: bytes = b"",
     ) -> AssignRanges:
         pieces = parameter_ranges(plan, lambda index: owners[index])
         return AssignRanges(
-            plan=plan, term=term, ranges=pieces, restore=restore, reached_step=reached_step
+            plan=plan,
+            term=term,
+            ranges=pieces,
+            restore=restore,
+            reached_step=reached_step,
+            seal_key=seal_key,
         )
 
     async def assign(
@@ -85,9 +91,10 @@ class Bench:
         term: int = 1,
         restore: Any = None,
         reached_step: int = 0,
+        seal_key: bytes = b"",
     ) -> None:
         """Assign the ranges to the live members that own them and wait until they are ready."""
-        message = self.assignment(plan, owners, term, restore, reached_step)
+        message = self.assignment(plan, owners, term, restore, reached_step, seal_key)
         for member in self.members:
             if member.id in owners:
                 await member.session.send(assign_ranges=message)

@@ -6,12 +6,14 @@ import asyncio
 
 import pytest
 
-from phalanx.frames import BLOCK_ELEMENTS
+from phalanx.frames import BLOCK_ELEMENTS, encode_request
+from phalanx.given import sealed
 from phalanx.reduction import Node, nodes_of_mask, shards_mask
 from phalanx.testing.aggregator_peers import share, streams
 from phalanx.testing.ranges import Leaves, make_plan, reference
 from phalanx.v1 import coordination_service_pb2 as pb
-from phalanx.v1.training_pb2 import GoRecord
+from phalanx.v1.aggregation_service_pb2 import ExchangeRequestHeader
+from phalanx.v1.training_pb2 import GivenNodes, GoRecord, TreeNode
 
 STOPS_AT = 5
 
@@ -25,10 +27,27 @@ async def go_record(own, key):
         await asyncio.sleep(0.001)
 
 
-async def works_and_copies(leaves, addresses):
+def given(leaves, number, key):
+    """What worker `number` of two shows that it was given: its share of each round."""
+    rounds = [
+        GoRecord(action=action) for action in (GoRecord.ACTION_INITIALISE, GoRecord.ACTION_TRAIN)
+    ]
+    nodes = [
+        TreeNode(first=node.first, span=node.span)
+        for go in rounds
+        for node in leaves.division(2, go)[number]
+    ]
+    worker_id = f"worker-{number}"
+    return sealed(
+        key, GivenNodes(job_id="job-test", term=1, worker_id=worker_id, train_nodes=nodes)
+    )
+
+
+async def works_and_copies(leaves, addresses, key=b""):
     """Worker 0 of two: does its share and every copy that it is asked for; returns the last go."""
     asked = set()
-    async with streams(leaves, addresses, 1, "worker-0", takes_copies=True) as own:
+    own_given = given(leaves, 0, key)
+    async with streams(leaves, addresses, 1, "worker-0", takes_copies=True, given=own_given) as own:
 
         async def copies(client):
             while True:
@@ -36,6 +55,10 @@ async def works_and_copies(leaves, addresses):
                 key = (order.version, order.round)
                 asked.update((order.version, node.first, node.span) for node in order.nodes)
                 nodes = [Node(node.first, node.span) for node in order.nodes]
+                for each in own.all if key else ():
+                    # The owner of another range takes the copies as well, and asked for none.
+                    shown = ExchangeRequestHeader(given=order.given)
+                    await each.send_bytes(encode_request(shown))
                 await own.contribute(await go_record(own, key), nodes, copy=True)
 
         copiers = [asyncio.create_task(copies(client)) for client in own.all]
@@ -47,22 +70,26 @@ async def works_and_copies(leaves, addresses):
             await asyncio.gather(*copiers, return_exceptions=True)
 
 
-@pytest.mark.parametrize("owners", [("a",), ("a", "b")])
-async def test_a_worker_that_stops_with_open_streams_is_copied(bench, storage, owners):
+@pytest.mark.parametrize(
+    ("owners", "key"), [(("a",), b""), (("a", "b"), b""), (("a", "b"), b"k" * 32)]
+)
+async def test_a_worker_that_stops_with_open_streams_is_copied(bench, storage, owners, key):
     """It stays connected, as a stopped process does; nobody else tells that it is gone."""
     elements = 3 * BLOCK_ELEMENTS if len(owners) > 1 else 200
     plan = make_plan(elements=elements, ranges=len(owners), shards=6, steps=12)
     leaves = Leaves(plan)
     members = [await bench.aggregator(name) for name in owners]
-    await bench.assign(plan, owners)
+    await bench.assign(plan, owners, seal_key=key)
     addresses = [member.address for member in members]
-    async with streams(leaves, addresses, 1, "worker-1", takes_copies=True) as victim:
+    async with streams(
+        leaves, addresses, 1, "worker-1", takes_copies=True, given=given(leaves, 1, key)
+    ) as victim:
 
         def stops(go):
             return go.action == GoRecord.ACTION_TRAIN and go.version == STOPS_AT
 
         stopped = asyncio.create_task(victim.work(share(leaves, 1, 2), until=stops))
-        last, asked = await works_and_copies(leaves, addresses)
+        last, asked = await works_and_copies(leaves, addresses, key)
         await stopped
     assert last.action == GoRecord.ACTION_STOP
     late = shards_mask(leaves.division(2, last)[1], 6)

@@ -31,11 +31,7 @@ def given(worker_id: str, *shards: int) -> Given:
 
 async def assigned(bench: Any) -> str:
     member = await bench.aggregator()
-    message = bench.assignment(make_plan(elements=ELEMENTS, shards=2, steps=2))
-    message.seal_key = KEY
-    await member.session.send(assign_ranges=message)
-    ready = await member.session.receive("ranges_ready")
-    assert not ready.HasField("failure")
+    await bench.assign(make_plan(elements=ELEMENTS, shards=2, steps=2), seal_key=KEY)
     return str(member.address)
 
 
