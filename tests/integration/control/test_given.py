@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
+from coordinator.aggregation.config import AggregatorConfig
+from coordinator.aggregation.process import Aggregator
+from coordinator.aggregation.task_servicer import SERVICE, TaskServicer
 from phalanx.clients.storage import StorageClient
-from phalanx.errors import PermissionDenied
+from phalanx.errors import PermissionDenied, PhalanxError
 from phalanx.keys.caller import CODE, Service
+from phalanx.rpc.channel import open_channel
+from phalanx.rpc.credentials import ServerKeys
+from phalanx.rpc.server import Server
+from phalanx.rpc.status import from_rpc_error
+from phalanx.telemetry.metrics import AggregatorMetrics
 from phalanx.testing.members import ScriptedAggregator, ScriptedWorker
 from phalanx.testing.storage_messages import part
 from phalanx.v1 import coordination_service_pb2 as pb
-from phalanx.v1 import job_service_pb2
+from phalanx.v1 import job_service_pb2, task_service_pb2, task_service_pb2_grpc
 from phalanx.v1 import storage_service_pb2 as storage_pb
 from phalanx.v1.job_pb2 import MetricPoint
 from tests.integration.control.shared_cluster import GUARD_S, SharedCluster, submission
+from worker.session.streams import end_of
 
 WORKERS, AGGREGATORS = ("w-1", "w-2"), ("a-1", "a-2")
 
@@ -178,3 +189,91 @@ async def test_a_worker_shows_what_it_was_given_when_it_comes_back(
     whole = await member(cluster, whole)
     await whole.wait_for("heartbeat_answer")
     assert not any(each.WhichOneof("message") == "revoke_job" for each in whole.received)
+
+
+@contextlib.asynccontextmanager
+async def owner_of_tasks(cluster: SharedCluster) -> AsyncIterator[None]:
+    """A real aggregator with a certificate of its own."""
+    config = AggregatorConfig(
+        id="a-1",
+        listen="127.0.0.1:0",
+        metrics_listen=None,
+        control=(cluster.controls[0].server.address,),
+        storage=(cluster.storage_address,),
+        **cluster.ring.flags("a-1"),
+    )
+    server = Server(
+        listen=config.listen,
+        metrics_listen=None,
+        service_names=[SERVICE],
+        keys=ServerKeys.of(config),
+    )
+    aggregator = Aggregator(config, AggregatorMetrics(server.registry), "test")
+    servicer = TaskServicer(aggregator.find_tasks)
+    task_service_pb2_grpc.add_TaskServiceServicer_to_server(servicer, server.raw)
+    await server.start()
+    aggregator.start(server.address)
+    try:
+        yield
+    finally:
+        await aggregator.close()
+        await server.stop(0)
+
+
+async def test_streams_to_owners_are_for_those_who_were_given_the_job(
+    cluster: SharedCluster,
+) -> None:
+    async with owner_of_tasks(cluster):
+        address, _ = cluster.members("worker")
+        workers = {name: await member(cluster, Labelled(address, name)) for name in WORKERS}
+        jobs = cluster.jobs(cluster.ring.token("ann", namespaces=["vision"], permissions=[CODE]))
+        request = submission("vision")
+        request.spec.resources.worker_labels["only"] = "w-1"
+        await jobs.SubmitJob(request, timeout=GUARD_S)
+        assign = await workers["w-1"].wait_for("assign_job")
+        hello = task_service_pb2.WorkHello(
+            job_id=assign.plan.job_id, term=assign.term, worker_id="w-1", slots=1
+        )
+        hello.given.CopyFrom(assign.given)
+        owner = assign.ranges[0].address
+        for certificate, changes, field in (
+            ("w-2", {}, "hello.worker_id"),
+            ("w-2", {"worker_id": "w-2"}, "hello.given"),
+            ("w-1", {"given": None}, "hello.given"),
+            # Of what is no member's own certificate the proof is asked for as well.
+            ("worker", {"worker_id": "w-3"}, "hello.given"),
+        ):
+            foreign = task_service_pb2.WorkHello()
+            foreign.CopyFrom(hello)
+            for name, value in changes.items():
+                foreign.ClearField(name)
+                if value is not None:
+                    setattr(foreign, name, value)
+            with pytest.raises(PermissionDenied) as refused:
+                await _welcomed(cluster, owner, certificate, foreign)
+            assert [each.field for each in refused.value.violations] == [field]
+        assert await _welcomed(cluster, owner, "w-1", hello) == assign.term
+
+
+async def _welcomed(cluster: SharedCluster, address: str, certificate: str, hello: Any) -> int:
+    """The term of the welcome to a stream of tasks."""
+    keys = cluster.ring.client(certificate)
+    channel = open_channel(address, keys=keys, service=Service.AGGREGATOR, own_connection=True)
+    try:
+        while True:
+            call = task_service_pb2_grpc.TaskServiceStub(channel).Work(timeout=GUARD_S)
+            try:
+                await call.write(task_service_pb2.WorkRequest(hello=hello))
+                answer = await call.read()
+                if answer is grpc.aio.EOF:
+                    raise await end_of(call)
+                return int(answer.welcome.term)
+            except grpc.aio.AioRpcError as error:
+                known = from_rpc_error(error)
+            except PhalanxError as error:
+                known = error
+            if known.reason != "RANGES_NOT_READY":
+                raise known
+            await asyncio.sleep(0.02)
+    finally:
+        await channel.close()
