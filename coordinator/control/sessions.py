@@ -18,7 +18,7 @@ from phalanx.errors import (
     ResourceExhausted,
     Violation,
 )
-from phalanx.keys.caller import Service, current_caller
+from phalanx.keys.caller import Caller, Service, current_caller
 from phalanx.rpc.types import ServicerContext
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -37,6 +37,9 @@ TOLD_MAX = 1000
 _log = get_logger(__name__)
 
 
+_Member = tuple[Caller, Service, str]
+
+
 class MemberSession:
     """The sending half of one member's stream; an error in the queue ends the stream with it."""
 
@@ -46,6 +49,8 @@ class MemberSession:
         self.queue: asyncio.Queue[pb.SessionResponse | PhalanxError | None] = asyncio.Queue()
         self.member_id = member_id
         self.caller = current_caller()
+        self.member: _Member = (self.caller, service, member_id)
+        """Whoever takes the id with another certificate is somebody else."""
 
     def send(self, message: pb.SessionResponse) -> bool:
         """Queue a message; False if the member reads so slowly that the queue is full."""
@@ -66,7 +71,7 @@ class Sessions:
         self._numbers = itertools.count(1)
         self._open: dict[int, MemberSession] = {}
         #: Jobs that members were told of, whatever session they are on now: the newest of each.
-        self._told: dict[tuple[Service, str], dict[str, None]] = {}
+        self._told: dict[_Member, dict[str, None]] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -103,15 +108,19 @@ class Sessions:
         """A member was told of a job, or takes part in it: it may speak of it, also later."""
         if not job_id or session.caller.open_cluster:
             return
-        jobs = self._told.setdefault((session.service, session.member_id), {})
+        jobs = self._told.pop(session.member, {})
         jobs.pop(job_id, None)
         jobs[job_id] = None
         if len(jobs) > TOLD_MAX:
             del jobs[next(iter(jobs))]
+        self._told[session.member] = jobs
+        # Workers with new names in each start never come back.
+        if len(self._told) > 2 * SESSIONS_MAX:
+            del self._told[next(iter(self._told))]
 
     def was_told(self, session: MemberSession, job_id: str) -> bool:
         """Whether a member that proves who it is was told of a job."""
-        return job_id in self._told.get((session.service, session.member_id), {})
+        return job_id in self._told.get(session.member, {})
 
     def end(self, number: int, error: PhalanxError | None) -> None:
         """End a session."""

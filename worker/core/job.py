@@ -278,8 +278,10 @@ class JobCore:
 
     def _keep_given(self, given: training_pb2.Given) -> None:
         """Keep what proves that more was given to this worker than is known to have been."""
+        if not given.seal:
+            return  # nobody asks for it
         nodes = training_pb2.GivenNodes.FromString(given.nodes)
-        if given.seal and (self._covered.add(nodes) or not self.given):
+        if self._covered.add(nodes) or not self.given:
             self.given.append(given)
 
     def _start_term(self, message: coordination.AssignJob) -> list[Effect]:

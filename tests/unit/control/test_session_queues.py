@@ -7,6 +7,7 @@ import pytest
 from coordinator.control import sessions as sessions_module
 from coordinator.control.sessions import MemberSession, Sessions
 from phalanx.errors import ResourceExhausted
+from phalanx.keys.caller import Service
 from phalanx.v1 import coordination_service_pb2 as pb
 
 ROOM = 3
@@ -27,7 +28,10 @@ def queued(session: MemberSession) -> list[object]:
 
 
 def test_a_member_that_does_not_read_is_told_so_after_what_it_was_sent(sessions: Sessions) -> None:
-    session, other = sessions.open("worker-1"), sessions.open("worker-1")
+    session, other = (
+        sessions.open(Service.WORKER, "worker-1"),
+        sessions.open(Service.WORKER, "worker-1"),
+    )
     for number in range(10 * ROOM):
         sessions.send(session.number, message(number))
     *sent, error = queued(session)
@@ -39,7 +43,7 @@ def test_a_member_that_does_not_read_is_told_so_after_what_it_was_sent(sessions:
 
 
 def test_a_member_that_reads_stays(sessions: Sessions) -> None:
-    session = sessions.open("worker-1")
+    session = sessions.open(Service.WORKER, "worker-1")
     for number in range(10 * ROOM):
         sessions.send(session.number, message(number))
         assert queued(session) == [message(number)]
@@ -50,8 +54,8 @@ def test_there_is_a_bound_to_sessions_too(
     sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions_module, "SESSIONS_MAX", 2)
-    first, _ = sessions.open("worker-1"), sessions.open("worker-1")
+    first, _ = sessions.open(Service.WORKER, "worker-1"), sessions.open(Service.WORKER, "worker-1")
     with pytest.raises(ResourceExhausted, match="2 sessions"):
-        sessions.open("worker-1")
+        sessions.open(Service.WORKER, "worker-1")
     sessions.end(first.number, None)
-    assert sessions.open("worker-1")
+    assert sessions.open(Service.WORKER, "worker-1")
