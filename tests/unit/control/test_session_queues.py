@@ -54,7 +54,7 @@ def test_there_is_a_bound_to_sessions_too(
     sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions_module, "SESSIONS_MAX", 2)
-    first, _ = sessions.open(Service.WORKER, "worker-1"), sessions.open(Service.WORKER, "worker-1")
+    first, _ = (sessions.open(Service.WORKER, "worker-1") for _ in range(2))
     with pytest.raises(ResourceExhausted, match="2 sessions"):
         sessions.open(Service.WORKER, "worker-1")
     sessions.end(first.number, None)
