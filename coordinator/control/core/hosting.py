@@ -348,7 +348,8 @@ def _send(core: Core, job: JobRuntime, worker: Worker, hosting: Hosting) -> None
     if shown is not None:
         assign.given.CopyFrom(shown)
     if job.all_reduce:
-        assign.seal_key = facts.seal_key
+        if any(each.aggregator_id == worker.id for each in facts.ranges):
+            assign.seal_key = facts.seal_key  # one that only prepares is no member yet
         assign.reached_step = job.step
         if job.restore is not None:
             assign.restore.CopyFrom(job.restore)

@@ -60,6 +60,8 @@ class Cluster:
     """Of the model that workers describe."""
     history: int | None = None
     """Of storage; None: it tells none."""
+    seal_key: bytes = b""
+    """What is drawn for each term, where callers prove who they are."""
 
     def __post_init__(self) -> None:
         self.time_s = 100.0
@@ -178,7 +180,8 @@ class Cluster:
         if effect.expected_term != term:
             return ev.TermRefused(job_id, number, term)
         self.terms[job_id] = term + 1
-        return ev.TermRaised(job_id, number, term + 1, tuple(self.checkpoints.get(job_id, [])))
+        checkpoints = tuple(self.checkpoints.get(job_id, []))
+        return ev.TermRaised(job_id, number, term + 1, checkpoints, self.seal_key)
 
     def _react(self, effect: fx.Send) -> None:
         kind = effect.message.WhichOneof("message")
