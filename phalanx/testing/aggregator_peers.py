@@ -21,7 +21,6 @@ from phalanx.reduction import Node
 from phalanx.testing.exchange import ExchangeClient
 from phalanx.testing.ranges import Array, Leaves
 from phalanx.testing.worker_peers import ScriptedControl, ScriptedSession
-from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.training_pb2 import Given, GoRecord
 
 TERMINAL = (GoRecord.ACTION_STOP, GoRecord.ACTION_PAUSE, GoRecord.ACTION_FAIL)
