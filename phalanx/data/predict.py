@@ -13,6 +13,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,14 @@ class Predictions:
     """Predictions of some rows, in order.
 
     ``labels`` are original labels, or numbers for a regression. ``probabilities`` is rows by
-    classes, in the order of the model's classes; None for a regression.
+    classes, in the order of the model's classes; None for a regression, and for models that tell
+    two classes apart without any. Of these ``decision_values`` has one number per row: the second
+    class is predicted where it is above 0.
     """
 
     labels: NDArray[Any]
     probabilities: NDArray[Any] | None
+    decision_values: NDArray[Any] | None = None
 
     @property
     def rows(self) -> int:
@@ -133,13 +137,36 @@ class LoadedModel:
         """
         return self._all(self.predict_batches(data)).labels
 
+    @cached_property
+    def has_decision_values(self) -> bool:
+        """Whether one number per row tells two classes apart, and there are no probabilities."""
+        if self.task != "classification":
+            return False
+        return bool(self.model.predict(self.parameters, self._block([])).ndim == 1)
+
     def predict_probabilities(self, data: Any) -> NDArray[Any]:
-        """Rows by classes; raises InvalidArgument for a regression."""
+        """Rows by classes; raises InvalidArgument for a model that has none."""
         if self.task != "classification":
             raise InvalidArgument(f"{self.name} tells no classes apart, it has no probabilities")
+        if self.has_decision_values:
+            raise InvalidArgument(
+                f"{self.name} tells classes apart by decision values, it has no probabilities; "
+                "use predict_decision_values, or train a logistic_regression"
+            )
         probabilities = self._all(self.predict_batches(data)).probabilities
         assert probabilities is not None
         return probabilities
+
+    def predict_decision_values(self, data: Any) -> NDArray[Any]:
+        """One number per row of a model without probabilities: the second class above 0.
+
+        Raises InvalidArgument for any other model.
+        """
+        if not self.has_decision_values:
+            raise InvalidArgument(f"{self.name} is no model with decision values")
+        values = self._all(self.predict_batches(data)).decision_values
+        assert values is not None
+        return values
 
     def predict_batches(self, data: Any) -> Iterator[Predictions]:
         """Predictions block by block, in memory that does not grow with the rows."""
@@ -164,10 +191,12 @@ class LoadedModel:
             if self._scales is not None:
                 standardise(block, *self._scales)
             outputs = self.model.predict(self.parameters, block)[:rows]
-            if self.task == "classification":
-                yield Predictions(self.classes[outputs.argmax(axis=1)], outputs)
-            else:
+            if self.task != "classification":
                 yield Predictions(outputs, None)
+            elif outputs.ndim == 1:
+                yield Predictions(self.classes[(outputs > 0).astype(int)], None, outputs)
+            else:
+                yield Predictions(self.classes[outputs.argmax(axis=1)], outputs)
 
     def _blocks(self, pieces: Iterable[Any]) -> Iterator[tuple[Any, int]]:
         """Blocks of ``BLOCK_ROWS`` rows in the parameters' type, and how many of them count."""
@@ -204,14 +233,24 @@ class LoadedModel:
     def _all(self, batches: Iterable[Predictions]) -> Predictions:
         parts = list(batches)
         if not parts:
-            classification = self.task == "classification"
-            probabilities = np.empty((0, len(self.classes))) if classification else None
-            several = len(self.output_names) > 1
-            values = np.empty((0, len(self.output_names)) if several else 0)
-            return Predictions(self.classes[:0] if classification else values, probabilities)
+            return self._nothing()
         labels = np.concatenate([part.labels for part in parts])
-        outputs = [part.probabilities for part in parts if part.probabilities is not None]
-        return Predictions(labels, np.concatenate(outputs) if outputs else None)
+        probabilities = [part.probabilities for part in parts if part.probabilities is not None]
+        values = [part.decision_values for part in parts if part.decision_values is not None]
+        return Predictions(
+            labels,
+            np.concatenate(probabilities) if probabilities else None,
+            np.concatenate(values) if values else None,
+        )
+
+    def _nothing(self) -> Predictions:
+        """Predictions of no rows."""
+        if self.task != "classification":
+            several = len(self.output_names) > 1
+            return Predictions(np.empty((0, len(self.output_names)) if several else 0), None)
+        if self.has_decision_values:
+            return Predictions(self.classes[:0], None, np.empty(0))
+        return Predictions(self.classes[:0], np.empty((0, len(self.classes))))
 
 
 def _output_names(document: dict[str, Any]) -> tuple[str, ...]:

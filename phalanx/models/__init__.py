@@ -10,7 +10,7 @@ from phalanx.models.boosting import Boosting
 from phalanx.models.custom import load_custom
 from phalanx.models.k_means import KMeans
 from phalanx.models.linear import LinearModel
-from phalanx.models.losses import Logistic, OutputLayer, Softmax, SquaredError
+from phalanx.models.losses import Hinge, Logistic, OutputLayer, Softmax, SquaredError
 from phalanx.models.mlp import Mlp
 from phalanx.models.passes import NormalEquations, Pca
 from phalanx.models.user import UserModel
@@ -42,15 +42,15 @@ def build_model(
                 return NormalEquations(schema, model.linear_regression.bias, spec.train.l2)
             return LinearModel(schema, 1, SquaredError(), model.linear_regression.bias)
         case "logistic_regression":
-            if schema.classes != 2:
-                raise InvalidArgument(
-                    f"logistic_regression needs 2 classes, the data has {schema.classes}; "
-                    "softmax_regression takes any number"
-                )
+            _needs_two_classes(schema, "logistic_regression")
             return LinearModel(schema, 1, Logistic(), model.logistic_regression.bias)
         case "softmax_regression":
             _needs_classes(schema, "softmax_regression")
             return LinearModel(schema, schema.classes, Softmax(), model.softmax_regression.bias)
+        case "linear_svm":
+            _needs_two_classes(schema, "linear_svm")
+            squared = model.linear_svm.loss == "squared_hinge"
+            return LinearModel(schema, 1, Hinge(squared=squared), model.linear_svm.bias)
         case "mlp":
             return _mlp(model.mlp, schema)
         case "boosting":
@@ -83,6 +83,14 @@ def _needs_regression(schema: DataSchema, what: str) -> None:
         raise InvalidArgument(
             f"{what} predicts numbers, but the data has "
             f"{number_of(schema.classes, 'class', 'classes')}"
+        )
+
+
+def _needs_two_classes(schema: DataSchema, what: str) -> None:
+    if schema.classes != 2:
+        raise InvalidArgument(
+            f"{what} needs 2 classes, the data has {schema.classes}; softmax_regression takes any "
+            "number"
         )
 
 

@@ -100,7 +100,10 @@ class Model(Protocol):
         """Return the sums over the rows, in the order of ``evaluation_sums``."""
 
     def predict(self, parameters: Array, features: Any) -> Array:
-        """Return (rows, classes) probabilities, or (rows,) values for a regression."""
+        """Return (rows, classes) probabilities; (rows,) values for a regression.
+
+        Of two classes without probabilities (rows,) decision values: the second class above 0.
+        """
 
 
 def make_layout(

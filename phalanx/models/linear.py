@@ -1,4 +1,4 @@
-"""Linear, logistic and softmax regression on dense and CSR rows."""
+"""Linear, logistic and softmax regression and the linear SVM on dense and CSR rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Output layers: from scores to loss, derivative, evaluation sums and predictions.
 
 Losses are those of one row, so that a leaf's loss is their sum: ½(z − y)² for regression, the
-negative log likelihood for classification.
+negative log likelihood for classification, or by how much a row falls short of the margin.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class OutputLayer(Protocol):
         """Return the evaluation sums; may overwrite ``scores``."""
 
     def predict(self, scores: Array) -> Array:
-        """Return (rows, classes) probabilities or (rows,) values; may overwrite ``scores``."""
+        """Return what ``Model.predict`` does; may overwrite ``scores``."""
 
 
 class SquaredError:
@@ -93,6 +93,40 @@ class Logistic:
         return np.stack([1 - probability, probability], axis=1)
 
 
+class Hinge:
+    """Two classes, one score: class 1 above 0, and a row is right from a margin of 1 on.
+
+    With s = ±1 the loss is h = max(0, 1 − s z), or h² (without a factor of ½, as in liblinear).
+    The score of such a model is no log odds: nothing makes a probability of it.
+    """
+
+    sums: tuple[str, ...] = CLASSIFICATION_SUMS
+
+    def __init__(self, *, squared: bool) -> None:
+        self._squared = squared
+
+    def residual(self, scores: Array, targets: Array, weights: Array | None = None) -> float:
+        """See ``OutputLayer``; at the kink, where s z = 1, the slope is 0."""
+        z = scores[:, 0]
+        signs, short = _short_of_margin(z, targets)
+        loss = _weighted_sum(short * short if self._squared else short, weights)
+        slopes = -2 * signs * short if self._squared else np.where(short > 0, -signs, 0)
+        np.copyto(z, slopes if weights is None else slopes * weights)
+        return loss
+
+    def evaluate(self, scores: Array, targets: Array) -> Float64:
+        """See ``OutputLayer``."""
+        z = scores[:, 0]
+        _, short = _short_of_margin(z, targets)
+        loss = _weighted_sum(short * short if self._squared else short, None)
+        correct = np.count_nonzero((z > 0) == (targets > 0))
+        return np.array([loss, correct], np.float64)
+
+    def predict(self, scores: Array) -> Array:
+        """Return the scores."""
+        return scores[:, 0]
+
+
 class Softmax:
     """Any number of classes, one score each."""
 
@@ -118,6 +152,12 @@ class Softmax:
         np.exp(scores, out=scores)
         scores /= scores.sum(axis=1, keepdims=True)
         return scores
+
+
+def _short_of_margin(z: Array, targets: Array) -> tuple[Array, Array]:
+    """Return s = ±1 and max(0, 1 − s z), in the dtype of ``z``."""
+    signs = (2 * targets - 1).astype(z.dtype)
+    return signs, np.maximum(1 - signs * z, 0)
 
 
 def _sigmoid(z: Array) -> Array:

@@ -66,8 +66,8 @@ class Optimizer:
         """
         if count < 1:
             raise InvalidArgument(f"a step needs at least 1 example, not {count}")
-        rate = self._rate_at(step) * rate_scale
         update = step if update is None else update
+        rate = self._rate_at(step, update) * rate_scale
         gradient, scratch = self._buffers(min(PIECE_ELEMENTS, len(parameters)), parameters.dtype)
         with np.errstate(all="ignore"):  # the caller looks whether the result is finite
             for first in range(0, len(parameters), PIECE_ELEMENTS):
@@ -85,8 +85,10 @@ class Optimizer:
                     np.multiply(w, w.dtype.type(rate * self._rule.decoupled_decay), out=s)
                     np.subtract(out[piece], s, out=out[piece], where=where)
 
-    def _rate_at(self, step: int) -> float:
+    def _rate_at(self, step: int, update: int) -> float:
         """The learning rate, which is the same for all pieces and frames of a step."""
+        if self._message.HasField("pegasos"):
+            return 1.0 / (self._l2 * (update + 1))  # by updates: each is one of its iterations
         if self._rate[0] != step:
             self._rate = (step, learning_rate(self._message, step, self._total_steps))
         return self._rate[1]
@@ -132,6 +134,8 @@ def _build(message: job_spec_pb2.Optimizer, l2: float, total_steps: int) -> Opti
     match message.WhichOneof("kind"):
         case "sgd":
             rule = MomentumRule(message.sgd) if message.sgd.momentum else SgdRule()
+        case "pegasos":
+            rule = SgdRule()
         case "adagrad":
             rule = AdagradRule(message.adagrad)
         case "adam":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from phalanx.data.predict import LoadedModel, Predictions
 
 PROBABILITY = "probability of "
+DECISION_VALUE = "decision value"
 ROWS_PER_WRITE = 8192
 
 
@@ -35,10 +36,11 @@ Write = Callable[["Predictions"], None]
 def predict_file(model: LoadedModel, input: Path, output: Path | BinaryIO) -> Predicted:
     """Predict all rows of a file; write one row for each, in order.
 
-    The columns are ``prediction`` and, for classes, ``probability of CLASS`` for each; of a
-    projection ``component 1`` and so on. A path
-    ending in .parquet gets Parquet, all else is CSV. A file appears only when it is complete.
-    Raises InvalidArgument for a wrong row, with its place, and where the file is the input itself.
+    The columns are ``prediction`` and, for classes, ``probability of CLASS`` for each, or the
+    ``decision value`` of a model that has no probabilities; of a projection ``component 1`` and so
+    on. A path ending in .parquet gets Parquet, all else is CSV. A file appears only when it is
+    complete. Raises InvalidArgument for a wrong row, with its place, and where the file is the
+    input itself.
     """
     if not isinstance(output, Path):
         # A file that is missing or wrong from the start is told before anything is written.
@@ -64,12 +66,14 @@ def predicted_rows(model: LoadedModel, input: Path) -> Iterator[dict[str, Any]]:
         labels = block.labels.tolist()
         if len(model.output_names) > 1:
             yield from ({"components": values} for values in labels)
-            continue
-        if block.probabilities is None:
+        elif block.decision_values is not None:
+            for label, value in zip(labels, block.decision_values.tolist(), strict=True):
+                yield {"prediction": label, "decision_value": value}
+        elif block.probabilities is not None:
+            for label, row in zip(labels, block.probabilities.tolist(), strict=True):
+                yield {"prediction": label, "probabilities": dict(zip(classes, row, strict=True))}
+        else:
             yield from ({"prediction": label} for label in labels)
-            continue
-        for label, row in zip(labels, block.probabilities.tolist(), strict=True):
-            yield {"prediction": label, "probabilities": dict(zip(classes, row, strict=True))}
 
 
 def _predict(model: LoadedModel, blocks: Iterable[Predictions], write: Write) -> Predicted:
@@ -81,6 +85,8 @@ def _predict(model: LoadedModel, blocks: Iterable[Predictions], write: Write) ->
 
 
 def _headings(model: LoadedModel) -> list[str]:
+    if model.has_decision_values:
+        return ["prediction", DECISION_VALUE]
     return [*model.output_names, *(f"{PROBABILITY}{label}" for label in model.classes.tolist())]
 
 
@@ -88,6 +94,8 @@ def _columns(block: Predictions) -> Sequence[list[Any]]:
     if block.labels.ndim > 1:
         return list(block.labels.T.tolist())
     labels = block.labels.tolist()
+    if block.decision_values is not None:
+        return [labels, block.decision_values.tolist()]
     if block.probabilities is None:
         return [labels]
     return [labels, *block.probabilities.T.tolist()]

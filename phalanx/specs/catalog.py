@@ -11,6 +11,7 @@ CLASSIFICATION = "classification"
 REGRESSION = "regression"
 
 ACTIVATIONS = ("relu", "tanh", "sigmoid")
+SVM_LOSSES = ("hinge", "squared_hinge")
 MLP_LOSSES = {"cross_entropy": CLASSIFICATION, "squared_error": REGRESSION}
 DTYPES = {"float32": 4, "float64": 8}
 CASTS = ("bfloat16", "float16")
@@ -20,7 +21,9 @@ _TASKS = {
     "linear_regression": REGRESSION,
     "logistic_regression": CLASSIFICATION,
     "softmax_regression": CLASSIFICATION,
+    "linear_svm": CLASSIFICATION,
 }
+TWO_CLASSES = ("logistic_regression", "linear_svm")
 
 
 _OWN_METRICS: dict[str, tuple[str, ...]] = {"k_means": ("loss",), "pca": ("loss",)}

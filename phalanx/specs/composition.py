@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 
 from phalanx.errors import Violation
-from phalanx.specs import catalog, parts
+from phalanx.specs import catalog, margins, parts
 from phalanx.texts import number_of
 from phalanx.v1 import job_spec_pb2
 
@@ -36,6 +36,7 @@ def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     if parts.verifies(spec.train):
         yield from _verification(spec)
     yield from _all_reduce(spec)
+    yield from margins.violations(spec.train)
 
 
 def _verification(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:

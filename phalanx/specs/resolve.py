@@ -144,10 +144,12 @@ def _model(train: job_spec_pb2.Train, dataset: dataset_service_pb2.Dataset) -> N
     if not model.HasField("standardise"):
         model.standardise = dataset.format != "csr"
     kind = model.WhichOneof("kind")
-    if kind in ("linear_regression", "logistic_regression", "softmax_regression"):
+    if kind in ("linear_regression", "logistic_regression", "softmax_regression", "linear_svm"):
         linear = getattr(model, kind)
         if not linear.HasField("bias"):
             linear.bias = True
+    if kind == "linear_svm":
+        model.linear_svm.loss = model.linear_svm.loss or catalog.SVM_LOSSES[0]
     elif kind == "mlp":
         regression = dataset.task == catalog.REGRESSION
         model.mlp.activation = model.mlp.activation or "relu"
@@ -159,7 +161,7 @@ def _optimizer(optimizer: job_spec_pb2.Optimizer) -> None:
         optimizer.sgd.SetInParent()
     kind = optimizer.WhichOneof("kind") or "sgd"
     chosen = getattr(optimizer, kind)
-    if not chosen.HasField("learning_rate"):
+    if kind in _LEARNING_RATES and not chosen.HasField("learning_rate"):
         chosen.learning_rate = _LEARNING_RATES[kind]
     if kind == "adagrad" and not chosen.HasField("epsilon"):
         chosen.epsilon = 1e-10

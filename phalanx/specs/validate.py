@@ -301,8 +301,8 @@ def _model(model: job_spec_pb2.Model) -> Iterator[Violation]:
     kind = model.WhichOneof("kind")
     if kind is None:
         choices = (
-            "linear_regression, logistic_regression, softmax_regression, mlp, boosting, k_means, "
-            "pca or custom"
+            "linear_regression, logistic_regression, softmax_regression, linear_svm, mlp, boosting, "
+            "k_means, pca or custom"
         )
         yield Violation("train.model", f"is missing; choose {choices}")
     elif kind == "mlp":
@@ -318,6 +318,10 @@ def _model(model: job_spec_pb2.Model) -> Iterator[Violation]:
             known = ", ".join(catalog.MLP_LOSSES)
             message = f"{mlp.loss[:40]!r} is not known; use one of {known}"
             yield Violation("train.model.mlp.loss", message)
+    elif kind == "linear_svm" and model.linear_svm.loss not in ("", *catalog.SVM_LOSSES):
+        message = f"{model.linear_svm.loss[:40]!r} is not known"
+        known = " or ".join(catalog.SVM_LOSSES)
+        yield Violation("train.model.linear_svm.loss", f"{message}; use {known}")
     elif kind == "custom":
         path = "train.model.custom.entrypoint"
         yield from _entrypoint(model.custom.entrypoint, path, "net:build")
@@ -410,7 +414,7 @@ def _model_fits(
     if task and dataset.task and task != dataset.task:
         message = f"is for {task}, and {spec.data.name} is a {dataset.task} data set"
         yield Violation(f"{path}.loss" if kind == "mlp" else path, message)
-    elif kind == "logistic_regression" and len(dataset.classes) != 2:
+    elif kind in catalog.TWO_CLASSES and len(dataset.classes) != 2:
         message = f"needs 2 classes, and {spec.data.name} has {len(dataset.classes)}"
         yield Violation(path, f"{message}; use softmax_regression")
     elif task == catalog.CLASSIFICATION and len(dataset.classes) < 2:

@@ -173,8 +173,8 @@ def predict(
     """Predict labels for raw rows of a CSV or Parquet file.
 
     Columns are found by name, as in the training data; others are ignored. Writes the column
-    `prediction` and the probability of each class; without -o as CSV to standard output. With a
-    folder for MODEL it needs no cluster.
+    `prediction` and the probability of each class, or the decision value of a model that has none;
+    without -o as CSV to standard output. With a folder for MODEL it needs no cluster.
 
     [bold]Example[/bold]
 

@@ -20,6 +20,9 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "linear": ({"linear_regression": {"bias": True}}, 0),
     "logistic": ({"logistic_regression": {"bias": True}}, 2),
     "logistic without bias": ({"logistic_regression": {"bias": False}}, 2),
+    "svm": ({"linear_svm": {"bias": True}}, 2),
+    "svm without bias": ({"linear_svm": {"loss": "hinge"}}, 2),
+    "svm squared": ({"linear_svm": {"bias": True, "loss": "squared_hinge"}}, 2),
     "softmax": ({"softmax_regression": {"bias": True}}, 4),
     "mlp relu": ({"mlp": {"hidden": [5, 3], "activation": "relu"}}, 4),
     "mlp tanh": ({"mlp": {"hidden": [5], "activation": "tanh"}}, 3),
@@ -110,7 +113,10 @@ def test_evaluation_agrees_with_gradient_and_prediction(name: str) -> None:
     loss = model.gradient(w, batch, np.empty_like(w)).loss_sum
     assert sums["loss"] == pytest.approx(loss)
     predictions = model.predict(w, batch.features)
-    if classes:
+    if name.startswith("svm"):
+        assert predictions.shape == (ROWS,)
+        assert sums["correct"] == ((predictions > 0) == batch.targets).sum()
+    elif classes:
         assert predictions.shape == (ROWS, classes)
         np.testing.assert_allclose(predictions.sum(axis=1), 1)
         assert sums["correct"] == (predictions.argmax(axis=1) == batch.targets).sum()
@@ -136,8 +142,45 @@ def test_accuracy_counts_what_is_predicted_also_where_classes_tie(name: str) -> 
     assert len(set(model.predict(w, features).max(axis=1))) < 10
 
 
+@pytest.mark.parametrize("loss", ["hinge", "squared_hinge"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_losses_of_the_margin_are_those_of_their_formulas(loss: str, weighted: bool) -> None:
+    model, _ = make("svm squared" if loss == "squared_hinge" else "svm")
+    batch, w = batch_for(2, sparse=False), start(model)
+    weights = np.linspace(0.5, 2, ROWS) if weighted else None
+    signs = np.where(batch.targets == 1, 1.0, -1.0)
+    margins = signs * (batch.features @ w[:FEATURES] + w[FEATURES])
+    short = np.maximum(0, 1 - margins)
+    assert 0 < np.count_nonzero(short) < ROWS
+    each = short if loss == "hinge" else short**2
+    slopes = -signs * (short > 0) if loss == "hinge" else -2 * signs * short
+    by_row = np.ones(ROWS) if weights is None else weights
+    out = np.empty_like(w)
+    sums = model.gradient(w, Batch(batch.features, batch.targets, weights), out)
+    assert sums.loss_sum == pytest.approx(each @ by_row, rel=1e-14)
+    np.testing.assert_allclose(out[:FEATURES], batch.features.T @ (slopes * by_row), rtol=1e-12)
+    assert out[FEATURES] == pytest.approx(slopes @ by_row)
+
+
+def test_the_gradient_of_a_hinge_is_a_subgradient_also_at_its_kinks() -> None:
+    """It supports the convex loss from below: loss(v) >= loss(w) + g · (v - w) for all v."""
+    model, _ = make("svm without bias")
+    features = np.array([[1.0, 0, 0, 0, 0, 0], [0, 2.0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]])
+    batch = Batch(features, np.array([1, 0, 1]))
+    kinks = np.array([1.0, -0.5, 0, 0, 0, 0])  # both first rows have a margin of exactly 1
+    out, scratch = np.empty(FEATURES), np.empty(FEATURES)
+    loss = model.gradient(kinks, batch, out).loss_sum
+    assert out.tolist() == [-1, -1, 0, 0, 0, 0], "of the third row alone"
+    rng = np.random.default_rng(3)
+    for scale in (1e-3, 1.0, 30.0):
+        for _ in range(50):
+            other = kinks + scale * rng.standard_normal(FEATURES)
+            lower = loss + out @ (other - kinks)
+            assert model.gradient(other, batch, scratch).loss_sum >= lower - 1e-12
+
+
 def test_extreme_scores_stay_finite() -> None:
-    for name in ("logistic", "softmax"):
+    for name in ("logistic", "softmax", "svm"):
         model, classes = make(name, "float32")
         w = np.full(model.layout.element_count, 1e4, np.float32)
         batch = batch_for(classes, False, "float32")
@@ -160,6 +203,7 @@ def test_initial_parameters_are_keyed_by_seed_and_biases_do_not_decay() -> None:
     ("model", "classes", "message"),
     [
         ({"logistic_regression": {}}, 3, "needs 2 classes, the data has 3"),
+        ({"linear_svm": {}}, 3, "needs 2 classes, the data has 3; softmax_regression takes any"),
         ({"linear_regression": {}}, 2, "predicts numbers, but the data has 2 classes"),
         ({"softmax_regression": {}}, 0, "needs 2 classes or more"),
         ({"mlp": {"hidden": [3], "activation": "softsign"}}, 2, "'softsign' is not one of"),
@@ -172,8 +216,8 @@ def test_models_that_do_not_fit_the_data(model: dict[str, Any], classes: int, me
 
 
 def test_kinds_that_are_not_carried_out_yet_say_so() -> None:
-    with pytest.raises(Unimplemented, match="linear_svm"):
-        build_model(JobSpec(train={"model": {"linear_svm": {}}}), DataSchema(4, 2))
+    with pytest.raises(Unimplemented, match="boosting"):
+        build_model(JobSpec(train={"model": {"boosting": {}}}), DataSchema(4, 2))
 
 
 class Scaled(UserModel):

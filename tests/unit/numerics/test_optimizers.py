@@ -208,3 +208,21 @@ def test_schedules(schedule: dict[str, Any], expected: dict[int, float]) -> None
     optimizer = Optimizer(sgd={"learning_rate": 1.0}, schedule=schedule)
     for step, rate in expected.items():
         assert learning_rate(optimizer, step, 100) == pytest.approx(rate)
+
+
+def test_pegasos_divides_by_its_updates() -> None:
+    """w <- (1 - 1/t) w - g / (l2 t), where the bias does not shrink."""
+    optimizer = build_optimizer(Train(optimizer={"pegasos": {}}, l2=0.25), 0)
+    decay = np.array([True, True, False])
+    w, g = np.array([3.0, -1.0, 2.0]), np.array([6.0, 2.0, 4.0])
+    out = np.empty(3)
+    for update, (first, rest) in {0: (0.0, 1.0), 1: (0.5, 0.5), 9: (0.9, 0.1)}.items():
+        optimizer.apply(w, g, 2, decay, {}, update, out)
+        np.testing.assert_allclose(out[:2], first * w[:2] - rest * g[:2] / 2 / 0.25, rtol=1e-14)
+        assert out[2] == pytest.approx(w[2] - rest * g[2] / 2 / 0.25)
+    # Where a step is several updates, each is an iteration: the step does not matter.
+    again = np.empty(3)
+    optimizer.apply(w, g, 2, decay, {}, 1, again, update=9)
+    assert again.tobytes() == out.tobytes()
+    optimizer.apply(w, g, 2, decay, {}, 1, again, update=9, rate_scale=0.5)
+    np.testing.assert_allclose(again, (w + out) / 2, rtol=1e-14)

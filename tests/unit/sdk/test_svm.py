@@ -1,0 +1,118 @@
+"""A linear SVM from the job file to labels: it has decision values, and no probabilities."""
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+import phalanx
+from phalanx.data.model_files import load_model_directory
+from phalanx.errors import InvalidArgument
+from phalanx.sdk.prediction import predict_file, predicted_rows
+
+CSV_COLUMNS = {"size": [1.5], "colour": ["red"]}
+CSV = "size,colour\n1.5,red\n-2.0,blue\n0.25,red\n"
+
+
+def job(**train):
+    return {
+        "name": "shapes",
+        "data": {"name": "shapes", "shards": 2},
+        "train": {
+            "model": {"linear_svm": {}},
+            "optimizer": {"sgd": {"learning_rate": 0.5}},
+            "l2": 0.01,
+            "stop": {"steps": 30},
+            **train,
+        },
+    }
+
+
+@pytest.fixture
+def cluster(monkeypatch, tmp_path):
+    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
+    with phalanx.LocalCluster(workers=0) as local:
+        generator = np.random.default_rng(0)
+        size = generator.normal(size=300)
+        table = {
+            "size": size.tolist(),
+            "colour": generator.choice(["red", "blue"], 300).tolist(),
+            "kind": np.where(size > 0, "big", "small").tolist(),
+        }
+        local.data.add("shapes", table, target="kind", test=0.2)
+        yield local
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(CSV)
+    return file
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {},
+        {"model": {"linear_svm": {"loss": "squared_hinge", "bias": False}}},
+        {"optimizer": {"pegasos": {}}},
+        {"optimizer": {"adam": {"learning_rate": 0.1}}, "asynchronous": {}},
+        {"optimizer": {"pegasos": {}}, "local": {"steps": 2}},
+    ],
+)
+def test_learns_and_predicts_original_labels(cluster, rows, train):
+    result = cluster.submit(job(**train)).wait(60)
+    assert result.metrics["test/accuracy"] > 0.9
+    model = cluster.models.get("shapes")
+    assert model.predict(rows).tolist() == ["big", "small", "big"]
+
+
+def test_decision_values_stand_where_probabilities_would(cluster, rows, tmp_path):
+    cluster.submit(job()).wait(60)
+    model = load_model_directory(cluster.models.download("shapes", tmp_path / "model"))
+    values = model.predict_decision_values(rows)
+    assert values.shape == (3,)
+    assert model.classes.tolist() == ["big", "small"]
+    assert (values > 0).tolist() == [False, True, False], "above 0 for the second class"
+    predict_file(model, rows, tmp_path / "out.csv")
+    lines = (tmp_path / "out.csv").read_text().splitlines()
+    assert lines[0] == "prediction,decision value"
+    assert [line.split(",")[0] for line in lines[1:]] == ["big", "small", "big"]
+    assert np.array([float(line.split(",")[1]) for line in lines[1:]], np.float32).tolist() == (
+        values.tolist()
+    )
+    predict_file(model, rows, tmp_path / "out.parquet")
+    table = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    assert table.column("decision value").to_pylist() == values.tolist()
+    assert list(predicted_rows(model, rows)) == [
+        {"prediction": label, "decision_value": value}
+        for label, value in zip(["big", "small", "big"], values.tolist(), strict=True)
+    ]
+
+
+def test_predictions_of_no_rows_have_the_same_shape(cluster):
+    cluster.submit(job()).wait(60)
+    model = cluster.models.get("shapes")
+    nothing = model.prepare(CSV_COLUMNS)[:0]
+    predictions = model.predict_prepared(nothing)
+    assert (predictions.labels.shape, predictions.probabilities) == ((0,), None)
+    assert predictions.decision_values.shape == (0,)
+
+
+def test_what_a_model_does_not_have_is_said(cluster, rows):
+    cluster.submit(job()).wait(60)
+    with pytest.raises(InvalidArgument, match="use predict_decision_values"):
+        cluster.models.get("shapes").predict_probabilities(rows)
+    cluster.submit(job(model={"logistic_regression": {}})).wait(60)
+    with pytest.raises(InvalidArgument, match="no model with decision values"):
+        cluster.models.get("shapes").predict_decision_values(rows)
+
+
+def test_class_weights_move_the_border(cluster, rows):
+    weights = {"name": "shapes", "shards": 2, "class_weights": {"weights": {"big": 1, "small": 9}}}
+    plain = cluster.submit(job()).wait(60)
+    weighted = cluster.submit({**job(), "data": weights}).wait(60)
+    value = [
+        cluster.models.get(each.model).predict_decision_values({"size": [0.0], "colour": ["red"]})
+        for each in (plain, weighted)
+    ]
+    assert value[1] > value[0]
