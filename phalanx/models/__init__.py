@@ -8,6 +8,7 @@ from phalanx.errors import InvalidArgument, Unimplemented
 from phalanx.models.base import Batch, DataSchema, LeafSums, Model
 from phalanx.models.boosting import Boosting
 from phalanx.models.custom import load_custom
+from phalanx.models.dual_svm import DualSvm
 from phalanx.models.k_means import KMeans
 from phalanx.models.linear import LinearModel
 from phalanx.models.losses import Hinge, Logistic, OutputLayer, Softmax, SquaredError
@@ -49,8 +50,7 @@ def build_model(
             return LinearModel(schema, schema.classes, Softmax(), model.softmax_regression.bias)
         case "linear_svm":
             _needs_two_classes(schema, "linear_svm")
-            squared = model.linear_svm.loss == "squared_hinge"
-            return LinearModel(schema, 1, Hinge(squared=squared), model.linear_svm.bias)
+            return _linear_svm(spec, schema)
         case "mlp":
             return _mlp(model.mlp, schema)
         case "boosting":
@@ -65,6 +65,15 @@ def build_model(
             raise InvalidArgument("train.model: no model is named")
         case other:
             raise Unimplemented(f"train.model.{other} is not carried out yet")
+
+
+def _linear_svm(spec: job_spec_pb2.JobSpec, schema: DataSchema) -> Model:
+    svm, train = spec.train.model.linear_svm, spec.train
+    if train.optimizer.HasField("cocoa") and schema.rows:
+        certified = train.evaluation.split == spec.data.split
+        cocoa = train.optimizer.cocoa
+        return DualSvm(schema, cocoa, train.l2, spec.seed, certified=certified)
+    return LinearModel(schema, 1, Hinge(squared=svm.loss == "squared_hinge"), svm.bias)
 
 
 def _mlp(mlp: job_spec_pb2.Mlp, schema: DataSchema) -> Model:

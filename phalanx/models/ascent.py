@@ -16,6 +16,7 @@ microseconds for one.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -98,9 +99,9 @@ class _DenseRows:
 class _SparseRows:
     def __init__(self, features: csr_array, weights: Array) -> None:
         self.squares: list[float] = features.multiply(features).sum(axis=1).tolist()
-        cuts = features.indptr[1:-1]
-        self._columns = np.split(features.indices, cuts)
-        self._values = np.split(features.data, cuts)
+        cuts = [slice(*each) for each in pairwise(features.indptr.tolist())]
+        self._columns = [features.indices[cut] for cut in cuts]
+        self._values = [features.data[cut] for cut in cuts]
         self._vector = weights.copy()
 
     def score(self, row: int) -> float:

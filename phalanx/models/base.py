@@ -37,8 +37,8 @@ class Batch:
         targets: (rows,) int64 class indices, or the regression targets in the same dtype.
         weights: (rows,) what each row counts in loss and gradient, in the same dtype; None: 1.
         shard: whose rows they are.
-        positions: (rows,) int64 numbers of the rows in their split; None where the job's algorithm
-            does not ask for them.
+        positions: (rows,) int64 numbers of the rows among all that the job trains on, in the order
+            in which shards are cut; None where the job's algorithm does not ask for them.
     """
 
     features: Array | csr_array

@@ -13,6 +13,8 @@ REGRESSION = "regression"
 ACTIVATIONS = ("relu", "tanh", "sigmoid")
 SVM_LOSSES = ("hinge", "squared_hinge")
 MLP_LOSSES = {"cross_entropy": CLASSIFICATION, "squared_error": REGRESSION}
+CERTIFICATES = ("primal", "dual", "duality_gap")
+"""Metrics of cocoa where it is evaluated on the rows that it trains on."""
 DTYPES = {"float32": 4, "float64": 8}
 CASTS = ("bfloat16", "float16")
 

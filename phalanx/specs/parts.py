@@ -111,12 +111,18 @@ def update_kind(spec: job_spec_pb2.JobSpec) -> str:
     return kind if kind in UPDATING_OPTIMIZERS else ""
 
 
+def projects(train: job_spec_pb2.Train) -> bool:
+    """Whether all parameters of a version are shortened together once its optimizer has made it."""
+    return train.optimizer.HasField("pegasos") and train.optimizer.pegasos.project
+
+
 def needs_one_range(spec: job_spec_pb2.JobSpec) -> bool:
     """Whether one aggregator must see all of each contribution, so that there is one range."""
     train = spec.train
     root = train.local.outer if train.HasField("local") else train.optimizer
     whole = reduces_leaves(train) or backup_shards(train) > 0 or commits_one_by_one(train)
-    return update_kind(spec) != "" or whole or verifies(train) or root.HasField("clip_norm")
+    updates = update_kind(spec) != "" or projects(train)
+    return updates or whole or verifies(train) or root.HasField("clip_norm")
 
 
 def feeds_back(compression: job_spec_pb2.Compression) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phalanx.specs import catalog, parts, task_sets
+from phalanx.specs import catalog, margins, parts, task_sets
 from phalanx.specs.canonical import spec_sha256
 from phalanx.specs.resolve import rows_per_leaf, steps_per_epoch, total_steps, train_rows
 from phalanx.texts import number_of, verb_for
@@ -117,6 +117,8 @@ def worker_bytes(
     """
     itemsize = catalog.DTYPES.get(spec.train.dtype, 4)
     elements = catalog.element_count(spec.train.model, dataset.features, len(dataset.classes))
+    if spec.train.optimizer.HasField("cocoa"):
+        elements += train_rows(spec, dataset)  # their dual variables
     all_rows = max(1, sum(dataset.rows.values()))
     bytes_per_row = max(itemsize * _activations(spec, dataset), dataset.size_bytes // all_rows)
     leaf = rows_per_leaf(spec, train_rows(spec, dataset)) * bytes_per_row
@@ -164,6 +166,7 @@ def _warnings(
         *_reduction_warnings(spec, rows),
         *_asynchronous_warnings(spec, rows),
         *_verification_warnings(spec, eligible_workers),
+        *margins.warnings(spec),
     ]
 
 

@@ -147,7 +147,7 @@ def _model(train: job_spec_pb2.Train, dataset: dataset_service_pb2.Dataset) -> N
     if kind in ("linear_regression", "logistic_regression", "softmax_regression", "linear_svm"):
         linear = getattr(model, kind)
         if not linear.HasField("bias"):
-            linear.bias = True
+            linear.bias = not train.optimizer.HasField("cocoa")
     if kind == "linear_svm":
         model.linear_svm.loss = model.linear_svm.loss or catalog.SVM_LOSSES[0]
     elif kind == "mlp":
@@ -233,15 +233,16 @@ def _evaluation(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
 
 def _evaluation_split(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> str:
     """The split that a stop rule watches or the best is looked for in, else test, else validation;
-    empty without any."""
+    without any that of the training for cocoa, whose certificate it has, and empty for others."""
     watched = [threshold.metric for threshold in spec.train.stop.thresholds]
     watched += [spec.train.stop.plateau.metric, spec.output.best.metric]
+    certifies = spec.train.optimizer.HasField("cocoa")
     for metric in watched:
-        split = metric.partition("/")[0]
-        if split in EVALUATION_SPLITS:
+        split, _, name = metric.partition("/")
+        if split in EVALUATION_SPLITS or (certifies and name in catalog.CERTIFICATES):
             return split
     held_out = [split for split in EVALUATION_SPLITS if dataset.rows.get(split, 0)]
-    return held_out[0] if held_out else ""
+    return held_out[0] if held_out else spec.data.split if certifies else ""
 
 
 def _checkpoints(checkpoints: job_spec_pb2.Checkpoints) -> None:

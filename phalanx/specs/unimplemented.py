@@ -15,8 +15,6 @@ _REFUSED: dict[str, str] = {
     "data.columns": "vertical partitions are not carried out yet; use rows",
     "resources.gpus": "GPUs are not carried out yet; leave it out",
     "train.local.fragments": "fragments are not carried out yet; leave it out",
-    "train.optimizer.cocoa": "cocoa is not carried out yet; use sgd or adam",
-    "train.optimizer.pegasos.project": "project is not carried out yet; leave it out",
     "train.model.torch": "PyTorch modules are not carried out yet; use mlp or custom",
     "train.privacy": "differential privacy is not carried out yet; leave it out",
 }

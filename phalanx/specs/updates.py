@@ -38,6 +38,12 @@ def resolve(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) ->
         train.stop.steps = parts.PASSES[kind]
     if kind == "k_means" and not train.HasField("stop"):
         train.stop.steps = K_MEANS_STEPS
+    if kind == "cocoa":
+        cocoa = train.optimizer.cocoa
+        if not cocoa.HasField("local_passes"):
+            cocoa.local_passes = 1
+        if not cocoa.HasField("sigma"):
+            cocoa.sigma = spec.data.shards
     if kind == "boosting":
         given = job_spec_pb2.Boosting.FromString(train.model.boosting.SerializeToString())
         train.model.boosting.CopyFrom(BOOSTING)
@@ -149,6 +155,11 @@ def _parts(spec: job_spec_pb2.JobSpec, kind: str) -> Iterator[Violation]:
         path = f"train.start.{train.start.WhichOneof('from') or 'model'}"
         if train.start.WhichOneof("from") != "job":
             message = f"{kind} begins with sums over all rows, not with parameters; leave it out"
+            if kind == "cocoa":
+                message = (
+                    "has weights without the dual variables that they are made of, which cocoa "
+                    "goes on from; leave it out"
+                )
             yield Violation(path, message)
     if train.optimizer.HasField("clip_norm"):
         yield Violation("train.optimizer.clip_norm", f"{kind} has no gradient; leave it out")

@@ -17,7 +17,16 @@ from phalanx.data.choice import RawColumns
 from phalanx.errors import InvalidArgument, Violation
 from phalanx.files import LENGTH_RULE, is_too_long
 from phalanx.ids import SHORT_NAME_RULE, is_short_name
-from phalanx.specs import balance, catalog, composition, continuing, features, task_sets, updates
+from phalanx.specs import (
+    balance,
+    catalog,
+    composition,
+    continuing,
+    features,
+    margins,
+    task_sets,
+    updates,
+)
 from phalanx.specs.fields import walk
 from phalanx.tasks import is_task_set
 from phalanx.texts import number_of
@@ -95,6 +104,8 @@ _RANGES: dict[str, _Range] = {
     "train.optimizer.adamw.epsilon": _ABOVE_ZERO,
     "train.optimizer.adamw.weight_decay": _NOT_NEGATIVE,
     "train.optimizer.clip_norm": _ABOVE_ZERO,
+    "train.optimizer.cocoa.local_passes": _Range(1, 10_000),
+    "train.optimizer.cocoa.sigma": _ABOVE_ZERO,
     "train.optimizer.schedule.warm_up_steps": _Range(0, _EXACT),
     "train.optimizer.schedule.cosine.final_fraction": _Range(0, 1),
     "train.optimizer.schedule.inverse_time.decay": _NOT_NEGATIVE,
@@ -432,6 +443,7 @@ def _metrics(
     if stop.HasField("plateau"):
         named.append(("train.stop.plateau.metric", stop.plateau.metric))
     names = catalog.metric_names(spec.train.model, dataset.task)
+    names += margins.certificates(spec)
     split = spec.train.evaluation.split if spec.train.HasField("evaluation") else ""
     known = ["train/loss", *(f"{split}/{name}" for name in names if split)]
     for path, metric in named:

@@ -76,6 +76,7 @@ class _Settings:
     standardise: bool
     by_class: bool
     oversample: bool
+    #: Whether the algorithm asks for the numbers of its rows; each leaf has all of its shard's.
     positions: bool
     #: By class label; empty: every row counts 1.
     weights: tuple[tuple[str, float], ...]
@@ -115,7 +116,8 @@ def leaf_batch(reader: RowReader, plan: JobPlan, shard: int, step: int) -> Batch
         return None
     batch = replace(_batch(reader, selections, settings), shard=shard)
     if settings.positions:
-        batch = replace(batch, positions=_positions(reader, selections))
+        rows = training_rows(plan, reader, shard)
+        batch = replace(batch, positions=np.arange(rows.first, rows.stop))
     if not settings.weights:
         return batch
     return replace(batch, weights=_class_weights(reader, settings)[batch.targets])
@@ -254,12 +256,6 @@ def _batch(reader: RowReader, selections: list[RowSelection], settings: _Setting
         if scales is not None:
             standardise(batch.features, *scales)
     return batch
-
-
-def _positions(split: Chunks, selections: Sequence[RowSelection]) -> NDArray[np.int64]:
-    """Numbers of the rows in their split."""
-    first_rows = np.concatenate([[0], np.cumsum(split.chunk_rows)])
-    return np.concatenate([first_rows[each.chunk_index] + each.rows for each in selections])
 
 
 @lru_cache(maxsize=16)

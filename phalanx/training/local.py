@@ -351,13 +351,13 @@ class _Job:
             self._parameters, self._next = self._next, self._parameters
 
     def _make_next(self, gradient: Array, divisor: int, version: int) -> None:
+        factor = Contribution([gradient], divisor).factor(self._clip_norm)
+        if factor != 1.0:
+            gradient = gradient * gradient.dtype.type(factor)
         if self._update is not None:
             self._next = self._update.apply(self._parameters, gradient, divisor, version)
             return
         assert self._optimizer is not None
-        factor = Contribution([gradient], divisor).factor(self._clip_norm)
-        if factor != 1.0:
-            gradient = gradient * gradient.dtype.type(factor)
         self._optimizer.apply(
             self._parameters, gradient, divisor, self._decay, self._state, version, self._next
         )

@@ -10,10 +10,12 @@ checkpoint is whole) holds for these algorithms.
 
 from __future__ import annotations
 
-from phalanx.specs.parts import update_kind
+from phalanx.optimizers import build_optimizer
+from phalanx.specs.parts import projects, update_kind
 from phalanx.updates.base import Update
 from phalanx.updates.boosting import BoostingUpdate
 from phalanx.updates.k_means import KMeansUpdate
+from phalanx.updates.margins import AddedChanges, ProjectedStep
 from phalanx.updates.passes import NextPass
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan
@@ -31,4 +33,9 @@ def build_update(plan: JobPlan) -> Update | None:
             return NextPass(plan.layout)
         case "boosting":
             return BoostingUpdate(plan.layout, spec.train.model.boosting)
+        case "cocoa":
+            return AddedChanges(plan.layout)
+    if projects(spec.train):
+        optimizer = build_optimizer(spec.train, plan.total_steps)
+        return ProjectedStep(optimizer, plan.layout, spec.train.l2)
     return None

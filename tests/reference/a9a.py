@@ -29,13 +29,6 @@ class A9aMargins:
         short = np.maximum(0, 1 - self.signs * (self.features @ w))
         return float((short**2 if squared else short).mean() + l2 / 2 * w @ w)
 
-    def dual(self, alpha: np.ndarray, l2: float) -> float:
-        """Mean α − λ/2‖w(α)‖², with w(α) = Xᵀ(y α) / (λ n)."""
-        assert (alpha >= 0).all()
-        assert (alpha <= 1).all()
-        w = self.features.T @ (self.signs * alpha) / (l2 * len(alpha))
-        return float(alpha.mean() - l2 / 2 * w @ w)
-
     def accuracy(self, w: np.ndarray) -> float:
         """Part of the rows on the right side."""
         return float((np.sign(self.features @ w) == self.signs).mean())
