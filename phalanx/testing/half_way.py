@@ -25,10 +25,13 @@ def kill_in_a_leaf(ring: Arena, job: Job, step: int, worker_id: str = "worker-1"
     for leaf in leaves:
         with contextlib.suppress(psutil.NoSuchProcess):
             leaf.send_signal(signal.SIGSTOP)
-    wait_until(
-        lambda: ring.events("SPECULATION_STARTED") or job.refresh().done,
-        "copies of what the worker owes",
-    )
+
+    def is_late() -> bool:
+        started = ring.events("SPECULATION_STARTED")
+        return any(each.job_id == job.id for each in started) or job.refresh().done
+
+    wait_until(is_late, "copies of what the worker owes")
+    assert not job.done, "the job was over before the worker was late"
     send(worker.pid, signal.SIGKILL)
     for leaf in leaves:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1057,7 +1057,7 @@ class LinearSvm(_message.Message):
     BIAS_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     bias: _builtins.bool
-    """[true]"""
+    """[true; false with cocoa, which has none]"""
     loss: _builtins.str
     """[hinge] hinge or squared_hinge."""
     def __init__(
@@ -1433,7 +1433,7 @@ class Pegasos(_message.Message):
 
     PROJECT_FIELD_NUMBER: _builtins.int
     project: _builtins.bool
-    """Shorten the parameters to a norm of 1 / sqrt(λ) after each step."""
+    """Shorten the weights to a norm of 1 / sqrt(λ) after each step."""
     def __init__(
         self,
         *,
@@ -1830,7 +1830,9 @@ class Evaluation(_message.Message):
     EVERY_STEPS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     split: _builtins.str
-    """[the split that a stop rule or output.best watches, else test, else validation]"""
+    """[the split that a stop rule or output.best watches, else test, else validation; for cocoa without such rows
+    the split that it trains on]
+    """
     every_steps: _builtins.int
     """[each epoch]"""
     @_builtins.property

@@ -18,7 +18,7 @@ import pytest
 import phalanx
 from phalanx.cli.main import run
 from phalanx.testing.arena import GUARD_S, wait_until
-from phalanx.testing.datasets import REPOSITORY, demo_data
+from phalanx.testing.datasets import REPOSITORY, classification, demo_data
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +55,7 @@ def commands() -> list[tuple[str, str]]:
 def cluster() -> Iterator[phalanx.LocalCluster]:
     with phalanx.LocalCluster(workers=2, slots=1) as local:
         local.data.add("fashion", demo_data())
+        local.data.add("adult", *classification(2000, 8, 2), test=0.2)
         # A worker is ready before it has joined; a plan counts those that have.
         wait_until(lambda: len(local.workers()) == 2, "both workers to join")
         yield local

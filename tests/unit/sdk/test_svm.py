@@ -1,5 +1,7 @@
 """A linear SVM from the job file to labels: it has decision values, and no probabilities."""
 
+import re
+
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -8,6 +10,8 @@ import phalanx
 from phalanx.data.model_files import load_model_directory
 from phalanx.errors import InvalidArgument
 from phalanx.sdk.prediction import predict_file, predicted_rows
+from phalanx.sdk.verification import verify_job
+from phalanx.testing.datasets import REPOSITORY, classification
 
 CSV_COLUMNS = {"size": [1.5], "colour": ["red"]}
 CSV = "size,colour\n1.5,red\n-2.0,blue\n0.25,red\n"
@@ -57,6 +61,8 @@ def rows(tmp_path):
         {"optimizer": {"pegasos": {}}},
         {"optimizer": {"adam": {"learning_rate": 0.1}}, "asynchronous": {}},
         {"optimizer": {"pegasos": {}}, "local": {"steps": 2}},
+        {"optimizer": {"pegasos": {"project": True}}, "reduction": {"clip_norm": 1.0}},
+        {"optimizer": {"cocoa": {}}},
     ],
 )
 def test_learns_and_predicts_original_labels(cluster, rows, train):
@@ -116,3 +122,35 @@ def test_class_weights_move_the_border(cluster, rows):
         for each in (plain, weighted)
     ]
     assert value[1] > value[0]
+
+
+def jobs_of_the_manual():
+    text = (REPOSITORY / "docs" / "ALGORITHMS.md").read_text()
+    found = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [each for each in found if "linear_svm" in each]
+
+
+@pytest.mark.parametrize("text", jobs_of_the_manual(), ids=["pegasos", "cocoa"])
+def test_jobs_of_the_manual_do_what_it_says(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "job.yaml").write_text(text)
+    features, targets = classification(2000, 8, 2)
+    with phalanx.LocalCluster(workers=0) as local:
+        local.data.add("adult", features, targets, test=0.2)
+        job = local.submit(tmp_path / "job.yaml")
+        result = job.wait(60)
+        model = local.models.get(result.model)
+        assert verify_job(local, job.id).equal
+    assert (model.predict(features) == targets).mean() > 0.9
+    if "cocoa" in text:
+        assert result.metrics["train/duality_gap"] <= 1e-2
+        assert result.steps < 100
+        assert model.parameters.shape == (8,), "the dual variables are not part of it"
+
+
+def test_the_best_round_is_kept_without_its_dual_variables(cluster):
+    best = {"output": {"best": {"metric": "train/primal", "at_most": 2}}}
+    result = cluster.submit({**job(optimizer={"cocoa": {}}), **best}).wait(60)
+    model = cluster.models.get(result.model)
+    assert model.parameters.shape == (2 + 1,)
+    assert result.metrics["train/primal"] < 0.5
