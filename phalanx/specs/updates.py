@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from phalanx.errors import Violation
 from phalanx.specs import parts
+from phalanx.texts import number_of
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
 
 _ALL_ROWS = ("k_means", "pca", "boosting", "closed_form", "cocoa")
@@ -102,16 +103,16 @@ def violations_against(spec: job_spec_pb2.JobSpec, features: int, rows: int) -> 
     if kind in ("pca", "closed_form") and features > COMPONENTS_MAX:
         path = "train.model.pca" if kind == "pca" else "train.optimizer.closed_form"
         message = (
-            f"adds up the products of {features} features with one another; it takes at most "
-            f"{COMPONENTS_MAX}"
+            f"adds up the products of {number_of(features, 'feature')} with one another; it takes "
+            f"at most {COMPONENTS_MAX}"
         )
         yield Violation(path, f"{message}: choose fewer in data.features")
     components, clusters = spec.train.model.pca.components, spec.train.model.k_means.clusters
     if kind == "pca" and components > features:
-        message = f"{components} are more than the {features} features"
+        message = f"{components} are more than the {number_of(features, 'feature')}"
         yield Violation("train.model.pca.components", message)
     if kind == "k_means" and clusters > rows:
-        message = f"{clusters} are more than the {rows} rows"
+        message = f"{clusters} are more than the {number_of(rows, 'row')}"
         yield Violation("train.model.k_means.clusters", message)
 
 
@@ -125,7 +126,7 @@ def _stop(train: job_spec_pb2.Train, kind: str) -> Iterator[Violation]:
     given += ["thresholds"] if stop.thresholds else []
     given += ["steps"] if stop.HasField("steps") and stop.steps != steps else []
     for name in given:
-        message = f"must be left out: {kind} has {steps} steps"
+        message = f"must be left out: {kind} has {number_of(steps, 'step')}"
         yield Violation(f"train.stop.{name}", message)
 
 

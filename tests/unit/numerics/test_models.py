@@ -216,8 +216,8 @@ def test_models_that_do_not_fit_the_data(model: dict[str, Any], classes: int, me
 
 
 def test_kinds_that_are_not_carried_out_yet_say_so() -> None:
-    with pytest.raises(Unimplemented, match="boosting"):
-        build_model(JobSpec(train={"model": {"boosting": {}}}), DataSchema(4, 2))
+    with pytest.raises(Unimplemented, match="torch"):
+        build_model(JobSpec(train={"model": {"torch": {}}}), DataSchema(4, 2))
 
 
 class Scaled(UserModel):
