@@ -9,10 +9,8 @@ import pytest
 
 from coordinator.aggregation.core.effects import StartCheckpoint
 from coordinator.aggregation.core.machine import JobRanges
-from phalanx.optimizers import build_optimizer
+from coordinator.aggregation.core.making import make_ranges
 from phalanx.testing.ranges import ScriptedJob
-from phalanx.training.decisions import RootDecider
-from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import GoRecord, JobPlan, ParameterRange
 
 
@@ -21,9 +19,7 @@ class Jobs:
 
     @staticmethod
     def make_owner(plan: JobPlan, term: int, owned: list[ParameterRange]) -> JobRanges:
-        optimizer = build_optimizer(JobSpec.FromString(plan.spec).train, plan.total_steps)
-        decider = RootDecider(plan, term) if owned[0].index == 0 else None
-        return JobRanges(plan, term, owned, optimizer, decider)
+        return make_ranges(plan, term, owned)
 
     def scripted(self, plan: JobPlan, owners: Any = ((0,),), term: int = 1) -> ScriptedJob:
         """A job that did not begin."""
