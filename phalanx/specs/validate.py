@@ -312,8 +312,8 @@ def _model(model: job_spec_pb2.Model) -> Iterator[Violation]:
     kind = model.WhichOneof("kind")
     if kind is None:
         choices = (
-            "linear_regression, logistic_regression, softmax_regression, linear_svm, mlp, boosting, "
-            "k_means, pca or custom"
+            "linear_regression, logistic_regression, softmax_regression, linear_svm, mlp, "
+            "boosting, k_means, pca or custom"
         )
         yield Violation("train.model", f"is missing; choose {choices}")
     elif kind == "mlp":
