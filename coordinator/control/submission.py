@@ -16,6 +16,8 @@ from phalanx.data.choice import RawColumns
 from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import InvalidArgument, NotFound, PermissionDenied, Violation
 from phalanx.ids import new_id, split_version_name
+from phalanx.privacy.secret import new_secret
+from phalanx.privacy.settings import is_private
 from phalanx.specs.starting import (
     LENGTH_BYTES,
     Shapes,
@@ -98,6 +100,8 @@ class Submissions:
             submitter=submitter,
             worker_bytes=announced.worker_bytes,
         )
+        if is_private(resolved.train):
+            submitted.secret = new_secret()
         if origin is not None:
             origin.take_over(submitted)
         eligible = count_eligible(core, submitted)

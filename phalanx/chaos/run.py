@@ -28,6 +28,8 @@ FIRST_STEP_S = 60.0
 SETTLED_COMMITS = 3
 NOBODY_THERE = (Unavailable, DeadlineExceeded)
 """What a call ends with while control is dead, or stopped."""
+COMMITTED = ["train/loss", "train/epsilon"]
+"""Metrics of a step, one of which every job has."""
 _BEGAN_UNIX_S = time.time() - time.monotonic()
 
 Tell = Callable[[str], None]
@@ -130,7 +132,7 @@ class Chaos:
             try:
                 points = [
                     Commit(point.step, point.time.timestamp())
-                    for point in _patiently(lambda: self._refresh().metrics(["train/loss"]))
+                    for point in _patiently(lambda: self._refresh().metrics(COMMITTED))
                 ]
                 events = self._events()
             except NOBODY_THERE as nobody:

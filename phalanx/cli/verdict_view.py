@@ -37,6 +37,9 @@ def _ledger(verdict: Verdict) -> Iterator[tuple[str, object]]:
         yield from _tasks(verdict.tasks)
     if verdict.ledger is not None:
         yield from _examples(verdict.ledger)
+    elif verdict.tasks is None:
+        yield "ledger", "not counted"
+        return
     problems = problems_of(verdict)
     yield "ledger", "DOES NOT BALANCE: " + "; ".join(problems) if problems else "balances"
 

@@ -20,6 +20,7 @@ from google.protobuf.json_format import MessageToDict
 from phalanx.data.choice import RawColumns, choose
 from phalanx.data.manifest import Column, DatasetManifest
 from phalanx.errors import InvalidArgument
+from phalanx.privacy.settings import accountant, is_private, sampling_rate
 from phalanx.texts import number_of
 from phalanx.training.best import Kept
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -132,6 +133,7 @@ def model_json(description: ModelDescription) -> bytes:
         "steps": description.steps,
         "job_steps": description.job_steps,
         "best": _best(description.best),
+        "privacy": _privacy(description),
         "bit_identical": description.bit_identical,
         "fingerprint": description.fingerprint,
         "libraries": dict(description.libraries),
@@ -175,6 +177,7 @@ def readme(description: ModelDescription) -> str:
         origin,
         "",
         *_best_lines(description),
+        *_privacy_lines(description),
         *_metric_lines(description),
         "## Use it",
         "",
@@ -258,6 +261,35 @@ def _best(best: Kept | None) -> dict[str, Any] | None:
     if best is None:
         return None
     return {"step": best.step, "metric": best.metric, "value": best.value}
+
+
+def _privacy(description: ModelDescription) -> dict[str, Any] | None:
+    """What all steps of a private job have spent, also where an earlier step was kept: which one
+    depends on all of them."""
+    train = description.spec.train
+    if not is_private(train):
+        return None
+    rows = description.manifest.rows_by_split()[description.spec.data.split]
+    return {
+        "epsilon": accountant(train, rows).epsilon(description.job_steps),
+        "delta": train.privacy.delta,
+        "clip_norm": train.privacy.clip_norm,
+        "noise_multiplier": train.privacy.noise_multiplier,
+        "sampling_rate": sampling_rate(train, rows),
+    }
+
+
+def _privacy_lines(description: ModelDescription) -> list[str]:
+    spent = _privacy(description)
+    if spent is None:
+        return []
+    text = (
+        f"Trained with differential privacy: ε = {spent['epsilon']:.4g} at δ = {spent['delta']:g} "
+        f"for each row of the split `{description.spec.data.split}`, noise multiplier "
+        f"{spent['noise_multiplier']:g}, norm {spent['clip_norm']:g}. It covers the parameters, "
+        "not the metrics, nor columns, categories and classes."
+    )
+    return [text, ""]
 
 
 def _best_lines(description: ModelDescription) -> list[str]:

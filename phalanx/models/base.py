@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +104,17 @@ class Model(Protocol):
 
         Of two classes without probabilities (rows,) decision values: the second class above 0.
         """
+
+
+@runtime_checkable
+class ClippingModel(Protocol):
+    """A model that shortens the gradients of its rows without computing one after the other."""
+
+    def clipped_gradient(
+        self, parameters: Array, batch: Batch, clip_norm: float, out: Array
+    ) -> None:
+        """Write the sum of the rows' gradients, each of a norm of ``clip_norm`` at most, into all
+        of ``out``. A row whose gradient is not finite counts as 0."""
 
 
 def make_layout(

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.models.base import Array, Batch, DataSchema, LeafSums, TensorViews, make_layout
+from phalanx.models.clipping import clip_factors, shorten, squared_norms, without_infinite
 from phalanx.models.losses import OutputLayer
 
 WEIGHTS = "weights"
@@ -41,15 +42,20 @@ class LinearModel:
         """See ``Model``."""
         scores = self._scores(parameters, batch.features)
         loss = self._output.residual(scores, batch.targets, batch.weights)
-        tensors = self._views(out)
-        residual = scores[:, 0] if self._outputs == 1 else scores
-        if isinstance(batch.features, np.ndarray):
-            np.dot(batch.features.T, np.ascontiguousarray(residual), out=tensors[WEIGHTS])
-        else:
-            tensors[WEIGHTS][...] = batch.features.T @ residual
-        if self._bias:
-            np.sum(scores, axis=0, out=tensors[BIAS])
+        self._sum(batch.features, scores, out)
         return LeafSums(batch.rows, loss)
+
+    def clipped_gradient(
+        self, parameters: Array, batch: Batch, clip_norm: float, out: Array
+    ) -> None:
+        """See ``ClippingModel``: the norm of a row's gradient is that of its features, with a 1 for
+        the bias, times that of its residual."""
+        scores = self._scores(parameters, batch.features)
+        self._output.residual(scores, batch.targets, batch.weights)
+        inputs = squared_norms(batch.features) + float(self._bias)
+        factors = clip_factors(inputs * squared_norms(scores), clip_norm)
+        shorten(scores, factors)
+        self._sum(without_infinite(batch.features, factors), scores, out)
 
     def evaluate(self, parameters: Array, batch: Batch) -> NDArray[np.float64]:
         """See ``Model``."""
@@ -58,6 +64,17 @@ class LinearModel:
     def predict(self, parameters: Array, features: Any) -> Array:
         """See ``Model``."""
         return self._output.predict(self._scores(parameters, features))
+
+    def _sum(self, features: Any, residual: Array, out: Array) -> None:
+        """Write the gradient of rows with these derivatives by their scores."""
+        tensors = self._views(out)
+        by_score = residual[:, 0] if self._outputs == 1 else residual
+        if isinstance(features, np.ndarray):
+            np.dot(features.T, np.ascontiguousarray(by_score), out=tensors[WEIGHTS])
+        else:
+            tensors[WEIGHTS][...] = features.T @ by_score
+        if self._bias:
+            np.sum(residual, axis=0, out=tensors[BIAS])
 
     def _scores(self, parameters: Array, features: Any) -> Array:
         tensors = self._views(parameters)

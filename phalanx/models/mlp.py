@@ -19,6 +19,7 @@ from phalanx.models.base import (
     keyed_normal,
     make_layout,
 )
+from phalanx.models.clipping import clip_factors, shorten, squared_norms, without_infinite
 from phalanx.models.losses import OutputLayer
 
 
@@ -118,6 +119,31 @@ class Mlp:
                 delta = delta @ layers[index][0].T
                 self._slope(below, delta)
         return LeafSums(batch.rows, loss)
+
+    def clipped_gradient(
+        self, parameters: Array, batch: Batch, clip_norm: float, out: Array
+    ) -> None:
+        """See ``ClippingModel``: layer by layer the norm is that of the inputs, with a 1 for the
+        bias, times that of the derivative by what comes out."""
+        layers = self._layers(parameters)
+        activations = self._forward(layers, batch.features)
+        self._output.residual(activations[-1], batch.targets, batch.weights)
+        inputs = [batch.features, *activations[:-1]]
+        deltas = [activations[-1]]
+        for index in range(len(layers) - 1, 0, -1):
+            delta = deltas[0] @ layers[index][0].T
+            self._slope(inputs[index], delta)
+            deltas.insert(0, delta)
+        squares = np.zeros(batch.rows)
+        for below, delta in zip(inputs, deltas, strict=True):
+            squares += (squared_norms(below) + 1.0) * squared_norms(delta)
+        factors = clip_factors(squares, clip_norm)
+        for (weights_out, bias_out), below, delta in zip(
+            self._layers(out), inputs, deltas, strict=True
+        ):
+            shorten(delta, factors)
+            _transposed_product(without_infinite(below, factors), delta, weights_out)
+            np.sum(delta, axis=0, out=bias_out)
 
     def evaluate(self, parameters: Array, batch: Batch) -> NDArray[np.float64]:
         """See ``Model``."""

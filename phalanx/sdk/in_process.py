@@ -462,7 +462,9 @@ class InProcessBackend:
 
         return DatasetManifest.from_json(self.get_blob(digest))
 
-    def _train(self, plan: JobPlan, on_progress: Callable[[Progress], None]) -> TrainedModel:
+    def _train(
+        self, plan: JobPlan, on_progress: Callable[[Progress], None], secret: bytes
+    ) -> TrainedModel:
         from phalanx.training.local import train_in_process
 
         spec = JobSpec.FromString(plan.spec)
@@ -477,6 +479,7 @@ class InProcessBackend:
             code_dir=job_code(spec, self._blob_path, self._code / plan.job_id),
             start_model=start_model,
             on_progress=on_progress,
+            secret=secret,
         )
 
     def _parameters_path(self, model: model_service_pb2.ModelVersion) -> Path:

@@ -20,6 +20,7 @@ from phalanx.errors import (
     no_job,
 )
 from phalanx.ids import new_id
+from phalanx.privacy.secret import new_secret
 from phalanx.sdk.in_process_tasks import TaskFailed
 from phalanx.tasks import is_task_set
 from phalanx.texts import number_of
@@ -37,7 +38,7 @@ OVER = frozenset({State.STATE_SUCCEEDED, State.STATE_CANCELLED})
 """Ended for good; a job that failed may be tried again."""
 ENDED = OVER | {State.STATE_FAILED}
 
-Train = Callable[[JobPlan, Callable[["Progress"], None]], "TrainedModel"]
+Train = Callable[[JobPlan, Callable[["Progress"], None], bytes], "TrainedModel"]
 Register = Callable[[job_pb2.Job, JobPlan, "TrainedModel"], str]
 """Stores the model of a job; returns its name."""
 
@@ -49,9 +50,8 @@ RunTasks = Callable[[JobPlan, dict[int, TaskResult], Callable[[], None]], None]
 class InProcessJobs:
     """The jobs of one process; they run in one thread, in the order of their submission.
 
-    ``train`` computes a job and ``register`` stores its model; ``run_tasks`` runs independent
-    tasks. All public methods may be called
-    from any thread.
+    ``train`` computes a job, by a secret of its own, and ``register`` stores its model;
+    ``run_tasks`` runs independent tasks. All public methods may be called from any thread.
     """
 
     def __init__(self, train: Train, register: Register, run_tasks: RunTasks) -> None:
@@ -248,7 +248,7 @@ class InProcessJobs:
         if is_task_set(run.job.spec):
             self._run_tasks(run.plan, run.results, partial(self._task_done, run))
             return partial(self._tasks_done, run)
-        trained = self._train(run.plan, partial(self._progress, run))
+        trained = self._train(run.plan, partial(self._progress, run), run.secret)
         model = self._register(self.get(run.job.id), run.plan, trained)
         return partial(self._succeed, run, model, trained)
 
@@ -358,6 +358,8 @@ class _Run:
     def __init__(self, job: job_pb2.Job, plan: JobPlan) -> None:
         self.job = job
         self.plan = plan
+        #: Of a private job; a second attempt repeats the noise of the first.
+        self.secret = new_secret()
         self.points: list[job_pb2.MetricPoint] = []
         self.results: dict[int, TaskResult] = {}
         self.begin_s = time.monotonic()

@@ -48,7 +48,8 @@ class TaskLedger:
 class Verdict:
     """The ledger of a job, and both hashes of its parameters.
 
-    ``ledger`` says how often each example was used; a set of tasks has ``tasks`` in its place.
+    ``ledger`` says how often each example was used; a set of tasks has ``tasks`` in its place, and
+    a job whose rows are drawn by a secret has none.
     ``not_compared`` says why the parameters could not be computed again, or why other bits would
     prove nothing; it is empty where the hashes are to be equal, and for tasks, which have none.
     """

@@ -41,7 +41,8 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
     in the order of its log, and one that went on from another is computed from the very beginning.
     Where nobody wrote down what the parameters depend on, or where other bits come out and this
     process has another numeric fingerprint than the job's workers, the verdict says so, and the
-    ledger is counted all the same. A set of tasks has its results counted.
+    ledger is counted all the same. Not that of a private job, whose rows are drawn by a secret. A
+    set of tasks has its results counted.
 
     Raises FailedPrecondition unless the job has succeeded, and where its data set or its origin is
     deleted; NotFound where the last checkpoint is needed and is not kept any more; DataLoss where
@@ -129,6 +130,8 @@ class _Training:
     def verdict(self) -> Verdict:
         """Read what is written, compute the job again if that is enough, and count."""
         result = self._result
+        if self._spec.train.HasField("privacy"):
+            return self._secret_verdict()
         first = _first_of(self._cluster, self._job)
         record = self._record()
         why = self._unknown(record) or self._without_model(first)
@@ -150,6 +153,20 @@ class _Training:
             like_workers=like_workers,
             ledger=self._ledger(record, trained),
             not_compared=why,
+        )
+
+    def _secret_verdict(self) -> Verdict:
+        """What can be said of a job whose rows and noise nobody may know."""
+        return Verdict(
+            job_id=self._job.id,
+            steps=self._result.steps,
+            cluster_sha256=self._result.parameters_sha256,
+            local_sha256="",
+            bit_identical=self._result.bit_identical,
+            not_compared=(
+                "the job is private: its rows were drawn and its noise was made by a secret that "
+                "its cluster does not tell"
+            ),
         )
 
     def _record(self) -> _Record:

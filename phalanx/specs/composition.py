@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterator
 
 from phalanx.errors import Violation
-from phalanx.specs import catalog, margins, parts
+from phalanx.privacy.settings import is_private
+from phalanx.specs import catalog, margins, parts, private
 from phalanx.texts import number_of
 from phalanx.v1 import job_spec_pb2
 
@@ -37,6 +38,8 @@ def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         yield from _verification(spec)
     yield from _all_reduce(spec)
     yield from margins.violations(spec.train)
+    if is_private(spec.train):
+        yield from private.violations(spec)
 
 
 def _verification(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:

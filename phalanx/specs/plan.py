@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from phalanx.specs import catalog, margins, parts, task_sets
+from phalanx.privacy.settings import is_private
+from phalanx.specs import catalog, margins, parts, private, task_sets
 from phalanx.specs.canonical import spec_sha256
 from phalanx.specs.resolve import rows_per_leaf, steps_per_epoch, total_steps, train_rows
 from phalanx.texts import number_of, verb_for
@@ -81,6 +82,7 @@ def plan(
         worker_bytes=worker_bytes(spec, dataset, slots_per_worker),
         eligible_workers=eligible_workers,
         warnings=_warnings(spec, dataset, eligible_workers),
+        epsilon=private.epsilon_at(spec.train, rows, steps),
     )
 
 
@@ -167,6 +169,7 @@ def _warnings(
         *_asynchronous_warnings(spec, rows),
         *_verification_warnings(spec, eligible_workers),
         *margins.warnings(spec),
+        *private.warnings(spec, rows, total_steps(spec, rows)),
     ]
 
 
@@ -183,7 +186,7 @@ def _leaf_warnings(spec: job_spec_pb2.JobSpec, rows: int, eligible_workers: int)
             f"batch_size {batch} is more than the {number_of(rows, 'row')}: "
             "every step uses all of them"
         )
-    elif batch and batch % shards:
+    elif batch and batch % shards and not is_private(spec.train):
         found.append(
             f"batch_size {batch} is no multiple of {number_of(shards, 'shard')}: "
             f"a step has {number_of(leaf * shards, 'row')}"

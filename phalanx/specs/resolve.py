@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from phalanx.data.choice import RawColumns
+from phalanx.privacy import settings as privacy
 from phalanx.specs import balance, catalog, features, parts, task_sets, updates
 from phalanx.tasks import is_task_set
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2, model_service_pb2
@@ -68,7 +69,10 @@ def train_rows(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset)
 
 
 def rows_per_leaf(spec: job_spec_pb2.JobSpec, rows: int) -> int:
-    """Return the rows that each shard gives to a step; all of its rows for the full batch."""
+    """Return the rows that each shard gives to a step; all of its rows for the full batch.
+
+    In a private job that is what it gives on average.
+    """
     shards = max(1, spec.data.shards)
     largest = -(-rows // shards)
     if spec.train.batch_size == 0:
@@ -81,6 +85,8 @@ def steps_per_epoch(spec: job_spec_pb2.JobSpec, rows: int) -> int:
 
     With local steps these are the shards' own, several of which make a step of the job.
     """
+    if privacy.is_private(spec.train):
+        return privacy.steps_per_epoch(spec.train, rows)
     largest = -(-rows // max(1, spec.data.shards))
     return max(1, -(-largest // rows_per_leaf(spec, rows)))
 
@@ -94,6 +100,9 @@ def total_steps(spec: job_spec_pb2.JobSpec, rows: int) -> int:
     if stop.HasField("epochs"):
         each = max(1, parts.local_steps(spec.train))
         bounds.append(max(1, math.ceil(stop.epochs * steps_per_epoch(spec, rows) / each)))
+    allowed = privacy.steps_allowed(spec.train, rows)
+    if allowed is not None:
+        bounds.append(max(1, allowed))  # that not one is allowed is said by validation
     return min(bounds, default=0)
 
 
@@ -142,7 +151,7 @@ def _data(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> N
 def _model(train: job_spec_pb2.Train, dataset: dataset_service_pb2.Dataset) -> None:
     model = train.model
     if not model.HasField("standardise"):
-        model.standardise = dataset.format != "csr"
+        model.standardise = dataset.format != "csr" and not privacy.is_private(train)
     kind = model.WhichOneof("kind")
     if kind in ("linear_regression", "logistic_regression", "softmax_regression", "linear_svm"):
         linear = getattr(model, kind)
@@ -212,6 +221,7 @@ def _training(train: job_spec_pb2.Train) -> None:
     train.dtype = train.dtype or "float32"
     stop = train.stop
     limited = any(stop.HasField(name) for name in ("steps", "epochs", "wall_time", "plateau"))
+    limited = limited or train.privacy.HasField("max_epsilon")
     if not limited and not stop.thresholds:
         stop.epochs = EPOCHS
 

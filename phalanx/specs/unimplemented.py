@@ -16,7 +16,6 @@ _REFUSED: dict[str, str] = {
     "resources.gpus": "GPUs are not carried out yet; leave it out",
     "train.local.fragments": "fragments are not carried out yet; leave it out",
     "train.model.torch": "PyTorch modules are not carried out yet; use mlp or custom",
-    "train.privacy": "differential privacy is not carried out yet; leave it out",
 }
 
 

@@ -17,6 +17,7 @@ from phalanx.data.choice import RawColumns
 from phalanx.errors import InvalidArgument, Violation
 from phalanx.files import LENGTH_RULE, is_too_long
 from phalanx.ids import SHORT_NAME_RULE, is_short_name
+from phalanx.privacy.settings import is_private
 from phalanx.specs import (
     balance,
     catalog,
@@ -24,6 +25,7 @@ from phalanx.specs import (
     continuing,
     features,
     margins,
+    private,
     task_sets,
     updates,
 )
@@ -121,6 +123,10 @@ _RANGES: dict[str, _Range] = {
     "train.checkpoints.every_steps": _Range(0, _EXACT),
     "train.checkpoints.keep": _Range(1, 1000),
     "train.on_nonfinite.skip.max_steps": _NOT_NEGATIVE,
+    "train.privacy.clip_norm": _ABOVE_ZERO,
+    "train.privacy.noise_multiplier": _ABOVE_ZERO,
+    "train.privacy.delta": _Range(0, 1, open_low=True, open_high=True),
+    "train.privacy.max_epsilon": _ABOVE_ZERO,
 }
 
 # The outer optimizer of local steps is one like any other.
@@ -171,6 +177,7 @@ def validate_against(
         *_model_fits(spec, dataset),
         *updates.violations_against(spec, dataset.features, train_rows),
         *_metrics(spec, dataset),
+        *private.violations_against(spec, dataset),
     ]
 
 
@@ -402,7 +409,7 @@ def _data(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> I
             "data.shards",
             f"{number_of(spec.data.shards, 'shard')}: more than the {number_of(rows, 'row')}",
         )
-    if 0 < spec.train.batch_size < spec.data.shards:
+    if 0 < spec.train.batch_size < spec.data.shards and not is_private(spec.train):
         message = f"{number_of(spec.train.batch_size, 'row')} cannot be spread over "
         message += number_of(spec.data.shards, "shard")
         yield Violation("train.batch_size", f"{message}; each needs at least one")
@@ -445,12 +452,15 @@ def _metrics(
     names = catalog.metric_names(spec.train.model, dataset.task)
     names += margins.certificates(spec)
     split = spec.train.evaluation.split if spec.train.HasField("evaluation") else ""
-    known = ["train/loss", *(f"{split}/{name}" for name in names if split)]
+    # The loss of a step of a private job would have no noise.
+    losses = [] if is_private(spec.train) else ["train/loss"]
+    known = [*losses, *(f"{split}/{name}" for name in names if split)]
     for path, metric in named:
         where, _, name = metric.partition("/")
-        fits = metric == "train/loss" or (where == split and (not names or name in names))
+        fits = metric in losses or (where == split and (not names or name in names))
         if not fits:
-            yield Violation(path, f"{metric!r} is never computed; this job has {', '.join(known)}")
+            has = ", ".join(known) or "no metrics that a rule may watch"
+            yield Violation(path, f"{metric!r} is never computed; this job has {has}")
     if spec.output.HasField("best"):
         yield from _evaluated(spec, dataset, names)
     for index, name in enumerate(spec.train.evaluation.metrics):

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from phalanx.privacy.settings import Spending
 from phalanx.training.asynchronous import limit_after
 from phalanx.training.best import BestRule, Kept
 from phalanx.training.metrics import keeps_point, metrics_from_sums
@@ -25,6 +26,8 @@ from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import GoRecord, JobPlan
 
 TRAIN_LOSS = "train/loss"
+EPSILON = "train/epsilon"
+"""What the steps so far have spent of the privacy of each row."""
 
 
 class RootDecider:
@@ -40,7 +43,8 @@ class RootDecider:
         self._term = term
         spec = JobSpec.FromString(plan.spec)
         self._train = spec.train
-        self._stop = StopRules(self._train, plan.total_steps)
+        self._spending = Spending(plan)
+        self._stop = StopRules(self._train, plan.total_steps, self._spending.steps)
         self._best = BestRule(spec.output)
         self._version = 0
         self._round = -1
@@ -135,20 +139,21 @@ class RootDecider:
     ) -> GoRecord:
         """A train round is done: range 0 holds ``version``, made of so many examples.
 
-        A count of 0 says that every shard was absent: the step counts, the loss is unknown.
+        A count of 0 says that every shard was absent: the step counts, the loss is unknown. That
+        of a private job is never told: no noise is on it.
         ``others`` are metrics of the step that no stop rule looks at.
         """
         self._version, self._round = version, -1
         self._last_count, self._last_loss = example_count, loss_sum
         self._examples += example_count
-        if example_count:
+        if self._spending.counted:
+            self._show(version, {EPSILON: self._spending.epsilon(version)})
+            self._stop.observe(version, {})
+        elif example_count:
             self._interval_count += example_count
             self._interval_loss += loss_sum
             measured = {TRAIN_LOSS: loss_sum / example_count}
-            shown = {**measured, **others}
-            self.metrics.update(shown)
-            if keeps_point(version, self._plan.total_steps):
-                self._points += [(version, name, value) for name, value in shown.items()]
+            self._show(version, {**measured, **others})
             self._stop.observe(version, measured)
         else:
             self._stop.observe(version, {})
@@ -171,7 +176,9 @@ class RootDecider:
             if not wanted or name.partition("/")[2] in wanted
         }
         self.metrics.update(shown)
-        self._best.observe(self._version, measured, self.metrics)
+        # Which step is the best depends on all of them, so it has not spent less than they have.
+        told = {name: value for name, value in self.metrics.items() if name != EPSILON}
+        self._best.observe(self._version, measured, told)
         if self._keeps_evaluation():
             self._points += [(self._version, name, value) for name, value in shown.items()]
         self._observe_time(elapsed_s)
@@ -215,6 +222,12 @@ class RootDecider:
         if best is not None:
             state["best"] = best
         return json.dumps(state, sort_keys=True)
+
+    def _show(self, version: int, measured: Mapping[str, float]) -> None:
+        """Tell what was measured of a step."""
+        self.metrics.update(measured)
+        if keeps_point(version, self._plan.total_steps):
+            self._points += [(version, name, value) for name, value in measured.items()]
 
     def _end_interval(self) -> None:
         """A plateau of the training loss looks at its mean since the last evaluation."""

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from phalanx.data.manifest import ChunkInfo, DatasetManifest
 from phalanx.data.statistics import manifest_mean_and_scale, standardise
 from phalanx.models.base import Array, Batch, Model, decay_mask
+from phalanx.models.clipping import clipped_gradient
 from phalanx.optimizers import build_local_optimizer
+from phalanx.privacy.settings import sampling_rate
 from phalanx.reducers import Contribution
 from phalanx.reduction import all_finite
 from phalanx.specs.balance import by_class
@@ -29,11 +31,13 @@ from phalanx.training.sampler import (
     RowSelection,
     ShardRows,
     chunks_for_leaf,
+    chunks_in_order,
+    rows_by_chance,
     rows_for_leaf,
     rows_in_order,
     shard_rows,
 )
-from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.job_spec_pb2 import JobSpec, Train
 from phalanx.v1.training_pb2 import JobPlan, Layout
 
 
@@ -73,6 +77,7 @@ class LeafOutcome:
 @dataclass(frozen=True)
 class _Settings:
     seed: int
+    train: Train
     standardise: bool
     by_class: bool
     oversample: bool
@@ -80,6 +85,8 @@ class _Settings:
     positions: bool
     #: By class label; empty: every row counts 1.
     weights: tuple[tuple[str, float], ...]
+    #: The longest gradient of a row in a private job; None: the job is not private.
+    clip_norm: float | None
 
 
 def run_leaf(
@@ -102,7 +109,8 @@ def run_leaf(
         step: the version at which the gradient is taken; it fixes epoch and rows.
         out: (n,) the gradient sum, written whole unless the count is 0.
     """
-    return run_batch(model, parameters, leaf_batch(reader, plan, shard, step), out)
+    batch = leaf_batch(reader, plan, shard, step)
+    return run_batch(model, parameters, batch, out, row_clip_norm(plan))
 
 
 def leaf_batch(reader: RowReader, plan: JobPlan, shard: int, step: int) -> Batch | None:
@@ -125,10 +133,13 @@ def leaf_batch(reader: RowReader, plan: JobPlan, shard: int, step: int) -> Batch
 
 def leaf_rows(plan: JobPlan, split: Chunks, shard: int, step: int) -> list[RowSelection]:
     """Return which rows of the split one training leaf reads."""
-    epoch, step_in_epoch = divmod(step, max(1, plan.steps_per_epoch))
     rows = training_rows(plan, split, shard)
-    seed = _settings(plan.spec).seed
-    return rows_for_leaf(rows, seed, epoch, step_in_epoch, plan.rows_per_leaf)
+    settings = _settings(plan.spec)
+    if settings.clip_norm is not None:
+        rate = sampling_rate(settings.train, plan.train_rows)
+        return rows_by_chance(rows, plan.sampler_key, step, rate)
+    epoch, step_in_epoch = divmod(step, max(1, plan.steps_per_epoch))
+    return rows_for_leaf(rows, settings.seed, epoch, step_in_epoch, plan.rows_per_leaf)
 
 
 def training_rows(plan: JobPlan, reader: Chunks, shard: int) -> ShardRows:
@@ -138,11 +149,29 @@ def training_rows(plan: JobPlan, reader: Chunks, shard: int) -> ShardRows:
     return shard_rows(shard, plan.shards, reader.chunk_rows, classes)
 
 
-def run_batch(model: Model, parameters: Array, batch: Batch | None, out: Array) -> LeafOutcome:
-    """Run a training leaf on the rows that `leaf_batch` returned; see `run_leaf`."""
+def row_clip_norm(plan: JobPlan) -> float | None:
+    """Return the norm that a private job shortens the gradient of each row to; None: none."""
+    return _settings(plan.spec).clip_norm
+
+
+def run_batch(
+    model: Model,
+    parameters: Array,
+    batch: Batch | None,
+    out: Array,
+    clip_norm: float | None = None,
+) -> LeafOutcome:
+    """Run a training leaf on the rows that `leaf_batch` returned; see `run_leaf`.
+
+    With a `clip_norm` the gradient of each row is shortened to it, and the loss is 0: no noise
+    would be on it, and it would tell of the rows.
+    """
     if batch is None:
         return LeafOutcome(0, 0.0, True)
     with np.errstate(all="ignore"):
+        if clip_norm is not None:
+            clipped_gradient(model, parameters, batch, clip_norm, out)
+            return LeafOutcome(batch.rows, 0.0, all_finite(out))
         sums = model.gradient(parameters, batch, out)
         finite = isfinite(sums.loss_sum) and all_finite(out)
     return LeafOutcome(sums.count, sums.loss_sum, finite)
@@ -237,10 +266,12 @@ def run_evaluation_leaf(
 
 def leaf_chunks(plan: JobPlan, reader: RowReader, shard: int, step: int) -> list[int]:
     """Return the indices of the chunks that a training leaf may read."""
-    epoch, step_in_epoch = divmod(step, max(1, plan.steps_per_epoch))
     rows = training_rows(plan, reader, shard)
-    seed = _settings(plan.spec).seed
-    return chunks_for_leaf(rows, seed, epoch, step_in_epoch, plan.rows_per_leaf)
+    settings = _settings(plan.spec)
+    if settings.clip_norm is not None:
+        return chunks_in_order(rows)
+    epoch, step_in_epoch = divmod(step, max(1, plan.steps_per_epoch))
+    return chunks_for_leaf(rows, settings.seed, epoch, step_in_epoch, plan.rows_per_leaf)
 
 
 _SCALES: WeakKeyDictionary[RowReader, tuple[Array, Array] | None] = WeakKeyDictionary()
@@ -261,14 +292,16 @@ def _batch(reader: RowReader, selections: list[RowSelection], settings: _Setting
 @lru_cache(maxsize=16)
 def _settings(spec: bytes) -> _Settings:
     message = JobSpec.FromString(spec)
-    data = message.data
+    data, privacy = message.data, message.train.privacy
     return _Settings(
         message.seed,
+        message.train,
         message.train.model.standardise,
         by_class=by_class(data),
         oversample=data.HasField("oversample"),
         positions=message.train.optimizer.HasField("cocoa"),
         weights=tuple(sorted(data.class_weights.weights.items())),
+        clip_norm=privacy.clip_norm if message.train.HasField("privacy") else None,
     )
 
 

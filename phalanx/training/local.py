@@ -27,6 +27,8 @@ from phalanx.models import DataSchema, Model, build_model
 from phalanx.models.base import Batch, decay_mask
 from phalanx.models.code import deactivate_user_code
 from phalanx.optimizers import Optimizer, build_optimizer, gradient_limit
+from phalanx.privacy.noise import build_noise
+from phalanx.privacy.secret import new_secret, sampler_key
 from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import Node, TreeReducer, all_finite, reduce_leaves
 from phalanx.specs.shard_rows import rows_of_shard
@@ -104,6 +106,7 @@ def train_in_process(
     replay: ReplayLog | None = None,
     left_out: LeftOutLog | None = None,
     until_step: int | None = None,
+    secret: bytes | None = None,
 ) -> TrainedModel:
     """Run a job to its end and return the model.
 
@@ -118,6 +121,7 @@ def train_in_process(
         replay: the order of an asynchronous run that is to be computed again.
         left_out: what each step left out in a run that is to be computed again.
         until_step: end there at the latest, whatever the stop rules say.
+        secret: what a private job draws its rows and makes its noise by; None: a new one.
 
     Raises:
         PhalanxError: the job cannot run, or failed; what a user's model raises passes through.
@@ -149,6 +153,7 @@ def train_in_process(
                 replay=replay,
                 left_out=left_out,
                 until_step=until_step,
+                secret=secret,
             )
     finally:
         deactivate_user_code()
@@ -166,13 +171,16 @@ def run_job(
     replay: ReplayLog | None = None,
     left_out: LeftOutLog | None = None,
     until_step: int | None = None,
+    secret: bytes | None = None,
 ) -> TrainedModel:
     """Run the rounds of a job whose model and readers are there; see `train_in_process`.
 
     BLAS must use one thread already. `evaluation_reader` may be None only where the plan has no
     evaluation shards.
     """
-    job = _Job(plan, model, reader, evaluation_reader, start_model, replay, left_out)
+    records = _Records(replay, left_out)
+    secret = new_secret() if secret is None else secret
+    job = _Job(plan, model, reader, evaluation_reader, start_model, records, secret)
     begin_s = clock()
     go = job.decider.start()
     ends = (GoRecord.ACTION_STOP, GoRecord.ACTION_FAIL)
@@ -185,6 +193,14 @@ def run_job(
     return job.result(go.reason)
 
 
+@dataclass(frozen=True)
+class _Records:
+    """What is known of a run that is to be computed again; None: nothing."""
+
+    replay: ReplayLog | None
+    left_out: LeftOutLog | None
+
+
 class _Job:
     """Parameters, optimizer state and decider of one run."""
 
@@ -195,12 +211,13 @@ class _Job:
         reader: RowReader,
         evaluation_reader: RowReader | None,
         start_model: Path | None,
-        replay: ReplayLog | None,
-        left_out: LeftOutLog | None,
+        records: _Records,
+        secret: bytes,
     ) -> None:
-        self._absences = left_out
+        self._absences = records.left_out
         self._plan = JobPlan()
         self._plan.CopyFrom(plan)
+        self._plan.sampler_key = sampler_key(secret)
         self._plan.layout.CopyFrom(model.layout)
         self._plan.evaluation_sums[:] = model.evaluation_sums
         self._spec = JobSpec.FromString(plan.spec)
@@ -214,6 +231,7 @@ class _Job:
             self._optimizer = build_optimizer(self._spec.train, plan.total_steps)
         self._reducer = build_reducer(self._spec.train, plan.shards)
         self._clip_norm = gradient_limit(self._spec.train)
+        self._noise = build_noise(plan, secret)
         self._up_codec = build_up_codec(self._spec)
         self._down_codec = build_down_codec(self._spec.train)
         span = max(1, plan.unit_span)
@@ -246,7 +264,9 @@ class _Job:
         }
         self._one_by_one: AsynchronousSteps | None = None
         if plan.asynchronous:
-            self._one_by_one = AsynchronousSteps(plan, self._decay, self._parameters, replay)
+            self._one_by_one = AsynchronousSteps(
+                plan, self._decay, self._parameters, records.replay
+            )
 
     def run(self, go: GoRecord, elapsed_s: Callable[[], float]) -> GoRecord:
         """Carry out one record and return the next."""
@@ -340,6 +360,10 @@ class _Job:
             reduced = self._reducer.reduce(leaves)
             gradient = None if reduced is None else reduced.pieces[0]
             divisor = 0 if reduced is None else reduced.divisor
+        if self._noise is not None:
+            size, dtype = len(self._parameters), self._parameters.dtype
+            gradient = self._noise.added(gradient, 0, size, version, dtype)
+            divisor = self._noise.divisor
         if gradient is not None:
             self._make_next(gradient, divisor, version)
             if not all_finite(self._next):

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from phalanx.data.options import PIECE_ROWS
 from phalanx.errors import InvalidArgument
+from phalanx.training.chance import drawn_rows
 from phalanx.training.classes import ClassLayout, Part
 
 WINDOW_PIECES = 4
@@ -95,6 +96,15 @@ def rows_for_leaf(
         if position >= stop:
             break
     return selections
+
+
+def rows_by_chance(shard: ShardRows, key: bytes, step: int, rate: float) -> list[RowSelection]:
+    """Return the rows of one leaf where each row enters each step by itself, with one probability.
+
+    Nothing depends on the epoch or on what other shards draw; see `phalanx.training.chance`.
+    """
+    drawn = drawn_rows(key, shard.shard, shard.stop - shard.first, step, rate)
+    return _select(_all_parts(shard), drawn)
 
 
 def rows_in_order(shard: ShardRows) -> list[RowSelection]:

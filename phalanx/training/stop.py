@@ -13,6 +13,7 @@ STOP_EPOCHS = "STOP_EPOCHS"
 STOP_THRESHOLD = "STOP_THRESHOLD"
 STOP_PLATEAU = "STOP_PLATEAU"
 STOP_WALL_TIME = "STOP_WALL_TIME"
+STOP_EPSILON = "STOP_EPSILON"
 
 
 class StopRules:
@@ -20,10 +21,12 @@ class StopRules:
 
     Args:
         train: resolved program.
-        total_steps: steps that ``stop.steps`` and ``stop.epochs`` allow; 0: no such limit.
+        total_steps: steps that the rules allow which count them; 0: no such limit.
+        private_steps: steps that ``privacy.max_epsilon`` allows; 0: no such limit.
     """
 
-    def __init__(self, train: Train, total_steps: int) -> None:
+    def __init__(self, train: Train, total_steps: int, private_steps: int = 0) -> None:
+        self._private_steps = private_steps
         self._stop = train.stop
         self._total_steps = total_steps
         self._plateau = _Plateau(train.stop.plateau) if train.stop.HasField("plateau") else None
@@ -35,6 +38,8 @@ class StopRules:
             value = metrics.get(threshold.metric)
             if value is not None and holds(threshold, value):
                 self._end(STOP_THRESHOLD)
+        if self._private_steps and step >= self._private_steps:
+            self._end(STOP_EPSILON)
         if self._total_steps and step >= self._total_steps:
             by_steps = self._stop.HasField("steps") and self._stop.steps <= self._total_steps
             self._end(STOP_STEPS if by_steps else STOP_EPOCHS)

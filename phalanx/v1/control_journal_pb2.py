@@ -28,7 +28,7 @@ from phalanx.v1 import storage_service_pb2 as phalanx_dot_v1_dot_storage__servic
 from phalanx.v1 import training_pb2 as phalanx_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n phalanx/v1/control_journal.proto\x12\nphalanx.v1\x1a\x14phalanx/v1/job.proto\x1a\x19phalanx/v1/job_spec.proto\x1a phalanx/v1/storage_service.proto\x1a\x19phalanx/v1/training.proto\"\xdb\x06\n\rControlRecord\x12\x17\n\x0ftime_unix_nanos\x18\x01 \x01(\x03\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12.\n\x07request\x18\x03 \x01(\x0b\x32\x1d.phalanx.v1.RememberedRequest\x12\x36\n\x0fjoined_requests\x18\x04 \x03(\x0b\x32\x1d.phalanx.v1.RememberedRequest\x12\x35\n\x0f\x63ontrol_started\x18\n \x01(\x0b\x32\x1a.phalanx.v1.ControlStartedH\x00\x12\x31\n\rjob_submitted\x18\x0b \x01(\x0b\x32\x18.phalanx.v1.JobSubmittedH\x00\x12/\n\x0cterm_started\x18\x0c \x01(\x0b\x32\x17.phalanx.v1.TermStartedH\x00\x12-\n\x0bjob_changed\x18\r \x01(\x0b\x32\x16.phalanx.v1.JobChangedH\x00\x12-\n\x0bjob_removed\x18\x0e \x01(\x0b\x32\x16.phalanx.v1.JobRemovedH\x00\x12=\n\x13\x66ingerprint_changed\x18\x0f \x01(\x0b\x32\x1e.phalanx.v1.FingerprintChangedH\x00\x12\x33\n\x0eworker_drained\x18\x10 \x01(\x0b\x32\x19.phalanx.v1.WorkerDrainedH\x00\x12\x31\n\rclock_stepped\x18\x11 \x01(\x0b\x32\x18.phalanx.v1.ClockSteppedH\x00\x12;\n\x12worker_quarantined\x18\x12 \x01(\x0b\x32\x1d.phalanx.v1.WorkerQuarantinedH\x00\x12\x33\n\x0esnapshot_begin\x18\x14 \x01(\x0b\x32\x19.phalanx.v1.SnapshotBeginH\x00\x12/\n\x0cjob_snapshot\x18\x15 \x01(\x0b\x32\x17.phalanx.v1.JobSnapshotH\x00\x12\x39\n\x11requests_snapshot\x18\x16 \x01(\x0b\x32\x1c.phalanx.v1.RequestsSnapshotH\x00\x12/\n\x0csnapshot_end\x18\x17 \x01(\x0b\x32\x17.phalanx.v1.SnapshotEndH\x00\x42\x06\n\x04\x66\x61\x63t\"q\n\x11RememberedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\x17\n\x0ftime_unix_nanos\x18\x05 \x01(\x03\"5\n\x0e\x43ontrolStarted\x12\x12\n\ncontrol_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xe1\x01\n\x0cJobSubmitted\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12!\n\x04spec\x18\x02 \x01(\x0b\x32\x13.phalanx.v1.JobSpec\x12!\n\x04plan\x18\x03 \x01(\x0b\x32\x13.phalanx.v1.JobPlan\x12(\n\x0e\x61nnounced_plan\x18\x04 \x01(\x0b\x32\x10.phalanx.v1.Plan\x12\x11\n\tsubmitter\x18\x05 \x01(\t\x12\x14\n\x0cworker_bytes\x18\x06 \x01(\x03\x12(\n\tcontinued\x18\x07 \x01(\x0b\x32\x15.phalanx.v1.Continued\"\x8f\x01\n\tContinued\x12\x32\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x1e.phalanx.v1.CheckpointManifest\x12\x1e\n\x16\x61ggregator_fingerprint\x18\x02 \x01(\t\x12\x13\n\x0bleaf_sha256\x18\x03 \x01(\t\x12\x19\n\x11\x62it_identity_lost\x18\x04 \x01(\x08\"\xec\x01\n\x0bTermStarted\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x03\x12!\n\x04plan\x18\x03 \x01(\x0b\x32\x13.phalanx.v1.JobPlan\x12*\n\x06ranges\x18\x04 \x03(\x0b\x32\x1a.phalanx.v1.ParameterRange\x12\x1e\n\x16\x61ggregator_fingerprint\x18\x05 \x01(\t\x12\x14\n\x0crestore_step\x18\x06 \x01(\x03\x12\x13\n\x0bleaf_sha256\x18\x07 \x01(\t\x12\x13\n\x0bworkers_own\x18\x08 \x01(\x08\x12\x10\n\x08seal_key\x18\t \x01(\x0c\"\xef\x01\n\nJobChanged\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.phalanx.v1.Job.State\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x17\n\x0fpause_requested\x18\x05 \x01(\x08\x12\"\n\x06result\x18\x06 \x01(\x0b\x32\x12.phalanx.v1.Result\x12%\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32\x13.phalanx.v1.Failure\x12&\n\x08progress\x18\x08 \x01(\x0b\x32\x14.phalanx.v1.Progress\"\x1c\n\nJobRemoved\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"9\n\x12\x46ingerprintChanged\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"E\n\rWorkerDrained\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\"Y\n\x11WorkerQuarantined\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04\x64one\x18\x04 \x01(\x08\"\x0f\n\rSnapshotBegin\"\x95\x02\n\x0bJobSnapshot\x12+\n\tsubmitted\x18\x01 \x01(\x0b\x32\x18.phalanx.v1.JobSubmitted\x12\x19\n\x11submit_unix_nanos\x18\x02 \x01(\x03\x12-\n\x0cterm_started\x18\x03 \x01(\x0b\x32\x17.phalanx.v1.TermStarted\x12\'\n\x07\x63hanged\x18\x04 \x01(\x0b\x32\x16.phalanx.v1.JobChanged\x12\x18\n\x10start_unix_nanos\x18\x05 \x01(\x03\x12\x16\n\x0e\x65nd_unix_nanos\x18\x06 \x01(\x03\x12\x19\n\x11\x62it_identity_lost\x18\x07 \x01(\x08\x12\x19\n\x11\x63lock_steps_nanos\x18\x08 \x01(\x03\"\x1d\n\x0c\x43lockStepped\x12\r\n\x05nanos\x18\x01 \x01(\x03\"\xa2\x01\n\x10RequestsSnapshot\x12/\n\x08requests\x18\x01 \x03(\x0b\x32\x1d.phalanx.v1.RememberedRequest\x12)\n\x06\x64rains\x18\x02 \x03(\x0b\x32\x19.phalanx.v1.WorkerDrained\x12\x32\n\x0bquarantines\x18\x03 \x03(\x0b\x32\x1d.phalanx.v1.WorkerQuarantined\"\r\n\x0bSnapshotEndb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n phalanx/v1/control_journal.proto\x12\nphalanx.v1\x1a\x14phalanx/v1/job.proto\x1a\x19phalanx/v1/job_spec.proto\x1a phalanx/v1/storage_service.proto\x1a\x19phalanx/v1/training.proto\"\xdb\x06\n\rControlRecord\x12\x17\n\x0ftime_unix_nanos\x18\x01 \x01(\x03\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12.\n\x07request\x18\x03 \x01(\x0b\x32\x1d.phalanx.v1.RememberedRequest\x12\x36\n\x0fjoined_requests\x18\x04 \x03(\x0b\x32\x1d.phalanx.v1.RememberedRequest\x12\x35\n\x0f\x63ontrol_started\x18\n \x01(\x0b\x32\x1a.phalanx.v1.ControlStartedH\x00\x12\x31\n\rjob_submitted\x18\x0b \x01(\x0b\x32\x18.phalanx.v1.JobSubmittedH\x00\x12/\n\x0cterm_started\x18\x0c \x01(\x0b\x32\x17.phalanx.v1.TermStartedH\x00\x12-\n\x0bjob_changed\x18\r \x01(\x0b\x32\x16.phalanx.v1.JobChangedH\x00\x12-\n\x0bjob_removed\x18\x0e \x01(\x0b\x32\x16.phalanx.v1.JobRemovedH\x00\x12=\n\x13\x66ingerprint_changed\x18\x0f \x01(\x0b\x32\x1e.phalanx.v1.FingerprintChangedH\x00\x12\x33\n\x0eworker_drained\x18\x10 \x01(\x0b\x32\x19.phalanx.v1.WorkerDrainedH\x00\x12\x31\n\rclock_stepped\x18\x11 \x01(\x0b\x32\x18.phalanx.v1.ClockSteppedH\x00\x12;\n\x12worker_quarantined\x18\x12 \x01(\x0b\x32\x1d.phalanx.v1.WorkerQuarantinedH\x00\x12\x33\n\x0esnapshot_begin\x18\x14 \x01(\x0b\x32\x19.phalanx.v1.SnapshotBeginH\x00\x12/\n\x0cjob_snapshot\x18\x15 \x01(\x0b\x32\x17.phalanx.v1.JobSnapshotH\x00\x12\x39\n\x11requests_snapshot\x18\x16 \x01(\x0b\x32\x1c.phalanx.v1.RequestsSnapshotH\x00\x12/\n\x0csnapshot_end\x18\x17 \x01(\x0b\x32\x17.phalanx.v1.SnapshotEndH\x00\x42\x06\n\x04\x66\x61\x63t\"q\n\x11RememberedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\x17\n\x0ftime_unix_nanos\x18\x05 \x01(\x03\"5\n\x0e\x43ontrolStarted\x12\x12\n\ncontrol_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xf1\x01\n\x0cJobSubmitted\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12!\n\x04spec\x18\x02 \x01(\x0b\x32\x13.phalanx.v1.JobSpec\x12!\n\x04plan\x18\x03 \x01(\x0b\x32\x13.phalanx.v1.JobPlan\x12(\n\x0e\x61nnounced_plan\x18\x04 \x01(\x0b\x32\x10.phalanx.v1.Plan\x12\x11\n\tsubmitter\x18\x05 \x01(\t\x12\x14\n\x0cworker_bytes\x18\x06 \x01(\x03\x12(\n\tcontinued\x18\x07 \x01(\x0b\x32\x15.phalanx.v1.Continued\x12\x0e\n\x06secret\x18\x08 \x01(\x0c\"\x8f\x01\n\tContinued\x12\x32\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x1e.phalanx.v1.CheckpointManifest\x12\x1e\n\x16\x61ggregator_fingerprint\x18\x02 \x01(\t\x12\x13\n\x0bleaf_sha256\x18\x03 \x01(\t\x12\x19\n\x11\x62it_identity_lost\x18\x04 \x01(\x08\"\xec\x01\n\x0bTermStarted\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x03\x12!\n\x04plan\x18\x03 \x01(\x0b\x32\x13.phalanx.v1.JobPlan\x12*\n\x06ranges\x18\x04 \x03(\x0b\x32\x1a.phalanx.v1.ParameterRange\x12\x1e\n\x16\x61ggregator_fingerprint\x18\x05 \x01(\t\x12\x14\n\x0crestore_step\x18\x06 \x01(\x03\x12\x13\n\x0bleaf_sha256\x18\x07 \x01(\t\x12\x13\n\x0bworkers_own\x18\x08 \x01(\x08\x12\x10\n\x08seal_key\x18\t \x01(\x0c\"\xef\x01\n\nJobChanged\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.phalanx.v1.Job.State\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x17\n\x0fpause_requested\x18\x05 \x01(\x08\x12\"\n\x06result\x18\x06 \x01(\x0b\x32\x12.phalanx.v1.Result\x12%\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32\x13.phalanx.v1.Failure\x12&\n\x08progress\x18\x08 \x01(\x0b\x32\x14.phalanx.v1.Progress\"\x1c\n\nJobRemoved\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"9\n\x12\x46ingerprintChanged\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"E\n\rWorkerDrained\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\"Y\n\x11WorkerQuarantined\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04\x64one\x18\x04 \x01(\x08\"\x0f\n\rSnapshotBegin\"\x95\x02\n\x0bJobSnapshot\x12+\n\tsubmitted\x18\x01 \x01(\x0b\x32\x18.phalanx.v1.JobSubmitted\x12\x19\n\x11submit_unix_nanos\x18\x02 \x01(\x03\x12-\n\x0cterm_started\x18\x03 \x01(\x0b\x32\x17.phalanx.v1.TermStarted\x12\'\n\x07\x63hanged\x18\x04 \x01(\x0b\x32\x16.phalanx.v1.JobChanged\x12\x18\n\x10start_unix_nanos\x18\x05 \x01(\x03\x12\x16\n\x0e\x65nd_unix_nanos\x18\x06 \x01(\x03\x12\x19\n\x11\x62it_identity_lost\x18\x07 \x01(\x08\x12\x19\n\x11\x63lock_steps_nanos\x18\x08 \x01(\x03\"\x1d\n\x0c\x43lockStepped\x12\r\n\x05nanos\x18\x01 \x01(\x03\"\xa2\x01\n\x10RequestsSnapshot\x12/\n\x08requests\x18\x01 \x03(\x0b\x32\x1d.phalanx.v1.RememberedRequest\x12)\n\x06\x64rains\x18\x02 \x03(\x0b\x32\x19.phalanx.v1.WorkerDrained\x12\x32\n\x0bquarantines\x18\x03 \x03(\x0b\x32\x1d.phalanx.v1.WorkerQuarantined\"\r\n\x0bSnapshotEndb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,29 +42,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONTROLSTARTED']._serialized_start=1135
   _globals['_CONTROLSTARTED']._serialized_end=1188
   _globals['_JOBSUBMITTED']._serialized_start=1191
-  _globals['_JOBSUBMITTED']._serialized_end=1416
-  _globals['_CONTINUED']._serialized_start=1419
-  _globals['_CONTINUED']._serialized_end=1562
-  _globals['_TERMSTARTED']._serialized_start=1565
-  _globals['_TERMSTARTED']._serialized_end=1801
-  _globals['_JOBCHANGED']._serialized_start=1804
-  _globals['_JOBCHANGED']._serialized_end=2043
-  _globals['_JOBREMOVED']._serialized_start=2045
-  _globals['_JOBREMOVED']._serialized_end=2073
-  _globals['_FINGERPRINTCHANGED']._serialized_start=2075
-  _globals['_FINGERPRINTCHANGED']._serialized_end=2132
-  _globals['_WORKERDRAINED']._serialized_start=2134
-  _globals['_WORKERDRAINED']._serialized_end=2203
-  _globals['_WORKERQUARANTINED']._serialized_start=2205
-  _globals['_WORKERQUARANTINED']._serialized_end=2294
-  _globals['_SNAPSHOTBEGIN']._serialized_start=2296
-  _globals['_SNAPSHOTBEGIN']._serialized_end=2311
-  _globals['_JOBSNAPSHOT']._serialized_start=2314
-  _globals['_JOBSNAPSHOT']._serialized_end=2591
-  _globals['_CLOCKSTEPPED']._serialized_start=2593
-  _globals['_CLOCKSTEPPED']._serialized_end=2622
-  _globals['_REQUESTSSNAPSHOT']._serialized_start=2625
-  _globals['_REQUESTSSNAPSHOT']._serialized_end=2787
-  _globals['_SNAPSHOTEND']._serialized_start=2789
-  _globals['_SNAPSHOTEND']._serialized_end=2802
+  _globals['_JOBSUBMITTED']._serialized_end=1432
+  _globals['_CONTINUED']._serialized_start=1435
+  _globals['_CONTINUED']._serialized_end=1578
+  _globals['_TERMSTARTED']._serialized_start=1581
+  _globals['_TERMSTARTED']._serialized_end=1817
+  _globals['_JOBCHANGED']._serialized_start=1820
+  _globals['_JOBCHANGED']._serialized_end=2059
+  _globals['_JOBREMOVED']._serialized_start=2061
+  _globals['_JOBREMOVED']._serialized_end=2089
+  _globals['_FINGERPRINTCHANGED']._serialized_start=2091
+  _globals['_FINGERPRINTCHANGED']._serialized_end=2148
+  _globals['_WORKERDRAINED']._serialized_start=2150
+  _globals['_WORKERDRAINED']._serialized_end=2219
+  _globals['_WORKERQUARANTINED']._serialized_start=2221
+  _globals['_WORKERQUARANTINED']._serialized_end=2310
+  _globals['_SNAPSHOTBEGIN']._serialized_start=2312
+  _globals['_SNAPSHOTBEGIN']._serialized_end=2327
+  _globals['_JOBSNAPSHOT']._serialized_start=2330
+  _globals['_JOBSNAPSHOT']._serialized_end=2607
+  _globals['_CLOCKSTEPPED']._serialized_start=2609
+  _globals['_CLOCKSTEPPED']._serialized_end=2638
+  _globals['_REQUESTSSNAPSHOT']._serialized_start=2641
+  _globals['_REQUESTSSNAPSHOT']._serialized_end=2803
+  _globals['_SNAPSHOTEND']._serialized_start=2805
+  _globals['_SNAPSHOTEND']._serialized_end=2818
 # @@protoc_insertion_point(module_scope)

@@ -188,10 +188,15 @@ class JobSubmitted(_message.Message):
     SUBMITTER_FIELD_NUMBER: _builtins.int
     WORKER_BYTES_FIELD_NUMBER: _builtins.int
     CONTINUED_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     submitter: _builtins.str
     worker_bytes: _builtins.int
     """Memory that each worker needs, 0 where unknown."""
+    secret: _builtins.bytes
+    """Of a private job: 256 random bits, of which its noise is made and the key by which its rows are
+    drawn. Made with the job and never again, so that each step has one noise for ever.
+    """
     @_builtins.property
     def spec(self) -> _job_spec_pb2.JobSpec: ...
     @_builtins.property
@@ -214,10 +219,11 @@ class JobSubmitted(_message.Message):
         submitter: _builtins.str = ...,
         worker_bytes: _builtins.int = ...,
         continued: Global___Continued | None = ...,
+        secret: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["announced_plan", b"announced_plan", "continued", b"continued", "plan", b"plan", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["announced_plan", b"announced_plan", "continued", b"continued", "job_id", b"job_id", "plan", b"plan", "spec", b"spec", "submitter", b"submitter", "worker_bytes", b"worker_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["announced_plan", b"announced_plan", "continued", b"continued", "job_id", b"job_id", "plan", b"plan", "secret", b"secret", "spec", b"spec", "submitter", b"submitter", "worker_bytes", b"worker_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

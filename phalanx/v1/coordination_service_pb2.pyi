@@ -1386,6 +1386,7 @@ class AssignRanges(_message.Message):
     RESTORE_FIELD_NUMBER: _builtins.int
     REACHED_STEP_FIELD_NUMBER: _builtins.int
     SEAL_KEY_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     reached_step: _builtins.int
     """The newest step that control knew before: those after the checkpoint are
@@ -1395,6 +1396,8 @@ class AssignRanges(_message.Message):
     """With it is sealed what workers were given in this term, and contributions
     are taken from those only who show it; empty: from all.
     """
+    secret: _builtins.bytes
+    """Of a private job: what its noise is made of. Workers never get it."""
     @_builtins.property
     def plan(self) -> _training_pb2.JobPlan: ...
     @_builtins.property
@@ -1414,10 +1417,11 @@ class AssignRanges(_message.Message):
         restore: _storage_service_pb2.CheckpointManifest | None = ...,
         reached_step: _builtins.int = ...,
         seal_key: _builtins.bytes = ...,
+        secret: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "restore", b"restore"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "ranges", b"ranges", "reached_step", b"reached_step", "restore", b"restore", "seal_key", b"seal_key", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "ranges", b"ranges", "reached_step", b"reached_step", "restore", b"restore", "seal_key", b"seal_key", "secret", b"secret", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

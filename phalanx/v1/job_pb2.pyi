@@ -162,6 +162,7 @@ class Plan(_message.Message):
     WORKER_BYTES_FIELD_NUMBER: _builtins.int
     ELIGIBLE_WORKERS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    EPSILON_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Steps after which the job ends at the latest; 0 when no stop rule counts steps."""
     rows_per_leaf: _builtins.int
@@ -175,6 +176,8 @@ class Plan(_message.Message):
     """Memory that one worker needs for parameters and payloads, in bytes."""
     eligible_workers: _builtins.int
     """Workers of the cluster that could take part at this moment."""
+    epsilon: _builtins.float
+    """Of a private job: ε at the last of these steps, for the job's δ; 0 where the steps have no end."""
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Sentences about what is allowed and probably not meant."""
@@ -189,10 +192,11 @@ class Plan(_message.Message):
         worker_bytes: _builtins.int = ...,
         eligible_workers: _builtins.int = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        epsilon: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "eligible_workers", b"eligible_workers", "evaluations", b"evaluations", "rows_per_leaf", b"rows_per_leaf", "steps", b"steps", "warnings", b"warnings", "worker_bytes", b"worker_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "eligible_workers", b"eligible_workers", "epsilon", b"epsilon", "evaluations", b"evaluations", "rows_per_leaf", b"rows_per_leaf", "steps", b"steps", "warnings", b"warnings", "worker_bytes", b"worker_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

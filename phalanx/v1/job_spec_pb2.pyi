@@ -2178,7 +2178,9 @@ Global___Verification: _TypeAlias = Verification  # noqa: Y015
 
 @_typing.final
 class Privacy(_message.Message):
-    """Differential privacy of single examples."""
+    """Differential privacy of single examples: each enters a step with the probability batch_size / rows.
+    Abadi et al., "Deep learning with differential privacy" (2016).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2187,8 +2189,11 @@ class Privacy(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     MAX_EPSILON_FIELD_NUMBER: _builtins.int
     clip_norm: _builtins.float
+    """Shorten the gradient of each example to this Euclidean norm."""
     noise_multiplier: _builtins.float
+    """Deviation of the noise that each step adds to the sum of the gradients, in units of clip_norm."""
     delta: _builtins.float
+    """With this probability, at most, an example is protected less; well below 1 / rows."""
     max_epsilon: _builtins.float
     """Stop before this is exceeded."""
     def __init__(

@@ -282,7 +282,7 @@ class GoRecord(_message.Message):
     """Take a checkpoint of this version in the background."""
     reason: _builtins.str
     """STOP_STEPS, STOP_EPOCHS, STOP_THRESHOLD, STOP_PLATEAU, STOP_WALL_TIME,
-    PARAMETERS_NON_FINITE, …
+    STOP_EPSILON, PARAMETERS_NON_FINITE, …
     """
     example_count: _builtins.int
     """Of the last train round: sum over the shards present."""
@@ -366,6 +366,7 @@ class JobPlan(_message.Message):
     ASYNCHRONOUS_FIELD_NUMBER: _builtins.int
     VERIFIED_FIELD_NUMBER: _builtins.int
     STATE_EVERY_FIELD_NUMBER: _builtins.int
+    SAMPLER_KEY_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     spec: _builtins.bytes
     """JobSpec in its resolved form, serialized protobuf (not JSON)."""
@@ -408,6 +409,10 @@ class JobPlan(_message.Message):
     handed in with the contribution that makes a multiple of this version, and
     made again from there; 0: nodes have none.
     """
+    sampler_key: _builtins.bytes
+    """Private jobs draw each row of each step by it. Members only: whoever knows the model and in
+    which steps a row took part learns more than the job promises. The journal does not have it.
+    """
     @_builtins.property
     def layout(self) -> Global___Layout: ...
     @_builtins.property
@@ -447,10 +452,11 @@ class JobPlan(_message.Message):
         asynchronous: _builtins.bool = ...,
         verified: _builtins.bool = ...,
         state_every: _builtins.int = ...,
+        sampler_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asynchronous", b"asynchronous", "bitwise", b"bitwise", "code_digests", b"code_digests", "evaluation_rows", b"evaluation_rows", "evaluation_shards", b"evaluation_shards", "evaluation_sums", b"evaluation_sums", "fingerprint", b"fingerprint", "job_id", b"job_id", "layout", b"layout", "local_steps", b"local_steps", "manifest_digest", b"manifest_digest", "range_count", b"range_count", "rows_per_leaf", b"rows_per_leaf", "shards", b"shards", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_model_digest", b"start_model_digest", "state_every", b"state_every", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_rows", b"train_rows", "unit_span", b"unit_span", "verified", b"verified"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asynchronous", b"asynchronous", "bitwise", b"bitwise", "code_digests", b"code_digests", "evaluation_rows", b"evaluation_rows", "evaluation_shards", b"evaluation_shards", "evaluation_sums", b"evaluation_sums", "fingerprint", b"fingerprint", "job_id", b"job_id", "layout", b"layout", "local_steps", b"local_steps", "manifest_digest", b"manifest_digest", "range_count", b"range_count", "rows_per_leaf", b"rows_per_leaf", "sampler_key", b"sampler_key", "shards", b"shards", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_model_digest", b"start_model_digest", "state_every", b"state_every", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_rows", b"train_rows", "unit_span", b"unit_span", "verified", b"verified"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

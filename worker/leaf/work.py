@@ -23,6 +23,7 @@ from phalanx.training.leaf import (
     LeafOutcome,
     LocalSteps,
     leaf_chunks,
+    row_clip_norm,
     run_batch,
     run_evaluation_leaf,
     training_rows,
@@ -169,7 +170,8 @@ class JobWork:
         """Run one training leaf; `inner` is what the shard's own optimizer remembers."""
         batches = self.training_batches
         if self.local is None:
-            return run_batch(self.model, parameters, batches.take(shard, step), out)
+            batch = batches.take(shard, step)
+            return run_batch(self.model, parameters, batch, out, row_clip_norm(self.plan))
 
         def batch_of(own_step: int) -> Batch | None:
             return batches.take(shard, own_step)

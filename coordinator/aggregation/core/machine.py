@@ -61,6 +61,7 @@ from coordinator.aggregation.core.versions import NONE, VersionStore
 from phalanx.compressors import build_down_codec
 from phalanx.copies import OpenRound
 from phalanx.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument
+from phalanx.privacy.noise import GradientNoise
 from phalanx.reduction import Node
 from phalanx.rounds import Disagreement
 from phalanx.training.best import BEST_VECTOR, kept_in
@@ -123,8 +124,9 @@ class JobRanges:
         owned: Sequence[training_pb2.ParameterRange],
         optimizer: AnyRule,
         decider: RootDecider | None,
+        noise: GradientNoise | None = None,
     ) -> None:
-        """`decider` is given exactly where range 0 is among the `owned`."""
+        """`decider` is given exactly where range 0 is `owned`, `noise` in private jobs."""
         self.plan = plan
         self.term = term
         spec = JobSpec.FromString(plan.spec)
@@ -136,6 +138,7 @@ class JobRanges:
         if (0 in self._ranges) != (decider is not None):
             raise InvalidArgument("the owner of range 0, and only it, needs a decider")
         self._decider = decider
+        self._noise = noise
         self._keeps_best = spec.output.HasField("best")
         self._rounds = Rounds(plan)
         self._go_log = GoLog()
@@ -515,8 +518,10 @@ class JobRanges:
         if go.action == GoRecord.ACTION_INITIALISE:
             owned.root = AssignRoot(parameters, go.version)
         elif go.action == GoRecord.ACTION_TRAIN:
-            kind = UpdateRoot if parameters.needs_all_frames else OptimizerRoot
-            owned.root = kind(parameters, go.version)
+            if parameters.needs_all_frames:
+                owned.root = UpdateRoot(parameters, go.version)
+            else:
+                owned.root = OptimizerRoot(parameters, go.version, self._noise)
         elif parameters.piece.index == 0:
             owned.root = SumRoot(spec.grid, spec.dtype, "the evaluation")
         else:

@@ -10,6 +10,7 @@ from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.core.stateful import StatefulRanges
 from coordinator.aggregation.core.verified import VerifiedRanges
 from phalanx.optimizers import build_contribution_optimizer, build_optimizer
+from phalanx.privacy.noise import build_noise
 from phalanx.specs import parts
 from phalanx.training.decisions import RootDecider
 from phalanx.updates import build_update
@@ -18,12 +19,17 @@ from phalanx.v1.training_pb2 import JobPlan, ParameterRange
 
 
 def make_ranges(
-    plan: JobPlan, term: int, owned: Sequence[ParameterRange], secret: int = 0
+    plan: JobPlan,
+    term: int,
+    owned: Sequence[ParameterRange],
+    secret: int = 0,
+    noise_secret: bytes = b"",
 ) -> JobRanges:
     """Return the `owned` ranges of a job in one term.
 
     By the `secret`, of 128 bits, contributions are drawn for an audit: who computes them must not
-    know it.
+    know it. Of the `noise_secret` the noise of a private job is made: it is that of the job, the
+    same in every term. Raises FailedPrecondition where a private job comes without it.
     """
     train = JobSpec.FromString(plan.spec).train
     decider = RootDecider(plan, term) if owned[0].index == 0 else None
@@ -32,9 +38,10 @@ def make_ranges(
         return AsynchronousRanges(plan, term, owned, late, decider)
     update = build_update(plan)
     optimizer = build_optimizer(train, plan.total_steps) if update is None else update
+    noise = build_noise(plan, noise_secret)
     if plan.verified:
-        return VerifiedRanges(plan, term, owned, optimizer, decider, secret)
+        return VerifiedRanges(plan, term, owned, optimizer, decider, secret, noise)
     kind: type[JobRanges] = StatefulRanges if plan.state_every else JobRanges
     if parts.backup_shards(train):
         kind = BackupRanges
-    return kind(plan, term, owned, optimizer, decider)
+    return kind(plan, term, owned, optimizer, decider, noise)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.aggregation.core.state import RangeParameters
+from phalanx.privacy.noise import GradientNoise
 from phalanx.reduction import all_finite
 from phalanx.rounds import Totals
 
@@ -54,20 +55,29 @@ class AssignRoot:
 
 
 class OptimizerRoot:
-    """TRAIN: the optimizer makes version v + 1 from version v and the mean gradient."""
+    """TRAIN: the optimizer makes version v + 1 from version v and the mean gradient.
 
-    def __init__(self, parameters: RangeParameters, version: int) -> None:
+    In a private job the `noise` is added before, whatever came, and the divisor is its own.
+    """
+
+    def __init__(
+        self, parameters: RangeParameters, version: int, noise: GradientNoise | None = None
+    ) -> None:
         self._parameters = parameters
         self._version = version
+        self._noise = noise
 
     def frame_complete(
         self, index: int, values: NDArray[np.generic] | None, totals: Totals
     ) -> bool:
         """Apply the frame; without any example the parameters stay as they are."""
-        if values is None or totals.divisor == 0:
+        divisor = totals.divisor
+        if self._noise is not None:
+            values, divisor = self._with_noise(self._noise, index, values), self._noise.divisor
+        if values is None or divisor == 0:
             self._parameters.keep(index, self._version)
             return True
-        updated = self._parameters.apply(index, self._version, values, totals.divisor)
+        updated = self._parameters.apply(index, self._version, values, divisor)
         require_finite(
             updated,
             f"step {self._version + 1} made parameters that are not finite; "
@@ -75,6 +85,14 @@ class OptimizerRoot:
         )
         self._parameters.versions.publish(self._version + 1, index, updated)
         return True
+
+    def _with_noise(
+        self, noise: GradientNoise, index: int, values: NDArray[np.generic] | None
+    ) -> NDArray[np.generic]:
+        parameters = self._parameters
+        first, count = parameters.grid[index]
+        first += parameters.piece.first_element
+        return noise.added(values, first, count, self._version, parameters.dtype)
 
 
 class UpdateRoot:

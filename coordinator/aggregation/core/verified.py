@@ -32,6 +32,7 @@ from coordinator.aggregation.core.state import AnyRule
 from coordinator.aggregation.core.verifiers import Verifiers
 from phalanx.copies import OpenRound
 from phalanx.errors import InvalidArgument
+from phalanx.privacy.noise import GradientNoise
 from phalanx.specs.parts import equal_copies
 from phalanx.texts import number_of
 from phalanx.training.decisions import RootDecider
@@ -65,11 +66,12 @@ class VerifiedRanges(JobRanges):
         optimizer: AnyRule,
         decider: RootDecider | None,
         secret: int,
+        noise: GradientNoise | None = None,
     ) -> None:
         if plan.range_count != 1 or decider is None:
             count = number_of(plan.range_count, "range")
             raise InvalidArgument(f"contributions are verified in one range, not in {count}")
-        super().__init__(plan, term, owned, optimizer, decider)
+        super().__init__(plan, term, owned, optimizer, decider, noise)
         self._range = self._ranges[0]
         self._secret = secret
         train = JobSpec.FromString(plan.spec).train

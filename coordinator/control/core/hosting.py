@@ -21,6 +21,7 @@ from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.state import Core, Hosting, JobRuntime, TreePlacement, Worker
 from coordinator.control.core.tree import nodes_of
 from phalanx.given import sealed
+from phalanx.privacy.secret import sampler_key
 from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.training_pb2 import GivenNodes, JobPlan
@@ -172,11 +173,15 @@ def end_set_aside(core: Core, job: JobRuntime) -> None:
 
 
 def job_plan(core: Core, job: JobRuntime) -> JobPlan:
-    """Return the plan as members get it: with the spec, which the journal keeps only once."""
+    """Return the plan as members get it: with the spec, which the journal keeps only once, and in
+    private jobs with what rows are drawn by."""
     facts = core.facts_of(job)
     plan = JobPlan()
     plan.CopyFrom(facts.plan)
     plan.spec = facts.spec.SerializeToString(deterministic=True)
+    secret = facts.kept.submitted.secret
+    if secret:
+        plan.sampler_key = sampler_key(secret)
     return plan
 
 

@@ -142,6 +142,7 @@ def assign_ranges(core: Core, job: JobRuntime, aggregator_id: str) -> None:
         term=facts.term,
         ranges=facts.ranges,
         seal_key=facts.seal_key,
+        secret=facts.kept.submitted.secret,
     )
     if job.restore is not None:
         message.restore.CopyFrom(job.restore)

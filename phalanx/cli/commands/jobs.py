@@ -356,6 +356,7 @@ def show_plan(plan: job_pb2.Plan | None) -> None:
     parts += [number_of(plan.evaluations, "evaluation"), number_of(plan.checkpoints, "checkpoint")]
     parts += [f"{bytes_text(plan.worker_bytes)} per worker"]
     parts += [number_of(plan.eligible_workers, "worker")]
+    parts += [f"ε {plan.epsilon:.4g} at the end"] if plan.epsilon else []
     say("  " + " · ".join(parts))
     for warning in plan.warnings:
         say(f"  warning: {warning}")

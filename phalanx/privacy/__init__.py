@@ -1,0 +1,1 @@
+"""Differential privacy of single rows: what is clipped, drawn, added and spent."""
