@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import count
 
 ORDERS = (
-    *(1.0 + tenths / 10.0 for tenths in range(1, 100)),
+    *(1.0 + tenths / 10.0 for tenths in range(5, 100)),
     *(float(order) for order in range(11, 65)),
     *(80.0, 96.0, 128.0, 192.0, 256.0, 384.0, 512.0),
 )

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.errors import FailedPrecondition
+from phalanx.frames import BLOCK_ELEMENTS
 from phalanx.privacy.secret import SECRET_BYTES, noise_key
 from phalanx.privacy.settings import expected_batch
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -24,8 +25,6 @@ from phalanx.v1.training_pb2 import JobPlan
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
-
-BLOCK_ELEMENTS = 65_536
 
 _STREAM = b"gradient"
 _UNIFORM_BITS = 52
