@@ -41,7 +41,9 @@ def make_ranges(
     noise = build_noise(plan, noise_secret)
     if plan.verified:
         return VerifiedRanges(plan, term, owned, optimizer, decider, secret, noise)
+    if noise is not None:
+        return JobRanges(plan, term, owned, optimizer, decider, noise)
     kind: type[JobRanges] = StatefulRanges if plan.state_every else JobRanges
     if parts.backup_shards(train):
         kind = BackupRanges
-    return kind(plan, term, owned, optimizer, decider, noise)
+    return kind(plan, term, owned, optimizer, decider)

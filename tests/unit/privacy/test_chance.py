@@ -12,9 +12,7 @@ from phalanx.training.sampler import rows_by_chance, shard_rows
 KEY = bytes(range(16))
 
 
-@given(
-    st.integers(1, 400), st.floats(1e-3, 1.0), st.integers(0, 2**40), st.integers(0, 60_000)
-)
+@given(st.integers(1, 400), st.floats(1e-3, 1.0), st.integers(0, 2**40), st.integers(0, 60_000))
 @settings(max_examples=60)
 def test_each_row_is_drawn_once_at_most_and_a_step_always_draws_the_same(
     rows: int, rate: float, step: int, shard: int
@@ -59,7 +57,5 @@ def test_rows_of_a_shard_are_found_in_their_chunks() -> None:
     shard = shard_rows(1, 3, (10, 4, 40, 36))
     drawn = drawn_rows(KEY, 1, 30, 8, 0.4) + shard.first
     starts = np.array([0, 10, 14, 54])
-    found = [
-        starts[each.chunk_index] + each.rows for each in rows_by_chance(shard, KEY, 8, 0.4)
-    ]
+    found = [starts[each.chunk_index] + each.rows for each in rows_by_chance(shard, KEY, 8, 0.4)]
     assert np.concatenate(found).tolist() == drawn.tolist()

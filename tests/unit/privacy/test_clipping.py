@@ -117,9 +117,7 @@ def test_a_row_that_is_not_finite_counts_as_nothing(kind: str) -> None:
             for each in (model, Alone(model)):
                 found = clipped(each, parameters * np.float32(1e10), broken, 0.5)
                 wanted = by_loop(model, parameters * np.float32(1e10), rest, 0.5)
-                extreme = by_loop(
-                    model, parameters * np.float32(1e10), row_of(broken, 11), 0.5
-                )
+                extreme = by_loop(model, parameters * np.float32(1e10), row_of(broken, 11), 0.5)
                 wanted = wanted + np.nan_to_num(extreme)
                 assert np.isfinite(found).all()
                 np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)

@@ -1,6 +1,7 @@
 """The noise of private jobs: normal, the same for the same step, and nobody else's to compute."""
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -75,10 +76,7 @@ def test_cuts_do_not_matter_and_steps_and_secrets_do() -> None:
     noise = GradientNoise(plan, SECRET)
     whole = noise.added(None, 0, ELEMENTS, 3, dtype)
     cuts = [0, 5, BLOCK_ELEMENTS - 1, BLOCK_ELEMENTS + 9, 2 * BLOCK_ELEMENTS, ELEMENTS]
-    pieces = [
-        noise.added(None, low, high - low, 3, dtype)
-        for low, high in zip(cuts, cuts[1:], strict=False)
-    ]
+    pieces = [noise.added(None, low, high - low, 3, dtype) for low, high in pairwise(cuts)]
     assert np.concatenate(pieces).tobytes() == whole.tobytes()
     for other in (
         noise.added(None, 0, ELEMENTS, 4, dtype),
