@@ -162,6 +162,8 @@ def readme(description: ModelDescription) -> str:
         if description.bit_identical
         else "The same job may give other last bits: it did not run on equal processors only."
     )
+    if is_private(description.spec.train):
+        identical = "The same job gives others again, since each has noise of its own."
     origin = (
         f"A `{kind}` that {what}. Trained by Phalanx in {number_of(description.steps, 'step')} "
         f"(job `{description.job_id}`) on `{description.dataset or 'data'}`: {rows_text} rows, "

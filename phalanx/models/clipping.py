@@ -76,9 +76,11 @@ def squared_norms(rows: Any) -> NDArray[np.float64]:
         wide = rows.astype(np.float64, copy=False)
         dense: NDArray[np.float64] = np.einsum("ij,ij->i", wide, wide)
         return dense
-    squares = rows.astype(np.float64)
-    squares.data **= 2
-    return np.asarray(squares.sum(axis=1), np.float64).ravel()
+    numbers = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
+    squares = np.square(rows.data, dtype=np.float64)
+    sums = np.zeros(rows.shape[0])
+    np.add.at(sums, numbers, squares)
+    return sums
 
 
 def _factor(gradient: Array, clip_norm: float) -> float:
