@@ -47,7 +47,7 @@ class Spending:
         train = JobSpec.FromString(plan.spec).train
         self._accountant = accountant(train, plan.train_rows) if is_private(train) else None
         #: Steps after which the next one would exceed `max_epsilon`; 0: no such bound.
-        self.steps = steps_allowed(train, plan.train_rows) or 0 if is_private(train) else 0
+        self.steps = steps_allowed(train, plan.train_rows) or 0
 
     @property
     def counted(self) -> bool:

@@ -1,10 +1,12 @@
 """A private job under faults: each step keeps its rows and its noise, and the secret stays put."""
 
+import base64
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf import text_encoding
 
 from phalanx.data.manifest import DatasetManifest
 from phalanx.privacy.secret import SECRET_BYTES, sampler_key
@@ -71,7 +73,13 @@ def check(ring: Arena, job: Job, folder: Path) -> None:
 
 def files_with(secret: bytes, folder: Path) -> set[str]:
     """Folders of a cluster in which a file holds the secret, in whatever form."""
-    forms = (secret, secret.hex().encode(), repr(secret).encode())
+    forms = (
+        secret,
+        secret.hex().encode(),
+        repr(secret).encode(),
+        base64.b64encode(secret),
+        text_encoding.CEscape(secret, False).encode(),
+    )
     return {
         path.relative_to(folder).parts[0]
         for path in folder.rglob("*")
