@@ -376,10 +376,11 @@ def test_a_wheel_that_was_never_added_is_named(cluster):
 
 def test_all_that_is_wrong_comes_in_one_answer(cluster):
     spec = {
-        **with_train(batch_size=-1, privacy={"delta": 0.5}),
+        **with_train(batch_size=-1),
+        "resources": {"gpus": 1},
         "data": {"name": "toy", "shards": 9999},
     }
-    wrong = {"train.batch_size", "train.privacy"}
+    wrong = {"train.batch_size", "resources.gpus"}
     for name, fields in (("toy", {"data.shards"}), ("other", {"data.name"}), ("N", {"data.name"})):
         spec["data"]["name"] = name
         with pytest.raises(InvalidArgument) as caught:
