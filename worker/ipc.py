@@ -72,7 +72,8 @@ class RunOrder:
     """Run the parts (first shard, span, payload buffer) of a task.
 
     Where nodes have a state, `states` has the buffers of each part: those to read, -1 for zero,
-    then as many to write the next state to.
+    then as many to write the next state to. Of calls of a program `inputs` has the results (digest,
+    size) that each of them needs.
     """
 
     task: int
@@ -83,6 +84,7 @@ class RunOrder:
     parts: tuple[tuple[int, int, int], ...]
     absent: tuple[int, ...] = ()
     states: tuple[tuple[int, ...], ...] = ()
+    inputs: tuple[tuple[tuple[str, int], ...], ...] = ()
 
     def pack(self) -> bytes:
         """Body of RUN."""
@@ -99,7 +101,8 @@ class RunOrder:
         parts = b"".join(_RUN_PART.pack(*part) for part in self.parts)
         absent = struct.pack(f"<{len(self.absent)}i", *self.absent)
         states = [struct.pack(f"<I{len(each)}i", len(each), *each) for each in self.states]
-        return b"".join((head, parts, absent, *states))
+        inputs = json.dumps(self.inputs).encode() if any(self.inputs) else b""
+        return b"".join((head, parts, absent, *states, inputs))
 
     @classmethod
     def unpack(cls, body: bytes) -> RunOrder:
@@ -113,6 +116,7 @@ class RunOrder:
             (count,) = _COUNT.unpack_from(body, after)
             buffers.append(struct.unpack_from(f"<{count}i", body, after + _COUNT.size))
             after += _COUNT.size + 4 * count
+        inputs = json.loads(body[after:]) if len(body) > after else []
         return cls(
             task=task,
             job=job,
@@ -122,6 +126,7 @@ class RunOrder:
             parts=tuple(_RUN_PART.iter_unpack(body[at:end])),
             absent=struct.unpack_from(f"<{absent}i", body, end),
             states=tuple(buffers),
+            inputs=tuple(tuple((digest, size) for digest, size in each) for each in inputs),
         )
 
 

@@ -37,7 +37,7 @@ from phalanx.rpc.patience import insist
 from phalanx.rpc.process import announce
 from phalanx.rpc.server import Server
 from phalanx.rpc.storage_place import StoragePlace
-from phalanx.tasks import is_task_set
+from phalanx.tasks import runs_tasks
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import AggregatorMetrics, new_registry
 from phalanx.v1 import coordination_service_pb2 as coordination
@@ -251,7 +251,7 @@ class Aggregator:
         if old is not None:
             await old.close(stale_term(job_id, old.ranges.term, message.term))
         storage = await self._known_storage()
-        if is_task_set(JobSpec.FromString(message.plan.spec)):
+        if runs_tasks(JobSpec.FromString(message.plan.spec)):
             tasks = await HostedTasks.open(
                 message.plan,
                 message.term,

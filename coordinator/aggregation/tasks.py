@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,8 +32,9 @@ from phalanx.clients.storage import StorageClient
 from phalanx.errors import Aborted, Internal, PhalanxError, ResourceExhausted, Unavailable
 from phalanx.given import GivenWork
 from phalanx.last_commit import LastCommit
+from phalanx.programs import graph_of
 from phalanx.rpc.patience import insist
-from phalanx.tasks import failures_max
+from phalanx.tasks import OUTCOME, attempts_max, failures_max, is_program
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import AggregatorMetrics
 from phalanx.texts import number_of
@@ -49,6 +50,9 @@ REPORT_EVERY_S = 0.2
 TELL_EVERY_S = 1.0
 OUTBOX_MAX = 1000
 """Messages that wait for one worker to read."""
+
+INPUTS_BYTES = 1024 * 1024
+"""A message with the inputs of more tasks is cut in two."""
 
 _RATE_WINDOW_S = 2.0
 _SPECULATION = ("late", "silent")
@@ -90,10 +94,7 @@ class Outbox:
         if len(self._messages) >= OUTBOX_MAX:
             self._full.set()
             return
-        message = WorkResponse(
-            tasks=effect.tasks, first_attempt=effect.first_attempt, settled=effect.settled
-        )
-        self._messages.append(message)
+        self._messages.extend(_messages(effect))
         self.filled.set()
 
     async def next(self) -> WorkResponse:
@@ -107,6 +108,21 @@ class Outbox:
         """Wait until there was no room. Raises ResourceExhausted then."""
         await self._full.wait()
         raise ResourceExhausted("the worker does not read what it is sent")
+
+
+def _messages(effect: Send) -> Iterator[WorkResponse]:
+    """Yield what is said to a worker; inputs may make it long."""
+    message = WorkResponse(first_attempt=effect.first_attempt, settled=effect.settled)
+    size = 0
+    for attempt, task in enumerate(effect.tasks, effect.first_attempt):
+        if size >= INPUTS_BYTES:
+            yield message
+            message, size = WorkResponse(first_attempt=attempt), 0
+        message.tasks.append(task)
+        if effect.inputs and any(effect.inputs):
+            inputs = message.inputs.add(values=effect.inputs[attempt - effect.first_attempt])
+            size += inputs.ByteSize()
+    yield message
 
 
 class HostedTasks:
@@ -159,13 +175,14 @@ class HostedTasks:
     ) -> HostedTasks:
         """Read what is done and begin the term in the journal. Raises PhalanxError."""
         spec = JobSpec.FromString(plan.spec)
-        total, attempts = len(spec.tasks.arguments), spec.tasks.attempts
+        needs = graph_of(plan).needs if is_program(spec) else ()
+        total = len(needs) or len(spec.tasks.arguments)
         waits = partial(_journal_waits, plan.job_id)
         journal = TaskJournal(storage, plan.job_id, waits)
         records: list[TaskRecord] = []
         while True:
             records += await journal.read(term)
-            dispatcher = Dispatcher(total, term, attempts, failures_max(spec))
+            dispatcher = Dispatcher(total, term, attempts_max(spec), failures_max(spec), needs)
             for record in records:
                 dispatcher.restore(record)
             try:
@@ -325,14 +342,15 @@ class HostedTasks:
     async def _succeed(self) -> None:
         """Register the final manifest, which is the job's success, and report it."""
         plan, dispatcher = self.ranges.plan, self.dispatcher
-        summary = json.dumps(
-            {
-                "metrics": self._numbers(),
-                "stop_reason": STOP_REASON,
-                "tasks": dispatcher.total,
-                "done": dispatcher.done,
-            }
-        ).encode()
+        document: dict[str, Any] = {
+            "metrics": self._numbers(),
+            "stop_reason": STOP_REASON,
+            "tasks": dispatcher.total,
+            "done": dispatcher.done,
+        }
+        if dispatcher.outcome is not None:
+            document[OUTCOME] = dispatcher.outcome.digest
+        summary = json.dumps(document).encode()
 
         async def attempt() -> None:
             digest = await self._storage.put_blob(summary)

@@ -33,7 +33,7 @@ from phalanx.errors import (
 from phalanx.ids import check_namespace
 from phalanx.keys.caller import current_caller
 from phalanx.rpc.types import ServicerContext
-from phalanx.tasks import is_task_set
+from phalanx.tasks import runs_tasks
 from phalanx.v1 import dataset_service_pb2, job_pb2
 from phalanx.v1 import job_service_pb2 as pb
 from phalanx.v1 import job_service_pb2_grpc as pb_grpc
@@ -253,7 +253,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
         """Return what came of the tasks of a job so far."""
         leader = self._leader_for(request)
         job = leader.job_view(request.job_id)
-        if not is_task_set(job.spec):
+        if not runs_tasks(job.spec):
             text = f"job {request.job_id} is no set of tasks and has no results of tasks"
             raise FailedPrecondition(text, reason="NO_TASKS")
         async for results in leader.task_results(request.job_id, frozenset(request.tasks)):

@@ -1,4 +1,4 @@
-"""From a final checkpoint to a registered model: storage composes it, no tensor comes here.
+"""From the end of a job to a registered model: storage composes it, no tensor comes here.
 
 Every part can be repeated after a crash: blobs are named by their content, and the model is created
 under a request id made from the job's id.
@@ -6,7 +6,9 @@ under a request id made from the job's id.
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -21,13 +23,26 @@ from phalanx.data.model_files import (
 )
 from phalanx.errors import DataLoss
 from phalanx.layouts import model_layout, size_bytes
+from phalanx.programs import Outcome, Piece
+from phalanx.tasks import OUTCOME
 from phalanx.training.best import Kept, kept_in
 from phalanx.v1 import model_service_pb2
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.job_pb2 import Result
+from phalanx.v1.training_pb2 import Layout
 from phalanx.wheels import wheel_path
 
 LIBRARIES = ("numpy", "phalanx", "scipy")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """How a model came about."""
+
+    steps: int
+    best: Kept | None
+    metrics: dict[str, float]
+    bit_identical: bool
 
 
 class ModelWriter:
@@ -40,16 +55,56 @@ class ModelWriter:
         self, facts: JobFacts, final: pb.CheckpointManifest, *, bit_identical: bool
     ) -> Result:
         """Compose and register the model. Raises PhalanxError; may be called again."""
-        spec, plan = facts.spec, facts.plan
         root = _root_state(final.root_state)
         best = kept_in(root)
-        layout = model_layout(plan.layout)
+        layout = model_layout(facts.plan.layout)
         slices = _parameter_slices(final, best, size_bytes(layout))
-        parameters = await self._compose(slices)
-        header = pb.BlobPiece(inline=safetensors_header(layout))
-        composed = await self._compose([header, *slices])
-        manifest_json = await self._store.get_blob(plan.manifest_digest)
         metrics = _metrics(root) if best is None else dict(best.metrics)
+        made = _Made(final.step, best, metrics, bit_identical)
+        created = await self._register(facts, layout, slices, made)
+        return Result(
+            model=f"{created.name}@{created.version}",
+            parameters_sha256=created.parameters_sha256,
+            bit_identical=bit_identical,
+            metrics=metrics,
+            steps=final.step,
+            best=None if best is None else best.message(),
+            # Reports of the root say so, too, but may be late or lost; the manifest is the end.
+            examples_lost=int(root.get("examples_lost", 0)),
+            examples_doubled=int(root.get("examples_doubled", 0)),
+        )
+
+    async def write_outcome(
+        self, facts: JobFacts, final: pb.CheckpointManifest, *, bit_identical: bool
+    ) -> Result:
+        """Register what a program leaves: its model, if it has one, and its files.
+
+        Raises PhalanxError; may be called again.
+        """
+        root = _root_state(final.root_state)
+        stored = await self._store.get_blob(str(root.get(OUTCOME, "")))
+        outcome = await asyncio.to_thread(Outcome.from_json, stored)
+        metrics = {**_metrics(root), **outcome.metrics}
+        result = Result(steps=final.step, metrics=metrics, bit_identical=bit_identical)
+        for name, file in sorted(outcome.files.items()):
+            result.files.add(name=name, digest=file.digest, size_bytes=file.size_bytes)
+        if outcome.model is not None:
+            pieces = [_blob_piece(each) for each in outcome.model.pieces]
+            made = _Made(final.step, None, metrics, bit_identical)
+            created = await self._register(facts, outcome.model.layout, pieces, made)
+            result.model = f"{created.name}@{created.version}"
+            result.parameters_sha256 = created.parameters_sha256
+        return result
+
+    async def _register(
+        self, facts: JobFacts, layout: Layout, pieces: list[pb.BlobPiece], made: _Made
+    ) -> model_service_pb2.ModelVersion:
+        """Compose a model of the pieces of its flat vector; return it as it is registered."""
+        spec, plan, best = facts.spec, facts.plan, made.best
+        parameters = await self._compose(pieces)
+        header = pb.BlobPiece(inline=safetensors_header(layout))
+        composed = await self._compose([header, *pieces])
+        manifest_json = await self._store.get_blob(plan.manifest_digest)
         description = ModelDescription(
             name=spec.output.model,
             job_id=facts.job_id,
@@ -59,15 +114,15 @@ class ModelWriter:
             spec_sha256=plan.spec_sha256,
             layout=layout,
             parameters_sha256=parameters.digest,
-            steps=final.step if best is None else best.step,
-            job_steps=final.step,
+            steps=made.steps if best is None else best.step,
+            job_steps=made.steps,
             best=best,
-            bit_identical=bit_identical,
+            bit_identical=made.bit_identical,
             fingerprint=facts.fingerprint,
             dataset=spec.data.name,
             libraries=_versions(),
             code_digests=dict(plan.code_digests),
-            metrics=metrics,
+            metrics=made.metrics,
             tags=dict(spec.output.tags),
         )
         model = model_service_pb2.ModelVersion(
@@ -75,26 +130,15 @@ class ModelWriter:
             name=spec.output.model,
             job_id=facts.job_id,
             parameters_sha256=parameters.digest,
-            bit_identical=bit_identical,
-            metrics=metrics,
+            bit_identical=made.bit_identical,
+            metrics=made.metrics,
             tags=spec.output.tags,
         )
         model.files.add(
             path=PARAMETERS_FILE, digest=composed.digest, size_bytes=composed.size_bytes
         )
         await self._add_files(model, description)
-        created = await self._create(model)
-        return Result(
-            model=f"{created.name}@{created.version}",
-            parameters_sha256=parameters.digest,
-            bit_identical=bit_identical,
-            metrics=metrics,
-            steps=final.step,
-            best=None if best is None else best.message(),
-            # Reports of the root say so, too, but may be late or lost; the manifest is the end.
-            examples_lost=int(root.get("examples_lost", 0)),
-            examples_doubled=int(root.get("examples_doubled", 0)),
-        )
+        return await self._create(model)
 
     async def _add_files(
         self, model: model_service_pb2.ModelVersion, description: ModelDescription
@@ -152,6 +196,13 @@ def _parameter_slices(
             piece = pb.BlobSlice(digest=part.digest, offset=offset, length=taken_bytes)
             slices.append(pb.BlobPiece(slice=piece))
     return slices
+
+
+def _blob_piece(piece: Piece) -> pb.BlobPiece:
+    if not piece.digest:
+        return pb.BlobPiece(inline=piece.inline)
+    part = pb.BlobSlice(digest=piece.digest, offset=piece.offset, length=piece.length)
+    return pb.BlobPiece(slice=part)
 
 
 def stop_reason(final: pb.CheckpointManifest) -> str:

@@ -24,7 +24,7 @@ from phalanx.errors import (
     PhalanxError,
 )
 from phalanx.given import KEY_BYTES
-from phalanx.tasks import is_task_set, journal_stream
+from phalanx.tasks import is_program, is_task_set, journal_stream
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.job_pb2 import Result
 
@@ -129,5 +129,7 @@ class Operations:
         if is_task_set(facts.spec):
             result = Result(steps=final.step, metrics=read_metrics(final.root_state))
             return ev.ModelWritten(effect.job_id, effect.operation, result, stop_reason(final))
-        result = await self._writer.write(facts, final, bit_identical=effect.bit_identical)
+        writer = self._writer
+        write = writer.write_outcome if is_program(facts.spec) else writer.write
+        result = await write(facts, final, bit_identical=effect.bit_identical)
         return ev.ModelWritten(effect.job_id, effect.operation, result, stop_reason(final))

@@ -15,7 +15,7 @@ from phalanx.cli.watch_state import WatchState
 from phalanx.errors import PhalanxError
 from phalanx.sdk.job import Job
 from phalanx.sdk.values import BestEvaluation, event_value
-from phalanx.tasks import is_task_set
+from phalanx.tasks import runs_tasks
 from phalanx.texts import number_of
 
 FRAMES_PER_S = 8
@@ -109,7 +109,7 @@ def show_result(job: Job) -> None:
         [
             ("model", result.model),
             *((name, f"{value:.5g}") for name, value in sorted(result.metrics.items())),
-            ("tasks" if is_task_set(job.message.spec) else "steps", result.steps),
+            ("tasks" if runs_tasks(job.message.spec) else "steps", result.steps),
             ("best", "" if result.best is None else best_text(result.best)),
             ("sha256", result.parameters_sha256),
             ("bit-identical", result.bit_identical),

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from phalanx.sdk.values import Event, event_value, state_name
-from phalanx.tasks import is_task_set
+from phalanx.tasks import runs_tasks
 from phalanx.v1 import job_pb2, job_service_pb2
 
 MOVED_S = 2.5
@@ -47,7 +47,7 @@ class WatchState:
     @property
     def is_task_set(self) -> bool:
         """Whether the job is a set of independent tasks, which has no steps and no shards."""
-        return is_task_set(self.job.spec)
+        return runs_tasks(self.job.spec)
 
     @property
     def shard_count(self) -> int:

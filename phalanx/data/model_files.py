@@ -154,8 +154,11 @@ def model_json(description: ModelDescription) -> bytes:
 def readme(description: ModelDescription) -> str:
     """What a person needs to know of the model, in Markdown."""
     manifest = _manifest_of(description)
-    kind = description.spec.train.model.WhichOneof("kind") or "model"
+    spec = description.spec
+    program = spec.WhichOneof("program") or "model"
+    kind = spec.train.model.WhichOneof("kind") or program if program == "train" else program
     what = _purpose(description, manifest)
+    unit = "step" if program == "train" else "task"
     rows_text = ", ".join(f"{count:,} {split}" for split, count in manifest.rows_by_split().items())
     identical = (
         "The same job gives the same SHA-256 again, on any number of workers."
@@ -165,7 +168,7 @@ def readme(description: ModelDescription) -> str:
     if is_private(description.spec.train):
         identical = "The same job gives others again, since each has noise of its own."
     origin = (
-        f"A `{kind}` that {what}. Trained by Phalanx in {number_of(description.steps, 'step')} "
+        f"A `{kind}` that {what}. Trained by Phalanx in {number_of(description.steps, unit)} "
         f"(job `{description.job_id}`) on `{description.dataset or 'data'}`: {rows_text} rows, "
         f"{number_of(manifest.features, 'feature')}."
     )

@@ -1,8 +1,9 @@
 """Predicting with a trained model: raw rows in, original labels out.
 
-Rows go through the model in blocks of ``BLOCK_ROWS``, the last one filled up with zeros. Matrix
-products of other heights have other bits; with one height a row's prediction depends neither on how
-many rows were asked for, nor on whether they came raw or prepared.
+Rows go through the model in blocks of ``BLOCK_ROWS`` (or of what a model says that needs no blocks
+of one height), the last one filled up with zeros. Matrix products of other heights have other bits;
+with one height a row's prediction depends neither on how many rows were asked for, nor on whether
+they came raw or prepared.
 """
 
 import hashlib
@@ -35,7 +36,10 @@ from phalanx.data.raw_rows import RawRows, Remarks
 from phalanx.data.reader import aligned_empty
 from phalanx.data.statistics import mean_and_scale, standardise
 from phalanx.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
-from phalanx.models import DataSchema, Model, build_model
+from phalanx.models import DataSchema, build_model
+from phalanx.models.base import Predictor
+from phalanx.programs.predicting import predictor_of
+from phalanx.tasks import is_program
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import Layout
 from phalanx.wheels import wheel_path, write_code
@@ -77,7 +81,9 @@ class LoadedModel:
     without column names may have them or not (sparse ones have them).
     """
 
-    def __init__(self, document: dict[str, Any], parameters: NDArray[Any], model: Model) -> None:
+    def __init__(
+        self, document: dict[str, Any], parameters: NDArray[Any], model: Predictor
+    ) -> None:
         self.document = document
         self.parameters = parameters
         self.model = model
@@ -102,6 +108,7 @@ class LoadedModel:
             chosen_from=_chosen_from(document),
         )
         self._scales = _scales(document, parameters.dtype)
+        self._block_rows: int = getattr(model, "block_rows", BLOCK_ROWS)
 
     @staticmethod
     def load(folder: Path, *, allow_code: bool = False) -> "LoadedModel":
@@ -117,7 +124,10 @@ class LoadedModel:
         schema = DataSchema(document["features"], len(document["classes"]), layout.dtype)
         code_dir = _write_code(spec, folder, allow_code)
         try:
-            model = build_model(spec, schema, code_dir)
+            if is_program(spec):
+                model: Predictor = predictor_of(spec, layout, schema.classes)
+            else:
+                model = build_model(spec, schema, code_dir)
             if model.layout != layout:
                 raise DataLoss(f"{folder}: parameters and {DESCRIPTION_FILE} do not fit each other")
         except BaseException:
@@ -199,27 +209,27 @@ class LoadedModel:
                 yield Predictions(self.classes[outputs.argmax(axis=1)], outputs)
 
     def _blocks(self, pieces: Iterable[Any]) -> Iterator[tuple[Any, int]]:
-        """Blocks of ``BLOCK_ROWS`` rows in the parameters' type, and how many of them count."""
+        """Blocks of equally many rows in the parameters' type, and how many of them count."""
         waiting: list[Any] = []
         count = 0
         for piece in pieces:
             first = 0
             while first < piece.shape[0]:
-                part = piece[first : first + BLOCK_ROWS - count]
+                part = piece[first : first + self._block_rows - count]
                 waiting.append(part)
                 count += part.shape[0]
                 first += part.shape[0]
-                if count == BLOCK_ROWS:
+                if count == self._block_rows:
                     yield self._block(waiting), count
                     waiting, count = [], 0
         if count:
             yield self._block(waiting), count
 
     def _block(self, parts: list[Any]) -> Any:
-        shape, dtype = (BLOCK_ROWS, self._raw.features), self.parameters.dtype
+        shape, dtype = (self._block_rows, self._raw.features), self.parameters.dtype
         rows = sum(part.shape[0] for part in parts)
         if self._raw.sparse:
-            empty = scipy.sparse.csr_array((BLOCK_ROWS - rows, shape[1]), dtype=dtype)
+            empty = scipy.sparse.csr_array((shape[0] - rows, shape[1]), dtype=dtype)
             stacked = scipy.sparse.vstack([*parts, empty], format="csr", dtype=dtype)
             return scipy.sparse.csr_array(stacked)
         block = aligned_empty(shape, dtype)

@@ -117,6 +117,17 @@ class ClippingModel(Protocol):
         of ``out``. A row whose gradient is not finite counts as 0."""
 
 
+class Predictor(Protocol):
+    """What predicts with trained parameters: every `Model`, and forests."""
+
+    @property
+    def layout(self) -> Layout:
+        """Names, shapes and order of the parameters."""
+
+    def predict(self, parameters: Array, features: Any) -> Array:
+        """Return (rows, classes) probabilities, or (rows,) values for a regression."""
+
+
 def make_layout(
     tensors: Sequence[tuple[str, Sequence[int], bool]],
     dtype: str,

@@ -104,7 +104,7 @@ class InProcessBackend:
         self._datasets: Catalog[dataset_service_pb2.Dataset] = Catalog("data set")
         self._models: Catalog[model_service_pb2.ModelVersion] = Catalog("model")
         self._journals: dict[str, list[bytes]] = {}
-        self._jobs = InProcessJobs(self._train, self._register, self._run_tasks)
+        self._jobs = InProcessJobs(self._train, self._register, self._run_tasks, self._run_program)
         self._calls: dict[str, Callable[[Any], Message]] = {
             methods.SUBMIT_JOB.path: self._submit,
             methods.GET_JOB.path: self._get_job,
@@ -494,6 +494,42 @@ class InProcessBackend:
         spec = JobSpec.FromString(plan.spec)
         code = job_code(spec, self._blob_path, self._code / plan.job_id)
         run_tasks(plan, code, results, on_result)
+
+    def _run_program(
+        self,
+        job: job_pb2.Job,
+        plan: JobPlan,
+        results: dict[int, TaskResult],
+        on_result: Callable[[], None],
+    ) -> job_pb2.Result:
+        from phalanx.sdk.in_process_programs import Blobs, run_program, vector_of
+        from phalanx.training.local import TrainedModel
+
+        blobs = Blobs(self._blob_path, self.put_blob)
+        outcome = run_program(plan, blobs, results, on_result)
+        result = job_pb2.Result(
+            steps=len(results), metrics=outcome.metrics, bit_identical=plan.bitwise
+        )
+        for name, file in sorted(outcome.files.items()):
+            result.files.add(name=name, digest=file.digest, size_bytes=file.size_bytes)
+        if outcome.model is not None:
+            import numpy as np
+
+            layout = outcome.model.layout
+            vector, sha256 = vector_of(outcome.model, self._blob_path)
+            trained = TrainedModel(
+                layout=layout,
+                parameters=np.frombuffer(vector, np.dtype(layout.dtype).newbyteorder("<")),
+                parameters_sha256=sha256,
+                steps=len(results),
+                examples=0,
+                reason="TASKS_DONE",
+                metrics=dict(outcome.metrics),
+                points=[],
+            )
+            result.model = self._register(job, plan, trained)
+            result.parameters_sha256 = sha256
+        return result
 
     def _register(self, job: job_pb2.Job, plan: JobPlan, trained: TrainedModel) -> str:
         from phalanx.data.model_files import (

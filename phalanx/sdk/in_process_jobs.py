@@ -22,7 +22,7 @@ from phalanx.errors import (
 from phalanx.ids import new_id
 from phalanx.privacy.secret import new_secret
 from phalanx.sdk.in_process_tasks import TaskFailed
-from phalanx.tasks import is_task_set
+from phalanx.tasks import is_program, is_task_set, runs_tasks
 from phalanx.texts import number_of
 from phalanx.training.expected import expected_of_shard
 from phalanx.v1 import job_pb2, job_service_pb2
@@ -46,18 +46,27 @@ Register = Callable[[job_pb2.Job, JobPlan, "TrainedModel"], str]
 RunTasks = Callable[[JobPlan, dict[int, TaskResult], Callable[[], None]], None]
 """Runs the tasks of a job that have no result yet."""
 
+RunProgram = Callable[
+    [job_pb2.Job, JobPlan, dict[int, TaskResult], Callable[[], None]], job_pb2.Result
+]
+"""The same for a program; stores what it leaves."""
+
 
 class InProcessJobs:
     """The jobs of one process; they run in one thread, in the order of their submission.
 
     ``train`` computes a job, by a secret of its own, and ``register`` stores its model;
-    ``run_tasks`` runs independent tasks. All public methods may be called from any thread.
+    ``run_tasks`` runs independent tasks, and ``run_program`` those of a program. All public methods
+    may be called from any thread.
     """
 
-    def __init__(self, train: Train, register: Register, run_tasks: RunTasks) -> None:
+    def __init__(
+        self, train: Train, register: Register, run_tasks: RunTasks, run_program: RunProgram
+    ) -> None:
         self._train = train
         self._register = register
         self._run_tasks = run_tasks
+        self._run_program = run_program
         self._changed = threading.Condition()
         self._jobs: dict[str, _Run] = {}
         self._answers: dict[str, tuple[bytes, str]] = {}
@@ -126,7 +135,7 @@ class InProcessJobs:
         """Return what the tasks of a job returned so far."""
         with self._changed:
             run = self._find(job_id)
-            if not is_task_set(run.job.spec):
+            if not runs_tasks(run.job.spec):
                 text = f"job {job_id} is no set of tasks and has no results of tasks"
                 raise FailedPrecondition(text, reason="NO_TASKS")
             return list(run.results.values())
@@ -248,6 +257,10 @@ class InProcessJobs:
         if is_task_set(run.job.spec):
             self._run_tasks(run.plan, run.results, partial(self._task_done, run))
             return partial(self._tasks_done, run)
+        if is_program(run.job.spec):
+            job, done = self.get(run.job.id), partial(self._task_done, run)
+            result = self._run_program(job, run.plan, run.results, done)
+            return partial(self._program_done, run, result)
         trained = self._train(run.plan, partial(self._progress, run), run.secret)
         model = self._register(self.get(run.job.id), run.plan, trained)
         return partial(self._succeed, run, model, trained)
@@ -268,6 +281,16 @@ class InProcessJobs:
         steps, metrics = len(run.results), run.job.progress.metrics
         run.job.result.CopyFrom(job_pb2.Result(steps=steps, metrics=metrics))
         self._end(run, State.STATE_SUCCEEDED, "TASKS_DONE", f"{number_of(steps, 'task')} done")
+
+    def _program_done(self, run: _Run, result: job_pb2.Result) -> None:
+        for name, value in run.job.progress.metrics.items():
+            if name not in result.metrics:
+                result.metrics[name] = value
+        run.job.result.CopyFrom(result)
+        if result.model:
+            self._event(run, "MODEL_REGISTERED", result.model)
+        steps = number_of(result.steps, "task")
+        self._end(run, State.STATE_SUCCEEDED, "TASKS_DONE", f"{steps} done")
 
     def _go_on_or_not(self, run: _Run) -> None:
         self._changed.notify_all()

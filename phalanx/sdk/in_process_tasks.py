@@ -41,22 +41,27 @@ def run_tasks(
     spec = JobSpec.FromString(plan.spec)
     work, limit = CallWork(plan, code_dir), failures_max(spec)
     work.describe()
+
+    def returned(task: int, result: TaskResult) -> None:
+        result.value_json = work.call(task).decode()
+
     for task in range(len(spec.tasks.arguments)):
         if task not in results:
-            results[task] = result = _run(work.call, task, spec.tasks.attempts)
+            results[task] = result = run_task(returned, task, spec.tasks.attempts)
             given_up = sum(each.HasField("failure") for each in results.values())
             if limit is not None and given_up > limit:
                 raise TaskFailed(result.failure)
             on_result()
 
 
-def _run(call: Callable[[int], bytes], task: int, attempts: int) -> TaskResult:
+def run_task(call: Callable[[int, TaskResult], None], task: int, attempts: int) -> TaskResult:
+    """Return the result of a task that `call` fills in, or its failure after so many attempts."""
     result = TaskResult(task=task, worker_id=IN_PROCESS)
     for attempt in range(1, attempts + 1):
         result.attempt = attempt
         began_s = time.perf_counter()
         try:
-            result.value_json = call(task).decode()
+            call(task, result)
         except BaseException as error:  # noqa: BLE001 - user code raises what it likes
             text = f"{type(error).__name__}: {error}"
             result.failure.CopyFrom(

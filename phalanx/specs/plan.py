@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from phalanx.privacy.settings import is_private
-from phalanx.specs import catalog, margins, parts, private, task_sets
+from phalanx.specs import catalog, margins, parts, private, programs, task_sets
 from phalanx.specs.canonical import spec_sha256
 from phalanx.specs.resolve import rows_per_leaf, steps_per_epoch, total_steps, train_rows
+from phalanx.tasks import is_program
 from phalanx.texts import number_of, verb_for
 from phalanx.training.best import better
 from phalanx.training.metrics import direction
@@ -34,6 +35,8 @@ def job_plan(
     """
     if dataset is None:
         return task_sets.job_plan(spec, job_id)
+    if is_program(spec):
+        return programs.job_plan(spec, dataset, job_id)
     rows = train_rows(spec, dataset)
     held_out = evaluation_rows(spec, dataset)
     shards = -(-held_out // EVALUATION_SHARD_ROWS)
@@ -70,6 +73,8 @@ def plan(
     """
     if dataset is None:
         return task_sets.plan(spec, eligible_workers)
+    if is_program(spec):
+        return programs.plan(spec, dataset, eligible_workers)
     rows = train_rows(spec, dataset)
     steps = total_steps(spec, rows)
     every = spec.train.evaluation.every_steps if spec.train.HasField("evaluation") else 0

@@ -6,8 +6,9 @@ import math
 
 from phalanx.data.choice import RawColumns
 from phalanx.privacy import settings as privacy
+from phalanx.programs import program_of
 from phalanx.specs import balance, catalog, features, parts, task_sets, updates
-from phalanx.tasks import is_task_set
+from phalanx.tasks import is_program, is_task_set
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2, model_service_pb2
 
 ROWS_PER_LEAF = 256
@@ -47,6 +48,11 @@ def resolve(
     _general(result)
     if result.WhichOneof("program") == "tasks":
         task_sets.resolve(result)
+    elif dataset is not None and is_program(result):
+        _data(result, dataset)
+        if columns is not None:
+            features.resolve(result.data, columns)
+        program_of(result).resolve(result, dataset)
     elif dataset is not None and result.WhichOneof("program") == "train":
         _data(result, dataset)
         if columns is not None:
@@ -121,7 +127,7 @@ def _general(spec: job_spec_pb2.JobSpec) -> None:
             spec.reproducibility.tolerant.SetInParent()
         else:
             spec.reproducibility.bitwise.SetInParent()
-    if not is_task_set(spec):
+    if not is_task_set(spec) and (not is_program(spec) or program_of(spec).leaves_model):
         spec.output.model = spec.output.model or spec.name
 
 

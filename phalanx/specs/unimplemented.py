@@ -7,7 +7,6 @@ from phalanx.specs.fields import is_set, unknown_numbers
 from phalanx.v1 import job_spec_pb2
 
 _REFUSED: dict[str, str] = {
-    "forest": "the program forest is not carried out yet; train is",
     "sweep": "the program sweep is not carried out yet; train is",
     "evaluate": "the program evaluate is not carried out yet; train is",
     "predict": "the program predict is not carried out yet; use `phalanx predict`",

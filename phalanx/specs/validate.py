@@ -18,6 +18,7 @@ from phalanx.errors import InvalidArgument, Violation
 from phalanx.files import LENGTH_RULE, is_too_long
 from phalanx.ids import SHORT_NAME_RULE, is_short_name
 from phalanx.privacy.settings import is_private
+from phalanx.programs import program_of
 from phalanx.specs import (
     balance,
     catalog,
@@ -26,11 +27,12 @@ from phalanx.specs import (
     features,
     margins,
     private,
+    programs,
     task_sets,
     updates,
 )
 from phalanx.specs.fields import walk
-from phalanx.tasks import is_task_set
+from phalanx.tasks import is_program, is_task_set
 from phalanx.texts import number_of
 from phalanx.training.best import better
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
@@ -167,6 +169,12 @@ def validate_against(
 
     `columns` are those of the data set, needed where the job chooses some.
     """
+    if dataset is not None and is_program(spec):
+        return [
+            *_data(spec, dataset),
+            *(features.violations(spec.data, dataset, columns) if columns is not None else ()),
+            *program_of(spec).violations_against(spec, dataset),
+        ]
     if dataset is None or spec.WhichOneof("program") != "train":
         return []
     train_rows = balance.train_rows(spec.data, dataset)
@@ -282,6 +290,8 @@ def _program(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     elif program == "tasks":
         yield from _entrypoint(spec.tasks.entrypoint, "tasks.entrypoint", "work:run")
         yield from task_sets.violations(spec)
+    elif is_program(spec):
+        yield from programs.violations(spec)
     elif program == "train":
         yield from _model(spec.train.model)
         yield from _optimizer(spec.train.optimizer, spec.train.stop, "train.optimizer")

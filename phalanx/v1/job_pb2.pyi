@@ -400,6 +400,7 @@ class Result(_message.Message):
     EXAMPLES_LOST_FIELD_NUMBER: _builtins.int
     EXAMPLES_DOUBLED_FIELD_NUMBER: _builtins.int
     BEST_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The registered model, as NAME@VERSION."""
     parameters_sha256: _builtins.str
@@ -419,6 +420,10 @@ class Result(_message.Message):
     def best(self) -> Global___BestEvaluation:
         """The evaluation whose parameters the model has; absent: it has those of the last step."""
 
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResultFile]:
+        """Files that the program left, by name; they are kept as long as the job."""
+
     def __init__(
         self,
         *,
@@ -430,14 +435,44 @@ class Result(_message.Message):
         examples_lost: _builtins.int = ...,
         examples_doubled: _builtins.int = ...,
         best: Global___BestEvaluation | None = ...,
+        files: _abc.Iterable[Global___ResultFile] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["best", b"best"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "bit_identical", b"bit_identical", "examples_doubled", b"examples_doubled", "examples_lost", b"examples_lost", "metrics", b"metrics", "model", b"model", "parameters_sha256", b"parameters_sha256", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "bit_identical", b"bit_identical", "examples_doubled", b"examples_doubled", "examples_lost", b"examples_lost", "files", b"files", "metrics", b"metrics", "model", b"model", "parameters_sha256", b"parameters_sha256", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Result: _TypeAlias = Result  # noqa: Y015
+
+@_typing.final
+class ResultFile(_message.Message):
+    """A file that a job left."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As predictions.parquet."""
+    digest: _builtins.str
+    """SHA-256 of its blob."""
+    size_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResultFile: _TypeAlias = ResultFile  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):

@@ -192,7 +192,7 @@ Global___TaskReport: _TypeAlias = TaskReport  # noqa: Y015
 
 @_typing.final
 class StoredValue(_message.Message):
-    """JSON that is stored as a blob."""
+    """A result that is stored as a blob: JSON, or the bytes of a task of a program."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -225,6 +225,7 @@ class WorkResponse(_message.Message):
     TASKS_FIELD_NUMBER: _builtins.int
     FIRST_ATTEMPT_FIELD_NUMBER: _builtins.int
     SETTLED_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
     first_attempt: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___WorkWelcome:
@@ -238,6 +239,10 @@ class WorkResponse(_message.Message):
     def settled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Attempts that are to be forgotten: what came of them is durable, or not wanted. One that runs is ended."""
 
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskInputs]:
+        """Of each of the tasks, in their order, the results that it needs; empty where tasks need none."""
+
     def __init__(
         self,
         *,
@@ -245,14 +250,37 @@ class WorkResponse(_message.Message):
         tasks: _abc.Iterable[_builtins.int] | None = ...,
         first_attempt: _builtins.int = ...,
         settled: _abc.Iterable[_builtins.int] | None = ...,
+        inputs: _abc.Iterable[Global___TaskInputs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_attempt", b"first_attempt", "settled", b"settled", "tasks", b"tasks", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_attempt", b"first_attempt", "inputs", b"inputs", "settled", b"settled", "tasks", b"tasks", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkResponse: _TypeAlias = WorkResponse  # noqa: Y015
+
+@_typing.final
+class TaskInputs(_message.Message):
+    """The results of other tasks that a task needs, in the order in which its program asks for them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoredValue]: ...
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[Global___StoredValue] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TaskInputs: _TypeAlias = TaskInputs  # noqa: Y015
 
 @_typing.final
 class WorkWelcome(_message.Message):

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class TaskServiceStub:
-    """Hands out tasks. Served by the aggregator that owns a job of independent tasks, for workers.
+    """Hands out tasks. Served by the aggregator that owns a job of tasks, for workers.
     """
 
     def __init__(self, channel):
@@ -43,7 +43,7 @@ class TaskServiceStub:
 
 
 class TaskServiceServicer:
-    """Hands out tasks. Served by the aggregator that owns a job of independent tasks, for workers.
+    """Hands out tasks. Served by the aggregator that owns a job of tasks, for workers.
     """
 
     def Work(self, request_iterator, context):
@@ -71,7 +71,7 @@ def add_TaskServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TaskService:
-    """Hands out tasks. Served by the aggregator that owns a job of independent tasks, for workers.
+    """Hands out tasks. Served by the aggregator that owns a job of tasks, for workers.
     """
 
     @staticmethod

@@ -13,7 +13,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TaskServiceStub:
-    """Hands out tasks. Served by the aggregator that owns a job of independent tasks, for workers."""
+    """Hands out tasks. Served by the aggregator that owns a job of tasks, for workers."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Work: _aio.StreamStreamMultiCallable[_task_service_pb2.WorkRequest, _task_service_pb2.WorkResponse]
@@ -22,7 +22,7 @@ class TaskServiceStub:
     """
 
 class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Hands out tasks. Served by the aggregator that owns a job of independent tasks, for workers."""
+    """Hands out tasks. Served by the aggregator that owns a job of tasks, for workers."""
 
     @_abc_1.abstractmethod
     def Work(

@@ -1,4 +1,4 @@
-"""What the worker decides about a set of independent tasks: which calls run, what is told of them.
+"""What the worker decides about the tasks of a job: which calls run, what is told of them.
 
 Tasks come from their owner as attempts, and each is kept until the owner says that it is settled:
 waiting, running, or with a report that is told again on every new stream. Slots run them in
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from phalanx.reduction import Node
+from phalanx.tasks import timeout_s
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import task_service_pb2, training_pb2
 from phalanx.v1.job_pb2 import Failure
@@ -22,6 +23,8 @@ from worker.core.effects import Cancel, Effect, OpenStreams, Report, Wake
 from worker.core.rounds import LeafFailure, Part, PartState, Round
 
 LeafFailed = coordination.LeafFailed
+Inputs = tuple[tuple[str, int], ...]
+"""Results of other tasks: digest and size of each."""
 
 BATCH_MAX = 64
 BATCH_S = 0.02
@@ -50,14 +53,15 @@ class TaskSetCore:
         self.train_nodes: list[Node] = []
         self.evaluation_nodes: list[Node] = []
         self.assigned = training_pb2.Given()
-        timeout = JobSpec.FromString(plan.spec).tasks.timeout
-        self.timeout_s = timeout.seconds + timeout.nanos * 1e-9
+        self.timeout_s = timeout_s(JobSpec.FromString(plan.spec))
         self._dispatcher = dispatcher
         self._new_task_id = new_task_id
         self._owner = self._address = ""
         self._waiting: deque[tuple[int, int]] = deque()
         #: Attempts that wait or run → their task.
         self._open: dict[int, int] = {}
+        #: Attempts of a program that wait or run → the results that they need.
+        self._inputs: dict[int, Inputs] = {}
         self._batches: dict[int, tuple[Task, list[int]]] = {}
         self._reports: dict[int, task_service_pb2.TaskReport] = {}
         self._unsent: deque[int] = deque()
@@ -94,6 +98,7 @@ class TaskSetCore:
         self.prepared = False
         self._waiting.clear()
         self._open.clear()
+        self._inputs.clear()
         self._reports.clear()
         self._unsent.clear()
         return self._end_unwanted()
@@ -127,6 +132,9 @@ class TaskSetCore:
         for attempt in message.settled:
             self._reports.pop(attempt, None)
             self._open.pop(attempt, None)
+            self._inputs.pop(attempt, None)
+        for number, inputs in enumerate(message.inputs, message.first_attempt):
+            self._inputs[number] = tuple((each.digest, each.size_bytes) for each in inputs.values)
         for number, task in enumerate(message.tasks, message.first_attempt):
             self._open[number] = task
             self._waiting.append((task, number))
@@ -166,6 +174,7 @@ class TaskSetCore:
         """Say what came of an attempt, unless nobody wants to know any more."""
         if self._open.pop(attempt, None) is None:
             return []
+        self._inputs.pop(attempt, None)
         report = task_service_pb2.TaskReport(task=number, attempt=attempt, **outcome)
         self._reports[attempt] = report
         self._unsent.append(attempt)
@@ -237,6 +246,9 @@ class TaskSetCore:
             round=Round(go, self.plan.total_steps, self.slots),
             parts=[Part(Node(task, 1), slot) for task, _ in batch],
             slot=slot,
+            inputs=tuple(self._inputs.get(attempt, ()) for _, attempt in batch)
+            if self._inputs
+            else (),
         )
         self._batches[order.id] = (order, [attempt for _, attempt in batch])
         self._dispatcher.submit(order)

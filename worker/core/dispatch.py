@@ -29,6 +29,8 @@ class Task:
     parameters: int = -1
     absent: frozenset[int] = field(default_factory=frozenset)
     cancelled: bool = False
+    #: Of calls of a program: for each part the results (digest, size) that it needs.
+    inputs: tuple[tuple[tuple[str, int], ...], ...] = ()
     #: Whether its process died of the death of the one that starts them, and before it took the
     #: task in: which says nothing of its parts.
     unheard: bool = False

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from phalanx.reduction import Node
 from phalanx.specs.parts import all_reduces
-from phalanx.tasks import is_task_set
+from phalanx.tasks import runs_tasks
 from phalanx.v1 import coordination_service_pb2 as coordination
 from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.core.all_reduce.job import AllReduceJob
@@ -169,7 +169,7 @@ class WorkerCore:
             return next(self._task_ids)
 
         spec = job_spec_pb2.JobSpec.FromString(plan.spec)
-        if is_task_set(spec):
+        if runs_tasks(spec):
             return TaskSetCore(plan, self.dispatcher, new_task_id)
         if all_reduces(spec.train):
             return AllReduceJob(plan, self.dispatcher, new_task_id, self._worker_id)

@@ -18,11 +18,13 @@ from phalanx.calls import CallWork
 from phalanx.data.manifest import ChunkInfo
 from phalanx.errors import DataLoss, InvalidArgument, PhalanxError
 from phalanx.messages import known
+from phalanx.programs.work import ProgramWork
 from phalanx.reduction import Node, all_finite
 from phalanx.specs.starting import MISFIT
-from phalanx.tasks import is_task_set
+from phalanx.tasks import is_program, runs_tasks
 from phalanx.v1 import coordination_service_pb2, training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.task_service_pb2 import StoredValue
 from worker import ipc
 from worker.ipc import BlockingConnection, Kind
 from worker.leaf import output
@@ -33,6 +35,9 @@ from worker.memory import Arena, ProgressPage
 
 GoRecord = training_pb2.GoRecord
 LeafFailed = coordination_service_pb2.LeafFailed
+
+Calls = CallWork | ProgramWork
+Work = JobWork | Calls
 
 TRACEBACK_LIMIT = 16_384
 _MESSAGE_LIMIT = 2_048
@@ -56,7 +61,7 @@ class LeafLoop:
     def __init__(self, connection: BlockingConnection, page: ProgressPage) -> None:
         self._connection = connection
         self._page = page
-        self._jobs: dict[int, JobWork | CallWork | Exception] = {}
+        self._jobs: dict[int, Work | Exception] = {}
         self._job = -1
         #: Of the part that is computed.
         self._waited_s = 0.0
@@ -94,11 +99,12 @@ class LeafLoop:
         plan = training_pb2.JobPlan.FromString(plan_bytes)
         answer: dict[str, Any] = {"job": job, "error": "", "traceback": ""}
         dtype = np.dtype(plan.layout.dtype or "float32")
+        calls = self._calls(plan, document)
         arena = Arena.attach(message.fds[0], plan.layout.element_count, dtype)
         try:
-            if _is_task_set(plan):
+            if calls is not None:
                 arena.close()
-                calls = self._jobs[job] = CallWork(plan, _paths(document).code)
+                self._jobs[job] = calls
                 calls.describe()
             else:
                 work = JobWork(plan, _paths(document), self._fetch, arena, document["fits"])
@@ -113,6 +119,13 @@ class LeafLoop:
         output.flush()
         self._connection.send(Kind.SETUP_DONE, ipc.pack_json(answer))
 
+    def _calls(self, plan: training_pb2.JobPlan, document: dict[str, Any]) -> Calls | None:
+        """What runs the tasks of a job; None for one that goes step by step."""
+        spec, paths = JobSpec.FromString(plan.spec), _paths(document)
+        if is_program(spec):
+            return ProgramWork(plan, paths.manifest, self._fetch_blob)
+        return CallWork(plan, paths.code) if runs_tasks(spec) else None
+
     def _drop(self, message: ipc.Message) -> None:
         document, _ = ipc.unpack_json(message.body)
         self._later.clear()
@@ -126,8 +139,9 @@ class LeafLoop:
         plan = training_pb2.JobPlan.FromString(plan_bytes)
         answer = coordination_service_pb2.JobDescribed(job_id=plan.job_id)
         try:
-            if _is_task_set(plan):
-                answer.layout.CopyFrom(CallWork(plan, _paths(document).code).describe())
+            calls = self._calls(plan, document)
+            if calls is not None:
+                answer.layout.CopyFrom(calls.describe())
             else:
                 described = JobWork(plan, _paths(document), self._fetch).describe()
                 answer.layout.CopyFrom(described.layout)
@@ -173,7 +187,7 @@ class LeafLoop:
 
     def _run_part(
         self,
-        work: JobWork | CallWork | Exception,
+        work: Work | Exception,
         order: ipc.RunOrder,
         index: int,
         node: Node,
@@ -184,7 +198,7 @@ class LeafLoop:
         try:
             if isinstance(work, Exception):
                 raise work
-            if isinstance(work, CallWork):
+            if isinstance(work, Calls):
                 kind, done = Kind.CALL_DONE, _call(work, order, leaf, index, node.first)
                 output.flush()
             else:
@@ -282,12 +296,15 @@ class LeafLoop:
             self._later.clear()
 
     def _fetch(self, chunk: ChunkInfo) -> Path:
-        request = {"digest": chunk.digest, "size_bytes": chunk.size_bytes}
+        return self._fetch_blob(chunk.digest, chunk.size_bytes)
+
+    def _fetch_blob(self, digest: str, size_bytes: int) -> Path:
+        request = {"digest": digest, "size_bytes": size_bytes}
         started = time.perf_counter()
         self._connection.send(Kind.FETCH, ipc.pack_json(request))
         while True:
             answer, _ = ipc.unpack_json(self._connection.receive_only(Kind.FETCHED).body)
-            if answer["digest"] != chunk.digest:
+            if answer["digest"] != digest:
                 continue
             self._waited_s += time.perf_counter() - started
             if answer.get("cancelled"):
@@ -343,14 +360,15 @@ class _LeafRun:
         return leaf
 
 
-def _call(work: CallWork, order: ipc.RunOrder, leaf: _LeafRun, index: int, task: int) -> bytes:
-    """Run one task of a set; return the body of CALL_DONE."""
-    value: bytes = leaf.timed(task, lambda: work.call(task))
+def _call(work: Calls, order: ipc.RunOrder, leaf: _LeafRun, index: int, task: int) -> bytes:
+    """Run one task of a set or a program; return the body of CALL_DONE."""
+    if isinstance(work, ProgramWork):
+        given = order.inputs[index] if order.inputs else ()
+        inputs = [StoredValue(digest=digest, size_bytes=size) for digest, size in given]
+        value: bytes = leaf.timed(task, lambda: work.call(task, inputs))
+    else:
+        value = leaf.timed(task, lambda: work.call(task))
     return ipc.pack_call(order.task, index, leaf.seconds[-1], value)
-
-
-def _is_task_set(plan: training_pb2.JobPlan) -> bool:
-    return is_task_set(JobSpec.FromString(plan.spec))
 
 
 def _description_code(plan: training_pb2.JobPlan, error: BaseException) -> str:
@@ -368,7 +386,7 @@ def _paths(document: dict[str, Any]) -> Paths:
 
 
 def _failure(
-    work: JobWork | CallWork | Exception,
+    work: Work | Exception,
     order: ipc.RunOrder,
     index: int,
     shard: int,

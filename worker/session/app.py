@@ -390,7 +390,7 @@ class Session:
         Its failure is not told: the same leaf fails again as that of its shard.
         """
         assert job.prepared is not None
-        if not job.core.plan.bitwise:
+        if not job.core.plan.bitwise or isinstance(job, HostedTasks):
             return ""
         described = await self._slots.describe(job.prepared)
         if not described.HasField("failure"):

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from phalanx.data.manifest import DatasetManifest
+from phalanx.tasks import runs_tasks
 from phalanx.v1 import training_pb2
+from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.wheels import wheel_path
 from worker import ipc
 from worker.cache import BlobCache, Pinned
@@ -91,7 +93,8 @@ async def prepare(plan: training_pb2.JobPlan, cache: BlobCache, code_root: Path)
             pinned.append(start_model)
         dtype = np.dtype(plan.layout.dtype or "float32")
         # Tasks share no memory: what they return comes in messages.
-        elements = plan.layout.element_count if plan.manifest_digest else 0
+        shares = not runs_tasks(JobSpec.FromString(plan.spec))
+        elements = plan.layout.element_count if shares else 0
         arena = Arena.create(plan.job_id, elements, dtype)
     except BaseException:
         for each in pinned:

@@ -241,6 +241,7 @@ class SlotPool:
             parts=tuple((part.node.first, part.node.span, part.buffer) for part in task.parts),
             absent=tuple(task.absent),
             states=tuple(_states_of(part) for part in task.parts if part.next_state),
+            inputs=task.inputs,
         )
         self._tell(place, Kind.RUN, order.pack())
 

@@ -1,4 +1,4 @@
-"""One hosted set of independent tasks in the session process: its stream to their owner."""
+"""The tasks of one hosted job in the session process: its stream to their owner."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import grpc
 import grpc.aio
 
 from phalanx.rpc.credentials import ClientKeys
-from phalanx.tasks import INLINE_BYTES
+from phalanx.tasks import INLINE_BYTES, is_program
 from phalanx.v1 import task_service_pb2 as pb
 from phalanx.v1 import task_service_pb2_grpc as pb_grpc
+from phalanx.v1.job_spec_pb2 import JobSpec
 from worker.core.calls import TaskSetCore
 from worker.core.dispatch import Task
 from worker.core.effects import Effect, OpenStreams
@@ -52,6 +53,8 @@ class HostedTasks:
         self._stream: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
         self._something = asyncio.Event()
+        #: What a task of a program returns is the input of others: bytes, and one way to them.
+        self._stores_all = is_program(JobSpec.FromString(core.plan.spec))
 
     @property
     def step(self) -> int:
@@ -88,7 +91,7 @@ class HostedTasks:
         """A call returned; what is large is stored first."""
         self.progress.add(1, (seconds,))
         number, attempt = self.core.call_done(task, index, seconds)
-        if len(value_json) <= INLINE_BYTES:
+        if len(value_json) <= INLINE_BYTES and not self._stores_all:
             text = value_json.decode()
             effects = self.core.report(number, attempt, seconds=seconds, value_json=text)
             self._perform(effects)

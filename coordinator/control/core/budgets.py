@@ -13,7 +13,7 @@ from coordinator.control.core import ending, hosting, terms
 from coordinator.control.core.eligibility import PREPARE_TRIES, group_of, may_come_back
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.state import Core, FailedLeaf, JobRuntime, Unprepared, Worker
-from phalanx.tasks import is_task_set
+from phalanx.tasks import runs_tasks
 from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.job_pb2 import Failure
@@ -30,7 +30,7 @@ def leaf_failed(core: Core, worker: Worker, message: pb.LeafFailed) -> None:
     if job is None or job.ending is not None:
         return
     facts = core.facts_of(job)
-    if is_task_set(facts.spec):
+    if runs_tasks(facts.spec):
         _not_prepared(core, job, worker, message)
         return
     tree = job.evaluation if message.evaluation else job.train

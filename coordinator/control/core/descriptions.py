@@ -6,7 +6,7 @@ from coordinator.control.core import describing, ending, quarantine, terms
 from coordinator.control.core.eligibility import group_of, needed_bytes, too_large
 from coordinator.control.core.lifecycle import QUEUED
 from coordinator.control.core.state import Core, Description, JobRuntime, Worker
-from phalanx.tasks import is_task_set
+from phalanx.tasks import runs_tasks
 from phalanx.texts import number_of
 from phalanx.training.best import METRIC_NOT_COMPUTED, missing_metric
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -122,5 +122,5 @@ def _fail(core: Core, job: JobRuntime, failure: Failure) -> None:
 
 
 def _is_usable(core: Core, job: JobRuntime, layout: Layout) -> bool:
-    tasks = is_task_set(core.facts_of(job).spec)
+    tasks = runs_tasks(core.facts_of(job).spec)
     return layout.element_count > 0 and (tasks or layout.dtype in DTYPE_BYTES)

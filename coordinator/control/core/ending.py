@@ -10,7 +10,7 @@ from coordinator.control.core.lifecycle import CANCELLED, ENDED, EVENT_OF, FAILE
 from coordinator.control.core.state import Core, Ending, JobRuntime, OperationKind
 from coordinator.control.core.views import job_view, progress_view
 from phalanx.errors import FailedPrecondition
-from phalanx.tasks import is_task_set
+from phalanx.tasks import runs_tasks
 from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import job_pb2
@@ -75,8 +75,8 @@ def succeed(core: Core, job: JobRuntime, result: job_pb2.Result, reason: str) ->
     result.bit_identical = facts.bit_identical
     state = next_state(job.job_id, facts.state, Verb.SUCCEED)
     changed = JobChanged(state=state, reason=reason, result=result)
-    if is_task_set(facts.spec):
-        given_up = int(result.metrics["tasks/given_up"])
+    if not result.model:
+        given_up = int(result.metrics.get("tasks/given_up", 0))
         but = f", {given_up} of them given up" if given_up else ""
         changed.message = f"{number_of(result.steps, 'task')} done{but}"
     else:
@@ -96,7 +96,7 @@ def paused(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
     changed = JobChanged(
         state=next_state(job.job_id, facts.state, Verb.PAUSE),
         message=f"{report.step} of {number_of(facts.plan.total_steps, 'task')} done"
-        if is_task_set(facts.spec)
+        if runs_tasks(facts.spec)
         else f"checkpoint at step {report.checkpoint_step or report.step}",
     )
     term = facts.term

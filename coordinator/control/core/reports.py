@@ -9,7 +9,7 @@ from coordinator.control.core import ending, hosting, incidents, outages, quaran
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.ownership import live_aggregators
 from coordinator.control.core.state import Aggregator, CommitTime, Core, JobRuntime, Worker
-from phalanx.tasks import is_task_set
+from phalanx.tasks import runs_tasks
 from phalanx.texts import number_of, verb_for
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
@@ -202,7 +202,7 @@ def _watch_late(core: Core, job: JobRuntime, report: pb.JobReport) -> None:
     whatever the root waits for: who comes back, or is tried again, has a lease to show it. Tasks
     may take as long as they do; others run them meanwhile.
     """
-    tasks = is_task_set(core.facts_of(job).spec)
+    tasks = runs_tasks(core.facts_of(job).spec)
     late = {each.worker_id: each.late_s for each in report.late_workers if each.worker_id}
     late = _not_heard_of(core, job, report) | late
     for worker_id, reported_s in late.items():

@@ -26,7 +26,7 @@ from coordinator.control.core.lifecycle import PAUSED, QUEUED, RUNNING
 from coordinator.control.core.ownership import choose_owners, lost_owners, may_be_owned
 from coordinator.control.core.state import Core, JobRuntime, OperationKind
 from phalanx.errors import Internal
-from phalanx.tasks import is_task_set
+from phalanx.tasks import runs_tasks
 from phalanx.texts import number_of, verb_for
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
@@ -318,7 +318,7 @@ def _first_step(job: JobRuntime) -> int:
 
 def _origin(core: Core, job: JobRuntime) -> str:
     facts = core.facts_of(job)
-    if is_task_set(facts.spec):
+    if runs_tasks(facts.spec):
         return f"of {number_of(facts.plan.total_steps, 'task')}"
     if job.restore is None:
         return "from the start"
@@ -349,7 +349,7 @@ def _tell_again(core: Core, job: JobRuntime, before: int, incident_id: str) -> N
     facts, step = core.facts_of(job), _first_step(job)
     origin, replayed = _origin(core, job), max(0, before - step)
     are = verb_for(replayed, "is", "are")
-    if is_task_set(facts.spec):
+    if runs_tasks(facts.spec):
         type_, step, details = "JOB_RESUMED", before, {"term": facts.term}
         text = f"term {facts.term} {origin}: what has a result keeps it"
     elif replayed or incident_id or job.all_reduce:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from coordinator.aggregation.core.dispatch.dispatcher import Dispatcher, State
@@ -36,14 +37,21 @@ class Worker:
 
     name: str
     open: dict[int, int] = field(default_factory=dict)
+    inputs: dict[int, tuple[str, ...]] = field(default_factory=dict)
     reports: dict[int, TaskReport] = field(default_factory=dict)
     unsent: deque[int] = field(default_factory=deque)
     session: int = 0
     inbox: deque[Send] = field(default_factory=deque)
 
 
+def value_of(task: int, inputs: Sequence[str]) -> str:
+    """What a task makes of the results that it needs."""
+    return f"{task}({','.join(inputs)})"
+
+
 class World:
-    """Runs one seed. `poison` tasks fail in their own process wherever they run."""
+    """Runs one seed. `poison` tasks fail in their own process wherever they run; with `needs` a
+    task's result is made of those of others, and stored."""
 
     def __init__(
         self,
@@ -54,10 +62,12 @@ class World:
         attempts_max: int = 3,
         failures_max: int | None = None,
         deadly: bool = True,
+        needs: Sequence[Sequence[int]] = (),
     ) -> None:
         self.random = random.Random(seed)
         self.total, self.poison, self.deadly = total, poison, deadly
         self._limits = attempts_max, failures_max
+        self.needs = needs
         self.journal: list[bytes] = []
         self.now_s = 100.0
         self.term = 0
@@ -86,7 +96,7 @@ class World:
         if self.zombies and self.random.random() < 0.5:
             self.write(*self.zombies.pop())
         self.term += 1
-        self.dispatcher = Dispatcher(self.total, self.term, *self._limits)
+        self.dispatcher = Dispatcher(self.total, self.term, *self._limits, self.needs)
         for payload in self.journal:
             self.dispatcher.restore(TaskRecord.FromString(payload))
         self.journal.append(self.dispatcher.begin().SerializeToString())
@@ -141,6 +151,7 @@ class World:
         session, worker.session, worker.inbox = worker.session, 0, deque()
         if dies:
             worker.open.clear()
+            worker.inputs.clear()
             worker.reports.clear()
         if session:
             self.handle(WorkerClosed(session))
@@ -155,6 +166,9 @@ class World:
                 self.settled_early.append(number)
         for number, task in enumerate(message.tasks, message.first_attempt):
             worker.open[number] = task
+            if self.needs:
+                inputs = message.inputs[number - message.first_attempt]
+                worker.inputs[number] = tuple(each.digest for each in inputs)
 
     def is_safe(self, report: TaskReport, durable: dict[int, int]) -> bool:
         """Whether a report may be forgotten: its task has a durable result, or another attempt's
@@ -171,6 +185,8 @@ class World:
         if task in self.poison:
             report.failure.CopyFrom(Failure(code="RAISED", message="no", traceback="here"))
             self.tried[task] += 1
+        elif self.needs:
+            report.stored.digest = value_of(task, worker.inputs[number])
         else:
             report.value_json = str(task * 2)
         worker.reports[number] = report

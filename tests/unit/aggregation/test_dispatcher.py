@@ -27,10 +27,20 @@ from coordinator.aggregation.core.dispatch.events import (
 from coordinator.aggregation.core.dispatch.pace import DEPTH_MAX, Pace
 from coordinator.aggregation.core.dispatch.records import QUEUE_BYTES
 from phalanx.v1.job_pb2 import Failure
-from phalanx.v1.task_service_pb2 import TaskAttempt, TaskRecord, TaskReport
-from tests.unit.aggregation.dispatch_world import World
+from phalanx.v1.task_service_pb2 import (
+    StoredValue,
+    TaskAttempt,
+    TaskRecord,
+    TaskReport,
+    TaskResult,
+)
+from tests.unit.aggregation.dispatch_world import World, value_of
 
 SEEDS = range(60)
+
+
+LAYERS = ((), (), (), (), (0, 1), (1, 0), (2, 3), (4, 5, 6), (4,), (7, 8, 0))
+"""A graph: four tasks, three of two of them each, and two that need these in turn."""
 
 
 def begun(total: int, term: int = 1, attempts: int = 3, failures: int | None = 0) -> Dispatcher:
@@ -452,3 +462,67 @@ def test_short_tasks_come_in_many_and_long_ones_alone() -> None:
         pace.took(30.0, 30.0)
     assert pace.depth() == 1
     assert pace.room(2, 2, 100_000, 4) == 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_task_gets_the_results_it_needs_whatever_happens(seed: int) -> None:
+    world = World(seed, total=len(LAYERS), needs=LAYERS)
+    world.run()
+    assert isinstance(world.end, Finished)
+    expected: list[str] = []
+    for task, needs in enumerate(LAYERS):
+        expected.append(value_of(task, [expected[needed] for needed in needs]))
+    results = {each.task: each for record in world.records() for each in record.results}
+    assert [results[task].stored.digest for task in range(len(LAYERS))] == expected
+    assert world.durable_results() == dict.fromkeys(range(len(LAYERS)), 1)
+    assert world.dispatcher.outcome == results[len(LAYERS) - 1].stored
+    # What a task needs stands in the journal before it.
+    order = [each.task for record in world.records() for each in record.results]
+    places = {task: place for place, task in enumerate(order)}
+    assert all(places[task] > places[need] for task in places for need in LAYERS[task])
+
+
+def stored(task: int, attempt: int) -> TaskReport:
+    return TaskReport(task=task, attempt=attempt, stored=StoredValue(digest=f"of {task}"))
+
+
+def test_a_task_waits_until_what_it_needs_is_durable() -> None:
+    dispatcher = Dispatcher(3, 1, 3, 0, ((), (), (1, 0, 1)))
+    dispatcher.begin()
+    effects = dispatcher.handle(WorkerOpened(1, "w1", 4), 0.0)
+    assert tasks_of(effects) == [0, 1]
+    first = sends(effects)[0].first_attempt
+    effects = dispatcher.handle(Reported(1, [stored(0, first), stored(1, first + 1)]), 1.0)
+    assert tasks_of(effects) == []
+    assert dispatcher.state(2) is State.BLOCKED
+    (send,) = (each for each in sends(dispatcher.handle(Appended(), 1.1)) if each.tasks)
+    assert send.tasks == (2,)
+    assert [each.digest for each in send.inputs[0]] == ["of 1", "of 0", "of 1"]
+
+
+def test_nobody_can_hold_a_task_that_lacks_what_it_needs() -> None:
+    dispatcher = Dispatcher(2, 2, 3, 0, ((), (0,)))
+    dispatcher.begin()
+    lie = TaskAttempt(task=1, attempt=(1 << 40) + 5)
+    effects = dispatcher.handle(WorkerOpened(1, "w1", 1, [lie]), 0.0)
+    assert [each for send in sends(effects) for each in send.settled] == [lie.attempt]
+    assert tasks_of(effects) == [0]
+
+
+def test_a_program_fails_with_the_first_task_that_is_given_up() -> None:
+    dispatcher = Dispatcher(2, 1, 1, 0, ((), (0,)))
+    dispatcher.begin()
+    effects = dispatcher.handle(WorkerOpened(1, "w1", 1), 0.0)
+    effects = dispatcher.handle(Reported(1, [failed(0, sends(effects)[0].first_attempt)]), 1.0)
+    effects = dispatcher.handle(Appended(), 1.1)
+    assert any(isinstance(each, Failed) for each in effects)
+    again = Dispatcher(2, 2, 1, 0, ((), (0,)))
+    again.restore(given_up(0))
+    again.begin()
+    assert tasks_of(again.handle(WorkerOpened(1, "w1", 1), 0.0)) == [0]
+
+
+def given_up(task: int) -> TaskRecord:
+    """A journal in which a task was given up."""
+    failure = Failure(code="POISON_TASK", message="no")
+    return TaskRecord(term=1, results=[TaskResult(task=task, attempt=1, failure=failure)])

@@ -37,6 +37,8 @@ def test_a_run_order_comes_back(
         states=tuple(tuple(each) for each in states),
     )
     assert ipc.RunOrder.unpack(order.pack()) == order
+    order.inputs = ((("a" * 64, 12), ("b" * 64, 0)), ())
+    assert ipc.RunOrder.unpack(order.pack()) == order
 
 
 @settings(deadline=None)

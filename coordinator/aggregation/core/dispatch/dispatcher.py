@@ -1,4 +1,4 @@
-"""The dispatcher of independent tasks: one event and the time in, effects out.
+"""The dispatcher of tasks: one event and the time in, effects out.
 
 A task has one result in the journal, whatever happens. Attempts are leases of a stream: a broken
 stream frees them at once, and a worker that comes back with them goes on with them. Whoever reports
@@ -7,12 +7,15 @@ and says it again on every stream. Attempt numbers carry the term and are never 
 an attempt of an earlier owner says is its own and nobody else's.
 
 Only failures of a task's own process count against its budget, each attempt once.
+
+A task of a program may need the results of others: it is handed out, with what they are, once the
+last of them is durable.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, auto
 
@@ -33,10 +36,18 @@ from coordinator.aggregation.core.dispatch.events import (
     WorkerClosed,
     WorkerOpened,
 )
+from coordinator.aggregation.core.dispatch.needs import Needs
 from coordinator.aggregation.core.dispatch.pace import Pace
 from coordinator.aggregation.core.dispatch.records import Unwritten, poisoned
 from phalanx.v1.job_pb2 import Failure
-from phalanx.v1.task_service_pb2 import FailedTry, TaskAttempt, TaskRecord, TaskReport, TaskResult
+from phalanx.v1.task_service_pb2 import (
+    FailedTry,
+    StoredValue,
+    TaskAttempt,
+    TaskRecord,
+    TaskReport,
+    TaskResult,
+)
 
 SILENCE_S = 2.0
 """A worker that said nothing for so long has its tasks run by others as well."""
@@ -58,7 +69,9 @@ FIRST_NUMBER = 1 << TERM_SHIFT
 class State(IntEnum):
     """Where a task stands."""
 
-    WAITING = 0
+    BLOCKED = 0
+    """It needs results that are not there yet."""
+    WAITING = auto()
     LEASED = auto()
     REPORTED = auto()
     """Its result is on its way to the journal."""
@@ -96,19 +109,29 @@ class Dispatcher:
     """`total` tasks of a job in one term.
 
     A task is given up after `attempts_max` failures; more than `failures_max` given up fail the
-    job (None: however many there are).
+    job (None: however many there are). `needs` are the tasks whose results each of them gets.
     """
 
-    def __init__(self, total: int, term: int, attempts_max: int, failures_max: int | None) -> None:
+    def __init__(
+        self,
+        total: int,
+        term: int,
+        attempts_max: int,
+        failures_max: int | None,
+        needs: Sequence[Sequence[int]] = (),
+    ) -> None:
         self.total = total
         self.term = term
         self.done = self.given_up = self.failed_tries = 0
         self._attempts_max = attempts_max
         self._failures_max = failures_max
-        self._state = bytearray(total)
+        self._needs = Needs(needs)
+        self._state = bytearray(
+            State.BLOCKED if self._needs.blocked(task) else State.WAITING for task in range(total)
+        )
         self._fresh: deque[int] = deque()
         self._again: deque[int] = deque()
-        self._waiting = total
+        self._waiting = self._state.count(State.WAITING)
         self._failures: dict[int, list[Failure]] = {}
         self._counted: set[int] = set()
         """Attempts whose failure is in the journal."""
@@ -159,7 +182,8 @@ class Dispatcher:
                 task for task in range(self.total) if self._state[task] == State.GIVEN_UP
             )
             self.restore(record)
-        self._fresh.extend(task for task in range(self.total) if self._state[task] == State.WAITING)
+        waiting = (task for task in range(self.total) if self._state[task] == State.WAITING)
+        self._fresh = deque(waiting)
         return record
 
     # What is asked
@@ -168,6 +192,11 @@ class Dispatcher:
     def leased(self) -> int:
         """Tasks that workers have."""
         return len(self._leases)
+
+    @property
+    def outcome(self) -> StoredValue | None:
+        """The durable result of the last task of a program."""
+        return self._needs.outcome
 
     def state(self, task: int) -> State:
         """Where a task stands."""
@@ -228,6 +257,7 @@ class Dispatcher:
         elif (
             not 0 <= held.task < self.total
             or self._state[held.task] >= State.REPORTED
+            or self._state[held.task] == State.BLOCKED  # nobody can have been given it
             or held.attempt in self._counted  # it has not heard that its failure was heard
             or not self._was_given(peer.worker_id, held)
         ):
@@ -372,6 +402,13 @@ class Dispatcher:
         else:
             self._state[result.task] = State.DONE
             self.done += 1
+            self._unblock(self._needs.done(result))
+
+    def _unblock(self, tasks: list[int]) -> None:
+        for task in tasks:
+            self._state[task] = State.WAITING
+        self._waiting += len(tasks)
+        self._fresh.extend(tasks)
 
     def _try_anew(self, task: int) -> None:
         if self._state[task] == State.GIVEN_UP:
@@ -446,7 +483,8 @@ class Dispatcher:
             self._lease(peer, task, self._numbers)
             self._given.setdefault(task, {})[self._numbers] = peer.worker_id
         settled, peer.settled = tuple(peer.settled), []
-        self._effects.append(Send(peer.session, given, first, settled))
+        inputs = tuple(self._needs.inputs(task) for task in given)
+        self._effects.append(Send(peer.session, given, first, settled, inputs))
 
     def _lease(self, peer: _Peer, task: int, number: int) -> None:
         if self._state[task] == State.WAITING:

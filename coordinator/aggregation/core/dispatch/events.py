@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from phalanx.v1.job_pb2 import Failure
-from phalanx.v1.task_service_pb2 import TaskAttempt, TaskRecord, TaskReport
+from phalanx.v1.task_service_pb2 import StoredValue, TaskAttempt, TaskRecord, TaskReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,16 @@ Event = WorkerOpened | Reported | WorkerClosed | Appended | PauseAsked | Tick
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Tell a worker to run tasks, as attempts from `first_attempt` on, and to forget attempts."""
+    """Tell a worker to run tasks, as attempts from `first_attempt` on, and to forget attempts.
+
+    `inputs` are the results that each of the tasks needs.
+    """
 
     session: int
     tasks: tuple[int, ...] = ()
     first_attempt: int = 0
     settled: tuple[int, ...] = ()
+    inputs: tuple[tuple[StoredValue, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,223 @@
+"""The tasks of a forest: growing trees, scoring rows that they did not see, putting all together.
+
+Seeds, rows and parameters are those of scikit-learn's forests of the same seed, so that each tree
+is the same as theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.forests.model import DENSE_BYTES, float32_blocks
+from phalanx.forests.tables import (
+    IMPORTANCES,
+    VALUES,
+    Table,
+    Tree,
+    mean_importances,
+    table_of,
+    tensor_name,
+)
+from phalanx.learn import need_scikit_learn
+from phalanx.programs import arrays
+from phalanx.programs.base import ModelParts, Outcome, Piece
+from phalanx.programs.data import JobData, Result
+from phalanx.programs.forest import Layers, tree_arguments
+from phalanx.training.leaf import training_rows
+from phalanx.training.sampler import rows_in_order
+from phalanx.v1.training_pb2 import Layout, TensorSpec
+
+GROWN_DENSE_BYTES = 16 * DENSE_BYTES
+"""Sparse rows are made dense to grow trees on where they take no more than this: it is many times
+as fast, and the trees are the same."""
+
+_SEED_MAX = int(np.iinfo(np.int32).max)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a tree is grown on: float32 features, and classes or float64 numbers."""
+
+    features: Any
+    targets: NDArray[Any]
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return len(self.targets)
+
+
+def seeds_of(seed: int, trees: int) -> NDArray[np.int64]:
+    """Return the seed of each tree, as scikit-learn draws them from that of the forest."""
+    draw = np.random.RandomState(seed % 2**32)
+    return np.array([draw.randint(_SEED_MAX) for _ in range(trees)], np.int64)
+
+
+def times_drawn(seed: int, rows: int) -> NDArray[np.int64]:
+    """Return how often each row is drawn for a tree: as many in all as there are rows."""
+    drawn = np.random.RandomState(seed).randint(0, rows, rows)
+    return np.bincount(drawn.astype(np.int32), minlength=rows)
+
+
+class ForestTasks:
+    """Runs the tasks of one job. Raises FailedPrecondition without scikit-learn."""
+
+    def __init__(self, job: JobData) -> None:
+        need_scikit_learn("growing trees")
+        self._job = job
+        self._forest = job.spec.forest
+        self._layers = Layers.of(job.plan)
+        self._split = job.spec.data.split
+        self._seeds = seeds_of(job.spec.seed, self._forest.trees)
+        self._shards: dict[int, Rows] = {}
+
+    def run(self, task: int, inputs: Sequence[Result]) -> bytes:
+        """Run one task of the graph."""
+        layers = self._layers
+        if task < layers.groups:
+            return self._grow(layers.trees_of(task))
+        if task < layers.groups + layers.blocks:
+            return self._score(task - layers.groups, inputs)
+        return self._put_together(inputs[: layers.groups], inputs[layers.groups :])
+
+    def _grow(self, trees: range) -> bytes:
+        return arrays.pack({tensor_name(tree): self._tree(tree) for tree in trees})
+
+    def _tree(self, number: int) -> Table:
+        from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
+
+        rows, seed = self._rows_of(number), int(self._seeds[number])
+        kind = DecisionTreeClassifier if self._job.classes else DecisionTreeRegressor
+        tree = kind(random_state=seed, **tree_arguments(self._forest.tree.fields))
+        tree.fit(rows.features, rows.targets, sample_weight=times_drawn(seed, rows.count))
+        present = tree.classes_ if self._job.classes else np.zeros(0, np.int64)
+        return table_of(tree, self._job.classes, present)
+
+    # Rows that trees have not seen
+
+    def _score(self, block: int, inputs: Sequence[Result]) -> bytes:
+        """Have the rows of a block predicted by the trees for which they were not drawn.
+
+        Of classes it says how many rows were right, of a regression what was predicted of each. A
+        row that every tree was grown on counts as all zeros, as with scikit-learn.
+        """
+        first, rows = self._block(block)
+        total = np.zeros((rows.count, max(1, self._job.classes)))
+        votes = np.zeros(rows.count, np.int64)
+        features = _dense(rows.features)
+        for number, table in enumerate(_tables(inputs)):
+            if self._forest.per_shard and number % self._layers.blocks != block:
+                continue
+            drawn = times_drawn(int(self._seeds[number]), self._rows_drawn_from(rows))
+            unseen = np.flatnonzero(drawn[first : first + rows.count] == 0)
+            total[unseen] += Tree.of(table).predict(features[unseen])
+            votes[unseen] += 1
+        total /= np.maximum(votes, 1)[:, None]
+        found = {"unscored": np.array([np.count_nonzero(votes == 0)])}
+        if self._job.classes:
+            right = total.argmax(axis=1) == rows.targets
+            found |= {"right": np.array([np.count_nonzero(right)])}
+        else:
+            found |= {"predicted": total[:, 0], "targets": rows.targets}
+        return arrays.pack(found)
+
+    def _rows_drawn_from(self, block: Rows) -> int:
+        return block.count if self._forest.per_shard else self._job.plan.train_rows
+
+    def _block(self, block: int) -> tuple[int, Rows]:
+        """Return the rows of a block, and where they begin among those that trees draw from."""
+        if self._forest.per_shard:
+            return 0, self._shard(block)
+        first = block * self._job.plan.train_rows // self._layers.blocks
+        return first, self._as_rows(self._job.block(*self._at(block), self._dtype))
+
+    def _at(self, block: int) -> tuple[str, int, int]:
+        return self._split, block, self._layers.blocks
+
+    # The end
+
+    def _put_together(self, grown: Sequence[Result], scored: Sequence[Result]) -> bytes:
+        tensors: list[TensorSpec] = []
+        pieces: list[Piece] = []
+        tables: list[Table] = []
+        for result in grown:
+            data = result.read()
+            tables += arrays.unpack(data).values()
+            for name, place in arrays.places(data).items():
+                tensors.append(TensorSpec(name=name, shape=place.shape))
+                pieces.append(Piece(result.digest, place.offset, place.length))
+        features = self._job.manifest.features
+        counts = mean_importances(tables, features)
+        tensors.append(TensorSpec(name=IMPORTANCES, shape=[features]))
+        pieces.append(Piece(inline=counts.astype("<f8").tobytes()))
+        width = VALUES + max(1, self._job.classes)
+        elements = sum(len(table) for table in tables) * width + features
+        layout = Layout(tensors=tensors, dtype="float64", element_count=elements)
+        metrics = {
+            "forest/trees": float(len(tables)),
+            "forest/nodes": float(sum(len(table) for table in tables)),
+            **self._out_of_bag([arrays.unpack(result.read()) for result in scored]),
+        }
+        return Outcome(metrics, ModelParts(layout, tuple(pieces))).to_json()
+
+    def _out_of_bag(self, blocks: list[dict[str, NDArray[Any]]]) -> dict[str, float]:
+        rows = self._job.plan.train_rows
+        unscored = float(sum(_number(block, "unscored") for block in blocks))
+        if self._job.classes:
+            right = sum(_number(block, "right") for block in blocks)
+            return {"oob/accuracy": right / rows, "oob/unscored_rows": unscored}
+        predicted = np.concatenate([block["predicted"] for block in blocks])
+        targets = np.concatenate([block["targets"] for block in blocks])
+        left = float(((targets - predicted) ** 2).sum())
+        whole = float(((targets - targets.mean()) ** 2).sum())
+        found = {"oob/rmse": float(np.sqrt(left / rows)), "oob/unscored_rows": unscored}
+        # A target that never changes has no R².
+        return found | ({"oob/r2": 1.0 - left / whole} if whole > 0 else {})
+
+    # Rows
+
+    @cached_property
+    def _dtype(self) -> str:
+        """Numbers to be predicted are read as they are stored; features become float32 after."""
+        return "float32" if self._job.classes else "float64"
+
+    @cached_property
+    def _all(self) -> Rows:
+        return self._as_rows(self._job.block(self._split, 0, 1, self._dtype))
+
+    def _rows_of(self, tree: int) -> Rows:
+        return self._shard(tree % self._layers.blocks) if self._forest.per_shard else self._all
+
+    def _shard(self, number: int) -> Rows:
+        if number not in self._shards:
+            reader = self._job.reader(self._split, self._dtype)
+            selections: list[Any] = rows_in_order(training_rows(self._job.plan, reader, number))
+            self._shards[number] = self._as_rows(reader.rows(selections))
+        return self._shards[number]
+
+    def _as_rows(self, batch: Any) -> Rows:
+        features = batch.features
+        if isinstance(features, np.ndarray):
+            return Rows(np.asarray(features, np.float32), batch.targets)
+        if 4 * features.shape[0] * features.shape[1] <= GROWN_DENSE_BYTES:
+            return Rows(features.astype(np.float32).toarray(), batch.targets)
+        return Rows(features.astype(np.float32), batch.targets)
+
+
+def _tables(inputs: Sequence[Result]) -> list[Table]:
+    """Return the tables of all trees, in order."""
+    return [table for result in inputs for table in arrays.unpack(result.read()).values()]
+
+
+def _dense(features: Any) -> NDArray[np.float32]:
+    return np.concatenate(float32_blocks(features))
+
+
+def _number(block: dict[str, NDArray[Any]], name: str) -> int:
+    return int(block[name][0])

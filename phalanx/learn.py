@@ -1,0 +1,18 @@
+"""scikit-learn, which grows trees and solves small problems; an extra of the installation."""
+
+from __future__ import annotations
+
+from phalanx.errors import FailedPrecondition
+
+
+def need_scikit_learn(what: str) -> None:
+    """Raise FailedPrecondition (SCIKIT_LEARN_MISSING), which says what to install, where `what`
+    cannot be done on this machine."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise FailedPrecondition(
+            f"{what} needs scikit-learn, which is not installed here; run "
+            "`pip install 'phalanx[learn]'` on every worker",
+            reason="SCIKIT_LEARN_MISSING",
+        ) from error

@@ -1,0 +1,143 @@
+"""What a program of tasks is, and what it leaves."""
+
+from __future__ import annotations
+
+import base64
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+
+from phalanx.errors import DataLoss, Violation
+from phalanx.v1.dataset_service_pb2 import Dataset
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.task_service_pb2 import StoredValue
+from phalanx.v1.training_pb2 import JobPlan, Layout
+
+RESULT_BYTES_MAX = 60 * 1024 * 1024
+"""A leaf process hands a result to its worker in one message."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The tasks of a job, numbered from 0: `needs[task]` are those whose results it gets, in the
+    order in which it gets them; all have smaller numbers. The last one's result is the outcome."""
+
+    needs: tuple[tuple[int, ...], ...]
+
+    @property
+    def count(self) -> int:
+        """How many tasks there are."""
+        return len(self.needs)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of a model's vector: part of a stored result, or short ones given here."""
+
+    digest: str = ""
+    offset: int = 0
+    length: int = 0
+    inline: bytes = b""
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """A model that a program leaves: its layout, and where its flat vector lies, in order."""
+
+    layout: Layout
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a program leaves. Each file is the whole result of a task, and so kept with the job."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    model: ModelParts | None = None
+    files: Mapping[str, StoredValue] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """The result of the last task; equal outcomes give equal bytes."""
+        document: dict[str, Any] = {
+            "metrics": dict(self.metrics),
+            "files": {name: [each.digest, each.size_bytes] for name, each in self.files.items()},
+        }
+        if self.model is not None:
+            layout = MessageToDict(self.model.layout, preserving_proto_field_name=True)
+            pieces = [_piece_document(each) for each in self.model.pieces]
+            document["model"] = {"layout": layout, "pieces": pieces}
+        text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return text.encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> Outcome:
+        """Read what `to_json` wrote. Raises DataLoss for anything else."""
+        try:
+            document = json.loads(data)
+            model = None
+            if "model" in document:
+                layout = ParseDict(document["model"]["layout"], Layout())
+                pieces = tuple(_piece_from(each) for each in document["model"]["pieces"])
+                model = ModelParts(layout, pieces)
+            return Outcome(
+                metrics={str(name): float(each) for name, each in document["metrics"].items()},
+                model=model,
+                files={
+                    str(name): StoredValue(digest=digest, size_bytes=size)
+                    for name, (digest, size) in document["files"].items()
+                },
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, ParseError) as error:
+            raise DataLoss(f"the outcome of the job cannot be read: {error!r}") from error
+
+
+class Program(ABC):
+    """One choice of `JobSpec.program`. See `phalanx.programs` on how to write one."""
+
+    name: ClassVar[str]
+    leaves_model: ClassVar[bool] = False
+    """Whether its outcome has a model; else `output` is refused."""
+
+    @abstractmethod
+    def violations(self, spec: JobSpec) -> Iterator[Violation]:
+        """Yield what is wrong with a spec whatever its data; of raw as well as resolved ones."""
+
+    @abstractmethod
+    def violations_against(self, spec: JobSpec, dataset: Dataset) -> Iterator[Violation]:
+        """Yield what is wrong between a resolved spec and its data set."""
+
+    @abstractmethod
+    def resolve(self, spec: JobSpec, dataset: Dataset) -> None:
+        """Write out the program's defaults."""
+
+    @abstractmethod
+    def graph(self, plan: JobPlan) -> Graph:
+        """Return the tasks of a job; a pure function of its plan."""
+
+    def warnings(self, spec: JobSpec, dataset: Dataset) -> list[str]:
+        """Return what people should know of a job before it runs."""
+        return []
+
+    def worker_bytes(self, spec: JobSpec, dataset: Dataset) -> int:
+        """Return about how much memory a task needs; as a rule the data set, dense, twice."""
+        rows = dataset.rows.get(spec.data.split, 0)
+        return (
+            2 * 4 * rows * dataset.features if dataset.format != "csr" else 2 * dataset.size_bytes
+        )
+
+
+def _piece_document(piece: Piece) -> list[Any]:
+    if piece.digest:
+        return [piece.digest, piece.offset, piece.length]
+    return [base64.b64encode(piece.inline).decode()]
+
+
+def _piece_from(document: list[Any]) -> Piece:
+    if len(document) == 1:
+        return Piece(inline=base64.b64decode(document[0], validate=True))
+    digest, offset, length = document
+    return Piece(digest=str(digest), offset=int(offset), length=int(length))

@@ -1,0 +1,87 @@
+"""What a task of a program works on: its job, the data set, and the results of other tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from phalanx.data.choice import choose
+from phalanx.data.manifest import DatasetManifest
+from phalanx.data.reader import ChunkReader
+from phalanx.models.base import Batch
+from phalanx.training.sampler import rows_in_order, shard_rows
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import JobPlan
+
+Fetch = Callable[[str, int], Path]
+"""(digest, size): returns a file with the content of a blob."""
+
+
+class Run(Protocol):
+    """Runs one task of a job; see `phalanx.programs`."""
+
+    def __call__(self, task: int, inputs: Sequence[Result], /) -> bytes:
+        """Return the result of a task."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of another task, read from the disk when it is asked for."""
+
+    digest: str
+    size_bytes: int
+    _fetch: Fetch
+
+    def read(self) -> bytes:
+        """Its bytes."""
+        return self._fetch(self.digest, self.size_bytes).read_bytes()
+
+
+class JobData:
+    """One job in one process. Whole splits stay in memory until the job is dropped."""
+
+    def __init__(self, plan: JobPlan, manifest: DatasetManifest, fetch: Fetch) -> None:
+        self.plan = plan
+        self.spec = JobSpec.FromString(plan.spec)
+        self._whole = manifest
+        self._fetch = fetch
+        self._splits: dict[tuple[str, str], Batch] = {}
+
+    @cached_property
+    def manifest(self) -> DatasetManifest:
+        """The data set with the columns that the job chose."""
+        return choose(self._whole, self.spec.data.features).manifest
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; 0 for a regression."""
+        return len(self.manifest.classes)
+
+    def result(self, digest: str, size_bytes: int) -> Result:
+        """Return the result of a task that is stored."""
+        return Result(digest, size_bytes, self._fetch)
+
+    def reader(self, split: str, dtype: str = "float32") -> ChunkReader:
+        """Return a reader of one split with the columns that the job chose."""
+        infos = {chunk.digest: chunk for chunk in self._whole.splits.get(split, ())}
+
+        def fetch(digest: str) -> Path:
+            return self._fetch(digest, infos[digest].size_bytes)
+
+        return ChunkReader(self._whole, split, fetch, dtype=dtype, columns=self.spec.data.features)
+
+    def whole(self, split: str, dtype: str = "float32") -> Batch:
+        """Return all rows of a split in stored order; they stay in memory."""
+        key = split, dtype
+        if key not in self._splits:
+            self._splits[key] = self.block(split, 0, 1, dtype)
+        return self._splits[key]
+
+    def block(self, split: str, number: int, count: int, dtype: str = "float32") -> Batch:
+        """Return one of `count` blocks of a split: neighbouring rows, in stored order."""
+        reader = self.reader(split, dtype)
+        selections: list[Any] = rows_in_order(shard_rows(number, count, reader.chunk_rows))
+        return reader.rows(selections)

@@ -1,0 +1,75 @@
+"""Programs of tasks in this very process: the tasks in the order of their numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from phalanx.programs.base import ModelParts, Outcome
+from phalanx.sdk.in_process_tasks import TaskFailed, run_task
+from phalanx.tasks import ATTEMPTS
+from phalanx.v1.task_service_pb2 import StoredValue, TaskResult
+from phalanx.v1.training_pb2 import JobPlan
+
+BlobPath = Callable[[str], Path]
+
+
+@dataclass(frozen=True)
+class Blobs:
+    """Where results are kept: `path` of a blob, `put` keeps bytes and returns their digest."""
+
+    path: BlobPath
+    put: Callable[[bytes], str]
+
+
+def run_program(
+    plan: JobPlan, blobs: Blobs, results: dict[int, TaskResult], on_result: Callable[[], None]
+) -> Outcome:
+    """Run what has no result yet and add it to `results`; `on_result` is called after each.
+
+    What `on_result` raises ends it. Raises TaskFailed, and whatever loading the program raises.
+    """
+    from phalanx.programs import graph_of
+    from phalanx.programs.work import ProgramWork
+
+    manifest = blobs.path(plan.manifest_digest)
+    work = ProgramWork(plan, manifest, lambda digest, _size: blobs.path(digest))
+    work.describe()
+    for task, needs in enumerate(graph_of(plan).needs):
+        if task not in results:
+            inputs = [results[needed].stored for needed in needs]
+            results[task] = result = _run(work.call, task, inputs, blobs)
+            if result.HasField("failure"):
+                raise TaskFailed(result.failure)
+            on_result()
+    return Outcome.from_json(blobs.path(results[len(results) - 1].stored.digest).read_bytes())
+
+
+def _run(
+    call: Callable[[int, Sequence[StoredValue]], bytes],
+    task: int,
+    inputs: Sequence[StoredValue],
+    blobs: Blobs,
+) -> TaskResult:
+    def store(number: int, result: TaskResult) -> None:
+        value = call(number, inputs)
+        stored = StoredValue(digest=blobs.put(value), size_bytes=len(value))
+        result.stored.CopyFrom(stored)
+
+    return run_task(store, task, ATTEMPTS)
+
+
+def vector_of(model: ModelParts, path: BlobPath) -> tuple[bytes, str]:
+    """Return the flat vector of a model, and its SHA-256."""
+    parts = []
+    for piece in model.pieces:
+        if not piece.digest:
+            parts.append(piece.inline)
+            continue
+        with path(piece.digest).open("rb") as file:
+            file.seek(piece.offset)
+            parts.append(file.read(piece.length))
+    vector = b"".join(parts)
+    return vector, hashlib.sha256(vector).hexdigest()

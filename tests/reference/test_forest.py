@@ -1,0 +1,170 @@
+"""Forests equal scikit-learn's: each tree, what is predicted, importances, out-of-bag scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+from sklearn.tree import DecisionTreeClassifier
+
+import phalanx
+from phalanx.data.predict import LoadedModel
+from phalanx.forests.growing import seeds_of, times_drawn
+from phalanx.forests.model import ForestModel
+from phalanx.forests.tables import (
+    FEATURE,
+    IMPURITY,
+    LEFT,
+    RIGHT,
+    SAMPLES,
+    THRESHOLD,
+    VALUES,
+    WEIGHT,
+    tensor_name,
+)
+from phalanx.models.base import views
+from phalanx.sdk.values import Result
+from phalanx.testing.datasets import classification, digits, regression, shared_data
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[phalanx.Cluster]:
+    with phalanx.LocalCluster(workers=0) as cluster:
+        yield cluster
+
+
+def grown(
+    cluster: phalanx.Cluster, data: tuple[Any, Any], seed: int = 0, **forest: Any
+) -> tuple[LoadedModel, Result]:
+    shards = forest.pop("shards", 5)
+    cluster.data.add("data", *data)
+    document = {
+        "name": "forest",
+        "data": {"name": "data", "shards": shards},
+        "forest": forest,
+        "seed": seed,
+    }
+    result = cluster.submit(document).wait(timeout_s=120)
+    return cluster.models.get(result.model), result
+
+
+def assert_equal_trees(model: LoadedModel, estimators: list[Any]) -> None:
+    tables = views(model.model.layout, model.parameters)
+    for number, estimator in enumerate(estimators):
+        table, tree = tables[tensor_name(number)], estimator.tree_
+        for column, expected in (
+            (LEFT, tree.children_left),
+            (RIGHT, tree.children_right),
+            (FEATURE, tree.feature),
+            (THRESHOLD, tree.threshold),
+            (IMPURITY, tree.impurity),
+            (SAMPLES, tree.n_node_samples),
+            (WEIGHT, tree.weighted_n_node_samples),
+        ):
+            np.testing.assert_array_equal(table[:, column], expected)
+        np.testing.assert_array_equal(table[:, VALUES:], tree.value[:, 0, :])
+
+
+def importances(model: LoadedModel) -> Any:
+    assert isinstance(model.model, ForestModel)
+    return model.model.feature_importances(model.parameters)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {},
+        {"max_depth": 5, "criterion": "entropy", "min_samples_leaf": 3},
+        {"max_features": 0.5, "max_leaf_nodes": 20},
+        {"max_features": "all", "ccp_alpha": 0.002, "min_samples_split": 0.05},
+    ],
+)
+def test_a_forest_of_classes_is_that_of_scikit_learn(
+    alone: phalanx.Cluster, tree: dict[str, Any]
+) -> None:
+    features, targets = digits()
+    model, result = grown(alone, (features, targets), seed=7, trees=25, tree=tree)
+    arguments = {name: None if value == "all" else value for name, value in tree.items()}
+    expected = RandomForestClassifier(25, random_state=7, n_jobs=1, oob_score=True, **arguments)
+    expected.fit(features.astype(np.float32), targets)
+    assert_equal_trees(model, expected.estimators_)
+    probabilities = model.predict_probabilities(features)
+    np.testing.assert_array_equal(probabilities, expected.predict_proba(features))
+    np.testing.assert_array_equal(model.predict(features), expected.predict(features))
+    np.testing.assert_array_equal(importances(model), expected.feature_importances_)
+    assert result.metrics["oob/accuracy"] == expected.oob_score_
+
+
+def test_a_forest_of_numbers_is_that_of_scikit_learn(alone: phalanx.Cluster) -> None:
+    features, targets = regression(rows=700)
+    model, result = grown(alone, (features, targets), seed=2, trees=12, tree={"max_depth": 9})
+    expected = RandomForestRegressor(12, random_state=2, n_jobs=1, oob_score=True, max_depth=9)
+    with pytest.warns(UserWarning, match="OOB"):
+        expected.fit(features.astype(np.float32), targets)
+    assert_equal_trees(model, expected.estimators_)
+    np.testing.assert_array_equal(model.predict(features), expected.predict(features))
+    np.testing.assert_array_equal(importances(model), expected.feature_importances_)
+    assert result.metrics["oob/r2"] == pytest.approx(expected.oob_score_, rel=1e-12)
+    assert result.metrics["oob/unscored_rows"] > 0
+
+
+def test_sparse_rows_grow_the_trees_of_scikit_learn(
+    alone: phalanx.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.Generator(np.random.Philox(3))
+    dense = generator.normal(size=(400, 30)) * (generator.random((400, 30)) < 0.2)
+    targets = (dense[:, :3].sum(axis=1) > 0).astype(int)
+    sparse = scipy.sparse.csr_array(dense.astype(np.float32))
+    expected = RandomForestClassifier(10, random_state=1, n_jobs=1).fit(sparse, targets)
+    for limit in (0, 2**30):
+        monkeypatch.setattr("phalanx.forests.growing.GROWN_DENSE_BYTES", limit)
+        model, _ = grown(alone, (sparse, targets), seed=1, trees=10)
+        assert_equal_trees(model, expected.estimators_)
+        probabilities = model.predict_probabilities(sparse)
+        np.testing.assert_array_equal(probabilities, expected.predict_proba(sparse))
+
+
+def test_trees_on_shards_see_the_rows_of_one_shard_each(alone: phalanx.Cluster) -> None:
+    features, targets = classification(rows=300, classes=3)
+    model, result = grown(
+        alone, (features, targets), seed=5, shards=4, trees=8, per_shard=True, tree={"max_depth": 4}
+    )
+    seeds, estimators, votes = seeds_of(5, 8), [], np.zeros((300, 3))
+    for number in range(8):
+        first, stop = (300 * part // 4 for part in (number % 4, number % 4 + 1))
+        drawn = times_drawn(int(seeds[number]), stop - first)
+        tree = DecisionTreeClassifier(
+            random_state=seeds[number], max_features="sqrt", max_depth=4
+        ).fit(features[first:stop], targets[first:stop], sample_weight=drawn)
+        estimators.append(tree)
+        unseen = first + np.flatnonzero(drawn == 0)
+        votes[unseen] += tree.predict_proba(features[unseen])
+    assert_equal_trees(model, estimators)
+    assert result.metrics["oob/accuracy"] == np.mean(votes.argmax(axis=1) == targets)
+
+
+@pytest.mark.slow
+def test_a_forest_on_a9a_is_that_of_scikit_learn(alone: phalanx.Cluster) -> None:
+    from sklearn.datasets import load_svmlight_file
+
+    path = shared_data("a9a") / "a9a"
+    features, targets = load_svmlight_file(str(path), n_features=123)
+    alone.data.add("a9a", str(path), feature_count=123)
+    tree = {"max_depth": 20, "min_samples_leaf": 2}
+    document = {
+        "name": "forest",
+        "data": {"name": "a9a"},
+        "forest": {"trees": 10, "tree": tree},
+    }
+    result = alone.submit(document).wait(timeout_s=120)
+    model = alone.models.get(result.model)
+    reader_rows = features.astype(np.float32).toarray()
+    expected = RandomForestClassifier(10, random_state=0, n_jobs=1, **tree)
+    expected.fit(reader_rows, targets)
+    assert_equal_trees(model, expected.estimators_)
+    found = model.predict_probabilities(scipy.sparse.csr_array(features))
+    np.testing.assert_array_equal(found, expected.predict_proba(reader_rows))
