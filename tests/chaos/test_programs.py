@@ -1,0 +1,125 @@
+"""A program leaves the same bytes, whoever is killed while its tasks run."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+import phalanx
+from phalanx.sdk.job import Job
+from phalanx.sdk.methods import READ_JOURNAL
+from phalanx.tasks import journal_stream
+from phalanx.testing.arena import GUARD_S, Arena, arena, wait_until
+from phalanx.v1.storage_service_pb2 import ReadJournalRequest
+from phalanx.v1.task_service_pb2 import TaskRecord
+
+pytestmark = pytest.mark.slow
+
+FOREST: dict[str, Any] = {
+    "name": "forest",
+    "data": {"name": "wide", "shards": 4},
+    "forest": {"trees": 40, "tree": {"max_features": "all"}},
+    "seed": 11,
+}
+
+
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+    with arena(tmp_path_factory.mktemp("gate"), 3) as ring:
+        add_wide(ring.cluster)
+        yield ring
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> str:
+    with phalanx.LocalCluster(workers=0) as alone:
+        add_wide(alone)
+        return alone.submit(FOREST).wait(timeout_s=GUARD_S).parameters_sha256
+
+
+def add_wide(cluster: phalanx.Cluster) -> None:
+    """Rows of which a tree takes some tenths of a second."""
+    generator = np.random.Generator(np.random.Philox(5))
+    features = generator.normal(size=(3000, 40)).astype(np.float32)
+    cluster.data.add("wide", features, (features[:, :5].sum(axis=1) > 0).astype(int))
+
+
+def records_of(ring: Arena, job: Job) -> list[TaskRecord]:
+    request = ReadJournalRequest(stream=journal_stream(job.id))
+    return [
+        TaskRecord.FromString(record.payload)
+        for page in ring.cluster.backend.stream(READ_JOURNAL, request)
+        for record in page.records
+    ]
+
+
+def done_by(ring: Arena, job: Job) -> list[str]:
+    """Who has done the tasks that are done, in order of time."""
+    return [each.worker_id for record in records_of(ring, job) for each in record.results]
+
+
+def leaves_of(ring: Arena, worker_id: str) -> list[psutil.Process]:
+    """The processes below a worker: those that run tasks, and those that start them."""
+    return psutil.Process(ring.cluster.process(worker_id).pid).children(recursive=True)
+
+
+def hold(ring: Arena, job: Job) -> str:
+    """Stop the leaf processes of a worker that has work of this job; return its id.
+
+    It has done a task, and those that follow waited for it; while others go on it has one by the
+    time that they have done some more, and cannot end it.
+    """
+    victim = str(wait_until(lambda: next(iter(done_by(ring, job)), ""), "the first task"))
+    for process in leaves_of(ring, victim):
+        process.send_signal(signal.SIGSTOP)
+    before = len(done_by(ring, job))
+    wait_until(
+        lambda: sum(each != victim for each in done_by(ring, job)[before:]) >= 2, "tasks of others"
+    )
+    assert not job.refresh().done
+    return victim
+
+
+def test_a_worker_killed_with_a_tree_half_grown(ring: Arena, undisturbed: str) -> None:
+    ring.workers_ready()
+    job = ring.cluster.submit(FOREST)
+    victim = hold(ring, job)
+    left = leaves_of(ring, victim)
+    ring.signal(victim)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    result = job.wait(timeout_s=GUARD_S)
+    assert result.parameters_sha256 == undisturbed
+    assert result.metrics["tasks/failed_tries"] == 0
+    records = records_of(ring, job)
+    attempts = [each.attempt for record in records for each in record.results]
+    assert len(attempts) == result.steps
+    # Attempts are numbered as they are given: more than one of a task was.
+    assert max(attempts) - min(attempts) >= result.steps
+
+
+def test_control_the_owner_of_the_tasks_and_storage_killed(ring: Arena, undisturbed: str) -> None:
+    ring.workers_ready()
+    job = ring.cluster.submit(FOREST)
+    for done, victim in ((3, "control-1"), (8, "aggregator-1"), (14, "storage")):
+        ring.at_step(job, done)
+        ring.signal(victim)
+    assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed
+    terms = [record.term for record in records_of(ring, job) if record.began]
+    assert len(terms) == 2, "the tasks had no second owner"
+
+
+def test_paused_between_two_tasks_and_resumed(ring: Arena, undisturbed: str) -> None:
+    ring.workers_ready()
+    job = ring.cluster.submit(FOREST)
+    ring.at_step(job, 5)
+    job.pause()
+    wait_until(lambda: job.refresh().state == "PAUSED", "the pause")
+    assert 5 <= job.message.progress.step < job.message.progress.total_steps
+    job.resume()
+    assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed
