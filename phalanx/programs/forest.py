@@ -88,12 +88,6 @@ class Forest(Program):
             if asked not in known:
                 message = f"{asked[:40]!r} does not fit a {dataset.task}; use {', '.join(known)}"
                 yield Violation("forest.tree.criterion", message)
-        least = dataset.rows.get(spec.data.split, 0) // max(1, spec.data.shards)
-        if spec.forest.per_shard and least < 1:
-            message = (
-                f"leaves some of {number_of(spec.data.shards, 'shard')} without rows; use fewer"
-            )
-            yield Violation("data.shards", message)
 
     def resolve(self, spec: JobSpec, dataset: Dataset) -> None:
         """See `Program`: the defaults of scikit-learn's forests that its trees do not have."""
@@ -178,7 +172,7 @@ _RULES = {
     "min_samples_split": _Rule(least=2, part=1.0),
     "min_samples_leaf": _Rule(least=1, part=1.0),
     "min_weight_fraction_leaf": _Rule(part=0.5),
-    "max_features": _Rule(least=1, part=1.0, words=("sqrt", "log2", "all")),
+    "max_features": _Rule(least=1, part=1.0, words=("sqrt", "log2", "all"), none=True),
     "max_leaf_nodes": _Rule(least=2, none=True),
     "min_impurity_decrease": _Rule(part=math.inf),
     "ccp_alpha": _Rule(part=math.inf),

@@ -51,7 +51,8 @@ class Verdict:
     ``ledger`` says how often each example was used; a set of tasks has ``tasks`` in its place, and
     a job whose rows are drawn by a secret has none.
     ``not_compared`` says why the parameters could not be computed again, or why other bits would
-    prove nothing; it is empty where the hashes are to be equal, and for tasks, which have none.
+    prove nothing; it is empty where the hashes are to be equal, and for sets of tasks, which have
+    none. Of a program without a model the hashes are those of its outcome.
     """
 
     job_id: str
@@ -75,7 +76,7 @@ class Verdict:
     @property
     def compared(self) -> bool:
         """Whether there are two hashes that have to be equal."""
-        return self.tasks is None and not self.not_compared
+        return bool(self.cluster_sha256) and not self.not_compared
 
     @property
     def balanced(self) -> bool:

@@ -16,7 +16,7 @@ from phalanx.sdk.job import Job
 from phalanx.sdk.methods import GET_MODEL, LIST_CHECKPOINTS, READ_TASK_RESULTS
 from phalanx.sdk.values import Result
 from phalanx.sdk.verdict import TaskLedger, Verdict
-from phalanx.tasks import is_task_set
+from phalanx.tasks import is_program, is_task_set
 from phalanx.texts import number_of
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from phalanx.v1.dataset_service_pb2 import Dataset
     from phalanx.v1.job_spec_pb2 import JobSpec
     from phalanx.v1.storage_service_pb2 import CheckpointManifest
+    from phalanx.v1.task_service_pb2 import TaskResult
     from phalanx.v1.training_pb2 import JobPlan
 
 
@@ -42,7 +43,7 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
     Where nobody wrote down what the parameters depend on, or where other bits come out and this
     process has another numeric fingerprint than the job's workers, the verdict says so, and the
     ledger is counted all the same. Not that of a private job, whose rows are drawn by a secret. A
-    set of tasks has its results counted.
+    set of tasks has its results counted; of a program they are all made again as well.
 
     Raises FailedPrecondition unless the job has succeeded, and where its data set or its origin is
     deleted; NotFound where the last checkpoint is needed and is not kept any more; DataLoss where
@@ -55,6 +56,8 @@ def verify_job(cluster: Cluster, job_id: str) -> Verdict:
         )
     if is_task_set(job.message.spec):
         return _verify_tasks(cluster, job, job.result)
+    if is_program(job.message.spec):
+        return _verify_program(cluster, job, job.result)
     return _Training(cluster, job, job.result).verdict()
 
 
@@ -72,31 +75,52 @@ def replay_log_of(cluster: Cluster, job: Job) -> ReplayLog | None:
 
 
 def _verify_tasks(cluster: Cluster, job: Job, result: Result) -> Verdict:
-    from phalanx.v1.job_service_pb2 import ReadTaskResultsRequest
-
-    request = ReadTaskResultsRequest(job_id=job.id)
-    found: Counter[int] = Counter()
-    given_up: set[int] = set()
-    for page in cluster.backend.stream(READ_TASK_RESULTS, request):
-        for each in page.results:
-            found[each.task] += 1
-            if each.HasField("failure"):
-                given_up.add(each.task)
-    tasks = range(len(job.message.spec.tasks.arguments))
     return Verdict(
         job_id=job.id,
         steps=result.steps,
         cluster_sha256="",
         local_sha256="",
         bit_identical=False,
-        tasks=TaskLedger(
-            tasks=len(tasks),
-            done=len(found.keys() - given_up),
-            given_up=tuple(sorted(given_up)),
-            # A result of a task that is not there is one too many as well.
-            doubled=tuple(sorted(task for task in found if found[task] > 1 or task not in tasks)),
-            missing=tuple(task for task in tasks if not found[task]),
-        ),
+        tasks=_counted(_results_of(cluster, job), len(job.message.spec.tasks.arguments)),
+    )
+
+
+def _verify_program(cluster: Cluster, job: Job, result: Result) -> Verdict:
+    from phalanx.sdk.verifying_programs import verify_program
+    from phalanx.specs import job_plan
+
+    plan = job_plan(job.message.spec, _dataset_of(cluster, job), job.id)
+    results = _results_of(cluster, job)
+    outcome = next((each for each in results if each.task == plan.total_steps - 1), None)
+    return verify_program(
+        job,
+        result,
+        plan,
+        _counted(results, plan.total_steps),
+        "" if outcome is None else outcome.stored.digest,
+        lambda folder: _fetcher(cluster, folder),
+    )
+
+
+def _results_of(cluster: Cluster, job: Job) -> list[TaskResult]:
+    """Return what is written of the tasks of a job."""
+    from phalanx.v1.job_service_pb2 import ReadTaskResultsRequest
+
+    request = ReadTaskResultsRequest(job_id=job.id)
+    pages = cluster.backend.stream(READ_TASK_RESULTS, request)
+    return [each for page in pages for each in page.results]
+
+
+def _counted(results: list[TaskResult], count: int) -> TaskLedger:
+    found, tasks = Counter(each.task for each in results), range(count)
+    given_up = {each.task for each in results if each.HasField("failure")}
+    return TaskLedger(
+        tasks=count,
+        done=len(found.keys() - given_up),
+        given_up=tuple(sorted(given_up)),
+        # A result of a task that is not there is one too many as well.
+        doubled=tuple(sorted(task for task in found if found[task] > 1 or task not in tasks)),
+        missing=tuple(task for task in tasks if not found[task]),
     )
 
 

@@ -1,0 +1,146 @@
+"""Programs of tasks: what their job files may say, their defaults, their graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from google.protobuf.json_format import ParseDict
+
+from phalanx.errors import InvalidArgument
+from phalanx.programs import graph_of
+from phalanx.programs.forest import TASKS_MAX, Layers
+from phalanx.specs import job_plan, plan, prepare, resolve
+from phalanx.v1.dataset_service_pb2 import Dataset
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import JobPlan
+
+
+def dataset(rows: int = 5000, classes: int = 3, features: int = 7) -> Dataset:
+    return Dataset(
+        namespace="default",
+        name="data",
+        version=2,
+        rows={"train": rows, "test": 500},
+        features=features,
+        classes=[str(each) for each in range(classes)],
+        task="classification" if classes else "regression",
+        format="dense",
+        target="y",
+        manifest_digest="a" * 64,
+    )
+
+
+def spec_of(forest: dict[str, Any], **more: Any) -> JobSpec:
+    document = {"name": "trees", "data": {"name": "data"}, "forest": forest, **more}
+    return ParseDict(document, JobSpec())
+
+
+@pytest.mark.parametrize(
+    ("forest", "more", "field", "message"),
+    [
+        ({}, {}, "forest.trees", "must be at least 1"),
+        ({"trees": 10_001}, {}, "forest.trees", "at most 10000"),
+        ({"trees": 5, "tree": {"depth": 3}}, {}, "forest.tree.depth", "is no parameter of a tree"),
+        ({"trees": 5, "tree": {"random_state": 3}}, {}, "forest.tree.random_state", "no parameter"),
+        ({"trees": 5, "tree": {"max_depth": 0}}, {}, "forest.tree.max_depth", "from 1 on or null"),
+        ({"trees": 5, "tree": {"max_depth": 2.5}}, {}, "forest.tree.max_depth", "a whole number"),
+        ({"trees": 5, "tree": {"max_depth": "2"}}, {}, "forest.tree.max_depth", "a whole number"),
+        ({"trees": 5, "tree": {"max_features": "many"}}, {}, "forest.tree.max_features", "sqrt"),
+        ({"trees": 5, "tree": {"max_features": 0}}, {}, "forest.tree.max_features", "not 0"),
+        ({"trees": 5, "tree": {"min_samples_split": 1}}, {}, "forest.tree.min_samples_split", "2"),
+        ({"trees": 5, "tree": {"min_samples_leaf": 0}}, {}, "forest.tree.min_samples_leaf", "not"),
+        (
+            {"trees": 5, "tree": {"min_weight_fraction_leaf": 0.6}},
+            {},
+            "forest.tree.min_weight",
+            "5",
+        ),
+        ({"trees": 5, "tree": {"ccp_alpha": -1}}, {}, "forest.tree.ccp_alpha", "from 0 on"),
+        ({"trees": 5, "tree": {"ccp_alpha": True}}, {}, "forest.tree.ccp_alpha", "from 0 on"),
+        (
+            {"trees": 5, "tree": {"criterion": "poisson"}},
+            {},
+            "forest.tree.criterion",
+            "does not fit a classification",
+        ),
+        ({"trees": 5}, {"code": {"files": {"a.py": "x = 1"}}}, "code", "is not run"),
+        ({"trees": 5}, {"output": {"best": {"metric": "test/loss"}}}, "output.best", "training"),
+        (
+            {"trees": 5},
+            {"data": {"name": "data", "oversample": {}}},
+            "data.oversample",
+            "for training",
+        ),
+        (
+            {"trees": 5},
+            {"data": {"name": "data", "rows": {"stratified": True}}},
+            "data.rows.stratified",
+            "per_shard",
+        ),
+        (
+            {"trees": 5, "per_shard": True},
+            {"data": {"name": "data", "shards": 6000}},
+            "data.shards",
+            "more than the",
+        ),
+    ],
+)
+def test_what_a_forest_may_not_say_is_named(
+    forest: dict[str, Any], more: dict[str, Any], field: str, message: str
+) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        prepare(spec_of(forest, **more), dataset())
+    found = [each for each in caught.value.violations if each.field.startswith(field)]
+    assert found, caught.value.violations
+    assert message in found[0].message
+
+
+def test_the_defaults_of_a_forest_are_those_of_scikit_learn() -> None:
+    resolved = prepare(spec_of({"trees": 5}), dataset())
+    assert resolved.forest.tree["max_features"] == "sqrt"
+    assert resolved.data.name == "data@2"
+    assert resolved.output.model == "trees"
+    assert resolved.reproducibility.WhichOneof("mode") == "bitwise"
+    assert resolve(resolved, dataset()) == resolved
+    numbers = prepare(spec_of({"trees": 5}), dataset(classes=0))
+    assert numbers.forest.tree["max_features"] == "all"
+    kept = prepare(spec_of({"trees": 5, "tree": {"max_features": None}}), dataset())
+    assert kept.forest.tree["max_features"] is None
+
+
+def planned(trees: int, rows: int, **forest: Any) -> JobPlan:
+    spec = prepare(spec_of({"trees": trees, **forest}), dataset(rows))
+    return job_plan(spec, dataset(rows), "job-1")
+
+
+@pytest.mark.parametrize(
+    ("trees", "rows", "forest"),
+    [(1, 100, {}), (7, 300_000, {}), (100, 500, {}), (10_000, 400_000, {}), (9, 999, {})],
+)
+def test_the_tasks_of_a_forest(trees: int, rows: int, forest: dict[str, Any]) -> None:
+    plan_ = planned(trees, rows, **forest)
+    graph, layers = graph_of(plan_), Layers.of(plan_)
+    grown = [tree for group in range(layers.groups) for tree in layers.trees_of(group)]
+    assert grown == list(range(trees))
+    assert layers.groups <= TASKS_MAX
+    assert graph.count == layers.groups + layers.blocks + 1 == plan_.total_steps
+    assert set(graph.needs[-1]) == set(range(graph.count - 1))
+    assert all(needed < task for task, needs in enumerate(graph.needs) for needed in needs)
+
+
+def test_few_rows_make_tasks_of_several_trees() -> None:
+    assert Layers.of(planned(320, 1000)).groups == 32
+    assert Layers.of(planned(320, 1_000_000)).groups == 320
+    assert Layers.of(planned(320, 40_000, per_shard=True)).groups == 32
+
+
+def test_people_are_told_what_a_forest_will_do() -> None:
+    spec = prepare(
+        spec_of({"trees": 3, "per_shard": True}, data={"name": "data", "shards": 8}), dataset()
+    )
+    told = plan(spec, dataset(), eligible_workers=40)
+    assert told.steps == 12
+    assert any("rows of 5 shards are never used" in each for each in told.warnings)
+    assert any("12 tasks keep 12 of 40 workers busy" in each for each in told.warnings)
+    assert told.worker_bytes > 0
