@@ -16,6 +16,7 @@ from phalanx.data.choice import RawColumns
 from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import InvalidArgument, NotFound, PermissionDenied, Violation
 from phalanx.ids import new_id, split_version_name
+from phalanx.keys.caller import current_caller
 from phalanx.privacy.secret import new_secret
 from phalanx.privacy.settings import is_private
 from phalanx.specs.starting import (
@@ -62,17 +63,15 @@ class Submissions:
         Raises InvalidArgument (every wrong field), Unimplemented, NotFound, PermissionDenied,
         Unavailable.
         """
-        if (spec.code.files or spec.code.wheels) and not self._config.code_allowed():
-            raise PermissionDenied(
-                "this cluster is open to other machines without keys and takes no code with jobs; "
-                "give it certificates and tokens, install the code on the workers, or use a "
-                "cluster that listens on 127.0.0.1",
-                reason="CODE_NOT_ALLOWED",
-                violations=[Violation("code", "is not allowed on this cluster")],
-            )
+        self._check_code_allowed(spec)
         dataset = await self._dataset(spec) if specs.reads_dataset(spec) else None
         columns = await self._columns(spec, dataset)
         resolved = await _prepared(spec, dataset, columns)
+        model_files: dict[str, str] = {}
+        if specs.model_name(resolved):
+            assert dataset is not None, "what goes through a model is read from a data set"
+            model_files = await self._take_model(resolved, dataset)
+            columns = await self._columns(resolved, dataset)
         if dataset is not None:
             dataset = specs.as_chosen(dataset, resolved.data, columns)
         await self._check_wheels(list(spec.code.wheels))
@@ -91,6 +90,7 @@ class Submissions:
         plan = await _planned(resolved, dataset, job_id)
         plan.spec = b""  # the journal keeps the spec once, beside the plan
         plan.start_model_digest = start_model_digest
+        plan.model_files.update(model_files)
         announced = specs.plan(resolved, dataset)
         submitted = JobSubmitted(
             job_id=job_id,
@@ -125,8 +125,8 @@ class Submissions:
             )
             pins.append(pb.Pin(dataset=version))
         pins += [pb.Pin(blob=digest) for digest in sorted(set(plan.code_digests.values()))]
-        if submitted.spec.train.start.model:
-            pins.append(pb.Pin(model=_start_version(submitted.spec)))
+        if named := specs.stored_model(submitted.spec):
+            pins.append(pb.Pin(model=_version(submitted.spec.namespace, named)))
         checkpoint = submitted.continued.checkpoint
         taken = {part.digest for part in checkpoint.parts}
         pins += [pb.Pin(blob=digest) for digest in sorted(taken)]
@@ -142,6 +142,34 @@ class Submissions:
         """Let go of what was pinned for a job that was not taken."""
         request = pb.SetPinsRequest(holder=job_id, fence=self._store.fence)
         await self._store.call(self._store.storage.SetPins, request)
+
+    def _check_code_allowed(self, spec: job_spec_pb2.JobSpec) -> None:
+        if (spec.code.files or spec.code.wheels) and not self._config.code_allowed():
+            raise PermissionDenied(
+                "this cluster is open to other machines without keys and takes no code with jobs; "
+                "give it certificates and tokens, install the code on the workers, or use a "
+                "cluster that listens on 127.0.0.1",
+                reason="CODE_NOT_ALLOWED",
+                violations=[Violation("code", "is not allowed on this cluster")],
+            )
+
+    async def _take_model(
+        self, spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
+    ) -> dict[str, str]:
+        """Write the model that a program takes into its spec; return the digests of its files.
+
+        Its code runs as that of any job, so it takes the same permission.
+        """
+        field = specs.model_field(spec)
+        model = await self._model(spec, specs.model_name(spec), field)
+        description = await self._store.get_blob(description_digest(model))
+        stored = await self._store.get_blob(dataset.manifest_digest)
+        manifest = await asyncio.to_thread(DatasetManifest.from_json, stored)
+        specs.take_model(spec, model, description, manifest)
+        self._check_code_allowed(spec)
+        if spec.code.files or spec.code.wheels:
+            current_caller().check_code(f"spec.{field}")
+        return {file.path: file.digest for file in model.files}
 
     async def _check_wheels(self, digests: list[str]) -> None:
         """Refuse what was never added as a wheel, or is gone. Raises NotFound, naming each."""
@@ -201,7 +229,11 @@ class Submissions:
         return RawColumns.of(await asyncio.to_thread(DatasetManifest.from_json, stored))
 
     async def _start_model(self, spec: job_spec_pb2.JobSpec) -> model_service_pb2.ModelVersion:
-        name = spec.train.start.model
+        return await self._model(spec, spec.train.start.model, "train.start.model")
+
+    async def _model(
+        self, spec: job_spec_pb2.JobSpec, name: str, field: str
+    ) -> model_service_pb2.ModelVersion:
         request = model_service_pb2.GetModelRequest(namespace=spec.namespace, name=name)
         try:
             answer = await self._store.call(self._store.models.GetModel, request)
@@ -210,7 +242,7 @@ class Submissions:
             raise NotFound(
                 message,
                 reason="MODEL_NOT_FOUND",
-                violations=[Violation("train.start.model", message)],
+                violations=[Violation(field, message)],
             ) from error
         assert isinstance(answer, model_service_pb2.GetModelResponse)
         return answer.model
@@ -244,9 +276,9 @@ class Submissions:
             return b""
 
 
-def _start_version(spec: job_spec_pb2.JobSpec) -> pb.PinnedVersion:
-    """Return which model a resolved spec names."""
-    namespace, name, version = split_version_name(spec.train.start.model, spec.namespace)
+def _version(namespace: str, named: str) -> pb.PinnedVersion:
+    """Return which model a resolved spec of a namespace names."""
+    namespace, name, version = split_version_name(named, namespace)
     return pb.PinnedVersion(namespace=namespace, name=name, version=int(version))
 
 

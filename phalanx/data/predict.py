@@ -12,7 +12,7 @@ import mmap
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -113,30 +113,25 @@ class LoadedModel:
     @staticmethod
     def load(folder: Path, *, allow_code: bool = False) -> "LoadedModel":
         """See ``phalanx.data.model_files.load_model_directory``."""
-        document = _read_description(folder)
-        spec, layout = JobSpec(), Layout()
+        stored = _Stored.read(folder / DESCRIPTION_FILE, folder / PARAMETERS_FILE)
+        code_dir = _write_code(stored.spec, folder, allow_code)
         try:
-            ParseDict(document["spec"], spec)
-            ParseDict(document["layout"], layout)
-        except (ParseError, KeyError) as error:
-            raise DataLoss(f"{folder / DESCRIPTION_FILE} is damaged: {error}") from error
-        parameters = _read_parameters(folder / PARAMETERS_FILE, layout, document)
-        schema = DataSchema(document["features"], len(document["classes"]), layout.dtype)
-        code_dir = _write_code(spec, folder, allow_code)
-        try:
-            if is_program(spec):
-                model: Predictor = predictor_of(spec, layout, schema.classes)
-            else:
-                model = build_model(spec, schema, code_dir)
-            if model.layout != layout:
-                raise DataLoss(f"{folder}: parameters and {DESCRIPTION_FILE} do not fit each other")
+            loaded = stored.loaded(code_dir)
         except BaseException:
             _remove(code_dir)
             raise
-        loaded = LoadedModel(document, parameters, model)
         # Code may import more of itself later, as long as the model is in use.
         weakref.finalize(loaded, _remove, code_dir)
         return loaded
+
+    @staticmethod
+    def of_files(files: Mapping[str, Path], code_dir: Path | None) -> "LoadedModel":
+        """A model whose files lie anywhere, by their names; ``code_dir`` holds its own code, which
+        runs in this process. Raises NotFound and DataLoss."""
+        for name in (DESCRIPTION_FILE, PARAMETERS_FILE):
+            if name not in files:
+                raise NotFound(f"the model has no {name}")
+        return _Stored.read(files[DESCRIPTION_FILE], files[PARAMETERS_FILE]).loaded(code_dir)
 
     def predict(self, data: Any) -> NDArray[Any]:
         """Original labels, numbers for a regression or of clusters, one per row; (rows, components)
@@ -308,12 +303,47 @@ def _remove(folder: Path | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / DESCRIPTION_FILE
+@dataclass(frozen=True)
+class _Stored:
+    """What is read of a model before its own code is needed."""
+
+    path: Path
+    document: dict[str, Any]
+    spec: JobSpec
+    layout: Layout
+    parameters: NDArray[Any]
+
+    @staticmethod
+    def read(path: Path, parameters: Path) -> "_Stored":
+        """Reads the description at ``path``, and the parameters."""
+        document = _read_description(path)
+        spec, layout = JobSpec(), Layout()
+        try:
+            ParseDict(document["spec"], spec)
+            ParseDict(document["layout"], layout)
+        except (ParseError, KeyError) as error:
+            raise DataLoss(f"{path} is damaged: {error}") from error
+        return _Stored(path, document, spec, layout, _read_parameters(parameters, layout, document))
+
+    def loaded(self, code_dir: Path | None) -> LoadedModel:
+        """Builds the model."""
+        document, layout = self.document, self.layout
+        schema = DataSchema(document["features"], len(document["classes"]), layout.dtype)
+        if is_program(self.spec):
+            model: Predictor = predictor_of(self.spec, layout, schema.classes)
+        else:
+            model = build_model(self.spec, schema, code_dir)
+        if model.layout != layout:
+            where = self.path.parent
+            raise DataLoss(f"{where}: parameters and {DESCRIPTION_FILE} do not fit each other")
+        return LoadedModel(document, self.parameters, model)
+
+
+def _read_description(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise NotFound(f"{folder} is no model: it has no {DESCRIPTION_FILE}") from error
+        raise NotFound(f"{path.parent} is no model: it has no {DESCRIPTION_FILE}") from error
     except ValueError as error:
         raise DataLoss(f"{path} is damaged: {error}") from error
     if not isinstance(document, dict) or document.get("format") != MODEL_FORMAT:

@@ -42,7 +42,9 @@ from phalanx.programs.base import (
     Piece,
     Program,
 )
+from phalanx.programs.evaluate import Evaluate
 from phalanx.programs.forest import Forest
+from phalanx.programs.predict import Predict
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan
 
@@ -57,7 +59,7 @@ __all__ = [
     "program_of",
 ]
 
-_ALL: dict[str, Program] = {each.name: each for each in (Forest(),)}
+_ALL: dict[str, Program] = {each.name: each for each in (Forest(), Evaluate(), Predict())}
 
 
 def program_of(spec: JobSpec) -> Program:

@@ -112,7 +112,7 @@ class Program(ABC):
 
     @abstractmethod
     def resolve(self, spec: JobSpec, dataset: Dataset) -> None:
-        """Write out the program's defaults."""
+        """Write out the program's defaults, before those of `data` are."""
 
     @abstractmethod
     def graph(self, plan: JobPlan) -> Graph:

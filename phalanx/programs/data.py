@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,13 +40,26 @@ class Result:
         return self._fetch(self.digest, self.size_bytes).read_bytes()
 
 
+@dataclass(frozen=True)
+class JobFiles:
+    """What a job needs beside its rows: the manifest of its data set, its code, and the files of
+    the stored model that it takes, by their paths in it."""
+
+    manifest: Path
+    code: Path | None = None
+    model: Mapping[str, Path] = field(default_factory=dict)
+
+
 class JobData:
     """One job in one process. Whole splits stay in memory until the job is dropped."""
 
-    def __init__(self, plan: JobPlan, manifest: DatasetManifest, fetch: Fetch) -> None:
+    def __init__(self, plan: JobPlan, files: JobFiles, fetch: Fetch) -> None:
         self.plan = plan
         self.spec = JobSpec.FromString(plan.spec)
-        self._whole = manifest
+        #: Files of the stored model that the job takes; and the folder with the code of it.
+        self.model_files = files.model
+        self.code_dir = files.code
+        self._whole = DatasetManifest.from_json(files.manifest.read_bytes())
         self._fetch = fetch
         self._splits: dict[tuple[str, str], Batch] = {}
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
-from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import ResourceExhausted, Unimplemented
 from phalanx.programs import RESULT_BYTES_MAX, graph_of
-from phalanx.programs.data import Fetch, JobData, Run
+from phalanx.programs.data import Fetch, JobData, JobFiles, Run
 from phalanx.v1.task_service_pb2 import StoredValue
 from phalanx.v1.training_pb2 import JobPlan, Layout
 
@@ -17,9 +15,9 @@ from phalanx.v1.training_pb2 import JobPlan, Layout
 class ProgramWork:
     """One job; what runs its tasks is loaded when it is first needed."""
 
-    def __init__(self, plan: JobPlan, manifest: Path, fetch: Fetch) -> None:
+    def __init__(self, plan: JobPlan, files: JobFiles, fetch: Fetch) -> None:
         self._plan = plan
-        self._manifest = manifest
+        self._files = files
         self._fetch = fetch
 
     def describe(self) -> Layout:
@@ -44,8 +42,7 @@ class ProgramWork:
 
     @cached_property
     def _job(self) -> JobData:
-        manifest = DatasetManifest.from_json(self._manifest.read_bytes())
-        return JobData(self._plan, manifest, self._fetch)
+        return JobData(self._plan, self._files, self._fetch)
 
     @cached_property
     def _run(self) -> Run:
@@ -60,5 +57,13 @@ def runner_of(job: JobData) -> Run:
             from phalanx.forests.growing import ForestTasks
 
             return ForestTasks(job).run
+        case "evaluate":
+            from phalanx.scoring.tasks import EvaluateTasks
+
+            return EvaluateTasks(job).run
+        case "predict":
+            from phalanx.scoring.tasks import PredictTasks
+
+            return PredictTasks(job).run
         case other:
             raise Unimplemented(f"the program {other} has no tasks that can be run")

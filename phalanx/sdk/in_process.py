@@ -10,7 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from google.protobuf.message import Message
 
@@ -20,7 +20,8 @@ from phalanx.errors import NotFound, Unimplemented, Violation
 from phalanx.files import replace_content
 from phalanx.ids import check_blob_id, check_name, split_version_name
 from phalanx.sdk import methods
-from phalanx.sdk.in_process_jobs import OVER, InProcessJobs, now
+from phalanx.sdk.catalog import Catalog
+from phalanx.sdk.in_process_jobs import OVER, InProcessJobs
 from phalanx.sdk.in_process_links import LinkedBlobs
 from phalanx.sdk.methods import Method, RequestT, ResponseT
 from phalanx.sdk.transport import STREAM_TIMEOUT_S
@@ -45,52 +46,10 @@ if TYPE_CHECKING:
     from phalanx.specs.starting import Shapes
     from phalanx.training.local import Progress, TrainedModel
 
-VersionT = TypeVar("VersionT", dataset_service_pb2.Dataset, model_service_pb2.ModelVersion)
 _NONE: Iterator[Any] = iter(())
 
 IN_PROCESS = "in-process"
 """Stands where other backends have an address."""
-
-
-class Catalog(dict[tuple[str, str], list[VersionT]]):
-    """Versions by (namespace, name); ``what`` is said in errors."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__()
-        self.what = what
-        # Outlives its versions, so that NAME@VERSION never comes to mean something else.
-        self._last_versions: dict[tuple[str, str], int] = {}
-
-    def register(self, item: VersionT) -> VersionT:
-        """Add a new version."""
-        key = (item.namespace, item.name)
-        item.version = self._last_versions[key] = self._last_versions.get(key, 0) + 1
-        item.create_time.CopyFrom(now())
-        self.setdefault(key, []).append(item)
-        return item
-
-    def find(self, namespace: str, name: str) -> VersionT:
-        """Return [NAMESPACE/]NAME (the newest) or …@VERSION. Raises NotFound."""
-        space, stem, version = split_version_name(name, namespace or "default")
-        for item in reversed(self.get((space, stem), [])):
-            if "@" not in name or str(item.version) == version:
-                return item
-        raise NotFound(f"there is no {self.what} {name!r}")
-
-    def remove(self, namespace: str, name: str) -> None:
-        """Remove NAME (all versions) or NAME@VERSION. Raises NotFound."""
-        found = self.find(namespace, name)
-        key = (found.namespace, found.name)
-        self[key] = [item for item in self[key] if "@" in name and item is not found]
-
-    def in_namespace(self, namespace: str) -> list[VersionT]:
-        """Return all versions of all names."""
-        return [
-            item
-            for (space, _), items in sorted(self.items())
-            if space == (namespace or "default")
-            for item in items
-        ]
 
 
 class InProcessBackend:
@@ -243,6 +202,8 @@ class InProcessBackend:
                 raise
         columns = self._columns(request.spec, dataset)
         spec = prepare(request.spec, dataset, columns)
+        model_files = self._take_model(spec, dataset)
+        columns = self._columns(spec, dataset)
         if dataset is not None:
             dataset = as_chosen(dataset, spec.data, columns)
         self._check_wheels(spec)
@@ -261,6 +222,7 @@ class InProcessBackend:
             job = job_pb2.Job(spec=spec, spec_sha256=digest)
         else:
             todo = job_plan(spec, dataset, "")
+            todo.model_files.update(model_files)
             job = self._jobs.submit(spec, digest, todo, shown.steps, request.request_id, content)
         return job_service_pb2.SubmitJobResponse(job=job, plan=shown)
 
@@ -274,6 +236,20 @@ class InProcessBackend:
         if dataset is None or not chooses_columns(spec):
             return None
         return RawColumns.of(self._manifest(dataset.manifest_digest))
+
+    def _take_model(
+        self, spec: JobSpec, dataset: dataset_service_pb2.Dataset | None
+    ) -> dict[str, str]:
+        """Write the model that a program takes into its spec; return the digests of its files."""
+        from phalanx.specs import model_name, take_model
+        from phalanx.specs.starting import description_digest
+
+        if dataset is None or not model_name(spec):
+            return {}
+        model = self._models.find(spec.namespace, model_name(spec))
+        manifest = self._manifest(dataset.manifest_digest)
+        take_model(spec, model, self.get_blob(description_digest(model)), manifest)
+        return {file.path: file.digest for file in model.files}
 
     def _check_start_model(self, model: model_service_pb2.ModelVersion, wanted: Shapes) -> None:
         from phalanx.specs.starting import check_shapes, shapes_in_file
@@ -430,7 +406,9 @@ class InProcessBackend:
 
     def _delete_model(self, request: model_service_pb2.DeleteModelRequest) -> Message:
         unwanted = self._models.find(request.namespace, request.name)
-        self._check_unused(deletions.MODEL, unwanted, request, lambda spec: spec.train.start.model)
+        from phalanx.specs import stored_model
+
+        self._check_unused(deletions.MODEL, unwanted, request, stored_model)
         self._models.remove(request.namespace, request.name)
         return model_service_pb2.DeleteModelResponse()
 
@@ -502,33 +480,16 @@ class InProcessBackend:
         results: dict[int, TaskResult],
         on_result: Callable[[], None],
     ) -> job_pb2.Result:
-        from phalanx.sdk.in_process_programs import Blobs, run_program, vector_of
-        from phalanx.training.local import TrainedModel
+        from phalanx.sdk.in_process_programs import Blobs, result_of, run_program, trained_of
 
         blobs = Blobs(self._blob_path, self.put_blob)
-        outcome = run_program(plan, blobs, results, on_result)
-        result = job_pb2.Result(
-            steps=len(results), metrics=outcome.metrics, bit_identical=plan.bitwise
-        )
-        for name, file in sorted(outcome.files.items()):
-            result.files.add(name=name, digest=file.digest, size_bytes=file.size_bytes)
-        if outcome.model is not None:
-            import numpy as np
-
-            layout = outcome.model.layout
-            vector, sha256 = vector_of(outcome.model, self._blob_path)
-            trained = TrainedModel(
-                layout=layout,
-                parameters=np.frombuffer(vector, np.dtype(layout.dtype).newbyteorder("<")),
-                parameters_sha256=sha256,
-                steps=len(results),
-                examples=0,
-                reason="TASKS_DONE",
-                metrics=dict(outcome.metrics),
-                points=[],
-            )
+        code = job_code(job.spec, self._blob_path, self._code / plan.job_id)
+        outcome = run_program(plan, blobs, results, on_result, code)
+        result = result_of(plan, outcome, len(results))
+        trained = trained_of(outcome, blobs, len(results))
+        if trained is not None:
             result.model = self._register(job, plan, trained)
-            result.parameters_sha256 = sha256
+            result.parameters_sha256 = trained.parameters_sha256
         return result
 
     def _register(self, job: job_pb2.Job, plan: JobPlan, trained: TrainedModel) -> str:

@@ -6,12 +6,17 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from phalanx.programs.base import ModelParts, Outcome
 from phalanx.sdk.in_process_tasks import TaskFailed, run_task
 from phalanx.tasks import ATTEMPTS
+from phalanx.v1.job_pb2 import Result
 from phalanx.v1.task_service_pb2 import StoredValue, TaskResult
 from phalanx.v1.training_pb2 import JobPlan
+
+if TYPE_CHECKING:
+    from phalanx.training.local import TrainedModel
 
 BlobPath = Callable[[str], Path]
 
@@ -25,17 +30,23 @@ class Blobs:
 
 
 def run_program(
-    plan: JobPlan, blobs: Blobs, results: dict[int, TaskResult], on_result: Callable[[], None]
+    plan: JobPlan,
+    blobs: Blobs,
+    results: dict[int, TaskResult],
+    on_result: Callable[[], None],
+    code_dir: Path | None = None,
 ) -> Outcome:
     """Run what has no result yet and add it to `results`; `on_result` is called after each.
 
     What `on_result` raises ends it. Raises TaskFailed, and whatever loading the program raises.
     """
     from phalanx.programs import graph_of
+    from phalanx.programs.data import JobFiles
     from phalanx.programs.work import ProgramWork
 
-    manifest = blobs.path(plan.manifest_digest)
-    work = ProgramWork(plan, manifest, lambda digest, _size: blobs.path(digest))
+    model = {name: blobs.path(digest) for name, digest in plan.model_files.items()}
+    files = JobFiles(blobs.path(plan.manifest_digest), code_dir, model)
+    work = ProgramWork(plan, files, lambda digest, _size: blobs.path(digest))
     work.describe()
     for task, needs in enumerate(graph_of(plan).needs):
         if task not in results:
@@ -73,3 +84,33 @@ def vector_of(model: ModelParts, path: BlobPath) -> tuple[bytes, str]:
             parts.append(file.read(piece.length))
     vector = b"".join(parts)
     return vector, hashlib.sha256(vector).hexdigest()
+
+
+def result_of(plan: JobPlan, outcome: Outcome, tasks: int) -> Result:
+    """Return what a job that has ended tells, but for its model."""
+    result = Result(steps=tasks, metrics=outcome.metrics, bit_identical=plan.bitwise)
+    for name, file in sorted(outcome.files.items()):
+        result.files.add(name=name, digest=file.digest, size_bytes=file.size_bytes)
+    return result
+
+
+def trained_of(outcome: Outcome, blobs: Blobs, tasks: int) -> TrainedModel | None:
+    """Return the model that a program left; None where it left none."""
+    import numpy as np
+
+    from phalanx.training.local import TrainedModel
+
+    if outcome.model is None:
+        return None
+    layout = outcome.model.layout
+    vector, sha256 = vector_of(outcome.model, blobs.path)
+    return TrainedModel(
+        layout=layout,
+        parameters=np.frombuffer(vector, np.dtype(layout.dtype).newbyteorder("<")),
+        parameters_sha256=sha256,
+        steps=tasks,
+        examples=0,
+        reason="TASKS_DONE",
+        metrics=dict(outcome.metrics),
+        points=[],
+    )

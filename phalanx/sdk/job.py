@@ -4,9 +4,17 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from os import PathLike
+from pathlib import Path
 from typing import Any, NoReturn
 
-from phalanx.errors import Code, DeadlineExceeded, PhalanxError, Unavailable
+from phalanx.errors import (
+    Code,
+    DeadlineExceeded,
+    FailedPrecondition,
+    PhalanxError,
+    Unavailable,
+)
 from phalanx.ids import new_request_id
 from phalanx.sdk import arguments, following, methods
 from phalanx.sdk.backend import Backend
@@ -28,6 +36,7 @@ from phalanx.sdk.values import (
     task_result_value,
     update_value,
 )
+from phalanx.tasks import is_program
 from phalanx.v1 import job_pb2, job_service_pb2
 from phalanx.v1.task_service_pb2 import TaskResult as TaskResultMessage
 
@@ -297,8 +306,15 @@ class Job:
     def results(self, tasks: Sequence[int] = ()) -> list[TaskResult]:
         """Return what the tasks of this set returned so far, by number; ``tasks``: only these.
 
-        Raises FailedPrecondition for a job that is no set of tasks.
+        Raises FailedPrecondition for a job that is no set of tasks; what a program leaves is its
+        model and `save`.
         """
+        if is_program(self.message.spec):
+            raise FailedPrecondition(
+                f"job {self.id} is a program, whose tasks have no results of their own for people; "
+                "see its model, and the files of its result",
+                reason="NO_TASKS",
+            )
         wanted = arguments.wholes("tasks", tasks, "numbers of tasks, from 0")
         request = job_service_pb2.ReadTaskResultsRequest(job_id=self.id, tasks=wanted)
         found = [
@@ -307,6 +323,20 @@ class Job:
             for result in page.results
         ]
         return sorted(found, key=lambda each: each.task)
+
+    def save(self, file: str | PathLike[str], name: str = "") -> Path:
+        """Write a file that the job left to the disk; return its path.
+
+        ``name`` is one of ``result.files``. Without it the only one is meant, or all of one table:
+        Parquet files that follow each other are written as one. Raises FailedPrecondition where
+        the job has not succeeded, and NotFound where it left no such file.
+        """
+        from phalanx.sdk.saving import save_files
+
+        target = arguments.path("file", file, "the path of a new file")
+        wanted = arguments.text("name", name, "the name of a file that the job left")
+        save_files(self._backend, self.refresh().message, target, wanted)
+        return target
 
     def _value_json(self, result: TaskResultMessage) -> bytes:
         """What a task returned; a large value lies in storage."""

@@ -84,7 +84,8 @@ def _predict(model: LoadedModel, blocks: Iterable[Predictions], write: Write) ->
     return Predicted(rows, model.remarks.sentences)
 
 
-def _headings(model: LoadedModel) -> list[str]:
+def headings(model: LoadedModel) -> list[str]:
+    """Return the names of the columns that predictions are written with."""
     if model.has_decision_values:
         return ["prediction", DECISION_VALUE]
     return [*model.output_names, *(f"{PROBABILITY}{label}" for label in model.classes.tolist())]
@@ -110,7 +111,7 @@ def _csv_writer(model: LoadedModel, stream: BinaryIO) -> Write:
     def write(block: Predictions) -> None:
         write_rows(zip(*_columns(block), strict=True))
 
-    write_rows([_headings(model)])
+    write_rows([headings(model)])
     return write
 
 
@@ -118,7 +119,7 @@ class _ParquetWriter(AbstractContextManager["_ParquetWriter"]):
     """Gathers blocks to row groups of a sensible size."""
 
     def __init__(self, model: LoadedModel, stream: BinaryIO) -> None:
-        self._headings = _headings(model)
+        self._headings = headings(model)
         self._stream = stream
         self._writer: Any = None
         self._waiting: list[list[Any]] = [[] for _ in self._headings]

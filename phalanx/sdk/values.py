@@ -96,8 +96,18 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class ResultFile:
+    """A file that a job left; `Job.save` writes it to the disk."""
+
+    name: str
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class Result:
-    """What a finished job leaves: the name of its model (``NAME@VERSION``) and how it was made.
+    """What a finished job leaves: the name of its model (``NAME@VERSION``) and how it was made, or
+    the files of a program (``evaluation.json``, ``predictions.parquet``).
 
     ``best`` is the evaluation whose parameters and ``metrics`` it is; None: those of the last step.
     """
@@ -110,6 +120,7 @@ class Result:
     examples_lost: int
     examples_doubled: int
     best: BestEvaluation | None = None
+    files: tuple[ResultFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -214,6 +225,7 @@ def result_value(result: job_pb2.Result) -> Result:
         examples_lost=result.examples_lost,
         examples_doubled=result.examples_doubled,
         best=best_value(result),
+        files=tuple(ResultFile(file.name, file.digest, file.size_bytes) for file in result.files),
     )
 
 

@@ -87,9 +87,13 @@ def _verify_tasks(cluster: Cluster, job: Job, result: Result) -> Verdict:
 
 def _verify_program(cluster: Cluster, job: Job, result: Result) -> Verdict:
     from phalanx.sdk.verifying_programs import verify_program
-    from phalanx.specs import job_plan
+    from phalanx.specs import job_plan, model_name
 
-    plan = job_plan(job.message.spec, _dataset_of(cluster, job), job.id)
+    spec = job.message.spec
+    plan = job_plan(spec, _dataset_of(cluster, job), job.id)
+    if name := model_name(spec):
+        model = cluster.models.describe(name)
+        plan.model_files.update({file.path: file.digest for file in model.files})
     results = _results_of(cluster, job)
     outcome = next((each for each in results if each.task == plan.total_steps - 1), None)
     return verify_program(

@@ -36,7 +36,7 @@ def verify_program(
     wanted, found, why = result.parameters_sha256 or outcome_sha256, "", ""
     with tempfile.TemporaryDirectory(prefix="phalanx-verify-") as name:
         try:
-            found = _computed(plan, Path(name), fetcher(Path(name)))
+            found = _computed(job, plan, Path(name), fetcher(Path(name)))
         except FailedPrecondition as error:
             why = error.message  # something is not installed here
     if found and found != wanted and not result.bit_identical:
@@ -52,7 +52,8 @@ def verify_program(
     )
 
 
-def _computed(plan: JobPlan, folder: Path, fetch: Fetch) -> str:
+def _computed(job: Job, plan: JobPlan, folder: Path, fetch: Fetch) -> str:
+    from phalanx.sdk.in_process import job_code
     from phalanx.sdk.in_process_programs import Blobs, run_program, vector_of
 
     def put(data: bytes) -> str:
@@ -61,7 +62,8 @@ def _computed(plan: JobPlan, folder: Path, fetch: Fetch) -> str:
         return digest
 
     results: dict[int, TaskResult] = {}
-    outcome = run_program(plan, Blobs(fetch, put), results, lambda: None)
+    code = job_code(job.message.spec, fetch, folder / "code")
+    outcome = run_program(plan, Blobs(fetch, put), results, lambda: None, code)
     if outcome.model is not None:
         return vector_of(outcome.model, fetch)[1]
     return results[len(results) - 1].stored.digest

@@ -5,6 +5,7 @@ spec = prepare(document.spec, dataset)            # every default written, check
 print(plan(spec, dataset, eligible_workers=4), spec_sha256(spec))
 """
 
+from phalanx.programs.stored_model import model_field, model_name, stored_model, take_model
 from phalanx.specs.canonical import canonical_json, spec_sha256, struct_to_python, to_json
 from phalanx.specs.continuing import Reached, check_rest, check_same, parse_reference
 from phalanx.specs.documents import (
@@ -42,6 +43,8 @@ __all__ = [
     "load_document",
     "load_json",
     "load_yaml",
+    "model_field",
+    "model_name",
     "names_dataset",
     "parse_reference",
     "plan",
@@ -52,7 +55,9 @@ __all__ = [
     "resolve_start_model",
     "set_value",
     "spec_sha256",
+    "stored_model",
     "struct_to_python",
+    "take_model",
     "to_json",
     "unimplemented",
     "validate",

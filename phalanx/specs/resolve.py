@@ -49,10 +49,10 @@ def resolve(
     if result.WhichOneof("program") == "tasks":
         task_sets.resolve(result)
     elif dataset is not None and is_program(result):
+        program_of(result).resolve(result, dataset)
         _data(result, dataset)
         if columns is not None:
             features.resolve(result.data, columns)
-        program_of(result).resolve(result, dataset)
     elif dataset is not None and result.WhichOneof("program") == "train":
         _data(result, dataset)
         if columns is not None:

@@ -8,8 +8,6 @@ from phalanx.v1 import job_spec_pb2
 
 _REFUSED: dict[str, str] = {
     "sweep": "the program sweep is not carried out yet; train is",
-    "evaluate": "the program evaluate is not carried out yet; train is",
-    "predict": "the program predict is not carried out yet; use `phalanx predict`",
     "cascade": "the program cascade is not carried out yet; train is",
     "data.columns": "vertical partitions are not carried out yet; use rows",
     "resources.gpus": "GPUs are not carried out yet; leave it out",

@@ -343,6 +343,26 @@ class JobPlan(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class ModelFilesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     JOB_ID_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     SPEC_SHA256_FIELD_NUMBER: _builtins.int
@@ -367,6 +387,7 @@ class JobPlan(_message.Message):
     VERIFIED_FIELD_NUMBER: _builtins.int
     STATE_EVERY_FIELD_NUMBER: _builtins.int
     SAMPLER_KEY_FIELD_NUMBER: _builtins.int
+    MODEL_FILES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     spec: _builtins.bytes
     """JobSpec in its resolved form, serialized protobuf (not JSON)."""
@@ -426,6 +447,10 @@ class JobPlan(_message.Message):
     def code_digests(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Path in code.files → blob digest; wheels by digest."""
 
+    @_builtins.property
+    def model_files(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Of a program that takes a stored model: path in it → blob digest."""
+
     def __init__(
         self,
         *,
@@ -453,10 +478,11 @@ class JobPlan(_message.Message):
         verified: _builtins.bool = ...,
         state_every: _builtins.int = ...,
         sampler_key: _builtins.bytes = ...,
+        model_files: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asynchronous", b"asynchronous", "bitwise", b"bitwise", "code_digests", b"code_digests", "evaluation_rows", b"evaluation_rows", "evaluation_shards", b"evaluation_shards", "evaluation_sums", b"evaluation_sums", "fingerprint", b"fingerprint", "job_id", b"job_id", "layout", b"layout", "local_steps", b"local_steps", "manifest_digest", b"manifest_digest", "range_count", b"range_count", "rows_per_leaf", b"rows_per_leaf", "sampler_key", b"sampler_key", "shards", b"shards", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_model_digest", b"start_model_digest", "state_every", b"state_every", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_rows", b"train_rows", "unit_span", b"unit_span", "verified", b"verified"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asynchronous", b"asynchronous", "bitwise", b"bitwise", "code_digests", b"code_digests", "evaluation_rows", b"evaluation_rows", "evaluation_shards", b"evaluation_shards", "evaluation_sums", b"evaluation_sums", "fingerprint", b"fingerprint", "job_id", b"job_id", "layout", b"layout", "local_steps", b"local_steps", "manifest_digest", b"manifest_digest", "model_files", b"model_files", "range_count", b"range_count", "rows_per_leaf", b"rows_per_leaf", "sampler_key", b"sampler_key", "shards", b"shards", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_model_digest", b"start_model_digest", "state_every", b"state_every", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_rows", b"train_rows", "unit_span", b"unit_span", "verified", b"verified"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

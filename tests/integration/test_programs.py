@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from sklearn.ensemble import RandomForestClassifier
 
 import phalanx
 from phalanx.cli.main import run
+from phalanx.errors import FailedPrecondition, NotFound
 from phalanx.sdk.job import Job
 from phalanx.sdk.verdict import TaskLedger
 from phalanx.testing.arena import GUARD_S
@@ -19,7 +24,7 @@ from phalanx.testing.datasets import digits
 FOREST: dict[str, Any] = {
     "name": "digits-forest",
     "data": {"name": "digits", "shards": 3},
-    "forest": {"trees": 20, "tree": {"max_depth": 10}},
+    "forest": {"trees": 32, "tree": {"max_depth": 10}},
     "seed": 4,
 }
 
@@ -51,7 +56,7 @@ def test_a_forest_grown_by_workers_is_that_of_scikit_learn(
     assert forest.result is not None
     features, targets = digits()
     expected = RandomForestClassifier(
-        20, random_state=4, n_jobs=1, max_depth=10, oob_score=True
+        32, random_state=4, n_jobs=1, max_depth=10, oob_score=True
     ).fit(features.astype(np.float32), targets)
     model = local.models.get(forest.result.model)
     np.testing.assert_array_equal(
@@ -95,3 +100,113 @@ def test_a_task_that_fails_fails_the_program_and_names_its_cause(
     job = alone.submit(FOREST)
     with pytest.raises(phalanx.JobFailed, match="at most 10 are taken"):
         job.wait(timeout_s=GUARD_S)
+
+
+NETS = """
+import numpy as np
+
+from phalanx.models import UserModel
+
+
+class Centres(UserModel):
+    def __init__(self, schema):
+        super().__init__(schema, {"c": (schema.classes, schema.features)})
+
+    def initial(self, seed):
+        return {"c": np.zeros(tuple(self.layout.tensors[0].shape))}
+
+    def loss_and_gradients(self, parameters, features, targets):
+        error = parameters["c"][targets] - features
+        out = np.zeros_like(parameters["c"])
+        np.add.at(out, targets, error)
+        return float((error**2).sum() / 2), {"c": out}
+
+    def predictions(self, parameters, features):
+        far = ((features[:, None, :] - parameters["c"]) ** 2).sum(axis=2)
+        near = np.exp(far.min(axis=1, keepdims=True) - far)
+        return near / near.sum(axis=1, keepdims=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def centres(local: phalanx.LocalCluster, alone: phalanx.Cluster) -> str:
+    """A model with code of its own, the same in both clusters."""
+    document = {
+        "name": "centres",
+        "data": {"name": "digits"},
+        "code": {"files": {"nets.py": NETS}},
+        "train": {
+            "model": {"custom": {"entrypoint": "nets:Centres"}, "standardise": False},
+            "optimizer": {"sgd": {"learning_rate": 0.5}},
+            "stop": {"steps": 15},
+        },
+    }
+    results = [each.submit(document).wait(timeout_s=GUARD_S) for each in (local, alone)]
+    assert results[0].parameters_sha256 == results[1].parameters_sha256
+    return results[0].model
+
+
+@pytest.mark.parametrize("model", ["digits-forest", "centres"])
+def test_predictions_of_workers_have_the_bytes_of_those_in_one_process(
+    local: phalanx.LocalCluster,
+    alone: phalanx.Cluster,
+    forest: Job,
+    centres: str,
+    model: str,
+    tmp_path: Path,
+) -> None:
+    if model == "digits-forest":
+        alone.submit(FOREST).wait(timeout_s=GUARD_S)
+    for program in ("evaluate", "predict"):
+        document = {
+            "name": f"{program}-{model}",
+            "data": {"name": "digits", "shards": 4},
+            program: {"model": model},
+        }
+        jobs = [cluster.submit(document) for cluster in (local, alone)]
+        results = [job.wait(timeout_s=GUARD_S) for job in jobs]
+        assert results[0].files == results[1].files
+        assert results[0].model == ""
+        jobs[0].save(tmp_path / program)
+        saved = (tmp_path / program).read_bytes()
+        assert hashlib.sha256(saved).hexdigest() == results[0].files[0].digest
+        assert local.verify(jobs[0]).equal
+    table = pyarrow.parquet.read_table(tmp_path / "predict")
+    features, targets = digits()
+    loaded = local.models.get(model, allow_code=True)
+    assert table["prediction"].to_pylist() == loaded.predict(features).tolist()
+    evaluation = json.loads((tmp_path / "evaluate").read_text())
+    accuracy = np.mean(loaded.predict(features) == targets)
+    assert evaluation["metrics"]["accuracy"] == accuracy
+
+
+def test_files_of_programs_are_listed_and_written_by_a_command(
+    local: phalanx.LocalCluster,
+    forest: Job,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PHALANX_ADDRESS", local.address)
+    document = {"name": "rows", "data": {"name": "digits"}, "predict": {"model": "digits-forest"}}
+    job = local.submit(document)
+    job.wait(timeout_s=GUARD_S)
+    assert run(["results", job.id]) == 0
+    assert capsys.readouterr().out.startswith("predictions.parquet\t")
+    assert run(["results", job.id, "-o", str(tmp_path / "out.parquet")]) == 0
+    assert pyarrow.parquet.read_table(tmp_path / "out.parquet").num_rows == len(digits()[1])
+    with pytest.raises(FailedPrecondition, match="no results of their own"):
+        job.results()
+
+
+def test_a_model_that_rows_go_through_is_kept(local: phalanx.LocalCluster, forest: Job) -> None:
+    document = {"name": "score", "data": {"name": "digits"}, "evaluate": {"model": "digits-forest"}}
+    local.submit(document).wait(timeout_s=GUARD_S)
+    with pytest.raises(FailedPrecondition):
+        local.models.delete("digits-forest")
+
+
+def test_a_model_that_is_not_there_is_named(local: phalanx.LocalCluster) -> None:
+    with pytest.raises(NotFound) as caught:
+        local.submit({"name": "no", "data": {"name": "digits"}, "evaluate": {"model": "none"}})
+    assert caught.value.violations[0].field == "evaluate.model"

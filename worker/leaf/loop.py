@@ -18,6 +18,7 @@ from phalanx.calls import CallWork
 from phalanx.data.manifest import ChunkInfo
 from phalanx.errors import DataLoss, InvalidArgument, PhalanxError
 from phalanx.messages import known
+from phalanx.programs.data import JobFiles
 from phalanx.programs.work import ProgramWork
 from phalanx.reduction import Node, all_finite
 from phalanx.specs.starting import MISFIT
@@ -123,7 +124,9 @@ class LeafLoop:
         """What runs the tasks of a job; None for one that goes step by step."""
         spec, paths = JobSpec.FromString(plan.spec), _paths(document)
         if is_program(spec):
-            return ProgramWork(plan, paths.manifest, self._fetch_blob)
+            model = {name: Path(path) for name, path in document["model_files"].items()}
+            files = JobFiles(paths.manifest, paths.code, model)
+            return ProgramWork(plan, files, self._fetch_blob)
         return CallWork(plan, paths.code) if runs_tasks(spec) else None
 
     def _drop(self, message: ipc.Message) -> None:

@@ -35,6 +35,8 @@ class PreparedJob:
     start_model: Pinned | None
     fits: bool
     arena: Arena
+    model_files: dict[str, Pinned] = field(default_factory=dict)
+    """Of the stored model that a program takes."""
     timeout_s: float = 0.0
     """After which a call is killed; 0: the worker's own limit of leaves."""
     number: int = field(default_factory=lambda: next(_numbers))
@@ -61,6 +63,8 @@ class PreparedJob:
             self.code.release()
         if self.start_model is not None:
             self.start_model.release()
+        for file in self.model_files.values():
+            file.release()
 
     def _document(self) -> dict[str, object]:
         return {
@@ -68,6 +72,7 @@ class PreparedJob:
             "manifest": str(self.manifest.path) if self.manifest is not None else "",
             "code": str(self.code.path) if self.code is not None else "",
             "start_model": str(self.start_model.path) if self.start_model is not None else "",
+            "model_files": {name: str(file.path) for name, file in self.model_files.items()},
             "fits": self.fits,
         }
 
@@ -91,6 +96,10 @@ async def prepare(plan: training_pb2.JobPlan, cache: BlobCache, code_root: Path)
         if plan.start_model_digest:
             start_model = await cache.get(plan.start_model_digest)
             pinned.append(start_model)
+        model_files: dict[str, Pinned] = {}
+        for name, digest in plan.model_files.items():
+            model_files[name] = await cache.get(digest)
+            pinned.append(model_files[name])
         dtype = np.dtype(plan.layout.dtype or "float32")
         # Tasks share no memory: what they return comes in messages.
         shares = not runs_tasks(JobSpec.FromString(plan.spec))
@@ -100,7 +109,7 @@ async def prepare(plan: training_pb2.JobPlan, cache: BlobCache, code_root: Path)
         for each in pinned:
             each.release()
         raise
-    return PreparedJob(plan, manifest, code, start_model, fits, arena)
+    return PreparedJob(plan, manifest, code, start_model, fits, arena, model_files)
 
 
 async def _fill(folder: CodeFolder, plan: training_pb2.JobPlan, cache: BlobCache) -> None:

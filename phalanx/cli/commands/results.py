@@ -1,8 +1,10 @@
-"""The command that reads what independent tasks returned."""
+"""The command that reads what tasks returned, and the files that programs left."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,9 +12,11 @@ import typer
 from phalanx.cli.commands.data import PANEL
 from phalanx.cli.commands.jobs import JOB
 from phalanx.cli.context import settings_of
+from phalanx.tasks import is_program
 
 if TYPE_CHECKING:
     from phalanx.sdk.values import TaskResult
+    from phalanx.v1.job_pb2 import ResultFile
 
 
 def register(app: typer.Typer) -> None:
@@ -29,18 +33,37 @@ def results(
     failed: Annotated[
         bool, typer.Option("--failed", metavar="", help="Only tasks that were given up.")
     ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write a file that the job left."),
+    ] = None,
+    name: Annotated[
+        str, typer.Option(metavar="NAME", help="Which of its files, where it left several.")
+    ] = "",
 ) -> None:
     """Show what the tasks of a job returned so far, a line for each, by number.
 
-    With --json each line is an object: task, value or failure, worker_id, seconds, round_trip_s.
+    Of a program (evaluate, predict) list the files that it left, or write one with -o.
 
-    [bold]Example[/bold]
+    With --json each line is an object: task, value or failure, worker_id, seconds, round_trip_s;
+    of a program name, digest and size_bytes.
+
+    [bold]Examples[/bold]
 
     phalanx --json results JOB | jq .value
+
+    phalanx results JOB -o predictions.parquet
     """
     settings = settings_of(context)
     with settings.connect() as cluster:
-        found = cluster.get(job_id).results(task or ())
+        job = cluster.get(job_id)
+        if output is not None or name:
+            job.save(output or Path(name), name)
+            return
+        if is_program(job.message.spec):
+            _list_files(job.message.result.files, as_json=settings.json)
+            return
+        found = job.results(task or ())
     for each in found:
         if failed and each.failure is None:
             continue
@@ -50,6 +73,15 @@ def results(
             print(f"{each.task}\tgiven up: {each.failure.message}")
         else:
             print(f"{each.task}\t{json.dumps(each.value, ensure_ascii=False)}")
+
+
+def _list_files(files: Iterable[ResultFile], *, as_json: bool) -> None:
+    for file in files:
+        if as_json:
+            shown = {"name": file.name, "digest": file.digest, "size_bytes": file.size_bytes}
+            print(json.dumps(shown))
+        else:
+            print(f"{file.name}\t{file.size_bytes} bytes")
 
 
 def _object(result: TaskResult) -> dict[str, Any]:

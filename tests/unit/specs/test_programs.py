@@ -9,7 +9,9 @@ from google.protobuf.json_format import ParseDict
 
 from phalanx.errors import InvalidArgument
 from phalanx.programs import graph_of
+from phalanx.programs import predict as predicting
 from phalanx.programs.forest import TASKS_MAX, Layers
+from phalanx.programs.predict import OUTPUT
 from phalanx.specs import job_plan, plan, prepare, resolve
 from phalanx.v1.dataset_service_pb2 import Dataset
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -144,3 +146,62 @@ def test_people_are_told_what_a_forest_will_do() -> None:
     assert any("rows of 5 shards are never used" in each for each in told.warnings)
     assert any("12 tasks keep 12 of 40 workers busy" in each for each in told.warnings)
     assert told.worker_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("program", "more", "field", "message"),
+    [
+        ({"evaluate": {}}, {}, "evaluate.model", "is missing"),
+        ({"predict": {"model": "Not A Name"}}, {}, "predict.model", "is not allowed"),
+        ({"evaluate": {"model": "m", "metrics": ["recall"]}}, {}, "evaluate.metrics[0]", "use acc"),
+        ({"evaluate": {"model": "m", "metrics": ["f1", "f1"]}}, {}, "evaluate.metrics[1]", "twice"),
+        ({"evaluate": {"model": "m", "metrics": ["r2"]}}, {}, "evaluate.metrics[0]", "none of a"),
+        ({"predict": {"model": "m", "output": "a/b.parquet"}}, {}, "predict.output", "a folder"),
+        ({"predict": {"model": "m", "output": "b.csv"}}, {}, "predict.output", ".parquet"),
+        ({"predict": {"model": "m"}}, {"seed": 3}, "seed", "changes nothing"),
+        ({"predict": {"model": "m"}}, {"output": {"model": "n"}}, "output.model", "leaves none"),
+        ({"predict": {"model": "m"}}, {"code": {"files": {"a.py": ""}}}, "code", "is not run"),
+    ],
+)
+def test_what_a_program_with_a_model_may_not_say_is_named(
+    program: dict[str, Any], more: dict[str, Any], field: str, message: str
+) -> None:
+    document = {"name": "rows", "data": {"name": "data"}, **program, **more}
+    with pytest.raises(InvalidArgument) as caught:
+        prepare(ParseDict(document, JobSpec()), dataset())
+    found = {each.field: each.message for each in caught.value.violations}
+    assert message in found[field]
+
+
+def test_the_defaults_of_an_evaluation_and_a_prediction() -> None:
+    document = {"name": "rows", "data": {"name": "data"}, "evaluate": {"model": "m"}}
+    resolved = prepare(ParseDict(document, JobSpec()), dataset())
+    assert resolved.data.split == "test"
+    assert list(resolved.evaluate.metrics) == ["accuracy", "f1", "log_loss"]
+    assert resolved.output.model == ""
+    two = prepare(ParseDict(document, JobSpec()), dataset(classes=2))
+    assert "auc" in two.evaluate.metrics
+    numbers = prepare(ParseDict(document, JobSpec()), dataset(classes=0))
+    assert list(numbers.evaluate.metrics) == ["r2", "rmse", "mae"]
+    predicted = {"name": "rows", "data": {"name": "data"}, "predict": {"model": "m"}}
+    assert prepare(ParseDict(predicted, JobSpec()), dataset()).predict.output == OUTPUT
+    assert resolve(resolved, dataset()) == resolved
+
+
+@pytest.mark.parametrize(("rows", "shards", "files"), [(10, 1, 1), (10**7, 64, 20), (10**7, 3, 3)])
+def test_the_tasks_of_a_prediction(rows: int, shards: int, files: int) -> None:
+    document = {
+        "name": "rows",
+        "data": {"name": "data", "split": "train", "shards": shards},
+        "predict": {"model": "m"},
+    }
+    plan_ = job_plan(prepare(ParseDict(document, JobSpec()), dataset(rows)), dataset(rows), "job-1")
+    layers, graph = predicting.Layers.of(plan_), graph_of(plan_)
+    assert (layers.shards, layers.files) == (shards, files)
+    assert [shard for file in range(files) for shard in layers.shards_of(file)] == list(
+        range(shards)
+    )
+    assert graph.count == plan_.total_steps == shards + files + 1
+    names = layers.file_names(OUTPUT)
+    assert names == sorted(names)
+    assert len(names) == files

@@ -1,0 +1,1 @@
+"""Rows through stored models: how good they are, and what they say."""
