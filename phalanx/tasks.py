@@ -24,6 +24,9 @@ PROGRAMS = ("forest", "evaluate", "predict")
 """Members of the choice of `JobSpec.program` whose tasks are functions of Phalanx."""
 
 PROGRAM_TIMEOUT_S = 24 * 3600
+TASKS_DONE = "TASKS_DONE"
+"""Why a job of tasks has ended that has succeeded."""
+
 OUTCOME = "outcome"
 """Where the final manifest of a program names the blob of its last task's result."""
 

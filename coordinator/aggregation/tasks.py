@@ -34,7 +34,7 @@ from phalanx.given import GivenWork
 from phalanx.last_commit import LastCommit
 from phalanx.programs import graph_of
 from phalanx.rpc.patience import insist
-from phalanx.tasks import OUTCOME, attempts_max, failures_max, is_program
+from phalanx.tasks import OUTCOME, TASKS_DONE, attempts_max, failures_max, is_program
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import AggregatorMetrics
 from phalanx.texts import number_of
@@ -56,7 +56,6 @@ INPUTS_BYTES = 1024 * 1024
 
 _RATE_WINDOW_S = 2.0
 _SPECULATION = ("late", "silent")
-STOP_REASON = "TASKS_DONE"
 
 _log = get_logger(__name__)
 
@@ -344,7 +343,7 @@ class HostedTasks:
         plan, dispatcher = self.ranges.plan, self.dispatcher
         document: dict[str, Any] = {
             "metrics": self._numbers(),
-            "stop_reason": STOP_REASON,
+            "stop_reason": TASKS_DONE,
             "tasks": dispatcher.total,
             "done": dispatcher.done,
         }
@@ -381,7 +380,7 @@ class HostedTasks:
         except PhalanxError as error:
             self.fail("CHECKPOINT_FAILED", f"the end cannot be stored: {error.message}")
             return
-        self._finish(Report.OUTCOME_STOPPED, STOP_REASON)
+        self._finish(Report.OUTCOME_STOPPED, TASKS_DONE)
 
     def _finish(
         self,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from phalanx.errors import DataLoss
 from phalanx.forests.tables import IMPORTANCES, TREE, VALUES, Tree
 from phalanx.models.base import Array, views
+from phalanx.texts import number_of
 from phalanx.v1.training_pb2 import Layout
 
 DENSE_BYTES = 64 * 2**20
@@ -34,9 +35,8 @@ class ForestModel:
         width = VALUES + max(1, classes)
         trees = [each for each in layout.tensors if each.name.startswith(TREE)]
         if not trees or any(len(each.shape) != 2 or each.shape[1] != width for each in trees):
-            raise DataLoss(
-                f"the tensors of the model are not those of a forest of {classes} classes"
-            )
+            what = number_of(classes, "class", "classes")
+            raise DataLoss(f"the tensors of the model are not those of a forest of {what}")
 
     def predict(self, parameters: Array, features: Any) -> Array:
         """Return (rows, classes) probabilities, or (rows,) values for a regression."""

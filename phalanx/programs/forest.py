@@ -110,7 +110,7 @@ class Forest(Program):
             return []
         found = (
             f"{number_of(spec.forest.trees, 'tree')} on {number_of(shards, 'shard')}: the rows of "
-            f"{shards - spec.forest.trees} shards are never used"
+            f"{number_of(shards - spec.forest.trees, 'shard')} are never used"
         )
         return [found]
 

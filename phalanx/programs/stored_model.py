@@ -15,6 +15,7 @@ from google.protobuf.json_format import ParseDict, ParseError
 from phalanx.data.choice import RawColumns, choose
 from phalanx.data.manifest import Column, DatasetManifest, columns_from
 from phalanx.errors import DataLoss, InvalidArgument, Violation
+from phalanx.texts import number_of
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.model_service_pb2 import ModelVersion
 
@@ -81,7 +82,8 @@ def _misfits(
         return
     seen = choose(manifest, origin.data.features).manifest
     if seen.features != document["features"]:
-        yield f"it takes {document['features']} features, and the data set has {seen.features}"
+        own = number_of(document["features"], "feature")
+        yield f"it takes {own}, and the data set has {seen.features}"
     for own, other in zip(columns, seen.columns, strict=False):
         if _encoding(own) != _encoding(other):
             yield (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from phalanx.programs.base import ModelParts, Outcome
 from phalanx.sdk.in_process_tasks import TaskFailed, run_task
-from phalanx.tasks import ATTEMPTS
+from phalanx.tasks import ATTEMPTS, TASKS_DONE
 from phalanx.v1.job_pb2 import Result
 from phalanx.v1.task_service_pb2 import StoredValue, TaskResult
 from phalanx.v1.training_pb2 import JobPlan
@@ -110,7 +110,7 @@ def trained_of(outcome: Outcome, blobs: Blobs, tasks: int) -> TrainedModel | Non
         parameters_sha256=sha256,
         steps=tasks,
         examples=0,
-        reason="TASKS_DONE",
+        reason=TASKS_DONE,
         metrics=dict(outcome.metrics),
         points=[],
     )

@@ -129,3 +129,23 @@ async def test_credit_bounds_the_tasks_that_wait_for_a_worker() -> None:
         job.handle(Tick())
     waiting = sum(len(each.tasks) for each in second[1]._messages)
     assert slots < waiting <= slots * DEPTH_MAX
+
+
+async def test_a_message_with_many_inputs_is_cut_in_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.aggregation.tasks.INPUTS_BYTES", 500)
+    outbox = Outbox()
+    inputs = tuple(
+        tuple(pb.StoredValue(digest=f"{task:064}", size_bytes=9) for _ in range(task % 5))
+        for task in range(10)
+    )
+    outbox.add(Send(1, tuple(range(10)), 70, (5,), inputs))
+    messages = [await outbox.next() for _ in range(len(outbox))]
+    assert len(messages) > 1
+    assert [list(each.settled) for each in messages] == [[5]] + [[]] * (len(messages) - 1)
+    assert [task for each in messages for task in each.tasks] == list(range(10))
+    told = [
+        (attempt, tuple(given.values))
+        for each in messages
+        for attempt, given in enumerate(each.inputs, each.first_attempt)
+    ]
+    assert told == list(enumerate(inputs, 70))

@@ -389,3 +389,26 @@ def test_what_is_kept_for_an_owner_is_no_more_than_it_handed_out() -> None:
     assert not driver.core._reports
     assert driver.told() == []
     assert not driver.core._unsent
+
+
+def test_calls_of_a_program_get_the_results_that_they_need_and_keep_them_until_they_run() -> None:
+    driver = Driver()
+    first = next(driver.attempts)
+    message = pb.WorkResponse(tasks=[7, 8], first_attempt=first)
+    next(driver.attempts)
+    for digests in (["aa", "bb"], ["cc"]):
+        message.inputs.add(
+            values=[pb.StoredValue(digest=digest, size_bytes=3) for digest in digests]
+        )
+    driver.take(driver.core.told(message))
+    (task,) = driver.running
+    assert task.inputs == ((("aa", 3), ("bb", 3)),)
+    # Its process dies before it comes to the call: the next one gets the same.
+    driver.end(task, lost=True)
+    (again,) = driver.running
+    assert (numbers(again), again.inputs) == (numbers(task), task.inputs)
+    driver.finish(again)
+    (other,) = driver.running
+    assert other.inputs == ((("cc", 3),),)
+    driver.take(driver.core.told(pb.WorkResponse(settled=[first, first + 1])))
+    assert driver.core._inputs == {}
