@@ -118,7 +118,7 @@ def _messages(effect: Send) -> Iterator[WorkResponse]:
             yield message
             message, size = WorkResponse(first_attempt=attempt), 0
         message.tasks.append(task)
-        if effect.inputs and any(effect.inputs):
+        if effect.inputs:
             inputs = message.inputs.add(values=effect.inputs[attempt - effect.first_attempt])
             size += inputs.ByteSize()
     yield message

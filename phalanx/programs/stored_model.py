@@ -82,8 +82,8 @@ def _misfits(
         return
     seen = choose(manifest, origin.data.features).manifest
     if seen.features != document["features"]:
-        own = number_of(document["features"], "feature")
-        yield f"it takes {own}, and the data set has {seen.features}"
+        needed = number_of(document["features"], "feature")
+        yield f"it takes {needed}, and the data set has {seen.features}"
     for own, other in zip(columns, seen.columns, strict=False):
         if _encoding(own) != _encoding(other):
             yield (

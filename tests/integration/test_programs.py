@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from phalanx.cli.main import run
 from phalanx.errors import FailedPrecondition, NotFound
 from phalanx.sdk.job import Job
 from phalanx.sdk.verdict import TaskLedger
+from phalanx.specs import load_yaml
+from phalanx.tasks import is_program
 from phalanx.testing.arena import GUARD_S
-from phalanx.testing.datasets import digits
+from phalanx.testing.datasets import REPOSITORY, digits
 
 FOREST: dict[str, Any] = {
     "name": "digits-forest",
@@ -50,8 +53,13 @@ def forest(local: phalanx.LocalCluster) -> Job:
     return job
 
 
+@pytest.fixture(scope="module")
+def forest_alone(alone: phalanx.Cluster) -> phalanx.Result:
+    return alone.submit(FOREST).wait(timeout_s=GUARD_S)
+
+
 def test_a_forest_grown_by_workers_is_that_of_scikit_learn(
-    local: phalanx.LocalCluster, alone: phalanx.Cluster, forest: Job
+    local: phalanx.LocalCluster, forest: Job, forest_alone: phalanx.Result
 ) -> None:
     assert forest.result is not None
     features, targets = digits()
@@ -64,9 +72,8 @@ def test_a_forest_grown_by_workers_is_that_of_scikit_learn(
     )
     assert forest.result.metrics["oob/accuracy"] == expected.oob_score_
     assert forest.result.bit_identical
-    in_process = alone.submit(FOREST).wait(timeout_s=GUARD_S)
-    assert in_process.parameters_sha256 == forest.result.parameters_sha256
-    assert in_process.steps == forest.result.steps
+    assert forest_alone.parameters_sha256 == forest.result.parameters_sha256
+    assert forest_alone.steps == forest.result.steps
 
 
 def test_a_forest_is_verified_task_by_task(local: phalanx.LocalCluster, forest: Job) -> None:
@@ -151,12 +158,11 @@ def test_predictions_of_workers_have_the_bytes_of_those_in_one_process(
     local: phalanx.LocalCluster,
     alone: phalanx.Cluster,
     forest: Job,
+    forest_alone: phalanx.Result,
     centres: str,
     model: str,
     tmp_path: Path,
 ) -> None:
-    if model == "digits-forest":
-        alone.submit(FOREST).wait(timeout_s=GUARD_S)
     for program in ("evaluate", "predict"):
         document = {
             "name": f"{program}-{model}",
@@ -210,3 +216,14 @@ def test_a_model_that_is_not_there_is_named(local: phalanx.LocalCluster) -> None
     with pytest.raises(NotFound) as caught:
         local.submit({"name": "no", "data": {"name": "digits"}, "evaluate": {"model": "none"}})
     assert caught.value.violations[0].field == "evaluate.model"
+
+
+def test_the_jobs_of_the_documents_run(alone: phalanx.Cluster) -> None:
+    text = (REPOSITORY / "docs" / "ALGORITHMS.md").read_text()
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    documents = [load_yaml(block) for block in blocks]
+    programs = [each for each in documents if is_program(each)]
+    assert [each.WhichOneof("program") for each in programs] == ["forest", "evaluate", "predict"]
+    alone.data.add("fashion", *digits(), test=0.2)
+    for spec in programs:
+        assert alone.submit(spec).wait(timeout_s=GUARD_S).metrics

@@ -483,7 +483,7 @@ class Dispatcher:
             self._lease(peer, task, self._numbers)
             self._given.setdefault(task, {})[self._numbers] = peer.worker_id
         settled, peer.settled = tuple(peer.settled), []
-        inputs = tuple(self._needs.inputs(task) for task in given)
+        inputs = self._needs.inputs(given)
         self._effects.append(Send(peer.session, given, first, settled, inputs))
 
     def _lease(self, peer: _Peer, task: int, number: int) -> None:

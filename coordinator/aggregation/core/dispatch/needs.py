@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from phalanx.v1.task_service_pb2 import StoredValue, TaskResult
 
@@ -44,8 +44,9 @@ class Needs:
                 ready.append(user)
         return ready
 
-    def inputs(self, task: int) -> tuple[StoredValue, ...]:
-        """What a task gets, in the order in which its program asks for it."""
-        if not self._needs:
+    def inputs(self, tasks: Iterable[int]) -> tuple[tuple[StoredValue, ...], ...]:
+        """What each of some tasks gets, in the order in which its program asks for it; nothing at
+        all where no task needs anything."""
+        if not self._users:
             return ()
-        return tuple(self._values[needed] for needed in self._needs[task])
+        return tuple(tuple(self._values[each] for each in self._needs[task]) for task in tasks)
