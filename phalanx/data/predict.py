@@ -1,9 +1,9 @@
 """Predicting with a trained model: raw rows in, original labels out.
 
-Rows go through the model in blocks of ``BLOCK_ROWS`` (or of what a model says that needs no blocks
-of one height), the last one filled up with zeros. Matrix products of other heights have other bits;
-with one height a row's prediction depends neither on how many rows were asked for, nor on whether
-they came raw or prepared.
+Rows go through the model in blocks of ``BLOCK_ROWS``, the last one filled up with zeros. Matrix
+products of other heights have other bits; with one height a row's prediction depends neither on how
+many rows were asked for, nor on whether they came raw or prepared. A model without products says
+how high its blocks are at most, and they are not filled.
 """
 
 import hashlib
@@ -109,6 +109,7 @@ class LoadedModel:
         )
         self._scales = _scales(document, parameters.dtype)
         self._block_rows: int = getattr(model, "block_rows", BLOCK_ROWS)
+        self._fills = not hasattr(model, "block_rows")
 
     @staticmethod
     def load(folder: Path, *, allow_code: bool = False) -> "LoadedModel":
@@ -204,7 +205,7 @@ class LoadedModel:
                 yield Predictions(self.classes[outputs.argmax(axis=1)], outputs)
 
     def _blocks(self, pieces: Iterable[Any]) -> Iterator[tuple[Any, int]]:
-        """Blocks of equally many rows in the parameters' type, and how many of them count."""
+        """Blocks of rows in the parameters' type, and how many of each count."""
         waiting: list[Any] = []
         count = 0
         for piece in pieces:
@@ -221,8 +222,9 @@ class LoadedModel:
             yield self._block(waiting), count
 
     def _block(self, parts: list[Any]) -> Any:
-        shape, dtype = (self._block_rows, self._raw.features), self.parameters.dtype
         rows = sum(part.shape[0] for part in parts)
+        height = self._block_rows if self._fills else rows
+        shape, dtype = (height, self._raw.features), self.parameters.dtype
         if self._raw.sparse:
             empty = scipy.sparse.csr_array((shape[0] - rows, shape[1]), dtype=dtype)
             stacked = scipy.sparse.vstack([*parts, empty], format="csr", dtype=dtype)

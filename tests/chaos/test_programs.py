@@ -17,7 +17,7 @@ from phalanx.testing.arena import GUARD_S, Arena, arena, wait_until
 from phalanx.v1.storage_service_pb2 import ReadJournalRequest
 from phalanx.v1.task_service_pb2 import TaskRecord
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
 FOREST: dict[str, Any] = {
     "name": "forest",

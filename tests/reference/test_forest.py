@@ -153,7 +153,7 @@ def test_a_forest_on_a9a_is_that_of_scikit_learn(alone: phalanx.Cluster) -> None
 
     path = shared_data("a9a") / "a9a"
     features, targets = load_svmlight_file(str(path), n_features=123)
-    alone.data.add("a9a", str(path), feature_count=123)
+    alone.data.add("a9a", str(path), feature_count=123, format="libsvm")
     tree = {"max_depth": 20, "min_samples_leaf": 2}
     document = {
         "name": "forest",
@@ -168,3 +168,27 @@ def test_a_forest_on_a9a_is_that_of_scikit_learn(alone: phalanx.Cluster) -> None
     assert_equal_trees(model, expected.estimators_)
     found = model.predict_probabilities(scipy.sparse.csr_array(features))
     np.testing.assert_array_equal(found, expected.predict_proba(reader_rows))
+
+
+@pytest.mark.soak
+def test_what_forests_reach_on_a9a(alone: phalanx.Cluster) -> None:
+    folder = shared_data("a9a")
+    alone.data.add(
+        "a9a",
+        str(folder / "a9a"),
+        test=str(folder / "a9a.t"),
+        feature_count=123,
+        format="libsvm",
+    )
+    tree = {"max_depth": 20, "min_samples_leaf": 2}
+    for name, trees, per_shard in (("whole", 100, False), ("shards", 96, True)):
+        document = {
+            "name": name,
+            "data": {"name": "a9a", "shards": 8},
+            "forest": {"trees": trees, "tree": tree, "per_shard": per_shard},
+        }
+        grown = alone.submit(document).wait(timeout_s=300).metrics
+        document = {"name": "test", "data": {"name": "a9a"}, "evaluate": {"model": name}}
+        found = alone.submit(document).wait(timeout_s=300).metrics
+        print(f"{name}: test {dict(found)}, out of bag {grown['oob/accuracy']:.4f}")
+        assert found["test/accuracy"] > 0.845
