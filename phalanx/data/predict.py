@@ -174,6 +174,17 @@ class LoadedModel:
         assert values is not None
         return values
 
+    def feature_importances(self) -> dict[str, float]:
+        """How much each feature of a forest counts, by name (``x1`` … where the training data had
+        none), all together 1; raises InvalidArgument for a model that does not say."""
+        counts = getattr(self.model, "feature_importances", None)
+        if counts is None:
+            raise InvalidArgument(f"{self.name} does not say how much its features count")
+        columns = columns_from(self.document["columns"])
+        names = [name for column in columns for name in column.feature_names()]
+        names = names or [f"x{index + 1}" for index in range(self.document["features"])]
+        return dict(zip(names, counts(self.parameters).tolist(), strict=True))
+
     def predict_batches(self, data: Any) -> Iterator[Predictions]:
         """Predictions block by block, in memory that does not grow with the rows."""
         pieces, self.remarks = self._raw.encode(data)

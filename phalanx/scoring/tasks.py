@@ -41,7 +41,9 @@ class _Scored:
         return LoadedModel.of_files(self._job.model_files, self._job.code_dir)
 
     def _shard(self, number: int) -> tuple[Batch, Predictions]:
-        dtype = "float64" if self.model.document["feature_dtype"] == "float64" else "float32"
+        # Numbers to compare with are read as they are stored, whatever the model computes in.
+        wide = self.model.document["feature_dtype"] == "float64" or not self._job.classes
+        dtype = "float64" if wide else "float32"
         batch = self._job.block(self._split, number, self._shards, dtype)
         return batch, self.model.predict_prepared(batch.features)
 
@@ -64,16 +66,12 @@ class EvaluateTasks(_Scored):
     def _score(self, number: int) -> bytes:
         batch, predictions = self._shard(number)
         if predictions.probabilities is None:
-            return arrays.pack(number_part(self._targets(number), predictions.labels))
+            return arrays.pack(number_part(batch.targets, predictions.labels))
         scores = "auc" in self._job.spec.evaluate.metrics
         part = class_part(
             batch.targets, predictions.probabilities, self._job.classes, scores=scores
         )
         return arrays.pack(part)
-
-    def _targets(self, number: int) -> np.ndarray:
-        """The numbers as they are stored, whatever the model computes in."""
-        return self._job.block(self._split, number, self._shards, "float64").targets
 
     def _merge(self, inputs: Sequence[Result]) -> bytes:
         spec, classes = self._job.spec, self._job.manifest.classes

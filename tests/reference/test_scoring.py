@@ -279,6 +279,8 @@ def test_chosen_columns_are_those_of_the_model(alone: phalanx.Cluster) -> None:
     assert job.result is not None
     assert job.result.metrics["test/accuracy"] == np.mean(guesses == expected)
     assert list(job.message.spec.data.features) == ["x2", "x5"]
+    with pytest.raises(InvalidArgument, match="does not say how much its features count"):
+        alone.models.get(model).feature_importances()
 
 
 def test_a_model_in_use_is_kept_and_a_job_without_files_says_so(
