@@ -19,6 +19,14 @@ except ImportError as error:
         "phalanx.sklearn needs scikit-learn; install it with: pip install 'phalanx[learn]'"
     ) from error
 
+from phalanx.sklearn.forests import PhalanxForestClassifier, PhalanxForestRegressor
+from phalanx.sklearn.machines import PhalanxLinearSVC
 from phalanx.sklearn.networks import PhalanxClassifier, PhalanxRegressor
 
-__all__ = ["PhalanxClassifier", "PhalanxRegressor"]
+__all__ = [
+    "PhalanxClassifier",
+    "PhalanxForestClassifier",
+    "PhalanxForestRegressor",
+    "PhalanxLinearSVC",
+    "PhalanxRegressor",
+]

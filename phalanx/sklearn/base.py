@@ -122,8 +122,12 @@ class Classifies(Trained):
                 f"{type(self).__name__} needs at least two classes, and y has one class only: "
                 f"{self.classes_[0]!r}"
             )
+        self._check_classes()
         self._fit(X, codes.astype(np.int64), "classification")
         return self
+
+    def _check_classes(self) -> None:
+        """Raise ValueError where an estimator does not take so many classes."""
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Return a label for each row."""

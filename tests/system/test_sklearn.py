@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_digits
+from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
+from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import check_estimator
 
 import phalanx
@@ -24,7 +26,10 @@ ESTIMATORS = [getattr(phalanx.sklearn, name) for name in phalanx.sklearn.__all__
 @pytest.mark.parametrize("kind", ESTIMATORS, ids=lambda kind: kind.__name__)
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 def test_scikit_learn_has_no_objection(kind: Any) -> None:
-    checks = check_estimator(kind(), on_skip=None, on_fail=None)
+    # Its checks fit hundreds of times.
+    quick = {"n_estimators": 5, "epochs": 30, "steps": 30}
+    chosen = {name: value for name, value in quick.items() if name in kind().get_params()}
+    checks = check_estimator(kind(**chosen), on_skip=None, on_fail=None)
     assert len(checks) > 40
     assert [each["check_name"] for each in checks if each["status"] == "failed"] == []
 
@@ -57,6 +62,44 @@ def test_its_linear_regression_is_that_of_scikit_learn() -> None:
     ours = phalanx.sklearn.PhalanxRegressor().fit(features, targets)
     reference = LinearRegression().fit(features, targets)
     np.testing.assert_allclose(ours.predict(features), reference.predict(features), rtol=1e-9)
+
+
+def test_its_forest_is_that_of_scikit_learn() -> None:
+    features, labels = digits(400)
+    ours = phalanx.sklearn.PhalanxForestClassifier(8, seed=5).fit(features, labels)
+    reference = RandomForestClassifier(8, random_state=5).fit(features, labels)
+    np.testing.assert_array_equal(ours.predict_proba(features), reference.predict_proba(features))
+    there = clone(ours).set_params(workers=2).fit(features, labels)
+    assert there.parameters_sha256_ == ours.parameters_sha256_
+
+
+def test_its_linear_machine_reaches_the_optimum_of_liblinear() -> None:
+    features, labels = digits(500)
+    features, labels = features - features.mean(axis=0), labels > "digit 4"
+    ours = phalanx.sklearn.PhalanxLinearSVC(loss="hinge", algorithm="cocoa", l2=0.01)
+    ours.fit(features, labels)
+    reference = LinearSVC(
+        C=1 / (0.01 * len(labels)), loss="hinge", fit_intercept=False, tol=1e-8, max_iter=100_000
+    ).fit(ours_scaled := _standardised(features), labels)
+    weights = reference.coef_[0]
+    assert ours.metrics_["train/duality_gap"] <= 1e-3
+    assert _objective(ours.model_.parameters, ours_scaled, labels) <= 1e-3 + _objective(
+        weights, ours_scaled, labels
+    )
+    assert ours.predict(features).tolist() == (ours.decision_function(features) > 0).tolist()
+    with pytest.raises(ValueError, match="Only binary classification"):
+        phalanx.sklearn.PhalanxLinearSVC().fit(*digits(100))
+
+
+def _standardised(features: np.ndarray) -> np.ndarray:
+    """Rows as the job sees them: constant columns are left as they are."""
+    deviation = features.std(axis=0)
+    return features / np.where(deviation > 0, deviation, 1)
+
+
+def _objective(weights: np.ndarray, features: np.ndarray, labels: np.ndarray) -> float:
+    margins = 1 - np.where(labels, 1, -1) * (features @ weights)
+    return float(np.maximum(margins, 0).mean() + 0.005 * weights @ weights)
 
 
 def test_it_works_in_pipelines_searches_and_pickles() -> None:

@@ -1,0 +1,79 @@
+"""Random forests: the trees of scikit-learn's, grown as tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import ClassifierMixin, RegressorMixin
+
+from phalanx.sklearn.base import Classifies, Regresses
+
+
+class _Forest:
+    n_estimators: int
+    tree: Mapping[str, Any] | None
+
+    def _program(self, rows: int) -> Mapping[str, Any]:
+        return {"forest": {"trees": int(self.n_estimators), "tree": dict(self.tree or {})}}
+
+
+class PhalanxForestClassifier(ClassifierMixin, _Forest, Classifies):  # type: ignore[misc]
+    """Random forest, tree by tree that of scikit-learn with ``random_state=seed``.
+
+    Args:
+        n_estimators: trees.
+        tree: parameters of each tree, as {"max_depth": 20}; see scikit-learn's.
+        seed: of the trees and their rows.
+        workers: worker processes of a cluster of its own; 0: inside this process.
+        cluster: address of a cluster, or what ``phalanx.connect`` returned; None: its own.
+        timeout_s: how long ``fit`` waits.
+    """
+
+    def __init__(
+        self,
+        n_estimators: int = 100,
+        *,
+        tree: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        workers: int = 0,
+        cluster: Any = None,
+        timeout_s: float = 3600.0,
+    ) -> None:
+        self.n_estimators = n_estimators
+        self.tree = tree
+        self.seed = seed
+        self.workers = workers
+        self.cluster = cluster
+        self.timeout_s = timeout_s
+
+    def predict_proba(self, X: Any) -> NDArray[Any]:
+        """Return (rows, classes) probabilities, in the order of ``classes_``."""
+        rows = self._checked(X)
+        probabilities: NDArray[Any] = np.asarray(
+            self.model_.predict_probabilities(rows), np.float64
+        )
+        return probabilities
+
+
+class PhalanxForestRegressor(RegressorMixin, _Forest, Regresses):  # type: ignore[misc]
+    """Random forest for numbers; parameters as of ``PhalanxForestClassifier``."""
+
+    def __init__(
+        self,
+        n_estimators: int = 100,
+        *,
+        tree: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        workers: int = 0,
+        cluster: Any = None,
+        timeout_s: float = 3600.0,
+    ) -> None:
+        self.n_estimators = n_estimators
+        self.tree = tree
+        self.seed = seed
+        self.workers = workers
+        self.cluster = cluster
+        self.timeout_s = timeout_s
