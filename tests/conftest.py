@@ -1,5 +1,6 @@
 """What all tests share: their order, and how the logs of services that run inside them look."""
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -9,7 +10,11 @@ import structlog
 from phalanx.testing import object_server as objects
 from phalanx.testing import postgres_server as postgres
 from phalanx.testing import stores
+from phalanx.testing.memory_folder import memory_folder
 from tests.warm import WarmServer, warm_clusters
+
+ROOM_BYTES = 4 << 30
+"""Several times what the tests that run by default have in files at any one time."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,7 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    # Soaks may write any number of gigabytes; what runs by default does not.
+    if config.option.markexpr == "not soak" and (memory := memory_folder(ROOM_BYTES)):
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
     # A shell starts what runs in the background with Ctrl-C ignored, and every process that a test
     # starts would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -23,10 +23,14 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from phalanx.testing.memory_folder import memory_folder
+
 READY_S = 60.0
 """Longest wait for the server to begin or to end; a guard against a hang, not a measure."""
 
 _ROOM_BYTES = 1 << 30
+"""Every database is some 300 files, see `memory_folder`."""
+
 _SETTINGS = {
     "fsync": "off",
     "full_page_writes": "off",
@@ -61,7 +65,9 @@ class PostgresServer:
             raise RuntimeError(why_not())
         self._binaries = found
         self._process: subprocess.Popen[bytes] | None = None
-        self._files = Path(tempfile.mkdtemp(prefix="phalanx-postgres-", dir=_parent()))
+        self._files = Path(
+            tempfile.mkdtemp(prefix="phalanx-postgres-", dir=memory_folder(_ROOM_BYTES))
+        )
         self._data = self._files / "data"
         self._data.mkdir(mode=0o700)
         self._files.chmod(0o755)
@@ -171,18 +177,6 @@ def _binaries() -> Path | None:
         if versions:
             return versions[-1].parent
     return None
-
-
-def _parent() -> Path | None:
-    """Return a folder in memory if there is room.
-
-    Every database is some 300 files; on ext4, making files is slow for all soon after so many have
-    been removed.
-    """
-    memory = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a folder of its own in it
-    if not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < _ROOM_BYTES:
-        return None
-    return memory
 
 
 def _dying_with_this() -> list[str]:
