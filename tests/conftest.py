@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -15,6 +16,9 @@ from tests.warm import WarmServer, warm_clusters
 
 ROOM_BYTES = 4 << 30
 """Several times what the tests that run by default have in files at any one time."""
+
+LONGEST = Path(__file__).parent / "simulation" / "test_simulation.py"
+"""The file of tests that takes longest."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,9 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Files that take long come first, so that none is left to one process.
+    # Files that take long come first, so that none is left to one process. The longest never waits
+    # for anything; beside it are those that wait for other processes.
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path != LONGEST, item.path not in slow))
 
 
 @pytest.fixture(scope="session")

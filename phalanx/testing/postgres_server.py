@@ -123,9 +123,9 @@ class PostgresServer:
             cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description else []
 
-    def create_database(self, name: str) -> str:
-        """Make an empty database; return its URL."""
-        self.execute(f'CREATE DATABASE "{name}" STRATEGY file_copy')
+    def create_database(self, name: str, template: str = "template1") -> str:
+        """Make a database, empty or a copy of one that nobody is connected to; return its URL."""
+        self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY file_copy')
         return self.url(name)
 
     def stop(self) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import functools
 import itertools
 import re
 import shlex
@@ -70,8 +71,9 @@ def test_every_code_block_has_a_language_that_is_tested_here() -> None:
     assert languages <= {"sh", "yaml", "python", "mermaid"}
 
 
-def arguments_unknown_to(program: list[str], arguments: list[str]) -> set[str]:
-    """Options among the arguments that a program of ours does not have, by its own help."""
+@functools.cache
+def options_of(*program: str) -> set[str]:
+    """The options of a program of ours, by its own help, which many commands ask for."""
     done = subprocess.run(
         [sys.executable, *program, "--help"],
         cwd=REPOSITORY,
@@ -80,8 +82,13 @@ def arguments_unknown_to(program: list[str], arguments: list[str]) -> set[str]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    options = set(re.findall(r"--[a-z-]+", done.stdout.decode()))
-    return {word.partition("=")[0] for word in arguments if word.startswith("--")} - options
+    return set(re.findall(r"--[a-z-]+", done.stdout.decode()))
+
+
+def arguments_unknown_to(program: list[str], arguments: list[str]) -> set[str]:
+    """Options among the arguments that a program does not have."""
+    named = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+    return named - options_of(*program)
 
 
 @pytest.mark.parametrize(("document", "command"), commands())

@@ -10,13 +10,15 @@ from phalanx.testing.object_server import ObjectServer
 from phalanx.testing.postgres_server import PostgresServer
 from phalanx.testing.storage_messages import digest_of
 from phalanx.v1 import dataset_service_pb2 as dataset_pb
-from storage.backends.opening import Places, open_backend
+from storage.backends.opening import Places, open_backend, open_postgres
 from storage.backends.sql.objects import load_blob
 from storage.interfaces import Backend, StoredBlob
 
 BACKENDS = ("embedded", "sqlite+s3", "postgres+directory", "postgres+s3")
 WITHOUT_BLOBS = ("test_journals", "test_leases")
 """What these are about has nothing to do with where blobs are."""
+MIGRATED = "migrated"
+"""A database with all tables and nothing in them: to make these for each test takes longer."""
 
 
 class Harness:
@@ -37,7 +39,7 @@ class Harness:
         self.now_unix_nanos = 1_700_000_000_000_000_000
         self.places = Places(
             folder,
-            "" if postgres is None else postgres.create_database(self._database_name),
+            "" if postgres is None else postgres.create_database(self._database_name, MIGRATED),
             "" if objects is None else f"{objects.create_bucket(self._bucket)}/some/where",
         )
         self.backend = self._open()
@@ -100,11 +102,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("harness", kinds, indirect=True)
 
 
+@pytest.fixture(scope="session")
+def migrated_server(postgres_server: PostgresServer) -> PostgresServer:
+    """The server, with a database that others are copied from."""
+    open_postgres(postgres_server.create_database(MIGRATED)).close()
+    return postgres_server
+
+
 @pytest.fixture
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
     """One back end after the other."""
     kind = request.param
-    postgres = request.getfixturevalue("postgres_server") if "postgres" in kind else None
+    postgres = request.getfixturevalue("migrated_server") if "postgres" in kind else None
     objects = request.getfixturevalue("object_server") if "s3" in kind else None
     harness = Harness(tmp_path / "state", postgres, objects)
     yield harness
