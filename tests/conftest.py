@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from phalanx.testing.memory_folder import memory_folder
 from tests.warm import WarmServer, warm_clusters
 
 ROOM_BYTES = 4 << 30
-"""Several times what the tests that run by default have in files at any one time."""
+"""More than the tests that run by default have in files at any one time."""
 
 LONGEST = Path(__file__).parent / "simulation" / "test_simulation.py"
 """The file of tests that takes longest."""
@@ -33,7 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Soaks may write any number of gigabytes; what runs by default does not.
     if config.option.markexpr == "not soak" and (memory := memory_folder(ROOM_BYTES)):
-        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
+        os.environ.setdefault("TMPDIR", str(memory))
+        tempfile.tempdir = None  # looked up again
     # A shell starts what runs in the background with Ctrl-C ignored, and every process that a test
     # starts would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
