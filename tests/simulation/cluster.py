@@ -13,6 +13,7 @@ import coordinator.aggregation.exchange
 import coordinator.aggregation.process
 import coordinator.control.model_writer
 import coordinator.control.process
+import coordinator.control.submission
 import phalanx.clients.blob_transfers
 import phalanx.compressors.base
 import phalanx.frames
@@ -154,6 +155,7 @@ class Services:
         replace(worker.session.app, "_version", lambda: "simulated")
         replace(coordinator.aggregation.process, "_version", lambda: "simulated")
         replace(coordinator.control.model_writer, "_versions", dict)
+        replace(coordinator.control.submission, "new_secret", lambda: jobs.SECRET)
         replace(worker.session.app, "stored_fingerprint", _fingerprint)
         replace(worker.session.app, "BlobCache", self._cache)
         replace(worker.session.slots, "LeafServer", _LeafServer)

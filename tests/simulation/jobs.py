@@ -25,11 +25,15 @@ from phalanx.optimizers import (
     build_optimizer,
     gradient_limit,
 )
+from phalanx.privacy.accountant import Accountant
+from phalanx.privacy.noise import build_noise
+from phalanx.privacy.secret import sampler_key
 from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import reduce_leaves
 from phalanx.specs.parts import all_reduces, state_every, unit_span
+from phalanx.training.chance import drawn_rows
 from phalanx.v1 import training_pb2
-from phalanx.v1.job_spec_pb2 import Compression, JobSpec, Reduction, Train, Verification
+from phalanx.v1.job_spec_pb2 import Compression, JobSpec, Privacy, Reduction, Train, Verification
 from tests.simulation.parts import ALL_PARTS, INNER, ONE_BY_ONE
 
 Array = NDArray[Any]
@@ -41,6 +45,8 @@ TEST_ROWS = 768
 ROWS_PER_LEAF = 8
 STEPS_MAX = 60
 SUMS = ("loss", "correct")
+SECRET = bytes(range(32))
+"""Of every private job, so that a plain loop can know it."""
 CHUNK = b"rows" * 64
 BAD = ("poison", "nan", "skip", "crash")
 ALL_BAD = (*BAD, "void", "overflow", "chatty", "undescribed", "endless", "empty", "deadly")
@@ -95,6 +101,11 @@ class Shape:
     def backup(self) -> int:
         """Shards that a step does not wait for; with any, who is slow decides the bits."""
         return int(ALL_PARTS[self.parts].get("synchronous", {}).get("backup_shards", 0))
+
+    @property
+    def private(self) -> bool:
+        """Whether its rows come by chance and its steps have noise."""
+        return "privacy" in ALL_PARTS[self.parts]
 
     @property
     def local_steps(self) -> int:
@@ -193,6 +204,7 @@ def shape_of_spec(spec: JobSpec, fingerprint: str) -> Shape:
             train.optimizer.clip_norm,
             _consistency_of(train),
             train.verification.SerializeToString(),
+            train.privacy.SerializeToString(),
         ),
     )
 
@@ -209,15 +221,21 @@ def _parts_of(
     clip_norm: float,
     consistency: tuple[int, int, bytes, int, bool],
     verification: bytes,
+    privacy: bytes,
 ) -> str:
     parts = Reduction.FromString(reduction), Compression.FromString(compression), clip_norm
-    found = (*parts, consistency, Verification.FromString(verification))
+    found = (
+        *parts,
+        consistency,
+        Verification.FromString(verification),
+        Privacy.FromString(privacy),
+    )
     for name, document in ALL_PARTS.items():
         train = ParseDict(document, Train())
         if train.reduction.WhichOneof("kind") is None:
             train.reduction.weighted_mean.SetInParent()
         known = train.reduction, train.compression, train.optimizer.clip_norm
-        if (*known, _consistency_of(train), train.verification) == found:
+        if (*known, _consistency_of(train), train.verification, train.privacy) == found:
             return name
     raise LookupError(f"no parts are known that give {found}")
 
@@ -281,9 +299,28 @@ def gradient(shape: Shape, shard: int, step: int, parameters: Array, out: Array)
 def examples(shape: Shape, shard: int, step: int) -> int:
     """Rows of one leaf."""
     first, stop = shard * TRAIN_ROWS // shape.shards, (shard + 1) * TRAIN_ROWS // shape.shards
+    if shape.private:
+        return _drawn(shape.shards, shard, stop - first, step)
     largest = -(-TRAIN_ROWS // shape.shards)
     done = step % -(-largest // ROWS_PER_LEAF) * ROWS_PER_LEAF
     return min(max(stop - first - done, 0), ROWS_PER_LEAF)
+
+
+@functools.lru_cache(maxsize=4096)
+def _drawn(shards: int, shard: int, rows: int, step: int) -> int:
+    return len(drawn_rows(sampler_key(SECRET), shard, rows, step, _rate(shards)))
+
+
+def _rate(shards: int) -> float:
+    return shards * ROWS_PER_LEAF / TRAIN_ROWS
+
+
+@functools.lru_cache(maxsize=256)
+def spent(shape: Shape, step: int) -> float:
+    """What the steps of a private job have spent."""
+    privacy = ALL_PARTS[shape.parts]["privacy"]
+    accountant = Accountant(_rate(shape.shards), privacy["noise_multiplier"], privacy["delta"])
+    return accountant.epsilon(step)
 
 
 def loss(shard: int, step: int) -> float:
@@ -503,6 +540,8 @@ class Steps:
         self._reducer = build_reducer(spec.train, shape.shards)
         self.unit, self._limit = unit_span(spec) or 1, gradient_limit(spec.train)
         self._mask = decay_mask(layout_of(shape))
+        plan = training_pb2.JobPlan(spec=spec.SerializeToString(), train_rows=TRAIN_ROWS)
+        self._noise = build_noise(plan, SECRET)
 
     def first_state(self) -> dict[str, Array]:
         """The optimizer's state before the first step."""
@@ -565,6 +604,9 @@ class Steps:
                 }
             )
             total, divisor = (None, 0) if reduced is None else (reduced.pieces[0], reduced.divisor)
+        if self._noise is not None:
+            total = self._noise.added(total, 0, len(parameters), version, parameters.dtype)
+            divisor = self._noise.divisor
         out = parameters.copy()
         if total is not None:
             factor = Contribution([total], divisor).factor(self._limit)

@@ -45,6 +45,7 @@ class Known:
 _HEALED = (("lasting", False),)
 _CONTROLS = (("controls", 3),)
 _RANGES = (("aggregators", 2), ("range_min_bytes", 64))
+_PRIVATE = (("workers", 3), ("parts", "private"))
 _TWO_LEADERS = (("controls", 3), ("faults_s", 18.0), ("script", "two_leaders"))
 _REDUCING = (("workers", 3), ("parts", "all-reduce"))
 _TASKS = (("shapes", ()), ("tasks", 2), ("aggregators", 2), ("workers", 2))
@@ -161,6 +162,12 @@ KNOWN = {
         (("workers", 3), ("limits", (("coordinator.control.event_log:KEPT_MAX", 20),))),
     ),
     "decay begins anew in every range": Known(1),
+    "each term has noise of its own": Known(
+        2, ("kill_aggregator", "kill_control", "kill_worker"), _PRIVATE
+    ),
+    "noise begins anew in every range": Known(0, ("kill_aggregator",), (*_PRIVATE, *_RANGES)),
+    "a noisy sum is divided by the rows that came": Known(0, ("kill_worker",), _PRIVATE),
+    "each step has the noise of the first": Known(0, (), (("parts", "private, 3 replicas"),)),
     "leaves run on a part of a version": Known(1),
     "the newer version is overwritten": Known(
         1, (), (("workers", 2), ("script", "dies_between_ranges"), *_RANGES)

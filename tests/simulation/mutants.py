@@ -6,8 +6,8 @@
 A mutant is a function and a change of its text. `rule` is the rule of the data plane that it takes
 out: 1 whole versions, 2 terms and generations, 3 the root decides, 5 nodes, 6 non-finite leaves,
 7 no producer waits, 8 budgets, 9 checkpoints, 11 roll-back, 12 leases, 14 the number of ranges does
-not matter, 13 all-reduce, 15 verification, 16 fingerprint; 0 where it is a rule of control, of
-storage, of copies or of leaves. Rules that belong to what is refused still are in `NOT_BUILT`.
+not matter, and the noise of private jobs, 13 all-reduce, 15 verification, 16 fingerprint; 0 where
+it is a rule of control, of storage, of copies or of leaves.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _CONTROL = "coordinator.control"
 _MACHINE = f"{_AGGREGATION}.core.machine:JobRanges"
 _STATE = f"{_AGGREGATION}.core.state:RangeParameters"
 _ONE_BY_ONE = f"{_AGGREGATION}.core.asynchronous:AsynchronousRanges"
+_ROOT = f"{_AGGREGATION}.core.roots:OptimizerRoot"
 _LEASES = "storage.core.leases"
 _CHECKPOINTS = "storage.core.checkpoints"
 _REDUCER = "phalanx.reduction:TreeReducer"
@@ -96,11 +97,6 @@ def _one(name: str, rule: int, where: str, old: str, new: str) -> Mutant:
 def _many(name: str, rule: int, *changes: Change) -> Mutant:
     return Mutant(name, rule, changes, KNOWN.get(name))
 
-
-NOT_BUILT = {
-    14: ("train.privacy",),
-}
-"""Rules of the data plane, or parts of them, about fields of jobs that are refused so far."""
 
 MUTANTS = (
     # Storage
@@ -374,6 +370,24 @@ MUTANTS = (
     _one(
         "decay begins anew in every range", 14, f"{_AGGREGATION}.core.state:_decay_frames",
         "position = -piece.first_element", "position = 0",
+    ),
+    _one(
+        "each term has noise of its own", 14, f"{_CONTROL}.core.terms:assign_ranges",
+        "secret=facts.kept.submitted.secret,",
+        "secret=bytes(each ^ (facts.term - 1) for each in facts.kept.submitted.secret),",
+    ),
+    _one(
+        "noise begins anew in every range", 14, f"{_ROOT}._with_noise",
+        "first += parameters.piece.first_element", "first += 0",
+    ),
+    _one(
+        "a noisy sum is divided by the rows that came", 14, f"{_ROOT}.frame_complete",
+        "self._with_noise(self._noise, index, values), self._noise.divisor",
+        "self._with_noise(self._noise, index, values), totals.divisor",
+    ),
+    _one(
+        "each step has the noise of the first", 14, "phalanx.privacy.noise:GradientNoise._block",
+        'struct.pack("<QQ", step, block)', 'struct.pack("<QQ", 0, block)',
     ),
     # Workers
     _one(

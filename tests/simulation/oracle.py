@@ -234,6 +234,8 @@ class Oracle:
             if watched.commits is not None and name.startswith("train/"):
                 sums, _ = watched.commits.step_sums(term)
                 expected = {"train/loss": sums.loss / sums.count, **sums.measured}[name]
+            elif watched.shape.private and name.startswith("train/"):
+                expected = {"train/epsilon": jobs.spent(watched.shape, step)}[name]
             elif name == "train/loss":
                 history = watched.history
                 left_out = history.left_out(term) if history is not None else frozenset()

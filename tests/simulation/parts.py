@@ -104,4 +104,13 @@ ALL_REDUCE: dict[str, dict[str, Any]] = {
 }
 """Parts of jobs whose workers own the parameters."""
 
-ALL_PARTS = PARTS | INNER | ONE_BY_ONE | VERIFIED | ALL_REDUCE
+PRIVATE: dict[str, dict[str, Any]] = {
+    "private": {"privacy": {"clip_norm": 1.0, "noise_multiplier": 0.5, "delta": 1e-5}},
+    "private, 3 replicas": {
+        "privacy": {"clip_norm": 2.0, "noise_multiplier": 0.25, "delta": 1e-5},
+        "verification": {"replicas": 3},
+    },
+}
+"""Parts of jobs whose rows come by chance and whose steps have noise."""
+
+ALL_PARTS = PARTS | INNER | ONE_BY_ONE | VERIFIED | ALL_REDUCE | PRIVATE
