@@ -48,6 +48,8 @@ FROM_THE_FIRST_SHARE = 0.4
 UNEQUAL_SHARE, UNEQUAL_LIARS, UNEQUAL_WORKERS = 0.2, 2, 4
 """Part of those with so many workers in which some lie about the same leaves."""
 
+PRIVATE_SHARE = 0.05
+"""Part of the others, whose jobs nothing else is asked of, in which these are private."""
 NEIGHBOUR_SHARE = 0.03
 """Part of them in which a second user is there."""
 NEWCOMER_SHARE = 0.02
@@ -208,6 +210,16 @@ def draw_unequal(settings: Settings, chance: random.Random) -> Settings:
     if not enough or chance.random() >= UNEQUAL_SHARE:
         return settings
     return replace(settings, liars=UNEQUAL_LIARS, unequal=True)
+
+
+def draw_private(settings: Settings, chance: random.Random) -> Settings:
+    """In a part of those whose jobs are plain otherwise these are private."""
+    shapes = settings.shapes
+    plain = not settings.parts and not settings.wishes and not any(each.bad for each in shapes)
+    plain = plain and all(each.parts in PARTS and not each.tolerant for each in shapes)
+    if not plain or chance.random() >= PRIVATE_SHARE:
+        return settings
+    return replace(settings, shapes=tuple(jobs.composed(each, "private") for each in shapes))
 
 
 def draw_parts(chance: random.Random, seed: int) -> str:
@@ -528,6 +540,7 @@ def simulate(
         settings = draw_unequal(settings, random.Random(f"unequal {seed}"))
         settings = wishes.drawn(settings, random.Random(f"wishes {seed}"), draw_shape)
         settings = reducing.drawn(settings, random.Random(f"all-reduce {seed}"))
+        settings = draw_private(settings, random.Random(f"private {seed}"))
     if any(shape.tolerant for shape in settings.shapes):
         # Such a job takes everybody, whatever bits they compute.
         settings = replace(settings, mixed=False)

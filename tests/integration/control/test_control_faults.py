@@ -384,8 +384,8 @@ def raw(address: str, method: str) -> Any:
 async def test_whatever_arrives_in_bytes_is_checked(cluster: Any, make_spec: Any) -> None:
     base = make_spec().SerializeToString()
     # Two members of a choice: parameter_server (7), then all_reduce (8) inside of train (20). The
-    # last wins on the wire; gpus (3) of resources (6) are refused by name.
-    both = base + b"\xa2\x01\x04" + b"\x3a\x00" + b"\x42\x00" + b"\x32\x02\x18\x01"
+    # last wins on the wire; gpus (4) of resources (6) are refused by name.
+    both = base + b"\xa2\x01\x04" + b"\x3a\x00" + b"\x42\x00" + b"\x32\x02\x20\x01"
     # A field that this version does not know: number 900 of JobSpec.
     foreign = base + b"\xa2\x38\x01x"
     # `null` for program arrives as an empty message: train: {}.
