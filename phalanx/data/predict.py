@@ -40,6 +40,7 @@ from phalanx.models import DataSchema, build_model
 from phalanx.models.base import Predictor
 from phalanx.programs.predicting import predictor_of
 from phalanx.tasks import is_program
+from phalanx.texts import number_of
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import Layout
 from phalanx.wheels import wheel_path, write_code
@@ -211,9 +212,19 @@ class LoadedModel:
             if self.task != "classification":
                 yield Predictions(outputs, None)
             elif outputs.ndim == 1:
-                yield Predictions(self.classes[(outputs > 0).astype(int)], None, outputs)
+                yield self._decided(outputs)
             else:
                 yield Predictions(self.classes[outputs.argmax(axis=1)], outputs)
+
+    def _decided(self, values: NDArray[Any]) -> Predictions:
+        """Predictions by decision values. Raises InvalidArgument where these cannot be such."""
+        if len(self.classes) != 2:
+            classes = number_of(len(self.classes), "class", "classes")
+            raise InvalidArgument(
+                f"{self.name} gives one number for each row, which tells two classes apart, and "
+                f"has {classes}; a model has to give a probability for each"
+            )
+        return Predictions(self.classes[(values > 0).astype(int)], None, values)
 
     def _blocks(self, pieces: Iterable[Any]) -> Iterator[tuple[Any, int]]:
         """Blocks of rows in the parameters' type, and how many of each count."""

@@ -162,9 +162,6 @@ def _parts(spec: job_spec_pb2.JobSpec, kind: str) -> Iterator[Violation]:
                     "goes on from; leave it out"
                 )
             yield Violation(path, message)
-    if train.HasField("privacy"):
-        message = f"{kind} has no gradients of single rows to shorten; leave it out"
-        yield Violation("train.privacy", message)
     if train.optimizer.HasField("clip_norm"):
         yield Violation("train.optimizer.clip_norm", f"{kind} has no gradient; leave it out")
     balance = spec.data.WhichOneof("balance")

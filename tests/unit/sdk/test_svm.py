@@ -154,3 +154,25 @@ def test_the_best_round_is_kept_without_its_dual_variables(cluster):
     model = cluster.models.get(result.model)
     assert model.parameters.shape == (2 + 1,)
     assert result.metrics["train/primal"] < 0.5
+
+
+class OneNumber:
+    """A model of a user's that gives one number for each row."""
+
+    def predict(self, parameters, features):
+        return np.linspace(-1, 1, len(features))
+
+
+def test_one_number_tells_no_more_than_two_classes_apart(cluster, rows):
+    features, targets = classification(90, 2, 3)
+    cluster.data.add("three", features, targets)
+    three = {**job(model={"softmax_regression": {}}), "name": "three", "data": {"name": "three"}}
+    cluster.submit(three).wait(60)
+    model = cluster.models.get("three")
+    model.model = OneNumber()
+    with pytest.raises(InvalidArgument, match="two classes apart, and has 3 classes"):
+        model.predict(features)
+    cluster.submit(job()).wait(60)
+    two = cluster.models.get("shapes")
+    two.model = OneNumber()
+    assert two.predict(rows).tolist() == ["big"] * 3
