@@ -149,7 +149,8 @@ class LoadedModel:
         """Whether one number per row tells two classes apart, and there are no probabilities."""
         if self.task != "classification":
             return False
-        return bool(self.model.predict(self.parameters, self._block([])).ndim == 1)
+        one = self._block([])[:1]
+        return bool(self.model.predict(self.parameters, one).ndim == 1)
 
     def predict_probabilities(self, data: Any) -> NDArray[Any]:
         """Rows by classes; raises InvalidArgument for a model that has none."""
