@@ -149,8 +149,9 @@ class LoadedModel:
         """Whether one number per row tells two classes apart, and there are no probabilities."""
         if self.task != "classification":
             return False
-        one = self._block([])[:1]
-        return bool(self.model.predict(self.parameters, one).ndim == 1)
+        one = np.zeros((1, self._raw.features), self.parameters.dtype)
+        row = scipy.sparse.csr_array(one) if self._raw.sparse else one
+        return bool(self.model.predict(self.parameters, row).ndim == 1)
 
     def predict_probabilities(self, data: Any) -> NDArray[Any]:
         """Rows by classes; raises InvalidArgument for a model that has none."""

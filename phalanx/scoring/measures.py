@@ -23,9 +23,7 @@ def class_part(
     targets: NDArray[np.int64], probabilities: Array, classes: int, *, scores: bool
 ) -> Part:
     """Return what is kept of rows with known classes; with `scores` also what ranks them."""
-    predicted = probabilities.argmax(axis=1)
-    matrix = np.zeros((classes, classes), np.int64)
-    np.add.at(matrix, (targets, predicted), 1)
+    matrix = _matrix(targets, probabilities.argmax(axis=1), classes)
     of_target = probabilities[np.arange(len(targets)), targets].astype(np.float64)
     surprise = -np.log(np.clip(of_target, _EPSILON, 1 - _EPSILON))
     part = {"confusion": matrix, "log_loss": np.array([math.fsum(surprise)])}
@@ -34,6 +32,15 @@ def class_part(
         part["scores"] = np.ascontiguousarray(
             probabilities[:, 1:] if classes == 2 else probabilities
         )
+    return part
+
+
+def decided_part(targets: NDArray[np.int64], values: Array, *, scores: bool) -> Part:
+    """Return what is kept of rows of two classes by their decision values: no log loss."""
+    part = {"confusion": _matrix(targets, (values > 0).astype(np.int64), 2)}
+    if scores:
+        part["targets"] = targets
+        part["scores"] = np.ascontiguousarray(values[:, np.newaxis])
     return part
 
 
@@ -54,7 +61,8 @@ def number_part(targets: Array, predicted: Array) -> Part:
 
 
 def class_metrics(parts: Sequence[Part], names: Iterable[str]) -> dict[str, float]:
-    """Return the named metrics of all parts; one that is not defined for these rows is left out.
+    """Return the named metrics of all parts; one that is not defined for these rows or this model
+    is left out.
 
     Of two classes F1 is that of the second, of more the mean over all; the area under the curve is
     the mean of each class against the rest.
@@ -66,7 +74,7 @@ def class_metrics(parts: Sequence[Part], names: Iterable[str]) -> dict[str, floa
         found["accuracy"] = int(np.trace(matrix)) / rows
     if "f1" in names:
         found["f1"] = _f1(matrix)
-    if "log_loss" in names:
+    if "log_loss" in names and all("log_loss" in part for part in parts):
         found["log_loss"] = math.fsum(float(part["log_loss"][0]) for part in parts) / rows
     if "auc" in names:
         targets = np.concatenate([part["targets"] for part in parts])
@@ -125,6 +133,14 @@ def area(positive: NDArray[np.bool_], scores: Array) -> float | None:
     below = np.cumsum(negatives) - negatives
     halves = sum((positives * (2 * below + negatives)).tolist())
     return float(halves / (2 * count * others))
+
+
+def _matrix(
+    targets: NDArray[np.int64], predicted: NDArray[np.int64], classes: int
+) -> NDArray[np.int64]:
+    matrix = np.zeros((classes, classes), np.int64)
+    np.add.at(matrix, (targets, predicted), 1)
+    return matrix
 
 
 def _f1(matrix: NDArray[np.int64]) -> float:

@@ -19,14 +19,17 @@ ROW_GROUP = 65_536
 def parquet_bytes(model: LoadedModel, parts: Sequence[dict[str, Array]]) -> bytes:
     """Return one file of the predictions of parts, one after another.
 
-    A part has `probabilities` (rows, classes), or the `values` that were predicted. Columns are
-    those of `phalanx predict`.
+    A part has `probabilities` (rows, classes), `decision_values` (rows,), or the `values` that were
+    predicted. Columns are those of `phalanx predict`.
     """
     columns: list[Array]
     if "probabilities" in parts[0]:
         outputs = np.concatenate([part["probabilities"] for part in parts])
         labels = model.classes[outputs.argmax(axis=1)]
         columns = [labels, *outputs.astype(np.float64).T]
+    elif "decision_values" in parts[0]:
+        decisions = np.concatenate([part["decision_values"] for part in parts])
+        columns = [model.classes[(decisions > 0).astype(int)], decisions.astype(np.float64)]
     else:
         values = np.concatenate([part["values"] for part in parts])
         columns = list(values.T) if values.ndim > 1 else [values]

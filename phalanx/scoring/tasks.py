@@ -20,6 +20,7 @@ from phalanx.scoring.measures import (
     class_metrics,
     class_part,
     confusion,
+    decided_part,
     number_metrics,
     number_part,
 )
@@ -65,9 +66,12 @@ class EvaluateTasks(_Scored):
 
     def _score(self, number: int) -> bytes:
         batch, predictions = self._shard(number)
+        scores = "auc" in self._job.spec.evaluate.metrics
+        if predictions.decision_values is not None:
+            values = predictions.decision_values
+            return arrays.pack(decided_part(batch.targets, values, scores=scores))
         if predictions.probabilities is None:
             return arrays.pack(number_part(batch.targets, predictions.labels))
-        scores = "auc" in self._job.spec.evaluate.metrics
         part = class_part(
             batch.targets, predictions.probabilities, self._job.classes, scores=scores
         )
@@ -118,6 +122,8 @@ class PredictTasks(_Scored):
 
     def _predict(self, number: int) -> bytes:
         _, predictions = self._shard(number)
+        if predictions.decision_values is not None:
+            return arrays.pack({"decision_values": predictions.decision_values})
         if predictions.probabilities is None:
             return arrays.pack({"values": np.asarray(predictions.labels)})
         return arrays.pack({"probabilities": predictions.probabilities})

@@ -300,3 +300,32 @@ def test_a_model_in_use_is_kept_and_a_job_without_files_says_so(
     job.wait(timeout_s=60)
     with pytest.raises(NotFound, match="left no files"):
         job.save(tmp_path / "none")
+
+
+def test_a_model_with_decision_values_has_all_but_the_log_loss(
+    alone: phalanx.Cluster, tmp_path: Path
+) -> None:
+    model = trained(alone, classification(rows=900, classes=2), "linear_svm", model="margins")
+    job = scored(alone, "margins", model)
+    features, targets = held_out_rows(alone, "margins")
+    loaded = alone.models.get(model)
+    values = loaded.predict_decision_values(features)
+    wanted = {
+        "accuracy": metrics.accuracy_score(targets, values > 0),
+        "f1": metrics.f1_score(targets, values > 0),
+        "auc": metrics.roc_auc_score(targets, values),
+    }
+    job.save(tmp_path / "evaluation.json")
+    document = json.loads((tmp_path / "evaluation.json").read_text())
+    assert document["metrics"] == pytest.approx(wanted, abs=1e-12)
+    confusion_matrix = metrics.confusion_matrix(targets, values > 0)
+    assert document["confusion_matrix"] == confusion_matrix.tolist()
+    predicted = alone.submit(
+        {"name": "labels", "data": {"name": "margins", "shards": 3}, "predict": {"model": model}}
+    )
+    predicted.wait(timeout_s=60)
+    predicted.save(tmp_path / "labels.parquet")
+    table = pyarrow.parquet.read_table(tmp_path / "labels.parquet")
+    assert table.column_names == ["prediction", "decision value"]
+    assert table.column("prediction").to_pylist() == loaded.predict(features).tolist()
+    assert table.column("decision value").to_pylist() == values.tolist()
