@@ -3,6 +3,7 @@
 import contextlib
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,17 @@ import psutil
 import pytest
 
 import phalanx
+from phalanx.errors import PermissionDenied
+from phalanx.keys import tokens
+from phalanx.keys.caller import Role
+from phalanx.local.keys import TOKENS_FILE
 from phalanx.sdk.job import Job
-from phalanx.sdk.methods import READ_JOURNAL
+from phalanx.sdk.methods import READ_JOURNAL, READ_TASK_RESULTS
 from phalanx.tasks import journal_stream
-from phalanx.testing.arena import GUARD_S, Arena, arena, wait_until
+from phalanx.testing.arena import GUARD_S, Arena, arena, gated_job, wait_until
+from phalanx.v1.job_service_pb2 import ReadTaskResultsRequest
 from phalanx.v1.storage_service_pb2 import ReadJournalRequest
-from phalanx.v1.task_service_pb2 import TaskRecord
+from phalanx.v1.task_service_pb2 import TaskRecord, TaskResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
@@ -59,7 +65,14 @@ def records_of(ring: Arena, job: Job) -> list[TaskRecord]:
 
 def done_by(ring: Arena, job: Job) -> list[str]:
     """Who has done the tasks that are done, in order of time."""
-    return [each.worker_id for record in records_of(ring, job) for each in record.results]
+    return [each.worker_id for each in results_of(ring, job)]
+
+
+def results_of(ring: Arena, job: Job) -> list[TaskResult]:
+    """What is known of the tasks that are done."""
+    request = ReadTaskResultsRequest(job_id=job.id)
+    pages = ring.cluster.backend.stream(READ_TASK_RESULTS, request)
+    return [each for page in pages for each in page.results]
 
 
 def leaves_of(ring: Arena, worker_id: str) -> list[psutil.Process]:
@@ -96,8 +109,7 @@ def test_a_worker_killed_with_a_tree_half_grown(ring: Arena, undisturbed: str) -
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == undisturbed
     assert result.metrics["tasks/failed_tries"] == 0
-    records = records_of(ring, job)
-    attempts = [each.attempt for record in records for each in record.results]
+    attempts = [each.attempt for each in results_of(ring, job)]
     assert len(attempts) == result.steps
     # Attempts are numbered as they are given: more than one of a task was.
     assert max(attempts) - min(attempts) >= result.steps
@@ -123,3 +135,26 @@ def test_paused_between_two_tasks_and_resumed(ring: Arena, undisturbed: str) -> 
     assert 5 <= job.message.progress.step < job.message.progress.total_steps
     job.resume()
     assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed
+
+
+def test_programs_in_a_cluster_with_keys(tmp_path: Path, undisturbed: str) -> None:
+    """A worker dies, and whoever may not bring code cannot have that of a model run either."""
+    with arena(tmp_path, 2, secure=True) as ring:
+        add_wide(ring.cluster)
+        job = ring.cluster.submit(FOREST)
+        victim = hold(ring, job)
+        ring.signal(victim)
+        assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed
+        ring.gate.release()
+        coded = ring.cluster.submit(gated_job(steps=2)).wait(timeout_s=GUARD_S).model
+        score = {"name": "score", "data": {"name": "blobs"}, "evaluate": {"model": coded}}
+        keys = ring.cluster.state_dir / "keys"
+        token = tokens.create(keys / TOKENS_FILE, "ann", Role.SUBMITTER)
+        with phalanx.connect(ring.cluster.address, ca=keys / "ca.pem", token=token) as ann:
+            with pytest.raises(PermissionDenied) as refused:
+                ann.submit(score)
+            assert refused.value.reason == "CODE_NOT_ALLOWED"
+            other = {"name": "score", "data": {"name": "wide"}, "evaluate": {"model": "forest"}}
+            assert "train/accuracy" in ann.submit(other).wait(timeout_s=GUARD_S).metrics
+        found = ring.cluster.submit(score).wait(timeout_s=GUARD_S).metrics
+        assert "test/accuracy" in found
