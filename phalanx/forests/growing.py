@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.forests.model import DENSE_BYTES, float32_blocks
+from phalanx.forests.model import float32_blocks
 from phalanx.forests.tables import (
     IMPORTANCES,
     VALUES,
@@ -28,14 +28,10 @@ from phalanx.learn import need_scikit_learn
 from phalanx.programs import arrays
 from phalanx.programs.base import ModelParts, Outcome, Piece
 from phalanx.programs.data import JobData, Result
-from phalanx.programs.forest import Layers, tree_arguments
+from phalanx.programs.forest import GROWN_DENSE_BYTES, Layers, tree_arguments
 from phalanx.training.leaf import training_rows
 from phalanx.training.sampler import rows_in_order
 from phalanx.v1.training_pb2 import Layout, TensorSpec
-
-GROWN_DENSE_BYTES = 16 * DENSE_BYTES
-"""Sparse rows are made dense to grow trees on where they take no more than this: it is many times
-as fast, and the trees are the same."""
 
 _SEED_MAX = int(np.iinfo(np.int32).max)
 
@@ -110,14 +106,20 @@ class ForestTasks:
         first, rows = self._block(block)
         total = np.zeros((rows.count, max(1, self._job.classes)))
         votes = np.zeros(rows.count, np.int64)
-        features = _dense(rows.features)
-        for number, table in enumerate(_tables(inputs)):
-            if self._forest.per_shard and number % self._layers.blocks != block:
-                continue
-            drawn = times_drawn(int(self._seeds[number]), self._rows_drawn_from(rows))
-            unseen = np.flatnonzero(drawn[first : first + rows.count] == 0)
-            total[unseen] += Tree.of(table).predict(features[unseen])
-            votes[unseen] += 1
+        trees = {
+            number: Tree.of(table)
+            for number, table in enumerate(_tables(inputs))
+            if not self._forest.per_shard or number % self._layers.blocks == block
+        }
+        start = 0
+        for features in float32_blocks(rows.features):
+            stop = start + len(features)
+            for number, tree in trees.items():
+                drawn = times_drawn(int(self._seeds[number]), self._rows_drawn_from(rows))
+                unseen = np.flatnonzero(drawn[first + start : first + stop] == 0)
+                total[start + unseen] += tree.predict(features[unseen])
+                votes[start + unseen] += 1
+            start = stop
         total /= np.maximum(votes, 1)[:, None]
         found = {"unscored": np.array([np.count_nonzero(votes == 0)])}
         if self._job.classes:
@@ -213,10 +215,6 @@ class ForestTasks:
 def _tables(inputs: Sequence[Result]) -> list[Table]:
     """Return the tables of all trees, in order."""
     return [table for result in inputs for table in arrays.unpack(result.read()).values()]
-
-
-def _dense(features: Any) -> NDArray[np.float32]:
-    return np.concatenate(float32_blocks(features))
 
 
 def _number(block: dict[str, NDArray[Any]], name: str) -> int:

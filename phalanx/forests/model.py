@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -66,10 +67,11 @@ def mean_of(trees: list[Tree], rows: NDArray[np.float32]) -> NDArray[np.float64]
     return total
 
 
-def float32_blocks(features: Any) -> list[NDArray[np.float32]]:
-    """Return rows as trees compare them: dense float32, some at a time where they are sparse."""
+def float32_blocks(features: Any) -> Iterator[NDArray[np.float32]]:
+    """Yield rows as trees compare them: dense float32, some at a time where they are sparse."""
     if isinstance(features, np.ndarray):
-        return [np.asarray(features, np.float32)]
+        yield np.asarray(features, np.float32)
+        return
     rows = max(1, DENSE_BYTES // (4 * max(1, features.shape[1])))
-    starts = range(0, max(1, features.shape[0]), rows)
-    return [features[first : first + rows].astype(np.float32).toarray() for first in starts]
+    for first in range(0, max(1, features.shape[0]), rows):
+        yield features[first : first + rows].astype(np.float32).toarray()

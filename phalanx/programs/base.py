@@ -123,7 +123,7 @@ class Program(ABC):
         return []
 
     def worker_bytes(self, spec: JobSpec, dataset: Dataset) -> int:
-        """Return about how much memory a task needs; as a rule the data set, dense, twice."""
+        """Return about how much memory a task needs; as a rule the rows of the split, twice."""
         rows = dataset.rows.get(spec.data.split, 0)
         return (
             2 * 4 * rows * dataset.features if dataset.format != "csr" else 2 * dataset.size_bytes

@@ -27,6 +27,10 @@ ROWS_OF_A_TASK = 20_000
 BLOCKS_MAX = 16
 """Each block of rows is scored with all trees."""
 
+GROWN_DENSE_BYTES = 2**30
+"""Sparse rows are made dense to grow trees on where they take no more than this: it is many times
+as fast, and the trees are the same."""
+
 TASKS_WANTED, TASKS_MAX = 32, 1000
 """Not so many trees to a task that workers go without one; not more tasks than a model's pieces."""
 
@@ -102,6 +106,16 @@ class Forest(Program):
         grown = tuple(range(layers.groups))
         scored = tuple(range(layers.groups, layers.groups + layers.blocks))
         return Graph(((),) * layers.groups + (grown,) * layers.blocks + (grown + scored,))
+
+    def worker_bytes(self, spec: JobSpec, dataset: Dataset) -> int:
+        """See `Program`: rows as they are read, as trees compare them, and as a tree sorts them."""
+        rows = dataset.rows.get(spec.data.split, 0)
+        if spec.forest.per_shard:
+            rows = -(-rows // max(1, spec.data.shards))
+        dense = 4 * rows * dataset.features
+        if dataset.format == "csr" and dense > GROWN_DENSE_BYTES:
+            return 3 * dataset.size_bytes * rows // max(1, sum(dataset.rows.values()))
+        return 3 * dense
 
     def warnings(self, spec: JobSpec, dataset: Dataset) -> list[str]:
         """See `Program`."""

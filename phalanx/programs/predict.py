@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from phalanx.errors import Violation
 from phalanx.programs.base import Graph, Program
-from phalanx.programs.scored import default_split, model_violations
+from phalanx.programs.scored import block_bytes, default_split, model_violations
 from phalanx.v1.dataset_service_pb2 import Dataset
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan
@@ -67,6 +67,10 @@ class Predict(Program):
         """See `Program`."""
         spec.data.split = spec.data.split or default_split(dataset)
         spec.predict.output = spec.predict.output or OUTPUT
+
+    def worker_bytes(self, spec: JobSpec, dataset: Dataset) -> int:
+        """See `Program`."""
+        return block_bytes(spec, dataset)
 
     def graph(self, plan: JobPlan) -> Graph:
         """See `Program`."""

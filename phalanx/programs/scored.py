@@ -20,6 +20,14 @@ def default_split(dataset: Dataset) -> str:
     return next((each for each in ("test", "validation") if dataset.rows.get(each, 0)), "train")
 
 
+def block_bytes(spec: JobSpec, dataset: Dataset) -> int:
+    """Return about how much memory the rows of a shard take, as read and as they are used."""
+    rows = -(-dataset.rows.get(spec.data.split, 0) // max(1, spec.data.shards))
+    if dataset.format == "csr":
+        return 3 * dataset.size_bytes * rows // max(1, sum(dataset.rows.values()))
+    return 3 * 8 * rows * dataset.features
+
+
 def model_violations(spec: JobSpec, path: str, name: str) -> Iterator[Violation]:
     """Yield what is wrong with a program that takes a model."""
     if not name:

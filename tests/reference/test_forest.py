@@ -119,10 +119,14 @@ def test_sparse_rows_grow_the_trees_of_scikit_learn(
     dense = generator.normal(size=(400, 30)) * (generator.random((400, 30)) < 0.2)
     targets = (dense[:, :3].sum(axis=1) > 0).astype(int)
     sparse = scipy.sparse.csr_array(dense.astype(np.float32))
-    expected = RandomForestClassifier(10, random_state=1, n_jobs=1).fit(sparse, targets)
+    expected = RandomForestClassifier(25, random_state=1, n_jobs=1, oob_score=True)
+    expected.fit(sparse, targets)
+    # Some rows at a time are made dense where all would take too much.
+    monkeypatch.setattr("phalanx.forests.model.DENSE_BYTES", 4 * 30 * 11)
     for limit in (0, 2**30):
         monkeypatch.setattr("phalanx.forests.growing.GROWN_DENSE_BYTES", limit)
-        model, _ = grown(alone, (sparse, targets), seed=1, trees=10)
+        model, result = grown(alone, (sparse, targets), seed=1, trees=25)
+        assert result.metrics["oob/accuracy"] == expected.oob_score_
         assert_equal_trees(model, expected.estimators_)
         probabilities = model.predict_probabilities(sparse)
         np.testing.assert_array_equal(probabilities, expected.predict_proba(sparse))

@@ -205,3 +205,20 @@ def test_the_tasks_of_a_prediction(rows: int, shards: int, files: int) -> None:
     names = layers.file_names(OUTPUT)
     assert names == sorted(names)
     assert len(names) == files
+
+
+def test_what_a_task_holds_is_counted() -> None:
+    large = dataset(rows=4_000_000, features=1000)
+
+    def bytes_of(**program: Any) -> int:
+        document = {"name": "rows", "data": {"name": "data", "split": "train", "shards": 64}}
+        spec = prepare(ParseDict({**document, **program}, JobSpec()), large)
+        return plan(spec, large).worker_bytes
+
+    whole = bytes_of(forest={"trees": 5})
+    assert whole >= 4 * 4_000_000 * 1000
+    assert bytes_of(forest={"trees": 64, "per_shard": True}) < whole / 50
+    assert bytes_of(evaluate={"model": "m"}) < whole / 20
+    assert bytes_of(predict={"model": "m"}) < whole / 20
+    large.format, large.size_bytes = "csr", 10**9
+    assert bytes_of(forest={"trees": 5}) < 4 * 10**9
