@@ -53,6 +53,11 @@ class WorkerConfig(ServerConfig):
     slot_memory_bytes: int = option(
         0, "Private memory that a leaf process may use; 0: no limit.", check=at_least(0)
     )
+    gpus: tuple[str, ...] = option(
+        (),
+        "GPUs that leaves may use, as CUDA names them, comma separated, or `none`; empty: those of "
+        "CUDA_VISIBLE_DEVICES, else all of this machine. Each slot gets an equal share.",
+    )
     labels: tuple[str, ...] = option((), "Labels of this worker as name=value, comma separated.")
     leaf_timeout_s: float = option(
         120.0, "A leaf without an end after this time is killed.", check=positive

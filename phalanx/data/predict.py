@@ -298,8 +298,9 @@ def _write_code(spec: JobSpec, model: Path, allowed: bool) -> Path | None:
     wheels = {wheel_path(digest): model / wheel_path(digest) for digest in spec.code.wheels}
     if not allowed:
         names = sorted([*spec.code.files, *wheels])
+        entrypoint = spec.train.model.custom.entrypoint or spec.train.model.torch.module
         raise FailedPrecondition(
-            f"the model {spec.train.model.custom.entrypoint} runs code of its own "
+            f"the model {entrypoint} runs code of its own "
             f"({', '.join(names)}); if you trust it, pass allow_code=True",
             reason="CODE_NOT_ALLOWED",
         )

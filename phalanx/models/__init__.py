@@ -15,6 +15,7 @@ from phalanx.models.losses import Hinge, Logistic, OutputLayer, Softmax, Squared
 from phalanx.models.mlp import Mlp
 from phalanx.models.passes import NormalEquations, Pca
 from phalanx.models.user import UserModel
+from phalanx.specs.buffers import refuse_with_buffers
 from phalanx.texts import number_of
 from phalanx.v1 import job_spec_pb2
 
@@ -29,12 +30,18 @@ def build_model(
     Args:
         spec: resolved job.
         schema: what the data looks like.
-        code_dir: folder with the job's own code, for ``custom``.
+        code_dir: folder with the job's own code, for ``custom`` and ``torch``.
 
     Raises:
-        InvalidArgument: the model does not fit the data.
+        InvalidArgument: the model does not fit the data, or the rest of the job.
         Unimplemented: a kind that is not carried out yet.
     """
+    built = _build(spec, schema, code_dir)
+    refuse_with_buffers(spec, built.layout)
+    return built
+
+
+def _build(spec: job_spec_pb2.JobSpec, schema: DataSchema, code_dir: Path | None) -> Model:
     model = spec.train.model
     match model.WhichOneof("kind"):
         case "linear_regression":
@@ -61,6 +68,10 @@ def build_model(
             return Pca(schema, model.pca.components)
         case "custom":
             return load_custom(model.custom, schema, code_dir)
+        case "torch":
+            from phalanx.models.torch_module import load_torch
+
+            return load_torch(spec, schema, code_dir)
         case None:
             raise InvalidArgument("train.model: no model is named")
         case other:

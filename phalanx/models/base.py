@@ -6,7 +6,7 @@ over the rows of a leaf; dividing happens once, at the root of the tree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -39,6 +39,8 @@ class Batch:
         shard: whose rows they are.
         positions: (rows,) int64 numbers of the rows among all that the job trains on, in the order
             in which shards are cut; None where the job's algorithm does not ask for them.
+        key: (seed of the job, shard, step of the shard) of a training leaf. What a model draws by
+            chance it draws from this, so that every worker draws the same.
     """
 
     features: Array | csr_array
@@ -46,6 +48,7 @@ class Batch:
     weights: Array | None = None
     shard: int = 0
     positions: NDArray[np.int64] | None = None
+    key: tuple[int, int, int] | None = None
 
     @property
     def rows(self) -> int:
@@ -94,7 +97,10 @@ class Model(Protocol):
         """Return version 0, flat, keyed by seed and tensor."""
 
     def gradient(self, parameters: Array, batch: Batch, out: Array) -> LeafSums:
-        """Write the gradient of the summed loss into all of ``out``; return count and loss sum."""
+        """Write the gradient of the summed loss into all of ``out``; return count and loss sum.
+
+        In the places of a buffer stands what it becomes, times the count.
+        """
 
     def evaluate(self, parameters: Array, batch: Batch) -> NDArray[np.float64]:
         """Return the sums over the rows, in the order of ``evaluation_sums``."""
@@ -132,10 +138,12 @@ def make_layout(
     tensors: Sequence[tuple[str, Sequence[int], bool]],
     dtype: str,
     workspace: Sequence[tuple[str, Sequence[int]]] = (),
+    buffers: Collection[str] = (),
 ) -> Layout:
     """Return the layout of named tensors (name, shape, whether L2 and weight decay apply).
 
-    ``workspace`` are those that a job needs while it trains and its model leaves out.
+    ``workspace`` are those that a job needs while it trains and its model leaves out. ``buffers``
+    names those for which no gradient comes; see ``TensorSpec.buffer``.
 
     Raises InvalidArgument for a dtype, name or shape that cannot be.
     """
@@ -148,7 +156,10 @@ def make_layout(
     for name, shape in named:
         if any(size < 1 for size in shape):
             raise InvalidArgument(f"tensor {name!r} has the shape {tuple(shape)}; sizes start at 1")
-    specs = [TensorSpec(name=name, shape=shape, decay=decay) for name, shape, decay in tensors]
+    specs = [
+        TensorSpec(name=name, shape=shape, decay=decay, buffer=name in buffers)
+        for name, shape, decay in tensors
+    ]
     specs += [TensorSpec(name=name, shape=shape, workspace=True) for name, shape in workspace]
     count = sum(prod(shape) for _, shape in named)
     return Layout(tensors=specs, dtype=dtype, element_count=count)
@@ -180,14 +191,41 @@ def views(layout: Layout, vector: Array) -> dict[str, Array]:
     return TensorViews(layout)(vector)
 
 
-def decay_mask(layout: Layout) -> NDArray[np.bool_] | None:
-    """Return (n,) where L2 and weight decay act; None where they act nowhere."""
-    if not any(spec.decay for spec in layout.tensors):
-        return None
-    mask = np.zeros(layout.element_count, np.bool_)
-    for spec, tensor in zip(layout.tensors, views(layout, mask).values(), strict=True):
-        tensor[...] = spec.decay
-    return mask
+def decay_mask(
+    layout: Layout, first: int = 0, count: int | None = None
+) -> NDArray[np.bool_] | None:
+    """Return where L2 and weight decay act, of all elements or of some; None: nowhere."""
+    return _mask(layout, [spec.decay for spec in layout.tensors], first, count)
+
+
+def buffer_mask(
+    layout: Layout, first: int = 0, count: int | None = None
+) -> NDArray[np.bool_] | None:
+    """Return where buffers are, of all elements or of some; None: nowhere."""
+    return _mask(layout, [spec.buffer for spec in layout.tensors], first, count)
+
+
+def frame_masks(
+    mask: NDArray[np.bool_] | None, grid: Sequence[tuple[int, int]]
+) -> list[NDArray[np.bool_] | None]:
+    """Cut a mask into frames of (first element, count); None where nothing is marked."""
+    if mask is None:
+        return [None] * len(grid)
+    frames = [mask[first : first + count] for first, count in grid]
+    return [frame if frame.any() else None for frame in frames]
+
+
+def _mask(
+    layout: Layout, marked: Sequence[bool], first: int, count: int | None
+) -> NDArray[np.bool_] | None:
+    mask = np.zeros(layout.element_count if count is None else count, np.bool_)
+    position = -first
+    for mark, tensor in zip(marked, layout.tensors, strict=True):
+        size = tensor_size(tensor)
+        if mark:
+            mask[max(position, 0) : max(position + size, 0)] = True
+        position += size
+    return mask if mask.any() else None
 
 
 def keyed_normal(seed: int, tensor: int, count: int) -> NDArray[np.float64]:

@@ -47,7 +47,7 @@ def load_custom(custom: Custom, schema: DataSchema, code_dir: Path | None) -> Mo
         function = load_entrypoint(custom.entrypoint, code)
         model = function(schema, **plain(custom.arguments))
         _check_model(model, custom.entrypoint, schema)
-        return _CodeModel(cast("Model", model), code)
+        return CodeModel(cast("Model", model), code)
 
 
 def plain(value: Struct | ListValue | Value) -> Any:
@@ -65,7 +65,7 @@ def plain(value: Struct | ListValue | Value) -> Any:
     return None if kind == "null_value" else getattr(value, kind or "string_value")
 
 
-class _CodeModel:
+class CodeModel:
     """A model that is user code; the folder that it lies in, if any, is active while it runs."""
 
     def __init__(self, model: Model, code: UserCode | None) -> None:
@@ -73,6 +73,12 @@ class _CodeModel:
         self._code = code
         self.layout = model.layout
         self.evaluation_sums = tuple(model.evaluation_sums)
+
+    @property
+    def numeric_fingerprint(self) -> str:
+        """What the model's libraries compute here, as a hash; empty: only its leaves tell."""
+        with self._running():
+            return str(getattr(self._model, "numeric_fingerprint", ""))
 
     def initial_parameters(self, seed: int) -> Array:
         """See ``Model``."""

@@ -50,6 +50,7 @@ class Optimizer:
         *,
         update: int | None = None,
         rate_scale: float = 1.0,
+        buffers: Array | None = None,
     ) -> None:
         """Write the parameters of version ``step + 1`` to ``out``; update ``state`` in place.
 
@@ -63,6 +64,8 @@ class Optimizer:
             out: (n,), may not overlap the inputs.
             update: updates before this one, where a step is several of them; None: ``step``.
             rate_scale: factor of the learning rate.
+            buffers: (n,) bool, where ``gradient_sum`` is no gradient but what the elements become,
+                times the examples: they become its mean; None: nowhere.
         """
         if count < 1:
             raise InvalidArgument(f"a step needs at least 1 example, not {count}")
@@ -79,11 +82,17 @@ class Optimizer:
                 if self._l2 and where is not None:
                     np.multiply(w, w.dtype.type(self._l2), out=s)
                     np.add(g, s, out=g, where=where)
+                which = None if buffers is None else _where(buffers[piece])
+                if which is not None:
+                    np.copyto(g, 0, where=which)  # nothing gets into the optimizer's state
                 pieces = {name: vector[piece] for name, vector in state.items()}
                 self._rule.update(w, g, pieces, rate, update, out[piece], s)
                 if self._rule.decoupled_decay and where is not None:
                     np.multiply(w, w.dtype.type(rate * self._rule.decoupled_decay), out=s)
                     np.subtract(out[piece], s, out=out[piece], where=where)
+                if which is not None:
+                    n = w.dtype.type(count)
+                    np.divide(gradient_sum[piece], n, out=out[piece], where=which)
 
     def _rate_at(self, step: int, update: int) -> float:
         """The learning rate, which is the same for all pieces and frames of a step."""
@@ -100,11 +109,11 @@ class Optimizer:
         return self._scratch
 
 
-def _where(decay: Array) -> Array | bool | None:
-    """The mask of one piece: None where nothing decays, True where everything does (faster)."""
-    if decay.all():
+def _where(mask: Array) -> Array | bool | None:
+    """The mask of one piece: None where nothing is marked, True where all is (faster)."""
+    if mask.all():
         return True
-    return decay if decay.any() else None
+    return mask if mask.any() else None
 
 
 def build_optimizer(train: job_spec_pb2.Train, total_steps: int) -> Optimizer:

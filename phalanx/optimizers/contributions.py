@@ -64,6 +64,7 @@ class ContributionOptimizer:
         late: Late,
         read: Array,
         out: Array,
+        buffers: Array | None = None,
     ) -> None:
         """Write the next version to ``out``; update ``state`` in place.
 
@@ -76,12 +77,16 @@ class ContributionOptimizer:
             late: how old ``read`` is.
             read: (n,) the version that the contribution was computed at.
             out: (n,), may not overlap the inputs.
+            buffers: (n,) bool, as for ``Optimizer.apply``; what they become is not corrected.
         """
         own = dict(state)
         if self._strength is not None:
             mean_square = own.pop(MEAN_SQUARE)
-            gradient_sum = self._compensated(parameters, gradient_sum, count, mean_square, read)
-            count = 1
+            corrected = self._compensated(parameters, gradient_sum, count, mean_square, read)
+            if buffers is not None:
+                n = corrected.dtype.type(count)
+                np.divide(gradient_sum, n, out=corrected, where=buffers)
+            gradient_sum, count = corrected, 1
         scale = 1.0 / max(1, late.staleness) if self._scaled else 1.0
         self._optimizer.apply(
             parameters,
@@ -93,6 +98,7 @@ class ContributionOptimizer:
             out,
             update=late.update,
             rate_scale=scale,
+            buffers=buffers,
         )
 
     def _compensated(

@@ -15,6 +15,20 @@ SVM_LOSSES = ("hinge", "squared_hinge")
 MLP_LOSSES = {"cross_entropy": CLASSIFICATION, "squared_error": REGRESSION}
 CERTIFICATES = ("primal", "dual", "duality_gap")
 """Metrics of cocoa where it is evaluated on the rows that it trains on."""
+TORCH_REGRESSION_LOSSES = (
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "poisson_nll_loss",
+)
+TORCH_LOSSES = {
+    "cross_entropy": CLASSIFICATION,
+    "nll_loss": CLASSIFICATION,
+    "binary_cross_entropy_with_logits": CLASSIFICATION,
+    **dict.fromkeys(TORCH_REGRESSION_LOSSES, REGRESSION),
+}
+"""Of torch.nn.functional: those that give a loss for each row."""
 DTYPES = {"float32": 4, "float64": 8}
 CASTS = ("bfloat16", "float16")
 
@@ -33,10 +47,12 @@ _OWN_METRICS: dict[str, tuple[str, ...]] = {"k_means": ("loss",), "pca": ("loss"
 
 
 def model_task(model: job_spec_pb2.Model, dataset_task: str) -> str:
-    """Return what the model predicts; empty for user code, which may do either."""
+    """Return what the model predicts; empty for a custom model, which may do either."""
     kind = model.WhichOneof("kind") or ""
     if kind == "boosting":
         return dataset_task
+    if kind == "torch":
+        return TORCH_LOSSES.get(model.torch.loss, dataset_task)
     if kind == "mlp":
         return MLP_LOSSES.get(model.mlp.loss, dataset_task)
     return _TASKS.get(kind, "")

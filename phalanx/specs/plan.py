@@ -106,6 +106,9 @@ BEST_COPIES = 2
 PARAMETER_COPIES = SHARED_COPIES + COPIES_PER_SLOT
 """Copies of the parameters on a worker with one slot."""
 
+TORCH_COPIES = 3
+"""More of them for a PyTorch module, which has parameters and gradients of its own."""
+
 
 def member_copies(spec: job_spec_pb2.JobSpec) -> int:
     """Return the copies of the parameters that a worker has more where workers own them."""

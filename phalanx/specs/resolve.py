@@ -169,6 +169,9 @@ def _model(train: job_spec_pb2.Train, dataset: dataset_service_pb2.Dataset) -> N
         regression = dataset.task == catalog.REGRESSION
         model.mlp.activation = model.mlp.activation or "relu"
         model.mlp.loss = model.mlp.loss or ("squared_error" if regression else "cross_entropy")
+    elif kind == "torch":
+        regression = dataset.task == catalog.REGRESSION
+        model.torch.loss = model.torch.loss or ("mse_loss" if regression else "cross_entropy")
 
 
 def _optimizer(optimizer: job_spec_pb2.Optimizer) -> None:

@@ -10,9 +10,7 @@ _REFUSED: dict[str, str] = {
     "sweep": "the program sweep is not carried out yet; train is",
     "cascade": "the program cascade is not carried out yet; train is",
     "data.columns": "vertical partitions are not carried out yet; use rows",
-    "resources.gpus": "GPUs are not carried out yet; leave it out",
     "train.local.fragments": "fragments are not carried out yet; leave it out",
-    "train.model.torch": "PyTorch modules are not carried out yet; use mlp or custom",
 }
 
 

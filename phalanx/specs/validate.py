@@ -260,6 +260,12 @@ def _resources(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     if resources.HasField("max_workers") and resources.min_workers > resources.max_workers:
         message = f"{resources.min_workers} is above max_workers, {resources.max_workers}"
         yield Violation("resources.min_workers", message)
+    kind = spec.train.model.WhichOneof("kind")
+    if resources.gpus > 0 and kind not in (None, "custom", "torch"):
+        message = f"{kind} computes on CPUs; leave it out, or use a model of train.model.torch"
+        yield Violation("resources.gpus", message)
+    elif resources.gpus > 1 and kind == "torch":
+        yield Violation("resources.gpus", "a PyTorch module computes on one GPU per slot; use 1")
 
 
 def _code(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
@@ -329,7 +335,7 @@ def _model(model: job_spec_pb2.Model) -> Iterator[Violation]:
     kind = model.WhichOneof("kind")
     if kind is None:
         choices = (
-            "linear_regression, logistic_regression, softmax_regression, linear_svm, mlp, "
+            "linear_regression, logistic_regression, softmax_regression, linear_svm, mlp, torch, "
             "boosting, k_means, pca or custom"
         )
         yield Violation("train.model", f"is missing; choose {choices}")
@@ -353,6 +359,17 @@ def _model(model: job_spec_pb2.Model) -> Iterator[Violation]:
     elif kind == "custom":
         path = "train.model.custom.entrypoint"
         yield from _entrypoint(model.custom.entrypoint, path, "net:build")
+    elif kind == "torch":
+        yield from _torch(model.torch)
+
+
+def _torch(torch: job_spec_pb2.Torch) -> Iterator[Violation]:
+    yield from _entrypoint(torch.module, "train.model.torch.module", "net:build")
+    known = torch.loss in catalog.TORCH_LOSSES or _ENTRYPOINT.fullmatch(torch.loss)
+    if torch.loss and not known:
+        choices = ", ".join(catalog.TORCH_LOSSES)
+        message = f"{torch.loss[:60]!r} is not known; use one of {choices}, or MODULE:FUNCTION"
+        yield Violation("train.model.torch.loss", f"{message} for one of your own")
 
 
 def _optimizer(
@@ -441,7 +458,7 @@ def _model_fits(
     task = catalog.model_task(model, dataset.task)
     if task and dataset.task and task != dataset.task:
         message = f"is for {task}, and {spec.data.name} is a {dataset.task} data set"
-        yield Violation(f"{path}.loss" if kind == "mlp" else path, message)
+        yield Violation(f"{path}.loss" if kind in ("mlp", "torch") else path, message)
     elif kind in catalog.TWO_CLASSES and len(dataset.classes) != 2:
         message = f"needs 2 classes, and {spec.data.name} has {len(dataset.classes)}"
         yield Violation(path, f"{message}; use softmax_regression")

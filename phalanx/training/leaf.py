@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from phalanx.data.manifest import ChunkInfo, DatasetManifest
 from phalanx.data.statistics import manifest_mean_and_scale, standardise
-from phalanx.models.base import Array, Batch, Model, decay_mask
+from phalanx.models.base import Array, Batch, Model, buffer_mask, decay_mask
 from phalanx.models.clipping import clipped_gradient
 from phalanx.optimizers import build_local_optimizer
 from phalanx.privacy.settings import sampling_rate
@@ -122,7 +122,8 @@ def leaf_batch(reader: RowReader, plan: JobPlan, shard: int, step: int) -> Batch
     selections = leaf_rows(plan, reader, shard, step)
     if not selections:
         return None
-    batch = replace(_batch(reader, selections, settings), shard=shard)
+    batch = _batch(reader, selections, settings)
+    batch = replace(batch, shard=shard, key=(settings.seed, shard, step))
     if settings.positions:
         rows = training_rows(plan, reader, shard)
         batch = replace(batch, positions=np.arange(rows.first, rows.stop))
@@ -183,7 +184,8 @@ class LocalSteps:
     A leaf starts at the parameters of its version, takes ``plan.local_steps`` steps of its own and
     contributes the difference: (start - end) · examples. So the mean over all examples is the
     shards' mean difference, which the outer optimizer takes for a gradient. With one step and an
-    outer rate of 1 that is a synchronous step. What the shard's optimizer remembers goes on from
+    outer rate of 1 that is a synchronous step. Of a buffer it contributes what the buffer has
+    become, as any leaf does. What the shard's optimizer remembers goes on from
     one leaf of the shard to its next; it counts the shard's steps, also those without rows.
 
     Attributes:
@@ -197,6 +199,7 @@ class LocalSteps:
         self.state_names = self._optimizer.state_names
         self._clip_norm = train.optimizer.clip_norm or None
         self._decay = decay_mask(layout)
+        self._marked = buffer_mask(layout)
         self._buffers: Array = np.empty((3, layout.element_count), layout.dtype)
 
     def steps_of(self, version: int) -> range:
@@ -230,13 +233,22 @@ class LocalSteps:
                 if factor != 1.0:
                     np.multiply(gradient, gradient.dtype.type(factor), out=gradient)
                 self._optimizer.apply(
-                    weights, gradient, sums.count, self._decay, state, step, following
+                    weights,
+                    gradient,
+                    sums.count,
+                    self._decay,
+                    state,
+                    step,
+                    following,
+                    buffers=self._marked,
                 )
                 weights, following = following, weights
                 count, loss_sum = count + sums.count, loss_sum + sums.loss_sum
             if count == 0:
                 return LeafOutcome(0, 0.0, True)
             np.subtract(parameters, weights, out=out)
+            if self._marked is not None:
+                np.copyto(out, weights, where=self._marked)
             np.multiply(out, out.dtype.type(count), out=out)
         return LeafOutcome(count, loss_sum, isfinite(loss_sum) and all_finite(out))
 

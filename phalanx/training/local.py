@@ -24,7 +24,7 @@ from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import FailedPrecondition, PhalanxError
 from phalanx.layouts import model_layout
 from phalanx.models import DataSchema, Model, build_model
-from phalanx.models.base import Batch, decay_mask
+from phalanx.models.base import Batch, buffer_mask, decay_mask
 from phalanx.models.code import deactivate_user_code
 from phalanx.optimizers import Optimizer, build_optimizer, gradient_limit
 from phalanx.privacy.noise import build_noise
@@ -243,7 +243,7 @@ class _Job:
         self._local = LocalSteps(self._plan, model.layout) if plan.local_steps else None
         #: By shard: what its own optimizer remembers.
         self._inner: dict[int, dict[str, Array]] = {}
-        self._decay = decay_mask(model.layout)
+        self._decay, self._buffers = decay_mask(model.layout), buffer_mask(model.layout)
         missing = missing_metric(self._spec, model.evaluation_sums)
         if missing:
             raise _failure(missing, METRIC_NOT_COMPUTED)
@@ -265,7 +265,7 @@ class _Job:
         self._one_by_one: AsynchronousSteps | None = None
         if plan.asynchronous:
             self._one_by_one = AsynchronousSteps(
-                plan, self._decay, self._parameters, records.replay
+                plan, model.layout, self._parameters, records.replay
             )
 
     def run(self, go: GoRecord, elapsed_s: Callable[[], float]) -> GoRecord:
@@ -383,7 +383,14 @@ class _Job:
             return
         assert self._optimizer is not None
         self._optimizer.apply(
-            self._parameters, gradient, divisor, self._decay, self._state, version, self._next
+            self._parameters,
+            gradient,
+            divisor,
+            self._decay,
+            self._state,
+            version,
+            self._next,
+            buffers=self._buffers,
         )
 
     def _train_one_by_one(self, steps: AsynchronousSteps) -> StepSums:

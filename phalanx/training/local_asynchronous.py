@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.errors import FailedPrecondition
+from phalanx.models.base import buffer_mask, decay_mask
 from phalanx.optimizers import Late, build_contribution_optimizer, gradient_limit
 from phalanx.reducers import Contribution
 from phalanx.reduction import all_finite
@@ -21,7 +22,7 @@ from phalanx.training.asynchronous import Clocks, StepSums, stale_bound
 from phalanx.training.leaf import LeafOutcome
 from phalanx.training.replay import ReplayLog
 from phalanx.v1.job_spec_pb2 import JobSpec
-from phalanx.v1.training_pb2 import JobPlan
+from phalanx.v1.training_pb2 import JobPlan, Layout
 
 Array = NDArray[Any]
 
@@ -33,7 +34,7 @@ class AsynchronousSteps:
     """Steps of a job, each of as many commits as it has shards."""
 
     def __init__(
-        self, plan: JobPlan, decay: Array | None, parameters: Array, replay: ReplayLog | None
+        self, plan: JobPlan, layout: Layout, parameters: Array, replay: ReplayLog | None
     ) -> None:
         """`parameters` tell the length and type of the vectors; `replay` is the log to follow."""
         train = JobSpec.FromString(plan.spec).train
@@ -41,7 +42,7 @@ class AsynchronousSteps:
         self._optimizer = build_contribution_optimizer(train, plan.total_steps)
         self._clip_norm = gradient_limit(train)
         self._clocks = Clocks(plan.shards, stale_bound(train))
-        self._decay = decay
+        self._decay, self._buffers = decay_mask(layout), buffer_mask(layout)
         self._replay = replay
         self._last_reads = replay.last_reads() if replay is not None else {}
         self._kept: dict[int, Array] = {}
@@ -113,7 +114,15 @@ class AsynchronousSteps:
             gradient = gradient * gradient.dtype.type(factor)
         following = np.empty_like(parameters)
         self._optimizer.apply_late(
-            parameters, gradient, count, self._decay, self._state, late, read, following
+            parameters,
+            gradient,
+            count,
+            self._decay,
+            self._state,
+            late,
+            read,
+            following,
+            self._buffers,
         )
         if not all_finite(following):
             raise FailedPrecondition(

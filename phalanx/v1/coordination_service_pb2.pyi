@@ -122,6 +122,26 @@ class WorkerHello(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class LibrariesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     WORKER_ID_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
@@ -136,6 +156,8 @@ class WorkerHello(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
+    LIBRARIES_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     """Unique per process start."""
@@ -154,11 +176,17 @@ class WorkerHello(_message.Message):
     """
     history: _builtins.int
     """That of the welcome under which it got what it holds; absent: not known."""
+    gpus: _builtins.int
+    """For the leaves of all slots, each of which has an equal share."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def held_jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldWorkerJob]:
         """Jobs that the worker is hosting, for adoption by a restarted control."""
+
+    @_builtins.property
+    def libraries(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Version by package: of the libraries that not every worker has, those that this one has."""
 
     def __init__(
         self,
@@ -177,10 +205,12 @@ class WorkerHello(_message.Message):
         version: _builtins.str = ...,
         address: _builtins.str = ...,
         history: _builtins.int | None = ...,
+        libraries: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        gpus: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_history", b"_history", "history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_history", b"_history", "address", b"address", "fingerprint", b"fingerprint", "generation", b"generation", "held_jobs", b"held_jobs", "history", b"history", "host", b"host", "incarnation", b"incarnation", "labels", b"labels", "memory_bytes", b"memory_bytes", "pid", b"pid", "slot_memory_bytes", b"slot_memory_bytes", "slots", b"slots", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_history", b"_history", "address", b"address", "fingerprint", b"fingerprint", "generation", b"generation", "gpus", b"gpus", "held_jobs", b"held_jobs", "history", b"history", "host", b"host", "incarnation", b"incarnation", "labels", b"labels", "libraries", b"libraries", "memory_bytes", b"memory_bytes", "pid", b"pid", "slot_memory_bytes", b"slot_memory_bytes", "slots", b"slots", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__history: _TypeAlias = _typing.Literal["history"]  # noqa: Y015
     _WhichOneofArgType__history: _TypeAlias = _typing.Literal["_history", b"_history"]  # noqa: Y015

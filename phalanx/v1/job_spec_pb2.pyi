@@ -418,7 +418,7 @@ class Resources(_message.Message):
     memory_bytes: _builtins.int
     """[no demand] Memory of each slot, in bytes."""
     gpus: _builtins.int
-    """GPUs of each slot."""
+    """GPUs of each slot, for PyTorch modules (at most one) and code of your own; the rest computes on CPUs."""
     @_builtins.property
     def worker_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Only workers that carry all of these labels."""
@@ -1110,7 +1110,7 @@ Global___Mlp: _TypeAlias = Mlp  # noqa: Y015
 
 @_typing.final
 class Torch(_message.Message):
-    """A PyTorch module, built by the user's code."""
+    """A PyTorch module, built by the user's code. Batch normalisation is that of each shard's own rows."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1118,8 +1118,11 @@ class Torch(_message.Message):
     LOSS_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     module: _builtins.str
-    """MODULE:FUNCTION, as net:build."""
+    """MODULE:FUNCTION, as net:build; called with what the data look like, it returns the torch.nn.Module."""
     loss: _builtins.str
+    """[cross_entropy for classes, mse_loss for numbers] Of torch.nn.functional, or MODULE:FUNCTION: takes outputs and
+    targets, returns the loss of each row.
+    """
     @_builtins.property
     def arguments(self) -> _struct_pb2.Struct:
         """Given to the function by name; whole numbers arrive as int."""

@@ -200,7 +200,15 @@ class Services:
         assert self.machines is not None
         return Cache(self.machines, download)
 
-    def _leaf(self, _leaves: Any, _limit: int, on_message: Any, on_log: Any, on_exit: Any) -> Leaf:
+    def _leaf(
+        self,
+        _leaves: Any,
+        _limit: int,
+        on_message: Any,
+        on_log: Any,
+        on_exit: Any,
+        _gpus: Any,
+    ) -> Leaf:
         assert self.machines is not None
         return CallingLeaf(self.machines, on_message, on_log, on_exit)
 

@@ -1,8 +1,8 @@
 """The process whose forks are a worker's leaf processes: it has their code loaded.
 
 It answers the session process (`phalanx.forking`) on a socket, has one thread and runs no job's
-code. A plan is "memory_limit_bytes" and comes with four descriptors: standard output and error, the
-socket and the progress page of the leaf process.
+code. A plan is "memory_limit_bytes" and "gpus", and comes with four descriptors: standard output
+and error, the socket and the progress page of the leaf process.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def run(requests: socket.socket, parent_pid: int) -> NoReturn:
             print_to(stdout, stderr)
             _show("leaf", parent_pid)
             _restrict(server_pid, plan["memory_limit_bytes"])
+            limits.show_gpus(plan["gpus"])
             _serve_leaves(socket_fd, progress_fd)
         code = 0
     except BaseException:  # noqa: BLE001 - nothing may get back to what ran before the fork

@@ -208,6 +208,7 @@ class JobWork:
         outcome = self.train(parameters, 0, 0, out, inner)
         digest = hashlib.sha256(out.tobytes())
         digest.update(f"{outcome.count} {outcome.loss_sum!r}".encode())
+        digest.update(str(getattr(self.model, "numeric_fingerprint", "")).encode())
         return Described(layout, tuple(self.model.evaluation_sums), digest.hexdigest())
 
     def chunks_to_prefetch(

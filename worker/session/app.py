@@ -37,6 +37,7 @@ from worker.core.rounds import LeafFailure
 from worker.core.session import WorkerCore
 from worker.session.all_reduce.hosting import GetStorage, HostedAllReduce
 from worker.session.chunks import ChunkServer
+from worker.session.devices import gpus_here, libraries_here
 from worker.session.fingerprint import stored_fingerprint
 from worker.session.hosting import HostedJob
 from worker.session.leaf_server import LeafServer
@@ -98,8 +99,14 @@ class Session:
         self._incarnation = new_incarnation()
         self._core = WorkerCore(config.slot_count, config.id)
         self._cache = BlobCache(config.cache_dir, config.cache_bytes, download, metrics)
+        self._gpus = gpus_here(config.gpus, os.environ)
         self._slots = SlotPool(
-            config.slot_count, config.slot_memory_bytes, config.leaf_timeout_s, self, leaves
+            config.slot_count,
+            config.slot_memory_bytes,
+            config.leaf_timeout_s,
+            self,
+            leaves,
+            self._gpus,
         )
         self._chunks = ChunkServer(self._cache, self._slots.fetched)
         self._control = MemberSession(
@@ -212,6 +219,8 @@ class Session:
             version=_version(),
             address=self.address,
             history=self._control.history,
+            libraries=libraries_here(),
+            gpus=len(self._gpus),
         )
         return coordination.SessionRequest(worker_hello=hello)
 

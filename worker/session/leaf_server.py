@@ -88,9 +88,11 @@ class LeafServer(client.ForkServer):
         memory_limit_bytes: int,
         handles: Sequence[int],
         then: Callable[[client.ForkedProcess | None], None],
+        gpus: Sequence[str] | None = None,
     ) -> None:
         """Fork a leaf process that gets these descriptors: standard output and error, its socket,
-        its progress page. `then` gets it, or None where there is none, which is logged."""
+        its progress page. `then` gets it, or None where there is none, which is logged. It sees no
+        GPUs but `gpus`; None: all."""
 
         def answered(answer: dict[str, Any], received: list[int]) -> None:
             process = None
@@ -102,7 +104,9 @@ class LeafServer(client.ForkServer):
                 _log.error("leaf_process_not_started", message=str(error))
             then(process)
 
-        self._request({"fork": {"memory_limit_bytes": memory_limit_bytes}}, handles, answered)
+        visible = None if gpus is None else ",".join(gpus)
+        plan = {"memory_limit_bytes": memory_limit_bytes, "gpus": visible}
+        self._request({"fork": plan}, handles, answered)
 
     def collect_leaf(self, process: client.ForkedProcess, then: Callable[[int], None]) -> None:
         """Hand the exit code of a leaf process that has ended to `then`."""

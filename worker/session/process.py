@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from phalanx.forking.client import ForkedProcess
@@ -33,7 +33,7 @@ class LeafProcess:
     server cannot start ends as if its server had died.
 
     `on_message(process, message)` gets what it says, `on_log(process, level, data)` what it prints
-    and `on_exit(process, code)` its end, once and last.
+    and `on_exit(process, code)` its end, once and last. It sees no GPUs but `gpus`; None: all.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class LeafProcess:
         on_message: Callable[[LeafProcess, Message], None],
         on_log: Callable[[LeafProcess, str, bytes], None],
         on_exit: Callable[[LeafProcess, int], None],
+        gpus: Sequence[str] | None = None,
     ) -> None:
         self.page = ProgressPage.create()
         self.ready = False
@@ -63,7 +64,7 @@ class LeafProcess:
             self._socket, child = socket.socketpair()
             unmade.callback(self._socket.close)
             unmade.callback(self._close_logs)
-            self._spawn(leaves, child, memory_limit_bytes)
+            self._spawn(leaves, child, memory_limit_bytes, gpus)
             unmade.pop_all()
         self._socket.setblocking(False)
         self._sender = SocketSender(self._loop, self._socket)
@@ -100,7 +101,13 @@ class LeafProcess:
 
     # Inside
 
-    def _spawn(self, leaves: LeafServer, child: socket.socket, memory_limit_bytes: int) -> None:
+    def _spawn(
+        self,
+        leaves: LeafServer,
+        child: socket.socket,
+        memory_limit_bytes: int,
+        gpus: Sequence[str] | None,
+    ) -> None:
         with child, contextlib.ExitStack() as writers:
             outputs = []
             for level in ("info", "error"):
@@ -111,7 +118,7 @@ class LeafProcess:
                 self._logs[reader] = level
                 self._loop.add_reader(reader, self._printed, reader)
             handles = [*outputs, child.fileno(), self.page.fd]
-            leaves.start_leaf(memory_limit_bytes, handles, self._started)
+            leaves.start_leaf(memory_limit_bytes, handles, self._started, gpus)
 
     def _started(self, process: ForkedProcess | None) -> None:
         if process is None:

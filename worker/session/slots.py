@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from worker.core.patience import Patience
 from worker.core.restarts import Restarts
 from worker.core.rounds import LeafFailure, Part, PartState
 from worker.ipc import Kind, Message
+from worker.session.devices import gpus_of_slot
 from worker.session.leaf_server import LeafServer
 from worker.session.process import LeafProcess, describe_exit
 from worker.session.setup import PreparedJob
@@ -125,6 +127,7 @@ class SlotPool:
         leaf_timeout_s: float,
         events: SlotEvents,
         leaves: LeafServer | None = None,
+        gpus: Sequence[str] = (),
     ) -> None:
         self._events = events
         self._leaves = leaves if leaves is not None else LeafServer()
@@ -133,6 +136,7 @@ class SlotPool:
         self._leaf_timeout_s = leaf_timeout_s
         self._places: dict[tuple[int, str], _Place] = {}
         self._count = count
+        self._gpus = gpus
         self._running: dict[int, _Place] = {}
         self._restarting: set[asyncio.TimerHandle] = set()
         self._closing = False
@@ -347,6 +351,7 @@ class SlotPool:
                 self._on_message,
                 self._events.printed,
                 self._on_exit,
+                gpus_of_slot(self._gpus, place.slot, self._count) if self._gpus else None,
             )
         except OSError as error:
             # No memory or no process to be had, most likely for a moment.

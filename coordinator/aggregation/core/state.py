@@ -18,6 +18,7 @@ from coordinator.aggregation.core.versions import VersionStore
 from phalanx.compressors import Codec
 from phalanx.errors import DataLoss, Internal
 from phalanx.frames import frame_grid
+from phalanx.models.base import buffer_mask, decay_mask, frame_masks
 from phalanx.optimizers import ContributionOptimizer, Late, Optimizer
 from phalanx.training.best import BEST_VECTOR
 from phalanx.updates import Update
@@ -81,7 +82,9 @@ class RangeParameters:
         self._optimizer = optimizer
         #: Names of the vectors beside the parameters.
         self.state_names = () if isinstance(optimizer, Update) else optimizer.state_names
-        self._decay = _decay_frames(layout, piece, self.grid)
+        part = piece.first_element, piece.element_count
+        self._decay = frame_masks(decay_mask(layout, *part), self.grid)
+        self._buffers = frame_masks(buffer_mask(layout, *part), self.grid)
         self._state: list[dict[str, Array]] = [
             {name: np.zeros(count, self.dtype) for name in self.state_names}
             for _, count in self.grid
@@ -103,6 +106,7 @@ class RangeParameters:
             self._state[index],
             version,
             out,
+            buffers=self._buffers[index],
         )
         return out
 
@@ -122,6 +126,7 @@ class RangeParameters:
             late,
             read,
             out,
+            self._buffers[index],
         )
         return out
 
@@ -215,18 +220,3 @@ class RangeParameters:
         state = self._state[index]
         if any(snapshot.state[index] is state for snapshot in self._snapshots):
             self._state[index] = {name: array.copy() for name, array in state.items()}
-
-
-def _decay_frames(
-    layout: training_pb2.Layout, piece: training_pb2.ParameterRange, grid: list[tuple[int, int]]
-) -> list[NDArray[np.bool_] | None]:
-    """Per frame where decay applies: None where it does not apply to any element."""
-    decay = np.zeros(piece.element_count, np.bool_)
-    position = -piece.first_element
-    for tensor in layout.tensors:
-        size = int(np.prod(tensor.shape, dtype=np.int64))
-        if tensor.decay:
-            decay[max(position, 0) : max(position + size, 0)] = True
-        position += size
-    frames = [decay[first : first + count] for first, count in grid]
-    return [frame if frame.any() else None for frame in frames]

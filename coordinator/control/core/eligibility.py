@@ -8,7 +8,8 @@ from coordinator.control.core import sharing
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core, JobRuntime, Worker
 from phalanx.errors import PhalanxError, ResourceExhausted
-from phalanx.specs.plan import PARAMETER_COPIES, member_copies
+from phalanx.specs.libraries import lacking
+from phalanx.specs.plan import PARAMETER_COPIES, TORCH_COPIES, member_copies
 from phalanx.texts import number_of, verb_for
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 from phalanx.v1.training_pb2 import Layout
@@ -38,8 +39,10 @@ def needed_bytes(facts: JobFacts, layout: Layout) -> int:
     model knows them.
     """
     counted = facts.kept.submitted.worker_bytes
-    if facts.spec.train.model.WhichOneof("kind") == "custom":
+    kind = facts.spec.train.model.WhichOneof("kind")
+    if kind in ("custom", "torch"):
         copies = PARAMETER_COPIES + member_copies(facts.spec)
+        copies += TORCH_COPIES if kind == "torch" else 0
         counted += copies * layout.element_count * ITEM_BYTES.get(layout.dtype, 4)
     return counted
 
@@ -71,6 +74,9 @@ def misfit(facts: JobFacts, worker: Worker, layout: Layout | None = None) -> str
     for key, value in sorted(resources.worker_labels.items()):
         if hello.labels.get(key) != value:
             return f"its label {key} is not {value!r}"
+    lacks = lacking(facts.spec, hello.libraries) or _lacks_gpus(resources.gpus, worker)
+    if lacks:
+        return lacks
     needed = needed_bytes(facts, layout or facts.plan.layout)
     if 0 < hello.memory_bytes < needed:
         return f"it has {hello.memory_bytes} bytes of memory, the job needs {needed}"
@@ -79,6 +85,19 @@ def misfit(facts: JobFacts, worker: Worker, layout: Layout | None = None) -> str
     if 0 < per_slot < wanted:
         return f"a slot has {per_slot} bytes of memory, the job needs {wanted}"
     return ""
+
+
+def _lacks_gpus(each: int, worker: Worker) -> str:
+    """Say why a worker has not so many GPUs for each of its slots; empty if it has."""
+    there, slots = worker.hello.gpus, worker.slots
+    if each == 0 or there >= each * slots:
+        return ""
+    if there <= 0:
+        return "it has no GPU"
+    return (
+        f"it has {number_of(there, 'GPU')} for {number_of(slots, 'slot')}, and the job needs "
+        f"{each} for each (start it with fewer --slots)"
+    )
 
 
 def group_of(core: Core, job: JobRuntime) -> Group:

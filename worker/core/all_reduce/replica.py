@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from phalanx.errors import DataLoss, InvalidArgument
 from phalanx.frames import encode_response, frame_grid
+from phalanx.models.base import buffer_mask, decay_mask, frame_masks
 from phalanx.optimizers import build_optimizer, gradient_limit
 from phalanx.reducers import Contribution
 from phalanx.reduction import all_finite
@@ -100,7 +101,8 @@ class Replica:
         self._memory = memory
         self._optimizer = build_optimizer(spec.train, plan.total_steps)
         self._clip_norm = gradient_limit(spec.train)
-        self._decay = _decay(plan.layout, self.grid)
+        self._decay = frame_masks(decay_mask(plan.layout), self.grid)
+        self._buffers = frame_masks(buffer_mask(plan.layout), self.grid)
         self._state = self._zeros()
         self._open: Gradient | None = None
         self._kept: Gradient | None = None
@@ -212,7 +214,16 @@ class Replica:
             values = values * values.dtype.type(self._factor)
         state = {name: vector[piece] for name, vector in self._state.items()}
         decay = self._decay[index]
-        self._optimizer.apply(before, values, gradient.count, decay, state, self.version, out)
+        self._optimizer.apply(
+            before,
+            values,
+            gradient.count,
+            decay,
+            state,
+            self.version,
+            out,
+            buffers=self._buffers[index],
+        )
         if not all_finite(out):
             raise NonFinite(
                 f"step {self.version + 1} made parameters that are not finite; "
@@ -416,17 +427,3 @@ def elements_of(
             f"no frame of range {frame.range}; check that all run the same version of Phalanx"
         )
     return np.frombuffer(payload, dtype) if len(payload) else None
-
-
-def _decay(
-    layout: training_pb2.Layout, grid: list[tuple[int, int]]
-) -> list[NDArray[np.bool_] | None]:
-    """Per frame where decay applies: None where it does not apply to any element."""
-    decay = np.zeros(layout.element_count, np.bool_)
-    position = 0
-    for tensor in layout.tensors:
-        size = int(np.prod(tensor.shape, dtype=np.int64))
-        decay[position : position + size] = tensor.decay
-        position += size
-    frames = [decay[first : first + count] for first, count in grid]
-    return [frame if frame.any() else None for frame in frames]

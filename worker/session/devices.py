@@ -1,0 +1,54 @@
+"""What a worker has beside its cores: GPUs, and libraries that not every worker has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from phalanx.specs.libraries import LIBRARIES
+
+NO_GPUS = "none"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_DEVICE = re.compile(r"nvidia\d+")
+
+
+def gpus_here(
+    wanted: Sequence[str], environ: Mapping[str, str], devices: Path = Path("/dev")
+) -> tuple[str, ...]:
+    """Return the GPUs for leaves, as CUDA names them.
+
+    Args:
+        wanted: as the worker was told; empty: whatever there is.
+        environ: says which of a machine's GPUs this process may use, if it says so.
+        devices: where the driver shows GPUs. In a container these are only its own, and CUDA counts
+            them from 0, whatever numbers they have here.
+    """
+    if tuple(wanted) == (NO_GPUS,):
+        return ()
+    if wanted:
+        return tuple(wanted)
+    if _VISIBLE in environ:
+        return tuple(name for each in environ[_VISIBLE].split(",") if (name := each.strip()))
+    try:
+        names = [each.name for each in devices.iterdir()]
+    except OSError:
+        return ()
+    return tuple(str(index) for index in range(sum(map(bool, map(_DEVICE.fullmatch, names)))))
+
+
+def gpus_of_slot(gpus: Sequence[str], slot: int, slots: int) -> tuple[str, ...]:
+    """Return the GPUs that the leaves of one slot may use: an equal share, and no one else's."""
+    return tuple(gpus[slot * len(gpus) // slots : (slot + 1) * len(gpus) // slots])
+
+
+def libraries_here() -> dict[str, str]:
+    """Return the version of each library that jobs may ask for, where it is installed."""
+    found = {}
+    for each in LIBRARIES:
+        try:
+            found[each.package] = version(each.package)
+        except PackageNotFoundError:
+            continue
+    return found
