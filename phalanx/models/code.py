@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, ClassVar, NoReturn
@@ -96,8 +96,13 @@ class UserCode:
                 )
 
     def _holds(self, module: ModuleType) -> bool:
-        paths = [getattr(module, "__file__", None), *list(getattr(module, "__path__", []))]
-        return any(path is not None and Path(path).is_relative_to(self._folder) for path in paths)
+        # Not by attribute: some modules answer to any name, or load something then.
+        own = getattr(module, "__dict__", {})
+        places = own.get("__path__")
+        paths = [own.get("__file__"), *(places if isinstance(places, Iterable) else ())]
+        return any(
+            isinstance(path, str) and Path(path).is_relative_to(self._folder) for path in paths
+        )
 
 
 def deactivate_user_code() -> None:

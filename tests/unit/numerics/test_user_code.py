@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,24 @@ def test_what_is_no_model_is_refused(tmp_path: Path, body: str, message: str) ->
     with pytest.raises(InvalidArgument, match=message) as caught:
         build(code, "net:build")
     assert caught.value.reason == "NOT_A_MODEL"
+
+
+class Answering(ModuleType):
+    """A module like some of PyTorch's, which answers to any name, and so has a path that is none."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__file__":
+            raise RuntimeError("asked for what is not there")
+        return object()
+
+
+def test_modules_that_answer_to_any_name_are_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "answering", Answering("answering"))
+    build(write_code(tmp_path))
+    deactivate_user_code()
+    assert "answering" in sys.modules
 
 
 def test_a_folder_that_is_gone_keeps_no_module(tmp_path: Path) -> None:

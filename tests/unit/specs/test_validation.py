@@ -233,7 +233,6 @@ def test_code_has_names_that_every_disk_takes(
     "setting",
     [
         "data.columns={}",
-        "resources.gpus=1",
         "train.local={steps: 5, fragments: 2}",
     ],
 )
@@ -256,7 +255,7 @@ def test_other_programs_are_refused(program: str) -> None:
 
 
 def test_all_that_is_not_carried_out_is_named_at_once() -> None:
-    spec = edited("data.columns={}", "resources.gpus=2")
+    spec = edited("data.columns={}", "train.privacy={clip_norm: 1.0}")
     with pytest.raises(Unimplemented, match="and 1 more"):
         specs.check_spec(spec)
 
