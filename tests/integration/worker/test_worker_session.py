@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 from typing import Any
 
 from phalanx.reduction import Node
@@ -11,11 +12,17 @@ from phalanx.testing.worker_peers import ScriptedAggregator, ScriptedControl
 
 async def test_the_hello_says_who_the_worker_is(bench: Any) -> None:
     async with ScriptedControl() as control:
-        settings: dict[str, Any] = {"labels": ("zone=a", "disk=ssd"), "slot_memory_bytes": 2**30}
+        settings: dict[str, Any] = {
+            "labels": ("zone=a", "disk=ssd"),
+            "slot_memory_bytes": 2**30,
+            "gpus": ("GPU-1", "GPU-2"),
+        }
         await bench.worker(control.address, slots=3, **settings)
         hello = (await control.next_session()).hello
         assert (hello.worker_id, hello.slots, hello.slot_memory_bytes) == ("worker-1", 3, 2**30)
         assert dict(hello.labels) == {"zone": "a", "disk": "ssd"}
+        assert hello.gpus == 2
+        assert ("torch" in hello.libraries) == (importlib.util.find_spec("torch") is not None)
         assert len(hello.fingerprint) == 64
         assert hello.memory_bytes > 2**30
         assert hello.incarnation

@@ -197,7 +197,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path, body: str, message: str) ->
 
 
 class Answering(ModuleType):
-    """A module like some of PyTorch's, which answers to any name, and so has a path that is none."""
+    """Like some of PyTorch's it answers to any name, and so has a path that is none."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "__file__":

@@ -64,6 +64,19 @@ def complaints(spec: JobSpec, dataset: Dataset) -> dict[str, str]:
         ("train.model.mlp.activation=gelu", "train.model.mlp.activation", "relu, tanh, sigmoid"),
         ("train.model.mlp.loss=hinge", "train.model.mlp.loss", "cross_entropy, squared_error"),
         ("train.model.mlp.loss=squared_error", "train.model.mlp.loss", "is for regression"),
+        ("train.model={torch: {}}", "train.model.torch.module", "is missing"),
+        ("train.model={torch: {module: net}}", "train.model.torch.module", "as net:build"),
+        (
+            "train.model={torch: {module: 'net:build', loss: hinge}}",
+            "train.model.torch.loss",
+            "huber_loss, poisson_nll_loss, or MODULE:FUNCTION for one of your own",
+        ),
+        (
+            "train.model={torch: {module: 'net:build', loss: mse_loss}}",
+            "train.model.torch.loss",
+            "is for regression",
+        ),
+        ("resources.gpus=1", "resources.gpus", "mlp computes on CPUs"),
         (
             "train.model={custom: {entrypoint: x}}",
             "train.model.custom.entrypoint",
@@ -258,6 +271,17 @@ def test_all_that_is_not_carried_out_is_named_at_once() -> None:
     spec = edited("data.columns={}", "train.privacy={clip_norm: 1.0}")
     with pytest.raises(Unimplemented, match="and 1 more"):
         specs.check_spec(spec)
+
+
+def test_a_module_takes_one_gpu_and_code_of_ones_own_any_number(make_dataset: MakeDataset) -> None:
+    module = "train.model={torch: {module: 'net:build'}}"
+    resolved = specs.prepare(edited(module, "resources.gpus=1"), make_dataset())
+    assert resolved.train.model.torch.loss == "cross_entropy"
+    assert (
+        "use 1" in complaints(edited(module, "resources.gpus=2"), make_dataset())["resources.gpus"]
+    )
+    custom = "train.model={custom: {entrypoint: 'net:build'}}"
+    specs.prepare(edited(custom, "resources.gpus=4"), make_dataset())
 
 
 def test_fields_of_a_newer_version_are_refused() -> None:
