@@ -12,7 +12,7 @@ from phalanx.models import DataSchema
 SIDE = 28
 
 
-def build(schema: DataSchema, width: int = 16, dropout: float = 0.25) -> nn.Module:
+def build(schema: DataSchema, width: int = 16, dropout: float = 0.2) -> nn.Module:
     """Called once per process with what the data look like and the `arguments` of the job file."""
     return nn.Sequential(
         nn.Unflatten(1, (1, SIDE, SIDE)),

@@ -37,7 +37,7 @@ def import_torch() -> ModuleType:
         raise FailedPrecondition(
             f"train.model.torch needs PyTorch, which cannot be imported here ({error}); "
             f"install it with: {INSTALL}",
-            reason="TORCH_MISSING",
+            reason="EXTRA_MISSING",
         ) from error
 
 

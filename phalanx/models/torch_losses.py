@@ -16,6 +16,7 @@ from phalanx.models.base import DataSchema
 from phalanx.models.code import UserCode, load_entrypoint
 from phalanx.models.torch_exact import Tensor, import_torch
 from phalanx.specs import catalog
+from phalanx.texts import number_of
 
 ONE_OUTPUT = frozenset({"binary_cross_entropy_with_logits", *catalog.TORCH_REGRESSION_LOSSES})
 """Losses of one number for each row."""
@@ -46,7 +47,7 @@ class Loss:
             raise InvalidArgument(
                 f"the loss {self.name} must return the loss of each row, ({rows},), and returned "
                 f"{found}; leave the sum and the mean out (reduction='none')",
-                reason="LOSS_NOT_BY_ROWS",
+                reason="WRONG_OUTPUTS",
             )
         return losses
 
@@ -88,8 +89,8 @@ class Loss:
             fits, wanted = shape == each, str(each)
         if not fits:
             raise InvalidArgument(
-                f"for {rows} rows the module must return the shape {wanted} with the loss "
-                f"{self.name}, and returned {shape}",
+                f"for {number_of(rows, 'row')} the module must return the shape {wanted} with the "
+                f"loss {self.name}, and returned {shape}",
                 reason="WRONG_OUTPUTS",
             )
         tensor: Tensor = outputs.reshape(rows) if self._real else outputs

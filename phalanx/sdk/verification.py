@@ -169,8 +169,10 @@ class _Training:
         like_workers = False
         if trained is not None and sha256 != result.parameters_sha256:
             workers = self._fingerprint()
-            like_workers = workers == _own_fingerprint()
-            why = self._excuse(elsewhere=bool(workers) and not like_workers)
+            same = workers == _own_fingerprint()
+            # Which PyTorch the workers had, their fingerprint does not say.
+            like_workers = same and not self._spec.train.model.HasField("torch")
+            why = self._excuse(elsewhere=bool(workers) and not same)
         return Verdict(
             job_id=self._job.id,
             steps=result.steps if trained is None else trained.steps,

@@ -3,6 +3,7 @@
 import ast
 import csv
 import functools
+import importlib.util
 import itertools
 import re
 import shlex
@@ -154,6 +155,8 @@ def test_examples_run_as_they_say(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The commands at the top of each, with two steps of training where there are steps at all."""
+    if "torch:" in path.read_text() and importlib.util.find_spec("torch") is None:
+        pytest.skip("PyTorch is not installed: pip install 'phalanx[torch]'")
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("PHALANX_ADDRESS", cluster.address)
     is_training = "\ntrain:" in path.read_text()
@@ -178,10 +181,12 @@ def test_examples_run_as_they_say(
         assert cluster.verify(job).equal != private
 
 
-def test_the_code_of_the_custom_example_is_the_file_beside_it() -> None:
-    spec = phalanx.load(REPOSITORY / "examples" / "custom_model" / "job.yaml")
+@pytest.mark.parametrize("example", ["custom_model", "cnn"])
+def test_the_code_of_an_example_is_the_file_beside_it(example: str) -> None:
+    spec = phalanx.load(REPOSITORY / "examples" / example / "job.yaml")
+    assert spec.code.files
     for name, text in spec.code.files.items():
-        assert (REPOSITORY / "examples" / "custom_model" / name).read_text() == text
+        assert (REPOSITORY / "examples" / example / name).read_text() == text
 
 
 def test_the_all_reduce_example_has_the_bits_of_a_parameter_server(

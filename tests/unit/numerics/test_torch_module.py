@@ -448,4 +448,4 @@ def test_without_torch_the_job_says_what_to_install(
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(FailedPrecondition, match=r"pip install 'phalanx\[torch\]'") as caught:
         make("linear")
-    assert caught.value.reason == "TORCH_MISSING"
+    assert caught.value.reason == "EXTRA_MISSING"
