@@ -60,9 +60,10 @@ def exact(device: str, seed: int = 0) -> Iterator[None]:
     """
     torch = import_torch()
     with ExitStack() as before:
-        devices = [] if device == "cpu" else [device]
-        before.enter_context(torch.random.fork_rng(devices))
-        torch.manual_seed(seed)
+        before.enter_context(torch.random.fork_rng([] if device == "cpu" else [0]))
+        torch.default_generator.manual_seed(seed)
+        if device != "cpu":
+            torch.cuda.manual_seed(seed)
         for get, change, value in _settings(torch):
             present = get()
             if present != value:

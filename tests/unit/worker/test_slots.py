@@ -21,7 +21,8 @@ GUARD_S = 30.0
 class FakeProcess:
     """Keeps what it is told; dies when the test wants."""
 
-    def __init__(self, leaves, limit, on_message, on_log, on_exit) -> None:
+    def __init__(self, leaves, limit, on_message, on_log, on_exit, gpus) -> None:
+        self.gpus = gpus
         self.page = SimpleNamespace(task=0, shard=-1, leaves=0)
         self.known_jobs: set[int] = set()
         self.ready = self.killed_as_hung = self.orphaned = self.killed = False
@@ -243,3 +244,15 @@ async def test_a_job_does_not_answer_for_the_time_without_a_process(pool, monkey
     passed_s.clear()
     with pytest.raises(TimeoutError):
         await pool._patiently(place, answer)
+
+
+async def test_each_slot_sees_its_share_of_the_gpus(monkeypatch):
+    monkeypatch.setattr(slots, "LeafProcess", FakeProcess)
+    for gpus, shares in (
+        ((), [None, None]),
+        (("0", "1"), [("0",), ("1",)]),
+        (("7",), [(), ("7",)]),
+    ):
+        pool = SlotPool(2, 0, 60.0, EVENTS, SimpleNamespace(ready=True), gpus)
+        pool.start()
+        assert [place.process.gpus for place in pool._places.values()] == shares
