@@ -12,7 +12,9 @@ from phalanx.models import DataSchema
 SIDE = 28
 
 
-def build(schema: DataSchema, width: int = 16, dropout: float = 0.2) -> nn.Module:
+def build(
+    schema: DataSchema, width: int = 16, hidden: int = 128, dropout: float = 0.25
+) -> nn.Module:
     """Called once per process with what the data look like and the `arguments` of the job file."""
     return nn.Sequential(
         nn.Unflatten(1, (1, SIDE, SIDE)),
@@ -26,5 +28,8 @@ def build(schema: DataSchema, width: int = 16, dropout: float = 0.2) -> nn.Modul
         nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Dropout(dropout),
-        nn.Linear(2 * width * (SIDE // 4) ** 2, schema.classes),
+        nn.Linear(2 * width * (SIDE // 4) ** 2, hidden),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, schema.classes),
     )

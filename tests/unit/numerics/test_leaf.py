@@ -12,6 +12,7 @@ from phalanx.models import Batch, DataSchema, LeafSums, Model, build_model
 from phalanx.reduction import all_finite
 from phalanx.testing.datasets import StoredDataset, classification, sparse_classification, store
 from phalanx.training.leaf import (
+    leaf_batch,
     leaf_chunks,
     run_evaluation_leaf,
     run_leaf,
@@ -62,6 +63,18 @@ class Recorder:
         batch: Batch = self._reader.rows(selections)
         self.batches.append(Batch(batch.features.copy(), batch.targets.copy()))
         return batch
+
+
+def test_a_leaf_has_a_key_of_its_own(dataset: StoredDataset) -> None:
+    reader, plan = dataset.reader("train", np.float64), make_plan()
+    keys = []
+    for step in range(4):
+        for shard in range(4):
+            batch = leaf_batch(reader, plan, shard, step)
+            assert batch is not None
+            assert batch.key == (4, shard, step)
+            keys.append(batch.key)
+    assert len(set(keys)) == 16
 
 
 def test_a_leaf_is_the_model_on_its_standardised_rows(dataset: StoredDataset) -> None:
