@@ -5,6 +5,7 @@ import csv
 import functools
 import importlib.util
 import itertools
+import json
 import re
 import shlex
 import shutil
@@ -31,6 +32,11 @@ DOCUMENTS = [
 ]
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*/job.yaml"))
 README = REPOSITORY / "README.md"
+NAMED_MODEL = {
+    "name": "fashion-forest",
+    "data": {"name": "fashion", "shards": 2},
+    "train": {"model": {"softmax_regression": {}}, "batch_size": 512, "stop": {"steps": 1}},
+}
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -60,6 +66,8 @@ def cluster() -> Iterator[phalanx.LocalCluster]:
         local.data.add("adult", *classification(2000, 8, 2), test=0.2)
         # A worker is ready before it has joined; a plan counts those that have.
         wait_until(lambda: len(local.workers()) == 2, "both workers to join")
+        # A plan of rows through a model asks for one of that name, whatever it is.
+        local.submit(NAMED_MODEL).wait(timeout_s=GUARD_S)
         yield local
 
 
@@ -69,7 +77,7 @@ def test_every_code_block_has_a_language_that_is_tested_here() -> None:
         text = path.read_text()
         languages |= set(re.findall(r"^```(\w+)$", text, re.MULTILINE))
     assert {"sh", "yaml", "python"} <= languages
-    assert languages <= {"sh", "yaml", "python", "mermaid"}
+    assert languages <= {"sh", "yaml", "python", "json", "mermaid"}
 
 
 @functools.cache
@@ -134,6 +142,8 @@ def test_jobs_in_documents_are_accepted(
         assert answer.plan.eligible_workers == 2
     for text in blocks(path, "python"):
         ast.parse(text)
+    for text in blocks(path, "json"):
+        assert isinstance(json.loads(text), dict)
 
 
 def example_commands(path: Path) -> list[list[str]]:
