@@ -30,8 +30,9 @@ from coverage import Coverage
 
 from tests.simulation import wishes
 from tests.simulation.cluster import services
+from tests.simulation.draws import draw_shape
 from tests.simulation.known import FOUND_BUGS, KNOWN, Known
-from tests.simulation.runs import draw, draw_shape
+from tests.simulation.runs import draw
 from tests.simulation.scenes import SCENES
 
 CORES = (

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from phalanx.errors import DataLoss
 from phalanx.training.left_out import LeftOutLog
-from tests.simulation import best, jobs
+from tests.simulation import best, jobs, references
 
 Array = NDArray[Any]
 
@@ -47,7 +47,7 @@ class History:
 
     def __init__(self, shape: jobs.Shape) -> None:
         self._shape = shape
-        self._steps = jobs.Steps(shape)
+        self._steps = references.Steps(shape)
         self._known: dict[tuple[int, bytes], _Known] = {}
         self._lines: dict[int, tuple[int, _Known]] = {}
 

@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 
 from tests.simulation.cluster import services
+from tests.simulation.draws import ALL_FROM_SEED
 from tests.simulation.known import Known
 from tests.simulation.mutants import MUTANTS
 from tests.simulation.planting import Mutant, planted
-from tests.simulation.runs import ALL_FROM_SEED
 
 SEEDS_MAX = 2000
 SWARM, SCENARIO = "swarm", "scenario"

@@ -30,7 +30,7 @@ from phalanx.v1.job_pb2 import Event
 from storage.backends.sql.jobs import SqlJobs
 from storage.backends.sql.journals import SqlJournals
 from storage.backends.sql.owners import load_owners
-from tests.simulation import best, jobs
+from tests.simulation import best, jobs, references
 from tests.simulation.oracle import Oracle
 
 RECORDS = (
@@ -258,8 +258,8 @@ class Ledger:
                 self._demand(not wrong, f"{what} {wrong}")
                 continue
             first, stop = part.first_element, part.first_element + part.element_count
-            step, kept = request.step, jobs.kept_of(shape, request.step)
-            versions = jobs.versions(shape)
+            step, kept = request.step, references.kept_of(shape, request.step)
+            versions = references.versions(shape)
             best_piece = versions[best.model_step(shape, step)][first:stop]
             wrong = best.wrong_with(shape, step, state, best_piece)
             self._demand(not wrong, f"{what} {wrong}")
@@ -267,7 +267,7 @@ class Ledger:
                 self._demand(kept.keys() <= state.keys(), f"{what} lacks states of nodes")
             expected = {
                 name: vector[first:stop]
-                for name, vector in (jobs.state_of(shape, step) | kept).items()
+                for name, vector in (references.state_of(shape, step) | kept).items()
             }
             expected["parameters"] = versions[step][first:stop]
             for name, vector in {**state, "parameters": parameters}.items():

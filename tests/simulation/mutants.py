@@ -13,6 +13,14 @@ it is a rule of control, of storage, of copies or of leaves.
 from __future__ import annotations
 
 from tests.simulation.known import KNOWN
+from tests.simulation.planted import (
+    ADD_AGAIN,
+    ARRIVAL_ORDER,
+    COUNT_DEATHS,
+    COUNT_LOST_TASKS,
+    EARLY,
+    TRUNCATE_FIRST,
+)
 from tests.simulation.planting import Change, Mutant
 
 _AGGREGATION = "coordinator.aggregation"
@@ -35,54 +43,6 @@ _SILENT = f"{_CONTROL}.core.ownership:_silent"
 _SILENCE = f"{_CONTROL}.core.membership:check_silence"
 _TASKS = f"{_AGGREGATION}.core.dispatch.dispatcher:Dispatcher"
 
-_ARRIVAL_ORDER = """\
-filled[index] = (value, mask, False)
-    starts = {i: (i * (self._top >> i.bit_length() - 1) - self._top) for i in filled}
-    spans = {i: self._top >> i.bit_length() - 1 for i in filled}
-    ends = {i: min(starts[i] + spans[i], self._width) for i in filled}
-    if sum(ends[i] - starts[i] for i in filled) == self._width:
-        total, present = None, 0
-        for i, (part, part_mask, _) in filled.items():
-            present |= part_mask << starts[i]
-            if part is not None:
-                total = part if total is None else total + part
-        filled.clear()
-        filled[1] = (total, present, False)"""
-
-_COUNT_DEATHS = """\
-del job.hosts[worker.id]
-        job.deaths = getattr(job, "deaths", 0) + 1
-        if job.deaths > 1:
-            from coordinator.control.core import ending
-            ending.fail(core, job, "POISON_SHARD", "two of its workers died")"""
-
-_COUNT_LOST_TASKS = """\
-for task in freed:
-            lost = Failure(code="LOST", worker_ids=[peer.worker_id])
-            self._failures.setdefault(task, []).append(lost)
-        self._run_again("""
-
-_EARLY = """\
-started = self._began_s = time.monotonic()
-    for index, record, _ in batch:
-        self._on_durable(index, record)"""
-
-_TRUNCATE_FIRST = """\
-first = self._next
-    await self._store.insist_call(
-        self._store.storage.TruncateJournal,
-        pb.TruncateJournalRequest(
-            stream=STREAM, before_sequence=first, fence=self._store.fence
-        ),
-    )"""
-
-_ADD_AGAIN = """\
-added = reducer.fill(node, values, mask >> node.first)
-    if {} and not added and values is not None:
-        above, filled = (reducer._top + node.first) // node.span, reducer._filled
-        while above not in filled:
-            above >>= 1
-        filled[above] = (filled[above][0] + values, *filled[above][1:])"""
 
 _TRUST = Change(
     f"{_CONTROL}.core.membership:_wrong_hello", "if generation > core.generation:", "if False:"
@@ -182,7 +142,7 @@ MUTANTS = (
     ),
     _one(
         "nodes are added in the order in which they arrive", 5, f"{_REDUCER}.fill",
-        "self._put(index, node, (value, mask, False))", _ARRIVAL_ORDER,
+        "self._put(index, node, (value, mask, False))", ARRIVAL_ORDER,
     ),
     _one(
         "a round takes frames of other steps", 5, f"{_MACHINE}.contribute",
@@ -246,12 +206,12 @@ MUTANTS = (
     ),
     _one(
         "a copy is added to what came from home", 5, "phalanx.rounds:Round.contribute",
-        "reducer.fill(node, values, mask >> node.first)", _ADD_AGAIN.format("frame.copy"),
+        "reducer.fill(node, values, mask >> node.first)", ADD_AGAIN.format("frame.copy"),
     ),
     _one(
         "what came from home is added to its copy", 5,
         "phalanx.rounds:Round.contribute",
-        "reducer.fill(node, values, mask >> node.first)", _ADD_AGAIN.format("not frame.copy"),
+        "reducer.fill(node, values, mask >> node.first)", ADD_AGAIN.format("not frame.copy"),
     ),
     _one(
         "examples are summed over all that came", 5,
@@ -459,7 +419,7 @@ MUTANTS = (
     ),
     _one(
         "the death of a worker is a try of its tasks", 8, f"{_TASKS}._closed",
-        "self._run_again(", _COUNT_LOST_TASKS,
+        "self._run_again(", COUNT_LOST_TASKS,
     ),
     # Control
     _one(
@@ -468,11 +428,11 @@ MUTANTS = (
     ),
     _one(
         "records count as durable before they are written", 0, f"{_JOURNAL}._write_batch",
-        "started = self._began_s = time.monotonic()", _EARLY,
+        "started = self._began_s = time.monotonic()", EARLY,
     ),
     _one(
         "the journal is cut before its snapshot is written", 0, f"{_JOURNAL}._snapshot",
-        "first = self._next", _TRUNCATE_FIRST,
+        "first = self._next", TRUNCATE_FIRST,
     ),
     _one(
         "request ids are forgotten", 0, f"{_CONTROL}.core.verbs:first_answer",
@@ -506,7 +466,7 @@ MUTANTS = (
     ),
     _one(
         "the deaths of workers count against a job", 8, f"{_CONTROL}.core.membership:lose_worker",
-        "del job.hosts[worker.id]", _COUNT_DEATHS,
+        "del job.hosts[worker.id]", COUNT_DEATHS,
     ),
     _one(
         "control takes ranges without a lease of silence", 11, _SILENT,

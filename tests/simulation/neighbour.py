@@ -36,7 +36,7 @@ from phalanx.v1 import (
     model_service_pb2,
     model_service_pb2_grpc,
 )
-from tests.simulation import jobs
+from tests.simulation import jobs, references
 from tests.simulation.cluster import STORAGE, Cluster
 from tests.simulation.user import ATTEMPT_S, ENDED, Job, put_data
 
@@ -153,7 +153,7 @@ class Neighbour:
         shape = replace(shape, fingerprint=self._fingerprints[job.id])
         lost = jobs.examples_skipped(shape)
         found = job.result.parameters_sha256, job.result.examples_lost
-        if found != (jobs.reference_sha256(shape, shape.ends_at), lost):
+        if found != (references.reference_sha256(shape, shape.ends_at), lost):
             raise SimulationFailed(f"{job.id} ended with {found[1]} examples lost, or other bits")
 
     async def _try_again_and_forget(self, job: Any) -> None:

@@ -38,7 +38,7 @@ from phalanx.v1 import storage_service_pb2 as pb
 from storage.backends.sql.jobs import SqlJobs
 from storage.backends.sql.journals import SqlJournals
 from storage.backends.sql.leases import SqlLeases
-from tests.simulation import jobs
+from tests.simulation import jobs, references
 from tests.simulation.commits import CommitHistory
 from tests.simulation.histories import History
 from tests.simulation.moments import Moments
@@ -57,9 +57,8 @@ class _Watched:
     def __init__(self, ranges: JobRanges) -> None:
         self.ranges = ranges  # keeps its id from being used again
         self.shape = jobs.shape_of(ranges.plan)
-        self.expected: Mapping[int, Array] | jobs.Reference = {}
-        if not self.shape.tolerant:
-            self.expected = jobs.versions(self.shape)
+        expected = {} if self.shape.tolerant else references.versions(self.shape)
+        self.expected: Mapping[int, Array] | references.Reference = expected
         self.history: History | None = None
         """What was computed, where no plain loop knows it."""
         self.commits: CommitHistory | None = None

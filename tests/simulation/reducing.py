@@ -15,7 +15,7 @@ from typing import Any
 
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.v1 import training_pb2
-from tests.simulation import jobs
+from tests.simulation import jobs, references
 from tests.simulation.oracle import Oracle
 from tests.simulation.parts import ALL_REDUCE, VERIFIED
 from worker.core.all_reduce.job import AllReduceJob
@@ -122,7 +122,10 @@ class Members:
         if version == NONE:
             return
         shape = self._shape(core)
-        expected = {"parameters": jobs.versions(shape)[version], **jobs.state_of(shape, version)}
+        expected = {
+            "parameters": references.versions(shape)[version],
+            **references.state_of(shape, version),
+        }
         for name, vector in {"parameters": replica.parameters, **replica._state}.items():
             self._oracle.demand(
                 vector.tobytes() == expected[name].tobytes(),

@@ -15,15 +15,16 @@ from phalanx.testing.simulation.clocks import Environment
 from phalanx.testing.simulation.faults import Schedule
 from phalanx.testing.simulation.loop import SimulationFailed
 from phalanx.testing.simulation.network import Misdelivery
-from tests.simulation import best, jobs, last, rare, reducing, task_sets, wishes
+from tests.simulation import best, jobs, last, rare, reducing, references, task_sets, wishes
 from tests.simulation.cluster import STORAGE, Cluster, Services
+from tests.simulation.draws import ALL_FROM_SEED, draw_parts, draw_shape
 from tests.simulation.faults import Faults, fault_kinds
 from tests.simulation.ledger import Ledger
 from tests.simulation.neighbour import JOBS_MAX, Neighbour
 from tests.simulation.newcomer import SLOTS_MAX, Newcomer
 from tests.simulation.oracle import Oracle
 from tests.simulation.outcome import Outcome
-from tests.simulation.parts import INNER, ONE_BY_ONE, PARTS, STATEFUL, VERIFIED
+from tests.simulation.parts import ONE_BY_ONE, PARTS, VERIFIED
 from tests.simulation.races import Races
 from tests.simulation.scripts import drawn, play
 from tests.simulation.silence import Silence
@@ -34,13 +35,9 @@ from tests.simulation.time_lines import TimeLines
 from tests.simulation.user import Job, User
 
 FIRST_FAULT_S = 0.3
-ALL_FROM_SEED = 1000
-"""Seeds below draw less: they are those of directed scenarios, and stay what they are."""
 
 ONE_BY_ONE_SHARE = 0.3
 """Part of the seeds from there on that have a job whose contributions commit one by one."""
-INNER_SHARE = 0.12
-"""Part of the jobs with parts whose shards' own optimizers remember their steps."""
 VERIFIED_SHARE, VERIFIED_WORKERS = 0.3, 3
 """How many of the runs that have so many workers with the same bits compare contributions."""
 FROM_THE_FIRST_SHARE = 0.4
@@ -220,31 +217,6 @@ def draw_private(settings: Settings, chance: random.Random) -> Settings:
     if not plain or chance.random() >= PRIVATE_SHARE:
         return settings
     return replace(settings, shapes=tuple(jobs.composed(each, "private") for each in shapes))
-
-
-def draw_parts(chance: random.Random, seed: int) -> str:
-    """Draw what a job is composed of."""
-    if seed < ALL_FROM_SEED or chance.random() < 0.5:
-        return ""
-    drawn = chance.choice(sorted(PARTS.keys() - set(STATEFUL)))
-    states = random.Random(f"states {seed}")
-    inner = random.Random(f"inner states {seed}")
-    if inner.random() < INNER_SHARE:
-        return inner.choice(sorted(INNER))
-    return states.choice(STATEFUL) if states.random() < 0.25 else drawn
-
-
-def draw_shape(chance: random.Random) -> jobs.Shape:
-    """Draw a job, out of few enough that their references are computed once."""
-    return jobs.Shape(
-        elements=chance.choice([40, 100, 160]),
-        shards=chance.choice([3, 4, 6, 8]),
-        steps=chance.choice([30, 50]),
-        optimizer=chance.choice(["sgd", "momentum", "adam"]),
-        dtype=chance.choice(["float32", "float32", "float64"]),
-        checkpoint_every=chance.choice([3, 7, 20]),
-        evaluate_every=chance.choice([0, 0, 9]),
-    )
 
 
 class Run:
@@ -475,7 +447,7 @@ class Run:
             elif shape.backup:
                 sha256, left_out = self.oracle.histories[job_id].end()
             else:
-                sha256 = jobs.reference_sha256(shape, best.model_step(shape, shape.ends_at))
+                sha256 = references.reference_sha256(shape, best.model_step(shape, shape.ends_at))
             free = job_id in self.oracle.free
             outcome.left_out += left_out
             right = free or job.result.parameters_sha256 == sha256

@@ -165,7 +165,7 @@ def test_a_batch_without_faults_or_work_is_refused():
 
 
 def test_a_failing_seed_prints_the_command_that_replays_it(capsys, monkeypatch):
-    monkeypatch.setattr("tests.simulation.jobs.reference_sha256", lambda *_: "0" * 64)
+    monkeypatch.setattr("tests.simulation.references.reference_sha256", lambda *_: "0" * 64)
     monkeypatch.setattr("tests.simulation.batch.STEPS_PER_SEED", 0.0)
     assert main(["--seeds", "1", "--first", "7"]) == 1
     assert command(7) in capsys.readouterr().err
@@ -188,7 +188,7 @@ def test_a_job_that_nobody_forgets_is_found(given, monkeypatch):
 
 
 def test_a_failing_scenario_is_replayed_by_the_command_that_it_prints(capsys, monkeypatch):
-    monkeypatch.setattr("tests.simulation.jobs.reference_sha256", lambda *_: "0" * 64)
+    monkeypatch.setattr("tests.simulation.references.reference_sha256", lambda *_: "0" * 64)
     name = of_kind("control-dies")[0]
     assert main(shlex.split(command_of(name))[3:]) == 1
     told = capsys.readouterr().out
