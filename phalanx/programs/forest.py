@@ -36,7 +36,7 @@ TASKS_WANTED, TASKS_MAX = 32, 1000
 
 CRITERIA = {
     "classification": ("gini", "entropy", "log_loss"),
-    "regression": ("squared_error", "friedman_mse", "absolute_error", "poisson"),
+    "regression": ("squared_error", "absolute_error", "poisson"),
 }
 
 
