@@ -111,6 +111,7 @@ def show_result(job: Job) -> None:
             *((name, f"{value:.5g}") for name, value in sorted(result.metrics.items())),
             ("tasks" if runs_tasks(job.message.spec) else "steps", result.steps),
             ("best", "" if result.best is None else best_text(result.best)),
+            ("files", ", ".join(file.name for file in result.files)),
             ("sha256", result.parameters_sha256),
             ("bit-identical", result.bit_identical),
         ]

@@ -64,7 +64,8 @@ def take_model(
         )
     program.model = f"{program.model.partition('@')[0]}@{model.version}"
     spec.data.features[:] = origin.data.features
-    spec.code.CopyFrom(origin.code)
+    if origin.code.files or origin.code.wheels:
+        spec.code.CopyFrom(origin.code)
 
 
 def _misfits(

@@ -195,8 +195,14 @@ def test_files_of_programs_are_listed_and_written_by_a_command(
 ) -> None:
     monkeypatch.setenv("PHALANX_ADDRESS", local.address)
     document = {"name": "rows", "data": {"name": "digits"}, "predict": {"model": "digits-forest"}}
-    job = local.submit(document)
-    job.wait(timeout_s=GUARD_S)
+    (tmp_path / "job.json").write_text(json.dumps(document))
+    assert run(["submit", str(tmp_path / "job.json"), "--wait"]) == 0
+    shown = capsys.readouterr()
+    assert "files" in shown.out
+    assert "predictions.parquet" in shown.out
+    assert " tasks · " in shown.err
+    assert "per leaf" not in shown.err
+    job = local.jobs()[0]
     assert run(["results", job.id]) == 0
     assert capsys.readouterr().out.startswith("predictions.parquet\t")
     assert run(["results", job.id, "-o", str(tmp_path / "out.parquet")]) == 0

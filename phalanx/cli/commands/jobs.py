@@ -351,9 +351,13 @@ def show_plan(plan: job_pb2.Plan | None) -> None:
 
     if plan is None:
         return
-    parts = [number_of(plan.steps, "step") if plan.steps else "no fixed number of steps"]
-    parts += [f"{number_of(plan.rows_per_leaf, 'row')} per leaf"]
-    parts += [number_of(plan.evaluations, "evaluation"), number_of(plan.checkpoints, "checkpoint")]
+    if plan.rows_per_leaf:
+        parts = [number_of(plan.steps, "step") if plan.steps else "no fixed number of steps"]
+        parts += [f"{number_of(plan.rows_per_leaf, 'row')} per leaf"]
+        parts += [number_of(plan.evaluations, "evaluation")]
+        parts += [number_of(plan.checkpoints, "checkpoint")]
+    else:  # tasks have no leaves
+        parts = [number_of(plan.steps, "task")]
     parts += [f"{bytes_text(plan.worker_bytes)} per worker"]
     parts += [number_of(plan.eligible_workers, "worker")]
     parts += [f"ε {plan.epsilon:.4g} at the end"] if plan.epsilon else []
