@@ -426,6 +426,28 @@ def test_a_job_that_asks_for_a_gpu_computes_on_nothing_else(
 
 
 @needs_torch
+@pytest.mark.skipif(not list(Path("/dev").glob("nvidia[0-9]*")), reason="needs an NVIDIA GPU")
+def test_a_gpu_gives_the_same_bits_each_time_and_nearly_those_of_a_cpu(make: Make) -> None:
+    on_gpu, on_cpu, rows = make("Normed", gpus=1), make("Normed"), batch(key=(1, 2, 3))
+    parameters = on_cpu.initial_parameters(1)
+    assert on_gpu.initial_parameters(1).tobytes() == parameters.tobytes()
+    first, loss = gradient_of(on_gpu, parameters, rows)
+    again, same_loss = gradient_of(on_gpu, parameters, rows)
+    assert (first.tobytes(), loss) == (again.tobytes(), same_loss)
+    expected, expected_loss = gradient_of(on_cpu, parameters, rows)
+    np.testing.assert_allclose(first, expected, rtol=1e-9, atol=1e-9)
+    assert loss == pytest.approx(expected_loss, rel=1e-9)
+    sums = on_gpu.evaluate(parameters, rows)
+    np.testing.assert_allclose(sums, on_cpu.evaluate(parameters, rows), rtol=1e-9)
+    dropping = make("mlp", gpus=1, dropout=0.5)
+    start = dropping.initial_parameters(1)
+    drawn = {gradient_of(dropping, start, rows)[0].tobytes() for _ in range(2)}
+    assert len(drawn) == 1
+    prints = {getattr(each, "numeric_fingerprint") for each in (on_gpu, on_cpu)}  # noqa: B009
+    assert len(prints) == 2
+
+
+@needs_torch
 def test_the_version_of_torch_is_part_of_what_workers_have_in_common(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
