@@ -151,6 +151,23 @@ def test_a_range_in_the_middle_of_a_buffer_has_the_bits_of_the_whole() -> None:
         np.testing.assert_array_equal(owned.apply(0, 0, total[part], 9), whole[part])
 
 
+def test_a_range_applies_late_contributions_alike() -> None:
+    layout = make_layout([("w", (5,), True), ("b", (4,), False)], "float64", {"b"})
+    train = plan_train(OPTIMIZERS["sgd"], asynchronous={"delayCompensated": {"strength": 2.0}})
+    random = np.random.default_rng(4)
+    w, read, total = random.normal(size=(3, 9))
+    optimizer = build_contribution_optimizer(train, STEPS)
+    state = {name: np.zeros(9) for name in optimizer.state_names}
+    piece = ParameterRange(index=0, first_element=0, element_count=9)
+    owned = RangeParameters(1, piece, layout, build_contribution_optimizer(train, STEPS))
+    owned.load(0, w, state)
+    out, late = np.empty(9), Late(0, 0, 0)
+    masks = decay_mask(layout), buffer_mask(layout)
+    optimizer.apply_late(w, total, 3, masks[0], state, late, read, out, masks[1])
+    np.testing.assert_array_equal(owned.apply_late(0, 0, total, 3, late, read), out)
+    np.testing.assert_array_equal(out[5:], total[5:] / 3)
+
+
 def longhand(dataset: StoredDataset, job: JobPlan, code: Path, trained: TrainedModel) -> Any:
     """The running mean of a synchronous job, from the rows of its leaves alone."""
     reader = dataset.reader("train", np.float64)
