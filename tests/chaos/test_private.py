@@ -19,12 +19,13 @@ from phalanx.training.local import TrainedModel, train_in_process
 from phalanx.v1.control_journal_pb2 import ControlRecord
 from phalanx.v1.storage_service_pb2 import ReadJournalRequest
 
-pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
+pytestmark = pytest.mark.slow
 
 
 def private_job(**train: Any) -> dict[str, Any]:
+    """The gate is in the gradient of each row, since the model is one that does not clip."""
     privacy = {"clip_norm": 1.0, "noise_multiplier": 0.8, "delta": 1e-5}
-    return gated_job(steps=30, privacy=privacy, batch_size=80, **train)
+    return gated_job(steps=20, privacy=privacy, batch_size=20, **train)
 
 
 def secret_of(ring: Arena, job: Job) -> bytes:
@@ -90,7 +91,7 @@ def files_with(secret: bytes, folder: Path) -> set[str]:
 def test_workers_killed_in_the_middle_of_a_leaf(tmp_path: Path) -> None:
     with arena(tmp_path, 3) as ring:
         job = ring.submit(private_job())
-        for step in (4, 17):
+        for step in (3, 8):
             ring.caught_at(job, step)
             lost = len(ring.events("WORKER_LOST"))
             ring.signal(ring.caught_with_shards(job))
@@ -103,7 +104,7 @@ def test_an_aggregator_and_a_leader_killed(tmp_path: Path, embedded_only: None) 
     """Steps are computed again, in another process, by another leader: with the noise they had."""
     with arena(tmp_path, 2, state=tmp_path / "state") as ring:
         job = ring.submit(private_job())
-        ring.caught_at(job, 15)
+        ring.caught_at(job, 12)
         ring.signal("aggregator-1")
         ring.signal("control-1")
         ring.gate.release()

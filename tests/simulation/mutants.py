@@ -222,7 +222,7 @@ MUTANTS = (
     ),
     _one(
         "each range reduces what it has of the leaves", 4,
-        f"{_CONTROL}.core.ownership:_range_count", "if needs_one_range(spec.train):", "if False:",
+        f"{_CONTROL}.core.ownership:_range_count", "if needs_one_range(spec):", "if False:",
     ),
     _one(
         "a reducer does not wait for the last leaf", 4,
@@ -346,8 +346,8 @@ MUTANTS = (
         "self._with_noise(self._noise, index, values), totals.divisor",
     ),
     _one(
-        "each step has the noise of the first", 14, "phalanx.privacy.noise:GradientNoise._block",
-        'struct.pack("<QQ", step, block)', 'struct.pack("<QQ", 0, block)',
+        "each step has the noise of the first", 14, f"{_ROOT}._with_noise",
+        "self._version, parameters.dtype", "0, parameters.dtype",
     ),
     # Workers
     _one(

@@ -512,7 +512,7 @@ def simulate(
         settings = draw_unequal(settings, random.Random(f"unequal {seed}"))
         settings = wishes.drawn(settings, random.Random(f"wishes {seed}"), draw_shape)
         settings = reducing.drawn(settings, random.Random(f"all-reduce {seed}"))
-        settings = draw_private(settings, random.Random(f"private {seed}"))
+        settings = draw_private(settings, random.Random(f"private jobs {seed}"))
     if any(shape.tolerant for shape in settings.shapes):
         # Such a job takes everybody, whatever bits they compute.
         settings = replace(settings, mixed=False)
