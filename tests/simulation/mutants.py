@@ -328,8 +328,8 @@ MUTANTS = (
         "codec.encode_block(piece, block, key)", "codec.encode_block(piece, 0, key)",
     ),
     _one(
-        "decay begins anew in every range", 14, f"{_AGGREGATION}.core.state:_decay_frames",
-        "position = -piece.first_element", "position = 0",
+        "decay begins anew in every range", 14, f"{_STATE}.__init__",
+        "decay_mask(layout, *part)", "decay_mask(layout, 0, part[1])",
     ),
     _one(
         "each term has noise of its own", 14, f"{_CONTROL}.core.terms:assign_ranges",
