@@ -137,6 +137,7 @@ class Predictor(Protocol):
 def make_layout(
     tensors: Sequence[tuple[str, Sequence[int], bool]],
     dtype: str,
+    *,
     workspace: Sequence[tuple[str, Sequence[int]]] = (),
     buffers: Collection[str] = (),
 ) -> Layout:

@@ -105,7 +105,7 @@ class Boosting:
             ]
             if schema.classes:
                 workspace.append((CLASS_ROWS, (schema.classes,)))
-        self.layout = make_layout(tensors, schema.dtype, workspace)
+        self.layout = make_layout(tensors, schema.dtype, workspace=workspace)
         self._shape = shape
         self._classes = schema.classes
         self._output: OutputLayer = SquaredError()

@@ -38,7 +38,7 @@ class DualSvm:
     ) -> None:
         workspace = [(DUALS, (schema.rows,)), (ROUNDS, (1,))]
         tensors = [(WEIGHTS, (schema.features,), True)]
-        self.layout = make_layout(tensors, schema.dtype, workspace)
+        self.layout = make_layout(tensors, schema.dtype, workspace=workspace)
         self._hinge = Hinge(squared=False)
         self._certified = certified
         self.evaluation_sums = (*self._hinge.sums, *(CERTIFICATES if certified else ()))

@@ -35,7 +35,7 @@ class KMeans:
         if schema.rows:
             count = min(max(CANDIDATES_PER_CLUSTER * clusters, schema.shards), schema.rows)
             workspace = [(CANDIDATES, (count, schema.features))]
-        self.layout = make_layout(tensors, schema.dtype, workspace)
+        self.layout = make_layout(tensors, schema.dtype, workspace=workspace)
         self._shards = schema.shards
         self._dtype = np.dtype(schema.dtype)
         self._views = TensorViews(self.layout)

@@ -42,7 +42,7 @@ class Pca:
         workspace: list[tuple[str, tuple[int, ...]]] = []
         if schema.rows:
             workspace = [(PRODUCTS, (features, features)), (SUMS, (features,)), (PASSES_OVER, (1,))]
-        self.layout = make_layout(tensors, schema.dtype, workspace)
+        self.layout = make_layout(tensors, schema.dtype, workspace=workspace)
         self._rows = schema.rows
         self._dtype = np.dtype(schema.dtype)
         self._views = TensorViews(self.layout)
@@ -101,7 +101,7 @@ class NormalEquations(LinearModel):
         size = schema.features + int(bias)
         workspace = [(PRODUCTS, (size, size)), (SUMS, (size,)), (PASSES_OVER, (1,))]
         tensors = [(each.name, tuple(each.shape), each.decay) for each in self.layout.tensors]
-        self.layout = make_layout(tensors, schema.dtype, workspace)
+        self.layout = make_layout(tensors, schema.dtype, workspace=workspace)
         self._views = TensorViews(self.layout)
 
     def gradient(self, parameters: Array, batch: Batch, out: Array) -> LeafSums:

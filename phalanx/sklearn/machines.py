@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin
 
 from phalanx.sklearn.base import Classifies
+from phalanx.texts import number_of
 
 ALGORITHMS = ("cocoa", "gradient")
 
@@ -68,7 +69,8 @@ class PhalanxLinearSVC(ClassifierMixin, Classifies):  # type: ignore[misc]
         if len(self.classes_) > 2:
             raise ValueError(
                 "Only binary classification is supported. The type of the target is multiclass: "
-                f"y has {len(self.classes_)} classes; PhalanxClassifier takes any number."
+                f"y has {number_of(len(self.classes_), 'class', 'classes')}; PhalanxClassifier "
+                "takes any number."
             )
 
     def _program(self, rows: int) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ class Running:
             ("mean", (schema.features,), False),
         ]
         tensors += [("spare", (spare,), False)] if spare else []
-        self.layout = make_layout(tensors, schema.dtype, {"mean", "spare"})
+        self.layout = make_layout(tensors, schema.dtype, buffers={"mean", "spare"})
 
     def initial_parameters(self, seed):
         vector = np.zeros(self.layout.element_count, self.layout.dtype)

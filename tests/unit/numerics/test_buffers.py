@@ -120,7 +120,7 @@ def test_masks_of_ranges_and_frames_are_cuts_of_that_of_the_whole(
 ) -> None:
     tensors = [(f"t{index}", (size,), not marked) for index, (size, marked) in enumerate(sizes)]
     names = {name for (name, _, _), (_, marked) in zip(tensors, sizes, strict=True) if marked}
-    layout = make_layout(tensors, "float32", names)
+    layout = make_layout(tensors, "float32", buffers=names)
     whole = np.repeat([marked for _, marked in sizes], [size for size, _ in sizes])
     first = data.draw(st.integers(0, layout.element_count - 1))
     count = data.draw(st.integers(1, layout.element_count - first))
@@ -135,7 +135,7 @@ def test_masks_of_ranges_and_frames_are_cuts_of_that_of_the_whole(
 
 
 def test_a_range_in_the_middle_of_a_buffer_has_the_bits_of_the_whole() -> None:
-    layout = make_layout([("w", (700,), True), ("b", (500,), False)], "float64", {"b"})
+    layout = make_layout([("w", (700,), True), ("b", (500,), False)], "float64", buffers={"b"})
     train = plan_train(OPTIMIZERS["momentum"])
     random = np.random.default_rng(2)
     w, total = random.normal(size=1200), random.normal(size=1200)
@@ -152,7 +152,7 @@ def test_a_range_in_the_middle_of_a_buffer_has_the_bits_of_the_whole() -> None:
 
 
 def test_a_range_applies_late_contributions_alike() -> None:
-    layout = make_layout([("w", (5,), True), ("b", (4,), False)], "float64", {"b"})
+    layout = make_layout([("w", (5,), True), ("b", (4,), False)], "float64", buffers={"b"})
     train = plan_train(OPTIMIZERS["sgd"], asynchronous={"delayCompensated": {"strength": 2.0}})
     random = np.random.default_rng(4)
     w, read, total = random.normal(size=(3, 9))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from phalanx.errors import InvalidArgument, Unimplemented
+from phalanx.errors import InvalidArgument
 from phalanx.models import Batch, DataSchema, Model, UserModel, build_model
 from phalanx.specs import catalog
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -213,11 +213,6 @@ def test_initial_parameters_are_keyed_by_seed_and_biases_do_not_decay() -> None:
 def test_models_that_do_not_fit_the_data(model: dict[str, Any], classes: int, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         build_model(JobSpec(train={"model": model}), DataSchema(4, classes))
-
-
-def test_kinds_that_are_not_carried_out_yet_say_so() -> None:
-    with pytest.raises(Unimplemented, match="torch"):
-        build_model(JobSpec(train={"model": {"torch": {}}}), DataSchema(4, 2))
 
 
 class Scaled(UserModel):

@@ -268,7 +268,9 @@ def test_other_programs_are_refused(program: str) -> None:
 
 
 def test_all_that_is_not_carried_out_is_named_at_once() -> None:
-    spec = edited("data.columns={}", "train.privacy={clip_norm: 1.0}")
+    spec = edited("train.local={steps: 2, fragments: 3}")
+    inner = spec.train.model.mlp.SerializeToString() + b"\x78\x01"  # field 15
+    spec.train.model.mlp.ParseFromString(inner)
     with pytest.raises(Unimplemented, match="and 1 more"):
         specs.check_spec(spec)
 
