@@ -292,7 +292,7 @@ class HostedJob:
         outvoted = coordination.OutvotedWorker(
             worker_id=effect.worker_id,
             incarnation=effect.incarnation,
-            step=max(0, effect.version),
+            step=self.ranges.step_of(max(0, effect.version)),
             node=TreeNode(first=node.first, span=node.span),
             evaluation=effect.action == GoRecord.ACTION_EVALUATE,
             sha256=effect.digest,
@@ -318,7 +318,7 @@ class HostedJob:
             return None
         return coordination.VerifiersMissing(
             leaves=missing.leaves,
-            step=missing.version,
+            step=self.ranges.step_of(missing.version),
             node=TreeNode(first=missing.node.first, span=missing.node.span),
             evaluation=missing.action == GoRecord.ACTION_EVALUATE,
             copies=missing.copies,

@@ -14,7 +14,9 @@ from phalanx.models.linear import LinearModel
 from phalanx.models.losses import Hinge, Logistic, OutputLayer, Softmax, SquaredError
 from phalanx.models.mlp import Mlp
 from phalanx.models.passes import NormalEquations, Pca
+from phalanx.models.split_features import SplitLinearModel
 from phalanx.models.user import UserModel
+from phalanx.optimizers import build_optimizer
 from phalanx.specs.buffers import refuse_with_buffers
 from phalanx.texts import number_of
 from phalanx.v1 import job_spec_pb2
@@ -48,10 +50,10 @@ def _build(spec: job_spec_pb2.JobSpec, schema: DataSchema, code_dir: Path | None
             _needs_regression(schema, "linear_regression")
             if spec.train.optimizer.HasField("closed_form") and schema.rows:
                 return NormalEquations(schema, model.linear_regression.bias, spec.train.l2)
-            return LinearModel(schema, 1, SquaredError(), model.linear_regression.bias)
+            return _linear(spec, schema, SquaredError(), model.linear_regression.bias)
         case "logistic_regression":
             _needs_two_classes(schema, "logistic_regression")
-            return LinearModel(schema, 1, Logistic(), model.logistic_regression.bias)
+            return _linear(spec, schema, Logistic(), model.logistic_regression.bias)
         case "softmax_regression":
             _needs_classes(schema, "softmax_regression")
             return LinearModel(schema, schema.classes, Softmax(), model.softmax_regression.bias)
@@ -85,6 +87,15 @@ def _linear_svm(spec: job_spec_pb2.JobSpec, schema: DataSchema) -> Model:
         cocoa = train.optimizer.cocoa
         return DualSvm(schema, cocoa, train.l2, spec.seed, certified=certified)
     return LinearModel(schema, 1, Hinge(squared=svm.loss == "squared_hinge"), svm.bias)
+
+
+def _linear(
+    spec: job_spec_pb2.JobSpec, schema: DataSchema, output: OutputLayer, bias: bool
+) -> Model:
+    if not schema.features_of_shards:
+        return LinearModel(schema, 1, output, bias)
+    states = build_optimizer(spec.train, total_steps=0).state_names
+    return SplitLinearModel(schema, output, bias, states)
 
 
 def _mlp(mlp: job_spec_pb2.Mlp, schema: DataSchema) -> Model:

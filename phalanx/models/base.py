@@ -61,7 +61,8 @@ class DataSchema:
     """What a model needs to know of the data: ``classes`` is 0 for regression.
 
     ``rows`` and ``shards`` are those that the job trains on; 0 where a model that is there already
-    is loaded: then it has no workspace.
+    is loaded: then it has no workspace. ``batch_rows`` are those of a step of one shard, at most.
+    ``features_of_shards`` says where shards are groups of columns which features each sees.
     """
 
     features: int
@@ -69,6 +70,8 @@ class DataSchema:
     dtype: str = "float32"
     rows: int = 0
     shards: int = 0
+    batch_rows: int = 0
+    features_of_shards: tuple[tuple[range, ...], ...] = ()
 
 
 @dataclass(frozen=True)

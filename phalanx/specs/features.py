@@ -66,7 +66,7 @@ def violations(
         (index, name) for index, name in enumerate(data.features) if columns.position(name) is None
     ]
     for index, name in unknown[:_SHOWN]:
-        yield Violation(f"{PATH}[{index}]", _unknown(name, data.name, dataset, columns))
+        yield Violation(f"{PATH}[{index}]", unknown_column(name, data.name, dataset, columns))
     if len(unknown) > _SHOWN:
         yield Violation(PATH, f"{len(unknown) - _SHOWN} more names are not known")
     if data.features and not unknown and feature_count(data, columns) == 0:
@@ -74,9 +74,10 @@ def violations(
         yield Violation(PATH, f"{message}; choose others, or leave it out to use all")
 
 
-def _unknown(
+def unknown_column(
     name: str, data_name: str, dataset: dataset_service_pb2.Dataset, columns: RawColumns
 ) -> str:
+    """Return the sentence about a name that a data set does not have."""
     shown = repr(name[:60])
     if name == dataset.target:
         return f"{shown} is the target of {data_name}, which no model may see"

@@ -23,6 +23,9 @@ UPDATED_MODELS = ("k_means", "pca", "boosting")
 UPDATING_OPTIMIZERS = ("closed_form", "cocoa")
 """Optimizers that see the whole vector."""
 
+COLUMNS = "columns"
+"""Shards are groups of columns: the optimizer moves the weights in every second version."""
+
 PASSES = {"pca": 2, "closed_form": 2}
 """Steps of an algorithm that has a fixed number of them."""
 
@@ -56,15 +59,18 @@ def local_steps(train: job_spec_pb2.Train) -> int:
     return train.local.steps if train.HasField("local") else 0
 
 
+def optimizer_vectors(optimizer: job_spec_pb2.Optimizer) -> int:
+    """Return how many vectors, each as long as the parameters, an optimizer keeps between steps."""
+    kind = optimizer.WhichOneof("kind") or "sgd"
+    return _INNER_VECTORS.get(kind, int(optimizer.sgd.momentum > 0))
+
+
 def inner_vectors(train: job_spec_pb2.Train) -> int:
     """Return how many vectors each shard's own optimizer keeps from one local step to the next.
 
     Each is as long as the parameters. Without local steps there is no such optimizer.
     """
-    if not train.HasField("local"):
-        return 0
-    kind = train.optimizer.WhichOneof("kind") or "sgd"
-    return _INNER_VECTORS.get(kind, int(train.optimizer.sgd.momentum > 0))
+    return optimizer_vectors(train.optimizer) if train.HasField("local") else 0
 
 
 def commits_one_by_one(train: job_spec_pb2.Train) -> bool:
@@ -101,10 +107,22 @@ def least_shards(reduction: job_spec_pb2.Reduction) -> int:
     return 2 * reduction.krum.faulty + 3 if kind == "krum" else 1
 
 
+def by_columns(data: job_spec_pb2.Data) -> bool:
+    """Whether each shard sees all rows, in columns of its own."""
+    return data.HasField("columns")
+
+
+def row_shards(data: job_spec_pb2.Data) -> int:
+    """Return among how many shards the rows of a step are dealt out."""
+    return 1 if by_columns(data) else data.shards
+
+
 def update_kind(spec: job_spec_pb2.JobSpec) -> str:
     """Return which algorithm makes the versions of a job; empty where its optimizer does, which
     treats each parameter by itself."""
     train = spec.train
+    if by_columns(spec.data):
+        return COLUMNS
     if train.model.WhichOneof("kind") in UPDATED_MODELS:
         return train.model.WhichOneof("kind") or ""
     kind = train.optimizer.WhichOneof("kind") or ""

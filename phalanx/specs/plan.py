@@ -58,6 +58,7 @@ def job_plan(
         asynchronous=parts.commits_one_by_one(spec.train),
         verified=parts.verifies(spec.train),
         state_every=parts.state_every(spec),
+        by_columns=parts.by_columns(spec.data),
     )
 
 
@@ -129,6 +130,9 @@ def worker_bytes(
     elements = catalog.element_count(spec.train.model, dataset.features, len(dataset.classes))
     if spec.train.optimizer.HasField("cocoa"):
         elements += train_rows(spec, dataset)  # their dual variables
+    if parts.by_columns(spec.data):
+        elements *= 1 + parts.optimizer_vectors(spec.train.optimizer)
+        elements += rows_per_leaf(spec, train_rows(spec, dataset)) + 1
     all_rows = max(1, sum(dataset.rows.values()))
     bytes_per_row = max(itemsize * _activations(spec, dataset), dataset.size_bytes // all_rows)
     leaf = rows_per_leaf(spec, train_rows(spec, dataset)) * bytes_per_row
@@ -194,7 +198,7 @@ def _leaf_warnings(spec: job_spec_pb2.JobSpec, rows: int, eligible_workers: int)
             f"batch_size {batch} is more than the {number_of(rows, 'row')}: "
             "every step uses all of them"
         )
-    elif batch and batch % shards and not is_private(spec.train):
+    elif batch and batch % parts.row_shards(spec.data) and not is_private(spec.train):
         found.append(
             f"batch_size {batch} is no multiple of {number_of(shards, 'shard')}: "
             f"a step has {number_of(leaf * shards, 'row')}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from phalanx.data.choice import RawColumns
 from phalanx.errors import Violation
+from phalanx.specs import parts
 from phalanx.specs.resolve import resolve
 from phalanx.specs.unimplemented import refuse_unimplemented, unimplemented
 from phalanx.specs.validate import refuse, validate, validate_against
@@ -37,7 +38,7 @@ def reads_dataset(spec: job_spec_pb2.JobSpec) -> bool:
 
 def chooses_columns(spec: job_spec_pb2.JobSpec) -> bool:
     """Whether `prepare` has to know the columns of the data set."""
-    return reads_dataset(spec) and bool(spec.data.features)
+    return reads_dataset(spec) and (bool(spec.data.features) or parts.by_columns(spec.data))
 
 
 def prepare(

@@ -8,6 +8,7 @@ from phalanx.data.choice import RawColumns
 from phalanx.privacy import settings as privacy
 from phalanx.programs import program_of
 from phalanx.specs import balance, catalog, features, parts, task_sets, updates
+from phalanx.specs import columns as column_groups
 from phalanx.tasks import is_program, is_task_set
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2, model_service_pb2
 
@@ -57,9 +58,10 @@ def resolve(
         _data(result, dataset)
         if columns is not None:
             features.resolve(result.data, columns)
+            column_groups.resolve(result.data, columns)
         _model(result.train, dataset)
         updates.resolve(result, dataset)
-        if not parts.update_kind(result):
+        if parts.update_kind(result) in ("", parts.COLUMNS):
             _optimizer(result.train.optimizer)
         if result.train.HasField("local"):
             _outer(result.train.local.outer)
@@ -79,7 +81,7 @@ def rows_per_leaf(spec: job_spec_pb2.JobSpec, rows: int) -> int:
 
     In a private job that is what it gives on average.
     """
-    shards = max(1, spec.data.shards)
+    shards = max(1, parts.row_shards(spec.data))
     largest = -(-rows // shards)
     if spec.train.batch_size == 0:
         return max(1, largest)
@@ -93,7 +95,7 @@ def steps_per_epoch(spec: job_spec_pb2.JobSpec, rows: int) -> int:
     """
     if privacy.is_private(spec.train):
         return privacy.steps_per_epoch(spec.train, rows)
-    largest = -(-rows // max(1, spec.data.shards))
+    largest = -(-rows // max(1, parts.row_shards(spec.data)))
     return max(1, -(-largest // rows_per_leaf(spec, rows)))
 
 
@@ -145,7 +147,10 @@ def _data(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> N
     if data.WhichOneof("partition") is None:
         data.rows.SetInParent()
     balance.resolve(data, dataset)
-    if not data.HasField("shards"):
+    if parts.by_columns(data):
+        if data.columns.groups and not data.HasField("shards"):
+            data.shards = len(data.columns.groups)
+    elif not data.HasField("shards"):
         rows = balance.train_rows(data, dataset)
         if spec.train.batch_size > 0:
             wanted = spec.train.batch_size // ROWS_PER_LEAF

@@ -32,7 +32,7 @@ COMPONENTS_MAX = 4096
 def resolve(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> None:
     """Write out the defaults of such a job; others stay as they are."""
     train, kind = spec.train, parts.update_kind(spec)
-    if not kind:
+    if kind in ("", parts.COLUMNS):
         return
     train.dtype = train.dtype or "float64"
     if kind in parts.PASSES:
@@ -152,6 +152,8 @@ def _parts(spec: job_spec_pb2.JobSpec, kind: str) -> Iterator[Violation]:
         yield Violation("train.compression.down_cast_to", f"{whole}; leave it out")
     if train.on_nonfinite.HasField("skip"):
         yield Violation("train.on_nonfinite.skip", f"{whole}; use fail")
+    if kind == parts.COLUMNS:
+        return
     if train.HasField("start"):
         path = f"train.start.{train.start.WhichOneof('from') or 'model'}"
         if train.start.WhichOneof("from") != "job":

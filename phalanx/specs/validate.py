@@ -26,11 +26,13 @@ from phalanx.specs import (
     continuing,
     features,
     margins,
+    parts,
     private,
     programs,
     task_sets,
     updates,
 )
+from phalanx.specs import columns as column_groups
 from phalanx.specs.fields import walk
 from phalanx.tasks import is_program, is_task_set
 from phalanx.texts import number_of
@@ -153,6 +155,7 @@ def validate(spec: job_spec_pb2.JobSpec) -> list[Violation]:
     return [
         *_names(spec),
         *features.repeated(spec.data),
+        *column_groups.violations(spec),
         *_numbers(spec),
         *_resources(spec),
         *_code(spec),
@@ -180,7 +183,7 @@ def validate_against(
     train_rows = balance.train_rows(spec.data, dataset)
     return [
         *_data(spec, dataset),
-        *(features.violations(spec.data, dataset, columns) if columns is not None else ()),
+        *(_columns(spec.data, dataset, columns) if columns is not None else ()),
         *balance.violations(spec, dataset),
         *_model_fits(spec, dataset),
         *updates.violations_against(spec, dataset.features, train_rows),
@@ -425,18 +428,26 @@ def _metric(path: str, metric: str) -> Iterator[Violation]:
         yield Violation(path, f"{metric[:60]!r} is no metric; {example}")
 
 
+def _columns(
+    data: job_spec_pb2.Data, dataset: dataset_service_pb2.Dataset, columns: RawColumns
+) -> Iterator[Violation]:
+    chosen = list(features.violations(data, dataset, columns))
+    yield from chosen or column_groups.violations_against(data, dataset, columns)
+
+
 def _data(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> Iterator[Violation]:
     known = ", ".join(sorted(dataset.rows)) or "none"
     rows = balance.train_rows(spec.data, dataset)
     if rows == 0:
         message = f"{spec.data.name} has no rows in the split {spec.data.split!r}; it has: {known}"
         yield Violation("data.split", message)
-    elif spec.data.shards > rows:
+    elif parts.row_shards(spec.data) > rows:
         yield Violation(
             "data.shards",
             f"{number_of(spec.data.shards, 'shard')}: more than the {number_of(rows, 'row')}",
         )
-    if 0 < spec.train.batch_size < spec.data.shards and not is_private(spec.train):
+    least = parts.row_shards(spec.data)
+    if 0 < spec.train.batch_size < least and not is_private(spec.train):
         message = f"{number_of(spec.train.batch_size, 'row')} cannot be spread over "
         message += number_of(spec.data.shards, "shard")
         yield Violation("train.batch_size", f"{message}; each needs at least one")

@@ -37,6 +37,7 @@ from phalanx.training.sampler import (
     rows_in_order,
     shard_rows,
 )
+from phalanx.training.two_rounds import row_shards
 from phalanx.v1.job_spec_pb2 import JobSpec, Train
 from phalanx.v1.training_pb2 import JobPlan, Layout
 
@@ -102,11 +103,11 @@ def run_leaf(
 
     Args:
         model: the job's model.
-        parameters: (n,) version ``step``.
-        reader: rows of the split that the job trains on.
+        parameters: (n,) version ``step``, or one of the versions of that step.
+        reader: rows of the split that the job trains on, in the columns of the shard.
         plan: what the job is.
         shard: which shard, below ``plan.shards``.
-        step: the version at which the gradient is taken; it fixes epoch and rows.
+        step: the step whose gradient is taken; it fixes epoch and rows.
         out: (n,) the gradient sum, written whole unless the count is 0.
     """
     batch = leaf_batch(reader, plan, shard, step)
@@ -147,7 +148,9 @@ def training_rows(plan: JobPlan, reader: Chunks, shard: int) -> ShardRows:
     """Return the rows of a shard that its training leaves read."""
     settings = _settings(plan.spec)
     classes = _class_layout(reader, settings) if settings.by_class else None
-    return shard_rows(shard, plan.shards, reader.chunk_rows, classes)
+    if plan.by_columns:
+        shard = 0  # all of them read the rows of one
+    return shard_rows(shard, row_shards(plan), reader.chunk_rows, classes)
 
 
 def row_clip_norm(plan: JobPlan) -> float | None:

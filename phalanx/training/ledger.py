@@ -29,6 +29,7 @@ from phalanx.texts import number_of
 from phalanx.training.leaf import Chunks, leaf_rows
 from phalanx.training.replay import ReplayLog
 from phalanx.training.sampler import RowSelection
+from phalanx.training.two_rounds import row_shards
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan
 
@@ -220,7 +221,7 @@ class _Stock:
     def _count(self, epoch: int) -> _Epoch:
         counts = _Epoch(np.zeros_like(self._rows.wanted), np.zeros_like(self._rows.wanted))
         # Shard by shard: the sampler remembers the order of a few shards at a time.
-        for shard in range(self._plan.shards):
+        for shard in range(row_shards(self._plan)):
             for own_step in range(epoch * self._per_epoch, (epoch + 1) * self._per_epoch):
                 contribution = shard, own_step // self._own
                 times = self._times(contribution)

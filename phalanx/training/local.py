@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from phalanx.compressors import Key, build_down_codec, build_up_codec, decoded, 
 from phalanx.data.manifest import DatasetManifest
 from phalanx.errors import FailedPrecondition, PhalanxError
 from phalanx.layouts import model_layout
-from phalanx.models import DataSchema, Model, build_model
+from phalanx.models import Model, build_model
 from phalanx.models.base import Batch, buffer_mask, decay_mask
 from phalanx.models.code import deactivate_user_code
 from phalanx.optimizers import Optimizer, build_optimizer, gradient_limit
@@ -46,7 +46,10 @@ from phalanx.training.leaf import (
 from phalanx.training.left_out import LeftOutLog
 from phalanx.training.local_asynchronous import AsynchronousSteps
 from phalanx.training.replay import ReplayLog
+from phalanx.training.schema import job_schema
+from phalanx.training.shard_readers import ShardReaders
 from phalanx.training.start import load_start_parameters
+from phalanx.training.two_rounds import examples_of, rounds_per_step, step_of
 from phalanx.updates import build_update
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import GoRecord, JobPlan, Layout
@@ -131,21 +134,20 @@ def train_in_process(
     spec = JobSpec.FromString(plan.spec)
     dtype = spec.train.dtype or "float32"
 
-    def reader_of(split: str) -> ChunkReader:
-        return ChunkReader(manifest, split, fetch, dtype=dtype, columns=spec.data.features)
+    def reader_of(split: str, columns: Collection[str]) -> ChunkReader:
+        return ChunkReader(manifest, split, fetch, dtype=dtype, columns=columns)
 
-    reader = reader_of(spec.data.split)
-    schema = DataSchema(
-        reader.manifest.features, len(manifest.classes), dtype, plan.train_rows, plan.shards
-    )
-    evaluation_reader = reader_of(spec.train.evaluation.split) if plan.evaluation_shards else None
+    readers = ShardReaders(spec.data, manifest, lambda columns: reader_of(spec.data.split, columns))
+    evaluation_reader = None
+    if plan.evaluation_shards:
+        evaluation_reader = reader_of(spec.train.evaluation.split, spec.data.features)
     try:
-        model = build_model(spec, schema, code_dir)
+        model = build_model(spec, job_schema(plan, spec, manifest), code_dir)
         with one_blas_thread():
             return run_job(
                 plan,
                 model,
-                reader,
+                readers.of,
                 evaluation_reader,
                 start_model=start_model,
                 on_progress=on_progress,
@@ -162,7 +164,7 @@ def train_in_process(
 def run_job(
     plan: JobPlan,
     model: Model,
-    reader: RowReader,
+    reader_of: Callable[[int], RowReader],
     evaluation_reader: RowReader | None = None,
     *,
     start_model: Path | None = None,
@@ -175,12 +177,13 @@ def run_job(
 ) -> TrainedModel:
     """Run the rounds of a job whose model and readers are there; see `train_in_process`.
 
-    BLAS must use one thread already. `evaluation_reader` may be None only where the plan has no
+    BLAS must use one thread already. `reader_of` tells what reads the rows of a shard;
+    `evaluation_reader` may be None only where the plan has no
     evaluation shards.
     """
     records = _Records(replay, left_out)
     secret = new_secret() if secret is None else secret
-    job = _Job(plan, model, reader, evaluation_reader, start_model, records, secret)
+    job = _Job(plan, model, reader_of, evaluation_reader, start_model, records, secret)
     begin_s = clock()
     go = job.decider.start()
     ends = (GoRecord.ACTION_STOP, GoRecord.ACTION_FAIL)
@@ -208,7 +211,7 @@ class _Job:
         self,
         plan: JobPlan,
         model: Model,
-        reader: RowReader,
+        reader_of: Callable[[int], RowReader],
         evaluation_reader: RowReader | None,
         start_model: Path | None,
         records: _Records,
@@ -222,7 +225,7 @@ class _Job:
         self._plan.evaluation_sums[:] = model.evaluation_sums
         self._spec = JobSpec.FromString(plan.spec)
         self._model = model
-        self._reader = reader
+        self._reader_of = reader_of
         self._evaluation_reader = evaluation_reader
         self._start_model = start_model
         self._update = build_update(self._plan)
@@ -284,7 +287,10 @@ class _Job:
             step = self._train_one_by_one(self._one_by_one)
             go = self.decider.committed(version, step.count, step.loss, elapsed_s(), step.measured)
             return self._observed(go)
-        count, loss = self._train(go.version)
+        rounds = rounds_per_step(self._plan)
+        for number in range(go.version * rounds, version * rounds):
+            count, loss = self._train(number)
+        count = examples_of(self._plan, count)
         return self._observed(self.decider.committed(version, count, loss, elapsed_s()))
 
     def progress(self) -> Progress:
@@ -368,7 +374,7 @@ class _Job:
             self._make_next(gradient, divisor, version)
             if not all_finite(self._next):
                 message = (
-                    f"step {version + 1} made parameters that are not finite; "
+                    f"step {step_of(self._plan, version) + 1} made parameters that are not finite; "
                     "lower the learning rate or check the data"
                 )
                 raise _failure(message, "PARAMETERS_NON_FINITE")
@@ -412,9 +418,10 @@ class _Job:
         return sums
 
     def _leaf(self, parameters: Array, shard: int, version: int, out: Array) -> LeafOutcome:
-        model, reader, plan = self._model, self._reader, self._plan
+        model, reader, plan = self._model, self._reader_of(shard), self._plan
         if self._local is None:
-            return run_leaf(model, parameters, reader, plan, shard, version, out)
+            step = step_of(plan, version)
+            return run_leaf(model, parameters, reader, plan, shard, step, out)
 
         def batch_of(step: int) -> Batch | None:
             return leaf_batch(reader, plan, shard, step)
@@ -455,9 +462,10 @@ class _Job:
         rule = self._spec.train.on_nonfinite
         first, count = rows_of_shard(self._plan, shard, evaluation=False)
         where = f" (rows {first} to {first + count - 1})" if count else ""
+        step = step_of(self._plan, version) + 1
         message = (
-            f"the leaf of shard {shard}{where} in step "
-            f"{version + 1} is not finite; lower the learning rate or check the data"
+            f"the leaf of shard {shard}{where} in step {step} is not finite; "
+            "lower the learning rate or check the data"
         )
         if rule.WhichOneof("action") != "skip":
             raise _failure(message, "NON_FINITE")

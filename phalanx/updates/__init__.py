@@ -14,6 +14,7 @@ from phalanx.optimizers import build_optimizer
 from phalanx.specs.parts import projects, update_kind
 from phalanx.updates.base import Update
 from phalanx.updates.boosting import BoostingUpdate
+from phalanx.updates.columns import ColumnsUpdate
 from phalanx.updates.k_means import KMeansUpdate
 from phalanx.updates.margins import AddedChanges, ProjectedStep
 from phalanx.updates.passes import NextPass
@@ -27,6 +28,8 @@ def build_update(plan: JobPlan) -> Update | None:
     """Return what makes the versions of a job whose layout is known; None: its optimizer does."""
     spec = JobSpec.FromString(plan.spec)
     match update_kind(spec):
+        case "columns":
+            return ColumnsUpdate(plan, spec.train)
         case "k_means":
             return KMeansUpdate(plan.layout, spec.seed)
         case "pca" | "closed_form":

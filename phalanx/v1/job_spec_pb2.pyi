@@ -249,13 +249,20 @@ Global___Rows: _TypeAlias = Rows  # noqa: Y015
 
 @_typing.final
 class Columns(_message.Message):
-    """Each shard is a group of columns."""
+    """Each shard is a group of columns: it sees all rows, in these columns alone. For linear_regression and
+    logistic_regression.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     GROUPS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """[all columns in order, divided evenly among data.shards] The columns of each shard, by the names that
+        `phalanx data show` tells, with commas between: age,town; of columns without names also ranges: x1-x40. Each
+        column is in one group.
+        """
+
     def __init__(
         self,
         *,

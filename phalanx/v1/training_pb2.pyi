@@ -388,6 +388,7 @@ class JobPlan(_message.Message):
     STATE_EVERY_FIELD_NUMBER: _builtins.int
     SAMPLER_KEY_FIELD_NUMBER: _builtins.int
     MODEL_FILES_FIELD_NUMBER: _builtins.int
+    BY_COLUMNS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     spec: _builtins.bytes
     """JobSpec in its resolved form, serialized protobuf (not JSON)."""
@@ -434,6 +435,11 @@ class JobPlan(_message.Message):
     """Private jobs draw each row of each step by it. Members only: whoever knows the model and in
     which steps a row took part learns more than the job promises. The journal does not have it.
     """
+    by_columns: _builtins.bool
+    """Each shard sees all rows of a step, in columns of its own. A step is two
+    train rounds and makes two versions: one with the scores of its rows, and
+    one with the next parameters.
+    """
     @_builtins.property
     def layout(self) -> Global___Layout: ...
     @_builtins.property
@@ -479,10 +485,11 @@ class JobPlan(_message.Message):
         state_every: _builtins.int = ...,
         sampler_key: _builtins.bytes = ...,
         model_files: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        by_columns: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asynchronous", b"asynchronous", "bitwise", b"bitwise", "code_digests", b"code_digests", "evaluation_rows", b"evaluation_rows", "evaluation_shards", b"evaluation_shards", "evaluation_sums", b"evaluation_sums", "fingerprint", b"fingerprint", "job_id", b"job_id", "layout", b"layout", "local_steps", b"local_steps", "manifest_digest", b"manifest_digest", "model_files", b"model_files", "range_count", b"range_count", "rows_per_leaf", b"rows_per_leaf", "sampler_key", b"sampler_key", "shards", b"shards", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_model_digest", b"start_model_digest", "state_every", b"state_every", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_rows", b"train_rows", "unit_span", b"unit_span", "verified", b"verified"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asynchronous", b"asynchronous", "bitwise", b"bitwise", "by_columns", b"by_columns", "code_digests", b"code_digests", "evaluation_rows", b"evaluation_rows", "evaluation_shards", b"evaluation_shards", "evaluation_sums", b"evaluation_sums", "fingerprint", b"fingerprint", "job_id", b"job_id", "layout", b"layout", "local_steps", b"local_steps", "manifest_digest", b"manifest_digest", "model_files", b"model_files", "range_count", b"range_count", "rows_per_leaf", b"rows_per_leaf", "sampler_key", b"sampler_key", "shards", b"shards", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_model_digest", b"start_model_digest", "state_every", b"state_every", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_rows", b"train_rows", "unit_span", b"unit_span", "verified", b"verified"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

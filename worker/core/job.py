@@ -17,6 +17,7 @@ import numpy as np
 
 from phalanx.given import Covered
 from phalanx.reduction import Node
+from phalanx.training.two_rounds import step_of
 from phalanx.v1 import aggregation_service_pb2, training_pb2
 from phalanx.v1 import coordination_service_pb2 as coordination
 from worker.core.buffers import BufferPool
@@ -537,7 +538,7 @@ class JobCore:
         failed = coordination.LeafFailed(
             job_id=self.job_id,
             term=self.term,
-            step=round.step,
+            step=step_of(self.plan, round.step),
             round=round.go.round,
             shard=failure.shard,
             kind=failure.kind,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.compressors import Codec, Key, build_up_codec, compress_in_place
-from phalanx.data.choice import choose
 from phalanx.data.manifest import ChunkInfo, DatasetManifest
 from phalanx.data.reader import ChunkReader
-from phalanx.models import Batch, DataSchema, Model, build_model
+from phalanx.models import Batch, Model, build_model
 from phalanx.reduction import Node
 from phalanx.specs.shard_rows import rows_of_shard
 from phalanx.training.leaf import (
@@ -29,7 +28,10 @@ from phalanx.training.leaf import (
     training_rows,
 )
 from phalanx.training.sampler import chunks_in_order, window_rows
+from phalanx.training.schema import job_schema
+from phalanx.training.shard_readers import ShardReaders
 from phalanx.training.start import check_start_parameters, load_start_parameters
+from phalanx.training.two_rounds import step_of
 from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.leaf.read_ahead import ReadAhead
 from worker.leaf.reduce import Scratch
@@ -92,14 +94,7 @@ class JobWork:
     @cached_property
     def model(self) -> Model:
         """The model; this is where user code is loaded."""
-        manifest = choose(self.manifest, self.spec.data.features).manifest
-        schema = DataSchema(
-            features=manifest.features,
-            classes=len(manifest.classes),
-            dtype=self.spec.train.dtype or "float32",
-            rows=self.plan.train_rows,
-            shards=self.plan.shards,
-        )
+        schema = job_schema(self.plan, self.spec, self.manifest)
         return build_model(self.spec, schema, self._paths.code)
 
     @cached_property
@@ -123,19 +118,22 @@ class JobWork:
         return Scratch(self.plan.layout.element_count, self.dtype)
 
     @cached_property
-    def training_chunks(self) -> ChunkReader:
-        """Chunks of the training split."""
-        return self._reader(self.spec.data.split or "train")
+    def training_readers(self) -> ShardReaders[ChunkReader]:
+        """What reads the rows of each shard."""
+        split = self.spec.data.split or "train"
+        return ShardReaders(
+            self.spec.data, self.manifest, lambda columns: self._reader(split, columns)
+        )
 
     @cached_property
     def training_batches(self) -> ReadAhead:
         """Rows of the training leaves."""
-        return ReadAhead(self.training_chunks, self.plan)
+        return ReadAhead(self.training_readers.of, self.plan)
 
     @cached_property
     def evaluation_reader(self) -> ChunkReader:
         """Rows of the split that evaluations use."""
-        return self._reader(self.spec.train.evaluation.split)
+        return self._reader(self.spec.train.evaluation.split, self.spec.data.features)
 
     def parameters(self, buffer: int) -> Array:
         """A version in shared memory, read-only for the job's code."""
@@ -170,7 +168,7 @@ class JobWork:
         """Run one training leaf; `inner` is what the shard's own optimizer remembers."""
         batches = self.training_batches
         if self.local is None:
-            batch = batches.take(shard, step)
+            batch = batches.take(shard, step_of(self.plan, step))
             return run_batch(self.model, parameters, batch, out, row_clip_norm(self.plan))
 
         def batch_of(own_step: int) -> Batch | None:
@@ -178,9 +176,12 @@ class JobWork:
 
         return self.local.run(self.model, parameters, step, batch_of, out, inner)
 
-    def own_steps(self, step: int) -> range:
-        """The steps of a shard that make up a step of the job."""
-        return range(step, step + 1) if self.local is None else self.local.steps_of(step)
+    def own_steps(self, version: int) -> range:
+        """The steps of a shard that make up what is computed at a version."""
+        if self.local is not None:
+            return self.local.steps_of(version)
+        own = step_of(self.plan, version)
+        return range(own, own + 1)
 
     def evaluate(self, parameters: Array, shard: int) -> tuple[LeafOutcome, Array]:
         """Run one evaluation leaf: its sums."""
@@ -216,10 +217,12 @@ class JobWork:
     ) -> tuple[list[ChunkInfo], list[ChunkInfo]]:
         """Chunks of the leaves of this step and the next, and those of a window of rows later,
         that were not named before."""
-        plan, reader = self.plan, self.training_chunks
+        plan = self.plan
         incomplete = [shard for shard in shards if not self._hints.complete(shard)]
         if not incomplete:
             return [], []
+        # Chunks hold whole rows: they are the same whichever columns a shard sees.
+        reader = self.training_readers.of(incomplete[0])
 
         def chunks_of(steps: Iterable[int]) -> dict[int, None]:
             return {
@@ -271,7 +274,7 @@ class JobWork:
     def _inner_names(self) -> tuple[str, ...]:
         return () if self.local is None else self.local.state_names
 
-    def _reader(self, split: str) -> ChunkReader:
+    def _reader(self, split: str, columns: Collection[str]) -> ChunkReader:
         infos = {chunk.digest: chunk for chunk in self.manifest.splits.get(split, ())}
         dtype = self.spec.train.dtype or "float32"
 
@@ -280,7 +283,6 @@ class JobWork:
                 raise NotMapped
             return self._fetch(infos[digest])
 
-        columns = self.spec.data.features
         return ChunkReader(self.manifest, split, fetch, dtype=dtype, columns=columns)
 
 

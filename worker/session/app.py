@@ -478,7 +478,7 @@ class Session:
             return
         job.progress.add(examples, done.seconds, waited_s=done.waited_s, trains=trains)
         part = task.parts[done.index]
-        self._spans.ended(task, part, sum(done.seconds), asynchronous=job.core.plan.asynchronous)
+        self._spans.ended(task, part, sum(done.seconds), job.core.plan)
         self._settle(job.core.part_done(task, part, done.count, done.loss, done.mask, done.sums))
 
     def call_done(self, task: Task, index: int, seconds: float, value_json: bytes) -> None:
@@ -504,14 +504,8 @@ class Session:
                 step, shard = -1, failure.shard
                 self._logs.add(job.prepared.number, step, shard, "error", failure.traceback)
             elif isinstance(job, HostedJob):
-                asynchronous = job.core.plan.asynchronous
-                self._spans.ended(
-                    task,
-                    task.parts[index],
-                    failure.seconds,
-                    asynchronous=asynchronous,
-                    failed=outcome,
-                )
+                part, plan = task.parts[index], job.core.plan
+                self._spans.ended(task, part, failure.seconds, plan, failed=outcome)
             self._settle(job.core.part_failed(task, task.parts[index], failure))
 
     def server_died(self, task: Task, shard: int) -> bool:

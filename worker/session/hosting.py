@@ -13,6 +13,7 @@ from phalanx.errors import InvalidArgument
 from phalanx.frames import encode_request
 from phalanx.keys.caller import Service
 from phalanx.rpc.credentials import ClientKeys
+from phalanx.training.two_rounds import step_of
 from phalanx.v1 import aggregation_service_pb2 as exchange
 from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.core.effects import Effect, OpenStreams
@@ -60,8 +61,8 @@ class HostedJob:
 
     @property
     def step(self) -> int:
-        """The newest whole version."""
-        return max(0, self.core.versions.whole_version)
+        """That of the newest whole version; the version where contributions commit one by one."""
+        return step_of(self.core.plan, max(0, self.core.versions.whole_version))
 
     def became_prepared(self, prepared: PreparedJob) -> None:
         """The job's files and shared memory are here: the streams may open."""

@@ -6,7 +6,8 @@ They are made in the session process: leaf processes are forks that know nothing
 from __future__ import annotations
 
 from phalanx.telemetry import traces
-from phalanx.v1.training_pb2 import GoRecord
+from phalanx.training.two_rounds import step_of
+from phalanx.v1.training_pb2 import GoRecord, JobPlan
 from worker.core.dispatch import Task
 from worker.core.rounds import Part
 
@@ -19,7 +20,7 @@ class LeafSpans:
         self._worker_id = worker_id
 
     def ended(
-        self, task: Task, part: Part, seconds: float, *, asynchronous: bool, failed: str = ""
+        self, task: Task, part: Part, seconds: float, plan: JobPlan, failed: str = ""
     ) -> None:
         """A part was computed, or `failed`, after so long."""
         if self._tracing is None or task.round.go.action != GoRecord.ACTION_TRAIN:
@@ -30,7 +31,12 @@ class LeafSpans:
             "worker_id": self._worker_id,
         }
         # The step that it is for; where contributions commit one by one, the version that it read.
-        step = task.round.go.version + (0 if asynchronous else 1)
+        version = task.round.go.version
+        step = version if plan.asynchronous else step_of(plan, version) + 1
         self._tracing.leaf(
-            (task.job_id, task.term, step), seconds, told, joins=not asynchronous, failed=failed
+            (task.job_id, task.term, step),
+            seconds,
+            told,
+            joins=not plan.asynchronous,
+            failed=failed,
         )

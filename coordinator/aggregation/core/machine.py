@@ -67,6 +67,7 @@ from phalanx.rounds import Disagreement
 from phalanx.training.best import BEST_VECTOR, kept_in
 from phalanx.training.decisions import RootDecider
 from phalanx.training.expected import expected_examples
+from phalanx.training.two_rounds import examples_of
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1 import training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -375,7 +376,7 @@ class JobRanges:
                 for index in done:
                     made |= owned.root.frame_complete(index, current.take(index), totals)
         except (Disagreement, NonFiniteResult) as error:
-            return self._fail_of(error, frame.step)
+            return self._fail_of(error, self.step_of(frame.step))
         if current.complete:
             return [Wake(), *self._close(owned, current, elapsed_s)]
         return [Wake()] if made else []
@@ -389,13 +390,13 @@ class JobRanges:
         except StopIteration:
             return [Wake(), *self._close(owned, current, elapsed_s)]
         except (Disagreement, NonFiniteResult) as error:
-            return self._fail_of(error, owned.key[0])
+            return self._fail_of(error, self.step_of(owned.key[0]))
         return [Wake()] if made else []
 
-    def _fail_of(self, error: Exception, version: int) -> list[Effect]:
+    def _fail_of(self, error: Exception, step: int) -> list[Effect]:
         if isinstance(error, Disagreement):
             return self.fail("CONTRIBUTIONS_DISAGREE", str(error))
-        return self.fail("PARAMETERS_NON_FINITE", f"at version {version}: {error}")
+        return self.fail("PARAMETERS_NON_FINITE", f"at version {step}: {error}")
 
     def _drop_before(self, owned: _Range, version: int) -> None:
         """The first contribution to a version shows that every range committed it."""
@@ -416,12 +417,11 @@ class JobRanges:
         elif spec.action == GoRecord.ACTION_EVALUATE:
             go = self._decider.evaluated(sums, totals.example_count, elapsed_s)
         else:
-            effects.append(self._account(spec.version, totals.example_count))
+            step, count = self.step_of(spec.version), examples_of(self.plan, totals.example_count)
+            effects.append(self._account(step, count))
             if current.refused:
-                effects.append(Refused(spec.version + 1, current.refused))
-            go = self._decider.committed(
-                spec.version + 1, totals.example_count, totals.loss_sum, elapsed_s
-            )
+                effects.append(Refused(step + 1, current.refused))
+            go = self._decider.committed(step + 1, count, totals.loss_sum, elapsed_s)
         points = self._decider.take_points()
         if points:
             effects.append(Points(tuple(points)))
@@ -436,19 +436,23 @@ class JobRanges:
         untouched = trains and not any(one.touched for one in owned)
         return untouched and all(one.key == owned[0].key for one in owned)
 
-    def _account(self, version: int, count: int) -> Committed:
-        expected = expected_examples(self.plan, version)
+    def _account(self, step: int, count: int) -> Committed:
+        expected = expected_examples(self.plan, step)
         self.examples_lost += max(expected - count, 0)
         # Each shard fills one place of the tree, so this stays 0; it is counted to be seen to.
         self.examples_doubled += max(count - expected, 0)
-        return Committed(version + 1, count, expected)
+        return Committed(step + 1, count, expected)
 
     def _issue(self, go: GoRecord) -> list[Effect]:
-        """Put a go record of the root in force: for our ranges at once, for others by workers."""
+        """Put a go record of the root, which counts steps, in force."""
         go.term = self.term
         go.version = self._version_of(go.version)
         if go.HasField("best_version"):
             go.best_version = self._version_of(go.best_version)
+        return self._put_in_force(go)
+
+    def _put_in_force(self, go: GoRecord) -> list[Effect]:
+        """For our ranges at once, for others by workers."""
         if go.action in TERMINAL_ACTIONS:
             self._terminal = go
         else:
@@ -468,7 +472,7 @@ class JobRanges:
         return step
 
     def step_of(self, version: int) -> int:
-        """The step of the job that made a version."""
+        """The step of the job that a version belongs to."""
         return version
 
     def _spread(self, go: GoRecord) -> list[Effect]:
@@ -519,7 +523,7 @@ class JobRanges:
             owned.root = AssignRoot(parameters, go.version)
         elif go.action == GoRecord.ACTION_TRAIN:
             if parameters.needs_all_frames:
-                owned.root = UpdateRoot(parameters, go.version)
+                owned.root = UpdateRoot(parameters, go.version, self.step_of(go.version))
             else:
                 owned.root = OptimizerRoot(parameters, go.version, self._noise)
         elif parameters.piece.index == 0:

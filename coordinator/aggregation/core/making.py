@@ -8,6 +8,7 @@ from coordinator.aggregation.core.asynchronous import AsynchronousRanges
 from coordinator.aggregation.core.backups import BackupRanges
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.core.stateful import StatefulRanges
+from coordinator.aggregation.core.two_rounds import TwoRoundRanges, VerifiedTwoRoundRanges
 from coordinator.aggregation.core.verified import VerifiedRanges
 from phalanx.optimizers import build_contribution_optimizer, build_optimizer
 from phalanx.privacy.noise import build_noise
@@ -39,6 +40,10 @@ def make_ranges(
     update = build_update(plan)
     optimizer = build_optimizer(train, plan.total_steps) if update is None else update
     noise = build_noise(plan, noise_secret)
+    if plan.by_columns:
+        if plan.verified:
+            return VerifiedTwoRoundRanges(plan, term, owned, optimizer, decider, secret)
+        return TwoRoundRanges(plan, term, owned, optimizer, decider)
     if plan.verified:
         return VerifiedRanges(plan, term, owned, optimizer, decider, secret, noise)
     if noise is not None:

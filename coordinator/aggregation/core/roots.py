@@ -96,11 +96,15 @@ class OptimizerRoot:
 
 
 class UpdateRoot:
-    """TRAIN where version v + 1 needs all of the sums: nothing is made before the last frame."""
+    """TRAIN where version v + 1 needs all of the sums: nothing is made before the last frame.
 
-    def __init__(self, parameters: RangeParameters, version: int) -> None:
+    ``step`` is the job's, for messages.
+    """
+
+    def __init__(self, parameters: RangeParameters, version: int, step: int) -> None:
         self._parameters = parameters
         self._version = version
+        self._step = step
         self._sums: dict[int, NDArray[np.generic] | None] = {}
 
     def frame_complete(
@@ -120,7 +124,8 @@ class UpdateRoot:
         updated = parameters.update(version, sums, totals.divisor)
         require_finite(
             updated,
-            f"step {version + 1} made parameters that are not finite; check the data",
+            f"step {self._step + 1} made parameters that are not finite; check the data, and the "
+            "learning rate if there is one",
         )
         for each, (first, count) in enumerate(parameters.grid):
             parameters.versions.publish(version + 1, each, updated[first : first + count])

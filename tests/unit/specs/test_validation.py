@@ -245,7 +245,6 @@ def test_code_has_names_that_every_disk_takes(
 @pytest.mark.parametrize(
     "setting",
     [
-        "data.columns={}",
         "train.local={steps: 5, fragments: 2}",
     ],
 )
@@ -268,7 +267,7 @@ def test_other_programs_are_refused(program: str) -> None:
 
 
 def test_all_that_is_not_carried_out_is_named_at_once() -> None:
-    spec = edited("train.local={steps: 2, fragments: 3}")
+    spec = edited("train.local={steps: 5, fragments: 2}")
     inner = spec.train.model.mlp.SerializeToString() + b"\x78\x01"  # field 15
     spec.train.model.mlp.ParseFromString(inner)
     with pytest.raises(Unimplemented, match="and 1 more"):

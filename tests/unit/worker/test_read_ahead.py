@@ -52,7 +52,7 @@ def reader(tmp_path: Path) -> CountingReader:
 
 
 def test_rows_are_the_same_and_gathered_once(reader: CountingReader) -> None:
-    ahead = ReadAhead(reader, PLAN)
+    ahead = ReadAhead(lambda _: reader, PLAN)
     for step in range(7):
         for shard in range(3):
             assert ahead.prepare(shard, step)
@@ -68,7 +68,7 @@ def test_rows_are_the_same_and_gathered_once(reader: CountingReader) -> None:
 
 
 def test_a_batch_is_handed_out_once_since_leaves_change_it(reader: CountingReader) -> None:
-    ahead = ReadAhead(reader, PLAN)
+    ahead = ReadAhead(lambda _: reader, PLAN)
     ahead.prepare(0, 0)
     first, second = ahead.take(0, 0), ahead.take(0, 0)
     assert first is not None
@@ -78,7 +78,7 @@ def test_a_batch_is_handed_out_once_since_leaves_change_it(reader: CountingReade
 
 
 def test_other_rows_are_read_as_ever(reader: CountingReader) -> None:
-    ahead = ReadAhead(reader, PLAN)
+    ahead = ReadAhead(lambda _: reader, PLAN)
     ahead.prepare(0, 0)
     batch, expected = ahead.take(2, 1), leaf_batch(reader, PLAN, 2, 1)
     assert batch is not None
@@ -92,7 +92,7 @@ def test_other_rows_are_read_as_ever(reader: CountingReader) -> None:
 
 def test_memory_is_bounded(reader: CountingReader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_ahead, "LIMIT_BYTES", 100)
-    ahead = ReadAhead(reader, PLAN)
+    ahead = ReadAhead(lambda _: reader, PLAN)
     assert ahead.prepare(0, 0)
     assert not ahead.prepare(1, 0)
     ahead.take(0, 0)
@@ -101,7 +101,7 @@ def test_memory_is_bounded(reader: CountingReader, monkeypatch: pytest.MonkeyPat
 
 def test_an_exhausted_shard_has_nothing_to_gather(reader: CountingReader) -> None:
     plan = training_pb2.JobPlan(shards=3, rows_per_leaf=4, steps_per_epoch=4)
-    ahead = ReadAhead(reader, plan)
+    ahead = ReadAhead(lambda _: reader, plan)
     assert ahead.prepare(0, 3)
     assert ahead.take(0, 3) is None
     assert reader.gathered == 0

@@ -1,0 +1,24 @@
+"""What the model of a job has to know of its data."""
+
+from __future__ import annotations
+
+from phalanx.data.choice import choose
+from phalanx.data.manifest import DatasetManifest
+from phalanx.models import DataSchema
+from phalanx.specs.columns import features_of_shards
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import JobPlan
+
+
+def job_schema(plan: JobPlan, spec: JobSpec, manifest: DatasetManifest) -> DataSchema:
+    """Return the schema of the columns that a job trains on, with its rows and shards."""
+    chosen = choose(manifest, spec.data.features).manifest
+    return DataSchema(
+        features=chosen.features,
+        classes=len(chosen.classes),
+        dtype=spec.train.dtype or "float32",
+        rows=plan.train_rows,
+        shards=plan.shards,
+        batch_rows=plan.rows_per_leaf,
+        features_of_shards=features_of_shards(spec.data, manifest),
+    )
