@@ -6,6 +6,7 @@ from phalanx.optimizers.base import (
     build_local_optimizer,
     build_optimizer,
     gradient_limit,
+    round_limit,
 )
 from phalanx.optimizers.contributions import (
     ContributionOptimizer,
@@ -24,4 +25,5 @@ __all__ = [
     "build_optimizer",
     "gradient_limit",
     "learning_rate",
+    "round_limit",
 ]

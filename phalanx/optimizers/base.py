@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from phalanx.errors import InvalidArgument
 from phalanx.optimizers.rules import AdagradRule, AdamRule, MomentumRule, Rule, SgdRule
 from phalanx.optimizers.schedules import learning_rate
+from phalanx.specs.parts import by_columns
 from phalanx.v1 import job_spec_pb2
 
 Array = NDArray[Any]
@@ -131,6 +132,15 @@ def gradient_limit(train: job_spec_pb2.Train) -> float | None:
     """Return the longest norm of the mean gradient that the root applies; None: no limit."""
     message = train.local.outer if train.HasField("local") else train.optimizer
     return message.clip_norm if message.HasField("clip_norm") else None
+
+
+def round_limit(spec: job_spec_pb2.JobSpec) -> float | None:
+    """Return the longest norm of what the contributions to a round add up to, by their examples.
+
+    None where nothing limits it, and where it holds scores beside a gradient: then whoever takes
+    the gradient out of it looks at that.
+    """
+    return None if by_columns(spec.data) else gradient_limit(spec.train)
 
 
 def build_local_optimizer(train: job_spec_pb2.Train, total_steps: int) -> Optimizer:

@@ -26,7 +26,7 @@ from phalanx.layouts import model_layout
 from phalanx.models import Model, build_model
 from phalanx.models.base import Batch, buffer_mask, decay_mask
 from phalanx.models.code import deactivate_user_code
-from phalanx.optimizers import Optimizer, build_optimizer, gradient_limit
+from phalanx.optimizers import Optimizer, build_optimizer, round_limit
 from phalanx.privacy.noise import build_noise
 from phalanx.privacy.secret import new_secret, sampler_key
 from phalanx.reducers import Contribution, build_reducer
@@ -233,7 +233,7 @@ class _Job:
         if self._update is None:
             self._optimizer = build_optimizer(self._spec.train, plan.total_steps)
         self._reducer = build_reducer(self._spec.train, plan.shards)
-        self._clip_norm = gradient_limit(self._spec.train)
+        self._clip_norm = round_limit(self._spec)
         self._noise = build_noise(plan, secret)
         self._up_codec = build_up_codec(self._spec)
         self._down_codec = build_down_codec(self._spec.train)

@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from phalanx.layouts import model_layout
 from phalanx.models.base import views
 from phalanx.specs.starting import check_shapes, shapes_in_file
 from phalanx.v1.training_pb2 import Layout
@@ -17,14 +18,15 @@ def check_start_parameters(path: Path, layout: Layout) -> None:
 
     Args:
         path: ``model.safetensors`` of the earlier model; only its head is read.
-        layout: of the new job; names and shapes must be the same, the dtype may differ.
+        layout: of the new job; names and shapes must be the same, the dtype may differ. Its
+            workspace is in no file.
     """
-    wanted = {tensor.name: tensor.shape for tensor in layout.tensors}
+    wanted = {tensor.name: tensor.shape for tensor in model_layout(layout).tensors}
     check_shapes(shapes_in_file(path), wanted)
 
 
 def load_start_parameters(path: Path, layout: Layout, out: NDArray[Any]) -> None:
-    """Write the tensors of a safetensors file into a flat vector, by name.
+    """Write the tensors of a safetensors file into a flat vector, by name; the workspace is zero.
 
     Args:
         path: ``model.safetensors`` of the earlier model.
@@ -38,5 +40,7 @@ def load_start_parameters(path: Path, layout: Layout, out: NDArray[Any]) -> None
 
     check_start_parameters(path, layout)
     stored = load_file(path)
-    for name, target in views(layout, out).items():
+    model = model_layout(layout)
+    out[model.element_count :] = 0
+    for name, target in views(model, out).items():
         target[...] = stored[name]

@@ -41,8 +41,26 @@ BOOSTING = {
 }
 
 
+COLUMNS = {
+    **JOB,
+    "name": "columns",
+    "data": {"name": "many", "columns": {}, "shards": 5},
+    "train": {
+        "model": {"logistic_regression": {}},
+        "optimizer": {"adam": {"learning_rate": 0.01}, "clip_norm": 0.05},
+        "l2": 1e-3,
+        "batch_size": 500,
+        "dtype": "float64",
+        "stop": {"steps": STEPS},
+        "checkpoints": {"every_steps": 20},
+    },
+}
+
+
 @pytest.mark.parametrize(
-    ("job_of", "workers"), [(JOB, 1), (BOOSTING, 3)], ids=["k-means, alone", "boosting"]
+    ("job_of", "workers"),
+    [(JOB, 1), (BOOSTING, 3), (COLUMNS, 3)],
+    ids=["k-means, alone", "boosting", "columns"],
 )
 def test_a_worker_and_an_aggregator_die(
     tmp_path: Path, job_of: dict[str, Any], workers: int

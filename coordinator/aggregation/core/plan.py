@@ -8,7 +8,7 @@ import numpy as np
 
 from coordinator.aggregation.core.whole import HeldRound, LeavesRound
 from phalanx.compressors import build_up_codec
-from phalanx.optimizers import gradient_limit
+from phalanx.optimizers import round_limit
 from phalanx.reducers import build_reducer
 from phalanx.rounds import Round, RoundSpec
 from phalanx.v1 import job_spec_pb2, training_pb2
@@ -32,7 +32,7 @@ class Rounds:
         spec = job_spec_pb2.JobSpec.FromString(plan.spec)
         self._reducer = build_reducer(spec.train, plan.shards)
         self._codec = build_up_codec(spec)
-        self._clip_norm = gradient_limit(spec.train)
+        self._clip_norm = round_limit(spec)
         self._spare = spec.train.synchronous.backup_shards
 
     def open(
