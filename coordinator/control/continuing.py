@@ -12,6 +12,7 @@ from phalanx import specs
 from phalanx.errors import DataLoss, InvalidArgument, NotFound, Violation, no_job
 from phalanx.keys.caller import current_caller
 from phalanx.training.asynchronous import NO_LIMIT, completed_steps
+from phalanx.training.two_rounds import rounds_per_step
 from phalanx.v1 import job_spec_pb2
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.control_journal_pb2 import Continued, JobSubmitted
@@ -118,6 +119,7 @@ def _check_counts(checkpoint: pb.CheckpointManifest, plan: JobPlan) -> None:
     """Refuse what cannot be counted on from: owners of ranges would find out only later."""
     job_id, step = checkpoint.job_id, checkpoint.step
     counted = step * max(1, plan.local_steps) * (plan.shards if plan.asynchronous else 1)
+    counted *= rounds_per_step(plan)
     message = ""
     if not 0 <= counted < NO_LIMIT:
         message = f"is at step {step} of {job_id}, further than steps are counted"

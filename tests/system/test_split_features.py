@@ -103,7 +103,7 @@ def test_a_pause_and_a_job_that_goes_on(alone: phalanx.LocalCluster) -> None:
         job = cluster.submit({**JOB, "train": {**JOB["train"], "stop": {"steps": 400}}})
         wait_until(lambda: job.refresh().progress.step > 3 or job.done, "some steps")
         job.pause()
-        wait_until(lambda: job.refresh().state == "paused" or job.done, "the pause")
+        wait_until(lambda: job.refresh().state == "PAUSED" or job.done, "the pause")
         assert not job.done
         job.resume()
         paused = job.wait(timeout_s=GUARD_S)
@@ -121,8 +121,8 @@ def test_a_group_with_an_unknown_column_is_refused(alone: phalanx.LocalCluster) 
         alone.submit({**JOB, "data": data})
 
 
-@pytest.mark.parametrize("batch_size", [0, 2048])
-def test_a9a(batch_size: int) -> None:
+@pytest.mark.parametrize(("batch_size", "steps"), [(0, 30), (2048, 100)])
+def test_a9a(batch_size: int, steps: int) -> None:
     """Sparse rows of 123 columns among 6 shards."""
     rows, labels = load_svmlight_file(str(shared_data("a9a") / "a9a"), n_features=123)
     train = {
@@ -131,7 +131,7 @@ def test_a9a(batch_size: int) -> None:
         "l2": 1e-4,
         "batch_size": batch_size,
         "dtype": "float64",
-        "stop": {"steps": 100},
+        "stop": {"steps": steps},
     }
     with phalanx.LocalCluster(workers=0) as cluster:
         cluster.data.add("a9a", rows, (labels > 0).astype(np.int64))
