@@ -64,6 +64,8 @@ def cluster() -> Iterator[phalanx.LocalCluster]:
     with phalanx.LocalCluster(workers=2, slots=1) as local:
         local.data.add("fashion", demo_data())
         local.data.add("adult", *classification(2000, 8, 2), test=0.2)
+        customers = REPOSITORY / "examples" / "columns" / "customers.csv"
+        local.data.add("customers", customers, test=0.2)
         # A worker is ready before it has joined; a plan counts those that have.
         wait_until(lambda: len(local.workers()) == 2, "both workers to join")
         # A plan of rows through a model asks for one of that name, whatever it is.
