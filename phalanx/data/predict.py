@@ -111,6 +111,8 @@ class LoadedModel:
         self._scales = _scales(document, parameters.dtype)
         self._block_rows: int = getattr(model, "block_rows", BLOCK_ROWS)
         self._fills = not hasattr(model, "block_rows")
+        #: Whether it standardises its features.
+        self.standardises = self._scales is not None
 
     @staticmethod
     def load(folder: Path, *, allow_code: bool = False) -> "LoadedModel":
@@ -205,6 +207,17 @@ class LoadedModel:
     def predict_prepared(self, features: Any) -> Predictions:
         """Predictions for rows that ``prepare`` returned, or that were read from chunks."""
         return self._all(self._predictions(self._raw.prepared(features)))
+
+    def to_sklearn(self) -> Any:
+        """The model as a fitted object of scikit-learn, where there is a class for it.
+
+        It takes rows as ``prepare`` returns them and predicts the same, but for the last bits;
+        where the model standardises, it is a pipeline. Raises InvalidArgument (NO_COUNTERPART) for
+        a model that no class computes, and FailedPrecondition without scikit-learn.
+        """
+        from phalanx.exports.estimators import estimator_of
+
+        return estimator_of(self)
 
     def _predictions(self, pieces: Iterable[Any]) -> Iterator[Predictions]:
         for block, rows in self._blocks(pieces):

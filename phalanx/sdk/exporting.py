@@ -9,17 +9,29 @@ from phalanx.errors import AlreadyExists, InvalidArgument
 from phalanx.files import completed
 
 _FIRST_TIME = (1980, 1, 1, 0, 0, 0)
+_PICKLES = (".joblib", ".pickle", ".pkl")
 
 
 def export_model(folder: Path, file: Path) -> None:
     """Write a downloaded model to ``file``; its ending chooses the format.
 
     ``.zip`` holds all files of the model, ``.safetensors`` and ``.npz`` the parameters only, by
-    tensor name. Raises AlreadyExists when there is such a file and InvalidArgument for another
-    ending.
+    tensor name, and ``.onnx`` what predicts. Raises AlreadyExists when there is such a file,
+    InvalidArgument for another ending and for a model that becomes no ONNX file, and
+    FailedPrecondition where a library is missing.
     """
-    writers = {".zip": _write_zip, ".safetensors": _write_safetensors, ".npz": _write_npz}
+    writers = {
+        ".zip": _write_zip,
+        ".safetensors": _write_safetensors,
+        ".npz": _write_npz,
+        ".onnx": _write_onnx,
+    }
     write = writers.get(file.suffix)
+    if file.suffix in _PICKLES:
+        raise InvalidArgument(
+            f"{file} would be a pickle, which runs code in whoever loads it, so none is written "
+            "here; in Python, cluster.models.to_sklearn(NAME) is an object that can be pickled"
+        )
     if write is None:
         raise InvalidArgument(
             f"{file} ends in {file.suffix or 'nothing'}; write to one of {', '.join(writers)}"
@@ -51,3 +63,10 @@ def _write_npz(folder: Path, file: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     with file.open("wb") as stream:
         np.savez(stream, allow_pickle=False, **tensors)
+
+
+def _write_onnx(folder: Path, file: Path) -> None:
+    from phalanx.exports.estimators import load_convertible
+    from phalanx.exports.onnx_files import onnx_bytes
+
+    file.write_bytes(onnx_bytes(load_convertible(folder)))

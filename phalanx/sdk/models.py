@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from os import PathLike
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phalanx.errors import AlreadyExists, DataLoss
 from phalanx.files import LENGTH_RULE, is_too_long
@@ -82,13 +82,25 @@ class Models:
         """Write a model to one file that other programs read; return its path.
 
         ``.zip`` holds all files of the model, ``.safetensors`` and ``.npz`` the parameters only, by
-        tensor name. Raises AlreadyExists, InvalidArgument for another ending, and NotFound.
+        tensor name. ``.onnx`` takes rows as ``LoadedModel.prepare`` returns them and predicts what
+        the model predicts; it needs ``phalanx[onnx]``. Raises AlreadyExists, NotFound,
+        InvalidArgument for another ending and for a model that becomes no ONNX file, and
+        FailedPrecondition where a library is missing.
         """
         from phalanx.sdk.exporting import export_model
 
         target = arguments.path("file", file, "the path of a new file")
         export_model(self.cached(name), target)
         return target
+
+    def to_sklearn(self, name: str) -> Any:
+        """Return a model as a fitted object of scikit-learn, which needs ``phalanx[learn]``.
+
+        See ``LoadedModel.to_sklearn``; raises NotFound as well.
+        """
+        from phalanx.exports.estimators import load_convertible
+
+        return load_convertible(self.cached(name)).to_sklearn()
 
     def delete(self, name: str, *, force: bool = False) -> None:
         """Delete a model, NAME (all versions) or NAME@VERSION.

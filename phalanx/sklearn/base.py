@@ -14,6 +14,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 import phalanx
+from phalanx.exports.estimators import estimator_of
 
 if TYPE_CHECKING:
     from phalanx.data.predict import LoadedModel
@@ -43,6 +44,14 @@ class Trained(BaseEstimator):  # type: ignore[misc]
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         return tags
+
+    def to_sklearn(self) -> Any:
+        """Return a fitted object of scikit-learn's own that predicts the same.
+
+        Raises phalanx.InvalidArgument where scikit-learn has no class for it.
+        """
+        check_is_fitted(self, "model_")
+        return estimator_of(self.model_, getattr(self, "classes_", None))
 
     def _program(self, rows: int) -> Mapping[str, Any]:
         """Return the program of the job as its file would have it, by name."""

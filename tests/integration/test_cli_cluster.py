@@ -225,8 +225,10 @@ def test_models_can_be_listed_downloaded_and_exported(cli, folder, result):
         *("model.safetensors", "model.json", "README.md")
     }
     assert cli("models", "get", "iris", "my-model")[0] == 6
-    for ending in ("zip", "npz", "safetensors"):
+    for ending in ("zip", "npz", "safetensors", "onnx"):
         assert cli("models", "export", "iris", f"m.{ending}")[0] == 0
+    code, _, err = cli("models", "export", "iris", "m.joblib")
+    assert (code, "to_sklearn" in err) == (2, True)
     with zipfile.ZipFile(folder / "m.zip") as archive:
         assert "model.json" in archive.namelist()
     with np.load(folder / "m.npz") as arrays:

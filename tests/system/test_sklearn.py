@@ -8,8 +8,10 @@ import pytest
 from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 from sklearn.svm import LinearSVC
@@ -111,6 +113,24 @@ def test_it_works_in_pipelines_searches_and_pickles() -> None:
     assert search.best_params_ == {"l2": 0.0}
     again = pickle.loads(pickle.dumps(search.best_estimator_))
     np.testing.assert_array_equal(again.predict(features), search.predict(features))
+
+
+def test_a_fitted_one_becomes_an_object_of_scikit_learns_own() -> None:
+    features, labels = digits(300)
+    ours = phalanx.sklearn.PhalanxClassifier((12,), epochs=3).fit(features, labels)
+    theirs = ours.to_sklearn()
+    assert type(theirs[-1]) is MLPClassifier
+    assert theirs.classes_.tolist() == ours.classes_.tolist()
+    np.testing.assert_array_equal(theirs.predict(features), ours.predict(features))
+    found, expected = theirs.predict_proba(features), ours.predict_proba(features)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+    regressor = phalanx.sklearn.PhalanxRegressor().fit(*load_diabetes(return_X_y=True))
+    rows = load_diabetes().data
+    np.testing.assert_allclose(
+        regressor.to_sklearn().predict(rows), regressor.predict(rows), rtol=1e-12
+    )
+    with pytest.raises(NotFittedError):
+        phalanx.sklearn.PhalanxRegressor().to_sklearn()
 
 
 def test_a_job_that_cannot_be_is_told_and_leaves_nothing() -> None:

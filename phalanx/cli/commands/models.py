@@ -115,11 +115,18 @@ def export(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="FILE.zip: everything; FILE.safetensors, FILE.npz: the parameters only.",
+            help=(
+                "FILE.zip: everything; FILE.safetensors, FILE.npz: the parameters only; "
+                "FILE.onnx: what predicts."
+            ),
         ),
     ],
 ) -> None:
-    """Write a model to one file, in a format that other programs read."""
+    """Write a model to one file, in a format that other programs read.
+
+    An ONNX file takes prepared rows: numbers, and a column for each category. It needs the extra
+    `onnx`, and a model that scikit-learn has a class for.
+    """
     from phalanx.cli.output import print_json
 
     settings = settings_of(context)

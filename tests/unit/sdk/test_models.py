@@ -194,7 +194,7 @@ def test_exports(cluster, job, tmp_path):
     assert len(flat) == load_model_directory(folder).parameters.size
     assert (tmp_path / "m.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     with pytest.raises(InvalidArgument, match=r"\.zip"):
-        cluster.models.export("shapes", tmp_path / "m.onnx")
+        cluster.models.export("shapes", tmp_path / "m.h5")
     with pytest.raises(NotFound):
         cluster.models.export("nothing", tmp_path / "m.npz")
     for ending in ("zip", "npz", "safetensors"):
@@ -202,6 +202,36 @@ def test_exports(cluster, job, tmp_path):
         with pytest.raises(FileNotFoundError) as caught:
             cluster.models.export("shapes", wanted)
         assert caught.value.filename == str(wanted)
+
+
+def test_an_export_computes_what_the_model_predicts(cluster, job, model, tmp_path):
+    pytest.importorskip("skl2onnx", reason="no converter for this Python")
+    runtime = pytest.importorskip("onnxruntime", reason="no onnxruntime for this Python")
+    file = cluster.models.export("shapes", tmp_path / "m.onnx")
+    rows = {"size": [0.5, -3.0, 1.0], "colour": ["red", "blue", "green"]}
+    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    label, probabilities = session.run(None, {"features": model.prepare(rows)})
+    assert label.tolist() == model.predict(rows).tolist()
+    np.testing.assert_allclose(probabilities, model.predict_probabilities(rows), atol=1e-6)
+    told = json.loads(session.get_modelmeta().custom_metadata_map["features"])
+    assert told == ["size", "colour=blue", "colour=red"]
+    with pytest.raises(AlreadyExists):
+        cluster.models.export("shapes", file)
+
+
+def test_a_model_as_an_object_of_scikit_learn(cluster, job, model):
+    rows = {"size": [0.5, -3.0, 1.0], "colour": ["red", "blue", "green"]}
+    estimator = cluster.models.to_sklearn("shapes@1")
+    assert estimator.predict(model.prepare(rows)).tolist() == model.predict(rows).tolist()
+    with pytest.raises(NotFound):
+        cluster.models.to_sklearn("nothing")
+
+
+@pytest.mark.parametrize("ending", ["joblib", "pkl", "pickle"])
+def test_no_pickle_is_written(cluster, job, tmp_path, ending):
+    with pytest.raises(InvalidArgument, match=r"to_sklearn\(NAME\)"):
+        cluster.models.export("shapes", tmp_path / f"m.{ending}")
+    assert list(tmp_path.glob("m.*")) == []
 
 
 def test_verification_computes_the_same_bits(cluster, job):

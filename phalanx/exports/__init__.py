@@ -1,0 +1,1 @@
+"""Trained models as objects and files of other libraries."""

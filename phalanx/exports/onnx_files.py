@@ -1,0 +1,94 @@
+"""Trained models as ONNX files, by way of what they are in scikit-learn.
+
+A graph takes ``features``, rows as ``LoadedModel.prepare`` returns them in the type of the model's
+parameters, and is deterministic: equal models give equal files.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from phalanx.data.manifest import columns_from
+from phalanx.errors import FailedPrecondition
+from phalanx.exports.estimators import convert
+
+if TYPE_CHECKING:
+    from phalanx.data.predict import LoadedModel
+
+INPUT = "features"
+
+_OUTPUTS = {
+    "classification": ("label", "probabilities"),
+    "regression": ("prediction",),
+    "clustering": ("cluster", "distances"),
+    "projection": ("components",),
+}
+"""Names by task. A regression has one column; ``distances`` are those to all centers."""
+
+_OPERATORS = {"": 18, "ai.onnx.ml": 3}
+"""The versions of ONNX's operators: old enough for every runtime in use."""
+
+
+def onnx_bytes(model: LoadedModel) -> bytes:
+    """Return a model as the contents of an ONNX file.
+
+    Raises:
+        InvalidArgument: neither scikit-learn nor ONNX has what computes the same.
+        FailedPrecondition: a library that is needed is not installed.
+    """
+    found = convert(model, _labels(model))
+    skl2onnx = _skl2onnx()
+    from onnx import helper
+    from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType
+    from sklearn.pipeline import Pipeline
+
+    rows = DoubleTensorType if found.dtype == "float64" else FloatTensorType
+    steps = [] if found.scaler is None else [("standardise", found.scaler)]
+    plain = {id(found.estimator): {"zipmap": False}} if len(model.classes) else None
+    graph = skl2onnx.convert_sklearn(
+        Pipeline([*steps, ("model", found.estimator)]),
+        name=model.name,
+        initial_types=[(INPUT, rows([None, found.features]))],
+        final_types=[(name, None) for name in _OUTPUTS[model.task]],
+        doc_string=f"{model.name}, trained by Phalanx",
+        target_opset=_OPERATORS,
+        options=plain,
+    )
+    helper.set_model_props(graph, _properties(model))
+    contents: bytes = graph.SerializeToString(deterministic=True)
+    return contents
+
+
+def _skl2onnx() -> Any:
+    try:
+        import skl2onnx
+    except ImportError as error:
+        raise FailedPrecondition(
+            "ONNX files need skl2onnx, which is not installed; run: pip install 'phalanx[onnx]'",
+            reason="EXTRA_MISSING",
+        ) from error
+    return skl2onnx
+
+
+def _labels(model: LoadedModel) -> Any:
+    """Labels that a graph can hold, whole numbers or texts: True is 1, and 0.5 the text of it."""
+    kind = model.classes.dtype.kind
+    if kind == "b":
+        return model.classes.astype(np.int64)
+    return model.classes if kind == "i" else np.array(model.document["classes"])
+
+
+def _properties(model: LoadedModel) -> dict[str, str]:
+    """What a file says of itself; lists as JSON."""
+    columns = columns_from(model.document["columns"])
+    names = [name for column in columns for name in column.feature_names()]
+    return {
+        "model": model.name,
+        "parameters_sha256": model.parameters_sha256,
+        "target": model.target,
+        "classes": json.dumps(model.document["classes"], ensure_ascii=False),
+        "features": json.dumps(names, ensure_ascii=False),
+    }
