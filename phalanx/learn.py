@@ -5,7 +5,7 @@ from __future__ import annotations
 from phalanx.errors import FailedPrecondition
 
 
-def need_scikit_learn(what: str) -> None:
+def need_scikit_learn(what: str, where: str = " on every worker") -> None:
     """Raise FailedPrecondition (SCIKIT_LEARN_MISSING), which says what to install, where `what`
     cannot be done on this machine."""
     try:
@@ -13,6 +13,6 @@ def need_scikit_learn(what: str) -> None:
     except ImportError as error:
         raise FailedPrecondition(
             f"{what} needs scikit-learn, which is not installed here; run "
-            "`pip install 'phalanx[learn]'` on every worker",
+            f"`pip install 'phalanx[learn]'`{where}",
             reason="SCIKIT_LEARN_MISSING",
         ) from error

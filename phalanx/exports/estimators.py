@@ -19,11 +19,15 @@ from google.protobuf.json_format import ParseDict, ParseError
 from numpy.typing import NDArray
 
 from phalanx.data.model_files import DESCRIPTION_FILE, load_model_directory
-from phalanx.errors import DataLoss, FailedPrecondition, InvalidArgument
+from phalanx.errors import DataLoss, InvalidArgument
+from phalanx.exports.trees import tree_of
+from phalanx.forests.tables import TREE
+from phalanx.learn import need_scikit_learn
 from phalanx.models.base import views
 from phalanx.models.k_means import CENTERS
 from phalanx.models.linear import BIAS, WEIGHTS
 from phalanx.models.passes import COMPONENTS, MEAN, VARIANCES
+from phalanx.programs.forest import tree_arguments
 from phalanx.texts import listed
 from phalanx.v1.job_spec_pb2 import JobSpec
 
@@ -46,6 +50,7 @@ class Trained:
     spec: JobSpec
     tensors: dict[str, Array]
     classes: Array
+    features: int
     steps: int
 
 
@@ -53,7 +58,7 @@ class Trained:
 class Converted:
     """A model in the terms of scikit-learn: scaled first, where there is a scaler.
 
-    ``one_dtype`` says that rows have to be of the very type of the parameters.
+    ``dtype`` is the type of rows that it computes in; ``one_dtype`` says that it takes no other.
     """
 
     scaler: Any | None
@@ -96,9 +101,9 @@ def estimator_of(model: LoadedModel, classes: Array | None = None) -> Any:
         InvalidArgument: scikit-learn has no class that computes the same.
         FailedPrecondition: scikit-learn is not installed.
     """
+    found = convert(model, classes)
     from sklearn.pipeline import Pipeline
 
-    found = convert(model, classes)
     steps = [] if found.scaler is None else [("standardise", found.scaler)]
     if steps or found.one_dtype:
         # A scaler computes in the type of its rows, which may be a shorter one.
@@ -110,15 +115,16 @@ def convert(model: LoadedModel, classes: Array | None = None) -> Converted:
     """Convert a model; see ``estimator_of``."""
     spec = _spec_of(model.document)
     conversion = _conversion(model.name, spec)
-    _need_scikit_learn()
+    need_scikit_learn("an object of scikit-learn", where="")
     tensors = views(model.model.layout, np.array(model.parameters))
     features, steps = int(model.document["features"]), int(model.document["steps"])
     labels = model.classes if classes is None else np.asarray(classes)
-    estimator = conversion(Trained(spec, tensors, labels, steps))
+    estimator = conversion(Trained(spec, tensors, labels, features, steps))
     return Converted(
         scaler=_scaler(model, features) if model.standardises else None,
         estimator=_fitted(estimator, n_features_in_=features),
-        dtype=str(model.parameters.dtype),
+        # What trees compare, whatever their thresholds are.
+        dtype="float32" if kind_of(spec) == "forest" else str(model.parameters.dtype),
         features=features,
         one_dtype=kind_of(spec) in _OF_ONE_DTYPE,
     )
@@ -139,17 +145,6 @@ def _conversion(name: str, spec: JobSpec) -> Callable[[Trained], Any]:
             reason="NO_COUNTERPART",
         )
     return found
-
-
-def _need_scikit_learn() -> None:
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise FailedPrecondition(
-            "objects of scikit-learn need scikit-learn, which is not installed; run: "
-            "pip install 'phalanx[learn]'",
-            reason="EXTRA_MISSING",
-        ) from error
 
 
 def _cast(found: Converted) -> Any:
@@ -220,6 +215,22 @@ def _classifier(trained: Trained, weights: Array, bias: Array | None) -> Any:
     )
 
 
+def _linear_svm(trained: Trained) -> Any:
+    from sklearn.svm import LinearSVC
+
+    weights, bias = trained.tensors[WEIGHTS], trained.tensors.get(BIAS)
+    return _fitted(
+        LinearSVC(
+            loss=trained.spec.train.model.linear_svm.loss or "hinge",
+            fit_intercept=bias is not None,
+        ),
+        classes_=trained.classes,
+        coef_=weights[np.newaxis],
+        intercept_=np.zeros(1, weights.dtype) if bias is None else bias,
+        n_iter_=trained.steps,
+    )
+
+
 def _mlp(trained: Trained) -> Any:
     from sklearn.neural_network import MLPClassifier, MLPRegressor
 
@@ -287,6 +298,36 @@ def _pca(trained: Trained) -> Any:
     )
 
 
+def _forest(trained: Trained) -> Any:
+    from sklearn import ensemble, tree
+
+    count = len(trained.classes)
+    kind, forest = tree.DecisionTreeRegressor, ensemble.RandomForestRegressor
+    outputs: dict[str, Any] = {"n_outputs_": 1}
+    labels = {}
+    if count:
+        kind, forest = tree.DecisionTreeClassifier, ensemble.RandomForestClassifier
+        outputs["n_classes_"] = count
+        labels["classes_"] = trained.classes
+    arguments = tree_arguments(trained.spec.forest.tree.fields)
+    trees = [
+        _fitted(
+            kind(**arguments),
+            tree_=tree_of(table, trained.features),
+            n_features_in_=trained.features,
+            # Trees of a forest know classes by number.
+            **({"classes_": np.arange(count, dtype=np.float64)} if count else {}),
+            **outputs,
+        )
+        for name, table in trained.tensors.items()
+        if name.startswith(TREE)
+    ]
+    # How a split is found is a matter of each tree.
+    arguments.pop("splitter", None)
+    known = {"n_estimators": len(trees), "random_state": trained.spec.seed, **arguments}
+    return _fitted(forest(**known), estimator_=kind(), estimators_=trees, **labels, **outputs)
+
+
 def _log_odds(scores: Array) -> Array:
     """What makes the score of class 1, less that of class 0: one sigmoid instead of a softmax."""
     return scores[1:] - scores[:1]
@@ -296,11 +337,13 @@ _CONVERSIONS: dict[str, Callable[[Trained], Any]] = {
     "linear_regression": _linear_regression,
     "logistic_regression": _logistic_regression,
     "softmax_regression": _softmax_regression,
+    "linear_svm": _linear_svm,
     "mlp": _mlp,
     "k_means": _k_means,
     "pca": _pca,
+    "forest": _forest,
 }
 """Kinds of models, and what makes an object of each; everything else has no counterpart."""
 
 _OF_ONE_DTYPE = ("k_means",)
-"""Kinds whose objects take rows of no other type than that of their parameters."""
+"""Kinds whose objects take rows of no other type than the one they compute in."""

@@ -1,7 +1,7 @@
 """Trained models as ONNX files, by way of what they are in scikit-learn.
 
 A graph takes ``features``, rows as ``LoadedModel.prepare`` returns them in the type of the model's
-parameters, and is deterministic: equal models give equal files.
+parameters (``float32`` for forests), and is deterministic: equal models give equal files.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ _OUTPUTS = {
 }
 """Names by task. A regression has one column; ``distances`` are those to all centers."""
 
+_MARGINS = ("label", "scores")
+"""Names where decision values tell classes apart: a column for each, the first the negative."""
+
 _OPERATORS = {"": 18, "ai.onnx.ml": 3}
 """The versions of ONNX's operators: old enough for every runtime in use."""
 
@@ -47,16 +50,22 @@ def onnx_bytes(model: LoadedModel) -> bytes:
 
     rows = DoubleTensorType if found.dtype == "float64" else FloatTensorType
     steps = [] if found.scaler is None else [("standardise", found.scaler)]
-    plain = {id(found.estimator): {"zipmap": False}} if len(model.classes) else None
+    names, options = _OUTPUTS[model.task], {}
+    if model.task == "classification":
+        names = _MARGINS if model.has_decision_values else names
+        options = {"raw_scores": True} if model.has_decision_values else {"zipmap": False}
     graph = skl2onnx.convert_sklearn(
         Pipeline([*steps, ("model", found.estimator)]),
         name=model.name,
         initial_types=[(INPUT, rows([None, found.features]))],
-        final_types=[(name, None) for name in _OUTPUTS[model.task]],
+        final_types=[(name, None) for name in names],
         doc_string=f"{model.name}, trained by Phalanx",
         target_opset=_OPERATORS,
-        options=plain,
+        options={id(found.estimator): options},
     )
+    if names is _MARGINS:
+        # The converter states the one column that there is without `raw_scores`.
+        graph.graph.output[1].type.tensor_type.shape.dim[1].dim_value = len(model.classes)
     helper.set_model_props(graph, _properties(model))
     contents: bytes = graph.SerializeToString(deterministic=True)
     return contents

@@ -17,6 +17,7 @@ from phalanx.v1.job_spec_pb2 import JobSpec
 from tests.unit.data.finished_models import write_finished_model
 
 ROWS, FEATURES = 700, 6
+_LINEAR = ("linear_regression", "logistic_regression", "softmax_regression", "linear_svm")
 TWO, THREE = ["no", "yes"], ["east", "north", "west"]
 
 
@@ -43,6 +44,8 @@ CLASSIFIERS = [
     Case({"mlp": {"hidden": [5, 4], "activation": "tanh"}}, THREE),
     Case({"mlp": {"hidden": [], "activation": "sigmoid"}}, [10, 20, 30]),
     Case({"mlp": {"hidden": [4], "activation": "sigmoid"}}, [0.25, 0.5]),
+    Case({"linear_svm": {}}, TWO),
+    Case({"linear_svm": {"bias": False, "loss": "squared_hinge"}}, [3, 7]),
 ]
 REGRESSIONS = [
     Case({"linear_regression": {}}, []),
@@ -75,7 +78,7 @@ def model_of(
     manifest = ingest_arrays(rows, targets, options, DirectoryBlobs(folder / "blobs"))
     model = {**case.model, "standardise": standardise}
     spec = ParseDict({"name": "m", "train": {"dtype": dtype, "model": model}}, JobSpec())
-    for kind in ("linear_regression", "logistic_regression", "softmax_regression"):
+    for kind in _LINEAR:
         given = case.model.get(kind)
         if given is not None:
             getattr(spec.train.model, kind).bias = given.get("bias", True)

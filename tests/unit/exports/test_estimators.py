@@ -42,6 +42,13 @@ def assert_alike(model: LoadedModel, estimator: Any, rows: Any) -> None:
     if ours.probabilities is not None:
         found = estimator.predict_proba(rows)
         np.testing.assert_allclose(found, ours.probabilities, rtol=0, atol=tolerance)
+    if ours.decision_values is not None:
+        found, largest = (
+            estimator.decision_function(rows),
+            float(np.abs(ours.decision_values).max()),
+        )
+        np.testing.assert_allclose(found, ours.decision_values, rtol=0, atol=tolerance * largest)
+    if model.task == "classification":
         assert estimator.classes_.dtype == model.classes.dtype
         assert estimator.classes_.tolist() == model.classes.tolist()
 
@@ -114,7 +121,7 @@ def test_labels_of_ones_own(tmp_path: Path) -> None:
         own = np.array([f"own {place}" for place in range(len(case.labels), 0, -1)])
         estimator = estimator_of(model, own)
         rows = rows_of("dense")
-        places = model.predict_prepared(rows).probabilities.argmax(axis=1)
+        places = np.searchsorted(model.classes, model.predict_prepared(rows).labels)
         np.testing.assert_array_equal(estimator.predict(rows), own[places])
 
 
@@ -165,10 +172,11 @@ def test_without_scikit_learn_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(tmp_path, CLASSIFIERS[0], dtype="float32")
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for name in [each for each in sys.modules if each.split(".")[0] == "sklearn"]:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(FailedPrecondition, match=r"phalanx\[learn\]") as caught:
         model.to_sklearn()
-    assert caught.value.reason == "EXTRA_MISSING"
+    assert caught.value.reason == "SCIKIT_LEARN_MISSING"
 
 
 def test_sparse_rows_stay_sparse_where_they_are_scaled(tmp_path: Path) -> None:

@@ -30,10 +30,15 @@ def outputs_of(contents: bytes, rows: Any) -> dict[str, Any]:
 def assert_alike(model: LoadedModel, outputs: dict[str, Any], rows: Any) -> None:
     ours, tolerance = model.predict_prepared(rows), TOLERANCE[str(model.parameters.dtype)]
     if model.task == "classification":
-        assert list(outputs) == ["label", "probabilities"]
-        assert outputs["label"].tolist() == _written(model, ours.labels)
-        probabilities = ours.probabilities
-        np.testing.assert_allclose(outputs["probabilities"], probabilities, rtol=0, atol=tolerance)
+        found = outputs.pop("label")
+        assert found.tolist() == _written(model, ours.labels)
+        if ours.decision_values is not None:
+            expected = np.stack([-ours.decision_values, ours.decision_values], axis=1)
+            tolerance *= float(np.abs(expected).max())
+            np.testing.assert_allclose(outputs["scores"], expected, rtol=0, atol=tolerance)
+        else:
+            found, expected = outputs["probabilities"], ours.probabilities
+            np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
     elif model.task == "clustering":
         assert outputs["cluster"].tolist() == ours.labels.tolist()
         assert outputs["distances"].argmin(axis=1).tolist() == ours.labels.tolist()
