@@ -74,18 +74,33 @@ def kind_of(spec: JobSpec) -> str:
     return (spec.train.model.WhichOneof("kind") or "") if program == "train" else program
 
 
+def model_kind(model: LoadedModel) -> str:
+    """Return the kind of a model that is loaded."""
+    return kind_of(_spec_of(model.document))
+
+
+def kind_in(folder: Path) -> str:
+    """Return the kind of a model that is not loaded; raises DataLoss for a damaged one."""
+    return kind_of(_description(folder)[1])
+
+
 def load_convertible(folder: Path) -> LoadedModel:
     """Load a model of which scikit-learn has a counterpart; code of the model's own is not run.
 
     Raises InvalidArgument (NO_COUNTERPART) for any other model, NotFound and DataLoss.
     """
+    _conversion(*_description(folder))
+    return load_model_directory(folder)
+
+
+def _description(folder: Path) -> tuple[str, JobSpec]:
+    """The name of a model, and the job that trained it."""
     path = folder / DESCRIPTION_FILE
     try:
         document = json.loads(path.read_bytes())
-        _conversion(document["name"], _spec_of(document))
+        return str(document["name"]), _spec_of(document)
     except (ValueError, KeyError, TypeError, ParseError) as error:
         raise DataLoss(f"{path} is damaged: {error!r}") from error
-    return load_model_directory(folder)
 
 
 def estimator_of(model: LoadedModel, classes: Array | None = None) -> Any:
@@ -139,9 +154,8 @@ def _conversion(name: str, spec: JobSpec) -> Callable[[Trained], Any]:
     found = _CONVERSIONS.get(kind)
     if found is None:
         raise InvalidArgument(
-            f"{name} is of the kind {kind}, which no class of scikit-learn computes, so it becomes "
-            "neither an object of scikit-learn nor an ONNX file; these do: "
-            f"{listed(list(_CONVERSIONS))}",
+            f"{name} is of the kind {kind}, which no class of scikit-learn computes; there is one "
+            f"for {listed(list(_CONVERSIONS))}",
             reason="NO_COUNTERPART",
         )
     return found

@@ -1,4 +1,4 @@
-"""Trained models as ONNX files, by way of what they are in scikit-learn.
+"""Trained models as ONNX files, by way of what they are in scikit-learn or PyTorch.
 
 A graph takes ``features``, rows as ``LoadedModel.prepare`` returns them in the type of the model's
 parameters (``float32`` for forests), and is deterministic: equal models give equal files.
@@ -7,18 +7,22 @@ parameters (``float32`` for forests), and is deterministic: equal models give eq
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from phalanx.data.manifest import columns_from
+from phalanx.data.model_files import load_model_directory
 from phalanx.errors import FailedPrecondition
-from phalanx.exports.estimators import convert
+from phalanx.exports.estimators import convert, kind_in, load_convertible, model_kind
+from phalanx.exports.torch_graphs import torch_graph
 
 if TYPE_CHECKING:
     from phalanx.data.predict import LoadedModel
 
 INPUT = "features"
+_TORCH = "torch"
 
 _OUTPUTS = {
     "classification": ("label", "probabilities"),
@@ -35,16 +39,41 @@ _OPERATORS = {"": 18, "ai.onnx.ml": 3}
 """The versions of ONNX's operators: old enough for every runtime in use."""
 
 
+def load_for_graph(folder: Path, *, allow_code: bool = False) -> LoadedModel:
+    """Load a model that becomes a graph; only PyTorch modules may bring code, with ``allow_code``.
+
+    Raises as ``load_convertible`` and ``load_model_directory``.
+    """
+    if kind_in(folder) == _TORCH:
+        return load_model_directory(folder, allow_code=allow_code)
+    return load_convertible(folder)
+
+
 def onnx_bytes(model: LoadedModel) -> bytes:
     """Return a model as the contents of an ONNX file.
 
     Raises:
-        InvalidArgument: neither scikit-learn nor ONNX has what computes the same.
+        InvalidArgument: there is no converter of what the model computes.
         FailedPrecondition: a library that is needed is not installed.
     """
+    if model_kind(model) == _TORCH:
+        labels = _labels(model) if len(model.classes) else model.classes
+        names = (INPUT, _OUTPUTS[model.task][-1])
+        graph = torch_graph(model, names, labels, _OPERATORS[""])
+    else:
+        graph = _sklearn_graph(model)
+    graph.graph.name, graph.doc_string = model.name, f"{model.name}, trained by Phalanx"
+    from onnx import helper
+
+    helper.set_model_props(graph, _properties(model))
+    contents: bytes = graph.SerializeToString(deterministic=True)
+    return contents
+
+
+def _sklearn_graph(model: LoadedModel) -> Any:
+    """The graph of a model that scikit-learn has a class for."""
     found = convert(model, _labels(model))
     skl2onnx = _skl2onnx()
-    from onnx import helper
     from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType
     from sklearn.pipeline import Pipeline
 
@@ -59,16 +88,13 @@ def onnx_bytes(model: LoadedModel) -> bytes:
         name=model.name,
         initial_types=[(INPUT, rows([None, found.features]))],
         final_types=[(name, None) for name in names],
-        doc_string=f"{model.name}, trained by Phalanx",
         target_opset=_OPERATORS,
         options={id(found.estimator): options},
     )
     if names is _MARGINS:
         # The converter states the one column that there is without `raw_scores`.
         graph.graph.output[1].type.tensor_type.shape.dim[1].dim_value = len(model.classes)
-    helper.set_model_props(graph, _properties(model))
-    contents: bytes = graph.SerializeToString(deterministic=True)
-    return contents
+    return graph
 
 
 def _skl2onnx() -> Any:

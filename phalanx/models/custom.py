@@ -7,8 +7,9 @@ The entrypoint ``module:function`` of ``train.model.custom`` is called as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from google.protobuf.struct_pb2 import ListValue, Struct, Value
@@ -19,6 +20,8 @@ from phalanx.models.base import Array, Batch, DataSchema, LeafSums, Model, tenso
 from phalanx.models.code import OneProcess, UserCode, load_entrypoint
 from phalanx.v1.job_spec_pb2 import Custom
 from phalanx.v1.training_pb2 import Layout
+
+T = TypeVar("T")
 
 _MODEL_MEMBERS = (
     "layout",
@@ -99,6 +102,11 @@ class CodeModel:
         """See ``Model``."""
         with self._running():
             return self._model.predict(parameters, features)
+
+    def within(self, function: Callable[[Model], T]) -> T:
+        """Call a function with the model while its code is active; return what it returns."""
+        with self._running():
+            return function(self._model)
 
     def _running(self) -> OneProcess:
         if self._code is not None:

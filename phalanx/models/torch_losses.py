@@ -53,13 +53,16 @@ class Loss:
 
     def predictions(self, outputs: Any, rows: int) -> Tensor:
         """Return (rows, classes) probabilities, or (rows,) values for a regression."""
+        return self.predicted(self._outputs(outputs, rows))
+
+    def predicted(self, outputs: Tensor) -> Tensor:
+        """Return the predictions of outputs whose shape is known to fit."""
         torch = import_torch()
-        outputs = self._outputs(outputs, rows)
         if not self.schema.classes:
-            values: Tensor = outputs.reshape(rows)
+            values: Tensor = outputs.reshape(-1)
             return values.exp() if self.name == "poisson_nll_loss" else values
         if outputs.ndim == 1 or outputs.shape[1] == 1:
-            positive = torch.sigmoid(outputs.reshape(rows))
+            positive = torch.sigmoid(outputs.reshape(-1))
             both: Tensor = torch.stack([1 - positive, positive], dim=1)
             return both
         probabilities: Tensor = outputs.exp() if self.name == "nll_loss" else outputs.softmax(1)

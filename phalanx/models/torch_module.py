@@ -13,6 +13,7 @@ buffers that are not stored begin each leaf as they were built.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -157,6 +158,24 @@ class TorchModel:
             outputs = self._load(parameters).eval()(self._features(features))
             values: Array = self._loss.predictions(outputs, features.shape[0]).cpu().numpy()
             return values
+
+    def predictor(self, parameters: Array) -> Module:
+        """Return a module of its own, on the CPU and in evaluation mode, that predicts.
+
+        It takes (rows, features) and returns what `predict` does; for writers of other formats.
+        """
+        torch = import_torch()
+        module, predicted = copy.deepcopy(self._load(parameters)).cpu(), self._loss.predicted
+
+        class Predictor(torch.nn.Module):  # type: ignore[name-defined,misc]
+            def __init__(self) -> None:
+                super().__init__()
+                self.module = module
+
+            def forward(self, features: Tensor) -> Tensor:
+                return predicted(self.module(features))
+
+        return Predictor().eval()
 
     def _built(self, seed: int) -> Module:
         """A new module on the CPU, in the job's dtype."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from phalanx.errors import AlreadyExists, InvalidArgument
@@ -12,19 +14,20 @@ _FIRST_TIME = (1980, 1, 1, 0, 0, 0)
 _PICKLES = (".joblib", ".pickle", ".pkl")
 
 
-def export_model(folder: Path, file: Path) -> None:
+def export_model(folder: Path, file: Path, *, allow_code: bool = False) -> None:
     """Write a downloaded model to ``file``; its ending chooses the format.
 
     ``.zip`` holds all files of the model, ``.safetensors`` and ``.npz`` the parameters only, by
-    tensor name, and ``.onnx`` what predicts. Raises AlreadyExists when there is such a file,
-    InvalidArgument for another ending and for a model that becomes no ONNX file, and
-    FailedPrecondition where a library is missing.
+    tensor name, and ``.onnx`` what predicts; that of a PyTorch module which brings code only with
+    ``allow_code``. Raises AlreadyExists when there is such a file, InvalidArgument for another
+    ending and for a model that becomes no ONNX file, and FailedPrecondition where a library is
+    missing.
     """
-    writers = {
+    writers: dict[str, Callable[[Path, Path], None]] = {
         ".zip": _write_zip,
         ".safetensors": _write_safetensors,
         ".npz": _write_npz,
-        ".onnx": _write_onnx,
+        ".onnx": partial(_write_onnx, allow_code=allow_code),
     }
     write = writers.get(file.suffix)
     if file.suffix in _PICKLES:
@@ -38,8 +41,8 @@ def export_model(folder: Path, file: Path) -> None:
         )
     if file.exists():
         raise AlreadyExists(f"{file} exists; give a name that is free")
-    with completed(file) as partial:
-        write(folder, partial)
+    with completed(file) as unfinished:
+        write(folder, unfinished)
 
 
 def _write_zip(folder: Path, file: Path) -> None:
@@ -65,8 +68,7 @@ def _write_npz(folder: Path, file: Path) -> None:
         np.savez(stream, allow_pickle=False, **tensors)
 
 
-def _write_onnx(folder: Path, file: Path) -> None:
-    from phalanx.exports.estimators import load_convertible
-    from phalanx.exports.onnx_files import onnx_bytes
+def _write_onnx(folder: Path, file: Path, allow_code: bool) -> None:
+    from phalanx.exports.onnx_files import load_for_graph, onnx_bytes
 
-    file.write_bytes(onnx_bytes(load_convertible(folder)))
+    file.write_bytes(onnx_bytes(load_for_graph(folder, allow_code=allow_code)))

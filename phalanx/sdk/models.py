@@ -78,19 +78,20 @@ class Models:
         self._download(self.describe(name), target)
         return target
 
-    def export(self, name: str, file: str | PathLike[str]) -> Path:
+    def export(self, name: str, file: str | PathLike[str], *, allow_code: bool = False) -> Path:
         """Write a model to one file that other programs read; return its path.
 
         ``.zip`` holds all files of the model, ``.safetensors`` and ``.npz`` the parameters only, by
         tensor name. ``.onnx`` takes rows as ``LoadedModel.prepare`` returns them and predicts what
-        the model predicts; it needs ``phalanx[onnx]``. Raises AlreadyExists, NotFound,
+        the model predicts; it needs ``phalanx[onnx]``. That of a PyTorch module runs the module's
+        code in this process, for which ``allow_code`` is needed. Raises AlreadyExists, NotFound,
         InvalidArgument for another ending and for a model that becomes no ONNX file, and
         FailedPrecondition where a library is missing.
         """
         from phalanx.sdk.exporting import export_model
 
         target = arguments.path("file", file, "the path of a new file")
-        export_model(self.cached(name), target)
+        export_model(self.cached(name), target, allow_code=allow_code)
         return target
 
     def to_sklearn(self, name: str) -> Any:

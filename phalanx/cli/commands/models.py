@@ -25,6 +25,13 @@ NAME = Annotated[
     ),
 ]
 
+ALLOW_CODE = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code", metavar="", help="Run the code that the model brings; trust it first."
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
@@ -121,17 +128,18 @@ def export(
             ),
         ),
     ],
+    allow_code: ALLOW_CODE = False,
 ) -> None:
     """Write a model to one file, in a format that other programs read.
 
     An ONNX file takes prepared rows: numbers, and a column for each category. It needs the extra
-    `onnx`, and a model that scikit-learn has a class for.
+    `onnx`, and a model that scikit-learn has a class for, or a PyTorch module.
     """
     from phalanx.cli.output import print_json
 
     settings = settings_of(context)
     with settings.connect() as cluster:
-        cluster.models.export(name, file)
+        cluster.models.export(name, file, allow_code=allow_code)
     if settings.json:
         print_json({"path": str(file)})
     else:
@@ -170,12 +178,7 @@ def predict(
         Path | None,
         typer.Option("-o", "--output", metavar="FILE", help="Write .csv or .parquet here."),
     ] = None,
-    allow_code: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code", metavar="", help="Run the code that the model brings; trust it first."
-        ),
-    ] = False,
+    allow_code: ALLOW_CODE = False,
 ) -> None:
     """Predict labels for raw rows of a CSV or Parquet file.
 
