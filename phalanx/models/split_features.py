@@ -48,7 +48,7 @@ class SplitLinearModel(LinearModel):
             (SCORED, (1,)),
             *((state_tensor(name), (size,)) for name in states),
         ]
-        self.layout = make_layout(tensors, schema.dtype, workspace)
+        self.layout = make_layout(tensors, schema.dtype, workspace=workspace)
         self._views = Views(self.layout)
         #: By shard: the places of its columns among the features.
         self._places = [
