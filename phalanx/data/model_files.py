@@ -257,7 +257,7 @@ def _chosen_from(description: ModelDescription) -> dict[str, Any] | None:
 
 
 def _standardisation(manifest: DatasetManifest, spec: JobSpec) -> dict[str, Any] | None:
-    if not spec.train.model.standardise:
+    if not (spec.train.model.standardise or spec.cascade.standardise):
         return None
     return {"mean": manifest.statistics.mean, "std": manifest.statistics.std}
 

@@ -42,6 +42,7 @@ from phalanx.programs.base import (
     Piece,
     Program,
 )
+from phalanx.programs.cascade import Cascade
 from phalanx.programs.evaluate import Evaluate
 from phalanx.programs.forest import Forest
 from phalanx.programs.predict import Predict
@@ -59,7 +60,9 @@ __all__ = [
     "program_of",
 ]
 
-_ALL: dict[str, Program] = {each.name: each for each in (Forest(), Evaluate(), Predict())}
+_ALL: dict[str, Program] = {
+    each.name: each for each in (Forest(), Evaluate(), Predict(), Cascade())
+}
 
 
 def program_of(spec: JobSpec) -> Program:

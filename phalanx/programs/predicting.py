@@ -15,5 +15,9 @@ def predictor_of(spec: JobSpec, layout: Layout, classes: int) -> Predictor:
             from phalanx.forests.model import ForestModel
 
             return ForestModel(layout, classes)
+        case "cascade":
+            from phalanx.cascades.model import KernelMachine
+
+            return KernelMachine(layout, classes, spec.cascade.gamma)
         case other:
             raise Unimplemented(f"nothing predicts with a model of the program {other}")

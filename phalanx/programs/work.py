@@ -65,5 +65,9 @@ def runner_of(job: JobData) -> Run:
             from phalanx.scoring.tasks import PredictTasks
 
             return PredictTasks(job).run
+        case "cascade":
+            from phalanx.cascades.tasks import CascadeTasks
+
+            return CascadeTasks(job).run
         case other:
             raise Unimplemented(f"the program {other} has no tasks that can be run")

@@ -107,6 +107,11 @@ def rows_by_chance(shard: ShardRows, key: bytes, step: int, rate: float) -> list
     return _select(_all_parts(shard), drawn)
 
 
+def rows_at(shard: ShardRows, positions: NDArray[np.int64]) -> list[RowSelection]:
+    """Return some rows of a shard by their places in it, in its order."""
+    return _select(_all_parts(shard), positions)
+
+
 def rows_in_order(shard: ShardRows) -> list[RowSelection]:
     """Return all rows of a shard in stored order, as evaluation reads them."""
     return [

@@ -2467,7 +2467,10 @@ Global___Predict: _TypeAlias = Predict  # noqa: Y015
 
 @_typing.final
 class Cascade(_message.Message):
-    """A kernel support vector machine, by a cascade of partial ones."""
+    """A kernel support vector machine, by a cascade of partial ones: shards find their support vectors, which are merged
+    pairwise, and go back into every shard. More than two classes are told apart pair by pair.
+    Graf, Cosatto, Bottou, Durdanovic, Vapnik, "Parallel support vector machines: the cascade SVM" (2005).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2475,6 +2478,7 @@ class Cascade(_message.Message):
     GAMMA_FIELD_NUMBER: _builtins.int
     GAP_AT_MOST_FIELD_NUMBER: _builtins.int
     PASSES_FIELD_NUMBER: _builtins.int
+    STANDARDISE_FIELD_NUMBER: _builtins.int
     c: _builtins.float
     """What a row on the wrong side of the margin costs."""
     gamma: _builtins.float
@@ -2482,7 +2486,9 @@ class Cascade(_message.Message):
     gap_at_most: _builtins.float
     """[1e-6] Ends once a pass changes the dual objective by no more than this share of it."""
     passes: _builtins.int
-    """[10] Passes through the cascade, at most."""
+    """[10] Passes through the cascade, at most; of one shard there is one."""
+    standardise: _builtins.bool
+    """[true for dense data, false for sparse] Scale each feature to mean 0 and deviation 1 of the train split."""
     def __init__(
         self,
         *,
@@ -2490,13 +2496,19 @@ class Cascade(_message.Message):
         gamma: _builtins.float = ...,
         gap_at_most: _builtins.float = ...,
         passes: _builtins.int | None = ...,
+        standardise: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_passes", b"_passes", "passes", b"passes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_passes", b"_passes", "_standardise", b"_standardise", "passes", b"passes", "standardise", b"standardise"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_passes", b"_passes", "c", b"c", "gamma", b"gamma", "gap_at_most", b"gap_at_most", "passes", b"passes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_passes", b"_passes", "_standardise", b"_standardise", "c", b"c", "gamma", b"gamma", "gap_at_most", b"gap_at_most", "passes", b"passes", "standardise", b"standardise"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__passes: _TypeAlias = _typing.Literal["passes"]  # noqa: Y015
     _WhichOneofArgType__passes: _TypeAlias = _typing.Literal["_passes", b"_passes"]  # noqa: Y015
+    _WhichOneofReturnType__standardise: _TypeAlias = _typing.Literal["standardise"]  # noqa: Y015
+    _WhichOneofArgType__standardise: _TypeAlias = _typing.Literal["_standardise", b"_standardise"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__passes) -> _WhichOneofReturnType__passes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__standardise) -> _WhichOneofReturnType__standardise | None: ...
 
 Global___Cascade: _TypeAlias = Cascade  # noqa: Y015

@@ -31,6 +31,11 @@ FOREST: dict[str, Any] = {
     "forest": {"trees": 40, "tree": {"max_features": "all"}},
     "seed": 11,
 }
+CASCADE: dict[str, Any] = {
+    "name": "cascade",
+    "data": {"name": "wide", "shards": 12},
+    "cascade": {"c": 1, "gamma": 0.02, "passes": 3},
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +46,15 @@ def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> str:
+def alone() -> Iterator[phalanx.Cluster]:
     with phalanx.LocalCluster(workers=0) as alone:
         add_wide(alone)
-        return alone.submit(FOREST).wait(timeout_s=GUARD_S).parameters_sha256
+        yield alone
+
+
+@pytest.fixture(scope="module")
+def undisturbed(alone: phalanx.Cluster) -> str:
+    return alone.submit(FOREST).wait(timeout_s=GUARD_S).parameters_sha256
 
 
 def add_wide(cluster: phalanx.Cluster) -> None:
@@ -97,15 +107,19 @@ def hold(ring: Arena, job: Job) -> str:
     return victim
 
 
-def test_a_worker_killed_with_a_tree_half_grown(ring: Arena, undisturbed: str) -> None:
-    ring.workers_ready()
-    job = ring.cluster.submit(FOREST)
-    victim = hold(ring, job)
+def kill(ring: Arena, victim: str) -> None:
+    """Kill a worker and its leaf processes, which are stopped and would not see it."""
     left = leaves_of(ring, victim)
     ring.signal(victim)
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def test_a_worker_killed_with_a_tree_half_grown(ring: Arena, undisturbed: str) -> None:
+    ring.workers_ready()
+    job = ring.cluster.submit(FOREST)
+    kill(ring, hold(ring, job))
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == undisturbed
     assert result.metrics["tasks/failed_tries"] == 0
@@ -158,3 +172,15 @@ def test_programs_in_a_cluster_with_keys(tmp_path: Path, undisturbed: str) -> No
             assert "train/accuracy" in ann.submit(other).wait(timeout_s=GUARD_S).metrics
         found = ring.cluster.submit(score).wait(timeout_s=GUARD_S).metrics
         assert "test/accuracy" in found
+
+
+def test_a_worker_killed_with_a_part_of_a_cascade_half_solved(
+    ring: Arena, alone: phalanx.Cluster
+) -> None:
+    expected = alone.submit(CASCADE).wait(timeout_s=GUARD_S)
+    ring.workers_ready()
+    job = ring.cluster.submit(CASCADE)
+    kill(ring, hold(ring, job))
+    result = job.wait(timeout_s=GUARD_S)
+    assert result.parameters_sha256 == expected.parameters_sha256
+    assert result.metrics["cascade/dual"] == expected.metrics["cascade/dual"]

@@ -229,7 +229,8 @@ def test_the_jobs_of_the_documents_run(alone: phalanx.Cluster) -> None:
     blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     documents = [load_yaml(block) for block in blocks]
     programs = [each for each in documents if is_program(each)]
-    assert [each.WhichOneof("program") for each in programs] == ["forest", "evaluate", "predict"]
+    names = ["forest", "cascade", "evaluate", "predict"]
+    assert [each.WhichOneof("program") for each in programs] == names
     alone.data.add("fashion", *digits(), test=0.2)
     for spec in programs:
         assert alone.submit(spec).wait(timeout_s=GUARD_S).metrics

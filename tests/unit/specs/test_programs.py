@@ -10,6 +10,7 @@ from google.protobuf.json_format import ParseDict
 from phalanx.errors import InvalidArgument
 from phalanx.programs import graph_of
 from phalanx.programs import predict as predicting
+from phalanx.programs.cascade import Layers as CascadeLayers
 from phalanx.programs.forest import TASKS_MAX, Layers
 from phalanx.programs.predict import OUTPUT
 from phalanx.specs import job_plan, plan, prepare, resolve
@@ -109,6 +110,78 @@ def test_the_defaults_of_a_forest_are_those_of_scikit_learn() -> None:
     assert numbers.forest.tree["max_features"] == "all"
     kept = prepare(spec_of({"trees": 5, "tree": {"max_features": None}}), dataset())
     assert kept.forest.tree["max_features"] is None
+
+
+@pytest.mark.parametrize(
+    ("cascade", "more", "field", "message"),
+    [
+        ({"gamma": 0.1}, {}, "cascade.c", "must be above 0"),
+        ({"c": 1}, {}, "cascade.gamma", "must be above 0"),
+        ({"c": 1, "gamma": -2}, {}, "cascade.gamma", "not -2"),
+        ({"c": 1, "gamma": 1, "gap_at_most": 1}, {}, "cascade.gap_at_most", "below 1"),
+        ({"c": 1, "gamma": 1, "passes": 0}, {}, "cascade.passes", "at least 1"),
+        ({"c": 1, "gamma": 1}, {"seed": 3}, "seed", "changes nothing"),
+        (
+            {"c": 1, "gamma": 1, "passes": 1000},
+            {"data": {"name": "data", "shards": 30}},
+            "cascade.passes",
+            "at most 50000",
+        ),
+    ],
+)
+def test_what_a_cascade_may_not_say_is_named(
+    cascade: dict[str, Any], more: dict[str, Any], field: str, message: str
+) -> None:
+    document = {"name": "svm", "data": {"name": "data"}, "cascade": cascade, **more}
+    with pytest.raises(InvalidArgument) as caught:
+        prepare(ParseDict(document, JobSpec()), dataset())
+    found = [each for each in caught.value.violations if each.field == field]
+    assert found, caught.value.violations
+    assert message in found[0].message
+
+
+def cascade_of(shards: int | None = None, rows: int = 12_000, **cascade: Any) -> JobSpec:
+    data = {"name": "data"} | ({} if shards is None else {"shards": shards})
+    document = {"name": "svm", "data": data, "cascade": {"c": 1, "gamma": 0.1, **cascade}}
+    return prepare(ParseDict(document, JobSpec()), dataset(rows))
+
+
+def test_the_defaults_of_a_cascade() -> None:
+    resolved = cascade_of()
+    assert resolved.data.shards == 2
+    assert (resolved.cascade.gap_at_most, resolved.cascade.passes) == (1e-6, 10)
+    assert resolved.cascade.standardise
+    assert resolve(resolved, dataset(12_000)) == resolved
+    assert cascade_of(rows=300).data.shards == 1
+
+
+def test_a_cascade_tells_classes_apart() -> None:
+    spec = ParseDict(
+        {"name": "svm", "data": {"name": "data"}, "cascade": {"c": 1, "gamma": 0.1}}, JobSpec()
+    )
+    with pytest.raises(InvalidArgument, match="is for regression"):
+        prepare(spec, dataset(classes=0))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4, 5, 8, 13])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_every_shard_of_a_cascade_reaches_the_top_of_its_pass(shards: int, passes: int) -> None:
+    plan_ = job_plan(cascade_of(shards, passes=passes), dataset(12_000), "job-1")
+    steps = CascadeLayers.of(plan_).steps
+    tops = [task for task, step in enumerate(steps) if step.top]
+    assert len(tops) == (1 if shards == 1 else passes)
+    reached: list[set[int]] = []
+    for task, step in enumerate(steps):
+        assert all(needed < task for needed in step.needs)
+        below = [needed for needed in step.needs if needed not in tops]
+        reached.append(set().union(*(reached[needed] for needed in below)))
+        if step.kind == "shard":
+            reached[-1] = {step.number}
+        if step.top:
+            assert reached[-1] == set(range(shards))
+    vectors = [task for task, step in enumerate(steps) if step.kind == "vectors"]
+    assert steps[-1].needs == (tops[-1], *vectors)
+    assert graph_of(plan_).count == len(steps) == plan_.total_steps
 
 
 def planned(trees: int, rows: int, **forest: Any) -> JobPlan:

@@ -258,7 +258,7 @@ def test_what_is_not_carried_out_is_refused_by_its_path(
     assert "not carried out" in caught.value.message
 
 
-@pytest.mark.parametrize("program", ["sweep", "cascade"])
+@pytest.mark.parametrize("program", ["sweep"])
 def test_other_programs_are_refused(program: str) -> None:
     spec = specs.load_yaml(f"name: job\ndata: {{name: fashion}}\n{program}: {{}}")
     with pytest.raises(Unimplemented) as caught:

@@ -1,0 +1,1 @@
+"""Kernel support vector machines by a cascade: their tasks, and what predicts with them."""
