@@ -66,6 +66,10 @@ def onnx_bytes(model: LoadedModel) -> bytes:
     from onnx import helper
 
     helper.set_model_props(graph, _properties(model))
+    # Converters list them as they come out of a set.
+    versions = sorted((each.domain, each.version) for each in graph.opset_import)
+    graph.ClearField("opset_import")
+    graph.opset_import.extend(helper.make_opsetid(*each) for each in versions)
     contents: bytes = graph.SerializeToString(deterministic=True)
     return contents
 
