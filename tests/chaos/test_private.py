@@ -19,7 +19,7 @@ from phalanx.training.local import TrainedModel, train_in_process
 from phalanx.v1.control_journal_pb2 import ControlRecord
 from phalanx.v1.storage_service_pb2 import ReadJournalRequest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
 
 def private_job(**train: Any) -> dict[str, Any]:

@@ -306,7 +306,7 @@ class CommitHistory:
         for number, commit in enumerate(log):
             replay.add(commit.shard, number - commit.read)
         parameters = jobs.initial(shape).copy()
-        steps = AsynchronousSteps(self._plan, self._mask, parameters, replay)
+        steps = AsynchronousSteps(self._plan, self._plan.layout, parameters, replay)
 
         def leaf(weights: Array, shard: int, step: int, out: Array) -> LeafOutcome:
             jobs.gradient(shape, shard, step, weights, out)

@@ -43,7 +43,7 @@ class Leaf:
     started: asyncio.Event
 
     def __init__(
-        self, _leaves: Any, _limit: int, on_message: Any, _on_log: Any, on_exit: Any
+        self, _leaves: Any, _limit: int, on_message: Any, _on_log: Any, on_exit: Any, _gpus: Any
     ) -> None:
         if Leaf.refusals:
             Leaf.refusals -= 1
