@@ -20,7 +20,7 @@ INLINE_BYTES = 16 * 1024
 
 VALUE_BYTES_MAX = 32 * 1024 * 1024
 
-PROGRAMS = ("forest", "evaluate", "predict", "cascade")
+PROGRAMS = ("forest", "evaluate", "predict", "cascade", "sweep")
 """Members of the choice of `JobSpec.program` whose tasks are functions of Phalanx."""
 
 PROGRAM_TIMEOUT_S = 24 * 3600

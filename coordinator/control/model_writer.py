@@ -24,11 +24,13 @@ from phalanx.data.model_files import (
 from phalanx.errors import DataLoss
 from phalanx.layouts import model_layout, size_bytes
 from phalanx.programs import Outcome, Piece
+from phalanx.specs import spec_sha256
 from phalanx.tasks import OUTCOME
 from phalanx.training.best import Kept, kept_in
 from phalanx.v1 import model_service_pb2
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.job_pb2 import Result
+from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import Layout
 from phalanx.wheels import wheel_path
 
@@ -91,16 +93,27 @@ class ModelWriter:
         if outcome.model is not None:
             pieces = [_blob_piece(each) for each in outcome.model.pieces]
             made = _Made(final.step, None, metrics, bit_identical)
-            created = await self._register(facts, outcome.model.layout, pieces, made)
+            layout, described = outcome.model.layout, outcome.model.spec_of(facts.spec)
+            created = await self._register(facts, layout, pieces, made, described)
             result.model = f"{created.name}@{created.version}"
             result.parameters_sha256 = created.parameters_sha256
         return result
 
     async def _register(
-        self, facts: JobFacts, layout: Layout, pieces: list[pb.BlobPiece], made: _Made
+        self,
+        facts: JobFacts,
+        layout: Layout,
+        pieces: list[pb.BlobPiece],
+        made: _Made,
+        spec: JobSpec | None = None,
     ) -> model_service_pb2.ModelVersion:
-        """Compose a model of the pieces of its flat vector; return it as it is registered."""
-        spec, plan, best = facts.spec, facts.plan, made.best
+        """Compose a model of the pieces of its flat vector; return it as it is registered.
+
+        `spec` is what it is described with, where that is not the spec of its job.
+        """
+        plan, best = facts.plan, made.best
+        sha256 = plan.spec_sha256 if spec is None else spec_sha256(spec)
+        spec = facts.spec if spec is None else spec
         parameters = await self._compose(pieces)
         header = pb.BlobPiece(inline=safetensors_header(layout))
         composed = await self._compose([header, *pieces])
@@ -111,7 +124,7 @@ class ModelWriter:
             manifest=DatasetManifest.from_json(manifest_json),
             manifest_digest=plan.manifest_digest,
             spec=spec,
-            spec_sha256=plan.spec_sha256,
+            spec_sha256=sha256,
             layout=layout,
             parameters_sha256=parameters.digest,
             steps=made.steps if best is None else best.step,

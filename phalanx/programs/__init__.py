@@ -46,6 +46,7 @@ from phalanx.programs.cascade import Cascade
 from phalanx.programs.evaluate import Evaluate
 from phalanx.programs.forest import Forest
 from phalanx.programs.predict import Predict
+from phalanx.programs.sweep import Sweep
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan
 
@@ -61,7 +62,7 @@ __all__ = [
 ]
 
 _ALL: dict[str, Program] = {
-    each.name: each for each in (Forest(), Evaluate(), Predict(), Cascade())
+    each.name: each for each in (Forest(), Evaluate(), Predict(), Cascade(), Sweep())
 }
 
 

@@ -46,10 +46,26 @@ class Piece:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A model that a program leaves: its layout, and where its flat vector lies, in order."""
+    """A model that a program leaves: its layout, and where its flat vector lies, in order.
+
+    `spec` is the job that it is the model of, where that is another one than the program itself.
+    """
 
     layout: Layout
     pieces: tuple[Piece, ...]
+    spec: JobSpec | None = None
+
+    def spec_of(self, job: JobSpec) -> JobSpec | None:
+        """Return the spec that the model is described with; None: that of its job. Whatever a task
+        has written there, the model gets no other code and no other place than its job has."""
+        if self.spec is None:
+            return None
+        spec = JobSpec()
+        spec.CopyFrom(self.spec)
+        spec.namespace = job.namespace
+        spec.code.CopyFrom(job.code)
+        spec.output.CopyFrom(job.output)
+        return spec
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,10 @@ class Outcome:
             layout = MessageToDict(self.model.layout, preserving_proto_field_name=True)
             pieces = [_piece_document(each) for each in self.model.pieces]
             document["model"] = {"layout": layout, "pieces": pieces}
+            if self.model.spec is not None:
+                document["model"]["spec"] = MessageToDict(
+                    self.model.spec, preserving_proto_field_name=True
+                )
         text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return text.encode()
 
@@ -82,7 +102,10 @@ class Outcome:
             if "model" in document:
                 layout = ParseDict(document["model"]["layout"], Layout())
                 pieces = tuple(_piece_from(each) for each in document["model"]["pieces"])
-                model = ModelParts(layout, pieces)
+                spec = None
+                if "spec" in document["model"]:
+                    spec = ParseDict(document["model"]["spec"], JobSpec())
+                model = ModelParts(layout, pieces, spec)
             return Outcome(
                 metrics={str(name): float(each) for name, each in document["metrics"].items()},
                 model=model,

@@ -12,6 +12,7 @@ from phalanx.data.choice import choose
 from phalanx.data.manifest import DatasetManifest
 from phalanx.data.reader import ChunkReader
 from phalanx.models.base import Batch
+from phalanx.training.leaf import RowReader
 from phalanx.training.sampler import rows_in_order, shard_rows
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan
@@ -77,7 +78,7 @@ class JobData:
         """Return the result of a task that is stored."""
         return Result(digest, size_bytes, self._fetch)
 
-    def reader(self, split: str, dtype: str = "float32") -> ChunkReader:
+    def reader(self, split: str, dtype: str = "float32") -> RowReader:
         """Return a reader of one split with the columns that the job chose."""
         infos = {chunk.digest: chunk for chunk in self._whole.splits.get(split, ())}
 

@@ -69,5 +69,9 @@ def runner_of(job: JobData) -> Run:
             from phalanx.cascades.tasks import CascadeTasks
 
             return CascadeTasks(job).run
+        case "sweep":
+            from phalanx.sweeps.tasks import SweepTasks
+
+            return SweepTasks(job).run
         case other:
             raise Unimplemented(f"the program {other} has no tasks that can be run")

@@ -487,20 +487,26 @@ class InProcessBackend:
         outcome = run_program(plan, blobs, results, on_result, code)
         result = result_of(plan, outcome, len(results))
         trained = trained_of(outcome, blobs, len(results))
-        if trained is not None:
-            result.model = self._register(job, plan, trained)
+        if trained is not None and outcome.model is not None:
+            described = outcome.model.spec_of(job.spec)
+            result.model = self._register(job, plan, trained, described)
             result.parameters_sha256 = trained.parameters_sha256
         return result
 
-    def _register(self, job: job_pb2.Job, plan: JobPlan, trained: TrainedModel) -> str:
+    def _register(
+        self, job: job_pb2.Job, plan: JobPlan, trained: TrainedModel, spec: JobSpec | None = None
+    ) -> str:
+        """Register a model; `spec` describes it, where that is not the spec of its job."""
         from phalanx.data.model_files import (
             PARAMETERS_FILE,
             ModelDescription,
             description_files,
             safetensors_header,
         )
+        from phalanx.specs import spec_sha256
 
-        spec = job.spec
+        sha256 = job.spec_sha256 if spec is None else spec_sha256(spec)
+        spec = job.spec if spec is None else spec
         flat = trained.parameters.astype(trained.parameters.dtype.newbyteorder("<"), copy=False)
         description = ModelDescription(
             name=spec.output.model,
@@ -508,7 +514,7 @@ class InProcessBackend:
             manifest=self._manifest(plan.manifest_digest),
             manifest_digest=plan.manifest_digest,
             spec=spec,
-            spec_sha256=job.spec_sha256,
+            spec_sha256=sha256,
             layout=trained.layout,
             parameters_sha256=trained.parameters_sha256,
             steps=trained.steps if trained.best is None else trained.best.step,

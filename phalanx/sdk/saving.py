@@ -19,14 +19,15 @@ _NUMBERED = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}(\.parquet)")
 
 
 def save_files(backend: Backend, job: job_pb2.Job, target: Path, name: str) -> None:
-    """Write the file of this name, or the only one; parts of a table are written as one file.
+    """Write the file of this name; without a name the only one, or of several the only one with the
+    ending of the target. Parts of a table are written as one file.
 
     Raises FailedPrecondition, NotFound and InvalidArgument.
     """
     if not job.HasField("result"):
         state = job_state(job)
         raise FailedPrecondition(f"job {job.id} is {state} and has left nothing so far")
-    wanted = _wanted(job, name)
+    wanted = _wanted(job, name, target.suffix)
     with completed(target) as partial, tempfile.TemporaryDirectory() as folder:
         if len(wanted) == 1:
             backend.get_blob_to(wanted[0].digest, partial)
@@ -44,7 +45,7 @@ def job_state(job: job_pb2.Job) -> str:
     return state_name(job.state)
 
 
-def _wanted(job: job_pb2.Job, name: str) -> list[ResultFile]:
+def _wanted(job: job_pb2.Job, name: str, ending: str) -> list[ResultFile]:
     files = list(job.result.files)
     if not files:
         raise NotFound(f"job {job.id} left no files")
@@ -52,10 +53,11 @@ def _wanted(job: job_pb2.Job, name: str) -> list[ResultFile]:
         found = [file for file in files if name in (file.name, _table(file.name))]
     else:
         tables = {_table(file.name) for file in files}
-        if len(tables) > 1:
+        alike = {each for each in tables if ending and each.endswith(ending)}
+        if len(tables) > 1 and len(alike) != 1:
             names = ", ".join(sorted(tables))
             raise InvalidArgument(f"job {job.id} left several files, name one of them: {names}")
-        found = files
+        found = [file for file in files if len(tables) == 1 or _table(file.name) in alike]
     if not found:
         names = ", ".join(file.name for file in files)
         raise NotFound(f"job {job.id} left no file {name!r}; it left {names}")

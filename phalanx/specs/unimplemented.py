@@ -7,7 +7,6 @@ from phalanx.specs.fields import is_set, unknown_numbers
 from phalanx.v1 import job_spec_pb2
 
 _REFUSED: dict[str, str] = {
-    "sweep": "the program sweep is not carried out yet; train is",
     "train.local.fragments": "fragments are not carried out yet; leave it out",
 }
 

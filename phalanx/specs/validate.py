@@ -29,6 +29,7 @@ from phalanx.specs import (
     parts,
     private,
     programs,
+    sweeps,
     task_sets,
     updates,
 )
@@ -173,11 +174,14 @@ def validate_against(
     `columns` are those of the data set, needed where the job chooses some.
     """
     if dataset is not None and is_program(spec):
-        return [
+        found = [
             *_data(spec, dataset),
             *(features.violations(spec.data, dataset, columns) if columns is not None else ()),
             *program_of(spec).violations_against(spec, dataset),
         ]
+        if spec.HasField("sweep") and not found and not validate(spec):
+            found += sweeps.violations_against(spec, dataset)
+        return found
     if dataset is None or spec.WhichOneof("program") != "train":
         return []
     train_rows = balance.train_rows(spec.data, dataset)
@@ -300,7 +304,10 @@ def _program(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         yield from _entrypoint(spec.tasks.entrypoint, "tasks.entrypoint", "work:run")
         yield from task_sets.violations(spec)
     elif is_program(spec):
-        yield from programs.violations(spec)
+        found = list(programs.violations(spec))
+        yield from found
+        if program == "sweep" and not found:
+            yield from sweeps.violations(spec)
     elif program == "train":
         yield from _model(spec.train.model)
         yield from _optimizer(spec.train.optimizer, spec.train.stop, "train.optimizer")

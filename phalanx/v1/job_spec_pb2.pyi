@@ -2325,7 +2325,9 @@ Global___Forest: _TypeAlias = Forest  # noqa: Y015
 
 @_typing.final
 class Sweep(_message.Message):
-    """Many jobs that differ in some fields."""
+    """Many jobs that differ in some fields, each scored on rows that it was not trained on. The best is trained once more
+    on all rows of the split, and is the model of the sweep.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2359,19 +2361,25 @@ class Sweep(_message.Message):
     random_trials: _builtins.int
     """Draw so many combinations instead of trying all."""
     folds: _builtins.int
-    """Cross-validation."""
+    """[5] Parts of the split, each held out once (of classes with its share of each)."""
     @_builtins.property
-    def base(self) -> Global___JobSpec: ...
+    def base(self) -> Global___JobSpec:
+        """What is tried: a program (train, forest or cascade), with seed and shards where these are given. Everything else is
+        said of the sweep.
+        """
+
     @_builtins.property
     def grid(self) -> _containers.MessageMap[_builtins.str, _struct_pb2.ListValue]:
-        """Values by field path, as train.l2: [0, 0.1]."""
+        """Values by field path of the base, as train.l2: [0, 0.1]. All combinations are tried."""
 
     @_builtins.property
     def objective(self) -> Global___Threshold:
-        """What is best."""
+        """[accuracy for classes, r2 for numbers] What is best: a metric, without a bound."""
 
     @_builtins.property
-    def asha(self) -> Global___Asha: ...
+    def asha(self) -> Global___Asha:
+        """Train all for some steps, and only the best for more. Off when left out."""
+
     def __init__(
         self,
         *,
@@ -2392,14 +2400,19 @@ Global___Sweep: _TypeAlias = Sweep  # noqa: Y015
 
 @_typing.final
 class Asha(_message.Message):
-    """Li et al., "A system for massively parallel hyperparameter tuning" (2020)."""
+    """Successive halving: in each round the best 1 / reduction of those left are trained for reduction times as many steps.
+    Li et al., "A system for massively parallel hyperparameter tuning" (2020); here each round waits for the one before,
+    so that the result does not depend on who ends first.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MIN_STEPS_FIELD_NUMBER: _builtins.int
     REDUCTION_FIELD_NUMBER: _builtins.int
     min_steps: _builtins.int
+    """Of the first round."""
     reduction: _builtins.float
+    """[3] Above 1."""
     def __init__(
         self,
         *,

@@ -36,6 +36,15 @@ CASCADE: dict[str, Any] = {
     "data": {"name": "wide", "shards": 12},
     "cascade": {"c": 1, "gamma": 0.02, "passes": 3},
 }
+SWEEP: dict[str, Any] = {
+    "name": "sweep",
+    "data": {"name": "wide"},
+    "sweep": {
+        "base": {"cascade": {"c": 1, "gamma": 0.02}},
+        "grid": {"cascade.c": [0.1, 1, 10], "cascade.gamma": [0.01, 0.02]},
+        "folds": 3,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +193,18 @@ def test_a_worker_killed_with_a_part_of_a_cascade_half_solved(
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == expected.parameters_sha256
     assert result.metrics["cascade/dual"] == expected.metrics["cascade/dual"]
+
+
+def test_a_worker_killed_with_a_trial_half_done(ring: Arena, alone: phalanx.Cluster) -> None:
+    expected = alone.submit(SWEEP).wait(timeout_s=GUARD_S)
+    ring.workers_ready()
+    job = ring.cluster.submit(SWEEP)
+    kill(ring, hold(ring, job))
+    result = job.wait(timeout_s=GUARD_S)
+    assert result.parameters_sha256 == expected.parameters_sha256
+    tables = [
+        {each.name: each.digest for each in files if not each.name.endswith(".png")}
+        for files in (result.files, expected.files)
+    ]
+    assert tables[0] == tables[1]
+    assert sorted(tables[0]) == ["results.csv", "results.json"]

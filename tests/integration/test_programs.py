@@ -229,7 +229,7 @@ def test_the_jobs_of_the_documents_run(alone: phalanx.Cluster) -> None:
     blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     documents = [load_yaml(block) for block in blocks]
     programs = [each for each in documents if is_program(each)]
-    names = ["forest", "cascade", "evaluate", "predict"]
+    names = ["forest", "cascade", "sweep", "evaluate", "predict"]
     assert [each.WhichOneof("program") for each in programs] == names
     alone.data.add("fashion", *digits(), test=0.2)
     for spec in programs:

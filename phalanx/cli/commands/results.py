@@ -43,7 +43,8 @@ def results(
 ) -> None:
     """Show what the tasks of a job returned so far, a line for each, by number.
 
-    Of a program (evaluate, predict) list the files that it left, or write one with -o.
+    Of a program (evaluate, predict, sweep) list the files that it left, or write one with -o: of
+    several the one with the ending of FILE.
 
     With --json each line is an object: task, value or failure, worker_id, seconds, round_trip_s;
     of a program name, digest and size_bytes.

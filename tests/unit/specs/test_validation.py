@@ -258,14 +258,6 @@ def test_what_is_not_carried_out_is_refused_by_its_path(
     assert "not carried out" in caught.value.message
 
 
-@pytest.mark.parametrize("program", ["sweep"])
-def test_other_programs_are_refused(program: str) -> None:
-    spec = specs.load_yaml(f"name: job\ndata: {{name: fashion}}\n{program}: {{}}")
-    with pytest.raises(Unimplemented) as caught:
-        specs.check_spec(spec)
-    assert [each.field for each in caught.value.violations] == [program]
-
-
 def test_all_that_is_not_carried_out_is_named_at_once() -> None:
     spec = edited("train.local={steps: 5, fragments: 2}")
     inner = spec.train.model.mlp.SerializeToString() + b"\x78\x01"  # field 15

@@ -1,0 +1,100 @@
+"""Configurations of a sweep as the jobs that they mean: the first that is no right job is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from phalanx.errors import InvalidArgument, Unimplemented, Violation
+from phalanx.specs.parts import commits_one_by_one
+from phalanx.sweeps.configurations import Configuration, configurations, job_of, seeded
+from phalanx.v1.dataset_service_pb2 import Dataset
+from phalanx.v1.job_spec_pb2 import JobSpec
+
+_OF_THE_SWEEP = ("name", "namespace", "data.name", "data.split", "data.target")
+"""Fields that a configuration takes from its sweep, where they are complained about."""
+
+_UNSCORED = {
+    "k_means": "finds clusters, which no held-out row can tell right or wrong",
+    "pca": "finds directions, which no held-out row can tell right or wrong",
+    "custom": "runs code of its own; a sweep tries built-in models",
+    "torch": "runs code of its own; a sweep tries built-in models",
+}
+
+
+def violations(spec: JobSpec) -> Iterator[Violation]:
+    """Yield what is wrong with configurations whatever the data, of a sweep that is right in its
+    own fields."""
+    yield from _first_wrong(spec, None)
+
+
+def violations_against(spec: JobSpec, dataset: Dataset) -> Iterator[Violation]:
+    """Yield what is wrong between configurations and the smallest part that one is trained on."""
+    rows = dataset.rows.get(spec.data.split, 0)
+    part = Dataset()
+    part.CopyFrom(dataset)
+    part.rows.clear()
+    part.rows[spec.data.split] = rows - -(-rows // max(1, spec.sweep.folds))
+    yield from _first_wrong(spec, part)
+
+
+def _first_wrong(spec: JobSpec, dataset: Dataset | None) -> Iterator[Violation]:
+    """Yield what is wrong with the first configuration that is no right job."""
+    for configuration in configurations(spec):
+        found = [
+            each
+            for each in _job_violations(spec, configuration, dataset)
+            if each.field not in _OF_THE_SWEEP
+        ]
+        if found:
+            note = f" (where {str(configuration)[:200]})"
+            for each in found:
+                where = f"sweep.base.{each.field}" if each.field else "sweep.base"
+                yield Violation(where, f"{each.message}{note}")
+            return
+
+
+def _job_violations(
+    spec: JobSpec, configuration: Configuration, dataset: Dataset | None
+) -> Iterator[Violation]:
+    from phalanx.specs.prepare import check_spec, prepare  # which check sweeps with this
+
+    try:
+        job = job_of(spec, configuration)
+        if dataset is None:
+            check_spec(job)
+        else:
+            prepare(job, dataset)
+    except (InvalidArgument, Unimplemented) as error:
+        yield from error.violations or (Violation("", error.message),)
+        return
+    if dataset is None:
+        yield from _not_swept(job, spec.sweep.objective.metric)
+
+
+def _not_swept(job: JobSpec, metric: str) -> Iterator[Violation]:
+    """Yield what a job may say in itself, but not in a sweep."""
+    train = job.train
+    kind = train.model.WhichOneof("kind") or ""
+    if kind in _UNSCORED:
+        yield Violation(f"train.model.{kind}", _UNSCORED[kind])
+    if train.HasField("privacy"):
+        message = "is for one job: each trial would spend as much again; leave it out"
+        yield Violation("train.privacy", message)
+    if commits_one_by_one(train):
+        mode = "asynchronous" if train.HasField("asynchronous") else "stale"
+        message = "has another result each time, which cannot be compared; use synchronous"
+        yield Violation(f"train.{mode}", message)
+    if train.stop.HasField("wall_time"):
+        message = "makes equal jobs end at different steps; use steps or epochs"
+        yield Violation("train.stop.wall_time", message)
+    if train.HasField("start"):
+        yield Violation("train.start", "trials start from the seed; leave it out")
+    ranks_only = kind == "linear_svm" or job.HasField("cascade")
+    if metric == "log_loss" and ranks_only:
+        name = kind or "cascade"
+        yield Violation(
+            f"train.model.{kind}" if kind else "cascade",
+            f"log_loss needs probabilities, and {name} has none; use accuracy, f1 or auc",
+        )
+    if not seeded(job) and job.seed:
+        yield Violation("seed", "changes nothing, as nothing is drawn; leave it out")

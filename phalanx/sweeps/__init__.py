@@ -1,0 +1,1 @@
+"""Sweeps: which configurations there are, how they are tried, and what is told of them."""

@@ -1,0 +1,333 @@
+"""Sweeps: what their job files may say, their rounds and tasks, and the order of configurations."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from google.protobuf.json_format import ParseDict
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.model_selection import ParameterGrid
+
+from phalanx.errors import InvalidArgument
+from phalanx.programs import graph_of
+from phalanx.programs.base import ModelParts, Outcome, Piece
+from phalanx.programs.sweep import rounds_of, steps_of
+from phalanx.specs import job_plan, prepare, resolve
+from phalanx.sweeps.configurations import configurations, job_of
+from phalanx.sweeps.ranking import Scored, Trial, best_first, ranks, scored
+from phalanx.v1.dataset_service_pb2 import Dataset
+from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import Layout
+
+TRAIN: dict[str, Any] = {"model": {"softmax_regression": {}}, "stop": {"steps": 100}}
+CASCADE = {"cascade": {"c": 1, "gamma": 0.1}}
+GRID = {"train.l2": [0, 0.1]}
+
+
+def dataset(rows: int = 5000, classes: int = 3) -> Dataset:
+    message = Dataset(
+        namespace="default",
+        name="data",
+        version=2,
+        rows={"train": rows},
+        features=7,
+        classes=[str(each) for each in range(classes)],
+        task="classification" if classes else "regression",
+        format="dense",
+        target="y",
+        manifest_digest="a" * 64,
+    )
+    if classes:
+        message.class_rows["train"].rows.extend([rows // classes] * classes)
+    return message
+
+
+def spec_of(sweep: dict[str, Any], **more: Any) -> JobSpec:
+    document = {"name": "search", "data": {"name": "data"}, "sweep": sweep, **more}
+    return ParseDict(document, JobSpec())
+
+
+def with_train(**fields: Any) -> dict[str, Any]:
+    return {"train": {**TRAIN, **fields}}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "more", "field", "message"),
+    [
+        ({"grid": GRID}, {}, "sweep.base", "train, forest, cascade"),
+        ({"base": {"evaluate": {}}, "grid": GRID}, {}, "sweep.base", "not evaluate"),
+        ({"base": {"train": TRAIN}}, {}, "sweep.grid", "is missing"),
+        ({"base": {"train": TRAIN}, "grid": {"train.l2": []}}, {}, "sweep.grid", "no values"),
+        ({"base": {"train": TRAIN}, "grid": {"forest.trees": [1]}}, {}, "sweep.grid", "train."),
+        ({"base": {"train": TRAIN}, "grid": {"data.name": ["x"]}}, {}, "sweep.grid", "train."),
+        ({"base": {"train": TRAIN}, "grid": {"train.l3": [1]}}, {}, "sweep.base", "l3"),
+        (
+            {"base": {"train": TRAIN}, "grid": {"train.l2": [0, -1]}},
+            {},
+            "sweep.base.train.l2",
+            "= -1",
+        ),
+        ({"base": {"name": "x", "train": TRAIN}, "grid": GRID}, {}, "sweep.base.name", "itself"),
+        (
+            {"base": {"data": {"name": "x"}, "train": TRAIN}, "grid": GRID},
+            {},
+            "sweep.base.data.name",
+            "itself",
+        ),
+        ({"base": {"train": TRAIN}, "grid": GRID, "folds": 1}, {}, "sweep.folds", "at least 2"),
+        (
+            {"base": {"train": TRAIN}, "grid": GRID, "random_trials": 3},
+            {},
+            "sweep.random_trials",
+            "2 combinations only",
+        ),
+        (
+            {"base": {"train": TRAIN}, "grid": {"train.l2": list(range(2001))}},
+            {},
+            "sweep.grid",
+            "random_trials",
+        ),
+        (
+            {"base": {"train": TRAIN}, "grid": GRID, "objective": {"metric": "speed"}},
+            {},
+            "sweep.objective.metric",
+            "is not known",
+        ),
+        (
+            {"base": {"train": TRAIN}, "grid": GRID, "objective": {"metric": "rmse"}},
+            {},
+            "sweep.objective.metric",
+            "none of a classification",
+        ),
+        (
+            {"base": {"train": TRAIN}, "grid": GRID, "objective": {"at_least": 0.9}},
+            {},
+            "sweep.objective.at_least",
+            "no bound",
+        ),
+        (
+            {"base": CASCADE, "grid": {"cascade.c": [1]}, "objective": {"metric": "log_loss"}},
+            {},
+            "sweep.base.cascade",
+            "needs probabilities",
+        ),
+        ({"base": CASCADE, "grid": {"cascade.c": [1]}, "asha": {}}, {}, "sweep.asha", "trainings"),
+        (
+            {"base": with_train(stop={"epochs": 2}), "grid": GRID, "asha": {"min_steps": 1}},
+            {},
+            "sweep.asha",
+            "stop.steps",
+        ),
+        (
+            {"base": {"train": TRAIN}, "grid": GRID, "asha": {"min_steps": 100}},
+            {},
+            "sweep.asha.min_steps",
+            "below stop.steps",
+        ),
+        (
+            {"base": {"train": TRAIN}, "grid": GRID, "asha": {"min_steps": 1, "reduction": 1}},
+            {},
+            "sweep.asha.reduction",
+            "from 1.1",
+        ),
+        (
+            {
+                "base": {"train": TRAIN},
+                "grid": {"train.stop.steps": [1]},
+                "asha": {"min_steps": 1},
+            },
+            {},
+            "sweep.grid",
+            "the same for all",
+        ),
+        (
+            {"base": with_train(model={"k_means": {"clusters": 2}}), "grid": GRID},
+            {},
+            "sweep.base.train",
+            "",
+        ),
+        (
+            {"base": with_train(stale={"bound": 2}), "grid": GRID},
+            {},
+            "sweep.base.train.stale",
+            "synchronous",
+        ),
+        (
+            {"base": with_train(stop={"wall_time": "5s"}), "grid": GRID},
+            {},
+            "sweep.base.train.stop.wall_time",
+            "steps or epochs",
+        ),
+        (
+            {"base": with_train(start={"model": "other"}), "grid": GRID},
+            {},
+            "sweep.base.train.start",
+            "leave it out",
+        ),
+        (
+            {"base": with_train(model={"linear_regression": {}}), "grid": GRID},
+            {},
+            "sweep.base.train.model",
+            "",
+        ),
+        (
+            {"base": {"train": TRAIN}, "grid": {"data.shards": [1, 4900]}},
+            {},
+            "sweep.base.data.shards",
+            "more than the 4,000 rows",
+        ),
+        (
+            {"base": {"train": TRAIN}, "grid": GRID},
+            {"data": {"name": "data", "shards": 4}},
+            "data.shards",
+            "sweep.base.data.shards",
+        ),
+    ],
+)
+def test_what_a_sweep_may_not_say_is_named(
+    sweep: dict[str, Any], more: dict[str, Any], field: str, message: str
+) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        prepare(spec_of(sweep, **more), dataset())
+    found = [each for each in caught.value.violations if each.field.startswith(field)]
+    assert found, caught.value.violations
+    assert message in found[0].message
+
+
+def test_a_fold_has_a_row_and_one_of_some_class() -> None:
+    spec = spec_of({"base": {"train": TRAIN}, "grid": GRID, "folds": 30})
+    with pytest.raises(InvalidArgument, match="no class has 30 rows"):
+        prepare(spec, dataset(rows=60))
+    with pytest.raises(InvalidArgument, match="more than the 20 rows"):
+        prepare(spec, dataset(rows=20))
+
+
+def test_the_defaults_of_a_sweep() -> None:
+    resolved = prepare(spec_of({"base": {"train": TRAIN}, "grid": GRID}), dataset())
+    assert resolved.sweep.folds == 5
+    assert resolved.sweep.objective.metric == "accuracy"
+    assert resolved.output.model == "search"
+    assert resolve(resolved, dataset()) == resolved
+    assert not resolved.sweep.base.train.model.HasField("standardise")
+    base = with_train(model={"linear_regression": {}})
+    numbers = prepare(spec_of({"base": base, "grid": GRID}), dataset(classes=0))
+    assert numbers.sweep.objective.metric == "r2"
+
+
+def test_combinations_are_in_the_order_of_scikit_learn() -> None:
+    grid = {"train.l2": [0.5, 1e-7, 0], "train.batch_size": [8, 16]}
+    spec = spec_of({"base": {"train": TRAIN}, "grid": grid})
+    found = configurations(spec)
+    assert [dict(each.values) for each in found] == list(ParameterGrid(grid))
+    assert [each.number for each in found] == list(range(6))
+    job = job_of(spec, found[1])
+    assert (job.train.batch_size, job.train.l2) == (8, 1e-7)
+    assert (job.name, job.data.name) == ("search", "data")
+    assert spec.sweep.base.train.l2 == 0
+
+
+def test_lists_and_words_are_values_as_well() -> None:
+    base = {"train": {"model": {"mlp": {"hidden": [4]}}, "stop": {"steps": 5}}}
+    grid = {
+        "train.model.mlp.hidden": [[8], [16, 8]],
+        "train.model.mlp.activation": ["relu", "tanh"],
+        "train.model.standardise": [False],
+    }
+    spec = prepare(spec_of({"base": base, "grid": grid}), dataset())
+    jobs = [job_of(spec, each).train.model for each in configurations(spec)]
+    assert [list(each.mlp.hidden) for each in jobs] == [[8], [16, 8], [8], [16, 8]]
+    assert [each.mlp.activation for each in jobs] == ["relu", "relu", "tanh", "tanh"]
+    assert not any(each.standardise for each in jobs)
+
+
+@pytest.mark.parametrize(
+    ("count", "asha", "expected"),
+    [
+        (9, {"min_steps": 10}, [(9, 10), (3, 30), (1, 90), (1, 0)]),
+        (20, {"min_steps": 25, "reduction": 2}, [(20, 25), (10, 50), (5, 0)]),
+        (2, {"min_steps": 40, "reduction": 10}, [(2, 40), (1, 0)]),
+        (4, None, [(4, 0)]),
+    ],
+)
+def test_rounds_and_their_tasks(
+    count: int, asha: dict[str, Any] | None, expected: list[tuple[int, int]]
+) -> None:
+    sweep: dict[str, Any] = {
+        "base": {"train": TRAIN},
+        "grid": {"train.l2": [each / 100 for each in range(count)]},
+        "folds": 3,
+    }
+    if asha:
+        sweep["asha"] = asha
+    spec = prepare(spec_of(sweep), dataset())
+    assert [(each.count, each.steps) for each in rounds_of(spec)] == expected
+    plan = job_plan(spec, dataset(), "job-1")
+    steps = steps_of(spec)
+    assert graph_of(plan).count == len(steps) == plan.total_steps
+    for task, step in enumerate(steps):
+        assert all(needed < task for needed in step.needs)
+        if step.kind == "trial" and step.round:
+            (order,) = step.needs
+            assert (steps[order].kind, steps[order].round) == ("order", step.round - 1)
+    for number, (left, _) in enumerate(expected):
+        trials = {
+            (each.place, each.fold)
+            for each in steps
+            if each.kind == "trial" and each.round == number
+        }
+        assert trials == {(place, fold) for place in range(left) for fold in range(3)}
+
+
+SCORES = st.one_of(st.none(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+
+
+@given(
+    table=st.lists(st.lists(SCORES, min_size=3, max_size=3), min_size=1, max_size=6),
+    more_is_better=st.booleans(),
+    shuffled=st.randoms(),
+)
+def test_the_order_does_not_depend_on_who_ends_first(
+    table: list[list[float | None]], more_is_better: bool, shuffled: Any
+) -> None:
+    trials = [
+        Trial(number, fold, score)
+        for number, scores in enumerate(table)
+        for fold, score in enumerate(scores)
+    ]
+    expected = best_first(scored(trials), more_is_better=more_is_better)
+    shuffled.shuffle(trials)
+    found = best_first(scored(trials), more_is_better=more_is_better)
+    assert found == expected
+    means = [each.mean for each in found]
+    known = [each for each in means if each is not None]
+    assert means == known + [None] * (len(means) - len(known))
+    assert known == sorted(known, reverse=more_is_better)
+    for one, other in pairwise(found):
+        if one.mean == other.mean:
+            assert one.configuration < other.configuration
+
+
+def test_equal_scores_have_equal_ranks() -> None:
+    entries = [
+        Scored(number, (score,)) for number, score in enumerate([0.5, 0.9, 0.5, None, 0.1, None])
+    ]
+    assert dict(ranks(entries, more_is_better=True)) == {1: 1, 0: 2, 2: 2, 4: 4, 3: 5, 5: 5}
+
+
+def test_a_model_of_another_job_keeps_the_code_and_the_place_of_its_own() -> None:
+    told = ParseDict(
+        {"name": "x", "namespace": "theirs", "code": {"files": {"a.py": ""}}, "train": {}},
+        JobSpec(),
+    )
+    parts = ModelParts(Layout(dtype="float64"), (Piece(inline=b"x"),), told)
+    read = Outcome.from_json(Outcome({}, parts).to_json()).model
+    assert read == parts
+    described = parts.spec_of(spec_of({}, namespace="ours", output={"model": "best"}))
+    assert described is not None
+    assert (described.namespace, described.output.model) == ("ours", "best")
+    assert described.HasField("train")
+    assert not described.code.files
+    assert ModelParts(Layout(), ()).spec_of(told) is None
