@@ -30,6 +30,7 @@ from phalanx.specs import job_plan, prepare
 from phalanx.sweeps.rows import Ints, PartOfData, blocks
 from phalanx.tasks import is_program
 from phalanx.training.local import run_job
+from phalanx.training.schema import job_schema
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import Layout
 
@@ -65,12 +66,9 @@ def fit(whole: JobData, job: JobSpec, positions: Ints | None, steps: int = 0) ->
 def _train(part: PartOfData, steps: int) -> Fitted:
     spec, plan = part.spec, part.plan
     reader = part.reader(spec.data.split, spec.train.dtype)
-    schema = DataSchema(
-        reader.manifest.features, part.classes, spec.train.dtype, plan.train_rows, plan.shards
-    )
-    model = build_model(spec, schema)
+    model = build_model(spec, job_schema(plan, spec, part.manifest))
     with one_blas_thread():
-        trained = run_job(plan, model, reader, until_step=steps or None)
+        trained = run_job(plan, model, lambda _shard: reader, until_step=steps or None)
     return Fitted(spec, trained.layout, trained.parameters, trained.metrics, part)
 
 

@@ -18,7 +18,7 @@ from sklearn.svm import SVC
 import phalanx
 from phalanx.errors import InvalidArgument
 from phalanx.sdk.job import Job
-from phalanx.testing.datasets import classification, digits, regression
+from phalanx.testing.datasets import classification, digits, regression, sparse_classification
 
 SOFTMAX: dict[str, Any] = {
     "model": {"softmax_regression": {}},
@@ -103,9 +103,18 @@ def test_the_files_of_a_sweep_say_the_same(alone: phalanx.Cluster, tmp_path: Pat
     assert alone.verify(job).equal
 
 
-@pytest.mark.parametrize("data", ["clouds", "numbers"])
+@pytest.mark.parametrize(
+    ("data", "cut_as"),
+    [
+        ("clouds", {}),
+        ("numbers", {}),
+        ("clouds", {"shards": 3, "rows": {"stratified": True}}),
+        ("clouds", {"oversample": {}}),
+        ("clouds", {"class_weights": {"weights": {"0": 3, "1": 1, "2": 0.5}}}),
+    ],
+)
 def test_a_trial_is_the_job_on_the_rows_that_train(
-    alone: phalanx.Cluster, tmp_path: Path, data: str
+    alone: phalanx.Cluster, tmp_path: Path, data: str, cut_as: dict[str, Any]
 ) -> None:
     """Their statistics, too: rows of the fold would move means and deviations."""
     classes = data == "clouds"
@@ -113,7 +122,8 @@ def test_a_trial_is_the_job_on_the_rows_that_train(
     train = dict(SOFTMAX)
     if not classes:
         train |= {"model": {"linear_regression": {}}, "optimizer": {"sgd": {"learning_rate": 0.01}}}
-    sweep = {"base": {"train": train}, "grid": {"train.batch_size": [32]}, "folds": 4}
+    base = {"train": train, "data": cut_as}
+    sweep = {"base": base, "grid": {"train.batch_size": [32]}, "folds": 4}
     job, table = swept(alone, tmp_path, data, sweep, seed=7)
     kind = StratifiedKFold if classes else KFold
     cut = kind(4, shuffle=True, random_state=7)
@@ -121,7 +131,7 @@ def test_a_trial_is_the_job_on_the_rows_that_train(
         alone.data.add("part", features[kept], targets[kept])
         document = {
             "name": "part",
-            "data": {"name": "part"},
+            "data": {"name": "part", **cut_as},
             "train": {**train, "batch_size": 32},
             "seed": 7,
         }
@@ -134,8 +144,13 @@ def test_a_trial_is_the_job_on_the_rows_that_train(
             score = 1 - ((known - predicted) ** 2).sum() / spread
         assert table["configurations"][0]["scores"][fold] == pytest.approx(score, abs=1e-6)
     assert table["metric"] == ("accuracy" if classes else "r2")
-    document = {"name": "all", "data": {"name": data}, "train": {**train, "batch_size": 32}}
-    whole = alone.submit({**document, "seed": 7}).wait(timeout_s=60)
+    document = {
+        "name": "all",
+        "data": {"name": data, **cut_as},
+        "train": {**train, "batch_size": 32},
+        "seed": 7,
+    }
+    whole = alone.submit(document).wait(timeout_s=60)
     assert job.result is not None
     assert job.result.parameters_sha256 == whole.parameters_sha256
     one, other = (alone.models.get(each.model) for each in (job.result, whole))
@@ -217,3 +232,26 @@ def test_a_random_search_draws_combinations_by_its_seed(
     assert found[0] == found[1] != found[2]
     allowed = set(itertools.product(grid["train.batch_size"], grid["train.l2"]))
     assert all(len(set(each)) == 3 and set(each) <= allowed for each in found)
+
+
+def test_chosen_columns_of_sparse_rows_are_those_of_every_trial(
+    alone: phalanx.Cluster, tmp_path: Path
+) -> None:
+    rows, targets = sparse_classification(rows=200, features=12)
+    alone.data.add("thin", rows, targets)
+    chosen = ["x2", "x5", "x7"]
+    sweep = {"base": {"cascade": {"c": 1, "gamma": 0.1}}, "grid": {"cascade.c": [1, 3]}, "folds": 3}
+    job = alone.submit(
+        {"name": "thin", "data": {"name": "thin", "features": chosen}, "sweep": sweep}
+    )
+    model = alone.models.get(job.wait(timeout_s=60).model)
+    job.save(tmp_path / "table.json")
+    table = json.loads((tmp_path / "table.json").read_text())
+    narrow = rows.toarray()[:, [1, 4, 6]].astype(np.float64)
+    expected = GridSearchCV(
+        SVC(gamma=0.1), {"C": [1, 3]}, cv=StratifiedKFold(3, shuffle=True, random_state=0)
+    ).fit(narrow, targets)
+    found = [row["mean"] for row in table["configurations"]]
+    np.testing.assert_allclose(found, expected.cv_results_["mean_test_score"], atol=1e-12)
+    values = model.predict_decision_values(rows)
+    np.testing.assert_allclose(values, expected.decision_function(narrow), rtol=0, atol=1e-9)
