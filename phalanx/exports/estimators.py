@@ -18,6 +18,7 @@ import numpy as np
 from google.protobuf.json_format import ParseDict, ParseError
 from numpy.typing import NDArray
 
+from phalanx.cascades.model import CLASSES, COEFFICIENTS, INTERCEPTS, PLACES, VECTORS
 from phalanx.data.model_files import DESCRIPTION_FILE, load_model_directory
 from phalanx.errors import DataLoss, InvalidArgument
 from phalanx.exports.trees import tree_of
@@ -52,6 +53,7 @@ class Trained:
     classes: Array
     features: int
     steps: int
+    sparse: bool
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def convert(model: LoadedModel, classes: Array | None = None) -> Converted:
     tensors = views(model.model.layout, np.array(model.parameters))
     features, steps = int(model.document["features"]), int(model.document["steps"])
     labels = model.classes if classes is None else np.asarray(classes)
-    estimator = conversion(Trained(spec, tensors, labels, features, steps))
+    sparse = model.document["feature_format"] == "csr"
+    estimator = conversion(Trained(spec, tensors, labels, features, steps, sparse))
     return Converted(
         scaler=_scaler(model, features) if model.standardises else None,
         estimator=_fitted(estimator, n_features_in_=features),
@@ -342,6 +345,52 @@ def _forest(trained: Trained) -> Any:
     return _fitted(forest(**known), estimator_=kind(), estimators_=trees, **labels, **outputs)
 
 
+def _machine(trained: Trained) -> Any:
+    from scipy.sparse import csr_matrix
+    from sklearn.svm import SVC
+
+    tensors, cascade = trained.tensors, trained.spec.cascade
+    # libsvm has the vectors of each class together, and of two classes the signs of the first.
+    places = tensors[PLACES].astype(np.int64)
+    order = np.argsort(places, kind="stable")
+    present = tensors[CLASSES].astype(np.int64)
+    coefficients, intercepts = tensors[COEFFICIENTS][:, order], tensors[INTERCEPTS]
+    sign = -1.0 if len(present) == 2 else 1.0
+    vectors: Any = np.ascontiguousarray(tensors[VECTORS][order])
+    table: Callable[[Array], Any] = np.ascontiguousarray
+    if trained.sparse:  # one that was fitted to dense rows takes no sparse ones
+        vectors, table = csr_matrix(vectors), _with_zeros
+    nothing = np.empty(0)
+    return _fitted(
+        SVC(C=cascade.c, gamma=cascade.gamma),
+        classes_=trained.classes[present],
+        support_=np.arange(len(order), dtype=np.int32),
+        support_vectors_=vectors,
+        _n_support=np.bincount(places, minlength=len(present)).astype(np.int32),
+        dual_coef_=table(coefficients),
+        intercept_=intercepts,
+        _dual_coef_=table(sign * coefficients),
+        _intercept_=sign * intercepts,
+        _gamma=cascade.gamma,
+        _sparse=trained.sparse,
+        _effective_probability=False,
+        _probA=nothing,
+        _probB=nothing,
+        class_weight_=np.ones(len(present)),
+        shape_fit_=(len(order), trained.features),
+        fit_status_=0,
+    )
+
+
+def _with_zeros(coefficients: Array) -> Any:
+    """A table as libsvm takes it of sparse rows: by its places, zeros as well."""
+    from scipy.sparse import csr_matrix
+
+    rows, count = coefficients.shape
+    columns, ends = np.tile(np.arange(count), rows), np.arange(0, rows * count + 1, max(1, count))
+    return csr_matrix((coefficients.ravel(), columns, ends), coefficients.shape)
+
+
 def _log_odds(scores: Array) -> Array:
     """What makes the score of class 1, less that of class 0: one sigmoid instead of a softmax."""
     return scores[1:] - scores[:1]
@@ -356,6 +405,7 @@ _CONVERSIONS: dict[str, Callable[[Trained], Any]] = {
     "k_means": _k_means,
     "pca": _pca,
     "forest": _forest,
+    "cascade": _machine,
 }
 """Kinds of models, and what makes an object of each; everything else has no counterpart."""
 

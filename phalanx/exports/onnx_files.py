@@ -14,7 +14,7 @@ import numpy as np
 
 from phalanx.data.manifest import columns_from
 from phalanx.data.model_files import load_model_directory
-from phalanx.errors import FailedPrecondition
+from phalanx.errors import FailedPrecondition, InvalidArgument
 from phalanx.exports.estimators import convert, kind_in, load_convertible, model_kind
 from phalanx.exports.torch_graphs import torch_graph
 
@@ -39,14 +39,29 @@ _OPERATORS = {"": 18, "ai.onnx.ml": 3}
 """The versions of ONNX's operators: old enough for every runtime in use."""
 
 
+_OTHERWISE = {"cascade": "its machines have kernels in float32, and no votes"}
+"""Kinds that scikit-learn has a class for, and ONNX no equal operator."""
+
+
 def load_for_graph(folder: Path, *, allow_code: bool = False) -> LoadedModel:
     """Load a model that becomes a graph; only PyTorch modules may bring code, with ``allow_code``.
 
     Raises as ``load_convertible`` and ``load_model_directory``.
     """
-    if kind_in(folder) == _TORCH:
+    kind = kind_in(folder)
+    _refuse_other(kind)
+    if kind == _TORCH:
         return load_model_directory(folder, allow_code=allow_code)
     return load_convertible(folder)
+
+
+def _refuse_other(kind: str) -> None:
+    if kind in _OTHERWISE:
+        raise InvalidArgument(
+            f"ONNX computes a {kind} otherwise: {_OTHERWISE[kind]}; there is an object of "
+            "scikit-learn for it",
+            reason="NO_COUNTERPART",
+        )
 
 
 def onnx_bytes(model: LoadedModel) -> bytes:
@@ -56,6 +71,7 @@ def onnx_bytes(model: LoadedModel) -> bytes:
         InvalidArgument: there is no converter of what the model computes.
         FailedPrecondition: a library that is needed is not installed.
     """
+    _refuse_other(model_kind(model))
     if model_kind(model) == _TORCH:
         labels = _labels(model) if len(model.classes) else model.classes
         names = (INPUT, _OUTPUTS[model.task][-1])

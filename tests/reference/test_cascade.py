@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import phalanx
 from phalanx.cascades.machine import solve
 from phalanx.cascades.model import KernelMachine
 from phalanx.data.predict import LoadedModel
+from phalanx.errors import InvalidArgument
+from phalanx.exports.onnx_files import load_for_graph
 from phalanx.sdk.values import Result
 from phalanx.testing.datasets import classification, shared_data
 
@@ -150,6 +153,30 @@ def test_a_machine_is_evaluated_and_predicts_files(alone: phalanx.Cluster, tmp_p
     table = pyarrow.parquet.read_table(tmp_path / "out.parquet")
     assert table["prediction"].to_pylist() == np.where(values > 0, "yes", "no").tolist()
     assert table["decision value"].to_pylist() == values.tolist()
+
+
+@pytest.mark.parametrize(("classes", "sparse"), [(2, False), (2, True), (4, False), (4, True)])
+def test_a_machine_leaves_as_an_object_of_scikit_learn(
+    alone: phalanx.Cluster, tmp_path: Path, classes: int, sparse: bool
+) -> None:
+    features, targets = classification(rows=300, classes=classes)
+    rows: Any = (
+        scipy.sparse.csr_array(np.where(features > 0.3, features, 0)) if sparse else features
+    )
+    labels = np.array(["ash", "birch", "cedar", "elm"])[targets]
+    model, _ = solved(alone, (rows, labels), 2, standardise=True)
+    estimator = model.to_sklearn()
+    prepared = model.prepare(rows)
+    np.testing.assert_array_equal(estimator.predict(prepared), model.predict(rows))
+    assert estimator.classes_.tolist() == model.classes.tolist()
+    if classes == 2:
+        found = estimator.decision_function(prepared)
+        np.testing.assert_allclose(found, model.predict_decision_values(rows), rtol=0, atol=1e-9)
+    again = pickle.loads(pickle.dumps(estimator))
+    np.testing.assert_array_equal(again.predict(prepared), model.predict(rows))
+    alone.models.download("machine", tmp_path / "model")
+    with pytest.raises(InvalidArgument, match="ONNX computes a cascade otherwise"):
+        load_for_graph(tmp_path / "model")
 
 
 def test_rows_of_one_class_have_no_machine() -> None:
