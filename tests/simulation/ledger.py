@@ -213,7 +213,12 @@ class Ledger:
         return observe
 
     def _demand_owner(self, store: SqlJobs, request: pb.CommitCheckpointRequest) -> None:
-        """Whoever may register a part was told to storage before: with keys it is compared."""
+        """Whoever may register a part was told to storage before: with keys it is compared.
+
+        A stranger raises terms of jobs that control does not have, and names nobody.
+        """
+        if request.job_id not in self.facts.jobs:
+            return
         read: Any = store._database.read
         owners = read(lambda connection: load_owners(connection, request.job_id))
         told = (
