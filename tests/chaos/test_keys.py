@@ -105,6 +105,7 @@ def test_all_keys_are_replaced_under_a_running_job(
                 ring.cluster.models.list()
                 calls += 2
         assert not job.done
+        ring.hurry()
         result = job.wait(timeout_s=GUARD_S)
     assert calls >= 6
     assert result.parameters_sha256 == long_sha256

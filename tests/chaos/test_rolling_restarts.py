@@ -50,6 +50,7 @@ def test_all_services_are_replaced_and_no_call_fails(
                     step = job.refresh().progress.step
                     wait_until(lambda s=step: job.refresh().progress.step != s or job.done, "steps")
             assert not job.done, "the job was over before everything had been replaced"
+            ring.hurry()
             result = job.wait(timeout_s=GUARD_S)
             small = callers.finish()
     assert callers.failures == []

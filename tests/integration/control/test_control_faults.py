@@ -384,7 +384,7 @@ def raw(address: str, method: str) -> Any:
 async def test_whatever_arrives_in_bytes_is_checked(cluster: Any, make_spec: Any) -> None:
     base = make_spec().SerializeToString()
     # Two members of a choice: parameter_server (7), then all_reduce (8) inside of train (20). The
-    # last wins on the wire; gpus (4) of resources (6) are refused by name.
+    # last wins on the wire; gpus (4) of resources (6), which the model has no use for, are named.
     both = base + b"\xa2\x01\x04" + b"\x3a\x00" + b"\x42\x00" + b"\x32\x02\x20\x01"
     # A field that this version does not know: number 900 of JobSpec.
     foreign = base + b"\xa2\x38\x01x"
@@ -393,7 +393,7 @@ async def test_whatever_arrives_in_bytes_is_checked(cluster: Any, make_spec: Any
     # `30m` cannot arrive; a duration with the wrong sign of nanos can: retain (11).
     duration = base + b"\x5a\x0d\x08\x01\x10" + b"\xff" * 9 + b"\x01"
     cases = {
-        both: (grpc.StatusCode.UNIMPLEMENTED, "resources.gpus"),
+        both: (grpc.StatusCode.INVALID_ARGUMENT, "resources.gpus"),
         foreign: (grpc.StatusCode.UNIMPLEMENTED, "900"),
         empty: (grpc.StatusCode.INVALID_ARGUMENT, "train.model"),
         duration: (grpc.StatusCode.INVALID_ARGUMENT, "retain"),

@@ -165,13 +165,13 @@ async def test_what_is_not_carried_out_is_refused_with_its_path(
     cluster: Any, make_spec: Any
 ) -> None:
     asked = make_spec()
-    asked.resources.gpus = 1
+    asked.train.local.steps, asked.train.local.fragments = 2, 3
     request = job_service_pb2.SubmitJobRequest(spec=asked)
     code, bad = await details_of(
         cluster.jobs().SubmitJob(request, timeout=GUARD_S), error_details_pb2.BadRequest
     )
     assert code == grpc.StatusCode.UNIMPLEMENTED
-    assert [each.field for each in bad.field_violations] == ["resources.gpus"]
+    assert [each.field for each in bad.field_violations] == ["train.local.fragments"]
 
 
 async def test_a_missing_data_set_is_named(cluster: Any, make_spec: Any) -> None:
