@@ -70,6 +70,7 @@ def test_a_job_that_was_half_done_ends_elsewhere_with_the_same_bits(
     assert (result.examples_lost, result.examples_doubled) == (0, 0)
 
 
+@pytest.mark.usefixtures("embedded_only")  # it is restored into another folder
 @pytest.mark.parametrize("topology", [{}, {"all_reduce": {}}], ids=["aggregator", "all-reduce"])
 def test_members_that_are_ahead_of_what_was_restored_begin_again_from_it(
     tmp_path: Path, undisturbed_sha256: str, topology: dict[str, Any]
