@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import socket
 from collections.abc import Iterator
@@ -82,12 +83,13 @@ class Compose:
 
     def __init__(self, docker: Engine, image: str) -> None:
         commands = compose_commands()
-        if not commands:
-            pytest.skip("neither docker-compose nor docker compose is installed")
+        wanted = os.environ.get("PHALANX_TEST_COMPOSE", next(iter(commands), "any kind of"))
+        if wanted not in commands:
+            pytest.skip(f"compose {wanted} is not installed: there is {list(commands) or 'none'}")
         self.docker = docker
         self.project = f"phalanx{secrets.token_hex(4)}"
         self.ports = [free_port(), free_port()]
-        self._command = next(iter(commands.values()))
+        self._command = commands[wanted]
         self._variables = {
             "COMPOSE_PROJECT_NAME": self.project,
             "PHALANX_IMAGE": image,
