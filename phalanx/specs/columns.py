@@ -139,6 +139,8 @@ def violations_against(
             count = number_of(data.shards, "shard")
             message = f"{count}: more than the {number_of(len(used), 'column')} of {data.name}"
             yield Violation("data.shards", message)
+        elif data.shards > 0:
+            yield from _even(data, columns)
         return
     wrong = [
         violation
@@ -159,6 +161,20 @@ def _number(data: job_spec_pb2.Data) -> Iterator[Violation]:
     elif count and data.HasField("shards") and data.shards != count:
         message = f"{data.shards} is not the number of {_GROUPS}, {count}; leave it out"
         yield Violation("data.shards", message)
+
+
+def _even(data: job_spec_pb2.Data, columns: RawColumns) -> Iterator[Violation]:
+    """Columns divided evenly leave every shard something, unless its columns are no features."""
+    if not columns.named:
+        return  # each column is one
+    for positions in positions_of_shards(data, columns):
+        if not any(columns.column(each).width for each in positions):
+            names = ", ".join(repr(columns.column(each).name[:60]) for each in positions[:_SHOWN])
+            message = (
+                f"{number_of(data.shards, 'shard')} leave one of them {names} alone, which has no "
+                f"categories to learn from; use fewer, or write {_GROUPS}"
+            )
+            yield Violation("data.shards", message)
 
 
 def _names(

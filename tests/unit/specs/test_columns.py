@@ -87,6 +87,14 @@ def test_without_groups_the_columns_are_divided_evenly(make_dataset: MakeDataset
     assert positions_of_shards(prepared(make_dataset, fewer).data, PEOPLE) == [[0], [1], [2]]
 
 
+def test_every_shard_of_an_even_division_has_something_to_learn_from(
+    make_dataset: MakeDataset,
+) -> None:
+    said = complaints(make_dataset, job(shards=5))
+    assert "leave one of them 'none' alone" in said["data.shards"]
+    assert prepared(make_dataset, job(shards=4)).data.shards == 4
+
+
 def test_the_rows_of_a_step_are_those_of_one_shard(make_dataset: MakeDataset) -> None:
     dataset = people(make_dataset)
     spec = specs.prepare(job("train.batch_size=1000", shards=4), dataset, PEOPLE)
