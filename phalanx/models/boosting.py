@@ -40,8 +40,8 @@ SKETCH, CENTER, GROW = range(3)
 CELLS = 1024
 """Cells that a feature's values are counted in to place the bins."""
 
-EXPONENTS = 2048
-"""Buckets for the exponents of the targets, all that float64 has."""
+EXPONENTS, LEAST_EXPONENT = 2098, -1073
+"""Buckets for the exponents of the targets, all that float64 has, and the first of them."""
 
 MEASURES = 3
 """Of a bin: the sum of first derivatives, of second ones, and the rows."""
@@ -179,7 +179,7 @@ class Boosting:
             sums[CLASS_ROWS][...] = np.bincount(batch.targets, minlength=self._classes)
         else:
             _, exponents = np.frexp(batch.targets[batch.targets != 0])
-            counts = np.bincount(exponents + EXPONENTS // 2, minlength=EXPONENTS)
+            counts = np.bincount(exponents - LEAST_EXPONENT, minlength=EXPONENTS)
             sums[SUMS][:EXPONENTS] = counts
 
     def _rows_of(self, batch: Batch, tensors: dict[str, Array]) -> _Rows:

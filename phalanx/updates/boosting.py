@@ -16,6 +16,7 @@ from phalanx.models.boosting import (
     FEATURE,
     GRID,
     GROW,
+    LEAST_EXPONENT,
     LEVEL,
     MEASURES,
     NEVER,
@@ -67,7 +68,7 @@ class BoostingUpdate(Update):
         for feature in range(self._shape.features):
             then[EDGES][feature] = _edges(sums[GRID][feature], self._shape.bins)
         if not self._classes:
-            exponents = np.flatnonzero(sums[SUMS][:EXPONENTS]) - EXPONENTS // 2
+            exponents = np.flatnonzero(sums[SUMS][:EXPONENTS]) + LEAST_EXPONENT
             exponent = int(exponents[-1]) if len(exponents) else 0
             then[CURSOR][SHIFT], then[CURSOR][STAGE] = places(rows, exponent), CENTER
             return
