@@ -129,6 +129,12 @@ def update_kind(spec: job_spec_pb2.JobSpec) -> str:
     return kind if kind in UPDATING_OPTIMIZERS else ""
 
 
+def steps_without_loss(spec: job_spec_pb2.JobSpec) -> int:
+    """Return the steps at the beginning before which there is nothing that could have a loss:
+    that in which k-means draws its centers."""
+    return int(update_kind(spec) == "k_means")
+
+
 def projects(train: job_spec_pb2.Train) -> bool:
     """Whether all parameters of a version are shortened together once its optimizer has made it."""
     return train.optimizer.HasField("pegasos") and train.optimizer.pegasos.project

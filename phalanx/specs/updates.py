@@ -11,6 +11,7 @@ from phalanx.errors import Violation
 from phalanx.specs import parts
 from phalanx.texts import number_of
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
+from phalanx.v1.training_pb2 import JobPlan
 
 _ALL_ROWS = ("k_means", "pca", "boosting", "closed_form", "cocoa")
 """Each step of these reads every row."""
@@ -60,6 +61,15 @@ def steps_per_round(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dat
         return 1
     outputs = len(dataset.classes) if len(dataset.classes) > 2 else 1
     return spec.train.model.boosting.depth * outputs
+
+
+def planned_steps_per_round(plan: JobPlan) -> int:
+    """The same of a job whose layout is known."""
+    spec = job_spec_pb2.JobSpec.FromString(plan.spec)
+    if parts.update_kind(spec) != "boosting":
+        return 1
+    outputs = sum(tensor.shape[0] for tensor in plan.layout.tensors if tensor.name == "base")
+    return spec.train.model.boosting.depth * max(1, outputs)
 
 
 def _first_steps(dataset: dataset_service_pb2.Dataset) -> int:

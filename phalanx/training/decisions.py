@@ -18,6 +18,8 @@ from types import MappingProxyType
 from typing import Any
 
 from phalanx.privacy.settings import Spending
+from phalanx.specs import parts
+from phalanx.specs.updates import planned_steps_per_round
 from phalanx.training.asynchronous import limit_after
 from phalanx.training.best import BestRule, Kept
 from phalanx.training.metrics import keeps_point, metrics_from_sums
@@ -43,6 +45,8 @@ class RootDecider:
         self._term = term
         spec = JobSpec.FromString(plan.spec)
         self._train = spec.train
+        self._steps_without_loss = parts.steps_without_loss(spec)
+        self._steps_per_round = planned_steps_per_round(plan)
         self._spending = Spending(plan)
         self._stop = StopRules(self._train, plan.total_steps, self._spending.steps)
         self._best = BestRule(spec.output)
@@ -85,9 +89,10 @@ class RootDecider:
 
     @property
     def evaluation_interval(self) -> int:
-        """Steps from one evaluation to the next; each epoch where the spec does not say."""
+        """Steps from one evaluation to the next, and between two looks of a plateau at the training
+        loss; each epoch, or round of trees, where the spec does not say."""
         every = self._train.evaluation.every_steps
-        return max(1, every or self._plan.steps_per_epoch)
+        return every or max(1, self._plan.steps_per_epoch, self._steps_per_round)
 
     @property
     def limit(self) -> int:
@@ -139,8 +144,9 @@ class RootDecider:
     ) -> GoRecord:
         """A train round is done: range 0 holds ``version``, made of so many examples.
 
-        A count of 0 says that every shard was absent: the step counts, the loss is unknown. That
-        of a private job is never told: no noise is on it.
+        A count of 0 says that every shard was absent: the step counts, the loss is unknown. So it
+        is in a step that draws what later ones measure; that of a private job is never told: no
+        noise is on it.
         ``others`` are metrics of the step that no stop rule looks at.
         """
         self._version, self._round = version, -1
@@ -149,7 +155,7 @@ class RootDecider:
         if self._spending.counted:
             self._show(version, {EPSILON: self._spending.epsilon(version)})
             self._stop.observe(version, {})
-        elif example_count:
+        elif example_count and version > self._steps_without_loss:
             self._interval_count += example_count
             self._interval_loss += loss_sum
             measured = {TRAIN_LOSS: loss_sum / example_count}

@@ -80,6 +80,17 @@ def test_several_classes_are_told_apart_as_well_as_by_scikit_learn(images: Store
     assert model.metrics["test/accuracy"] > score_of(reference, images) - 0.02
 
 
+def test_a_plateau_of_the_training_loss_looks_at_whole_rounds(tmp_path: Path) -> None:
+    """The loss of a step is that of the trees before it: the same for all levels of a round."""
+    features, targets = digits()
+    dataset = store(tmp_path, features[:200], targets[:200])
+    stop = {"plateau": {"metric": "train/loss", "evaluations": 2}}
+    train = {"model": {"boosting": {"trees": 3, "depth": 2}}, "stop": stop}
+    plan = plan_for(dataset, train, data={"name": "data", "shards": 2})
+    model = train_in_process(plan, dataset.manifest, dataset.fetch)
+    assert (model.reason, model.steps) == ("STOP_STEPS", 3 * 10 * 2 + 1)
+
+
 def test_a_split_is_the_best_of_all(tmp_path: Path) -> None:
     """One tree of one level, against trying every split of every feature."""
     rng = np.random.default_rng(3)
@@ -103,6 +114,13 @@ def test_a_split_is_the_best_of_all(tmp_path: Path) -> None:
     np.testing.assert_allclose(tensors[VALUE][0, 1:3], expected, atol=1e-9)
     assert tensors[THRESHOLD][0, 0] in tensors[EDGES][feature]
     assert (tensors[EDGES] < NEVER).sum(axis=1).tolist() == [8, 8, 8]
+
+
+def test_targets_may_be_as_small_as_numbers_are(tmp_path: Path) -> None:
+    targets = np.repeat([0.0, 5e-324, 1.0], 20)
+    dataset = store(tmp_path, np.repeat([[0.0], [1.0], [2.0]], 20, axis=0), targets)
+    model = run(dataset, 2, trees=1, depth=1, learning_rate=1.0, l2=0.0)
+    assert views(model.layout, model.parameters)[FEATURE][0, 0] == 0
 
 
 def test_nothing_is_split_where_there_is_nothing_to_gain(tmp_path: Path) -> None:

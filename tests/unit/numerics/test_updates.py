@@ -73,6 +73,21 @@ def test_k_means_moves_its_centers_as_scikit_learn_does(clouds: StoredDataset) -
     assert again.metrics["train/loss"] <= reference.inertia_ / len(features) + 1e-9
 
 
+def test_k_means_ends_once_its_loss_stands_still(numbers: StoredDataset) -> None:
+    """The step that draws the centers has no loss that later ones could be compared with."""
+    rule = {"plateau": {"metric": "train/loss", "evaluations": 1}}
+    model = run(numbers, model=K_MEANS, stop=rule)
+    assert model.reason == "STOP_PLATEAU"
+    longer = run(numbers, model=K_MEANS, stop={"steps": model.steps + 3})
+    assert longer.parameters_sha256 == model.parameters_sha256
+    assert min(step for step, name, _ in model.points if name == "train/loss") == 2
+
+
+def test_k_means_without_centers_is_below_no_threshold(numbers: StoredDataset) -> None:
+    rule = {"steps": 3, "thresholds": [{"metric": "train/loss", "at_most": 1e-3}]}
+    assert run(numbers, model=K_MEANS, stop=rule).reason == "STOP_STEPS"
+
+
 def test_a_cluster_that_loses_all_rows_keeps_its_center(tmp_path: Path) -> None:
     features = np.repeat(np.array([[0.0, 0.0], [1.0, 1.0]]), 30, axis=0)
     dataset = store(tmp_path, features, np.arange(60.0), chunk_bytes=4096)
