@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from phalanx.models.base import Array, Batch, DataSchema, LeafSums, TensorViews, make_layout
 from phalanx.models.losses import Logistic, OutputLayer, Softmax, SquaredError
+from phalanx.specs import workspaces
+from phalanx.specs.workspaces import CELLS, EXPONENTS, MEASURES
 from phalanx.v1 import job_spec_pb2
 
 BASE, EDGES = "base", "edges"
@@ -37,14 +39,8 @@ classes)."""
 SKETCH, CENTER, GROW = range(3)
 """Stages: where the values lie; the mean target, for numbers; levels of trees."""
 
-CELLS = 1024
-"""Cells that a feature's values are counted in to place the bins."""
-
-EXPONENTS, LEAST_EXPONENT = 2098, -1073
-"""Buckets for the exponents of the targets, all that float64 has, and the first of them."""
-
-MEASURES = 3
-"""Of a bin: the sum of first derivatives, of second ones, and the rows."""
+LEAST_EXPONENT = -1073
+"""Of the smallest number: the first of the `EXPONENTS`."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +57,6 @@ class Shape:
     def nodes(self) -> int:
         """Places for nodes of one tree."""
         return (2 << self.depth) - 1
-
-    @property
-    def widest(self) -> int:
-        """Nodes of the last level that is split."""
-        return (1 << self.depth) // 2
 
 
 def shape_of(boosting: job_spec_pb2.Boosting, features: int, classes: int) -> Shape:
@@ -95,17 +86,9 @@ class Boosting:
             (EDGES, (shape.features, shape.bins - 1), False),
             *((name, size, False) for name in (FEATURE, THRESHOLD, VALUE)),
         ]
-        workspace: list[tuple[str, tuple[int, ...]]] = []
-        if schema.rows:
-            sums = max(MEASURES * shape.widest * shape.features * shape.bins, EXPONENTS)
-            workspace = [
-                (CURSOR, (4,)),
-                (SUMS, (sums,)),
-                (GRID, (shape.features, CELLS)),
-            ]
-            if schema.classes:
-                workspace.append((CLASS_ROWS, (schema.classes,)))
-        self.layout = make_layout(tensors, schema.dtype, workspace=workspace)
+        workspace = workspaces.boosting(boosting, schema.features, schema.classes)
+        workspace = workspace if schema.rows else {}
+        self.layout = make_layout(tensors, schema.dtype, workspace=list(workspace.items()))
         self._shape = shape
         self._classes = schema.classes
         self._output: OutputLayer = SquaredError()

@@ -17,6 +17,7 @@ from phalanx.models.ascent import ascend
 from phalanx.models.base import Array, Batch, DataSchema, LeafSums, TensorViews, make_layout
 from phalanx.models.linear import WEIGHTS
 from phalanx.models.losses import Hinge
+from phalanx.specs import workspaces
 from phalanx.specs.catalog import CERTIFICATES
 from phalanx.v1.job_spec_pb2 import Cocoa
 
@@ -36,7 +37,7 @@ class DualSvm:
     def __init__(
         self, schema: DataSchema, cocoa: Cocoa, l2: float, seed: int, *, certified: bool
     ) -> None:
-        workspace = [(DUALS, (schema.rows,)), (ROUNDS, (1,))]
+        workspace = list(workspaces.cocoa(schema.rows).items())
         tensors = [(WEIGHTS, (schema.features,), True)]
         self.layout = make_layout(tensors, schema.dtype, workspace=workspace)
         self._hinge = Hinge(squared=False)

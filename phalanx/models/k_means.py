@@ -8,12 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.models.base import Array, Batch, DataSchema, LeafSums, TensorViews, make_layout
+from phalanx.specs import workspaces
 
 CENTERS, SIZES, CANDIDATES = "centers", "sizes", "candidates"
 """Model: (clusters, features), and the rows of each cluster. Workspace: (candidates, features)."""
-
-CANDIDATES_PER_CLUSTER = 4
-"""Rows that centers are drawn from; each stays in the workspace while the job runs."""
 
 
 def is_beginning(sizes: Array) -> bool:
@@ -31,11 +29,9 @@ class KMeans:
             (CENTERS, (clusters, schema.features), False),
             (SIZES, (clusters,), False),
         ]
-        workspace: list[tuple[str, tuple[int, ...]]] = []
-        if schema.rows:
-            count = min(max(CANDIDATES_PER_CLUSTER * clusters, schema.shards), schema.rows)
-            workspace = [(CANDIDATES, (count, schema.features))]
-        self.layout = make_layout(tensors, schema.dtype, workspace=workspace)
+        workspace = workspaces.k_means(clusters, schema.features, schema.rows, schema.shards)
+        workspace = workspace if schema.rows else {}
+        self.layout = make_layout(tensors, schema.dtype, workspace=list(workspace.items()))
         self._shards = schema.shards
         self._dtype = np.dtype(schema.dtype)
         self._views = TensorViews(self.layout)

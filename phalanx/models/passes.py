@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from phalanx.models.base import Array, Batch, DataSchema, LeafSums, TensorViews, make_layout
 from phalanx.models.linear import BIAS, WEIGHTS, LinearModel
 from phalanx.models.losses import SquaredError
+from phalanx.specs import workspaces
 
 PASSES_OVER = "passes_over"
 """Workspace of one element: the passes that are over."""
@@ -39,10 +40,8 @@ class Pca:
             (COMPONENTS, (components, features), False),
             (VARIANCES, (components,), False),
         ]
-        workspace: list[tuple[str, tuple[int, ...]]] = []
-        if schema.rows:
-            workspace = [(PRODUCTS, (features, features)), (SUMS, (features,)), (PASSES_OVER, (1,))]
-        self.layout = make_layout(tensors, schema.dtype, workspace=workspace)
+        workspace = workspaces.passes(features) if schema.rows else {}
+        self.layout = make_layout(tensors, schema.dtype, workspace=list(workspace.items()))
         self._rows = schema.rows
         self._dtype = np.dtype(schema.dtype)
         self._views = TensorViews(self.layout)
@@ -98,8 +97,7 @@ class NormalEquations(LinearModel):
         super().__init__(schema, 1, SquaredError(), bias)
         self._l2 = l2
         self._rows = schema.rows
-        size = schema.features + int(bias)
-        workspace = [(PRODUCTS, (size, size)), (SUMS, (size,)), (PASSES_OVER, (1,))]
+        workspace = list(workspaces.passes(schema.features + int(bias)).items())
         tensors = [(each.name, tuple(each.shape), each.decay) for each in self.layout.tensors]
         self.layout = make_layout(tensors, schema.dtype, workspace=workspace)
         self._views = TensorViews(self.layout)

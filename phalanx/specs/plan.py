@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from phalanx.privacy.settings import is_private
-from phalanx.specs import catalog, margins, parts, private, programs, task_sets
+from phalanx.specs import catalog, margins, parts, private, programs, task_sets, workspaces
 from phalanx.specs.canonical import spec_sha256
 from phalanx.specs.resolve import rows_per_leaf, steps_per_epoch, total_steps, train_rows
 from phalanx.tasks import is_program
@@ -128,8 +128,9 @@ def worker_bytes(
     """
     itemsize = catalog.DTYPES.get(spec.train.dtype, 4)
     elements = catalog.element_count(spec.train.model, dataset.features, len(dataset.classes))
-    if spec.train.optimizer.HasField("cocoa"):
-        elements += train_rows(spec, dataset)  # their dual variables
+    elements += workspaces.element_count(
+        spec, dataset.features, len(dataset.classes), train_rows(spec, dataset)
+    )
     if parts.by_columns(spec.data):
         elements *= 1 + parts.optimizer_vectors(spec.train.optimizer)
         elements += rows_per_leaf(spec, train_rows(spec, dataset)) + 1
@@ -164,7 +165,8 @@ def _state_vectors(spec: job_spec_pb2.JobSpec) -> int:
 
 def _activations(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> int:
     """Numbers held per row while a leaf runs: the dense row and the layers."""
-    dense = dataset.features if dataset.format != "csr" else 0
+    made_dense = parts.update_kind(spec) in ("pca", "closed_form", "boosting")
+    dense = dataset.features if dataset.format != "csr" or made_dense else 0
     return dense + sum(spec.train.model.mlp.hidden) + len(dataset.classes)
 
 

@@ -7,18 +7,15 @@ import numpy as np
 from phalanx.models.base import TensorViews
 from phalanx.models.boosting import (
     BASE,
-    CELLS,
     CENTER,
     CLASS_ROWS,
     CURSOR,
     EDGES,
-    EXPONENTS,
     FEATURE,
     GRID,
     GROW,
     LEAST_EXPONENT,
     LEVEL,
-    MEASURES,
     NEVER,
     SHIFT,
     SKETCH,
@@ -31,6 +28,7 @@ from phalanx.models.boosting import (
     places,
     slope_shift,
 )
+from phalanx.specs.workspaces import CELLS, EXPONENTS, MEASURES
 from phalanx.updates.base import Array, Update
 from phalanx.v1 import job_spec_pb2
 from phalanx.v1.training_pb2 import Layout

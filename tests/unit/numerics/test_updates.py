@@ -1,5 +1,6 @@
 """Algorithms whose versions no elementwise optimizer makes, against independent references."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ from sklearn.linear_model import Ridge
 
 from phalanx.data.statistics import manifest_mean_and_scale
 from phalanx.errors import InvalidArgument
+from phalanx.layouts import model_layout, size_bytes
+from phalanx.models import build_model
 from phalanx.models.base import views
+from phalanx.specs.plan import PARAMETER_COPIES, worker_bytes
 from phalanx.testing.datasets import StoredDataset, classification, regression, store
-from phalanx.testing.plans import plan_for
+from phalanx.testing.plans import dataset_message, plan_for
 from phalanx.training.local import TrainedModel, train_in_process
+from phalanx.training.schema import job_schema
+from phalanx.v1.job_spec_pb2 import JobSpec
 
 K_MEANS = {"k_means": {"clusters": 4}}
 CLOSED_FORM = {"model": {"linear_regression": {}}, "optimizer": {"closed_form": {}}}
@@ -150,6 +156,28 @@ def test_the_model_is_without_the_workspace(train: dict[str, Any], numbers: Stor
     assert not any(tensor.workspace for tensor in model.layout.tensors)
     assert len(model.parameters) == model.layout.element_count
     assert model.layout.dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"model": K_MEANS},
+        {"model": {"pca": {"components": 2}}},
+        {"model": {"boosting": {}}},
+        CLOSED_FORM,
+        {"model": {"linear_svm": {}}, "optimizer": {"cocoa": {}}, "l2": 0.1},
+    ],
+    ids=["k_means", "pca", "boosting", "closed form", "cocoa"],
+)
+def test_a_worker_has_room_for_the_workspace(train: dict[str, Any], tmp_path: Path) -> None:
+    rows = regression if train is CLOSED_FORM else partial(classification, classes=2)
+    dataset = store(tmp_path, *rows(90, 40))
+    plan = plan_for(dataset, train, data={"name": "data", "shards": 2})
+    spec = JobSpec.FromString(plan.spec)
+    layout = build_model(spec, job_schema(plan, spec, dataset.manifest)).layout
+    vector_bytes = size_bytes(layout)
+    assert vector_bytes > size_bytes(model_layout(layout))
+    assert worker_bytes(spec, dataset_message(dataset)) > PARAMETER_COPIES * vector_bytes
 
 
 @pytest.mark.parametrize(
