@@ -63,6 +63,8 @@ class DataSchema:
     ``rows`` and ``shards`` are those that the job trains on; 0 where a model that is there already
     is loaded: then it has no workspace. ``batch_rows`` are those of a step of one shard, at most.
     ``features_of_shards`` says where shards are groups of columns which features each sees.
+    ``spread`` has the mean of each feature as leaves see it, and what makes its deviation 1, for
+    models that ask for it; empty where they are not known.
     """
 
     features: int
@@ -72,6 +74,7 @@ class DataSchema:
     shards: int = 0
     batch_rows: int = 0
     features_of_shards: tuple[tuple[range, ...], ...] = ()
+    spread: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ FEATURE, THRESHOLD, VALUE = "feature", "threshold", "value"
 is at most the threshold; a feature of -1 makes a node an end, whose value counts."""
 
 STAGE, TREE, LEVEL, SHIFT = range(4)
-CURSOR, SUMS, GRID, CLASS_ROWS = "cursor", "sums", "grid", "class_rows"
+CURSOR, SUMS, GRID, SPREAD, CLASS_ROWS = "cursor", "sums", "grid", "spread", "class_rows"
 """Workspace. The cursor: which stage comes next, which tree and level, and the binary places of the
 numbers that are summed (0: not known yet). Sums: histograms, or what the stage needs. The others
-are of the first stage: rows in the cells of each feature, and of each class (where there are
-classes)."""
+are of the first stage: rows in the cells of each feature, what cells are counted by (see
+`DataSchema.spread`), and rows of each class (where there are classes)."""
 
 SKETCH, CENTER, GROW = range(3)
 """Stages: where the values lie; the mean target, for numbers; levels of trees."""
@@ -91,6 +91,8 @@ class Boosting:
         self.layout = make_layout(tensors, schema.dtype, workspace=list(workspace.items()))
         self._shape = shape
         self._classes = schema.classes
+        known = [np.array(each) for each in schema.spread]
+        self._spread = known or [np.zeros(shape.features), np.ones(shape.features)]
         self._output: OutputLayer = SquaredError()
         if schema.classes:
             self._output = Logistic() if shape.outputs == 1 else Softmax()
@@ -152,12 +154,15 @@ class Boosting:
 
     def _sketch(self, batch: Batch, sums: dict[str, Array]) -> None:
         """Count the values of each feature in cells, and classes or the exponents of targets."""
-        values = dense(batch.features)
+        mean, scale = self._spread
+        values = (dense(batch.features) - mean) * scale
         # From all numbers to (-1, 1), most finely around 0; each step is one exact operation's.
         inside = values / (1 + np.abs(values))
         cells = np.clip(((inside + 1) * (CELLS / 2)).astype(np.int64), 0, CELLS - 1)
         for feature in range(self._shape.features):
             sums[GRID][feature] = np.bincount(cells[:, feature], minlength=CELLS)
+        if batch.shard == 0:
+            sums[SPREAD][...] = self._spread
         if self._classes:
             sums[CLASS_ROWS][...] = np.bincount(batch.targets, minlength=self._classes)
         else:

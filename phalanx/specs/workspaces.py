@@ -63,6 +63,7 @@ def boosting(settings: job_spec_pb2.Boosting, features: int, classes: int) -> Sh
     widest = (1 << settings.depth) // 2
     sums = max(MEASURES * widest * features * settings.bins, EXPONENTS)
     shapes: Shapes = {"cursor": (4,), "sums": (sums,), "grid": (features, CELLS)}
+    shapes["spread"] = (2, features)
     if classes:
         shapes["class_rows"] = (classes,)
     return shapes

@@ -19,6 +19,7 @@ from phalanx.models.boosting import (
     NEVER,
     SHIFT,
     SKETCH,
+    SPREAD,
     STAGE,
     SUMS,
     THRESHOLD,
@@ -63,8 +64,11 @@ class BoostingUpdate(Update):
         return following
 
     def _begin(self, then: dict[str, Array], sums: dict[str, Array], rows: int) -> None:
-        for feature in range(self._shape.features):
-            then[EDGES][feature] = _edges(sums[GRID][feature], self._shape.bins)
+        for feature, (mean, scale) in enumerate(sums[SPREAD].T):
+            edges = _edges(sums[GRID][feature], self._shape.bins)
+            there = edges < NEVER
+            edges[there] = edges[there] / scale + mean
+            then[EDGES][feature] = edges
         if not self._classes:
             exponents = np.flatnonzero(sums[SUMS][:EXPONENTS]) + LEAST_EXPONENT
             exponent = int(exponents[-1]) if len(exponents) else 0
@@ -126,8 +130,9 @@ class BoostingUpdate(Update):
 
 
 def _edges(counts: Array, bins: int) -> Array:
-    """Ends of the bins of a feature: between all cells with values where these are few, else so
-    that bins have about as many rows each; `NEVER` where no more are needed."""
+    """Ends of the bins of a feature, as cells are counted: between all cells with values where
+    these are few, else so that bins have about as many rows each; `NEVER` where no more are
+    needed."""
     edges = np.full(bins - 1, NEVER)
     filled = np.flatnonzero(counts)
     if len(filled) > bins:

@@ -116,6 +116,20 @@ def test_a_split_is_the_best_of_all(tmp_path: Path) -> None:
     assert (tensors[EDGES] < NEVER).sum(axis=1).tolist() == [8, 8, 8]
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("standardise", [False, True])
+def test_features_may_lie_anywhere(standardise: bool, sparse: bool, tmp_path: Path) -> None:
+    """Such as years, which are far from 0 and near to one another, and incomes."""
+    rng = np.random.default_rng(4)
+    places = np.stack([rng.uniform(1990, 2020, 400), rng.lognormal(10.5, 0.6, 400)], axis=1)
+    targets = (places[:, 0] - 2005) / 10 + np.log(places[:, 1])
+    dataset = store(tmp_path, scipy.sparse.csr_array(places) if sparse else places, targets)
+    model = {"boosting": {"trees": 40, "depth": 3}, "standardise": standardise}
+    plan = plan_for(dataset, {"model": model}, data={"name": "data", "shards": 2})
+    trained = train_in_process(plan, dataset.manifest, dataset.fetch)
+    assert trained.metrics["train/loss"] < 0.02 * targets.var()
+
+
 def test_targets_may_be_as_small_as_numbers_are(tmp_path: Path) -> None:
     targets = np.repeat([0.0, 5e-324, 1.0], 20)
     dataset = store(tmp_path, np.repeat([[0.0], [1.0], [2.0]], 20, axis=0), targets)
