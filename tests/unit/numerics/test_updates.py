@@ -14,7 +14,7 @@ from sklearn.linear_model import Ridge
 from phalanx.data.statistics import manifest_mean_and_scale
 from phalanx.errors import InvalidArgument
 from phalanx.layouts import model_layout, size_bytes
-from phalanx.models import build_model
+from phalanx.models import build_model, passes
 from phalanx.models.base import views
 from phalanx.specs.plan import PARAMETER_COPIES, worker_bytes
 from phalanx.testing.datasets import StoredDataset, classification, regression, store
@@ -22,6 +22,7 @@ from phalanx.testing.plans import dataset_message, plan_for
 from phalanx.training.local import TrainedModel, train_in_process
 from phalanx.training.schema import job_schema
 from phalanx.v1.job_spec_pb2 import JobSpec
+from worker.leaf.work import JobWork, Paths
 
 K_MEANS = {"k_means": {"clusters": 4}}
 CLOSED_FORM = {"model": {"linear_regression": {}}, "optimizer": {"closed_form": {}}}
@@ -135,6 +136,40 @@ def test_l2_makes_it_a_ridge_regression(numbers: StoredDataset) -> None:
     found = tensors(run(numbers, **CLOSED_FORM, l2=0.3))
     reference = Ridge(alpha=0.3 * len(features)).fit(features, targets)
     np.testing.assert_allclose(found["weights"], reference.coef_, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("train", "solver"),
+    [({"model": {"pca": {"components": 2}}}, "eigh"), (CLOSED_FORM, "lstsq")],
+    ids=["pca", "closed form"],
+)
+def test_workers_that_solve_to_other_bits_are_told_apart(
+    train: dict[str, Any],
+    solver: str,
+    numbers: StoredDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The leaf that a job is described with is of the first pass, and solves nothing."""
+    plan = plan_for(numbers, train, data={"name": "data", "shards": 2})
+    manifest = tmp_path / "manifest"
+    manifest.write_bytes(numbers.manifest.to_json())
+
+    def leaf() -> str:
+        passes.solutions.cache_clear()
+        work = JobWork(plan, Paths(manifest), lambda chunk: numbers.fetch(chunk.digest))
+        return work.describe().leaf_sha256
+
+    one, exact = leaf(), getattr(np.linalg, solver)
+    assert leaf() == one
+    monkeypatch.setattr(np.linalg, solver, lambda *given, **named: _nudged(exact(*given, **named)))
+    assert leaf() != one
+    passes.solutions.cache_clear()
+
+
+def _nudged(results: Any) -> Any:
+    first, *others = results
+    return np.nextafter(first, np.inf), *others
 
 
 def test_columns_that_say_the_same_get_the_shortest_solution(tmp_path: Path) -> None:
