@@ -151,9 +151,11 @@ class ForestTasks:
         for result in grown:
             data = result.read()
             tables += arrays.unpack(data).values()
-            for name, place in arrays.places(data).items():
-                tensors.append(TensorSpec(name=name, shape=place.shape))
-                pieces.append(Piece(result.digest, place.offset, place.length))
+            places = arrays.places(data)
+            tensors += [TensorSpec(name=name, shape=each.shape) for name, each in places.items()]
+            # The trees of a task lie one after another: storage takes so many pieces and no more.
+            first = min(each.offset for each in places.values())
+            pieces.append(Piece(result.digest, first, sum(each.length for each in places.values())))
         features = self._job.manifest.features
         counts = mean_importances(tables, features)
         tensors.append(TensorSpec(name=IMPORTANCES, shape=[features]))

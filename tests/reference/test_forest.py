@@ -26,8 +26,11 @@ from phalanx.forests.tables import (
     tensor_name,
 )
 from phalanx.models.base import views
+from phalanx.programs import Outcome
+from phalanx.sdk.methods import READ_TASK_RESULTS
 from phalanx.sdk.values import Result
 from phalanx.testing.datasets import classification, digits, regression, shared_data
+from phalanx.v1.job_service_pb2 import ReadTaskResultsRequest
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,22 @@ def test_a_forest_of_numbers_is_that_of_scikit_learn(alone: phalanx.Cluster) -> 
     np.testing.assert_array_equal(importances(model), expected.feature_importances_)
     assert result.metrics["oob/r2"] == pytest.approx(expected.oob_score_, rel=1e-12)
     assert result.metrics["oob/unscored_rows"] > 0
+
+
+def test_a_model_has_a_piece_for_each_task_and_not_for_each_tree(alone: phalanx.Cluster) -> None:
+    # Storage puts a model together of so many pieces and no more: forests have as many trees.
+    _, result = grown(alone, classification(rows=60), trees=96, shards=2)
+    job = alone.jobs()[0]
+    request = ReadTaskResultsRequest(job_id=job.id, tasks=[result.steps - 1])
+    (page,) = alone.backend.stream(READ_TASK_RESULTS, request)
+    outcome = Outcome.from_json(alone.backend.get_blob(page.results[0].stored.digest))
+    assert outcome.model is not None
+    assert len(outcome.model.layout.tensors) == 96 + 1
+    assert len(outcome.model.pieces) == 32 + 1
+    features, targets = classification(rows=60)
+    expected = RandomForestClassifier(96, random_state=0).fit(features, targets)
+    model = alone.models.get(result.model)
+    assert_equal_trees(model, expected.estimators_)
 
 
 def test_sparse_rows_grow_the_trees_of_scikit_learn(
