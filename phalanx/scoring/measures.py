@@ -49,14 +49,16 @@ def number_part(targets: Array, predicted: Array) -> Part:
     targets, predicted = targets.astype(np.float64), predicted.astype(np.float64)
     mean = math.fsum(targets) / max(1, len(targets))
     errors = targets - predicted
+    with np.errstate(over="ignore"):
+        squared = _total(errors**2)
     return {
         "rows": np.array([len(targets)], np.int64),
         "mean": np.array([mean]),
         # What rounding took from the mean, without which the spread of far-off numbers is lost.
         "rest": np.array([math.fsum(targets - mean) / max(1, len(targets))]),
         "spread": np.array([math.fsum((targets - mean) ** 2)]),
-        "squared": np.array([math.fsum(errors**2)]),
-        "absolute": np.array([math.fsum(np.abs(errors))]),
+        "squared": np.array([squared]),
+        "absolute": np.array([_total(np.abs(errors))]),
     }
 
 
@@ -85,7 +87,7 @@ def class_metrics(parts: Sequence[Part], names: Iterable[str]) -> dict[str, floa
         ]
         if all(each is not None for each in areas):
             found["auc"] = math.fsum(each for each in areas if each is not None) / len(areas)
-    return found
+    return _finite(found)
 
 
 def confusion(parts: Sequence[Part]) -> NDArray[np.int64]:
@@ -95,17 +97,18 @@ def confusion(parts: Sequence[Part]) -> NDArray[np.int64]:
 
 
 def number_metrics(parts: Sequence[Part], names: Iterable[str]) -> dict[str, float]:
-    """Return the named metrics of all parts; R² is left out where all numbers are the same."""
+    """Return the named metrics of all parts, those that are finite; R² is left out where all
+    numbers are the same."""
     parts = [part for part in parts if int(part["rows"][0])]
     counts = [int(part["rows"][0]) for part in parts]
     rows = sum(counts)
     spread = _spread(parts, counts, rows)
-    squared = math.fsum(float(part["squared"][0]) for part in parts)
-    absolute = math.fsum(float(part["absolute"][0]) for part in parts)
+    squared = _total(float(part["squared"][0]) for part in parts)
+    absolute = _total(float(part["absolute"][0]) for part in parts)
     found = {"rmse": math.sqrt(squared / rows), "mae": absolute / rows}
     if spread > 0:
         found["r2"] = 1 - squared / spread
-    return {name: found[name] for name in names if name in found}
+    return _finite({name: found[name] for name in names if name in found})
 
 
 def _spread(parts: Sequence[Part], counts: Sequence[int], rows: int) -> float:
@@ -133,6 +136,19 @@ def area(positive: NDArray[np.bool_], scores: Array) -> float | None:
     below = np.cumsum(negatives) - negatives
     halves = sum((positives * (2 * below + negatives)).tolist())
     return float(halves / (2 * count * others))
+
+
+def _finite(found: dict[str, float]) -> dict[str, float]:
+    """Leave out what is beyond all numbers: a model may have grown without bounds."""
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _total(numbers: Iterable[float]) -> float:
+    """Return the sum of numbers that are not negative; infinity where it is beyond all numbers."""
+    try:
+        return math.fsum(numbers)
+    except OverflowError:
+        return math.inf
 
 
 def _matrix(

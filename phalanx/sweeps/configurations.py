@@ -6,6 +6,7 @@ one change fastest. A configuration is known by its number in it. Needs no numer
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -101,7 +102,8 @@ def _put(document: Any, path: str, value: Any) -> None:
         document = document.setdefault(name, {})
         if not isinstance(document, dict):
             raise InvalidArgument(f"{path} cannot be set: {name} has no fields")
-    document[last] = value
+    # Another path may set a part of it, and others have the same value.
+    document[last] = copy.deepcopy(value)
 
 
 def seeded(job: JobSpec) -> bool:

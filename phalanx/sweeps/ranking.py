@@ -35,7 +35,8 @@ class Scored:
         known = [score for score in self.scores if score is not None]
         if len(known) < len(self.scores):
             return None
-        return math.fsum(known) / len(known)
+        scaled, exponent = _scaled(known)
+        return math.ldexp(math.fsum(scaled) / len(known), exponent)
 
     @property
     def std(self) -> float | None:
@@ -43,8 +44,16 @@ class Scored:
         mean = self.mean
         if mean is None:
             return None
-        squares = [(score - mean) ** 2 for score in self.scores if score is not None]
-        return math.sqrt(math.fsum(squares) / len(squares))
+        scaled, exponent = _scaled([score - mean for score in self.scores if score is not None])
+        squares = math.fsum(each**2 for each in scaled)
+        return math.ldexp(math.sqrt(squares / len(scaled)), exponent)
+
+
+def _scaled(numbers: Sequence[float]) -> tuple[list[float], int]:
+    """Return numbers as parts of a power of two, exactly, and its exponent: what a model scores
+    that grew without bounds has squares, and sums, beyond all numbers."""
+    _, exponent = math.frexp(max(abs(each) for each in numbers))
+    return [math.ldexp(each, -exponent) for each in numbers], exponent
 
 
 def scored(trials: Iterable[Trial]) -> list[Scored]:

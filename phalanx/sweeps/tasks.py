@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict, ParseDict
@@ -106,22 +107,28 @@ class SweepTasks:
 
     def _table(self, inputs: Sequence[Result]) -> bytes:
         """Write each configuration with the scores of the last round that it was in. Those of a
-        later round are ranked before those that were left behind."""
-        rows: dict[int, dict[str, Any]] = {}
-        last = self._rounds[-1].count
-        for number, result in reversed(list(enumerate(inputs))):
+        later round are ranked before those that were left behind, and those without a score last:
+        the best may be one that was left behind, where all that went on diverged."""
+        latest: dict[int, tuple[int, Scored]] = {}
+        steps = []
+        for number, result in enumerate(inputs):
             document = _document(result)
+            steps.append(document["steps"])
+            for configuration, scores, note in document["scores"]:
+                latest[configuration] = number, Scored(configuration, tuple(scores), note)
+        rows: dict[int, dict[str, Any]] = {}
+        for has_score, number in product((True, False), reversed(range(len(inputs)))):
             entries = [
-                Scored(configuration, tuple(scores), note)
-                for configuration, scores, note in document["scores"]
-                if configuration not in rows
+                entry
+                for last, entry in latest.values()
+                if last == number and (entry.mean is not None) == has_score
             ]
             behind = len(rows)
             placed = ranks(entries, more_is_better=self._more_is_better)
-            for entry in entries:
+            for entry in best_first(entries, more_is_better=self._more_is_better):
                 rank = behind + placed[entry.configuration]
-                rows[entry.configuration] = self._row(entry, rank, number, document["steps"])
-        best = _document(inputs[-1])["order"][0]
+                rows[entry.configuration] = self._row(entry, rank, number, steps[number])
+        best = next(iter(rows))
         if rows[best]["mean"] is None:
             raise FailedPrecondition(
                 f"no configuration has a score: {rows[best]['note']}", reason="NO_SCORE"
@@ -131,7 +138,7 @@ class SweepTasks:
             "more_is_better": self._more_is_better,
             "folds": self._sweep.folds,
             "rounds": len(inputs),
-            "finalists": last,
+            "finalists": self._rounds[-1].count,
             "best": best,
             "configurations": [rows[number] for number in sorted(rows)],
         }

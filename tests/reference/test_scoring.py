@@ -184,6 +184,14 @@ def test_what_is_not_defined_for_some_rows_is_left_out() -> None:
     assert number_metrics([same], ["r2", "rmse"]) == {"rmse": 0.0}
 
 
+@pytest.mark.parametrize("guess", [1e200, 1.2e154])
+def test_what_a_model_without_bounds_says_is_beyond_all_numbers(guess: float) -> None:
+    far = [number_part(np.arange(4.0), np.full(4, guess)) for _ in range(2)]
+    assert number_metrics(far, ["r2", "rmse", "mae"]) == {"mae": pytest.approx(guess)}
+    nothing = class_part(np.array([0, 1]), np.full((2, 2), np.nan), 2, scores=False)
+    assert class_metrics([nothing], ["accuracy", "log_loss"]) == {"accuracy": 0.5}
+
+
 def predicted(cluster: phalanx.Cluster, data: str, model: str, **more: Any) -> Job:
     document = {"name": "rows", "data": {"name": data, **more}, "predict": {"model": model}}
     job = cluster.submit(document)

@@ -220,6 +220,45 @@ def test_settings_that_diverge_are_last_and_told(alone: phalanx.Cluster, tmp_pat
     assert (table["best"], second["rank"]) == (1, 1)
 
 
+def test_the_best_is_one_with_a_score_where_all_that_went_on_diverged(
+    alone: phalanx.Cluster, tmp_path: Path
+) -> None:
+    train = {"model": {"linear_regression": {}}, "optimizer": {"sgd": {}}, "stop": {"steps": 4000}}
+    sweep = {
+        "base": {"train": train},
+        "grid": {"train.optimizer.sgd.learning_rate": [1.5, 1e-9, 1e-9]},
+        "folds": 2,
+        "asha": {"min_steps": 1},
+    }
+    _, table = swept(alone, tmp_path, "numbers", sweep)
+    first, *others = table["configurations"]
+    assert (first["mean"], first["rank"], first["round"]) == (None, 3, table["rounds"])
+    assert table["best"] == 1
+    assert [row["rank"] for row in others] == [1, 1]
+
+
+def test_scores_of_models_that_grew_without_bounds_are_told(
+    alone: phalanx.Cluster, tmp_path: Path
+) -> None:
+    train = {
+        "model": {"linear_regression": {}},
+        "optimizer": {"sgd": {}},
+        "stop": {"steps": 20},
+        "dtype": "float64",
+    }
+    sweep = {
+        "base": {"train": train},
+        "grid": {"train.optimizer.sgd.learning_rate": [0.1, 1e4]},
+        "folds": 3,
+    }
+    job, table = swept(alone, tmp_path, "numbers", sweep)
+    first, second = table["configurations"]
+    assert (first["rank"], second["rank"]) == (1, 2)
+    assert second["mean"] < -1e100
+    assert 1e100 < second["std"] < float("inf")
+    job.save(tmp_path / "scores.png")
+
+
 def test_a_random_search_draws_combinations_by_its_seed(
     alone: phalanx.Cluster, tmp_path: Path
 ) -> None:

@@ -317,6 +317,25 @@ def test_equal_scores_have_equal_ranks() -> None:
     assert dict(ranks(entries, more_is_better=True)) == {1: 1, 0: 2, 2: 2, 4: 4, 3: 5, 5: 5}
 
 
+def test_scores_without_bounds_have_a_mean_and_a_deviation() -> None:
+    usual = Scored(0, (0.25, 0.5, 0.75, 1.0))
+    far = Scored(1, tuple(-1.5e308 * score for score in (0.25, 0.5, 0.75, 1.0)))
+    assert usual.mean is not None
+    assert usual.std is not None
+    assert far.mean == pytest.approx(-1.5e308 * usual.mean)
+    assert far.std == pytest.approx(1.5e308 * usual.std)
+    assert (Scored(2, (0.0, 0.0)).mean, Scored(2, (0.0, 0.0)).std) == (0.0, 0.0)
+
+
+def test_a_value_and_a_part_of_it_may_both_be_of_the_grid() -> None:
+    grid = {"train.optimizer": [{"sgd": {}}], "train.optimizer.sgd.learning_rate": [0.1, 0.01]}
+    spec = spec_of({"base": {"train": TRAIN}, "grid": grid})
+    found = configurations(spec)
+    rates = [job_of(spec, each).train.optimizer.sgd.learning_rate for each in found]
+    assert rates == [0.1, 0.01]
+    assert [each.values["train.optimizer"] for each in found] == [{"sgd": {}}] * 2
+
+
 def test_a_model_of_another_job_keeps_the_code_and_the_place_of_its_own() -> None:
     told = ParseDict(
         {"name": "x", "namespace": "theirs", "code": {"files": {"a.py": ""}}, "train": {}},
