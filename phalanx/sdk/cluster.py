@@ -99,6 +99,10 @@ class Cluster:
     ) -> None:
         self.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A connection has no copy: whatever is copied with it, as an estimator, goes on with it."""
+        return self
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at {self.address}>"
 

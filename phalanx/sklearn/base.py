@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ROWS_PER_SHARD = 256
 SHARDS_MAX = 64
+ENDING_S = 30.0
+"""How long a job that is cancelled is waited for."""
 
 
 class Trained(BaseEstimator):  # type: ignore[misc]
@@ -98,6 +100,9 @@ class Trained(BaseEstimator):  # type: ignore[misc]
         with contextlib.suppress(phalanx.PhalanxError):
             if not job.refresh().done:
                 job.cancel("the fit has ended")
+                # Until it has ended it keeps its data, and cannot be deleted.
+                with contextlib.suppress(phalanx.PhalanxError):
+                    job.wait(timeout_s=ENDING_S)
             job.delete()
 
     def _forget(self, cluster: phalanx.Cluster, name: str) -> None:

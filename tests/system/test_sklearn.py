@@ -150,3 +150,24 @@ def test_a_job_that_cannot_be_is_told_and_leaves_nothing() -> None:
         with pytest.raises(phalanx.PhalanxError, match="learning_rate"):
             wrong.fit(features, labels)
         assert cluster.data.list() == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fit_that_is_given_up_leaves_nothing(workers: int) -> None:
+    features, labels = digits(100)
+    with phalanx.LocalCluster(workers=workers) as cluster:
+        endless = phalanx.sklearn.PhalanxClassifier(epochs=1e6, timeout_s=0.5, cluster=cluster)
+        with pytest.raises(phalanx.PhalanxError, match="is still"):
+            endless.fit(features, labels)
+        assert cluster.jobs() == []
+        assert cluster.data.list() == []
+        assert cluster.models.list() == []
+
+
+def test_tools_copy_estimators_that_hold_a_cluster() -> None:
+    features, labels = digits(120)
+    with phalanx.LocalCluster(workers=0) as cluster:
+        held = phalanx.sklearn.PhalanxClassifier(epochs=2, cluster=cluster)
+        assert clone(held).cluster is cluster
+        assert len(cross_val_score(held, features, labels, cv=2)) == 2
+        assert cluster.data.list() == []
