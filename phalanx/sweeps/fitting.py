@@ -68,7 +68,8 @@ def _train(part: PartOfData, steps: int) -> Fitted:
     reader = part.reader(spec.data.split, spec.train.dtype)
     model = build_model(spec, job_schema(plan, spec, part.manifest))
     with one_blas_thread():
-        trained = run_job(plan, model, lambda _shard: reader, until_step=steps or None)
+        # The only split of the part is the one that trains: what it evaluates are its own rows.
+        trained = run_job(plan, model, lambda _shard: reader, reader, until_step=steps or None)
     return Fitted(spec, trained.layout, trained.parameters, trained.metrics, part)
 
 

@@ -157,6 +157,33 @@ def test_a_trial_is_the_job_on_the_rows_that_train(
     np.testing.assert_array_equal(one.predict(features), other.predict(features))
 
 
+def test_a_trial_may_end_by_what_it_measures_on_its_own_rows(
+    alone: phalanx.Cluster, tmp_path: Path
+) -> None:
+    features, targets = classification(rows=240, classes=2, seed=5)
+    alone.data.add("pair", features, targets)
+    gap = {"metric": "train/duality_gap", "at_most": 0.01}
+    train = {
+        "model": {"linear_svm": {"bias": False}},
+        "optimizer": {"cocoa": {}},
+        "l2": 0.01,
+        "stop": {"steps": 50, "thresholds": [gap]},
+    }
+    sweep = {"base": {"train": train}, "grid": {"train.l2": [1e-2, 1e-3]}, "folds": 3}
+    job, table = swept(alone, tmp_path, "pair", sweep)
+    cut = StratifiedKFold(3, shuffle=True, random_state=0)
+    for fold, (kept, held_out) in enumerate(cut.split(features, targets)):
+        alone.data.add("part", features[kept], targets[kept])
+        document = {"name": "part", "data": {"name": "part"}, "train": train}
+        result = alone.submit(document).wait(timeout_s=60)
+        assert result.steps < 50
+        predicted = alone.models.get(result.model).predict(features[held_out])
+        score = np.mean(predicted == targets[held_out])
+        assert table["configurations"][0]["scores"][fold] == pytest.approx(score, abs=1e-12)
+    assert job.result is not None
+    assert job.result.metrics["train/duality_gap"] <= 0.01
+
+
 def test_forests_are_swept_as_scikit_learn_does(alone: phalanx.Cluster, tmp_path: Path) -> None:
     depths = [2, 6]
     sweep = {
