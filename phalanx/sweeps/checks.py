@@ -144,7 +144,7 @@ def _asha(spec: JobSpec) -> Iterator[Violation]:
         message = f"must be from 1.1 to 1000, not {sweep.asha.reduction:g}"
         yield Violation("sweep.asha.reduction", message)
     for path in sorted(sweep.grid):
-        if path.startswith("train.stop"):
+        if path == "train" or path.startswith("train.stop"):
             message = "rounds are counted in steps, which must be the same for all configurations"
             yield Violation(f'sweep.grid["{path[:80]}"]', message)
 

@@ -133,15 +133,14 @@ def with_train(**fields: Any) -> dict[str, Any]:
             "sweep.asha.reduction",
             "from 1.1",
         ),
-        (
-            {
-                "base": {"train": TRAIN},
-                "grid": {"train.stop.steps": [1]},
-                "asha": {"min_steps": 1},
-            },
-            {},
-            "sweep.grid",
-            "the same for all",
+        *(
+            (
+                {"base": {"train": TRAIN}, "grid": {path: values}, "asha": {"min_steps": 1}},
+                {},
+                "sweep.grid",
+                "the same for all",
+            )
+            for path, values in (("train.stop.steps", [1]), ("train", [TRAIN]))
         ),
         (
             {"base": with_train(model={"k_means": {"clusters": 2}}), "grid": GRID},
