@@ -1,6 +1,7 @@
 """Files that others read while they are written."""
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -47,6 +48,8 @@ def completed(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; the error names the file itself, which is as it was.
     """
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial

@@ -310,6 +310,15 @@ def test_a_model_in_use_is_kept_and_a_job_without_files_says_so(
         job.save(tmp_path / "none")
 
 
+def test_a_folder_is_no_file_to_write_to(alone: phalanx.Cluster, tmp_path: Path) -> None:
+    model = trained(alone, classification(rows=200), "softmax_regression", model="told")
+    job = scored(alone, "told", model)
+    for folder in (".", "/", tmp_path):
+        with pytest.raises(IsADirectoryError) as caught:
+            job.save(folder)
+        assert caught.value.filename == str(folder)
+
+
 def test_a_model_with_decision_values_has_all_but_the_log_loss(
     alone: phalanx.Cluster, tmp_path: Path
 ) -> None:
