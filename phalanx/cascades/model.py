@@ -21,6 +21,9 @@ class KernelMachine:
     Raises DataLoss for a layout that is no kernel machine's.
     """
 
+    has_probabilities = False
+    """Shares of votes rank classes, and say nothing of how sure a machine is."""
+
     def __init__(self, layout: Layout, classes: int, gamma: float) -> None:
         self.layout = layout
         self._classes = classes

@@ -75,6 +75,8 @@ class EvaluateTasks(_Scored):
         part = class_part(
             batch.targets, predictions.probabilities, self._job.classes, scores=scores
         )
+        if not getattr(self.model.model, "has_probabilities", True):
+            del part["log_loss"]
         return arrays.pack(part)
 
     def _merge(self, inputs: Sequence[Result]) -> bytes:

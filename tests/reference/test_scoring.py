@@ -310,6 +310,16 @@ def test_a_model_in_use_is_kept_and_a_job_without_files_says_so(
         job.save(tmp_path / "none")
 
 
+def test_shares_of_votes_have_no_log_loss(alone: phalanx.Cluster) -> None:
+    alone.data.add("voted", *classification(rows=120))
+    machine = {"cascade": {"c": 1, "gamma": 0.1}}
+    made = alone.submit({"name": "votes", "data": {"name": "voted"}, **machine})
+    job = scored(alone, "voted", made.wait(timeout_s=60).model)
+    assert job.result is not None
+    assert {"train/accuracy", "train/f1"} <= set(job.result.metrics)
+    assert "train/log_loss" not in job.result.metrics
+
+
 def test_a_folder_is_no_file_to_write_to(alone: phalanx.Cluster, tmp_path: Path) -> None:
     model = trained(alone, classification(rows=200), "softmax_regression", model="told")
     job = scored(alone, "told", model)
