@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 from coordinator.control.config import ControlConfig
 from coordinator.control.continuing import find_origin, gone
@@ -44,6 +47,8 @@ from phalanx.wheels import STREAM as WHEELS
 from phalanx.wheels import wheel_path
 
 MODEL_FILE = "model.safetensors"
+
+AnswerT = TypeVar("AnswerT")
 
 
 class Submissions:
@@ -191,12 +196,12 @@ class Submissions:
             raise NotFound(violations[0].message, reason="WHEEL_NOT_FOUND", violations=violations)
 
     async def _dataset(self, spec: job_spec_pb2.JobSpec) -> dataset_service_pb2.Dataset:
-        if not specs.names_dataset(spec):
-            specs.check_spec(spec)
+        if not await _checked(spec, specs.names_dataset):
+            await _checked(spec, specs.check_spec)
         try:
             return await self._look_up(spec)
         except NotFound as error:
-            specs.check_spec(spec, also=error.violations)
+            await _checked(spec, partial(specs.check_spec, also=error.violations))
             raise
 
     async def _look_up(self, spec: job_spec_pb2.JobSpec) -> dataset_service_pb2.Dataset:
@@ -301,7 +306,17 @@ async def _prepared(
     """Check and resolve. There may be thousands of tasks or columns: heartbeats have their turn."""
     if dataset is None or columns is not None:
         return await asyncio.to_thread(specs.prepare, spec, dataset, columns)
-    return specs.prepare(spec, dataset)
+    return await _checked(spec, lambda each: specs.prepare(each, dataset))
+
+
+async def _checked(
+    spec: job_spec_pb2.JobSpec, check: Callable[[job_spec_pb2.JobSpec], AnswerT]
+) -> AnswerT:
+    """Return what a check of a spec says. A sweep is thousands of jobs, each of which is checked:
+    heartbeats have their turn."""
+    if spec.HasField("sweep"):
+        return await asyncio.to_thread(check, spec)
+    return check(spec)
 
 
 async def _planned(
