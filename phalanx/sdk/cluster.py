@@ -100,7 +100,7 @@ class Cluster:
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A connection has no copy: whatever is copied with it, as an estimator, goes on with it."""
+        """A connection has no copy: what is copied with it, as an estimator, goes on with it."""
         return self
 
     def __repr__(self) -> str:
