@@ -27,6 +27,9 @@ STEPS_MAX = 2**53 - 1
 _SERIES_ENDS = -30.0
 """Log of a term that changes nothing any more, beside a sum of 1 or more."""
 
+_LEAST_SIGMA, _MOST_SIGMA = 1e-30, 1e50
+"""Beyond them powers of σ are no numbers any more; nothing is promised there."""
+
 _ERFC_DIRECT = 25.0
 """Beyond it erfc comes near the smallest numbers, and its asymptotic series is exact."""
 
@@ -60,7 +63,7 @@ class Accountant:
         for cost, conversion in self._costs:
             left = epsilon - conversion
             if left > 0:
-                most = max(most, min(STEPS_MAX, int(left / cost)) if cost > 0 else STEPS_MAX)
+                most = max(most, int(min(STEPS_MAX, left / cost)) if cost > 0 else STEPS_MAX)
         # Rounding may have taken the quotient to the next whole number.
         while most > 0 and self.epsilon(most) > epsilon:
             most -= 1
@@ -70,16 +73,11 @@ class Accountant:
 @lru_cache(maxsize=64)
 def _costs(rate: float, sigma: float) -> tuple[float, ...]:
     """The Rényi divergence of one step, by order."""
+    if not _LEAST_SIGMA < sigma < _MOST_SIGMA:
+        return (math.inf,) * len(ORDERS)
     if rate >= 1.0:
         return tuple(order / (2.0 * sigma**2) for order in ORDERS)
-    return tuple(
-        max(0.0, _log_moment(rate, sigma, order)) / (order - 1.0) if _tractable(sigma) else math.inf
-        for order in ORDERS
-    )
-
-
-def _tractable(sigma: float) -> bool:
-    return sigma**2 > 0.0 and math.isfinite(1.0 / sigma**2)
+    return tuple(max(0.0, _log_moment(rate, sigma, order)) / (order - 1.0) for order in ORDERS)
 
 
 def _log_moment(rate: float, sigma: float, order: float) -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phalanx.privacy.accountant import Accountant
+from phalanx.privacy.accountant import STEPS_MAX, Accountant
 
 DELTA = 1e-5
 
@@ -83,3 +83,12 @@ def test_more_steps_never_cost_less_and_more_noise_never_more(
 
 def test_no_step_costs_nothing() -> None:
     assert Accountant(0.01, 1.0, DELTA).epsilon(0) == 0.0
+
+
+@pytest.mark.parametrize("rate", [1e-9, 0.01, 1.0])
+@pytest.mark.parametrize("sigma", [1e-320, 1e-140, 1e-29, 1e-3, 1e3, 1e40, 1e60, 1e200])
+def test_no_noise_is_too_small_or_too_large_to_be_judged(rate: float, sigma: float) -> None:
+    accountant = Accountant(rate, sigma, 1e-5)
+    assert accountant.epsilon(1) > 0
+    assert 0 <= accountant.steps_within(1e308) <= STEPS_MAX
+    assert accountant.steps_within(1e-9) == 0
