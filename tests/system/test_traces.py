@@ -173,12 +173,13 @@ def test_the_death_of_a_worker_is_an_incident_with_its_phases(story: Story) -> N
     found = [
         span
         for span in story.received.named("phalanx.incident")
+        # A busy machine may have taken it for late before, which is another incident.
         if span.attributes["phalanx.member"] == story.victim
+        and span.attributes["phalanx.cause"] == "worker_lost"
     ]
     assert len(found) == 1
     (incident,) = found
     assert incident.service == "phalanx-control"
-    assert incident.attributes["phalanx.cause"] == "worker_lost"
     assert incident.attributes["phalanx.job_id"] == story.job_id
     phases = sorted(story.received.children(incident), key=lambda span: span.start_ns)
     names = [phase.name.removeprefix("phalanx.incident.") for phase in phases]
