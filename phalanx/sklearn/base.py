@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ ENDING_S = 30.0
 """How long a job that is cancelled is waited for."""
 
 
-class Trained(BaseEstimator):  # type: ignore[misc]
+class Trained(ABC, BaseEstimator):  # type: ignore[misc]
     """An estimator whose ``fit`` is a job; ``_program`` says what the job is.
 
     Attributes:
@@ -55,9 +56,9 @@ class Trained(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "model_")
         return estimator_of(self.model_, getattr(self, "classes_", None))
 
+    @abstractmethod
     def _program(self, rows: int) -> Mapping[str, Any]:
         """Return the program of the job as its file would have it, by name."""
-        raise NotImplementedError
 
     def _shards(self, rows: int) -> int:
         return max(1, min(SHARDS_MAX, rows // ROWS_PER_SHARD))
@@ -148,6 +149,18 @@ class Classifies(Trained):
         rows = self._checked(X)
         labels: NDArray[Any] = self.classes_[np.asarray(self.model_.predict(rows), np.int64)]
         return labels
+
+
+class ClassifiesByProbability(Classifies):
+    """Its models have a probability for each class."""
+
+    def predict_proba(self, X: Any) -> NDArray[Any]:
+        """Return (rows, classes) probabilities, in the order of ``classes_``."""
+        rows = self._checked(X)
+        probabilities: NDArray[Any] = np.asarray(
+            self.model_.predict_probabilities(rows), np.float64
+        )
+        return probabilities
 
 
 class Regresses(Trained):

@@ -5,22 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin, RegressorMixin
 
-from phalanx.sklearn.base import Classifies, Regresses
+from phalanx.sklearn.base import ClassifiesByProbability, Regresses
 
 
 class _Forest:
-    n_estimators: int
-    tree: Mapping[str, Any] | None
+    """Parameters of both kinds, and the job that they mean."""
+
+    def __init__(
+        self,
+        n_estimators: int = 100,
+        *,
+        tree: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        workers: int = 0,
+        cluster: Any = None,
+        timeout_s: float = 3600.0,
+    ) -> None:
+        self.n_estimators = n_estimators
+        self.tree = tree
+        self.seed = seed
+        self.workers = workers
+        self.cluster = cluster
+        self.timeout_s = timeout_s
 
     def _program(self, rows: int) -> Mapping[str, Any]:
         return {"forest": {"trees": int(self.n_estimators), "tree": dict(self.tree or {})}}
 
 
-class PhalanxForestClassifier(ClassifierMixin, _Forest, Classifies):  # type: ignore[misc]
+class PhalanxForestClassifier(ClassifierMixin, _Forest, ClassifiesByProbability):  # type: ignore[misc]
     """Random forest, tree by tree that of scikit-learn with ``random_state=seed``.
 
     Args:
@@ -32,48 +46,6 @@ class PhalanxForestClassifier(ClassifierMixin, _Forest, Classifies):  # type: ig
         timeout_s: how long ``fit`` waits.
     """
 
-    def __init__(
-        self,
-        n_estimators: int = 100,
-        *,
-        tree: Mapping[str, Any] | None = None,
-        seed: int = 0,
-        workers: int = 0,
-        cluster: Any = None,
-        timeout_s: float = 3600.0,
-    ) -> None:
-        self.n_estimators = n_estimators
-        self.tree = tree
-        self.seed = seed
-        self.workers = workers
-        self.cluster = cluster
-        self.timeout_s = timeout_s
-
-    def predict_proba(self, X: Any) -> NDArray[Any]:
-        """Return (rows, classes) probabilities, in the order of ``classes_``."""
-        rows = self._checked(X)
-        probabilities: NDArray[Any] = np.asarray(
-            self.model_.predict_probabilities(rows), np.float64
-        )
-        return probabilities
-
 
 class PhalanxForestRegressor(RegressorMixin, _Forest, Regresses):  # type: ignore[misc]
     """Random forest for numbers; parameters as of ``PhalanxForestClassifier``."""
-
-    def __init__(
-        self,
-        n_estimators: int = 100,
-        *,
-        tree: Mapping[str, Any] | None = None,
-        seed: int = 0,
-        workers: int = 0,
-        cluster: Any = None,
-        timeout_s: float = 3600.0,
-    ) -> None:
-        self.n_estimators = n_estimators
-        self.tree = tree
-        self.seed = seed
-        self.workers = workers
-        self.cluster = cluster
-        self.timeout_s = timeout_s

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin, RegressorMixin
 
-from phalanx.sklearn.base import Classifies, Regresses
+from phalanx.sklearn.base import ClassifiesByProbability, Regresses
 
 _AUTO = "auto"
 
@@ -40,7 +38,7 @@ class _Network:
         return {"train": train}
 
 
-class PhalanxClassifier(ClassifierMixin, _Network, Classifies):  # type: ignore[misc]
+class PhalanxClassifier(ClassifierMixin, _Network, ClassifiesByProbability):  # type: ignore[misc]
     """Softmax regression, or with ``hidden`` layers a network (cross-entropy, ReLU).
 
     Args:
@@ -77,14 +75,6 @@ class PhalanxClassifier(ClassifierMixin, _Network, Classifies):  # type: ignore[
         self.workers = workers
         self.cluster = cluster
         self.timeout_s = timeout_s
-
-    def predict_proba(self, X: Any) -> NDArray[Any]:
-        """Return (rows, classes) probabilities, in the order of ``classes_``."""
-        rows = self._checked(X)
-        probabilities: NDArray[Any] = np.asarray(
-            self.model_.predict_probabilities(rows), np.float64
-        )
-        return probabilities
 
     def _program(self, rows: int) -> Mapping[str, Any]:
         return self._train(rows, {"softmax_regression": {}}, {"adam": {"learning_rate": 0.01}})
