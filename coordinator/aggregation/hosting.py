@@ -38,6 +38,7 @@ from phalanx.errors import (
     Unavailable,
 )
 from phalanx.given import GivenWork
+from phalanx.go_seals import opened_go
 from phalanx.last_commit import LastCommit
 from phalanx.rpc.patience import insist
 from phalanx.telemetry.logs import get_logger
@@ -86,7 +87,7 @@ class HostedJob:
     Made in the event loop. `send` hands a message to control. While control is away (not
     `connected`) nothing is handed over: the newest report stands for all before it, and metric
     points wait here. `settled` says whether control moves the shards of the dead at once. With a
-    `seal_key` workers show what they were given.
+    `seal_key` workers show what they were given, and what the root decided.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class HostedJob:
     ) -> None:
         self.ranges = ranges
         self.given = GivenWork(ranges.plan, ranges.term, seal_key)
+        self._seal_key = seal_key
         self.gauges = gauges
         self._storage = storage
         self._send = send
@@ -166,7 +168,9 @@ class HostedJob:
         self.perform(self.ranges.contribute(frame, payload, self.elapsed_s, key))
 
     def go_record(self, go: GoRecord) -> None:
-        """Take a go record that a worker carried from the root."""
+        """Take a go record that a worker carried from the root, which has sealed it."""
+        if go.term == self.ranges.term:  # else it was sealed with another key, and is refused
+            go = opened_go(self._seal_key, go, self.ranges.plan.job_id)
         self.perform(self.ranges.go_record(go))
         # It may open a round without any effect, and what is missing of that can be late as well.
         self.copying.turn()

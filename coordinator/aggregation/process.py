@@ -289,7 +289,14 @@ class Aggregator:
 
     def _made(self, message: coordination.AssignRanges) -> JobRanges:
         owned = [piece for piece in message.ranges if piece.aggregator_id == self._id]
-        return make_ranges(message.plan, message.term, owned, secrets.randbits(128), message.secret)
+        return make_ranges(
+            message.plan,
+            message.term,
+            owned,
+            secret=secrets.randbits(128),
+            noise_secret=message.secret,
+            seal_key=message.seal_key,
+        )
 
     async def _begin(self, message: coordination.AssignRanges, ranges: JobRanges) -> list[Effect]:
         """Load the checkpoint, if there is one, and begin; waits as long as storage is away."""

@@ -45,7 +45,8 @@ TIES: Mapping[str, str] = {
     "CoordinationService/Session": "its id is its own; it is heard of jobs that this leader gave "
     "it, and of those that it brings along if it shows that they were given to it",
     "AggregationService/Exchange": "its id is its own; it shows, sealed by control or by an owner "
-    "of a range, which nodes it was given in the term, and contributes nothing else",
+    "of a range, which nodes it was given in the term, and contributes nothing else; decisions of "
+    "the root that it carries are sealed by that",
     "TaskService/Work": "its id is its own, and it shows that it was given the job in the term; "
     "results count of attempts that were handed to it",
     "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": READS,

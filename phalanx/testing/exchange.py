@@ -109,7 +109,7 @@ class ExchangeClient:
             given=given,
         )
         self._hello = pb.ExchangeRequestHeader(hello=hello)
-        self._address = address
+        self.address = address
         self._ranges = dict(ranges)
         self._dtype = np.dtype(dtype)
         self._channel: grpc.aio.Channel | None = None
@@ -139,7 +139,7 @@ class ExchangeClient:
 
     async def open(self) -> None:
         """Say hello and wait for the welcome. Raises the PhalanxError that the aggregator sent."""
-        self._channel = open_channel(self._address, own_connection=True)
+        self._channel = open_channel(self.address, own_connection=True)
         self._call = self._channel.stream_stream(METHOD)(timeout=10 * DEADLINE_S)
         try:
             async with asyncio.timeout(DEADLINE_S):

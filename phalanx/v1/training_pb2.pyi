@@ -272,6 +272,7 @@ class GoRecord(_message.Message):
     LOSS_SUM_FIELD_NUMBER: _builtins.int
     ROOT_STATE_FIELD_NUMBER: _builtins.int
     BEST_VERSION_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     version: _builtins.int
     """The version at which the decision was taken; a train round makes version + 1."""
@@ -293,6 +294,12 @@ class GoRecord(_message.Message):
     """The version with the best evaluation so far, this one or one before it: whoever owns a range
     keeps the parameters of that one. Absent: there is none, or the job keeps the last one.
     """
+    @_builtins.property
+    def sealed(self) -> Global___SealedGo:
+        """For workers to carry to the owners of other ranges, where callers prove who
+        they are: there this counts, and not what stands beside it.
+        """
+
     def __init__(
         self,
         *,
@@ -306,16 +313,43 @@ class GoRecord(_message.Message):
         loss_sum: _builtins.float = ...,
         root_state: _builtins.str = ...,
         best_version: _builtins.int | None = ...,
+        sealed: Global___SealedGo | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "best_version", b"best_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "best_version", b"best_version", "sealed", b"sealed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "action", b"action", "best_version", b"best_version", "checkpoint", b"checkpoint", "example_count", b"example_count", "loss_sum", b"loss_sum", "reason", b"reason", "root_state", b"root_state", "round", b"round", "term", b"term", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "action", b"action", "best_version", b"best_version", "checkpoint", b"checkpoint", "example_count", b"example_count", "loss_sum", b"loss_sum", "reason", b"reason", "root_state", b"root_state", "round", b"round", "sealed", b"sealed", "term", b"term", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_version: _TypeAlias = _typing.Literal["best_version"]  # noqa: Y015
     _WhichOneofArgType__best_version: _TypeAlias = _typing.Literal["_best_version", b"_best_version"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__best_version) -> _WhichOneofReturnType__best_version | None: ...
 
 Global___GoRecord: _TypeAlias = GoRecord  # noqa: Y015
+
+@_typing.final
+class SealedGo(_message.Message):
+    """A go record as the owner of range 0 decided it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: _builtins.int
+    SEAL_FIELD_NUMBER: _builtins.int
+    record: _builtins.bytes
+    """GoRecord, serialized, without `sealed`."""
+    seal: _builtins.bytes
+    """HMAC-SHA-256 of it with the key of the term."""
+    def __init__(
+        self,
+        *,
+        record: _builtins.bytes = ...,
+        seal: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record", "seal", b"seal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealedGo: _TypeAlias = SealedGo  # noqa: Y015
 
 @_typing.final
 class JobPlan(_message.Message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from phalanx.frames import FRAME_BYTES, encode_response, join_go_record
+from phalanx.go_seals import sealed_go
 from phalanx.v1 import aggregation_service_pb2 as pb
 from phalanx.v1.training_pb2 import GoRecord
 
@@ -35,19 +36,24 @@ class GoEntry:
 
 
 class GoLog:
-    """The go records of the held versions, in order. A sender keeps the number of its last one."""
+    """The go records of the held versions, in order. A sender keeps the number of its last one.
+
+    With a `seal_key` they are sealed by it.
+    """
 
     def __init__(self) -> None:
+        self.seal_key = b""
         self._entries: list[GoEntry] = []
         self._next = 0
         self.newest = GoRecord()
 
     def append(self, go: GoRecord, frame: bytes | None) -> None:
         """Encode a record and make it available; `frame` is its version, if that is one frame."""
+        sent = sealed_go(self.seal_key, go)
         joined = None
         if frame is not None and len(frame) <= JOINED_FRAME_LIMIT_BYTES:
-            joined = join_go_record(frame, go.SerializeToString())
-        self._entries.append(GoEntry(self._next, go, joined))
+            joined = join_go_record(frame, sent.SerializeToString())
+        self._entries.append(GoEntry(self._next, sent, joined))
         self._next += 1
         self.newest = go
 

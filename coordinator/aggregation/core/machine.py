@@ -152,6 +152,10 @@ class JobRanges:
 
     # -- life cycle
 
+    def seal_with(self, key: bytes) -> None:
+        """Have the records of the root sealed, for the owners of other ranges; before it begins."""
+        self._go_log.seal_key = key
+
     def begin(self) -> list[Effect]:
         """Start a fresh job: version 0 is made by an INITIALISE round."""
         return [] if self._decider is None else self._issue(self._decider.start())

@@ -25,13 +25,23 @@ def make_ranges(
     owned: Sequence[ParameterRange],
     secret: int = 0,
     noise_secret: bytes = b"",
+    seal_key: bytes = b"",
 ) -> JobRanges:
     """Return the `owned` ranges of a job in one term.
 
     By the `secret`, of 128 bits, contributions are drawn for an audit: who computes them must not
     know it. Of the `noise_secret` the noise of a private job is made: it is that of the job, the
-    same in every term. Raises FailedPrecondition where a private job comes without it.
+    same in every term. With the `seal_key` what the root decides is sealed. Raises
+    FailedPrecondition where a private job comes without its secret.
     """
+    ranges = _made(plan, term, owned, secret, noise_secret)
+    ranges.seal_with(seal_key)
+    return ranges
+
+
+def _made(
+    plan: JobPlan, term: int, owned: Sequence[ParameterRange], secret: int, noise_secret: bytes
+) -> JobRanges:
     train = JobSpec.FromString(plan.spec).train
     decider = RootDecider(plan, term) if owned[0].index == 0 else None
     if plan.asynchronous:

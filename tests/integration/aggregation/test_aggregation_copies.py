@@ -64,7 +64,8 @@ async def works_and_copies(leaves, addresses, key=b""):
         copiers = [asyncio.create_task(copies(client)) for client in own.all]
         try:
             last = await own.work(share(leaves, 0, 2))
-            # The root decides the end by itself; the other ranges may still wait for copies of the last step.
+            # The root decides the end by itself; the other ranges may still wait for copies of the
+            # last step.
             await own.vector(last.version)
             return last, asked
         finally:
