@@ -6,15 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from phalanx.errors import PhalanxError
-
 LOOK_EVERY_S = 2.0
 
 
 @asynccontextmanager
 async def as_long_as(check: Callable[[], None]) -> AsyncIterator[None]:
-    """Run what is in the block until `check` raises PhalanxError, then raise that instead."""
-    found: list[PhalanxError] = []
+    """Run what is in the block until `check` raises, then raise that instead."""
+    found: list[Exception] = []
     loop = asyncio.get_running_loop()
 
     async def look() -> None:
@@ -22,7 +20,7 @@ async def as_long_as(check: Callable[[], None]) -> AsyncIterator[None]:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
                 check()
-            except PhalanxError as error:
+            except Exception as error:  # noqa: BLE001 - who cannot be looked at is not let through
                 found.append(error)
         block.reschedule(loop.time())
 

@@ -41,6 +41,7 @@ class StoragePlace:
         self._client: StorageClient | None = None
         self._known = asyncio.Event()
         self._guesses: dict[str, asyncio.Task[None]] = {}
+        self._in_vain = 0
         self.missing = asyncio.Event()
         self._why = ""
         if configured:
@@ -98,7 +99,9 @@ class StoragePlace:
                         _log.warning("storage_not_told", message=self._why)
                     await asyncio.sleep(_ASK_AGAIN_S)
         except TimeoutError:
-            if self._client is None:
+            self._in_vain += 1
+            # Another one may be where storage is: control has moved in the meantime.
+            if self._client is None and self._in_vain == len(self._guesses):
                 self.missing.set()
         else:
             if self._client is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,7 @@ from phalanx.specs.libraries import LIBRARIES
 NO_GPUS = "none"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _DEVICE = re.compile(r"nvidia\d+")
+_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")
 
 
 def gpus_here(
@@ -30,12 +32,14 @@ def gpus_here(
     if wanted:
         return tuple(wanted)
     if _VISIBLE in environ:
-        return tuple(name for each in environ[_VISIBLE].split(",") if (name := each.strip()))
+        names = map(str.strip, environ[_VISIBLE].split(","))
+        # To CUDA the first that names none ends the list: with -1 there are no GPUs.
+        return tuple(itertools.takewhile(_NAME.fullmatch, names))
     try:
-        names = [each.name for each in devices.iterdir()]
+        files = [each.name for each in devices.iterdir()]
     except OSError:
         return ()
-    return tuple(str(index) for index in range(sum(map(bool, map(_DEVICE.fullmatch, names)))))
+    return tuple(str(index) for index in range(sum(map(bool, map(_DEVICE.fullmatch, files)))))
 
 
 def gpus_of_slot(gpus: Sequence[str], slot: int, slots: int) -> tuple[str, ...]:

@@ -74,6 +74,32 @@ async def test_a_guess_is_nothing_beside_what_control_says_later(nobody: None) -
     await place.close()
 
 
+async def test_a_guess_that_fails_does_not_end_another_one(
+    nobody: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control process of the first host is gone; that of the second leads now."""
+    answers, asked = asyncio.Event(), asyncio.Event()
+
+    async def comes_late(channel: Any) -> bool:
+        if not answers.is_set():
+            asked.set()
+            return False
+        return True
+
+    monkeypatch.setattr(storage_place, "_answers", comes_late)
+    place = StoragePlace("")
+    place.welcomed(UNTOLD, "127.0.0.1:7410")
+    async with asyncio.timeout(GUARD_S):
+        await asked.wait()
+        monkeypatch.setattr(storage_place, "GUESS_PATIENCE_S", GUARD_S)
+        place.welcomed(UNTOLD, "127.0.0.2:7410")
+        await place._guesses["127.0.0.1:1"]
+        assert not place.missing.is_set()
+        answers.set()
+        assert await address_of(place) == "127.0.0.2:1"
+    await place.close()
+
+
 async def test_a_worker_that_nobody_tells_says_so_and_ends(
     nobody: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

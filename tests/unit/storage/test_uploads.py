@@ -161,6 +161,17 @@ async def test_as_much_as_is_allowed_passes_and_members_have_no_limit() -> None:
         assert (await uploaded(chunks((6, 6)), KeptWriter(), caller)).size_bytes == 12
 
 
+async def test_a_disk_that_times_out_is_not_taken_for_a_long_upload() -> None:
+    class TimesOut(KeptWriter):
+        def write(self, chunk: bytes) -> None:
+            raise TimeoutError("the file system is gone")
+
+    writer = TimesOut()
+    with pytest.raises(TimeoutError, match="the file system is gone"):
+        await uploaded(chunks((6,)), writer)
+    assert writer.aborted.is_set()
+
+
 async def test_an_upload_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blob_calls, "LONGEST_S", 0.05)
     writer = KeptWriter()

@@ -31,6 +31,11 @@ def driver(tmp_path: Path) -> Path:
         (("GPU-8f2", "GPU-9a1"), {"CUDA_VISIBLE_DEVICES": "0"}, ("GPU-8f2", "GPU-9a1")),
         ((), {"CUDA_VISIBLE_DEVICES": "2, 5"}, ("2", "5")),
         ((), {"CUDA_VISIBLE_DEVICES": ""}, ()),
+        # An index that no GPU can have ends the list: usual for "none".
+        ((), {"CUDA_VISIBLE_DEVICES": "-1"}, ()),
+        ((), {"CUDA_VISIBLE_DEVICES": "1,-1,0"}, ("1",)),
+        ((), {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, ()),
+        ((), {"CUDA_VISIBLE_DEVICES": "GPU-8f2,MIG-9a1"}, ("GPU-8f2", "MIG-9a1")),
         (("none",), {}, ()),
     ],
 )
