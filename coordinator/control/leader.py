@@ -252,7 +252,8 @@ class Leader:
     def _may_speak(self, session: MemberSession, kind: str, job_id: str) -> bool:
         """Whether a member may say this of a job; one that was never given it is not heard.
 
-        The session goes on: under a new leader it can be late news of a job that was let go.
+        The session goes on: under a new leader it can be late news of a job that was let go. The
+        log tells of the first message of each kind, or whoever floods could fill it.
         """
         if session.caller.open_cluster or kind == "worker_job_released":
             return True
@@ -262,7 +263,8 @@ class Leader:
             # Only owners of ranges have them.
             is_worker = session.service is Service.WORKER
             known = known and all_reduces(facts.spec.train) == is_worker
-        if not known:
+        if not known and kind not in session.unheard:
+            session.unheard.add(kind)
             _log.warning(
                 "member_not_heard",
                 member_id=session.member_id,

@@ -51,6 +51,8 @@ class MemberSession:
         self.caller = current_caller()
         self.member: _Member = (self.caller, service, member_id)
         """Whoever takes the id with another certificate is somebody else."""
+        self.unheard: set[str] = set()
+        """Kinds of messages of which one, at least, was not for this member to say."""
 
     def send(self, message: pb.SessionResponse) -> bool:
         """Queue a message; False if the member reads so slowly that the queue is full."""

@@ -159,6 +159,25 @@ async def test_members_are_heard_of_their_own_jobs(cluster: SharedCluster) -> No
     assert points == {"a1"}
 
 
+async def test_whoever_is_not_heard_cannot_fill_the_log(
+    cluster: SharedCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, members, _ = await started(cluster)
+    for number in range(50):
+        ids = [job.id, f"job-{number}"]
+        for job_id in ids:
+            members["w-2"].say(leaf_failed=pb.LeafFailed(job_id=job_id, term=1, shard=-1))
+            members["w-2"].say(job_log_lines=pb.JobLogLines(job_id=job_id))
+    beats = len(members["w-2"].received)
+    async with asyncio.timeout(GUARD_S):
+        while not _answered(members["w-2"].received[beats + 1 :]):
+            await asyncio.sleep(0.01)
+    told = [line for line in capsys.readouterr().out.splitlines() if "member_not_heard" in line]
+    fields = ("leaf_failed.job_id", "job_log_lines.job_id")
+    assert [[field in line for field in fields] for line in told] == [[True, False], [False, True]]
+    assert all(job.id in line for line in told)
+
+
 def _answered(messages: list[pb.SessionResponse]) -> bool:
     return any(each.WhichOneof("message") == "heartbeat_answer" for each in messages)
 
