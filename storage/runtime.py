@@ -94,7 +94,12 @@ class StorageProcess:
             self.backend, self.operations, config.link_root, config.link_processes
         )
         self._storage = StorageServicer(
-            *(self.backend, self.operations, self.collector, self.links, holds, self.scrubber),
+            self.backend,
+            self.operations,
+            self.collector,
+            self.links,
+            holds,
+            self.scrubber,
             person_bytes_max=config.upload_bytes,
             code_bytes_max=config.code_bytes,
         )

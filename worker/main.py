@@ -56,7 +56,13 @@ async def serve(config: WorkerConfig, stop: asyncio.Event, leaves: LeafServer | 
     blobs = Transfers(storage)
     metrics = WorkerMetrics(registry)
     session = Session(
-        *(config, metrics, blobs.to_file, storage.welcomed, leaves, blobs.store, storage.client),
+        config,
+        metrics,
+        download=blobs.to_file,
+        welcomed=storage.welcomed,
+        leaves=leaves,
+        store=blobs.store,
+        storage=storage.client,
         keys=keys,
     )
     server = Server(

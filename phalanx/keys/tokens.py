@@ -263,7 +263,11 @@ def _alone(path: Path) -> Iterator[None]:
     except OSError as error:
         raise FailedPrecondition(f"cannot read {path.parent}: {error.strerror}") from None
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        except OSError as error:
+            what = f"cannot lock {path.parent}: {error.strerror}"
+            raise FailedPrecondition(what) from None
         yield
     finally:
         os.close(folder)

@@ -1,5 +1,6 @@
 """The file of tokens."""
 
+import errno
 import fcntl
 import json
 import stat
@@ -148,6 +149,20 @@ def test_a_token_that_is_being_revoked_does_not_come_back_with_another_one(path,
 def test_a_folder_that_is_not_there_is_told(tmp_path):
     with pytest.raises(FailedPrecondition, match="No such file"):
         tokens.create(tmp_path / "missing" / "tokens.json", "ann", Role.VIEWER)
+
+
+def test_a_folder_that_cannot_be_locked_is_told(path, monkeypatch):
+    """As some network file systems do; the file is not changed without the lock."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    tokens.create(path, "ann", Role.VIEWER)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for change in (tokens.revoke, lambda *named: tokens.create(*named, Role.ADMIN)):
+        with pytest.raises(FailedPrecondition, match=r"cannot lock .*: No locks available"):
+            change(path, "ann")
+    assert [entry.name for entry in tokens.entries_of(path)] == ["ann"]
 
 
 def test_the_file_of_a_person_holds_one_line(tmp_path):
