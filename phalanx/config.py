@@ -194,6 +194,13 @@ class ServerConfig(ServiceConfig):
     listen: str = option(
         "127.0.0.1:0", "Address to serve gRPC on; port 0 takes a free one.", check=address
     )
+    probe_listen: str = option(
+        "",
+        "Address where anybody may ask by gRPC whether this process is well, and nothing else: in "
+        "plaintext with keys as well, as Kubernetes asks; empty for none.",
+        check=_optional_address,
+        common=True,
+    )
     reflection: bool = option(
         True, "Tell clients such as grpcurl which calls there are (gRPC reflection).", common=True
     )
@@ -230,6 +237,7 @@ class ServerConfig(ServiceConfig):
         for name, told, listens in (
             ("listen", "may do anything", self.listen),
             ("metrics_listen", "learns what runs here", self.metrics_listen),
+            ("probe_listen", "learns whether it is well", self.probe_listen),
         ):
             if not listens or is_loopback(listens):
                 continue

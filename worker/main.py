@@ -68,6 +68,7 @@ async def serve(config: WorkerConfig, stop: asyncio.Event, leaves: LeafServer | 
     server = Server(
         listen=config.listen,
         metrics_listen=config.metrics_listen,
+        probe_listen=config.probe_listen,
         service_names=[SERVICE],
         reflection=config.reflection,
         registry=registry,
@@ -94,6 +95,9 @@ async def serve(config: WorkerConfig, stop: asyncio.Event, leaves: LeafServer | 
         )
         ends = [stop.wait(), session.wait_drained(), storage.missing.wait()]
         await _first_of(ends)
+        # What it has is handed over; no more should come, whatever its leaf processes can do.
+        session.able_changed = lambda _: None
+        server.set_serving(False)
         await session.leave()
         if storage.missing.is_set() and not stop.is_set():
             return storage.given_up("worker")

@@ -58,6 +58,7 @@ async def serve(config: AggregatorConfig, stop: asyncio.Event) -> int:
     server = Server(
         listen=config.listen,
         metrics_listen=config.metrics_listen,
+        probe_listen=config.probe_listen,
         service_names=[SERVICE, TASK_SERVICE],
         reflection=config.reflection,
         registry=new_registry("aggregator", config.id),

@@ -60,6 +60,7 @@ class ControlProcess:
         self.server = Server(
             listen=config.listen,
             metrics_listen=config.metrics_listen,
+            probe_listen=config.probe_listen,
             service_names=SERVICE_NAMES,
             reflection=config.reflection,
             registry=registry,

@@ -21,19 +21,19 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
-from phalanx.addresses import explain_bind_failure, split_address
 from phalanx.rpc import health
 from phalanx.rpc.authentication import Gate
-from phalanx.rpc.channel import MESSAGE_LIMIT_BYTES, Options
+from phalanx.rpc.channel import Options
 from phalanx.rpc.credentials import ServerKeys
 from phalanx.rpc.interceptors import CallInterceptor
 from phalanx.rpc.limits import Admission, ServerLimits, make_room_for_connections
+from phalanx.rpc.ports import open_port, server_options
+from phalanx.rpc.probes import ProbeServer
 from phalanx.telemetry import traces
 from phalanx.telemetry.http import MetricsServer
 from phalanx.telemetry.logs import get_logger
 from phalanx.telemetry.metrics import GrpcServerMetrics, TraceMetrics, new_registry
 
-HANDSHAKE_TIMEOUT_MS = 3000
 _DEFAULT_LIMITS = ServerLimits()
 
 FIXED_WINDOWS: Options = [
@@ -48,33 +48,6 @@ whole."""
 _log = get_logger(__name__)
 
 
-def server_options(
-    extra: Iterable[tuple[str, Any]] = (), limits: ServerLimits = _DEFAULT_LIMITS
-) -> Options:
-    """Return the options of every server; one in ``extra`` replaces the usual one."""
-    return [
-        # Of two options with one name gRPC takes the first.
-        *extra,
-        ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
-        ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
-        # A compressed message is refused before a byte of it is inflated.
-        ("grpc.compression_enabled_algorithms_bitset", 1),
-        # Connections that never say a word are closed, later those that have nothing to say; a
-        # bound on calls stops one client starving others.
-        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
-        ("grpc.max_connection_idle_ms", int(limits.idle_connection_s * 1000)),
-        ("grpc.max_allowed_incoming_connections", limits.connections_max),
-        ("grpc.max_concurrent_streams", limits.connection_streams_max),
-        # With it a second server on a used port would silently share its connections.
-        ("grpc.so_reuseport", 0),
-        # Must allow what channel_options() of our clients does, or healthy calls die as
-        # "too_many_pings".
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-    ]
-
-
 class Server:
     """A gRPC server and its ``/metrics`` and ``/healthz``.
 
@@ -85,7 +58,8 @@ class Server:
     that turns errors into statuses. Make it inside the event loop that runs it.
 
     With ``keys`` callers need a certificate, and what each may do is said by ``phalanx.keys``; at
-    ``public_listen`` they need none and prove themselves by a token alone.
+    ``public_listen`` they need none and prove themselves by a token alone. At ``probe_listen``
+    anybody may ask in plaintext whether the process is well, with keys as well.
     """
 
     def __init__(
@@ -101,6 +75,7 @@ class Server:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         keys: ServerKeys | None = None,
         public_listen: str = "",
+        probe_listen: str = "",
     ) -> None:
         self._keys = keys
         self._listen = listen
@@ -111,8 +86,9 @@ class Server:
             _log.warning("few_files", connections_max=room, wanted=limits.connections_max)
             limits = replace(limits, connections_max=room)
         self.admission = Admission(limits)
+        metrics = GrpcServerMetrics(self.registry)
         interceptor = CallInterceptor(
-            GrpcServerMetrics(self.registry),
+            metrics,
             self.admission,
             limits.first_message_timeout_s,
             Gate(keys.tokens) if keys is not None else None,
@@ -125,6 +101,7 @@ class Server:
         )
         self._health = health.HealthServicer(service_names)
         add_HealthServicer_to_server(self._health, self.raw)
+        self._probes = ProbeServer(probe_listen, self._health, metrics) if probe_listen else None
         if reflection:
             _add_reflection(self.raw, service_names)
         self._http: MetricsServer | None = None
@@ -132,6 +109,11 @@ class Server:
             self._http = MetricsServer(metrics_listen, self.registry, self._health.serving)
         self.address = ""
         self.public_address = ""
+
+    @property
+    def probe_address(self) -> str:
+        """HOST:PORT of the port for probes; empty without one or before ``start``."""
+        return self._probes.address if self._probes is not None else ""
 
     @property
     def metrics_address(self) -> str:
@@ -148,20 +130,14 @@ class Server:
         public = self._bind(self._public_listen, mutual=False) if self._public_listen else ""
         if self._http is not None:
             await self._http.start()
+        if self._probes is not None:
+            await self._probes.start()
         await self.raw.start()
         self.address, self.public_address = address, public
 
     def _bind(self, listen: str, *, mutual: bool) -> str:
-        """Open a port; return its real HOST:PORT. This is the one place where one is opened."""
-        try:
-            if self._keys is None:
-                port = self.raw.add_insecure_port(listen)
-            else:
-                port = self.raw.add_secure_port(listen, self._keys.credentials(mutual=mutual))
-        except RuntimeError as error:
-            raise explain_bind_failure(listen) from error
-        host, _ = split_address(listen)
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        credentials = self._keys.credentials(mutual=mutual) if self._keys is not None else None
+        return open_port(self.raw, listen, credentials)
 
     def set_serving(self, serving: bool, service: str = "") -> None:
         """Say in health whether a service, or with the empty name everything, can be used."""
@@ -171,6 +147,9 @@ class Server:
         """Refuse new calls, give open ones ``grace_s`` to end, cancel the rest."""
         self.set_serving(False)
         await self.raw.stop(grace_s)
+        # Who probes hears until the end that the process ends.
+        if self._probes is not None:
+            await self._probes.stop()
         if self._http is not None:
             await self._http.stop()
 

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from phalanx.errors import PhalanxError
 from phalanx.frames import decode_request, encode_response, frame_grid
-from phalanx.rpc.server import server_options
+from phalanx.rpc.credentials import ServerKeys
+from phalanx.rpc.ports import open_port, server_options
 from phalanx.rpc.status import to_rpc_status
 from phalanx.v1 import aggregation_service_pb2 as exchange
 from phalanx.v1 import coordination_service_pb2 as coordination
@@ -35,14 +36,16 @@ DEADLINE_S = 30.0
 
 
 class _ScriptedServer(ABC):
-    def __init__(self) -> None:
+    """With `keys` it speaks TLS only, and to those that have a certificate."""
+
+    def __init__(self, keys: ServerKeys | None = None) -> None:
         self._server = grpc.aio.server(options=server_options())
+        self._credentials = keys.credentials(mutual=True) if keys is not None else None
         self.address = ""
 
     async def __aenter__(self) -> Self:
         self._register(self._server)
-        port = self._server.add_insecure_port(self.address or "127.0.0.1:0")
-        self.address = f"127.0.0.1:{port}"
+        self.address = open_port(self._server, self.address or "127.0.0.1:0", self._credentials)
         await self._server.start()
         return self
 
@@ -121,8 +124,10 @@ class ScriptedSession:
 class ScriptedControl(_ScriptedServer, coordination_grpc.CoordinationServiceServicer):
     """Answers hellos with a welcome; everything else is the test's to say."""
 
-    def __init__(self, generation: int = 1, address: str = "") -> None:
-        super().__init__()
+    def __init__(
+        self, generation: int = 1, address: str = "", keys: ServerKeys | None = None
+    ) -> None:
+        super().__init__(keys)
         self.address = address
         self.generation = generation
         self.welcome = coordination.Welcome(heartbeat_interval_s=0.05, lease_ttl_s=2.0)

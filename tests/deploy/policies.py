@@ -10,6 +10,9 @@ Path = tuple[str | int, ...]
 
 COMPONENTS = ("coordinator", "storage", "aggregator", "worker")
 WORKLOADS = ("Deployment", "StatefulSet")
+#: Where anybody is told without keys whether a process is well: for the kubelet, whom no policy
+#: keeps out, and for nobody else.
+PROBE_PORT = 9411
 
 #: Below the pod's spec, and what must be there; None stands for anything.
 POD_FIELDS: dict[Path, Any] = {
@@ -29,9 +32,12 @@ CONTAINER_FIELDS: dict[Path, Any] = {
     ("securityContext", "privileged"): False,
     ("securityContext", "readOnlyRootFilesystem"): True,
     ("securityContext", "capabilities", "drop"): ["ALL"],
-    ("startupProbe", "httpGet", "path"): "/livez",
-    ("livenessProbe", "httpGet", "path"): "/livez",
-    ("readinessProbe", "httpGet", "path"): "/healthz",
+    ("startupProbe", "grpc", "port"): PROBE_PORT,
+    ("startupProbe", "grpc", "service"): "liveness",
+    ("livenessProbe", "grpc", "port"): PROBE_PORT,
+    ("livenessProbe", "grpc", "service"): "liveness",
+    ("readinessProbe", "grpc", "port"): PROBE_PORT,
+    ("readinessProbe", "grpc", "service"): "",
     ("resources", "requests", "cpu"): None,
     ("resources", "requests", "memory"): None,
     ("resources", "requests", "ephemeral-storage"): None,
@@ -88,6 +94,7 @@ def findings(objects: Sequence[Object]) -> list[str]:
         found += [f"{workload['metadata']['name']}: {each}" for each in _workload(workload)]
     found += _disruption_budgets(objects, workloads)
     found += _default_deny(objects)
+    found += _probes_for_all(objects)
     found += _insecure(objects)
     found += _back_up(objects)
     return found
@@ -182,6 +189,27 @@ def _default_deny(objects: Sequence[Object]) -> Iterator[str]:
         if names_nobody and sorted(spec["policyTypes"]) == ["Egress", "Ingress"]:
             return
     yield "nothing denies what no policy names"
+
+
+def _probes_for_all(objects: Sequence[Object]) -> Iterator[str]:
+    """Neither a service nor a policy leads strangers to the port for probes."""
+    for each in of_kind(objects, "Service"):
+        for port in each["spec"]["ports"]:
+            if port.get("targetPort", port["port"]) in (PROBE_PORT, "probes"):
+                yield f"service {each['metadata']['name']} leads to probes"
+    for each in of_kind(objects, "NetworkPolicy"):
+        for rule in each["spec"].get("ingress", ()):
+            # A rule that names no port is about all of them.
+            ports = rule.get("ports") or [{}]
+            if any(_covers(port) for port in ports):
+                yield f"policy {each['metadata']['name']} lets others probe"
+
+
+def _covers(rule: Object) -> bool:
+    port = rule.get("port", PROBE_PORT)
+    if "endPort" in rule:
+        return bool(port <= PROBE_PORT <= rule["endPort"])
+    return port in (PROBE_PORT, "probes")
 
 
 def _back_up(objects: Sequence[Object]) -> Iterator[str]:

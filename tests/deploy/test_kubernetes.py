@@ -21,6 +21,7 @@ from coordinator.aggregation.config import AggregatorConfig
 from coordinator.control.config import ControlConfig
 from phalanx.config import ServerConfig, TokensConfig, build
 from phalanx.keys.caller import Service, service_name
+from phalanx.rpc.health import LIVENESS, HealthServicer
 from phalanx.testing.datasets import REPOSITORY
 from storage.config import StorageConfig
 from tests.deploy import kustomize, policies
@@ -149,6 +150,15 @@ def in_pod(component: str, change: Callable[[Object], None]) -> Callable[[list[O
     return lambda objects: change(workload(objects, component)["spec"]["template"]["spec"])
 
 
+def _metrics_policy(objects: list[Object]) -> Object:
+    (found,) = (
+        each
+        for each in policies.of_kind(objects, "NetworkPolicy")
+        if each["metadata"]["name"] == "metrics"
+    )
+    return found
+
+
 OTHER_HOLES: dict[str, tuple[Callable[[list[Object]], None], str]] = {
     "default deny": (drop("NetworkPolicy", "default-deny"), "nothing denies"),
     **{
@@ -226,6 +236,25 @@ OTHER_HOLES: dict[str, tuple[Callable[[list[Object]], None], str]] = {
         ),
         "storage: secret keys can be written to",
     ),
+    **{
+        f"probes for {who}": (
+            lambda objects, rule=rule: _metrics_policy(objects)["spec"]["ingress"].append(rule),
+            "policy metrics lets others probe",
+        )
+        for who, rule in {
+            "all, by name": {"ports": [{"port": "probes"}]},
+            "all, by number": {"ports": [{"protocol": "TCP", "port": policies.PROBE_PORT}]},
+            "all, in a range": {"ports": [{"protocol": "TCP", "port": 9000, "endPort": 9999}]},
+            "all, as all else": {},
+            "some, as all else": {"from": [{"podSelector": {}}]},
+        }.items()
+    },
+    "probes of a service": (
+        lambda objects: policies.of_kind(objects, "Service")[0]["spec"]["ports"].append(
+            {"name": "probes", "port": 80, "targetPort": "probes"}
+        ),
+        "leads to probes",
+    ),
     "no keys": (
         lambda objects: policies.of_kind(objects, "ConfigMap")[0]["data"].update(
             PHALANX_INSECURE="true"
@@ -278,6 +307,9 @@ def test_pods_call_those_they_need_and_nobody_else(overlay: str) -> None:
         assert not allowed(rules, pods[caller], pods[called], 22)
         # Prometheus is in another namespace.
         assert not allowed(rules, pods[caller], pods[called], "metrics")
+        # The kubelet comes from the node, about which policies say nothing.
+        assert not allowed(rules, pods[caller], pods[called], "probes")
+        assert not allowed(rules, pods[caller], pods[called], policies.PROBE_PORT)
 
 
 def settings_of(objects: list[Object], component: str) -> dict[str, str]:
@@ -311,6 +343,7 @@ def test_services_understand_their_settings(overlay: str, component: str) -> Non
     config = build(CONFIGS[component], {}, {**given, **settings})
     assert config.id == f"{component}-0"
     assert config.has_keys
+    assert config.probe_listen == f"0.0.0.0:{policies.PROBE_PORT}"
     mounts = workload(rendered(overlay), component)["spec"]["template"]["spec"]["containers"][0]
     folders = {each["mountPath"] for each in mounts["volumeMounts"]}
     used = [config.tls_ca, config.tls_certificate, config.tls_key, getattr(config, "tokens", None)]
@@ -351,12 +384,29 @@ def test_ports_are_those_of_the_image() -> None:
         ]
         ports = {each["name"]: each["containerPort"] for each in container["ports"]}
         people = PEOPLES_PORTS.get(component)
-        assert ports == {"grpc": port, "metrics": 9410} | ({"people": people} if people else {})
+        rest = {"metrics": 9410, "probes": policies.PROBE_PORT}
+        assert ports == {"grpc": port} | rest | ({"people": people} if people else {})
         service = "CONTROL" if component == "coordinator" else component.upper()
         assert f"PHALANX_{service}_LISTEN=0.0.0.0:{port}" in dockerfile
         assert f"PHALANX_{service}_METRICS_LISTEN=0.0.0.0:9410" in dockerfile
-        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-            assert container[probe]["httpGet"]["port"] == "metrics"
+        # Only where there is somebody who asks.
+        assert "PROBE_LISTEN" not in dockerfile
+
+
+async def test_health_knows_the_names_that_probes_ask_for() -> None:
+    (named,) = {
+        tuple(
+            workload(rendered(overlay), component)["spec"]["template"]["spec"]["containers"][0][
+                probe
+            ]["grpc"]["service"]
+            for probe in ("startupProbe", "livenessProbe", "readinessProbe")
+        )
+        for overlay in OVERLAYS
+        for component in policies.COMPONENTS
+    }
+    assert named == (LIVENESS, LIVENESS, "")
+    servicer = HealthServicer([])
+    assert [servicer.serving(name) for name in named] == [True, True, False]
 
 
 def test_the_handbook_makes_every_secret_that_pods_take() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import importlib
 import json
 import os
+import pkgutil
 import platform
 import select
 import signal
@@ -23,8 +25,15 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import phalanx.v1
+from phalanx.local.ports import free_ports
+from phalanx.rpc.health import LIVENESS
+from phalanx.testing.keys import KeyRing
 from phalanx.testing.servers import ScriptedCluster
 from phalanx.testing.worker_peers import DEADLINE_S, ScriptedAggregator, ScriptedControl
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class WorkerProcess:
@@ -452,3 +461,65 @@ async def test_wrong_settings_are_named(spawn: Any) -> None:
     assert await worker.exit_code() == 2
     text = worker.log.read_text()
     assert "--control" in text
+
+
+def _methods() -> list[str]:
+    """Every method of every service, and what is served beside them."""
+    found = [
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ]
+    for each in pkgutil.iter_modules(phalanx.v1.__path__):
+        module = importlib.import_module(f"phalanx.v1.{each.name}")
+        if descriptor := getattr(module, "DESCRIPTOR", None):
+            for service in descriptor.services_by_name.values():
+                found += [f"/{service.full_name}/{method.name}" for method in service.methods]
+    return found
+
+
+async def test_strangers_may_probe_a_worker_with_keys_and_do_nothing_else(
+    bench: Any, spawn: Any, tmp_path: Path
+) -> None:
+    """As the kubelet does: in plaintext, from before the start to the end."""
+    ring = KeyRing(tmp_path / "keys")
+    flags = [
+        word
+        for name, value in ring.flags("worker").items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    probe = f"127.0.0.1:{free_ports(1)[0]}"
+    async with (
+        ScriptedControl(keys=ring.server()) as control,
+        grpc.aio.insecure_channel(probe) as channel,
+    ):
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+
+        async def state(service: str = "") -> int:
+            request = health_pb2.HealthCheckRequest(service=service)
+            answer = await stub.Check(request, timeout=DEADLINE_S, wait_for_ready=True)
+            return int(answer.status)
+
+        # There is no storage: a job stays assigned, and is not computed.
+        worker = await spawn(control.address, "127.0.0.1:1", *flags, "--probe-listen", probe)
+        assert await state(LIVENESS) == SERVING
+        session = await control.next_session()
+        async with asyncio.timeout(DEADLINE_S):
+            while await state() != SERVING:
+                await asyncio.sleep(0.01)
+        for path in _methods():
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await channel.unary_unary(path)(b"", timeout=DEADLINE_S)
+            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED, path
+        # What it hosts holds it back; what it hosts, it says when it comes back.
+        bench.job(shards=2)
+        await session.send(assign_job=bench.assign([(0, 2)]))
+        session.break_off()
+        session = await control.next_session()
+        assert session.hello.held_jobs
+        assert await state() == SERVING
+        os.kill(worker.pid, signal.SIGTERM)
+        await session.receive("drain_requested")
+        assert (await state(), await state(LIVENESS)) == (NOT_SERVING, SERVING)
+        await session.send(revoke_job={"job_id": bench.plan.job_id, "term": 1})
+        assert await worker.exit_code() == 0

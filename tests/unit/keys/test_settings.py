@@ -35,10 +35,14 @@ def _keys(service: type[ServerConfig]) -> dict[str, str]:
 
 @pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize("listen", ELSEWHERE)
-def test_metrics_beyond_this_machine_are_refused_without_keys(service, listen):
-    assert set(_wrong(service, metrics_listen=listen)) == {"--metrics-listen"}
-    assert _build(service, metrics_listen=listen, insecure="true").insecure
-    assert _build(service, metrics_listen=listen, **_keys(service)).has_keys
+@pytest.mark.parametrize("setting", ["metrics_listen", "probe_listen"])
+def test_what_is_told_without_keys_is_told_to_this_machine_only_unless_there_are_keys(
+    setting, service, listen
+):
+    flags = {setting: listen}
+    assert set(_wrong(service, **flags)) == {"--" + setting.replace("_", "-")}
+    assert _build(service, **flags, insecure="true").insecure
+    assert _build(service, **flags, **_keys(service)).has_keys
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -204,6 +204,36 @@ async def test_a_bad_handshake_reaches_no_handler(ring, arrivals, opened):
         assert arrivals.calls == [(JOBS, "ann")]
 
 
+REFLECTION = "ServerReflection/ServerReflectionInfo"
+BESIDE_OURS = (
+    "/grpc.health.v1.Health/Watch",
+    f"/grpc.reflection.v1.{REFLECTION}",
+    f"/grpc.reflection.v1alpha.{REFLECTION}",
+)
+
+
+async def test_the_port_for_probes_reaches_no_handler_and_tells_health(ring, arrivals):
+    token = ring.token("ann", Role.ADMIN)
+    async with _served(ring, arrivals, probe_listen="127.0.0.1:0") as server:
+        async with _plaintext(ring, server.probe_address) as channel:
+            for path in (*arrivals.methods, *BESIDE_OURS):
+                call = channel.unary_unary(path)
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    metadata = (("authorization", f"Bearer {token}"),)
+                    await call(b"", timeout=GUARD_S, metadata=metadata)
+                assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED, path
+            answer = await health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=GUARD_S
+            )
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        # It has opened nothing but itself.
+        async with _plaintext(ring, server.address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await channel.unary_unary(JOBS)(b"", timeout=GUARD_S)
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert arrivals.calls == []
+
+
 async def test_a_client_refuses_a_server_of_another_authority(tmp_path, ring, arrivals):
     other = KeyRing(tmp_path / "other")
     async with _served(ring, arrivals) as server:
