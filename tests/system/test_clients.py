@@ -1,6 +1,7 @@
 """Clients that are not ours: buf curl, a raw reflection client, health probes and scrapers."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +25,8 @@ from phalanx.rpc.status import from_rpc_error
 from phalanx.specs.documents import load_yaml
 from phalanx.testing.arena import GUARD_S
 from phalanx.testing.datasets import REPOSITORY, demo_data
+from tests.system import documents
+from tests.system.documents import json_values
 
 pytestmark = pytest.mark.slow
 
@@ -76,20 +79,26 @@ def buf_curl(address: str, method: str, request: dict[str, Any]) -> list[dict[st
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    decoder, rest, found = json.JSONDecoder(), done.stdout.strip(), []
-    while rest:
-        value, end = decoder.raw_decode(rest)
-        found.append(value)
-        rest = rest[end:].lstrip()
-    return found
+    return json_values(done.stdout)
 
 
-def test_buf_curl_submits_the_job_of_the_readme_and_watches_it(
-    cluster: phalanx.LocalCluster,
+def test_grpcurl_and_buf_curl_submit_the_job_of_the_readme_and_it_is_the_same(
+    cluster: phalanx.LocalCluster, tmp_path: Path
 ) -> None:
+    """By the one command there is for a cluster without keys, as it stands."""
+    [(document, command)] = documents.calls_by_grpcurl(plaintext=True)
+    assert document == "README.md"
+    (tmp_path / "job.json").write_text(json.dumps({"spec": readme_job()}))
     [answer] = buf_curl(cluster.address, "JobService/SubmitJob", {"spec": readme_job()})
     job_id = answer["job"]["id"]
     assert job_id.startswith("fashion-mlp-")
+    path = f"{documents.install(tmp_path / 'bin', 'grpcurl')}:{os.environ['PATH']}"
+    here = command.replace("localhost:7410", cluster.address)
+    assert here != command
+    [answer] = documents.run_grpcurl(here, tmp_path, {"PATH": path})
+    assert answer["plan"]["steps"]
+    other = cluster.get(answer["job"]["id"])
+    assert other.id != job_id
     updates = buf_curl(cluster.address, "JobService/WatchJob", {"jobId": job_id})
     assert "job" in updates[0]
     assert updates[-1]["job"]["state"] == "STATE_SUCCEEDED"
@@ -97,6 +106,7 @@ def test_buf_curl_submits_the_job_of_the_readme_and_watches_it(
     assert sequences == sorted(set(sequences))
     result = updates[-1]["job"]["result"]
     assert result["metrics"]["test/accuracy"] >= 0.85
+    assert other.wait(timeout_s=GUARD_S).parameters_sha256 == result["parametersSha256"]
 
 
 class RawClient:

@@ -1,11 +1,12 @@
-"""The commands of the section on keys, as they stand there: a cluster comes of them."""
+"""The commands of the section on keys, as they stand there: a cluster comes of them, and answers
+every call by grpcurl that any document has for a cluster with keys."""
 
 import contextlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pytest
 import phalanx
 from phalanx.local.ports import free_ports
 from phalanx.testing.arena import GUARD_S, wait_until
-from phalanx.testing.datasets import REPOSITORY
+from phalanx.testing.datasets import REPOSITORY, classification
+from tests.system import documents
 
 pytestmark = pytest.mark.slow
 
@@ -38,12 +40,8 @@ def _here(command: str, ports: dict[str, str]) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    bin_folder = tmp_path / "bin"
-    bin_folder.mkdir()
-    program = bin_folder / "phalanx"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m phalanx.cli "$@"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
+    programs = documents.install(tmp_path / "bin", "phalanx", "grpcurl")
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -61,6 +59,28 @@ def _services(commands: list[str], exports: dict[str, str]) -> Iterator[None]:
             stack.callback(process.wait)
             stack.callback(process.kill)
         yield
+
+
+def _call_by_grpcurl(folder: Path, ports: dict[str, str], anns: phalanx.Job) -> None:
+    """Each call with the token that its document has exported before."""
+    calls = documents.calls_by_grpcurl(plaintext=False)
+    assert [document for document, _ in calls] == ["DEPLOYMENT.md", "OPERATIONS.md"]
+    submitting, listing = (_here(command, ports) for _, command in calls)
+    tokens = {name: (folder / f"{name}.token").read_text().strip() for name in ("ann", "eve")}
+    [answer] = documents.run_grpcurl(listing, folder, {"TOKEN": tokens["ann"]})
+    assert [each["id"] for each in answer["jobs"]] == [anns.id]
+    for path in (REPOSITORY / "deploy/job.json", folder / "keys/ca.pem"):
+        shutil.copy(path, folder)
+    with phalanx.connect(token=folder / "eve.token") as eve:
+        eve.data.add("fashion", *classification(4096, 4, 2), test=0.2)
+        [answer] = documents.run_grpcurl(submitting, folder, {"TOKEN": tokens["eve"]})
+        job = eve.get(answer["job"]["id"])
+        assert job.message.submitter == "eve"
+        # Of its 200 epochs none is waited for.
+        job.cancel()
+        # The token decides, and not whoever has the address.
+        with pytest.raises(AssertionError, match="Code: UNAUTHENTICATED"):
+            documents.run_grpcurl(submitting, folder, {"TOKEN": "phx_made_up"})
 
 
 def test_the_commands_make_a_cluster_with_keys(
@@ -99,6 +119,7 @@ def test_the_commands_make_a_cluster_with_keys(
         with phalanx.connect(token=folder / "eve.token") as eve:
             assert not eve.jobs()
             assert eve.get(job.id).done
+        _call_by_grpcurl(folder, ports, job)
         # Exchanged and revoked while it runs.
         subprocess.run(["phalanx", "certs", "renew", "--dir", "keys"], check=True)
         assert ann.get(job.id).done

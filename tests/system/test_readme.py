@@ -22,41 +22,16 @@ import phalanx
 from phalanx.cli.main import run
 from phalanx.testing.arena import GUARD_S, wait_until
 from phalanx.testing.datasets import REPOSITORY, classification, demo_data
+from tests.system.documents import DOCUMENTS, README, blocks, commands
 
 pytestmark = pytest.mark.slow
 
-DOCUMENTS = [
-    REPOSITORY / "README.md",
-    REPOSITORY / "CONTRIBUTING.md",
-    *sorted((REPOSITORY / "docs").rglob("*.md")),
-]
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*/job.yaml"))
-README = REPOSITORY / "README.md"
 NAMED_MODEL = {
     "name": "fashion-forest",
     "data": {"name": "fashion", "shards": 2},
     "train": {"model": {"softmax_regression": {}}, "batch_size": 512, "stop": {"steps": 1}},
 }
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    """The code blocks of a language in a document."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
-    return [text for name, text in found if name == language]
-
-
-def commands() -> list[tuple[str, str]]:
-    """Every line of a shell block, as (document, command)."""
-    lines = []
-    for path in DOCUMENTS:
-        for block in blocks(path, "sh"):
-            for line in block.replace("\\\n", " ").splitlines():
-                lines += [
-                    (path.name, part.strip())
-                    for part in line.partition("  #")[0].split("&&")
-                    if part.strip() and not part.strip().startswith("#")
-                ]
-    return lines
 
 
 @pytest.fixture(scope="module")
