@@ -123,8 +123,11 @@ def _check_model(model: Any, entrypoint: str, schema: DataSchema) -> None:
             reason="NOT_A_MODEL",
         )
     layout = model.layout
-    if not isinstance(layout, Layout) or not layout.tensors:
-        raise InvalidArgument(f"{entrypoint}: the layout names no tensors", reason="NOT_A_MODEL")
+    if not isinstance(layout, Layout) or all(each.workspace for each in layout.tensors):
+        raise InvalidArgument(
+            f"{entrypoint}: the layout names no tensors that the model is made of",
+            reason="NOT_A_MODEL",
+        )
     if layout.dtype != schema.dtype:
         raise InvalidArgument(
             f"{entrypoint} made a model of {layout.dtype}, the job asks for {schema.dtype}; pass "
@@ -138,3 +141,16 @@ def _check_model(model: Any, entrypoint: str, schema: DataSchema) -> None:
             f"{count}",
             reason="NOT_A_MODEL",
         )
+    early = _early_workspace(layout)
+    if early:
+        raise InvalidArgument(
+            f"{entrypoint}: the tensor {early!r} is workspace, and one of the model's own stands "
+            "after it; the model is the first part of the vector, so put workspace last",
+            reason="NOT_A_MODEL",
+        )
+
+
+def _early_workspace(layout: Layout) -> str:
+    """Return the first workspace tensor that one of the model's own follows; empty: none is."""
+    last = max(index for index, tensor in enumerate(layout.tensors) if not tensor.workspace)
+    return next((tensor.name for tensor in layout.tensors[:last] if tensor.workspace), "")

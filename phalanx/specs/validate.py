@@ -128,10 +128,11 @@ _RANGES: dict[str, _Range] = {
     "train.checkpoints.every_steps": _Range(0, _EXACT),
     "train.checkpoints.keep": _Range(1, 1000),
     "train.on_nonfinite.skip.max_steps": _NOT_NEGATIVE,
-    "train.privacy.clip_norm": _ABOVE_ZERO,
-    "train.privacy.noise_multiplier": _ABOVE_ZERO,
-    "train.privacy.delta": _Range(0, 1, open_low=True, open_high=True),
-    "train.privacy.max_epsilon": _ABOVE_ZERO,
+    # Noise is drawn in float64 and enters sums of float32, with room for as many rows as there are.
+    "train.privacy.clip_norm": _Range(1e-9, 1e9),
+    "train.privacy.noise_multiplier": _Range(1e-9, 1e6),
+    "train.privacy.delta": _Range(1e-50, 1, open_high=True),
+    "train.privacy.max_epsilon": _Range(0, 1e6, open_low=True),
 }
 
 # The outer optimizer of local steps is one like any other.

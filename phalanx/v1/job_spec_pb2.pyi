@@ -2199,13 +2199,13 @@ class Privacy(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     MAX_EPSILON_FIELD_NUMBER: _builtins.int
     clip_norm: _builtins.float
-    """Shorten the gradient of each example to this Euclidean norm."""
+    """Shorten the gradient of each example to this Euclidean norm, 1e-9 to 1e9."""
     noise_multiplier: _builtins.float
-    """Deviation of the noise that each step adds to the sum of the gradients, in units of clip_norm."""
+    """Deviation of the noise that each step adds to the sum of the gradients, in units of clip_norm; 1e-9 to 1e6."""
     delta: _builtins.float
-    """With this probability, at most, an example is protected less; well below 1 / rows."""
+    """With this probability, at most, an example is protected less; well below 1 / rows, and at least 1e-50."""
     max_epsilon: _builtins.float
-    """Stop before this is exceeded."""
+    """Stop before this is exceeded, at most 1e6."""
     def __init__(
         self,
         *,

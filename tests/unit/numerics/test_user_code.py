@@ -187,6 +187,14 @@ def test_errors_of_user_code_pass_through_with_their_place(tmp_path: Path) -> No
         ("m = Net(schema); m.layout = 3; return m", "the layout names no tensors"),
         ("m = Net(schema); m.layout.element_count = 9; return m", "says 9 elements.*have 15"),
         ("m = Net(schema); m.layout.dtype = 'float32'; return m", "of float32.*asks for float64"),
+        (
+            "m = Net(schema); m.layout.tensors[0].workspace = True; return m",
+            "net:build: the tensor 'w' is workspace, and one of the model's own stands after it",
+        ),
+        (
+            "m = Net(schema); [setattr(t, 'workspace', True) for t in m.layout.tensors]; return m",
+            "the layout names no tensors that the model is made of",
+        ),
     ],
 )
 def test_what_is_no_model_is_refused(tmp_path: Path, body: str, message: str) -> None:
