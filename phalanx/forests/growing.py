@@ -101,14 +101,16 @@ class ForestTasks:
         """Have the rows of a block predicted by the trees for which they were not drawn.
 
         Of classes it says how many rows were right, of a regression what was predicted of each. A
-        row that every tree was grown on counts as all zeros, as with scikit-learn.
+        row that every tree was grown on counts as all zeros, as with scikit-learn. The first block
+        adds the importances, which are of all trees: the model takes them from its result.
         """
         first, rows = self._block(block)
         total = np.zeros((rows.count, max(1, self._job.classes)))
         votes = np.zeros(rows.count, np.int64)
+        tables = _tables(inputs)
         trees = {
             number: Tree.of(table)
-            for number, table in enumerate(_tables(inputs))
+            for number, table in enumerate(tables)
             if not self._forest.per_shard or number % self._layers.blocks == block
         }
         start = 0
@@ -127,6 +129,8 @@ class ForestTasks:
             found |= {"right": np.array([np.count_nonzero(right)])}
         else:
             found |= {"predicted": total[:, 0], "targets": rows.targets}
+        if block == 0:
+            found |= {IMPORTANCES: mean_importances(tables, self._job.manifest.features)}
         return arrays.pack(found)
 
     def _rows_drawn_from(self, block: Rows) -> int:
@@ -147,27 +151,24 @@ class ForestTasks:
     def _put_together(self, grown: Sequence[Result], scored: Sequence[Result]) -> bytes:
         tensors: list[TensorSpec] = []
         pieces: list[Piece] = []
-        tables: list[Table] = []
+        nodes = 0
         for result in grown:
-            data = result.read()
-            tables += arrays.unpack(data).values()
-            places = arrays.places(data)
+            places = arrays.places(result.read())
+            nodes += sum(each.shape[0] for each in places.values())
             tensors += [TensorSpec(name=name, shape=each.shape) for name, each in places.items()]
             # The trees of a task lie one after another: storage takes so many pieces and no more.
             first = min(each.offset for each in places.values())
             pieces.append(Piece(result.digest, first, sum(each.length for each in places.values())))
-        features = self._job.manifest.features
-        counts = mean_importances(tables, features)
-        tensors.append(TensorSpec(name=IMPORTANCES, shape=[features]))
-        pieces.append(Piece(inline=counts.astype("<f8").tobytes()))
-        width = VALUES + max(1, self._job.classes)
-        elements = sum(len(table) for table in tables) * width + features
-        layout = Layout(tensors=tensors, dtype="float64", element_count=elements)
         metrics = {
-            "forest/trees": float(len(tables)),
-            "forest/nodes": float(sum(len(table) for table in tables)),
+            "forest/trees": float(len(tensors)),
+            "forest/nodes": float(nodes),
             **self._out_of_bag([arrays.unpack(result.read()) for result in scored]),
         }
+        place = arrays.places(scored[0].read())[IMPORTANCES]
+        tensors.append(TensorSpec(name=IMPORTANCES, shape=place.shape))
+        pieces.append(Piece(scored[0].digest, place.offset, place.length))
+        elements = nodes * (VALUES + max(1, self._job.classes)) + place.shape[0]
+        layout = Layout(tensors=tensors, dtype="float64", element_count=elements)
         return Outcome(metrics, ModelParts(layout, tuple(pieces))).to_json()
 
     def _out_of_bag(self, blocks: list[dict[str, NDArray[Any]]]) -> dict[str, float]:

@@ -22,7 +22,8 @@ no array library), and a function that runs a task, which leaf processes load. T
    set: two workers may run one task, and the first result counts.
 5. The last task's result is the `Outcome` as JSON: metrics, files (each the whole result of a
    task), and a model as a layout and the pieces of its flat vector. Pieces are parts of results of
-   other tasks, so no process ever holds the model; storage puts it together. A case in
+   other tasks, so no process ever holds the model; storage puts it together. What is written into
+   the outcome itself has to be short: control sends all of it to storage in one message. A case in
    `phalanx.programs.predicting` makes what predicts of it.
 
 No result is ever unpickled: write JSON, or `arrays.pack` (safetensors) for arrays.

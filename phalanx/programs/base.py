@@ -36,7 +36,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of a model's vector: part of a stored result, or short ones given here."""
+    """Bytes of a model's vector: part of a stored result, or a few given here."""
 
     digest: str = ""
     offset: int = 0

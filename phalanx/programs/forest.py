@@ -34,6 +34,9 @@ as fast, and the trees are the same."""
 TASKS_WANTED, TASKS_MAX = 32, 1000
 """Not so many trees to a task that workers go without one; not more tasks than a model's pieces."""
 
+FEATURES_MAX = 2**22
+"""Their importances are 32 MiB, about half of what the result of a task may have."""
+
 CRITERIA = {
     "classification": ("gini", "entropy", "log_loss"),
     "regression": ("squared_error", "absolute_error", "poisson"),
@@ -92,6 +95,12 @@ class Forest(Program):
             if asked not in known:
                 message = f"{asked[:40]!r} does not fit a {dataset.task}; use {', '.join(known)}"
                 yield Violation("forest.tree.criterion", message)
+        if dataset.features > FEATURES_MAX:
+            message = (
+                f"{number_of(dataset.features, 'feature')} are more than the {FEATURES_MAX:,} that a "
+                "forest takes: choose fewer"
+            )
+            yield Violation("data.features", message)
 
     def resolve(self, spec: JobSpec, dataset: Dataset) -> None:
         """See `Program`: the defaults of scikit-learn's forests that its trees do not have."""

@@ -125,6 +125,8 @@ def test_a_model_has_a_piece_for_each_task_and_not_for_each_tree(alone: phalanx.
     assert outcome.model is not None
     assert len(outcome.model.layout.tensors) == 96 + 1
     assert len(outcome.model.pieces) == 32 + 1
+    # They are sent to storage in one message, which importances of many features would not fit in.
+    assert all(piece.digest and not piece.inline for piece in outcome.model.pieces)
     features, targets = classification(rows=60)
     expected = RandomForestClassifier(96, random_state=0).fit(features, targets)
     model = alone.models.get(result.model)
@@ -168,6 +170,23 @@ def test_trees_on_shards_see_the_rows_of_one_shard_each(alone: phalanx.Cluster) 
         votes[unseen] += tree.predict_proba(features[unseen])
     assert_equal_trees(model, estimators)
     assert result.metrics["oob/accuracy"] == np.mean(votes.argmax(axis=1) == targets)
+
+
+@pytest.mark.soak
+def test_a_forest_may_see_more_features_than_a_message_holds() -> None:
+    """The importances of 530,000 features are more than 4 MiB."""
+    features, rows = 530_000, 60
+    columns = np.random.default_rng(0).integers(0, features, size=(rows, 20))
+    columns[:, 0] = (np.arange(rows) % 2) * (features - 1)
+    places = (np.repeat(np.arange(rows), 20), columns.ravel())
+    values = np.ones(rows * 20, np.float32)
+    data = scipy.sparse.csr_array((values, places), shape=(rows, features))
+    with phalanx.LocalCluster(workers=1, slots=1) as cluster:
+        targets, tree = np.arange(rows) % 2, {"max_features": "all"}
+        model, _ = grown(cluster, (data, targets), trees=3, shards=2, tree=tree)
+        found = importances(model)
+    assert found.argmax() == features - 1
+    assert found.sum() == pytest.approx(1)
 
 
 @pytest.mark.slow

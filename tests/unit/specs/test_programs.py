@@ -11,7 +11,7 @@ from phalanx.errors import InvalidArgument
 from phalanx.programs import graph_of
 from phalanx.programs import predict as predicting
 from phalanx.programs.cascade import Layers as CascadeLayers
-from phalanx.programs.forest import TASKS_MAX, Layers
+from phalanx.programs.forest import FEATURES_MAX, TASKS_MAX, Layers
 from phalanx.programs.predict import OUTPUT
 from phalanx.specs import job_plan, plan, prepare, resolve
 from phalanx.v1.dataset_service_pb2 import Dataset
@@ -97,6 +97,15 @@ def test_what_a_forest_may_not_say_is_named(
     found = [each for each in caught.value.violations if each.field.startswith(field)]
     assert found, caught.value.violations
     assert message in found[0].message
+
+
+def test_a_forest_takes_as_many_features_as_the_result_of_a_task_has_room_for() -> None:
+    wide = dataset()
+    wide.features = FEATURES_MAX
+    prepare(spec_of({"trees": 5}), wide)
+    wide.features += 1
+    with pytest.raises(InvalidArgument, match=r"data.features: 4,194,305 features.*choose fewer"):
+        prepare(spec_of({"trees": 5}), wide)
 
 
 def test_the_defaults_of_a_forest_are_those_of_scikit_learn() -> None:
