@@ -1,7 +1,8 @@
 """Models from sums over all rows: one pass adds them up, one leaf of the next makes the model.
 
 Finding components and solving equations happens in a leaf, which may take its time, of the first
-shard; the others contribute nothing to that pass.
+shard; the others contribute nothing to that pass. The same leaf tells the loss of what it has found
+on all rows, as it follows from the sums: no leaf has seen a row and the model together.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ PASSES_OVER = "passes_over"
 """Workspace of one element: the passes that are over."""
 
 MEAN, COMPONENTS, VARIANCES = "mean", "components", "variances"
-PRODUCTS, SUMS = "products", "sums"
-"""Workspace: sums over the rows of x xᵀ and of x (of x y, for the normal equations)."""
+PRODUCTS, SUMS, SQUARES = "products", "sums", "squares"
+"""Workspace: sums over the rows of x xᵀ and of x; for the normal equations of x xᵀ, x y and y²."""
 
 
 class Pca:
@@ -61,23 +62,31 @@ class Pca:
         """See ``Model``."""
         out[:] = 0
         tensors, sums = self._views(parameters), self._views(out)
+        loss = 0.0
         if tensors[PASSES_OVER][0] == 0:
             sums[PRODUCTS][...] = _dense(batch.features.T @ batch.features)
             sums[SUMS][...] = np.asarray(batch.features.sum(axis=0)).ravel()
         elif batch.shard == 0:
-            mean = tensors[SUMS] / self._rows
-            covariance = tensors[PRODUCTS] / self._rows - np.outer(mean, mean)
-            # The divisor of an estimate from a sample.
-            covariance *= self._rows / max(1, self._rows - 1)
-            values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-            count = len(tensors[VARIANCES])
-            chosen = vectors[:, ::-1][:, :count].T
-            largest = np.abs(chosen).argmax(axis=1)
-            signs = np.sign(chosen[np.arange(count), largest])
-            sums[MEAN][...] = mean
-            sums[COMPONENTS][...] = chosen * signs[:, np.newaxis]
-            sums[VARIANCES][...] = np.maximum(values[::-1][:count], 0)
-        return LeafSums(batch.rows, float(self.evaluate(parameters, batch)[0]))
+            loss = self._find(tensors, sums)
+        return LeafSums(batch.rows, loss)
+
+    def _find(self, tensors: dict[str, Array], found: dict[str, Array]) -> float:
+        """Write mean, components and variances; return what the rows lose by them, squared."""
+        mean = tensors[SUMS] / self._rows
+        covariance = tensors[PRODUCTS] / self._rows - np.outer(mean, mean)
+        # The divisor of an estimate from a sample.
+        divisor = max(1, self._rows - 1)
+        covariance *= self._rows / divisor
+        values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+        count = len(found[VARIANCES])
+        chosen = vectors[:, ::-1][:, :count].T
+        largest = np.abs(chosen).argmax(axis=1)
+        signs = np.sign(chosen[np.arange(count), largest])
+        found[MEAN][...] = mean
+        found[COMPONENTS][...] = chosen * signs[:, np.newaxis]
+        found[VARIANCES][...] = np.maximum(values[::-1][:count], 0)
+        left = np.maximum(values[::-1][count:], 0)
+        return divisor * float(left.sum(dtype=np.float64))
 
     def evaluate(self, parameters: Array, batch: Batch) -> NDArray[np.float64]:
         """Squared distances between the rows and what the components keep of them."""
@@ -104,7 +113,7 @@ class NormalEquations(LinearModel):
         super().__init__(schema, 1, SquaredError(), bias)
         self._l2 = l2
         self._rows = schema.rows
-        workspace = list(workspaces.passes(schema.features + int(bias)).items())
+        workspace = list(workspaces.equations(schema.features + int(bias)).items())
         tensors = [(each.name, tuple(each.shape), each.decay) for each in self.layout.tensors]
         self.layout = make_layout(tensors, schema.dtype, workspace=workspace)
         self._views = TensorViews(self.layout)
@@ -118,11 +127,11 @@ class NormalEquations(LinearModel):
         """See ``Model``."""
         out[:] = 0
         tensors, sums = self._views(parameters), self._views(out)
+        loss = 0.0
         if tensors[PASSES_OVER][0] == 0:
             self._add_up(batch, sums)
         elif batch.shard == 0:
-            self._solve(tensors, sums)
-        loss = float(self.evaluate(parameters, batch)[0])
+            loss = self._solve(tensors, sums)
         return LeafSums(batch.rows, loss)
 
     def _add_up(self, batch: Batch, sums: dict[str, Array]) -> None:
@@ -131,16 +140,20 @@ class NormalEquations(LinearModel):
             rows = np.concatenate([rows, np.ones((batch.rows, 1), rows.dtype)], axis=1)
         sums[PRODUCTS][...] = rows.T @ rows
         sums[SUMS][...] = rows.T @ batch.targets
+        sums[SQUARES][...] = batch.targets @ batch.targets
 
-    def _solve(self, tensors: dict[str, Array], sums: dict[str, Array]) -> None:
-        products = np.array(tensors[PRODUCTS])
+    def _solve(self, tensors: dict[str, Array], found: dict[str, Array]) -> float:
+        """Write weights and bias; return the loss of all rows, ½ ‖X w − y‖² without the penalty."""
+        products, products_with_targets = tensors[PRODUCTS], tensors[SUMS]
         weights = len(tensors[WEIGHTS])
-        diagonal = np.arange(weights)
-        products[diagonal, diagonal] += self._rows * self._l2
-        solution = _solved(products, tensors[SUMS])
-        sums[WEIGHTS][...] = solution[:weights]
+        penalised, diagonal = np.array(products), np.arange(weights)
+        penalised[diagonal, diagonal] += self._rows * self._l2
+        solution = _solved(penalised, products_with_targets)
+        found[WEIGHTS][...] = solution[:weights]
         if self._bias:
-            sums[BIAS][...] = solution[weights:]
+            found[BIAS][...] = solution[weights:]
+        explained = solution @ (2 * products_with_targets - products @ solution)
+        return 0.5 * max(0.0, float(tensors[SQUARES][0] - explained))
 
 
 @cache

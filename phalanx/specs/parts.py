@@ -130,9 +130,15 @@ def update_kind(spec: job_spec_pb2.JobSpec) -> str:
 
 
 def steps_without_loss(spec: job_spec_pb2.JobSpec) -> int:
-    """Return the steps at the beginning before which there is nothing that could have a loss:
-    that in which k-means draws its centers."""
-    return int(update_kind(spec) == "k_means")
+    """Return the steps at the beginning that tell no loss, as there is no model yet: that in which
+    k-means draws its centers, and that which adds up what a model is then made of in one step.
+
+    In float32 such sums say too little of the loss of the normal equations, so that it is left out.
+    """
+    kind = update_kind(spec)
+    if kind == "closed_form" and spec.train.dtype == "float32":
+        return PASSES[kind]
+    return int(kind == "k_means" or kind in PASSES)
 
 
 def projects(train: job_spec_pb2.Train) -> bool:

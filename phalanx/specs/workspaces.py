@@ -37,7 +37,7 @@ def element_count(spec: job_spec_pb2.JobSpec, features: int, classes: int, rows:
         case "pca":
             shapes = passes(features)
         case "closed_form":
-            shapes = passes(features + int(model.linear_regression.bias))
+            shapes = equations(features + int(model.linear_regression.bias))
         case "boosting":
             shapes = boosting(model.boosting, features, classes)
         case "cocoa":
@@ -54,8 +54,13 @@ def k_means(clusters: int, features: int, rows: int, shards: int) -> Shapes:
 
 
 def passes(features: int) -> Shapes:
-    """Sums over the rows of x xᵀ and of x (or x y), and one element: the passes that are over."""
+    """Sums over the rows of x xᵀ and of x, and one element: the passes that are over."""
     return {"products": (features, features), "sums": (features,), "passes_over": (1,)}
+
+
+def equations(features: int) -> Shapes:
+    """Sums over the rows of x xᵀ, of x y and of y², and the passes that are over."""
+    return {**passes(features), "squares": (1,)}
 
 
 def boosting(settings: job_spec_pb2.Boosting, features: int, classes: int) -> Shapes:

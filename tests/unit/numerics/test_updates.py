@@ -138,6 +138,38 @@ def test_l2_makes_it_a_ridge_regression(numbers: StoredDataset) -> None:
     np.testing.assert_allclose(found["weights"], reference.coef_, rtol=1e-10)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_loss_of_the_closed_form_is_that_of_its_model(
+    bias: bool, numbers: StoredDataset
+) -> None:
+    features, targets = rows_of(numbers)
+    train = {"model": {"linear_regression": {"bias": bias}}, "optimizer": {"closed_form": {}}}
+    model = run(numbers, **train, l2=0.2)
+    found = tensors(model)
+    errors = features @ found["weights"] + found.get("bias", 0) - targets
+    assert model.metrics["train/loss"] == pytest.approx(0.5 * (errors**2).mean(), rel=1e-9)
+    assert [step for step, name, _ in model.points if name == "train/loss"] == [2]
+
+
+def test_sums_in_float32_tell_no_loss(numbers: StoredDataset) -> None:
+    """They would round off what errors are to targets far from zero."""
+    assert "train/loss" not in run(numbers, **CLOSED_FORM, dtype="float32").metrics
+
+
+@pytest.mark.parametrize("components", [2, 8])
+def test_the_loss_of_components_is_what_they_leave_out(
+    components: int, clouds: StoredDataset
+) -> None:
+    features, _ = rows_of(clouds)
+    model = run(clouds, model={"pca": {"components": components}})
+    found = tensors(model)
+    centred = features - found["mean"]
+    left = centred - centred @ found["components"].T @ found["components"]
+    expected = (left**2).sum(axis=1).mean()
+    assert model.metrics["train/loss"] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert [step for step, name, _ in model.points if name == "train/loss"] == [2]
+
+
 @pytest.mark.parametrize(
     ("train", "solver"),
     [({"model": {"pca": {"components": 2}}}, "eigh"), (CLOSED_FORM, "lstsq")],
