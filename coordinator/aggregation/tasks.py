@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from coordinator.aggregation.checkpoints import PATIENCE, may_be_stored_later
-from coordinator.aggregation.core.dispatch.dispatcher import Dispatcher
+from coordinator.aggregation.core.dispatch.dispatcher import INDEPENDENT, Dispatcher
 from coordinator.aggregation.core.dispatch.events import (
     Append,
     Appended,
@@ -174,14 +174,14 @@ class HostedTasks:
     ) -> HostedTasks:
         """Read what is done and begin the term in the journal. Raises PhalanxError."""
         spec = JobSpec.FromString(plan.spec)
-        needs = graph_of(plan).needs if is_program(spec) else ()
-        total = len(needs) or len(spec.tasks.arguments)
+        graph = graph_of(plan) if is_program(spec) else INDEPENDENT
+        total = graph.count or len(spec.tasks.arguments)
         waits = partial(_journal_waits, plan.job_id)
         journal = TaskJournal(storage, plan.job_id, waits)
         records: list[TaskRecord] = []
         while True:
             records += await journal.read(term)
-            dispatcher = Dispatcher(total, term, attempts_max(spec), failures_max(spec), needs)
+            dispatcher = Dispatcher(total, term, attempts_max(spec), failures_max(spec), graph)
             for record in records:
                 dispatcher.restore(record)
             try:

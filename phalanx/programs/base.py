@@ -24,14 +24,38 @@ RESULT_BYTES_MAX = 60 * 1024 * 1024
 @dataclass(frozen=True)
 class Graph:
     """The tasks of a job, numbered from 0: `needs[task]` are those whose results it gets, in the
-    order in which it gets them; all have smaller numbers. The last one's result is the outcome."""
+    order in which it gets them; all have smaller numbers. The last one's result is the outcome.
+
+    A task of `passing` is passed over where the last of its needs is empty: nobody runs it, and
+    its result is that of the first. Of the tasks that are ready those of the highest of `levels`
+    are handed out first; without levels all are equal.
+    """
 
     needs: tuple[tuple[int, ...], ...]
+    passing: frozenset[int] = frozenset()
+    levels: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
         """How many tasks there are."""
         return len(self.needs)
+
+    def passed(self, task: int, values: Mapping[int, StoredValue]) -> StoredValue | None:
+        """Return the result of a task that is passed over; None: it has to be run. `values` are
+        the results of its needs."""
+        if task not in self.passing or values[self.needs[task][-1]].size_bytes:
+            return None
+        return values[self.needs[task][0]]
+
+    def passed_over(self, values: Mapping[int, StoredValue]) -> dict[int, StoredValue]:
+        """Return the results of all tasks that are passed over, of those that were run."""
+        known, found = dict(values), {}
+        for task in sorted(self.passing - known.keys()):
+            if all(needed in known for needed in self.needs[task]):
+                value = self.passed(task, known)
+                if value is not None:
+                    known[task] = found[task] = value
+        return found
 
 
 @dataclass(frozen=True)

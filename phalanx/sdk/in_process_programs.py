@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phalanx.programs.base import ModelParts, Outcome
-from phalanx.sdk.in_process_tasks import TaskFailed, run_task
+from phalanx.sdk.in_process_tasks import IN_PROCESS, TaskFailed, run_task
 from phalanx.tasks import ATTEMPTS, TASKS_DONE
 from phalanx.v1.job_pb2 import Result
 from phalanx.v1.task_service_pb2 import StoredValue, TaskResult
@@ -48,10 +48,15 @@ def run_program(
     files = JobFiles(blobs.path(plan.manifest_digest), code_dir, model)
     work = ProgramWork(plan, files, lambda digest, _size: blobs.path(digest))
     work.describe()
-    for task, needs in enumerate(graph_of(plan).needs):
+    graph, values = graph_of(plan), {task: each.stored for task, each in results.items()}
+    for task, needs in enumerate(graph.needs):
         if task not in results:
-            inputs = [results[needed].stored for needed in needs]
-            results[task] = result = _run(work.call, task, inputs, blobs)
+            passed = graph.passed(task, values)
+            if passed is not None:
+                result = TaskResult(task=task, worker_id=IN_PROCESS, stored=passed)
+            else:
+                result = _run(work.call, task, [values[needed] for needed in needs], blobs)
+            results[task], values[task] = result, result.stored
             if result.HasField("failure"):
                 raise TaskFailed(result.failure)
             on_result()

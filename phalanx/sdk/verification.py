@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phalanx.errors import DataLoss, FailedPrecondition, NotFound
+from phalanx.programs import graph_of
 from phalanx.sdk.in_process import IN_PROCESS, job_code
 from phalanx.sdk.job import Job
 from phalanx.sdk.methods import GET_MODEL, LIST_CHECKPOINTS, READ_TASK_RESULTS
@@ -18,6 +19,7 @@ from phalanx.sdk.values import Result
 from phalanx.sdk.verdict import TaskLedger, Verdict
 from phalanx.tasks import is_program, is_task_set
 from phalanx.texts import number_of
+from phalanx.v1.task_service_pb2 import TaskResult
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from phalanx.v1.dataset_service_pb2 import Dataset
     from phalanx.v1.job_spec_pb2 import JobSpec
     from phalanx.v1.storage_service_pb2 import CheckpointManifest
-    from phalanx.v1.task_service_pb2 import TaskResult
     from phalanx.v1.training_pb2 import JobPlan
 
 
@@ -96,11 +97,14 @@ def _verify_program(cluster: Cluster, job: Job, result: Result) -> Verdict:
         plan.model_files.update({file.path: file.digest for file in model.files})
     results = _results_of(cluster, job)
     outcome = next((each for each in results if each.task == plan.total_steps - 1), None)
+    values = {each.task: each.stored for each in results if not each.HasField("failure")}
+    # Nothing is written of tasks that were passed over: their results follow from those of others.
+    passed = [TaskResult(task=task) for task in graph_of(plan).passed_over(values)]
     return verify_program(
         job,
         result,
         plan,
-        _counted(results, plan.total_steps),
+        _counted([*results, *passed], plan.total_steps),
         "" if outcome is None else outcome.stored.digest,
         lambda folder: _fetcher(cluster, folder),
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from phalanx.errors import InvalidArgument, Unimplemented, Violation
+from phalanx.specs.canonical import canonical_json
 from phalanx.specs.parts import commits_one_by_one
 from phalanx.sweeps.configurations import Configuration, configurations, job_of, seeded
 from phalanx.v1.dataset_service_pb2 import Dataset
@@ -46,11 +48,41 @@ def _first_wrong(spec: JobSpec, dataset: Dataset | None) -> Iterator[Violation]:
             if each.field not in _OF_THE_SWEEP
         ]
         if found:
-            note = f" (where {str(configuration)[:200]})"
-            for each in found:
-                where = f"sweep.base.{each.field}" if each.field else "sweep.base"
-                yield Violation(where, f"{each.message}{note}")
+            yield from (_told(each, configuration) for each in found)
             return
+
+
+def _told(violation: Violation, configuration: Configuration) -> Violation:
+    """Return what is wrong with the job of a configuration as what is wrong with the sweep: with
+    the value of the grid that it is said of, else with the base where it has these values."""
+    field, values = violation.field, dict(configuration.values)
+    path = _path_of(field, values)
+    if path is None:
+        where, message = f"sweep.base.{field}" if field else "sweep.base", violation.message
+    else:
+        where = f'sweep.grid["{path[:80]}"]'
+        below = f"{field[len(path) + 1 :]} " if field.startswith(f"{path}.") else ""
+        message = f"{canonical_json(values.pop(path))[:80]}: {below}{violation.message}"
+    others = str(Configuration(configuration.number, values))[:200]
+    return Violation(where, f"{message} (where {others})" if others else message)
+
+
+def _path_of(field: str, values: Mapping[str, Any]) -> str | None:
+    """Return the path of the grid that sets a field."""
+    found = [path for path in values if f"{field}.".startswith(f"{path}.")]
+    return max(found, key=len, default=None)
+
+
+def _unreadable(spec: JobSpec, configuration: Configuration) -> str:
+    """Return the first path with which there is no such job."""
+    values: dict[str, Any] = {}
+    for path, value in configuration.values.items():
+        values[path] = value
+        try:
+            job_of(spec, Configuration(configuration.number, values))
+        except InvalidArgument:
+            return path
+    return ""
 
 
 def _job_violations(
@@ -60,6 +92,10 @@ def _job_violations(
 
     try:
         job = job_of(spec, configuration)
+    except InvalidArgument as error:
+        yield Violation(_unreadable(spec, configuration), error.message)
+        return
+    try:
         if dataset is None:
             check_spec(job)
         else:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from phalanx.errors import Violation
 from phalanx.programs.evaluate import METRICS
 from phalanx.sweeps.configurations import combinations, count_of
+from phalanx.sweeps.steps import FOLDS, rounds_of, stopping_of, tasks_of
 from phalanx.tasks import TASKS_MAX
 from phalanx.texts import number_of
 from phalanx.v1.dataset_service_pb2 import Dataset
@@ -15,6 +16,7 @@ from phalanx.v1.job_spec_pb2 import JobSpec
 
 PROGRAMS = ("train", "forest", "cascade")
 CONFIGURATIONS_MAX = 2_000
+TRIALS_MAX = TASKS_MAX // 2
 FOLDS_MAX = 1_000
 PATHS_MAX = 64
 
@@ -30,7 +32,7 @@ def violations(spec: JobSpec) -> Iterator[Violation]:
     yield from _base(sweep.base)
     yield from _grid(spec)
     yield from _settings(spec)
-    yield from _asha(spec)
+    yield from _stopping(spec)
 
 
 def violations_against(spec: JobSpec, dataset: Dataset) -> Iterator[Violation]:
@@ -102,9 +104,9 @@ def _settings(spec: JobSpec) -> Iterator[Violation]:
     if sweep.folds and not 2 <= sweep.folds <= FOLDS_MAX:
         message = f"must be at least 2 and at most {FOLDS_MAX}, not {sweep.folds}"
         yield Violation("sweep.folds", message)
-    elif 2 * count_of(sweep) * sweep.folds > TASKS_MAX:
-        tasks = count_of(sweep) * sweep.folds
-        message = f"these are {tasks} trials; at most {TASKS_MAX // 2} are allowed"
+    elif count_of(sweep) * (sweep.folds or FOLDS) > TRIALS_MAX:
+        trials = count_of(sweep) * (sweep.folds or FOLDS)
+        message = f"these are {trials} trials; at most {TRIALS_MAX} are allowed"
         yield Violation("sweep.folds", message)
     yield from _objective(spec)
     if spec.data.HasField("shards") and spec.data.shards != 1:
@@ -127,22 +129,31 @@ def _objective(spec: JobSpec) -> Iterator[Violation]:
         yield Violation(f"sweep.objective.{name}", message)
 
 
-def _asha(spec: JobSpec) -> Iterator[Violation]:
-    sweep = spec.sweep
-    if not sweep.HasField("asha"):
+def _stopping(spec: JobSpec) -> Iterator[Violation]:
+    sweep, stopping = spec.sweep, stopping_of(spec.sweep)
+    if stopping is None:
         return
-    last = sweep.base.train.stop.steps
+    where = f"sweep.{'asha' if sweep.HasField('asha') else 'halving'}"
+    if sweep.HasField("asha") and sweep.HasField("halving"):
+        yield Violation("sweep.halving", "trainings are stopped by asha; leave one of them out")
+    last, first = sweep.base.train.stop.steps, stopping.min_steps
     if not sweep.base.HasField("train"):
-        yield Violation("sweep.asha", "is for trainings, which have steps; leave it out")
+        yield Violation(where, "is for trainings, which have steps; leave it out")
     elif last < 1:
-        message = "needs to know the last step; give sweep.base.train.stop.steps"
-        yield Violation("sweep.asha", message)
-    elif not 1 <= sweep.asha.min_steps < last:
-        message = f"must be at least 1 and below stop.steps, {last}, not {sweep.asha.min_steps}"
-        yield Violation("sweep.asha.min_steps", message)
-    if sweep.asha.HasField("reduction") and not 1.1 <= sweep.asha.reduction <= 1000:
-        message = f"must be from 1.1 to 1000, not {sweep.asha.reduction:g}"
-        yield Violation("sweep.asha.reduction", message)
+        yield Violation(where, "needs to know the last step; give sweep.base.train.stop.steps")
+    elif not 1 <= first < last:
+        message = f"must be at least 1 and below stop.steps, {last}, not {first}"
+        yield Violation(f"{where}.min_steps", message)
+    elif stopping.HasField("reduction") and not 1.1 <= stopping.reduction <= 1000:
+        message = f"must be from 1.1 to 1000, not {stopping.reduction:g}"
+        yield Violation(f"{where}.reduction", message)
+    elif tasks_of(spec) > TASKS_MAX:
+        yield Violation(
+            f"{where}.reduction",
+            f"makes {number_of(len(rounds_of(spec)), 'round')} from {first} to {last} steps with "
+            f"{tasks_of(spec)} tasks; at most {TASKS_MAX} are allowed: let it or min_steps be "
+            "larger, or try fewer configurations with random_trials",
+        )
     for path in sorted(sweep.grid):
         if path == "train" or path.startswith("train.stop"):
             message = "rounds are counted in steps, which must be the same for all configurations"

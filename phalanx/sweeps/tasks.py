@@ -17,26 +17,26 @@ from phalanx.learn import need_scikit_learn
 from phalanx.programs import arrays
 from phalanx.programs.base import ModelParts, Outcome, Piece
 from phalanx.programs.data import JobData, Result
-from phalanx.programs.sweep import (
+from phalanx.programs.sweep import CSV_FILE, LESS_IS_BETTER, PLOT_FILE, TABLE_FILE
+from phalanx.sweeps.configurations import configurations, job_of
+from phalanx.sweeps.fitting import fit, metrics_text, score
+from phalanx.sweeps.picture import picture_of
+from phalanx.sweeps.promotion import Rung, places_of
+from phalanx.sweeps.ranking import Scored, Trial, best_first, ranks, scored
+from phalanx.sweeps.rows import fold_of
+from phalanx.sweeps.steps import (
     CSV,
-    CSV_FILE,
-    LESS_IS_BETTER,
     ORDER,
     PLOT,
-    PLOT_FILE,
+    PROMOTED,
+    RUNG,
     TABLE,
-    TABLE_FILE,
     TRIAL,
     WINNER,
     Step,
     rounds_of,
     steps_of,
 )
-from phalanx.sweeps.configurations import configurations, job_of
-from phalanx.sweeps.fitting import fit, metrics_text, score
-from phalanx.sweeps.picture import picture_of
-from phalanx.sweeps.ranking import Scored, Trial, best_first, ranks, scored
-from phalanx.sweeps.rows import fold_of
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.task_service_pb2 import StoredValue
 from phalanx.v1.training_pb2 import Layout
@@ -57,6 +57,10 @@ class SweepTasks:
         self._steps = steps_of(job.spec)
         self._rounds = rounds_of(job.spec)
         self._configurations = configurations(job.spec)
+        self._places: Sequence[int] = range(len(self._configurations))
+        self._asha = self._sweep.HasField("asha")
+        if self._asha:
+            self._places = places_of(job.spec.seed, len(self._configurations))
 
     def run(self, task: int, inputs: Sequence[Result]) -> bytes:
         """Run one task of the graph."""
@@ -64,6 +68,10 @@ class SweepTasks:
         match step.kind:
             case kind if kind == TRIAL:
                 return _json(asdict(self._try(step, inputs)))
+            case kind if kind == RUNG:
+                return self._rung(step, inputs)
+            case kind if kind == PROMOTED:
+                return self._promoted(step, inputs[0])
             case kind if kind == ORDER:
                 return self._order(step, inputs)
             case kind if kind == TABLE:
@@ -79,7 +87,9 @@ class SweepTasks:
     # Trials
 
     def _try(self, step: Step, inputs: Sequence[Result]) -> Trial:
-        number = _document(inputs[0])["order"][step.place] if inputs else step.place
+        number = self._places[step.place]
+        if step.round:
+            number = _document(inputs[0])["order"][0 if self._asha else step.place]
         train, held_out = fold_of(self._job, self._sweep.folds, step.fold)
         spec = job_of(self._job.spec, self._configurations[number])
         try:
@@ -92,8 +102,38 @@ class SweepTasks:
         note = "" if value is not None else f"{self._metric} is not defined for a fold"
         return Trial(number, step.fold, value, note)
 
+    def _rung(self, step: Step, inputs: Sequence[Result]) -> bytes:
+        """Take in the trials of a place; in the first such task, of all places up to it."""
+        rung = self._empty_rung()
+        begun = self._steps[step.needs[0]].kind == RUNG
+        if begun:
+            rung.take(_document(inputs[0]))
+        folds = self._sweep.folds
+        trials = inputs[begun:]
+        first = step.place - len(trials) // folds + 1
+        for place in range(first, step.place + 1):
+            # A place that the round before gave to nobody has no trials.
+            results = [
+                each for each in trials[(place - first) * folds :][:folds] if each.size_bytes
+            ]
+            for entry in scored(_trial(each) for each in results):
+                rung.add(place, entry.configuration, entry.mean)
+        if step.place == self._rounds[step.round].count - 1:
+            rung.close(step.place)
+        return _json(rung.to_json())
+
+    def _promoted(self, step: Step, rung: Result) -> bytes:
+        """Name the configuration that goes on by a place; nothing where none does."""
+        known = self._empty_rung()
+        known.take(_document(rung))
+        number = known.promoted_by(step.place)
+        return b"" if number is None else _json({"order": [number]})
+
+    def _empty_rung(self) -> Rung:
+        return Rung(self._sweep.asha.reduction, self._more_is_better)
+
     def _order(self, step: Step, inputs: Sequence[Result]) -> bytes:
-        entries = scored(Trial(**_document(each)) for each in inputs)
+        entries = scored(_trial(each) for each in inputs if each.size_bytes)
         ordered = best_first(entries, more_is_better=self._more_is_better)
         return _json(
             {
@@ -138,7 +178,7 @@ class SweepTasks:
             "more_is_better": self._more_is_better,
             "folds": self._sweep.folds,
             "rounds": len(inputs),
-            "finalists": self._rounds[-1].count,
+            "finalists": len(_document(inputs[-1])["scores"]),
             "best": best,
             "configurations": [rows[number] for number in sorted(rows)],
         }
@@ -219,6 +259,10 @@ class SweepTasks:
 
 def _document(result: Result) -> Any:
     return json.loads(result.read())
+
+
+def _trial(result: Result) -> Trial:
+    return Trial(**_document(result))
 
 
 def _json(document: Any) -> bytes:

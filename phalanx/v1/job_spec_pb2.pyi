@@ -2358,6 +2358,7 @@ class Sweep(_message.Message):
     FOLDS_FIELD_NUMBER: _builtins.int
     OBJECTIVE_FIELD_NUMBER: _builtins.int
     ASHA_FIELD_NUMBER: _builtins.int
+    HALVING_FIELD_NUMBER: _builtins.int
     random_trials: _builtins.int
     """Draw so many combinations instead of trying all."""
     folds: _builtins.int
@@ -2378,7 +2379,13 @@ class Sweep(_message.Message):
 
     @_builtins.property
     def asha(self) -> Global___Asha:
-        """Train all for some steps, and only the best for more. Off when left out."""
+        """Train all for some steps, and those that do well for more, as soon as that is known of them. One of asha and
+        halving, or none: all are trained to their end.
+        """
+
+    @_builtins.property
+    def halving(self) -> Global___Halving:
+        """Train all for some steps, then the best of them for more, round by round."""
 
     def __init__(
         self,
@@ -2389,10 +2396,11 @@ class Sweep(_message.Message):
         folds: _builtins.int = ...,
         objective: Global___Threshold | None = ...,
         asha: Global___Asha | None = ...,
+        halving: Global___Halving | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["asha", b"asha", "base", b"base", "objective", b"objective"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["asha", b"asha", "base", b"base", "halving", b"halving", "objective", b"objective"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asha", b"asha", "base", b"base", "folds", b"folds", "grid", b"grid", "objective", b"objective", "random_trials", b"random_trials"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asha", b"asha", "base", b"base", "folds", b"folds", "grid", b"grid", "halving", b"halving", "objective", b"objective", "random_trials", b"random_trials"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2400,9 +2408,9 @@ Global___Sweep: _TypeAlias = Sweep  # noqa: Y015
 
 @_typing.final
 class Asha(_message.Message):
-    """Successive halving: in each round the best 1 / reduction of those left are trained for reduction times as many steps.
-    Li et al., "A system for massively parallel hyperparameter tuning" (2020); here each round waits for the one before,
-    so that the result does not depend on who ends first.
+    """Asynchronous successive halving: a configuration goes on to the next round once it is among the best 1 / reduction of
+    the results so far. Li et al., "A system for massively parallel hyperparameter tuning" (2020), algorithm 2; here
+    results count in an order that is drawn by the seed, so that the result does not depend on who ends first.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -2428,6 +2436,36 @@ class Asha(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reduction) -> _WhichOneofReturnType__reduction | None: ...
 
 Global___Asha: _TypeAlias = Asha  # noqa: Y015
+
+@_typing.final
+class Halving(_message.Message):
+    """Successive halving: a round waits for all of the one before, and exactly the best 1 / reduction of it go on. Jamieson,
+    Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization" (2016).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_STEPS_FIELD_NUMBER: _builtins.int
+    REDUCTION_FIELD_NUMBER: _builtins.int
+    min_steps: _builtins.int
+    """Of the first round."""
+    reduction: _builtins.float
+    """[3] Above 1."""
+    def __init__(
+        self,
+        *,
+        min_steps: _builtins.int = ...,
+        reduction: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_reduction", b"_reduction", "reduction", b"reduction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reduction", b"_reduction", "min_steps", b"min_steps", "reduction", b"reduction"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__reduction: _TypeAlias = _typing.Literal["reduction"]  # noqa: Y015
+    _WhichOneofArgType__reduction: _TypeAlias = _typing.Literal["_reduction", b"_reduction"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reduction) -> _WhichOneofReturnType__reduction | None: ...
+
+Global___Halving: _TypeAlias = Halving  # noqa: Y015
 
 @_typing.final
 class Evaluate(_message.Message):

@@ -210,7 +210,7 @@ def test_halving_trains_only_the_best_to_the_end(alone: phalanx.Cluster, tmp_pat
         "grid": {"train.optimizer.sgd.learning_rate": rates},
         "folds": 2,
         "objective": {"metric": "log_loss"},
-        "asha": {"min_steps": 3},
+        "halving": {"min_steps": 3},
     }
     job, table = swept(alone, tmp_path, "clouds", sweep)
     rows = table["configurations"]
@@ -255,7 +255,7 @@ def test_the_best_is_one_with_a_score_where_all_that_went_on_diverged(
         "base": {"train": train},
         "grid": {"train.optimizer.sgd.learning_rate": [1.5, 1e-9, 1e-9]},
         "folds": 2,
-        "asha": {"min_steps": 1},
+        "halving": {"min_steps": 1},
     }
     _, table = swept(alone, tmp_path, "numbers", sweep)
     first, *others = table["configurations"]

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from coordinator.aggregation.core.dispatch.dispatcher import Dispatcher, State
+from coordinator.aggregation.core.dispatch.dispatcher import INDEPENDENT, Dispatcher, State
 from coordinator.aggregation.core.dispatch.events import (
     Append,
     Appended,
@@ -27,8 +27,9 @@ from coordinator.aggregation.core.dispatch.events import (
     WorkerClosed,
     WorkerOpened,
 )
+from phalanx.programs import Graph
 from phalanx.v1.job_pb2 import Failure
-from phalanx.v1.task_service_pb2 import TaskAttempt, TaskRecord, TaskReport
+from phalanx.v1.task_service_pb2 import StoredValue, TaskAttempt, TaskRecord, TaskReport
 
 
 @dataclass
@@ -50,8 +51,8 @@ def value_of(task: int, inputs: Sequence[str]) -> str:
 
 
 class World:
-    """Runs one seed. `poison` tasks fail in their own process wherever they run; with `needs` a
-    task's result is made of those of others, and stored."""
+    """Runs one seed. `poison` tasks fail in their own process wherever they run; in a
+    `graph` a task's result is made of those of others, and stored: empty for tasks of `empty`."""
 
     def __init__(
         self,
@@ -62,12 +63,13 @@ class World:
         attempts_max: int = 3,
         failures_max: int | None = None,
         deadly: bool = True,
-        needs: Sequence[Sequence[int]] = (),
+        graph: Graph = INDEPENDENT,
+        empty: frozenset[int] = frozenset(),
     ) -> None:
         self.random = random.Random(seed)
         self.total, self.poison, self.deadly = total, poison, deadly
         self._limits = attempts_max, failures_max
-        self.needs = needs
+        self.graph, self.empty = graph, empty
         self.journal: list[bytes] = []
         self.now_s = 100.0
         self.term = 0
@@ -96,7 +98,7 @@ class World:
         if self.zombies and self.random.random() < 0.5:
             self.write(*self.zombies.pop())
         self.term += 1
-        self.dispatcher = Dispatcher(self.total, self.term, *self._limits, self.needs)
+        self.dispatcher = Dispatcher(self.total, self.term, *self._limits, self.graph)
         for payload in self.journal:
             self.dispatcher.restore(TaskRecord.FromString(payload))
         self.journal.append(self.dispatcher.begin().SerializeToString())
@@ -166,7 +168,7 @@ class World:
                 self.settled_early.append(number)
         for number, task in enumerate(message.tasks, message.first_attempt):
             worker.open[number] = task
-            if self.needs:
+            if self.graph.count:
                 inputs = message.inputs[number - message.first_attempt]
                 worker.inputs[number] = tuple(each.digest for each in inputs)
 
@@ -185,8 +187,10 @@ class World:
         if task in self.poison:
             report.failure.CopyFrom(Failure(code="RAISED", message="no", traceback="here"))
             self.tried[task] += 1
-        elif self.needs:
-            report.stored.digest = value_of(task, worker.inputs[number])
+        elif self.graph.count:
+            digest = value_of(task, worker.inputs[number])
+            size = 0 if task in self.empty else 1
+            report.stored.CopyFrom(StoredValue(digest=digest, size_bytes=size))
         else:
             report.value_json = str(task * 2)
         worker.reports[number] = report

@@ -26,6 +26,7 @@ from coordinator.aggregation.core.dispatch.events import (
 )
 from coordinator.aggregation.core.dispatch.pace import DEPTH_MAX, Pace
 from coordinator.aggregation.core.dispatch.records import QUEUE_BYTES
+from phalanx.programs import Graph
 from phalanx.v1.job_pb2 import Failure
 from phalanx.v1.task_service_pb2 import (
     StoredValue,
@@ -466,7 +467,7 @@ def test_short_tasks_come_in_many_and_long_ones_alone() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_task_gets_the_results_it_needs_whatever_happens(seed: int) -> None:
-    world = World(seed, total=len(LAYERS), needs=LAYERS)
+    world = World(seed, total=len(LAYERS), graph=Graph(LAYERS))
     world.run()
     assert isinstance(world.end, Finished)
     expected: list[str] = []
@@ -482,12 +483,56 @@ def test_a_task_gets_the_results_it_needs_whatever_happens(seed: int) -> None:
     assert all(places[task] > places[need] for task in places for need in LAYERS[task])
 
 
+PASSING = Graph(
+    needs=((), (), (0,), (1,), (2, 3), (4, 3), (4, 2), (5, 6), (7, 0)),
+    passing=frozenset((2, 3, 4, 5, 6)),
+)
+"""Tasks behind two that may be empty, and one that puts together whatever is there."""
+
+
+@pytest.mark.parametrize("empty", [frozenset(), frozenset((0,)), frozenset((1,)), frozenset((2,))])
+@pytest.mark.parametrize("seed", range(12))
+def test_nobody_runs_what_is_passed_over(seed: int, empty: frozenset[int]) -> None:
+    world = World(seed, total=PASSING.count, graph=PASSING, empty=empty)
+    world.run()
+    assert isinstance(world.end, Finished)
+    values: dict[int, StoredValue] = {}
+    run = []
+    for task, needs in enumerate(PASSING.needs):
+        passed = PASSING.passed(task, values)
+        if passed is None:
+            run.append(task)
+            digest = value_of(task, [values[needed].digest for needed in needs])
+            passed = StoredValue(digest=digest, size_bytes=0 if task in empty else 1)
+        values[task] = passed
+    assert world.durable_results() == dict.fromkeys(run, 1)
+    assert world.dispatcher.done == PASSING.count
+    assert world.dispatcher.outcome == values[PASSING.count - 1]
+    assert set(world.given.values()) == set(run)
+    done = {each.task: each.stored for record in world.records() for each in record.results}
+    assert {**done, **PASSING.passed_over(done)} == values
+    assert (len(run) == PASSING.count) == (not empty)
+
+
+def test_what_is_ready_is_handed_out_by_its_level() -> None:
+    dispatcher = Dispatcher(5, 1, 3, 0, Graph(((), (), (), (), (0,)), levels=(0, 0, 1, 0, 2)))
+    dispatcher.begin()
+    effects = dispatcher.handle(WorkerOpened(1, "w1", 2), 0.0)
+    assert tasks_of(effects) == [2, 0]
+    first = sends(effects)[0].first_attempt
+    dispatcher.handle(Reported(1, [stored(2, first), stored(0, first + 1)]), 1.0)
+    assert [dispatcher.state(each).name for each in (1, 3)] == ["LEASED", "LEASED"]
+    effects = dispatcher.handle(Appended(), 1.1)
+    assert dispatcher.state(4) is State.WAITING
+    assert tasks_of(dispatcher.handle(WorkerOpened(2, "w2", 1), 1.2)) == [4]
+
+
 def stored(task: int, attempt: int) -> TaskReport:
     return TaskReport(task=task, attempt=attempt, stored=StoredValue(digest=f"of {task}"))
 
 
 def test_a_task_waits_until_what_it_needs_is_durable() -> None:
-    dispatcher = Dispatcher(3, 1, 3, 0, ((), (), (1, 0, 1)))
+    dispatcher = Dispatcher(3, 1, 3, 0, Graph(((), (), (1, 0, 1))))
     dispatcher.begin()
     effects = dispatcher.handle(WorkerOpened(1, "w1", 4), 0.0)
     assert tasks_of(effects) == [0, 1]
@@ -501,7 +546,7 @@ def test_a_task_waits_until_what_it_needs_is_durable() -> None:
 
 
 def test_nobody_can_hold_a_task_that_lacks_what_it_needs() -> None:
-    dispatcher = Dispatcher(2, 2, 3, 0, ((), (0,)))
+    dispatcher = Dispatcher(2, 2, 3, 0, Graph(((), (0,))))
     dispatcher.begin()
     lie = TaskAttempt(task=1, attempt=(1 << 40) + 5)
     effects = dispatcher.handle(WorkerOpened(1, "w1", 1, [lie]), 0.0)
@@ -510,13 +555,13 @@ def test_nobody_can_hold_a_task_that_lacks_what_it_needs() -> None:
 
 
 def test_a_program_fails_with_the_first_task_that_is_given_up() -> None:
-    dispatcher = Dispatcher(2, 1, 1, 0, ((), (0,)))
+    dispatcher = Dispatcher(2, 1, 1, 0, Graph(((), (0,))))
     dispatcher.begin()
     effects = dispatcher.handle(WorkerOpened(1, "w1", 1), 0.0)
     effects = dispatcher.handle(Reported(1, [failed(0, sends(effects)[0].first_attempt)]), 1.0)
     effects = dispatcher.handle(Appended(), 1.1)
     assert any(isinstance(each, Failed) for each in effects)
-    again = Dispatcher(2, 2, 1, 0, ((), (0,)))
+    again = Dispatcher(2, 2, 1, 0, Graph(((), (0,))))
     again.restore(given_up(0))
     again.begin()
     assert tasks_of(again.handle(WorkerOpened(1, "w1", 1), 0.0)) == [0]

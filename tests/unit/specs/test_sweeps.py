@@ -14,10 +14,10 @@ from sklearn.model_selection import ParameterGrid
 from phalanx.errors import InvalidArgument
 from phalanx.programs import graph_of
 from phalanx.programs.base import ModelParts, Outcome, Piece
-from phalanx.programs.sweep import rounds_of, steps_of
 from phalanx.specs import job_plan, prepare, resolve
 from phalanx.sweeps.configurations import configurations, job_of
 from phalanx.sweeps.ranking import Scored, Trial, best_first, ranks, scored
+from phalanx.sweeps.steps import rounds_of, steps_of, tasks_of
 from phalanx.v1.dataset_service_pb2 import Dataset
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import Layout
@@ -63,12 +63,41 @@ def with_train(**fields: Any) -> dict[str, Any]:
         ({"base": {"train": TRAIN}, "grid": {"train.l2": []}}, {}, "sweep.grid", "no values"),
         ({"base": {"train": TRAIN}, "grid": {"forest.trees": [1]}}, {}, "sweep.grid", "train."),
         ({"base": {"train": TRAIN}, "grid": {"data.name": ["x"]}}, {}, "sweep.grid", "train."),
-        ({"base": {"train": TRAIN}, "grid": {"train.l3": [1]}}, {}, "sweep.base", "l3"),
+        (
+            {"base": {"train": TRAIN}, "grid": {**GRID, "train.l3": [1]}},
+            {},
+            'sweep.grid["train.l3"]',
+            "no field",
+        ),
         (
             {"base": {"train": TRAIN}, "grid": {"train.l2": [0, -1]}},
             {},
+            'sweep.grid["train.l2"]',
+            "-1: must be",
+        ),
+        (
+            {"base": {"train": TRAIN}, "grid": {**GRID, "train.batch_size": [32, 0.5]}},
+            {},
+            'sweep.grid["train.batch_size"]',
+            "0.5: there is no such job",
+        ),
+        (
+            {
+                "base": {"train": TRAIN},
+                "grid": {**GRID, "train.optimizer": [{"sgd": {"learning_rate": -2}}]},
+            },
+            {},
+            'sweep.grid["train.optimizer"]',
+            "sgd.learning_rate must",
+        ),
+        (
+            {
+                "base": with_train(l2=-3),
+                "grid": {"train.optimizer.sgd.learning_rate": [0.1]},
+            },
+            {},
             "sweep.base.train.l2",
-            "= -1",
+            "(where train.optimizer.sgd.learning_rate = 0.1)",
         ),
         ({"base": {"name": "x", "train": TRAIN}, "grid": GRID}, {}, "sweep.base.name", "itself"),
         (
@@ -115,6 +144,47 @@ def with_train(**fields: Any) -> dict[str, Any]:
             "needs probabilities",
         ),
         ({"base": CASCADE, "grid": {"cascade.c": [1]}, "asha": {}}, {}, "sweep.asha", "trainings"),
+        (
+            {"base": CASCADE, "grid": {"cascade.c": [1]}, "halving": {}},
+            {},
+            "sweep.halving",
+            "trainings",
+        ),
+        (
+            {
+                "base": {"train": TRAIN},
+                "grid": GRID,
+                "asha": {"min_steps": 1},
+                "halving": {"min_steps": 1},
+            },
+            {},
+            "sweep.halving",
+            "leave one of them out",
+        ),
+        *(
+            (
+                {
+                    "base": with_train(stop={"steps": 100_000}),
+                    "grid": {"train.l2": [each / 1000 for each in range(1000)]},
+                    name: {"min_steps": 1, "reduction": 1.1},
+                },
+                {},
+                f"sweep.{name}.reduction",
+                "rounds from 1 to 100000 steps with",
+            )
+            for name in ("asha", "halving")
+        ),
+        (
+            {
+                "base": with_train(stop={"steps": 100_000}),
+                "grid": {"train.l2": [each / 1000 for each in range(1000)]},
+                "halving": {"min_steps": 1000, "reduction": 1.1},
+                "folds": 1000,
+            },
+            {},
+            "sweep.folds",
+            "at most 25000",
+        ),
         (
             {"base": with_train(stop={"epochs": 2}), "grid": GRID, "asha": {"min_steps": 1}},
             {},
@@ -175,8 +245,8 @@ def with_train(**fields: Any) -> dict[str, Any]:
         (
             {"base": {"train": TRAIN}, "grid": {"data.shards": [1, 4900]}},
             {},
-            "sweep.base.data.shards",
-            "more than the 4,000 rows",
+            'sweep.grid["data.shards"]',
+            "4900: 4,900 shards: more than the 4,000 rows",
         ),
         (
             {"base": {"train": TRAIN}, "grid": GRID},
@@ -243,34 +313,40 @@ def test_lists_and_words_are_values_as_well() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "asha", "expected"),
+    ("count", "stopping", "expected"),
     [
-        (9, {"min_steps": 10}, [(9, 10), (3, 30), (1, 90), (1, 0)]),
-        (20, {"min_steps": 25, "reduction": 2}, [(20, 25), (10, 50), (5, 0)]),
-        (2, {"min_steps": 40, "reduction": 10}, [(2, 40), (1, 0)]),
-        (4, None, [(4, 0)]),
+        (9, {"halving": {"min_steps": 10}}, [(9, 10), (3, 30), (1, 90), (1, 0)]),
+        (20, {"halving": {"min_steps": 25, "reduction": 2}}, [(20, 25), (10, 50), (5, 0)]),
+        (2, {"halving": {"min_steps": 40, "reduction": 10}}, [(2, 40), (1, 0)]),
+        # A round that would train for no longer than the one before is none.
+        (8, {"halving": {"min_steps": 30, "reduction": 1.6}}, [(8, 30), (5, 48), (3, 76), (1, 0)]),
+        (9, {"halving": {"min_steps": 1, "reduction": 9.5}}, [(9, 1), (1, 9), (1, 90), (1, 0)]),
+        (9, {"asha": {"min_steps": 10}}, [(9, 10), (7, 30), (5, 90), (3, 0)]),
+        (20, {"asha": {"min_steps": 25, "reduction": 2.5}}, [(20, 25), (18, 62), (16, 0)]),
+        (2, {"asha": {"min_steps": 40, "reduction": 10}}, [(2, 40), (1, 0)]),
+        (4, {}, [(4, 0)]),
     ],
 )
 def test_rounds_and_their_tasks(
-    count: int, asha: dict[str, Any] | None, expected: list[tuple[int, int]]
+    count: int, stopping: dict[str, Any], expected: list[tuple[int, int]]
 ) -> None:
     sweep: dict[str, Any] = {
         "base": {"train": TRAIN},
         "grid": {"train.l2": [each / 100 for each in range(count)]},
         "folds": 3,
+        **stopping,
     }
-    if asha:
-        sweep["asha"] = asha
     spec = prepare(spec_of(sweep), dataset())
     assert [(each.count, each.steps) for each in rounds_of(spec)] == expected
     plan = job_plan(spec, dataset(), "job-1")
-    steps = steps_of(spec)
-    assert graph_of(plan).count == len(steps) == plan.total_steps
+    steps, graph = steps_of(spec), graph_of(plan)
+    assert graph.count == len(steps) == plan.total_steps == tasks_of(spec)
     for task, step in enumerate(steps):
         assert all(needed < task for needed in step.needs)
         if step.kind == "trial" and step.round:
-            (order,) = step.needs
-            assert (steps[order].kind, steps[order].round) == ("order", step.round - 1)
+            (before,) = (steps[needed] for needed in step.needs)
+            kind = "promoted" if "asha" in stopping else "order"
+            assert (before.kind, before.round) == (kind, step.round - 1)
     for number, (left, _) in enumerate(expected):
         trials = {
             (each.place, each.fold)
@@ -278,6 +354,17 @@ def test_rounds_and_their_tasks(
             if each.kind == "trial" and each.round == number
         }
         assert trials == {(place, fold) for place in range(left) for fold in range(3)}
+
+
+def test_a_round_trains_for_longer_than_the_one_before() -> None:
+    sweep = {
+        "base": with_train(stop={"steps": 12}),
+        "grid": {"train.l2": [each / 100 for each in range(8)]},
+        "halving": {"min_steps": 1, "reduction": 1.5},
+    }
+    found = rounds_of(prepare(spec_of(sweep), dataset()))
+    assert [each.steps for each in found] == [1, 2, 3, 5, 7, 11, 0]
+    assert [each.count for each in found] == [8, 5, 3, 2, 1, 1, 1]
 
 
 SCORES = st.one_of(st.none(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))

@@ -9,13 +9,14 @@ an attempt of an earlier owner says is its own and nobody else's.
 Only failures of a task's own process count against its budget, each attempt once.
 
 A task of a program may need the results of others: it is handed out, with what they are, once the
-last of them is durable.
+last of them is durable. One that is passed over then has its result by that, now and for whoever
+reads the journal, and nothing is written of it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum, auto
 
@@ -38,7 +39,9 @@ from coordinator.aggregation.core.dispatch.events import (
 )
 from coordinator.aggregation.core.dispatch.needs import Needs
 from coordinator.aggregation.core.dispatch.pace import Pace
+from coordinator.aggregation.core.dispatch.ready import Ready
 from coordinator.aggregation.core.dispatch.records import Unwritten, poisoned
+from phalanx.programs.base import Graph
 from phalanx.v1.job_pb2 import Failure
 from phalanx.v1.task_service_pb2 import (
     FailedTry,
@@ -64,6 +67,9 @@ TERM_SHIFT, BEGUN_SHIFT = 40, 32
 
 FIRST_NUMBER = 1 << TERM_SHIFT
 """All attempts of all terms have greater numbers."""
+
+INDEPENDENT = Graph(())
+"""No task needs another."""
 
 
 class State(IntEnum):
@@ -109,7 +115,7 @@ class Dispatcher:
     """`total` tasks of a job in one term.
 
     A task is given up after `attempts_max` failures; more than `failures_max` given up fail the
-    job (None: however many there are). `needs` are the tasks whose results each of them gets.
+    job (None: however many there are). `graph` tells which of them get the results of others.
     """
 
     def __init__(
@@ -118,18 +124,18 @@ class Dispatcher:
         term: int,
         attempts_max: int,
         failures_max: int | None,
-        needs: Sequence[Sequence[int]] = (),
+        graph: Graph = INDEPENDENT,
     ) -> None:
         self.total = total
         self.term = term
         self.done = self.given_up = self.failed_tries = 0
         self._attempts_max = attempts_max
         self._failures_max = failures_max
-        self._needs = Needs(needs)
+        self._needs = Needs(graph)
         self._state = bytearray(
             State.BLOCKED if self._needs.blocked(task) else State.WAITING for task in range(total)
         )
-        self._fresh: deque[int] = deque()
+        self._fresh = Ready(graph.levels)
         self._again: deque[int] = deque()
         self._waiting = self._state.count(State.WAITING)
         self._failures: dict[int, list[Failure]] = {}
@@ -182,8 +188,7 @@ class Dispatcher:
                 task for task in range(self.total) if self._state[task] == State.GIVEN_UP
             )
             self.restore(record)
-        waiting = (task for task in range(self.total) if self._state[task] == State.WAITING)
-        self._fresh = deque(waiting)
+        self._fresh.add(task for task in range(self.total) if self._state[task] == State.WAITING)
         return record
 
     # What is asked
@@ -402,13 +407,17 @@ class Dispatcher:
         else:
             self._state[result.task] = State.DONE
             self.done += 1
-            self._unblock(self._needs.done(result))
+            ready, passed = self._needs.done(result)
+            for task in passed:
+                self._state[task] = State.DONE
+            self.done += len(passed)
+            self._unblock(ready)
 
     def _unblock(self, tasks: list[int]) -> None:
         for task in tasks:
             self._state[task] = State.WAITING
         self._waiting += len(tasks)
-        self._fresh.extend(tasks)
+        self._fresh.add(tasks)
 
     def _try_anew(self, task: int) -> None:
         if self._state[task] == State.GIVEN_UP:
@@ -453,8 +462,8 @@ class Dispatcher:
     def _take(self, room: int, worker_id: str, peers: list[_Peer]) -> list[int]:
         tasks: list[int] = []
         elsewhere: list[int] = []
-        while len(tasks) < room and (queue := self._again or self._fresh):
-            task = queue.popleft()
+        while len(tasks) < room and (self._again or self._fresh):
+            task = self._again.popleft() if self._again else self._fresh.next()
             if self._state[task] != State.WAITING:
                 continue  # it was reported, or given back twice
             if self._failed_only_here(task, worker_id, peers):
