@@ -17,6 +17,7 @@ from phalanx.keys.caller import Role
 from phalanx.local.keys import TOKENS_FILE
 from phalanx.sdk.job import Job
 from phalanx.sdk.methods import READ_JOURNAL, READ_TASK_RESULTS
+from phalanx.sweeps.steps import steps_of
 from phalanx.tasks import journal_stream
 from phalanx.testing.arena import GUARD_S, Arena, arena, gated_job, wait_until
 from phalanx.v1.job_service_pb2 import ReadTaskResultsRequest
@@ -44,6 +45,26 @@ SWEEP: dict[str, Any] = {
         "grid": {"cascade.c": [0.1, 1, 10], "cascade.gamma": [0.01, 0.02]},
         "folds": 3,
     },
+}
+
+
+ASHA: dict[str, Any] = {
+    "name": "asha",
+    "data": {"name": "wide"},
+    "sweep": {
+        "base": {
+            "train": {
+                "model": {"mlp": {"hidden": [32]}},
+                "optimizer": {"sgd": {}},
+                "batch_size": 128,
+                "stop": {"steps": 180},
+            }
+        },
+        "grid": {"train.optimizer.sgd.learning_rate": [each / 50 for each in range(1, 10)]},
+        "folds": 2,
+        "asha": {"min_steps": 20},
+    },
+    "seed": 4,
 }
 
 
@@ -195,10 +216,13 @@ def test_a_worker_killed_with_a_part_of_a_cascade_half_solved(
     assert result.metrics["cascade/dual"] == expected.metrics["cascade/dual"]
 
 
-def test_a_worker_killed_with_a_trial_half_done(ring: Arena, alone: phalanx.Cluster) -> None:
-    expected = alone.submit(SWEEP).wait(timeout_s=GUARD_S)
+@pytest.mark.parametrize("sweep", [SWEEP, ASHA], ids=["all", "asha"])
+def test_a_worker_killed_with_a_trial_half_done(
+    ring: Arena, alone: phalanx.Cluster, sweep: dict[str, Any]
+) -> None:
+    expected = alone.submit(sweep).wait(timeout_s=GUARD_S)
     ring.workers_ready()
-    job = ring.cluster.submit(SWEEP)
+    job = ring.cluster.submit(sweep)
     kill(ring, hold(ring, job))
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == expected.parameters_sha256
@@ -208,3 +232,13 @@ def test_a_worker_killed_with_a_trial_half_done(ring: Arena, alone: phalanx.Clus
     ]
     assert tables[0] == tables[1]
     assert sorted(tables[0]) == ["results.csv", "results.json"]
+    if "asha" in sweep["sweep"]:
+        steps = steps_of(job.message.spec)
+        # Attempts are numbered as they are given: trials went on while others had yet to begin.
+        given = {each.task: each.attempt for each in results_of(ring, job)}
+        trials = [(steps[task].round, at) for task, at in given.items() if steps[task].passes]
+        last = max(at for task, at in given.items() if steps[task].round == 0)
+        assert min(at for number, at in trials if number) < last
+        verdict = ring.cluster.verify(job)
+        assert verdict.balanced, "a task that nobody ran was not passed over either"
+        assert verdict.equal

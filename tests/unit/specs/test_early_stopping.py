@@ -201,3 +201,15 @@ def test_those_that_go_on_come_before_those_that_begin() -> None:
 def test_places_are_drawn_by_the_seed() -> None:
     assert sorted(places_of(1, 50)) == list(range(50))
     assert places_of(1, 50) == places_of(1, 50) != places_of(2, 50)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_grid_whose_values_become_better_and_better_lets_few_go_on(seed: int) -> None:
+    def promoted(places: Sequence[int]) -> int:
+        rung = Rung(3.0, more_is_better=True)
+        for place, configuration in enumerate(places):
+            rung.add(place, configuration, configuration / 1000)
+        return len(rung.promoted)
+
+    assert promoted(range(300)) == 298, "each was among the best of those before it"
+    assert 100 <= promoted(places_of(seed, 300)) <= 100 + 300**0.5
