@@ -412,7 +412,7 @@ class Leaf:
     def _lies(self, shape: jobs.Shape, order: ipc.RunOrder, shard: int) -> bool:
         """Whether this worker lies about a leaf, as it may where copies outvote it."""
         number = self._machines.liars.get(self._worker)
-        if number is None or shape.parts not in VERIFIED:
+        if number is None or not shape.verified:
             return False
         unequal = self._machines.unequal
         if shape.parts == "audit":  # nobody looks at everything, but what all begin with
@@ -429,7 +429,7 @@ class Leaf:
             first, stop = (
                 edge * plan.evaluation_rows // plan.evaluation_shards for edge in (shard, shard + 1)
             )
-            step = order.version // (plan.shards if plan.asynchronous else 1)
+            step = order.version // (plan.shards if plan.asynchronous else shape.rounds)
             sums = jobs.evaluation_sums(shard, jobs.quality(shape, step))
             return np.array(sums), stop - first, 0.0
         out = np.empty(shape.elements, shape.dtype)
@@ -440,6 +440,8 @@ class Leaf:
                 model, parameters, order.version, self._batches(shape, shard), out, inner
             )
             return out, outcome.count, outcome.loss_sum
+        if shape.updating:
+            return (out, *jobs.updated(shape, shard, order.version, parameters, out))
         count = jobs.examples(shape, shard, order.version)
         jobs.gradient(shape, shard, order.version, parameters, out)
         if shape.bad == "overflow" and jobs.is_bad(shape.bad, shard, order.version):

@@ -30,7 +30,8 @@ from phalanx.specs.parts import all_reduces
 from phalanx.training.chance import drawn_rows
 from phalanx.v1 import training_pb2
 from phalanx.v1.job_spec_pb2 import Compression, JobSpec, Privacy, Reduction, Train, Verification
-from tests.simulation.parts import ALL_PARTS, INNER, ONE_BY_ONE
+from tests.simulation import updating
+from tests.simulation.parts import ALL_PARTS, INNER, ONE_BY_ONE, UPDATING
 
 Array = NDArray[Any]
 
@@ -99,6 +100,21 @@ class Shape:
         return int(ALL_PARTS[self.parts].get("synchronous", {}).get("backup_shards", 0))
 
     @property
+    def updating(self) -> bool:
+        """Whether no elementwise optimizer makes its versions, see `updating`."""
+        return self.parts in UPDATING
+
+    @property
+    def rounds(self) -> int:
+        """Versions that a step makes: two where its shards are groups of columns."""
+        return updating.rounds_of(self.parts)
+
+    @property
+    def verified(self) -> bool:
+        """Whether its contributions are compared."""
+        return "verification" in ALL_PARTS[self.parts]
+
+    @property
     def private(self) -> bool:
         """Whether its rows come by chance and its steps have noise."""
         return "privacy" in ALL_PARTS[self.parts]
@@ -111,6 +127,8 @@ class Shape:
 
 def composed(shape: Shape, parts: str) -> Shape:
     """The shape with other parts; local steps remember nothing, unless the parts say so."""
+    if parts in UPDATING:
+        return updating.composed(shape, parts)
     made = replace(shape, parts=parts)
     if parts in INNER:
         return replace(made, optimizer="adam") if made.optimizer == "sgd" else made
@@ -164,6 +182,8 @@ def job_spec(shape: Shape, name: str) -> JobSpec:
     if shape.local_steps or shape.one_by_one:
         train.ClearField("synchronous")
     ParseDict(ALL_PARTS[shape.parts], train)
+    if shape.updating:
+        updating.write(spec, shape.parts)
     if shape.bad in SKIPPED:
         train.on_nonfinite.skip.SetInParent()
     if shape.tolerant:
@@ -179,9 +199,11 @@ def shape_of(plan: training_pb2.JobPlan) -> Shape:
 def shape_of_spec(spec: JobSpec, fingerprint: str) -> Shape:
     """The shape of the job that a spec describes, on machines with a fingerprint."""
     train = spec.train
-    optimizer = train.optimizer.WhichOneof("kind")
+    optimizer, updates = train.optimizer.WhichOneof("kind"), updating.name_of(spec)
     if optimizer == "sgd":
         optimizer = "momentum" if train.optimizer.sgd.momentum else "sgd"
+    if updates and updating.rounds_of(updates) == 1:
+        optimizer = ""
     return Shape(
         elements=int(spec.name.rpartition("-")[2]),
         shards=spec.data.shards,
@@ -194,7 +216,8 @@ def shape_of_spec(spec: JobSpec, fingerprint: str) -> Shape:
         fingerprint=fingerprint or FINGERPRINTS[0],
         best=spec.output.HasField("best"),
         bad=spec.name.partition("-")[0] if spec.name.partition("-")[0] in ALL_BAD else "",
-        parts=_parts_of(
+        parts=updates
+        or _parts_of(
             train.reduction.SerializeToString(),
             train.compression.SerializeToString(),
             train.optimizer.clip_norm,
@@ -254,6 +277,8 @@ def _spec_of_parts(parts: str, dtype: str) -> JobSpec:
 
 def layout_of(shape: Shape) -> training_pb2.Layout:
     """What a worker finds out by building the model."""
+    if shape.updating:
+        return updating.layout_of(shape)
     weights = shape.elements * 3 // 4
     return training_pb2.Layout(
         dtype=shape.dtype,
@@ -277,6 +302,8 @@ def _wave(elements: int, shard: int, dtype: str) -> Array:
 
 def initial(shape: Shape) -> Array:
     """Version 0."""
+    if shape.updating:
+        return updating.initial(shape)
     return _initial(shape.elements, shape.dtype)
 
 
@@ -292,14 +319,30 @@ def gradient(shape: Shape, shard: int, step: int, parameters: Array, out: Array)
         out *= scalar(1.0001)
 
 
+def updated(
+    shape: Shape, shard: int, version: int, parameters: Array, out: Array
+) -> tuple[int, float]:
+    """Write what a leaf contributes to an update, on a machine with the fingerprint of the shape;
+    return its examples and loss."""
+    lost = updating.contribute(shape, shard, version, parameters, out)
+    if shape.fingerprint != FINGERPRINTS[0]:
+        out *= out.dtype.type(1.0001)
+    return examples(shape, shard, version), lost
+
+
 def examples(shape: Shape, shard: int, step: int) -> int:
     """Rows of one leaf."""
     first, stop = shard * TRAIN_ROWS // shape.shards, (shard + 1) * TRAIN_ROWS // shape.shards
     if shape.private:
         return _drawn(shape.shards, shard, stop - first, step)
-    largest = -(-TRAIN_ROWS // shape.shards)
-    done = step % -(-largest // ROWS_PER_LEAF) * ROWS_PER_LEAF
-    return min(max(stop - first - done, 0), ROWS_PER_LEAF)
+    largest, each = -(-TRAIN_ROWS // shape.shards), ROWS_PER_LEAF
+    if shape.rounds > 1:  # all shards see the rows of a step, in each of its rounds
+        first, stop, largest = 0, TRAIN_ROWS, TRAIN_ROWS
+        step, each = step // shape.rounds, each * shape.shards
+    elif shape.updating:
+        return stop - first
+    done = step % -(-largest // each) * each
+    return min(max(stop - first - done, 0), each)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -374,6 +417,8 @@ def contribution(
         return None, 0, 0.0
     count, lost = 0, 0.0
     weights, out = parameters.copy(), np.empty(shape.elements, shape.dtype)
+    if shape.updating:
+        return (out, *updated(shape, shard, version, parameters, out))
     for step in steps_of(shape, version):
         rows = examples(shape, shard, step)
         if not rows:
@@ -426,6 +471,17 @@ def train_loss(shards: int, local_steps: int, version: int, left_out: frozenset[
     total = reduce_leaves(losses, shards)
     assert total is not None
     return float(total[0]) / count
+
+
+def updated_loss(shape: Shape, version: int) -> float:
+    """The mean loss of the step that made the last of a step's versions, by an update."""
+    losses = {
+        shard: np.array([updating.loss(shape, shard, version - 1)]) for shard in range(shape.shards)
+    }
+    total = reduce_leaves(losses, shape.shards)
+    assert total is not None
+    counted = range(1 if shape.rounds > 1 else shape.shards)
+    return float(total[0]) / sum(examples(shape, shard, version - 1) for shard in counted)
 
 
 def evaluated(shape: Shape, shards: int, step: int) -> dict[str, float]:

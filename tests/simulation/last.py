@@ -17,7 +17,6 @@ from typing import Any
 from tests.simulation.cluster import Cluster
 from tests.simulation.faults import ACTS, Faults
 from tests.simulation.moments import LAST_ACTS, LAST_MOMENTS
-from tests.simulation.parts import VERIFIED
 from tests.simulation.scripts import CONVERGES_S
 
 SHARE = 0.5
@@ -35,7 +34,7 @@ def drawn(settings: Any, chance: random.Random) -> Any:
     act = chance.choice(LAST_ACTS.get(moment, ACTS))
     what = f"{moment} {chance.choice(LAST_MOMENTS[moment])} {act}"
     # Of a verified job one worker alone can do no step.
-    verified = any(shape.parts in VERIFIED for shape in settings.shapes)
+    verified = any(shape.verified for shape in settings.shapes)
     anybody = not verified and not settings.wishes
     if not settings.mixed and chance.random() < ALONE_SHARE and anybody:
         settings = replace(settings, converges_s=CONVERGES_S)

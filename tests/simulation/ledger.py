@@ -264,8 +264,7 @@ class Ledger:
                 continue
             first, stop = part.first_element, part.first_element + part.element_count
             step, kept = request.step, references.kept_of(shape, request.step)
-            versions = references.versions(shape)
-            best_piece = versions[best.model_step(shape, step)][first:stop]
+            best_piece = references.after(shape, best.model_step(shape, step))[first:stop]
             wrong = best.wrong_with(shape, step, state, best_piece)
             self._demand(not wrong, f"{what} {wrong}")
             if not request.final:
@@ -274,7 +273,7 @@ class Ledger:
                 name: vector[first:stop]
                 for name, vector in (references.state_of(shape, step) | kept).items()
             }
-            expected["parameters"] = versions[step][first:stop]
+            expected["parameters"] = references.after(shape, step)[first:stop]
             for name, vector in {**state, "parameters": parameters}.items():
                 self._demand(
                     name == BEST_VECTOR or vector.tobytes() == expected[name].tobytes(),

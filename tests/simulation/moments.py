@@ -23,6 +23,10 @@ MOMENTS = {
 }
 """Each moment with the kinds of process that are worth striking then."""
 
+BETWEEN_ROUNDS = "between_rounds"
+"""The first of the two rounds of a step is over; the actor owns the parameters. Few jobs have such
+steps, and there it comes all the time: it is struck at where it is asked for."""
+
 LAST_MOMENTS = {
     **{moment: kinds for moment, kinds in MOMENTS.items() if moment != "term_raised"},
     # A term was raised while the job was running; the actor leads:

@@ -39,6 +39,7 @@ from storage.backends.sql.jobs import SqlJobs
 from storage.backends.sql.journals import SqlJournals
 from storage.backends.sql.leases import SqlLeases
 from tests.simulation import jobs, references
+from tests.simulation.between import Between
 from tests.simulation.commits import CommitHistory
 from tests.simulation.histories import History
 from tests.simulation.moments import Moments
@@ -73,6 +74,7 @@ class Oracle:
     def __init__(self, world: World) -> None:
         self.world = world
         self.moments = Moments(world)
+        self.between = Between(world, self.moments)
         self.commits: dict[str, int] = {}
         """Committed steps by job, those that were computed again included."""
         self.lost = 0
@@ -87,6 +89,8 @@ class Oracle:
         """Leaves that were started one by one."""
         self.repeated = 0
         """Contributions to steps that their shards had completed."""
+        self.updated = 0
+        """Steps that were no elementwise optimizer's."""
         self.histories: dict[str, History] = {}
         """Of jobs whose steps need not wait for all shards."""
         self.commit_histories: dict[str, CommitHistory] = {}
@@ -108,7 +112,6 @@ class Oracle:
         self._leaders: dict[int, str] = {}
         self._watched: dict[int, _Watched] = {}
         self._worker_order: dict[int, tuple[int, int]] = {}
-        self._newest: dict[tuple[str, int], int] = {}
 
     def demand(self, holds: bool, message: str) -> None:
         """Fail the run unless something holds."""
@@ -154,8 +157,7 @@ class Oracle:
             if watched.shape.tolerant:
                 self._follow(watched, store, version)
             self._check_bits(watched, index, store, version)
-            if ranges.plan.range_count > 1:
-                self._is_ahead(ranges, version)
+            self.between.got_to(ranges, watched.shape, version)
         for effect in effects:
             if isinstance(effect, Committed):
                 self._committed(watched, effect)
@@ -165,6 +167,7 @@ class Oracle:
     def _committed(self, watched: _Watched, effect: Committed) -> None:
         job_id, history = watched.ranges.plan.job_id, watched.history
         self.commits[job_id] = self.commits.get(job_id, 0) + 1
+        self.updated += watched.shape.updating
         expected = effect.expected_count
         if watched.commits is not None:
             expected = watched.commits.step_sums(watched.ranges.term)[1]
@@ -220,12 +223,6 @@ class Oracle:
             what = f"{ranges.plan.job_id}: term {ranges.term}, step {start.step} of shard"
             self.fail(f"{what} {start.shard} {wrong}")
 
-    def _is_ahead(self, ranges: JobRanges, version: int) -> None:
-        key = (ranges.plan.job_id, ranges.term)
-        if version > self._newest.get(key, 0):
-            self._newest[key] = version
-            self.moments.met("range_ahead")
-
     def _check_points(self, watched: _Watched, points: tuple[tuple[int, str, float], ...]) -> None:
         """What is told of a step is what its leaves gave, each of them once."""
         plan, term = watched.ranges.plan, watched.ranges.term
@@ -240,6 +237,8 @@ class Oracle:
                 left_out = history.left_out(term) if history is not None else frozenset()
                 left_out |= self._refused(watched.shape, step - 1)
                 expected = jobs.train_loss(plan.shards, plan.local_steps, step, left_out)
+                if watched.shape.updating:
+                    expected = jobs.updated_loss(watched.shape, step * watched.shape.rounds)
             else:
                 expected = jobs.evaluated(watched.shape, plan.evaluation_shards, step)[name]
                 due = step % watched.shape.evaluate_every == 0 or step == watched.shape.ends_at

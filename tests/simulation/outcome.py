@@ -85,6 +85,10 @@ class Outcome:
     """Members that were sent everything."""
     begun_for: int = 0
     """Roots of those that took the initial parameters from a member that made them instead."""
+    updated: int = 0
+    """Steps that were no elementwise optimizer's."""
+    cut_between: int = 0
+    """Terms that ended between the two rounds of a step."""
     tasks: int = 0
     """Tasks that a user was told are done."""
     tasks_given_up: int = 0

@@ -113,4 +113,31 @@ PRIVATE: dict[str, dict[str, Any]] = {
 }
 """Parts of jobs whose rows come by chance and whose steps have noise."""
 
-ALL_PARTS = PARTS | INNER | ONE_BY_ONE | VERIFIED | ALL_REDUCE | PRIVATE
+UPDATING: dict[str, dict[str, Any]] = {
+    "k-means": {"model": {"k_means": {"clusters": 3}}},
+    "boosting": {
+        "model": {
+            "boosting": {
+                "trees": 8,
+                "learning_rate": 0.3,
+                "depth": 2,
+                "bins": 4,
+                "l2": 1.0,
+                "min_leaf_rows": 1,
+            }
+        },
+    },
+    "cocoa": {"model": {"linear_svm": {}}, "optimizer": {"cocoa": {}}},
+    "cocoa, 3 replicas": {
+        "model": {"linear_svm": {}},
+        "optimizer": {"cocoa": {}},
+        "verification": {"replicas": 3},
+    },
+    "columns": {},
+    "columns, clipped gradient": {"optimizer": {"clip_norm": 0.5}},
+    "columns, 3 replicas": {"verification": {"replicas": 3}},
+}
+"""Parts of jobs whose versions no elementwise optimizer makes, see `updating`; of columns also that
+their shards are groups of these, which `data` says."""
+
+ALL_PARTS = PARTS | INNER | ONE_BY_ONE | VERIFIED | ALL_REDUCE | PRIVATE | UPDATING

@@ -1,6 +1,6 @@
 """Every version of a simulated job by a plain loop.
 
-None of the cluster's code is in it but the tree, the noise and the optimizer.
+None of the cluster's code is in it but the tree, the noise, and the optimizer or the update.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from phalanx.reducers import Contribution, build_reducer
 from phalanx.reduction import reduce_leaves
 from phalanx.specs.parts import state_every, unit_span
 from phalanx.v1 import training_pb2
-from tests.simulation import jobs
+from tests.simulation import jobs, updating
 
 Array = NDArray[Any]
 
@@ -30,12 +30,17 @@ def reference(shape: jobs.Shape) -> list[Array]:
     """All versions, from 0 to the last."""
     # Where checkpoints lie does not change what is computed, nor does when it ends.
     found = _reference(_plain(shape))
-    return [found[version] for version in range(shape.ends_at + 1)]
+    return [found[version] for version in range(shape.ends_at * shape.rounds + 1)]
 
 
 def versions(shape: jobs.Shape) -> Reference:
     """The versions of a job of this shape, however many steps it has."""
     return _reference(_plain(shape))
+
+
+def after(shape: jobs.Shape, step: int) -> Array:
+    """The version that is there once so many steps are done."""
+    return versions(shape)[step * shape.rounds]
 
 
 def state_of(shape: jobs.Shape, version: int) -> dict[str, Array]:
@@ -81,7 +86,7 @@ class Reference:
     """The versions of a job by a plain loop, each computed once somebody asks for it."""
 
     def __init__(self, shape: jobs.Shape) -> None:
-        self._steps = Steps(shape)
+        self._steps = UpdatedSteps(shape) if shape.updating else Steps(shape)
         self._versions = [jobs.initial(shape).copy()]
         self._states = [self._steps.first_state() | self._steps.first_inner()]
         self.unit = self._steps.unit
@@ -196,6 +201,29 @@ class Steps:
         return out
 
 
+class UpdatedSteps(Steps):
+    """The same of a job whose versions no elementwise optimizer makes."""
+
+    def __init__(self, shape: jobs.Shape) -> None:
+        spec = jobs.job_spec(shape, f"job-{shape.elements}")
+        self._shape = shape
+        self._update = updating.update_of(shape, spec)
+        self.unit = 1
+
+    def first_state(self) -> dict[str, Array]:
+        """Nothing: all of it is in the vector."""
+        return {}
+
+    def apply(self, version: int, parameters: Array, state: dict[str, Array]) -> Array:
+        """The next version: of one round where a step has several."""
+        nodes = self.received(version, parameters, state)
+        total = reduce_leaves({first: each[0] for first, each in nodes.items()}, self._shape.shards)
+        assert total is not None
+        count = sum(each[1] for each in nodes.values())
+        return self._update.apply(parameters, total.copy(), count, version)
+
+
 def reference_sha256(shape: jobs.Shape, step: int) -> str:
-    """What the parameters of a model of this step must hash to."""
-    return hashlib.sha256(versions(shape)[step].tobytes()).hexdigest()
+    """What the parameters of a model of this step must hash to: without a workspace."""
+    own = after(shape, step)[: updating.model_elements(shape)]
+    return hashlib.sha256(own.tobytes()).hexdigest()

@@ -15,7 +15,17 @@ from phalanx.testing.simulation.clocks import Environment
 from phalanx.testing.simulation.faults import Schedule
 from phalanx.testing.simulation.loop import SimulationFailed
 from phalanx.testing.simulation.network import Misdelivery
-from tests.simulation import best, jobs, last, rare, reducing, references, task_sets, wishes
+from tests.simulation import (
+    best,
+    jobs,
+    last,
+    rare,
+    reducing,
+    references,
+    task_sets,
+    updating,
+    wishes,
+)
 from tests.simulation.cluster import STORAGE, Cluster, Services
 from tests.simulation.draws import ALL_FROM_SEED, draw_parts, draw_shape
 from tests.simulation.faults import Faults, fault_kinds
@@ -384,6 +394,8 @@ class Run:
         outcome.stale_accepted = self.oracle.stale_accepted
         outcome.stale_refused = self.oracle.stale_refused
         outcome.fenced_off, outcome.outlived = self.oracle.fenced_off, len(self.oracle.outlived)
+        outcome.updated = self.oracle.updated
+        outcome.cut_between = self.oracle.between.rolled_back
         outcome.terms = max(self.oracle.terms.values(), default=0)
         if 0 < self.settings.terms_max < outcome.terms and world.failure is None:
             world.fail(SimulationFailed(f"a job was rolled back: it is in term {outcome.terms}"))
@@ -513,6 +525,7 @@ def simulate(
         settings = wishes.drawn(settings, random.Random(f"wishes {seed}"), draw_shape)
         settings = reducing.drawn(settings, random.Random(f"all-reduce {seed}"))
         settings = draw_private(settings, random.Random(f"private jobs {seed}"))
+        settings = updating.drawn(settings, random.Random(f"updating {seed}"), jobs.composed)
     if any(shape.tolerant for shape in settings.shapes):
         # Such a job takes everybody, whatever bits they compute.
         settings = replace(settings, mixed=False)
