@@ -41,6 +41,10 @@ The summary is one JSON object:
     leaves_started, leaves_at_bound        leaves that roots started one by one, and those as far
                                            ahead of the slowest shard as they may be
     contributions_repeated                 contributions to steps that were completed already
+    updating_seeds, cut_between_rounds     seeds with jobs whose versions no elementwise optimizer
+                                           makes, and owners that were lost between the two rounds
+                                           of a step
+    program_seeds, results_read            seeds with programs, and results that their tasks read
     errands, bad_jobs                      what second users did, and their jobs with a bad leaf
                                            that ended as they must, by what was bad
     failures                               seed, what must not happen and did, command that replays

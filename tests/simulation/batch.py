@@ -26,6 +26,9 @@ ONE_BY_ONE_SEEDS_FOR_EVERY_KIND = 75
 """The same for seeds with jobs whose contributions commit one by one."""
 ALL_REDUCE_SEEDS = 100
 """From so many seeds with jobs whose workers own the parameters on, these must have met, too."""
+UPDATING_SEEDS = 40
+"""From so many seeds with jobs that an update makes the versions of, one of them must have been
+rolled back between the two rounds of a step."""
 TASK_SEEDS = 50
 TASKS = {
     "tasks": "task was ever done",
@@ -148,6 +151,10 @@ def summary(
         "tasks_given_up": sum(each.tasks_given_up for each in outcomes),
         "tasks_copied": sum(each.tasks_copied for each in outcomes),
         "tasks_taken_over": sum(each.tasks_taken_over for each in outcomes),
+        "program_seeds": sum(each.results_read > 0 for each in outcomes),
+        "results_read": sum(each.results_read for each in outcomes),
+        "updating_seeds": sum(each.updated > 0 for each in outcomes),
+        "cut_between_rounds": sum(each.cut_between for each in outcomes),
         "errands": sum(each.errands for each in outcomes),
         "bad_jobs": dict(sum((each.bad_jobs for each in outcomes), Counter())),
         "failures": [
@@ -181,6 +188,8 @@ def vacuous(found: dict[str, Any], faults: Counter[str]) -> list[str]:
         why.append(f"no job with such a bad leaf ended: {', '.join(missing)}")
     if found["all_reduce_seeds"] >= ALL_REDUCE_SEEDS and not found["members_caught_up"]:
         why.append("no member was ever one step behind and sent the gradient that was kept")
+    if found["updating_seeds"] >= UPDATING_SEEDS and not found["cut_between_rounds"]:
+        why.append("nobody was ever lost between the two rounds of a step")
     if found["task_seeds"] >= TASK_SEEDS:
         for name, what in TASKS.items():
             if not found[name]:

@@ -1,11 +1,16 @@
-"""The calls of sets of tasks in a simulated leaf process, beside the leaves of jobs that train."""
+"""The calls of sets of tasks in a simulated leaf process, beside the leaves of jobs that train.
+
+A task of a program first asks its worker for the results of others, one after another.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from phalanx.tasks import is_task_set
+from phalanx.tasks import is_program, runs_tasks
+from phalanx.testing.simulation.loop import SimulationFailed
 from phalanx.v1 import coordination_service_pb2, training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
 from tests.simulation import task_sets
@@ -14,6 +19,16 @@ from worker import ipc
 from worker.ipc import Kind
 
 LeafFailed = coordination_service_pb2.LeafFailed
+Input = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class _Set:
+    """What a leaf process knows of a set of tasks."""
+
+    job_id: str
+    spec: JobSpec
+    arguments: list[Mapping[str, Any]]
 
 
 class CallingLeaf(Leaf):
@@ -22,9 +37,17 @@ class CallingLeaf(Leaf):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self._calls = self._machines.calls
-        self._sets: dict[int, tuple[str, list[Mapping[str, Any]]]] = {}
+        self._sets: dict[int, _Set] = {}
         self._running: tuple[str, int] | None = None
         """Job and task of the call that runs."""
+        self._awaited: tuple[str, Callable[[dict[str, Any]], None]] | None = None
+        """What was asked for, and what to do with the answer."""
+
+    def send(self, kind: Kind, body: bytes = b"", fds: tuple[int, ...] = ()) -> None:
+        if kind is Kind.FETCHED:
+            self._loop.call_later(0.0002, self._fetched, ipc.unpack_json(body)[0])
+        else:
+            super().send(kind, body, fds)
 
     def hung(self) -> None:
         if self._running is not None and not self._dead:
@@ -36,7 +59,7 @@ class CallingLeaf(Leaf):
             document, plan_bytes = ipc.unpack_json(body)
             plan = training_pb2.JobPlan.FromString(plan_bytes)
             spec = JobSpec.FromString(plan.spec)
-            if is_task_set(spec):
+            if runs_tasks(spec):
                 self._load(kind, document["job"], plan, spec)
                 return
         elif kind is Kind.DROP:
@@ -49,12 +72,12 @@ class CallingLeaf(Leaf):
         broken = self._worker in self._calls.unloadable
         if kind is Kind.DESCRIBE:
             described = coordination_service_pb2.JobDescribed(job_id=plan.job_id)
-            described.layout.element_count = len(spec.tasks.arguments)
+            described.layout.element_count = len(task_sets.arguments_of(spec))
             reply = ipc.pack_json({"job": job}, described.SerializeToString())
             self._say(Kind.DESCRIBED, reply)
             return
         if not broken:
-            self._sets[job] = plan.job_id, list(spec.tasks.arguments)
+            self._sets[job] = _Set(plan.job_id, spec, task_sets.arguments_of(spec))
         answer = {"job": job, "error": "it cannot be loaded" if broken else "", "traceback": ""}
         self._say(Kind.SETUP_DONE, ipc.pack_json(answer))
 
@@ -72,9 +95,8 @@ class CallingLeaf(Leaf):
         if index == len(order.parts) or self.page.cancelled_task == order.task:
             self._over(order)
             return
-        job_id, every = self._sets[order.job]
-        task = order.parts[index][0]
-        arguments, machines = every[task], self._machines
+        known, task = self._sets[order.job], order.parts[index][0]
+        job_id, arguments, machines = known.job_id, known.arguments[task], self._machines
         how = self._calls.how(job_id, task, arguments)
         if how == "stillborn":  # the process ends before it says that it begins
             self._die(job_id, task)
@@ -82,8 +104,15 @@ class CallingLeaf(Leaf):
         self.page.shard = task
         self._running = job_id, task
         self._calls.begun += 1
-        if how == "endless" or self._worker in machines.hung:
+        if how == "endless" or (self._worker in machines.hung and not is_program(known.spec)):
             return  # until it is killed
+        inputs = order.inputs[index] if order.inputs else ()
+        self._read(order, inputs, [], lambda read: self._run(order, index, how, read))
+
+    def _run(self, order: ipc.RunOrder, index: int, how: str, read: list[bytes]) -> None:
+        """Run a call that has all that it reads."""
+        known, task = self._sets[order.job], order.parts[index][0]
+        job_id, arguments, machines = known.job_id, known.arguments[task], self._machines
         seconds = task_sets.seconds_of(arguments, machines.leaf_s(self._worker))
 
         def ends() -> None:
@@ -100,11 +129,46 @@ class CallingLeaf(Leaf):
                 self._call_failed(order, index, task, seconds)
             else:
                 self.page.leaves += 1
-                value = task_sets.value_of(arguments)
+                value = task_sets.returned(known.spec, task, read)
                 self._say(Kind.CALL_DONE, ipc.pack_call(order.task, index, seconds, value))
             self._call(order, index + 1)
 
         self._loop.call_later(seconds, ends)
+
+    def _read(
+        self,
+        order: ipc.RunOrder,
+        inputs: tuple[Input, ...],
+        read: list[bytes],
+        then: Callable[[list[bytes]], None],
+    ) -> None:
+        """Ask for one result of another task after another, as long as the batch is wanted."""
+        if len(read) == len(inputs):
+            then(read)
+            return
+        digest, size_bytes = inputs[len(read)]
+
+        def fetched(answer: dict[str, Any]) -> None:
+            if answer.get("cancelled"):
+                self._running = None
+                self._over(order)
+                return
+            if answer["error"]:
+                what = f"{self._worker}: what a task reads is not there: {answer['error']}"
+                self._machines.world.fail(SimulationFailed(what))
+                return
+            content = self._machines.files[self._worker, digest]
+            self._read(order, inputs, [*read, content], then)
+
+        self._awaited = digest, fetched
+        asked = {"digest": digest, "size_bytes": size_bytes}
+        self._say(Kind.FETCH, ipc.pack_json(asked))
+
+    def _fetched(self, answer: dict[str, Any]) -> None:
+        if self._dead or self._awaited is None or answer["digest"] != self._awaited[0]:
+            return
+        then, self._awaited = self._awaited[1], None
+        then(answer)
 
     def _die(self, job_id: str, task: int) -> None:
         self._calls.fails(job_id, task, self._worker)

@@ -12,16 +12,20 @@ from tests.simulation.outcome import Outcome
 from tests.simulation.rare import (
     AGAIN,
     ASLEEP,
+    CUT_MESSAGES,
     CUT_OFF,
     DEAF,
     FULL,
     GARBAGE,
     LAGGARD,
+    ORPHANED_TASKS,
     OVERFLOW,
     PLATEAU,
     TAKEN_OVER,
     UNHEARD,
+    Rare,
     bad_jobs,
+    program_struck,
 )
 from tests.simulation.runs import simulate
 
@@ -49,6 +53,17 @@ _PRIVATE = (("workers", 3), ("parts", "private"))
 _TWO_LEADERS = (("controls", 3), ("faults_s", 18.0), ("script", "two_leaders"))
 _REDUCING = (("workers", 3), ("parts", "all-reduce"))
 _TASKS = (("shapes", ()), ("tasks", 2), ("aggregators", 2), ("workers", 2))
+_PROGRAMS = program_struck("aggregator")
+_COLUMNS = ("parts", "columns")
+_BETWEEN_ROUNDS: Rare = (
+    ("kill_control", "kill_storage"),
+    (
+        _COLUMNS,
+        ("aggregators", 2),
+        ("workers", 2),
+        ("strike", "between_rounds aggregator kill"),
+    ),
+)
 _STREAMS = ("broken_connections", "kill_worker", "pause_worker", "worker_joins", "worker_leaves")
 _TASKS_LOST = (
     ("broken_connections", "kill_aggregator", "kill_worker"),
@@ -191,6 +206,17 @@ KNOWN = {
     "attempts are numbered anew in every term": Known(16, *_TASKS_LOST),
     "tasks of a stream that broke stay with it": Known(16, *_TASKS_LOST),
     "the death of a worker is a try of its tasks": Known(16, *_TASKS_LOST),
+    "an update does not wait for the last sums": Known(0, (), (("parts", "boosting"),)),
+    "what a job keeps for itself becomes its model": Known(0, (), (("parts", "cocoa"),)),
+    "each round of a step counts as one after a roll-back": Known(5, *_BETWEEN_ROUNDS),
+    "a checkpoint that is owed is made between the rounds of a step": Known(
+        2, ("pause_storage", "slow_link"), (("shapes", (Shape(checkpoint_every=1),)), _COLUMNS)
+    ),
+    "a task begins before what it reads is durable": Known(0, *_PROGRAMS),
+    "what a task reads comes in the order in which it was done": Known(0, *_PROGRAMS),
+    "whoever takes over waits for what was stored before": Known(0, *_PROGRAMS),
+    "a task that runs again reads nothing": Known(0, *ORPHANED_TASKS),
+    "what tasks read is numbered anew where a message is cut": Known(1, *CUT_MESSAGES),
     "effects do not wait for their records": Known(0),
     "records count as durable before they are written": Known(0),
     "the journal is cut before its snapshot is written": Known(3, settings=_HEALED),

@@ -21,7 +21,7 @@ from coordinator.control.event_log import EventLog
 from coordinator.control.journal import STREAM, JournalWriter
 from coordinator.control.leader import Leader
 from phalanx.errors import Unavailable
-from phalanx.tasks import is_task_set
+from phalanx.tasks import runs_tasks
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.training.best import BEST_VECTOR
 from phalanx.v1 import storage_service_pb2 as pb
@@ -32,6 +32,7 @@ from storage.backends.sql.journals import SqlJournals
 from storage.backends.sql.owners import load_owners
 from tests.simulation import best, jobs, references
 from tests.simulation.oracle import Oracle
+from tests.simulation.task_sets import arguments_of
 
 RECORDS = (
     "SELECT sequence, payload FROM records JOIN streams ON records.stream = streams.id "
@@ -137,8 +138,7 @@ class Ledger:
                 f"{job_id} is cancelled in term {facts.term}, which storage still takes",
             )
         if changed.state == SUCCEEDED:
-            tasks = is_task_set(facts.spec)
-            steps = len(facts.spec.tasks.arguments) if tasks else 0
+            steps = len(arguments_of(facts.spec)) if runs_tasks(facts.spec) else 0
             steps = steps or jobs.shape_of_spec(facts.spec, facts.fingerprint).ends_at
             final = connection.execute(_FINAL, (job_id,)).fetchone()
             self._demand(final is not None, f"{job_id} succeeds without a final checkpoint")
@@ -239,7 +239,7 @@ class Ledger:
         facts = self.facts.jobs.get(request.job_id)
         if not response.complete or facts is None or request.job_id in self._oracle.free:
             return
-        if is_task_set(facts.spec):
+        if runs_tasks(facts.spec):
             return  # see `tasking`
         shape = jobs.shape_of_spec(facts.spec, facts.fingerprint)
         wrong = best.wrong_with_manifest(shape, response.manifest)

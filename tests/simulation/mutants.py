@@ -41,6 +41,8 @@ _DECIDER = "phalanx.training.decisions:RootDecider"
 _BEST = "phalanx.training.best:BestRule"
 _SILENT = f"{_CONTROL}.core.ownership:_silent"
 _SILENCE = f"{_CONTROL}.core.membership:check_silence"
+_TWO_ROUNDS = f"{_AGGREGATION}.core.two_rounds:TwoRoundRanges"
+_NEEDS = f"{_AGGREGATION}.core.dispatch.needs:Needs"
 _TASKS = f"{_AGGREGATION}.core.dispatch.dispatcher:Dispatcher"
 
 
@@ -420,6 +422,53 @@ MUTANTS = (
     _one(
         "the death of a worker is a try of its tasks", 8, f"{_TASKS}._closed",
         "self._run_again(", COUNT_LOST_TASKS,
+    ),
+    # Versions that no elementwise optimizer makes
+    _one(
+        "an update does not wait for the last sums", 1,
+        f"{_AGGREGATION}.core.roots:UpdateRoot.frame_complete",
+        "if len(self._sums) < len(parameters.grid):",
+        "if len(self._sums) < len(parameters.grid) - 1:",
+    ),
+    _one(
+        "what a job keeps for itself becomes its model", 9,
+        f"{_CONTROL}.model_writer:ModelWriter.write",
+        "layout = model_layout(facts.plan.layout)", "layout = facts.plan.layout",
+    ),
+    _one(
+        "each round of a step counts as one after a roll-back", 3, f"{_TWO_ROUNDS}._version_of",
+        "return step * rounds_per_step(self.plan)", "return step",
+    ),
+    _one(
+        "a checkpoint that is owed is made between the rounds of a step", 9,
+        f"{_TWO_ROUNDS}._settle_checkpoint", "if not self._is_within_step(go.version):", "if True:",
+    ),
+    # Programs
+    _one(
+        "a task begins before what it reads is durable", 0, f"{_TASKS}._settle_task",
+        "self._unwritten.add_result(result)",
+        "self._unwritten.add_result(result)\n    self._unblock(self._needs.done(result))",
+    ),
+    _one(
+        "what a task reads comes in the order in which it was done", 5, f"{_NEEDS}.inputs",
+        "for each in self._needs[task])",
+        "for each in self._values if each in self._needs[task])",
+    ),
+    _one(
+        "whoever takes over waits for what was stored before", 0, f"{_TASKS}.restore",
+        "self._end(result)", "self._end(result)\n        self._needs._missing = "
+        "[len(set(each)) for each in self._needs._needs]\n        self._state = bytearray("
+        "min(each, 0) if self._needs.blocked(task) and each < 2 else each "
+        "for task, each in enumerate(self._state))",
+    ),
+    _one(
+        "a task that runs again reads nothing", 0, "worker.core.calls:TaskSetCore._submit",
+        "self._inputs.get(attempt, ())", "self._inputs.pop(attempt, ())",
+    ),
+    _one(
+        "what tasks read is numbered anew where a message is cut", 0,
+        f"{_AGGREGATION}.tasks:_messages", "WorkResponse(first_attempt=attempt), 0",
+        "WorkResponse(first_attempt=effect.first_attempt), 0",
     ),
     # Control
     _one(

@@ -99,4 +99,6 @@ class Outcome:
     """Tasks that were handed out although somebody else had them."""
     tasks_taken_over: int = 0
     """Terms of sets of tasks that began with results of a term before."""
+    results_read: int = 0
+    """Results that tasks of programs were told to read."""
     trace: str = ""

@@ -154,6 +154,46 @@ LAGGARD: Rare = (
 )
 """A worker falls behind for good, and then the others are gone. Any fault that breaks its stream
 would help it."""
+
+
+def program_struck(kind: str) -> Rare:
+    """Programs of which somebody is killed again and again: once storage has results of tasks that
+    others read."""
+    return (
+        ("kill_aggregator", "kill_storage", "kill_worker"),
+        (
+            ("shapes", ()),
+            ("programs", 2),
+            ("aggregators", 2),
+            ("workers", 2),
+            ("strike", f"tasks_journalled {kind} kill"),
+        ),
+    )
+
+
+CUT_MESSAGES: Rare = (
+    ("kill_worker",),
+    (
+        ("shapes", ()),
+        ("programs", 2),
+        ("limits", (("coordinator.aggregation.tasks:INPUTS_BYTES", 100),)),
+    ),
+)
+"""Messages are cut in two that tell of more than one task and what it reads."""
+
+ORPHANED_TASKS: Rare = (
+    (),
+    (
+        ("shapes", ()),
+        ("programs", 2),
+        ("workers", 2),
+        ("script", "leaf_servers_die"),
+        ("script_s", 0.3),
+        ("faults_s", 4.0),
+    ),
+)
+"""Whoever starts leaf processes is gone again and again, and tasks that read others' with it."""
+
 RARE = (DEAF, UNHEARD, TAKEN_OVER, ASLEEP, GARBAGE, PLATEAU, FULL, LAGGARD)
 """Those in which any seed must do well."""
 

@@ -19,6 +19,7 @@ from tests.simulation import (
     best,
     jobs,
     last,
+    programs,
     rare,
     reducing,
     references,
@@ -149,6 +150,8 @@ class Settings:
     """A method whose requests, in scenes, mostly arrive late or twice, or lose their answers."""
     tasks: int = 0
     """How many sets of tasks there are, see `task_sets`."""
+    programs: int = 0
+    """How many programs there are, see `programs`."""
 
 
 def draw(seed: int) -> Settings:
@@ -279,7 +282,8 @@ class Run:
             self.cluster, random.Random(f"stranger {seed}"), self.oracle.fingerprints
         )
         self.tasking = Tasking(self.oracle, self.ledger.facts, self.cluster.machines.calls)
-        self.task_user = self._make_task_user(seed) if settings.tasks else None
+        has_tasks = settings.tasks or settings.programs
+        self.task_user = self._make_task_user(seed) if has_tasks else None
         self._watched = Environment()
 
     def _make_task_user(self, seed: int) -> TaskUser:
@@ -288,7 +292,10 @@ class Run:
         lasts = bool(self.settings.script) or len(cluster.workers) == 1
         if chance.random() < task_sets.UNLOADABLE_SHARE and not lasts:
             calls.unloadable.add(cluster.workers[-1])
-        sets = [task_sets.draw_set(chance) for _ in range(self.settings.tasks)]
+        sets: list[task_sets.AnySet] = [
+            task_sets.draw_set(chance) for _ in range(self.settings.tasks)
+        ]
+        sets += [programs.draw_program(chance) for _ in range(self.settings.programs)]
         user = TaskUser(cluster.control_addresses, STORAGE, sets, chance, calls, self.tasking.sets)
         user.waits_s = [chance.choice([0.0, 0.0, chance.uniform(0.0, 3.0)]) for _ in sets]
         for index in range(len(sets)):
@@ -346,7 +353,8 @@ class Run:
         for user in users:
             user.on_end = one_ended
         converges_s, begun_s = self.settings.converges_s, world.now_s
-        converges_s += self.settings.tasks * task_sets.CONVERGES_S
+        sets = self.settings.tasks + self.settings.programs
+        converges_s += sets * task_sets.CONVERGES_S
         world.run(begun_s + converges_s)
         if self.last.struck_s > begun_s and not ended():
             world.run(self.last.struck_s + converges_s)
@@ -438,6 +446,7 @@ class Run:
         outcome.tasks, outcome.tasks_given_up = user.results, user.given_up
         outcome.calls = self.cluster.machines.calls.begun
         outcome.tasks_copied, outcome.tasks_taken_over = tasking.copied, tasking.taken_over
+        outcome.results_read = tasking.read
         outcome.reasons += user.reasons
         outcome.faults["job_paused"] += user.pauses
         outcome.faults["job_cancelled"] += len(user.cancelled)
@@ -538,6 +547,7 @@ def simulate(
         if seed >= ALL_FROM_SEED:
             settings = last.drawn(settings, random.Random(f"last {seed}"))
             settings = task_sets.drawn(settings, random.Random(f"sets of tasks {seed}"))
+            settings = programs.drawn(settings, random.Random(f"programs {seed}"))
             settings = best.drawn(settings, random.Random(f"keep best {seed}"))
     if settings.neighbour:
         settings = replace(settings, namespace_jobs_max=JOBS_MAX)

@@ -6,6 +6,7 @@ from functools import partial
 
 from coordinator.control.core.state import CoreConfig
 from tests.simulation.known import Known
+from tests.simulation.moments import BETWEEN_ROUNDS
 from tests.simulation.outcome import Outcome
 from tests.simulation.rare import (
     AGAIN,
@@ -18,6 +19,7 @@ from tests.simulation.rare import (
     SHORT,
     UNHEARD,
     bad_jobs,
+    program_struck,
 )
 from tests.simulation.wishes import Wish
 
@@ -32,6 +34,10 @@ _IN_OTHER_WAYS = (
     "1 backup",
     "3 replicas",
 )
+
+_UPDATED = {"checkpoint_every": 5, "steps": 30}
+_BY_COLUMNS = ("columns", "columns, clipped gradient", "columns, 3 replicas")
+_BY_UPDATES = ("boosting", "cocoa", "cocoa, 3 replicas", "k-means")
 
 _CORE_CONFIG = "coordinator.control.config:CoreConfig"
 
@@ -192,6 +198,34 @@ SCENES = {
         ("kill_worker", "worker_joins", "worker_leaves", "broken_connections"),
         (("workers", 3), bad_jobs("", "all-reduce", "all-reduce, local", **_KEEPING)),
     ): "kept",
+    # Between the two rounds of a step the one is killed who has what the first of them gave.
+    Known(
+        5,
+        ("kill_control", "kill_storage"),
+        (
+            ("workers", 3),
+            ("aggregators", 2),
+            ("strike", f"{BETWEEN_ROUNDS} aggregator kill"),
+            bad_jobs("", *_BY_COLUMNS, **_UPDATED),
+        ),
+    ): "cut_between",
+    # What an update keeps from step to step is restored.
+    Known(
+        6,
+        ("kill_aggregator", "kill_control", "kill_storage", "kill_worker"),
+        (("workers", 2), bad_jobs("", *_BY_UPDATES, **_UPDATED)),
+    ): "rolled_back",
+    # The best version of such jobs is without what they keep for themselves.
+    Known(
+        7,
+        ("kill_aggregator", "kill_worker"),
+        (("workers", 3), bad_jobs("", *_BY_COLUMNS, *_BY_UPDATES, **_KEEPING)),
+    ): "kept",
+    # Results of tasks are read by others, whoever is killed once storage has them.
+    Known(0, *program_struck("aggregator")): "tasks_taken_over",
+    Known(1, *program_struck("storage")): "results_read",
+    Known(2, *program_struck("worker")): "results_read",
+    Known(3, *program_struck("control")): "results_read",
     Known(0, *DEAF): "deaf",
     Known(0, *UNHEARD): "silent",
     # Garbage is collected all the time, and somebody tries what the contract forbids.

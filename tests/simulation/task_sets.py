@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from phalanx.tasks import INLINE_BYTES
+from phalanx.tasks import INLINE_BYTES, is_program
 from phalanx.v1.job_spec_pb2 import JobSpec
+from tests.simulation import programs
 
 SHARE = 0.05
 """Part of the swarm's runs that have sets of tasks, where nothing else that is seldom is drawn."""
@@ -61,6 +62,9 @@ class TaskSet:
         return frozenset(task for task, how in enumerate(self.calls) if how in POISON)
 
 
+AnySet = TaskSet | programs.ProgramSet
+
+
 def draw_set(chance: random.Random) -> TaskSet:
     """Draw a set of tasks."""
     calls = [""] * chance.choice([10, 20, 40])
@@ -85,7 +89,7 @@ def drawn(settings: Any, chance: random.Random) -> Any:
     """The settings of a run of the swarm, in some of which there are sets of tasks."""
     taken = settings.parts or settings.wishes or settings.liars or settings.last
     taken = taken or settings.neighbour or settings.newcomer or settings.stranger
-    taken = taken or settings.strike or settings.tasks
+    taken = taken or settings.strike or settings.tasks or settings.programs
     if taken or chance.random() >= SHARE:
         return settings
     strike = STRIKE if chance.random() < STRIKE_SHARE else settings.strike
@@ -93,9 +97,12 @@ def drawn(settings: Any, chance: random.Random) -> Any:
     return replace(settings, tasks=chance.choice([1, 2]), shapes=shapes, strike=strike)
 
 
-def job_spec(each: TaskSet, name: str) -> JobSpec:
-    """The spec that a user would submit."""
+def job_spec(each: AnySet, name: str, dataset: str) -> JobSpec:
+    """The spec that a user would submit; programs read a data set."""
     spec = JobSpec(name=name, namespace=NAMESPACE)
+    if isinstance(each, programs.ProgramSet):
+        programs.write(each, dataset, spec)
+        return spec
     tasks = spec.tasks
     tasks.entrypoint, tasks.attempts = "simulated:call", each.attempts
     tasks.timeout.FromMilliseconds(int(each.timeout_s * 1000))
@@ -115,6 +122,27 @@ def value_of(arguments: Mapping[str, Any]) -> bytes:
     number = int(arguments["number"])
     padding = "x" * (INLINE_BYTES + number) if arguments["how"] == "large" else ""
     return json.dumps({"number": number, "square": number * number, "padding": padding}).encode()
+
+
+def arguments_of(spec: JobSpec) -> list[Mapping[str, Any]]:
+    """What each task of a set, or of a program, is called with."""
+    if is_program(spec):
+        return programs.arguments_of(spec)
+    return list(spec.tasks.arguments)
+
+
+def returned(spec: JobSpec, task: int, inputs: Sequence[bytes]) -> bytes:
+    """What a task returns: of a program, where it has read these results of others."""
+    if is_program(spec):
+        return programs.value_of(spec, task, inputs)
+    return value_of(spec.tasks.arguments[task])
+
+
+def values_of(spec: JobSpec) -> list[bytes]:
+    """What all tasks return."""
+    if is_program(spec):
+        return programs.values_of(spec)
+    return [value_of(each) for each in spec.tasks.arguments]
 
 
 def seconds_of(arguments: Mapping[str, Any], leaf_s: float) -> float:

@@ -23,9 +23,10 @@ from phalanx.testing.simulation.loop import SimulationFailed
 from phalanx.v1 import job_service_pb2 as pb
 from phalanx.v1 import job_service_pb2_grpc, storage_service_pb2, storage_service_pb2_grpc
 from phalanx.v1.task_service_pb2 import TaskResult
-from tests.simulation.task_sets import NAMESPACE, Calls, TaskSet, job_spec, value_of
+from tests.simulation import jobs, programs
+from tests.simulation.task_sets import NAMESPACE, AnySet, Calls, job_spec
 from tests.simulation.tasking import Journalled
-from tests.simulation.user import ATTEMPT_S, POLL_S, Job, User
+from tests.simulation.user import ATTEMPT_S, POLL_S, Job, User, put_data
 
 FORGOTTEN = 0.5
 LOOKS_MAX = 100
@@ -40,7 +41,7 @@ class TaskUser(User):
         self,
         controls: tuple[str, ...],
         storage: str,
-        sets: Sequence[TaskSet],
+        sets: Sequence[AnySet],
         chance: random.Random,
         calls: Calls,
         journals: Mapping[str, Journalled],
@@ -63,9 +64,11 @@ class TaskUser(User):
         self._stubs = [
             job_service_pb2_grpc.JobServiceStub(open_channel(each)) for each in self._controls
         ]
+        if any(isinstance(each, programs.ProgramSet) for each in self.sets):
+            await put_data(self._storage, self._chance, NAMESPACE)
         for number, each in enumerate(self.sets):
             await asyncio.sleep(self.waits_s[number])
-            spec = job_spec(each, f"tasks-{number}")
+            spec = job_spec(each, f"tasks-{number}", jobs.DATASET)
             request = pb.SubmitJobRequest(spec=spec, request_id=f"submit-tasks-{number}")
             answer = await self._insist_twice(lambda stub: stub.SubmitJob, request)
             self.ids.append(answer.job.id)
@@ -184,8 +187,11 @@ class TaskUser(User):
         for task, result in read.items():
             if result.HasField("stored"):
                 value = await self._blob(result.stored.digest)
-                if value != value_of(known.spec.tasks.arguments[task]):
+                if value != known.values[task]:
                     raise SimulationFailed(f"{job_id}: task {task} has another value")
+        wrong = programs.wrong_with(known.spec, job.result) if known.needs else ""
+        if wrong:
+            raise SimulationFailed(f"{job_id} {wrong}")
 
     async def _blob(self, digest: str) -> bytes:
         stub = storage_service_pb2_grpc.StorageServiceStub(open_channel(self._storage))

@@ -26,17 +26,25 @@ from coordinator.aggregation.core.dispatch.events import (
 )
 from coordinator.aggregation.tasks import HostedTasks
 from coordinator.control.core.facts import Facts
-from phalanx.tasks import failures_max, journal_stream, pins_holder
+from phalanx.tasks import (
+    OUTCOME,
+    attempts_max,
+    failures_max,
+    is_program,
+    journal_stream,
+    pins_holder,
+)
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.job_spec_pb2 import JobSpec
-from phalanx.v1.task_service_pb2 import FailedTry, TaskRecord, TaskResult
+from phalanx.v1.task_service_pb2 import FailedTry, StoredValue, TaskRecord, TaskResult
 from phalanx.v1.training_pb2 import JobPlan
 from storage.backends.sql.jobs import SqlJobs
 from storage.backends.sql.journals import SqlJournals
+from tests.simulation import programs
 from tests.simulation.ledger import RECORDS
 from tests.simulation.oracle import Oracle
-from tests.simulation.task_sets import Calls, value_of
+from tests.simulation.task_sets import Calls, values_of
 from worker.core.calls import TaskSetCore
 
 _LEASED = int(State.LEASED)
@@ -63,7 +71,9 @@ class Journalled:
     """Attempts that any owner handed out: the task, and to whom."""
 
     def __post_init__(self) -> None:
-        self.values = [value_of(each) for each in self.spec.tasks.arguments]
+        self.values = values_of(self.spec)
+        self.needs = programs.needs_of_spec(self.spec) if is_program(self.spec) else ()
+        """By task of a program: those whose results it gets."""
 
     @property
     def given_up(self) -> int:
@@ -92,6 +102,8 @@ class Tasking:
         """Attempts that were handed out at tasks that somebody else had as well."""
         self.taken_over = 0
         """Terms that began with results of a term before."""
+        self.read = 0
+        """Results that tasks were told to read."""
         self._oracle = oracle
         self._world = oracle.world
         self._demand = oracle.demand
@@ -167,7 +179,7 @@ class Tasking:
         if result.HasField("failure"):
             tries, failure = known.tries.get(task, []), result.failure
             workers = sorted({name for each in tries for name in each.failure.worker_ids})
-            enough = len(tries) >= known.spec.tasks.attempts
+            enough = len(tries) >= attempts_max(known.spec)
             self._demand(enough, f"{what} is given up after {len(tries)} tries")
             self._demand(
                 (failure.code, failure.attempts, failure.task, list(failure.worker_ids))
@@ -182,6 +194,7 @@ class Tasking:
     def _demand_value(self, known: Journalled, result: TaskResult, connection: Any) -> None:
         value, what = known.values[result.task], f"{known.job_id}: task {result.task}"
         if not result.HasField("stored"):
+            self._demand(not known.needs, f"{what}, which others read, is not stored")
             right = result.value_json.encode() == value
             self._demand(right, f"{what} has the result {result.value_json[:80]}")
             return
@@ -207,6 +220,9 @@ class Tasking:
             (told["done"], told["metrics"]["tasks/given_up"]) == (done, known.given_up),
             f"{request.job_id} ends as {told}, with {done} of its tasks done",
         )
+        if known.needs:
+            digest = hashlib.sha256(known.values[-1]).hexdigest()
+            self._demand(told[OUTCOME] == digest, f"{request.job_id} ends with another outcome")
 
     # The owner
 
@@ -274,9 +290,24 @@ class Tasking:
             fresh = task not in known.results or self._newest[known.job_id] is not dispatcher
             self._demand(fresh, f"{what}, which has a result")
             known.given[attempt] = task, worker
+            if known.needs:
+                inputs = effect.inputs[attempt - effect.first_attempt]
+                self._demand_inputs(known, what, task, inputs)
             self.copied += len(dispatcher._leases.get(task, ())) > 1
         for attempt in effect.settled:
             self._demand_settled(owner, attempt)
+
+    def _demand_inputs(
+        self, known: Journalled, what: str, task: int, inputs: tuple[StoredValue, ...]
+    ) -> None:
+        """A task of a program is handed out once all that it reads is stored, with what that is."""
+        for needed in known.needs[task]:
+            result = known.results.get(needed)
+            there = result is not None and result.HasField("stored")
+            self._demand(there, f"{what}, before task {needed} has a result")
+        expected = [known.results[needed].stored for needed in known.needs[task]]
+        self._demand(list(inputs) == expected, f"{what}, which is to read {inputs}")
+        self.read += len(expected)
 
     def _demand_settled(self, owner: _Owner, attempt: int) -> None:
         """A worker forgets only what is durable, or what nobody wants of it."""

@@ -80,6 +80,8 @@ def composed(shape: Any, parts: str) -> Any:
     made = replace(shape, parts=parts, dtype=dtype, optimizer=optimizer)
     if kind == "boosting":
         made = replace(made, steps=min(made.steps, _BOOSTING_STEPS))
+    if kind == COLUMNS:
+        made = replace(made, steps=made.steps // rounds_of(parts))  # so many rounds as others
     return replace(made, elements=layout_of(made).element_count)
 
 
