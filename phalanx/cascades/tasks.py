@@ -18,6 +18,7 @@ from phalanx.cascades.machine import Floats, Ints, Machine, dual_objective, solv
 from phalanx.data.statistics import manifest_mean_and_scale, standardise
 from phalanx.errors import FailedPrecondition
 from phalanx.learn import need_scikit_learn
+from phalanx.models.base import dense
 from phalanx.programs import arrays
 from phalanx.programs.base import ModelParts, Outcome, Piece
 from phalanx.programs.cascade import MODEL, SHARD, VECTORS, Layers, Step, passes_of
@@ -116,8 +117,7 @@ class CascadeTasks:
         """Return the support vectors among the rows of a shard."""
         shard, rows = self._shard(number), top[_ROWS]
         features, _ = self._read(rows[(rows >= shard.first) & (rows < shard.stop)])
-        dense = features if isinstance(features, np.ndarray) else features.toarray()
-        return arrays.pack({model.VECTORS: dense})
+        return arrays.pack({model.VECTORS: dense(features)})
 
     def _put_together(self, inputs: Sequence[Result]) -> bytes:
         top = arrays.unpack(inputs[0].read())

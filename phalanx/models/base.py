@@ -172,6 +172,12 @@ def make_layout(
     return Layout(tensors=specs, dtype=dtype, element_count=count)
 
 
+def dense(features: Any) -> Array:
+    """Return rows, which may be sparse, as a dense array; dense ones are not copied."""
+    array: Array = features if isinstance(features, np.ndarray) else features.toarray()
+    return array
+
+
 def tensor_size(tensor: TensorSpec) -> int:
     """Return the number of elements of a tensor."""
     return prod(tensor.shape)

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.models.base import Array, Batch, DataSchema, LeafSums, TensorViews, make_layout
+from phalanx.models.base import (
+    Array,
+    Batch,
+    DataSchema,
+    LeafSums,
+    TensorViews,
+    dense,
+    make_layout,
+)
+from phalanx.models.binned_rows import BinnedRows, RememberedRows, Trees
 from phalanx.models.losses import Logistic, OutputLayer, Softmax, SquaredError
 from phalanx.specs import workspaces
 from phalanx.specs.workspaces import CELLS, EXPONENTS, MEASURES
@@ -99,7 +108,7 @@ class Boosting:
         self.evaluation_sums = self._output.sums
         self._dtype = np.dtype(schema.dtype)
         self._views = TensorViews(self.layout)
-        self._known: dict[int, _Rows] = {}
+        self._remembered = RememberedRows()
 
     def initial_parameters(self, seed: int) -> Array:
         """Return trees without splits, all of whose values are 0."""
@@ -108,24 +117,26 @@ class Boosting:
         return parameters
 
     def gradient(self, parameters: Array, batch: Batch, out: Array) -> LeafSums:
-        """Contribute what the stage of the cursor asks for."""
+        """Contribute what the stage of the cursor asks for. The loss is that of the trees of the
+        rounds before, for all levels of a round; before the first there is none."""
         out[:] = 0
         tensors, sums = self._views(parameters), self._views(out)
-        stage, tree = (int(tensors[CURSOR][each]) for each in (STAGE, TREE))
+        cursor, outputs = tensors[CURSOR], self._shape.outputs
+        stage, tree = int(cursor[STAGE]), int(cursor[TREE])
         if stage == SKETCH:
             self._sketch(batch, sums)
-        elif stage == CENTER:
-            shift = int(tensors[CURSOR][SHIFT])
-            sums[SUMS][0] = np.rint(np.ldexp(batch.targets, shift)).sum()
-        rows = self._rows_of(batch, tensors) if stage == GROW else None
-        if rows is None:
-            scores = np.zeros((batch.rows, self._shape.outputs)) + tensors[BASE]
-        else:
-            first = tree - tree % self._shape.outputs
-            scores = rows.scores_of(tensors, min(first, self._shape.trees), self._shape.outputs)
-        if rows is not None and tree < self._shape.trees:
-            self._histogram(rows, scores, batch.targets, tensors, sums[SUMS])
-        return LeafSums(batch.rows, self._output.residual(np.array(scores), batch.targets))
+            return LeafSums(batch.rows, 0.0)
+        if stage == CENTER:
+            sums[SUMS][0] = np.rint(np.ldexp(batch.targets, int(cursor[SHIFT]))).sum()
+            return LeafSums(batch.rows, 0.0)
+        trees = Trees(
+            tensors[BASE], tensors[EDGES], [tensors[name] for name in (FEATURE, THRESHOLD, VALUE)]
+        )
+        before = tree - tree % outputs
+        rows = self._remembered.scored(batch.shard, batch.features, trees, before)
+        if tree < self._shape.trees:
+            self._histogram(rows, batch.targets, tensors, sums[SUMS])
+        return LeafSums(batch.rows, self._output.residual(np.array(rows.scores), batch.targets))
 
     def evaluate(self, parameters: Array, batch: Batch) -> NDArray[np.float64]:
         """See ``Model``."""
@@ -170,29 +181,13 @@ class Boosting:
             counts = np.bincount(exponents - LEAST_EXPONENT, minlength=EXPONENTS)
             sums[SUMS][:EXPONENTS] = counts
 
-    def _rows_of(self, batch: Batch, tensors: dict[str, Array]) -> _Rows:
-        """The rows of a shard, which are the same in every step, in bins."""
-        known = self._known.get(batch.shard)
-        if known is None or not np.array_equal(known.edges, tensors[EDGES]):
-            values, edges = dense(batch.features), np.array(tensors[EDGES])
-            bins = np.empty(values.shape, np.uint8)
-            for feature, ends in enumerate(edges):
-                bins[:, feature] = np.searchsorted(ends, values[:, feature])
-            known = self._known[batch.shard] = _Rows(edges, bins)
-        return known
-
     def _histogram(
-        self,
-        rows: _Rows,
-        scores: Array,
-        targets: Array,
-        tensors: dict[str, Array],
-        out: Array,
+        self, rows: BinnedRows, targets: Array, tensors: dict[str, Array], out: Array
     ) -> None:
         """Write (measures, nodes of the level, features, bins) sums of the rows."""
         shape, shift = self._shape, int(tensors[CURSOR][SHIFT])
         tree, level = (int(tensors[CURSOR][each]) for each in (TREE, LEVEL))
-        first, slope = self._derivatives(scores, targets, tree % shape.outputs)
+        first, slope = self._derivatives(rows.scores, targets, tree % shape.outputs)
         node = rows.nodes(tensors[FEATURE][tree], tensors[THRESHOLD][tree], level)
         place = node - (2**level - 1)
         there = place >= 0  # the others are in an end of an earlier level
@@ -216,54 +211,3 @@ class Boosting:
         chosen = output if self._shape.outputs > 1 else 1
         probability = self._output.predict(np.array(scores))[:, chosen]
         return probability - (targets == chosen), probability * (1 - probability)
-
-
-class _Rows:
-    """Rows of one shard in bins, and their scores after so many trees, which later ones add to."""
-
-    def __init__(self, edges: Array, bins: NDArray[np.uint8]) -> None:
-        self.edges = edges
-        self.bins = bins
-        self._trees = 0
-        self._scores: Array | None = None
-        self._seen: list[Array] = []
-
-    def scores_of(self, tensors: dict[str, Array], trees: int, outputs: int) -> Array:
-        """Scores by the first ``trees`` trees; what is remembered is only used where they are the
-        same."""
-        grown = [tensors[name] for name in (FEATURE, THRESHOLD, VALUE)]
-        same = self._trees <= trees and all(
-            np.array_equal(seen, now[: self._trees])
-            for seen, now in zip(self._seen, grown, strict=False)
-        )
-        if self._scores is None or not same:
-            self._scores = np.zeros((len(self.bins), outputs)) + tensors[BASE]
-            self._trees = 0
-        if self._trees < trees:
-            for tree in range(self._trees, trees):
-                splits, thresholds, values = (each[tree] for each in grown)
-                depth = (len(splits) + 1).bit_length() - 2
-                node = self.nodes(splits, thresholds, depth)
-                self._scores[:, tree % outputs] += values[node]
-            self._trees = trees
-            self._seen = [np.array(each[:trees]) for each in grown]
-        return self._scores
-
-    def nodes(self, splits: Array, thresholds: Array, levels: int) -> NDArray[np.int64]:
-        """The node that each row is in after so many levels of a tree."""
-        node = np.zeros(len(self.bins), np.int64)
-        last_left = np.zeros(len(splits), np.int64)
-        for each in np.flatnonzero(splits >= 0):
-            last_left[each] = np.searchsorted(self.edges[int(splits[each])], thresholds[each])
-        every = np.arange(len(node))
-        for _ in range(levels):
-            feature = splits[node].astype(np.int64)
-            right = self.bins[every, feature] > last_left[node]
-            node = np.where(feature >= 0, 2 * node + 1 + right, node)
-        return node
-
-
-def dense(features: Any) -> Array:
-    """Rows as an array."""
-    array: Array = features if isinstance(features, np.ndarray) else features.toarray()
-    return array

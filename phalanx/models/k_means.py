@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.models.base import Array, Batch, DataSchema, LeafSums, TensorViews, make_layout
+from phalanx.models.base import (
+    Array,
+    Batch,
+    DataSchema,
+    LeafSums,
+    TensorViews,
+    dense,
+    make_layout,
+)
 from phalanx.specs import workspaces
 
 CENTERS, SIZES, CANDIDATES = "centers", "sizes", "candidates"
@@ -69,8 +77,7 @@ class KMeans:
         """The places shard, shard + shards, … are this shard's: rows at even distances."""
         places = np.arange(batch.shard, len(out), self._shards)
         rows = np.arange(len(places)) * batch.rows // max(1, len(places))
-        chosen = batch.features[rows]
-        out[places] = chosen if isinstance(chosen, np.ndarray) else chosen.toarray()
+        out[places] = dense(batch.features[rows])
 
     @staticmethod
     def _nearest(centers: Array, features: Any) -> tuple[Array, Array]:

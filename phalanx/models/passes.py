@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.models.base import Array, Batch, DataSchema, LeafSums, TensorViews, make_layout
+from phalanx.models.base import (
+    Array,
+    Batch,
+    DataSchema,
+    LeafSums,
+    TensorViews,
+    dense,
+    make_layout,
+)
 from phalanx.models.linear import BIAS, WEIGHTS, LinearModel
 from phalanx.models.losses import SquaredError
 from phalanx.specs import workspaces
@@ -64,7 +72,7 @@ class Pca:
         tensors, sums = self._views(parameters), self._views(out)
         loss = 0.0
         if tensors[PASSES_OVER][0] == 0:
-            sums[PRODUCTS][...] = _dense(batch.features.T @ batch.features)
+            sums[PRODUCTS][...] = dense(batch.features.T @ batch.features)
             sums[SUMS][...] = np.asarray(batch.features.sum(axis=0)).ravel()
         elif batch.shard == 0:
             loss = self._find(tensors, sums)
@@ -91,7 +99,7 @@ class Pca:
     def evaluate(self, parameters: Array, batch: Batch) -> NDArray[np.float64]:
         """Squared distances between the rows and what the components keep of them."""
         tensors = self._views(parameters)
-        rows = _dense(batch.features) - tensors[MEAN]
+        rows = dense(batch.features) - tensors[MEAN]
         kept = rows @ tensors[COMPONENTS].T
         squares = np.einsum("ij,ij->i", rows, rows) - np.einsum("ij,ij->i", kept, kept)
         return np.array([np.maximum(squares, 0).sum(dtype=np.float64)], np.float64)
@@ -99,7 +107,7 @@ class Pca:
     def predict(self, parameters: Array, features: Any) -> Array:
         """Return (rows, components): the rows' coordinates along the components."""
         tensors = self._views(parameters)
-        coordinates: Array = (_dense(features) - tensors[MEAN]) @ tensors[COMPONENTS].T
+        coordinates: Array = (dense(features) - tensors[MEAN]) @ tensors[COMPONENTS].T
         return coordinates
 
 
@@ -135,7 +143,7 @@ class NormalEquations(LinearModel):
         return LeafSums(batch.rows, loss)
 
     def _add_up(self, batch: Batch, sums: dict[str, Array]) -> None:
-        rows = _dense(batch.features)
+        rows = dense(batch.features)
         if self._bias:
             rows = np.concatenate([rows, np.ones((batch.rows, 1), rows.dtype)], axis=1)
         sums[PRODUCTS][...] = rows.T @ rows
@@ -174,8 +182,3 @@ def solutions(dtype: str) -> str:
 def _solved(products: Array, sums: Array) -> Array:
     solution: Array = np.linalg.lstsq(products, sums, rcond=None)[0]
     return solution
-
-
-def _dense(features: Any) -> Array:
-    array: Array = features if isinstance(features, np.ndarray) else features.toarray()
-    return array

@@ -23,7 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.errors import FailedPrecondition, InvalidArgument
-from phalanx.models.base import Array, Batch, DataSchema, LeafSums, Model, TensorViews, make_layout
+from phalanx.models.base import (
+    Array,
+    Batch,
+    DataSchema,
+    LeafSums,
+    Model,
+    TensorViews,
+    dense,
+    make_layout,
+)
 from phalanx.models.code import OneProcess, UserCode, load_entrypoint
 from phalanx.models.custom import CodeModel, plain
 from phalanx.models.torch_exact import Tensor, device_of, exact, import_torch, seed_of
@@ -218,8 +227,7 @@ class TorchModel:
                 view[...] = tensor.grad.cpu().numpy()
 
     def _features(self, features: Any) -> Tensor:
-        dense = features if isinstance(features, np.ndarray) else features.toarray()
-        return self._on_device(dense)
+        return self._on_device(dense(features))
 
     def _targets(self, batch: Batch) -> Tensor:
         return self._on_device(batch.targets)

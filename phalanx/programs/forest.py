@@ -97,8 +97,8 @@ class Forest(Program):
                 yield Violation("forest.tree.criterion", message)
         if dataset.features > FEATURES_MAX:
             message = (
-                f"{number_of(dataset.features, 'feature')} are more than the {FEATURES_MAX:,} "
-                "that a forest takes: choose fewer"
+                f"{number_of(dataset.features, 'feature')} are more than the {FEATURES_MAX:,} that "
+                "a forest takes: choose fewer"
             )
             yield Violation("data.features", message)
 

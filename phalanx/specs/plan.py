@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from phalanx.privacy.settings import is_private
-from phalanx.specs import catalog, margins, parts, private, programs, task_sets, workspaces
+from phalanx.specs import (
+    catalog,
+    margins,
+    parts,
+    private,
+    programs,
+    task_sets,
+    updates,
+    workspaces,
+)
 from phalanx.specs.canonical import spec_sha256
 from phalanx.specs.resolve import rows_per_leaf, steps_per_epoch, total_steps, train_rows
 from phalanx.tasks import is_program
@@ -79,11 +88,12 @@ def plan(
     rows = train_rows(spec, dataset)
     steps = total_steps(spec, rows)
     every = spec.train.evaluation.every_steps if spec.train.HasField("evaluation") else 0
+    evaluated = steps - updates.rounds_of(spec, dataset).first
     saved = spec.train.checkpoints.every_steps
     return job_pb2.Plan(
         steps=steps,
         rows_per_leaf=rows_per_leaf(spec, rows),
-        evaluations=-(-steps // every) if every else 0,
+        evaluations=-(-evaluated // every) if every else 0,
         checkpoints=-(-steps // saved) if saved else min(steps, 1),
         worker_bytes=worker_bytes(spec, dataset, slots_per_worker),
         eligible_workers=eligible_workers,
@@ -106,6 +116,9 @@ BEST_COPIES = 2
 
 PARAMETER_COPIES = SHARED_COPIES + COPIES_PER_SLOT
 """Copies of the parameters on a worker with one slot."""
+
+SCORE_BYTES = 8
+"""Of a score, and of any number of boosted trees."""
 
 TORCH_COPIES = 3
 """More of them for a PyTorch module, which has parameters and gradients of its own."""
@@ -152,7 +165,29 @@ def worker_bytes(
         versions += 1  # the one at which states are made again
     shared = (versions + payloads + states) * elements * itemsize
     per_slot = COPIES_PER_SLOT + (LOCAL_COPIES if spec.train.HasField("local") else 0)
-    return shared + slots * (per_slot * elements * itemsize + 3 * leaf)
+    return (
+        shared
+        + slots * (per_slot * elements * itemsize + 3 * leaf)
+        + _remembered_bytes(spec, dataset, slots)
+    )
+
+
+def _remembered_bytes(
+    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset, slots: int
+) -> int:
+    """Return about what leaves of boosting remember from step to step.
+
+    Of each row on the worker its bins, a byte each, and its scores; in each slot the model that
+    they come of. See `phalanx.models.binned_rows`.
+    """
+    if parts.update_kind(spec) != "boosting":
+        return 0
+    features, classes = dataset.features, len(dataset.classes)
+    shards = -(-spec.data.shards // max(1, spec.resources.min_workers))
+    rows = shards * rows_per_leaf(spec, train_rows(spec, dataset))
+    scores = catalog.tensor_shapes(spec.train.model, features, classes)["base"][0]
+    model = catalog.element_count(spec.train.model, features, classes)
+    return rows * (features + SCORE_BYTES * scores) + slots * SCORE_BYTES * model
 
 
 def _state_vectors(spec: job_spec_pb2.JobSpec) -> int:
@@ -183,6 +218,7 @@ def _warnings(
         *_asynchronous_warnings(spec, rows),
         *_verification_warnings(spec, eligible_workers),
         *margins.warnings(spec),
+        *updates.warnings(spec, dataset),
         *private.warnings(spec, rows, total_steps(spec, rows)),
     ]
 

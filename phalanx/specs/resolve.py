@@ -246,11 +246,13 @@ def _evaluation(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
     if not train.HasField("evaluation") and not split:
         return  # no held-out rows and nobody asked for any
     train.evaluation.split = split or EVALUATION_SPLITS[0]
-    if train.evaluation.every_steps == 0:
-        each = max(1, parts.local_steps(train))
+    every = train.evaluation.every_steps
+    if every == 0:
         per_epoch = steps_per_epoch(spec, train_rows(spec, dataset))
-        per_round = updates.steps_per_round(spec, dataset)
-        train.evaluation.every_steps = max(1, per_epoch // each, per_round)
+        every = max(1, per_epoch // max(1, parts.local_steps(train)))
+    if every > 0:
+        # Within a round trees of some classes have grown, and those of others not.
+        train.evaluation.every_steps = updates.rounds_of(spec, dataset).whole(every)
     if train.stop.HasField("plateau") and not train.stop.plateau.metric:
         train.stop.plateau.metric = f"{train.evaluation.split}/loss"
 

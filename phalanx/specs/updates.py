@@ -6,6 +6,7 @@ Their defaults, and what does not go with them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from phalanx.errors import Violation
 from phalanx.specs import parts
@@ -50,31 +51,64 @@ def resolve(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) ->
         given = job_spec_pb2.Boosting.FromString(train.model.boosting.SerializeToString())
         train.model.boosting.CopyFrom(BOOSTING)
         train.model.boosting.MergeFrom(given)
-        if not (train.stop.HasField("steps") or train.stop.HasField("epochs")):
-            rounds = train.model.boosting.trees * steps_per_round(spec, dataset)
-            train.stop.steps = rounds + _first_steps(dataset)
+        rounds = rounds_of(spec, dataset)
+        most = rounds.steps(train.model.boosting.trees)
+        train.stop.steps = min(train.stop.steps, most) if train.stop.HasField("steps") else most
 
 
-def steps_per_round(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> int:
-    """Return the steps in which boosting grows a tree for each output; 1 for all others."""
+@dataclass(frozen=True)
+class Rounds:
+    """Steps of a job whose model grows by rounds of several steps, as boosting does: `first` before
+    the first round, then `each`. A job without rounds has one in each step."""
+
+    first: int = 0
+    each: int = 1
+
+    def steps(self, rounds: int) -> int:
+        """Return the steps of so many rounds."""
+        return self.first + rounds * self.each
+
+    def ends_at(self, step: int) -> bool:
+        """Whether a round ends with a step, counted from 1."""
+        return step > self.first and (step - self.first) % self.each == 0
+
+    def whole(self, steps: int) -> int:
+        """Return at least so many steps, as whole rounds."""
+        return -(-steps // self.each) * self.each
+
+
+def rounds_of(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> Rounds:
+    """Return the rounds of a job whose model is resolved."""
+    return _rounds(spec, len(dataset.classes))
+
+
+def planned_rounds(plan: JobPlan) -> Rounds:
+    """Return the rounds of a job whose layout is known."""
+    sizes = {tensor.name: tensor.shape[0] for tensor in plan.layout.tensors}
+    classes = sizes.get("class_rows", 0)
+    return _rounds(job_spec_pb2.JobSpec.FromString(plan.spec), classes)
+
+
+def _rounds(spec: job_spec_pb2.JobSpec, classes: int) -> Rounds:
+    """Before the first tree it is told where values lie and, for numbers, what their mean is; then
+    each step grows one level of one tree, and each round a tree for each output."""
     if parts.update_kind(spec) != "boosting":
-        return 1
-    outputs = len(dataset.classes) if len(dataset.classes) > 2 else 1
-    return spec.train.model.boosting.depth * outputs
+        return Rounds()
+    outputs = classes if classes > 2 else 1
+    return Rounds(1 if classes else 2, max(1, spec.train.model.boosting.depth) * outputs)
 
 
-def planned_steps_per_round(plan: JobPlan) -> int:
-    """The same of a job whose layout is known."""
-    spec = job_spec_pb2.JobSpec.FromString(plan.spec)
-    if parts.update_kind(spec) != "boosting":
-        return 1
-    outputs = sum(tensor.shape[0] for tensor in plan.layout.tensors if tensor.name == "base")
-    return spec.train.model.boosting.depth * max(1, outputs)
-
-
-def _first_steps(dataset: dataset_service_pb2.Dataset) -> int:
-    """Steps before the first tree: where values lie and, for numbers, their mean."""
-    return 1 if dataset.classes else 2
+def warnings(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) -> list[str]:
+    """Return what is allowed and probably not meant."""
+    rounds, steps = rounds_of(spec, dataset), spec.train.stop.steps
+    if parts.update_kind(spec) != "boosting" or rounds.ends_at(steps):
+        return []
+    over, left = divmod(max(0, steps - rounds.first), rounds.each)
+    found = (
+        f"stop.steps ends the job within a round of trees, after {number_of(left, 'step')} of its "
+        f"{rounds.each}: the last trees are smaller; the round ends at {rounds.steps(over + 1)}"
+    )
+    return [found]
 
 
 def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
@@ -127,7 +161,13 @@ def violations_against(spec: job_spec_pb2.JobSpec, features: int, rows: int) -> 
 
 
 def _stop(train: job_spec_pb2.Train, kind: str) -> Iterator[Violation]:
-    """Algorithms that end by themselves have no other end."""
+    """Algorithms that end by themselves have no other end; boosting is counted in rounds."""
+    if kind == "boosting" and train.stop.HasField("epochs"):
+        message = (
+            "must be left out: each step of boosting passes over all rows, and a tree takes as "
+            "many as it has levels; give train.model.boosting.trees"
+        )
+        yield Violation("train.stop.epochs", message)
     steps = parts.PASSES.get(kind)
     if steps is None:
         return

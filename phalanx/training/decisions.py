@@ -19,7 +19,7 @@ from typing import Any
 
 from phalanx.privacy.settings import Spending
 from phalanx.specs import parts
-from phalanx.specs.updates import planned_steps_per_round
+from phalanx.specs.updates import planned_rounds
 from phalanx.training.asynchronous import limit_after
 from phalanx.training.best import BestRule, Kept
 from phalanx.training.metrics import keeps_point, metrics_from_sums
@@ -45,8 +45,8 @@ class RootDecider:
         self._term = term
         spec = JobSpec.FromString(plan.spec)
         self._train = spec.train
-        self._steps_without_loss = parts.steps_without_loss(spec)
-        self._steps_per_round = planned_steps_per_round(plan)
+        self._rounds = planned_rounds(plan)
+        self._steps_without_loss = max(parts.steps_without_loss(spec), self._rounds.first)
         self._spending = Spending(plan)
         self._stop = StopRules(self._train, plan.total_steps, self._spending.steps)
         self._best = BestRule(spec.output)
@@ -92,7 +92,7 @@ class RootDecider:
         """Steps from one evaluation to the next, and between two looks of a plateau at the training
         loss; each epoch, or round of trees, where the spec does not say."""
         every = self._train.evaluation.every_steps
-        return every or max(1, self._plan.steps_per_epoch, self._steps_per_round)
+        return every or max(1, self._plan.steps_per_epoch, self._rounds.each)
 
     @property
     def limit(self) -> int:
@@ -160,10 +160,11 @@ class RootDecider:
             self._interval_loss += loss_sum
             measured = {TRAIN_LOSS: loss_sum / example_count}
             self._show(version, {**measured, **others})
-            self._stop.observe(version, measured)
+            # No rule ends a job within a round of trees but those that say so: steps and time.
+            self._stop.observe(version, measured if self._rounds.ends_at(version) else {})
         else:
             self._stop.observe(version, {})
-        if version % self.evaluation_interval == 0:
+        if self._ends_interval():
             self._end_interval()
         self._observe_time(elapsed_s)
         return self._next()
@@ -235,6 +236,11 @@ class RootDecider:
         if keeps_point(version, self._plan.total_steps):
             self._points += [(version, name, value) for name, value in measured.items()]
 
+    def _ends_interval(self) -> bool:
+        """Intervals are counted from where the rounds of a model begin, if it has some."""
+        steps = self._version - self._rounds.first
+        return steps > 0 and steps % self.evaluation_interval == 0
+
     def _end_interval(self) -> None:
         """A plateau of the training loss looks at its mean since the last evaluation."""
         if self._interval_count:
@@ -266,7 +272,7 @@ class RootDecider:
             return False
         if self._stop.reason:
             return True
-        return self._version > 0 and self._version % self.evaluation_interval == 0
+        return self._ends_interval()
 
     def _checkpoint_due(self) -> bool:
         if self._version == self._checkpoint_version:

@@ -1844,7 +1844,7 @@ class Evaluation(_message.Message):
     the split that it trains on]
     """
     every_steps: _builtins.int
-    """[each epoch]"""
+    """[each epoch; of boosting each round] Of boosting as many whole rounds as it takes."""
     @_builtins.property
     def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """[all of the model's] Names without the split."""

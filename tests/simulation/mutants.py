@@ -568,9 +568,8 @@ MUTANTS = (
         "if not all_finite(values):", "if False:",
     ),
     _one(
-        "an evaluation waits for the next step", 3, f"{_DECIDER}._evaluation_due",
-        "return self._version > 0 and self._version % self.evaluation_interval == 0",
-        "return self._version > 1 and (self._version - 1) % self.evaluation_interval == 0",
+        "an evaluation waits for the next step", 3, f"{_DECIDER}._ends_interval",
+        "steps = self._version - self._rounds.first", "steps = self._version - 1",
     ),
     _one(
         "what a stop rule has seen is not restored", 3, f"{_DECIDER}.restore",
