@@ -15,11 +15,31 @@ _AUTO = "auto"
 class _Network:
     """Parameters that classifier and regressor share, and the job that they mean."""
 
-    hidden: Sequence[int]
-    optimizer: str | Mapping[str, Any]
-    epochs: float
-    batch_size: int
-    l2: float
+    #: What ``l2`` is where it is not given.
+    _l2: float
+
+    def __init__(
+        self,
+        hidden: Sequence[int] = (),
+        *,
+        optimizer: str | Mapping[str, Any] = _AUTO,
+        epochs: float = 100,
+        batch_size: int = 64,
+        l2: float | None = None,
+        seed: int = 0,
+        workers: int = 0,
+        cluster: Any = None,
+        timeout_s: float = 3600.0,
+    ) -> None:
+        self.hidden = hidden
+        self.optimizer = optimizer
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.l2 = l2
+        self.seed = seed
+        self.workers = workers
+        self.cluster = cluster
+        self.timeout_s = timeout_s
 
     def _train(self, rows: int, linear: Mapping[str, Any], optimizer: Any) -> Mapping[str, Any]:
         hidden = [int(width) for width in self.hidden]
@@ -29,7 +49,7 @@ class _Network:
         train: dict[str, Any] = {
             "model": {"mlp": {"hidden": hidden}} if hidden else linear,
             "optimizer": chosen,
-            "l2": float(self.l2),
+            "l2": self._l2 if self.l2 is None else float(self.l2),
             "dtype": "float64",
         }
         if "closed_form" not in chosen:
@@ -46,35 +66,14 @@ class PhalanxClassifier(ClassifierMixin, _Network, ClassifiesByProbability):  # 
         optimizer: "auto" (Adam), or as the job file has it: {"sgd": {"learning_rate": 0.1}}.
         epochs: passes over the rows.
         batch_size: rows of a step.
-        l2: λ of λ/2‖w‖².
+        l2: λ of λ/2‖w‖²; None: 0.0001.
         seed: of parameters and order.
         workers: worker processes of a cluster of its own; 0: inside this process.
         cluster: address of a cluster, or what ``phalanx.connect`` returned; None: its own.
         timeout_s: how long ``fit`` waits.
     """
 
-    def __init__(
-        self,
-        hidden: Sequence[int] = (),
-        *,
-        optimizer: str | Mapping[str, Any] = _AUTO,
-        epochs: float = 100,
-        batch_size: int = 64,
-        l2: float = 0.0001,
-        seed: int = 0,
-        workers: int = 0,
-        cluster: Any = None,
-        timeout_s: float = 3600.0,
-    ) -> None:
-        self.hidden = hidden
-        self.optimizer = optimizer
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.l2 = l2
-        self.seed = seed
-        self.workers = workers
-        self.cluster = cluster
-        self.timeout_s = timeout_s
+    _l2 = 0.0001
 
     def _program(self, rows: int) -> Mapping[str, Any]:
         return self._train(rows, {"softmax_regression": {}}, {"adam": {"learning_rate": 0.01}})
@@ -83,31 +82,11 @@ class PhalanxClassifier(ClassifierMixin, _Network, ClassifiesByProbability):  # 
 class PhalanxRegressor(RegressorMixin, _Network, Regresses):  # type: ignore[misc]
     """Linear regression in closed form, or with ``hidden`` layers a network (squared error, ReLU).
 
-    Parameters as of ``PhalanxClassifier``; "auto" solves a linear regression without any steps.
+    Parameters as of ``PhalanxClassifier``; but "auto" solves a linear regression without any steps,
+    and without an ``l2`` it is 0.
     """
 
-    def __init__(
-        self,
-        hidden: Sequence[int] = (),
-        *,
-        optimizer: str | Mapping[str, Any] = _AUTO,
-        epochs: float = 100,
-        batch_size: int = 64,
-        l2: float = 0.0,
-        seed: int = 0,
-        workers: int = 0,
-        cluster: Any = None,
-        timeout_s: float = 3600.0,
-    ) -> None:
-        self.hidden = hidden
-        self.optimizer = optimizer
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.l2 = l2
-        self.seed = seed
-        self.workers = workers
-        self.cluster = cluster
-        self.timeout_s = timeout_s
+    _l2 = 0.0
 
     def _program(self, rows: int) -> Mapping[str, Any]:
         adam = {"adam": {"learning_rate": 0.01}}
