@@ -219,9 +219,15 @@ class RealCluster:
         wanted = job_pb2.Job.State.Value(f"STATE_{state}")
         async with asyncio.timeout(GUARD_S):
             while True:
-                job = await self.job(job_id)
-                if job.state == wanted and (not reason or job.reason == reason):
-                    return job
+                try:
+                    job = await self.job(job_id)
+                except grpc.aio.AioRpcError as error:
+                    # A leader that a busy machine held up has lost its short lease for a moment.
+                    if error.code() != grpc.StatusCode.UNAVAILABLE:
+                        raise
+                else:
+                    if job.state == wanted and (not reason or job.reason == reason):
+                        return job
                 await asyncio.sleep(0.02)
 
     async def events(self, job_id: str = "") -> list[job_pb2.Event]:
