@@ -29,8 +29,9 @@ _CALL = struct.Struct("<QHd")
 _RECEIVE_BYTES = 256 * 1024
 _FDS_MAX = 4
 
-MESSAGE_LIMIT_BYTES = 64 * 1024 * 1024
-"""A longer message is a defect (plans with all code are below 1 MiB)."""
+MESSAGE_LIMIT_BYTES = 1024 * 1024 * 1024
+"""A longer message is a defect: plans with all code are below 1 MiB, and the longest are results of
+tasks, of `phalanx.programs.RESULT_BYTES_MAX` at most."""
 
 
 class Kind(IntEnum):

@@ -13,7 +13,8 @@ no array library), and a function that runs a task, which leaf processes load. T
    results it gets. It is a pure function of the plan (`plan.spec`, resolved, `plan.train_rows`,
    `plan.shards`): every process that asks gets the same graph, and only the dispatcher holds it.
    A loop that may end early has the tasks of its longest course; those after the end pass their
-   input on.
+   input on. Tasks that may prove to be unnecessary are `passing`: the task that they hang on has an
+   empty result then, and nobody runs them. `levels` say which of the tasks that are ready go first.
 4. Add a case to `runner_of` in `phalanx.programs.work`. It imports the heavy part and returns the
    function `run(task, inputs) -> bytes`, once for a process and job, given the `JobData` of it: its
    spec and plan, readers of the data set, whole splits. `inputs` are `Result`s in the order of the

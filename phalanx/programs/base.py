@@ -17,8 +17,8 @@ from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.task_service_pb2 import StoredValue
 from phalanx.v1.training_pb2 import JobPlan, Layout
 
-RESULT_BYTES_MAX = 60 * 1024 * 1024
-"""A leaf process hands a result to its worker in one message."""
+RESULT_BYTES_MAX = 1000 * 1024 * 1024
+"""A leaf process hands a result to its worker in one message, which both hold in memory."""
 
 
 @dataclass(frozen=True)

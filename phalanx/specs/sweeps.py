@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from phalanx.errors import InvalidArgument, Unimplemented, Violation
+from phalanx.programs.base import RESULT_BYTES_MAX
+from phalanx.specs import catalog
 from phalanx.specs.canonical import canonical_json
 from phalanx.specs.parts import commits_one_by_one
 from phalanx.sweeps.configurations import Configuration, configurations, job_of, seeded
@@ -99,12 +101,24 @@ def _job_violations(
         if dataset is None:
             check_spec(job)
         else:
-            prepare(job, dataset)
+            yield from _too_large(prepare(job, dataset), dataset)
     except (InvalidArgument, Unimplemented) as error:
         yield from error.violations or (Violation("", error.message),)
         return
     if dataset is None:
         yield from _not_swept(job, spec.sweep.objective.metric)
+
+
+def _too_large(job: JobSpec, dataset: Dataset) -> Iterator[Violation]:
+    """Yield that the model would not fit into the result of the task that trains the winner; how
+    large forests and cascades become is known of trained ones only."""
+    model, itemsize = job.train.model, catalog.DTYPES.get(job.train.dtype, 4)
+    size = itemsize * catalog.element_count(model, dataset.features, len(dataset.classes))
+    if size > RESULT_BYTES_MAX:
+        yield Violation(
+            f"train.model.{model.WhichOneof('kind')}",
+            f"has {size} bytes of parameters; a sweep leaves a model of at most {RESULT_BYTES_MAX}",
+        )
 
 
 def _not_swept(job: JobSpec, metric: str) -> Iterator[Violation]:

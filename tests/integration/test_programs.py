@@ -234,3 +234,19 @@ def test_the_jobs_of_the_documents_run(alone: phalanx.Cluster) -> None:
     alone.data.add("fashion", *digits(), test=0.2)
     for spec in programs:
         assert alone.submit(spec).wait(timeout_s=GUARD_S).metrics
+
+
+@pytest.mark.soak
+def test_the_winner_of_a_sweep_may_be_large(
+    local: phalanx.LocalCluster, alone: phalanx.Cluster
+) -> None:
+    """A network of some 80 MB is one result of a task: from its leaf process into storage."""
+    sweep = {
+        "base": {"train": {"model": {"mlp": {"hidden": [280_000]}}, "stop": {"steps": 1}}},
+        "grid": {"train.batch_size": [8]},
+        "folds": 2,
+    }
+    document = {"name": "large", "data": {"name": "digits"}, "sweep": sweep}
+    result = local.submit(document).wait(timeout_s=GUARD_S)
+    assert sum(each.size_bytes for each in local.models.describe(result.model).files) > 80 * 10**6
+    assert result.parameters_sha256 == alone.submit(document).wait(GUARD_S).parameters_sha256

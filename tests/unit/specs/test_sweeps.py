@@ -243,6 +243,17 @@ def with_train(**fields: Any) -> dict[str, Any]:
             "",
         ),
         (
+            {
+                "base": with_train(dtype="float64"),
+                "grid": {
+                    "train.model": [{"mlp": {"hidden": [20]}}, {"mlp": {"hidden": [12_000] * 2}}]
+                },
+            },
+            {},
+            'sweep.grid["train.model"]',
+            "mlp has 1153152024 bytes of parameters; a sweep leaves a model of at most 1048576000",
+        ),
+        (
             {"base": {"train": TRAIN}, "grid": {"data.shards": [1, 4900]}},
             {},
             'sweep.grid["data.shards"]',
