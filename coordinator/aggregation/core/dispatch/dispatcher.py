@@ -188,6 +188,7 @@ class Dispatcher:
                 task for task in range(self.total) if self._state[task] == State.GIVEN_UP
             )
             self.restore(record)
+        self._fresh.clear()  # what became ready while the journal was read has no turn of its own
         self._fresh.add(task for task in range(self.total) if self._state[task] == State.WAITING)
         return record
 

@@ -18,6 +18,10 @@ class Ready:
         """Whether there are any."""
         return bool(self._heap)
 
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._heap.clear()
+
     def add(self, tasks: Iterable[int]) -> None:
         """Some became ready."""
         for task in tasks:
