@@ -12,16 +12,15 @@ it is a rule of control, of storage, of copies or of leaves.
 
 from __future__ import annotations
 
-from tests.simulation.known import KNOWN
+from tests.simulation.mutants_of_work import MUTANTS_OF_WORK
 from tests.simulation.planted import (
     ADD_AGAIN,
     ARRIVAL_ORDER,
     COUNT_DEATHS,
-    COUNT_LOST_TASKS,
     EARLY,
     TRUNCATE_FIRST,
 )
-from tests.simulation.planting import Change, Mutant
+from tests.simulation.planting import Change, many, one
 
 _AGGREGATION = "coordinator.aggregation"
 _CONTROL = "coordinator.control"
@@ -41,9 +40,6 @@ _DECIDER = "phalanx.training.decisions:RootDecider"
 _BEST = "phalanx.training.best:BestRule"
 _SILENT = f"{_CONTROL}.core.ownership:_silent"
 _SILENCE = f"{_CONTROL}.core.membership:check_silence"
-_TWO_ROUNDS = f"{_AGGREGATION}.core.two_rounds:TwoRoundRanges"
-_NEEDS = f"{_AGGREGATION}.core.dispatch.needs:Needs"
-_TASKS = f"{_AGGREGATION}.core.dispatch.dispatcher:Dispatcher"
 
 
 _TRUST = Change(
@@ -52,36 +48,28 @@ _TRUST = Change(
 """A leader that hears of a higher generation stays: without this, members never meet an old one."""
 
 
-def _one(name: str, rule: int, where: str, old: str, new: str) -> Mutant:
-    return Mutant(name, rule, (Change(where, old, new),), KNOWN.get(name))
-
-
-def _many(name: str, rule: int, *changes: Change) -> Mutant:
-    return Mutant(name, rule, changes, KNOWN.get(name))
-
-
 MUTANTS = (
     # Storage
-    _one(
+    one(
         "storage takes writes of any generation", 2, f"{_LEASES}:check_fence",
         "if fence.token != token:", "if False:",
     ),
-    _one(
+    one(
         "a lost lease can be renewed", 12, f"{_LEASES}:_held",
         "if (row.holder, row.token) != (holder, token):", "if False:",
     ),
-    _one(
+    one(
         "a lease is taken over although it was renewed", 12, f"{_LEASES}:acquire",
         "if (request.seen_token, request.seen_counter) == (current.token, current.counter):",
         "if request.seen_token:",
     ),
-    _one(
+    one(
         "a lease is taken over before it has expired", 12,
         f"{_CONTROL}.leadership:acquire",
         "challenge = seen if waited_s >= lease_ttl_s else (0, 0)",
         "challenge = seen if waited_s >= lease_ttl_s / 8 else (0, 0)",
     ),
-    _many(
+    many(
         "a lease runs out by the wall clock", 12,
             Change(
                 f"{_CONTROL}.leadership:acquire", "since_s = (0, 0), time.monotonic()",
@@ -96,20 +84,20 @@ MUTANTS = (
                 "waited_s = time.time() - since_s",
             ),
     ),
-    _one(
+    one(
         "the generation does not rise", 12, f"{_LEASES}:acquire",
         "granted = LeaseRow(request.holder, current.token + 1, 1)",
         "granted = LeaseRow(request.holder, current.token, 1)",
     ),
-    _one(
+    one(
         "records are appended wherever there is room", 0, "storage.core.journals:append",
         "if expected not in (-1, state.next_sequence):", "if False:",
     ),
-    _one(
+    one(
         "a checkpoint takes parts of an old term", 2, f"{_CHECKPOINTS}:register_part",
         "if request.term != row.term:", "if False:",
     ),
-    _many(
+    many(
         "a checkpoint is whole with its first part", 9,
             Change(
                 f"{_CHECKPOINTS}:register_part",
@@ -117,16 +105,16 @@ MUTANTS = (
             ),
             Change(f"{_CHECKPOINTS}:register_part", "_check_cover(manifest)", "pass"),
     ),
-    _one(
+    one(
         "a late call raises a term again", 2, f"{_CHECKPOINTS}:raise_term",
         "if request.expected_term != current:", "if False:",
     ),
-    _one(
+    one(
         "a finished job gets another term", 9, f"{_CHECKPOINTS}:raise_term",
         "if row is not None and row.final is not None:", "if False:",
     ),
     # Aggregators
-    _many(
+    many(
         "ranges take frames of any term", 2,
             Change(f"{_MACHINE}._check_term", "if term != self.term:", "if False:"),
             Change(
@@ -134,7 +122,7 @@ MUTANTS = (
                 "if job.ranges.term > hello.term:", "if False:",
             ),
     ),
-    _many(
+    many(
         "a filled node adds what comes again", 5,
             Change(f"{_REDUCER}.fill", "if above in filled:", "if False:"),
             Change(
@@ -142,37 +130,37 @@ MUTANTS = (
                 "filled[index] = _sum(filled[index], entry, 0) if index in filled else entry",
             ),
     ),
-    _one(
+    one(
         "nodes are added in the order in which they arrive", 5, f"{_REDUCER}.fill",
         "self._put(index, node, (value, mask, False))", ARRIVAL_ORDER,
     ),
-    _one(
+    one(
         "a round takes frames of other steps", 5, f"{_MACHINE}.contribute",
         "if current is None or owned.key != (frame.step, frame.round):", "if current is None:",
     ),
-    _one(
+    one(
         "a range drops a version once it has the next", 1, f"{_MACHINE}._close",
         "owned.round = owned.root = owned.work = None",
         "owned.round = owned.root = owned.work = None\n"
         "    owned.parameters.versions.drop_before(owned.version)",
     ),
-    _one(
+    one(
         "a range keeps what nobody needs any more", 1, f"{_MACHINE}._drop_before",
         "if owned.parameters.versions.oldest < version:", "if False:",
     ),
-    _one(
+    one(
         "a round opens before its version is whole", 1, f"{_MACHINE}._accept",
         "if owned.version < version:", "if owned.version < version - 1:",
     ),
-    _one(
+    one(
         "the optimizer's state is not restored", 9, f"{_STATE}.load",
         "array[:] = state[name][first : first + count]", "pass",
     ),
-    _one(
+    one(
         "a checkpoint shares state with the steps after it", 9, f"{_STATE}._keep_snapshots_whole",
         "if any(snapshot.state[index] is state for snapshot in self._snapshots):", "if False:",
     ),
-    _many(
+    many(
         "the end is reported before its checkpoint is whole", 9,
             Change(
                 f"{_AGGREGATION}.hosting:HostedJob._end", "if self._checkpoints:", "if False:"
@@ -182,7 +170,7 @@ MUTANTS = (
                 " or self._checkpoint_step < go.version", "",
             ),
     ),
-    _many(
+    many(
         "an aggregator obeys an old generation", 2,
             Change(
                 f"{_AGGREGATION}.process:Aggregator._on_message",
@@ -190,69 +178,69 @@ MUTANTS = (
             ),
             _TRUST,
     ),
-    _one(
+    one(
         "one stream waits for another", 7, f"{_AGGREGATION}.exchange:_send",
         "await context.write(message)",
         'async with job.ranges.__dict__.setdefault("turn", asyncio.Lock()): '
         "await context.write(message)",
     ),
-    _one(
+    one(
         "a laggard waits for a version that is gone", 7,
         f"{_AGGREGATION}.core.cursor:_RangeCursor._current",
         "if version is None or self._sent == len(version.frames):",
         "if self._number < 0 or version is not None and self._sent == len(version.frames):",
     ),
-    _one(
+    one(
         "late shards are not copied", 0, f"{_AGGREGATION}.copying:Copying.look",
         "for order in orders:", "for order in ():",
     ),
-    _one(
+    one(
         "a copy is added to what came from home", 5, "phalanx.rounds:Round.contribute",
         "reducer.fill(node, values, mask >> node.first)", ADD_AGAIN.format("frame.copy"),
     ),
-    _one(
+    one(
         "what came from home is added to its copy", 5,
         "phalanx.rounds:Round.contribute",
         "reducer.fill(node, values, mask >> node.first)", ADD_AGAIN.format("not frame.copy"),
     ),
-    _one(
+    one(
         "examples are summed over all that came", 5,
         "phalanx.rounds:NodeScalars.totals",
         "return Totals(sums.count, sums.loss, present, sums.count)",
         "count = sum(each[0] for each in self._pinned.values())\n"
         "    return Totals(count, sums.loss, present, count)",
     ),
-    _one(
+    one(
         "each range reduces what it has of the leaves", 4,
         f"{_CONTROL}.core.ownership:_range_count", "if needs_one_range(spec):", "if False:",
     ),
-    _one(
+    one(
         "a reducer does not wait for the last leaf", 4,
         f"{_AGGREGATION}.core.whole:LeavesRound.contribute",
         "self.missing.bit_count() > self._spare", "self.missing.bit_count() > self._spare + 1",
     ),
-    _one(
+    one(
         "one shard more than the job says may be left out", 4,
         f"{_AGGREGATION}.core.plan:Rounds.__init__",
         "self._spare = spec.train.synchronous.backup_shards",
         "self._spare = spec.train.synchronous.backup_shards\n"
         "    self._spare += self._spare > 0",
     ),
-    _one(
+    one(
         "what was left out is forgotten with a checkpoint", 4, f"{_MACHINE}._state",
         'state["examples_lost"] = self.examples_lost', 'state["examples_lost"] = 0',
     ),
-    _one(
+    one(
         "which shards were left out is forgotten with a checkpoint", 4,
         f"{_AGGREGATION}.core.backups:BackupRanges.begin_restored",
         "LeftOutLog.restored(kept, version) if COUNTS in kept else None", "LeftOutLog()",
     ),
-    _one(
+    one(
         "what a step left out is noted as nothing", 4,
         f"{_AGGREGATION}.core.backups:BackupRanges._close",
         "self._log.add(current.left_out)", "self._log.add(())",
     ),
-    _many(
+    many(
         "a contribution counts again where it comes again", 4,
             Change(
                 f"{_ONE_BY_ONE}.contribute",
@@ -271,109 +259,109 @@ MUTANTS = (
                 "stream.starts.pop(shard, None)", "stream.starts.get(shard)",
             ),
     ),
-    _one(
+    one(
         "the bound is forgotten with a checkpoint", 4, f"{_ONE_BY_ONE}._begin_at",
         "bound = stale_bound(self._train)",
         "bound = stale_bound(self._train) if completed is None else None",
     ),
-    _one(
+    one(
         "after a roll-back every shard is at the step of the job", 4,
         f"{_ONE_BY_ONE}.begin_restored",
         "completed_steps(root_state, self.plan.shards, version)", "[version] * self.plan.shards",
     ),
-    _one(
+    one(
         "a shard does not wait for an evaluation", 4, f"{_ONE_BY_ONE}._step_done",
         "self._clocks.limit = self._decider.limit", "self._clocks.limit = 1 << 62",
     ),
-    _one(
+    one(
         "nobody tells of those who are not heard of where nothing moves", 7,
         f"{_AGGREGATION}.copying:Copying.waits_for_starts",
         "bool(ranges.late_workers(elapsed_s) or ranges.late_shards(elapsed_s))", "False",
     ),
-    _one(
+    one(
         "local steps begin anew in every step", 0, "phalanx.training.leaf:LocalSteps.steps_of",
         "range(version * self.count, (version + 1) * self.count)", "range(self.count)",
     ),
-    _many(
+    many(
         "any node is encoded", 10,
         Change("worker.core.rounds:Round._units", "if self._unit else", "if False else"),
         Change("worker.core.rounds:Round._add_parts", "max(1, self._unit)", "self.width"),
         Change("phalanx.rounds:payload_values", "if spec.unit and", "if False and"),
     ),
-    _one(
+    one(
         "the first copy of a leaf is believed", 15, f"{_AGGREGATION}.core.ballots:Ballot._vote",
         "if len(agreed) < question.needed:", "if False:",
     ),
-    _one(
+    one(
         "a node's state begins at zero wherever the node goes", 10,
         "worker.core.states:States.find",
         "if version == 0:", "if version == 0 or version not in self._held.get(node, {}):",
     ),
-    _one(
+    one(
         "what a shard's optimizer remembers begins anew wherever the shard goes", 10,
         "worker.core.stateful:StatefulJobCore._with_states",
         "if state is None:", "if state is None and not self.plan.local_steps:",
     ),
-    _one(
+    one(
         "what a shard's optimizer remembers is not restored", 10,
         f"{_AGGREGATION}.core.recalled:NodeStates.load",
         "list(self._cut(vectors, _state_name(base, node, index)))",
         "[each * 0 for each in self._cut(vectors, _state_name(base, node, index))]",
     ),
-    _one(
+    one(
         "a checkpoint keeps no versions to make states again from", 10,
         f"{_AGGREGATION}.core.recalled:NodeStates.load",
         "for number in range(base, version):", "for number in ():",
     ),
-    _one(
+    one(
         "each block is rounded as the first one", 14, "phalanx.compressors.base:compress_in_place",
         "codec.encode_block(piece, block, key)", "codec.encode_block(piece, 0, key)",
     ),
-    _one(
+    one(
         "decay begins anew in every range", 14, f"{_STATE}.__init__",
         "decay_mask(layout, *part)", "decay_mask(layout, 0, part[1])",
     ),
-    _one(
+    one(
         "each term has noise of its own", 14, f"{_CONTROL}.core.terms:assign_ranges",
         "secret=facts.kept.submitted.secret,",
         "secret=bytes(each ^ (facts.term - 1) for each in facts.kept.submitted.secret),",
     ),
-    _one(
+    one(
         "noise begins anew in every range", 14, f"{_ROOT}._with_noise",
         "first += parameters.piece.first_element", "first += 0",
     ),
-    _one(
+    one(
         "a noisy sum is divided by the rows that came", 14, f"{_ROOT}.frame_complete",
         "self._with_noise(self._noise, index, values), self._noise.divisor",
         "self._with_noise(self._noise, index, values), totals.divisor",
     ),
-    _one(
+    one(
         "each step has the noise of the first", 14, f"{_ROOT}._with_noise",
         "self._version, parameters.dtype", "0, parameters.dtype",
     ),
     # Workers
-    _one(
+    one(
         "leaves run on a part of a version", 1, f"{_VERSIONS}.stored",
         "if held.missing or place.version <= self._whole:",
         "if place.version <= self._whole:",
     ),
-    _one(
+    one(
         "the newer version is overwritten", 1, f"{_VERSIONS}._take_buffer",
         "oldest = min(free)", "oldest = max(free)",
     ),
-    _one(
+    one(
         "nothing is sent again on a new stream", 7, f"{_OUTBOX}.opened",
         "stream.sent.clear()", "pass",
     ),
-    _one(
+    one(
         "workers do not carry go records", 3, f"{_OUTBOX}.carry",
         "if stream.open and not stream.has_root:", "if False:",
     ),
-    _one(
+    one(
         "workers do not carry go records again", 3, f"{_OUTBOX}.opened",
         "stream.go_due = [] if stream.has_root else list(go_records)", "stream.go_due = []",
     ),
-    _many(
+    many(
         "a worker obeys an old generation", 2,
             Change(
                 "worker.core.session:WorkerCore.message",
@@ -382,236 +370,162 @@ MUTANTS = (
             _TRUST,
     ),
     # Workers that reduce among themselves
-    _one(
+    one(
         "a member applies a part of a gradient", 13, f"{_REPLICA}:Gradient.take",
         "self._left -= count", "self._left = 0",
     ),
-    _one(
+    one(
         "those who are ahead do the step again", 13,
         "worker.core.all_reduce.job:AllReduceJob._settle", "best = max(", "best = min(",
     ),
-    _one(
+    one(
         "the gradient of the last step is not kept", 13, f"{_REPLICA}:Replica.work",
         "self._kept, self._open, self._done = gradient, None, 0",
         "self._kept, self._open, self._done = None, None, 0",
     ),
-    # Sets of tasks
-    _one(
-        "what came of a task is settled before it is durable", 0, f"{_TASKS}._succeeded",
-        "self._settle_task(result)",
-        "self._settle_task(result)\n    self._settled(report.attempt)",
-    ),
-    _one(
-        "whoever comes back with a task that is done does it again", 5, f"{_TASKS}._take_back",
-        "or self._state[held.task] >= State.REPORTED", "",
-    ),
-    _one(
-        "an owner that was replaced takes its results for stored", 2,
-        f"{_AGGREGATION}.task_journal:TaskJournal.append",
-        "if [each.payload async for each in found] != [payload]:", "if False:",
-    ),
-    _one(
-        "attempts are numbered anew in every term", 2, f"{_TASKS}.begin",
-        "self._numbers = (self.term << TERM_SHIFT) + (self._begun << BEGUN_SHIFT)",
-        "self._numbers = 0",
-    ),
-    _one(
-        "tasks of a stream that broke stay with it", 0, f"{_TASKS}._closed",
-        'self._run_again(freed, peer.worker_id, "lost")', "pass",
-    ),
-    _one(
-        "the death of a worker is a try of its tasks", 8, f"{_TASKS}._closed",
-        "self._run_again(", COUNT_LOST_TASKS,
-    ),
-    # Versions that no elementwise optimizer makes
-    _one(
-        "an update does not wait for the last sums", 1,
-        f"{_AGGREGATION}.core.roots:UpdateRoot.frame_complete",
-        "if len(self._sums) < len(parameters.grid):",
-        "if len(self._sums) < len(parameters.grid) - 1:",
-    ),
-    _one(
-        "what a job keeps for itself becomes its model", 9,
-        f"{_CONTROL}.model_writer:ModelWriter.write",
-        "layout = model_layout(facts.plan.layout)", "layout = facts.plan.layout",
-    ),
-    _one(
-        "each round of a step counts as one after a roll-back", 3, f"{_TWO_ROUNDS}._version_of",
-        "return step * rounds_per_step(self.plan)", "return step",
-    ),
-    _one(
-        "a checkpoint that is owed is made between the rounds of a step", 9,
-        f"{_TWO_ROUNDS}._settle_checkpoint", "if not self._is_within_step(go.version):", "if True:",
-    ),
-    # Programs
-    _one(
-        "a task begins before what it reads is durable", 0, f"{_TASKS}._settle_task",
-        "self._unwritten.add_result(result)",
-        "self._unwritten.add_result(result)\n    self._unblock(self._needs.done(result))",
-    ),
-    _one(
-        "what a task reads comes in the order in which it was done", 5, f"{_NEEDS}.inputs",
-        "for each in self._needs[task])",
-        "for each in self._values if each in self._needs[task])",
-    ),
-    _one(
-        "whoever takes over waits for what was stored before", 0, f"{_TASKS}.restore",
-        "self._end(result)", "self._end(result)\n        self._needs._missing = "
-        "[len(set(each)) for each in self._needs._needs]\n        self._state = bytearray("
-        "min(each, 0) if self._needs.blocked(task) and each < 2 else each "
-        "for task, each in enumerate(self._state))",
-    ),
-    _one(
-        "a task that runs again reads nothing", 0, "worker.core.calls:TaskSetCore._submit",
-        "self._inputs.get(attempt, ())", "self._inputs.pop(attempt, ())",
-    ),
-    _one(
-        "what tasks read is numbered anew where a message is cut", 0,
-        f"{_AGGREGATION}.tasks:_messages", "WorkResponse(first_attempt=attempt), 0",
-        "WorkResponse(first_attempt=effect.first_attempt), 0",
-    ),
     # Control
-    _one(
+    one(
         "effects do not wait for their records", 0, f"{_CONTROL}.leader:Leader.dispatch",
         "elif effect.after <= self._durable_index:", "elif True:",
     ),
-    _one(
+    one(
         "records count as durable before they are written", 0, f"{_JOURNAL}._write_batch",
         "started = self._began_s = time.monotonic()", EARLY,
     ),
-    _one(
+    one(
         "the journal is cut before its snapshot is written", 0, f"{_JOURNAL}._snapshot",
         "first = self._next", TRUNCATE_FIRST,
     ),
-    _one(
+    one(
         "request ids are forgotten", 0, f"{_CONTROL}.core.verbs:first_answer",
         "if first is None:", "if True:",
     ),
-    _one(
+    one(
         "an aggregator that came back empty is adopted", 0,
         f"{_CONTROL}.core.membership:_check_owner",
         "if held is not None and held.term == facts.term and mine <= set(held.range_indexes):",
         "if True:",
     ),
-    _one(
+    one(
         "a new leader does not look at the jobs' rows", 2, f"{_CONTROL}.core.machine:_led",
         "job.row_known = False", "pass",
     ),
-    _one(
+    one(
         "a job ends without being fenced off", 2, f"{_CONTROL}.core.terms:_end",
         "if max(job.storage_term, core.facts_of(job).term) == 0:", "if True:",
     ),
-    _one(
+    one(
         "a broken session keeps its shards", 0, f"{_CONTROL}.core.membership:session_broken",
         "member.session = 0\n        lose_worker(", "member.session = 0\n        (lambda *_: 0)(",
     ),
-    _one(
+    one(
         "workers with other bits take part", 16, f"{_CONTROL}.core.eligibility:group_of",
         "if worker.hello.fingerprint != fingerprint:", "if False:",
     ),
-    _one(
+    one(
         "a leaf that is not finite is believed at once", 6, f"{_CONTROL}.core.budgets:_non_finite",
         "if len(bad) < CONFIRMATIONS:", "if False:",
     ),
-    _one(
+    one(
         "the deaths of workers count against a job", 8, f"{_CONTROL}.core.membership:lose_worker",
         "del job.hosts[worker.id]", COUNT_DEATHS,
     ),
-    _one(
+    one(
         "control takes ranges without a lease of silence", 11, _SILENT,
         "if now - max(heard_s, core.led_s) < patience:", "if False:",
     ),
-    _one(
+    one(
         "control takes ranges although workers get further with their owner", 11, _SILENT,
         "return all(", "return True or all(",
     ),
-    _many(
+    many(
         "control takes ranges soon after a take-over", 11,
             Change(_SILENT, "if aggregator is not None else core.led_s", "if aggregator else 0.0"),
             Change(_SILENT, "max(heard_s, core.led_s)", "heard_s"),
     ),
-    _one(
+    one(
         "control takes ranges of those who are silent with all others", 11, _SILENT,
         "patience = core.patience_with(aggregator)", "patience = core.lease_ttl_s()",
     ),
-    _one(
+    one(
         "who is silent with all others is taken for lost", 11, _SILENCE,
         "core.mass_silence = len(members) >= MASS and 2 * silent > len(members)",
         "core.mass_silence = False",
     ),
-    _one(
+    one(
         "control blames its members for its own sleep", 11, _SILENCE,
         "_forgive_own_sleep(core)", "pass",
     ),
-    _one(
+    one(
         "callers are not sent away while facts wait for storage", 12, f"{_JOURNAL}.full",
         "return self.stuck or len(self._queue) >= QUEUE_MAX", "return False",
     ),
-    _one(
+    one(
         "what a leader lists looks whole whoever may lead", 12,
         f"{_CONTROL}.leader:Leader.incomplete", 'CUT_OFF if self._lapsed() else ""', '""',
     ),
-    _one(
+    one(
         "events are dropped although there is room", 0, f"{_EVENTS}.append",
         "if len(self._held) >= HELD_MAX:", "if len(self._held) >= 2:",
     ),
-    _one(
+    one(
         "the event log is cut too far", 0, f"{_EVENTS}._truncate",
         "before = self._next - KEPT_MAX", "before = self._next - KEPT_MAX // 2",
     ),
-    _one(
+    one(
         "young blobs are garbage, too", 9, "storage.core.garbage:is_old_enough",
         "return age_s >= grace_s", "return True",
     ),
-    _one(
+    one(
         "sums that are not finite are applied", 6, f"{_AGGREGATION}.core.roots:require_finite",
         "if not all_finite(values):", "if False:",
     ),
-    _one(
+    one(
         "an evaluation waits for the next step", 3, f"{_DECIDER}._ends_interval",
         "steps = self._version - self._rounds.first", "steps = self._version - 1",
     ),
-    _one(
+    one(
         "what a stop rule has seen is not restored", 3, f"{_DECIDER}.restore",
         'self._stop.restore(state["stop"])', "pass",
     ),
-    _one(
+    one(
         "of equal evaluations the last one is kept", 3, f"{_BEST}._is_better",
         "(value - self.kept.value) * self._direction > 0",
         "(value - self.kept.value) * self._direction >= 0",
     ),
-    _one(
+    one(
         "what was the best evaluation is not restored", 3, f"{_DECIDER}.restore",
         "self._best.restore(state)", "pass",
     ),
-    _one(
+    one(
         "each version is kept as the best", 9, f"{_MACHINE}._accept",
         'go.best_version if go.HasField("best_version") else None',
         'go.version if go.HasField("best_version") else None',
     ),
-    _one(
+    one(
         "the version of a checkpoint is restored as the best", 9, f"{_STATE}.load_best",
         "pieces = [vector[first : first + count].copy() for first, count in self.grid]",
         "pieces = self.versions.get(self.versions.newest_whole).values",
     ),
-    _one(
+    one(
         "whoever joins takes what it is sent for the best", 13, f"{_REPLICA}:Replica.taken_over",
         "self._vectors(frame.version) | self._best_to_come(frame.record, frame.version)",
         'self._vectors(frame.version) | {"best": np.zeros(self._size, self.dtype)}',
     ),
-    _one(
+    one(
         "no third copy is asked for where two differ", 15,
         f"{_AGGREGATION}.core.ballots:Question.shortfall",
         "max(self._counts().values(), default=0)", "len(self.votes)",
     ),
-    _one(
+    one(
         "what a job is that is verified is one worker's word", 15,
         f"{_CONTROL}.core.describing:needed", "if is_verified(core, job) else 1", "* 0 + 1",
     ),
-    _one(
+    one(
         "whoever's own leaf has other bits takes part", 16,
         "worker.core.job:JobCore._compare_leaves",
         'same = not self._wanted_leaf or self.leaf_sha256 in ("", self._wanted_leaf)',
         "same = True",
     ),
+    *MUTANTS_OF_WORK,
 )  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
-from tests.simulation.known import Known
+from tests.simulation.known import KNOWN, Known
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,16 @@ class Mutant:
     rule: int
     changes: tuple[Change, ...]
     known: Known | None
+
+
+def one(name: str, rule: int, where: str, old: str, new: str) -> Mutant:
+    """A bug that is one change."""
+    return many(name, rule, Change(where, old, new))
+
+
+def many(name: str, rule: int, *changes: Change) -> Mutant:
+    """A bug that is several changes."""
+    return Mutant(name, rule, changes, KNOWN.get(name))
 
 
 def function_at(where: str) -> FunctionType:

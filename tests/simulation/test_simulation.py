@@ -144,6 +144,11 @@ def test_a_batch_without_faults_or_work_is_refused():
         "no write to storage's disk was ever torn",
         "no write to storage's disk was ever lost",
     ]
+    outcome.updated = 1
+    assert summary([outcome] * 200, 1, 1.0)["vacuous"] == [
+        "nobody was ever lost between the two rounds of a step"
+    ]
+    outcome.cut_between = 1
     outcome.steps = 10
     found = summary([outcome] * 200, 1, 1.0)
     assert found["vacuous"] == ["10.0 committed steps per seed are too few"]

@@ -1,4 +1,5 @@
-"""Sets of independent tasks in whole clusters under faults: each has one result, the right one."""
+"""Sets of tasks and programs in whole clusters under faults: each task has one result, the right
+one."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from tests.simulation.runs import simulate
 pytestmark = pytest.mark.slow
 
 SEEDS = (3, 4, 6, 10, 12)
+PROGRAM_SEEDS = (3, 4, 5, 6)
 
 FOUND_BUGS = (
     # A try that failed counted again where its worker came back and had not heard that it did.
@@ -37,6 +39,15 @@ def test_each_task_has_one_result_whatever_fails():
     assert sum(each.calls for each in done) > sum(each.tasks for each in done)
     assert sum(each.tasks_given_up for each in done) > 0
     assert sum(each.tasks_copied for each in done) > 0
+    assert sum(each.tasks_taken_over for each in done) > 0
+
+
+def test_a_task_of_a_program_reads_what_others_have_left_and_nothing_else():
+    with services() as given:
+        done = [simulate(given, seed, programs=2, shapes=()) for seed in PROGRAM_SEEDS]
+    assert [each.failure for each in done if each.failure] == []
+    assert sum(each.results_read for each in done) > 100
+    assert sum(each.calls for each in done) > sum(each.tasks for each in done)
     assert sum(each.tasks_taken_over for each in done) > 0
 
 
