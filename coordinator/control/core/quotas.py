@@ -106,6 +106,12 @@ def why_it_waits(quotas: Quotas, namespace: str, running: int) -> str:
     )
 
 
+def check_running(quotas: Quotas, namespace: str, running: int) -> None:
+    """Raise ResourceExhausted where no more jobs of a namespace may run, and one cannot wait."""
+    limit = quotas.of(namespace).running_jobs_max
+    _Quota("running_jobs", "jobs running at once", limit).check(namespace, running, 1)
+
+
 def _either(own: int | None, of_all: int) -> int:
     return of_all if own is None else own
 

@@ -231,11 +231,16 @@ def _has_to_wait(core: Core, job: JobRuntime) -> bool:
         core.set_reason(job, "QUEUED_BEHIND_OTHERS", text)
         return True
     namespace = core.facts_of(job).spec.namespace
-    of_it = sum(core.facts_of(each).spec.namespace == namespace for each in going)
-    why = quotas.why_it_waits(core.config.quotas, namespace, of_it)
+    why = quotas.why_it_waits(core.config.quotas, namespace, running_in(core, namespace))
     if why:
         core.set_reason(job, "QUEUED_BY_QUOTA", why)
     return bool(why)
+
+
+def running_in(core: Core, namespace: str) -> int:
+    """Return how many jobs of a namespace run, or are about to."""
+    going = [*core.running(), *_beginning(core)]
+    return sum(core.facts_of(job).spec.namespace == namespace for job in going)
 
 
 def _beginning(core: Core) -> list[JobRuntime]:

@@ -163,7 +163,10 @@ def pause(core: Core, event: PauseJob) -> None:
 
 
 def resume(core: Core, event: ResumeJob) -> None:
-    """Let a paused job run again, from the checkpoint that the pause took."""
+    """Let a paused job run again, from the checkpoint that the pause took.
+
+    It goes on at once, so it is refused where it would be one more than may run.
+    """
     facts, job = _find(core, event.job_id)
     if facts.state == RUNNING and facts.kept.changed.pause_requested:
         text = f"job {event.job_id} is still pausing; resume it when it is PAUSED"
@@ -173,6 +176,8 @@ def resume(core: Core, event: ResumeJob) -> None:
     if job.ending is not None:
         text = f"job {event.job_id} is ending and cannot be resumed"
         raise FailedPrecondition(text, reason="WRONG_STATE")
+    namespace = facts.spec.namespace
+    quotas.check_running(core.config.quotas, namespace, terms.running_in(core, namespace))
     changed = JobChanged(job_id=event.job_id, state=state, reason=RESUMING)
     _carry_over(facts, changed)
     event.request.subject = event.job_id

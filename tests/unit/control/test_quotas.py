@@ -161,6 +161,22 @@ def test_a_job_that_is_paused_lets_the_next_one_run(crowded: Any) -> None:
     assert crowded.state("job-2") == "RUNNING"
 
 
+def test_a_job_cannot_be_resumed_beyond_what_may_run(crowded: Any) -> None:
+    """Otherwise all jobs of a namespace ran at once that had ever been paused."""
+    crowded.call(ev.PauseJob, "job-1")
+    crowded.report("job-1", 7, outcome=pb.JobReport.OUTCOME_PAUSED, checkpoint_step=7)
+    assert crowded.state("job-2") == "RUNNING"
+    refused = crowded.answers[crowded.call(ev.ResumeJob, "job-1")]
+    assert isinstance(refused, ResourceExhausted)
+    assert refused.reason == "QUOTA_EXCEEDED"
+    details = {"namespace": "red", "quota": "running_jobs", "limit": "1", "used": "1"}
+    assert refused.details == details
+    assert crowded.state("job-1") == "PAUSED"
+    crowded.call(ev.CancelJob, "job-2")
+    crowded.call(ev.ResumeJob, "job-1")
+    assert crowded.state("job-1") == "RUNNING"
+
+
 def test_a_quota_that_is_raised_holds_at_once(crowded: Any) -> None:
     crowded.feed(ev.QuotasChanged({"blue": Limits(running_jobs=9)}))
     assert crowded.state("job-2") == "QUEUED"
