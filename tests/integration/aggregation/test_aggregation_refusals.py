@@ -29,7 +29,7 @@ async def last_report(session: Any) -> pb.JobReport:
 async def test_whatever_keeps_ranges_from_being_taken_is_told(
     bench: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
 ) -> None:
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise error
 
     member = await bench.aggregator()
