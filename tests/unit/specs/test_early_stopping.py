@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.json_format import ParseDict
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from coordinator.aggregation.core.dispatch.dispatcher import Dispatcher
@@ -73,7 +73,8 @@ def promotions(
     return entrants
 
 
-@settings(max_examples=15, deadline=None)
+# Examples are small as they are, and each of them takes a tenth of a second: no shrinking.
+@settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(data=st.data())
 def test_promotions_table_and_winner_are_those_of_the_scores_alone(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 7), "configurations")
@@ -116,6 +117,7 @@ def test_promotions_table_and_winner_are_those_of_the_scores_alone(data: st.Data
         ]
 
 
+@settings(deadline=None)
 @given(
     means=st.lists(st.one_of(st.none(), st.floats(-1, 1)), min_size=1, max_size=40),
     reduction=st.floats(1.1, 6),
