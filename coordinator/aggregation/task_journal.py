@@ -6,17 +6,25 @@ whoever wrote before finds another record where its own should be, and is out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from coordinator.aggregation.checkpoints import PATIENCE, may_be_stored_later
 from phalanx.clients.storage import StorageClient
-from phalanx.errors import Aborted, DataLoss, PhalanxError
+from phalanx.errors import Aborted, DataLoss, NotFound, PhalanxError, Unavailable
 from phalanx.rpc.patience import insist
 from phalanx.tasks import journal_stream, pins_holder
 from phalanx.v1 import storage_service_pb2 as pb
-from phalanx.v1.task_service_pb2 import TaskRecord
+from phalanx.v1.task_service_pb2 import TaskRecord, TaskResult
 
 Tell = Callable[[PhalanxError, int], None]
+
+
+class ResultsGone(Exception):
+    """Storage does not have values that a record names."""
+
+    def __init__(self, digests: Iterable[str]) -> None:
+        super().__init__(f"storage lacks {', '.join(digests)}")
+        self.digests = frozenset(digests)
 
 
 class TaskJournal:
@@ -55,17 +63,17 @@ class TaskJournal:
         return records
 
     async def append(self, record: TaskRecord) -> None:
-        """Make a record durable. Raises Aborted (SEQUENCE_MISMATCH) if somebody else wrote."""
+        """Make a record durable.
+
+        Raises Aborted (SEQUENCE_MISMATCH) if somebody else wrote, and ResultsGone.
+        """
         payload = record.SerializeToString()
         stored = [each for each in record.results if each.HasField("stored")]
 
         async def attempt() -> int:
             if stored:
                 # Large values are kept by what stands in the journal, so they are pinned first.
-                holder = pins_holder(self._job_id, stored[0].attempt)
-                digests = sorted({each.stored.digest for each in stored})
-                pins = [pb.Pin(blob=digest) for digest in digests]
-                await self._storage.set_pins(holder, pins)
+                await self._pin(stored)
             try:
                 return await self._appender.append(self._stream, [payload], self._next)
             except Aborted:
@@ -78,6 +86,18 @@ class TaskJournal:
         self._next = await insist(
             attempt, PATIENCE, passes=may_be_stored_later, on_failure=self._waits
         )
+
+    async def _pin(self, stored: Sequence[TaskResult]) -> None:
+        holder = pins_holder(self._job_id, stored[0].attempt)
+        digests = sorted({each.stored.digest for each in stored})
+        try:
+            await self._storage.set_pins(holder, [pb.Pin(blob=digest) for digest in digests])
+        except NotFound as error:
+            gone = await self._storage.missing_blobs(digests)
+            if gone:
+                raise ResultsGone(gone) from error
+            # They came back meanwhile, by another attempt, and are young now.
+            raise Unavailable(error.message, reason=error.reason) from error
 
     async def _read(self) -> list[tuple[int, bytes]]:
         found = self._storage.read_journal(self._stream, self._next)

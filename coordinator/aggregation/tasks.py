@@ -25,9 +25,10 @@ from coordinator.aggregation.core.dispatch.events import (
     Paused,
     Send,
     Tick,
+    ValuesGone,
     WorkerClosed,
 )
-from coordinator.aggregation.task_journal import TaskJournal
+from coordinator.aggregation.task_journal import ResultsGone, TaskJournal
 from phalanx.clients.storage import StorageClient
 from phalanx.errors import Aborted, Internal, PhalanxError, ResourceExhausted, Unavailable
 from phalanx.given import GivenWork
@@ -285,6 +286,10 @@ class HostedTasks:
             _log.warning("tasks_fenced", job_id=self.ranges.plan.job_id, message=error.message)
             if not self._closed.done():
                 self._closed.set_result(Aborted(error.message, reason="STALE_TERM"))
+            return
+        except ResultsGone as error:
+            _log.warning("results_gone", job_id=self.ranges.plan.job_id, message=str(error))
+            self.handle(ValuesGone(error.digests))
             return
         except Exception as error:  # noqa: BLE001 - control must hear of it
             _log.exception("results_not_journalled", job_id=self.ranges.plan.job_id)

@@ -114,6 +114,9 @@ class CallingLeaf(Leaf):
         known, task = self._sets[order.job], order.parts[index][0]
         job_id, arguments, machines = known.job_id, known.arguments[task], self._machines
         seconds = task_sets.seconds_of(arguments, machines.leaf_s(self._worker))
+        if is_program(known.spec) and self._worker in machines.hung:
+            machines.hung.discard(self._worker)  # a task may take a day before it is killed
+            seconds += task_sets.LASTS_S
 
         def ends() -> None:
             if self._dead:

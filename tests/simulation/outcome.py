@@ -101,4 +101,6 @@ class Outcome:
     """Terms of sets of tasks that began with results of a term before."""
     results_read: int = 0
     """Results that tasks of programs were told to read."""
+    results_gone: int = 0
+    """Results of tasks that were garbage before they stood in the journal, and were made again."""
     trace: str = ""

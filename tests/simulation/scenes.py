@@ -219,7 +219,7 @@ SCENES = {
     Known(
         7,
         ("kill_aggregator", "kill_worker"),
-        (("workers", 3), bad_jobs("", *_BY_COLUMNS, *_BY_UPDATES, **_KEEPING)),
+        (("workers", 3), bad_jobs("", "columns", "cocoa", "boosting", **_KEEPING)),
     ): "kept",
     # Results of tasks are read by others, whoever is killed once storage has them.
     Known(0, *program_struck("aggregator")): "tasks_taken_over",

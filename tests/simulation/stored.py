@@ -49,6 +49,8 @@ class Machine:
         self.disk = SimulatedDisk()
         self.on_write: Callable[[], None] = lambda: None
         """Called when a part of a blob was written and is not synced."""
+        self.collected: set[str] = set()
+        """Blobs that were garbage once."""
         self.touched_s: dict[str, float] = {}
         """When each blob was stored, or asked for as one that is needed."""
         self.connection = sqlite3.connect(
@@ -185,6 +187,7 @@ class Blobs:
         if content is None or not is_old_enough(self._age_s(digest), grace_s):
             return None
         self._disk.remove(digest)
+        self._machine.collected.add(digest)
         self._corrupt.discard(digest)
         return len(content)
 

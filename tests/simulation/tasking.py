@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from coordinator.aggregation.core.dispatch.events import (
     Reported,
     Send,
     Tick,
+    ValuesGone,
 )
 from coordinator.aggregation.tasks import HostedTasks
 from coordinator.control.core.facts import Facts
@@ -88,6 +90,8 @@ class _Owner:
     dispatcher: Dispatcher  # keeps its id from being used again
     tasks: Journalled
     taken: set[int] = field(default_factory=set)
+    gone: set[int] = field(default_factory=set)
+    """Of these, those whose results were collected as garbage before they were written down."""
     open: list[int] = field(default_factory=list)
     """Tasks that did not count as ended when somebody looked last."""
 
@@ -102,6 +106,8 @@ class Tasking:
         """Attempts that were handed out at tasks that somebody else had as well."""
         self.taken_over = 0
         """Terms that began with results of a term before."""
+        self.gone = 0
+        """Results that were made again as nothing had named them in time."""
         self.read = 0
         """Results that tasks were told to read."""
         self._oracle = oracle
@@ -109,6 +115,8 @@ class Tasking:
         self._demand = oracle.demand
         self._facts = facts
         self._calls = calls
+        self._collected: Container[str] = ()
+        """Blobs that were garbage once."""
         self._owners: dict[int, _Owner] = {}
         self._newest: dict[str, Dispatcher] = {}
         self._held: dict[int, tuple[TaskSetCore, dict[int, int]]] = {}
@@ -120,6 +128,7 @@ class Tasking:
         known = self._known(stream.partition("/")[2])
         database: Any = journals._database
         connection = database._machine.connection
+        self._collected = database._machine.collected
         for sequence, payload in connection.execute(RECORDS, (stream, known.next)).fetchall():
             known.next = sequence + 1
             self._take(known, TaskRecord.FromString(payload), connection)
@@ -247,6 +256,16 @@ class Tasking:
                 owner.taken.add(each.attempt)
                 tasks.add(each.task)
 
+    def _demand_gone(self, owner: _Owner, event: ValuesGone) -> None:
+        """Only what was collected may be forgotten before it stands in the journal."""
+        record = owner.dispatcher._unwritten._under_way
+        for result in record.results if record is not None else ():
+            if result.stored.digest in event.digests:
+                self.gone += 1
+                owner.gone.add(result.attempt)
+                what = f"{owner.tasks.job_id}: what task {result.task} returned counts as gone"
+                self._demand(result.stored.digest in self._collected, what)
+
     def _acted(self, owner: _Owner, event: Event, effects: list[Any]) -> None:
         dispatcher, known = owner.dispatcher, owner.tasks
         for effect in effects:
@@ -313,6 +332,8 @@ class Tasking:
         """A worker forgets only what is durable, or what nobody wants of it."""
         dispatcher, known = owner.dispatcher, owner.tasks
         what = f"{known.job_id}: attempt {attempt} is settled"
+        if attempt in owner.gone:
+            return
         if attempt in owner.taken:
             self._demand(attempt in known.counted, f"{what} before it is durable")
             return
@@ -363,6 +384,8 @@ class Tasking:
             owner = self._owners[id(dispatcher)]
             if isinstance(event, Reported):
                 self._hears(owner, event)
+            elif isinstance(event, ValuesGone):
+                self._demand_gone(owner, event)
             effects = handle(dispatcher, event, now_s)
             if effects or not isinstance(event, Tick):
                 world.transitions += 1

@@ -34,6 +34,7 @@ from coordinator.aggregation.core.dispatch.events import (
     Reported,
     Send,
     Tick,
+    ValuesGone,
     WorkerClosed,
     WorkerOpened,
 )
@@ -227,6 +228,8 @@ class Dispatcher:
                 self._reported(event)
             case Appended():
                 self._appended()
+            case ValuesGone():
+                self._values_gone(event)
             case Tick():
                 self._tick()
             case WorkerOpened():
@@ -390,6 +393,14 @@ class Dispatcher:
         for tried in record.failed_tries:
             self._counted.add(tried.attempt)
             self._settled(tried.attempt)
+
+    def _values_gone(self, event: ValuesGone) -> None:
+        """What was reported and not written down in time is not there any more: it is made again,
+        and whoever reported it forgets it."""
+        for result in self._unwritten.refused(event.digests):
+            self._began_s.pop(result.attempt, None)
+            self._settled(result.attempt)
+            self._run_again([result.task], result.worker_id, "gone")
 
     def _settled(self, attempt: int) -> None:
         session = self._settling.pop(attempt, None)

@@ -40,6 +40,14 @@ class Appended:
 
 
 @dataclass(frozen=True, slots=True)
+class ValuesGone:
+    """The record that was to be appended last names values that storage does not have: nothing
+    named them for so long that they were collected."""
+
+    digests: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class PauseAsked:
     """Hand nothing out any more and end once nothing is under way."""
 
@@ -49,7 +57,7 @@ class Tick:
     """Time has passed."""
 
 
-Event = WorkerOpened | Reported | WorkerClosed | Appended | PauseAsked | Tick
+Event = WorkerOpened | Reported | WorkerClosed | Appended | ValuesGone | PauseAsked | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,8 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Make a record durable, then say `Appended`. There is never more than one under way."""
+    """Make a record durable, then say `Appended`, or `ValuesGone`. There is never more than one
+    under way."""
 
     record: TaskRecord
 
@@ -83,7 +92,7 @@ class Durable:
 @dataclass(frozen=True, slots=True)
 class Moved:
     """Tasks of a worker are run by others: its stream broke (lost), it says nothing (silent), it
-    takes long (late), or they failed there (failed)."""
+    takes long (late), they failed there (failed), or what they returned is gone (gone)."""
 
     cause: str
     tasks: tuple[int, ...]

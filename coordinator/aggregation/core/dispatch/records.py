@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Container
 
 from phalanx.texts import number_of
 from phalanx.v1.job_pb2 import Failure
@@ -37,12 +38,11 @@ class Unwritten:
 
     def add_result(self, result: TaskResult) -> None:
         """Queue the result of a task."""
-        size = result.ByteSize() if result.HasField("failure") else len(result.value_json)
-        self._add(size, result)
+        self._add(result)
 
     def add_try(self, tried: FailedTry) -> None:
         """Queue a try that failed."""
-        self._add(tried.ByteSize(), tried)
+        self._add(tried)
 
     def next(self) -> TaskRecord | None:
         """Return the record to append now; None: one is under way, or there is nothing."""
@@ -69,9 +69,28 @@ class Unwritten:
         assert record is not None
         return record
 
-    def _add(self, size: int, each: TaskResult | FailedTry) -> None:
-        self._queue.append((size + _ENVELOPE_BYTES, each))
-        self._bytes += size + _ENVELOPE_BYTES
+    def refused(self, gone: Container[str]) -> list[TaskResult]:
+        """The record under way cannot be made durable: forget and return its results whose values
+        are gone; the rest of it comes next, before all that is queued."""
+        record = self.written()
+        lost = [each for each in record.results if each.stored.digest in gone]
+        kept = [each for each in record.results if each.stored.digest not in gone]
+        first: list[TaskResult | FailedTry] = [*record.failed_tries, *kept]
+        sized = [(_size_of(each), each) for each in first]
+        self._queue.extendleft(reversed(sized))
+        self._bytes += sum(size for size, _ in sized)
+        return lost
+
+    def _add(self, each: TaskResult | FailedTry) -> None:
+        self._queue.append((_size_of(each), each))
+        self._bytes += _size_of(each)
+
+
+def _size_of(each: TaskResult | FailedTry) -> int:
+    """About how many bytes it takes in a record."""
+    if isinstance(each, FailedTry) or each.HasField("failure"):
+        return each.ByteSize() + _ENVELOPE_BYTES
+    return len(each.value_json) + _ENVELOPE_BYTES
 
 
 def poisoned(task: int, failures: list[Failure]) -> Failure:
