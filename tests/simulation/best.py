@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from phalanx.training.best import BEST_VECTOR
 from phalanx.v1 import storage_service_pb2 as pb
-from tests.simulation.jobs import Shape, quality
+from tests.simulation import updating
+from tests.simulation.jobs import Shape, evaluations, quality
 
 Array = NDArray[Any]
 
@@ -35,16 +36,17 @@ def drawn(settings: Any, chance: random.Random) -> Any:
 
 def keeping(shape: Shape) -> Shape:
     """The same job, which keeps its best evaluation."""
-    return replace(shape, best=True, evaluate_every=shape.evaluate_every or EVALUATE_EVERY)
+    every = updating.whole_rounds(shape.parts, shape.evaluate_every or EVALUATE_EVERY)
+    return replace(shape, best=True, evaluate_every=every)
 
 
 def best_step(shape: Shape, step: int) -> int | None:
     """The first of the best evaluations up to a step, its own included; None: there is none."""
     if not shape.best:
         return None
-    evaluated = [*range(shape.evaluate_every, step + 1, shape.evaluate_every)]
-    evaluated += [step] if step == shape.ends_at else []
-    return min(evaluated, key=lambda each: (quality(shape, each), each), default=None)
+    return min(
+        evaluations(shape, step), key=lambda each: (quality(shape, each), each), default=None
+    )
 
 
 def model_step(shape: Shape, step: int) -> int:

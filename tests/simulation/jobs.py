@@ -445,6 +445,13 @@ def local_optimizer(shape: Shape) -> Optimizer:
     return build_local_optimizer(train, shape.steps * shape.local_steps)
 
 
+def evaluations(shape: Shape, step: int) -> list[int]:
+    """The steps up to one, itself included, after which the job is evaluated."""
+    first = updating.steps_before_rounds(shape.parts)
+    found = [*range(first + shape.evaluate_every, step + 1, shape.evaluate_every)]
+    return found if step != shape.ends_at or step in found else [*found, step]
+
+
 def quality(shape: Shape, step: int) -> float:
     """What the loss of an evaluation is multiplied by: of jobs that keep the best it changes."""
     return QUALITIES[-(-step // shape.evaluate_every) % len(QUALITIES)] if shape.best else 1.0

@@ -36,17 +36,15 @@ MUTANTS_OF_WORK = (
     one(
         "a task begins before what it reads is durable", 0, f"{_TASKS}._settle_task",
         "self._unwritten.add_result(result)",
-        "self._unwritten.add_result(result)\n    self._unblock(self._needs.done(result))",
+        "self._unwritten.add_result(result)\n    self._unblock(self._needs.done(result)[0])",
     ),
     one(
         "what a task reads comes in the order in which it was done", 5, f"{_NEEDS}.inputs",
-        "for each in self._needs[task])",
-        "for each in self._values if each in self._needs[task])",
+        "for each in needs[task])", "for each in self._values if each in needs[task])",
     ),
     one(
         "whoever takes over does not know what was stored before", 0, f"{_TASKS}._end",
-        "self._unblock(self._needs.done(result))",
-        "self._unblock(self._needs.done(result) if self._ticked_s is not None else [])",
+        "self._unblock(ready)", "self._unblock(ready if self._ticked_s is not None else [])",
     ),
     one(
         "a task that runs again reads nothing", 0, "worker.core.calls:TaskSetCore._submit",

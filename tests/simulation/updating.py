@@ -52,8 +52,8 @@ _DUALS = 40
 _FEATURES, _BINS, _DEPTH, _TREES, _CELLS = 2, 4, 2, 8, 8
 _CLUSTERS, _DIMENSIONS, _CANDIDATES = 3, 4, 12
 _SCORES = 16
-_BOOSTING_STEPS = 20
-"""All trees are grown by then."""
+_BOOSTING_STEPS = 1 + _TREES * _DEPTH
+"""All trees are grown then."""
 
 
 def kind_of(parts: str) -> str:
@@ -79,7 +79,8 @@ def composed(shape: Any, parts: str) -> Any:
     optimizer = shape.optimizer if kind == COLUMNS else ""
     made = replace(shape, parts=parts, dtype=dtype, optimizer=optimizer)
     if kind == "boosting":
-        made = replace(made, steps=min(made.steps, _BOOSTING_STEPS))
+        every = whole_rounds(parts, made.evaluate_every)
+        made = replace(made, steps=min(made.steps, _BOOSTING_STEPS), evaluate_every=every)
     if kind == COLUMNS:
         made = replace(made, steps=made.steps // rounds_of(parts))  # so many rounds as others
     return replace(made, elements=layout_of(made).element_count)
@@ -135,6 +136,17 @@ def loss(shape: Any, shard: int, version: int) -> float:
 def rounds_of(parts: str) -> int:
     """Versions that a step of a job of these parts makes."""
     return 2 if kind_of(parts) == COLUMNS else 1
+
+
+def steps_before_rounds(parts: str) -> int:
+    """Steps after which a job begins to be evaluated every so often: boosting first finds out where
+    values lie."""
+    return 1 if kind_of(parts) == "boosting" else 0
+
+
+def whole_rounds(parts: str, steps: int) -> int:
+    """At least so many steps between evaluations: boosting is evaluated when a tree has grown."""
+    return -(-steps // _DEPTH) * _DEPTH if kind_of(parts) == "boosting" else steps
 
 
 def model_elements(shape: Any) -> int:
