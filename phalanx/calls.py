@@ -10,7 +10,7 @@ from typing import Any
 
 from phalanx.errors import InvalidArgument
 from phalanx.models.code import OneProcess, UserCode, load_entrypoint
-from phalanx.models.custom import plain
+from phalanx.specs.canonical import struct_to_python
 from phalanx.tasks import VALUE_BYTES_MAX
 from phalanx.v1 import training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -41,7 +41,7 @@ class CallWork:
         if self._code is not None:
             self._code.activate()
         with OneProcess():
-            return value_json(function(**plain(self._tasks.arguments[task])))
+            return value_json(function(**struct_to_python(self._tasks.arguments[task])))
 
     def close(self) -> None:
         """Nothing is held."""

@@ -15,6 +15,7 @@ BlobId = NewType("BlobId", str)
 """Lower-case hexadecimal SHA-256 of a blob's bytes."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}", re.ASCII)
+_REFERENCE = re.compile(rf"({_NAME.pattern}/)?{_NAME.pattern}(@[1-9][0-9]{{0,17}})?", re.ASCII)
 _SHORT_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?", re.ASCII)
 _BLOB_ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
 # No vowels and no look-alikes: ids are read aloud, and must not spell words.
@@ -87,6 +88,17 @@ def check_blob_id(text: str) -> BlobId:
             f"blob id {text[:80]!r} is not 64 lower-case hexadecimal digits", reason="BAD_BLOB_ID"
         )
     return BlobId(text)
+
+
+def reference_complaint(text: str, listing: str) -> str:
+    """Return what is wrong with the name of a data set or a model in a job; empty: nothing.
+
+    ``listing`` is the command that shows which there are.
+    """
+    if _REFERENCE.fullmatch(text):
+        return ""
+    wrong = f"{text[:160]!r} is not allowed" if text else "is missing"
+    return f"{wrong}; write NAME, NAME@VERSION or NAMESPACE/NAME@VERSION; see `{listing}`"
 
 
 def split_version_name(text: str, namespace: str) -> tuple[str, str, str]:

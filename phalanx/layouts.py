@@ -6,12 +6,13 @@ from math import prod
 
 from phalanx.v1.training_pb2 import Layout
 
-_ITEM_BYTES = {"float32": 4, "float64": 8}
+ITEM_BYTES = {"float32": 4, "float64": 8}
+"""Types of a vector."""
 
 
 def size_bytes(layout: Layout) -> int:
     """Return the bytes of a vector."""
-    return layout.element_count * _ITEM_BYTES[layout.dtype]
+    return layout.element_count * ITEM_BYTES[layout.dtype]
 
 
 def model_layout(layout: Layout) -> Layout:

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 
 from phalanx.compressors.base import Array, Bytes, Codec, Key
-
-_STREAM = 3
-"""Keeps these numbers apart from other uses of the seed."""
+from phalanx.streams import Stream, stream_key
 
 _LEVELS = 127
 
@@ -26,7 +24,7 @@ class Int8(Codec):
     def __init__(self, dtype: np.dtype[Any], bucket: int, seed: int) -> None:
         super().__init__(dtype)
         self._bucket = bucket
-        self._key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, _STREAM], dtype=np.uint64)
+        self._key = stream_key(seed, Stream.ROUNDING)
         self._little = dtype.newbyteorder("<")
 
     def block_bytes(self, count: int) -> int:

@@ -20,6 +20,7 @@ from google.protobuf.json_format import MessageToDict
 from phalanx.data.choice import RawColumns, choose
 from phalanx.data.manifest import Column, DatasetManifest
 from phalanx.errors import InvalidArgument
+from phalanx.layouts import ITEM_BYTES
 from phalanx.privacy.settings import accountant, is_private, sampling_rate
 from phalanx.texts import number_of
 from phalanx.training.best import Kept
@@ -38,7 +39,6 @@ UNSUPERVISED = {"k_means": CLUSTERING, "pca": PROJECTION}
 """What models do that look at no target."""
 
 _ALIGNMENT_BYTES = 64
-_ITEM_BYTES = {"float32": 4, "float64": 8}
 _SAFETENSORS_NAME = {"float32": "F32", "float64": "F64"}
 _README_COLUMNS = 50
 
@@ -79,7 +79,7 @@ def safetensors_header(layout: Layout) -> bytes:
 
     Raises InvalidArgument for a layout whose sizes do not add up.
     """
-    item_bytes = _ITEM_BYTES.get(layout.dtype)
+    item_bytes = ITEM_BYTES.get(layout.dtype)
     if item_bytes is None:
         raise InvalidArgument(f"parameters are float32 or float64, not {layout.dtype!r}")
     header: dict[str, Any] = {"__metadata__": {"format": MODEL_FORMAT}}

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.data.manifest import SPLITS, Split
+from phalanx.streams import Stream, stream_key
 
 BLOCK_ROWS = 1000
 TRAIN, VALIDATION, TEST = 0, 1, 2
 """Codes of the splits; positions in ``SPLITS``."""
 
 _STRIDE_ROWS = 256 * BLOCK_ROWS
-_STREAM = 0x73706C6974  # "split"; keeps these numbers apart from the sampler's
 
 
 class Rows(Protocol):
@@ -77,7 +77,7 @@ class Splitter:
         """Codes of whole blocks; only the last block of all may have fewer rows than others."""
         if first == stop:
             return np.empty(0, dtype=np.int8)
-        generator = np.random.Philox(key=np.array([self.seed, _STREAM], dtype=np.uint64))
+        generator = np.random.Philox(key=stream_key(self.seed, Stream.SPLITS))
         generator.advance(first * BLOCK_ROWS // 4)  # four numbers per count of the generator
         numbers = generator.random_raw((stop - first) * rows).reshape(stop - first, rows)
         ranked = np.sort(numbers, axis=1)

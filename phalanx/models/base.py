@@ -15,17 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.errors import InvalidArgument
+from phalanx.layouts import ITEM_BYTES
+from phalanx.streams import Stream, stream_generator
 from phalanx.v1.training_pb2 import Layout, TensorSpec
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 Array = NDArray[Any]
-
-DTYPES = ("float32", "float64")
-
-_STREAM = 2
-"""Keeps the numbers of initial parameters apart from those of other uses of the seed."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +151,8 @@ def make_layout(
 
     Raises InvalidArgument for a dtype, name or shape that cannot be.
     """
-    if dtype not in DTYPES:
-        raise InvalidArgument(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype not in ITEM_BYTES:
+        raise InvalidArgument(f"dtype {dtype!r} is not one of {', '.join(ITEM_BYTES)}")
     named = [*((name, shape) for name, shape, _ in tensors), *workspace]
     names = [name for name, _ in named]
     if not names or len(set(names)) != len(names) or not all(names):
@@ -243,6 +240,4 @@ def _mask(
 
 def keyed_normal(seed: int, tensor: int, count: int) -> NDArray[np.float64]:
     """Return standard normal numbers keyed by (seed, tensor index): the same on every machine."""
-    key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, _STREAM], dtype=np.uint64)
-    counter = np.array([0, 0, tensor, 0], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter)).standard_normal(count)
+    return stream_generator(seed, Stream.PARAMETERS, (0, tensor, 0)).standard_normal(count)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from google.protobuf.struct_pb2 import ListValue, Struct, Value
 from numpy.typing import NDArray
 
 from phalanx.errors import InvalidArgument
 from phalanx.models.base import Array, Batch, DataSchema, LeafSums, Model, tensor_size
 from phalanx.models.code import OneProcess, UserCode, load_entrypoint
+from phalanx.specs.canonical import struct_to_python
 from phalanx.v1.job_spec_pb2 import Custom
 from phalanx.v1.training_pb2 import Layout
 
@@ -48,24 +48,9 @@ def load_custom(custom: Custom, schema: DataSchema, code_dir: Path | None) -> Mo
     code = None if code_dir is None else UserCode(code_dir)
     with OneProcess():
         function = load_entrypoint(custom.entrypoint, code)
-        model = function(schema, **plain(custom.arguments))
+        model = function(schema, **struct_to_python(custom.arguments))
         _check_model(model, custom.entrypoint, schema)
         return CodeModel(cast("Model", model), code)
-
-
-def plain(value: Struct | ListValue | Value) -> Any:
-    """Return a protobuf ``Struct`` as plain Python, whole numbers as int."""
-    if isinstance(value, Struct):
-        return {name: plain(item) for name, item in value.fields.items()}
-    if isinstance(value, ListValue):
-        return [plain(item) for item in value.values]
-    kind = value.WhichOneof("kind")
-    if kind == "number_value":
-        number = value.number_value
-        return int(number) if number.is_integer() and abs(number) <= 2**53 else number
-    if kind in ("struct_value", "list_value"):
-        return plain(getattr(value, kind))
-    return None if kind == "null_value" else getattr(value, kind or "string_value")
 
 
 class CodeModel:

@@ -19,12 +19,11 @@ from phalanx.models.linear import WEIGHTS
 from phalanx.models.losses import Hinge
 from phalanx.specs import workspaces
 from phalanx.specs.catalog import CERTIFICATES
+from phalanx.streams import Stream, stream_generator
 from phalanx.v1.job_spec_pb2 import Cocoa
 
 DUALS, ROUNDS = "duals", "rounds"
 """Workspace: (rows,) α, and one element: the rounds that are over."""
-
-_STREAM = 0x636F636F61  # "cocoa"; keeps these numbers apart from those of other uses of the seed
 
 
 class DualSvm:
@@ -94,8 +93,6 @@ class DualSvm:
 
     def _orders(self, batch: Batch, rounds_over: int) -> Iterator[NDArray[np.int64]]:
         """The order of the rows in each pass, keyed by shard, round and pass."""
-        key = np.array([self._seed & 0xFFFF_FFFF_FFFF_FFFF, _STREAM], dtype=np.uint64)
         for number in range(self._passes):
-            counter = np.array([0, number, batch.shard, rounds_over], dtype=np.uint64)
-            generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
-            yield generator.permutation(batch.rows)
+            counter = (number, batch.shard, rounds_over)
+            yield stream_generator(self._seed, Stream.DUALS, counter).permutation(batch.rows)

@@ -34,9 +34,10 @@ from phalanx.models.base import (
     make_layout,
 )
 from phalanx.models.code import OneProcess, UserCode, load_entrypoint
-from phalanx.models.custom import CodeModel, plain
+from phalanx.models.custom import CodeModel
 from phalanx.models.torch_exact import Tensor, device_of, exact, import_torch, seed_of
 from phalanx.models.torch_losses import Loss, load_loss
+from phalanx.specs.canonical import struct_to_python
 from phalanx.training.metrics import CLASSIFICATION_SUMS, REGRESSION_SUMS
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import Layout
@@ -64,7 +65,7 @@ def load_torch(spec: JobSpec, schema: DataSchema, code_dir: Path | None) -> Mode
     code = None if code_dir is None else UserCode(code_dir)
     with OneProcess():
         function = load_entrypoint(torch_spec.module, code)
-        arguments = plain(torch_spec.arguments)
+        arguments = struct_to_python(torch_spec.arguments)
         loss = load_loss(torch_spec.loss, schema, code)
         model = TorchModel(
             lambda: function(schema, **arguments), torch_spec.module, loss, spec.resources.gpus

@@ -172,9 +172,15 @@ class Program(ABC):
     def worker_bytes(self, spec: JobSpec, dataset: Dataset) -> int:
         """Return about how much memory a task needs; as a rule the rows of the split, twice."""
         rows = dataset.rows.get(spec.data.split, 0)
-        return (
-            2 * 4 * rows * dataset.features if dataset.format != "csr" else 2 * dataset.size_bytes
-        )
+        if dataset.format == "csr":
+            return 2 * stored_bytes(dataset, rows)
+        return 2 * 4 * rows * dataset.features
+
+
+def stored_bytes(dataset: Dataset, rows: int) -> int:
+    """Return what so many rows take of what a data set takes, which of sparse ones nobody counts
+    row by row."""
+    return dataset.size_bytes * rows // max(1, sum(dataset.rows.values()))
 
 
 def _piece_document(piece: Piece) -> list[Any]:

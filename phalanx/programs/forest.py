@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from google.protobuf.struct_pb2 import Value
 
 from phalanx.errors import Violation
-from phalanx.programs.base import Graph, Program
+from phalanx.programs.base import Graph, Program, stored_bytes
 from phalanx.texts import number_of
 from phalanx.v1.dataset_service_pb2 import Dataset
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -57,10 +57,10 @@ class Layers:
         spec = JobSpec.FromString(plan.spec)
         rows = plan.train_rows // max(1, plan.shards) if spec.forest.per_shard else plan.train_rows
         trees = spec.forest.trees
-        each = min(ROWS_OF_A_TASK // max(1, rows), trees // TASKS_WANTED)
-        each = max(1, each, math.ceil(trees / TASKS_MAX))
+        group = min(ROWS_OF_A_TASK // max(1, rows), trees // TASKS_WANTED)
+        group = max(1, group, math.ceil(trees / TASKS_MAX))
         blocks = plan.shards if spec.forest.per_shard else min(plan.shards, BLOCKS_MAX)
-        return Layers(trees, math.ceil(trees / each), max(1, blocks))
+        return Layers(trees, math.ceil(trees / group), max(1, blocks))
 
     def trees_of(self, group: int) -> range:
         """Return the trees that a task grows."""
@@ -123,7 +123,7 @@ class Forest(Program):
             rows = -(-rows // max(1, spec.data.shards))
         dense = 4 * rows * dataset.features
         if dataset.format == "csr" and dense > GROWN_DENSE_BYTES:
-            return 3 * dataset.size_bytes * rows // max(1, sum(dataset.rows.values()))
+            return 3 * stored_bytes(dataset, rows)
         return 3 * dense
 
     def warnings(self, spec: JobSpec, dataset: Dataset) -> list[str]:

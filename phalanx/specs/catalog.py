@@ -29,7 +29,6 @@ TORCH_LOSSES = {
     **dict.fromkeys(TORCH_REGRESSION_LOSSES, REGRESSION),
 }
 """Of torch.nn.functional: those that give a loss for each row."""
-DTYPES = {"float32": 4, "float64": 8}
 CASTS = ("bfloat16", "float16")
 
 _METRICS = {CLASSIFICATION: ("loss", "accuracy"), REGRESSION: ("loss", "rmse", "mae", "r2")}

@@ -118,12 +118,6 @@ def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     elif optimizer not in OPTIMIZERS:
         message = "needs whole rows, and shards of data.columns see some columns of each; use sgd"
         yield Violation(f"train.optimizer.{optimizer}", message)
-    if train.HasField("privacy"):
-        message = (
-            "shortens the gradient of each row, of which a shard of data.columns has a part; "
-            "use rows"
-        )
-        yield Violation("train.privacy", message)
     yield from _number(data)
 
 

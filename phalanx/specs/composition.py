@@ -121,22 +121,20 @@ def _all_reduce(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         )
         yield Violation("train.synchronous.backup_shards", message)
     if parts.reduces_leaves(train):
-        kind = train.reduction.WhichOneof("kind")
-        rule = kind if kind not in (None, "weighted_mean") else "clip_norm"
         message = (
             "has to see the whole contribution of each shard, and with all_reduce each worker "
             f"sees one range of their sums; {instead}"
         )
-        yield Violation(f"train.reduction.{rule}", message)
-    encodings = (train.compression.WhichOneof("up"), train.compression.down_cast_to)
-    for encoding, field in zip(encodings, (encodings[0], "down_cast_to"), strict=True):
+        yield Violation(f"train.reduction.{parts.leaf_reducer(train)}", message)
+    up = train.compression.WhichOneof("up")
+    for encoding in (up, "down_cast_to" if train.compression.down_cast_to else None):
         if encoding:
             message = (
                 "is for lines to a parameter server: with all_reduce sums of several shards "
                 "travel, twice, and what encoding loses would be lost more than once; "
                 f"{instead}"
             )
-            yield Violation(f"train.compression.{field}", message)
+            yield Violation(f"train.compression.{encoding}", message)
     if parts.verifies(train):
         message = (
             "compares the contributions of several workers in the one place where all come in, and "
@@ -173,13 +171,11 @@ def _one_by_one(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         )
         yield Violation("reproducibility.bitwise", message)
     if parts.reduces_leaves(train):
-        kind = train.reduction.WhichOneof("kind")
-        field = kind if kind not in (None, "weighted_mean") else "clip_norm"
         message = (
             "compares the contributions of all shards, and here each is applied before the others "
             "are there; use optimizer.clip_norm against long gradients, or synchronous"
         )
-        yield Violation(f"train.reduction.{field}", message)
+        yield Violation(f"train.reduction.{parts.leaf_reducer(train)}", message)
 
 
 def _feedback(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:

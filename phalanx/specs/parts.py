@@ -37,10 +37,18 @@ def all_reduces(train: job_spec_pb2.Train) -> bool:
     return train.WhichOneof("topology") == "all_reduce"
 
 
+def leaf_reducer(train: job_spec_pb2.Train) -> str:
+    """Return the field of the reduction that has to see the contribution of each shard by itself;
+    empty where sums of several do."""
+    kind = train.reduction.WhichOneof("kind")
+    if kind is not None and kind != "weighted_mean":
+        return kind
+    return "clip_norm" if train.reduction.HasField("clip_norm") else ""
+
+
 def reduces_leaves(train: job_spec_pb2.Train) -> bool:
     """Whether the reducer has to see the contribution of each shard by itself."""
-    kind = train.reduction.WhichOneof("kind")
-    return train.reduction.HasField("clip_norm") or kind not in (None, "weighted_mean")
+    return leaf_reducer(train) != ""
 
 
 def backup_shards(train: job_spec_pb2.Train) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from phalanx.layouts import ITEM_BYTES
 from phalanx.privacy.settings import is_private
 from phalanx.specs import (
     catalog,
@@ -139,7 +140,7 @@ def worker_bytes(
     For user code, whose parameters are unknown before a worker has built the model, only the rows
     are counted.
     """
-    itemsize = catalog.DTYPES.get(spec.train.dtype, 4)
+    itemsize = ITEM_BYTES.get(spec.train.dtype, 4)
     elements = catalog.element_count(spec.train.model, dataset.features, len(dataset.classes))
     elements += workspaces.element_count(
         spec, dataset.features, len(dataset.classes), train_rows(spec, dataset)

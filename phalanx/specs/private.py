@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from phalanx.errors import Violation
 from phalanx.privacy.settings import accountant, is_private, steps_allowed
+from phalanx.specs import parts
 from phalanx.texts import number_of
 from phalanx.v1 import dataset_service_pb2, job_spec_pb2
 
@@ -20,7 +21,6 @@ _REQUIRED = {
     "delta": "the probability with which ε may fail, well below 1 / rows, as 1e-5",
 }
 _ONE_SUM = "the guarantee is that of one noisy sum of all shards in each step"
-_MODELS = ("k_means", "pca", "boosting")
 _OPTIMIZERS = ("cocoa", "closed_form", "pegasos")
 
 
@@ -129,7 +129,7 @@ def _sum(train: job_spec_pb2.Train) -> Iterator[Violation]:
 def _method(train: job_spec_pb2.Train) -> Iterator[Violation]:
     model, optimizer = train.model.WhichOneof("kind"), train.optimizer.WhichOneof("kind")
     why = "makes its steps of other sums than gradients of single rows, which nothing bounds"
-    if model in _MODELS:
+    if model in parts.UPDATED_MODELS:
         yield Violation(f"train.model.{model}", f"{why}; use another model, or leave privacy out")
     if optimizer in _OPTIMIZERS:
         instead = "use sgd, adagrad, adam or adamw"

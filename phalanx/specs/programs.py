@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from phalanx.errors import Violation
 from phalanx.programs import graph_of, program_of
+from phalanx.specs import task_sets
 from phalanx.specs.canonical import spec_sha256
 from phalanx.specs.fields import is_set
-from phalanx.texts import number_of, verb_for
 from phalanx.v1 import dataset_service_pb2, job_pb2, training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
 
@@ -56,15 +56,10 @@ def plan(
 ) -> job_pb2.Plan:
     """Return the Plan of a resolved program, for people."""
     program = program_of(spec)
-    count, warnings = job_plan(spec, dataset, "").total_steps, program.warnings(spec, dataset)
-    if eligible_workers > count:
-        warnings.append(
-            f"{number_of(count, 'task')} {verb_for(count, 'keeps', 'keep')} {count} of "
-            f"{number_of(eligible_workers, 'worker')} busy"
-        )
+    count = job_plan(spec, dataset, "").total_steps
     return job_pb2.Plan(
         steps=count,
         worker_bytes=program.worker_bytes(spec, dataset),
         eligible_workers=eligible_workers,
-        warnings=warnings,
+        warnings=[*program.warnings(spec, dataset), *task_sets.too_few(count, eligible_workers)],
     )

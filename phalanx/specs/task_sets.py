@@ -88,10 +88,14 @@ def job_plan(spec: JobSpec, job_id: str) -> training_pb2.JobPlan:
 
 def plan(spec: JobSpec, eligible_workers: int = 0) -> job_pb2.Plan:
     """Return the Plan of a resolved set of tasks, for people."""
-    count, warnings = len(spec.tasks.arguments), []
-    if eligible_workers > count:
-        warnings.append(
-            f"{number_of(count, 'task')} {verb_for(count, 'keeps', 'keep')} {count} of "
-            f"{number_of(eligible_workers, 'worker')} busy"
-        )
+    count = len(spec.tasks.arguments)
+    warnings = too_few(count, eligible_workers)
     return job_pb2.Plan(steps=count, eligible_workers=eligible_workers, warnings=warnings)
+
+
+def too_few(tasks: int, workers: int) -> list[str]:
+    """Return the warning that there are fewer tasks than workers; none where there are enough."""
+    if workers <= tasks:
+        return []
+    kept = f"{number_of(tasks, 'task')} {verb_for(tasks, 'keeps', 'keep')} {tasks}"
+    return [f"{kept} of {number_of(workers, 'worker')} busy"]

@@ -17,9 +17,6 @@ from phalanx.v1.training_pb2 import JobPlan
 _ALL_ROWS = ("k_means", "pca", "boosting", "closed_form", "cocoa")
 """Each step of these reads every row."""
 
-_WITHOUT_L2 = ("k_means", "pca", "boosting")
-_WITHOUT_TARGETS = ("k_means", "pca")
-
 K_MEANS_STEPS = 50
 
 BOOSTING = job_spec_pb2.Boosting(
@@ -126,7 +123,7 @@ def violations(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     if kind in _ALL_ROWS and train.batch_size:
         message = f"must be left out: each step of {kind} reads all rows"
         yield Violation("train.batch_size", message)
-    if kind in _WITHOUT_L2 and train.l2:
+    if kind in parts.UPDATED_MODELS and train.l2:
         yield Violation("train.l2", f"must be left out: {kind} has no weights to keep short")
     if kind == "k_means" and train.model.k_means.clusters < 2:
         message = f"must be at least 2, not {train.model.k_means.clusters}"
@@ -192,9 +189,7 @@ def _parts(spec: job_spec_pb2.JobSpec, kind: str) -> Iterator[Violation]:
     if parts.backup_shards(train):
         yield Violation("train.synchronous.backup_shards", f"{whole}; leave it out")
     if parts.reduces_leaves(train):
-        rule = train.reduction.WhichOneof("kind")
-        field = rule if rule not in (None, "weighted_mean") else "clip_norm"
-        yield Violation(f"train.reduction.{field}", f"{whole}; leave it out")
+        yield Violation(f"train.reduction.{parts.leaf_reducer(train)}", f"{whole}; leave it out")
     up = train.compression.WhichOneof("up")
     if up:
         yield Violation(f"train.compression.{up}", f"{whole}; leave it out")

@@ -16,7 +16,14 @@ from google.protobuf.descriptor import FieldDescriptor
 from phalanx.data.choice import RawColumns
 from phalanx.errors import InvalidArgument, Violation
 from phalanx.files import LENGTH_RULE, is_too_long
-from phalanx.ids import SHORT_NAME_RULE, is_short_name
+from phalanx.ids import (
+    SHORT_NAME_RULE,
+    is_blob_id,
+    is_name,
+    is_short_name,
+    reference_complaint,
+)
+from phalanx.layouts import ITEM_BYTES
 from phalanx.privacy.settings import is_private
 from phalanx.programs import program_of
 from phalanx.specs import (
@@ -42,14 +49,9 @@ from phalanx.v1 import dataset_service_pb2, job_spec_pb2
 
 CODE_LIMIT_BYTES = 256 * 1024
 SHARDS_LIMIT = 65_536
-_VERSION = re.compile(
-    r"([a-z0-9][a-z0-9._-]{0,127}/)?[a-z0-9][a-z0-9._-]{0,127}(@[1-9][0-9]{0,17})?", re.ASCII
-)
-_KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}", re.ASCII)
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?", re.ASCII)
 _ENTRYPOINT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 _CODE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,7}", re.ASCII)
-_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _METRIC = re.compile(r"(train|validation|test)/[A-Za-z0-9][A-Za-z0-9_.@-]{0,62}", re.ASCII)
 
 
@@ -223,14 +225,16 @@ def _names(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         yield Violation(
             "data.name", "is missing; name a data set, as `phalanx data list` shows them"
         )
-    elif not _VERSION.fullmatch(spec.data.name):
-        rule = "write NAME, NAME@VERSION or NAMESPACE/NAME@VERSION; see `phalanx data list`"
-        yield Violation("data.name", f"{spec.data.name[:160]!r} is not allowed; {rule}")
-    if spec.data.split and not _KEY.fullmatch(spec.data.split):
-        yield Violation("data.split", f"{spec.data.split[:60]!r} is no name of a split")
-    if spec.output.model and not _KEY.fullmatch(spec.output.model):
-        rule = "use a-z, 0-9 and . _ -, at most 128, the first a letter or digit"
-        yield Violation("output.model", f"{spec.output.model[:60]!r} is not allowed; {rule}")
+    elif complaint := reference_complaint(spec.data.name, "phalanx data list"):
+        yield Violation("data.name", complaint)
+    for path, name, what in (
+        ("data.split", spec.data.split, "a split"),
+        ("train.evaluation.split", spec.train.evaluation.split, "a split"),
+        ("output.model", spec.output.model, "a model"),
+    ):
+        if name and not is_name(name):
+            rule = "use a-z, 0-9 and . _ -, at most 128, the first a letter or digit"
+            yield Violation(path, f"{name[:60]!r} is no name of {what}; {rule}")
     for path, pairs in (
         ("labels", spec.labels),
         ("resources.worker_labels", spec.resources.worker_labels),
@@ -288,7 +292,7 @@ def _code(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         elif is_too_long(path):
             yield Violation(f'code.files["{path[:160]}"]', f"is too long; {LENGTH_RULE}")
     for index, digest in enumerate(spec.code.wheels):
-        if not _DIGEST.fullmatch(digest):
+        if not is_blob_id(digest):
             rule = "write the SHA-256 that `phalanx code add` printed"
             yield Violation(f"code.wheels[{index}]", f"{digest[:80]!r} is no digest; {rule}")
         elif digest in spec.code.wheels[:index]:
@@ -310,28 +314,29 @@ def _program(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
         if program == "sweep" and not found:
             yield from sweeps.violations(spec)
     elif program == "train":
-        yield from _model(spec.train.model)
-        yield from _optimizer(spec.train.optimizer, spec.train.stop, "train.optimizer")
-        if spec.train.HasField("local"):
-            yield from _optimizer(spec.train.local.outer, spec.train.stop, "train.local.outer")
-        yield from composition.violations(spec)
-        yield from updates.violations(spec)
-        yield from _stop(spec.train.stop)
-        yield from _best(spec.output)
-        if spec.train.dtype and spec.train.dtype not in catalog.DTYPES:
-            known = " or ".join(catalog.DTYPES)
-            yield Violation("train.dtype", f"{spec.train.dtype[:40]!r} is not known; use {known}")
-        if spec.train.evaluation.split and not _KEY.fullmatch(spec.train.evaluation.split):
-            yield Violation("train.evaluation.split", "is no name of a split")
-        if spec.train.start.WhichOneof("from") == "model":
-            model = spec.train.start.model
-            if not _VERSION.fullmatch(model):
-                rule = (
-                    "write NAME, NAME@VERSION or NAMESPACE/NAME@VERSION; see `phalanx models list`"
-                )
-                yield Violation("train.start.model", f"{model[:160]!r} is not allowed; {rule}")
-        if spec.train.start.WhichOneof("from") == "job":
-            yield from continuing.reference_violations(spec.train.start.job)
+        yield from _train(spec)
+
+
+def _train(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
+    train = spec.train
+    yield from _model(train.model)
+    yield from _optimizer(train.optimizer, train.stop, "train.optimizer")
+    if train.HasField("local"):
+        yield from _optimizer(train.local.outer, train.stop, "train.local.outer")
+    yield from composition.violations(spec)
+    yield from updates.violations(spec)
+    yield from _stop(train.stop)
+    yield from _best(spec.output)
+    if train.dtype and train.dtype not in ITEM_BYTES:
+        known = " or ".join(ITEM_BYTES)
+        yield Violation("train.dtype", f"{train.dtype[:40]!r} is not known; use {known}")
+    start = train.start.WhichOneof("from")
+    if start == "model":
+        complaint = reference_complaint(train.start.model, "phalanx models list")
+        if complaint:
+            yield Violation("train.start.model", complaint)
+    elif start == "job":
+        yield from continuing.reference_violations(train.start.job)
 
 
 def _entrypoint(entrypoint: str, path: str, example: str) -> Iterator[Violation]:

@@ -23,13 +23,11 @@ from numpy.typing import NDArray
 
 from phalanx.data.options import PIECE_ROWS
 from phalanx.errors import InvalidArgument
+from phalanx.streams import Stream, stream_generator
 from phalanx.training.chance import drawn_rows
 from phalanx.training.classes import ClassLayout, Part
 
 WINDOW_PIECES = 4
-
-_STREAM = 1
-"""Keeps the sampler's random numbers apart from those of other uses of the seed."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +229,4 @@ def _stored_parts(shard: ShardRows, most_rows: int) -> tuple[Part, ...]:
 
 
 def _generator(seed: int, shard: int, epoch: int, window: int) -> np.random.Generator:
-    key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, _STREAM], dtype=np.uint64)
-    counter = np.array([0, window, shard, epoch], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return stream_generator(seed, Stream.ROWS, (window, shard, epoch))

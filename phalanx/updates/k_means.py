@@ -10,11 +10,9 @@ import numpy as np
 
 from phalanx.models.base import TensorViews
 from phalanx.models.k_means import CANDIDATES, CENTERS, SIZES, is_beginning
+from phalanx.streams import Stream, stream_generator
 from phalanx.updates.base import Array, Update
 from phalanx.v1.training_pb2 import Layout
-
-_STREAM = 6
-"""Keeps the numbers that centers are drawn with apart from those of other uses of the seed."""
 
 
 class KMeansUpdate(Update):
@@ -42,8 +40,7 @@ class KMeansUpdate(Update):
     def _drawn(self, candidates: Array, clusters: int) -> Array:
         """Centers among the candidates: each with a chance as its squared distance to those before;
         where all are centers already, any."""
-        key = np.array([self._seed & 0xFFFF_FFFF_FFFF_FFFF, _STREAM], dtype=np.uint64)
-        chances = np.random.Generator(np.random.Philox(key=key)).random(clusters)
+        chances = stream_generator(self._seed, Stream.CENTERS).random(clusters)
         chosen = [int(chances[0] * len(candidates))]
         distances = ((candidates - candidates[chosen[0]]) ** 2).sum(axis=1)
         for chance in chances[1:]:

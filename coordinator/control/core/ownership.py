@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from coordinator.control.core.state import Aggregator, Core, JobRuntime
 from phalanx.frames import BLOCK_ELEMENTS, split_ranges
+from phalanx.layouts import size_bytes
 from phalanx.specs.parts import needs_one_range
 from phalanx.v1.control_journal_pb2 import ControlRecord, FingerprintChanged
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan, ParameterRange
 
-_ITEM_BYTES = {"float32": 4, "float64": 8}
 _NO_AGGREGATOR = ("WAITING_FOR_AGGREGATORS", "no aggregator is there to own its ranges")
 _NO_FINGERPRINT = (
     "WAITING_FOR_FINGERPRINT",
@@ -127,9 +127,8 @@ def _fall_back(core: Core, job: JobRuntime, plan: JobPlan, candidates: list[Aggr
 def _range_count(core: Core, plan: JobPlan, spec: JobSpec, aggregators: int) -> int:
     if needs_one_range(spec):
         return 1
-    elements = plan.layout.element_count
-    wanted = elements * _ITEM_BYTES[plan.layout.dtype] // core.config.range_min_bytes
-    blocks = -(-elements // BLOCK_ELEMENTS)
+    wanted = size_bytes(plan.layout) // core.config.range_min_bytes
+    blocks = -(-plan.layout.element_count // BLOCK_ELEMENTS)
     return max(1, min(wanted, aggregators, blocks))
 
 

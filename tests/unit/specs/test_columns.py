@@ -181,8 +181,8 @@ def test_as_many_shards_as_groups(make_dataset: MakeDataset) -> None:
         ("train.on_nonfinite={skip: {}}", "train.on_nonfinite.skip", "use fail"),
         (
             "train.privacy={clip_norm: 1, noise_multiplier: 1, delta: 1e-5}",
-            "train.privacy",
-            "use rows",
+            "data.columns",
+            "none of which knows its norm; use rows",
         ),
     ],
 )
