@@ -1,7 +1,8 @@
 """From sums over rows to metrics with names like ``test/accuracy``.
 
 Losses are means over examples and hold no L2 penalty: they measure the model, not its size.
-``train/loss`` of a step is that of its batch at the version from which the step started.
+``train/loss`` of a step is that of its batch at the version from which the step started; where the
+whole model comes of sums over all rows, it is that of the model (see ``phalanx.models.passes``).
 """
 
 from __future__ import annotations

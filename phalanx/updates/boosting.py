@@ -64,6 +64,8 @@ class BoostingUpdate(Update):
         return following
 
     def _begin(self, then: dict[str, Array], sums: dict[str, Array], rows: int) -> None:
+        """Place the bins, and find how many binary places sums have room for and, for classes,
+        the scores before the first tree: log odds, or logarithms of the shares of several."""
         for feature, (mean, scale) in enumerate(sums[SPREAD].T):
             edges = _edges(sums[GRID][feature], self._shape.bins)
             there = edges < NEVER
@@ -82,7 +84,11 @@ class BoostingUpdate(Update):
         then[CURSOR][SHIFT], then[CURSOR][STAGE] = places(rows), GROW
 
     def _split(self, then: dict[str, Array], sums: Array) -> None:
-        """Split the nodes of a level where that gains something, and go on to the next level."""
+        """Split the nodes of a level where that gains something, and go on to the next level.
+
+        ``sums`` begin with (measures, nodes of the level, features, bins). Of equal gains the first
+        feature and bin win, so that nothing depends on the order of anything.
+        """
         shape, boosting, cursor = self._shape, self._boosting, then[CURSOR]
         tree, level, shift = (int(cursor[each]) for each in (TREE, LEVEL, SHIFT))
         size, first = 2**level, 2**level - 1
@@ -112,7 +118,8 @@ class BoostingUpdate(Update):
         cursor[TREE], cursor[LEVEL] = (tree + 1, 0) if last else (tree, level + 1)
 
     def _value(self, sums: Array, shift: int) -> float:
-        """What a row's score gains at the end of a tree: Newton's step, shortened."""
+        """What a row's score gains at the end of a tree: Newton's step −G / (H + λ), shortened by
+        the learning rate; ``sums`` are the measures of the rows there."""
         slope = self._slope(sums, shift)
         if slope <= 0:
             return 0.0
@@ -125,6 +132,7 @@ class BoostingUpdate(Update):
         return score
 
     def _slope(self, sums: Array, shift: int) -> Array:
+        """H + λ: the second derivatives, as numbers again, and the penalty."""
         slope: Array = np.ldexp(sums[1], -slope_shift(shift, self._classes)) + self._boosting.l2
         return slope
 
