@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from phalanx.errors import InvalidArgument, Unimplemented, Violation
+from phalanx.layouts import ITEM_BYTES
 from phalanx.programs.base import RESULT_BYTES_MAX
 from phalanx.specs import catalog
 from phalanx.specs.canonical import canonical_json
@@ -112,7 +113,7 @@ def _job_violations(
 def _too_large(job: JobSpec, dataset: Dataset) -> Iterator[Violation]:
     """Yield that the model would not fit into the result of the task that trains the winner; how
     large forests and cascades become is known of trained ones only."""
-    model, itemsize = job.train.model, catalog.DTYPES.get(job.train.dtype, 4)
+    model, itemsize = job.train.model, ITEM_BYTES.get(job.train.dtype, 4)
     size = itemsize * catalog.element_count(model, dataset.features, len(dataset.classes))
     if size > RESULT_BYTES_MAX:
         yield Violation(

@@ -150,9 +150,9 @@ def _stopping(spec: JobSpec) -> Iterator[Violation]:
     elif tasks_of(spec) > TASKS_MAX:
         yield Violation(
             f"{where}.reduction",
-            f"makes {number_of(len(rounds_of(spec)), 'round')} from {first} to {last} steps with "
-            f"{tasks_of(spec)} tasks; at most {TASKS_MAX} are allowed: let it or min_steps be "
-            "larger, or try fewer configurations with random_trials",
+            f"makes {number_of(len(rounds_of(spec)), 'round')} from step {first} to step {last}, "
+            f"with {number_of(tasks_of(spec), 'task')}; at most {TASKS_MAX} are allowed: let it or "
+            "min_steps be larger, or try fewer configurations with random_trials",
         )
     for path in sorted(sweep.grid):
         if path == "train" or path.startswith("train.stop"):

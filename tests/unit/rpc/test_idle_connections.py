@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from phalanx.addresses import split_address
-from phalanx.rpc import server as rpc_server
+from phalanx.rpc import ports
 from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.server import Server
 from phalanx.testing.keys import KeyRing
@@ -34,7 +34,7 @@ WINDOW_UPDATE = frame(8, (1).to_bytes(4, "big"))
 @pytest.fixture
 async def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
     """A server with keys, at the port where anybody gets through the handshake."""
-    monkeypatch.setattr(rpc_server, "HANDSHAKE_TIMEOUT_MS", 100)
+    monkeypatch.setattr(ports, "HANDSHAKE_TIMEOUT_MS", 100)
     server = Server(
         listen="127.0.0.1:0",
         metrics_listen=None,

@@ -170,7 +170,7 @@ def with_train(**fields: Any) -> dict[str, Any]:
                 },
                 {},
                 f"sweep.{name}.reduction",
-                "rounds from 1 to 100000 steps with",
+                "rounds from step 1 to step 100000, with",
             )
             for name in ("asha", "halving")
         ),
