@@ -34,8 +34,8 @@ as fast, and the trees are the same."""
 TASKS_WANTED, TASKS_MAX = 32, 1000
 """Not so many trees to a task that workers go without one; not more tasks than a model's pieces."""
 
-FEATURES_MAX = 2**22
-"""Their importances are 32 MiB, about half of what the result of a task may have."""
+FEATURES_MAX = 2**26
+"""Their importances are 512 MiB, about half of what the result of a task may have."""
 
 CRITERIA = {
     "classification": ("gini", "entropy", "log_loss"),

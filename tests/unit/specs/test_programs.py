@@ -104,7 +104,7 @@ def test_a_forest_takes_as_many_features_as_the_result_of_a_task_has_room_for() 
     wide.features = FEATURES_MAX
     prepare(spec_of({"trees": 5}), wide)
     wide.features += 1
-    with pytest.raises(InvalidArgument, match=r"data.features: 4,194,305 features.*choose fewer"):
+    with pytest.raises(InvalidArgument, match=r"data.features: 67,108,865 features.*choose fewer"):
         prepare(spec_of({"trees": 5}), wide)
 
 
