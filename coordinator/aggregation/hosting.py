@@ -252,6 +252,9 @@ class HostedJob:
                     self._ending = asyncio.create_task(self._end(effect.go))
                 case Failed():
                     self._failed(effect)
+        if self._final is None and any(isinstance(effect, Caught) for effect in effects):
+            # Only now: the step that was made with it would be told to be as old as the last one.
+            self._report()
         if effects:
             self.copying.turn()
 
@@ -290,7 +293,7 @@ class HostedJob:
         self._tell("NON_FINITE_REFUSED", text, shards=names)
 
     def _caught(self, effect: Caught) -> None:
-        """Tell control at once who computes something else than others."""
+        """Note who computes something else than others; control is told at once."""
         self.gauges.outvoted()
         node = effect.node
         outvoted = coordination.OutvotedWorker(
@@ -313,8 +316,6 @@ class HostedJob:
             sha256=effect.digest,
             majority_sha256=effect.majority,
         )
-        if self._final is None:
-            self._report()
 
     def _verifiers_missing(self) -> coordination.VerifiersMissing | None:
         missing = self.ranges.verifiers_missing(self.elapsed_s)

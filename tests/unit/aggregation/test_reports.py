@@ -8,18 +8,20 @@ from types import SimpleNamespace
 import pytest
 
 from coordinator.aggregation import hosting
-from coordinator.aggregation.core.effects import Committed, Refused
+from coordinator.aggregation.core.effects import Caught, Committed, Refused
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.aggregation.gauges import JobGauges
 from coordinator.aggregation.hosting import HostedJob
 from phalanx import last_commit
 from phalanx.errors import Unavailable
 from phalanx.optimizers import build_optimizer
+from phalanx.reduction import Node
 from phalanx.telemetry.metrics import AggregatorMetrics, new_registry
 from phalanx.testing.ranges import make_plan, parameter_ranges
 from phalanx.training.decisions import RootDecider
 from phalanx.v1.aggregation_service_pb2 import ExchangeHello
 from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.training_pb2 import GoRecord
 
 
 @pytest.fixture
@@ -87,6 +89,24 @@ async def test_who_sends_what_is_not_finite_is_told_once(job, sent):
     assert [event.type for event in events] == ["NON_FINITE_REFUSED"] * 2
     assert [event.details["shards"] for event in events] == ["3, 7", "7"]
     assert "left out of step 1" in events[0].message
+
+
+async def test_who_is_outvoted_is_told_with_the_age_of_the_step_that_it_was_told_in(
+    job, sent, monkeypatch
+):
+    now_s = 100.0
+    clock = SimpleNamespace(monotonic=lambda: now_s, time=time.time)
+    monkeypatch.setattr(hosting, "time", clock)
+    monkeypatch.setattr(last_commit, "time", clock)
+    commit(job, 1)
+    now_s = 105.0
+    train = GoRecord.ACTION_TRAIN
+    caught = Caught("a", "incarnation", 1, train, Node(0, 1), "0" * 64, "1" * 64, ("b", "c"))
+    sent.clear()
+    job.perform([caught, Committed(2, 8, 8)])
+    told = [message.job_report for message in sent if message.job_report.outvoted_workers]
+    assert [report.since_commit_s for report in told] == [0.0]
+    assert [each.worker_id for each in told[0].outvoted_workers] == ["a"]
 
 
 async def test_a_checkpoint_that_waits_is_told_to_each_leader_until_it_is_written(
