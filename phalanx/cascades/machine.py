@@ -16,12 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.errors import FailedPrecondition
+from phalanx.programs.cascade import KERNEL_MEGABYTES
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-
-CACHE_MEGABYTES = 200
-"""libsvm keeps so much of the kernel."""
 
 _BLOCK_ROWS = 512
 
@@ -43,7 +41,7 @@ def solve(features: Any, targets: Ints, c: float, gamma: float) -> Machine | Non
 
     if len(targets) == 0 or (targets == targets[0]).all():
         return None
-    machine = SVC(C=c, gamma=gamma, cache_size=CACHE_MEGABYTES)
+    machine = SVC(C=c, gamma=gamma, cache_size=KERNEL_MEGABYTES)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         try:

@@ -38,7 +38,6 @@ _MARGINS = ("label", "scores")
 _OPERATORS = {"": 18, "ai.onnx.ml": 3}
 """The versions of ONNX's operators: old enough for every runtime in use."""
 
-
 _OTHERWISE = {"cascade": "its machines have kernels in float32, and no votes"}
 """Kinds that scikit-learn has a class for, and ONNX no equal operator."""
 

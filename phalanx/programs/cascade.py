@@ -27,6 +27,9 @@ ROWS_OF_A_SHARD = 5_000
 SHARDS_BY_DEFAULT, PASSES, GAP = 64, 10, 1e-6
 PASSES_MAX = 1000
 
+KERNEL_MEGABYTES = 200
+"""libsvm keeps so much of the kernel."""
+
 SHARD, MERGE, VECTORS, MODEL = "shard", "merge", "vectors", "model"
 
 
@@ -144,4 +147,4 @@ class Cascade(Program):
         """See `Program`: the rows of a task, dense, and the part of the kernel that is kept."""
         rows = dataset.rows.get(spec.data.split, 0)
         share = min(rows, 4 * rows // max(1, spec.data.shards))
-        return 2 * 8 * share * dataset.features + 200 * 1024 * 1024
+        return 2 * 8 * share * dataset.features + KERNEL_MEGABYTES * 2**20

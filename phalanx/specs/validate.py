@@ -42,6 +42,7 @@ from phalanx.specs import (
 )
 from phalanx.specs import columns as column_groups
 from phalanx.specs.fields import walk
+from phalanx.specs.scalars import DURATION_LIMIT_S
 from phalanx.tasks import is_program, is_task_set
 from phalanx.texts import number_of
 from phalanx.training.best import better
@@ -151,7 +152,6 @@ _LOWEST_DURATION: dict[str, tuple[float, str]] = {
     "train.checkpoints.every": (1e-9, "must be longer than nothing"),
     "tasks.timeout": (1e-9, "must be longer than nothing"),
 }
-_LONGEST_DURATION_S = 315_576_000_000
 
 
 def validate(spec: job_spec_pb2.JobSpec) -> list[Violation]:
@@ -261,7 +261,7 @@ def _numbers(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
             seconds = value.seconds + value.nanos * 1e-9
             lowest, message = _LOWEST_DURATION[plain]
             mixed = value.seconds * value.nanos < 0 or abs(value.nanos) >= 10**9
-            if mixed or abs(value.seconds) > _LONGEST_DURATION_S:
+            if mixed or abs(value.seconds) > DURATION_LIMIT_S:
                 yield Violation(path, "is not a valid duration")
             elif seconds < lowest:
                 yield Violation(path, f"{message}, and is {seconds:g}s")
