@@ -54,6 +54,11 @@ class CallingLeaf(Leaf):
             self._calls.fails(*self._running, self._worker)
         super().hung()
 
+    def end_orphaned(self) -> None:
+        if self._running is not None and not self._dead and self._process.alive:
+            self._calls.ends_with_server(*self._running, self._worker)
+        super().end_orphaned()
+
     def _obey(self, kind: Kind, body: bytes, fds: tuple[int, ...]) -> None:
         if kind is Kind.SETUP or kind is Kind.DESCRIBE:
             document, plan_bytes = ipc.unpack_json(body)

@@ -101,6 +101,8 @@ class Outcome:
     """Terms of sets of tasks that began with results of a term before."""
     results_read: int = 0
     """Results that tasks of programs were told to read."""
+    passed_over: int = 0
+    """Tasks of programs that nobody had to run."""
     results_gone: int = 0
     """Results of tasks that were garbage before they stood in the journal, and were made again."""
     trace: str = ""

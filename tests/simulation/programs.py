@@ -3,7 +3,8 @@
 The graph is that of a shipped program, a cascade: many layers, and tasks that need one result of
 the layer before, two or all. What its tasks compute is made up here, a digest of all that they
 read, so that one input more or less, or in another order, gives another result. How each goes wrong
-stands in the labels of the job.
+stands in the labels of the job. In some the passes after one of them are passed over: no real
+cascade does that, but sweeps do.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.programs import ModelParts, Outcome, Piece, graph_of
+from phalanx.programs import Graph, ModelParts, Outcome, Piece
+from phalanx.programs.cascade import MERGE, SHARD, Cascade, Layers, Step
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.task_service_pb2 import StoredValue
 from phalanx.v1.training_pb2 import JobPlan, Layout, TensorSpec
@@ -38,6 +40,7 @@ POISON = ("raises", "crashes", "stillborn")
 FILE = "top.bin"
 METRIC = "test/checked"
 _HEAD_BYTES, _NUMBERS = 32, 5
+_ENDS_AFTER = "ends-after"
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,15 @@ class ProgramSet:
     longer: float = 1.0
     """How much longer than a leaf a task takes."""
     failures_max: int | None = 0
+    ends_after: int = 0
+    """The pass after which others are passed over; 0: none is."""
 
     @property
     def calls(self) -> tuple[int, ...]:
         """All of its tasks."""
-        return tuple(range(len(needs_of(self.shards, self.passes))))
+        spec = JobSpec()
+        write(self, "", spec)
+        return tuple(range(graph_of_spec(spec).count))
 
     @property
     def poison(self) -> frozenset[int]:
@@ -70,6 +77,8 @@ def draw_program(chance: random.Random) -> ProgramSet:
         passes=chance.choice([1, 2, 3]),
         longer=chance.choice([0.5, 2.0, 4.0]),
     )
+    if drawn.shards > 1 and chance.random() < 0.4:
+        drawn = replace(drawn, ends_after=chance.randint(1, drawn.passes))
     hows = {chance.choice(drawn.calls): how for how in HARMLESS if chance.random() < 0.4}
     if chance.random() < 0.25:
         hows[chance.choice(drawn.calls)] = chance.choice(POISON)
@@ -94,44 +103,75 @@ def write(each: ProgramSet, dataset: str, spec: JobSpec) -> None:
     cascade = spec.cascade
     cascade.c, cascade.gamma, cascade.passes = 1.0, 0.5, each.passes
     spec.labels.update({f"task-{task}": how for task, how in each.hows})
-    spec.labels["longer"] = str(each.longer)
+    spec.labels.update({"longer": str(each.longer), _ENDS_AFTER: str(each.ends_after)})
+
+
+def graph(program: Cascade, plan: JobPlan) -> Graph:
+    """Stands in for the graph of a cascade: the same, and what may be passed over."""
+    return graph_of_spec(JobSpec.FromString(plan.spec))
+
+
+def graph_of_spec(spec: JobSpec) -> Graph:
+    """Which task gets the results of which; of a resolved spec."""
+    ends = int(spec.labels[_ENDS_AFTER])
+    return _graph(spec.data.shards, spec.cascade.passes, ends)
 
 
 @functools.lru_cache(maxsize=64)
-def needs_of(shards: int, passes: int) -> tuple[tuple[int, ...], ...]:
-    """By task: those whose results it gets."""
+def _graph(shards: int, passes: int, ends_after: int) -> Graph:
+    steps = _steps(shards, passes)
+    tops = [task for task, step in enumerate(steps) if step.top]
+    passing = [task for task, step in enumerate(steps) if step.kind in (SHARD, MERGE)]
+    first = tops[ends_after - 1] + 1 if ends_after else len(steps)
+    return Graph(
+        tuple(step.needs for step in steps), frozenset(task for task in passing if task >= first)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _steps(shards: int, passes: int) -> tuple[Step, ...]:
     spec = JobSpec()
     spec.cascade.passes = passes
-    return graph_of(JobPlan(spec=spec.SerializeToString(), shards=shards)).needs
+    return Layers.of(JobPlan(spec=spec.SerializeToString(), shards=shards)).steps
 
 
-def needs_of_spec(spec: JobSpec) -> tuple[tuple[int, ...], ...]:
-    """The same of a resolved spec."""
-    return needs_of(spec.data.shards, spec.cascade.passes)
+def _ends(spec: JobSpec, task: int) -> bool:
+    """Whether a task is the last one before all that is passed over: then its result is empty."""
+    tops = [number for number, step in enumerate(_steps_of(spec)) if step.top]
+    return tops.index(task) + 1 == int(spec.labels[_ENDS_AFTER]) if task in tops else False
+
+
+def _steps_of(spec: JobSpec) -> tuple[Step, ...]:
+    return _steps(spec.data.shards, spec.cascade.passes)
 
 
 def arguments_of(spec: JobSpec) -> list[Mapping[str, Any]]:
     """What a set of tasks would have for the arguments of each: how it goes, and how long."""
     return [
         {"how": spec.labels.get(f"task-{task}", ""), "longer": float(spec.labels["longer"])}
-        for task in range(len(needs_of_spec(spec)))
+        for task in range(graph_of_spec(spec).count)
     ]
 
 
 def value_of(spec: JobSpec, task: int, inputs: Sequence[bytes]) -> bytes:
     """What a task returns that has read these results."""
-    needs = needs_of_spec(spec)
+    needs = graph_of_spec(spec).needs
+    if len(inputs) != len(needs[task]):
+        return b"nobody was to be told to read this"
     if task == len(needs) - 1:
-        return _outcome(spec, needs[task], inputs)
+        return _outcome(inputs)
+    if _ends(spec, task):
+        return b""
     whole = hashlib.sha256(f"{spec.name} {task}".encode())
     for each in inputs:
         whole.update(hashlib.sha256(each).digest())
     head = whole.digest()
     numbers = np.sin(np.arange(_NUMBERS + task % 3) + int.from_bytes(head[:4], "little") * 1e-6)
-    return head + numbers.astype("<f8").tobytes()
+    content: bytes = numbers.astype("<f8").tobytes()
+    return head + content
 
 
-def _outcome(spec: JobSpec, needs: Sequence[int], inputs: Sequence[bytes]) -> bytes:
+def _outcome(inputs: Sequence[bytes]) -> bytes:
     """The last task's: a number, a file, and a model of pieces of what others have left."""
     stored = [StoredValue(digest=_digest(each), size_bytes=len(each)) for each in inputs]
     pieces = [Piece(each.digest, _HEAD_BYTES, each.size_bytes - _HEAD_BYTES) for each in stored[1:]]
@@ -145,9 +185,11 @@ def _outcome(spec: JobSpec, needs: Sequence[int], inputs: Sequence[bytes]) -> by
 
 def values_of(spec: JobSpec) -> list[bytes]:
     """The results of all tasks, one after another, in one process."""
-    values: list[bytes] = []
-    for task, needs in enumerate(needs_of_spec(spec)):
-        values.append(value_of(spec, task, [values[each] for each in needs]))
+    made, values = graph_of_spec(spec), list[bytes]()
+    for task, needs in enumerate(made.needs):
+        inputs = [values[each] for each in needs]
+        over = task in made.passing and not inputs[-1]
+        values.append(inputs[0] if over else value_of(spec, task, inputs))
     return values
 
 
@@ -155,7 +197,7 @@ def wrong_with(spec: JobSpec, result: Any) -> str:
     """What is wrong with what a program has left; nothing: it is as it should be."""
     values = values_of(spec)
     outcome = Outcome.from_json(values[-1])
-    inputs = [values[each] for each in needs_of_spec(spec)[-1]]
+    inputs = [values[each] for each in graph_of_spec(spec).needs[-1]]
     model = b"".join(each[_HEAD_BYTES:] for each in inputs[1:])
     files = [(each.name, each.digest, each.size_bytes) for each in result.files]
     found = result.parameters_sha256, files, result.metrics[METRIC]

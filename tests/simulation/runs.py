@@ -446,6 +446,7 @@ class Run:
         outcome.tasks, outcome.tasks_given_up = user.results, user.given_up
         outcome.calls = self.cluster.machines.calls.begun
         outcome.tasks_copied, outcome.tasks_taken_over = tasking.copied, tasking.taken_over
+        outcome.passed_over = user.passed
         outcome.results_read, outcome.results_gone = tasking.read, tasking.gone
         outcome.reasons += user.reasons
         outcome.faults["job_paused"] += user.pauses

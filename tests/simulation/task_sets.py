@@ -163,6 +163,7 @@ class Calls:
         """Jobs whose calls fail no more."""
         self.unloadable: set[str] = set()
         """Workers that cannot load the function of any job."""
+        self._orphaned: set[tuple[str, int, str]] = set()
         self._once: set[tuple[str, int]] = set()
 
     def how(self, job_id: str, task: int, arguments: Mapping[str, Any]) -> str:
@@ -174,6 +175,12 @@ class Calls:
             self._once.add((job_id, task))
             return "raises" if how == "once" else "crashes"
         return ""
+
+    def ends_with_server(self, job_id: str, task: int, worker: str) -> None:
+        """A call ends with whoever starts leaf processes: the second time it is blamed for that."""
+        if (job_id, task, worker) in self._orphaned:
+            self.fails(job_id, task, worker)
+        self._orphaned.add((job_id, task, worker))
 
     def fails(self, job_id: str, task: int, worker: str) -> None:
         """A call fails in its own process, or that process over it."""

@@ -28,6 +28,8 @@ from coordinator.aggregation.core.dispatch.events import (
 )
 from coordinator.aggregation.tasks import HostedTasks
 from coordinator.control.core.facts import Facts
+from phalanx.programs import Graph
+from phalanx.programs.cascade import Cascade
 from phalanx.tasks import (
     OUTCOME,
     attempts_max,
@@ -50,6 +52,7 @@ from tests.simulation.task_sets import Calls, values_of
 from worker.core.calls import TaskSetCore
 
 _LEASED = int(State.LEASED)
+_EMPTY = StoredValue(digest=hashlib.sha256().hexdigest())
 _PIN = "SELECT 1 FROM blob_references WHERE kind = 'pin' AND owner = ? AND digest = ?"
 
 
@@ -74,8 +77,31 @@ class Journalled:
 
     def __post_init__(self) -> None:
         self.values = values_of(self.spec)
-        self.needs = programs.needs_of_spec(self.spec) if is_program(self.spec) else ()
+        self.graph = programs.graph_of_spec(self.spec) if is_program(self.spec) else Graph(())
+        self.needs = self.graph.needs
         """By task of a program: those whose results it gets."""
+        self.passed: dict[int, StoredValue] = {}
+        """Tasks that nobody runs, as others have left nothing: what counts as their results."""
+
+    @property
+    def done(self) -> int:
+        """Tasks that have a result, by the journal or since they are passed over."""
+        return len(self.results) + len(self.passed)
+
+    def stored(self, task: int) -> StoredValue | None:
+        """The result of a task of a program; None: it has none yet."""
+        result = self.results.get(task)
+        if result is not None and result.HasField("stored"):
+            return result.stored
+        return self.passed.get(task)
+
+    def pass_over(self) -> None:
+        """Note which tasks are passed over by now."""
+        for task in sorted(self.graph.passing - self.passed.keys()):
+            found = [self.stored(each) for each in self.needs[task]]
+            first = found[0]
+            if first is not None and None not in found and found[-1] == _EMPTY:
+                self.passed[task] = first
 
     @property
     def given_up(self) -> int:
@@ -154,7 +180,8 @@ class Tasking:
             self._take_try(known, tried)
         for each in record.results:
             self._take_result(known, each, connection)
-        known.most = max(known.most, len(known.results))
+        known.pass_over()
+        known.most = max(known.most, known.done)
 
     def _take_try(self, known: Journalled, tried: FailedTry) -> None:
         """A try that failed: one that was, and only once."""
@@ -222,8 +249,8 @@ class Tasking:
         total, told = len(known.values), json.loads(request.root_state)
         done = total - known.given_up
         self._demand(
-            len(known.results) == total == request.step,
-            f"{request.job_id} ends with {len(known.results)} of {total} tasks",
+            known.done == total == request.step,
+            f"{request.job_id} ends with {known.done} of {total} tasks",
         )
         self._demand(
             (told["done"], told["metrics"]["tasks/given_up"]) == (done, known.given_up),
@@ -274,8 +301,8 @@ class Tasking:
                     self._sends(owner, effect)
                 case Finished():
                     self._demand(
-                        len(known.results) == len(known.values),
-                        f"{known.job_id} is finished with {len(known.results)} results",
+                        known.done == len(known.values),
+                        f"{known.job_id} is finished with {known.done} results",
                     )
                 case Failed():
                     most = failures_max(known.spec)
@@ -320,11 +347,9 @@ class Tasking:
         self, known: Journalled, what: str, task: int, inputs: tuple[StoredValue, ...]
     ) -> None:
         """A task of a program is handed out once all that it reads is stored, with what that is."""
-        for needed in known.needs[task]:
-            result = known.results.get(needed)
-            there = result is not None and result.HasField("stored")
-            self._demand(there, f"{what}, before task {needed} has a result")
-        expected = [known.results[needed].stored for needed in known.needs[task]]
+        self._demand(task not in known.passed, f"{what}, which is passed over")
+        expected = [known.stored(needed) for needed in known.needs[task]]
+        self._demand(None not in expected, f"{what}, before all that it reads has a result")
         self._demand(list(inputs) == expected, f"{what}, which is to read {inputs}")
         self.read += len(expected)
 
@@ -346,6 +371,9 @@ class Tasking:
         """What an owner counts stands in the journal."""
         states, known = owner.dispatcher._state, owner.tasks
         for task in [each for each in owner.open if states[each] in ENDED]:
+            if task in known.passed and states[task] == State.DONE:
+                owner.open.remove(task)
+                continue
             result, given_up = known.results.get(task), states[task] == State.GIVEN_UP
             as_it_is = result is not None and result.HasField("failure") == given_up
             what = f"{known.job_id}: task {task} counts as {State(states[task]).name}"
@@ -392,6 +420,7 @@ class Tasking:
                 self._acted(owner, event, effects)
             return effects
 
+        replace(Cascade, "graph", programs.graph)
         replace(HostedTasks, "__init__", making)
         replace(Dispatcher, "handle", handling)
         self._install_storage(environment)
