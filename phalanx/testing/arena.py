@@ -26,6 +26,9 @@ SETTLED_S = 0.3
 GUARD_S = 90.0
 """Deadline of every wait; reached only when something is broken."""
 
+POLLS_S = (0.01, 0.05)
+"""Pauses of a wait: the first one, and the longest."""
+
 SOFTMAX_MODEL = '''
 """A softmax regression."""
 
@@ -79,9 +82,11 @@ def may_pass():
 
 def wait():
     mark = GATE / f"entered-{os.getpid()}"
+    pause_s = 0.002
     while (GATE / "hold").exists() and not may_pass():
         mark.touch()  # again in each turn: who holds anew deletes all marks
-        time.sleep(0.002)
+        time.sleep(pause_s)
+        pause_s = min(0.01, 1.1 * pause_s)
     mark.unlink(missing_ok=True)
 
 
@@ -180,8 +185,12 @@ def held_job(after_steps: int = 0, steps: int = 60, **train: Any) -> dict[str, A
 
 
 def wait_until(condition: Callable[[], Any], what: str) -> Any:
-    """Poll until the condition is true; its value."""
+    """Poll until the condition is true; its value.
+
+    What takes long is looked at less often: looking costs time that the cluster needs.
+    """
     deadline = time.monotonic() + GUARD_S
+    pause_s = POLLS_S[0]
     while True:
         # A service that has just been killed is not there for a moment.
         with contextlib.suppress(Unavailable):
@@ -189,7 +198,8 @@ def wait_until(condition: Callable[[], Any], what: str) -> Any:
                 return value
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {GUARD_S:g} s for {what}")
-        time.sleep(0.01)
+        time.sleep(pause_s)
+        pause_s = min(POLLS_S[1], 1.2 * pause_s)
 
 
 def send(pid: int, number: int) -> None:
@@ -398,15 +408,14 @@ class Arena:
 
     def in_a_leaf(self) -> set[str]:
         """Ids of the workers that the gate holds in the middle of a leaf now."""
-        entered = self.gate.entered()
-        found = set()
-        for member in self.cluster.processes():
-            if member.role == "worker" and member.pid:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    children = psutil.Process(member.pid).children(recursive=True)
-                    if entered & {child.pid for child in children}:
-                        found.add(member.id)
-        return found
+        above: set[int] = set()
+        for leaf in self.gate.entered():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                above |= {each.pid for each in psutil.Process(leaf).parents()}
+        if not above:
+            return set()
+        members = self.cluster.processes()
+        return {each.id for each in members if each.role == "worker" and each.pid in above}
 
     def caught_in_a_leaf(self, job: Job) -> list[str]:
         """Hold the gate; ids of the workers that are in the middle of a leaf, at least one."""
