@@ -548,7 +548,7 @@ def simulate(
         if seed >= ALL_FROM_SEED:
             settings = last.drawn(settings, random.Random(f"last {seed}"))
             settings = task_sets.drawn(settings, random.Random(f"sets of tasks {seed}"))
-            settings = programs.drawn(settings, random.Random(f"programs {seed}"))
+            settings = programs.drawn(settings, random.Random(f"graphs of tasks {seed}"))
             settings = best.drawn(settings, random.Random(f"keep best {seed}"))
     if settings.neighbour:
         settings = replace(settings, namespace_jobs_max=JOBS_MAX)

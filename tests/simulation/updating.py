@@ -36,7 +36,7 @@ from tests.simulation.parts import PARTS, UPDATING
 Array = NDArray[Any]
 Views = dict[str, Array]
 
-SHARE = 0.06
+SHARE = 0.12
 """Part of the swarm's runs whose jobs nothing else is asked of, in which they are such."""
 VERIFIED_WORKERS = 3
 STRUCK_SHARE = 0.5
