@@ -216,7 +216,6 @@ KNOWN = {
     "what a task reads comes in the order in which it was done": Known(0, *_PROGRAMS),
     "whoever takes over does not know what was stored before": Known(0, *_PROGRAMS),
     "nothing is passed over": Known(2, *_PROGRAMS),
-    "what follows a task that is passed over waits for it": Known(2, *_PROGRAMS),
     "a task that runs again reads nothing": Known(0, *ORPHANED_TASKS),
     "what tasks read is numbered anew where a message is cut": Known(1, *CUT_MESSAGES),
     "effects do not wait for their records": Known(0),

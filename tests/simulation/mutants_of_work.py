@@ -51,10 +51,6 @@ MUTANTS_OF_WORK = (
         "if task not in self.passing or values[self.needs[task][-1]].size_bytes:", "if True:",
     ),
     one(
-        "what follows a task that is passed over waits for it", 0, f"{_NEEDS}.done",
-        "known.append((user, empty))", "pass",
-    ),
-    one(
         "a task that runs again reads nothing", 0, "worker.core.calls:TaskSetCore._submit",
         "self._inputs.get(attempt, ())", "self._inputs.pop(attempt, ())",
     ),

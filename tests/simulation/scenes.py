@@ -224,8 +224,6 @@ SCENES = {
     # Results of tasks are read by others, whoever is killed once storage has them.
     Known(0, *program_struck("aggregator")): "tasks_taken_over",
     Known(1, *program_struck("storage")): "results_read",
-    Known(2, *program_struck("worker")): "results_read",
-    Known(3, *program_struck("control")): "results_read",
     Known(0, *DEAF): "deaf",
     Known(0, *UNHEARD): "silent",
     # Garbage is collected all the time, and somebody tries what the contract forbids.
