@@ -23,7 +23,7 @@ from phalanx.data.model_files import (
 )
 from phalanx.errors import DataLoss
 from phalanx.layouts import model_layout, size_bytes
-from phalanx.programs import Outcome, Piece
+from phalanx.programs import OUTCOME_BYTES_MAX, Outcome, Piece
 from phalanx.specs import spec_sha256
 from phalanx.tasks import OUTCOME
 from phalanx.training.best import Kept, kept_in
@@ -33,6 +33,9 @@ from phalanx.v1.job_pb2 import Result
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import Layout
 from phalanx.wheels import wheel_path
+
+RESULT_RECORD_BYTES_MAX = 3 * 1024 * 1024
+"""Control writes a result into one record of its journal, and tells it in one message."""
 
 LIBRARIES = ("numpy", "phalanx", "scipy")
 
@@ -84,12 +87,16 @@ class ModelWriter:
         Raises PhalanxError; may be called again.
         """
         root = _root_state(final.root_state)
-        stored = await self._store.get_blob(str(root.get(OUTCOME, "")))
+        digest = str(root.get(OUTCOME, ""))
+        stored = await self._store.get_blob(digest, bytes_max=OUTCOME_BYTES_MAX)
         outcome = await asyncio.to_thread(Outcome.from_json, stored)
         metrics = {**_metrics(root), **outcome.metrics}
         result = Result(steps=final.step, metrics=metrics, bit_identical=bit_identical)
         for name, file in sorted(outcome.files.items()):
             result.files.add(name=name, digest=file.digest, size_bytes=file.size_bytes)
+        if result.ByteSize() > RESULT_RECORD_BYTES_MAX:
+            text = f"the result of the job takes {result.ByteSize()} bytes in a record, too many"
+            raise DataLoss(text, reason="OUTCOME_UNREADABLE")
         if outcome.model is not None:
             pieces = [_blob_piece(each) for each in outcome.model.pieces]
             made = _Made(final.step, None, metrics, bit_identical)

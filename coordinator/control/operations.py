@@ -6,6 +6,7 @@ expects; a job does not fail of it.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 from collections.abc import Awaitable, Callable
@@ -20,13 +21,17 @@ from coordinator.control.task_results import release_values
 from phalanx.errors import (
     Aborted,
     FailedPrecondition,
+    Internal,
     NotFound,
     PhalanxError,
 )
 from phalanx.given import KEY_BYTES
 from phalanx.tasks import is_program, is_task_set, journal_stream
+from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.job_pb2 import Result
+
+_log = get_logger(__name__)
 
 Operation = fx.RaiseTerm | fx.ReadRow | fx.WriteModel
 
@@ -131,5 +136,12 @@ class Operations:
             return ev.ModelWritten(effect.job_id, effect.operation, result, stop_reason(final))
         writer = self._writer
         write = writer.write_outcome if is_program(facts.spec) else writer.write
-        result = await write(facts, final, bit_identical=effect.bit_identical)
+        try:
+            result = await write(facts, final, bit_identical=effect.bit_identical)
+        except (PhalanxError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            # It would end every leader in turn, as each writes the model again.
+            _log.exception("model_not_written", job_id=effect.job_id)
+            raise Internal(f"the model cannot be written: {type(error).__name__}") from error
         return ev.ModelWritten(effect.job_id, effect.operation, result, stop_reason(final))

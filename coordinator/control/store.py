@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
-from phalanx.errors import Aborted, DeadlineExceeded, PhalanxError, Unavailable
+from phalanx.errors import Aborted, DataLoss, DeadlineExceeded, PhalanxError, Unavailable
 from phalanx.keys.caller import Service
 from phalanx.rpc.channel import ATTEMPTS, call_with_retry, open_channel
 from phalanx.rpc.credentials import ClientKeys
@@ -160,14 +160,28 @@ class Store:
             raise from_rpc_error(error) from error
         return answer.digest, answer.size_bytes
 
-    async def get_blob(self, digest: str, offset: int = 0, length: int = 0) -> bytes:
-        """Return a small blob or, with a length, a small part of one."""
+    async def get_blob(
+        self, digest: str, offset: int = 0, length: int = 0, *, bytes_max: int | None = None
+    ) -> bytes:
+        """Return a small blob or, with a length, a small part of one.
+
+        Raises DataLoss where there are more than `bytes_max`; None: whoever wrote it is trusted.
+        """
         request = pb.GetBlobRequest(digest=digest, offset=offset, length=length)
+        chunks: list[bytes] = []
+        received = 0
         try:
             call = self.storage.GetBlob(request, timeout=CALL_TIMEOUT_S * 4)
-            return b"".join([response.chunk async for response in call])
+            async for response in call:
+                received += len(response.chunk)
+                if bytes_max is not None and received > bytes_max:
+                    call.cancel()
+                    text = f"blob {digest} has more than the {bytes_max} bytes that are read of it"
+                    raise DataLoss(text, reason="BLOB_TOO_LARGE")
+                chunks.append(response.chunk)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
+        return b"".join(chunks)
 
     async def _read(
         self, stream: str, from_sequence: int, max_records: int

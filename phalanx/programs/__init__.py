@@ -37,6 +37,7 @@ in the order of their numbers, and the same bytes come out.
 from __future__ import annotations
 
 from phalanx.programs.base import (
+    OUTCOME_BYTES_MAX,
     RESULT_BYTES_MAX,
     Graph,
     ModelParts,
@@ -53,6 +54,7 @@ from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan
 
 __all__ = [
+    "OUTCOME_BYTES_MAX",
     "RESULT_BYTES_MAX",
     "Graph",
     "ModelParts",

@@ -20,6 +20,11 @@ from phalanx.v1.training_pb2 import JobPlan, Layout
 RESULT_BYTES_MAX = 1000 * 1024 * 1024
 """A leaf process hands a result to its worker in one message, which both hold in memory."""
 
+OUTCOME_BYTES_MAX = 4 * 1024 * 1024
+"""Control reads it into memory, and writes what it tells into one record of its journal."""
+
+DIMENSIONS_MAX = 8
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -119,27 +124,45 @@ class Outcome:
 
     @staticmethod
     def from_json(data: bytes) -> Outcome:
-        """Read what `to_json` wrote. Raises DataLoss for anything else."""
+        """Read what `to_json` wrote. Raises DataLoss for anything else: a process wrote it in which
+        code of users may run."""
+        if len(data) > OUTCOME_BYTES_MAX:
+            text = f"the outcome of the job has {len(data)} bytes, more than {OUTCOME_BYTES_MAX}"
+            raise DataLoss(text, reason="OUTCOME_UNREADABLE")
         try:
             document = json.loads(data)
             model = None
             if "model" in document:
                 layout = ParseDict(document["model"]["layout"], Layout())
+                if any(len(tensor.shape) > DIMENSIONS_MAX for tensor in layout.tensors):
+                    raise ValueError(f"a tensor has more than {DIMENSIONS_MAX} dimensions")
                 pieces = tuple(_piece_from(each) for each in document["model"]["pieces"])
                 spec = None
                 if "spec" in document["model"]:
                     spec = ParseDict(document["model"]["spec"], JobSpec())
                 model = ModelParts(layout, pieces, spec)
             return Outcome(
-                metrics={str(name): float(each) for name, each in document["metrics"].items()},
+                metrics={_name(name): float(each) for name, each in document["metrics"].items()},
                 model=model,
                 files={
-                    str(name): StoredValue(digest=digest, size_bytes=size)
+                    _name(name): StoredValue(digest=digest, size_bytes=_place(size))
                     for name, (digest, size) in document["files"].items()
                 },
             )
-        except (ValueError, KeyError, TypeError, AttributeError, ParseError) as error:
-            raise DataLoss(f"the outcome of the job cannot be read: {error!r}") from error
+        except _UNREADABLE as error:
+            text = f"the outcome of the job cannot be read: {error!r:.200}"
+            raise DataLoss(text, reason="OUTCOME_UNREADABLE") from error
+
+
+_UNREADABLE = (
+    ArithmeticError,  # a number that no float or integer has room for
+    AttributeError,
+    KeyError,
+    ParseError,
+    RecursionError,  # lists within lists within lists
+    TypeError,
+    ValueError,
+)
 
 
 class Program(ABC):
@@ -193,4 +216,18 @@ def _piece_from(document: list[Any]) -> Piece:
     if len(document) == 1:
         return Piece(inline=base64.b64decode(document[0], validate=True))
     digest, offset, length = document
-    return Piece(digest=str(digest), offset=int(offset), length=int(length))
+    return Piece(digest=_name(digest), offset=_place(offset), length=_place(length))
+
+
+def _name(text: Any) -> str:
+    """Return what a message has room for. Raises ValueError for half of a pair of surrogates."""
+    name = str(text)
+    name.encode()
+    return name
+
+
+def _place(number: Any) -> int:
+    place = int(number)
+    if not 0 <= place < 2**63:
+        raise ValueError(f"no place in a file: {place}")
+    return place
