@@ -20,6 +20,8 @@ HELD_MAX = 10_000
 RECENT_MAX = 5_000
 KEPT_MAX = 100_000
 BATCH_MAX = 500
+BATCH_BYTES = 1024 * 1024
+"""And one event more: storage takes no longer message than another."""
 
 _log = get_logger(__name__)
 
@@ -92,11 +94,15 @@ class EventLog:
             await self._truncate()
 
     async def _write_batch(self) -> None:
-        batch = [self._held.popleft() for _ in range(min(BATCH_MAX, len(self._held)))]
-        payloads = []
-        for offset, event in enumerate(batch):
-            event.sequence = self._next + offset + 1
+        batch: list[Event] = []
+        payloads: list[bytes] = []
+        size = 0
+        while self._held and len(batch) < BATCH_MAX and size < BATCH_BYTES:
+            event = self._held.popleft()
+            event.sequence = self._next + len(batch) + 1
+            batch.append(event)
             payloads.append(event.SerializeToString())
+            size += len(payloads[-1])
         self._next = await self._store.append_exactly(STREAM, self._next, payloads)
         self._recent.extend(batch)
         for wake in self._readers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from coordinator.control.core import hosting, incidents
+from coordinator.control.core import hosting, incidents, told
 from coordinator.control.core.effects import WriteModel
 from coordinator.control.core.lifecycle import CANCELLED, ENDED, EVENT_OF, FAILED, Verb, next_state
 from coordinator.control.core.state import Core, Ending, JobRuntime, OperationKind
@@ -28,7 +28,8 @@ def fail(
     """Decide that a job has failed; a wish that came earlier stands."""
     if job.ending is None and not job.stopped:
         next_state(job.job_id, core.facts_of(job).state, Verb.FAIL)
-        job.ending = Ending(FAILED, reason, message, tuple(failures))
+        kept = tuple(told.failure(each) for each in failures)
+        job.ending = Ending(FAILED, reason, told.text(message), kept)
 
 
 def carry_out(core: Core, job: JobRuntime, ending: Ending) -> None:

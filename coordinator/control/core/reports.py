@@ -128,7 +128,7 @@ def member_event(core: Core, member: Aggregator | Worker, message: pb.MemberEven
     core.emit(
         message.type,
         message.message,
-        job_id=message.job_id,
+        job_id=message.job_id[:200],
         worker_id=worker_id,
         incident_id=incident_id,
         details={**message.details, **known, "member": member.id},

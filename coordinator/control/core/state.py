@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from google.protobuf.message import Message
 
+from coordinator.control.core import told
 from coordinator.control.core.clock import NANOS, Instant
 from coordinator.control.core.effects import (
     Answer,
@@ -476,12 +477,12 @@ class Core:
     ) -> None:
         """Write an event; further fields are those of Event, `details` a mapping of texts."""
         event = job_pb2.Event(
-            type=type_, message=message, job_id=job_id, generation=self.generation
+            type=type_, message=told.text(message), job_id=job_id, generation=self.generation
         )
         event.time.FromNanoseconds(self.now.unix_nanos)
         details = fields.pop("details", {})
         assert isinstance(details, dict)
-        event.details.update({key: str(value) for key, value in details.items()})
+        event.details.update(told.details(details))
         for name, value in fields.items():
             setattr(event, name, value)
         self._effects.append(Emit(event, after))

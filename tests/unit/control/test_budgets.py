@@ -190,3 +190,30 @@ def test_a_retried_job_falls_back_to_other_bits_while_it_queues(cluster: Any) ->
     cluster.advance(7.0)
     assert cluster.state() == "RUNNING"
     assert "BIT_IDENTITY_LOST" in cluster.types()
+
+
+def test_however_much_workers_say_of_a_failure_a_record_has_room_for_it(running: Any) -> None:
+    """Each leader in turn would end at a record that storage does not take."""
+    said = "é" * 1_500_000
+    for _ in range(2):
+        worker = host_of(running, 3)
+        failed = pb.LeafFailed(
+            job_id="job-1", term=1, step=7, shard=3, message=f"Error: {said}", traceback=said
+        )
+        failed.kind = pb.LeafFailed.KIND_RAISED
+        running.say(running.sessions[worker], leaf_failed=failed)
+    job = running.job()
+    assert (running.state(), job.reason) == ("FAILED", "POISON_SHARD")
+    assert job.failures[0].traceback.startswith("éé")
+    assert running.core.facts.jobs["job-1"].kept.ByteSize() < 1024 * 1024
+    assert sum(event.ByteSize() for event in running.events) < 1024 * 1024
+
+
+def test_an_event_of_a_member_is_as_long_as_there_is_room_for(running: Any) -> None:
+    long = "x" * 3_000_000
+    details = {f"{number}{long[:10_000]}": long[:100_000] for number in range(100)}
+    told = pb.MemberEvent(type="SPECULATION_STARTED", job_id="job-1", message=long, details=details)
+    running.say(running.sessions["a1"], member_event=told)
+    event = running.events[-1]
+    assert event.type == "SPECULATION_STARTED"
+    assert event.ByteSize() < 512 * 1024

@@ -68,7 +68,7 @@ class Calls:
         self.given = 0
         self.cancelled = False
 
-    def GetBlob(self, request: Any, **limits: Any) -> Any:  # noqa: N802 - a method of gRPC
+    def GetBlob(self, request: Any, **limits: Any) -> Any:
         calls = self
 
         class Call:

@@ -17,6 +17,7 @@ from coordinator.control.journal import JournalWriter, replay
 from coordinator.control.paging import Page
 from coordinator.control.store import Store
 from phalanx.errors import Aborted, InvalidArgument, Unavailable
+from phalanx.rpc.channel import MESSAGE_LIMIT_BYTES
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.control_journal_pb2 import ControlRecord, JobSubmitted, TermStarted
 from phalanx.v1.coordination_service_pb2 import JobLogLine, JobLogLines, MetricPoints
@@ -89,6 +90,24 @@ async def test_events_get_their_sequence_when_they_are_durable() -> None:
     running.cancel()
     other = EventLog(store, next_sequence=3)
     assert await sequences(other, 0) == [1, 2, 3], "another process reads the same"
+
+
+async def test_long_events_come_in_messages_that_storage_takes() -> None:
+    class Bounded(MemoryStore):
+        async def append_exactly(
+            self, stream: str, expected: int, payloads: Sequence[bytes], owners: Sequence[Any] = ()
+        ) -> int:
+            assert sum(map(len, payloads)) < MESSAGE_LIMIT_BYTES // 2
+            return await super().append_exactly(stream, expected, payloads)
+
+    store: Any = Bounded()
+    log = EventLog(store, next_sequence=0)
+    for _ in range(40):
+        log.append(Event(type="E", message="x" * 200_000))
+    running = asyncio.create_task(log.run())
+    assert await log.flushed(5)
+    running.cancel()
+    assert await sequences(log, 0) == list(range(1, 41))
 
 
 async def test_old_events_are_dropped_and_counted_while_storage_is_away(
