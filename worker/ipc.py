@@ -177,10 +177,10 @@ def pack_call(task: int, index: int, seconds: float, value_json: bytes) -> bytes
     return _CALL.pack(task, index, seconds) + value_json
 
 
-def unpack_call(body: bytes) -> tuple[int, int, float, bytes]:
-    """What `pack_call` packed."""
+def unpack_call(body: bytes) -> tuple[int, int, float, memoryview]:
+    """What `pack_call` packed; the value is not copied."""
     task, index, seconds = _CALL.unpack_from(body)
-    return task, index, seconds, body[_CALL.size :]
+    return task, index, seconds, memoryview(body)[_CALL.size :]
 
 
 def pack_ended(task: int) -> bytes:
@@ -230,7 +230,9 @@ class Assembler:
                 raise ValueError(f"a message of {size} bytes")
             if len(self._buffer) < end:
                 break
-            body = bytes(self._buffer[at + _HEAD.size : end])
+            # A slice of the buffer would be one copy more, which for a result is hundreds of MiB.
+            with memoryview(self._buffer) as view, view[at + _HEAD.size : end] as part:
+                body = bytes(part)
             # A read may bring descriptors together with messages that were sent before them.
             fds = (self._fds.pop(0),) if kind == Kind.SETUP and self._fds else ()
             messages.append(Message(Kind(kind), body, fds))

@@ -41,7 +41,7 @@ class Transfers:
         client = await self._place.client()
         await insist(partial(client.get_blob_to, digest, path), _PATIENCE)
 
-    async def store(self, content: bytes) -> str:
+    async def store(self, content: memoryview) -> str:
         """Keep a blob; return its digest. Raises PhalanxError for what does not pass by itself."""
         client = await self._place.client()
         return await insist(partial(client.put_blob, content), _PATIENCE)

@@ -481,7 +481,7 @@ class Session:
         self._spans.ended(task, part, sum(done.seconds), job.core.plan)
         self._settle(job.core.part_done(task, part, done.count, done.loss, done.mask, done.sums))
 
-    def call_done(self, task: Task, index: int, seconds: float, value_json: bytes) -> None:
+    def call_done(self, task: Task, index: int, seconds: float, value_json: memoryview) -> None:
         """A call of a set of tasks returned."""
         self._call_done.observe(seconds)
         self._attempts.ended(calls=True)
@@ -561,7 +561,7 @@ class Session:
                 _log.exception("periodic_task_failed")
 
 
-async def _no_store(_: bytes) -> str:
+async def _no_store(_: memoryview) -> str:
     raise Internal("this worker has no storage to keep large values in")
 
 

@@ -48,7 +48,7 @@ class SlotEvents(Protocol):
     def part_done(self, task: Task, done: ipc.PartDone) -> None:
         """A part is in its buffer."""
 
-    def call_done(self, task: Task, index: int, seconds: float, value_json: bytes) -> None:
+    def call_done(self, task: Task, index: int, seconds: float, value_json: memoryview) -> None:
         """A call of a set of tasks returned."""
 
     def part_failed(self, task: Task, index: int, failure: LeafFailure) -> None:

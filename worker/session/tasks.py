@@ -23,7 +23,7 @@ from worker.session.setup import PreparedJob
 from worker.session.streams import STREAM_TIMEOUT_S, both_ways, end_of, keep_open
 
 BEAT_S = 0.5
-Store = Callable[[bytes], Awaitable[str]]
+Store = Callable[[memoryview], Awaitable[str]]
 
 
 class HostedTasks:
@@ -87,12 +87,12 @@ class HostedTasks:
         if self._ending:
             await asyncio.wait(self._ending)
 
-    def call_done(self, task: Task, index: int, seconds: float, value_json: bytes) -> None:
+    def call_done(self, task: Task, index: int, seconds: float, value_json: memoryview) -> None:
         """A call returned; what is large is stored first."""
         self.progress.add(1, (seconds,))
         number, attempt = self.core.call_done(task, index, seconds)
         if len(value_json) <= INLINE_BYTES and not self._stores_all:
-            text = value_json.decode()
+            text = str(value_json, "utf-8")
             effects = self.core.report(number, attempt, seconds=seconds, value_json=text)
             self._perform(effects)
         else:
@@ -100,7 +100,7 @@ class HostedTasks:
 
     # Inside
 
-    async def _store_value(self, number: int, attempt: int, seconds: float, value: bytes) -> None:
+    async def _store_value(self, number: int, attempt: int, seconds: float, value: memoryview) -> None:
         digest = await self._store(value)
         stored = pb.StoredValue(digest=digest, size_bytes=len(value))
         self._perform(self.core.report(number, attempt, seconds=seconds, stored=stored))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -69,6 +70,24 @@ def test_messages_are_cut_right_wherever_reads_end(cuts: list[int]) -> None:
     ]
     assert [message.kind for message in messages] == [Kind.PART_DONE, Kind.READY, Kind.TASK_ENDED]
     assert ipc.unpack_ended(messages[2].body) == 77
+
+
+def test_a_large_result_is_copied_once() -> None:
+    """Results have up to 1,000 MiB, and while one is copied the session process does nothing."""
+    size = 16 * 1024 * 1024
+    stream = ipc.frame(Kind.CALL_DONE, ipc.pack_call(7, 2, 0.5, bytes(size)))
+    assembler = Assembler()
+    assert not assembler.feed(stream[:-1])
+    tracemalloc.start()
+    try:
+        (message,) = assembler.feed(stream[-1:])
+        task, index, seconds, value = ipc.unpack_call(message.body)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (task, index, seconds, len(value)) == (7, 2, 0.5, size)
+    # The buffer may move as it grows, and that is all beside the copy.
+    assert peak < 2.5 * size
 
 
 def test_a_descriptor_belongs_to_its_setup_message() -> None:
