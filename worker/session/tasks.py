@@ -100,7 +100,9 @@ class HostedTasks:
 
     # Inside
 
-    async def _store_value(self, number: int, attempt: int, seconds: float, value: memoryview) -> None:
+    async def _store_value(
+        self, number: int, attempt: int, seconds: float, value: memoryview
+    ) -> None:
         digest = await self._store(value)
         stored = pb.StoredValue(digest=digest, size_bytes=len(value))
         self._perform(self.core.report(number, attempt, seconds=seconds, stored=stored))
