@@ -144,6 +144,15 @@ async def _call(channel, path, method=None, **fields):
         call.cancel()
 
 
+async def _arrive(channel, path, method=None, **fields):
+    try:
+        await _call(channel, path, method, **fields)
+    except grpc.aio.AioRpcError as error:
+        # The handler ended while the rest of the stream was being written.
+        if from_rpc_error(error).reason != "CALL_ENDED":
+            raise
+
+
 async def _refusal(channel, path, method=None, **fields):
     while True:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -296,12 +305,7 @@ async def test_each_kind_of_caller_reaches_what_is_its_own_and_nothing_else(ring
             if not person:
                 fields = NODE_FIELDS.get(method.name, fields)
             if allowed:
-                try:
-                    await _call(channel, path, method, **fields)
-                except grpc.aio.AioRpcError as error:
-                    # The handler ended while the rest of the stream was being written.
-                    if from_rpc_error(error).reason != "CALL_ENDED":
-                        raise
+                await _arrive(channel, path, method, **fields)
                 assert len(arrivals.calls) == 1, path
             else:
                 refused = await _refusal(channel, path, method, **fields)
@@ -400,7 +404,7 @@ async def test_a_token_that_stays_ends_no_stream_and_nodes_have_none(ring, arriv
         async with open_channel(
             server.address, keys=ring.client("worker"), service=CONTROL
         ) as channel:
-            await _call(channel, path, method)
+            await _arrive(channel, path, method)
         assert len(looked) == count
 
 
