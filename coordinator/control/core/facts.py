@@ -74,6 +74,11 @@ class JobFacts:
         return self.state == RUNNING and self.kept.changed.reason == RESUMING
 
     @property
+    def waits_to_resume(self) -> bool:
+        """Whether the job was resumed after a pause when no more jobs might run."""
+        return self.state == QUEUED and self.kept.changed.reason == RESUMING
+
+    @property
     def seal_key(self) -> bytes:
         """With it is sealed what workers are given in the term; empty: nobody asks for it."""
         return self.kept.term_started.seal_key

@@ -22,6 +22,7 @@ class Verb(StrEnum):
     REQUEST_PAUSE = "pause"
     PAUSE = "be paused"
     RESUME = "resume"
+    QUEUE_AGAIN = "wait to be resumed"
     SUCCEED = "succeed"
     FAIL = "fail"
     CANCEL = "cancel"
@@ -42,6 +43,8 @@ NEXT: dict[tuple[Job.State.ValueType, Verb], Job.State.ValueType] = {
     (RUNNING, Verb.FAIL): FAILED,
     (RUNNING, Verb.CANCEL): CANCELLED,
     (PAUSED, Verb.RESUME): RUNNING,
+    # As many run as may: it takes its turn, as others do.
+    (PAUSED, Verb.QUEUE_AGAIN): QUEUED,
     (PAUSED, Verb.FAIL): FAILED,
     (PAUSED, Verb.CANCEL): CANCELLED,
     (FAILED, Verb.RETRY): QUEUED,

@@ -106,10 +106,11 @@ def why_it_waits(quotas: Quotas, namespace: str, running: int) -> str:
     )
 
 
-def check_running(quotas: Quotas, namespace: str, running: int) -> None:
-    """Raise ResourceExhausted where no more jobs of a namespace may run, and one cannot wait."""
-    limit = quotas.of(namespace).running_jobs_max
-    _Quota("running_jobs", "jobs running at once", limit).check(namespace, running, 1)
+def check_queued(quotas: Quotas, facts: Facts, namespace: str) -> None:
+    """Raise ResourceExhausted where no more jobs of a namespace may wait."""
+    queued = sum(job.state == QUEUED for job in _unended(facts, namespace))
+    limit = quotas.of(namespace).queued_jobs_max
+    _Quota("queued_jobs", "queued jobs", limit).check(namespace, queued, 1)
 
 
 def _either(own: int | None, of_all: int) -> int:

@@ -224,23 +224,21 @@ def _dispatch(core: Core, job: JobRuntime) -> None:
 
 def _has_to_wait(core: Core, job: JobRuntime) -> bool:
     """Whether as many jobs run as may, of all or of the job's namespace; sets the reason if so."""
+    reason, text = why_to_wait(core, core.facts_of(job).spec.namespace)
+    if reason:
+        core.set_reason(job, reason, text)
+    return bool(reason)
+
+
+def why_to_wait(core: Core, namespace: str) -> tuple[str, str]:
+    """Return the reason, and its text, why no job of a namespace may begin; empty: one may."""
     going = [*core.running(), *_beginning(core)]
     if len(going) >= core.config.running_jobs_max:
         are = verb_for(len(going), "is", "are")
-        text = f"{number_of(len(going), 'job')} {are} running"
-        core.set_reason(job, "QUEUED_BEHIND_OTHERS", text)
-        return True
-    namespace = core.facts_of(job).spec.namespace
-    why = quotas.why_it_waits(core.config.quotas, namespace, running_in(core, namespace))
-    if why:
-        core.set_reason(job, "QUEUED_BY_QUOTA", why)
-    return bool(why)
-
-
-def running_in(core: Core, namespace: str) -> int:
-    """Return how many jobs of a namespace run, or are about to."""
-    going = [*core.running(), *_beginning(core)]
-    return sum(core.facts_of(job).spec.namespace == namespace for job in going)
+        return "QUEUED_BEHIND_OTHERS", f"{number_of(len(going), 'job')} {are} running"
+    of_it = sum(core.facts_of(job).spec.namespace == namespace for job in going)
+    why = quotas.why_it_waits(core.config.quotas, namespace, of_it)
+    return ("QUEUED_BY_QUOTA", why) if why else ("", "")
 
 
 def _beginning(core: Core) -> list[JobRuntime]:
@@ -282,7 +280,7 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
         seal_key=event.seal_key,
     )
     before, old_term, first = job.step, facts.term, facts.state == QUEUED
-    resumed = facts.resuming
+    resumed = facts.resuming or facts.waits_to_resume
     former = {each.aggregator_id for each in facts.ranges}
     if first and not facts.kept.start_unix_nanos:
         core.observe("job_queue_seconds", core.now.monotonic_s - job.waits_since_s)

@@ -165,7 +165,8 @@ def pause(core: Core, event: PauseJob) -> None:
 def resume(core: Core, event: ResumeJob) -> None:
     """Let a paused job run again, from the checkpoint that the pause took.
 
-    It goes on at once, so it is refused where it would be one more than may run.
+    Where as many run as may it waits in the queue, like any other: who only asked again and again
+    would find that each place went to a job that waits.
     """
     facts, job = _find(core, event.job_id)
     if facts.state == RUNNING and facts.kept.changed.pause_requested:
@@ -177,7 +178,10 @@ def resume(core: Core, event: ResumeJob) -> None:
         text = f"job {event.job_id} is ending and cannot be resumed"
         raise FailedPrecondition(text, reason="WRONG_STATE")
     namespace = facts.spec.namespace
-    quotas.check_running(core.config.quotas, namespace, terms.running_in(core, namespace))
+    if terms.why_to_wait(core, namespace)[0]:
+        quotas.check_queued(core.config.quotas, core.facts, namespace)
+        state = next_state(event.job_id, facts.state, Verb.QUEUE_AGAIN)
+        job.waits_since_s = core.now.monotonic_s
     changed = JobChanged(job_id=event.job_id, state=state, reason=RESUMING)
     _carry_over(facts, changed)
     event.request.subject = event.job_id
@@ -186,6 +190,8 @@ def resume(core: Core, event: ResumeJob) -> None:
     core.answer(
         event.token, ResumeJobResponse(job=job_view(facts, job, core.generation)), job.after
     )
+    if facts.waits_to_resume:
+        core.emit("JOB_QUEUED", "resumed by a user", job_id=job.job_id, after=job.after)
     core.publish(job.job_id, job.after)
     terms.advance(core, job)
 

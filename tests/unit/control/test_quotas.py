@@ -161,20 +161,62 @@ def test_a_job_that_is_paused_lets_the_next_one_run(crowded: Any) -> None:
     assert crowded.state("job-2") == "RUNNING"
 
 
-def test_a_job_cannot_be_resumed_beyond_what_may_run(crowded: Any) -> None:
-    """Otherwise all jobs of a namespace ran at once that had ever been paused."""
-    crowded.call(ev.PauseJob, "job-1")
-    crowded.report("job-1", 7, outcome=pb.JobReport.OUTCOME_PAUSED, checkpoint_step=7)
-    assert crowded.state("job-2") == "RUNNING"
-    refused = crowded.answers[crowded.call(ev.ResumeJob, "job-1")]
+def paused(cluster: Any) -> None:
+    """Pause the first job: the second runs in its place."""
+    cluster.call(ev.PauseJob, "job-1")
+    cluster.report("job-1", 7, outcome=pb.JobReport.OUTCOME_PAUSED, checkpoint_step=7)
+    assert cluster.state("job-2") == "RUNNING"
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"quotas": Quotas(running_jobs_max=1)}, "QUEUED_BY_QUOTA"),
+        ({"running_jobs_max": 1}, "QUEUED_BEHIND_OTHERS"),
+    ],
+)
+def test_a_job_that_is_resumed_waits_for_its_turn(
+    make_cluster: Any, limits: Any, reason: str
+) -> None:
+    """If it did not wait, all would run at once that had ever been paused; if it were refused,
+    each place would go to a job that waits, and never to this one."""
+    cluster = make_cluster(CoreConfig(**limits))
+    cluster.aggregator("a1")
+    cluster.worker("w1")
+    for job_id in ("job-1", "job-2"):
+        cluster.submit(job_id, edit=in_namespace("red"))
+    paused(cluster)
+    assert cluster.answers[cluster.call(ev.ResumeJob, "job-1")].job.state == Job.STATE_QUEUED
+    assert (cluster.state("job-1"), cluster.job("job-1").reason) == ("QUEUED", reason)
+    cluster.advance(1.0)
+    cluster.submit("job-3", edit=in_namespace("red"))
+    cluster.call(ev.CancelJob, "job-2")
+    assert [cluster.state(f"job-{each}") for each in (1, 3)] == ["RUNNING", "QUEUED"]
+    assert "JOB_RESUMED" in cluster.types()
+    assert cluster.core.facts.jobs["job-1"].kept.changed.progress.step == 7
+
+
+def test_a_job_that_waits_to_be_resumed_counts_as_queued(make_cluster: Any) -> None:
+    quotas = Quotas(running_jobs_max=1, queued_jobs_max=1)
+    cluster = make_cluster(CoreConfig(quotas=quotas))
+    cluster.aggregator("a1")
+    cluster.worker("w1")
+    for job_id in ("job-1", "job-2"):
+        cluster.submit(job_id, edit=in_namespace("red"))
+    paused(cluster)
+    cluster.submit("job-3", edit=in_namespace("red"))
+    refused = cluster.answers[cluster.call(ev.ResumeJob, "job-1")]
     assert isinstance(refused, ResourceExhausted)
-    assert refused.reason == "QUOTA_EXCEEDED"
-    details = {"namespace": "red", "quota": "running_jobs", "limit": "1", "used": "1"}
-    assert refused.details == details
-    assert crowded.state("job-1") == "PAUSED"
-    crowded.call(ev.CancelJob, "job-2")
+    assert refused.details["quota"] == "queued_jobs"
+    assert cluster.state("job-1") == "PAUSED"
+
+
+def test_a_job_that_waits_to_be_resumed_can_be_cancelled(crowded: Any) -> None:
+    paused(crowded)
     crowded.call(ev.ResumeJob, "job-1")
-    assert crowded.state("job-1") == "RUNNING"
+    crowded.call(ev.CancelJob, "job-1")
+    assert crowded.state("job-1") == "CANCELLED"
+    assert crowded.state("job-2") == "RUNNING"
 
 
 def test_a_quota_that_is_raised_holds_at_once(crowded: Any) -> None:
