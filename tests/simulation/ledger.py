@@ -15,7 +15,7 @@ from typing import Any
 from coordinator.aggregation.checkpoints import parse_part
 from coordinator.aggregation.core.machine import JobRanges
 from coordinator.control import event_log, journal
-from coordinator.control.core.facts import RESUMING, Facts
+from coordinator.control.core.facts import Facts
 from coordinator.control.core.lifecycle import CANCELLED, QUEUED, RUNNING, SUCCEEDED
 from coordinator.control.event_log import EventLog
 from coordinator.control.journal import STREAM, JournalWriter
@@ -57,7 +57,6 @@ class Ledger:
         self._oracle = oracle
         self._world = oracle.world
         self._demand = oracle.demand
-        self._resumed: set[str] = set()
         self._stored: set[bytes] = set()
         self._next = 0
         self.sent_away = 0
@@ -127,8 +126,6 @@ class Ledger:
     def _ends(self, record: ControlRecord, connection: Any) -> None:
         """A job ends only where nothing of it can go on, and succeeds only where all is done."""
         changed, oracle = record.job_changed, self._oracle
-        if changed.reason == RESUMING:
-            self._resumed.add(changed.job_id)
         job_id, facts = changed.job_id, self.facts.jobs.get(changed.job_id)
         if facts is None:
             return
@@ -155,14 +152,10 @@ class Ledger:
         self._oracle.free.add(job_id)
 
     def _begins_in_turn(self, job_id: str) -> None:
-        """A job leaves the queue where one more may run; those that go on after a pause do not
-        wait for that."""
+        """A job leaves the queue where one more may run, also one that waits to be resumed."""
         queued = {key for key, facts in self.facts.jobs.items() if facts.state == QUEUED}
         if job_id in queued:
-            running = sum(
-                facts.state == RUNNING and key not in self._resumed
-                for key, facts in self.facts.jobs.items()
-            )
+            running = sum(facts.state == RUNNING for facts in self.facts.jobs.values())
             self._demand(
                 running < self.running_jobs_max, f"{job_id} begins while {running} jobs run"
             )
