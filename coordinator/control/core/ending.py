@@ -29,7 +29,7 @@ def fail(
     if job.ending is None and not job.stopped:
         next_state(job.job_id, core.facts_of(job).state, Verb.FAIL)
         kept = tuple(told.failure(each) for each in failures)
-        job.ending = Ending(FAILED, reason, told.text(message), kept)
+        job.ending = Ending(FAILED, told.name(reason), told.text(message), kept)
 
 
 def carry_out(core: Core, job: JobRuntime, ending: Ending) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from coordinator.control.core import ending, hosting, incidents, outages, quarantine, terms
+from coordinator.control.core import ending, hosting, incidents, outages, quarantine, terms, told
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.ownership import live_aggregators
 from coordinator.control.core.state import Aggregator, CommitTime, Core, JobRuntime, Worker
@@ -78,6 +78,7 @@ def job_report(core: Core, aggregator: Aggregator | Worker, report: pb.JobReport
         if report.outcome == pb.JobReport.OUTCOME_FAILED:
             _failed(core, job, report)
         return
+    report = told.report(report)
     previous, job.report = job.report, report
     committed_before, job.commit = job.commit, _commit_of(core, job, report)
     if job.commit is not None:

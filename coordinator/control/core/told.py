@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from phalanx.texts import shortened
+from phalanx.v1.coordination_service_pb2 import JobReport
 from phalanx.v1.job_pb2 import Failure
 
 TEXT_MAX = 16 * 1024
@@ -13,6 +14,8 @@ TEXT_MAX = 16 * 1024
 
 DETAILS_MAX = 32
 NAME_MAX, VALUE_MAX = 200, 4096
+WORKERS_MAX = 1000
+REPORT_BYTES_MAX = 1024 * 1024
 
 
 def text(said: str) -> str:
@@ -20,15 +23,35 @@ def text(said: str) -> str:
     return shortened(said, TEXT_MAX)
 
 
+def name(said: str) -> str:
+    """Return a reason or a code."""
+    return shortened(said, NAME_MAX)
+
+
 def details(said: Mapping[str, object]) -> dict[str, str]:
     """Return the details of an event."""
     first = list(said.items())[:DETAILS_MAX]
-    return {shortened(name, NAME_MAX): shortened(str(value), VALUE_MAX) for name, value in first}
+    return {name(key): shortened(str(value), VALUE_MAX) for key, value in first}
 
 
 def failure(said: Failure) -> Failure:
     """Return a failure with its texts."""
     kept = Failure()
     kept.CopyFrom(said)
-    kept.message, kept.traceback = text(said.message), text(said.traceback)
+    kept.code, kept.message, kept.traceback = (
+        name(said.code),
+        text(said.message),
+        text(said.traceback),
+    )
+    kept.worker_ids[:] = [name(each) for each in said.worker_ids[:WORKERS_MAX]]
+    return kept
+
+
+def report(said: JobReport) -> JobReport:
+    """Return a report; one that is longer than any of ours without its metrics."""
+    if said.ByteSize() <= REPORT_BYTES_MAX:
+        return said
+    kept = JobReport()
+    kept.CopyFrom(said)
+    kept.ClearField("metrics")
     return kept
