@@ -96,12 +96,15 @@ class UserCode:
                 )
 
     def _holds(self, module: ModuleType) -> bool:
-        # Not by attribute: some modules answer to any name, or load something then.
+        # Not by attribute: some modules answer to any name, or load something then. And not by
+        # `Path`: with a thousand modules that took most of the time in which a leaf starts.
         own = getattr(module, "__dict__", {})
         places = own.get("__path__")
         paths = [own.get("__file__"), *(places if isinstance(places, Iterable) else ())]
+        folder = str(self._folder)
         return any(
-            isinstance(path, str) and Path(path).is_relative_to(self._folder) for path in paths
+            isinstance(path, str) and (path == folder or path.startswith(folder + os.sep))
+            for path in paths
         )
 
 
