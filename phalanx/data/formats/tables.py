@@ -251,6 +251,9 @@ def _parquet(path: Path) -> Any:
         )
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {path}") from error
+    except UnicodeDecodeError as error:
+        message = f"{path.name} is not a Parquet file: the name of a column is not UTF-8"
+        raise InvalidArgument(message) from error
     except (pa.ArrowException, OSError) as error:
         raise InvalidArgument(f"{path.name} is not a Parquet file: {error}") from error
 

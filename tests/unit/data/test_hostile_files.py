@@ -242,6 +242,13 @@ def test_what_arrow_cannot_read_is_no_parquet_file(
     )
 
 
+def test_a_column_whose_name_is_no_text_is_no_parquet_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"weight": [1.0, 2.0], "y": [0, 1]}), path)
+    path.write_bytes(path.read_bytes().replace(b"weight", b"\xf8eight"))
+    assert refused(path) == "a.parquet is not a Parquet file: the name of a column is not UTF-8"
+
+
 @pytest.mark.parametrize(("at", "value"), [(6, 128), (8, 1)], ids=["a later ZIP", "a password"])
 def test_an_archive_that_python_cannot_open_is_no_npz(tmp_path: Path, at: int, value: int) -> None:
     path = tmp_path / "a.npz"
