@@ -31,6 +31,8 @@ from worker.session.process import LeafProcess
 from worker.session.sending import SocketSender
 from worker.session.slots import DESCRIBE_ATTEMPTS, SlotPool
 
+pytestmark = pytest.mark.slow
+
 GUARD_S = 30.0
 LEAF_TIMEOUT_S = 60.0
 

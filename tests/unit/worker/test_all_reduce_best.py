@@ -19,6 +19,8 @@ from tests.unit.worker.all_reduce_cluster import Cluster, Member, plan_of, refer
 from worker.core import effects as do
 from worker.core.all_reduce.replica import NONE, Replica
 
+pytestmark = pytest.mark.slow
+
 STEPS, BEST = 4, 2
 LOSSES = {1: 5.0, 2: 3.0, 3: 3.0, 4: 6.0}
 NAMES = ["w0", "w1", "w2"]
