@@ -202,18 +202,20 @@ def test_forests_are_swept_as_scikit_learn_does(alone: phalanx.Cluster, tmp_path
     np.testing.assert_allclose(found, expected.cv_results_["mean_test_score"], atol=1e-12)
 
 
+TWENTY_SEVEN_STEPS = {**SOFTMAX, "stop": {"steps": 27}}
+RATES = {
+    "base": {"train": TWENTY_SEVEN_STEPS},
+    "grid": {"train.optimizer.sgd.learning_rate": [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1]},
+    "folds": 2,
+    "objective": {"metric": "log_loss"},
+}
+"""A sweep whose configurations are the better the later they are."""
+
+
 def test_asha_lets_trials_go_on_that_are_whole_trainings_of_their_steps(
     alone: phalanx.Cluster, tmp_path: Path
 ) -> None:
-    rates = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1]
-    train = {**SOFTMAX, "stop": {"steps": 27}}
-    sweep = {
-        "base": {"train": train},
-        "grid": {"train.optimizer.sgd.learning_rate": rates},
-        "folds": 2,
-        "objective": {"metric": "log_loss"},
-    }
-    stopped = sweep | {"asha": {"min_steps": 9}}
+    stopped = RATES | {"asha": {"min_steps": 9}}
     _, table = swept(alone, tmp_path, "clouds", stopped)
     rows = table["configurations"]
     assert table["rounds"] == 2
@@ -223,10 +225,10 @@ def test_asha_lets_trials_go_on_that_are_whole_trainings_of_their_steps(
     assert table["finalists"] == len(went_on) >= 2
     assert sorted(row["rank"] for row in rows) == [1, 2, 3, 4, 5, 6]
     assert rows[table["best"]]["values"] == {"train.optimizer.sgd.learning_rate": 0.1}
-    _, whole = swept(alone, tmp_path, "clouds", sweep)
+    _, whole = swept(alone, tmp_path, "clouds", RATES)
     for row in went_on:
         assert row["scores"] == whole["configurations"][row["configuration"]]["scores"]
-    short = sweep | {"base": {"train": {**train, "stop": {"steps": 9}}}}
+    short = RATES | {"base": {"train": {**TWENTY_SEVEN_STEPS, "stop": {"steps": 9}}}}
     _, first = swept(alone, tmp_path, "clouds", short)
     for row in rows:
         if row["round"] == 1:
@@ -272,15 +274,7 @@ def test_early_stopping_finds_what_the_whole_grid_finds(
 
 
 def test_halving_trains_only_the_best_to_the_end(alone: phalanx.Cluster, tmp_path: Path) -> None:
-    rates = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1]
-    train = {**SOFTMAX, "stop": {"steps": 27}}
-    sweep = {
-        "base": {"train": train},
-        "grid": {"train.optimizer.sgd.learning_rate": rates},
-        "folds": 2,
-        "objective": {"metric": "log_loss"},
-        "halving": {"min_steps": 3},
-    }
+    sweep = RATES | {"halving": {"min_steps": 3}}
     job, table = swept(alone, tmp_path, "clouds", sweep)
     rows = table["configurations"]
     assert [row["round"] for row in rows].count(1) == 4
@@ -291,7 +285,7 @@ def test_halving_trains_only_the_best_to_the_end(alone: phalanx.Cluster, tmp_pat
     assert sorted(row["rank"] for row in rows) == [1, 2, 3, 4, 5, 6]
     assert rows[table["best"]]["rank"] == 1
     assert rows[table["best"]]["values"] == {"train.optimizer.sgd.learning_rate": 0.1}
-    whole = {"name": "whole", "data": {"name": "clouds"}, "train": train}
+    whole = {"name": "whole", "data": {"name": "clouds"}, "train": TWENTY_SEVEN_STEPS}
     assert job.result is not None
     expected = alone.submit(whole).wait(timeout_s=60).parameters_sha256
     assert job.result.parameters_sha256 == expected
