@@ -280,7 +280,7 @@ def _operation_answered(core: Core, event: _Answered) -> None:
     kind, job.operation = job.operation.kind, None
     match event:
         case TermRaised():
-            terms.term_raised(core, job, event)
+            terms.term_raised(core, job, event, kind)
         case TermRefused():
             terms.term_refused(core, job, event)
         case RowRead():

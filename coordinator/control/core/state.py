@@ -140,6 +140,7 @@ class OperationKind(StrEnum):
     """Storage operations that a job waits for, one at a time."""
 
     READ_ROW = "read row"
+    BEGIN = "raise term to leave the queue"
     RAISE_TERM = "raise term"
     END = "raise term to end"
     WRITE_MODEL = "write model"

@@ -22,7 +22,7 @@ from coordinator.control.core.eligibility import (
     group_of,
 )
 from coordinator.control.core.events import OperationFailed, RowRead, TermRaised, TermRefused
-from coordinator.control.core.lifecycle import PAUSED, QUEUED, RUNNING
+from coordinator.control.core.lifecycle import QUEUED, RUNNING
 from coordinator.control.core.ownership import choose_owners, lost_owners, may_be_owned
 from coordinator.control.core.state import Core, JobRuntime, OperationKind
 from phalanx.errors import Internal
@@ -110,14 +110,20 @@ def term_refused(core: Core, job: JobRuntime, event: TermRefused) -> None:
     advance(core, job)
 
 
-def term_raised(core: Core, job: JobRuntime, event: TermRaised) -> None:
-    """Storage fenced the old term off: end the job, or give its ranges to aggregators."""
+def term_raised(core: Core, job: JobRuntime, event: TermRaised, kind: OperationKind) -> None:
+    """Storage fenced the old term off: end the job, or give its ranges to aggregators.
+
+    A running job may have been paused, and resumed, since it needed the term: if it waits for its
+    turn by now, its place is another's.
+    """
     job.storage_term = event.term
     if job.ending is not None:
         ending.carry_out(core, job, job.ending)
         advance_queue(core)
-    elif core.facts_of(job).state != PAUSED:  # else its next term begins when it is resumed
+    elif core.facts_of(job).state == RUNNING or kind is OperationKind.BEGIN:
         _start(core, job, event)
+    else:
+        advance_queue(core)  # if it is paused, its next term begins when it is resumed
 
 
 def operation_failed(core: Core, job: JobRuntime, event: OperationFailed) -> None:
@@ -217,7 +223,7 @@ def _dispatch(core: Core, job: JobRuntime) -> None:
         return
     elif job.described is not None or facts.plan.layout.element_count > 0:
         core.set_reason(job, "STARTING")
-        _raise(core, job, OperationKind.RAISE_TERM)
+        _raise(core, job, OperationKind.BEGIN)
     else:
         describing.ask(core, job, group)
 
@@ -242,13 +248,11 @@ def why_to_wait(core: Core, namespace: str) -> tuple[str, str]:
 
 
 def _beginning(core: Core) -> list[JobRuntime]:
-    """Return the queued jobs whose first term storage is being asked for: each runs soon."""
+    """Return the queued jobs whose next term storage is being asked for: each runs soon."""
     return [
         job
         for job in core.jobs.values()
-        if job.operation is not None
-        and job.operation.kind is OperationKind.RAISE_TERM
-        and core.facts_of(job).state == QUEUED
+        if job.operation is not None and job.operation.kind is OperationKind.BEGIN
     ]
 
 

@@ -161,10 +161,10 @@ def test_a_job_that_is_paused_lets_the_next_one_run(crowded: Any) -> None:
     assert crowded.state("job-2") == "RUNNING"
 
 
-def paused(cluster: Any) -> None:
+def paused(cluster: Any, root: str = "a1") -> None:
     """Pause the first job: the second runs in its place."""
     cluster.call(ev.PauseJob, "job-1")
-    cluster.report("job-1", 7, outcome=pb.JobReport.OUTCOME_PAUSED, checkpoint_step=7)
+    cluster.report("job-1", 7, root, outcome=pb.JobReport.OUTCOME_PAUSED, checkpoint_step=7)
     assert cluster.state("job-2") == "RUNNING"
 
 
@@ -194,6 +194,36 @@ def test_a_job_that_is_resumed_waits_for_its_turn(
     assert [cluster.state(f"job-{each}") for each in (1, 3)] == ["RUNNING", "QUEUED"]
     assert "JOB_RESUMED" in cluster.types()
     assert cluster.core.facts.jobs["job-1"].kept.changed.progress.step == 7
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_term_raised_before_a_pause_begins_no_job_out_of_its_turn(
+    make_cluster: Any, ended: bool
+) -> None:
+    """A job is paused while storage raises its term, and resumed before storage has answered."""
+    cluster = make_cluster(CoreConfig(range_min_bytes=1, running_jobs_max=1), parameters=163840)
+    for name in ("a1", "a2"):
+        cluster.aggregator(name)
+    cluster.worker("w1")
+    for job_id in ("job-1", "job-2"):
+        cluster.submit(job_id)
+    assert len(cluster.core.facts.jobs["job-1"].ranges) == 2
+    root = cluster.core.facts.jobs["job-1"].ranges[0].aggregator_id
+    cluster.storage_up = False
+    cluster.aggregator({"a1": "a2", "a2": "a1"}[root], incarnation="holds nothing")
+    raising = cluster.operations.pop()
+    cluster.storage_up = True
+    paused(cluster, root)
+    cluster.call(ev.ResumeJob, "job-1")
+    if ended:
+        cluster.call(ev.CancelJob, "job-2")
+    states = [cluster.state(f"job-{each}") for each in (1, 2)]
+    assert states == ["QUEUED", "CANCELLED" if ended else "RUNNING"]
+    cluster.operations.append(raising)
+    cluster.run_operations()
+    assert [cluster.state(f"job-{each}") for each in (1, 2)] == (
+        ["RUNNING", "CANCELLED"] if ended else ["QUEUED", "RUNNING"]
+    )
 
 
 def test_a_job_that_waits_to_be_resumed_counts_as_queued(make_cluster: Any) -> None:
