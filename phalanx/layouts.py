@@ -4,15 +4,40 @@ from __future__ import annotations
 
 from math import prod
 
+from phalanx.errors import InvalidArgument
+from phalanx.texts import number_of
+from phalanx.v1.coordination_service_pb2 import JobDescribed
 from phalanx.v1.training_pb2 import Layout
 
 ITEM_BYTES = {"float32": 4, "float64": 8}
 """Types of a vector."""
 
+DESCRIPTION_BYTES_MAX = 1024 * 1024
+"""Each term of a job journals its layout, and each of its workers is told it in one message."""
+
+TOO_LONG = "DESCRIPTION_TOO_LONG"
+
 
 def size_bytes(layout: Layout) -> int:
     """Return the bytes of a vector."""
     return layout.element_count * ITEM_BYTES[layout.dtype]
+
+
+def check_description(described: JobDescribed) -> None:
+    """Refuse what a worker says of a job's model if it is too long to be kept and handed on.
+
+    Raises InvalidArgument with the reason `TOO_LONG`.
+    """
+    size = described.ByteSize()
+    if size > DESCRIPTION_BYTES_MAX:
+        tensors = number_of(len(described.layout.tensors), "tensor")
+        sums = number_of(len(described.evaluation_sums), "evaluation sum")
+        raise InvalidArgument(
+            f"names and shapes of the model's {tensors} and {sums} take {size:,} bytes; at most "
+            f"{DESCRIPTION_BYTES_MAX:,} are taken: keep the parameters in fewer tensors, or give "
+            "them shorter names",
+            reason=TOO_LONG,
+        )
 
 
 def model_layout(layout: Layout) -> Layout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.control.core import describing, ending, quarantine, terms
+from coordinator.control.core import describing, ending, quarantine, terms, told
 from coordinator.control.core.eligibility import group_of, needed_bytes, too_large
 from coordinator.control.core.lifecycle import QUEUED
 from coordinator.control.core.state import Core, Description, JobRuntime, Worker
@@ -22,7 +22,8 @@ def described(core: Core, job: JobRuntime, worker: Worker, message: pb.JobDescri
     if worker.id not in job.describing or core.facts_of(job).state != QUEUED:
         return
     del job.describing[worker.id]
-    answer = Description(worker.id, worker.hello.incarnation, worker.hello.fingerprint, message)
+    found = told.description(message)
+    answer = Description(worker.id, worker.hello.incarnation, worker.hello.fingerprint, found)
     if describing.is_verified(core, job):
         _compare(core, job, answer)
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from coordinator.control.core import balancing, incidents, placement
+from coordinator.control.core import balancing, incidents, placement, told
 from coordinator.control.core.eligibility import (
     announce_ineligible,
     choose_hosts,
@@ -145,7 +145,7 @@ def leave_out(core: Core, job: JobRuntime, worker_id: str, leaf_sha256: str) -> 
 
     It has computed nothing of the job, so it keeps nothing until others take over.
     """
-    job.other_leaves[worker_id] = leaf_sha256
+    job.other_leaves[worker_id] = told.name(leaf_sha256)
     why = "the worker gives other bits in this job"
     take_away(core, job, worker_id, why, "fingerprint")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from phalanx.errors import InvalidArgument
+from phalanx.layouts import check_description
 from phalanx.texts import shortened
-from phalanx.v1.coordination_service_pb2 import JobReport
+from phalanx.v1.coordination_service_pb2 import JobDescribed, JobReport
 from phalanx.v1.job_pb2 import Failure
 
 TEXT_MAX = 16 * 1024
@@ -16,6 +18,7 @@ DETAILS_MAX = 32
 NAME_MAX, VALUE_MAX = 200, 4096
 WORKERS_MAX = 1000
 REPORT_BYTES_MAX = 1024 * 1024
+_OF_ANY_LENGTH = ("metrics", "best", "late_workers", "outvoted_workers")
 
 
 def text(said: str) -> str:
@@ -47,11 +50,29 @@ def failure(said: Failure) -> Failure:
     return kept
 
 
+def description(said: JobDescribed) -> JobDescribed:
+    """Return what was found out about a job; that it is too long, as a failure, where it is."""
+    kept = JobDescribed(job_id=said.job_id)
+    if said.HasField("failure"):
+        kept.failure.CopyFrom(failure(said.failure))
+        return kept
+    try:
+        check_description(said)
+    except InvalidArgument as error:
+        kept.failure.CopyFrom(Failure(code=error.reason, message=error.message, shard=-1))
+        return kept
+    return said
+
+
 def report(said: JobReport) -> JobReport:
-    """Return a report; one that is longer than any of ours without its metrics."""
+    """Return a report; of one that is longer than any of ours only what has one length."""
     if said.ByteSize() <= REPORT_BYTES_MAX:
         return said
     kept = JobReport()
     kept.CopyFrom(said)
-    kept.ClearField("metrics")
+    kept.reason, kept.message = name(said.reason), text(said.message)
+    if said.HasField("failure"):
+        kept.failure.CopyFrom(failure(said.failure))
+    for field in _OF_ANY_LENGTH:
+        kept.ClearField(field)
     return kept

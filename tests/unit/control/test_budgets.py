@@ -7,7 +7,7 @@ from typing import Any
 from coordinator.control.core import events as ev
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
-from phalanx.v1.job_pb2 import Failure
+from phalanx.v1.job_pb2 import BestEvaluation, Failure
 
 ALL = set(range(16))
 
@@ -222,11 +222,18 @@ def test_an_event_of_a_member_is_as_long_as_there_is_room_for(running: Any) -> N
 
 def test_however_much_a_root_reports_a_record_has_room_for_it(running: Any) -> None:
     """With all-reduce it is a worker, and what it said last is kept with the job that ends."""
-    long = "x" * 3_000_000
-    running.report("job-1", 7, metrics={long: 1.0})
+    long = "x" * 1_000_000
+    running.report("job-1", 7, metrics={long * 3: 1.0})
     failure = Failure(code=long, message="it ends", worker_ids=[long] * 3)
-    failed = pb.JobReport.OUTCOME_FAILED
-    running.report("job-1", 8, outcome=failed, reason=long, message="it ends", failure=failure)
+    running.report(
+        "job-1",
+        8,
+        outcome=pb.JobReport.OUTCOME_FAILED,
+        reason=long,
+        message="it ends",
+        failure=failure,
+        best=BestEvaluation(metric=long * 2),
+    )
     assert running.state() == "FAILED"
     assert running.job().failures[0].message == "it ends"
     assert running.core.facts.jobs["job-1"].kept.ByteSize() < 1024 * 1024

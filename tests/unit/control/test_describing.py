@@ -528,3 +528,38 @@ def test_one_that_was_started_anew_is_asked_again(cluster: Any) -> None:
     assert (cluster.state(), asked(cluster)) == ("QUEUED", ["w1"])
     answer(cluster, "w1")
     assert cluster.state() == "RUNNING"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layout": Layout(tensors=[TensorSpec(name="t" * 100)] * 20_000, element_count=5)},
+        {"layout": Layout(element_count=5), "evaluation_sums": ["s" * 2_000_000]},
+        {"layout": Layout(element_count=5), "leaf_sha256": "f" * 2_000_000},
+    ],
+    ids=["tensors", "sums", "leaf"],
+)
+def test_a_description_that_is_too_long_is_not_kept(cluster: Any, fields: dict[str, Any]) -> None:
+    """One bad worker would fill memory and journal: each term of the job repeats its layout."""
+    cluster.auto = False
+    cluster.aggregator()
+    sessions = {name: cluster.worker(name) for name in ("w1", "w2")}
+    cluster.submit()
+    bad = next(name for name in sessions if cluster.told(name, "describe_job"))
+    cluster.describe(sessions[bad], "job-1", **fields)
+    kept = cluster.core.jobs["job-1"].undescribed[bad]
+    assert (kept.code, kept.ByteSize() < 1024) == ("DESCRIPTION_TOO_LONG", True)
+    assert "at most 1,048,576 are taken" in kept.message
+    cluster.describe(sessions[({"w1", "w2"} - {bad}).pop()], "job-1")
+    assert cluster.state() == "RUNNING"
+
+
+def test_what_failed_where_a_job_was_described_is_kept_in_short(cluster: Any) -> None:
+    cluster.auto = False
+    cluster.aggregator()
+    sessions = {name: cluster.worker(name) for name in ("w1", "w2")}
+    cluster.submit()
+    bad = next(name for name in sessions if cluster.told(name, "describe_job"))
+    failed = Failure(code="JOB_CODE", message="m" * 1_000_000, traceback="t" * 1_000_000)
+    cluster.describe(sessions[bad], "job-1", failure=failed)
+    assert cluster.core.jobs["job-1"].undescribed[bad].ByteSize() < 64 * 1024
