@@ -72,10 +72,10 @@ class Submissions:
         dataset = await self._dataset(spec) if specs.reads_dataset(spec) else None
         columns = await self._columns(spec, dataset)
         resolved = await _prepared(spec, dataset, columns)
-        model_files: dict[str, str] = {}
+        model_files, model_bytes = dict[str, str](), 0
         if specs.model_name(resolved):
             assert dataset is not None, "what goes through a model is read from a data set"
-            model_files = await self._take_model(resolved, dataset)
+            model_files, model_bytes = await self._take_model(resolved, dataset)
             columns = await self._columns(resolved, dataset)
         if dataset is not None:
             dataset = specs.as_chosen(dataset, resolved.data, columns)
@@ -96,7 +96,7 @@ class Submissions:
         plan.spec = b""  # the journal keeps the spec once, beside the plan
         plan.start_model_digest = start_model_digest
         plan.model_files.update(model_files)
-        announced = specs.plan(resolved, dataset)
+        announced = specs.plan(resolved, dataset, model_bytes=model_bytes)
         submitted = JobSubmitted(
             job_id=job_id,
             spec=resolved,
@@ -110,7 +110,8 @@ class Submissions:
         if origin is not None:
             origin.take_over(submitted)
         eligible = count_eligible(core, submitted)
-        submitted.announced_plan.CopyFrom(specs.plan(resolved, dataset, eligible))
+        shown = specs.plan(resolved, dataset, eligible, model_bytes=model_bytes)
+        submitted.announced_plan.CopyFrom(shown)
         return submitted, dataset
 
     async def store(
@@ -160,8 +161,9 @@ class Submissions:
 
     async def _take_model(
         self, spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
-    ) -> dict[str, str]:
-        """Write the model that a program takes into its spec; return the digests of its files.
+    ) -> tuple[dict[str, str], int]:
+        """Write the model that a program takes into its spec; return the digests of its files, and
+        about how many bytes of memory it takes.
 
         Its code runs as that of any job, so it takes the same permission.
         """
@@ -170,11 +172,11 @@ class Submissions:
         description = await self._store.get_blob(description_digest(model))
         stored = await self._store.get_blob(dataset.manifest_digest)
         manifest = await asyncio.to_thread(DatasetManifest.from_json, stored)
-        specs.take_model(spec, model, description, manifest)
+        size = specs.take_model(spec, model, description, manifest)
         self._check_code_allowed(spec)
         if spec.code.files or spec.code.wheels:
             current_caller().check_code(f"spec.{field}")
-        return {file.path: file.digest for file in model.files}
+        return {file.path: file.digest for file in model.files}, size
 
     async def _check_wheels(self, digests: list[str]) -> None:
         """Refuse what was never added as a wheel, or is gone. Raises NotFound, naming each."""

@@ -34,6 +34,9 @@ MODEL_FORMAT = "phalanx.model/1"
 PARAMETERS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
 README_FILE = "README.md"
+BLOCK_ROWS = 256
+"""Rows that go through a model at once; see ``phalanx.data.predict``."""
+
 CLUSTERING, PROJECTION = "clustering", "projection"
 UNSUPERVISED = {"k_means": CLUSTERING, "pca": PROJECTION}
 """What models do that look at no target."""

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from phalanx.data.choice import RawColumns
 from phalanx.data.manifest import Column, Statistics, columns_from, label_from_text
 from phalanx.data.model_files import (
+    BLOCK_ROWS,
     DESCRIPTION_FILE,
     MODEL_FORMAT,
     PARAMETERS_FILE,
@@ -44,8 +45,6 @@ from phalanx.texts import number_of
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import Layout
 from phalanx.wheels import wheel_path, write_code
-
-BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True)

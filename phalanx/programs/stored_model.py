@@ -15,9 +15,11 @@ from google.protobuf.json_format import ParseDict, ParseError
 from phalanx.data.choice import RawColumns, choose
 from phalanx.data.manifest import Column, DatasetManifest, columns_from
 from phalanx.errors import DataLoss, InvalidArgument, Violation
+from phalanx.programs.model_memory import model_bytes
 from phalanx.texts import number_of
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.model_service_pb2 import ModelVersion
+from phalanx.v1.training_pb2 import Layout
 
 _SHOWN = 60
 
@@ -41,8 +43,9 @@ def stored_model(spec: JobSpec) -> str:
 
 def take_model(
     spec: JobSpec, model: ModelVersion, description: bytes, manifest: DatasetManifest
-) -> None:
-    """Write down which version of its model a job takes, with its columns and its code.
+) -> int:
+    """Write down which version of its model a job takes, with its columns and its code; return
+    about how many bytes of memory the model takes.
 
     Raises InvalidArgument for a model that does not fit the data set, and DataLoss for a
     description that cannot be read.
@@ -52,6 +55,7 @@ def take_model(
         document = json.loads(description)
         origin = ParseDict(document["spec"], JobSpec(), ignore_unknown_fields=True)
         columns = columns_from(document["columns"])
+        size = model_bytes(origin, ParseDict(document["layout"], Layout()))
         wrong = next(_misfits(spec, document, origin, columns, manifest), "")
     except (ValueError, KeyError, TypeError, AttributeError, ParseError) as error:
         raise DataLoss(
@@ -66,6 +70,7 @@ def take_model(
     spec.data.features[:] = origin.data.features
     if origin.code.files or origin.code.wheels:
         spec.code.CopyFrom(origin.code)
+    return size
 
 
 def _misfits(

@@ -202,7 +202,7 @@ class InProcessBackend:
                 raise
         columns = self._columns(request.spec, dataset)
         spec = prepare(request.spec, dataset, columns)
-        model_files = self._take_model(spec, dataset)
+        model_files, model_bytes = self._take_model(spec, dataset)
         columns = self._columns(spec, dataset)
         if dataset is not None:
             dataset = as_chosen(dataset, spec.data, columns)
@@ -216,7 +216,7 @@ class InProcessBackend:
             assert dataset is not None, "a job that trains reads data"
             self._check_start_model(model, known_shapes(spec, dataset))
             self._check_start_columns(model, spec, dataset)
-        shown = plan(spec, dataset)
+        shown = plan(spec, dataset, model_bytes=model_bytes)
         digest = spec_sha256(spec)
         if request.validate_only:
             job = job_pb2.Job(spec=spec, spec_sha256=digest)
@@ -239,17 +239,18 @@ class InProcessBackend:
 
     def _take_model(
         self, spec: JobSpec, dataset: dataset_service_pb2.Dataset | None
-    ) -> dict[str, str]:
-        """Write the model that a program takes into its spec; return the digests of its files."""
+    ) -> tuple[dict[str, str], int]:
+        """Write the model that a program takes into its spec; return the digests of its files, and
+        about how many bytes of memory it takes."""
         from phalanx.specs import model_name, take_model
         from phalanx.specs.starting import description_digest
 
         if dataset is None or not model_name(spec):
-            return {}
+            return {}, 0
         model = self._models.find(spec.namespace, model_name(spec))
         manifest = self._manifest(dataset.manifest_digest)
-        take_model(spec, model, self.get_blob(description_digest(model)), manifest)
-        return {file.path: file.digest for file in model.files}
+        size = take_model(spec, model, self.get_blob(description_digest(model)), manifest)
+        return {file.path: file.digest for file in model.files}, size
 
     def _check_start_model(self, model: model_service_pb2.ModelVersion, wanted: Shapes) -> None:
         from phalanx.specs.starting import check_shapes, shapes_in_file

@@ -77,15 +77,17 @@ def plan(
     dataset: dataset_service_pb2.Dataset | None,
     eligible_workers: int = 0,
     slots_per_worker: int = 1,
+    model_bytes: int = 0,
 ) -> job_pb2.Plan:
     """Return the Plan of a resolved spec: numbers and warnings for people.
 
     `eligible_workers` is how many workers could run it now; 0 with no warning where none is known.
+    `model_bytes` is what a stored model takes that rows are put through; see `take_model`.
     """
     if dataset is None:
         return task_sets.plan(spec, eligible_workers)
     if is_program(spec):
-        return programs.plan(spec, dataset, eligible_workers)
+        return programs.plan(spec, dataset, eligible_workers, model_bytes)
     rows = train_rows(spec, dataset)
     steps = total_steps(spec, rows)
     every = spec.train.evaluation.every_steps if spec.train.HasField("evaluation") else 0

@@ -52,14 +52,17 @@ def job_plan(
 
 
 def plan(
-    spec: JobSpec, dataset: dataset_service_pb2.Dataset, eligible_workers: int = 0
+    spec: JobSpec,
+    dataset: dataset_service_pb2.Dataset,
+    eligible_workers: int = 0,
+    model_bytes: int = 0,
 ) -> job_pb2.Plan:
-    """Return the Plan of a resolved program, for people."""
+    """Return the Plan of a resolved program, for people; see `phalanx.specs.plan.plan`."""
     program = program_of(spec)
     count = job_plan(spec, dataset, "").total_steps
     return job_pb2.Plan(
         steps=count,
-        worker_bytes=program.worker_bytes(spec, dataset),
+        worker_bytes=program.worker_bytes(spec, dataset) + model_bytes,
         eligible_workers=eligible_workers,
         warnings=[*program.warnings(spec, dataset), *task_sets.too_few(count, eligible_workers)],
     )

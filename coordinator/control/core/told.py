@@ -18,7 +18,6 @@ DETAILS_MAX = 32
 NAME_MAX, VALUE_MAX = 200, 4096
 WORKERS_MAX = 1000
 REPORT_BYTES_MAX = 1024 * 1024
-_OF_ANY_LENGTH = ("metrics", "best", "late_workers", "outvoted_workers")
 
 
 def text(said: str) -> str:
@@ -73,6 +72,8 @@ def report(said: JobReport) -> JobReport:
     kept.reason, kept.message = name(said.reason), text(said.message)
     if said.HasField("failure"):
         kept.failure.CopyFrom(failure(said.failure))
-    for field in _OF_ANY_LENGTH:
-        kept.ClearField(field)
+    kept.ClearField("metrics")
+    kept.ClearField("best")
+    kept.ClearField("late_workers")
+    kept.ClearField("outvoted_workers")
     return kept

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from google.protobuf.json_format import ParseDict
 
 from coordinator.control.config import ControlConfig
@@ -13,8 +15,14 @@ from coordinator.control.core.facts import Facts
 from coordinator.control.core.state import Core, CoreConfig
 from coordinator.control.store import Store
 from coordinator.control.submission import Submissions
+from phalanx.layouts import size_bytes
+from phalanx.models import DataSchema, build_model
+from phalanx.testing.datasets import classification, store
+from phalanx.testing.plans import dataset_message
 from phalanx.v1.dataset_service_pb2 import Dataset, GetDatasetResponse
 from phalanx.v1.job_spec_pb2 import JobSpec
+from phalanx.v1.model_service_pb2 import GetModelResponse, ModelFile, ModelVersion
+from tests.unit.data.finished_models import write_finished_model
 
 
 async def test_others_have_their_turn_while_the_jobs_of_a_sweep_are_checked() -> None:
@@ -55,3 +63,43 @@ async def test_others_have_their_turn_while_the_jobs_of_a_sweep_are_checked() ->
     # Nothing that it is answered lets anybody wait here.
     assert turns > 0
     assert submitted.plan.total_steps == 5 * 100 + 6
+
+
+@pytest.mark.parametrize("program", ["evaluate", "predict"])
+async def test_the_model_that_rows_go_through_counts_as_memory(
+    tmp_path: Path, program: str
+) -> None:
+    """Else a worker gets the job whose memory the model is more than."""
+    data = store(tmp_path / "data", *classification(60, 4))
+    spec = ParseDict({"train": {"model": {"mlp": {"hidden": [512, 512]}}}}, JobSpec())
+    spec.train.dtype = "float32"
+    model = build_model(spec, DataSchema(4, 3, "float32"), None)
+    write_finished_model(tmp_path / "model", data.manifest, spec, model)
+    names = ("model.json", "model.safetensors")
+    version = ModelVersion(name="net", version=3)
+    version.files.extend(ModelFile(path=name, digest=f"of {name}") for name in names)
+    dataset = dataset_message(data)
+
+    async def call(method: str, _: Any) -> Any:
+        return {
+            "dataset": GetDatasetResponse(dataset=dataset),
+            "model": GetModelResponse(model=version),
+        }[method]
+
+    async def get_blob(digest: str) -> bytes:
+        if digest == dataset.manifest_digest:
+            return data.manifest.to_json()
+        return (tmp_path / "model" / digest.removeprefix("of ")).read_bytes()
+
+    store_ = SimpleNamespace(
+        call=call,
+        get_blob=get_blob,
+        datasets=SimpleNamespace(GetDataset="dataset"),
+        models=SimpleNamespace(GetModel="model"),
+    )
+    document = {"name": "score", "data": {"name": "data"}, program: {"model": "net"}}
+    submissions = Submissions(ControlConfig(), cast("Store", store_))
+    core = Core(CoreConfig(), 1, Facts())
+    submitted, _ = await submissions.prepare(ParseDict(document, JobSpec()), core, "somebody")
+    assert submitted.worker_bytes > size_bytes(model.layout) > 2**20
+    assert submitted.announced_plan.worker_bytes == submitted.worker_bytes

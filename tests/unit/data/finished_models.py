@@ -8,16 +8,23 @@ import numpy as np
 
 from phalanx.data.manifest import DatasetManifest
 from phalanx.data.model_files import ModelDescription, description_files, safetensors_header
-from phalanx.models import Model
+from phalanx.models.base import Predictor
 from phalanx.v1.job_spec_pb2 import JobSpec
 
 
 def write_finished_model(
-    folder: Path, manifest: DatasetManifest, spec: JobSpec, model: Model, **more: Any
+    folder: Path,
+    manifest: DatasetManifest,
+    spec: JobSpec,
+    model: Predictor,
+    parameters: Any = None,
+    **more: Any,
 ) -> ModelDescription:
-    """Write a model with parameters that are not all zero; return what is told of it."""
-    generator = np.random.Generator(np.random.Philox(5))
-    parameters = generator.normal(size=model.layout.element_count).astype(model.layout.dtype)
+    """Write a model, whose parameters are random if none are given; return what is told of it."""
+    if parameters is None:
+        generator = np.random.Generator(np.random.Philox(5))
+        parameters = generator.normal(size=model.layout.element_count)
+    parameters = parameters.astype(model.layout.dtype)
     description = ModelDescription(
         name="income",
         job_id="job-1",
