@@ -219,8 +219,6 @@ def _parameter_slices(
 
 
 def _blob_piece(piece: Piece) -> pb.BlobPiece:
-    if not piece.digest:
-        return pb.BlobPiece(inline=piece.inline)
     part = pb.BlobSlice(digest=piece.digest, offset=piece.offset, length=piece.length)
     return pb.BlobPiece(slice=part)
 

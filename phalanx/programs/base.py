@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
@@ -65,12 +65,11 @@ class Graph:
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of a model's vector: part of a stored result, or a few given here."""
+    """Bytes of a model's vector: part of a stored result."""
 
-    digest: str = ""
-    offset: int = 0
-    length: int = 0
-    inline: bytes = b""
+    digest: str
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,15 @@ class ModelParts:
     layout: Layout
     pieces: tuple[Piece, ...]
     spec: JobSpec | None = None
+
+    def vector(self, path: Callable[[str], Path]) -> bytes:
+        """Return the flat vector; `path` tells where the blob of a digest lies."""
+        parts = []
+        for piece in self.pieces:
+            with path(piece.digest).open("rb") as file:
+                file.seek(piece.offset)
+                parts.append(file.read(piece.length))
+        return b"".join(parts)
 
     def spec_of(self, job: JobSpec) -> JobSpec | None:
         """Return the spec that the model is described with; None: that of its job. Whatever a task
@@ -113,7 +121,7 @@ class Outcome:
         }
         if self.model is not None:
             layout = MessageToDict(self.model.layout, preserving_proto_field_name=True)
-            pieces = [_piece_document(each) for each in self.model.pieces]
+            pieces = [[each.digest, each.offset, each.length] for each in self.model.pieces]
             document["model"] = {"layout": layout, "pieces": pieces}
             if self.model.spec is not None:
                 document["model"]["spec"] = MessageToDict(
@@ -206,15 +214,7 @@ def stored_bytes(dataset: Dataset, rows: int) -> int:
     return dataset.size_bytes * rows // max(1, sum(dataset.rows.values()))
 
 
-def _piece_document(piece: Piece) -> list[Any]:
-    if piece.digest:
-        return [piece.digest, piece.offset, piece.length]
-    return [base64.b64encode(piece.inline).decode()]
-
-
 def _piece_from(document: list[Any]) -> Piece:
-    if len(document) == 1:
-        return Piece(inline=base64.b64decode(document[0], validate=True))
     digest, offset, length = document
     return Piece(digest=_name(digest), offset=_place(offset), length=_place(length))
 

@@ -79,15 +79,7 @@ def _run(
 
 def vector_of(model: ModelParts, path: BlobPath) -> tuple[bytes, str]:
     """Return the flat vector of a model, and its SHA-256."""
-    parts = []
-    for piece in model.pieces:
-        if not piece.digest:
-            parts.append(piece.inline)
-            continue
-        with path(piece.digest).open("rb") as file:
-            file.seek(piece.offset)
-            parts.append(file.read(piece.length))
-    vector = b"".join(parts)
+    vector = model.vector(path)
     return vector, hashlib.sha256(vector).hexdigest()
 
 

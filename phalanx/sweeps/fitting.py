@@ -85,13 +85,7 @@ def _run_tasks(part: PartOfData, folder: Path) -> Fitted:
         results.append(part.result(digest, len(data)))
     outcome = Outcome.from_json(results[-1].read())
     assert outcome.model is not None, "only programs that leave models are tried"
-    vector = b"".join(
-        (folder / each.digest).read_bytes()[each.offset : each.offset + each.length]
-        if each.digest
-        else each.inline
-        for each in outcome.model.pieces
-    )
-    layout = outcome.model.layout
+    layout, vector = outcome.model.layout, outcome.model.vector(lambda digest: folder / digest)
     parameters = np.frombuffer(vector, np.dtype(layout.dtype).newbyteorder("<"))
     return Fitted(part.spec, layout, parameters, dict(outcome.metrics), part)
 

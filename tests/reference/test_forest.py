@@ -125,8 +125,6 @@ def test_a_model_has_a_piece_for_each_task_and_not_for_each_tree(alone: phalanx.
     assert outcome.model is not None
     assert len(outcome.model.layout.tensors) == 96 + 1
     assert len(outcome.model.pieces) == 32 + 1
-    # They are sent to storage in one message, which importances of many features would not fit in.
-    assert all(piece.digest and not piece.inline for piece in outcome.model.pieces)
     features, targets = classification(rows=60)
     expected = RandomForestClassifier(96, random_state=0).fit(features, targets)
     model = alone.models.get(result.model)

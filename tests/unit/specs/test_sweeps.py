@@ -438,7 +438,7 @@ def test_a_model_of_another_job_keeps_the_code_and_the_place_of_its_own() -> Non
         {"name": "x", "namespace": "theirs", "code": {"files": {"a.py": ""}}, "train": {}},
         JobSpec(),
     )
-    parts = ModelParts(Layout(dtype="float64"), (Piece(inline=b"x"),), told)
+    parts = ModelParts(Layout(dtype="float64"), (Piece("ab" * 32, 8, 1),), told)
     read = Outcome.from_json(Outcome({}, parts).to_json()).model
     assert read == parts
     described = parts.spec_of(spec_of({}, namespace="ours", output={"model": "best"}))
