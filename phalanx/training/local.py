@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.blas import one_blas_thread
-from phalanx.compressors import Key, build_down_codec, build_up_codec, decoded, encoded
 from phalanx.data.manifest import DatasetManifest
-from phalanx.errors import FailedPrecondition, PhalanxError
+from phalanx.errors import FailedPrecondition
 from phalanx.layouts import model_layout
 from phalanx.models import Model, build_model
-from phalanx.models.base import Batch, buffer_mask, decay_mask
+from phalanx.models.base import Batch
 from phalanx.models.code import deactivate_user_code
-from phalanx.optimizers import Optimizer, build_optimizer, round_limit
-from phalanx.privacy.noise import build_noise
 from phalanx.privacy.secret import new_secret, sampler_key
-from phalanx.reducers import Contribution, build_reducer
-from phalanx.reduction import Node, TreeReducer, all_finite, reduce_leaves
+from phalanx.reducers import Contribution
+from phalanx.reduction import all_finite, reduce_leaves
 from phalanx.specs.shard_rows import rows_of_shard
 from phalanx.training.asynchronous import StepSums
 from phalanx.training.best import METRIC_NOT_COMPUTED, Kept, missing_metric
@@ -45,12 +42,12 @@ from phalanx.training.leaf import (
 )
 from phalanx.training.left_out import LeftOutLog
 from phalanx.training.local_asynchronous import AsynchronousSteps
+from phalanx.training.local_rounds import Tree, Updating, Wire, failure, units_of
 from phalanx.training.replay import ReplayLog
 from phalanx.training.schema import job_schema
 from phalanx.training.shard_readers import ShardReaders
 from phalanx.training.start import load_start_parameters
 from phalanx.training.two_rounds import examples_of, rounds_per_step, step_of
-from phalanx.updates import build_update
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import GoRecord, JobPlan, Layout
 
@@ -204,6 +201,16 @@ class _Records:
     left_out: LeftOutLog | None
 
 
+def _completed(plan: JobPlan, model: Model, secret: bytes) -> JobPlan:
+    """Return the plan with what its model and its secret add to it."""
+    completed = JobPlan()
+    completed.CopyFrom(plan)
+    completed.sampler_key = sampler_key(secret)
+    completed.layout.CopyFrom(model.layout)
+    completed.evaluation_sums[:] = model.evaluation_sums
+    return completed
+
+
 class _Job:
     """Parameters, optimizer state and decider of one run."""
 
@@ -217,39 +224,19 @@ class _Job:
         records: _Records,
         secret: bytes,
     ) -> None:
+        self._plan, self._spec = _completed(plan, model, secret), JobSpec.FromString(plan.spec)
+        self._model, self._start_model = model, start_model
+        self._reader_of, self._evaluation_reader = reader_of, evaluation_reader
         self._absences = records.left_out
-        self._plan = JobPlan()
-        self._plan.CopyFrom(plan)
-        self._plan.sampler_key = sampler_key(secret)
-        self._plan.layout.CopyFrom(model.layout)
-        self._plan.evaluation_sums[:] = model.evaluation_sums
-        self._spec = JobSpec.FromString(plan.spec)
-        self._model = model
-        self._reader_of = reader_of
-        self._evaluation_reader = evaluation_reader
-        self._start_model = start_model
-        self._update = build_update(self._plan)
-        self._optimizer: Optimizer | None = None
-        if self._update is None:
-            self._optimizer = build_optimizer(self._spec.train, plan.total_steps)
-        self._reducer = build_reducer(self._spec.train, plan.shards)
-        self._clip_norm = round_limit(self._spec)
-        self._noise = build_noise(plan, secret)
-        self._up_codec = build_up_codec(self._spec)
-        self._down_codec = build_down_codec(self._spec.train)
-        span = max(1, plan.unit_span)
-        self._units = [
-            range(first, min(first + span, plan.shards)) for first in range(0, plan.shards, span)
-        ]
-        #: By the first shard of a node: what its contributions have lost so far.
-        self._residuals: dict[int, Array] = {}
+        self._updating = Updating(self._plan, self._spec, model.layout, secret)
+        self._wire = Wire(self._spec)
+        self._units = units_of(plan)
         self._local = LocalSteps(self._plan, model.layout) if plan.local_steps else None
         #: By shard: what its own optimizer remembers.
         self._inner: dict[int, dict[str, Array]] = {}
-        self._decay, self._buffers = decay_mask(model.layout), buffer_mask(model.layout)
         missing = missing_metric(self._spec, model.evaluation_sums)
         if missing:
-            raise _failure(missing, METRIC_NOT_COMPUTED)
+            raise failure(missing, METRIC_NOT_COMPUTED)
         self.decider = RootDecider(self._plan, term=1)
         #: Those of the best evaluation, where the job keeps it.
         self._best_parameters: Array | None = None
@@ -257,14 +244,7 @@ class _Job:
         #: (shard, step) of what did not enter its step.
         self._left_out: set[tuple[int, int]] = set()
         self._points: list[tuple[int, str, float]] = []
-        count = model.layout.element_count
-        dtype = np.dtype(model.layout.dtype)
-        self._parameters: Array = np.zeros(count, dtype)
-        self._next: Array = np.empty(count, dtype)
-        self._state: dict[str, Array] = {
-            name: np.zeros(count, dtype)
-            for name in (self._optimizer.state_names if self._optimizer else ())
-        }
+        self._parameters: Array = np.zeros(model.layout.element_count, model.layout.dtype)
         self._one_by_one: AsynchronousSteps | None = None
         if plan.asynchronous:
             self._one_by_one = AsynchronousSteps(
@@ -329,12 +309,12 @@ class _Job:
         else:
             self._parameters[:] = self._model.initial_parameters(self._spec.seed)
         if not all_finite(self._parameters):
-            raise _failure("the initial parameters are not finite", "PARAMETERS_NON_FINITE")
+            raise failure("the initial parameters are not finite", "PARAMETERS_NON_FINITE")
 
     def _train(self, version: int) -> tuple[int, float]:
-        tree = _Tree(self._plan.shards)
+        tree = Tree(self._plan.shards)
         leaves: dict[int, Contribution] = {}
-        parameters = self._seen(self._parameters)
+        parameters = self._wire.seen(self._parameters)
         absent = () if self._absences is None else self._absences.of(version)
         self._left_out.update((shard, version) for shard in absent)
         for unit in self._units:
@@ -349,55 +329,15 @@ class _Job:
                 present = outcome.count > 0 and outcome.finite
                 tree.count(shard, outcome, present)
                 payloads[shard - unit.start] = out if present else None
-            values = self._contribution(reduce_leaves(payloads, len(unit)), unit.start, version)
+            values = self._wire.contribution(
+                reduce_leaves(payloads, len(unit)), unit.start, version
+            )
             tree.fill(unit, values, payloads)
-            if self._reducer is not None and values is not None:
+            if self._updating.reduces_leaves and values is not None:
                 leaves[unit.start] = Contribution([values], outcome.count)
         gradient, count, loss = tree.result()
-        self._apply(gradient, count, leaves, version)
+        self._parameters = self._updating.apply(self._parameters, gradient, count, leaves, version)
         return count, loss
-
-    def _apply(
-        self, gradient: Array | None, count: int, leaves: dict[int, Contribution], version: int
-    ) -> None:
-        """Make the next version of what the tree has summed, or of the leaves by themselves."""
-        divisor = count
-        if self._reducer is not None:
-            reduced = self._reducer.reduce(leaves)
-            gradient = None if reduced is None else reduced.pieces[0]
-            divisor = 0 if reduced is None else reduced.divisor
-        if self._noise is not None:
-            size, dtype = len(self._parameters), self._parameters.dtype
-            gradient = self._noise.added(gradient, 0, size, version, dtype)
-            divisor = self._noise.divisor
-        if gradient is not None:
-            self._make_next(gradient, divisor, version)
-            if not all_finite(self._next):
-                message = (
-                    f"step {step_of(self._plan, version) + 1} made parameters that are not finite; "
-                    "lower the learning rate or check the data"
-                )
-                raise _failure(message, "PARAMETERS_NON_FINITE")
-            self._parameters, self._next = self._next, self._parameters
-
-    def _make_next(self, gradient: Array, divisor: int, version: int) -> None:
-        factor = Contribution([gradient], divisor).factor(self._clip_norm)
-        if factor != 1.0:
-            gradient = gradient * gradient.dtype.type(factor)
-        if self._update is not None:
-            self._next = self._update.apply(self._parameters, gradient, divisor, version)
-            return
-        assert self._optimizer is not None
-        self._optimizer.apply(
-            self._parameters,
-            gradient,
-            divisor,
-            self._decay,
-            self._state,
-            version,
-            self._next,
-            buffers=self._buffers,
-        )
 
     def _train_one_by_one(self, steps: AsynchronousSteps) -> StepSums:
         def leaf(parameters: Array, shard: int, step: int, out: Array) -> LeafOutcome | None:
@@ -408,12 +348,12 @@ class _Job:
             return outcome
 
         def received(values: Array, shard: int, step: int) -> Array:
-            contribution = self._contribution(values, shard, step)
+            contribution = self._wire.contribution(values, shard, step)
             assert contribution is not None
             return contribution
 
         self._parameters, sums = steps.run(
-            self._parameters, self.decider.limit, self._seen, leaf, received
+            self._parameters, self.decider.limit, self._wire.seen, leaf, received
         )
         return sums
 
@@ -432,31 +372,6 @@ class _Job:
         state = self._inner.get(shard, {})
         return self._local.run(model, parameters, version, batch_of, out, state)
 
-    def _seen(self, parameters: Array) -> Array:
-        """A version as workers see it."""
-        if self._down_codec is None:
-            return parameters
-        return decoded(self._down_codec, encoded(self._down_codec, parameters), len(parameters))
-
-    def _contribution(self, values: Array | None, first: int, version: int) -> Array | None:
-        """A node's contribution as the root sees it."""
-        if values is None or self._up_codec is None:
-            return values
-        if self._up_codec.feedback and first in self._residuals:
-            values = values + self._residuals[first]
-            if not all_finite(values):
-                message = (
-                    f"the sum of the node of shard {first} in step {version + 1} is not finite"
-                )
-                raise _failure(
-                    f"{message}; lower the learning rate or check the data", "NON_FINITE"
-                )
-        data = encoded(self._up_codec, values, Key(first, version))
-        seen = decoded(self._up_codec, data, len(values))
-        if self._up_codec.feedback:
-            self._residuals[first] = values - seen
-        return seen
-
     def _skip(self, shard: int, version: int) -> None:
         """Leave a leaf that is not finite out of its step, or fail, as the spec says."""
         rule = self._spec.train.on_nonfinite
@@ -468,16 +383,16 @@ class _Job:
             "lower the learning rate or check the data"
         )
         if rule.WhichOneof("action") != "skip":
-            raise _failure(message, "NON_FINITE")
+            raise failure(message, "NON_FINITE")
         self._left_out.add((shard, version))
         self._skipped_steps.add(version)
         if 0 < rule.skip.max_steps < len(self._skipped_steps):
-            raise _failure(message, "NON_FINITE")
+            raise failure(message, "NON_FINITE")
 
     def _evaluate(self) -> tuple[NDArray[np.float64], int]:
         assert self._evaluation_reader is not None, "the plan evaluates, and there is no reader"
-        tree = _Tree(self._plan.evaluation_shards)
-        parameters = self._seen(self._parameters)
+        tree = Tree(self._plan.evaluation_shards)
+        parameters = self._wire.seen(self._parameters)
         for shard in range(self._plan.evaluation_shards):
             sums = np.zeros(len(self._plan.evaluation_sums))
             outcome = run_evaluation_leaf(
@@ -490,34 +405,5 @@ class _Job:
             return np.zeros(len(self._plan.evaluation_sums)), 0
         if not np.isfinite(total).all():
             message = f"the evaluation after step {self.decider.version} is not finite"
-            raise _failure(message, "PARAMETERS_NON_FINITE")
+            raise failure(message, "PARAMETERS_NON_FINITE")
         return total, count
-
-
-class _Tree:
-    """The tree of one round: the vector, and count and loss beside it."""
-
-    def __init__(self, width: int) -> None:
-        self._vectors = TreeReducer(width)
-        self._losses = TreeReducer(width)
-        self._count = 0
-
-    def count(self, shard: int, outcome: LeafOutcome, present: bool) -> None:
-        """Count a leaf; an empty one, or one that is not finite, is an absent child."""
-        self._losses.fill(Node(shard, 1), outcome.loss_sum if present else None, int(present))
-        self._count += outcome.count if present else 0
-
-    def fill(self, shards: range, vector: Array | None, payloads: Mapping[int, Any]) -> None:
-        """Fill the node of these shards; `payloads` tells which of them are present."""
-        span = 1 << (len(shards) - 1).bit_length()
-        mask = sum(1 << each for each, payload in payloads.items() if payload is not None)
-        self._vectors.fill(Node(shards.start, span), vector if mask else None, mask)
-
-    def result(self) -> tuple[Array | None, int, float]:
-        vector, _ = self._vectors.result
-        loss, _ = self._losses.result
-        return vector, self._count, 0.0 if loss is None else loss
-
-
-def _failure(message: str, reason: str) -> PhalanxError:
-    return FailedPrecondition(message, reason=reason)
