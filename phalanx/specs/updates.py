@@ -81,9 +81,11 @@ def rounds_of(spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset) 
 
 def planned_rounds(plan: JobPlan) -> Rounds:
     """Return the rounds of a job whose layout is known."""
+    spec = job_spec_pb2.JobSpec.FromString(plan.spec)
+    if parts.update_kind(spec) != "boosting":
+        return Rounds()  # tensors of other models may have these names, and any shape
     sizes = {tensor.name: tensor.shape[0] for tensor in plan.layout.tensors}
-    classes = sizes.get("class_rows", 0)
-    return _rounds(job_spec_pb2.JobSpec.FromString(plan.spec), classes)
+    return _rounds(spec, sizes.get("class_rows", 0))
 
 
 def _rounds(spec: job_spec_pb2.JobSpec, classes: int) -> Rounds:

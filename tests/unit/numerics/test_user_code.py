@@ -14,6 +14,9 @@ from phalanx.errors import InvalidArgument
 from phalanx.models import Batch, DataSchema, Model, UserModel, build_model
 from phalanx.models.base import make_layout
 from phalanx.models.code import UserCode, deactivate_user_code
+from phalanx.testing.datasets import regression, store
+from phalanx.testing.plans import plan_for
+from phalanx.training.local import train_in_process
 from phalanx.v1.job_spec_pb2 import JobSpec
 
 SCHEMA = DataSchema(4, 3, "float64")
@@ -252,6 +255,37 @@ class Mean(UserModel):
 
 
 REGRESSION = DataSchema(4, 0, "float64")
+
+
+MEAN = """
+import numpy as np
+from phalanx.models import UserModel
+
+class Net(UserModel):
+    def __init__(self, schema):
+        super().__init__(schema, {"m": ()})
+
+    def initial(self, seed):
+        return {"m": 0.0}
+
+    def loss_and_gradients(self, parameters, features, targets):
+        error = parameters["m"] - targets
+        return 0.5 * float(error @ error), {"m": error.sum()}
+"""
+
+
+def test_a_job_may_have_a_tensor_that_is_one_number(tmp_path: Path) -> None:
+    code = write_code(tmp_path / "code", net=MEAN)
+    stored = store(tmp_path / "data", *regression(60, 4))
+    train = {
+        "model": {"custom": {"entrypoint": "net:Net"}},
+        "optimizer": {"sgd": {"learning_rate": 0.5}},
+        "stop": {"steps": 3},
+    }
+    plan = plan_for(stored, train, data={"name": "data", "shards": 2})
+    result = train_in_process(plan, stored.manifest, stored.fetch, code_dir=code)
+    assert result.steps == 3
+    assert [list(tensor.shape) for tensor in result.layout.tensors] == [[]]
 
 
 def test_regression_sums_come_from_predictions() -> None:
