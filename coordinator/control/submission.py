@@ -38,7 +38,6 @@ from phalanx.v1 import (
     job_pb2,
     job_spec_pb2,
     model_service_pb2,
-    training_pb2,
 )
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
@@ -71,7 +70,8 @@ class Submissions:
         self._check_code_allowed(spec)
         dataset = await self._dataset(spec) if specs.reads_dataset(spec) else None
         columns = await self._columns(spec, dataset)
-        resolved = await _prepared(spec, dataset, columns)
+        prepare = partial(specs.prepare, dataset=dataset, columns=columns)
+        resolved = await _in_turn(prepare, spec, takes_long=columns is not None)
         model_files, model_bytes = dict[str, str](), 0
         if specs.model_name(resolved):
             assert dataset is not None, "what goes through a model is read from a data set"
@@ -92,11 +92,12 @@ class Submissions:
         origin = None
         if resolved.train.start.WhichOneof("from") == "job":
             origin = await find_origin(resolved, core, self._store)
-        plan = await _planned(resolved, dataset, job_id)
+        plan = await _in_turn(partial(specs.job_plan, dataset=dataset, job_id=job_id), resolved)
         plan.spec = b""  # the journal keeps the spec once, beside the plan
         plan.start_model_digest = start_model_digest
         plan.model_files.update(model_files)
-        announced = specs.plan(resolved, dataset, model_bytes=model_bytes)
+        announce = partial(specs.plan, dataset=dataset, model_bytes=model_bytes)
+        announced = await _in_turn(announce, resolved)
         submitted = JobSubmitted(
             job_id=job_id,
             spec=resolved,
@@ -110,7 +111,7 @@ class Submissions:
         if origin is not None:
             origin.take_over(submitted)
         eligible = count_eligible(core, submitted)
-        shown = specs.plan(resolved, dataset, eligible, model_bytes=model_bytes)
+        shown = await _in_turn(partial(announce, eligible_workers=eligible), resolved)
         submitted.announced_plan.CopyFrom(shown)
         return submitted, dataset
 
@@ -198,12 +199,12 @@ class Submissions:
             raise NotFound(violations[0].message, reason="WHEEL_NOT_FOUND", violations=violations)
 
     async def _dataset(self, spec: job_spec_pb2.JobSpec) -> dataset_service_pb2.Dataset:
-        if not await _checked(spec, specs.names_dataset):
-            await _checked(spec, specs.check_spec)
+        if not await _in_turn(specs.names_dataset, spec):
+            await _in_turn(specs.check_spec, spec)
         try:
             return await self._look_up(spec)
         except NotFound as error:
-            await _checked(spec, partial(specs.check_spec, also=error.violations))
+            await _in_turn(partial(specs.check_spec, also=error.violations), spec)
             raise
 
     async def _look_up(self, spec: job_spec_pb2.JobSpec) -> dataset_service_pb2.Dataset:
@@ -300,33 +301,17 @@ def _parameters_of(model: model_service_pb2.ModelVersion) -> str:
     )
 
 
-async def _prepared(
+async def _in_turn(
+    work: Callable[[job_spec_pb2.JobSpec], AnswerT],
     spec: job_spec_pb2.JobSpec,
-    dataset: dataset_service_pb2.Dataset | None,
-    columns: RawColumns | None,
-) -> job_spec_pb2.JobSpec:
-    """Check and resolve. There may be thousands of tasks or columns: heartbeats have their turn."""
-    if dataset is None or columns is not None:
-        return await asyncio.to_thread(specs.prepare, spec, dataset, columns)
-    return await _checked(spec, lambda each: specs.prepare(each, dataset))
-
-
-async def _checked(
-    spec: job_spec_pb2.JobSpec, check: Callable[[job_spec_pb2.JobSpec], AnswerT]
+    *,
+    takes_long: bool = False,
 ) -> AnswerT:
-    """Return what a check of a spec says. A sweep is thousands of jobs, each of which is checked:
-    heartbeats have their turn."""
-    if spec.HasField("sweep"):
-        return await asyncio.to_thread(check, spec)
-    return check(spec)
-
-
-async def _planned(
-    spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset | None, job_id: str
-) -> training_pb2.JobPlan:
-    if dataset is None:
-        return await asyncio.to_thread(specs.job_plan, spec, dataset, job_id)
-    return specs.job_plan(spec, dataset, job_id)
+    """Return what is made of a spec. Where it takes long, as of thousands of tasks, or of the jobs
+    that a sweep tries, heartbeats have their turn."""
+    if takes_long or spec.HasField("sweep") or spec.HasField("tasks"):
+        return await asyncio.to_thread(work, spec)
+    return work(spec)
 
 
 def wheel_of(record: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,6 +16,7 @@ from coordinator.control.core.facts import Facts
 from coordinator.control.core.state import Core, CoreConfig
 from coordinator.control.store import Store
 from coordinator.control.submission import Submissions
+from phalanx import specs
 from phalanx.layouts import size_bytes
 from phalanx.models import DataSchema, build_model
 from phalanx.testing.datasets import classification, store
@@ -25,7 +27,9 @@ from phalanx.v1.model_service_pb2 import GetModelResponse, ModelFile, ModelVersi
 from tests.unit.data.finished_models import write_finished_model
 
 
-async def test_others_have_their_turn_while_the_jobs_of_a_sweep_are_checked() -> None:
+async def test_others_have_their_turn_while_the_jobs_of_a_sweep_are_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     dataset = Dataset(
         namespace="default",
         name="data",
@@ -49,6 +53,19 @@ async def test_others_have_their_turn_while_the_jobs_of_a_sweep_are_checked() ->
             turns += 1
             await asyncio.sleep(0)
 
+    threads: dict[str, set[bool]] = {}
+
+    def note(name: str, work: Any) -> None:
+        def noted(*args: Any, **more: Any) -> Any:
+            here = threading.current_thread() is threading.main_thread()
+            threads.setdefault(name, set()).add(here)
+            return work(*args, **more)
+
+        monkeypatch.setattr(specs, name, noted)
+
+    note("prepare", specs.prepare)
+    note("job_plan", specs.job_plan)
+    note("plan", specs.plan)
     base = {"train": {"model": {"linear_regression": {}}, "stop": {"steps": 5}}}
     document = {
         "name": "search",
@@ -62,6 +79,7 @@ async def test_others_have_their_turn_while_the_jobs_of_a_sweep_are_checked() ->
     busy.cancel()
     # Nothing that it is answered lets anybody wait here.
     assert turns > 0
+    assert threads == {"prepare": {False}, "job_plan": {False}, "plan": {False}}
     assert submitted.plan.total_steps == 5 * 100 + 6
 
 
