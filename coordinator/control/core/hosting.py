@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from coordinator.control.core import balancing, incidents, placement, told
+from coordinator.control.core import balancing, incidents, members, placement, told
 from coordinator.control.core.eligibility import (
     announce_ineligible,
     choose_hosts,
@@ -24,6 +24,7 @@ from phalanx.given import sealed
 from phalanx.privacy.secret import sampler_key
 from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
+from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 from phalanx.v1.training_pb2 import GivenNodes, JobPlan
 
 
@@ -250,12 +251,18 @@ def _place(
 def _sync_members(core: Core, job: JobRuntime, hosts: dict[str, Worker]) -> None:
     """Shards stay where the term has placed them; whoever else may host the job prepares for it.
 
-    A member that is to leave keeps what it has until a new term begins.
+    A member that is to leave keeps what it has until a new term begins. If there will be none, as
+    nobody else is there or may be about to come back, it lets go of it.
     """
-    members = {each.aggregator_id for each in core.facts_of(job).ranges}
-    staying = {key: worker for key, worker in hosts.items() if worker.hello.address}
-    for worker_id in members & job.hosts.keys():
-        staying[worker_id] = core.workers[worker_id]
+    staying = dict(hosts)
+    others = bool(hosts) or core.now.monotonic_s < job.adopt_until_s
+    for worker_id in sorted(set(members.current(core, job)) & job.hosts.keys()):
+        worker = core.workers[worker_id]
+        if others or worker.state != WorkerView.STATE_DRAINING:
+            staying[worker_id] = worker
+        else:
+            job.train.forget(worker_id)
+            job.evaluation.forget(worker_id)
     _send_differences(core, job, staying)
     _revoke_strangers(core, job, staying)
 

@@ -81,13 +81,13 @@ def _placed(core: Core, job: JobRuntime, fingerprint: str) -> placement.Owners:
 
 
 def _able(core: Core, job: JobRuntime, fingerprint: str) -> dict[str, Worker]:
-    """Workers that may be members: others can reach them, and they give the same bits."""
+    """Workers that may be members: they give the same bits."""
     hosts = choose_hosts(core, job, group_of(core, job))
     any_will_do = not fingerprint or not core.facts_of(job).plan.bitwise
     return {
         key: worker
         for key, worker in hosts.items()
-        if worker.hello.address and (any_will_do or worker.hello.fingerprint == fingerprint)
+        if any_will_do or worker.hello.fingerprint == fingerprint
     }
 
 

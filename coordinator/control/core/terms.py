@@ -23,7 +23,7 @@ from coordinator.control.core.eligibility import (
 )
 from coordinator.control.core.events import OperationFailed, RowRead, TermRaised, TermRefused
 from coordinator.control.core.lifecycle import QUEUED, RUNNING
-from coordinator.control.core.ownership import choose_owners, lost_owners, may_be_owned
+from coordinator.control.core.ownership import Owners, choose_owners, lost_owners, may_be_owned
 from coordinator.control.core.state import Core, JobRuntime, OperationKind
 from phalanx.errors import Internal
 from phalanx.tasks import runs_tasks
@@ -260,7 +260,6 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
     """Journal the new term with its owners, then tell everybody."""
     facts = core.facts_of(job)
     plan = _complete_plan(core, job)
-    remain = _remaining(core, job)
     choose = members.choose if job.all_reduce else choose_owners
     owners = choose(core, job, plan)
     if owners is None and job.all_reduce and facts.state == QUEUED:
@@ -269,6 +268,7 @@ def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
         advance(core, job)
     if owners is None:
         return  # the reason is set; an aggregator that joins raises the term once more
+    remain = _remaining(core, job, owners)
     restore = _newest_good(job, event.checkpoints) or facts.continued
     if not remain:
         _miss_checkpoint(core, job, restore)
@@ -375,11 +375,13 @@ def _tell_again(core: Core, job: JobRuntime, before: int, incident_id: str) -> N
     )
 
 
-def _remaining(core: Core, job: JobRuntime) -> set[str]:
-    """Members of the term before that are still there, with all that the job has."""
+def _remaining(core: Core, job: JobRuntime, owners: Owners) -> set[str]:
+    """Members of the term before that are in the new one as well, with all that the job has."""
     if not job.all_reduce or core.facts_of(job).resuming:
         return set()
-    return {key for key in members.current(core, job) if members.takes_part(core, job, key)}
+    new = {each.aggregator_id for each in owners.ranges}
+    before = new & set(members.current(core, job))
+    return {key for key in before if members.takes_part(core, job, key)}
 
 
 def _tell_members(core: Core, job: JobRuntime, remain: set[str], incident_id: str) -> None:

@@ -10,6 +10,7 @@ from coordinator.control.core import events as ev
 from coordinator.control.core.tree import node_count
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2
+from phalanx.v1.cluster_service_pb2 import Worker
 from phalanx.v1.job_spec_pb2 import JobSpec
 
 
@@ -192,6 +193,112 @@ def test_control_that_is_new_adopts_the_members(reducing: Any) -> None:
     assert (term(reducing), members(reducing)) == (2, ["w1", "w3"])
 
 
+def test_the_last_member_leaves_if_it_is_drained_while_it_is_adopted(cluster: Any) -> None:
+    """It was started again, so it holds nothing, and nobody will take its place."""
+    join(cluster, "w1")
+    cluster.submit(edit=all_reduce)
+    cluster.lead()
+    session = join(cluster, "w1")
+    cluster.call(ev.DrainWorker, "w1")
+    cluster.advance(cluster.core.lease_ttl_s() + 0.5)
+    assert cluster.job().reason == "WAITING_FOR_WORKERS"
+    assert cluster.told("w1", "drain")
+    cluster.feed(ev.SessionBroken(session, "it left"))
+    join(cluster, "w2")
+    assert (term(cluster), members(cluster)) == (2, ["w2"])
+
+
+def test_all_members_leave_if_all_are_drained_and_who_comes_gets_the_checkpoint(
+    reducing: Any,
+) -> None:
+    manifest = storage_service_pb2.CheckpointManifest(step=5, manifest_sha256="ab" * 32)
+    reducing.checkpoints["job-1"] = [manifest]
+    reducing.report("job-1", 7, owner="w1", checkpoint_step=5)
+    for name in ("w1", "w2", "w3"):
+        reducing.call(ev.DrainWorker, name)
+        assert reducing.told(name, "drain")
+    assert (term(reducing), members(reducing)) == (3, ["w3"])
+    assert reducing.job().reason == "WAITING_FOR_WORKERS"
+    join(reducing, "w4")
+    assert members(reducing) == ["w4"]
+    told = reducing.told("w4", "assign_job")[-1]
+    assert (told.restore.step, told.reached_step) == (5, 7)
+    (replayed,) = (event for event in reducing.events if event.type == "STEPS_REPLAYED")
+    assert (replayed.step, replayed.details["steps"]) == (5, "2")
+
+
+def test_who_is_drained_alone_stays_as_long_as_others_may_be_adopted(reducing: Any) -> None:
+    """Nobody else is there yet, and what it holds is needed until the next term."""
+    held = {
+        name: pb.HeldWorkerJob(
+            job_id="job-1",
+            term=1,
+            train_nodes=reducing.told(name, "assign_job")[-1].train_nodes,
+            evaluation_nodes=reducing.told(name, "assign_job")[-1].evaluation_nodes,
+            ready=True,
+        )
+        for name in ("w1", "w2")
+    }
+    reducing.lead()
+    reducing.worker("w1", slots=1, address="127.0.0.1:9", held_jobs=[held["w1"]])
+    reducing.call(ev.DrainWorker, "w1")
+    assert not reducing.told("w1", "revoke_job")
+    reducing.worker("w2", slots=1, address="127.0.0.1:8", held_jobs=[held["w2"]])
+    reducing.advance(reducing.core.lease_ttl_s() + 0.5)
+    assert (term(reducing), members(reducing)) == (2, ["w2"])
+    assert reducing.told("w1", "drain")
+    assert "STEPS_REPLAYED" not in reducing.types()
+
+
+def test_the_last_member_stays_while_another_one_is_only_silent(reducing: Any) -> None:
+    reducing.storage_up = False
+    reducing.kill("w3")
+    reducing.time_s += 0.6 * reducing.core.lease_ttl_s()
+    reducing.heartbeats("w1")
+    reducing.feed(ev.Tick())
+    assert reducing.core.workers["w2"].state == Worker.STATE_SUSPECTED
+    reducing.say(reducing.sessions["w1"], drain_requested=pb.DrainRequested())
+    assert not reducing.told("w1", "revoke_job")
+    reducing.storage_up = True
+    reducing.perform()
+    reducing.run_operations()
+    assert members(reducing) == ["w2"]
+    assert reducing.told("w1", "drain")
+
+
+@pytest.mark.parametrize("how", ["dies", "is drained"])
+def test_one_that_others_cannot_reach_takes_nothing_over(cluster: Any, how: str) -> None:
+    join(cluster, "w1")
+    cluster.worker("old", slots=1)
+    cluster.submit(edit=all_reduce)
+    if how == "dies":
+        cluster.kill("w1")
+    else:
+        cluster.call(ev.DrainWorker, "w1")
+        assert cluster.told("w1", "drain")
+    cluster.advance(3.0)
+    assert cluster.job().reason == "WAITING_FOR_WORKERS"
+    join(cluster, "w2")
+    assert members(cluster) == ["w2"]
+
+
+def test_what_only_a_drained_member_held_is_computed_again_and_told(cluster: Any) -> None:
+    """Who prepares knows nothing yet, so what is done since the checkpoint is done again."""
+    join(cluster, "w1")
+    cluster.submit(edit=all_reduce)
+    manifest = storage_service_pb2.CheckpointManifest(step=5, manifest_sha256="ab" * 32)
+    cluster.checkpoints["job-1"] = [manifest]
+    cluster.report("job-1", 7, owner="w1", checkpoint_step=5)
+    cluster.auto = False
+    join(cluster, "w2")
+    assert members(cluster) == ["w1"]
+    cluster.call(ev.DrainWorker, "w1")
+    assert members(cluster) == ["w2"]
+    assert cluster.told("w2", "assign_job")[-1].restore.step == 5
+    (replayed,) = (event for event in cluster.events if event.type == "STEPS_REPLAYED")
+    assert (replayed.step, replayed.details["steps"]) == (5, "2")
+
+
 def test_a_pause_is_told_to_the_worker_that_is_the_root(reducing: Any) -> None:
     reducing.call(ev.PauseJob, "job-1")
     assert [each.kind for each in reducing.told("w1", "job_command")] == [pb.JobCommand.KIND_PAUSE]
@@ -231,7 +338,8 @@ def test_a_job_that_is_paused_while_its_term_is_raised_stays_paused(reducing: An
 def test_a_worker_that_others_cannot_reach_takes_no_part(cluster: Any) -> None:
     cluster.worker("old")
     cluster.submit(edit=all_reduce)
-    assert cluster.state() == "QUEUED"
+    assert (cluster.state(), cluster.job().reason) == ("QUEUED", "WAITING_FOR_WORKERS")
+    assert "old is left out: it tells no address" in cluster.job().message
     join(cluster, "w1")
     assert (cluster.state(), members(cluster)) == ("RUNNING", ["w1"])
 
