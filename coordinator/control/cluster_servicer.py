@@ -52,13 +52,15 @@ class ClusterServicer(pb_grpc.ClusterServiceServicer):
     async def ListWorkers(
         self, request: pb.ListWorkersRequest, context: ServicerContext
     ) -> pb.ListWorkersResponse:
-        """List the workers, newest first."""
+        """List the workers by their ids.
+
+        When one joined changes as it joins again: pages by that would pass over it, or list it
+        twice, and between those of two leaders over all.
+        """
         leader = self._process.leading()
         core, incomplete = leader.core, leader.incomplete()
         page = Page(request.page_size, request.page_token)
-        taken, following = page.take(
-            core.workers.values(), lambda worker: (-worker.join_unix_nanos, worker.id)
-        )
+        taken, following = page.take(core.workers.values(), lambda worker: (0, worker.id))
         workers = [hide_jobs(core.facts, worker_view(core, worker)) for worker in taken]
         return pb.ListWorkersResponse(
             workers=workers, next_page_token=following, incomplete=incomplete

@@ -233,6 +233,7 @@ class Cluster:
             found += page.workers
             token = page.next_page_token
             if not token:
+                found.sort(key=lambda worker: worker.join_time.ToNanoseconds(), reverse=True)
                 return pages.listing(found)
 
     def drain(self, worker_id: str, *, timeout_s: float | None = None) -> None:

@@ -69,7 +69,8 @@ class ClusterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListWorkers(self, request, context):
-        """Every known worker, also lost and drained ones, newest first.
+        """Every known worker, also lost and drained ones, by id: on some page each
+        that is known all the time, whoever joins again meanwhile, and none twice.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -19,7 +19,9 @@ class ClusterServiceStub:
     GetCluster: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.GetClusterRequest, _cluster_service_pb2.GetClusterResponse]
     """The state of the whole cluster at a glance."""
     ListWorkers: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.ListWorkersRequest, _cluster_service_pb2.ListWorkersResponse]
-    """Every known worker, also lost and drained ones, newest first."""
+    """Every known worker, also lost and drained ones, by id: on some page each
+    that is known all the time, whoever joins again meanwhile, and none twice.
+    """
     DrainWorker: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.DrainWorkerRequest, _cluster_service_pb2.DrainWorkerResponse]
     """Moves a worker's shards away, then lets it leave."""
     ListEvents: _aio.UnaryStreamMultiCallable[_cluster_service_pb2.ListEventsRequest, _cluster_service_pb2.ListEventsResponse]
@@ -44,7 +46,9 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_service_pb2.ListWorkersRequest,
         context: _aio.ServicerContext[_cluster_service_pb2.ListWorkersRequest, _abc.Awaitable[_cluster_service_pb2.ListWorkersResponse]],
     ) -> _abc.Awaitable[_cluster_service_pb2.ListWorkersResponse]:
-        """Every known worker, also lost and drained ones, newest first."""
+        """Every known worker, also lost and drained ones, by id: on some page each
+        that is known all the time, whoever joins again meanwhile, and none twice.
+        """
 
     @_abc_1.abstractmethod
     def DrainWorker(

@@ -8,7 +8,7 @@ is refused, or told to let go, or not heard; nothing of it may change what the o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ from phalanx.v1 import aggregation_service_pb2 as exchange
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import job_service_pb2, training_pb2
 from phalanx.v1.coordination_service_pb2_grpc import CoordinationServiceStub
+from phalanx.v1.job_pb2 import Job
 from tests.simulation import jobs
 from tests.simulation.neighbour import Neighbour
 
@@ -37,7 +38,7 @@ class Impostor(Neighbour):
 
     async def _claims_to_be_a_worker(self) -> None:
         """Its bits are not those of any job, so it is given nothing; then it says all the same."""
-        job_id = await self._some_job()
+        job_id = (await self._some_job()).id
         hello = pb.WorkerHello(
             worker_id="impostor", incarnation=str(self._number), fingerprint=FINGERPRINT, slots=1
         )
@@ -55,8 +56,10 @@ class Impostor(Neighbour):
 
     async def _claims_to_be_an_aggregator(self) -> None:
         """It owns nothing, and what it says of what others own is not believed. Given ranges it
-        would be; so it leaves, and another one takes them."""
-        job_id = await self._some_job()
+        would be; so it leaves, and another one takes them. Of a term that is still to begin it says
+        nothing, as it may be given ranges of it while it speaks."""
+        job = await self._some_job()
+        job_id, begun = job.id, job.state != Job.STATE_QUEUED
         hello = pb.AggregatorHello(
             aggregator_id="impostor",
             incarnation=str(self._number),
@@ -65,7 +68,8 @@ class Impostor(Neighbour):
         )
         hello.held_ranges.add(job_id=job_id, term=ANOTHER_TERM, range_indexes=[0])
         hello.held_ranges.add(job_id="no-job", term=1, range_indexes=[0])
-        told = await self._session(Request(aggregator_hello=hello), *_claims(job_id))
+        claims = _claims(job_id, (ANOTHER_TERM, 1) if begun else (ANOTHER_TERM,))
+        told = await self._session(Request(aggregator_hello=hello), *claims)
         released = {each.release_ranges.job_id for each in told if each.HasField("release_ranges")}
         owns = any(each.HasField("assign_ranges") for each in told)
         kept = told and not owns and not released >= {"no-job"}
@@ -86,7 +90,7 @@ class Impostor(Neighbour):
     async def _claims_to_deliver(self) -> None:
         """Contributions of a term or a round that there is not end the stream that they come on,
         and those of a round that is over change nothing."""
-        job_id = await self._some_job()
+        job_id = (await self._some_job()).id
         node = training_pb2.TreeNode(first=0, span=1)
         for term in TERMS_TRIED:
             frame = {"term": term, "node": node, "vector": "gradient", "element_count": 1}
@@ -118,10 +122,10 @@ class Impostor(Neighbour):
             async for _ in call(said(), timeout=1.0):
                 pass
 
-    async def _some_job(self) -> str:
+    async def _some_job(self) -> Job:
         request = job_service_pb2.ListJobsRequest(namespace="default")
-        jobs = (await self._control("ListJobs", request)).jobs
-        return jobs[0].id if jobs else "no-job"
+        jobs: Sequence[Job] = (await self._control("ListJobs", request)).jobs
+        return jobs[0] if jobs else Job(id="no-job")
 
     async def _turned_away(self, hello: Request) -> None:
         told = await self._session(hello)
@@ -133,10 +137,12 @@ class Impostor(Neighbour):
         told: list[pb.SessionResponse] = []
         for address in self._cluster.control_addresses:
             stub: Any = CoordinationServiceStub(self._channel(address))
+            session = stub.Session(_said(messages), timeout=5.0)
             try:
-                async for answer in stub.Session(_said(messages), timeout=5.0):
+                async for answer in session:
                     told.append(answer)
                     if answer.HasField("assign_ranges"):
+                        session.cancel()
                         break
             except grpc.aio.AioRpcError:
                 pass  # it does not lead, or does not want to hear
@@ -150,10 +156,10 @@ async def _said(messages: tuple[Request, ...]) -> AsyncIterator[Request]:
     await asyncio.sleep(STAYS_S)
 
 
-def _claims(job_id: str) -> list[Request]:
+def _claims(job_id: str, terms: Sequence[int] = (ANOTHER_TERM, 1)) -> list[Request]:
     """What a member may say, of a job that it does not have and of one that there is not."""
     said: list[Request] = [Request()]
-    for job, term in (("no-job", 1), (job_id, ANOTHER_TERM), (job_id, 1)):
+    for job, term in (("no-job", 1), *((job_id, term) for term in terms)):
         progress = pb.WorkerJobProgress(job_id=job, term=term, step=9)
         report = pb.JobReport(
             job_id=job, term=term, outcome=pb.JobReport.OUTCOME_FAILED, reason="IMPOSTOR"

@@ -330,8 +330,19 @@ FOUND_BUGS = (
     Known(4096),
     # A step was told to be as old as the one before, together with who had been outvoted in it.
     Known(52008),
+    # The last member of a job whose workers own the parameters never left: it was drained while it
+    # was adopted, and it was one only by its name.
+    Known(201293),
+    # A worker that joined again between two pages was listed on both.
+    Known(90264),
 )
 """Scenarios that once found bugs in what ships."""
+
+MISJUDGED = (
+    Known(200405),  # an impostor said that a job had failed of which it had just been given ranges
+    Known(200770),  # a submission was answered so late that its job was over, and took no quota
+)
+"""Scenarios in which somebody once blamed what ships for what is right."""
 
 NEWCOMERS = tuple(Known(seed, settings=(("newcomer", True),)) for seed in range(4))
 """Scenarios with a third user."""

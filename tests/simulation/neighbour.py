@@ -75,7 +75,10 @@ class Neighbour:
         """Do one errand after another, in any order, until the run is over."""
         try:
             await self._run()
-        except PhalanxError as error:
+        except SimulationFailed:
+            raise
+        except Exception as error:
+            # Of whoever just ended nobody would hear.
             raise SimulationFailed(f"the neighbour was told {error!r}") from error
 
     async def _run(self) -> None:

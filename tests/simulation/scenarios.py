@@ -5,7 +5,14 @@ from __future__ import annotations
 import shlex
 from functools import cache
 
-from tests.simulation.known import CONTROL_DIES, FOUND_BUGS, KNOWN, NEWCOMERS, Known
+from tests.simulation.known import (
+    CONTROL_DIES,
+    FOUND_BUGS,
+    KNOWN,
+    MISJUDGED,
+    NEWCOMERS,
+    Known,
+)
 from tests.simulation.outcome import Outcome
 from tests.simulation.scenes import SCENES
 
@@ -15,6 +22,7 @@ def scenarios() -> dict[str, Known]:
     """Scenarios by name: what a planted bug is known by, and the kind and place of the others."""
     numbered = {
         "found": FOUND_BUGS,
+        "misjudged": MISJUDGED,
         "scene": tuple(SCENES),
         "newcomer": NEWCOMERS,
         "control-dies": CONTROL_DIES,

@@ -75,6 +75,12 @@ def test_a_scenario_that_once_found_a_bug_finds_none(given, name):
     assert outcome.failure == "", told_of(name, outcome)
 
 
+@pytest.mark.parametrize("name", of_kind("misjudged"))
+def test_what_is_right_is_not_blamed(given, name):
+    outcome = scenarios()[name].run(given)
+    assert outcome.failure == "", told_of(name, outcome)
+
+
 @pytest.mark.parametrize("name", of_kind("scene"))
 def test_a_scene_shows_what_it_is_about(given, name):
     outcome = scenarios()[name].run(given)
@@ -184,6 +190,14 @@ def test_what_a_callback_of_the_world_sees_fails_the_seed_as_well(given, monkeyp
 
     monkeypatch.setattr("tests.simulation.runs.play", play)
     assert simulate(given, 1000).failure == "seen between two tasks"
+
+
+def test_a_user_who_breaks_down_fails_the_seed(given, monkeypatch):
+    async def looks(self):
+        raise ValueError("which nobody expects")
+
+    monkeypatch.setattr("tests.simulation.neighbour.Neighbour._looks_at_jobs", looks)
+    assert "which nobody expects" in Known(0, settings=(("neighbour", True),)).run(given).failure
 
 
 def test_a_job_that_nobody_forgets_is_found(given, monkeypatch):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from coordinator.control.cluster_servicer import ClusterServicer
 from coordinator.control.core import events as ev
 from coordinator.control.core.clock import NANOS, Instant
 from coordinator.control.core.facts import Facts
+from phalanx.v1 import cluster_service_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
 
 DAY_S = 24 * 3600.0
@@ -199,3 +202,54 @@ def test_a_jump_does_not_move_a_job_up_in_the_queue(jumping: Any) -> None:
     jumping.worker("w1")
     asked = [each.plan.job_id for each in jumping.told("w1", "describe_job")]
     assert asked[0] == "job-2"
+
+
+async def workers_by_pages(cluster: Any, between: Any) -> list[str]:
+    """All workers as they are listed one by one, with something that happens after the second."""
+    process: Any = SimpleNamespace(
+        leading=lambda: SimpleNamespace(core=cluster.core, incomplete=lambda: "")
+    )
+    servicer, context, seen = ClusterServicer(process), None, list[str]()
+    request = cluster_service_pb2.ListWorkersRequest(page_size=1)
+    while True:
+        answer = await servicer.ListWorkers(request, context)  # type: ignore[arg-type]
+        seen += [worker.id for worker in answer.workers]
+        request.page_token = answer.next_page_token
+        if not request.page_token:
+            return seen
+        if len(seen) == 2:
+            between()
+
+
+@pytest.mark.parametrize("jump_s", [-400 * DAY_S, 0.0, 400 * DAY_S])
+async def test_pages_list_every_worker_once_although_some_are_started_again(
+    jumping: Any, jump_s: float
+) -> None:
+    names = ["w1", "w2", "w3", "w4"]
+    for name in names:
+        jumping.time_s += 1.0
+        jumping.worker(name)
+
+    def started_again() -> None:
+        jumping.offset_s = jump_s
+        for name in names:
+            jumping.kill(name)
+            jumping.worker(name, incarnation=f"{name}-2")
+
+    assert sorted(await workers_by_pages(jumping, started_again)) == names
+
+
+async def test_pages_list_every_worker_once_although_another_leader_takes_over(
+    jumping: Any,
+) -> None:
+    names = ["w1", "w2", "w3", "w4"]
+    for name in names:
+        jumping.worker(name)
+
+    def taken_over() -> None:
+        jumping.time_s += 1.0
+        jumping.lead()
+        for name in names:
+            jumping.worker(name)
+
+    assert sorted(await workers_by_pages(jumping, taken_over)) == names

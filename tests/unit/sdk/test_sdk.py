@@ -226,6 +226,12 @@ def test_a_list_that_may_not_be_whole_is_asked_of_another_address(script, cut_of
     assert len(cut_off.requests("ListJobs")) == len(cut_off.requests("ListEvents")) == 1
 
 
+def test_workers_come_newest_first_whatever_the_order_of_pages(script, cluster):
+    for name, joined_s in (("w1", 20), ("w2", 30), ("w3", 10)):
+        script.cluster.workers.add(id=name).join_time.FromSeconds(joined_s)
+    assert [worker.id for worker in cluster.workers()] == ["w2", "w1", "w3"]
+
+
 def test_a_list_that_nobody_knows_whole_comes_with_a_warning(cut_off, monkeypatch):
     monkeypatch.setattr("phalanx.sdk.following.TAKE_OVER_S", 1.0)
     with phalanx.connect(cut_off.address) as cluster:
