@@ -341,6 +341,8 @@ FOUND_BUGS = (
 MISJUDGED = (
     Known(200405),  # an impostor said that a job had failed of which it had just been given ranges
     Known(200770),  # a submission was answered so late that its job was over, and took no quota
+    # Storage got stuck after a call was taken on, and before what followed from it was decided.
+    Known(301284),
 )
 """Scenarios in which somebody once blamed what ships for what is right."""
 

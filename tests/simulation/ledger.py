@@ -25,7 +25,7 @@ from phalanx.tasks import runs_tasks
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.training.best import BEST_VECTOR
 from phalanx.v1 import storage_service_pb2 as pb
-from phalanx.v1.control_journal_pb2 import ControlRecord, TermStarted
+from phalanx.v1.control_journal_pb2 import ControlRecord, RememberedRequest, TermStarted
 from phalanx.v1.job_pb2 import Event
 from storage.backends.sql.jobs import SqlJobs
 from storage.backends.sql.journals import SqlJournals
@@ -70,18 +70,23 @@ class Ledger:
 
     def _decided(self, writer: JournalWriter) -> None:
         """A record was queued: it is owed to storage."""
-        index, record, payload = writer._queue[-1]
-        owed = self._owed.setdefault(id(writer), (writer, deque()))[1]
-        if record.HasField("request"):
-            self._forget_stored(owed)
-            now_s = self._world.now_s
-            waits_s = now_s - self._writes_since_s.get(id(writer), now_s)
-            self._demand(
-                len(owed) < journal.QUEUE_MAX and waits_s < journal.STUCK_S,
-                f"{self._world.loop.current.name}: {record.request.method} is taken on while "
-                f"{len(owed)} facts wait for storage, the first of them for {waits_s:.1f} s",
-            )
-        owed.append((index, payload))
+        index, _, payload = writer._queue[-1]
+        self._owed_by(writer).append((index, payload))
+
+    def _owed_by(self, writer: JournalWriter) -> deque[tuple[int, bytes]]:
+        return self._owed.setdefault(id(writer), (writer, deque()))[1]
+
+    def _taken_on(self, writer: JournalWriter, request: RememberedRequest) -> None:
+        """A call is decided on, by a record or by something that a record will follow."""
+        owed = self._owed_by(writer)
+        self._forget_stored(owed)
+        now_s = self._world.now_s
+        waits_s = now_s - self._writes_since_s.get(id(writer), now_s)
+        self._demand(
+            len(owed) < journal.QUEUE_MAX and waits_s < journal.STUCK_S,
+            f"{self._world.loop.current.name}: {request.method} is taken on while "
+            f"{len(owed)} facts wait for storage, the first of them for {waits_s:.1f} s",
+        )
 
     def _forget_stored(self, owed: deque[tuple[int, bytes]]) -> None:
         while owed and owed[0][1] in self._stored:
@@ -305,6 +310,7 @@ class Ledger:
         replace = environment.replace
         append, perform, durable = JournalWriter.append, Leader._perform, Leader._on_durable
         check, write = Leader.check_storage, JournalWriter._write_batch
+        dispatch = Leader.dispatch
 
         def appending(writer: JournalWriter, index: int, record: ControlRecord) -> None:
             append(writer, index, record)
@@ -325,12 +331,19 @@ class Ledger:
                 self._sent_away(leader)
                 raise
 
+        def dispatching(leader: Leader, event: Any) -> None:
+            request = getattr(event, "request", None)
+            if isinstance(request, RememberedRequest) and not leader.failed.done():
+                self._taken_on(leader._journal, request)
+            dispatch(leader, event)
+
         async def writing(writer: JournalWriter) -> None:
             self._writes_since_s[id(writer)] = self._world.now_s
             await write(writer)
             del self._writes_since_s[id(writer)]
 
         replace(Leader, "check_storage", checking)
+        replace(Leader, "dispatch", dispatching)
         replace(JournalWriter, "_write_batch", writing)
         replace(JournalWriter, "append", appending)
         replace(Leader, "_perform", performing)
