@@ -128,14 +128,19 @@ class Forest(Program):
 
     def warnings(self, spec: JobSpec, dataset: Dataset) -> list[str]:
         """See `Program`."""
-        shards = spec.data.shards
-        if not spec.forest.per_shard or spec.forest.trees >= shards:
-            return []
-        found = (
-            f"{number_of(spec.forest.trees, 'tree')} on {number_of(shards, 'shard')}: the rows of "
-            f"{number_of(shards - spec.forest.trees, 'shard')} are never used"
-        )
-        return [found]
+        shards, found = spec.data.shards, []
+        chosen = spec.forest.tree.fields.get("max_features")
+        if chosen is not None and chosen.number_value == 1 and dataset.features > 1:
+            found.append(
+                "forest.tree.max_features is 1, so each split looks at one feature; scikit-learn's "
+                "1.0 is all here"
+            )
+        if spec.forest.per_shard and spec.forest.trees < shards:
+            found.append(
+                f"{number_of(spec.forest.trees, 'tree')} on {number_of(shards, 'shard')}: the rows "
+                f"of {number_of(shards - spec.forest.trees, 'shard')} are never used"
+            )
+        return found
 
 
 def tree_arguments(tree: Mapping[str, Value]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 _WELL_KNOWN = "google.protobuf."
+_WHOLE_EXACT = 2**53
 
 
 def message_to_json(message: Message) -> dict[str, Json]:
@@ -41,7 +42,7 @@ def _single(field: Any, value: Any) -> Json:
     if field.message_type is not None:
         if field.message_type.full_name.startswith(_WELL_KNOWN):
             known: Json = MessageToDict(value)  # a string for times, plain values for Struct
-            return known
+            return _whole(known)
         return message_to_json(value)
     if field.enum_type is not None:
         named = field.enum_type.values_by_number.get(value)
@@ -52,3 +53,15 @@ def _single(field: Any, value: Any) -> Json:
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     plain: Json = value
     return plain
+
+
+def _whole(value: Json) -> Json:
+    """Return free values with whole numbers as people write them: 1 is not always the same as 1.0
+    when it is read again."""
+    if isinstance(value, dict):
+        return {name: _whole(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) <= _WHOLE_EXACT:
+        return int(value)
+    return value

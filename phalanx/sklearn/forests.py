@@ -31,7 +31,11 @@ class _Forest:
         self.timeout_s = timeout_s
 
     def _program(self, rows: int) -> Mapping[str, Any]:
-        return {"forest": {"trees": int(self.n_estimators), "tree": dict(self.tree or {})}}
+        tree = dict(self.tree or {})
+        part = tree.get("max_features")
+        if isinstance(part, float) and part == 1.0:
+            tree["max_features"] = "all"  # a job cannot tell it from 1, which is one feature
+        return {"forest": {"trees": int(self.n_estimators), "tree": tree}}
 
 
 class PhalanxForestClassifier(ClassifierMixin, _Forest, ClassifiesByProbability):  # type: ignore[misc]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -18,6 +19,9 @@ from phalanx.specs.fields import fields_of
 from phalanx.specs.tree import Node, Problems, join, join_key
 
 _WHOLE_EXACT = 2**53
+
+_COUNT_OR_PART = re.compile(r'(forest|sweep)\b.*\bmax_features("\])?(\[[0-9]+\])?$')
+"""Paths where scikit-learn takes 1 for one feature and 1.0 for all of them."""
 
 
 class Walker:
@@ -209,6 +213,9 @@ class Walker:
         assert isinstance(value, int | float)
         if isinstance(value, float) and not math.isfinite(value):
             self._problems.add(path, "must be a finite number", node.line)
+        elif isinstance(value, float) and value == 1.0 and _COUNT_OR_PART.match(path):
+            hint = "write all for all features, or 1 for one"
+            self._problems.add(path, f"a message cannot tell 1.0 from 1; {hint}", node.line)
         elif isinstance(value, int) and abs(value) > _WHOLE_EXACT:
             hint = "put it in quotes and convert it in your code"
             self._problems.add(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.base import clone, is_classifier
 from sklearn.datasets import load_diabetes, load_digits
-from sklearn.ensemble import RandomForestClassifier
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -72,6 +72,14 @@ def test_its_forest_is_that_of_scikit_learn() -> None:
     np.testing.assert_array_equal(ours.predict_proba(features), reference.predict_proba(features))
     there = clone(ours).set_params(workers=2).fit(features, labels)
     assert there.parameters_sha256_ == ours.parameters_sha256_
+
+
+def test_a_part_of_one_means_all_features_as_in_scikit_learn() -> None:
+    features, targets = load_diabetes(return_X_y=True)
+    kind = phalanx.sklearn.PhalanxForestRegressor
+    found = kind(5, tree={"max_features": 1.0}).fit(features, targets)
+    theirs = RandomForestRegressor(5, max_features=1.0, random_state=0).fit(features, targets)
+    np.testing.assert_array_equal(found.predict(features), theirs.predict(features))
 
 
 def test_its_linear_machine_reaches_the_optimum_of_liblinear() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from phalanx.programs import predict as predicting
 from phalanx.programs.cascade import Layers as CascadeLayers
 from phalanx.programs.forest import FEATURES_MAX, TASKS_MAX, Layers
 from phalanx.programs.predict import OUTPUT
-from phalanx.specs import job_plan, plan, prepare, resolve
+from phalanx.specs import job_plan, load_document, plan, prepare, resolve
 from phalanx.v1.dataset_service_pb2 import Dataset
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import JobPlan
@@ -119,6 +120,50 @@ def test_the_defaults_of_a_forest_are_those_of_scikit_learn() -> None:
     assert numbers.forest.tree["max_features"] == "all"
     kept = prepare(spec_of({"trees": 5, "tree": {"max_features": None}}), dataset())
     assert kept.forest.tree["max_features"] is None
+
+
+@pytest.mark.parametrize("is_json", [False, True])
+@pytest.mark.parametrize(
+    ("program", "field"),
+    [
+        ({"forest": {"trees": 5, "tree": {"max_features": 1.0}}}, "forest.tree.max_features"),
+        (
+            {
+                "sweep": {
+                    "base": {"forest": {"trees": 5, "tree": {"max_features": 1.0}}},
+                    "grid": {"forest.tree.max_depth": [1, 2]},
+                }
+            },
+            "sweep.base.forest.tree.max_features",
+        ),
+        (
+            {
+                "sweep": {
+                    "base": {"forest": {"trees": 5}},
+                    "grid": {"forest.tree.max_features": [0.5, 1.0]},
+                }
+            },
+            'sweep.grid["forest.tree.max_features"][1]',
+        ),
+    ],
+)
+def test_one_feature_and_all_features_are_not_taken_for_each_other(
+    program: dict[str, Any], field: str, is_json: bool
+) -> None:
+    """To scikit-learn 1 is one feature and 1.0 is all; a message has one kind of numbers."""
+    text = json.dumps({"name": "trees", "data": {"name": "data"}, **program})
+    with pytest.raises(InvalidArgument, match="write all for all features, or 1 for one") as told:
+        load_document(text, "job", json=is_json)
+    assert [each.field for each in told.value.violations] == [field]
+    one = load_document(text.replace("1.0", "1"), "job", json=is_json)
+    assert load_document(text.replace("1.0", '"all"'), "job", json=is_json).spec != one.spec
+
+
+def test_a_forest_that_looks_at_one_feature_is_warned_of() -> None:
+    for value, warned in ((1, True), ("all", False), (2, False), (0.5, False)):
+        resolved = prepare(spec_of({"trees": 5, "tree": {"max_features": value}}), dataset())
+        warnings = plan(resolved, dataset()).warnings
+        assert any("1.0 is all here" in each for each in warnings) == warned
 
 
 @pytest.mark.parametrize(
