@@ -33,7 +33,7 @@ from phalanx.data.sources import (
     TableSource,
 )
 from phalanx.data.splits import TEST, TRAIN, VALIDATION, Splitter, deal, split_name
-from phalanx.data.statistics import FEATURE_LIMIT
+from phalanx.data.statistics import FEATURE_LIMIT, without_statistics
 from phalanx.data.table_encoder import TableEncoder
 from phalanx.data.targets import Target, TargetEncoder, TargetScan
 from phalanx.data.wording import option
@@ -217,7 +217,7 @@ class _Ingest:
             files.extend(source.files)
         if target.note:
             notes = (*notes, target.note)
-        return DatasetManifest(
+        manifest = DatasetManifest(
             format=layout,
             dtype=dtype,
             features=features,
@@ -233,6 +233,8 @@ class _Ingest:
             seed=self.options.seed,
             notes=tuple(notes),
         )
+        _check_statistics(manifest)
+        return manifest
 
     def _check_splits(self, splits: dict[str, tuple[ChunkInfo, ...]]) -> None:
         if "train" not in splits:
@@ -242,6 +244,19 @@ class _Ingest:
         for name in wanted:
             if name not in splits:
                 raise InvalidArgument(f"the {name} split has no row; choose a larger fraction")
+
+
+def _check_statistics(manifest: DatasetManifest) -> None:
+    """Raise InvalidArgument for numbers whose squares are beyond all numbers."""
+    statistics = manifest.statistics
+    feature = without_statistics(statistics)
+    if feature is not None:
+        largest = max(abs(statistics.minimum[feature]), abs(statistics.maximum[feature]))
+        raise InvalidArgument(
+            f"feature {manifest.feature_names()[feature]} has values up to {largest:.3g}, too large "
+            "for a standard deviation; divide them all by a power of ten",
+            reason="NOT_FINITE",
+        )
 
 
 class _TableIngest(_Ingest):

@@ -95,13 +95,14 @@ class DenseStatistics:
         self._filled = 0
         np.minimum(self._minimum, block.min(axis=0), out=self._minimum)
         np.maximum(self._maximum, block.max(axis=0), out=self._maximum)
-        mean = block.mean(axis=0)
-        block -= mean
-        block *= block
         total = self._count + count
-        delta = mean - self._mean
-        self._squares += block.sum(axis=0) + delta * delta * (self._count * count / total)
-        self._mean += delta * (count / total)
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = block.mean(axis=0)
+            block -= mean
+            block *= block
+            delta = mean - self._mean
+            self._squares += block.sum(axis=0) + delta * delta * (self._count * count / total)
+            self._mean += delta * (count / total)
         self._count = total
 
 
@@ -121,8 +122,9 @@ class CsrStatistics:
         values = features.data.astype(np.float64)
         where = features.indices
         np.add.at(self._stored, where, 1)
-        np.add.at(self._sum, where, values)
-        np.add.at(self._squares, where, values * values)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.add.at(self._sum, where, values)
+            np.add.at(self._squares, where, values * values)
         np.minimum.at(self._minimum, where, values)
         np.maximum.at(self._maximum, where, values)
         self._count += features.shape[0]
@@ -131,7 +133,8 @@ class CsrStatistics:
         """Statistics of the rows so far; all zero without rows."""
         count = max(1, self._count)
         mean = self._sum / count
-        variance = np.maximum(self._squares / count - mean * mean, 0.0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            variance = np.maximum(self._squares / count - mean * mean, 0.0)
         has_zeros = self._stored < count
         minimum = np.where(has_zeros, np.minimum(self._minimum, 0.0), self._minimum)
         maximum = np.where(has_zeros, np.maximum(self._maximum, 0.0), self._maximum)
@@ -142,6 +145,13 @@ class CsrStatistics:
             minimum=tuple(minimum.tolist()),
             maximum=tuple(maximum.tolist()),
         )
+
+
+def without_statistics(statistics: Statistics) -> int | None:
+    """Return the first feature whose mean or deviation is beyond all numbers; None: no such one."""
+    moments = np.array([statistics.mean, statistics.std])
+    beyond = np.flatnonzero(~np.isfinite(moments).all(axis=0))
+    return int(beyond[0]) if len(beyond) else None
 
 
 def _std(variance: Float64, minimum: Float64, maximum: Float64) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ is the same as theirs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -179,11 +180,14 @@ class ForestTasks:
             return {"oob/accuracy": right / rows, "oob/unscored_rows": unscored}
         predicted = np.concatenate([block["predicted"] for block in blocks])
         targets = np.concatenate([block["targets"] for block in blocks])
-        left = float(((targets - predicted) ** 2).sum())
-        whole = float(((targets - targets.mean()) ** 2).sum())
-        found = {"oob/rmse": float(np.sqrt(left / rows)), "oob/unscored_rows": unscored}
+        with np.errstate(over="ignore", invalid="ignore"):
+            left = float(((targets - predicted) ** 2).sum())
+            whole = float(((targets - targets.mean()) ** 2).sum())
+        found = {"oob/rmse": math.sqrt(left / rows), "oob/unscored_rows": unscored}
         # A target that never changes has no R².
-        return found | ({"oob/r2": 1.0 - left / whole} if whole > 0 else {})
+        found |= {"oob/r2": 1.0 - left / whole} if whole > 0 else {}
+        # The squares of large numbers are none, and an outcome has no word for that.
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
     # Rows
 

@@ -47,19 +47,18 @@ def decided_part(targets: NDArray[np.int64], values: Array, *, scores: bool) -> 
 def number_part(targets: Array, predicted: Array) -> Part:
     """Return what is kept of rows with known numbers."""
     targets, predicted = targets.astype(np.float64), predicted.astype(np.float64)
-    mean = math.fsum(targets) / max(1, len(targets))
-    errors = targets - predicted
-    with np.errstate(over="ignore"):
-        squared = _total(errors**2)
-    return {
-        "rows": np.array([len(targets)], np.int64),
-        "mean": np.array([mean]),
-        # What rounding took from the mean, without which the spread of far-off numbers is lost.
-        "rest": np.array([math.fsum(targets - mean) / max(1, len(targets))]),
-        "spread": np.array([math.fsum((targets - mean) ** 2)]),
-        "squared": np.array([squared]),
-        "absolute": np.array([_total(np.abs(errors))]),
-    }
+    with np.errstate(over="ignore", invalid="ignore"):
+        errors = targets - predicted
+        mean = _total(targets) / max(1, len(targets))
+        return {
+            "rows": np.array([len(targets)], np.int64),
+            "mean": np.array([mean]),
+            # What rounding took from the mean, without which the spread of far-off numbers is lost.
+            "rest": np.array([_total(targets - mean) / max(1, len(targets))]),
+            "spread": np.array([_total((targets - mean) ** 2)]),
+            "squared": np.array([_total(errors**2)]),
+            "absolute": np.array([_total(np.abs(errors))]),
+        }
 
 
 def class_metrics(parts: Sequence[Part], names: Iterable[str]) -> dict[str, float]:
@@ -116,11 +115,12 @@ def _spread(parts: Sequence[Part], counts: Sequence[int], rows: int) -> float:
     first = float(parts[0]["mean"][0])
     rests = [float(part["rest"][0]) for part in parts]
     means = [float(part["mean"][0]) - first + rest for part, rest in zip(parts, rests, strict=True)]
-    mean = math.fsum(count * each for count, each in zip(counts, means, strict=True)) / rows
+    mean = _total(count * each for count, each in zip(counts, means, strict=True)) / rows
     terms = [float(part["spread"][0]) for part in parts]
-    terms += [count * (each - mean) ** 2 for count, each in zip(counts, means, strict=True)]
-    terms += [-count * rest**2 for count, rest in zip(counts, rests, strict=True)]
-    return math.fsum(terms)
+    distances = [each - mean for each in means]
+    terms += [count * each * each for count, each in zip(counts, distances, strict=True)]
+    terms += [-count * rest * rest for count, rest in zip(counts, rests, strict=True)]
+    return _total(terms)
 
 
 def area(positive: NDArray[np.bool_], scores: Array) -> float | None:
@@ -144,11 +144,14 @@ def _finite(found: dict[str, float]) -> dict[str, float]:
 
 
 def _total(numbers: Iterable[float]) -> float:
-    """Return the sum of numbers that are not negative; infinity where it is beyond all numbers."""
+    """Return the sum of numbers; one that is not finite where it is beyond all numbers, or where
+    some are."""
     try:
         return math.fsum(numbers)
     except OverflowError:
         return math.inf
+    except ValueError:  # infinities of both signs
+        return math.nan
 
 
 def _matrix(

@@ -19,6 +19,8 @@ REGRESSION_SUMS: tuple[str, ...] = (
     "target_squared",
 )
 
+_EPSILON = 2.0**-52
+
 _RENAMED = {"correct": "accuracy", "absolute_error": "mae"}
 _LOWER_IS_BETTER = ("loss", "rmse", "mae", "error")
 _HIGHER_IS_BETTER = ("accuracy", "r2", "auc", "f1", "precision", "recall", "score")
@@ -51,9 +53,14 @@ def metrics_from_sums(
 
 
 def _r2(sums: Mapping[str, float], rows: int) -> float:
-    """Return 1 − residual sum of squares ÷ total sum of squares; 0 for constant targets."""
-    total = sums["target_squared"] - sums["target"] ** 2 / rows
-    return 1.0 - sums["squared_error"] / total if total > 0 else 0.0
+    """Return 1 − residual sum of squares ÷ total sum of squares; 0 for constant targets.
+
+    Targets that differ by no more than what rounding leaves of their sums count as constant.
+    """
+    squared = sums["target_squared"]
+    total = squared - sums["target"] ** 2 / rows
+    lost = _EPSILON * (32 + rows / 256) * squared
+    return 1.0 - sums["squared_error"] / total if total > lost else 0.0
 
 
 def direction(metric: str) -> int:

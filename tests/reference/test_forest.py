@@ -115,6 +115,17 @@ def test_a_forest_of_numbers_is_that_of_scikit_learn(alone: phalanx.Cluster) -> 
     assert result.metrics["oob/unscored_rows"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_numbers_whose_squares_are_beyond_all_numbers(alone: phalanx.Cluster) -> None:
+    """What they come to is left out, instead of failing a forest that is grown."""
+    features, targets = regression(rows=60, features=3)
+    targets = targets * 1e200
+    model, result = grown(alone, (features, targets), trees=3)
+    theirs = RandomForestRegressor(3, random_state=0).fit(features, targets)
+    np.testing.assert_array_equal(model.predict(features), theirs.predict(features))
+    assert {name for name in result.metrics if name.startswith("oob/")} == {"oob/unscored_rows"}
+
+
 def test_a_model_has_a_piece_for_each_task_and_not_for_each_tree(alone: phalanx.Cluster) -> None:
     # Storage puts a model together of so many pieces and no more: forests have as many trees.
     _, result = grown(alone, classification(rows=60), trees=96, shards=2)

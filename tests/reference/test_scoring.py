@@ -192,6 +192,19 @@ def test_what_a_model_without_bounds_says_is_beyond_all_numbers(guess: float) ->
     assert class_metrics([nothing], ["accuracy", "log_loss"]) == {"accuracy": 0.5}
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_targets_beyond_all_sums_leave_what_is_a_number(parts: int) -> None:
+    """Each may be stored, so an evaluation may meet them."""
+    for targets, known in (
+        (np.full(4, 1e308), {}),
+        (np.array([1e308, -1e308] * 2), {}),
+        (np.array([1e200, -1e200] * 2), {"mae": 1e200}),
+    ):
+        each = [number_part(some, np.arange(len(some))) for some in np.split(targets, parts)]
+        found = number_metrics(each, ["r2", "rmse", "mae"])
+        assert found == {name: pytest.approx(value) for name, value in known.items()}
+
+
 def predicted(cluster: phalanx.Cluster, data: str, model: str, **more: Any) -> Job:
     document = {"name": "rows", "data": {"name": data, **more}, "predict": {"model": model}}
     job = cluster.submit(document)

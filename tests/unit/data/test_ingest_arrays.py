@@ -574,6 +574,19 @@ def test_a_row_that_no_chunk_can_hold_is_refused(tmp_path: Path) -> None:
     assert [chunk.rows for chunk in stored.manifest.splits["train"]] == [1, 1]
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("largest", [1e160, 1e308])
+def test_numbers_without_a_standard_deviation_are_refused_by_name(
+    tmp_path: Path, sparse: bool, largest: float
+) -> None:
+    features = np.ones((6, 3))
+    features[::2, 1] = -largest
+    rows: Any = scipy.sparse.csr_array(features) if sparse else features
+    options = IngestOptions(dtype="float64")
+    with pytest.raises(InvalidArgument, match=r"feature x2 has values up to 1e\+.*divide"):
+        ingest_arrays(rows, np.arange(6) % 2, options, DirectoryBlobs(tmp_path))
+
+
 def test_an_unknown_path_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         add(tmp_path, tmp_path / "none.npz")

@@ -41,6 +41,21 @@ def test_constant_targets_have_no_variance_to_explain() -> None:
     assert metrics_from_sums("test", REGRESSION_SUMS, [1, 2, 2, 8, 32], 2)["test/r2"] == 0
 
 
+@pytest.mark.parametrize("target", [0.1, 1 / 3, 0.7, 12345.678, 3.3e9 + 0.1, -1e-7])
+@pytest.mark.parametrize("rows", [3, 90, 10_000, 1_000_000])
+def test_neither_have_those_whose_sums_were_rounded(target: float, rows: int) -> None:
+    actual = np.full(rows, target)
+    sums = [rows * 0.5, rows, rows, float(actual.sum()), float(np.dot(actual, actual))]
+    assert metrics_from_sums("test", REGRESSION_SUMS, sums, rows)["test/r2"] == 0
+
+
+def test_numbers_far_from_zero_vary_nevertheless() -> None:
+    actual = 1e6 + np.random.default_rng(0).normal(size=10_000)
+    sums = [0.5, 1.0, 1.0, float(actual.sum()), float(np.dot(actual, actual))]
+    metrics = metrics_from_sums("test", REGRESSION_SUMS, sums, len(actual))
+    assert metrics["test/r2"] == pytest.approx(1 - 1 / np.var(actual) / len(actual), abs=1e-5)
+
+
 def test_sums_of_a_users_own_are_means_under_their_name() -> None:
     assert metrics_from_sums("test", ("perplexity",), [30.0], 10) == {"test/perplexity": 3.0}
 
