@@ -252,9 +252,10 @@ def _check_statistics(manifest: DatasetManifest) -> None:
     feature = without_statistics(statistics)
     if feature is not None:
         largest = max(abs(statistics.minimum[feature]), abs(statistics.maximum[feature]))
+        name = manifest.feature_names()[feature]
         raise InvalidArgument(
-            f"feature {manifest.feature_names()[feature]} has values up to {largest:.3g}, too large "
-            "for a standard deviation; divide them all by a power of ten",
+            f"feature {name} has values up to {largest:.3g}, too large for a standard deviation; "
+            "divide them all by a power of ten",
             reason="NOT_FINITE",
         )
 

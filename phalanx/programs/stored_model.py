@@ -16,12 +16,13 @@ from phalanx.data.choice import RawColumns, choose
 from phalanx.data.manifest import Column, DatasetManifest, columns_from
 from phalanx.errors import DataLoss, InvalidArgument, Violation
 from phalanx.programs.model_memory import model_bytes
-from phalanx.texts import number_of
+from phalanx.texts import listed, number_of
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.model_service_pb2 import ModelVersion
 from phalanx.v1.training_pb2 import Layout
 
 _SHOWN = 60
+_CLASSES_SHOWN = 10
 
 
 def model_field(spec: JobSpec) -> str:
@@ -101,7 +102,11 @@ def _misfits(
     if document["task"] != manifest.task:
         yield f"it is for {document['task']}, and the data set is for {manifest.task}"
     elif list(manifest.classes) != list(document["classes"]):
-        yield "the classes of the data set are not those that it tells apart"
+        told, there = (
+            listed([each[:_SHOWN] for each in classes], _CLASSES_SHOWN)
+            for classes in (document["classes"], manifest.classes)
+        )
+        yield f"it tells {told} apart, and the data set has the classes {there}"
 
 
 def _encoding(column: Column) -> tuple[object, ...]:

@@ -68,9 +68,17 @@ def as_document(job: JobSpec | Mapping[str, Any] | str | PathLike[str]) -> Docum
 
 def _json_of(job: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(dict(job))
+        return json.dumps(dict(job), default=_plain, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(
             f"the job is no JSON: {error}; a dict has strings as keys, and strings, numbers, "
             "lists and dicts as values"
         ) from None
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON knows of a scalar or an array of NumPy, which a search of parameters may
+    hand over."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")

@@ -135,7 +135,7 @@ class Classifies(Trained):
         if len(self.classes_) < 2:
             raise ValueError(
                 f"{type(self).__name__} needs at least two classes, and y has one class only: "
-                f"{self.classes_[0]!r}"
+                f"{self.classes_[0]}"
             )
         self._check_classes()
         self._fit(X, codes.astype(np.int64), "classification")

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin, RegressorMixin
+from sklearn.utils.validation import check_is_fitted
 
 from phalanx.sklearn.base import ClassifiesByProbability, Regresses
+
+if TYPE_CHECKING:
+    from phalanx.data.predict import LoadedModel
 
 
 class _Forest:
     """Parameters of both kinds, and the job that they mean."""
+
+    model_: LoadedModel
 
     def __init__(
         self,
@@ -29,6 +37,12 @@ class _Forest:
         self.workers = workers
         self.cluster = cluster
         self.timeout_s = timeout_s
+
+    @property
+    def feature_importances_(self) -> NDArray[np.float64]:
+        """How much each feature counts, all together 1."""
+        check_is_fitted(self, "model_")
+        return np.array(list(self.model_.feature_importances().values()))
 
     def _program(self, rows: int) -> Mapping[str, Any]:
         tree = dict(self.tree or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from sklearn.base import ClassifierMixin, RegressorMixin
@@ -20,7 +21,7 @@ class _Network:
 
     def __init__(
         self,
-        hidden: Sequence[int] = (),
+        hidden: Sequence[int] | int = (),
         *,
         optimizer: str | Mapping[str, Any] = _AUTO,
         epochs: float = 100,
@@ -41,8 +42,13 @@ class _Network:
         self.cluster = cluster
         self.timeout_s = timeout_s
 
+    def _widths(self) -> list[int]:
+        """Widths of the hidden layers; one number is one layer, as with scikit-learn's networks."""
+        hidden: Any = self.hidden
+        return [int(width) for width in ([hidden] if isinstance(hidden, Integral) else hidden)]
+
     def _train(self, rows: int, linear: Mapping[str, Any], optimizer: Any) -> Mapping[str, Any]:
-        hidden = [int(width) for width in self.hidden]
+        hidden = self._widths()
         chosen = optimizer if self.optimizer == _AUTO else self.optimizer
         if isinstance(chosen, str):
             chosen = {chosen: {}}
@@ -62,7 +68,7 @@ class PhalanxClassifier(ClassifierMixin, _Network, ClassifiesByProbability):  # 
     """Softmax regression, or with ``hidden`` layers a network (cross-entropy, ReLU).
 
     Args:
-        hidden: widths of the hidden layers; none: a softmax regression.
+        hidden: widths of the hidden layers, or that of the only one; none: a softmax regression.
         optimizer: "auto" (Adam), or as the job file has it: {"sgd": {"learning_rate": 0.1}}.
         epochs: passes over the rows.
         batch_size: rows of a step.
@@ -90,5 +96,5 @@ class PhalanxRegressor(RegressorMixin, _Network, Regresses):  # type: ignore[mis
 
     def _program(self, rows: int) -> Mapping[str, Any]:
         adam = {"adam": {"learning_rate": 0.01}}
-        auto = adam if self.hidden else {"closed_form": {}}
+        auto = adam if self._widths() else {"closed_form": {}}
         return self._train(rows, {"linear_regression": {}}, auto)

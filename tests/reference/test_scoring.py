@@ -274,7 +274,7 @@ def test_a_model_that_does_not_fit_the_data_is_refused(alone: phalanx.Cluster) -
     alone.data.add("numbers-only", features, features[:, 0] * 1.5, task="regression")
     for data, program, message in (
         ("narrow", "predict", "takes 6 features, and the data set has 4"),
-        ("others", "evaluate", "classes of the data set are not those"),
+        ("others", "evaluate", "it tells 0, 1, 2 apart, and the data set has the classes 1, 2, 3"),
         ("numbers-only", "evaluate", "it is for classification"),
     ):
         with pytest.raises(InvalidArgument, match=message) as caught:

@@ -9,6 +9,7 @@ from sklearn.base import clone, is_classifier
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.exceptions import NotFittedError
+from sklearn.feature_selection import SelectFromModel
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -80,6 +81,35 @@ def test_a_part_of_one_means_all_features_as_in_scikit_learn() -> None:
     found = kind(5, tree={"max_features": 1.0}).fit(features, targets)
     theirs = RandomForestRegressor(5, max_features=1.0, random_state=0).fit(features, targets)
     np.testing.assert_array_equal(found.predict(features), theirs.predict(features))
+
+
+def test_the_importances_of_a_forest_choose_features() -> None:
+    features, targets = load_diabetes(return_X_y=True)
+    found = phalanx.sklearn.PhalanxForestRegressor(5)
+    with pytest.raises(NotFittedError):
+        _ = found.feature_importances_
+    chosen = SelectFromModel(found).fit(features, targets)
+    theirs = SelectFromModel(RandomForestRegressor(5, random_state=0)).fit(features, targets)
+    np.testing.assert_array_equal(
+        chosen.estimator_.feature_importances_, theirs.estimator_.feature_importances_
+    )
+    np.testing.assert_array_equal(chosen.get_support(), theirs.get_support())
+
+
+def test_settings_may_be_numbers_and_arrays_of_numpy() -> None:
+    """Searches draw them, as from `np.arange` and from distributions."""
+    features, targets = load_diabetes(return_X_y=True)
+    kind = phalanx.sklearn.PhalanxRegressor
+    plain = kind((4, 3), epochs=2, seed=3, l2=0.5).fit(features, targets)
+    drawn = kind(np.array([4, 3]), epochs=np.int64(2), seed=np.int64(3), l2=np.float32(0.5))
+    assert drawn.fit(features, targets).parameters_sha256_ == plain.parameters_sha256_
+    one = kind(4, epochs=2).fit(features, targets)
+    listed = kind([4], epochs=2).fit(features, targets)
+    assert one.parameters_sha256_ == listed.parameters_sha256_
+    grown = phalanx.sklearn.PhalanxForestRegressor(
+        np.int64(2), tree={"max_depth": np.int64(2), "min_samples_leaf": np.float64(0.1)}
+    )
+    assert grown.fit(features, targets).score(features, targets) > 0
 
 
 def test_its_linear_machine_reaches_the_optimum_of_liblinear() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
 from phalanx import specs
 from phalanx.errors import InvalidArgument, Violation
+from phalanx.sdk.job_files import as_document
 from phalanx.v1.job_spec_pb2 import JobSpec
 
 DESIGN_JOB = """
@@ -392,3 +394,17 @@ def test_an_empty_mapping_sets_the_message() -> None:
 def test_half_a_character_is_refused(text: str, as_json: bool, field: str) -> None:
     found = [each for each in mistakes(text, as_json=as_json) if "surrogate" in each.message]
     assert [(each.field, each.line) for each in found] == [(field, 1)]
+
+
+def test_numbers_and_arrays_of_numpy_are_those_of_json() -> None:
+    """Whoever computes settings hands them over as they come."""
+    plain = {"name": "x", "seed": 3, "train": {"l2": 0.5, "model": {"mlp": {"hidden": [4, 3]}}}}
+    drawn = {
+        "name": "x",
+        "seed": np.int64(3),
+        "train": {"l2": np.float32(0.5), "model": {"mlp": {"hidden": np.array([4, 3])}}},
+    }
+    assert as_document(drawn).spec == as_document(plain).spec
+    for value, message in ((np.nan, "not JSON compliant"), ({3}, "set is not JSON")):
+        with pytest.raises(InvalidArgument, match=f"the job is no JSON: .*{message}"):
+            as_document({"name": "x", "train": {"l2": value}})
