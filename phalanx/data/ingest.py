@@ -33,7 +33,7 @@ from phalanx.data.sources import (
     TableSource,
 )
 from phalanx.data.splits import TEST, TRAIN, VALIDATION, Splitter, deal, split_name
-from phalanx.data.statistics import FEATURE_LIMIT, without_statistics
+from phalanx.data.statistics import FEATURE_LIMIT, coarse_features, without_statistics
 from phalanx.data.table_encoder import TableEncoder
 from phalanx.data.targets import Target, TargetEncoder, TargetScan
 from phalanx.data.wording import option
@@ -234,7 +234,8 @@ class _Ingest:
             notes=tuple(notes),
         )
         _check_statistics(manifest)
-        return manifest
+        coarse = _note_of_coarse_features(manifest)
+        return replace(manifest, notes=(*manifest.notes, coarse)) if coarse else manifest
 
     def _check_splits(self, splits: dict[str, tuple[ChunkInfo, ...]]) -> None:
         if "train" not in splits:
@@ -258,6 +259,19 @@ def _check_statistics(manifest: DatasetManifest) -> None:
             "divide them all by a power of ten",
             reason="NOT_FINITE",
         )
+
+
+def _note_of_coarse_features(manifest: DatasetManifest) -> str:
+    """What float32 takes from numbers that lie close together and far from zero; else nothing."""
+    coarse = coarse_features(manifest.statistics) if manifest.dtype == "float32" else []
+    if not coarse:
+        return ""
+    names = manifest.feature_names()
+    told = listed([f"{names[feature]} (steps of {step:g})" for feature, step in coarse], 5)
+    return (
+        f"float32 rounds away most of how these features vary: {told}; subtract what all rows have "
+        f"in common first, or add and train in float64 ({option('dtype', 'float64')})"
+    )
 
 
 class _TableIngest(_Ingest):

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.sparse
 
 from phalanx.data.arrow_values import is_number_elsewhere
 from phalanx.data.ingest import ingest, ingest_arrays
@@ -234,3 +236,28 @@ def test_a_nul_in_frames_arrays_and_names(tmp_path: Path) -> None:
     (tmp_path / "wide.csv").write_bytes("x,y\n1,2\n2,3\n".encode("utf-16-le"))
     with pytest.raises(InvalidArgument, match=r"wide\.csv, line 1, column 1: 'x.x00' holds a NUL"):
         ingest(tmp_path / "wide.csv", IngestOptions(), Digests())
+
+
+def test_numbers_that_float32_cannot_tell_apart_are_said(tmp_path: Path) -> None:
+    """Seconds of a few minutes are all but the same number, and nothing else would tell."""
+    lines = [f"{1_700_000_000 + row},{row / 7},{row % 2}" for row in range(400)]
+    text = "\n".join(["time,x,y", *lines])
+    (note,) = [each for each in add(tmp_path, text).notes if "float32" in each]
+    assert "vary: time (steps of 128); subtract" in note
+    assert "x" not in note.partition("vary:")[2].partition(";")[0]
+    assert not [each for each in add(tmp_path, text, dtype="float64").notes if "float32" in each]
+
+
+@pytest.mark.parametrize(
+    ("offset", "scale", "noted"),
+    [(0.0, 1.0, False), (1e5, 1.0, False), (16e6, 10.0, False), (1e7, 1.0, True), (1e9, 1.0, True)],
+)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_numbers_that_float32_tells_apart_are_not(
+    offset: float, scale: float, noted: bool, sparse: bool
+) -> None:
+    features = offset + scale * np.random.default_rng(0).normal(size=(300, 2))
+    features[:, 1] = 3.0
+    rows = scipy.sparse.csr_array(features) if sparse else features
+    notes = ingest_arrays(rows, np.arange(300) % 2, IngestOptions(), Digests()).notes
+    assert any("vary: x1 (" in each for each in notes) == noted
