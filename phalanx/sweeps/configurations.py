@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,13 +87,26 @@ def job_of(spec: JobSpec, configuration: Configuration) -> JobSpec:
     try:
         job = ParseDict(document, JobSpec())
     except ParseError as error:
-        raise InvalidArgument(f"there is no such job: {error}") from error
+        raise InvalidArgument(_reason(document) or f"there is no such job: {error}") from error
     job.name, job.namespace = spec.name, spec.namespace
     job.data.name, job.data.split = spec.data.name, spec.data.split
     job.data.target = spec.data.target
     if not job.HasField("seed") and seeded(job):
         job.seed = spec.seed
     return job
+
+
+def _reason(document: Any) -> str:
+    """Return what a job file with such a field or value is told."""
+    from phalanx.specs.documents import load_document  # which checks sweeps with this
+
+    try:
+        load_document(json.dumps(document), "", json=True)
+    except InvalidArgument as error:
+        for each in error.violations[:1]:
+            # Of a text that nobody has written the lines say nothing.
+            return f"{each.field}: {each.message.replace(' on line 1', '')}"
+    return ""
 
 
 def _put(document: Any, path: str, value: Any) -> None:

@@ -67,7 +67,7 @@ def with_train(**fields: Any) -> dict[str, Any]:
             {"base": {"train": TRAIN}, "grid": {**GRID, "train.l3": [1]}},
             {},
             'sweep.grid["train.l3"]',
-            "no field",
+            "1: train.l3: unknown field; known are",
         ),
         (
             {"base": {"train": TRAIN}, "grid": {"train.l2": [0, -1]}},
@@ -79,7 +79,13 @@ def with_train(**fields: Any) -> dict[str, Any]:
             {"base": {"train": TRAIN}, "grid": {**GRID, "train.batch_size": [32, 0.5]}},
             {},
             'sweep.grid["train.batch_size"]',
-            "0.5: there is no such job",
+            "0.5: train.batch_size: expected a whole number",
+        ),
+        (
+            {"base": {"train": TRAIN}, "grid": {**GRID, "train.model.mlp.hidden": [[4]]}},
+            {},
+            'sweep.grid["train.model.mlp.hidden"]',
+            "choose one kind: softmax_regression is already given",
         ),
         (
             {
