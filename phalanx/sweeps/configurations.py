@@ -98,14 +98,17 @@ def job_of(spec: JobSpec, configuration: Configuration) -> JobSpec:
 
 def _reason(document: Any) -> str:
     """Return what a job file with such a field or value is told."""
-    from phalanx.specs.documents import load_document  # which checks sweeps with this
+    from phalanx.specs.json_text import parse_json
+    from phalanx.specs.tree import Problems
+    from phalanx.specs.walker import Walker
 
-    try:
-        load_document(json.dumps(document), "", json=True)
-    except InvalidArgument as error:
-        for each in error.violations[:1]:
-            # Of a text that nobody has written the lines say nothing.
-            return f"{each.field}: {each.message.replace(' on line 1', '')}"
+    problems = Problems("")
+    root = parse_json(json.dumps(document), problems)
+    if root is not None:
+        Walker(problems).fill(JobSpec(), root)
+    for each in problems.violations[:1]:
+        # Of a text that nobody has written the lines say nothing.
+        return f"{each.field}: {each.message.replace(' on line 1', '')}"
     return ""
 
 
