@@ -6,9 +6,6 @@ from typing import NewType
 
 from phalanx.errors import InvalidArgument, Violation
 
-JobId = NewType("JobId", str)
-WorkerId = NewType("WorkerId", str)
-AggregatorId = NewType("AggregatorId", str)
 Incarnation = NewType("Incarnation", str)
 """One start of a process; a new one means that everything it held in memory is gone."""
 BlobId = NewType("BlobId", str)

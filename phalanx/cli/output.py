@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from phalanx.v1.job_spec_pb2 import JobSpec
 
-NARROW_COLUMNS = 80
 # Text that YAML reads as text without quotes, and lines that it keeps as they are.
 _PLAIN = re.compile(r"(?!(?i:true|false|null)$)[A-Za-z][\w.@/-]*|[0-9.]+s", re.ASCII)
 _BLOCK = re.compile(r"(?! )[\t -~\n]+[!-~]\n")

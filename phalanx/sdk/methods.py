@@ -93,7 +93,6 @@ READ_SNAPSHOT = Method(
     _STORAGE, "ReadSnapshot", storage.ReadSnapshotRequest, storage.ReadSnapshotResponse
 )
 SCRUB = Method(_STORAGE, "Scrub", storage.ScrubRequest, storage.ScrubResponse)
-CHECK_BLOBS = Method(_STORAGE, "CheckBlobs", storage.CheckBlobsRequest, storage.CheckBlobsResponse)
 APPEND_JOURNAL = Method(
     _STORAGE, "AppendJournal", storage.AppendJournalRequest, storage.AppendJournalResponse
 )

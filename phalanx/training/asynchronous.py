@@ -56,11 +56,6 @@ class Clocks:
         """The fewest steps that any shard has completed."""
         return self._least
 
-    @property
-    def at_limit(self) -> bool:
-        """Whether all shards have completed what the limit lets them."""
-        return self._least >= self.limit
-
     def step_of(self, shard: int) -> int:
         """The step that the shard is at: the first one that it has not completed."""
         return self._completed[shard]

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from coordinator.control.core import levels, sharing, speeds
-from coordinator.control.core.eligibility import ITEM_BYTES, weight_of
+from coordinator.control.core.eligibility import weight_of
 from coordinator.control.core.placement import Owners, loads
 from coordinator.control.core.state import Core, JobRuntime, Worker
+from phalanx.layouts import ITEM_BYTES
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 
 SEEN_HEARTBEATS = 3

@@ -6,6 +6,7 @@ from coordinator.control.core import describing, ending, quarantine, terms, told
 from coordinator.control.core.eligibility import group_of, needed_bytes, too_large
 from coordinator.control.core.lifecycle import QUEUED
 from coordinator.control.core.state import Core, Description, JobRuntime, Worker
+from phalanx.layouts import ITEM_BYTES
 from phalanx.tasks import runs_tasks
 from phalanx.texts import number_of
 from phalanx.training.best import METRIC_NOT_COMPUTED, missing_metric
@@ -14,7 +15,6 @@ from phalanx.v1.job_pb2 import Failure
 from phalanx.v1.training_pb2 import Layout
 
 DESCRIBE_ATTEMPTS_MAX = 3
-DTYPE_BYTES = {"float32": 4, "float64": 8}
 
 
 def described(core: Core, job: JobRuntime, worker: Worker, message: pb.JobDescribed) -> None:
@@ -124,4 +124,4 @@ def _fail(core: Core, job: JobRuntime, failure: Failure) -> None:
 
 def _is_usable(core: Core, job: JobRuntime, layout: Layout) -> bool:
     tasks = runs_tasks(core.facts_of(job).spec)
-    return layout.element_count > 0 and (tasks or layout.dtype in DTYPE_BYTES)
+    return layout.element_count > 0 and (tasks or layout.dtype in ITEM_BYTES)

@@ -8,6 +8,7 @@ from coordinator.control.core import sharing
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core, JobRuntime, Worker
 from phalanx.errors import PhalanxError, ResourceExhausted
+from phalanx.layouts import ITEM_BYTES
 from phalanx.specs.libraries import lacking
 from phalanx.specs.parts import all_reduces
 from phalanx.specs.plan import PARAMETER_COPIES, TORCH_COPIES, member_copies
@@ -18,7 +19,6 @@ from phalanx.v1.training_pb2 import Layout
 PREPARE_TRIES = 3
 """After so many tries a worker that cannot prepare a set of tasks is left out of it."""
 
-ITEM_BYTES = {"float32": 4, "float64": 8}
 TAKES_WORK = frozenset((WorkerView.STATE_READY, WorkerView.STATE_SUSPECTED))
 
 

@@ -35,7 +35,6 @@ def test_shards_wait_for_the_bound_and_the_limit() -> None:
     assert not clocks.may_start(0)
     assert clocks.first_of([0, 1, 2]) == 1
     assert (clocks.least, clocks.total, clocks.completed) == (1, 4, (2, 1, 1))
-    assert not clocks.at_limit
 
 
 def test_a_step_is_completed_once_and_in_its_turn() -> None:
