@@ -16,6 +16,9 @@ METRICS = {
     "classification": ("accuracy", "f1", "auc", "log_loss"),
     "regression": ("r2", "rmse", "mae"),
 }
+BYTES_OF_A_ROW, BYTES_OF_A_SCORE = 100, 24
+"""Of rows whose scores are put in order; measured."""
+
 EVALUATION_FILE = "evaluation.json"
 
 
@@ -54,8 +57,12 @@ class Evaluate(Program):
             )
 
     def worker_bytes(self, spec: JobSpec, dataset: Dataset) -> int:
-        """See `Program`."""
-        return block_bytes(spec, dataset)
+        """See `Program`: the rows of a shard, or all scores in the one task that puts them in order
+        for the area under the curve."""
+        columns = len(dataset.classes) if len(dataset.classes) > 2 else 1
+        ranked = dataset.rows.get(spec.data.split, 0) if "auc" in spec.evaluate.metrics else 0
+        each = BYTES_OF_A_ROW + BYTES_OF_A_SCORE * columns
+        return max(block_bytes(spec, dataset), ranked * each)
 
     def graph(self, plan: JobPlan) -> Graph:
         """See `Program`."""

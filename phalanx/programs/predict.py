@@ -18,6 +18,9 @@ OUTPUT = "predictions.parquet"
 ROWS_OF_A_FILE = 500_000
 """More predictions are left as several files: each is the result of one task."""
 
+BYTES_OF_A_ROW, BYTES_OF_A_NUMBER = 60, 50
+"""Of predictions, while a file of them is made; measured."""
+
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,118}\.parquet", re.ASCII)
 
 
@@ -69,8 +72,12 @@ class Predict(Program):
         spec.predict.output = spec.predict.output or OUTPUT
 
     def worker_bytes(self, spec: JobSpec, dataset: Dataset) -> int:
-        """See `Program`."""
-        return block_bytes(spec, dataset)
+        """See `Program`: the rows of a shard, or what is written into a file, by itself and beside
+        its columns as they are told apart and packed."""
+        rows, shards = dataset.rows.get(spec.data.split, 0), max(1, spec.data.shards)
+        written = -(-rows // Layers.of(JobPlan(shards=shards, train_rows=rows)).files)
+        each = BYTES_OF_A_ROW + BYTES_OF_A_NUMBER * max(1, len(dataset.classes))
+        return max(block_bytes(spec, dataset), written * each)
 
     def graph(self, plan: JobPlan) -> Graph:
         """See `Program`."""

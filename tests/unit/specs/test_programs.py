@@ -347,5 +347,10 @@ def test_what_a_task_holds_is_counted() -> None:
     assert bytes_of(forest={"trees": 64, "per_shard": True}) < whole / 50
     assert bytes_of(evaluate={"model": "m"}) < whole / 20
     assert bytes_of(predict={"model": "m"}) < whole / 20
+    large.features = 1
+    shards = bytes_of(evaluate={"model": "m", "metrics": ["accuracy"]})
+    assert bytes_of(evaluate={"model": "m", "metrics": ["auc"]}) > 100 * 4_000_000 > shards
+    assert bytes_of(predict={"model": "m"}) > 100 * 500_000 > shards
+    large.features = 1000
     large.format, large.size_bytes = "csr", 10**9
     assert bytes_of(forest={"trees": 5}) < 4 * 10**9
