@@ -9,7 +9,7 @@ failure again on each new session, as it cannot know what was heard; one computa
 
 from __future__ import annotations
 
-from coordinator.control.core import ending, hosting, terms
+from coordinator.control.core import ending, hosting, terms, told
 from coordinator.control.core.eligibility import PREPARE_TRIES, group_of, may_come_back
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.state import Core, FailedLeaf, JobRuntime, Unprepared, Worker
@@ -29,6 +29,7 @@ def leaf_failed(core: Core, worker: Worker, message: pb.LeafFailed) -> None:
     job = core.jobs.get(message.job_id)
     if job is None or job.ending is not None:
         return
+    message.message, message.traceback = told.text(message.message), told.text(message.traceback)
     facts = core.facts_of(job)
     if runs_tasks(facts.spec):
         _not_prepared(core, job, worker, message)

@@ -195,7 +195,7 @@ def test_a_retried_job_falls_back_to_other_bits_while_it_queues(cluster: Any) ->
 
 def test_however_much_workers_say_of_a_failure_a_record_has_room_for_it(running: Any) -> None:
     """Each leader in turn would end at a record that storage does not take."""
-    said = "é" * 1_500_000
+    said, first = "é" * 1_500_000, host_of(running, 3)
     for _ in range(2):
         worker = host_of(running, 3)
         failed = pb.LeafFailed(
@@ -203,6 +203,8 @@ def test_however_much_workers_say_of_a_failure_a_record_has_room_for_it(running:
         )
         failed.kind = pb.LeafFailed.KIND_RAISED
         running.say(running.sessions[worker], leaf_failed=failed)
+        for kept in running.core.jobs["job-1"].failed_leaves[False, 3] if worker == first else ():
+            assert len(kept.message) + len(kept.traceback) < 64 * 1024
     job = running.job()
     assert (running.state(), job.reason) == ("FAILED", "POISON_SHARD")
     assert job.failures[0].traceback.startswith("éé")
