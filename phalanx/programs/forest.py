@@ -29,7 +29,7 @@ BLOCKS_MAX = 16
 
 GROWN_DENSE_BYTES = 2**30
 """Sparse rows are made dense to grow trees on where they take no more than this: it is many times
-as fast, and the trees are the same."""
+as fast, and the trees are the same but for splits that are equally good."""
 
 TASKS_WANTED, TASKS_MAX = 32, 1000
 """Not so many trees to a task that workers go without one; not more tasks than a model's pieces."""
