@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -17,20 +18,58 @@ from storage.interfaces import Backend, StoredBlob
 BACKENDS = ("embedded", "sqlite+s3", "postgres+directory", "postgres+s3")
 WITHOUT_BLOBS = ("test_journals", "test_leases")
 """What these are about has nothing to do with where blobs are."""
-MIGRATED = "migrated"
-"""A database with all tables and nothing in them: to make these for each test takes longer."""
+
+
+class EmptyDatabase:
+    """A database with all tables and nothing in them, for one test after the other: to make one for
+    each of them takes longer than most tests."""
+
+    _NAME = "contract"
+    _CLEAR = """
+    DO $$
+    DECLARE
+        used TEXT;
+    BEGIN
+        -- Whoever is left of a test would have what follows wait.
+        PERFORM pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+            WHERE datname = current_database() AND pid <> pg_backend_pid();
+        SELECT string_agg(relname, ', ') INTO used FROM pg_class
+            WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+            AND relname <> 'schema_version' AND pg_relation_size(oid) > 0;
+        IF used <> '' THEN
+            EXECUTE 'TRUNCATE ' || used || ' CASCADE';
+        END IF;
+    END $$
+    """
+
+    def __init__(self, server: PostgresServer) -> None:
+        self._server = server
+        self.url = server.create_database(self._NAME)
+        open_postgres(self.url).close()
+        rows = self._execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+        self._tables = ", ".join(name for (name,) in rows)
+
+    def shrink(self) -> None:
+        """Give back the space of rows that are gone."""
+        self._execute(f"VACUUM FULL {self._tables}")
+
+    def clear(self) -> None:
+        """Have nothing left of a test, not even the space that it took."""
+        self._execute(self._CLEAR)
+
+    def _execute(self, statement: str) -> list[tuple[Any, ...]]:
+        return self._server.execute(statement, self._NAME)
 
 
 class Harness:
     """A back end under test and what a test may do to it from outside."""
 
     def __init__(
-        self, folder: Path, postgres: PostgresServer | None, objects: ObjectServer | None
+        self, folder: Path, postgres: EmptyDatabase | None, objects: ObjectServer | None
     ) -> None:
         self._folder = folder
         self._postgres = postgres
         self._objects = objects
-        self._database_name = f"contract-{uuid4().hex}"
         self._bucket = uuid4().hex
         self._later_s = 0.0
         self.namespace_bytes_max = 0
@@ -39,7 +78,7 @@ class Harness:
         self.now_unix_nanos = 1_700_000_000_000_000_000
         self.places = Places(
             folder,
-            "" if postgres is None else postgres.create_database(self._database_name, MIGRATED),
+            "" if postgres is None else postgres.url,
             "" if objects is None else f"{objects.create_bucket(self._bucket)}/some/where",
         )
         self.backend = self._open()
@@ -71,7 +110,7 @@ class Harness:
         self._later_s += 7 * 24 * 3600.0
         self.backend.references.reclaim()
         if self._postgres is not None:
-            self._postgres.execute("VACUUM FULL", self._database_name)
+            self._postgres.shrink()
 
     def flip_bit(self, digest: str, bit: int) -> None:
         """Damage a stored blob."""
@@ -92,7 +131,7 @@ class Harness:
         """End it."""
         self.backend.close()
         if self._postgres is not None:
-            self._postgres.execute(f'DROP DATABASE "{self._database_name}" WITH (FORCE)')
+            self._postgres.clear()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -103,17 +142,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def migrated_server(postgres_server: PostgresServer) -> PostgresServer:
-    """The server, with a database that others are copied from."""
-    open_postgres(postgres_server.create_database(MIGRATED)).close()
-    return postgres_server
+def empty_database(postgres_server: PostgresServer) -> EmptyDatabase:
+    """What all tests use whose rows are in PostgreSQL."""
+    return EmptyDatabase(postgres_server)
 
 
 @pytest.fixture
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
     """One back end after the other."""
     kind = request.param
-    postgres = request.getfixturevalue("migrated_server") if "postgres" in kind else None
+    postgres = request.getfixturevalue("empty_database") if "postgres" in kind else None
     objects = request.getfixturevalue("object_server") if "s3" in kind else None
     harness = Harness(tmp_path / "state", postgres, objects)
     yield harness
