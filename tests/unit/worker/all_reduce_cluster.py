@@ -147,8 +147,8 @@ class Member:
                     self.loop_back()
                 case do.Snapshot():
                     copy = self.copies[effect.version] = self.core.replica.copy()
-                    digest = repr([vector.tobytes() for vector in copy.values()])
-                    self.take(self.core.hashed(effect.version, str(hash(digest))))
+                    digest = hash(tuple(vector.tobytes() for vector in copy.values()))
+                    self.take(self.core.hashed(effect.version, str(digest)))
                 case do.Store():
                     self.stored.append(effect.go.version)
                     self.core.root.checkpoint_done(effect.go.version)
