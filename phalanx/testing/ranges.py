@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -36,6 +37,7 @@ MakeOwner = Callable[[JobPlan, int, list[ParameterRange]], Any]
 
 ROWS_PER_LEAF = 8
 EVALUATION_ROWS = 10
+_WAVES_KEPT = 32
 
 
 def make_plan(
@@ -119,13 +121,19 @@ def initial_vector(plan: JobPlan) -> Array:
 
 def leaf_gradient(plan: JobPlan, shard: int, version: int, parameters: Array) -> Array:
     """The gradient sum of one leaf: sums of several depend on their order in the last bits."""
-    count = plan.layout.element_count
-    wave = np.cos(np.arange(count) * (0.11 + 0.07 * shard) + version)
     scale = np.asarray(10.0 ** (shard % 5), parameters.dtype)
     gradient: Array = parameters * np.asarray(1.3, parameters.dtype)
-    gradient += wave.astype(parameters.dtype)
+    gradient += _wave(plan.layout.element_count, shard, version, parameters.dtype)
     gradient *= scale
     return gradient
+
+
+@lru_cache(_WAVES_KEPT)
+def _wave(count: int, shard: int, version: int, dtype: np.dtype[Any]) -> Array:
+    """What depends on shard and version; workers and references ask for the same ones in turn."""
+    wave: Array = np.cos(np.arange(count) * (0.11 + 0.07 * shard) + version).astype(dtype)
+    wave.flags.writeable = False
+    return wave
 
 
 def leaf_loss(shard: int, version: int) -> float:
