@@ -25,6 +25,10 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 """Variables that must be set before NumPy is imported, for one BLAS thread from the start."""
 
+CUBLAS_ENVIRONMENT: Mapping[str, str] = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""On a GPU the order of sums follows the workspace of cuBLAS. It must be set before a process first
+computes there, and be the same on all workers, whatever their own environment says."""
+
 
 def pin_one_thread(environ: MutableMapping[str, str]) -> None:
     """Write `ENVIRONMENT` into an environment, over what is there."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.errors import InvalidArgument
+from phalanx.errors import InvalidArgument, Unavailable
 from phalanx.layouts import ITEM_BYTES
 from phalanx.streams import Stream, stream_generator
 from phalanx.v1.training_pb2 import Layout, TensorSpec
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 Array = NDArray[Any]
+
+
+class DeviceLost(Unavailable):
+    """What a model computes on has failed: this process is of no use any more, another may be."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason="DEVICE_LOST")
 
 
 @dataclass(frozen=True)

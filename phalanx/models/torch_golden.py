@@ -33,7 +33,12 @@ def _device_name(device: str) -> str:
     torch = import_torch()
     if device == "cpu":
         return device
-    return f"{torch.cuda.get_device_name(device)} cuda {torch.version.cuda}"
+    found = torch.get_device_module(device).get_device_properties(device)
+    built_for = torch.version.cuda or torch.version.hip
+    return (
+        f"{found.name} {found.major}.{found.minor} with {found.multi_processor_count} units, "
+        f"cuda {built_for}, cudnn {torch.backends.cudnn.version()}"
+    )
 
 
 def _results(dtype: str, device: str) -> list[Tensor]:

@@ -7,6 +7,7 @@ much.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -100,13 +101,13 @@ class Loss:
         return tensor
 
 
-def load_loss(name: str, schema: DataSchema, code: UserCode | None) -> Loss:
-    """Return the loss that a job names.
+def load_loss(name: str, schema: DataSchema, code: UserCode | None, device: str) -> Loss:
+    """Return the loss that a job names. One that is a module computes on the device, too.
 
     Raises InvalidArgument for a name that is not known, and for a loss that does not fit the data.
     """
     if ":" in name:
-        return Loss(name, load_entrypoint(name, code), schema)
+        return Loss(name, _placed(load_entrypoint(name, code), schema.dtype, device), schema)
     task = catalog.CLASSIFICATION if schema.classes else catalog.REGRESSION
     if catalog.TORCH_LOSSES.get(name) != task:
         fitting = [each for each, of in catalog.TORCH_LOSSES.items() if of == task]
@@ -126,3 +127,12 @@ def load_loss(name: str, schema: DataSchema, code: UserCode | None) -> Loss:
         return losses
 
     return Loss(name, of_rows, schema)
+
+
+def _placed(loss: Callable[..., Any], dtype: str, device: str) -> Callable[..., Any]:
+    """A module may hold tensors, such as weights of classes."""
+    torch = import_torch()
+    if not isinstance(loss, torch.nn.Module):
+        return loss
+    placed: Callable[..., Any] = copy.deepcopy(loss).to(device, getattr(torch, dtype))
+    return placed

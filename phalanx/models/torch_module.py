@@ -13,8 +13,8 @@ buffers that are not stored begin each leaf as they were built.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.errors import FailedPrecondition, InvalidArgument
+from phalanx.errors import InvalidArgument
 from phalanx.models.base import (
     Array,
     Batch,
@@ -36,6 +36,7 @@ from phalanx.models.base import (
 from phalanx.models.code import OneProcess, UserCode, load_entrypoint
 from phalanx.models.custom import CodeModel
 from phalanx.models.torch_exact import Tensor, device_of, exact, import_torch, seed_of
+from phalanx.models.torch_failures import failures_told
 from phalanx.models.torch_losses import Loss, load_loss
 from phalanx.specs.canonical import struct_to_python
 from phalanx.training.metrics import CLASSIFICATION_SUMS, REGRESSION_SUMS
@@ -58,30 +59,32 @@ def load_torch(spec: JobSpec, schema: DataSchema, code_dir: Path | None) -> Mode
     Raises:
         InvalidArgument: an entrypoint is not there, or gives no module that fits the job.
             Errors of the user's code pass through, with their traceback.
-        FailedPrecondition: PyTorch is not installed.
+        FailedPrecondition: PyTorch is not installed, or sees no GPU where the job asks for one.
+        DeviceLost, MemoryError: the GPU takes no module.
     """
-    import_torch()
+    # First, since code of the job may use the GPU as soon as it is imported.
+    device = device_of(spec.resources.gpus)
     torch_spec = spec.train.model.torch
     code = None if code_dir is None else UserCode(code_dir)
     with OneProcess():
         function = load_entrypoint(torch_spec.module, code)
         arguments = struct_to_python(torch_spec.arguments)
-        loss = load_loss(torch_spec.loss, schema, code)
-        model = TorchModel(
-            lambda: function(schema, **arguments), torch_spec.module, loss, spec.resources.gpus
-        )
+        with failures_told(device):
+            loss = load_loss(torch_spec.loss, schema, code, device)
+            model = TorchModel(
+                lambda: function(schema, **arguments), torch_spec.module, loss, device
+            )
         return CodeModel(model, code)
 
 
 class TorchModel:
-    """One module with its loss. `gpus` is what the job asks for."""
+    """One module with its loss, on one device; see `device_of`."""
 
-    def __init__(self, build: Build, name: str, loss: Loss, gpus: int) -> None:
+    def __init__(self, build: Build, name: str, loss: Loss, device: str) -> None:
         self._build = build
         self._name = name
         self._loss = loss
-        self._gpus = gpus
-        self._device = device_of(gpus)
+        self._device = device
         self._schema = loss.schema
         module = self._built(0)
         self.layout = _layout(module, self._schema.dtype)
@@ -113,26 +116,15 @@ class TorchModel:
     def initial_parameters(self, seed: int) -> Array:
         """See ``Model``; as if ``torch.manual_seed(seed)`` stood before the module is built."""
         vector: Array = np.empty(self.layout.element_count, self.layout.dtype)
-        module = self._built(seed)
-        if _layout(module, self._schema.dtype) != self.layout:
-            raise InvalidArgument(
-                f"{self._name} built two modules with different tensors; it must not depend on "
-                "anything but its arguments",
-                reason="NOT_A_MODULE",
-            )
-        tensors = _tensors(module)
+        tensors = _tensors(self._built_again(seed))
         for name, view in self._views(vector).items():
             view[...] = tensors[name].detach().numpy()
         return vector
 
     def gradient(self, parameters: Array, batch: Batch, out: Array) -> LeafSums:
         """See ``Model``."""
-        if self._gpus and self._device == "cpu":
-            raise FailedPrecondition(
-                "the job asks for a GPU (resources.gpus), and PyTorch sees none here",
-                reason="NO_GPU",
-            )
-        with exact(self._device, seed_of(batch.key or (0,))):
+        torch = import_torch()
+        with self._computing(seed_of(batch.key or (0,))), torch.enable_grad():
             module = self._load(parameters).train()
             targets = self._targets(batch)
             losses = self._loss.of_rows(module(self._features(batch.features)), targets)
@@ -147,7 +139,7 @@ class TorchModel:
     def evaluate(self, parameters: Array, batch: Batch) -> NDArray[np.float64]:
         """See ``Model``."""
         torch = import_torch()
-        with exact(self._device), torch.no_grad():
+        with self._computing(), torch.no_grad():
             outputs = self._load(parameters).eval()(self._features(batch.features))
             targets = self._targets(batch)
             loss = float(self._loss.of_rows(outputs, targets).double().sum())
@@ -164,7 +156,7 @@ class TorchModel:
     def predict(self, parameters: Array, features: Any) -> Array:
         """See ``Model``."""
         torch = import_torch()
-        with exact(self._device), torch.no_grad():
+        with self._computing(), torch.no_grad():
             outputs = self._load(parameters).eval()(self._features(features))
             values: Array = self._loss.predictions(outputs, features.shape[0]).cpu().numpy()
             return values
@@ -175,7 +167,8 @@ class TorchModel:
         It takes (rows, features) and returns what `predict` does; for writers of other formats.
         """
         torch = import_torch()
-        module, predicted = copy.deepcopy(self._load(parameters)).cpu(), self._loss.predicted
+        module, predicted = self._built_again(0), self._loss.predicted
+        self._fill(module, parameters)
 
         class Predictor(torch.nn.Module):  # type: ignore[name-defined,misc]
             def __init__(self) -> None:
@@ -190,7 +183,7 @@ class TorchModel:
     def _built(self, seed: int) -> Module:
         """A new module on the CPU, in the job's dtype."""
         torch = import_torch()
-        with exact("cpu", seed):
+        with exact(self._device, seed):
             module = self._build()
             if not isinstance(module, torch.nn.Module):
                 raise InvalidArgument(
@@ -201,18 +194,41 @@ class TorchModel:
             built: Module = module.cpu().to(getattr(torch, self._schema.dtype))
             return built
 
+    def _built_again(self, seed: int) -> Module:
+        """As `_built`. Raises InvalidArgument where it has not the tensors of the first one."""
+        module = self._built(seed)
+        if _layout(module, self._schema.dtype) != self.layout:
+            raise InvalidArgument(
+                f"{self._name} built two modules with different tensors; it must not depend on "
+                "anything but its arguments",
+                reason="NOT_A_MODULE",
+            )
+        return module
+
+    @contextmanager
+    def _computing(self, seed: int = 0) -> Iterator[None]:
+        # What was set is put back inside: on a GPU that is lost, that fails as well.
+        with failures_told(self._device), exact(self._device, seed):
+            yield
+
     def _load(self, parameters: Array) -> Module:
         """Make the module what a version says, whatever was done with it before."""
         torch = import_torch()
-        np.copyto(self._vector, parameters)
         self._module.zero_grad(set_to_none=True)
+        self._fill(self._module, parameters)
         tensors = _tensors(self._module)
         with torch.no_grad():
-            for name, values in self._incoming.items():
-                tensors[name].copy_(values)
             for name, values in self._fixed.items():
                 tensors[name].copy_(values)
         return self._module
+
+    def _fill(self, module: Module, parameters: Array) -> None:
+        """Copy a version into a module, wherever that is."""
+        np.copyto(self._vector, parameters)
+        tensors = _tensors(module)
+        with import_torch().no_grad():
+            for name, values in self._incoming.items():
+                tensors[name].copy_(values)
 
     def _hand_in(self, rows: int, out: Array) -> None:
         """Write gradients, and what buffers have become times the examples."""
@@ -225,7 +241,7 @@ class TorchModel:
             elif tensor.grad is None:
                 view[...] = 0
             else:
-                view[...] = tensor.grad.cpu().numpy()
+                view[...] = tensor.grad.to_dense().cpu().numpy()  # embeddings may have sparse ones
 
     def _features(self, features: Any) -> Tensor:
         return self._on_device(dense(features))

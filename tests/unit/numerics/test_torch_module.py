@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +85,26 @@ def pair(schema):
     return Pair()
 
 
+class Words(nn.Module):
+    """Its gradient is a sparse tensor."""
+
+    def __init__(self, schema, sparse):
+        super().__init__()
+        self.words = nn.Embedding(4, schema.classes, sparse=sparse)
+
+    def forward(self, x):
+        return self.words((x[:, 0] > 0).long())
+
+
+class Greedy(nn.Module):
+    def __init__(self, schema):
+        super().__init__()
+        self.layer = linear(schema)
+
+    def forward(self, x):
+        return self.layer(x) + torch.ones(1 << 48).sum()
+
+
 COUNT = [0]
 
 
@@ -92,6 +115,9 @@ def another_each_time(schema):
 
 def smoothed(outputs, targets):
     return nn.functional.cross_entropy(outputs, targets, reduction="none", label_smoothing=0.1)
+
+
+weighted = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]), reduction="none")
 
 
 def mean_loss(outputs, targets):
@@ -418,33 +444,158 @@ def test_a_job_that_asks_for_a_gpu_computes_on_nothing_else(
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    model, rows = make("mlp", gpus=1), batch()
-    parameters = model.initial_parameters(1)
-    assert model.predict(parameters, rows.features).shape == (ROWS, CLASSES), "a CPU may predict"
-    with pytest.raises(FailedPrecondition, match="PyTorch sees none here"):
-        gradient_of(model, parameters, rows)
+    with pytest.raises(FailedPrecondition, match="PyTorch .* sees none here") as caught:
+        make("mlp", gpus=1)
+    assert caught.value.reason == "NO_GPU"
 
 
 @needs_torch
-@pytest.mark.skipif(not list(Path("/dev").glob("nvidia[0-9]*")), reason="needs an NVIDIA GPU")
-def test_a_gpu_gives_the_same_bits_each_time_and_nearly_those_of_a_cpu(make: Make) -> None:
-    on_gpu, on_cpu, rows = make("Normed", gpus=1), make("Normed"), batch(key=(1, 2, 3))
-    parameters = on_cpu.initial_parameters(1)
-    assert on_gpu.initial_parameters(1).tobytes() == parameters.tobytes()
-    first, loss = gradient_of(on_gpu, parameters, rows)
-    again, same_loss = gradient_of(on_gpu, parameters, rows)
-    assert (first.tobytes(), loss) == (again.tobytes(), same_loss)
-    expected, expected_loss = gradient_of(on_cpu, parameters, rows)
-    np.testing.assert_allclose(first, expected, rtol=1e-9, atol=1e-9)
-    assert loss == pytest.approx(expected_loss, rel=1e-9)
-    sums = on_gpu.evaluate(parameters, rows)
-    np.testing.assert_allclose(sums, on_cpu.evaluate(parameters, rows), rtol=1e-9)
-    dropping = make("mlp", gpus=1, dropout=0.5)
-    start = dropping.initial_parameters(1)
-    drawn = {gradient_of(dropping, start, rows)[0].tobytes() for _ in range(2)}
-    assert len(drawn) == 1
-    prints = {getattr(each, "numeric_fingerprint") for each in (on_gpu, on_cpu)}  # noqa: B009
-    assert len(prints) == 2
+def test_the_workspace_of_cublas_is_fixed_before_the_gpu_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from phalanx.models.torch_exact import device_of
+
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    for before in (None, ":16:8", ":4096:8"):
+        if before is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, before)
+        assert device_of(1) == "cuda:0"
+        assert os.environ[name] == ":4096:8", "whatever the machine's own environment says"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert device_of(1) == "cuda:0"
+    monkeypatch.setenv(name, ":16:8")
+    with pytest.raises(FailedPrecondition, match=f"set {name}=:4096:8 before Python") as caught:
+        device_of(1)
+    assert caught.value.reason == "CUBLAS_WORKSPACE"
+    assert device_of(0) == "cpu"
+
+
+@needs_torch
+def test_a_loss_may_be_a_module_with_weights_in_any_dtype(make: Make) -> None:
+    model, rows = make("mlp", "net:weighted"), batch()
+    parameters = model.initial_parameters(1)
+    weights = np.array([1.0, 2.0, 3.0])[rows.targets]
+    weighed = gradient_of(model, parameters, rows)
+    by_hand = gradient_of(make("mlp"), parameters, batch(weights=weights))
+    np.testing.assert_allclose(weighed[0], by_hand[0], rtol=1e-12, atol=1e-12)
+    assert weighed[1] == pytest.approx(by_hand[1], rel=1e-12)
+
+
+@needs_torch
+def test_sparse_gradients_are_written_like_others(make: Make) -> None:
+    dense, sparse = make("Words", sparse=False), make("Words", sparse=True)
+    parameters = dense.initial_parameters(1)
+    expected, _ = gradient_of(dense, parameters, batch())
+    found, _ = gradient_of(sparse, parameters, batch())
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+    assert found.any()
+
+
+@needs_torch
+def test_a_leaf_without_enough_memory_says_what_to_change(make: Make) -> None:
+    model = make("Greedy")
+    with pytest.raises(MemoryError, match="use a smaller batch_size or more shards") as caught:
+        gradient_of(model, model.initial_parameters(1), batch())
+    assert "you tried to allocate" in str(caught.value)
+
+
+@needs_torch
+def test_gradients_are_computed_where_somebody_has_switched_them_off(make: Make) -> None:
+    import torch
+
+    model = make("mlp")
+    parameters = model.initial_parameters(1)
+    expected, _ = gradient_of(model, parameters, batch())
+    with torch.no_grad():
+        found, _ = gradient_of(model, parameters, batch())
+        assert not torch.is_grad_enabled()
+    assert found.tobytes() == expected.tobytes()
+
+
+PRECISIONS = """
+import json, os, sys, torch
+from phalanx.models.torch_exact import exact
+
+backends = torch.backends
+KERNELS = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn,
+           backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
+OLD = (torch.get_float32_matmul_precision, lambda: backends.cudnn.allow_tf32)
+
+
+def read(switch):
+    try:
+        return switch()
+    except RuntimeError:
+        return "unreadable"
+
+
+def state():
+    kernels = [each.fp32_precision for each in KERNELS]
+    modes = [str(torch.get_default_device()), torch.is_autocast_enabled("cpu")]
+    return kernels, [*map(read, OLD), *modes]
+
+
+for own in sys.argv[1:]:
+    if os.fork() == 0:  # PyTorch has no way back to a state in which nothing was chosen
+        exec(own)
+        before = state()
+        with exact("cpu"):
+            made = torch.ones(2, 2) @ torch.ones(2, 2)
+            within = [*state()[0], str(made.dtype), made.device.type]
+        assert "torch._inductor" not in sys.modules, "the compiler takes seconds to load"
+        print(json.dumps([own, within, before, state()]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+CHOSEN = (
+    "",
+    "torch.set_float32_matmul_precision('medium')",
+    "backends.cuda.matmul.allow_tf32 = True",
+    "backends.fp32_precision = 'tf32'",
+    "backends.cuda.matmul.fp32_precision = 'tf32'",
+    "backends.cudnn.conv.fp32_precision = 'ieee'",
+    "backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "backends.mkldnn.fp32_precision = 'bf16'",
+    "torch.set_default_device('meta')",
+    "torch.autocast('cpu', torch.bfloat16).__enter__()",
+)
+
+
+@pytest.fixture(scope="module")
+def computed_with() -> dict[str, list[Any]]:
+    import torch
+
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this PyTorch has the old switches only")
+    done = subprocess.run(
+        [sys.executable, "-c", PRECISIONS, *CHOSEN],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = map(json.loads, done.stdout.splitlines())
+    found = {own: rest for own, *rest in lines}
+    assert set(found) == set(CHOSEN), done.stderr
+    return found
+
+
+@needs_torch
+@pytest.mark.parametrize("own", CHOSEN)
+def test_no_precision_is_given_away_whatever_the_process_has_chosen(
+    computed_with: dict[str, list[Any]], own: str
+) -> None:
+    (*kernels, dtype, device), before, after = computed_with[own]
+    assert set(kernels) <= {"ieee", "none"}
+    assert (dtype, device) == ("torch.float32", "cpu")
+    assert after == before
 
 
 @needs_torch
