@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from phalanx.config import ServerConfig, address, addresses, at_least, option, positive
 from phalanx.errors import Violation
+from worker.gpus import NO_GPUS, gpus_of_slot, is_gpu
 
 DEFAULT_CONTROL = "127.0.0.1:7410"
 GIBIBYTE = 2**30
@@ -56,7 +57,8 @@ class WorkerConfig(ServerConfig):
     gpus: tuple[str, ...] = option(
         (),
         "GPUs that leaves may use, as CUDA names them, comma separated, or `none`; empty: those of "
-        "CUDA_VISIBLE_DEVICES, else all of this machine. Each slot gets an equal share.",
+        "CUDA_VISIBLE_DEVICES, else all of this machine. Each slot gets an equal share; a GPU that "
+        "is named twice is shared by two slots.",
     )
     labels: tuple[str, ...] = option((), "Labels of this worker as name=value, comma separated.")
     leaf_timeout_s: float = option(
@@ -84,6 +86,20 @@ class WorkerConfig(ServerConfig):
             for text in self.labels
             if not text.partition("=")[0] or "=" not in text
         ]
+        found += self._wrong_gpus()
         if 0 < self.slot_memory_bytes < 64 * 2**20:
             found.append(Violation("slot_memory_bytes", "must be 0 or at least 64Mi"))
         return found
+
+    def _wrong_gpus(self) -> list[Violation]:
+        """To CUDA the first name that is none, or comes twice, is the end of the list."""
+        if self.gpus == (NO_GPUS,):
+            return []
+        wrong = [name for name in self.gpus if not is_gpu(name)]
+        if wrong:
+            text = f"{wrong[0]!r} is no GPU; write 0 or GPU-8f2…, as `nvidia-smi -L` does, or none"
+            return [Violation("gpus", text)]
+        shares = [gpus_of_slot(self.gpus, each, self.slot_count) for each in range(self.slot_count)]
+        twice = [share for share in shares if len({*share}) < len(share)]
+        text = f"one slot would have a GPU twice ({', '.join(twice[0])})" if twice else ""
+        return [Violation("gpus", text)] if text else []

@@ -128,13 +128,14 @@ class LoadedModel:
         return loaded
 
     @staticmethod
-    def of_files(files: Mapping[str, Path], code_dir: Path | None) -> "LoadedModel":
+    def of_files(files: Mapping[str, Path], code_dir: Path | None, gpus: int = 0) -> "LoadedModel":
         """A model whose files lie anywhere, by their names; ``code_dir`` holds its own code, which
-        runs in this process. Raises NotFound and DataLoss."""
+        runs in this process. With ``gpus`` a PyTorch module computes on one. Raises NotFound and
+        DataLoss; FailedPrecondition where there is no GPU."""
         for name in (DESCRIPTION_FILE, PARAMETERS_FILE):
             if name not in files:
                 raise NotFound(f"the model has no {name}")
-        return _Stored.read(files[DESCRIPTION_FILE], files[PARAMETERS_FILE]).loaded(code_dir)
+        return _Stored.read(files[DESCRIPTION_FILE], files[PARAMETERS_FILE]).loaded(code_dir, gpus)
 
     def predict(self, data: Any) -> NDArray[Any]:
         """Original labels, numbers for a regression or of clusters, one per row; (rows, components)
@@ -364,14 +365,18 @@ class _Stored:
             raise DataLoss(f"{path} is damaged: {error}") from error
         return _Stored(path, document, spec, layout, _read_parameters(parameters, layout, document))
 
-    def loaded(self, code_dir: Path | None) -> LoadedModel:
-        """Builds the model."""
+    def loaded(self, code_dir: Path | None, gpus: int = 0) -> LoadedModel:
+        """Builds the model. What it was trained on does not matter: where some have a GPU and
+        others have not, predictions would depend on who computes them."""
         document, layout = self.document, self.layout
         schema = DataSchema(document["features"], len(document["classes"]), layout.dtype)
         if is_program(self.spec):
             model: Predictor = predictor_of(self.spec, layout, schema.classes)
         else:
-            model = build_model(self.spec, schema, code_dir)
+            spec = JobSpec()
+            spec.CopyFrom(self.spec)
+            spec.resources.gpus = gpus
+            model = build_model(spec, schema, code_dir)
         if model.layout != layout:
             where = self.path.parent
             raise DataLoss(f"{where}: parameters and {DESCRIPTION_FILE} do not fit each other")

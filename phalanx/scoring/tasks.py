@@ -39,7 +39,8 @@ class _Scored:
     @cached_property
     def model(self) -> LoadedModel:
         """The model that the job names."""
-        return LoadedModel.of_files(self._job.model_files, self._job.code_dir)
+        files, gpus = self._job.model_files, self._job.spec.resources.gpus
+        return LoadedModel.of_files(files, self._job.code_dir, gpus)
 
     def _shard(self, number: int) -> tuple[Batch, Predictions]:
         # Numbers to compare with are read as they are stored, whatever the model computes in.

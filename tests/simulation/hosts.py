@@ -254,7 +254,7 @@ class Leaf:
             self._scratch[document["job"]] = Scratch(arena.element_count, arena.dtype)
             if shape.local_steps:
                 self._local[document["job"]] = LocalSteps(plan, jobs.layout_of(shape))
-            answer = {"job": document["job"], "error": "", "traceback": ""}
+            answer = {"job": document["job"], "error": "", "traceback": "", "device": ""}
             self._say(Kind.SETUP_DONE, ipc.pack_json(answer))
         elif kind is Kind.DESCRIBE:
             document, plan_bytes = ipc.unpack_json(body)

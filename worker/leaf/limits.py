@@ -43,10 +43,9 @@ def limit_memory(limit_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
 
 
-def show_gpus(names: str | None) -> None:
-    """Let CUDA see these GPUs only, comma separated; None: all that it finds."""
-    if names is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = names
+def show_gpus(names: str) -> None:
+    """Let CUDA see these GPUs only, comma separated; empty: none."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = names
 
 
 def no_core_dumps() -> None:

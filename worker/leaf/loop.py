@@ -19,6 +19,7 @@ from phalanx.data.manifest import ChunkInfo
 from phalanx.errors import DataLoss, InvalidArgument, PhalanxError
 from phalanx.layouts import TOO_LONG, check_description
 from phalanx.messages import known
+from phalanx.models.base import DeviceLost
 from phalanx.programs.data import JobFiles
 from phalanx.programs.work import ProgramWork
 from phalanx.reduction import Node, all_finite
@@ -65,16 +66,19 @@ class LeafLoop:
         self._page = page
         self._jobs: dict[int, Work | Exception] = {}
         self._job = -1
+        #: Whether what leaves compute on has failed for good.
+        self._lost = False
         #: Of the part that is computed.
         self._waited_s = 0.0
         #: Leaves (job, shard, step) whose rows can be gathered while there is nothing to do.
         self._later: deque[tuple[JobWork, int, int]] = deque()
 
     def serve(self) -> None:
-        """Handle messages; raises `ConnectionClosed` when the session process is gone."""
+        """Handle messages until this process is of no use any more; raises `ConnectionClosed` when
+        the session process is gone."""
         output.redirect(lambda: (self._job, self._page.step, self._page.shard))
         self._connection.send(Kind.READY)
-        while True:
+        while not self._lost:
             while self._later and not self._connection.has_message():
                 self._read_ahead()
             message = self._connection.receive()
@@ -99,7 +103,7 @@ class LeafLoop:
         job: int = document["job"]
         self._job = job
         plan = training_pb2.JobPlan.FromString(plan_bytes)
-        answer: dict[str, Any] = {"job": job, "error": "", "traceback": ""}
+        answer: dict[str, Any] = {"job": job, "error": "", "traceback": "", "device": ""}
         dtype = np.dtype(plan.layout.dtype or "float32")
         calls = self._calls(plan, document)
         arena = Arena.attach(message.fds[0], plan.layout.element_count, dtype)
@@ -114,7 +118,9 @@ class LeafLoop:
                 if work.model.layout != known(plan.layout):
                     text = "the model built here has another layout than the job; see its code"
                     raise DataLoss(text)
+                answer["device"] = work.device
         except Exception as error:  # noqa: BLE001
+            self._note(error)
             # Told again by every leaf, so that the failure counts as that of its shard.
             self._jobs[job] = error
             answer |= {"error": _message(error), "traceback": _traceback(error)}
@@ -154,6 +160,7 @@ class LeafLoop:
             check_description(answer)
         except BaseException as error:  # noqa: BLE001 - user code raises what it likes
             answer = coordination_service_pb2.JobDescribed(job_id=plan.job_id)
+            self._note(error)
             answer.failure.code = _description_code(plan, error)
             answer.failure.message = _message(error)
             answer.failure.traceback = _traceback(error)
@@ -180,6 +187,8 @@ class LeafLoop:
                 self._look_ahead(work, order)
             for index, (first, span, buffer) in enumerate(order.parts):
                 self._run_part(work, order, index, Node(first, span), buffer)
+                if self._lost:
+                    return  # the end of this process is that of the task
             if isinstance(work, JobWork):
                 work.forget_rows()
         except _Cancelled:
@@ -188,6 +197,10 @@ class LeafLoop:
             self._page.end_task()
         output.flush()
         self._connection.send(Kind.TASK_ENDED, ipc.pack_ended(order.task))
+
+    def _note(self, error: BaseException) -> None:
+        """Serve no more after a failure of the device; who asked gets its answer before."""
+        self._lost = self._lost or isinstance(error, DeviceLost)
 
     # Parts and leaves
 
@@ -213,6 +226,7 @@ class LeafLoop:
         except _Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - user code raises what it likes
+            self._note(error)
             seconds = self._page.leaf_seconds(time.monotonic_ns())
             failure = _failure(work, order, index, leaf.shard, error, seconds)
             self._connection.send(Kind.PART_FAILED, failure)

@@ -98,6 +98,13 @@ class JobWork:
         return build_model(self.spec, schema, self._paths.code)
 
     @cached_property
+    def device(self) -> str:
+        """What the model's library makes of the GPU of this slot, as a hash; empty: it has none."""
+        if not self.spec.resources.gpus:
+            return ""
+        return str(getattr(self.model, "numeric_fingerprint", ""))
+
+    @cached_property
     def dtype(self) -> np.dtype[Any]:
         """Type of parameters and payloads."""
         return np.dtype(self.model.layout.dtype)

@@ -396,11 +396,14 @@ class Session:
     async def _own_leaf(self, job: HostedJob | HostedTasks) -> str:
         """Return the hash of this worker's own leaf of a reproducible job, empty if it fails.
 
-        Its failure is not told: the same leaf fails again as that of its shard.
+        Its failure is not told: the same leaf fails again as that of its shard. One slot computes
+        it; where GPUs of slots differ the hash is none, so that the worker takes no part.
         """
         assert job.prepared is not None
         if not job.core.plan.bitwise or isinstance(job, HostedTasks):
             return ""
+        if unlike := self._slots.unlike(job.prepared):
+            return unlike
         described = await self._slots.describe(job.prepared)
         if not described.HasField("failure"):
             return described.leaf_sha256

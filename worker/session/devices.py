@@ -9,11 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from phalanx.specs.libraries import LIBRARIES
+from worker.gpus import NO_GPUS, is_gpu
 
-NO_GPUS = "none"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _DEVICE = re.compile(r"nvidia\d+")
-_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")
 
 
 def gpus_here(
@@ -32,19 +31,15 @@ def gpus_here(
     if wanted:
         return tuple(wanted)
     if _VISIBLE in environ:
-        names = map(str.strip, environ[_VISIBLE].split(","))
+        names = [each.strip() for each in environ[_VISIBLE].split(",")]
         # To CUDA the first that names none ends the list: with -1 there are no GPUs.
-        return tuple(itertools.takewhile(_NAME.fullmatch, names))
+        found = tuple(itertools.takewhile(is_gpu, names))
+        return found if len({*found}) == len(found) else ()  # one that is named twice hides all
     try:
         files = [each.name for each in devices.iterdir()]
     except OSError:
         return ()
     return tuple(str(index) for index in range(sum(map(bool, map(_DEVICE.fullmatch, files)))))
-
-
-def gpus_of_slot(gpus: Sequence[str], slot: int, slots: int) -> tuple[str, ...]:
-    """Return the GPUs that the leaves of one slot may use: an equal share, and no one else's."""
-    return tuple(gpus[slot * len(gpus) // slots : (slot + 1) * len(gpus) // slots])
 
 
 def libraries_here() -> dict[str, str]:

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from setproctitle import getproctitle
 
+from phalanx.blas import CUBLAS_ENVIRONMENT
 from phalanx.blas import ENVIRONMENT as ONE_BLAS_THREAD
 from phalanx.forking import client
 from phalanx.keys.environment import without_secrets
@@ -88,11 +89,11 @@ class LeafServer(client.ForkServer):
         memory_limit_bytes: int,
         handles: Sequence[int],
         then: Callable[[client.ForkedProcess | None], None],
-        gpus: Sequence[str] | None = None,
+        gpus: Sequence[str] = (),
     ) -> None:
         """Fork a leaf process that gets these descriptors: standard output and error, its socket,
         its progress page. `then` gets it, or None where there is none, which is logged. It sees no
-        GPUs but `gpus`; None: all."""
+        GPUs but `gpus`."""
 
         def answered(answer: dict[str, Any], received: list[int]) -> None:
             process = None
@@ -104,8 +105,7 @@ class LeafServer(client.ForkServer):
                 _log.error("leaf_process_not_started", message=str(error))
             then(process)
 
-        visible = None if gpus is None else ",".join(gpus)
-        plan = {"memory_limit_bytes": memory_limit_bytes, "gpus": visible}
+        plan = {"memory_limit_bytes": memory_limit_bytes, "gpus": ",".join(gpus)}
         self._request({"fork": plan}, handles, answered)
 
     def collect_leaf(self, process: client.ForkedProcess, then: Callable[[int], None]) -> None:
@@ -366,5 +366,5 @@ def _be_a_program(ours: socket.socket, theirs: socket.socket, session_pid: int) 
 def _environment(parent: Mapping[str, str]) -> dict[str, str]:
     # Python finds this very code, wherever the session process was started from.
     paths = [_ROOT, *filter(None, [parent.get("PYTHONPATH")])]
-    threads = {**ONE_BLAS_THREAD, "NUMEXPR_NUM_THREADS": "1"}
-    return {**without_secrets(parent), **threads, "PYTHONPATH": os.pathsep.join(paths)}
+    exact = {**ONE_BLAS_THREAD, **CUBLAS_ENVIRONMENT, "NUMEXPR_NUM_THREADS": "1"}
+    return {**without_secrets(parent), **exact, "PYTHONPATH": os.pathsep.join(paths)}

@@ -33,7 +33,7 @@ class LeafProcess:
     server cannot start ends as if its server had died.
 
     `on_message(process, message)` gets what it says, `on_log(process, level, data)` what it prints
-    and `on_exit(process, code)` its end, once and last. It sees no GPUs but `gpus`; None: all.
+    and `on_exit(process, code)` its end, once and last. It sees no GPUs but `gpus`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class LeafProcess:
         on_message: Callable[[LeafProcess, Message], None],
         on_log: Callable[[LeafProcess, str, bytes], None],
         on_exit: Callable[[LeafProcess, int], None],
-        gpus: Sequence[str] | None = None,
+        gpus: Sequence[str] = (),
     ) -> None:
         self.page = ProgressPage.create()
         self.ready = False
@@ -106,7 +106,7 @@ class LeafProcess:
         leaves: LeafServer,
         child: socket.socket,
         memory_limit_bytes: int,
-        gpus: Sequence[str] | None,
+        gpus: Sequence[str],
     ) -> None:
         with child, contextlib.ExitStack() as writers:
             outputs = []

@@ -22,8 +22,8 @@ from worker.core.dispatch import Task
 from worker.core.patience import Patience
 from worker.core.restarts import Restarts
 from worker.core.rounds import LeafFailure, Part, PartState
+from worker.gpus import gpus_of_slot
 from worker.ipc import Kind, Message
-from worker.session.devices import gpus_of_slot
 from worker.session.leaf_server import LeafServer
 from worker.session.process import LeafProcess, describe_exit
 from worker.session.setup import PreparedJob
@@ -105,6 +105,8 @@ class _Place:
     described_job: PreparedJob | None = None
     setting_up: dict[int, _SettingUp] = field(default_factory=dict)
     fetching: int = 0
+    #: What its processes have told of their GPU, by the number of the job that asked for one.
+    devices: dict[int, str] = field(default_factory=dict)
 
     def ids(self) -> dict[str, object]:
         """What a line of the log names that by which its process is busy with."""
@@ -184,6 +186,17 @@ class SlotPool:
         if waits:
             await asyncio.wait(waits, timeout=self._leaf_timeout_s)
         return next((each.result() for each in waits if each.done() and each.result()), None)
+
+    def unlike(self, job: PreparedJob) -> str:
+        """Say which slots have GPUs that give other bits than others; empty: none."""
+        slots: dict[str, list[str]] = {}
+        for place in self._places.values():
+            if place.devices.get(job.number):
+                slots.setdefault(place.devices[job.number], []).append(str(place.slot))
+        kinds = sorted(" ".join(each) for each in slots.values())
+        if len(kinds) < 2:
+            return ""
+        return f"other bits in the slots {' and '.join(kinds)}: run a worker for each kind of GPU"
 
     async def describe(self, job: PreparedJob) -> coordination.JobDescribed:
         """Have a leaf process describe a job; its silence is a failure of the job, and so is its
@@ -279,6 +292,7 @@ class SlotPool:
             process = place.process
             if place.code != job.code_key:
                 continue
+            place.devices.pop(job.number, None)
             if job.code_key and not code_in_use and place.describing is None:
                 self._remove(place)
             elif process is not None and job.number in process.known_jobs:
@@ -351,7 +365,7 @@ class SlotPool:
                 self._on_message,
                 self._events.printed,
                 self._on_exit,
-                gpus_of_slot(self._gpus, place.slot, self._count) if self._gpus else None,
+                gpus_of_slot(self._gpus, place.slot, self._count),
             )
         except OSError as error:
             # No memory or no process to be had, most likely for a moment.
@@ -479,6 +493,7 @@ class SlotPool:
         asked = place.setting_up.pop(int(str(document["job"])), None)
         if asked is None:
             return
+        place.devices[int(str(document["job"]))] = str(document["device"])
         error, traceback = str(document["error"]), str(document["traceback"])
         if error:
             _log.warning("job_set_up_failed", slot=place.slot, job_id=asked.job_id, message=error)

@@ -48,6 +48,7 @@ import time
 import numpy as np
 
 from phalanx.models import UserModel
+from phalanx.models.base import DeviceLost
 
 
 def multiplied_in_a_child():
@@ -108,6 +109,9 @@ class Fickle(UserModel):
     def raise_error(self):
         raise ValueError("this row is cursed")
 
+    def lose_device(self):
+        raise DeviceLost("the GPU is gone")
+
     def leave(self):
         sys.exit(3)
 
@@ -166,6 +170,8 @@ class Fickle(UserModel):
             "folder": os.getcwd(),
             "path": sys.path,
             "threads": os.environ["OPENBLAS_NUM_THREADS"],
+            "workspace": os.environ["CUBLAS_WORKSPACE_CONFIG"],
+            "gpus": os.environ["CUDA_VISIBLE_DEVICES"],
             "read": sys.stdin.read(),
             "session": os.getsid(0) == os.getpid(),
             "core": resource.getrlimit(resource.RLIMIT_CORE)[0],

@@ -39,6 +39,7 @@ async def _start(bench: Any, control: Any, aggregator: Any, nodes: Any, **settin
     ("act", "kind", "words"),
     [
         ("raise_error", LeafFailed.KIND_RAISED, "this row is cursed"),
+        ("lose_device", LeafFailed.KIND_RAISED, "DeviceLost: the GPU is gone"),
         ("leave", LeafFailed.KIND_RAISED, "SystemExit"),
         ("crash", LeafFailed.KIND_CRASHED, "SIGSEGV"),
         ("vanish", LeafFailed.KIND_CRASHED, "exit status 9"),
@@ -69,6 +70,22 @@ async def test_a_bad_leaf_is_named_and_the_others_go_on(
         nodes = {(frame.node.first, frame.node.span) for frame in frames}
         assert nodes == {(0, 2), (3, 1)}
         assert stream.is_silent()
+
+
+async def test_a_process_whose_gpu_failed_is_replaced(bench: Any, eventually: Any) -> None:
+    bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": "lose_device"})
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        bench.own(aggregator)
+        worker = await bench.worker(control.address)
+        session = await control.next_session()
+        (before,) = worker.leaf_pids
+        await session.send(assign_job=bench.assign([(2, 1)]))
+        stream = await aggregator.next_stream()
+        await stream.send_version(0, 0, np.zeros(3, np.float32))
+        await stream.send_go(bench.go(0))
+        failed = await session.receive("leaf_failed")
+        assert (failed.shard, failed.kind) == (2, LeafFailed.KIND_RAISED)
+        await eventually(lambda: worker.leaf_pids and before not in worker.leaf_pids)
 
 
 @pytest.mark.parametrize("act", ["split", "split_and_leave", "split_and_raise", "share_out"])

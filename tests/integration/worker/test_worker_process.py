@@ -251,6 +251,9 @@ async def test_user_code_meets_a_process_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PGPASSWORD", "canary-7")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("PHALANX_WORKER_GPUS", "none")
     bench.job(shards=2, custom={"row": 1, "act": "tell"})
     with ScriptedCluster() as cluster:
         cluster.blobs.update(bench.blobs)
@@ -281,6 +284,8 @@ async def test_user_code_meets_a_process_of_its_own(
                 assert facts == {
                     "folder": str(tmp_path),
                     "threads": "1",
+                    "workspace": ":4096:8",
+                    "gpus": "",
                     "read": "",
                     "session": True,
                     "core": 0,

@@ -444,7 +444,7 @@ def test_a_job_that_asks_for_a_gpu_computes_on_nothing_else(
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(FailedPrecondition, match="PyTorch .* sees none here") as caught:
+    with pytest.raises(FailedPrecondition, match=r"PyTorch .* sees none here") as caught:
         make("mlp", gpus=1)
     assert caught.value.reason == "NO_GPU"
 

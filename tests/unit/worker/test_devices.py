@@ -10,9 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phalanx.config import build
+from phalanx.errors import InvalidArgument
+from worker.config import WorkerConfig
+from worker.gpus import gpus_of_slot
 from worker.leaf.limits import show_gpus
 from worker.session import devices
-from worker.session.devices import gpus_here, gpus_of_slot, libraries_here
+from worker.session.devices import gpus_here, libraries_here
 
 
 @pytest.fixture
@@ -35,6 +39,7 @@ def driver(tmp_path: Path) -> Path:
         ((), {"CUDA_VISIBLE_DEVICES": "-1"}, ()),
         ((), {"CUDA_VISIBLE_DEVICES": "1,-1,0"}, ("1",)),
         ((), {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, ()),
+        ((), {"CUDA_VISIBLE_DEVICES": "0,0"}, ()),
         ((), {"CUDA_VISIBLE_DEVICES": "GPU-8f2,MIG-9a1"}, ("GPU-8f2", "MIG-9a1")),
         (("none",), {}, ()),
     ],
@@ -60,10 +65,33 @@ def test_slots_share_all_gpus_evenly_and_none_twice(gpus: int, slots: int) -> No
 
 def test_what_a_leaf_process_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    show_gpus(None)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
-    show_gpus("0,1")
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    for names in ("0,1", ""):
+        show_gpus(names)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == names
+
+
+@pytest.mark.parametrize(
+    ("gpus", "slots", "complaint"),
+    [
+        ("none", "1", ""),
+        ("0,1", "2", ""),
+        ("GPU-8f2,MIG-9a1", "1", ""),
+        ("0,0", "2", ""),  # two slots share it
+        ("0,0", "1", "one slot would have a GPU twice (0, 0)"),
+        ("-1", "1", "'-1' is no GPU"),
+        ("0,none", "1", "'none' is no GPU"),
+        ("cuda:0", "1", "'cuda:0' is no GPU"),
+    ],
+)
+def test_names_of_gpus_are_those_that_cuda_takes(gpus: str, slots: str, complaint: str) -> None:
+    flags = {"gpus": gpus, "slots": slots}
+    if not complaint:
+        assert build(WorkerConfig, flags, {}).gpus == tuple(gpus.split(","))
+        return
+    with pytest.raises(InvalidArgument) as caught:
+        build(WorkerConfig, flags, {})
+    (violation,) = caught.value.violations
+    assert complaint in violation.message
 
 
 def test_only_what_is_installed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

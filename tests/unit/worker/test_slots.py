@@ -129,7 +129,7 @@ async def set_up(pool, job, process) -> None:
     """Set a job up; the process says that it has it."""
     setting_up = asyncio.create_task(pool.set_up(job))
     await asyncio.sleep(0)
-    body = ipc.pack_json({"job": job.number, "error": "", "traceback": ""})
+    body = ipc.pack_json({"job": job.number, "error": "", "traceback": "", "device": ""})
     process.on_message(process, Message(Kind.SETUP_DONE, body))
     await setting_up
 
@@ -249,10 +249,34 @@ async def test_a_job_does_not_answer_for_the_time_without_a_process(pool, monkey
 async def test_each_slot_sees_its_share_of_the_gpus(monkeypatch):
     monkeypatch.setattr(slots, "LeafProcess", FakeProcess)
     for gpus, shares in (
-        ((), [None, None]),
+        ((), [(), ()]),  # such as where the worker was told `none`: leaves see no other either
         (("0", "1"), [("0",), ("1",)]),
         (("7",), [(), ("7",)]),
     ):
         pool = SlotPool(2, 0, 60.0, EVENTS, SimpleNamespace(ready=True), gpus)
         pool.start()
         assert [place.process.gpus for place in pool._places.values()] == shares
+
+
+async def test_slots_whose_gpus_give_other_bits_are_named(monkeypatch):
+    monkeypatch.setattr(slots, "LeafProcess", FakeProcess)
+    pool = SlotPool(3, 0, 60.0, EVENTS, SimpleNamespace(ready=True), ("0", "1", "2"))
+    pool.start()
+    for devices, said in (
+        (("", "", ""), ""),
+        (("a", "a", "a"), ""),
+        (("a", "b", "a"), "other bits in the slots 0 2 and 1"),
+    ):
+        job = SimpleNamespace(**{**vars(JOB), "arena": SimpleNamespace(fd=0)})
+        job.setup_body = lambda: b""
+        waiting = asyncio.ensure_future(pool.set_up(job))
+        await asyncio.sleep(0)
+        for place, device in zip(list(pool._places.values()), devices, strict=True):
+            answer = {"job": job.number, "error": "", "traceback": "", "device": device}
+            told = Message(Kind.SETUP_DONE, ipc.pack_json(answer))
+            place.process.on_message(place.process, told)
+        assert await asyncio.wait_for(waiting, GUARD_S) is None
+        assert pool.unlike(job).startswith(said)
+        assert bool(pool.unlike(job)) == bool(said)
+        pool.drop(job, code_in_use=True)
+        assert not pool.unlike(job)
