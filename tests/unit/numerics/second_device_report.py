@@ -16,11 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from phalanx.data.ingest import ingest_arrays
+from phalanx.data.options import IngestOptions
+from phalanx.data.predict import LoadedModel
+from phalanx.data.writer import DirectoryBlobs
 from phalanx.models import Batch, DataSchema, build_model, torch_golden, torch_module
 from phalanx.testing.datasets import classification, store
 from phalanx.testing.plans import plan_for
 from phalanx.training.local import train_in_process
 from phalanx.v1.job_spec_pb2 import JobSpec
+from tests.unit.data.finished_models import write_finished_model
 from tests.unit.numerics import second_device
 from tests.unit.numerics.second_device import DEVICE, PLACE
 
@@ -241,6 +246,28 @@ def job(folder: Path) -> Any:
     return found
 
 
+def stored_model(folder: Path) -> Any:
+    """Whether a stored model of a job with a GPU predicts on one, by what whoever loads it asks."""
+    numbers = np.arange(ROWS)
+    rows = np.random.default_rng(7).normal(size=(ROWS, FEATURES))
+    options = IngestOptions(task="classification", dtype="float64")
+    manifest = ingest_arrays(rows, numbers % CLASSES, options, DirectoryBlobs(folder / "stored"))
+    spec = JobSpec(name="m")
+    spec.resources.gpus, spec.train.dtype = 1, "float64"
+    spec.train.model.torch.module, spec.train.model.torch.loss = "net:Net", "cross_entropy"
+    model = model_on(1, folder, "Net", "cross_entropy", CLASSES)
+    write_finished_model(folder / "model", manifest, spec, model)
+    files = {each.name: each for each in (folder / "model").iterdir()}
+    found = []
+    for gpus in (None, 0, 1):
+        asked = {} if gpus is None else {"gpus": gpus}
+        loaded = LoadedModel.of_files(files, folder, **asked)
+        DEVICE.ran.clear()
+        probabilities = loaded.predict_probabilities(rows)
+        found.append([bool(DEVICE.ran), hashlib.sha256(probabilities.tobytes()).hexdigest()])
+    return found
+
+
 CHECKS: dict[str, Callable[[Path], Any]] = {
     "classes": both("Net", "cross_entropy", CLASSES),
     "weights of rows": both("Net", "cross_entropy", CLASSES, weights=True),
@@ -254,6 +281,7 @@ CHECKS: dict[str, Callable[[Path], Any]] = {
     "failures": failures,
     "mixed": mixed,
     "job": job,
+    "stored model": stored_model,
 }
 
 if __name__ == "__main__":

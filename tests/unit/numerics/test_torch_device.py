@@ -90,6 +90,15 @@ def test_a_whole_job_gives_the_parameters_and_metrics_of_the_cpu(report: dict[st
     assert there == here
 
 
+def test_a_stored_model_predicts_on_the_device_only_where_it_is_asked_for(
+    report: dict[str, Any],
+) -> None:
+    """What it was trained on does not matter: workers with and without GPUs score one split."""
+    unasked, without, asked = report["stored model"]
+    assert [unasked[0], without[0], asked[0]] == [False, False, True]
+    assert unasked == without
+
+
 @pytest.mark.parametrize(
     ("failure", "kind", "text"),
     [
