@@ -19,6 +19,7 @@ from phalanx.testing.arena import (
     undisturbed_sha256_of,
     wait_until,
 )
+from tests.gpu import needs_gpu
 
 pytestmark = [
     pytest.mark.slow,
@@ -86,19 +87,22 @@ def add_pictures(cluster: phalanx.Cluster) -> None:
     cluster.data.add("pictures", *pictures(), test=0.2)
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return undisturbed_sha256_of(JOB, tmp_path_factory.mktemp("gate"), add_pictures)
-
-
-def test_any_number_of_workers_with_a_death_in_the_middle(tmp_path: Path, expected: str) -> None:
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_any_number_of_workers_with_a_death_in_the_middle(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, gpus: int
+) -> None:
+    """With a GPU: all workers of this machine have it, each with a slot of its own."""
+    if gpus:
+        needs_gpu()
+    job_file = {**JOB, "resources": {"gpus": gpus}}
+    expected = undisturbed_sha256_of(job_file, tmp_path_factory.mktemp("gate"), add_pictures)
     with arena(tmp_path, 1) as ring:
         add_pictures(ring.cluster)
-        alone = ring.cluster.submit(JOB).wait(timeout_s=GUARD_S)
+        alone = ring.cluster.submit(job_file).wait(timeout_s=GUARD_S)
         assert alone.parameters_sha256 == expected
         assert alone.metrics["test/accuracy"] > 0.6
         ring.grow_to(2)
-        job = ring.submit(JOB)
+        job = ring.submit(job_file)
         ring.caught_at(job, 5)
         ring.signal(ring.caught_with_shards(job))
         wait_until(lambda: ring.events("WORKER_LOST"), "the death to be seen")
