@@ -24,6 +24,7 @@ DEPLOY = REPOSITORY / "deploy"
 FILES = {
     "embedded": ["compose.yaml"],
     "postgres-s3": ["compose.yaml", "compose.postgres-s3.yaml"],
+    "gpu": ["compose.yaml", "compose.gpu.yaml"],
 }
 OWN: dict[str, type[ServerConfig]] = {
     "storage": StorageConfig,
@@ -217,3 +218,10 @@ def test_what_is_published_can_be_chosen_apart_from_what_is_listened_on() -> Non
     published = services("compose.yaml")["storage"]["ports"]
     assert told["PHALANX_CONTROL_PUBLIC_ADDRESS"] == "0.0.0.0:${PHALANX_STORAGE_PORT:-7420}"
     assert published == ["127.0.0.1:${PHALANX_STORAGE_PORT:-7420}:7421"]
+
+
+def test_workers_with_a_gpu_have_as_many_slots() -> None:
+    added, base = services("compose.gpu.yaml")["worker"], services("compose.yaml")["worker"]
+    (device,) = added["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert base["environment"]["PHALANX_WORKER_SLOTS"] == "${PHALANX_WORKER_SLOTS:-1}"

@@ -86,6 +86,27 @@ def test_the_api_takes_every_object(overlay: str, version: str) -> None:
             kubernetes_validate.validate(each, version, strict=True)
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_workers_get_a_gpu_for_their_slot_with_a_component(tmp_path: Path, overlay: str) -> None:
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [str(KUBERNETES / "overlays" / overlay)],
+        "components": [str(KUBERNETES / "components/gpu")],
+    }
+    (tmp_path / "kustomization.yaml").write_text(json.dumps(kustomization))
+    objects = kustomize.render(tmp_path)
+    assert policies.findings(objects) == []
+    worker = workload(objects, "worker")
+    for version in VERSIONS:
+        kubernetes_validate.validate(worker, version, strict=True)
+    (container,) = worker["spec"]["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == limits["cpu"] == "1", "slots are cores"
+    others = [each for each in objects if each is not worker]
+    assert "nvidia.com/gpu" not in json.dumps(others)
+
+
 def test_a_field_that_is_misspelt_would_be_seen() -> None:
     objects = rendered("scale-to-zero")
     worker = workload(objects, "worker")

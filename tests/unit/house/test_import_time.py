@@ -34,6 +34,14 @@ def _output_of(program: str) -> str:
         ("import phalanx.errors, phalanx.config, phalanx.ids", HEAVY),
         ("import coordinator.control.main", {"numpy", "pyarrow", "scipy"}),
         ("import phalanx.rpc.server, phalanx.rpc.process", {"numpy", "pyarrow", "scipy"}),
+        # Leaf processes are forks of these, and CUDA cannot be used in a fork of a process that did.
+        ("import worker.__main__, worker.main, worker.leaf.server", {"torch"}),
+        (
+            "import importlib; from worker.leaf.server import IMPORTS; "
+            "from phalanx.local.layout import IMPORTS as MEMBERS; "
+            "[importlib.import_module(n) for each in (IMPORTS, *MEMBERS.values()) for n in each]",
+            {"torch"},
+        ),
     ],
 )
 def test_heavy_modules_are_not_loaded(statement: str, refused: set[str]) -> None:
