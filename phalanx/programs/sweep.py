@@ -44,6 +44,12 @@ class Sweep(Program):
         if not spec.data.HasField("shards"):
             spec.data.shards = 1
 
+    def worker_bytes(self, spec: JobSpec, dataset: Dataset) -> int:
+        """See `Program`: the rows, and what the largest of the jobs that are tried takes."""
+        from phalanx.specs.sweeps import trial_bytes  # which plans jobs of programs with this
+
+        return super().worker_bytes(spec, dataset) + trial_bytes(spec, dataset)
+
     def graph(self, plan: JobPlan) -> Graph:
         """See `Program`."""
         spec = JobSpec.FromString(plan.spec)

@@ -15,6 +15,7 @@ from phalanx.specs import (
     workspaces,
 )
 from phalanx.specs.canonical import spec_sha256
+from phalanx.specs.copies import COPIES_PER_SLOT, LOCAL_COPIES, SHARED_COPIES, member_copies
 from phalanx.specs.resolve import rows_per_leaf, steps_per_epoch, total_steps, train_rows
 from phalanx.tasks import is_program
 from phalanx.texts import number_of, verb_for
@@ -105,33 +106,8 @@ def plan(
     )
 
 
-SHARED_COPIES = 3
-COPIES_PER_SLOT = 2
-LOCAL_COPIES = 3
-"""More of them for a slot whose leaves take steps of their own."""
-
-ALL_REDUCE_COPIES = 8
-"""More of them where workers own the parameters: two gradients, up to two vectors of optimizer
-state, a copy of all these for a checkpoint, and the frames of a range."""
-
-BEST_COPIES = 2
-"""And more of them where the best evaluation is kept: it, and a copy for a checkpoint."""
-
-PARAMETER_COPIES = SHARED_COPIES + COPIES_PER_SLOT
-"""Copies of the parameters on a worker with one slot."""
-
 SCORE_BYTES = 8
 """Of a score, and of any number of boosted trees."""
-
-TORCH_COPIES = 3
-"""More of them for a PyTorch module, which has parameters and gradients of its own."""
-
-
-def member_copies(spec: job_spec_pb2.JobSpec) -> int:
-    """Return the copies of the parameters that a worker has more where workers own them."""
-    if not parts.all_reduces(spec.train):
-        return 0
-    return ALL_REDUCE_COPIES + BEST_COPIES * spec.output.HasField("best")
 
 
 def worker_bytes(

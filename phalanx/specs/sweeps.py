@@ -10,13 +10,16 @@ from phalanx.layouts import ITEM_BYTES
 from phalanx.programs.base import RESULT_BYTES_MAX
 from phalanx.specs import catalog
 from phalanx.specs.canonical import canonical_json
-from phalanx.specs.parts import commits_one_by_one
+from phalanx.specs.parts import commits_one_by_one, optimizer_vectors
 from phalanx.sweeps.configurations import Configuration, configurations, job_of, seeded
 from phalanx.v1.dataset_service_pb2 import Dataset
 from phalanx.v1.job_spec_pb2 import JobSpec
 
 _OF_THE_SWEEP = ("name", "namespace", "data.name", "data.split", "data.target")
 """Fields that a configuration takes from its sweep, where they are complained about."""
+
+ROOT_COPIES = 3
+"""Of the parameters, in a training in one process: the next version, and sums; measured."""
 
 _UNSCORED = {
     "k_means": "finds clusters, which no held-out row can tell right or wrong",
@@ -40,6 +43,36 @@ def violations_against(spec: JobSpec, dataset: Dataset) -> Iterator[Violation]:
     part.rows.clear()
     part.rows[spec.data.split] = rows - -(-rows // max(1, spec.sweep.folds))
     yield from _first_wrong(spec, part)
+
+
+def trial_bytes(spec: JobSpec, dataset: Dataset) -> int:
+    """Return about how much memory the largest of the jobs that a resolved sweep tries takes.
+
+    It runs in one process: what its leaves need, and what else a cluster has at aggregators.
+    """
+    from phalanx.specs.plan import plan
+    from phalanx.specs.prepare import prepare
+
+    def elements(job: JobSpec) -> int:
+        return catalog.element_count(job.train.model, dataset.features, len(dataset.classes))
+
+    job = prepare(max(_models(spec), key=elements), dataset)
+    needed = plan(job, dataset).worker_bytes
+    if not job.HasField("train"):
+        return needed
+    copies = ROOT_COPIES + optimizer_vectors(job.train.optimizer)
+    return needed + copies * elements(job) * ITEM_BYTES.get(job.train.dtype, 4)
+
+
+def _models(spec: JobSpec) -> Iterator[JobSpec]:
+    """Yield a job of each model that a sweep tries."""
+    paths = [path for path in spec.sweep.grid if path == "train" or path.startswith("train.model")]
+    seen: set[str] = set()
+    for configuration in configurations(spec):
+        key = canonical_json({path: configuration.values[path] for path in paths})
+        if key not in seen:
+            seen.add(key)
+            yield job_of(spec, configuration)
 
 
 def _first_wrong(spec: JobSpec, dataset: Dataset | None) -> Iterator[Violation]:

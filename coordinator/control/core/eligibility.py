@@ -9,9 +9,9 @@ from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core, JobRuntime, Worker
 from phalanx.errors import PhalanxError, ResourceExhausted
 from phalanx.layouts import ITEM_BYTES
+from phalanx.specs.copies import PARAMETER_COPIES, TORCH_COPIES, member_copies
 from phalanx.specs.libraries import lacking
 from phalanx.specs.parts import all_reduces
-from phalanx.specs.plan import PARAMETER_COPIES, TORCH_COPIES, member_copies
 from phalanx.texts import number_of, verb_for
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 from phalanx.v1.training_pb2 import Layout

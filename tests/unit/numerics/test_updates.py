@@ -16,7 +16,8 @@ from phalanx.errors import InvalidArgument
 from phalanx.layouts import model_layout, size_bytes
 from phalanx.models import build_model, passes
 from phalanx.models.base import views
-from phalanx.specs.plan import PARAMETER_COPIES, worker_bytes
+from phalanx.specs.copies import PARAMETER_COPIES
+from phalanx.specs.plan import worker_bytes
 from phalanx.testing.datasets import StoredDataset, classification, regression, store
 from phalanx.testing.plans import dataset_message, plan_for
 from phalanx.training.local import TrainedModel, train_in_process

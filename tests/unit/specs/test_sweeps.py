@@ -14,7 +14,7 @@ from sklearn.model_selection import ParameterGrid
 from phalanx.errors import InvalidArgument
 from phalanx.programs import graph_of
 from phalanx.programs.base import ModelParts, Outcome, Piece
-from phalanx.specs import job_plan, prepare, resolve
+from phalanx.specs import job_plan, plan, prepare, resolve
 from phalanx.sweeps.configurations import configurations, job_of
 from phalanx.sweeps.ranking import Scored, Trial, best_first, ranks, scored
 from phalanx.sweeps.steps import rounds_of, steps_of, tasks_of
@@ -453,3 +453,29 @@ def test_a_model_of_another_job_keeps_the_code_and_the_place_of_its_own() -> Non
     assert described.HasField("train")
     assert not described.code.files
     assert ModelParts(Layout(), ()).spec_of(told) is None
+
+
+@pytest.mark.parametrize("path", ["train.model.mlp.hidden", "train.model", "train"])
+def test_the_largest_job_that_is_tried_counts_as_memory(path: str) -> None:
+    """It is trained in a task: a worker without room for it must not get the sweep."""
+
+    def bytes_of(*hidden: list[int]) -> int:
+        of: dict[str, Any] = {
+            "train.model.mlp.hidden": list(hidden),
+            "train.model": [{"mlp": {"hidden": each}} for each in hidden],
+            "train": [
+                {**TRAIN, "model": {"mlp": {"hidden": each}}, "stop": {"steps": 5}}
+                for each in hidden
+            ],
+        }
+        sweep = {"base": {"train": {**TRAIN, "model": {"mlp": {}}}}, "grid": {path: of[path]}}
+        return plan(prepare(spec_of(sweep), dataset()), dataset()).worker_bytes
+
+    small, vector_bytes = bytes_of([8], [16]), 4 * 4096**2
+    assert bytes_of([8], [4096, 4096], [16]) > small + 8 * vector_bytes
+    assert small < vector_bytes
+
+
+def test_what_a_cascade_holds_counts_in_a_sweep_of_it() -> None:
+    sweep = {"base": CASCADE, "grid": {"cascade.c": [1.0, 10.0]}}
+    assert plan(prepare(spec_of(sweep), dataset()), dataset()).worker_bytes > 200 * 2**20
