@@ -15,8 +15,6 @@ ITEM_BYTES = {"float32": 4, "float64": 8}
 DESCRIPTION_BYTES_MAX = 1024 * 1024
 """Each term of a job journals its layout, and each of its workers is told it in one message."""
 
-TOO_LONG = "DESCRIPTION_TOO_LONG"
-
 
 def size_bytes(layout: Layout) -> int:
     """Return the bytes of a vector."""
@@ -26,17 +24,17 @@ def size_bytes(layout: Layout) -> int:
 def check_description(described: JobDescribed) -> None:
     """Refuse what a worker says of a job's model if it is too long to be kept and handed on.
 
-    Raises InvalidArgument with the reason `TOO_LONG`.
+    Raises InvalidArgument (DESCRIPTION_TOO_LONG).
     """
     size = described.ByteSize()
     if size > DESCRIPTION_BYTES_MAX:
         tensors = number_of(len(described.layout.tensors), "tensor")
         sums = number_of(len(described.evaluation_sums), "evaluation sum")
         raise InvalidArgument(
-            f"names and shapes of the model's {tensors} and {sums} take {size:,} bytes; at most "
-            f"{DESCRIPTION_BYTES_MAX:,} are taken: keep the parameters in fewer tensors, or give "
-            "them shorter names",
-            reason=TOO_LONG,
+            f"the description of the model, with the names and shapes of {tensors} and {sums}, has "
+            f"{size:,} bytes; at most {DESCRIPTION_BYTES_MAX:,} are taken: keep the parameters in "
+            "fewer tensors, or give them shorter names",
+            reason="DESCRIPTION_TOO_LONG",
         )
 
 

@@ -17,7 +17,6 @@ import numpy as np
 from phalanx.calls import CallWork
 from phalanx.data.manifest import ChunkInfo
 from phalanx.errors import DataLoss, InvalidArgument, PhalanxError
-from phalanx.layouts import TOO_LONG, check_description
 from phalanx.messages import known
 from phalanx.models.base import DeviceLost
 from phalanx.programs.data import JobFiles
@@ -157,9 +156,7 @@ class LeafLoop:
                 answer.layout.CopyFrom(described.layout)
                 answer.evaluation_sums.extend(described.evaluation_sums)
                 answer.leaf_sha256 = described.leaf_sha256
-            check_description(answer)
         except BaseException as error:  # noqa: BLE001 - user code raises what it likes
-            answer = coordination_service_pb2.JobDescribed(job_id=plan.job_id)
             self._note(error)
             answer.failure.code = _description_code(plan, error)
             answer.failure.message = _message(error)
@@ -392,8 +389,8 @@ def _call(work: Calls, order: ipc.RunOrder, leaf: _LeafRun, index: int, task: in
 
 
 def _description_code(plan: training_pb2.JobPlan, error: BaseException) -> str:
-    if isinstance(error, InvalidArgument) and error.reason in (MISFIT, TOO_LONG):
-        return error.reason
+    if isinstance(error, InvalidArgument) and error.reason == MISFIT:
+        return MISFIT
     return "JOB_CODE" if plan.code_digests else "JOB_DESCRIPTION"
 
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from phalanx.errors import FailedPrecondition
+from phalanx.errors import FailedPrecondition, InvalidArgument
+from phalanx.layouts import check_description
 from phalanx.specs.shard_rows import rows_of_shard
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import coordination_service_pb2 as coordination
@@ -223,7 +224,11 @@ class SlotPool:
         self._tell(place, Kind.DESCRIBE, place.description)
         try:
             await self._patiently(place, place.describing)
-            return coordination.JobDescribed.FromString(place.describing.result())
+            found = coordination.JobDescribed.FromString(place.describing.result())
+            check_description(found)
+            return found
+        except InvalidArgument as error:
+            return _not_described(error.message, error.reason)
         except TimeoutError:
             if place.process is not None:
                 place.process.hung()
@@ -590,9 +595,9 @@ def _failure(document: dict[str, object]) -> LeafFailure:
     )
 
 
-def _not_described(message: str) -> coordination.JobDescribed:
+def _not_described(message: str, code: str = "JOB_CODE") -> coordination.JobDescribed:
     answer = coordination.JobDescribed()
-    answer.failure.code = "JOB_CODE"
+    answer.failure.code = code
     answer.failure.message = message
     return answer
 

@@ -192,6 +192,28 @@ async def test_a_description_is_asked_of_the_process_that_comes_next(pool: SlotP
         assert (await describing).leaf_sha256 == "ab"
 
 
+@pytest.mark.parametrize("failed", [False, True])
+async def test_a_description_that_no_message_has_room_for_is_refused(
+    pool: SlotPool, failed: bool
+) -> None:
+    """Handed on it would end the worker's session. Code of the job runs where it comes from."""
+    described_job = job()
+    describing = asyncio.create_task(pool.describe(described_job))
+    await asyncio.sleep(0)
+    tensors = [training_pb2.TensorSpec(name=f"{each:0100}") for each in range(50_000)]
+    answer = coordination.JobDescribed(layout=training_pb2.Layout(tensors=tensors))
+    if failed:
+        answer.Clear()
+        answer.failure.traceback = "x" * 5_000_000
+    body = ipc.pack_json({"job": described_job.number}, answer.SerializeToString())
+    Leaf.made[-1].say(Kind.DESCRIBED, body)
+    async with asyncio.timeout(GUARD_S):
+        found = await describing
+    assert found.failure.code == "DESCRIPTION_TOO_LONG"
+    assert failed or "50,000 tensors and 0 evaluation sums, has" in found.failure.message
+    assert found.ByteSize() < 16 * 1024
+
+
 async def test_a_process_that_dies_of_a_description_is_replaced_once(pool: SlotPool) -> None:
     describing = asyncio.create_task(pool.describe(job()))
     await asyncio.sleep(0)

@@ -15,10 +15,8 @@ from phalanx.testing.plans import plan_for
 from phalanx.v1 import training_pb2
 from phalanx.v1.coordination_service_pb2 import JobDescribed
 from worker import ipc
-from worker.leaf import loop as loops
 from worker.leaf.loop import LeafLoop, _LeafRun, _NotFinite
 from worker.leaf.reduce import Sums
-from worker.leaf.work import Described
 
 OUT = np.zeros(3, np.float32)
 GONE = Sums(0, 0.0, 0)
@@ -95,27 +93,6 @@ def test_a_model_to_start_from_is_compared_when_the_job_is_described(
         assert described.failure.code == "START_MODEL_MISFIT"
         found = f"train.start.model does not fit: it has 'weights' in the shape [{width}] and the"
         assert f"{found} model of this job needs [{needed}]" in described.failure.message
-
-
-def test_a_model_of_too_many_tensors_is_refused_where_it_is_built(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Told in full it would end the worker's session, being longer than a message may be."""
-    tensors = [training_pb2.TensorSpec(name=f"{each:0100}") for each in range(50_000)]
-    found = Described(training_pb2.Layout(tensors=tensors, element_count=5), ("loss",), "ab")
-    monkeypatch.setattr(loops, "JobWork", lambda *_: SimpleNamespace(describe=lambda: found))
-    said: list[bytes] = []
-    connection: Any = SimpleNamespace(send=lambda _, body: said.append(body))
-    loop = LeafLoop(connection, SimpleNamespace())  # type: ignore[arg-type]
-    body = ipc.pack_json(
-        {"job": 1, "manifest": "", "code": "", "start_model": ""},
-        training_pb2.JobPlan(job_id="job-1").SerializeToString(),
-    )
-    loop._describe(ipc.Message(ipc.Kind.DESCRIBE, body))
-    described = JobDescribed.FromString(ipc.unpack_json(said[-1])[1])
-    assert described.failure.code == "DESCRIPTION_TOO_LONG"
-    assert "50,000 tensors and 1 evaluation sum take" in described.failure.message
-    assert (described.job_id, described.ByteSize() < 16 * 1024) == ("job-1", True)
 
 
 def test_rule_06_a_leaf_with_examples_is_present(run: _LeafRun) -> None:
