@@ -1,4 +1,5 @@
-"""Trained models as ONNX files, by way of what they are in scikit-learn or PyTorch.
+"""Trained models as ONNX files, by way of what they are in scikit-learn or PyTorch; boosted trees,
+which neither has, by themselves.
 
 A graph takes ``features``, rows as ``LoadedModel.prepare`` returns them in the type of the model's
 parameters (``float32`` for forests), and is deterministic: equal models give equal files.
@@ -15,6 +16,7 @@ import numpy as np
 from phalanx.data.manifest import columns_from
 from phalanx.data.model_files import load_model_directory
 from phalanx.errors import FailedPrecondition, InvalidArgument
+from phalanx.exports.boosted_graphs import boosted_graph
 from phalanx.exports.estimators import convert, kind_in, load_convertible, model_kind
 from phalanx.exports.torch_graphs import torch_graph
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from phalanx.data.predict import LoadedModel
 
 INPUT = "features"
-_TORCH = "torch"
+_TORCH, _BOOSTING = "torch", "boosting"
 
 _OUTPUTS = {
     "classification": ("label", "probabilities"),
@@ -49,7 +51,7 @@ def load_for_graph(folder: Path, *, allow_code: bool = False) -> LoadedModel:
     """
     kind = kind_in(folder)
     _refuse_other(kind)
-    if kind == _TORCH:
+    if kind in (_TORCH, _BOOSTING):
         return load_model_directory(folder, allow_code=allow_code)
     return load_convertible(folder)
 
@@ -75,6 +77,9 @@ def onnx_bytes(model: LoadedModel) -> bytes:
         labels = _labels(model) if len(model.classes) else model.classes
         names = (INPUT, _OUTPUTS[model.task][-1])
         graph = torch_graph(model, names, labels, _OPERATORS[""])
+    elif model_kind(model) == _BOOSTING:
+        labels = _labels(model) if len(model.classes) else model.classes
+        graph = boosted_graph(model, (INPUT, *_OUTPUTS[model.task]), labels, _OPERATORS)
     else:
         graph = _sklearn_graph(model)
     graph.graph.name, graph.doc_string = model.name, f"{model.name}, trained by Phalanx"
