@@ -125,10 +125,10 @@ def _spread(parts: Sequence[Part], counts: Sequence[int], rows: int) -> float:
 
 def area(positive: NDArray[np.bool_], scores: Array) -> float | None:
     """Return the part of all pairs (positive, negative) in which the positive has the higher score,
-    equal ones counted half; None without any pair."""
+    equal ones counted half; None without any pair, and where a score is no number."""
     count = int(np.count_nonzero(positive))
     others = len(positive) - count
-    if not count or not others:
+    if not count or not others or np.isnan(scores).any():
         return None
     _, places = np.unique(scores, return_inverse=True)
     positives = np.bincount(places[positive], minlength=int(places.max()) + 1)

@@ -190,6 +190,8 @@ def test_what_a_model_without_bounds_says_is_beyond_all_numbers(guess: float) ->
     assert number_metrics(far, ["r2", "rmse", "mae"]) == {"mae": pytest.approx(guess)}
     nothing = class_part(np.array([0, 1]), np.full((2, 2), np.nan), 2, scores=False)
     assert class_metrics([nothing], ["accuracy", "log_loss"]) == {"accuracy": 0.5}
+    ranked = class_part(np.array([0, 1]), np.array([[0.5, 0.5], [np.nan] * 2]), 2, scores=True)
+    assert "auc" not in class_metrics([ranked], ["auc"])
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
