@@ -27,6 +27,9 @@ PROGRAM_TIMEOUT_S = 24 * 3600
 TASKS_DONE = "TASKS_DONE"
 """Why a job of tasks has ended that has succeeded."""
 
+KEPT = "kept-"
+"""How the names of those begin, within a job, who hold what only its running tasks need."""
+
 OUTCOME = "outcome"
 """Where the final manifest of a program names the blob of its last task's result."""
 
@@ -36,9 +39,14 @@ def journal_stream(job_id: str) -> str:
     return f"tasks/{job_id}"
 
 
-def pins_holder(job_id: str, attempt: int) -> str:
+def pins_holder(job_id: str, attempt: int | str) -> str:
     """Return who holds the blob of a large result until the job is deleted."""
     return f"{job_id}/{attempt}"
+
+
+def kept_holder(job_id: str, attempt: int | str) -> str:
+    """Return who holds what tasks have kept for others, until the job has ended."""
+    return pins_holder(job_id, f"{KEPT}{attempt}")
 
 
 def is_task_set(spec: JobSpec) -> bool:

@@ -25,7 +25,7 @@ _RUN_PART = struct.Struct("<iii")
 _COUNT = struct.Struct("<I")
 _DONE = struct.Struct("<QHqdHHHd")
 _ENDED = struct.Struct("<Q")
-_CALL = struct.Struct("<QHd")
+_CALL = struct.Struct("<QHdII")
 _RECEIVE_BYTES = 256 * 1024
 _FDS_MAX = 4
 
@@ -172,15 +172,34 @@ class PartDone:
         return cls(task, index, count, loss, mask, floats[:sums], floats[sums:], waited_s)
 
 
-def pack_call(task: int, index: int, seconds: float, value_json: bytes) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What a call returned, and what it left beside that; see `phalanx.programs.data.Beside`."""
+
+    value: memoryview
+    kept: memoryview
+    earlier: tuple[int, ...]
+
+
+def pack_call(
+    task: int,
+    index: int,
+    seconds: float,
+    value: bytes,
+    kept: bytes = b"",
+    earlier: Sequence[int] = (),
+) -> bytes:
     """Body of CALL_DONE: call `index` of a task took so long and returned this."""
-    return _CALL.pack(task, index, seconds) + value_json
+    head = _CALL.pack(task, index, seconds, len(kept), len(earlier))
+    return b"".join((head, struct.pack(f"<{len(earlier)}q", *earlier), kept, value))
 
 
-def unpack_call(body: bytes) -> tuple[int, int, float, memoryview]:
-    """What `pack_call` packed; the value is not copied."""
-    task, index, seconds = _CALL.unpack_from(body)
-    return task, index, seconds, memoryview(body)[_CALL.size :]
+def unpack_call(body: bytes) -> tuple[int, int, float, Returned]:
+    """What `pack_call` packed; values are not copied."""
+    task, index, seconds, kept_bytes, count = _CALL.unpack_from(body)
+    earlier = struct.unpack_from(f"<{count}q", body, _CALL.size)
+    rest = memoryview(body)[_CALL.size + 8 * count :]
+    return task, index, seconds, Returned(rest[kept_bytes:], rest[:kept_bytes], earlier)
 
 
 def pack_ended(task: int) -> bytes:

@@ -6,13 +6,14 @@ whoever wrote before finds another record where its own should be, and is out.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 
 from coordinator.aggregation.checkpoints import PATIENCE, may_be_stored_later
 from phalanx.clients.storage import StorageClient
 from phalanx.errors import Aborted, DataLoss, NotFound, PhalanxError, Unavailable
 from phalanx.rpc.patience import insist
-from phalanx.tasks import journal_stream, pins_holder
+from phalanx.tasks import journal_stream, kept_holder, pins_holder
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.task_service_pb2 import TaskRecord, TaskResult
 
@@ -74,6 +75,7 @@ class TaskJournal:
             if stored:
                 # Large values are kept by what stands in the journal, so they are pinned first.
                 await self._pin(stored)
+                await self._pin_kept(stored)
             try:
                 return await self._appender.append(self._stream, [payload], self._next)
             except Aborted:
@@ -98,6 +100,18 @@ class TaskJournal:
                 raise ResultsGone(gone) from error
             # They came back meanwhile, by another attempt, and are young now.
             raise Unavailable(error.message, reason=error.reason) from error
+
+    async def _pin_kept(self, results: Sequence[TaskResult]) -> None:
+        """Have what tasks have kept for others stay until the job ends. What is gone is gone: they
+        do without it."""
+        digests = sorted({each.kept.sha256.hex() for each in results if each.HasField("kept")})
+        if not digests:
+            return
+        holder = kept_holder(self._job_id, results[0].attempt)
+        gone = frozenset(await self._storage.missing_blobs(digests))
+        pins = [pb.Pin(blob=digest) for digest in digests if digest not in gone]
+        with contextlib.suppress(NotFound):
+            await self._storage.set_pins(holder, pins)
 
     async def _read(self) -> list[tuple[int, bytes]]:
         found = self._storage.read_journal(self._stream, self._next)

@@ -17,7 +17,7 @@ from coordinator.control.core.ending import FINAL_CHECKPOINT_MISSING
 from coordinator.control.core.facts import Facts
 from coordinator.control.model_writer import ModelWriter, read_metrics, stop_reason
 from coordinator.control.store import Store
-from coordinator.control.task_results import release_values
+from coordinator.control.task_results import release_kept, release_values
 from phalanx.errors import (
     Aborted,
     FailedPrecondition,
@@ -83,6 +83,7 @@ class Operations:
         ended = job_id in self._durable.jobs
         request = pb.SetPinsRequest(holder=job_id, ended=ended, fence=self._store.fence)
         await self._store.insist_call(self._store.storage.SetPins, request)
+        await release_kept(self._store, job_id)
 
     async def _raise_term(self, effect: fx.RaiseTerm) -> ev.Event:
         storage = self._store.storage

@@ -15,6 +15,7 @@ from coordinator.control.core.lifecycle import CANCELLED, SUCCEEDED
 from coordinator.control.store import Store
 from phalanx.errors import PhalanxError
 from phalanx.ids import is_made_id
+from phalanx.tasks import KEPT
 from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import storage_service_pb2 as pb
 
@@ -49,7 +50,7 @@ def _may_go(facts: Facts, holder: str) -> bool:
     if not is_made_id(job_id):
         return False
     job = facts.jobs.get(job_id)
-    if value:
+    if value and not value.startswith(KEPT):
         # A large result of a task stays as long as its job does, however that ended.
         return job is None and job_id not in facts.removing
     return job is None or job.state in (SUCCEEDED, CANCELLED)

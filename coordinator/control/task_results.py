@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Collection
 
 from coordinator.control.store import Store
 from phalanx.errors import DataLoss
-from phalanx.tasks import journal_stream, pins_holder
+from phalanx.tasks import journal_stream, kept_holder, pins_holder
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.task_service_pb2 import TaskRecord, TaskResult
 
@@ -42,8 +42,17 @@ async def read_results(
 
 
 async def release_values(store: Store, job_id: str) -> None:
-    """Let go of the large values of a deleted job."""
-    first = pins_holder(job_id, 0)[:-1]
+    """Let go of all that the tasks of a deleted job have left."""
+    await _release(store, pins_holder(job_id, ""))
+
+
+async def release_kept(store: Store, job_id: str) -> None:
+    """Let go of what the tasks of a job that has ended have kept for each other."""
+    await _release(store, kept_holder(job_id, ""))
+
+
+async def _release(store: Store, first: str) -> None:
+    """Let go of whatever holders pin whose names begin so."""
     request = pb.ListPinsRequest(after_holder=first)
     while True:
         answer = await store.insist_call(store.storage.ListPins, request)

@@ -21,6 +21,7 @@ no array library), and a function that runs a task, which leaf processes load. T
    graph; each is read from the disk when it is asked for. What `run` returns is stored as a blob,
    of `RESULT_BYTES_MAX` at most. It must depend on nothing but its arguments, the plan and the data
    set: two workers may run one task, and the first result counts.
+   What only spares another task work goes beside the result (`JobData.beside`): it may get lost.
 5. The last task's result is the `Outcome` as JSON: metrics, files (each the whole result of a
    task), and a model as a layout and the pieces of its flat vector. Pieces are parts of results of
    other tasks, so no process ever holds the model; storage puts it together. What is written into

@@ -63,6 +63,21 @@ class Graph:
         return found
 
 
+@dataclass
+class Beside:
+    """What a task leaves for others beside its result, which must not depend on it.
+
+    Attributes:
+        kept: what other tasks may go on from; empty: nothing. They get it as one input more than
+            the graph says, and have to do without where it is gone.
+        earlier: for each task that gets this result, in the order of their numbers: which task it
+            goes on from; less than 0: from none.
+    """
+
+    kept: bytes = b""
+    earlier: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class Piece:
     """Bytes of a model's vector: part of a stored result."""

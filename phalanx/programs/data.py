@@ -12,6 +12,7 @@ from phalanx.data.choice import choose
 from phalanx.data.manifest import DatasetManifest
 from phalanx.data.reader import ChunkReader
 from phalanx.models.base import Batch
+from phalanx.programs.base import Beside
 from phalanx.training.leaf import RowReader
 from phalanx.training.sampler import rows_in_order, shard_rows
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -19,6 +20,10 @@ from phalanx.v1.training_pb2 import JobPlan
 
 Fetch = Callable[[str, int], Path]
 """(digest, size): returns a file with the content of a blob."""
+
+
+class BlobUnavailable(Exception):
+    """A blob could not be had."""
 
 
 class Run(Protocol):
@@ -60,6 +65,8 @@ class JobData:
         #: Files of the stored model that the job takes; and the folder with the code of it.
         self.model_files = files.model
         self.code_dir = files.code
+        #: Of the task that runs.
+        self.beside = Beside()
         self._whole = DatasetManifest.from_json(files.manifest.read_bytes())
         self._fetch = fetch
         self._splits: dict[tuple[str, str], Batch] = {}

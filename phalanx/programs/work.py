@@ -7,6 +7,7 @@ from functools import cached_property
 
 from phalanx.errors import ResourceExhausted, Unimplemented
 from phalanx.programs import RESULT_BYTES_MAX, graph_of
+from phalanx.programs.base import Beside
 from phalanx.programs.data import Fetch, JobData, JobFiles, Run
 from phalanx.v1.task_service_pb2 import StoredValue
 from phalanx.v1.training_pb2 import JobPlan, Layout
@@ -25,9 +26,11 @@ class ProgramWork:
         assert self._run is not None
         return Layout(element_count=graph_of(self._plan).count)
 
-    def call(self, task: int, inputs: Sequence[StoredValue]) -> bytes:
-        """Run one task. Raises ResourceExhausted for a result that is too large."""
+    def call(self, task: int, inputs: Sequence[StoredValue]) -> tuple[bytes, Beside]:
+        """Run one task; return its result and what it leaves beside it. Raises ResourceExhausted
+        for a result that is too large."""
         job, run = self._job, self._run
+        job.beside = Beside()
         found = run(task, [job.result(each.digest, each.size_bytes) for each in inputs])
         if len(found) > RESULT_BYTES_MAX:
             raise ResourceExhausted(
@@ -35,7 +38,9 @@ class ProgramWork:
                 "taken",
                 reason="VALUE_TOO_LARGE",
             )
-        return found
+        if len(found) + len(job.beside.kept) > RESULT_BYTES_MAX:
+            job.beside.kept = b""
+        return found, job.beside
 
     def close(self) -> None:
         """Nothing is held but memory."""

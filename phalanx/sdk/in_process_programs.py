@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phalanx.programs.base import ModelParts, Outcome
+from phalanx.programs.base import Beside, Graph, ModelParts, Outcome
 from phalanx.sdk.in_process_tasks import IN_PROCESS, TaskFailed, run_task
 from phalanx.tasks import ATTEMPTS, TASKS_DONE
 from phalanx.v1.job_pb2 import Result
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from phalanx.training.local import TrainedModel
 
 BlobPath = Callable[[str], Path]
+_DIGEST_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,12 @@ def run_program(
     results: dict[int, TaskResult],
     on_result: Callable[[], None],
     code_dir: Path | None = None,
+    *,
+    goes_on: bool = True,
 ) -> Outcome:
     """Run what has no result yet and add it to `results`; `on_result` is called after each.
 
+    Without `goes_on` each task does all of its work itself, whatever others have kept for it.
     What `on_result` raises ends it. Raises TaskFailed, and whatever loading the program raises.
     """
     from phalanx.programs import graph_of
@@ -46,16 +51,24 @@ def run_program(
 
     model = {name: blobs.path(digest) for name, digest in plan.model_files.items()}
     files = JobFiles(blobs.path(plan.manifest_digest), code_dir, model)
-    work = ProgramWork(plan, files, lambda digest, _size: blobs.path(digest))
-    work.describe()
-    graph, values = graph_of(plan), {task: each.stored for task, each in results.items()}
-    for task, needs in enumerate(graph.needs):
-        if task not in results:
+    with tempfile.TemporaryDirectory(prefix="phalanx-kept-") as name:
+        kept = _Kept(graph_of(plan), Path(name))
+        work = ProgramWork(
+            plan, files, lambda digest, _size: kept.path(digest) or blobs.path(digest)
+        )
+        work.describe()
+        graph, values = graph_of(plan), {task: each.stored for task, each in results.items()}
+        for task, needs in enumerate(graph.needs):
+            if task in results:
+                continue
             passed = graph.passed(task, values)
             if passed is not None:
                 result = TaskResult(task=task, worker_id=IN_PROCESS, stored=passed)
             else:
-                result = _run(work.call, task, [values[needed] for needed in needs], blobs)
+                inputs = [values[needed] for needed in needs]
+                result, beside = _run(work.call, task, inputs + kept.inputs(task), blobs)
+                if goes_on:
+                    kept.take(task, beside)
             results[task], values[task] = result, result.stored
             if result.HasField("failure"):
                 raise TaskFailed(result.failure)
@@ -63,18 +76,50 @@ def run_program(
     return Outcome.from_json(blobs.path(results[len(results) - 1].stored.digest).read_bytes())
 
 
+class _Kept:
+    """What tasks have kept for others, in files of a folder that is there as long as they run."""
+
+    def __init__(self, graph: Graph, folder: Path) -> None:
+        self._graph = graph
+        self._folder = folder
+        self._earlier: dict[int, StoredValue] = {}
+
+    def take(self, task: int, beside: Beside) -> None:
+        """A task has run."""
+        if beside.kept:
+            (self._folder / str(task)).write_bytes(beside.kept)
+        if beside.earlier:
+            users = [user for user, needs in enumerate(self._graph.needs) if task in needs]
+            for user, earlier in zip(users, beside.earlier, strict=False):
+                path = self._folder / str(earlier)
+                if path.exists():
+                    size_bytes = path.stat().st_size
+                    self._earlier[user] = StoredValue(digest=str(earlier), size_bytes=size_bytes)
+
+    def inputs(self, task: int) -> list[StoredValue]:
+        """Return what a task may go on from, if there is something."""
+        return [self._earlier[task]] if task in self._earlier else []
+
+    def path(self, name: str) -> Path | None:
+        """Return where something is kept; None for what is a blob."""
+        return self._folder / name if name.isdecimal() and len(name) < _DIGEST_LENGTH else None
+
+
 def _run(
-    call: Callable[[int, Sequence[StoredValue]], bytes],
+    call: Callable[[int, Sequence[StoredValue]], tuple[bytes, Beside]],
     task: int,
     inputs: Sequence[StoredValue],
     blobs: Blobs,
-) -> TaskResult:
+) -> tuple[TaskResult, Beside]:
+    left = Beside()
+
     def store(number: int, result: TaskResult) -> None:
-        value = call(number, inputs)
+        nonlocal left
+        value, left = call(number, inputs)
         stored = StoredValue(digest=blobs.put(value), size_bytes=len(value))
         result.stored.CopyFrom(stored)
 
-    return run_task(store, task, ATTEMPTS)
+    return run_task(store, task, ATTEMPTS), left
 
 
 def vector_of(model: ModelParts, path: BlobPath) -> tuple[bytes, str]:

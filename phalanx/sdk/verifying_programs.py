@@ -63,7 +63,8 @@ def _computed(job: Job, plan: JobPlan, folder: Path, fetch: Fetch) -> str:
 
     results: dict[int, TaskResult] = {}
     code = job_code(job.message.spec, fetch, folder / "code")
-    outcome = run_program(plan, Blobs(fetch, put), results, lambda: None, code)
+    blobs = Blobs(fetch, put)
+    outcome = run_program(plan, blobs, results, lambda: None, code, goes_on=False)
     if outcome.model is not None:
         return vector_of(outcome.model, fetch)[1]
     return results[len(results) - 1].stored.digest

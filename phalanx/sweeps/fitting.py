@@ -27,6 +27,7 @@ from phalanx.programs.data import JobData, Result
 from phalanx.programs.predicting import predictor_of
 from phalanx.scoring.measures import class_metrics, class_part, number_metrics, number_part
 from phalanx.specs import job_plan, prepare
+from phalanx.sweeps.going_on import Earlier, of_rows, packed, prefix_in
 from phalanx.sweeps.rows import Ints, PartOfData, blocks
 from phalanx.tasks import is_program
 from phalanx.training.local import run_job
@@ -46,11 +47,20 @@ class Fitted:
     parameters: Array
     metrics: Mapping[str, float]
     data: JobData
+    kept: bytes = b""
+    """What a training that was ended before its end goes on from; empty where it cannot."""
 
 
-def fit(whole: JobData, job: JobSpec, positions: Ints | None, steps: int = 0) -> Fitted:
+def fit(
+    whole: JobData,
+    job: JobSpec,
+    positions: Ints | None,
+    steps: int = 0,
+    earlier: Earlier | None = None,
+) -> Fitted:
     """Train a job on some rows of the split, None: on all of them; for so many steps, 0: to its
-    end. Raises PhalanxError where it fails."""
+    end. It goes on from what an `earlier` call for fewer steps has kept, if that is there.
+    Raises PhalanxError where it fails."""
     with tempfile.TemporaryDirectory(prefix="phalanx-sweep-") as name:
         part = PartOfData(whole, positions, Path(name))
         dataset = described(part.manifest, whole.plan.manifest_digest)
@@ -60,17 +70,25 @@ def fit(whole: JobData, job: JobSpec, positions: Ints | None, steps: int = 0) ->
         part.take(spec, job_plan(spec, dataset, whole.plan.job_id))
         if is_program(spec):
             return _run_tasks(part, Path(name))
-        return _train(part, steps)
+        return _train(part, steps, of_rows(part.plan, positions), earlier)
 
 
-def _train(part: PartOfData, steps: int) -> Fitted:
+def _train(part: PartOfData, steps: int, name: str, earlier: Earlier | None) -> Fitted:
     spec, plan = part.spec, part.plan
     reader = part.reader(spec.data.split, spec.train.dtype)
     model = build_model(spec, job_schema(plan, spec, part.manifest))
     with one_blas_thread():
         # The only split of the part is the one that trains: what it evaluates are its own rows.
-        trained = run_job(plan, model, lambda _shard: reader, reader, until_step=steps or None)
-    return Fitted(spec, trained.layout, trained.parameters, trained.metrics, part)
+        trained = run_job(
+            plan,
+            model,
+            lambda _shard: reader,
+            reader,
+            until_step=steps or None,
+            prefix=None if earlier is None else prefix_in(earlier, name),
+        )
+    kept = b"" if trained.prefix is None or not steps else packed(trained.prefix, name)
+    return Fitted(spec, trained.layout, trained.parameters, trained.metrics, part, kept)
 
 
 def _run_tasks(part: PartOfData, folder: Path) -> Fitted:

@@ -44,7 +44,8 @@ class Rung:
     """What is known of a rung up to a place.
 
     `entries` are configurations with their means, None without a score, by place; `promoted`
-    are places with the configurations that were promoted by them.
+    are places with the configurations that were promoted by them. `places` are those of the
+    entries; fewer where a version wrote some of them that did not say.
     """
 
     reduction: float
@@ -52,11 +53,13 @@ class Rung:
     place: int = -1
     entries: list[tuple[int, float | None]] = field(default_factory=list)
     promoted: list[tuple[int, int]] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
     def add(self, place: int, configuration: int, mean: float | None) -> None:
         """Take in the result of a place, and promote whom it makes one of the best."""
         self.place = place
         self.entries.append((configuration, mean))
+        self.places.append(place)
         self._promote(int(len(self.entries) / self.reduction))
 
     def close(self, place: int) -> None:
@@ -68,6 +71,13 @@ class Rung:
     def promoted_by(self, place: int) -> int | None:
         """Return whom a place has promoted; None: nobody."""
         return dict(self.promoted).get(place)
+
+    def place_of(self, configuration: int) -> int | None:
+        """Return the place that a configuration has in the rung; None where it is not known."""
+        if len(self.places) != len(self.entries):
+            return None
+        known = zip(self.entries, self.places, strict=True)
+        return next((place for (each, _), place in known if each == configuration), None)
 
     def _promote(self, count: int) -> None:
         """Promote the best of so many that was not promoted; equal ones by their numbers."""
@@ -84,10 +94,16 @@ class Rung:
 
     def to_json(self) -> dict[str, Any]:
         """Return what the next place has to know."""
-        return {"place": self.place, "entries": self.entries, "promoted": self.promoted}
+        return {
+            "place": self.place,
+            "entries": self.entries,
+            "promoted": self.promoted,
+            "places": self.places,
+        }
 
     def take(self, document: dict[str, Any]) -> None:
         """Go on where `to_json` was."""
         self.place = document["place"]
         self.entries = [tuple(each) for each in document["entries"]]
         self.promoted = [tuple(each) for each in document["promoted"]]
+        self.places = list(document.get("places", ()))

@@ -20,6 +20,7 @@ from phalanx.programs.data import JobData, Result
 from phalanx.programs.sweep import CSV_FILE, LESS_IS_BETTER, PLOT_FILE, TABLE_FILE
 from phalanx.sweeps.configurations import configurations, job_of
 from phalanx.sweeps.fitting import fit, metrics_text, score
+from phalanx.sweeps.going_on import KEPT_BYTES_MAX
 from phalanx.sweeps.picture import picture_of
 from phalanx.sweeps.promotion import Rung, places_of
 from phalanx.sweeps.ranking import Scored, Trial, best_first, ranks, scored
@@ -93,11 +94,17 @@ class SweepTasks:
         train, held_out = fold_of(self._job, self._sweep.folds, step.fold)
         spec = job_of(self._job.spec, self._configurations[number])
         try:
-            fitted = fit(self._job, spec, train, self._rounds[step.round].steps)
+            # What the trial of the round before has kept comes after the inputs of the graph.
+            earlier = inputs[1].read if step.round and len(inputs) > 1 else None
+            fitted = fit(self._job, spec, train, self._rounds[step.round].steps, earlier)
         except FailedPrecondition as error:
             if error.reason not in DIVERGED:
                 raise
             return Trial(number, step.fold, None, error.message)
+        # There is no need to look at the others: all trials of a sweep keep about as much.
+        trials = sum(each.count for each in self._rounds[:-1]) * self._sweep.folds
+        if len(fitted.kept) * trials <= KEPT_BYTES_MAX:
+            self._job.beside.kept = fitted.kept
         value = score(self._job, fitted, held_out, self._metric)
         note = "" if value is not None else f"{self._metric} is not defined for a fold"
         return Trial(number, step.fold, value, note)
@@ -127,7 +134,19 @@ class SweepTasks:
         known = self._empty_rung()
         known.take(_document(rung))
         number = known.promoted_by(step.place)
+        place = None if number is None else known.place_of(number)
+        if place is not None:
+            first = self._first_trial(step.round) + place * self._sweep.folds
+            self._job.beside.earlier = tuple(range(first, first + self._sweep.folds))
         return b"" if number is None else _json({"order": [number]})
+
+    def _first_trial(self, number: int) -> int:
+        """Return the first task of a round."""
+        return next(
+            task
+            for task, each in enumerate(self._steps)
+            if (each.kind, each.round) == (TRIAL, number)
+        )
 
     def _empty_rung(self) -> Rung:
         return Rung(self._sweep.asha.reduction, self._more_is_better)
@@ -135,6 +154,14 @@ class SweepTasks:
     def _order(self, step: Step, inputs: Sequence[Result]) -> bytes:
         entries = scored(_trial(each) for each in inputs if each.size_bytes)
         ordered = best_first(entries, more_is_better=self._more_is_better)
+        if not self._asha and step.round + 1 < len(self._rounds):
+            trials: dict[int, list[int]] = {}
+            for task, result in zip(step.needs, inputs, strict=True):
+                trials.setdefault(_trial(result).configuration, []).append(task)
+            going_on = ordered[: self._rounds[step.round + 1].count]
+            self._job.beside.earlier = tuple(
+                task for each in going_on for task in trials[each.configuration]
+            )
         return _json(
             {
                 "steps": self._rounds[step.round].steps,

@@ -106,11 +106,17 @@ class RootDecider:
         """Return the first record of a fresh job."""
         return self._record(GoRecord.ACTION_INITIALISE)
 
-    def restore(self, version: int, root_state: str) -> GoRecord:
+    @property
+    def stop_reason(self) -> str:
+        """Which stop rule holds, if one does; it may be told of only after an evaluation."""
+        return self._stop.reason
+
+    def restore(self, version: int, root_state: str, stop_reason: str = "") -> GoRecord:
         """Return the first record after a restore of the checkpoint at ``version``.
 
         It is the record that ended that version before, less its checkpoint; whatever follows is
-        what would have followed.
+        what would have followed. ``stop_reason`` is that of a job that goes on as it was told to:
+        what was measured at this version is not measured again.
         """
         state = json.loads(root_state)
         self._version = version
@@ -126,6 +132,7 @@ class RootDecider:
         self.metrics = {name: float(value) for name, value in state["metrics"].items()}
         self._stop.restore(state["stop"])
         self._best.restore(state)
+        self._stop.reason = stop_reason
         self._stop.observe(version, {})
         return self._next()
 

@@ -9,6 +9,7 @@ Nothing is checkpointed: the job lives and dies with the call.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from phalanx.training.leaf import (
 from phalanx.training.left_out import LeftOutLog
 from phalanx.training.local_asynchronous import AsynchronousSteps
 from phalanx.training.local_rounds import Tree, Updating, Wire, failure, units_of
+from phalanx.training.prefixes import INNER, OPTIMIZER, PARAMETERS, RESIDUALS, Prefix
 from phalanx.training.replay import ReplayLog
 from phalanx.training.schema import job_schema
 from phalanx.training.shard_readers import ShardReaders
@@ -76,6 +78,7 @@ class TrainedModel:
         steps: number of updates that the job made.
         examples: number of examples that entered them.
         left_out: (shard, step) of the contributions that had to be left out of theirs.
+        prefix: what the job may go on from later, where it was ended by `until_step`.
         reason: which stop rule ended the job.
         metrics: last value of each metric, as of the parameters.
         points: (step, name, value) of the curves.
@@ -92,6 +95,7 @@ class TrainedModel:
     points: list[tuple[int, str, float]]
     best: Kept | None = None
     left_out: frozenset[tuple[int, int]] = frozenset()
+    prefix: Prefix | None = None
 
 
 def train_in_process(
@@ -171,18 +175,20 @@ def run_job(
     left_out: LeftOutLog | None = None,
     until_step: int | None = None,
     secret: bytes | None = None,
+    prefix: Prefix | None = None,
 ) -> TrainedModel:
     """Run the rounds of a job whose model and readers are there; see `train_in_process`.
 
     BLAS must use one thread already. `reader_of` tells what reads the rows of a shard;
     `evaluation_reader` may be None only where the plan has no
-    evaluation shards.
+    evaluation shards. With a `prefix` of this very job it goes on from there, to the same bits;
+    its metrics and what it left out are then told from there on only.
     """
     records = _Records(replay, left_out)
     secret = new_secret() if secret is None else secret
     job = _Job(plan, model, reader_of, evaluation_reader, start_model, records, secret)
     begin_s = clock()
-    go = job.decider.start()
+    go = job.decider.start() if prefix is None else job.resume(prefix)
     ends = (GoRecord.ACTION_STOP, GoRecord.ACTION_FAIL)
     while go.action not in ends and job.decider.version != until_step:
         go = job.run(go, lambda: clock() - begin_s)
@@ -190,7 +196,7 @@ def run_job(
             on_progress(job.progress())
     if go.action == GoRecord.ACTION_FAIL:
         raise FailedPrecondition(f"the job failed at step {go.version}", reason=go.reason)
-    return job.result(go.reason)
+    return job.result(go.reason, keep_prefix=until_step is not None)
 
 
 @dataclass(frozen=True)
@@ -279,7 +285,45 @@ class _Job:
         metrics = dict(decider.metrics)
         return Progress(decider.version, decider.epoch, decider.examples, metrics, decider.best)
 
-    def result(self, reason: str) -> TrainedModel:
+    def resume(self, prefix: Prefix) -> GoRecord:
+        """Take over what another process has trained; return the record that is next."""
+        arrays, told = dict(prefix.arrays), json.loads(prefix.root)
+        self._parameters[:] = arrays.pop(PARAMETERS)
+        for name, values in arrays.items():
+            kind, _, key = name.partition("/")
+            if kind == OPTIMIZER:
+                self._updating.state[key][:] = values
+            elif kind == RESIDUALS:
+                self._wire.residuals[int(key)] = values.copy()
+            else:
+                shard, _, vector = key.partition("/")
+                self._inner.setdefault(int(shard), {})[vector] = values.copy()
+        self._skipped_steps = set(told["skipped_steps"])
+        return self.decider.restore(told["version"], told["decider"], told["stop_reason"])
+
+    def _prefix(self) -> Prefix | None:
+        """What `resume` takes; None where another process would come to other bits: contributions
+        that commit one by one have versions of their own, and noise is drawn by a secret."""
+        if (
+            self._one_by_one is not None
+            or self._updating.draws_noise
+            or self._spec.output.HasField("best")
+        ):
+            return None
+        arrays = {PARAMETERS: self._parameters}
+        arrays |= {f"{OPTIMIZER}/{name}": each for name, each in self._updating.state.items()}
+        arrays |= {f"{RESIDUALS}/{first}": each for first, each in self._wire.residuals.items()}
+        for shard, vectors in self._inner.items():
+            arrays |= {f"{INNER}/{shard}/{name}": each for name, each in vectors.items()}
+        told = {
+            "version": self.decider.version,
+            "decider": self.decider.state(),
+            "stop_reason": self.decider.stop_reason,
+            "skipped_steps": sorted(self._skipped_steps),
+        }
+        return Prefix(arrays, json.dumps(told, sort_keys=True))
+
+    def result(self, reason: str, *, keep_prefix: bool = False) -> TrainedModel:
         """The model at the newest version, or at that of the best evaluation."""
         best, kept = self.decider.best, self._best_parameters
         parameters = self._parameters if kept is None else kept
@@ -297,6 +341,7 @@ class _Job:
             points=self._points,
             best=best,
             left_out=frozenset(self._left_out),
+            prefix=self._prefix() if keep_prefix else None,
         )
 
     def _observed(self, go: GoRecord) -> GoRecord:

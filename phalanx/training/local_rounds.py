@@ -69,7 +69,7 @@ class Wire:
         self._up_codec = build_up_codec(spec)
         self._down_codec = build_down_codec(spec.train)
         #: By the first shard of a node: what its contributions have lost so far.
-        self._residuals: dict[int, Array] = {}
+        self.residuals: dict[int, Array] = {}
 
     def seen(self, parameters: Array) -> Array:
         """A version as workers see it."""
@@ -81,8 +81,8 @@ class Wire:
         """A node's contribution as the root sees it."""
         if values is None or self._up_codec is None:
             return values
-        if self._up_codec.feedback and first in self._residuals:
-            values = values + self._residuals[first]
+        if self._up_codec.feedback and first in self.residuals:
+            values = values + self.residuals[first]
             if not all_finite(values):
                 message = (
                     f"the sum of the node of shard {first} in step {version + 1} is not finite"
@@ -91,7 +91,7 @@ class Wire:
         data = encoded(self._up_codec, values, Key(first, version))
         seen = decoded(self._up_codec, data, len(values))
         if self._up_codec.feedback:
-            self._residuals[first] = values - seen
+            self.residuals[first] = values - seen
         return seen
 
 
@@ -112,12 +112,18 @@ class Updating:
         count, dtype = layout.element_count, np.dtype(layout.dtype)
         self._next: Array = np.empty(count, dtype)
         names = self._optimizer.state_names if self._optimizer else ()
-        self._state: dict[str, Array] = {name: np.zeros(count, dtype) for name in names}
+        #: By name: what the optimizer remembers.
+        self.state: dict[str, Array] = {name: np.zeros(count, dtype) for name in names}
 
     @property
     def reduces_leaves(self) -> bool:
         """Whether contributions are wanted one by one, beside their sum."""
         return self._reducer is not None
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether a version has noise, which is drawn by the secret of the job."""
+        return self._noise is not None
 
     def apply(
         self,
@@ -164,7 +170,7 @@ class Updating:
             gradient,
             divisor,
             self._decay,
-            self._state,
+            self.state,
             version,
             self._next,
             buffers=self._buffers,

@@ -26,7 +26,7 @@ from phalanx.v1 import job_pb2 as phalanx_dot_v1_dot_job__pb2
 from phalanx.v1 import training_pb2 as phalanx_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dphalanx/v1/task_service.proto\x12\nphalanx.v1\x1a\x14phalanx/v1/job.proto\x1a\x19phalanx/v1/training.proto\"l\n\x0bWorkRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.phalanx.v1.WorkHelloH\x00\x12*\n\x07reports\x18\x02 \x01(\x0b\x32\x17.phalanx.v1.TaskReportsH\x00\x42\t\n\x07message\"\xa9\x01\n\tWorkHello\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x03\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\r\n\x05slots\x18\x05 \x01(\x05\x12%\n\x04held\x18\x06 \x03(\x0b\x32\x17.phalanx.v1.TaskAttempt\x12 \n\x05given\x18\x07 \x01(\x0b\x32\x11.phalanx.v1.Given\",\n\x0bTaskAttempt\x12\x0c\n\x04task\x18\x01 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x03\"6\n\x0bTaskReports\x12\'\n\x07reports\x18\x01 \x03(\x0b\x32\x16.phalanx.v1.TaskReport\"\xb0\x01\n\nTaskReport\x12\x0c\n\x04task\x18\x01 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x03\x12\x14\n\nvalue_json\x18\x03 \x01(\tH\x00\x12)\n\x06stored\x18\x04 \x01(\x0b\x32\x17.phalanx.v1.StoredValueH\x00\x12&\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x13.phalanx.v1.FailureH\x00\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x42\t\n\x07outcome\"1\n\x0bStoredValue\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\x97\x01\n\x0cWorkResponse\x12(\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.phalanx.v1.WorkWelcome\x12\r\n\x05tasks\x18\x02 \x03(\x03\x12\x15\n\rfirst_attempt\x18\x03 \x01(\x03\x12\x0f\n\x07settled\x18\x04 \x03(\x03\x12&\n\x06inputs\x18\x05 \x03(\x0b\x32\x16.phalanx.v1.TaskInputs\"5\n\nTaskInputs\x12\'\n\x06values\x18\x01 \x03(\x0b\x32\x17.phalanx.v1.StoredValue\"\x1b\n\x0bWorkWelcome\x12\x0c\n\x04term\x18\x01 \x01(\x03\"\xd9\x01\n\nTaskResult\x12\x0c\n\x04task\x18\x01 \x01(\x03\x12\x14\n\nvalue_json\x18\x02 \x01(\tH\x00\x12)\n\x06stored\x18\x03 \x01(\x0b\x32\x17.phalanx.v1.StoredValueH\x00\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x13.phalanx.v1.FailureH\x00\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x03\x12\x11\n\tworker_id\x18\x06 \x01(\t\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\x12\x14\n\x0cround_trip_s\x18\x08 \x01(\x01\x42\t\n\x07outcome\"P\n\tFailedTry\x12\x0c\n\x04task\x18\x01 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x03\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.phalanx.v1.Failure\"\x93\x01\n\nTaskRecord\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\r\n\x05\x62\x65gan\x18\x02 \x01(\x08\x12\x12\n\ntried_anew\x18\x03 \x03(\x03\x12\'\n\x07results\x18\x04 \x03(\x0b\x32\x16.phalanx.v1.TaskResult\x12+\n\x0c\x66\x61iled_tries\x18\x05 \x03(\x0b\x32\x15.phalanx.v1.FailedTry2L\n\x0bTaskService\x12=\n\x04Work\x12\x17.phalanx.v1.WorkRequest\x1a\x18.phalanx.v1.WorkResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dphalanx/v1/task_service.proto\x12\nphalanx.v1\x1a\x14phalanx/v1/job.proto\x1a\x19phalanx/v1/training.proto\"l\n\x0bWorkRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.phalanx.v1.WorkHelloH\x00\x12*\n\x07reports\x18\x02 \x01(\x0b\x32\x17.phalanx.v1.TaskReportsH\x00\x42\t\n\x07message\"\xa9\x01\n\tWorkHello\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x03\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\r\n\x05slots\x18\x05 \x01(\x05\x12%\n\x04held\x18\x06 \x03(\x0b\x32\x17.phalanx.v1.TaskAttempt\x12 \n\x05given\x18\x07 \x01(\x0b\x32\x11.phalanx.v1.Given\",\n\x0bTaskAttempt\x12\x0c\n\x04task\x18\x01 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x03\"6\n\x0bTaskReports\x12\'\n\x07reports\x18\x01 \x03(\x0b\x32\x16.phalanx.v1.TaskReport\"\xe6\x01\n\nTaskReport\x12\x0c\n\x04task\x18\x01 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x03\x12\x14\n\nvalue_json\x18\x03 \x01(\tH\x00\x12)\n\x06stored\x18\x04 \x01(\x0b\x32\x17.phalanx.v1.StoredValueH\x00\x12&\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x13.phalanx.v1.FailureH\x00\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x12#\n\x04kept\x18\x07 \x01(\x0b\x32\x15.phalanx.v1.KeptState\x12\x0f\n\x07\x65\x61rlier\x18\x08 \x03(\x03\x42\t\n\x07outcome\"/\n\tKeptState\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"1\n\x0bStoredValue\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\x97\x01\n\x0cWorkResponse\x12(\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.phalanx.v1.WorkWelcome\x12\r\n\x05tasks\x18\x02 \x03(\x03\x12\x15\n\rfirst_attempt\x18\x03 \x01(\x03\x12\x0f\n\x07settled\x18\x04 \x03(\x03\x12&\n\x06inputs\x18\x05 \x03(\x0b\x32\x16.phalanx.v1.TaskInputs\"5\n\nTaskInputs\x12\'\n\x06values\x18\x01 \x03(\x0b\x32\x17.phalanx.v1.StoredValue\"\x1b\n\x0bWorkWelcome\x12\x0c\n\x04term\x18\x01 \x01(\x03\"\x8f\x02\n\nTaskResult\x12\x0c\n\x04task\x18\x01 \x01(\x03\x12\x14\n\nvalue_json\x18\x02 \x01(\tH\x00\x12)\n\x06stored\x18\x03 \x01(\x0b\x32\x17.phalanx.v1.StoredValueH\x00\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x13.phalanx.v1.FailureH\x00\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x03\x12\x11\n\tworker_id\x18\x06 \x01(\t\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\x12\x14\n\x0cround_trip_s\x18\x08 \x01(\x01\x12#\n\x04kept\x18\t \x01(\x0b\x32\x15.phalanx.v1.KeptState\x12\x0f\n\x07\x65\x61rlier\x18\n \x03(\x03\x42\t\n\x07outcome\"P\n\tFailedTry\x12\x0c\n\x04task\x18\x01 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x03\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.phalanx.v1.Failure\"\x93\x01\n\nTaskRecord\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\r\n\x05\x62\x65gan\x18\x02 \x01(\x08\x12\x12\n\ntried_anew\x18\x03 \x03(\x03\x12\'\n\x07results\x18\x04 \x03(\x0b\x32\x16.phalanx.v1.TaskResult\x12+\n\x0c\x66\x61iled_tries\x18\x05 \x03(\x0b\x32\x15.phalanx.v1.FailedTry2L\n\x0bTaskService\x12=\n\x04Work\x12\x17.phalanx.v1.WorkRequest\x1a\x18.phalanx.v1.WorkResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,21 +42,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASKREPORTS']._serialized_start=422
   _globals['_TASKREPORTS']._serialized_end=476
   _globals['_TASKREPORT']._serialized_start=479
-  _globals['_TASKREPORT']._serialized_end=655
-  _globals['_STOREDVALUE']._serialized_start=657
-  _globals['_STOREDVALUE']._serialized_end=706
-  _globals['_WORKRESPONSE']._serialized_start=709
-  _globals['_WORKRESPONSE']._serialized_end=860
-  _globals['_TASKINPUTS']._serialized_start=862
-  _globals['_TASKINPUTS']._serialized_end=915
-  _globals['_WORKWELCOME']._serialized_start=917
-  _globals['_WORKWELCOME']._serialized_end=944
-  _globals['_TASKRESULT']._serialized_start=947
-  _globals['_TASKRESULT']._serialized_end=1164
-  _globals['_FAILEDTRY']._serialized_start=1166
-  _globals['_FAILEDTRY']._serialized_end=1246
-  _globals['_TASKRECORD']._serialized_start=1249
-  _globals['_TASKRECORD']._serialized_end=1396
-  _globals['_TASKSERVICE']._serialized_start=1398
-  _globals['_TASKSERVICE']._serialized_end=1474
+  _globals['_TASKREPORT']._serialized_end=709
+  _globals['_KEPTSTATE']._serialized_start=711
+  _globals['_KEPTSTATE']._serialized_end=758
+  _globals['_STOREDVALUE']._serialized_start=760
+  _globals['_STOREDVALUE']._serialized_end=809
+  _globals['_WORKRESPONSE']._serialized_start=812
+  _globals['_WORKRESPONSE']._serialized_end=963
+  _globals['_TASKINPUTS']._serialized_start=965
+  _globals['_TASKINPUTS']._serialized_end=1018
+  _globals['_WORKWELCOME']._serialized_start=1020
+  _globals['_WORKWELCOME']._serialized_end=1047
+  _globals['_TASKRESULT']._serialized_start=1050
+  _globals['_TASKRESULT']._serialized_end=1321
+  _globals['_FAILEDTRY']._serialized_start=1323
+  _globals['_FAILEDTRY']._serialized_end=1403
+  _globals['_TASKRECORD']._serialized_start=1406
+  _globals['_TASKRECORD']._serialized_end=1553
+  _globals['_TASKSERVICE']._serialized_start=1555
+  _globals['_TASKSERVICE']._serialized_end=1631
 # @@protoc_insertion_point(module_scope)

@@ -156,6 +156,8 @@ class TaskReport(_message.Message):
     STORED_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    EARLIER_FIELD_NUMBER: _builtins.int
     task: _builtins.int
     attempt: _builtins.int
     value_json: _builtins.str
@@ -170,6 +172,14 @@ class TaskReport(_message.Message):
     def failure(self) -> _job_pb2.Failure:
         """The function failed, or its process did."""
 
+    @_builtins.property
+    def kept(self) -> Global___KeptState:
+        """What it has left for tasks that go on from it."""
+
+    @_builtins.property
+    def earlier(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Which tasks those that get this result go on from, in the order of their numbers; less than 0: from none."""
+
     def __init__(
         self,
         *,
@@ -179,16 +189,45 @@ class TaskReport(_message.Message):
         stored: Global___StoredValue | None = ...,
         failure: _job_pb2.Failure | None = ...,
         seconds: _builtins.float = ...,
+        kept: Global___KeptState | None = ...,
+        earlier: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "stored", b"stored", "value_json", b"value_json"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "kept", b"kept", "outcome", b"outcome", "stored", b"stored", "value_json", b"value_json"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "failure", b"failure", "outcome", b"outcome", "seconds", b"seconds", "stored", b"stored", "task", b"task", "value_json", b"value_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "earlier", b"earlier", "failure", b"failure", "kept", b"kept", "outcome", b"outcome", "seconds", b"seconds", "stored", b"stored", "task", b"task", "value_json", b"value_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["value_json", "stored", "failure"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___TaskReport: _TypeAlias = TaskReport  # noqa: Y015
+
+@_typing.final
+class KeptState(_message.Message):
+    """What a task of a program leaves beside its result. It spares another task work and changes nothing that comes of it,
+    so it may be lost, and goes when the job has ended.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.bytes
+    """SHA-256 of the blob, as bytes: records of a journal keep what they name by its digits."""
+    size_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.bytes = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeptState: _TypeAlias = KeptState  # noqa: Y015
 
 @_typing.final
 class StoredValue(_message.Message):
@@ -262,7 +301,9 @@ Global___WorkResponse: _TypeAlias = WorkResponse  # noqa: Y015
 
 @_typing.final
 class TaskInputs(_message.Message):
-    """The results of other tasks that a task needs, in the order in which its program asks for them."""
+    """The results of other tasks that a task needs, in the order in which its program asks for them; then what another has
+    kept that it may go on from, if there is something.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -317,6 +358,8 @@ class TaskResult(_message.Message):
     WORKER_ID_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     ROUND_TRIP_S_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    EARLIER_FIELD_NUMBER: _builtins.int
     task: _builtins.int
     """Its place among the arguments, from 0."""
     value_json: _builtins.str
@@ -336,6 +379,12 @@ class TaskResult(_message.Message):
     def failure(self) -> _job_pb2.Failure:
         """The task was given up: its last failure, with all workers that tried it."""
 
+    @_builtins.property
+    def kept(self) -> Global___KeptState:
+        """What the task has left for others, and which tasks others go on from; see TaskReport."""
+
+    @_builtins.property
+    def earlier(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -347,10 +396,12 @@ class TaskResult(_message.Message):
         worker_id: _builtins.str = ...,
         seconds: _builtins.float = ...,
         round_trip_s: _builtins.float = ...,
+        kept: Global___KeptState | None = ...,
+        earlier: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "stored", b"stored", "value_json", b"value_json"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "kept", b"kept", "outcome", b"outcome", "stored", b"stored", "value_json", b"value_json"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "failure", b"failure", "outcome", b"outcome", "round_trip_s", b"round_trip_s", "seconds", b"seconds", "stored", b"stored", "task", b"task", "value_json", b"value_json", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "earlier", b"earlier", "failure", b"failure", "kept", b"kept", "outcome", b"outcome", "round_trip_s", b"round_trip_s", "seconds", b"seconds", "stored", b"stored", "task", b"task", "value_json", b"value_json", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["value_json", "stored", "failure"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015

@@ -19,7 +19,7 @@ from phalanx.data.manifest import ChunkInfo
 from phalanx.errors import DataLoss, InvalidArgument, PhalanxError
 from phalanx.messages import known
 from phalanx.models.base import DeviceLost
-from phalanx.programs.data import JobFiles
+from phalanx.programs.data import BlobUnavailable, JobFiles
 from phalanx.programs.work import ProgramWork
 from phalanx.reduction import Node, all_finite
 from phalanx.specs.starting import MISFIT
@@ -45,7 +45,7 @@ TRACEBACK_LIMIT = 16_384
 _MESSAGE_LIMIT = 2_048
 
 
-class DataUnavailable(Exception):
+class DataUnavailable(BlobUnavailable):
     """The session could not provide a chunk."""
 
 
@@ -382,9 +382,10 @@ def _call(work: Calls, order: ipc.RunOrder, leaf: _LeafRun, index: int, task: in
     if isinstance(work, ProgramWork):
         given = order.inputs[index] if order.inputs else ()
         inputs = [StoredValue(digest=digest, size_bytes=size) for digest, size in given]
-        value: bytes = leaf.timed(task, lambda: work.call(task, inputs))
-    else:
-        value = leaf.timed(task, lambda: work.call(task))
+        value, beside = leaf.timed(task, lambda: work.call(task, inputs))
+        seconds = leaf.seconds[-1]
+        return ipc.pack_call(order.task, index, seconds, value, beside.kept, beside.earlier)
+    value = leaf.timed(task, lambda: work.call(task))
     return ipc.pack_call(order.task, index, leaf.seconds[-1], value)
 
 

@@ -35,6 +35,7 @@ from worker.core.job import JobCore
 from worker.core.progress import EndedAttempts
 from worker.core.rounds import LeafFailure
 from worker.core.session import WorkerCore
+from worker.ipc import Returned
 from worker.session.all_reduce.hosting import GetStorage, HostedAllReduce
 from worker.session.chunks import ChunkServer
 from worker.session.devices import gpus_here, libraries_here
@@ -484,14 +485,14 @@ class Session:
         self._spans.ended(task, part, sum(done.seconds), job.core.plan)
         self._settle(job.core.part_done(task, part, done.count, done.loss, done.mask, done.sums))
 
-    def call_done(self, task: Task, index: int, seconds: float, value_json: memoryview) -> None:
+    def call_done(self, task: Task, index: int, seconds: float, returned: Returned) -> None:
         """A call of a set of tasks returned."""
         self._call_done.observe(seconds)
         self._attempts.ended(calls=True)
         self._core.computed(task.job_id, seconds)
         job = self._jobs.get(task.job_id)
         if isinstance(job, HostedTasks) and job.core.owns(task):
-            job.call_done(task, index, seconds, value_json)
+            job.call_done(task, index, seconds, returned)
 
     def part_failed(self, task: Task, index: int, failure: LeafFailure) -> None:
         """A leaf failed."""

@@ -24,7 +24,7 @@ from worker.core.patience import Patience
 from worker.core.restarts import Restarts
 from worker.core.rounds import LeafFailure, Part, PartState
 from worker.gpus import gpus_of_slot
-from worker.ipc import Kind, Message
+from worker.ipc import Kind, Message, Returned
 from worker.session.leaf_server import LeafServer
 from worker.session.process import LeafProcess, describe_exit
 from worker.session.setup import PreparedJob
@@ -49,7 +49,7 @@ class SlotEvents(Protocol):
     def part_done(self, task: Task, done: ipc.PartDone) -> None:
         """A part is in its buffer."""
 
-    def call_done(self, task: Task, index: int, seconds: float, value_json: memoryview) -> None:
+    def call_done(self, task: Task, index: int, seconds: float, returned: Returned) -> None:
         """A call of a set of tasks returned."""
 
     def part_failed(self, task: Task, index: int, failure: LeafFailure) -> None:
@@ -452,9 +452,9 @@ class SlotPool:
                 if task is not None and done.task == task.id:
                     self._events.part_done(task, done)
             case Kind.CALL_DONE:
-                number, index, seconds, value = ipc.unpack_call(message.body)
+                number, index, seconds, returned = ipc.unpack_call(message.body)
                 if task is not None and number == task.id:
-                    self._events.call_done(task, index, seconds, value)
+                    self._events.call_done(task, index, seconds, returned)
             case Kind.TASK_ENDED:
                 if task is not None and ipc.unpack_ended(message.body) == task.id:
                     self._leave(place)

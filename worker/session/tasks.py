@@ -10,8 +10,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from phalanx.errors import PhalanxError
 from phalanx.rpc.credentials import ClientKeys
 from phalanx.tasks import INLINE_BYTES, is_program
+from phalanx.telemetry.logs import get_logger
 from phalanx.v1 import task_service_pb2 as pb
 from phalanx.v1 import task_service_pb2_grpc as pb_grpc
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -19,11 +21,16 @@ from worker.core.calls import TaskSetCore
 from worker.core.dispatch import Task
 from worker.core.effects import Effect, OpenStreams
 from worker.core.progress import JobProgress
+from worker.ipc import Returned
 from worker.session.setup import PreparedJob
 from worker.session.streams import STREAM_TIMEOUT_S, both_ways, end_of, keep_open
 
 BEAT_S = 0.5
+KEEPING_S = 30.0
+"""What spares others work is worth waiting for storage so long."""
 Store = Callable[[memoryview], Awaitable[str]]
+
+_log = get_logger(__name__)
 
 
 class HostedTasks:
@@ -87,25 +94,47 @@ class HostedTasks:
         if self._ending:
             await asyncio.wait(self._ending)
 
-    def call_done(self, task: Task, index: int, seconds: float, value_json: memoryview) -> None:
+    def call_done(self, task: Task, index: int, seconds: float, returned: Returned) -> None:
         """A call returned; what is large is stored first."""
         self.progress.add(1, (seconds,))
         number, attempt = self.core.call_done(task, index, seconds)
-        if len(value_json) <= INLINE_BYTES and not self._stores_all:
-            text = str(value_json, "utf-8")
+        if len(returned.value) <= INLINE_BYTES and not self._stores_all:
+            text = str(returned.value, "utf-8")
             effects = self.core.report(number, attempt, seconds=seconds, value_json=text)
             self._perform(effects)
         else:
-            self._spawn(self._store_value(number, attempt, seconds, value_json))
+            self._spawn(self._store_value(number, attempt, seconds, returned))
 
     # Inside
 
     async def _store_value(
-        self, number: int, attempt: int, seconds: float, value: memoryview
+        self, number: int, attempt: int, seconds: float, returned: Returned
     ) -> None:
-        digest = await self._store(value)
-        stored = pb.StoredValue(digest=digest, size_bytes=len(value))
-        self._perform(self.core.report(number, attempt, seconds=seconds, stored=stored))
+        digest = await self._store(returned.value)
+        stored = pb.StoredValue(digest=digest, size_bytes=len(returned.value))
+        kept = await self._store_kept(returned.kept)
+        self._perform(
+            self.core.report(
+                number,
+                attempt,
+                seconds=seconds,
+                stored=stored,
+                kept=kept,
+                earlier=returned.earlier,
+            )
+        )
+
+    async def _store_kept(self, kept: memoryview) -> pb.KeptState | None:
+        """Store what only spares others work; None where storage does not take it soon."""
+        if not kept:
+            return None
+        try:
+            async with asyncio.timeout(KEEPING_S):
+                digest = await self._store(kept)
+        except (TimeoutError, PhalanxError, OSError) as error:
+            _log.info("state_not_kept", job_id=self.core.job_id, reason=str(error))
+            return None
+        return pb.KeptState(sha256=bytes.fromhex(digest), size_bytes=len(kept))
 
     def _close_stream(self) -> None:
         if self._stream is not None:

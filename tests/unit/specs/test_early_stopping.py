@@ -23,7 +23,6 @@ from coordinator.aggregation.core.dispatch.events import (
 from phalanx.sweeps.promotion import Rung, places_of, promotions_max
 from phalanx.sweeps.ranking import Scored
 from phalanx.v1.job_spec_pb2 import JobSpec
-from phalanx.v1.task_service_pb2 import StoredValue, TaskReport
 from tests.unit.specs.sweep_world import FakeSweep, ScoreOf, SweepWorld
 from tests.unit.specs.test_sweeps import dataset
 
@@ -158,11 +157,8 @@ def run_but(sweep: FakeSweep, held: set[int], slots: int = 4) -> list[int]:
             for attempt, task in enumerate(send.tasks, send.first_attempt):
                 if task in held:
                     continue
-                kept = sweep.run(
-                    task, [x.digest for x in send.inputs[attempt - send.first_attempt]]
-                )
-                stored = StoredValue(digest=kept.digest, size_bytes=kept.size_bytes)
-                reports.append(TaskReport(task=task, attempt=attempt, seconds=1, stored=stored))
+                digests = [x.digest for x in send.inputs[attempt - send.first_attempt]]
+                reports.append(sweep.report_of(task, attempt, 1.0, digests))
                 ran.append(task)
         now_s += 1.0
         appends = any(isinstance(each, Append) for each in effects)
@@ -190,6 +186,30 @@ def test_no_round_waits_for_a_straggler(stopping: str, waits: bool) -> None:
     trials = [sweep.steps[task] for task in ran if sweep.steps[task].kind == "trial"]
     assert {each.round for each in trials} == ({0} if waits else set(range(rounds)))
     assert {each.place for each in trials if each.round == 0} == set(range(last))
+
+
+@pytest.mark.parametrize("stopping", ["asha", "halving"])
+def test_each_trial_of_a_later_round_goes_on_from_its_own_of_the_one_before(stopping: str) -> None:
+    """The fake trainings fail where what they get was kept by another trial."""
+    sweep = fake(12, falling, {stopping: {"min_steps": 1}})
+    ran = [sweep.steps[task] for task in run_but(sweep, set())]
+    later = [each for each in ran if each.kind == "trial" and each.round]
+    assert len(sweep.went_on) == len(later) > 0
+    assert not sweep.began_anew
+
+
+def test_what_a_version_without_places_has_written_lets_trials_begin_anew() -> None:
+    rung = Rung(2.0, more_is_better=True)
+    for place in range(4):
+        rung.add(place, 10 + place, 0.1 * place)
+    document = rung.to_json()
+    assert [rung.place_of(number) for number in (10, 13, 14)] == [0, 3, None]
+    del document["places"]
+    other = Rung(2.0, more_is_better=True)
+    other.take(document)
+    other.add(4, 14, 0.9)
+    assert other.place_of(13) is other.place_of(14) is None
+    assert other.promoted_by(4) == 14
 
 
 def test_those_that_go_on_come_before_those_that_begin() -> None:

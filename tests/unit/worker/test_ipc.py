@@ -81,13 +81,23 @@ def test_a_large_result_is_copied_once() -> None:
     tracemalloc.start()
     try:
         (message,) = assembler.feed(stream[-1:])
-        task, index, seconds, value = ipc.unpack_call(message.body)
+        task, index, seconds, returned = ipc.unpack_call(message.body)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert (task, index, seconds, len(value)) == (7, 2, 0.5, size)
+    assert (task, index, seconds, len(returned.value)) == (7, 2, 0.5, size)
     # The buffer may move as it grows, and that is all beside the copy.
     assert peak < 2.5 * size
+
+
+def test_what_a_call_leaves_beside_its_result_comes_with_it() -> None:
+    body = ipc.pack_call(7, 2, 0.5, b"value", b"kept for others", (3, -1, 2**40))
+    *_, returned = ipc.unpack_call(body)
+    assert bytes(returned.value) == b"value"
+    assert bytes(returned.kept) == b"kept for others"
+    assert returned.earlier == (3, -1, 2**40)
+    *_, plain = ipc.unpack_call(ipc.pack_call(7, 2, 0.5, b"value"))
+    assert (bytes(plain.value), bytes(plain.kept), plain.earlier) == (b"value", b"", ())
 
 
 def test_a_descriptor_belongs_to_its_setup_message() -> None:

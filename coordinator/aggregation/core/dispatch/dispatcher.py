@@ -337,6 +337,9 @@ class Dispatcher:
         )
         if report.HasField("stored"):
             result.stored.CopyFrom(report.stored)
+            if report.HasField("kept"):
+                result.kept.CopyFrom(report.kept)
+            result.earlier.extend(report.earlier)
         else:
             result.value_json = report.value_json
         self._settling[report.attempt] = peer.session

@@ -22,6 +22,9 @@ class Needs:
             for needed in set(each):
                 self._users.setdefault(needed, []).append(task)
         self._values: dict[int, StoredValue] = {}
+        self._kept: dict[int, StoredValue] = {}
+        #: What tasks may go on from, of those of which it is known.
+        self._earlier: dict[int, StoredValue] = {}
 
     @property
     def outcome(self) -> StoredValue | None:
@@ -37,6 +40,7 @@ class Needs:
         are passed over because of it."""
         ready: list[int] = []
         passed: list[int] = []
+        self._take_beside(result)
         known = [(result.task, result.stored)]
         while known:
             task, value = known.pop()
@@ -56,9 +60,23 @@ class Needs:
         return ready, passed
 
     def inputs(self, tasks: Iterable[int]) -> tuple[tuple[StoredValue, ...], ...]:
-        """What each of some tasks gets, in the order in which its program asks for it; nothing at
-        all where no task needs anything."""
+        """What each of some tasks gets, in the order in which its program asks for it, then what it
+        may go on from, if there is something; nothing at all where no task needs anything."""
         if not self._users:
             return ()
         needs = self._graph.needs
-        return tuple(tuple(self._values[each] for each in needs[task]) for task in tasks)
+        return tuple(
+            tuple(self._values[each] for each in needs[task])
+            + ((self._earlier[task],) if task in self._earlier else ())
+            for task in tasks
+        )
+
+    def _take_beside(self, result: TaskResult) -> None:
+        if result.HasField("kept"):
+            kept = result.kept
+            self._kept[result.task] = StoredValue(
+                digest=kept.sha256.hex(), size_bytes=kept.size_bytes
+            )
+        for user, earlier in zip(self._users.get(result.task, ()), result.earlier, strict=False):
+            if earlier in self._kept:
+                self._earlier[user] = self._kept[earlier]

@@ -90,7 +90,7 @@ def _size_of(each: TaskResult | FailedTry) -> int:
     """About how many bytes it takes in a record."""
     if isinstance(each, FailedTry) or each.HasField("failure"):
         return each.ByteSize() + _ENVELOPE_BYTES
-    return len(each.value_json) + _ENVELOPE_BYTES
+    return len(each.value_json) + 4 * len(each.earlier) + _ENVELOPE_BYTES
 
 
 def poisoned(task: int, failures: list[Failure]) -> Failure:
