@@ -28,7 +28,7 @@ MOMENTUM = {"sgd": {"learning_rate": 0.05, "momentum": 0.9}}
 COSINE = {"cosine": {"final_fraction": 0.1}}
 LOSS = {"metric": "train/loss", "at_most": 0.7}
 FLAT = {"metric": "train/accuracy", "evaluations": 2, "min_change": 0.01}
-EVALUATION = {"split": "train", "every_steps": 3}
+EVALUATION = {"split": "train", "every_steps": 4}
 STEPS = 11
 
 WAYS: dict[str, tuple[dict[str, Any], str]] = {
