@@ -27,7 +27,7 @@ ADAM = {"adam": {"learning_rate": 0.01}}
 MOMENTUM = {"sgd": {"learning_rate": 0.05, "momentum": 0.9}}
 COSINE = {"cosine": {"final_fraction": 0.1}}
 LOSS = {"metric": "train/loss", "at_most": 0.7}
-FLAT = {"metric": "train/accuracy", "evaluations": 2, "min_change": 0.01}
+FLAT = {"metric": "train/accuracy", "evaluations": 2, "min_change": 0.03}
 EVALUATION = {"split": "train", "every_steps": 4}
 STEPS = 11
 
