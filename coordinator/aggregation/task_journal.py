@@ -110,8 +110,9 @@ class TaskJournal:
         holder = kept_holder(self._job_id, results[0].attempt)
         gone = frozenset(await self._storage.missing_blobs(digests))
         pins = [pb.Pin(blob=digest) for digest in digests if digest not in gone]
-        with contextlib.suppress(NotFound):
-            await self._storage.set_pins(holder, pins)
+        if pins:
+            with contextlib.suppress(NotFound):
+                await self._storage.set_pins(holder, pins)
 
     async def _read(self) -> list[tuple[int, bytes]]:
         found = self._storage.read_journal(self._stream, self._next)

@@ -87,7 +87,11 @@ class _Kept:
     def take(self, task: int, beside: Beside) -> None:
         """A task has run."""
         if beside.kept:
-            (self._folder / str(task)).write_bytes(beside.kept)
+            path = self._folder / str(task)
+            try:
+                path.write_bytes(beside.kept)
+            except OSError:  # a full disk, say: others do without
+                path.unlink(missing_ok=True)
         if beside.earlier:
             users = [user for user, needs in enumerate(self._graph.needs) if task in needs]
             for user, earlier in zip(users, beside.earlier, strict=False):

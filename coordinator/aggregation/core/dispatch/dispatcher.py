@@ -66,6 +66,8 @@ ATTEMPTS_AT_ONCE = 2
 TERM_SHIFT, BEGUN_SHIFT = 40, 32
 """Where term and beginning stand in the number of an attempt."""
 
+SHA256_BYTES = 32
+
 FIRST_NUMBER = 1 << TERM_SHIFT
 """All attempts of all terms have greater numbers."""
 
@@ -337,7 +339,7 @@ class Dispatcher:
         )
         if report.HasField("stored"):
             result.stored.CopyFrom(report.stored)
-            if report.HasField("kept"):
+            if len(report.kept.sha256) == SHA256_BYTES:
                 result.kept.CopyFrom(report.kept)
             result.earlier.extend(report.earlier)
         else:
