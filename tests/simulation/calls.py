@@ -13,13 +13,15 @@ from phalanx.tasks import is_program, runs_tasks
 from phalanx.testing.simulation.loop import SimulationFailed
 from phalanx.v1 import coordination_service_pb2, training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
-from tests.simulation import task_sets
+from tests.simulation import programs, task_sets
 from tests.simulation.hosts import Leaf
 from worker import ipc
 from worker.ipc import Kind
 
 LeafFailed = coordination_service_pb2.LeafFailed
 Input = tuple[str, int]
+_GONE = b"gone"
+"""What is read of something that a task does without."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,38 @@ class CallingLeaf(Leaf):
                 self._call_failed(order, index, task, seconds)
             else:
                 self.page.leaves += 1
-                value = task_sets.returned(known.spec, task, read)
-                self._say(Kind.CALL_DONE, ipc.pack_call(order.task, index, seconds, value))
+                value = task_sets.returned(known.spec, task, self._went_on(known, task, read))
+                kept = programs.kept_by(known.spec, task)
+                earlier = programs.earlier_by(known.spec, task)
+                body = ipc.pack_call(order.task, index, seconds, value, kept, earlier)
+                self._say(Kind.CALL_DONE, body)
             self._call(order, index + 1)
 
         self._loop.call_later(seconds, ends)
+
+    def _went_on(self, known: _Set, task: int, read: list[bytes]) -> list[bytes]:
+        """Take what the task goes on from from what it has read; return the rest."""
+        needs = len(programs.graph_of_spec(known.spec).needs[task]) if is_program(known.spec) else 0
+        if len(read) <= needs:
+            return read
+        expected = programs.kept_by(known.spec, programs.goes_on_from(known.spec, task))
+        if read[needs:] not in ([expected], [_GONE]):
+            what = f"{self._worker}: task {task} goes on from what another task has kept"
+            self._machines.world.fail(SimulationFailed(what))
+        self._calls.went_on += read[needs] != _GONE
+        return read[:needs]
+
+    def _may_be_gone(self, order: ipc.RunOrder, at: int, digest: str) -> bool:
+        """Whether nobody promised that a blob is there: what comes after all that a task needs."""
+        known = self._sets[order.job]
+        if not is_program(known.spec):
+            return False
+        needs = programs.graph_of_spec(known.spec).needs
+        for place, (task, _, _) in enumerate(order.parts):
+            given = order.inputs[place]
+            if len(given) > len(needs[task]) == at and given[at][0] == digest:
+                return True
+        return False
 
     def _read(
         self,
@@ -160,6 +189,9 @@ class CallingLeaf(Leaf):
             if answer.get("cancelled"):
                 self._running = None
                 self._over(order)
+                return
+            if answer["error"] and self._may_be_gone(order, len(read), digest):
+                self._read(order, inputs, [*read, _GONE], then)
                 return
             if answer["error"]:
                 what = f"{self._worker}: what a task reads is not there: {answer['error']}"

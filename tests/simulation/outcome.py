@@ -95,6 +95,8 @@ class Outcome:
     """Tasks that failed as often as they may."""
     calls: int = 0
     """Calls that began, those of tasks that were run again included."""
+    went_on: int = 0
+    """Calls that went on from what another had kept."""
     tasks_copied: int = 0
     """Tasks that were handed out although somebody else had them."""
     tasks_taken_over: int = 0

@@ -3,8 +3,9 @@
 The graph is that of a shipped program, a cascade: many layers, and tasks that need one result of
 the layer before, two or all. What its tasks compute is made up here, a digest of all that they
 read, so that one input more or less, or in another order, gives another result. How each goes wrong
-stands in the labels of the job. In some the passes after one of them are passed over: no real
-cascade does that, but sweeps do.
+stands in the labels of the job. No real cascade, but sweeps, do what is done here besides: shards
+keep something beside their result, and go on from what they have kept in the pass before, if it is
+there; and in some programs the passes after one of them are passed over.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 
 from phalanx.programs import Graph, ModelParts, Outcome, Piece
 from phalanx.programs.cascade import MERGE, SHARD, Cascade, Layers, Step
+from phalanx.tasks import is_program
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.task_service_pb2 import StoredValue
 from phalanx.v1.training_pb2 import JobPlan, Layout, TensorSpec
@@ -169,6 +171,43 @@ def value_of(spec: JobSpec, task: int, inputs: Sequence[bytes]) -> bytes:
     numbers = np.sin(np.arange(_NUMBERS + task % 3) + int.from_bytes(head[:4], "little") * 1e-6)
     content: bytes = numbers.astype("<f8").tobytes()
     return head + content
+
+
+def kept_by(spec: JobSpec, task: int) -> bytes:
+    """What a task keeps for those that may go on from it: of a shard what it has solved."""
+    if not is_program(spec) or _steps_of(spec)[task].kind != SHARD:
+        return b""
+    return hashlib.sha256(f"kept by {spec.name} {task}".encode()).digest()
+
+
+def earlier_by(spec: JobSpec, task: int) -> tuple[int, ...]:
+    """Which tasks those that get the result of a task go on from: shards of a pass from themselves
+    in the pass before, as its top says."""
+    if not is_program(spec) or not _steps_of(spec)[task].top:
+        return ()
+    return tuple(_earlier(spec, task, user) for user in _users(spec, task))
+
+
+def goes_on_from(spec: JobSpec, task: int) -> int:
+    """The task that one goes on from; less than 0: none."""
+    needs = graph_of_spec(spec).needs[task]
+    return _earlier(spec, needs[0], task) if needs else -1
+
+
+def _users(spec: JobSpec, task: int) -> list[int]:
+    return [user for user, needs in enumerate(graph_of_spec(spec).needs) if task in needs]
+
+
+def _earlier(spec: JobSpec, top: int, user: int) -> int:
+    steps = _steps_of(spec)
+    if steps[user].kind != SHARD or not steps[top].top:
+        return -1
+    same = [
+        each
+        for each in range(top)
+        if (steps[each].kind, steps[each].number) == (SHARD, steps[user].number)
+    ]
+    return same[-1] if same else -1
 
 
 def _outcome(inputs: Sequence[bytes]) -> bytes:

@@ -444,7 +444,8 @@ class Run:
         if user is None:
             return
         outcome.tasks, outcome.tasks_given_up = user.results, user.given_up
-        outcome.calls = self.cluster.machines.calls.begun
+        calls = self.cluster.machines.calls
+        outcome.calls, outcome.went_on = calls.begun, calls.went_on
         outcome.tasks_copied, outcome.tasks_taken_over = tasking.copied, tasking.taken_over
         outcome.passed_over = user.passed
         outcome.results_read, outcome.results_gone = tasking.read, tasking.gone

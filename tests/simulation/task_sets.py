@@ -157,6 +157,8 @@ class Calls:
 
     def __init__(self) -> None:
         self.begun = 0
+        self.went_on = 0
+        """Calls that went on from what another has kept."""
         self.failed: Counter[tuple[str, int, str]] = Counter()
         """Calls that failed in their own process, by job, task and worker."""
         self.mended: set[str] = set()

@@ -19,6 +19,7 @@ from phalanx.errors import (
 )
 from phalanx.rpc.channel import call_with_retry, open_channel
 from phalanx.rpc.status import from_rpc_error
+from phalanx.tasks import kept_holder
 from phalanx.testing.simulation.loop import SimulationFailed
 from phalanx.v1 import job_service_pb2 as pb
 from phalanx.v1 import job_service_pb2_grpc, storage_service_pb2, storage_service_pb2_grpc
@@ -196,6 +197,8 @@ class TaskUser(User):
         wrong = programs.wrong_with(known.spec, job.result) if known.needs else ""
         if wrong:
             raise SimulationFailed(f"{job_id} {wrong}")
+        kept = kept_holder(job_id, "")
+        await self._lets_go(kept, f"{job_id} has ended, and its tasks keep something for others")
 
     async def _blob(self, digest: str) -> bytes:
         stub = storage_service_pb2_grpc.StorageServiceStub(open_channel(self._storage))
@@ -214,24 +217,26 @@ class TaskUser(User):
                     raise SimulationFailed(f"blob {digest} is damaged")
                 return content
 
-    async def _forget(self, job_id: str) -> None:
-        """Delete a set: what its results needed is let go of."""
-        request = pb.DeleteJobRequest(job_id=job_id, request_id=f"delete-{job_id}")
-        await self._insist(lambda stub: stub.DeleteJob, request)
-        self._deleted.add(job_id)
+    async def _lets_go(self, first: str, told: str) -> None:
+        """Wait until nobody whose name begins so pins anything."""
         stub = storage_service_pb2_grpc.StorageServiceStub(open_channel(self._storage))
         listing = storage_service_pb2.ListPinsRequest()
         for _ in range(LOOKS_MAX):
             try:
                 listed = await call_with_retry(stub.ListPins, listing, timeout_s=ATTEMPT_S)
-                holders = [each for each in listed.holders if each.startswith(f"{job_id}/")]
-                if not holders:
-                    break
+                if not any(each.startswith(first) for each in listed.holders):
+                    return
             except (Unavailable, DeadlineExceeded):
                 pass
             await asyncio.sleep(POLL_S)
-        else:
-            raise SimulationFailed(f"{job_id} is deleted, and still holds blobs")
+        raise SimulationFailed(told)
+
+    async def _forget(self, job_id: str) -> None:
+        """Delete a set: what its results needed is let go of."""
+        request = pb.DeleteJobRequest(job_id=job_id, request_id=f"delete-{job_id}")
+        await self._insist(lambda stub: stub.DeleteJob, request)
+        self._deleted.add(job_id)
+        await self._lets_go(f"{job_id}/", f"{job_id} is deleted, and still holds blobs")
         read = pb.GetJobRequest(job_id=job_id)
         try:
             await self._insist(lambda stub: stub.GetJob, read)

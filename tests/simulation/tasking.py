@@ -350,6 +350,13 @@ class Tasking:
         self._demand(task not in known.passed, f"{what}, which is passed over")
         expected = [known.stored(needed) for needed in known.needs[task]]
         self._demand(None not in expected, f"{what}, before all that it reads has a result")
+        earlier = programs.goes_on_from(known.spec, task)
+        result = known.results.get(earlier)
+        if earlier >= 0 and result is not None and result.HasField("kept"):
+            content = programs.kept_by(known.spec, earlier)
+            digest = hashlib.sha256(content).hexdigest()
+            self._demand(result.kept.sha256.hex() == digest, f"{what}: {earlier} kept another's")
+            expected.append(StoredValue(digest=digest, size_bytes=len(content)))
         self._demand(list(inputs) == expected, f"{what}, which is to read {inputs}")
         self.read += len(expected)
 

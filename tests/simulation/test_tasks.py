@@ -63,6 +63,7 @@ def test_a_task_of_a_program_reads_what_others_have_left_and_nothing_else():
     assert sum(each.calls for each in done) > sum(each.tasks for each in done)
     assert sum(each.tasks_taken_over for each in done) > 0
     assert sum(each.passed_over for each in done) > 0
+    assert sum(each.went_on for each in done) > 10
 
 
 def test_scenarios_that_once_found_bugs_find_them_no_more():
