@@ -218,6 +218,8 @@ KNOWN = {
     "nothing is passed over": Known(2, *_PROGRAMS),
     "a task that runs again reads nothing": Known(0, *ORPHANED_TASKS),
     "what tasks read is numbered anew where a message is cut": Known(1, *CUT_MESSAGES),
+    "a task goes on from what another has kept": Known(0, *_PROGRAMS),
+    "what tasks keep for each other outlives their job": Known(0, *_PROGRAMS),
     "effects do not wait for their records": Known(0),
     "records count as durable before they are written": Known(0),
     "the journal is cut before its snapshot is written": Known(3, settings=_HEALED),

@@ -59,6 +59,16 @@ MUTANTS_OF_WORK = (
         f"{_AGGREGATION}.tasks:_messages", "WorkResponse(first_attempt=attempt), 0",
         "WorkResponse(first_attempt=effect.first_attempt), 0",
     ),
+    one(
+        "a task goes on from what another has kept", 0, f"{_NEEDS}._take_beside",
+        "self._earlier[user] = self._kept[earlier]",
+        "self._earlier[user] = self._kept[min(self._kept)]",
+    ),
+    one(
+        "what tasks keep for each other outlives their job", 0,
+        f"{_CONTROL}.operations:Operations.release_pins",
+        "await release_kept(self._store, job_id)", "pass",
+    ),
     # Sets of tasks
     one(
         "what came of a task is settled before it is durable", 0, f"{_TASKS}._succeeded",
