@@ -85,9 +85,19 @@ class TaskJournal:
                     raise
                 return self._next + 1
 
-        self._next = await insist(
-            attempt, PATIENCE, passes=may_be_stored_later, on_failure=self._waits
-        )
+        try:
+            self._next = await insist(
+                attempt, PATIENCE, passes=may_be_stored_later, on_failure=self._waits
+            )
+        except Aborted:
+            # The job may have ended without this owner: nobody lets go of this any more.
+            if any(each.HasField("kept") for each in stored):
+                with contextlib.suppress(PhalanxError):
+                    await self._storage.set_pins(self._kept_holder(stored), [])
+            raise
+
+    def _kept_holder(self, results: Sequence[TaskResult]) -> str:
+        return kept_holder(self._job_id, results[0].attempt)
 
     async def _pin(self, stored: Sequence[TaskResult]) -> None:
         holder = pins_holder(self._job_id, stored[0].attempt)
@@ -107,12 +117,11 @@ class TaskJournal:
         digests = sorted({each.kept.sha256.hex() for each in results if each.HasField("kept")})
         if not digests:
             return
-        holder = kept_holder(self._job_id, results[0].attempt)
         gone = frozenset(await self._storage.missing_blobs(digests))
         pins = [pb.Pin(blob=digest) for digest in digests if digest not in gone]
         if pins:
             with contextlib.suppress(NotFound):
-                await self._storage.set_pins(holder, pins)
+                await self._storage.set_pins(self._kept_holder(results), pins)
 
     async def _read(self) -> list[tuple[int, bytes]]:
         found = self._storage.read_journal(self._stream, self._next)

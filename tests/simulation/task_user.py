@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import grpc
 import grpc.aio
 
+from coordinator.aggregation.core.dispatch.dispatcher import TERM_SHIFT
 from phalanx.errors import (
     DeadlineExceeded,
     NotFound,
@@ -197,8 +198,14 @@ class TaskUser(User):
         wrong = programs.wrong_with(known.spec, job.result) if known.needs else ""
         if wrong:
             raise SimulationFailed(f"{job_id} {wrong}")
-        kept = kept_holder(job_id, "")
-        await self._lets_go(kept, f"{job_id} has ended, and its tasks keep something for others")
+        # What an owner pinned that was replaced, and died over it, goes with the next garbage.
+        first = kept_holder(job_id, "")
+        await self._lets_go(
+            lambda each: (
+                each.startswith(first) and int(each.removeprefix(first)) >> TERM_SHIFT == known.term
+            ),
+            f"{job_id} has ended, and its tasks keep something for others",
+        )
 
     async def _blob(self, digest: str) -> bytes:
         stub = storage_service_pb2_grpc.StorageServiceStub(open_channel(self._storage))
@@ -217,14 +224,14 @@ class TaskUser(User):
                     raise SimulationFailed(f"blob {digest} is damaged")
                 return content
 
-    async def _lets_go(self, first: str, told: str) -> None:
-        """Wait until nobody whose name begins so pins anything."""
+    async def _lets_go(self, mine: Callable[[str], bool], told: str) -> None:
+        """Wait until none of these holders pins anything."""
         stub = storage_service_pb2_grpc.StorageServiceStub(open_channel(self._storage))
         listing = storage_service_pb2.ListPinsRequest()
         for _ in range(LOOKS_MAX):
             try:
                 listed = await call_with_retry(stub.ListPins, listing, timeout_s=ATTEMPT_S)
-                if not any(each.startswith(first) for each in listed.holders):
+                if not any(mine(each) for each in listed.holders):
                     return
             except (Unavailable, DeadlineExceeded):
                 pass
@@ -236,7 +243,10 @@ class TaskUser(User):
         request = pb.DeleteJobRequest(job_id=job_id, request_id=f"delete-{job_id}")
         await self._insist(lambda stub: stub.DeleteJob, request)
         self._deleted.add(job_id)
-        await self._lets_go(f"{job_id}/", f"{job_id} is deleted, and still holds blobs")
+        await self._lets_go(
+            lambda each: each.startswith(f"{job_id}/"),
+            f"{job_id} is deleted, and still holds blobs",
+        )
         read = pb.GetJobRequest(job_id=job_id)
         try:
             await self._insist(lambda stub: stub.GetJob, read)

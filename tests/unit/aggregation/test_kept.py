@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from coordinator.aggregation.task_journal import TaskJournal
 from coordinator.control.core.facts import Facts, JobFacts
 from coordinator.control.core.lifecycle import CANCELLED, FAILED, PAUSED, RUNNING, SUCCEEDED
 from coordinator.control.pins import unclaimed
-from phalanx.errors import NotFound
+from phalanx.errors import Aborted, NotFound
 from phalanx.ids import new_id
 from phalanx.programs.base import Graph
 from phalanx.tasks import kept_holder, pins_holder
@@ -168,6 +168,24 @@ async def test_what_was_kept_is_pinned_and_no_result_waits_for_what_is_gone(gone
     assert storage.pins[pins_holder("job-1", 8)] == ["of 1", "of 2"]
     # A record keeps what it names by its digits, as long as the journal is there.
     assert one.encode() not in storage.records[0]
+
+
+async def test_an_owner_that_was_replaced_lets_go_of_what_it_pinned() -> None:
+    """Control let go of all pins when the job ended, maybe before this one was made."""
+
+    class Later(Storage):
+        async def append(self, stream: str, payloads: Sequence[bytes], expected: int) -> int:
+            raise Aborted("another record stands there", reason="SEQUENCE_MISMATCH")
+
+        async def read_journal(self, stream: str, first: int, limit: int) -> AsyncIterator[Any]:
+            yield pb.JournalRecord(payload=b"of another")
+
+    storage: Any = Later({"of 1", "of 2", *(as_value(task).digest for task in (1, 2))})
+    journal = TaskJournal(storage, "job-1", lambda *_: None)
+    async with asyncio.timeout(GUARD_S):
+        with pytest.raises(Aborted):
+            await journal.append(record())
+    assert storage.pins[kept_holder("job-1", 8)] == []
 
 
 @pytest.mark.parametrize(
