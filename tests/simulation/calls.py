@@ -186,7 +186,9 @@ class CallingLeaf(Leaf):
         digest, size_bytes = inputs[len(read)]
 
         def fetched(answer: dict[str, Any]) -> None:
-            if answer.get("cancelled"):
+            # A worker may not have heard yet that the job is deleted.
+            deleted = self._sets[order.job].job_id in self._calls.deleted
+            if answer.get("cancelled") or (answer["error"] and deleted):
                 self._running = None
                 self._over(order)
                 return

@@ -161,6 +161,7 @@ class Calls:
         """Calls that went on from what another has kept."""
         self.failed: Counter[tuple[str, int, str]] = Counter()
         """Calls that failed in their own process, by job, task and worker."""
+        self.deleted: set[str] = set()
         self.mended: set[str] = set()
         """Jobs whose calls fail no more."""
         self.unloadable: set[str] = set()

@@ -62,7 +62,6 @@ class TaskUser(User):
         self._unloadable = frozenset(calls.unloadable)
         self._journals = journals
         self._read: dict[str, dict[int, TaskResult]] = {}
-        self._deleted: set[str] = set()
 
     async def _run(self) -> None:
         self._stubs = [
@@ -91,8 +90,10 @@ class TaskUser(User):
             if self._chance.random() < FORGOTTEN:
                 await self._forget(job_id)
         listed = await self._whole_list(NAMESPACE)
-        if {job.id for job in listed.jobs} != {*self.ids} - self._deleted:
-            raise SimulationFailed(f"{self.ids} without {self._deleted} are there as {listed}")
+        if {job.id for job in listed.jobs} != {*self.ids} - self._calls.deleted:
+            raise SimulationFailed(
+                f"{self.ids} without {self._calls.deleted} are there as {listed}"
+            )
         self.ended = True
         self.on_end()
 
@@ -242,7 +243,7 @@ class TaskUser(User):
         """Delete a set: what its results needed is let go of."""
         request = pb.DeleteJobRequest(job_id=job_id, request_id=f"delete-{job_id}")
         await self._insist(lambda stub: stub.DeleteJob, request)
-        self._deleted.add(job_id)
+        self._calls.deleted.add(job_id)
         await self._lets_go(
             lambda each: each.startswith(f"{job_id}/"),
             f"{job_id} is deleted, and still holds blobs",
