@@ -80,8 +80,12 @@ class _Kept:
     """What tasks have kept for others, in files of a folder that is there as long as they run."""
 
     def __init__(self, graph: Graph, folder: Path) -> None:
-        self._graph = graph
         self._folder = folder
+        #: Tasks that get the result of each, in the order of their numbers.
+        self._users: dict[int, list[int]] = {}
+        for user, needs in enumerate(graph.needs):
+            for needed in dict.fromkeys(needs):
+                self._users.setdefault(needed, []).append(user)
         self._earlier: dict[int, StoredValue] = {}
 
     def take(self, task: int, beside: Beside) -> None:
@@ -92,13 +96,11 @@ class _Kept:
                 path.write_bytes(beside.kept)
             except OSError:  # a full disk, say: others do without
                 path.unlink(missing_ok=True)
-        if beside.earlier:
-            users = [user for user, needs in enumerate(self._graph.needs) if task in needs]
-            for user, earlier in zip(users, beside.earlier, strict=False):
-                path = self._folder / str(earlier)
-                if path.exists():
-                    size_bytes = path.stat().st_size
-                    self._earlier[user] = StoredValue(digest=str(earlier), size_bytes=size_bytes)
+        for user, earlier in zip(self._users.get(task, ()), beside.earlier, strict=False):
+            path = self._folder / str(earlier)
+            if path.exists():
+                size_bytes = path.stat().st_size
+                self._earlier[user] = StoredValue(digest=str(earlier), size_bytes=size_bytes)
 
     def inputs(self, task: int) -> list[StoredValue]:
         """Return what a task may go on from, if there is something."""

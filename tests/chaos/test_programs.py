@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import psutil
 import pytest
@@ -18,10 +19,11 @@ from phalanx.local.keys import TOKENS_FILE
 from phalanx.sdk.job import Job
 from phalanx.sdk.methods import READ_JOURNAL, READ_TASK_RESULTS
 from phalanx.sweeps.steps import steps_of
-from phalanx.tasks import journal_stream
+from phalanx.tasks import journal_stream, kept_holder
 from phalanx.testing.arena import GUARD_S, Arena, arena, gated_job, wait_until
 from phalanx.v1.job_service_pb2 import ReadTaskResultsRequest
-from phalanx.v1.storage_service_pb2 import ReadJournalRequest
+from phalanx.v1.storage_service_pb2 import ListPinsRequest, ReadJournalRequest
+from phalanx.v1.storage_service_pb2_grpc import StorageServiceStub
 from phalanx.v1.task_service_pb2 import TaskRecord, TaskResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
@@ -216,6 +218,40 @@ def test_a_worker_killed_with_a_part_of_a_cascade_half_solved(
     assert result.metrics["cascade/dual"] == expected.metrics["cascade/dual"]
 
 
+def tables_of(result: phalanx.Result) -> dict[str, str]:
+    return {each.name: each.digest for each in result.files if not each.name.endswith(".png")}
+
+
+def test_two_sweeps_whose_trials_go_on_while_one_service_after_another_is_killed(
+    ring: Arena, alone: phalanx.Cluster
+) -> None:
+    halving = {**ASHA["sweep"], "halving": {"min_steps": 20}}
+    del halving["asha"]
+    sweeps = [ASHA, {**ASHA, "name": "halving", "sweep": halving}]
+    expected = [alone.submit(each).wait(timeout_s=GUARD_S) for each in sweeps]
+    ring.workers_ready()
+    jobs = [ring.cluster.submit(each) for each in sweeps]
+    for done, victim in ((6, "aggregator-1"), (10, "control-1"), (14, "storage")):
+        ring.at_step(jobs[0], done)
+        ring.signal(victim)
+    for job, known in zip(jobs, expected, strict=True):
+        result = job.wait(timeout_s=GUARD_S)
+        assert tables_of(result) == tables_of(known)
+        assert result.parameters_sha256 == known.parameters_sha256
+        assert any(each.HasField("kept") for each in results_of(ring, job))
+    with grpc.insecure_channel(ring.cluster.process("storage").address) as channel:
+        stub = StorageServiceStub(channel)
+
+        def holders(first: str) -> list[str]:
+            request = ListPinsRequest(after_holder=first)
+            listed = stub.ListPins(request, timeout=GUARD_S, wait_for_ready=True)
+            return [each for each in listed.holders if each.startswith(first)]
+
+        for job in jobs:
+            first = kept_holder(job.id, "")
+            wait_until(lambda first=first: not holders(first), "the end of the pins")
+
+
 @pytest.mark.parametrize("sweep", [SWEEP, ASHA], ids=["all", "asha"])
 def test_a_worker_killed_with_a_trial_half_done(
     ring: Arena, alone: phalanx.Cluster, sweep: dict[str, Any]
@@ -226,12 +262,8 @@ def test_a_worker_killed_with_a_trial_half_done(
     kill(ring, hold(ring, job))
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == expected.parameters_sha256
-    tables = [
-        {each.name: each.digest for each in files if not each.name.endswith(".png")}
-        for files in (result.files, expected.files)
-    ]
-    assert tables[0] == tables[1]
-    assert sorted(tables[0]) == ["results.csv", "results.json"]
+    assert tables_of(result) == tables_of(expected)
+    assert sorted(tables_of(result)) == ["results.csv", "results.json"]
     if "asha" in sweep["sweep"]:
         steps = steps_of(job.message.spec)
         # Attempts are numbered as they are given: trials went on while others had yet to begin.
