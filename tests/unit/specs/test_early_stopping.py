@@ -198,6 +198,17 @@ def test_each_trial_of_a_later_round_goes_on_from_its_own_of_the_one_before(stop
     assert not sweep.began_anew
 
 
+@pytest.mark.parametrize(("room", "keeps"), [(0, True), (-1, False)])
+def test_trials_that_would_keep_too_much_together_keep_nothing(
+    monkeypatch: pytest.MonkeyPatch, room: int, keeps: bool
+) -> None:
+    sweep = fake(9, falling, {"halving": {"min_steps": 1}})
+    trials = (9 + 3) * FOLDS
+    monkeypatch.setattr("phalanx.sweeps.tasks.KEPT_BYTES_MAX", trials * len("0 0 0") + room)
+    run_but(sweep, set())
+    assert (bool(sweep.went_on), bool(sweep.began_anew)) == (keeps, not keeps)
+
+
 def test_what_a_version_without_places_has_written_lets_trials_begin_anew() -> None:
     rung = Rung(2.0, more_is_better=True)
     for place in range(4):
