@@ -101,7 +101,7 @@ class SweepTasks:
             if error.reason not in DIVERGED:
                 raise
             return Trial(number, step.fold, None, error.message)
-        # There is no need to look at the others: all trials of a sweep keep about as much.
+        # If each that keeps something has its part of the room, all of them together fit.
         trials = sum(each.count for each in self._rounds[:-1]) * self._sweep.folds
         if len(fitted.kept) * trials <= KEPT_BYTES_MAX:
             self._job.beside.kept = fitted.kept
