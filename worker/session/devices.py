@@ -42,6 +42,21 @@ def gpus_here(
     return tuple(str(index) for index in range(sum(map(bool, map(_DEVICE.fullmatch, files)))))
 
 
+def unlike(devices: Mapping[int, str]) -> str:
+    """Say which slots have GPUs that give other bits than those of others; empty: none.
+
+    `devices` has for each slot what its GPU computes, as a hash; empty: it uses none.
+    """
+    slots: dict[str, list[str]] = {}
+    for slot, device in sorted(devices.items()):
+        if device:
+            slots.setdefault(device, []).append(str(slot))
+    if len(slots) < 2:
+        return ""
+    kinds = " and ".join(" ".join(each) for each in slots.values())
+    return f"other bits in the slots {kinds}: run a worker for each kind of GPU"
+
+
 def libraries_here() -> dict[str, str]:
     """Return the version of each library that jobs may ask for, where it is installed."""
     found = {}

@@ -25,6 +25,7 @@ from worker.core.restarts import Restarts
 from worker.core.rounds import LeafFailure, Part, PartState
 from worker.gpus import gpus_of_slot
 from worker.ipc import Kind, Message, Returned
+from worker.session.devices import unlike
 from worker.session.leaf_server import LeafServer
 from worker.session.process import LeafProcess, describe_exit
 from worker.session.setup import PreparedJob
@@ -190,14 +191,8 @@ class SlotPool:
 
     def unlike(self, job: PreparedJob) -> str:
         """Say which slots have GPUs that give other bits than others; empty: none."""
-        slots: dict[str, list[str]] = {}
-        for place in self._places.values():
-            if place.devices.get(job.number):
-                slots.setdefault(place.devices[job.number], []).append(str(place.slot))
-        kinds = sorted(" ".join(each) for each in slots.values())
-        if len(kinds) < 2:
-            return ""
-        return f"other bits in the slots {' and '.join(kinds)}: run a worker for each kind of GPU"
+        places = [each for each in self._places.values() if each.code == job.code_key]
+        return unlike({each.slot: each.devices.get(job.number, "") for each in places})
 
     async def describe(self, job: PreparedJob) -> coordination.JobDescribed:
         """Have a leaf process describe a job; its silence is a failure of the job, and so is its

@@ -10,6 +10,16 @@ import pytest
 ROOT = Path(__file__).parents[3]
 HEAVY = {"grpc", "google.protobuf", "matplotlib", "numpy", "pyarrow", "scipy", "torch", "typer"}
 
+FORKED = """
+import importlib
+from phalanx.local.layout import IMPORTS as MEMBERS
+from worker.leaf.server import IMPORTS
+for names in (IMPORTS, *MEMBERS.values()):
+    for name in names:
+        importlib.import_module(name)
+"""
+"""What is loaded where leaf processes are forked: CUDA works in no fork of a process that used it."""
+
 
 def _loaded_by(statement: str) -> set[str]:
     program = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
@@ -34,14 +44,7 @@ def _output_of(program: str) -> str:
         ("import phalanx.errors, phalanx.config, phalanx.ids", HEAVY),
         ("import coordinator.control.main", {"numpy", "pyarrow", "scipy"}),
         ("import phalanx.rpc.server, phalanx.rpc.process", {"numpy", "pyarrow", "scipy"}),
-        # Leaf processes are forks of these, and CUDA cannot be used in a fork of a process that did.
-        ("import worker.__main__, worker.main, worker.leaf.server", {"torch"}),
-        (
-            "import importlib; from worker.leaf.server import IMPORTS; "
-            "from phalanx.local.layout import IMPORTS as MEMBERS; "
-            "[importlib.import_module(n) for each in (IMPORTS, *MEMBERS.values()) for n in each]",
-            {"torch"},
-        ),
+        (FORKED, {"torch"}),
     ],
 )
 def test_heavy_modules_are_not_loaded(statement: str, refused: set[str]) -> None:

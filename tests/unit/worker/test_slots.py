@@ -269,11 +269,16 @@ async def test_slots_whose_gpus_give_other_bits_are_named(monkeypatch):
     ):
         job = SimpleNamespace(**{**vars(JOB), "arena": SimpleNamespace(fd=0)})
         job.setup_body = lambda: b""
+        # The same slots have processes of another job's code, which say nothing of this one.
+        for slot in range(3):
+            pool._place(slot, "other")
         waiting = asyncio.ensure_future(pool.set_up(job))
         await asyncio.sleep(0)
-        for place, device in zip(list(pool._places.values()), devices, strict=True):
+        for slot, device in enumerate(devices):
+            place = pool._places[slot, ""]
             answer = {"job": job.number, "error": "", "traceback": "", "device": device}
             told = Message(Kind.SETUP_DONE, ipc.pack_json(answer))
+            assert place.process is not None
             place.process.on_message(place.process, told)
         assert await asyncio.wait_for(waiting, GUARD_S) is None
         assert pool.unlike(job).startswith(said)
