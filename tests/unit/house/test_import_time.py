@@ -18,7 +18,7 @@ for names in (IMPORTS, *MEMBERS.values()):
     for name in names:
         importlib.import_module(name)
 """
-"""What is loaded where leaf processes are forked: CUDA works in no fork of a process that used it."""
+"""What is loaded where leaf processes are forked; in a fork of a process that used it CUDA fails."""
 
 
 def _loaded_by(statement: str) -> set[str]:
