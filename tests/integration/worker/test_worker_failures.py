@@ -14,7 +14,7 @@ import pytest
 
 from phalanx.testing.worker_peers import ScriptedAggregator, ScriptedControl
 from phalanx.v1 import coordination_service_pb2 as coordination
-from phalanx.v1 import training_pb2
+from phalanx.v1 import job_spec_pb2, training_pb2
 from worker.session import leaf_server
 
 GoRecord = training_pb2.GoRecord
@@ -86,6 +86,33 @@ async def test_a_process_whose_gpu_failed_is_replaced(bench: Any, eventually: An
         failed = await session.receive("leaf_failed")
         assert (failed.shard, failed.kind) == (2, LeafFailed.KIND_RAISED)
         await eventually(lambda: worker.leaf_pids and before not in worker.leaf_pids)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "said"),
+    [
+        (("0", "0"), ""),
+        (("0", "1"), "other bits in the slots 0 and 1: run a worker for each kind of GPU"),
+    ],
+)
+async def test_slots_with_gpus_of_different_kinds_compute_nothing_together(
+    bench: Any, gpus: tuple[str, ...], said: str
+) -> None:
+    bench.job(shards=4, custom={"act": "differ"})
+    spec = job_spec_pb2.JobSpec.FromString(bench.plan.spec)
+    spec.resources.gpus = 1
+    bench.plan.spec = spec.SerializeToString(deterministic=True)
+    bench.plan.bitwise = True
+    async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
+        bench.own(aggregator)
+        await bench.worker(control.address, slots=2, gpus=gpus)
+        session = await control.next_session()
+        await session.send(describe_job={"plan": bench.plan})
+        own = (await session.receive("job_described")).leaf_sha256
+        await session.send(assign_job=bench.assign([(0, 4)]))
+        ready = await session.receive("worker_job_ready")
+        assert ready.leaf_sha256 == (said or own)
+        assert len(own) == 64
 
 
 @pytest.mark.parametrize("act", ["split", "split_and_leave", "split_and_raise", "share_out"])

@@ -18,7 +18,7 @@ for names in (IMPORTS, *MEMBERS.values()):
     for name in names:
         importlib.import_module(name)
 """
-"""What is loaded where leaf processes are forked; in a fork of a process that used it CUDA fails."""
+"""What is loaded where leaf processes are forked. A fork of a process that used CUDA cannot."""
 
 
 def _loaded_by(statement: str) -> set[str]:
