@@ -45,6 +45,8 @@ NEXT: dict[tuple[Job.State.ValueType, Verb], Job.State.ValueType] = {
     (PAUSED, Verb.RESUME): RUNNING,
     # As many run as may: it takes its turn, as others do.
     (PAUSED, Verb.QUEUE_AGAIN): QUEUED,
+    # One that waits to be resumed, and is not to go on after all.
+    (QUEUED, Verb.PAUSE): PAUSED,
     (PAUSED, Verb.FAIL): FAILED,
     (PAUSED, Verb.CANCEL): CANCELLED,
     (FAILED, Verb.RETRY): QUEUED,

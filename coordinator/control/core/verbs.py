@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from google.protobuf.message import Message
 
 from coordinator.control.core import membership, quotas, terms
@@ -31,7 +33,7 @@ from coordinator.control.core.lifecycle import (
     state_name,
 )
 from coordinator.control.core.requests import check_same
-from coordinator.control.core.state import Core, Ending, JobRuntime, new_runtime
+from coordinator.control.core.state import Core, Ending, JobRuntime, OperationKind, new_runtime
 from coordinator.control.core.views import job_view, worker_view
 from phalanx.errors import (
     AlreadyExists,
@@ -140,11 +142,14 @@ def cancel(core: Core, event: CancelJob) -> None:
 def pause(core: Core, event: PauseJob) -> None:
     """Note the wish to pause and tell the root; the job is paused at its next step boundary."""
     facts, job = _find(core, event.job_id)
-    state = next_state(event.job_id, facts.state, Verb.REQUEST_PAUSE)
-    assert job is not None
-    if job.ending is not None or job.stopped:
+    if job is not None and (job.ending is not None or job.stopped):
         text = f"job {event.job_id} is ending and cannot be paused"
         raise FailedPrecondition(text, reason="WRONG_STATE")
+    if job is not None and facts.waits_to_resume:
+        _stay_paused(core, facts, job, event)
+        return
+    state = next_state(event.job_id, facts.state, Verb.REQUEST_PAUSE)
+    assert job is not None
     changed = JobChanged(
         job_id=event.job_id,
         state=state,
@@ -160,6 +165,25 @@ def pause(core: Core, event: PauseJob) -> None:
     terms.command_pause(core, job)
     if job.reason == "WAITING_FOR_WORKERS":
         core.set_reason(job, *explain_waiting(core, job, group_of(core, job)))
+
+
+def _stay_paused(core: Core, facts: JobFacts, job: JobRuntime, event: PauseJob) -> None:
+    """Take a job that waits to be resumed out of the queue again: nobody runs anything of it.
+
+    A term that storage is raising for it by now is none to begin with, see `terms.term_raised`.
+    """
+    if job.operation is not None and job.operation.kind is OperationKind.BEGIN:
+        job.operation = replace(job.operation, kind=OperationKind.RAISE_TERM)
+    state = next_state(event.job_id, facts.state, Verb.PAUSE)
+    changed = JobChanged(job_id=event.job_id, state=state, message="it had not been resumed yet")
+    _carry_over(facts, changed)
+    event.request.subject = event.job_id
+    job.after = core.persist(ControlRecord(job_changed=changed), event.request)
+    job.reason = job.message = ""
+    core.answer(event.token, PauseJobResponse(job=job_view(facts, job, core.generation)), job.after)
+    core.emit("JOB_PAUSED", changed.message, job_id=job.job_id, after=job.after)
+    core.publish(job.job_id, job.after)
+    terms.advance_queue(core)
 
 
 def resume(core: Core, event: ResumeJob) -> None:

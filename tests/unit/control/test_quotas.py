@@ -249,6 +249,58 @@ def test_a_job_that_waits_to_be_resumed_can_be_cancelled(crowded: Any) -> None:
     assert crowded.state("job-2") == "RUNNING"
 
 
+def test_a_job_that_waits_to_be_resumed_can_be_paused_again(crowded: Any) -> None:
+    """Else who resumed it too early could only cancel it."""
+    paused(crowded)
+    crowded.call(ev.ResumeJob, "job-1")
+    answer = crowded.answers[crowded.call(ev.PauseJob, "job-1")]
+    assert (answer.job.state, crowded.state("job-1")) == (Job.STATE_PAUSED, "PAUSED")
+    assert crowded.core.facts.jobs["job-1"].kept.changed.progress.step == 7
+    crowded.call(ev.CancelJob, "job-2")
+    assert crowded.state("job-1") == "PAUSED"
+    crowded.call(ev.ResumeJob, "job-1")
+    assert crowded.state("job-1") == "RUNNING"
+    refused = crowded.answers[crowded.call(ev.PauseJob, crowded_waiter(crowded))]
+    assert "cannot pause" in refused.message
+
+
+def crowded_waiter(crowded: Any) -> str:
+    """Submit a job that is queued and has never run."""
+    crowded.submit("job-4", edit=in_namespace("red"))
+    assert crowded.state("job-4") == "QUEUED"
+    return "job-4"
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_term_that_is_raised_for_a_job_that_is_paused_again_begins_nothing(
+    make_cluster: Any, resumed: bool
+) -> None:
+    cluster = make_cluster(CoreConfig(running_jobs_max=1))
+    cluster.aggregator("a1")
+    cluster.worker("w1")
+    for job_id in ("job-1", "job-2", "job-3"):
+        cluster.submit(job_id)
+    paused(cluster)
+    cluster.advance(1.0)
+    cluster.call(ev.ResumeJob, "job-1")
+    cluster.call(ev.CancelJob, "job-3")
+    run_operations, cluster.run_operations = cluster.run_operations, lambda: None
+    cluster.call(ev.CancelJob, "job-2")
+    cluster.feed(cluster._answer_operation(cluster.operations.pop(0)))
+    (raising,) = cluster.operations
+    cluster.operations.clear()
+    cluster.run_operations = run_operations
+    cluster.call(ev.PauseJob, "job-1")
+    cluster.submit("job-4")
+    assert [cluster.state(f"job-{each}") for each in (1, 4)] == ["PAUSED", "RUNNING"]
+    if resumed:
+        cluster.call(ev.ResumeJob, "job-1")
+    cluster.operations.append(raising)
+    cluster.run_operations()
+    first = "QUEUED" if resumed else "PAUSED"
+    assert [cluster.state(f"job-{each}") for each in (1, 4)] == [first, "RUNNING"]
+
+
 def test_a_quota_that_is_raised_holds_at_once(crowded: Any) -> None:
     crowded.feed(ev.QuotasChanged({"blue": Limits(running_jobs=9)}))
     assert crowded.state("job-2") == "QUEUED"
