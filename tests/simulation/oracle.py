@@ -291,8 +291,8 @@ class Oracle:
             return  # told again: the first answer got lost
         self._lease_request = request.request_id
         self.demand(token > self._token, f"lease token {token} after {self._token}")
-        if held is not None and held.holder not in ("", holder):
-            # A renewal may be stored and yet unanswered; storage is never behind its answers.
+        # What is stored may stay unanswered, releases as well; storage is never behind its answers.
+        if held is not None and held.holder not in ("", holder) and response.lost_holder:
             seen = (request.seen_token, request.seen_counter)
             self.demand(
                 seen >= (held.token, held.counter),
