@@ -19,7 +19,8 @@ class PhalanxLinearSVC(ClassifierMixin, Classifies):  # type: ignore[misc]
     """Linear support vector machine of two classes.
 
     Args:
-        loss: "hinge" or "squared_hinge" (by gradient only).
+        loss: "hinge" or "squared_hinge"; cocoa solves the hinge alone, and the squared one is usual
+            by gradient: None takes these.
         l2: λ of λ/2‖w‖²; scikit-learn's C is 1 / (λ · rows).
         algorithm: "cocoa" (CoCoA+, hinge, without a bias, to a duality gap) or "gradient".
         gap: cocoa ends at this duality gap.
@@ -33,7 +34,7 @@ class PhalanxLinearSVC(ClassifierMixin, Classifies):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        loss: str = "squared_hinge",
+        loss: str | None = None,
         l2: float = 0.001,
         algorithm: str = "gradient",
         gap: float = 0.001,
@@ -76,18 +77,20 @@ class PhalanxLinearSVC(ClassifierMixin, Classifies):  # type: ignore[misc]
     def _program(self, rows: int) -> Mapping[str, Any]:
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm must be one of {ALGORITHMS}, not {self.algorithm!r}")
+        usual = "hinge" if self.algorithm == "cocoa" else "squared_hinge"
+        loss = usual if self.loss is None else self.loss
         train: dict[str, Any] = {"l2": float(self.l2), "dtype": "float64"}
         if self.algorithm == "cocoa":
             gap = {"metric": "train/duality_gap", "at_most": float(self.gap)}
             train |= {
-                "model": {"linear_svm": {"loss": self.loss, "bias": False}},
+                "model": {"linear_svm": {"loss": loss, "bias": False}},
                 "optimizer": {"cocoa": {}},
                 "evaluation": {"split": "train", "every_steps": 1},
                 "stop": {"steps": int(self.steps), "thresholds": [gap]},
             }
         else:
             train |= {
-                "model": {"linear_svm": {"loss": self.loss}},
+                "model": {"linear_svm": {"loss": loss}},
                 "optimizer": {"adam": {"learning_rate": 0.02}},
                 "batch_size": min(64, rows),
                 "stop": {"epochs": float(self.steps)},

@@ -115,7 +115,8 @@ def test_settings_may_be_numbers_and_arrays_of_numpy() -> None:
 def test_its_linear_machine_reaches_the_optimum_of_liblinear() -> None:
     features, labels = digits(500)
     features, labels = features - features.mean(axis=0), labels > "digit 4"
-    ours = phalanx.sklearn.PhalanxLinearSVC(loss="hinge", algorithm="cocoa", l2=0.01)
+    # Without a loss it takes the one that cocoa solves.
+    ours = phalanx.sklearn.PhalanxLinearSVC(algorithm="cocoa", l2=0.01)
     ours.fit(features, labels)
     reference = LinearSVC(
         C=1 / (0.01 * len(labels)), loss="hinge", fit_intercept=False, tol=1e-8, max_iter=100_000
@@ -126,6 +127,11 @@ def test_its_linear_machine_reaches_the_optimum_of_liblinear() -> None:
         weights, ours_scaled, labels
     )
     assert ours.predict(features).tolist() == (ours.decision_function(features) > 0).tolist()
+    squared, usual = (
+        phalanx.sklearn.PhalanxLinearSVC(loss=loss, steps=2).fit(features, labels)
+        for loss in ("squared_hinge", None)
+    )
+    assert usual.parameters_sha256_ == squared.parameters_sha256_
     with pytest.raises(ValueError, match="Only binary classification"):
         phalanx.sklearn.PhalanxLinearSVC().fit(*digits(100))
 
