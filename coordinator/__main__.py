@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+from phalanx.ending import end_process
+
 USAGE = """usage: python -m coordinator {control,aggregator} [flags]
 
   control      leads the cluster: who is in it, who does what, what became of each job
@@ -31,4 +33,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -1,9 +1,9 @@
 """``python -P -m storage --state DIR``: run the storage service."""
 
-import sys
 from collections.abc import Sequence
 
 from phalanx.config import parse
+from phalanx.ending import end_process
 from phalanx.rpc.buffers import reuse_large_buffers
 from phalanx.rpc.process import run_service
 from storage.config import StorageConfig
@@ -18,4 +18,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

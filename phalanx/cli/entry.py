@@ -2,13 +2,20 @@
 
 import sys
 
+from phalanx.ending import end_process
+
 
 def main() -> None:
     """Run the command line of this process."""
     try:
         from phalanx.cli import main as program
 
-        program.main()
+        try:
+            program.main()
+        except SystemExit as ended:
+            if isinstance(ended.code, int):
+                end_process(ended.code)
+            raise
     except (Exception, KeyboardInterrupt) as error:
         from phalanx.cli.command_line import say_how_to_attach, was_interrupted
         from phalanx.parent import EXIT_INTERRUPTED
