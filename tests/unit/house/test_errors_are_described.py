@@ -3,7 +3,10 @@
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
 
 from phalanx.cli.errors import EXIT_OF_CODE
 from phalanx.errors import Code
@@ -63,23 +66,46 @@ def described(page: str, heading: str = "") -> set[str]:
     return {each.strip("` ") for cell in cells for each in cell.split(",")}
 
 
-def test_every_reason_has_a_row() -> None:
-    found = set[str]()
+@dataclass
+class Found:
+    """What the sources have that the handbook is about."""
+
+    reasons: set[str] = field(default_factory=set)
+    texts: set[str] = field(default_factory=set)
+    exit_codes: set[int] = field(default_factory=set)
+
+
+@pytest.fixture(scope="module")
+def sources() -> Found:
+    """Each source is parsed once, which is most of what these tests do."""
+    found = Found()
     for tree in trees():
-        found |= reasons_in(tree)
+        found.reasons |= reasons_in(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.texts.add(node.value)
+            elif (
+                isinstance(node, ast.Assign)
+                and isinstance(node.targets[0], ast.Name)
+                and "EXIT" in node.targets[0].id
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, int)
+            ):
+                found.exit_codes.add(node.value.value)
+    return found
+
+
+def test_every_reason_has_a_row(sources: Found) -> None:
+    found = sources.reasons
     assert {"NOT_LEADER", "PROTOCOL_VERSION", "POISON_SHARD", "LINKED_FILE_CHANGED"} <= found
     missing = found - described("ERRORS.md")
     assert not missing, f"say in docs/ERRORS.md what happened and what to do: {sorted(missing)}"
 
 
-def test_no_row_is_about_what_is_gone() -> None:
-    known = {str(each) for each in Code}
+def test_no_row_is_about_what_is_gone(sources: Found) -> None:
+    known = {str(each) for each in Code} | sources.texts
     made = {"DISK_SLOW", "DATABASE_SLOW", "WORKER_NOT_FOUND", "DATASET_NOT_FOUND"}
     made |= {"MODEL_NOT_FOUND", "WHEEL_NOT_FOUND"}  # of a medium, or a kind, and a word
-    for tree in trees():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                known.add(node.value)
     rows = {each for each in described("ERRORS.md") if REASON.fullmatch(each)}
     assert len(rows) > 150
     assert not rows - known - made
@@ -91,17 +117,7 @@ def test_every_code_has_a_row_with_its_exit_code() -> None:
         assert f"| `{code}` | {EXIT_OF_CODE[code]} |" in text, code
 
 
-def test_every_exit_code_has_a_row() -> None:
-    ours = set(EXIT_OF_CODE.values())
-    for tree in trees():
-        for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.Assign)
-                and isinstance(node.targets[0], ast.Name)
-                and "EXIT" in node.targets[0].id
-                and isinstance(node.value, ast.Constant)
-                and isinstance(node.value.value, int)
-            ):
-                ours.add(node.value.value)
+def test_every_exit_code_has_a_row(sources: Found) -> None:
+    ours = set(EXIT_OF_CODE.values()) | sources.exit_codes
     assert {2, 70, 74, 130} <= ours
     assert {str(each) for each in ours} <= described("OPERATIONS.md", "Exit codes")
