@@ -345,6 +345,7 @@ MISJUDGED = (
     Known(200770),  # a submission was answered so late that its job was over, and took no quota
     # Storage got stuck after a call was taken on, and before what followed from it was decided.
     Known(301284),
+    Known(302515),  # a job of a broken errand was still there when its id was asked for again
 )
 """Scenarios in which somebody once blamed what ships for what is right."""
 

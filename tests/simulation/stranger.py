@@ -45,7 +45,7 @@ from tests.simulation.time_lines import clock_off_ns
 from tests.simulation.user import ENDED, Job, put_data
 
 NAMESPACE = "strangers"
-TWIN = "twin"
+TWIN, TWIN_ID = "twin", "twin-00000000"
 """Each job of such a name gets the same id."""
 
 FORGOTTEN_AFTER_S = 12.0
@@ -58,6 +58,7 @@ class Stranger(Impostor):
     """Runs in a process of its own."""
 
     name, namespace = "stranger", NAMESPACE
+    _leaves_twin = False
 
     def install(self, environment: Environment) -> None:
         """Have two jobs get the same id, as chance may have it once in a long time."""
@@ -67,7 +68,7 @@ class Stranger(Impostor):
         environment.replace(
             submission,
             "new_id",
-            lambda name: f"{TWIN}-00000000" if name.startswith(TWIN) else made(name),
+            lambda name: TWIN_ID if name.startswith(TWIN) else made(name),
         )
 
     async def _run(self) -> None:
@@ -248,18 +249,23 @@ class Stranger(Impostor):
 
     async def _submits_twins(self) -> None:
         """A job whose id is that of another one is refused; the other one goes on."""
+        if self._leaves_twin:  # something was broken the last time
+            self._number += 1
+            with suppress(NotFound):
+                await self._remove_twin()
+        self._leaves_twin = True
         self._number += 1
-        first = await self._twin(f"{TWIN}-{self._number}")
+        await self._twin(f"{TWIN}-{self._number}")
         self._number += 1
         await self._expect(AlreadyExists, self._twin(f"{TWIN}-{self._number}"))
-        await self._attempt(
-            self._control(
-                "CancelJob",
-                job_service_pb2.CancelJobRequest(job_id=first.id, request_id=f"c-{self._number}"),
-            )
-        )
-        request = job_service_pb2.DeleteJobRequest(job_id=first.id, request_id=f"{self._number}")
-        await self._control("DeleteJob", request)
+        await self._remove_twin()
+        self._leaves_twin = False
+
+    async def _remove_twin(self) -> None:
+        cancel = job_service_pb2.CancelJobRequest(job_id=TWIN_ID, request_id=f"c-{self._number}")
+        await self._attempt(self._control("CancelJob", cancel))
+        delete = job_service_pb2.DeleteJobRequest(job_id=TWIN_ID, request_id=f"{self._number}")
+        await self._control("DeleteJob", delete)
 
     async def _twin(self, request_id: str) -> Any:
         spec = jobs.job_spec(replace(SHAPE, steps=60), f"{TWIN}-{SHAPE.elements}")
