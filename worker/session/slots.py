@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from phalanx.errors import FailedPrecondition, InvalidArgument
@@ -21,12 +20,12 @@ from phalanx.v1 import coordination_service_pb2 as coordination
 from worker import ipc
 from worker.core.dispatch import Task
 from worker.core.patience import Patience
-from worker.core.restarts import Restarts
 from worker.core.rounds import LeafFailure, Part, PartState
 from worker.gpus import gpus_of_slot
 from worker.ipc import Kind, Message, Returned
 from worker.session.devices import unlike
 from worker.session.leaf_server import LeafServer
+from worker.session.places import Place, SettingUp, SetUpFailure
 from worker.session.process import LeafProcess, describe_exit
 from worker.session.setup import PreparedJob
 
@@ -75,52 +74,6 @@ class SlotEvents(Protocol):
         """A process has ended."""
 
 
-@dataclass(frozen=True)
-class SetUpFailure:
-    """Why a leaf process could not load a job."""
-
-    message: str
-    traceback: str
-
-
-@dataclass(frozen=True)
-class _SettingUp:
-    """A job that a process was told to load, and what comes of it."""
-
-    job_id: str
-    done: asyncio.Future[SetUpFailure | None]
-
-
-@dataclass(eq=False)
-class _Place:
-    """A slot's process for one set of code, alive or about to be started again."""
-
-    slot: int
-    code: str
-    process: LeafProcess | None = None
-    restarts: Restarts = field(default_factory=Restarts)
-    lost_starts: int = 0
-    task: Task | None = None
-    job: PreparedJob | None = None
-    describing: asyncio.Future[bytes] | None = None
-    description: bytes = b""
-    described_job: PreparedJob | None = None
-    setting_up: dict[int, _SettingUp] = field(default_factory=dict)
-    fetching: int = 0
-    #: What its processes have told of their GPU, by the number of the job that asked for one.
-    devices: dict[int, str] = field(default_factory=dict)
-
-    def ids(self) -> dict[str, object]:
-        """What a line of the log names that by which its process is busy with."""
-        if self.task is not None:
-            ids: dict[str, object] = {"job_id": self.task.job_id}
-            return ids if self.task.is_call else {**ids, "step": self.task.round.step}
-        jobs = {each.job_id for each in self.setting_up.values()}
-        if self.describing is not None and self.described_job is not None:
-            jobs.add(self.described_job.plan.job_id)
-        return {"job_id": jobs.pop()} if len(jobs) == 1 else {}
-
-
 class SlotPool:
     """Leaf processes of `count` slots. Use it in one event loop."""
 
@@ -138,10 +91,10 @@ class SlotPool:
         self._memory_limit_bytes = memory_limit_bytes
         self._patience = [Patience(leaf_timeout_s, _TICK_MAX_S) for _ in range(count)]
         self._leaf_timeout_s = leaf_timeout_s
-        self._places: dict[tuple[int, str], _Place] = {}
+        self._places: dict[tuple[int, str], Place] = {}
         self._count = count
         self._gpus = gpus
-        self._running: dict[int, _Place] = {}
+        self._running: dict[int, Place] = {}
         self._restarting: set[asyncio.TimerHandle] = set()
         self._closing = False
         self._gone: dict[LeafProcess, asyncio.Future[None]] = {}
@@ -242,7 +195,7 @@ class SlotPool:
         if place.process is not None:
             self._order(place, task, job)
 
-    def _order(self, place: _Place, task: Task, job: PreparedJob) -> None:
+    def _order(self, place: Place, task: Task, job: PreparedJob) -> None:
         self._introduce(place, job)
         for part in task.parts:
             if part.buffer >= 0:
@@ -329,11 +282,11 @@ class SlotPool:
 
     # Inside
 
-    def _place(self, slot: int, code: str) -> _Place:
+    def _place(self, slot: int, code: str) -> Place:
         place = self._places.get((slot, code))
         if place is None:
             spare = self._take_spare(slot)
-            place = self._places[slot, code] = _Place(slot, code, spare)
+            place = self._places[slot, code] = Place(slot, code, spare)
             if spare is None:
                 self._start(place)
         return place
@@ -349,10 +302,10 @@ class SlotPool:
         del self._places[slot, ""]
         return place.process
 
-    def _place_of(self, process: LeafProcess) -> _Place | None:
+    def _place_of(self, process: LeafProcess) -> Place | None:
         return next((each for each in self._places.values() if each.process is process), None)
 
-    def _start(self, place: _Place) -> None:
+    def _start(self, place: Place) -> None:
         if self._closing or self._places.get((place.slot, place.code)) is not place:
             return
         if not self._leaves.ready:
@@ -382,7 +335,7 @@ class SlotPool:
         if place.describing is not None and not place.describing.done():
             self._tell(place, Kind.DESCRIBE, place.description)
 
-    def _start_again(self, place: _Place) -> None:
+    def _start_again(self, place: Place) -> None:
         """Start the process of a place once more, at once the first time and later each time."""
         wait_s = place.restarts.wait_after_death(time.monotonic())
         if not wait_s:
@@ -396,7 +349,7 @@ class SlotPool:
         handle = asyncio.get_running_loop().call_later(wait_s, start)
         self._restarting.add(handle)
 
-    def _remove(self, place: _Place) -> None:
+    def _remove(self, place: Place) -> None:
         """End the process of a place for good; its slot is free for others."""
         del self._places[place.slot, place.code]
         if place.process is not None:
@@ -410,7 +363,7 @@ class SlotPool:
         if place.slot not in self._running:
             self._events.slot_idle(place.slot)
 
-    async def _patiently(self, place: _Place, answer: asyncio.Future[bytes]) -> None:
+    async def _patiently(self, place: Place, answer: asyncio.Future[bytes]) -> None:
         """Wait for an answer; time in which the process waits for data, or is not there since the
         ones before it died, does not count."""
         spent_s = 0.0
@@ -422,17 +375,15 @@ class SlotPool:
             if spent_s > self._leaf_timeout_s:
                 raise TimeoutError
 
-    def _introduce(self, place: _Place, job: PreparedJob) -> None:
+    def _introduce(self, place: Place, job: PreparedJob) -> None:
         process = place.process
         if process is not None and job.number not in process.known_jobs:
             process.known_jobs.add(job.number)
             done = asyncio.get_running_loop().create_future()
-            place.setting_up[job.number] = _SettingUp(job.plan.job_id, done)
+            place.setting_up[job.number] = SettingUp(job.plan.job_id, done)
             self._tell(place, Kind.SETUP, job.setup_body(), (job.arena.fd,))
 
-    def _tell(
-        self, place: _Place, kind: Kind, body: bytes = b"", fds: tuple[int, ...] = ()
-    ) -> None:
+    def _tell(self, place: Place, kind: Kind, body: bytes = b"", fds: tuple[int, ...] = ()) -> None:
         if place.process is not None:
             place.process.send(kind, body, fds)
 
@@ -489,7 +440,7 @@ class SlotPool:
         else:
             self._fingerprint.set_result(str(document["fingerprint"]))
 
-    def _has_set_up(self, place: _Place, document: dict[str, object]) -> None:
+    def _has_set_up(self, place: Place, document: dict[str, object]) -> None:
         asked = place.setting_up.pop(int(str(document["job"])), None)
         if asked is None:
             return
@@ -499,7 +450,7 @@ class SlotPool:
             _log.warning("job_set_up_failed", slot=place.slot, job_id=asked.job_id, message=error)
         asked.done.set_result(SetUpFailure(error, traceback) if error else None)
 
-    def _leave(self, place: _Place) -> None:
+    def _leave(self, place: Place) -> None:
         place.task = place.job = None
         if self._running.get(place.slot) is place:
             del self._running[place.slot]
@@ -512,7 +463,7 @@ class SlotPool:
         if place is not None and not self._closing:
             self._died(place, process, code)
 
-    def _died(self, place: _Place, process: LeafProcess, code: int) -> None:
+    def _died(self, place: Place, process: LeafProcess, code: int) -> None:
         how = describe_exit(code)
         shard = process.page.shard
         _log.warning("leaf_process_died", slot=place.slot, how=how, shard=shard, **place.ids())

@@ -9,7 +9,7 @@ from phalanx.errors import PhalanxError
 from phalanx.v1 import coordination_service_pb2 as coordination
 from worker.core.calls import TaskSetCore
 from worker.core.job import JobCore
-from worker.session.slots import SetUpFailure
+from worker.session.places import SetUpFailure
 
 LeafFailed = coordination.LeafFailed
 
