@@ -231,13 +231,14 @@ def services() -> Iterator[Services]:
     """Everything replaced, for as long as the block runs."""
     collects = gc.isenabled()
     gc.collect()
-    gc.freeze()  # what is loaded stays: collections after runs need not walk through it
+    # What is loaded stays, for good: to walk through what a process of tests has loaded takes as
+    # long as a run, and each block, like each collection after runs, would do it.
+    gc.freeze()
     gc.disable()  # see `collect_garbage`
     try:
         with environment() as made:
             yield Services(made)
     finally:
-        gc.unfreeze()
         if collects:
             gc.enable()
 
