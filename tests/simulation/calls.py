@@ -85,7 +85,8 @@ class CallingLeaf(Leaf):
             return
         if not broken:
             self._sets[job] = _Set(plan.job_id, spec, task_sets.arguments_of(spec))
-        answer = {"job": job, "error": "it cannot be loaded" if broken else "", "traceback": ""}
+        error = "it cannot be loaded" if broken else ""
+        answer = {"job": job, "error": error, "traceback": "", "device": ""}
         self._say(Kind.SETUP_DONE, ipc.pack_json(answer))
 
     def _begin(self, order: ipc.RunOrder) -> None:
