@@ -42,7 +42,7 @@ def test_summing_in_arrival_order_would_give_other_bits(
     monkeypatch: pytest.MonkeyPatch, undisturbed_sha256: str
 ) -> None:
     """Without this the equalities below would prove nothing."""
-    monkeypatch.setattr("phalanx.training.local.TreeReducer", ArrivalOrder)
+    monkeypatch.setattr("phalanx.training.local_rounds.TreeReducer", ArrivalOrder)
     with phalanx.LocalCluster(workers=0) as alone:
         add_blobs(alone)
         result = alone.submit(gated_job()).wait(timeout_s=GUARD_S)
