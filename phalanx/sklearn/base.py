@@ -34,6 +34,7 @@ class Trained(ABC, BaseEstimator):  # type: ignore[misc]
         model_: the trained model, see ``phalanx.data.predict.LoadedModel``.
         metrics_: what the job measured at its end.
         parameters_sha256_: of the model's parameters, equal wherever the same fit runs.
+        n_iter_: steps of the job, each of which changes the model; 1 where there are none.
     """
 
     workers: int
@@ -63,11 +64,13 @@ class Trained(ABC, BaseEstimator):  # type: ignore[misc]
     def _shards(self, rows: int) -> int:
         return max(1, min(SHARDS_MAX, rows // ROWS_PER_SHARD))
 
-    def _fit(self, X: Any, targets: NDArray[Any], task: str) -> None:
+    def _fit(
+        self, X: Any, targets: NDArray[Any], task: str, balance: Mapping[str, Any] | None = None
+    ) -> None:
         name = f"sklearn-{uuid.uuid4().hex[:12]}"
         job = {
             "name": name,
-            "data": {"name": name, "shards": self._shards(X.shape[0])},
+            "data": {"name": name, "shards": self._shards(X.shape[0]), **(balance or {})},
             "seed": self.seed,
             **self._program(X.shape[0]),
         }
@@ -138,8 +141,12 @@ class Classifies(Trained):
                 f"{self.classes_[0]}"
             )
         self._check_classes()
-        self._fit(X, codes.astype(np.int64), "classification")
+        self._fit(X, codes.astype(np.int64), "classification", self._balance(y))
         return self
+
+    def _balance(self, y: NDArray[Any]) -> Mapping[str, Any]:
+        """Return what the ``data`` of the job says of how much classes count."""
+        return {}
 
     def _check_classes(self) -> None:
         """Raise ValueError where an estimator does not take so many classes."""

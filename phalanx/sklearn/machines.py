@@ -10,12 +10,18 @@ from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin
 
 from phalanx.sklearn.base import Classifies
+from phalanx.sklearn.linear import HasCoefficients, WeighsClasses
 from phalanx.texts import number_of
 
 ALGORITHMS = ("cocoa", "gradient")
 
 
-class PhalanxLinearSVC(ClassifierMixin, Classifies):  # type: ignore[misc]
+class PhalanxLinearSVC(
+    ClassifierMixin,  # type: ignore[misc]
+    HasCoefficients,
+    WeighsClasses,
+    Classifies,
+):
     """Linear support vector machine of two classes.
 
     Args:
@@ -25,6 +31,8 @@ class PhalanxLinearSVC(ClassifierMixin, Classifies):  # type: ignore[misc]
         algorithm: "cocoa" (CoCoA+, hinge, without a bias, to a duality gap) or "gradient".
         gap: cocoa ends at this duality gap.
         steps: and after so many steps at the latest; by gradient these are passes over the rows.
+        class_weight: by gradient how much rows of each class count: "balanced", or a number by
+            label, 1 where there is none.
         seed: of the order of the rows.
         workers: worker processes of a cluster of its own; 0: inside this process.
         cluster: address of a cluster, or what ``phalanx.connect`` returned; None: its own.
@@ -39,6 +47,7 @@ class PhalanxLinearSVC(ClassifierMixin, Classifies):  # type: ignore[misc]
         algorithm: str = "gradient",
         gap: float = 0.001,
         steps: int = 100,
+        class_weight: Any = None,
         seed: int = 0,
         workers: int = 0,
         cluster: Any = None,
@@ -49,6 +58,7 @@ class PhalanxLinearSVC(ClassifierMixin, Classifies):  # type: ignore[misc]
         self.algorithm = algorithm
         self.gap = gap
         self.steps = steps
+        self.class_weight = class_weight
         self.seed = seed
         self.workers = workers
         self.cluster = cluster
@@ -81,6 +91,8 @@ class PhalanxLinearSVC(ClassifierMixin, Classifies):  # type: ignore[misc]
         loss = usual if self.loss is None else self.loss
         train: dict[str, Any] = {"l2": float(self.l2), "dtype": "float64"}
         if self.algorithm == "cocoa":
+            if self.class_weight is not None:
+                raise ValueError('class_weight goes with algorithm="gradient" only')
             gap = {"metric": "train/duality_gap", "at_most": float(self.gap)}
             train |= {
                 "model": {"linear_svm": {"loss": loss, "bias": False}},

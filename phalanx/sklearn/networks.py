@@ -9,11 +9,12 @@ from typing import Any
 from sklearn.base import ClassifierMixin, RegressorMixin
 
 from phalanx.sklearn.base import ClassifiesByProbability, Regresses
+from phalanx.sklearn.linear import HasCoefficients, WeighsClasses
 
 _AUTO = "auto"
 
 
-class _Network:
+class _Network(HasCoefficients):
     """Parameters that classifier and regressor share, and the job that they mean."""
 
     #: What ``l2`` is where it is not given.
@@ -64,7 +65,12 @@ class _Network:
         return {"train": train}
 
 
-class PhalanxClassifier(ClassifierMixin, _Network, ClassifiesByProbability):  # type: ignore[misc]
+class PhalanxClassifier(
+    ClassifierMixin,  # type: ignore[misc]
+    WeighsClasses,
+    _Network,
+    ClassifiesByProbability,
+):
     """Softmax regression, or with ``hidden`` layers a network (cross-entropy, ReLU).
 
     Args:
@@ -72,7 +78,10 @@ class PhalanxClassifier(ClassifierMixin, _Network, ClassifiesByProbability):  # 
         optimizer: "auto" (Adam), or as the job file has it: {"sgd": {"learning_rate": 0.1}}.
         epochs: passes over the rows.
         batch_size: rows of a step.
-        l2: λ of λ/2‖w‖²; None: 0.0001.
+        l2: λ of λ/2‖w‖²; None: 0.0001. Scikit-learn's C is 1 / (λ · rows), of two classes 2 / (λ ·
+            rows), since each of them has weights here.
+        class_weight: how much rows of each class count: "balanced", or a number by label, 1 where
+            there is none.
         seed: of parameters and order.
         workers: worker processes of a cluster of its own; 0: inside this process.
         cluster: address of a cluster, or what ``phalanx.connect`` returned; None: its own.
@@ -81,6 +90,33 @@ class PhalanxClassifier(ClassifierMixin, _Network, ClassifiesByProbability):  # 
 
     _l2 = 0.0001
 
+    def __init__(
+        self,
+        hidden: Sequence[int] | int = (),
+        *,
+        optimizer: str | Mapping[str, Any] = _AUTO,
+        epochs: float = 100,
+        batch_size: int = 64,
+        l2: float | None = None,
+        class_weight: Any = None,
+        seed: int = 0,
+        workers: int = 0,
+        cluster: Any = None,
+        timeout_s: float = 3600.0,
+    ) -> None:
+        super().__init__(
+            hidden,
+            optimizer=optimizer,
+            epochs=epochs,
+            batch_size=batch_size,
+            l2=l2,
+            seed=seed,
+            workers=workers,
+            cluster=cluster,
+            timeout_s=timeout_s,
+        )
+        self.class_weight = class_weight
+
     def _program(self, rows: int) -> Mapping[str, Any]:
         return self._train(rows, {"softmax_regression": {}}, {"adam": {"learning_rate": 0.01}})
 
@@ -88,8 +124,8 @@ class PhalanxClassifier(ClassifierMixin, _Network, ClassifiesByProbability):  # 
 class PhalanxRegressor(RegressorMixin, _Network, Regresses):  # type: ignore[misc]
     """Linear regression in closed form, or with ``hidden`` layers a network (squared error, ReLU).
 
-    Parameters as of ``PhalanxClassifier``; but "auto" solves a linear regression without any steps,
-    and without an ``l2`` it is 0.
+    Parameters as of ``PhalanxClassifier``, without ``class_weight``; but "auto" solves a linear
+    regression without any steps, and without an ``l2`` it is 0.
     """
 
     _l2 = 0.0
