@@ -98,6 +98,14 @@ class SweepTasks:
             earlier = inputs[1].read if step.round and len(inputs) > 1 else None
             fitted = fit(self._job, spec, train, self._rounds[step.round].steps, earlier)
         except FailedPrecondition as error:
+            if error.reason == "ONE_CLASS":
+                # So it is for each configuration: none would have a mean, and none could be best.
+                raise FailedPrecondition(
+                    f"without fold {step.fold + 1} of {self._sweep.folds} all rows are of one "
+                    "class, so there is nothing to tell apart; a class needs at least two rows: "
+                    "add some, or leave out the class that has one",
+                    reason=error.reason,
+                ) from error
             if error.reason not in DIVERGED:
                 raise
             return Trial(number, step.fold, None, error.message)

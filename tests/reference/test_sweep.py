@@ -386,3 +386,19 @@ def test_chosen_columns_of_sparse_rows_are_those_of_every_trial(
     np.testing.assert_allclose(found, expected.cv_results_["mean_test_score"], atol=1e-12)
     values = model.predict_decision_values(rows)
     np.testing.assert_allclose(values, expected.decision_function(narrow), rtol=0, atol=1e-9)
+
+
+def test_a_fold_that_leaves_one_class_is_named(alone: phalanx.Cluster) -> None:
+    """Scikit-learn has no score for that fold, so no mean for any configuration, and takes the
+    first one; here the sweep ends."""
+    features, targets = classification(rows=40, classes=2)
+    targets[:] = 0
+    targets[7] = 1
+    alone.data.add("one", features, targets)
+    cut = StratifiedKFold(3, shuffle=True, random_state=0)
+    with pytest.warns(UserWarning, match="only 1 members"):
+        held_out = [7 in rows for _, rows in cut.split(features, targets)].index(True)
+    sweep = {"base": {"cascade": {"c": 1, "gamma": 0.1}}, "grid": {"cascade.c": [1, 3]}, "folds": 3}
+    job = alone.submit({"name": "one", "data": {"name": "one"}, "sweep": sweep})
+    with pytest.raises(phalanx.JobFailed, match=f"without fold {held_out + 1} of 3 all rows"):
+        job.wait(timeout_s=60)
