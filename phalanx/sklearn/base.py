@@ -34,7 +34,7 @@ class Trained(ABC, BaseEstimator):  # type: ignore[misc]
         model_: the trained model, see ``phalanx.data.predict.LoadedModel``.
         metrics_: what the job measured at its end.
         parameters_sha256_: of the model's parameters, equal wherever the same fit runs.
-        n_iter_: steps of the job, each of which changes the model; 1 where there are none.
+        n_iter_: steps of the job; forests, which are grown by tasks, have none.
     """
 
     workers: int
@@ -68,11 +68,12 @@ class Trained(ABC, BaseEstimator):  # type: ignore[misc]
         self, X: Any, targets: NDArray[Any], task: str, balance: Mapping[str, Any] | None = None
     ) -> None:
         name = f"sklearn-{uuid.uuid4().hex[:12]}"
+        program = self._program(X.shape[0])
         job = {
             "name": name,
             "data": {"name": name, "shards": self._shards(X.shape[0]), **(balance or {})},
             "seed": self.seed,
-            **self._program(X.shape[0]),
+            **program,
         }
         with self._opened() as cluster, contextlib.ExitStack() as left:
             left.callback(self._forget, cluster, name)
@@ -83,7 +84,8 @@ class Trained(ABC, BaseEstimator):  # type: ignore[misc]
             self.model_ = cluster.models.get(result.model)
             self.metrics_ = dict(result.metrics)
             self.parameters_sha256_ = result.parameters_sha256
-            self.n_iter_ = max(1, result.steps)
+            if "train" in program:
+                self.n_iter_ = max(1, result.steps)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[phalanx.Cluster]:

@@ -89,6 +89,7 @@ def test_the_importances_of_a_forest_choose_features() -> None:
     with pytest.raises(NotFittedError):
         _ = found.feature_importances_
     chosen = SelectFromModel(found).fit(features, targets)
+    assert not hasattr(chosen.estimator_, "n_iter_")  # tasks are no iterations
     theirs = SelectFromModel(RandomForestRegressor(5, random_state=0)).fit(features, targets)
     np.testing.assert_array_equal(
         chosen.estimator_.feature_importances_, theirs.estimator_.feature_importances_

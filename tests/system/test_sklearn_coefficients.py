@@ -15,6 +15,8 @@ from sklearn.svm import LinearSVC
 
 from phalanx.sklearn import PhalanxClassifier, PhalanxLinearSVC, PhalanxRegressor
 
+pytestmark = pytest.mark.slow
+
 L2 = 0.01
 BALANCES = [None, "balanced", {"setosa": 3.0, "versicolor": 0.25}]
 
