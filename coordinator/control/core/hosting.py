@@ -252,10 +252,11 @@ def _sync_members(core: Core, job: JobRuntime, hosts: dict[str, Worker]) -> None
     """Shards stay where the term has placed them; whoever else may host the job prepares for it.
 
     A member that is to leave keeps what it has until a new term begins. If there will be none, as
-    nobody else is there or may be about to come back, it lets go of it.
+    nobody else is there or may be about to come back, it lets go of it; but where the members are
+    to pause the job, and can, only then: a pause loses nothing.
     """
     staying = dict(hosts)
-    others = bool(hosts) or core.now.monotonic_s < job.adopt_until_s
+    others = bool(hosts) or core.now.monotonic_s < job.adopt_until_s or _pauses(core, job)
     for worker_id in sorted(set(members.current(core, job)) & job.hosts.keys()):
         worker = core.workers[worker_id]
         if others or worker.state != WorkerView.STATE_DRAINING:
@@ -265,6 +266,14 @@ def _sync_members(core: Core, job: JobRuntime, hosts: dict[str, Worker]) -> None
             job.evaluation.forget(worker_id)
     _send_differences(core, job, staying)
     _revoke_strangers(core, job, staying)
+
+
+def _pauses(core: Core, job: JobRuntime) -> bool:
+    """Whether all members are there to take the checkpoint of a pause that was asked for."""
+    return core.facts_of(job).kept.changed.pause_requested and all(
+        members.takes_part(core, job, each) and core.workers[each].connected
+        for each in members.current(core, job)
+    )
 
 
 def _hand_over(core: Core, job: JobRuntime, tree: TreePlacement, staying: dict[str, float]) -> None:

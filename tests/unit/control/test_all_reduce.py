@@ -308,6 +308,31 @@ def test_a_pause_is_told_to_the_worker_that_is_the_root(reducing: Any) -> None:
     assert (reducing.state(), term(reducing)) == ("RUNNING", 2)
 
 
+def test_the_last_member_stays_until_a_job_is_paused_that_is_to_be(cluster: Any) -> None:
+    """What only it holds would be lost, and the job could not pause without it."""
+    join(cluster, "w1")
+    cluster.submit(edit=all_reduce)
+    cluster.call(ev.PauseJob, "job-1")
+    cluster.call(ev.DrainWorker, "w1")
+    assert not cluster.told("w1", "revoke_job")
+    assert not cluster.told("w1", "drain")
+    cluster.report("job-1", 3, owner="w1", outcome=pb.JobReport.OUTCOME_PAUSED)
+    assert cluster.state() == "PAUSED"
+    cluster.feed(ev.Tick())
+    assert cluster.told("w1", "drain")
+
+
+def test_a_member_that_cannot_pause_a_job_alone_leaves(reducing: Any) -> None:
+    reducing.storage_up = False
+    reducing.call(ev.PauseJob, "job-1")
+    for name in ("w1", "w2"):
+        reducing.call(ev.DrainWorker, name)
+        assert not reducing.told(name, "drain")
+    reducing.kill("w3")
+    for name in ("w1", "w2"):
+        assert reducing.told(name, "drain")
+
+
 def test_without_workers_a_pause_waits_for_one(reducing: Any) -> None:
     for name in ("w1", "w2", "w3"):
         reducing.kill(name)
