@@ -66,9 +66,11 @@ def unpack(data: bytes | memoryview) -> dict[str, Array]:
 
 
 def notes_of(data: bytes | memoryview) -> dict[str, str]:
-    """Return the notes that were packed with arrays."""
-    header, _ = _head(data)
-    return dict(header.get("__metadata__", {}))
+    """Return the notes that were packed with arrays. Raises DataLoss for anything else."""
+    notes = _head(data)[0].get("__metadata__", {})
+    if not isinstance(notes, dict):
+        raise DataLoss("the notes of a result cannot be read: they are no object")
+    return notes
 
 
 def places(data: bytes | memoryview) -> dict[str, Place]:
@@ -90,6 +92,8 @@ def _head(data: bytes | memoryview) -> tuple[dict[str, Any], int]:
     stop = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
     try:
         header = json.loads(bytes(data[_LENGTH_BYTES:stop]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataLoss(f"the arrays of a result cannot be read: {error!r}") from error
+    if not isinstance(header, dict):
+        raise DataLoss("the arrays of a result cannot be read: their head is no object")
     return header, stop

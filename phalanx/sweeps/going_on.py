@@ -42,10 +42,10 @@ def of_rows(plan: JobPlan, positions: Ints | None) -> str:
 
 def packed(prefix: Prefix, name: str) -> bytes:
     """Return the first steps of a training as bytes; none where a vector has a type that is not
-    written."""
+    written, or where there is no memory for them."""
     try:
         return arrays.pack(prefix.arrays, {"training": name, "root": prefix.root})
-    except KeyError:
+    except (KeyError, MemoryError):
         return b""
 
 
@@ -57,7 +57,7 @@ def prefix_in(earlier: Earlier, name: str) -> Prefix | None:
         if notes.get("training") == name:
             return Prefix(arrays.unpack(content), notes["root"])
         why = "it is of another training"
-    except (BlobUnavailable, OSError, PhalanxError, KeyError) as error:
-        why = str(error)
+    except (BlobUnavailable, OSError, PhalanxError, KeyError, MemoryError) as error:
+        why = str(error) or type(error).__name__
     _log.info("trial_begins_anew", reason=why)
     return None

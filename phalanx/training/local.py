@@ -189,6 +189,7 @@ def run_job(
     job = _Job(plan, model, reader_of, evaluation_reader, start_model, records, secret)
     begin_s = clock()
     go = job.decider.start() if prefix is None else job.resume(prefix)
+    prefix = None  # as large as all that the job remembers, and of no more use
     ends = (GoRecord.ACTION_STOP, GoRecord.ACTION_FAIL)
     while go.action not in ends and job.decider.version != until_step:
         go = job.run(go, lambda: clock() - begin_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -188,7 +189,9 @@ def test_what_is_not_there_or_of_another_training_is_not_gone_on_from(
     assert len({name, *others}) == 4
     for other in others:
         assert prefix_in(lambda: content, other) is None
-    for damaged in (b"", content[:20], content[:-8], b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}"):
+    heads = (b"{}", b"[]", b"7", b'{"__metadata__":7}', b'{"__metadata__":null}', b"[" * 100_000)
+    others_content = [len(head).to_bytes(8, "little") + head for head in heads]
+    for damaged in (b"", content[:20], content[:-8], b"\xff" * 100, *others_content):
         assert prefix_in(lambda damaged=damaged: damaged, name) is None
     for error in (BlobUnavailable("gone"), FileNotFoundError("gone")):
 
@@ -196,6 +199,44 @@ def test_what_is_not_there_or_of_another_training_is_not_gone_on_from(
             raise error
 
         assert prefix_in(gone, name) is None
+
+
+def test_memory_that_is_too_short_for_what_is_kept_costs_no_result(
+    dataset: StoredDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = trained(dataset, planned(dataset, optimizer=ADAM), until_step=4).prefix
+    assert prefix is not None
+    content = packed(prefix, "this")
+
+    def too_much(*_: object) -> Any:
+        raise MemoryError
+
+    assert prefix_in(too_much, "this") is None
+    monkeypatch.setattr("phalanx.programs.arrays.unpack", too_much)
+    assert prefix_in(lambda: content, "this") is None
+    monkeypatch.setattr("phalanx.programs.arrays.pack", too_much)
+    assert packed(prefix, "this") == b""
+
+
+def test_what_a_training_goes_on_from_is_not_held_while_it_goes_on(dataset: StoredDataset) -> None:
+    plan = planned(dataset, optimizer=ADAM)
+    held = [passed_on(trained(dataset, plan, until_step=4))]
+    first = weakref.ref(held[0])
+    spec = JobSpec.FromString(plan.spec)
+    reader = dataset.reader("train", spec.train.dtype)
+    model = build_model(spec, job_schema(plan, spec, dataset.manifest))
+    there: list[bool] = []
+    with one_blas_thread():
+        run_job(
+            plan,
+            model,
+            lambda _shard: reader,
+            reader,
+            prefix=held.pop(),
+            on_progress=lambda _now: there.append(first() is not None),
+        )
+    assert there
+    assert not any(there)
 
 
 def test_contributions_that_commit_one_by_one_have_no_first_steps(dataset: StoredDataset) -> None:
