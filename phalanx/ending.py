@@ -14,7 +14,8 @@ from typing import NoReturn
 
 def end_process(code: int) -> NoReturn:
     """End as `sys.exit(code)` of the main thread does: threads and executors are waited for, exit
-    hooks run and what was printed is written. Objects are left as they are."""
+    hooks run and what was printed is written. Objects are left as they are, so what was written to
+    a file that nobody has closed may be lost: our own code closes its files."""
     threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing does
     atexit._run_exitfuncs()  # noqa: SLF001
     try:

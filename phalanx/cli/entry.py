@@ -4,6 +4,9 @@ import sys
 
 from phalanx.ending import end_process
 
+_CODE_OF_JOBS = "phalanx.models.code"
+"""Where it is loaded, code of others may have files open that are written when it is taken apart."""
+
 
 def main() -> None:
     """Run the command line of this process."""
@@ -13,7 +16,7 @@ def main() -> None:
         try:
             program.main()
         except SystemExit as ended:
-            if isinstance(ended.code, int):
+            if isinstance(ended.code, int) and _CODE_OF_JOBS not in sys.modules:
                 end_process(ended.code)
             raise
     except (Exception, KeyboardInterrupt) as error:

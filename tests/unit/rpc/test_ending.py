@@ -56,3 +56,26 @@ def test_what_cannot_be_written_is_told_as_ever() -> None:
         there, here = (ended(how, stdout=full) for how in ("sys.exit(3)", "end_process(3)"))
     assert here.returncode == there.returncode != 3
     assert "No space left on device" in here.stderr
+
+
+FILE_OF_OTHERS = """
+import sys
+from phalanx.cli import entry, main
+from phalanx.models.code import OneProcess
+
+def runs_code_of_a_job():
+    with OneProcess():
+        main.file = open(sys.argv[1], "w")
+        main.file.write("told")
+    sys.exit(3)
+
+main.main = runs_code_of_a_job
+entry.main()
+"""
+
+
+def test_what_code_of_a_job_has_not_closed_is_written(tmp_path: Path) -> None:
+    """Interpreters write it when they take themselves apart."""
+    command = [sys.executable, "-E", "-P", "-c", FILE_OF_OTHERS, str(tmp_path / "file")]
+    assert subprocess.run(command, timeout=GUARD_S, check=False).returncode == 3
+    assert (tmp_path / "file").read_text() == "told"
