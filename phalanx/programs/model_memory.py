@@ -37,12 +37,12 @@ def model_bytes(spec: JobSpec, layout: Layout) -> int:
     Raises KeyError for a vector of no known type, ValueError for tensors that are not its own.
     """
     shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
-    elements = [prod(shape) for shape in shapes.values() if shape and min(shape) > 0]
+    elements = [prod(shape) for shape in shapes.values() if min(shape, default=1) > 0]
     if not 0 < layout.element_count == sum(elements) <= ELEMENTS_MAX:
         raise ValueError(f"its tensors are not those of {layout.element_count} elements")
     program = spec.WhichOneof("program") or ""
     kind = spec.train.model.WhichOneof("kind") or "" if program == "train" else program
     name, numbers = COMPARED_WITH.get(kind, ("", 0))
-    compared = shapes[name][0] if name in shapes else 0
+    compared = next(iter(shapes.get(name, ())), 0)
     pairs = BLOCK_ROWS * compared * numbers * ITEM_BYTES[layout.dtype]
     return COPIES.get(kind, 1) * size_bytes(layout) + pairs

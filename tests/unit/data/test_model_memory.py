@@ -99,6 +99,15 @@ def test_a_stored_model_takes_what_is_counted_for_it(tmp_path: Path, kind: str) 
     assert 0.6 * taken < model_bytes(spec, model.layout) < 1.5 * taken
 
 
+def test_a_tensor_may_be_one_number() -> None:
+    spec = ParseDict({"train": {"model": {"torch": {"module": "net:build"}}}}, JobSpec())
+    layout = make_layout([("weights", (3, 2), True), ("temperature", (), True)], "float32")
+    assert model_bytes(spec, layout) == 4 * 4 * 7
+    named = make_layout([("centers", (), True)], "float32")
+    spec = ParseDict({"train": {"model": {"k_means": {"clusters": 1}}}}, JobSpec())
+    assert model_bytes(spec, named) == 2 * 4
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -106,7 +115,8 @@ def test_a_stored_model_takes_what_is_counted_for_it(tmp_path: Path, kind: str) 
         Layout(tensors=[TensorSpec(name="w", shape=[2**60])], dtype="float64", element_count=2**60),
         Layout(tensors=[TensorSpec(name="w", shape=[3])], dtype="float32", element_count=4),
         Layout(tensors=[TensorSpec(name="w", shape=[-3])], dtype="float32", element_count=-3),
-        Layout(tensors=[TensorSpec(name="w")], dtype="float32", element_count=1),
+        Layout(tensors=[TensorSpec(name="w")], dtype="float32", element_count=2),
+        Layout(tensors=[TensorSpec(name="w", shape=[-1, -3])], dtype="float32", element_count=3),
     ],
 )
 def test_a_description_whose_tensors_do_not_add_up_says_nothing_of_memory(layout: Layout) -> None:
