@@ -115,6 +115,18 @@ def test_a_forest_of_numbers_is_that_of_scikit_learn(alone: phalanx.Cluster) -> 
     assert result.metrics["oob/unscored_rows"] > 0
 
 
+def test_a_target_that_never_changes_has_no_r2(alone: phalanx.Cluster) -> None:
+    """The mean of so many equal numbers is not that number, and what rounding leaves no spread."""
+    features, _ = regression(150, 3)
+    targets = np.full(150, 0.1)
+    assert targets.mean() != 0.1
+    _, result = grown(alone, (features, targets), trees=8)
+    assert {name for name in result.metrics if name.startswith("oob/")} == {
+        "oob/rmse",
+        "oob/unscored_rows",
+    }
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_numbers_whose_squares_are_beyond_all_numbers(alone: phalanx.Cluster) -> None:
     """What they come to is left out, instead of failing a forest that is grown."""
