@@ -20,7 +20,9 @@ from phalanx.specs.tree import Node, Problems, join, join_key
 
 _WHOLE_EXACT = 2**53
 
-_COUNT_OR_PART = re.compile(r'(forest|sweep)\b.*\bmax_features("\])?(\[[0-9]+\])?$')
+_COUNT_OR_PART = re.compile(
+    r'(sweep\.(base\.|grid\["))?forest\b.*\bmax_features("\])?(\[[0-9]+\])?$'
+)
 """Paths where scikit-learn takes 1 for one feature and 1.0 for all of them."""
 
 

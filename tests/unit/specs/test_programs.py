@@ -159,6 +159,17 @@ def test_one_feature_and_all_features_are_not_taken_for_each_other(
     assert load_document(text.replace("1.0", '"all"'), "job", json=is_json).spec != one.spec
 
 
+ARGUMENT = "train.model.custom.arguments.max_features"
+
+
+@pytest.mark.parametrize("grid", [{"train.l2": [0.1]}, {ARGUMENT: [0.5, 1.0]}])
+def test_what_user_code_is_given_is_no_matter_of_forests(grid: dict[str, Any]) -> None:
+    custom = {"entrypoint": "net:build", "arguments": {"max_features": 1.0}}
+    sweep = {"base": {"train": {"model": {"custom": custom}}}, "grid": grid}
+    text = json.dumps({"name": "mine", "data": {"name": "data"}, "sweep": sweep})
+    assert load_document(text, "job", json=True).spec.sweep.base.HasField("train")
+
+
 def test_a_forest_that_looks_at_one_feature_is_warned_of() -> None:
     for value, warned in ((1, True), ("all", False), (2, False), (0.5, False)):
         resolved = prepare(spec_of({"trees": 5, "tree": {"max_features": value}}), dataset())
