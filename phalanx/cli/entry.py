@@ -5,7 +5,7 @@ import sys
 from phalanx.ending import end_process
 
 _CODE_OF_JOBS = "phalanx.models.code"
-"""Where it is loaded, code of others may have files open that are written when it is taken apart."""
+"""Where it is loaded, files may be open that are only written when all is taken apart."""
 
 
 def main() -> None:

@@ -185,7 +185,7 @@ class ForestTasks:
             whole = float(((targets - targets.mean()) ** 2).sum())
         found = {"oob/rmse": math.sqrt(left / rows), "oob/unscored_rows": unscored}
         # A target that never changes has no R²; its mean may differ from it by rounding.
-        found |= {"oob/r2": 1.0 - left / whole} if 0 < whole and np.ptp(targets) > 0 else {}
+        found |= {"oob/r2": 1.0 - left / whole} if whole > 0 and np.ptp(targets) > 0 else {}
         # The squares of large numbers are none, and an outcome has no word for that.
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
