@@ -86,7 +86,7 @@ class DenseStatistics:
             return Statistics(0, zeros, zeros, zeros, zeros)
         return Statistics(
             count=self._count,
-            mean=tuple(self._mean.tolist()),
+            mean=_mean(self._mean, self._minimum, self._maximum),
             std=_std(self._squares / self._count, self._minimum, self._maximum),
             minimum=tuple(self._minimum.tolist()),
             maximum=tuple(self._maximum.tolist()),
@@ -143,7 +143,7 @@ class CsrStatistics:
         maximum = np.where(has_zeros, np.maximum(self._maximum, 0.0), self._maximum)
         return Statistics(
             count=self._count,
-            mean=tuple(mean.tolist()),
+            mean=_mean(mean, minimum, maximum),
             std=_std(variance, minimum, maximum),
             minimum=tuple(minimum.tolist()),
             maximum=tuple(maximum.tolist()),
@@ -170,6 +170,13 @@ def coarse_features(statistics: Statistics) -> list[tuple[int, float]]:
     std = np.array(statistics.std)
     found = np.flatnonzero((steps > std / _STEPS_WANTED) & ((std > 0) | (steps > 1)))
     return [(int(feature), float(steps[feature])) for feature in found]
+
+
+def _mean(mean: Float64, minimum: Float64, maximum: Float64) -> tuple[float, ...]:
+    # That of a constant feature is rounded as well: what is left of it once it is centred would be
+    # trained on. Adding 0 takes the sign of a zero away, which the order of the rows decides.
+    found: list[float] = np.where(minimum == maximum, minimum + 0.0, mean).tolist()
+    return tuple(found)
 
 
 def _std(variance: Float64, minimum: Float64, maximum: Float64) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 import scipy.sparse
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,15 +66,19 @@ def test_sparse_statistics_count_what_is_not_stored_as_zero() -> None:
     assert result.maximum == (0, 2, 7)
 
 
-def test_a_constant_feature_is_centred_and_not_blown_up() -> None:
-    rows = np.full((7000, 1), 0.1, dtype=np.float64)
+@pytest.mark.parametrize("value", [0.1, -1e6 / 3, -0.0])
+def test_nothing_is_left_of_a_constant_feature_and_it_is_not_blown_up(value: float) -> None:
+    rows = np.full((7000, 1), value)
+    rows[::2] += 0.0  # zeros of either sign are one number
     for each, batch in (
         (DenseStatistics(1), rows),
         (CsrStatistics(1), scipy.sparse.csr_array(rows)),
     ):
         each.add(batch)
-        assert each.result().std == (0.0,)
-        _, scale = mean_and_scale(each.result(), np.float32)
+        statistics = each.result()
+        assert (statistics.mean, statistics.std) == ((value,), (0.0,))
+        assert str(statistics.mean[0]) == str(value + 0.0)
+        _, scale = mean_and_scale(statistics, np.float32)
         assert scale.tolist() == [1.0]
 
 
