@@ -44,9 +44,10 @@ def pins_holder(job_id: str, attempt: int | str) -> str:
     return f"{job_id}/{attempt}"
 
 
-def kept_holder(job_id: str, attempt: int | str) -> str:
-    """Return who holds what tasks have kept for others, until the job has ended."""
-    return pins_holder(job_id, f"{KEPT}{attempt}")
+def kept_holder(job_id: str, record: str) -> str:
+    """Return who holds what tasks have kept for others, until the job has ended: a record of their
+    journal, by its term and its place."""
+    return pins_holder(job_id, f"{KEPT}{record}")
 
 
 def is_task_set(spec: JobSpec) -> bool:

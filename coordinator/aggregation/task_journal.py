@@ -70,12 +70,14 @@ class TaskJournal:
         """
         payload = record.SerializeToString()
         stored = [each for each in record.results if each.HasField("stored")]
+        # Its own: the owner of the next term may be told of the same attempts, and pins as well.
+        holder = kept_holder(self._job_id, f"{record.term}-{self._next}")
 
         async def attempt() -> int:
             if stored:
                 # Large values are kept by what stands in the journal, so they are pinned first.
                 await self._pin(stored)
-                await self._pin_kept(stored)
+                await self._pin_kept(holder, stored)
             try:
                 return await self._appender.append(self._stream, [payload], self._next)
             except Aborted:
@@ -93,11 +95,8 @@ class TaskJournal:
             # The job may have ended without this owner: nobody lets go of this any more.
             if any(each.HasField("kept") for each in stored):
                 with contextlib.suppress(PhalanxError):
-                    await self._storage.set_pins(self._kept_holder(stored), [])
+                    await self._storage.set_pins(holder, [])
             raise
-
-    def _kept_holder(self, results: Sequence[TaskResult]) -> str:
-        return kept_holder(self._job_id, results[0].attempt)
 
     async def _pin(self, stored: Sequence[TaskResult]) -> None:
         holder = pins_holder(self._job_id, stored[0].attempt)
@@ -111,7 +110,7 @@ class TaskJournal:
             # They came back meanwhile, by another attempt, and are young now.
             raise Unavailable(error.message, reason=error.reason) from error
 
-    async def _pin_kept(self, results: Sequence[TaskResult]) -> None:
+    async def _pin_kept(self, holder: str, results: Sequence[TaskResult]) -> None:
         """Have what tasks have kept for others stay until the job ends. What is gone is gone: they
         do without it."""
         digests = sorted({each.kept.sha256.hex() for each in results if each.HasField("kept")})
@@ -121,7 +120,7 @@ class TaskJournal:
         pins = [pb.Pin(blob=digest) for digest in digests if digest not in gone]
         if pins:
             with contextlib.suppress(NotFound):
-                await self._storage.set_pins(self._kept_holder(results), pins)
+                await self._storage.set_pins(holder, pins)
 
     async def _read(self) -> list[tuple[int, bytes]]:
         found = self._storage.read_journal(self._stream, self._next)

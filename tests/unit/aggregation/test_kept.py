@@ -143,12 +143,12 @@ class Storage:
         return missing
 
 
-def record() -> TaskRecord:
+def record(term: int = 1) -> TaskRecord:
     results = [
         TaskResult(task=task, attempt=7 + task, stored=value(task), kept=kept(task))
         for task in (1, 2)
     ]
-    return TaskRecord(term=1, results=results)
+    return TaskRecord(term=term, results=results)
 
 
 @pytest.mark.parametrize("gone", ["none", "before", "meanwhile"])
@@ -164,7 +164,7 @@ async def test_what_was_kept_is_pinned_and_no_result_waits_for_what_is_gone(gone
         await journal.append(record())
     assert storage.records == [record().SerializeToString()]
     expected = {"none": [one, two], "before": [two], "meanwhile": None}[gone]
-    assert storage.pins.get(kept_holder("job-1", 8)) == expected
+    assert storage.pins.get(kept_holder("job-1", "1-0")) == expected
     assert storage.pins[pins_holder("job-1", 8)] == ["of 1", "of 2"]
     # A record keeps what it names by its digits, as long as the journal is there.
     assert one.encode() not in storage.records[0]
@@ -185,7 +185,30 @@ async def test_an_owner_that_was_replaced_lets_go_of_what_it_pinned() -> None:
     async with asyncio.timeout(GUARD_S):
         with pytest.raises(Aborted):
             await journal.append(record())
-    assert storage.pins[kept_holder("job-1", 8)] == []
+    assert storage.pins[kept_holder("job-1", "1-0")] == []
+
+
+async def test_an_owner_that_was_replaced_lets_go_of_nothing_that_the_next_one_pinned() -> None:
+    """A worker reports to both what it was given by the first: the same attempts."""
+    digests = [as_value(task).digest for task in (1, 2)]
+
+    class Later(Storage):
+        async def append(self, stream: str, payloads: Sequence[bytes], expected: int) -> int:
+            if payloads[0] == record(term=1).SerializeToString():
+                await after.append(record(term=2))
+                raise Aborted("another record stands there", reason="SEQUENCE_MISMATCH")
+            return await super().append(stream, payloads, expected)
+
+        async def read_journal(self, stream: str, first: int, limit: int) -> AsyncIterator[Any]:
+            yield pb.JournalRecord(payload=self.records[0])
+
+    storage: Any = Later({"of 1", "of 2", *digests})
+    before, after = (TaskJournal(storage, "job-1", lambda *_: None) for _ in range(2))
+    async with asyncio.timeout(GUARD_S):
+        with pytest.raises(Aborted):
+            await before.append(record(term=1))
+    kept_now = [pins for holder, pins in storage.pins.items() if "/kept-" in holder and pins]
+    assert kept_now == [digests]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +221,7 @@ async def test_pins_that_were_made_late_go_once_the_job_has_ended(state: Any, go
     snapshot = JobSnapshot(submitted=JobSubmitted(job_id=job_id), changed=JobChanged(state=state))
     facts.jobs[job_id] = JobFacts(snapshot)
     deleted = new_id("job")
-    holders = [kept_holder(job_id, 7), pins_holder(job_id, 7), kept_holder(deleted, 7)]
+    holders = [kept_holder(job_id, "1-7"), pins_holder(job_id, 7), kept_holder(deleted, "1-7")]
 
     class Store:
         storage: Any = type("Stub", (), {"ListPins": None})()
@@ -208,4 +231,7 @@ async def test_pins_that_were_made_late_go_once_the_job_has_ended(state: Any, go
 
     store: Any = Store()
     found = await unclaimed(store, facts, ())
-    assert set(found) == {kept_holder(deleted, 7), *([kept_holder(job_id, 7)] if goes else [])}
+    assert set(found) == {
+        kept_holder(deleted, "1-7"),
+        *([kept_holder(job_id, "1-7")] if goes else []),
+    }
