@@ -72,10 +72,10 @@ class Submissions:
         columns = await self._columns(spec, dataset)
         prepare = partial(specs.prepare, dataset=dataset, columns=columns)
         resolved = await _in_turn(prepare, spec, takes_long=columns is not None)
-        model_files, model_bytes = dict[str, str](), 0
+        model_files, taken = dict[str, str](), specs.Taken()
         if specs.model_name(resolved):
             assert dataset is not None, "what goes through a model is read from a data set"
-            model_files, model_bytes = await self._take_model(resolved, dataset)
+            model_files, taken = await self._take_model(resolved, dataset)
             columns = await self._columns(resolved, dataset)
         if dataset is not None:
             dataset = specs.as_chosen(dataset, resolved.data, columns)
@@ -96,7 +96,7 @@ class Submissions:
         plan.spec = b""  # the journal keeps the spec once, beside the plan
         plan.start_model_digest = start_model_digest
         plan.model_files.update(model_files)
-        announce = partial(specs.plan, dataset=dataset, model_bytes=model_bytes)
+        announce = partial(specs.plan, dataset=dataset, model_bytes=taken.size_bytes)
         announced = await _in_turn(announce, resolved)
         submitted = JobSubmitted(
             job_id=job_id,
@@ -105,6 +105,7 @@ class Submissions:
             announced_plan=announced,
             submitter=submitter,
             worker_bytes=announced.worker_bytes,
+            model_libraries=taken.libraries,
         )
         if is_private(resolved.train):
             submitted.secret = new_secret()
@@ -162,9 +163,9 @@ class Submissions:
 
     async def _take_model(
         self, spec: job_spec_pb2.JobSpec, dataset: dataset_service_pb2.Dataset
-    ) -> tuple[dict[str, str], int]:
+    ) -> tuple[dict[str, str], specs.Taken]:
         """Write the model that a program takes into its spec; return the digests of its files, and
-        about how many bytes of memory it takes.
+        what it asks of workers.
 
         Its code runs as that of any job, so it takes the same permission.
         """
@@ -173,11 +174,11 @@ class Submissions:
         description = await self._store.get_blob(description_digest(model))
         stored = await self._store.get_blob(dataset.manifest_digest)
         manifest = await asyncio.to_thread(DatasetManifest.from_json, stored)
-        size = specs.take_model(spec, model, description, manifest)
+        taken = specs.take_model(spec, model, description, manifest)
         self._check_code_allowed(spec)
         if spec.code.files or spec.code.wheels:
             current_caller().check_code(f"spec.{field}")
-        return {file.path: file.digest for file in model.files}, size
+        return {file.path: file.digest for file in model.files}, taken
 
     async def _check_wheels(self, digests: list[str]) -> None:
         """Refuse what was never added as a wheel, or is gone. Raises NotFound, naming each."""

@@ -11,6 +11,7 @@ from math import prod
 
 from phalanx.data.model_files import BLOCK_ROWS
 from phalanx.layouts import ITEM_BYTES, size_bytes
+from phalanx.needs import kind_of
 from phalanx.v1.job_spec_pb2 import JobSpec
 from phalanx.v1.training_pb2 import Layout
 
@@ -40,8 +41,7 @@ def model_bytes(spec: JobSpec, layout: Layout) -> int:
     elements = [prod(shape) for shape in shapes.values() if min(shape, default=1) > 0]
     if not 0 < layout.element_count == sum(elements) <= ELEMENTS_MAX:
         raise ValueError(f"its tensors are not those of {layout.element_count} elements")
-    program = spec.WhichOneof("program") or ""
-    kind = spec.train.model.WhichOneof("kind") or "" if program == "train" else program
+    kind = kind_of(spec)
     name, numbers = COMPARED_WITH.get(kind, ("", 0))
     compared = next(iter(shapes.get(name, ())), 0)
     pairs = BLOCK_ROWS * compared * numbers * ITEM_BYTES[layout.dtype]

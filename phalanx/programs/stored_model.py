@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.json_format import ParseDict, ParseError
@@ -15,6 +16,7 @@ from google.protobuf.json_format import ParseDict, ParseError
 from phalanx.data.choice import RawColumns, choose
 from phalanx.data.manifest import Column, DatasetManifest, columns_from
 from phalanx.errors import DataLoss, InvalidArgument, Violation
+from phalanx.needs import gpus_complaint, kind_of, libraries_of_model
 from phalanx.programs.model_memory import model_bytes
 from phalanx.texts import listed, number_of
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -23,6 +25,17 @@ from phalanx.v1.training_pb2 import Layout
 
 _SHOWN = 60
 _CLASSES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a model asks of whoever puts rows through it."""
+
+    size_bytes: int = 0
+    """About how much memory it takes."""
+
+    libraries: tuple[str, ...] = ()
+    """Packages without which it cannot be computed."""
 
 
 def model_field(spec: JobSpec) -> str:
@@ -44,19 +57,20 @@ def stored_model(spec: JobSpec) -> str:
 
 def take_model(
     spec: JobSpec, model: ModelVersion, description: bytes, manifest: DatasetManifest
-) -> int:
+) -> Taken:
     """Write down which version of its model a job takes, with its columns and its code; return
-    about how many bytes of memory the model takes.
+    what the model asks of workers. None of its code runs here.
 
-    Raises InvalidArgument for a model that does not fit the data set, and DataLoss for a
-    description that cannot be read.
+    Raises InvalidArgument for a model that does not fit the data set or has no use for the GPUs
+    that the job asks for, and DataLoss for a description that cannot be read.
     """
     field, program = model_field(spec), getattr(spec, spec.WhichOneof("program") or "")
     try:
         document = json.loads(description)
         origin = ParseDict(document["spec"], JobSpec(), ignore_unknown_fields=True)
         columns = columns_from(document["columns"])
-        size = model_bytes(origin, ParseDict(document["layout"], Layout()))
+        layout = ParseDict(document["layout"], Layout())
+        taken = Taken(model_bytes(origin, layout), tuple(libraries_of_model(origin)))
         wrong = next(_misfits(spec, document, origin, columns, manifest), "")
     except (ValueError, KeyError, TypeError, AttributeError, ParseError) as error:
         raise DataLoss(
@@ -67,11 +81,22 @@ def take_model(
         raise InvalidArgument(
             f"{field} {message}", reason="MODEL_MISFIT", violations=[Violation(field, message)]
         )
-    program.model = f"{program.model.partition('@')[0]}@{model.version}"
+    named = f"{program.model.partition('@')[0]}@{model.version}"
+    _check_gpus(spec, origin, named)
+    program.model = named
     spec.data.features[:] = origin.data.features
     if origin.code.files or origin.code.wheels:
         spec.code.CopyFrom(origin.code)
-    return size
+    return taken
+
+
+def _check_gpus(spec: JobSpec, origin: JobSpec, named: str) -> None:
+    complaint = gpus_complaint(kind_of(origin), spec.resources.gpus)
+    if complaint:
+        field, message = "resources.gpus", f"for the model {named}: {complaint}"
+        raise InvalidArgument(
+            f"{field}: {message}", reason="SPEC_INVALID", violations=[Violation(field, message)]
+        )
 
 
 def _misfits(

@@ -249,8 +249,8 @@ class InProcessBackend:
             return {}, 0
         model = self._models.find(spec.namespace, model_name(spec))
         manifest = self._manifest(dataset.manifest_digest)
-        size = take_model(spec, model, self.get_blob(description_digest(model)), manifest)
-        return {file.path: file.digest for file in model.files}, size
+        taken = take_model(spec, model, self.get_blob(description_digest(model)), manifest)
+        return {file.path: file.digest for file in model.files}, taken.size_bytes
 
     def _check_start_model(self, model: model_service_pb2.ModelVersion, wanted: Shapes) -> None:
         from phalanx.specs.starting import check_shapes, shapes_in_file

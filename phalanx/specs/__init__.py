@@ -5,7 +5,7 @@ spec = prepare(document.spec, dataset)            # every default written, check
 print(plan(spec, dataset, eligible_workers=4), spec_sha256(spec))
 """
 
-from phalanx.programs.stored_model import model_field, model_name, stored_model, take_model
+from phalanx.programs.stored_model import Taken, model_field, model_name, stored_model, take_model
 from phalanx.specs.canonical import canonical_json, spec_sha256, struct_to_python, to_json
 from phalanx.specs.continuing import Reached, check_rest, check_same, parse_reference
 from phalanx.specs.documents import (
@@ -32,6 +32,7 @@ from phalanx.specs.validate import validate, validate_against
 __all__ = [
     "Document",
     "Reached",
+    "Taken",
     "apply_sets",
     "as_chosen",
     "canonical_json",

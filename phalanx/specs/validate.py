@@ -24,6 +24,7 @@ from phalanx.ids import (
     reference_complaint,
 )
 from phalanx.layouts import ITEM_BYTES
+from phalanx.needs import gpus_complaint, kind_of
 from phalanx.privacy.settings import is_private
 from phalanx.programs import program_of
 from phalanx.specs import (
@@ -272,12 +273,12 @@ def _resources(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:
     if resources.HasField("max_workers") and resources.min_workers > resources.max_workers:
         message = f"{resources.min_workers} is above max_workers, {resources.max_workers}"
         yield Violation("resources.min_workers", message)
-    kind = spec.train.model.WhichOneof("kind")
-    if resources.gpus > 0 and kind not in (None, "custom", "torch"):
-        message = f"{kind} computes on CPUs; leave it out, or use a model of train.model.torch"
-        yield Violation("resources.gpus", message)
-    elif resources.gpus > 1 and kind == "torch":
-        yield Violation("resources.gpus", "a PyTorch module computes on one GPU per slot; use 1")
+    kind = kind_of(spec)
+    # A function of tasks may do anything, and a stored model is not read yet (`take_model`).
+    unknown = kind in ("tasks", "evaluate", "predict")
+    complaint = "" if unknown else gpus_complaint(kind, resources.gpus)
+    if complaint:
+        yield Violation("resources.gpus", complaint)
 
 
 def _code(spec: job_spec_pb2.JobSpec) -> Iterator[Violation]:

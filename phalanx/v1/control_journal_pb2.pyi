@@ -189,6 +189,7 @@ class JobSubmitted(_message.Message):
     WORKER_BYTES_FIELD_NUMBER: _builtins.int
     CONTINUED_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
+    MODEL_LIBRARIES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     submitter: _builtins.str
     worker_bytes: _builtins.int
@@ -209,6 +210,10 @@ class JobSubmitted(_message.Message):
     def continued(self) -> Global___Continued:
         """Absent: it begins with nothing but maybe parameters."""
 
+    @_builtins.property
+    def model_libraries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Packages that its workers need for the stored model that it puts rows through."""
+
     def __init__(
         self,
         *,
@@ -220,10 +225,11 @@ class JobSubmitted(_message.Message):
         worker_bytes: _builtins.int = ...,
         continued: Global___Continued | None = ...,
         secret: _builtins.bytes = ...,
+        model_libraries: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["announced_plan", b"announced_plan", "continued", b"continued", "plan", b"plan", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["announced_plan", b"announced_plan", "continued", b"continued", "job_id", b"job_id", "plan", b"plan", "secret", b"secret", "spec", b"spec", "submitter", b"submitter", "worker_bytes", b"worker_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["announced_plan", b"announced_plan", "continued", b"continued", "job_id", b"job_id", "model_libraries", b"model_libraries", "plan", b"plan", "secret", b"secret", "spec", b"spec", "submitter", b"submitter", "worker_bytes", b"worker_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

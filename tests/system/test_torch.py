@@ -115,3 +115,12 @@ def test_any_number_of_workers_with_a_death_in_the_middle(
         model = ring.cluster.models.get(result.model, allow_code=True)
         features, targets = pictures()
         assert (model.predict(features) == targets).mean() > 0.6
+        scoring = {
+            "name": "score",
+            "data": {"name": "pictures", "shards": 3},
+            "evaluate": {"model": result.model},
+            "resources": {"gpus": gpus},
+        }
+        score = ring.cluster.submit(scoring).wait(timeout_s=GUARD_S)
+        accuracy = result.metrics["test/accuracy"]
+        assert score.metrics["test/accuracy"] == pytest.approx(accuracy)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from phalanx.specs.libraries import LIBRARIES
+from phalanx.needs import LIBRARIES
 from worker.gpus import NO_GPUS, is_gpu
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"

@@ -9,8 +9,8 @@ from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core, JobRuntime, Worker
 from phalanx.errors import PhalanxError, ResourceExhausted
 from phalanx.layouts import ITEM_BYTES
+from phalanx.needs import lacking
 from phalanx.specs.copies import PARAMETER_COPIES, TORCH_COPIES, member_copies
-from phalanx.specs.libraries import lacking
 from phalanx.specs.parts import all_reduces
 from phalanx.texts import number_of, verb_for
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
@@ -77,7 +77,8 @@ def misfit(facts: JobFacts, worker: Worker, layout: Layout | None = None) -> str
             return f"its label {key} is not {value!r}"
     if all_reduces(facts.spec.train) and not hello.address:
         return "it tells no address at which other workers reach it"
-    lacks = lacking(facts.spec, hello.libraries) or _lacks_gpus(resources.gpus, worker)
+    of_model = facts.kept.submitted.model_libraries
+    lacks = lacking(facts.spec, of_model, hello.libraries) or _lacks_gpus(resources.gpus, worker)
     if lacks:
         return lacks
     needed = needed_bytes(facts, layout or facts.plan.layout)

@@ -105,6 +105,22 @@ def with_train(**fields: Any) -> dict[str, Any]:
             "sweep.base.train.l2",
             "(where train.optimizer.sgd.learning_rate = 0.1)",
         ),
+        # So no sweep needs a library that some workers lack.
+        (
+            {"base": with_train(model={"torch": {"module": "net:build"}}), "grid": GRID},
+            {},
+            "sweep.base.train.model.torch",
+            "a sweep tries built-in models",
+        ),
+        (
+            {
+                "base": {"train": TRAIN},
+                "grid": {"train.model": [TRAIN["model"], {"torch": {"module": "net:build"}}]},
+            },
+            {},
+            'sweep.grid["train.model"]',
+            "a sweep tries built-in models",
+        ),
         ({"base": {"name": "x", "train": TRAIN}, "grid": GRID}, {}, "sweep.base.name", "itself"),
         (
             {"base": {"data": {"name": "x"}, "train": TRAIN}, "grid": GRID},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.json_format import ParseDict
 
 from phalanx import specs
 from phalanx.errors import InvalidArgument, Unimplemented, Violation
@@ -275,6 +276,30 @@ def test_a_module_takes_one_gpu_and_code_of_ones_own_any_number(make_dataset: Ma
     )
     custom = "train.model={custom: {entrypoint: 'net:build'}}"
     specs.prepare(edited(custom, "resources.gpus=4"), make_dataset())
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        {"forest": {"trees": 3}},
+        {"cascade": {"c": 1.0, "gamma": 0.1}},
+        {
+            "sweep": {
+                "base": {"train": {"model": {"mlp": {"hidden": [4]}}, "stop": {"steps": 5}}},
+                "grid": {"train.l2": [0.1, 0.2]},
+            }
+        },
+    ],
+    ids=lambda program: next(iter(program)),
+)
+def test_programs_of_built_in_models_have_no_use_for_gpus(
+    make_dataset: MakeDataset, program: dict[str, Any]
+) -> None:
+    document = {"name": "job", "data": {"name": "fashion"}, **program}
+    specs.prepare(ParseDict(document, JobSpec()), make_dataset())
+    found = complaints(ParseDict({**document, "resources": {"gpus": 1}}, JobSpec()), make_dataset())
+    assert list(found) == ["resources.gpus"]
+    assert f"{next(iter(program))} computes on CPUs" in found["resources.gpus"]
 
 
 def test_fields_of_a_newer_version_are_refused() -> None:
