@@ -56,10 +56,10 @@ def _single(field: Any, value: Any) -> Json:
 
 
 def _whole(value: Json) -> Json:
-    """Return free values with whole numbers as people write them: 1 is not always the same as 1.0
-    when it is read again."""
+    """Return free values by name, as protobuf has them in no order, with whole numbers as people
+    write them: 1 is not always the same as 1.0 when it is read again."""
     if isinstance(value, dict):
-        return {name: _whole(each) for name, each in value.items()}
+        return {name: _whole(value[name]) for name in sorted(value)}
     if isinstance(value, list):
         return [_whole(each) for each in value]
     if isinstance(value, float) and value.is_integer() and abs(value) <= _WHOLE_EXACT:

@@ -63,6 +63,10 @@ def test_durations_free_arguments_and_special_numbers():
     arguments = json.dumps(shown["train"]["model"]["custom"]["arguments"])
     # As whoever wrote it did: 1 and 1.0 may mean different things where it is read again.
     assert arguments == '{"camelCase": 1, "list": [true, null]}'
+    spec.train.model.custom.arguments.update({name: {name: 1} for name in "zyxwvutsrqponm"})
+    shown = message_to_json(spec)
+    names = list(shown["train"]["model"]["custom"]["arguments"])
+    assert names == sorted(names)
     assert shown["train"]["l2"] == "NaN"
     json.dumps(shown, allow_nan=False)
 
