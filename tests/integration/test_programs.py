@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,6 @@ FOREST: dict[str, Any] = {
     "forest": {"trees": 32, "tree": {"max_depth": 10}},
     "seed": 4,
 }
-
-
-@pytest.fixture(scope="module")
-def local() -> Iterator[phalanx.LocalCluster]:
-    with phalanx.LocalCluster(workers=2, slots=1) as cluster:
-        cluster.data.add("digits", *digits())
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[phalanx.Cluster]:
-    with phalanx.LocalCluster(workers=0) as cluster:
-        cluster.data.add("digits", *digits())
-        yield cluster
 
 
 @pytest.fixture(scope="module")

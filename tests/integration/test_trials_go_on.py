@@ -14,7 +14,6 @@ from phalanx.sdk.methods import READ_TASK_RESULTS
 from phalanx.sweeps.steps import TRIAL, rounds_of, steps_of
 from phalanx.tasks import kept_holder, pins_holder
 from phalanx.testing.arena import GUARD_S, wait_until
-from phalanx.testing.datasets import digits
 from phalanx.training import local as training
 from phalanx.v1 import storage_service_pb2 as pb
 from phalanx.v1.job_service_pb2 import ReadTaskResultsRequest
@@ -36,20 +35,6 @@ def document(stopping: dict[str, Any], steps: int = 90) -> dict[str, Any]:
     grid = {"train.optimizer.adam.learning_rate": rates}
     sweep = {"base": {"train": train}, "grid": grid, "folds": 2, **stopping}
     return {"name": "search", "data": {"name": "digits"}, "sweep": sweep, "seed": 4}
-
-
-@pytest.fixture(scope="module")
-def local() -> Iterator[phalanx.LocalCluster]:
-    with phalanx.LocalCluster(workers=2, slots=1) as cluster:
-        cluster.data.add("digits", *digits())
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[phalanx.Cluster]:
-    with phalanx.LocalCluster(workers=0) as cluster:
-        cluster.data.add("digits", *digits())
-        yield cluster
 
 
 @pytest.fixture
