@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import phalanx
-from phalanx.testing.arena import GUARD_S, Arena, arena, wait_until
+from phalanx.testing.arena import GUARD_S, Arena, arena
 from phalanx.testing.half_way import kill_in_a_leaf
 
 pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
@@ -63,10 +63,8 @@ def test_a_worker_and_the_aggregators_die(
         undisturbed = alone.submit(job_of(name)).wait(timeout_s=GUARD_S)
         expected = alone.models.get(undisturbed.model).predict_decision_values(rows()[0])
     ring.workers_ready()
-    lost = len(ring.events("WORKER_LOST"))
     job = ring.cluster.submit(job_of(name))
     kill_in_a_leaf(ring, job, 4)
-    wait_until(lambda: len(ring.events("WORKER_LOST")) > lost, "the worker to be missed")
     ring.at_step(job, 8)
     for member in ring.cluster.processes():
         if member.role == "aggregator":
