@@ -6,7 +6,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
@@ -98,14 +97,9 @@ class ModelParts:
     pieces: tuple[Piece, ...]
     spec: JobSpec | None = None
 
-    def vector(self, path: Callable[[str], Path]) -> bytes:
-        """Return the flat vector; `path` tells where the blob of a digest lies."""
-        parts = []
-        for piece in self.pieces:
-            with path(piece.digest).open("rb") as file:
-                file.seek(piece.offset)
-                parts.append(file.read(piece.length))
-        return b"".join(parts)
+    def vector(self, read: Callable[[Piece], bytes]) -> bytes:
+        """Return the flat vector; `read` returns a part of a result."""
+        return b"".join(map(read, self.pieces))
 
     def spec_of(self, job: JobSpec) -> JobSpec | None:
         """Return the spec that the model is described with; None: that of its job. Whatever a task

@@ -39,11 +39,11 @@ class Result:
 
     digest: str
     size_bytes: int
-    _fetch: Fetch
+    _read: Callable[[str, int], bytes]
 
     def read(self) -> bytes:
         """Its bytes."""
-        return self._fetch(self.digest, self.size_bytes).read_bytes()
+        return self._read(self.digest, self.size_bytes)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class JobData:
 
     def result(self, digest: str, size_bytes: int) -> Result:
         """Return the result of a task that is stored."""
-        return Result(digest, size_bytes, self._fetch)
+        return Result(digest, size_bytes, lambda *blob: self._fetch(*blob).read_bytes())
 
     def reader(self, split: str, dtype: str = "float32") -> RowReader:
         """Return a reader of one split with the columns that the job chose."""

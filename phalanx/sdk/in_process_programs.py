@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phalanx.programs.base import Beside, Graph, ModelParts, Outcome
+from phalanx.programs.base import Beside, Graph, ModelParts, Outcome, Piece
 from phalanx.sdk.in_process_tasks import IN_PROCESS, TaskFailed, run_task
 from phalanx.tasks import ATTEMPTS, TASKS_DONE
 from phalanx.v1.job_pb2 import Result
@@ -130,7 +130,13 @@ def _run(
 
 def vector_of(model: ModelParts, path: BlobPath) -> tuple[bytes, str]:
     """Return the flat vector of a model, and its SHA-256."""
-    vector = model.vector(path)
+
+    def read(piece: Piece) -> bytes:
+        with path(piece.digest).open("rb") as file:
+            file.seek(piece.offset)
+            return file.read(piece.length)
+
+    vector = model.vector(read)
     return vector, hashlib.sha256(vector).hexdigest()
 
 

@@ -6,12 +6,9 @@ What runs is what a job of its own would run: the leaves of a training in their 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +25,7 @@ from phalanx.programs.predicting import predictor_of
 from phalanx.scoring.measures import class_metrics, class_part, number_metrics, number_part
 from phalanx.specs import job_plan, prepare
 from phalanx.sweeps.going_on import Earlier, of_rows, packed, prefix_in
+from phalanx.sweeps.results import Results
 from phalanx.sweeps.rows import Ints, PartOfData, blocks
 from phalanx.tasks import is_program
 from phalanx.training.local import run_job
@@ -61,15 +59,15 @@ def fit(
     """Train a job on some rows of the split, None: on all of them; for so many steps, 0: to its
     end. It goes on from what an `earlier` call for fewer steps has kept, if that is there.
     Raises PhalanxError where it fails."""
-    with tempfile.TemporaryDirectory(prefix="phalanx-sweep-") as name:
-        part = PartOfData(whole, positions, Path(name))
+    with Results() as results:
+        part = PartOfData(whole, positions, results)
         dataset = described(part.manifest, whole.plan.manifest_digest)
         dataset.namespace, dataset.name = job.namespace, job.data.name.partition("@")[0]
         dataset.version = int(whole.spec.data.name.partition("@")[2] or 0)
         spec = prepare(job, dataset)
         part.take(spec, job_plan(spec, dataset, whole.plan.job_id))
         if is_program(spec):
-            return _run_tasks(part, Path(name))
+            return _run_tasks(part, results)
         return _train(part, steps, of_rows(part.plan, positions), earlier)
 
 
@@ -91,19 +89,17 @@ def _train(part: PartOfData, steps: int, name: str, earlier: Earlier | None) -> 
     return Fitted(spec, trained.layout, trained.parameters, trained.metrics, part, kept)
 
 
-def _run_tasks(part: PartOfData, folder: Path) -> Fitted:
+def _run_tasks(part: PartOfData, kept: Results) -> Fitted:
     from phalanx.programs.work import runner_of
 
     run = runner_of(part)
     results: list[Result] = []
     for task, needs in enumerate(graph_of(part.plan).needs):
         data = run(task, [results[needed] for needed in needs])
-        digest = hashlib.sha256(data).hexdigest()
-        (folder / digest).write_bytes(data)
-        results.append(part.result(digest, len(data)))
+        results.append(part.result(kept.add(data), len(data)))
     outcome = Outcome.from_json(results[-1].read())
     assert outcome.model is not None, "only programs that leave models are tried"
-    layout, vector = outcome.model.layout, outcome.model.vector(lambda digest: folder / digest)
+    layout, vector = outcome.model.layout, outcome.model.vector(kept.read)
     parameters = np.frombuffer(vector, np.dtype(layout.dtype).newbyteorder("<"))
     return Fitted(part.spec, layout, parameters, dict(outcome.metrics), part)
 

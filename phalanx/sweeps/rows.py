@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,9 @@ from numpy.typing import NDArray
 from phalanx.data.manifest import ChunkInfo, DatasetManifest
 from phalanx.data.statistics import accumulator
 from phalanx.models.base import Batch
+from phalanx.programs.base import Piece
 from phalanx.programs.data import JobData, Result
+from phalanx.sweeps.results import Results
 from phalanx.training.leaf import RowReader
 from phalanx.training.sampler import RowSelection, ShardRows, rows_at, shard_rows
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -62,12 +63,12 @@ class PartReader:
 
 
 class PartOfData(JobData):
-    """The data of another job on a part of the rows; its results lie in a folder."""
+    """The data of another job on a part of the rows, with the results of its tasks."""
 
-    def __init__(self, whole: JobData, positions: Ints | None, folder: Path) -> None:
+    def __init__(self, whole: JobData, positions: Ints | None, results: Results) -> None:
         self._parent = whole
         self._positions = positions
-        self._folder = folder
+        self._results = results
         self.model_files = {}
         self.code_dir = None
         self._splits = {}
@@ -106,7 +107,9 @@ class PartOfData(JobData):
 
     def result(self, digest: str, size_bytes: int) -> Result:
         """Return the result of a task of this job."""
-        return Result(digest, size_bytes, lambda name, _size: self._folder / name)
+        return Result(
+            digest, size_bytes, lambda name, size: self._results.read(Piece(name, 0, size))
+        )
 
 
 def all_rows(reader: RowReader) -> ShardRows:

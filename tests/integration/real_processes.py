@@ -30,7 +30,8 @@ def alive(pids):
 
 def wait_for(condition, what, guard_s):
     """Poll until the condition is true."""
-    deadline_s = time.monotonic() + guard_s
+    deadline_s, pause_s = time.monotonic() + guard_s, 0.01
     while not condition():
         assert time.monotonic() < deadline_s, f"waited in vain: {what}"
-        time.sleep(0.01)
+        time.sleep(pause_s)
+        pause_s = min(0.05, 1.2 * pause_s)  # looking costs time that the cluster needs
