@@ -41,6 +41,16 @@ def libraries_of_model(spec: JobSpec) -> list[str]:
     return [library.package] if library else []
 
 
+def libraries_of_job(spec: JobSpec, of_model: Iterable[str]) -> list[str]:
+    """Return the packages that a job needs, sorted; `of_model` as in `lacking`."""
+    return sorted({package for package, _ in _needed(spec, of_model)})
+
+
+def title_of(package: str) -> str:
+    """Return what people call a library."""
+    return _library(package).title
+
+
 def lacking(spec: JobSpec, of_model: Iterable[str], installed: Mapping[str, str]) -> str:
     """Return what a job needs and a worker does not have, as a sentence; empty: nothing.
 
@@ -49,12 +59,16 @@ def lacking(spec: JobSpec, of_model: Iterable[str], installed: Mapping[str, str]
     """
     for package, purpose in _needed(spec, of_model):
         if package not in installed:
-            # A newer control process may have journalled one that this version does not know.
-            unknown = Library(package, package, package)
-            known = next((each for each in LIBRARIES if each.package == package), unknown)
+            known = _library(package)
             install = f"pip install 'phalanx[{known.extra}]'"
             return f"it has no {known.title}, which {purpose} needs ({install} there)"
     return ""
+
+
+def _library(package: str) -> Library:
+    # A newer control process may have journalled one that this version does not know.
+    unknown = Library(package, package, package)
+    return next((each for each in LIBRARIES if each.package == package), unknown)
 
 
 def _needed(spec: JobSpec, of_model: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -46,6 +46,8 @@ class Origin:
         plan.state_every = self.plan.state_every
         if plan.bitwise and not self.continued.bit_identity_lost:
             plan.fingerprint = self.plan.fingerprint
+            if self.plan.HasField("equipment"):
+                plan.equipment.CopyFrom(self.plan.equipment)
         submitted.continued.CopyFrom(self.continued)
 
 

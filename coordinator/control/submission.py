@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from coordinator.control.config import ControlConfig
 from coordinator.control.continuing import find_origin, gone
+from coordinator.control.core import kinds
 from coordinator.control.core.eligibility import misfit
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core
@@ -326,12 +327,13 @@ def wheel_of(record: bytes) -> str:
 def count_eligible(core: Core, submitted: JobSubmitted) -> int:
     """Return how many of the workers that are there could run a job."""
     facts = JobFacts(JobSnapshot(submitted=submitted))
-    fitting: dict[str, int] = {}
-    for worker in core.workers.values():
-        if worker.state == WorkerView.STATE_READY and not misfit(facts, worker):
-            fingerprint = worker.hello.fingerprint if submitted.plan.bitwise else ""
-            fitting[fingerprint] = fitting.get(fingerprint, 0) + 1
-    return max(fitting.values(), default=0)
+    fitting = [
+        worker.hello
+        for worker in core.workers.values()
+        if worker.state == WorkerView.STATE_READY and not misfit(facts, worker)
+    ]
+    kind = kinds.best(facts, fitting) if submitted.plan.bitwise else None
+    return sum(not kinds.difference(kind, hello) for hello in fitting)
 
 
 def announced(submitted: JobSubmitted) -> job_pb2.Plan:

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from phalanx.v1 import job_pb2 as phalanx_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n phalanx/v1/cluster_service.proto\x12\nphalanx.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14phalanx/v1/job.proto\"\x13\n\x11GetClusterRequest\"\xc8\x02\n\x12GetClusterResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0e\n\x06leader\x18\x03 \x01(\t\x12\x17\n\x0fstorage_address\x18\x04 \x01(\t\x12#\n\x07workers\x18\x05 \x03(\x0b\x32\x12.phalanx.v1.Worker\x12+\n\x0b\x61ggregators\x18\x06 \x03(\x0b\x32\x16.phalanx.v1.Aggregator\x12\x36\n\x04jobs\x18\x07 \x03(\x0b\x32(.phalanx.v1.GetClusterResponse.JobsEntry\x12\x19\n\x11storage_available\x18\x08 \x01(\x08\x12\x12\n\nincomplete\x18\t \x01(\t\x1a+\n\tJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xc0\x04\n\x06Worker\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.phalanx.v1.Worker.State\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\r\n\x05slots\x18\x05 \x01(\x05\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12.\n\x06labels\x18\x07 \x03(\x0b\x32\x1e.phalanx.v1.Worker.LabelsEntry\x12\x0b\n\x03pid\x18\x08 \x01(\x03\x12\x0c\n\x04host\x18\t \x01(\t\x12#\n\x04jobs\x18\n \x03(\x0b\x32\x15.phalanx.v1.WorkerJob\x12\x16\n\x0eresident_bytes\x18\x0b \x01(\x03\x12\x14\n\x0c\x63pu_fraction\x18\x0c \x01(\x01\x12-\n\tjoin_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cmemory_bytes\x18\x0e \x01(\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa5\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSTATE_READY\x10\x01\x12\x13\n\x0fSTATE_SUSPECTED\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\x12\x0e\n\nSTATE_LOST\x10\x04\x12\x0e\n\nSTATE_LEFT\x10\x05\x12\x14\n\x10STATE_INELIGIBLE\x10\x06\x12\x15\n\x11STATE_QUARANTINED\x10\x07\"n\n\tWorkerJob\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12&\n\x06shards\x18\x02 \x03(\x0b\x32\x16.phalanx.v1.ShardRange\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x1b\n\x13\x65xamples_per_second\x18\x04 \x01(\x01\"}\n\nAggregator\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x0f\n\x07job_ids\x18\x06 \x03(\t\x12\x11\n\tconnected\x18\x07 \x01(\x08\";\n\x12ListWorkersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"g\n\x13ListWorkersResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.phalanx.v1.Worker\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\nincomplete\x18\x03 \x01(\t\";\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"9\n\x13\x44rainWorkerResponse\x12\"\n\x06worker\x18\x01 \x01(\x0b\x32\x12.phalanx.v1.Worker\"K\n\x11ListEventsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"6\n\x12ListEventsResponse\x12 \n\x05\x65vent\x18\x01 \x01(\x0b\x32\x11.phalanx.v1.Event2\xcc\x02\n\x0e\x43lusterService\x12K\n\nGetCluster\x12\x1d.phalanx.v1.GetClusterRequest\x1a\x1e.phalanx.v1.GetClusterResponse\x12N\n\x0bListWorkers\x12\x1e.phalanx.v1.ListWorkersRequest\x1a\x1f.phalanx.v1.ListWorkersResponse\x12N\n\x0b\x44rainWorker\x12\x1e.phalanx.v1.DrainWorkerRequest\x1a\x1f.phalanx.v1.DrainWorkerResponse\x12M\n\nListEvents\x12\x1d.phalanx.v1.ListEventsRequest\x1a\x1e.phalanx.v1.ListEventsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n phalanx/v1/cluster_service.proto\x12\nphalanx.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14phalanx/v1/job.proto\"\x13\n\x11GetClusterRequest\"\xc8\x02\n\x12GetClusterResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x0e\n\x06leader\x18\x03 \x01(\t\x12\x17\n\x0fstorage_address\x18\x04 \x01(\t\x12#\n\x07workers\x18\x05 \x03(\x0b\x32\x12.phalanx.v1.Worker\x12+\n\x0b\x61ggregators\x18\x06 \x03(\x0b\x32\x16.phalanx.v1.Aggregator\x12\x36\n\x04jobs\x18\x07 \x03(\x0b\x32(.phalanx.v1.GetClusterResponse.JobsEntry\x12\x19\n\x11storage_available\x18\x08 \x01(\x08\x12\x12\n\nincomplete\x18\t \x01(\t\x1a+\n\tJobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xc9\x05\n\x06Worker\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.phalanx.v1.Worker.State\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\r\n\x05slots\x18\x05 \x01(\x05\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12.\n\x06labels\x18\x07 \x03(\x0b\x32\x1e.phalanx.v1.Worker.LabelsEntry\x12\x0b\n\x03pid\x18\x08 \x01(\x03\x12\x0c\n\x04host\x18\t \x01(\t\x12#\n\x04jobs\x18\n \x03(\x0b\x32\x15.phalanx.v1.WorkerJob\x12\x16\n\x0eresident_bytes\x18\x0b \x01(\x03\x12\x14\n\x0c\x63pu_fraction\x18\x0c \x01(\x01\x12-\n\tjoin_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cmemory_bytes\x18\x0e \x01(\x03\x12\x34\n\tlibraries\x18\x0f \x03(\x0b\x32!.phalanx.v1.Worker.LibrariesEntry\x12\x0c\n\x04gpus\x18\x10 \x01(\x05\x12\x11\n\tgpu_kinds\x18\x11 \x03(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x30\n\x0eLibrariesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa5\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSTATE_READY\x10\x01\x12\x13\n\x0fSTATE_SUSPECTED\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\x12\x0e\n\nSTATE_LOST\x10\x04\x12\x0e\n\nSTATE_LEFT\x10\x05\x12\x14\n\x10STATE_INELIGIBLE\x10\x06\x12\x15\n\x11STATE_QUARANTINED\x10\x07\"n\n\tWorkerJob\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12&\n\x06shards\x18\x02 \x03(\x0b\x32\x16.phalanx.v1.ShardRange\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x1b\n\x13\x65xamples_per_second\x18\x04 \x01(\x01\"}\n\nAggregator\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x0f\n\x07job_ids\x18\x06 \x03(\t\x12\x11\n\tconnected\x18\x07 \x01(\x08\";\n\x12ListWorkersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"g\n\x13ListWorkersResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.phalanx.v1.Worker\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\nincomplete\x18\x03 \x01(\t\";\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"9\n\x13\x44rainWorkerResponse\x12\"\n\x06worker\x18\x01 \x01(\x0b\x32\x12.phalanx.v1.Worker\"K\n\x11ListEventsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"6\n\x12ListEventsResponse\x12 \n\x05\x65vent\x18\x01 \x01(\x0b\x32\x11.phalanx.v1.Event2\xcc\x02\n\x0e\x43lusterService\x12K\n\nGetCluster\x12\x1d.phalanx.v1.GetClusterRequest\x1a\x1e.phalanx.v1.GetClusterResponse\x12N\n\x0bListWorkers\x12\x1e.phalanx.v1.ListWorkersRequest\x1a\x1f.phalanx.v1.ListWorkersResponse\x12N\n\x0b\x44rainWorker\x12\x1e.phalanx.v1.DrainWorkerRequest\x1a\x1f.phalanx.v1.DrainWorkerResponse\x12M\n\nListEvents\x12\x1d.phalanx.v1.ListEventsRequest\x1a\x1e.phalanx.v1.ListEventsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,6 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCLUSTERRESPONSE_JOBSENTRY']._serialized_options = b'8\001'
   _globals['_WORKER_LABELSENTRY']._loaded_options = None
   _globals['_WORKER_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_WORKER_LIBRARIESENTRY']._loaded_options = None
+  _globals['_WORKER_LIBRARIESENTRY']._serialized_options = b'8\001'
   _globals['_GETCLUSTERREQUEST']._serialized_start=103
   _globals['_GETCLUSTERREQUEST']._serialized_end=122
   _globals['_GETCLUSTERRESPONSE']._serialized_start=125
@@ -44,27 +46,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCLUSTERRESPONSE_JOBSENTRY']._serialized_start=410
   _globals['_GETCLUSTERRESPONSE_JOBSENTRY']._serialized_end=453
   _globals['_WORKER']._serialized_start=456
-  _globals['_WORKER']._serialized_end=1032
-  _globals['_WORKER_LABELSENTRY']._serialized_start=819
-  _globals['_WORKER_LABELSENTRY']._serialized_end=864
-  _globals['_WORKER_STATE']._serialized_start=867
-  _globals['_WORKER_STATE']._serialized_end=1032
-  _globals['_WORKERJOB']._serialized_start=1034
-  _globals['_WORKERJOB']._serialized_end=1144
-  _globals['_AGGREGATOR']._serialized_start=1146
-  _globals['_AGGREGATOR']._serialized_end=1271
-  _globals['_LISTWORKERSREQUEST']._serialized_start=1273
-  _globals['_LISTWORKERSREQUEST']._serialized_end=1332
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=1334
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1437
-  _globals['_DRAINWORKERREQUEST']._serialized_start=1439
-  _globals['_DRAINWORKERREQUEST']._serialized_end=1498
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=1500
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=1557
-  _globals['_LISTEVENTSREQUEST']._serialized_start=1559
-  _globals['_LISTEVENTSREQUEST']._serialized_end=1634
-  _globals['_LISTEVENTSRESPONSE']._serialized_start=1636
-  _globals['_LISTEVENTSRESPONSE']._serialized_end=1690
-  _globals['_CLUSTERSERVICE']._serialized_start=1693
-  _globals['_CLUSTERSERVICE']._serialized_end=2025
+  _globals['_WORKER']._serialized_end=1169
+  _globals['_WORKER_LABELSENTRY']._serialized_start=906
+  _globals['_WORKER_LABELSENTRY']._serialized_end=951
+  _globals['_WORKER_LIBRARIESENTRY']._serialized_start=953
+  _globals['_WORKER_LIBRARIESENTRY']._serialized_end=1001
+  _globals['_WORKER_STATE']._serialized_start=1004
+  _globals['_WORKER_STATE']._serialized_end=1169
+  _globals['_WORKERJOB']._serialized_start=1171
+  _globals['_WORKERJOB']._serialized_end=1281
+  _globals['_AGGREGATOR']._serialized_start=1283
+  _globals['_AGGREGATOR']._serialized_end=1408
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1410
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1469
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1471
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1574
+  _globals['_DRAINWORKERREQUEST']._serialized_start=1576
+  _globals['_DRAINWORKERREQUEST']._serialized_end=1635
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=1637
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=1694
+  _globals['_LISTEVENTSREQUEST']._serialized_start=1696
+  _globals['_LISTEVENTSREQUEST']._serialized_end=1771
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=1773
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=1827
+  _globals['_CLUSTERSERVICE']._serialized_start=1830
+  _globals['_CLUSTERSERVICE']._serialized_end=2162
 # @@protoc_insertion_point(module_scope)

@@ -127,7 +127,7 @@ class Worker(_message.Message):
         STATE_LOST: Worker._State.ValueType  # 4
         STATE_LEFT: Worker._State.ValueType  # 5
         STATE_INELIGIBLE: Worker._State.ValueType  # 6
-        """Alive, but excluded by its numeric fingerprint."""
+        """Alive, but left out of a job, since it would give other bits."""
         STATE_QUARANTINED: Worker._State.ValueType  # 7
         """Alive, but caught in computing something else than others: it gets no
         work until it is drained or started again.
@@ -141,7 +141,7 @@ class Worker(_message.Message):
     STATE_LOST: Worker.State.ValueType  # 4
     STATE_LEFT: Worker.State.ValueType  # 5
     STATE_INELIGIBLE: Worker.State.ValueType  # 6
-    """Alive, but excluded by its numeric fingerprint."""
+    """Alive, but left out of a job, since it would give other bits."""
     STATE_QUARANTINED: Worker.State.ValueType  # 7
     """Alive, but caught in computing something else than others: it gets no
     work until it is drained or started again.
@@ -149,6 +149,26 @@ class Worker(_message.Message):
 
     @_typing.final
     class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class LibrariesEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
         KEY_FIELD_NUMBER: _builtins.int
@@ -181,6 +201,9 @@ class Worker(_message.Message):
     CPU_FRACTION_FIELD_NUMBER: _builtins.int
     JOIN_TIME_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    LIBRARIES_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    GPU_KINDS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     incarnation: _builtins.str
     state: Global___Worker.State.ValueType
@@ -193,12 +216,21 @@ class Worker(_message.Message):
     resident_bytes: _builtins.int
     cpu_fraction: _builtins.float
     memory_bytes: _builtins.int
+    gpus: _builtins.int
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerJob]: ...
     @_builtins.property
     def join_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def libraries(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Version by package: of the libraries that not every worker has."""
+
+    @_builtins.property
+    def gpu_kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Each kind of these GPUs once; empty: not known."""
+
     def __init__(
         self,
         *,
@@ -216,10 +248,13 @@ class Worker(_message.Message):
         cpu_fraction: _builtins.float = ...,
         join_time: _timestamp_pb2.Timestamp | None = ...,
         memory_bytes: _builtins.int = ...,
+        libraries: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        gpus: _builtins.int = ...,
+        gpu_kinds: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["join_time", b"join_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_fraction", b"cpu_fraction", "fingerprint", b"fingerprint", "host", b"host", "id", b"id", "incarnation", b"incarnation", "jobs", b"jobs", "join_time", b"join_time", "labels", b"labels", "memory_bytes", b"memory_bytes", "pid", b"pid", "reason", b"reason", "resident_bytes", b"resident_bytes", "slots", b"slots", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_fraction", b"cpu_fraction", "fingerprint", b"fingerprint", "gpu_kinds", b"gpu_kinds", "gpus", b"gpus", "host", b"host", "id", b"id", "incarnation", b"incarnation", "jobs", b"jobs", "join_time", b"join_time", "labels", b"labels", "libraries", b"libraries", "memory_bytes", b"memory_bytes", "pid", b"pid", "reason", b"reason", "resident_bytes", b"resident_bytes", "slots", b"slots", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -396,17 +396,23 @@ class FingerprintChanged(_message.Message):
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    EQUIPMENT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     fingerprint: _builtins.str
+    @_builtins.property
+    def equipment(self) -> _training_pb2.Equipment:
+        """As in the plan."""
+
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         fingerprint: _builtins.str = ...,
+        equipment: _training_pb2.Equipment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["equipment", b"equipment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["equipment", b"equipment", "fingerprint", b"fingerprint", "job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

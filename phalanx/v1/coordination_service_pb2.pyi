@@ -158,6 +158,7 @@ class WorkerHello(_message.Message):
     HISTORY_FIELD_NUMBER: _builtins.int
     LIBRARIES_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
+    GPU_KINDS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     """Unique per process start."""
@@ -188,6 +189,10 @@ class WorkerHello(_message.Message):
     def libraries(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Version by package: of the libraries that not every worker has, those that this one has."""
 
+    @_builtins.property
+    def gpu_kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Each kind of these GPUs once, by what the driver calls it; empty: not known."""
+
     def __init__(
         self,
         *,
@@ -207,10 +212,11 @@ class WorkerHello(_message.Message):
         history: _builtins.int | None = ...,
         libraries: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         gpus: _builtins.int = ...,
+        gpu_kinds: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_history", b"_history", "history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_history", b"_history", "address", b"address", "fingerprint", b"fingerprint", "generation", b"generation", "gpus", b"gpus", "held_jobs", b"held_jobs", "history", b"history", "host", b"host", "incarnation", b"incarnation", "labels", b"labels", "libraries", b"libraries", "memory_bytes", b"memory_bytes", "pid", b"pid", "slot_memory_bytes", b"slot_memory_bytes", "slots", b"slots", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_history", b"_history", "address", b"address", "fingerprint", b"fingerprint", "generation", b"generation", "gpu_kinds", b"gpu_kinds", "gpus", b"gpus", "held_jobs", b"held_jobs", "history", b"history", "host", b"host", "incarnation", b"incarnation", "labels", b"labels", "libraries", b"libraries", "memory_bytes", b"memory_bytes", "pid", b"pid", "slot_memory_bytes", b"slot_memory_bytes", "slots", b"slots", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__history: _TypeAlias = _typing.Literal["history"]  # noqa: Y015
     _WhichOneofArgType__history: _TypeAlias = _typing.Literal["_history", b"_history"]  # noqa: Y015

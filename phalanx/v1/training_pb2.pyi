@@ -423,6 +423,7 @@ class JobPlan(_message.Message):
     SAMPLER_KEY_FIELD_NUMBER: _builtins.int
     MODEL_FILES_FIELD_NUMBER: _builtins.int
     BY_COLUMNS_FIELD_NUMBER: _builtins.int
+    EQUIPMENT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     spec: _builtins.bytes
     """JobSpec in its resolved form, serialized protobuf (not JSON)."""
@@ -491,6 +492,10 @@ class JobPlan(_message.Message):
     def model_files(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Of a program that takes a stored model: path in it → blob digest."""
 
+    @_builtins.property
+    def equipment(self) -> Global___Equipment:
+        """Of the worker that described the job, where it needs libraries or GPUs; empty: not known."""
+
     def __init__(
         self,
         *,
@@ -520,11 +525,62 @@ class JobPlan(_message.Message):
         sampler_key: _builtins.bytes = ...,
         model_files: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         by_columns: _builtins.bool = ...,
+        equipment: Global___Equipment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["equipment", b"equipment", "layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asynchronous", b"asynchronous", "bitwise", b"bitwise", "by_columns", b"by_columns", "code_digests", b"code_digests", "evaluation_rows", b"evaluation_rows", "evaluation_shards", b"evaluation_shards", "evaluation_sums", b"evaluation_sums", "fingerprint", b"fingerprint", "job_id", b"job_id", "layout", b"layout", "local_steps", b"local_steps", "manifest_digest", b"manifest_digest", "model_files", b"model_files", "range_count", b"range_count", "rows_per_leaf", b"rows_per_leaf", "sampler_key", b"sampler_key", "shards", b"shards", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_model_digest", b"start_model_digest", "state_every", b"state_every", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_rows", b"train_rows", "unit_span", b"unit_span", "verified", b"verified"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asynchronous", b"asynchronous", "bitwise", b"bitwise", "by_columns", b"by_columns", "code_digests", b"code_digests", "equipment", b"equipment", "evaluation_rows", b"evaluation_rows", "evaluation_shards", b"evaluation_shards", "evaluation_sums", b"evaluation_sums", "fingerprint", b"fingerprint", "job_id", b"job_id", "layout", b"layout", "local_steps", b"local_steps", "manifest_digest", b"manifest_digest", "model_files", b"model_files", "range_count", b"range_count", "rows_per_leaf", b"rows_per_leaf", "sampler_key", b"sampler_key", "shards", b"shards", "spec", b"spec", "spec_sha256", b"spec_sha256", "start_model_digest", b"start_model_digest", "state_every", b"state_every", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_rows", b"train_rows", "unit_span", b"unit_span", "verified", b"verified"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobPlan: _TypeAlias = JobPlan  # noqa: Y015
+
+@_typing.final
+class Equipment(_message.Message):
+    """What decides over the bits of a job beside the numeric fingerprint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LibrariesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    LIBRARIES_FIELD_NUMBER: _builtins.int
+    GPU_KINDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def libraries(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Version by package: of the libraries that the job needs."""
+
+    @_builtins.property
+    def gpu_kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where the job computes on GPUs: their kinds. Empty: not known."""
+
+    def __init__(
+        self,
+        *,
+        libraries: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        gpu_kinds: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_kinds", b"gpu_kinds", "libraries", b"libraries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Equipment: _TypeAlias = Equipment  # noqa: Y015

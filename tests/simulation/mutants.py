@@ -420,7 +420,7 @@ MUTANTS = (
     ),
     one(
         "workers with other bits take part", 16, f"{_CONTROL}.core.eligibility:group_of",
-        "if worker.hello.fingerprint != fingerprint:", "if False:",
+        "if unlike := kinds.difference(kind, worker.hello):", "if unlike := None:",
     ),
     one(
         "a leaf that is not finite is believed at once", 6, f"{_CONTROL}.core.budgets:_non_finite",

@@ -74,14 +74,14 @@ def agreed(core: Core, job: JobRuntime) -> list[Description]:
 
 
 def differing(job: JobRuntime, right: Description) -> list[Description]:
-    """Return the answers that workers with the same fingerprint should not have given.
+    """Return the answers that workers which surely give the same bits should not have given.
 
     Who says that it fails there may be right: the machine may be too small, or lack something.
     """
     return [
         each
         for each in job.descriptions.values()
-        if each.fingerprint == right.fingerprint
+        if each.kind.is_surely(right.kind)
         and not each.found.HasField("failure")
         and _result(each) != _result(right)
     ]
@@ -148,7 +148,9 @@ def _ask(core: Core, job: JobRuntime, worker: Worker) -> None:
 
 def _explain(core: Core, job: JobRuntime, group: Group) -> str:
     """Say who has answered what, and who does not."""
-    answers = [each for each in job.descriptions.values() if each.fingerprint == group.fingerprint]
+    answers = [
+        each for each in job.descriptions.values() if each.kind.fingerprint == group.fingerprint
+    ]
     results = {_result(each): each for each in answers}
     came = f"{number_of(len(answers), 'description')} of it came"
     if answers:
@@ -184,4 +186,4 @@ def _result(answer: Description) -> tuple[str, str]:
     what is different in each process."""
     found = answer.found
     failed = found.HasField("failure")
-    return answer.fingerprint, found.failure.code if failed else sha256_of(found)
+    return answer.kind.fingerprint, found.failure.code if failed else sha256_of(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.control.core import describing, ending, quarantine, terms, told
+from coordinator.control.core import describing, ending, kinds, quarantine, terms, told
 from coordinator.control.core.eligibility import group_of, needed_bytes, too_large
 from coordinator.control.core.lifecycle import QUEUED
 from coordinator.control.core.state import Core, Description, JobRuntime, Worker
@@ -23,7 +23,8 @@ def described(core: Core, job: JobRuntime, worker: Worker, message: pb.JobDescri
         return
     del job.describing[worker.id]
     found = told.description(message)
-    answer = Description(worker.id, worker.hello.incarnation, worker.hello.fingerprint, found)
+    kind = kinds.of_worker(core.facts_of(job), worker.hello)
+    answer = Description(worker.id, worker.hello.incarnation, kind, found)
     if describing.is_verified(core, job):
         _compare(core, job, answer)
     else:
@@ -59,11 +60,12 @@ def _compare(core: Core, job: JobRuntime, answer: Description) -> None:
     equal = describing.agreed(core, job)
     if not equal:
         return
-    differing = describing.differing(job, equal[0])
+    right = next((each for each in equal if each.kind.complete), equal[0])
+    differing = describing.differing(job, right)
     job.descriptions.clear()
     job.describing.clear()
-    _take(core, job, equal[0])
-    if not equal[0].found.HasField("failure"):
+    _take(core, job, right)
+    if not right.found.HasField("failure"):
         for each in differing:
             quarantine.described_otherwise(core, job, each, equal)
 
@@ -83,7 +85,7 @@ def _take(core: Core, job: JobRuntime, answer: Description) -> None:
         job.describing.clear()
         job.undescribed.clear()
         job.described = found
-        job.described_fingerprint = answer.fingerprint
+        job.described_kind = answer.kind
         refusal = too_large(core, needed_bytes(facts, found.layout))
         if refusal is not None:
             ending.fail(core, job, refusal.reason, refusal.message)

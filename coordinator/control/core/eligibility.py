@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from coordinator.control.core import sharing
+from coordinator.control.core import kinds, sharing
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.state import Core, JobRuntime, Worker
 from phalanx.errors import PhalanxError, ResourceExhausted
@@ -27,10 +27,11 @@ class Group:
     """Workers that may host a job; `excluded` says why each of the others may not."""
 
     fingerprint: str
+    """The numeric one that all of them have; empty: any."""
     workers: tuple[Worker, ...]
     excluded: dict[str, str] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
-    """Those excluded by nothing but their fingerprint."""
+    """Those excluded by nothing but the bits that they give."""
 
 
 def needed_bytes(facts: JobFacts, layout: Layout) -> int:
@@ -67,7 +68,7 @@ def too_large(core: Core, needed: int) -> PhalanxError | None:
 
 
 def misfit(facts: JobFacts, worker: Worker, layout: Layout | None = None) -> str:
-    """Return why a worker cannot host a job whatever its fingerprint; empty if it can.
+    """Return why a worker cannot host a job whatever bits it gives; empty if it can.
 
     `layout` is that of a job whose first term has not begun, once a worker has described it.
     """
@@ -107,8 +108,8 @@ def _lacks_gpus(each: int, worker: Worker) -> str:
 def group_of(core: Core, job: JobRuntime) -> Group:
     """Return the workers that may host a job now.
 
-    A reproducible job takes one numeric fingerprint: the one it started with, else that of the
-    group with most slots.
+    A reproducible job takes workers of one kind: the one it started with, else the best of those
+    that are there, but none on which building its model has failed as long as there is another.
     """
     facts = core.facts_of(job)
     fitting: list[Worker] = []
@@ -127,19 +128,21 @@ def group_of(core: Core, job: JobRuntime) -> Group:
             fitting.append(worker)
     if not facts.plan.bitwise:
         return Group("", tuple(fitting), excluded)
-    fingerprint = facts.fingerprint or largest_fingerprint(fitting)
+    fresh = [worker.hello for worker in fitting if worker.id not in job.undescribed]
+    hellos = fresh or [worker.hello for worker in fitting]
+    kind = kinds.of_plan(facts, facts.plan) or kinds.best(facts, hellos)
     chosen: list[Worker] = []
     unmatched: list[str] = []
     for worker in fitting:
-        if worker.hello.fingerprint != fingerprint:
-            excluded[worker.id] = "its processor or libraries give other bits (fingerprint)"
+        if unlike := kinds.difference(kind, worker.hello):
+            excluded[worker.id] = unlike
         elif facts.leaf_sha256 and worker.id in job.other_leaves:
             excluded[worker.id] = _other_leaf(facts.leaf_sha256, job.other_leaves[worker.id])
         else:
             chosen.append(worker)
             continue
         unmatched.append(worker.id)
-    return Group(fingerprint, tuple(chosen), excluded, tuple(unmatched))
+    return Group(kind.fingerprint if kind else "", tuple(chosen), excluded, tuple(unmatched))
 
 
 def may_come_back(core: Core, job: JobRuntime) -> bool:
@@ -167,14 +170,6 @@ def _other_leaf(wanted: str, own: str) -> str:
         f"it gives other bits in this job: the leaf that the job began with is {wanted}, {found} "
         "(code that depends on more than its seed and its rows does so, too)"
     )
-
-
-def largest_fingerprint(workers: list[Worker]) -> str:
-    """Return the fingerprint of the group with most slots, the smaller name among equals."""
-    slots: dict[str, int] = {}
-    for worker in workers:
-        slots[worker.hello.fingerprint] = slots.get(worker.hello.fingerprint, 0) + worker.slots
-    return min(slots, key=lambda each: (-slots[each], each), default="")
 
 
 def choose_hosts(core: Core, job: JobRuntime, group: Group) -> dict[str, Worker]:
@@ -221,9 +216,11 @@ def explain_waiting(core: Core, job: JobRuntime, group: Group) -> tuple[str, str
     """Return (reason, message) for a job that has too few workers."""
     wanted = core.facts_of(job).spec.resources.min_workers
     if group.unmatched and not group.workers:
+        first = group.unmatched[0]
         message = (
             f"no worker gives the bits that the job started with; {', '.join(group.unmatched)} "
-            "would give others (set reproducibility.bitwise.fall_back_after to go on there)"
+            f"would give others ({first}: {group.excluded[first]}); set "
+            "reproducibility.bitwise.fall_back_after to go on there"
         )
         return "WAITING_FOR_FINGERPRINT", message
     ready = sum(worker.state == WorkerView.STATE_READY for worker in group.workers)
@@ -244,14 +241,17 @@ def explain_waiting(core: Core, job: JobRuntime, group: Group) -> tuple[str, str
 
 
 def announce_ineligible(core: Core, job: JobRuntime, group: Group) -> None:
-    """Tell once per job and worker that its fingerprint keeps it out."""
+    """Tell once per job and worker that the bits which it gives keep it out, and why."""
+    for worker in group.workers:
+        job.told_ineligible.pop(worker.id, None)  # it was started again as another one
     for worker_id in group.unmatched:
-        if worker_id in job.told_ineligible:
+        why = group.excluded[worker_id]
+        if job.told_ineligible.get(worker_id) == why:
             continue
-        job.told_ineligible.add(worker_id)
+        job.told_ineligible[worker_id] = why
         core.emit(
             "WORKER_INELIGIBLE",
-            f"{worker_id} does not take part: {group.excluded[worker_id]}",
+            f"{worker_id} does not take part: {why}",
             job_id=job.job_id,
             worker_id=worker_id,
             after=job.term_after,

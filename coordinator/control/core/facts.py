@@ -253,6 +253,9 @@ class Facts:
         started = kept.HasField("term_started")
         plan = kept.term_started.plan if started else kept.submitted.plan
         plan.fingerprint = changed.fingerprint
+        plan.ClearField("equipment")
+        if changed.HasField("equipment"):
+            plan.equipment.CopyFrom(changed.equipment)
         kept.bit_identity_lost = True
 
     def _step_clock(self, nanos: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from coordinator.control.core import kinds
 from coordinator.control.core.eligibility import TAKES_WORK, choose_hosts, group_of
 from coordinator.control.core.lifecycle import ENDED, PAUSED, QUEUED, RUNNING
 from coordinator.control.core.members import have_changed
@@ -80,7 +81,7 @@ def _ranges(core: Core, job: JobRuntime) -> None:
 
 def _hosts(core: Core, job: JobRuntime) -> None:
     facts = core.facts_of(job)
-    bitwise, fingerprint, term = facts.plan.bitwise, facts.fingerprint, facts.term
+    kind, term = kinds.of_plan(facts, facts.plan), facts.term
     for worker_id, hosting in job.hosts.items():
         worker = core.workers.get(worker_id)
         if worker is None or not worker.connected:
@@ -89,7 +90,7 @@ def _hosts(core: Core, job: JobRuntime) -> None:
             raise InvariantBroken(f"{job.job_id} is hosted by {worker_id}, which is quarantined")
         if hosting.term > term:
             raise InvariantBroken(f"{worker_id} was told a term that does not exist")
-        if bitwise and worker.state in TAKES_WORK and worker.hello.fingerprint != fingerprint:
+        if worker.state in TAKES_WORK and kinds.difference(kind, worker.hello):
             raise InvariantBroken(f"{worker_id} hosts {job.job_id} with other bits")
         if not (
             _made_of_nodes(hosting.train, job.train.width)

@@ -10,6 +10,7 @@ from coordinator.control.core import (
     ending,
     hosting,
     incidents,
+    kinds,
     membership,
     outages,
     reports,
@@ -208,8 +209,11 @@ def _watch_fingerprint(core: Core, job: JobRuntime) -> None:
         return
     if not group.unmatched:
         return
-    fingerprint = core.workers[group.unmatched[0]].hello.fingerprint
-    changed = FingerprintChanged(job_id=job.job_id, fingerprint=fingerprint)
+    facts, hello = core.facts_of(job), core.workers[group.unmatched[0]].hello
+    kind = kinds.of_worker(facts, hello)
+    changed = FingerprintChanged(
+        job_id=job.job_id, fingerprint=kind.fingerprint, equipment=kind.equipment()
+    )
     job.after = job.term_after = core.persist(ControlRecord(fingerprint_changed=changed))
     core.emit(
         "BIT_IDENTITY_LOST",
@@ -217,7 +221,7 @@ def _watch_fingerprint(core: Core, job: JobRuntime) -> None:
         job_id=job.job_id,
         after=job.after,
         step=job.step,
-        details={"fingerprint": fingerprint},
+        details={"fingerprint": kind.fingerprint},
     )
     job.told_ineligible.clear()
     hosting.sync(core, job, cause="fall_back")

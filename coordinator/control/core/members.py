@@ -10,7 +10,7 @@ ranges. The host of shard 0 is the root.
 
 from __future__ import annotations
 
-from coordinator.control.core import balancing, placement
+from coordinator.control.core import balancing, kinds, placement
 from coordinator.control.core.eligibility import choose_hosts, group_of
 from coordinator.control.core.ownership import Owners
 from coordinator.control.core.state import Core, JobRuntime, Worker
@@ -31,23 +31,23 @@ def have_changed(core: Core, job: JobRuntime) -> bool:
     another would be followed by the next.
     """
     facts = core.facts_of(job)
-    wanted = set(_placed(core, job, facts.fingerprint).values())
+    wanted = set(_placed(core, job, facts.plan).values())
     members = current(core, job)
     if not wanted or job.lost_owners & set(members):
         return bool(wanted)
-    able = _able(core, job, facts.fingerprint)
+    able = _able(core, job, facts.plan)
     gone = any(each not in able or not takes_part(core, job, each) for each in members)
     return gone or len(wanted) > len(members) or job.leveling.due is not None
 
 
 def may_be_chosen(core: Core, job: JobRuntime) -> bool:
     """Whether there is a worker that may be a member."""
-    return bool(_placed(core, job, core.facts_of(job).fingerprint))
+    return bool(_placed(core, job, core.facts_of(job).plan))
 
 
 def choose(core: Core, job: JobRuntime, plan: JobPlan) -> Owners | None:
     """Place the shards for a new term and return their hosts' ranges; None: there is nobody."""
-    owners = _placed(core, job, plan.fingerprint)
+    owners = _placed(core, job, plan)
     if not owners:
         return None
     due, job.leveling.due, job.leveling.why = job.leveling.due, None, ""
@@ -65,10 +65,10 @@ def choose(core: Core, job: JobRuntime, plan: JobPlan) -> Owners | None:
     return Owners(tuple(_ranges(core, plan.layout.element_count, members)), "")
 
 
-def _placed(core: Core, job: JobRuntime, fingerprint: str) -> placement.Owners:
+def _placed(core: Core, job: JobRuntime, plan: JobPlan) -> placement.Owners:
     """Where the shards would be in a term that began now: with members that are there and whoever
     is ready, or, if none of either is, with all that may host the job."""
-    able = _able(core, job, fingerprint)
+    able = _able(core, job, plan)
     members = [
         key
         for key in current(core, job)
@@ -80,14 +80,12 @@ def _placed(core: Core, job: JobRuntime, fingerprint: str) -> placement.Owners:
     return placement.place_members(job.train.width, slots, job.train.unit)
 
 
-def _able(core: Core, job: JobRuntime, fingerprint: str) -> dict[str, Worker]:
+def _able(core: Core, job: JobRuntime, plan: JobPlan) -> dict[str, Worker]:
     """Workers that may be members: they give the same bits."""
     hosts = choose_hosts(core, job, group_of(core, job))
-    any_will_do = not fingerprint or not core.facts_of(job).plan.bitwise
+    kind = kinds.of_plan(core.facts_of(job), plan)
     return {
-        key: worker
-        for key, worker in hosts.items()
-        if any_will_do or worker.hello.fingerprint == fingerprint
+        key: worker for key, worker in hosts.items() if not kinds.difference(kind, worker.hello)
     }
 
 

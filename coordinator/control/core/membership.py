@@ -8,7 +8,15 @@ those who fell silent together do not reach their leases together: being suspect
 
 from __future__ import annotations
 
-from coordinator.control.core import describing, foreign, hosting, incidents, quarantine, terms
+from coordinator.control.core import (
+    describing,
+    foreign,
+    hosting,
+    incidents,
+    kinds,
+    quarantine,
+    terms,
+)
 from coordinator.control.core.eligibility import TAKES_WORK
 from coordinator.control.core.facts import JobFacts
 from coordinator.control.core.lifecycle import RUNNING
@@ -343,10 +351,14 @@ def _replace_worker(core: Core, old: Worker, hello: pb.WorkerHello) -> None:
     core.sessions.pop(old.session, None)
     core.close(old.session, Aborted("another session of this worker was opened"))
     old.session = 0
-    known = (old.hello.incarnation, old.hello.fingerprint)
-    if known != (hello.incarnation, hello.fingerprint):
-        why = "it was started again"
+    if _what_it_is(old.hello) != _what_it_is(hello):
+        why = "it was started again, or has other libraries or GPUs"
         lose_worker(core, old, "worker_lost", why, core.now.monotonic_s)
+
+
+def _what_it_is(hello: pb.WorkerHello) -> tuple[str, str, dict[str, str], list[str]]:
+    libraries, gpus = dict(hello.libraries), list(hello.gpu_kinds)
+    return hello.incarnation, hello.fingerprint, libraries, gpus
 
 
 def _recall_drain(core: Core, worker: Worker) -> None:
@@ -420,12 +432,12 @@ def _forget_leaves(core: Core, worker: Worker) -> None:
     """A new start of a worker may have other libraries: its leaves are compared anew."""
     for job in core.jobs.values():
         if job.other_leaves.pop(worker.id, None) is not None:
-            job.told_ineligible.discard(worker.id)
+            job.told_ineligible.pop(worker.id, None)
         describing.forget(job, worker.id)
 
 
 def _may_hold(job: JobRuntime, facts: JobFacts, worker: Worker, held: pb.HeldWorkerJob) -> bool:
-    same_bits = not facts.plan.bitwise or worker.hello.fingerprint == facts.fingerprint
+    same_bits = not kinds.difference(kinds.of_plan(facts, facts.plan), worker.hello)
     if facts.leaf_sha256 and worker.id in job.other_leaves:
         same_bits = False
     if (held.job_id, held.term) in worker.foreign:

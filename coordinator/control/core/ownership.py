@@ -114,6 +114,8 @@ def _commonest(aggregators: list[Aggregator]) -> str:
 
 def _fall_back(core: Core, job: JobRuntime, plan: JobPlan, candidates: list[Aggregator]) -> str:
     changed = FingerprintChanged(job_id=job.job_id, fingerprint=plan.fingerprint)
+    if plan.HasField("equipment"):
+        changed.equipment.CopyFrom(plan.equipment)
     job.after = core.persist(ControlRecord(fingerprint_changed=changed))
     core.emit(
         "BIT_IDENTITY_LOST",

@@ -7,7 +7,7 @@ done something about it, and if not it is caught again.
 
 from __future__ import annotations
 
-from coordinator.control.core import describing, hosting, incidents, terms
+from coordinator.control.core import describing, hosting, incidents, kinds, terms
 from coordinator.control.core.describing import WAITING
 from coordinator.control.core.disagreement import (
     different_results,
@@ -53,13 +53,16 @@ def described_otherwise(
 def set_up_otherwise(core: Core, job: JobRuntime, worker: Worker, leaf_sha256: str) -> None:
     """Take a job from a worker whose own leaf is another one than the job is measured by.
 
-    It takes no part in that job. If as many workers as have to agree have described that leaf, with
-    the same fingerprint, it gets no work of any job: nobody asked it then, so it was not outvoted.
+    It takes no part in that job. If as many workers as have to agree have described that leaf, and
+    it surely gives the same bits as these, it gets no work of any job: nobody asked it then, so it
+    was not outvoted.
     A job that goes on from another one has the leaf of that one, which may be one worker's word.
     """
     facts = core.facts_of(job)
     agreed_on = describing.is_verified(core, job) and facts.continued is None
-    if leaf_sha256 and agreed_on and worker.hello.fingerprint == facts.fingerprint:
+    wanted = kinds.of_plan(facts, facts.plan)
+    alike = wanted is not None and wanted.is_surely(kinds.of_worker(facts, worker.hello))
+    if leaf_sha256 and agreed_on and alike:
         hashes = leaf_sha256, facts.leaf_sha256
         reason = (
             f"its first leaf of job {job.job_id} has SHA-256 {hashes[0]}, "

@@ -22,6 +22,7 @@ from coordinator.control.core.effects import (
     SuspectSelf,
 )
 from coordinator.control.core.facts import Facts, JobFacts
+from coordinator.control.core.kinds import Kind
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.placement import Placement
 from coordinator.control.core.quotas import Quotas
@@ -270,7 +271,7 @@ class JobRuntime:
     late_describers: set[str] = field(default_factory=set)
     """Workers that were asked so, and did not answer in time."""
     described: pb.JobDescribed | None = None
-    described_fingerprint: str = ""
+    described_kind: Kind | None = None
     """That of the worker that described the job, from the group chosen at first dispatch."""
     owner_incarnations: dict[str, str] = field(default_factory=dict)
     """Aggregators known to hold their ranges of the current term."""
@@ -306,7 +307,8 @@ class JobRuntime:
     unmatched_since_s: float | None = None
     owners_may_differ: bool = False
     """`fall_back_after` is over: its ranges may go on on aggregators that give other bits."""
-    told_ineligible: set[str] = field(default_factory=set)
+    told_ineligible: dict[str, str] = field(default_factory=dict)
+    """Workers of which was told that they give other bits, and why."""
     other_leaves: dict[str, str] = field(default_factory=dict)
     """Hashes of the leaves of workers that give other bits in this very job."""
 
@@ -322,7 +324,7 @@ class Description:
 
     worker_id: str
     incarnation: str
-    fingerprint: str
+    kind: Kind
     found: pb.JobDescribed
 
 

@@ -448,6 +448,6 @@ def _complete_plan(core: Core, job: JobRuntime) -> JobPlan:
         plan.layout.CopyFrom(job.described.layout)
         del plan.evaluation_sums[:]
         plan.evaluation_sums.extend(job.described.evaluation_sums)
-    if plan.bitwise and not plan.fingerprint:
-        plan.fingerprint = job.described_fingerprint
+    if plan.bitwise and not plan.fingerprint and job.described_kind is not None:
+        job.described_kind.write(plan)
     return plan

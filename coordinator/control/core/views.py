@@ -101,9 +101,12 @@ def worker_view(core: Core, worker: Worker) -> cluster_service_pb2.Worker:
         resident_bytes=worker.resident_bytes,
         cpu_fraction=worker.cpu_fraction,
         memory_bytes=hello.memory_bytes,
+        libraries=hello.libraries,
+        gpus=hello.gpus,
+        gpu_kinds=hello.gpu_kinds,
     )
     view.join_time.FromNanoseconds(worker.join_unix_nanos)
-    kept_out = [job.job_id for job in core.jobs.values() if worker.id in job.told_ineligible]
+    kept_out = [job for job in core.jobs.values() if worker.id in job.told_ineligible]
     for job in core.running():
         if worker.id in job.hosts:
             hosting = job.hosts[worker.id]
@@ -115,7 +118,8 @@ def worker_view(core: Core, worker: Worker) -> cluster_service_pb2.Worker:
             )
     if worker.state == cluster_service_pb2.Worker.STATE_READY and kept_out and not view.jobs:
         view.state = cluster_service_pb2.Worker.STATE_INELIGIBLE
-        view.reason = f"its numeric fingerprint differs from that of {kept_out[0]}"
+        why = kept_out[0].told_ineligible[worker.id]
+        view.reason = f"left out of {kept_out[0].job_id}: {why}"
     return view
 
 
