@@ -38,7 +38,7 @@ from worker.core.session import WorkerCore
 from worker.ipc import Returned
 from worker.session.all_reduce.hosting import GetStorage, HostedAllReduce
 from worker.session.chunks import ChunkServer
-from worker.session.devices import gpus_here, libraries_here
+from worker.session.devices import gpu_kinds, gpus_here, libraries_here
 from worker.session.fingerprint import stored_fingerprint
 from worker.session.hosting import HostedJob
 from worker.session.leaf_server import LeafServer
@@ -101,6 +101,7 @@ class Session:
         self._core = WorkerCore(config.slot_count, config.id)
         self._cache = BlobCache(config.cache_dir, config.cache_bytes, download, metrics)
         self._gpus = gpus_here(config.gpus, os.environ)
+        self._gpu_kinds = gpu_kinds(self._gpus)
         self._slots = SlotPool(
             config.slot_count,
             config.slot_memory_bytes,
@@ -222,6 +223,7 @@ class Session:
             history=self._control.history,
             libraries=libraries_here(),
             gpus=len(self._gpus),
+            gpu_kinds=self._gpu_kinds,
         )
         return coordination.SessionRequest(worker_hello=hello)
 

@@ -42,6 +42,41 @@ def gpus_here(
     return tuple(str(index) for index in range(sum(map(bool, map(_DEVICE.fullmatch, files)))))
 
 
+def gpu_kinds(gpus: Sequence[str], driver: Path = Path("/proc/driver/nvidia")) -> tuple[str, ...]:
+    """Return each kind of these GPUs once, by what the driver calls it; empty: not known.
+
+    Nothing is asked of CUDA, which would take memory of each GPU for as long as the worker lives.
+    To CUDA the first GPU is the fastest, so where a machine has several kinds only the ids of GPUs
+    tell which is which. A GPU in parts (MIG) computes with as many units as the part has, whatever
+    it is called.
+    """
+    try:
+        if any(driver.glob("capabilities/gpu*/mig/gi*")):
+            return ()
+        shown = [_shown(each) for each in driver.glob("gpus/*/information")]
+    except (OSError, ValueError):
+        return ()
+    kinds = {_kind_of(name, shown) for name in gpus}
+    return () if "" in kinds else tuple(sorted(kinds))
+
+
+def _shown(information: Path) -> dict[str, str]:
+    """What the driver tells of one GPU."""
+    lines = information.read_text(encoding="utf-8").splitlines()
+    parts = (line.partition(":") for line in lines)
+    return {key.strip(): value.strip() for key, _, value in parts}
+
+
+def _kind_of(name: str, shown: Sequence[Mapping[str, str]]) -> str:
+    """Return the kind of a GPU by its number or the beginning of its id; empty: not known."""
+    kinds = {
+        each.get("Model", "")
+        for each in shown
+        if name.isdigit() or each.get("GPU UUID", "").startswith(name)
+    }
+    return kinds.pop() if len(kinds) == 1 else ""
+
+
 def unlike(devices: Mapping[int, str]) -> str:
     """Say which slots have GPUs that give other bits than those of others; empty: none.
 

@@ -6,11 +6,16 @@ import asyncio
 import importlib.util
 from typing import Any
 
+import pytest
+
 from phalanx.reduction import Node
 from phalanx.testing.worker_peers import ScriptedAggregator, ScriptedControl
 
 
-async def test_the_hello_says_who_the_worker_is(bench: Any) -> None:
+async def test_the_hello_says_who_the_worker_is(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.session.app.gpu_kinds", lambda gpus: [f"NVIDIA {gpus[0]}"])
     async with ScriptedControl() as control:
         settings: dict[str, Any] = {
             "labels": ("zone=a", "disk=ssd"),
@@ -22,6 +27,7 @@ async def test_the_hello_says_who_the_worker_is(bench: Any) -> None:
         assert (hello.worker_id, hello.slots, hello.slot_memory_bytes) == ("worker-1", 3, 2**30)
         assert dict(hello.labels) == {"zone": "a", "disk": "ssd"}
         assert hello.gpus == 2
+        assert list(hello.gpu_kinds) == ["NVIDIA GPU-1"]
         assert ("torch" in hello.libraries) == (importlib.util.find_spec("torch") is not None)
         assert len(hello.fingerprint) == 64
         assert hello.memory_bytes > 2**30

@@ -16,7 +16,7 @@ from worker.config import WorkerConfig
 from worker.gpus import gpus_of_slot
 from worker.leaf.limits import show_gpus
 from worker.session import devices
-from worker.session.devices import gpus_here, libraries_here
+from worker.session.devices import gpu_kinds, gpus_here, libraries_here
 
 
 @pytest.fixture
@@ -103,3 +103,58 @@ def test_only_what_is_installed_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(devices, "version", missing)
     assert libraries_here() == {}
+
+
+H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB"
+
+
+def shown(folder: Path, *models: str) -> Path:
+    """What the driver tells of a machine's GPUs."""
+    for index, model in enumerate(models):
+        gpu = folder / "gpus" / f"0000:{index:02x}:00.0"
+        gpu.mkdir(parents=True)
+        lines = [f"Model: \t\t {model}", "IRQ:   \t\t 16", f"GPU UUID: \t GPU-{index}f00-ba7"]
+        (gpu / "information").write_text("\n".join([*lines, "Device Minor: \t 0", ""]))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("models", "gpus", "kinds"),
+    [
+        ((H100, H100), ("0", "1"), (H100,)),
+        ((H100, H100), ("1",), (H100,)),
+        ((H100, H100), ("0", "0"), (H100,)),
+        ((H100,), (), ()),
+        ((), ("0",), ()),
+        ((A100, H100), ("GPU-1f00-ba7",), (H100,)),
+        ((A100, H100), ("GPU-1f", "GPU-0f"), (A100, H100)),  # CUDA takes the beginning of an id
+        ((A100, H100), ("GPU-1f00-ba7", "GPU-5f00-ba7"), ()),
+        # CUDA counts the fastest first, so a number says nothing where they differ.
+        ((A100, H100), ("0", "1"), ()),
+        ((A100, H100), ("GPU-1f00-ba7", "0"), ()),
+        # A part of a GPU computes with fewer units.
+        ((H100,), ("MIG-9a1",), ()),
+        (("",), ("0",), ()),
+    ],
+)
+def test_kinds_of_gpus(
+    tmp_path: Path, models: tuple[str, ...], gpus: tuple[str, ...], kinds: tuple[str, ...]
+) -> None:
+    assert gpu_kinds(gpus, shown(tmp_path, *models)) == kinds
+
+
+def test_of_gpus_in_parts_a_number_names_a_part(tmp_path: Path) -> None:
+    folder = shown(tmp_path, H100)
+    (folder / "capabilities" / "gpu0" / "mig").mkdir(parents=True)
+    assert gpu_kinds(("0",), folder) == (H100,)
+    (folder / "capabilities" / "gpu0" / "mig" / "gi1").mkdir()
+    assert gpu_kinds(("0",), folder) == ()
+
+
+def test_what_cannot_be_read_is_not_known(tmp_path: Path) -> None:
+    folder = shown(tmp_path, H100)
+    (folder / "gpus" / "0000:00:00.0" / "information").write_bytes(b"Model: \xff\xfe")
+    assert gpu_kinds(("0",), folder) == ()
+    (folder / "gpus" / "0000:00:00.0" / "information").unlink()
+    (folder / "gpus" / "0000:00:00.0" / "information").mkdir()
+    assert gpu_kinds(("0",), folder) == ()
