@@ -29,12 +29,13 @@ import worker.session.slots
 from coordinator.aggregation.config import AggregatorConfig
 from coordinator.control.config import ControlConfig
 from coordinator.control.core import members, ownership
+from phalanx.needs import TORCH
 from phalanx.testing.simulation import Network, Process, World
 from phalanx.testing.simulation.clocks import Environment, environment
 from phalanx.testing.simulation.network import Link
 from phalanx.testing.simulation.rpc import process_died
 from storage.config import StorageConfig
-from tests.simulation import jobs, wishes
+from tests.simulation import jobs, versions, wishes
 from tests.simulation.calls import CallingLeaf
 from tests.simulation.hosts import Arena, Cache, Leaf, Machines
 from tests.simulation.oracle import LEASE_TTL_S
@@ -157,6 +158,8 @@ class Services:
         replace(coordinator.control.model_writer, "_versions", dict)
         replace(coordinator.control.submission, "new_secret", lambda: jobs.SECRET)
         replace(worker.session.app, "stored_fingerprint", _fingerprint)
+        replace(worker.session.app, "libraries_here", self._libraries)
+        replace(worker.session.app, "gpu_kinds", lambda _: ())
         replace(worker.session.app, "BlobCache", self._cache)
         replace(worker.session.slots, "LeafServer", _LeafServer)
         replace(worker.session.slots, "LeafProcess", self._leaf)
@@ -190,6 +193,11 @@ class Services:
         assert self.machines is not None
         name = self.machines.world.loop.current.name
         return self.machines.fingerprints.get(name, jobs.FINGERPRINTS[0])
+
+    def _libraries(self) -> dict[str, str]:
+        assert self.machines is not None
+        name, old = self.machines.world.loop.current.name, self.machines.old
+        return {TORCH.package: versions.version_of(name, old)} if old else {}
 
     def create(self, name: str, element_count: int, dtype: Any) -> Arena:
         """The arena of a job."""
@@ -269,6 +277,9 @@ class Cluster:
         self.machines.small.update(self.aggregators[: settings.small])
         if settings.odd:
             self.machines.odd.add(self.workers[0])
+        if settings.old:
+            self.machines.old.add(self.workers[-1])
+            self.machines.odd.add(self.workers[-1])
         if settings.script == "aggregators_gone":
             self.machines.fingerprints[self.aggregators[-1]] = jobs.FINGERPRINTS[1]
         if settings.mixed:

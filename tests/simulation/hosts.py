@@ -21,7 +21,7 @@ from phalanx.testing.simulation.loop import SimulationFailed, World
 from phalanx.training.leaf import LocalSteps
 from phalanx.v1 import coordination_service_pb2, training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
-from tests.simulation import jobs, wishes
+from tests.simulation import jobs, versions, wishes
 from tests.simulation.parts import VERIFIED
 from tests.simulation.task_sets import Calls
 from worker import ipc
@@ -67,6 +67,8 @@ class Machines:
         self.fingerprints: dict[str, str] = {}
         self.odd: set[str] = set()
         """Workers whose own leaves have other bits, whatever their fingerprint says."""
+        self.old: set[str] = set()
+        """Workers with an older version of what all jobs need, see `versions`."""
         self._leaves: dict[str, str] = {}
         self.small: set[str] = set()
         """Aggregators that have not the memory for any range."""
@@ -115,6 +117,12 @@ class Machines:
         """No job is set up where it must not be computed."""
         if not wishes.may_compute(spec, worker):
             self.world.fail(SimulationFailed(f"{spec.name} is set up by {worker}, out of its zone"))
+
+    def demand_version(self, plan: training_pb2.JobPlan, worker: str) -> None:
+        """No job is set up where it is known that it would have other bits."""
+        if versions.misplaced(plan, worker, self.old):
+            why = f"{plan.job_id} is set up by {worker}, which has another version"
+            self.world.fail(SimulationFailed(why))
 
 
 class Arena:
@@ -248,6 +256,7 @@ class Leaf:
             plan = training_pb2.JobPlan.FromString(plan_bytes)
             arena = self._machines.arenas[fds[0]]
             self._machines.demand_wanted(JobSpec.FromString(plan.spec), self._worker)
+            self._machines.demand_version(plan, self._worker)
             # Whatever the job wants, this machine computes as it does.
             shape = replace(jobs.shape_of(plan), fingerprint=self._fingerprint)
             self._plans[document["job"]] = (shape, plan, arena)

@@ -55,6 +55,7 @@ _REDUCING = (("workers", 3), ("parts", "all-reduce"))
 _TASKS = (("shapes", ()), ("tasks", 2), ("aggregators", 2), ("workers", 2))
 _PROGRAMS = program_struck("aggregator")
 _COLUMNS = ("parts", "columns")
+_OF_TWO_VERSIONS = (("workers", 4), ("old", True), ("parts", "3 replicas"))
 _BETWEEN_ROUNDS: Rare = (
     ("kill_control", "kill_storage"),
     (
@@ -262,6 +263,10 @@ KNOWN = {
         2,
         (),
         (("workers", 3), ("liars", 1), ("from_the_first", True), ("parts", "3 replicas")),
+    ),
+    "workers with another version of a library take part": Known(0, (), _OF_TWO_VERSIONS),
+    "whoever describes a job with another version is taken for a liar": Known(
+        2, ("kill_control", "kill_worker", "worker_leaves"), _OF_TWO_VERSIONS
     ),
     "whoever's own leaf has other bits takes part": Known(2, (), (("workers", 3), ("odd", True))),
 }

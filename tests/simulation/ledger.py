@@ -54,6 +54,8 @@ class Ledger:
         self.running_jobs_max = 64
         self.quarantines = 0
         """Starts of workers that were quarantined."""
+        self.of_one_version = 0
+        """Terms whose workers are known to have one version of a library."""
         self._oracle = oracle
         self._world = oracle.world
         self._demand = oracle.demand
@@ -125,6 +127,7 @@ class Ledger:
             elif fact == "term_started":
                 self._begins_in_turn(record.term_started.job_id)
                 self._is_no_lie(record.term_started)
+                self.of_one_version += bool(record.term_started.plan.equipment.libraries)
             self.facts.apply(record)
             self._oracle.moments.met(fact or "")
 

@@ -423,6 +423,16 @@ MUTANTS = (
         "if unlike := kinds.difference(kind, worker.hello):", "if unlike := None:",
     ),
     one(
+        "workers with another version of a library take part", 16,
+        f"{_CONTROL}.core.kinds:difference", "if own != version:", "if False:",
+    ),
+    one(
+        "whoever describes a job with another version is taken for a liar", 15,
+        f"{_CONTROL}.core.kinds:Kind.is_surely",
+        "self.complete and other.complete and self == other",
+        "self.fingerprint == other.fingerprint",
+    ),
+    one(
         "a leaf that is not finite is believed at once", 6, f"{_CONTROL}.core.budgets:_non_finite",
         "if len(bad) < CONFIRMATIONS:", "if False:",
     ),

@@ -74,6 +74,8 @@ class Outcome:
     """Leaves about which a worker lied."""
     quarantines: int = 0
     """Starts of workers that were quarantined."""
+    of_one_version: int = 0
+    """Terms whose workers are known to have one version of a library."""
     copies_asked: int = 0
     copies_raced: int = 0
     """Copies of late shards that were asked for; shards that came as a copy and from home."""

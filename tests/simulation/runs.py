@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
+import phalanx.needs
 from phalanx.testing.simulation import Network, World
 from phalanx.testing.simulation.clocks import Environment
 from phalanx.testing.simulation.faults import Schedule
@@ -25,6 +26,7 @@ from tests.simulation import (
     references,
     task_sets,
     updating,
+    versions,
     wishes,
 )
 from tests.simulation.cluster import STORAGE, Cluster, Services
@@ -120,6 +122,8 @@ class Settings:
     """What each job asks for besides; none: nothing."""
     odd: bool = False
     """Whether the first worker's own leaves have other bits."""
+    old: bool = False
+    """Whether the last worker has an older version of what all jobs need, see `versions`."""
     newcomer: bool = False
     """Whether a third user is there, see `newcomer`."""
     last: str = ""
@@ -316,6 +320,8 @@ class Run:
         for where, value in self.settings.limits:
             module, _, name = where.partition(":")
             self._watched.replace(import_module(module), name, value)
+        if self.settings.old:
+            self._watched.replace(phalanx.needs, "_BY_KIND", versions.NEEDED)
         if self.task_user is not None:
             self.tasking.install(self._watched)
         self.cluster.start_all()
@@ -424,6 +430,7 @@ class Run:
         outcome.deaf, outcome.silent = self.silence.deaf, self.silence.lost
         outcome.lies = self.cluster.machines.lies
         outcome.quarantines = self.ledger.quarantines
+        outcome.of_one_version = self.ledger.of_one_version
         outcome.copies_asked, outcome.copies_raced = self.races.asked, self.races.raced
         members = self.members
         outcome.copies_asked += members.copied
@@ -533,6 +540,7 @@ def simulate(
     if only is None and seed >= ALL_FROM_SEED:
         settings = draw_verified(settings, random.Random(f"verified {seed}"))
         settings = draw_unequal(settings, random.Random(f"unequal {seed}"))
+        settings = versions.drawn(settings, random.Random(f"versions {seed}"))
         settings = wishes.drawn(settings, random.Random(f"wishes {seed}"), draw_shape)
         settings = reducing.drawn(settings, random.Random(f"all-reduce {seed}"))
         settings = draw_private(settings, random.Random(f"private jobs {seed}"))

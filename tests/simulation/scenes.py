@@ -104,6 +104,23 @@ SCENES = {
             ("parts", "3 replicas, local"),
         ),
     ): "quarantines",
+    # One has another version of a library: it is honest, and knows nothing of what the others do.
+    Known(
+        0,
+        ("kill_control", "kill_worker", "worker_leaves"),
+        (("workers", 4), ("old", True), ("parts", "3 replicas")),
+    ): "of_one_version",
+    Known(
+        1,
+        ("kill_control", "kill_worker"),
+        (
+            ("workers", 4),
+            ("old", True),
+            ("liars", 1),
+            ("from_the_first", True),
+            ("parts", "3 replicas, local"),
+        ),
+    ): "quarantines",
     # One that does is there, and one of the two that do not is away.
     Known(
         0,
