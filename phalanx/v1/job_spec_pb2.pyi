@@ -492,7 +492,9 @@ Global___Reproducibility: _TypeAlias = Reproducibility  # noqa: Y015
 
 @_typing.final
 class Bitwise(_message.Message):
-    """Runs on the largest group of workers with equal fingerprints."""
+    """Runs on workers that give the same bits: with equal fingerprints, equal versions
+    of the libraries that the job needs and, with resources.gpus, equal kinds of GPU.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
