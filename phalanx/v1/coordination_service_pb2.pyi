@@ -607,6 +607,7 @@ class LeafFailed(_message.Message):
     ROW_COUNT_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     term: _builtins.int
     step: _builtins.int
@@ -623,6 +624,8 @@ class LeafFailed(_message.Message):
     """The worker's number for the computation that failed, so that control counts
     it once, however often and on however many sessions it is told; 0: none.
     """
+    reason: _builtins.str
+    """One of phalanx.model_failures, where that is why the model failed; else empty."""
     def __init__(
         self,
         *,
@@ -638,10 +641,11 @@ class LeafFailed(_message.Message):
         row_count: _builtins.int = ...,
         evaluation: _builtins.bool = ...,
         task: _builtins.int = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "first_row", b"first_row", "job_id", b"job_id", "kind", b"kind", "message", b"message", "round", b"round", "row_count", b"row_count", "shard", b"shard", "step", b"step", "task", b"task", "term", b"term", "traceback", b"traceback"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "first_row", b"first_row", "job_id", b"job_id", "kind", b"kind", "message", b"message", "reason", b"reason", "round", b"round", "row_count", b"row_count", "shard", b"shard", "step", b"step", "task", b"task", "term", b"term", "traceback", b"traceback"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

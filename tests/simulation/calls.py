@@ -224,6 +224,7 @@ class CallingLeaf(Leaf):
             "index": index,
             "shard": task,
             "kind": int(LeafFailed.KIND_RAISED),
+            "reason": "",
             "message": "ValueError",
             "traceback": "in the call",
             "rows": (0, 0),

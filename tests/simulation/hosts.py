@@ -513,6 +513,7 @@ class Leaf:
             "index": index,
             "shard": shard,
             "kind": int(kind),
+            "reason": "",
             "message": "ValueError" if raises else "the gradient of this leaf is not finite",
             "traceback": "",
             "rows": (8 * shard, 8) if raises else (0, 0),

@@ -26,6 +26,7 @@ from tests.simulation import (
     references,
     task_sets,
     updating,
+    verifying,
     versions,
     wishes,
 )
@@ -37,7 +38,7 @@ from tests.simulation.neighbour import JOBS_MAX, Neighbour
 from tests.simulation.newcomer import SLOTS_MAX, Newcomer
 from tests.simulation.oracle import Oracle
 from tests.simulation.outcome import Outcome
-from tests.simulation.parts import ONE_BY_ONE, PARTS, VERIFIED
+from tests.simulation.parts import ONE_BY_ONE, PARTS
 from tests.simulation.races import Races
 from tests.simulation.scripts import drawn, play
 from tests.simulation.silence import Silence
@@ -51,12 +52,6 @@ FIRST_FAULT_S = 0.3
 
 ONE_BY_ONE_SHARE = 0.3
 """Part of the seeds from there on that have a job whose contributions commit one by one."""
-VERIFIED_SHARE, VERIFIED_WORKERS = 0.3, 3
-"""How many of the runs that have so many workers with the same bits compare contributions."""
-FROM_THE_FIRST_SHARE = 0.4
-"""Part of those in which whoever lies does so before jobs begin as well."""
-UNEQUAL_SHARE, UNEQUAL_LIARS, UNEQUAL_WORKERS = 0.2, 2, 4
-"""Part of those with so many workers in which some lie about the same leaves."""
 
 PRIVATE_SHARE = 0.05
 """Part of the others, whose jobs nothing else is asked of, in which these are private."""
@@ -192,38 +187,6 @@ def draw_one_by_one(shapes: tuple[jobs.Shape, ...], seed: int) -> tuple[jobs.Sha
         return shapes
     first = jobs.composed(shapes[0], chance.choice(sorted(ONE_BY_ONE)))
     return (first, *shapes[1:])
-
-
-def draw_verified(settings: Settings, chance: random.Random) -> Settings:
-    """In a part of the swarm contributions are compared, and maybe a worker lies. There must be
-    enough workers for that, and none of them may be gone for good. Nor may one compute other bits:
-    a job that began with its bits, while the others were away, would rightly wait for ever."""
-    possible = settings.workers - settings.mixed >= VERIFIED_WORKERS and not settings.parts
-    possible = possible and not settings.wishes  # which leave a job too few of them
-    tolerant = any(shape.tolerant for shape in settings.shapes)
-    if not possible or tolerant or chance.random() >= VERIFIED_SHARE:
-        return settings
-    parts = chance.choice(sorted(VERIFIED))
-    shapes = tuple(jobs.composed(shape, parts) for shape in settings.shapes)
-    liars = chance.choice([0, 1])
-    from_the_first = chance.random() < FROM_THE_FIRST_SHARE
-    return replace(
-        settings,
-        shapes=shapes,
-        liars=liars,
-        from_the_first=from_the_first,
-        lasting=False,
-        mixed=False,
-    )
-
-
-def draw_unequal(settings: Settings, chance: random.Random) -> Settings:
-    """In a part of them more than one lies about a leaf; those that do not are enough to agree."""
-    verified = all(shape.parts in VERIFIED for shape in settings.shapes)
-    enough = verified and settings.workers >= UNEQUAL_WORKERS and not settings.parts
-    if not enough or chance.random() >= UNEQUAL_SHARE:
-        return settings
-    return replace(settings, liars=UNEQUAL_LIARS, unequal=True)
 
 
 def draw_private(settings: Settings, chance: random.Random) -> Settings:
@@ -538,9 +501,7 @@ def simulate(
         shapes = tuple(jobs.composed(shape, settings.parts) for shape in settings.shapes)
         settings = replace(settings, shapes=shapes)
     if only is None and seed >= ALL_FROM_SEED:
-        settings = draw_verified(settings, random.Random(f"verified {seed}"))
-        settings = draw_unequal(settings, random.Random(f"unequal {seed}"))
-        settings = versions.drawn(settings, random.Random(f"versions {seed}"))
+        settings = verifying.drawn(settings, seed)
         settings = wishes.drawn(settings, random.Random(f"wishes {seed}"), draw_shape)
         settings = reducing.drawn(settings, random.Random(f"all-reduce {seed}"))
         settings = draw_private(settings, random.Random(f"private jobs {seed}"))

@@ -184,7 +184,7 @@ class TaskSetCore:
         """A call raised, or its process died of it."""
         part.state = PartState.FAILED
         told = Failure(
-            code=LeafFailed.Kind.Name(failure.kind).removeprefix("KIND_"),
+            code=failure.reason or LeafFailed.Kind.Name(failure.kind).removeprefix("KIND_"),
             message=failure.message,
             traceback=failure.traceback,
         )

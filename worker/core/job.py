@@ -548,6 +548,7 @@ class JobCore:
             row_count=failure.row_count,
             evaluation=round.is_evaluation,
             task=task_id,
+            reason=failure.reason,
         )
         return Report(coordination.SessionRequest(leaf_failed=failed))
 

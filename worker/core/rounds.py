@@ -47,6 +47,8 @@ class LeafFailure:
     first_row: int = 0
     row_count: int = 0
     seconds: float = 0.0
+    reason: str = ""
+    """Why the model failed, see `phalanx.model_failures`; empty: for another reason."""
 
 
 @dataclass(eq=False, slots=True)

@@ -16,13 +16,13 @@ import numpy as np
 
 from phalanx.calls import CallWork
 from phalanx.data.manifest import ChunkInfo
-from phalanx.errors import DataLoss, InvalidArgument, PhalanxError
+from phalanx.errors import DataLoss, PhalanxError
 from phalanx.messages import known
+from phalanx.model_failures import reason_of
 from phalanx.models.base import DeviceLost
 from phalanx.programs.data import BlobUnavailable, JobFiles
 from phalanx.programs.work import ProgramWork
 from phalanx.reduction import Node, all_finite
-from phalanx.specs.starting import MISFIT
 from phalanx.tasks import is_program, runs_tasks
 from phalanx.v1 import coordination_service_pb2, training_pb2
 from phalanx.v1.job_spec_pb2 import JobSpec
@@ -390,9 +390,7 @@ def _call(work: Calls, order: ipc.RunOrder, leaf: _LeafRun, index: int, task: in
 
 
 def _description_code(plan: training_pb2.JobPlan, error: BaseException) -> str:
-    if isinstance(error, InvalidArgument) and error.reason == MISFIT:
-        return MISFIT
-    return "JOB_CODE" if plan.code_digests else "JOB_DESCRIPTION"
+    return reason_of(error) or ("JOB_CODE" if plan.code_digests else "JOB_DESCRIPTION")
 
 
 def _paths(document: dict[str, Any]) -> Paths:
@@ -419,6 +417,7 @@ def _failure(
             "index": index,
             "shard": shard,
             "kind": _kind_of(error),
+            "reason": reason_of(error),
             "message": _message(error),
             "traceback": "" if isinstance(error, _NotFinite) else _traceback(error),
             "rows": rows,

@@ -538,6 +538,7 @@ def _failure(document: dict[str, object]) -> LeafFailure:
         first_row=rows[0],
         row_count=rows[1],
         seconds=float(str(document["seconds"])),
+        reason=str(document["reason"]),
     )
 
 

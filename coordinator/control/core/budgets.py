@@ -13,6 +13,7 @@ from coordinator.control.core import ending, hosting, terms, told
 from coordinator.control.core.eligibility import PREPARE_TRIES, group_of, may_come_back
 from coordinator.control.core.lifecycle import RUNNING
 from coordinator.control.core.state import Core, FailedLeaf, JobRuntime, Unprepared, Worker
+from phalanx.model_failures import common
 from phalanx.tasks import runs_tasks
 from phalanx.texts import number_of
 from phalanx.v1 import coordination_service_pb2 as pb
@@ -50,6 +51,7 @@ def leaf_failed(core: Core, worker: Worker, message: pb.LeafFailed) -> None:
         message.row_count,
         worker.hello.incarnation,
         message.task,
+        told.name(message.reason),
     )
     if not any(_same_computation(each, failed) for each in failures):
         failures.append(failed)
@@ -188,8 +190,8 @@ def _poisoned(
         shard=message.shard,
         step=message.step,
     )
-    failure = _failure(message, failures, "POISON_SHARD", text)
-    ending.fail(core, job, "POISON_SHARD", text, [failure])
+    code = common(each.reason for each in failures) or "POISON_SHARD"
+    ending.fail(core, job, code, text, [_failure(message, failures, code, text)])
     terms.advance(core, job)
 
 

@@ -308,7 +308,6 @@ class JobRuntime:
     owners_may_differ: bool = False
     """`fall_back_after` is over: its ranges may go on on aggregators that give other bits."""
     told_ineligible: dict[str, str] = field(default_factory=dict)
-    """Workers of which was told that they give other bits, and why."""
     other_leaves: dict[str, str] = field(default_factory=dict)
     """Hashes of the leaves of workers that give other bits in this very job."""
 
@@ -340,7 +339,7 @@ class Unprepared:
 
 @dataclass(frozen=True)
 class FailedLeaf:
-    """One failure of a shard's leaf."""
+    """One failure of a shard's leaf; `reason` is what its worker says, as in the message."""
 
     worker_id: str
     step: int
@@ -352,6 +351,7 @@ class FailedLeaf:
     incarnation: str
     task: int
     """The worker's number for the computation, within its incarnation; 0: it has none."""
+    reason: str
 
 
 @dataclass

@@ -64,6 +64,7 @@ async def test_a_bad_leaf_is_named_and_the_others_go_on(
         assert words in failed.message
         assert (failed.shard, failed.step, failed.term) == (2, 0, 1)
         assert (failed.first_row, failed.row_count) == (32, 16)
+        assert failed.reason == ("DEVICE_LOST" if act == "lose_device" else "")
         if kind == LeafFailed.KIND_RAISED:
             assert "fickle.py" in failed.traceback
         frames = [(await stream.receive_frame())[0] for _ in range(2)]
@@ -339,16 +340,31 @@ async def test_a_leaf_that_fails_at_set_up_is_told_once_as_that_of_its_shard(ben
 
 
 @pytest.mark.parametrize(
-    ("code", "words"),
+    ("code", "words", "told"),
     [
-        ("def build(schema, **arguments):\n    raise KeyError('no such layer')\n", "no such layer"),
-        ("import os\nos._exit(4)\n", "exit status 4"),
-        ("import time\ntime.sleep(1000)\n", "not ready within"),
-        ("x = (\n", "SyntaxError"),
+        (
+            "def build(schema, **arguments):\n    raise KeyError('no such layer')\n",
+            "no such layer",
+            "JOB_CODE",
+        ),
+        ("import os\nos._exit(4)\n", "exit status 4", "JOB_CODE"),
+        ("import time\ntime.sleep(1000)\n", "not ready within", "JOB_CODE"),
+        ("x = (\n", "SyntaxError", "JOB_CODE"),
+        (
+            "import phalanx.errors as e\nraise e.Aborted('PyTorch sees none', reason='NO_GPU')\n",
+            "sees none",
+            "NO_GPU",
+        ),
+        # No code of a job has it told what is for others to say.
+        (
+            "import phalanx.errors as e\nraise e.Aborted('wait for me', reason='NOT_LEADER')\n",
+            "wait for me",
+            "JOB_CODE",
+        ),
     ],
 )
 async def test_code_that_cannot_be_described_fails_with_its_traceback(
-    bench: Any, code: str, words: str
+    bench: Any, code: str, words: str, told: str
 ) -> None:
     bench.job(shards=4, custom={})
     bench.plan.code_digests["fickle.py"] = bench.put(code.encode())
@@ -358,7 +374,7 @@ async def test_code_that_cannot_be_described_fails_with_its_traceback(
         await session.send(describe_job={"plan": bench.plan})
         described = await session.receive("job_described")
         assert words in described.failure.message + described.failure.traceback
-        assert described.failure.code == "JOB_CODE"
+        assert described.failure.code == told
         if described.failure.traceback:
             line = await session.log_line(words)
             assert (line.level, line.HasField("shard"), line.HasField("step")) == (

@@ -25,7 +25,7 @@ from coordinator.aggregation.core.dispatch.events import (
     WorkerOpened,
 )
 from coordinator.aggregation.core.dispatch.pace import DEPTH_MAX, Pace
-from coordinator.aggregation.core.dispatch.records import QUEUE_BYTES
+from coordinator.aggregation.core.dispatch.records import QUEUE_BYTES, poisoned
 from phalanx.programs import Graph
 from phalanx.v1.job_pb2 import Failure
 from phalanx.v1.task_service_pb2 import (
@@ -307,6 +307,23 @@ def test_a_failed_task_is_tried_elsewhere_and_then_named() -> None:
     assert end.failure.task == 0
     assert end.failure.code == "POISON_TASK"
     assert list(end.failure.worker_ids) == ["worker-1", "worker-2"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        (("NO_GPU", "NO_GPU"), "NO_GPU"),
+        (("RAISED", "NO_GPU"), "POISON_TASK"),
+        (("NO_GPU", "CRASHED"), "POISON_TASK"),
+        (("RESULTS_NOT_JOURNALLED", "RESULTS_NOT_JOURNALLED"), "POISON_TASK"),
+    ],
+)
+def test_a_task_tells_the_reason_that_every_worker_gave(codes: tuple[str, str], code: str) -> None:
+    tries = [
+        Failure(code=each, message="no", worker_ids=[f"worker-{number}"])
+        for number, each in enumerate(codes)
+    ]
+    assert poisoned(3, tries).code == code
 
 
 def test_a_silent_worker_loses_its_tasks_and_its_late_report_still_counts_once() -> None:

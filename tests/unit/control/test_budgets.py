@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from coordinator.control.core import events as ev
 from phalanx.v1 import coordination_service_pb2 as pb
 from phalanx.v1 import storage_service_pb2 as storage_pb
@@ -19,7 +21,13 @@ def manifest(step: int, *, final: bool = False) -> storage_pb.CheckpointManifest
 
 
 def leaf_failure(
-    cluster: Any, worker: str, kind: Any, shard: int = 3, step: int = 7, task: int = 0
+    cluster: Any,
+    worker: str,
+    kind: Any,
+    shard: int = 3,
+    step: int = 7,
+    task: int = 0,
+    reason: str = "",
 ) -> None:
     failed = pb.LeafFailed(
         job_id="job-1",
@@ -32,6 +40,7 @@ def leaf_failure(
         first_row=100,
         row_count=64,
         task=task,
+        reason=reason,
     )
     cluster.say(cluster.sessions[worker], leaf_failed=failed)
 
@@ -61,6 +70,29 @@ def test_a_leaf_that_fails_on_two_workers_fails_the_job(running: Any) -> None:
     assert sorted(failure.worker_ids) == sorted((first, second))
     assert failure.traceback.startswith("Traceback")
     assert "rows 100 to 163" in failure.message
+    assert "POISON_SHARD" in running.types()
+
+
+@pytest.mark.parametrize(
+    ("reasons", "code"),
+    [
+        (("NO_GPU", "NO_GPU"), "NO_GPU"),
+        (("DEVICE_LOST", "DEVICE_LOST"), "DEVICE_LOST"),
+        (("DEVICE_LOST", "NO_GPU"), "POISON_SHARD"),
+        (("", "NO_GPU"), "POISON_SHARD"),
+        (("NO_GPU", ""), "POISON_SHARD"),
+        # What a worker says is not made a code of control's own.
+        (("JOB_TOO_LARGE", "JOB_TOO_LARGE"), "POISON_SHARD"),
+        (("no gpu", "no gpu"), "POISON_SHARD"),
+    ],
+)
+def test_a_job_tells_the_reason_that_every_worker_gave(
+    running: Any, reasons: tuple[str, str], code: str
+) -> None:
+    for reason in reasons:
+        leaf_failure(running, host_of(running, 3), pb.LeafFailed.KIND_RAISED, reason=reason)
+    job = running.job()
+    assert (running.state(), job.reason, job.failures[0].code) == ("FAILED", code, code)
     assert "POISON_SHARD" in running.types()
 
 

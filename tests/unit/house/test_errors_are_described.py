@@ -10,6 +10,7 @@ import pytest
 
 from phalanx.cli.errors import EXIT_OF_CODE
 from phalanx.errors import Code
+from phalanx.model_failures import REASONS
 
 ROOT = Path(__file__).parents[3]
 PACKAGES = ("phalanx", "coordinator", "worker", "storage")
@@ -100,6 +101,13 @@ def test_every_reason_has_a_row(sources: Found) -> None:
     assert {"NOT_LEADER", "PROTOCOL_VERSION", "POISON_SHARD", "LINKED_FILE_CHANGED"} <= found
     missing = found - described("ERRORS.md")
     assert not missing, f"say in docs/ERRORS.md what happened and what to do: {sorted(missing)}"
+
+
+def test_the_handbook_lists_the_reasons_of_models() -> None:
+    text = (ROOT / "docs" / "ERRORS.md").read_text()
+    told = text.partition("## Jobs\n")[2].partition("`POISON_TASK`: ")[2].partition(". ")[0]
+    assert {each.strip("`") for each in re.split(r",\s+", told)} == REASONS
+    assert described("ERRORS.md") >= REASONS
 
 
 def test_no_row_is_about_what_is_gone(sources: Found) -> None:

@@ -93,9 +93,9 @@ def numbers(task: Task) -> list[int]:
     return [part.node.first for part in task.parts]
 
 
-def failure(task: int, message: str = "no") -> LeafFailure:
+def failure(task: int, message: str = "no", reason: str = "") -> LeafFailure:
     kind = coordination.LeafFailed.KIND_RAISED
-    return LeafFailure(task, kind, message, "line 1", seconds=0.2)
+    return LeafFailure(task, kind, message, "line 1", seconds=0.2, reason=reason)
 
 
 def test_tasks_are_asked_for_once_they_can_run_here() -> None:
@@ -235,6 +235,16 @@ def test_a_call_that_fails_is_told_with_its_cause() -> None:
     assert (told.code, told.message, told.traceback) == ("RAISED", "ValueError: no", "line 1")
     driver.end(task)
     assert driver.running == []
+
+
+def test_of_a_call_whose_model_failed_the_reason_is_its_code() -> None:
+    driver = Driver()
+    driver.give(4)
+    (task,) = driver.running
+    driver.take(driver.core.part_failed(task, task.parts[0], failure(4, "no GPU", "NO_GPU")))
+    message = driver.core.next_reports()
+    assert message is not None
+    assert message.reports[0].failure.code == "NO_GPU"
 
 
 def test_what_a_dead_process_did_not_get_to_runs_again_first() -> None:

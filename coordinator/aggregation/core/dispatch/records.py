@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Container
 
+from phalanx.model_failures import common
 from phalanx.texts import number_of
 from phalanx.v1.job_pb2 import Failure
 from phalanx.v1.task_service_pb2 import FailedTry, TaskRecord, TaskResult
@@ -102,7 +103,7 @@ def poisoned(task: int, failures: list[Failure]) -> Failure:
         f"{last.code.lower().replace('_', ' ')}: {last.message}"
     )
     return Failure(
-        code="POISON_TASK",
+        code=common(each.code for each in failures) or "POISON_TASK",
         message=text,
         shard=-1,
         attempts=len(failures),
