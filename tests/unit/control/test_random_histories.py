@@ -74,8 +74,17 @@ class History:
 
     # -- members ----------------------------------------------------------------------
 
-    @rule(name=WORKERS, slots=range(1, 5), odd=BOTH, fresh=BOTH)
-    def worker_connects(self, name: str, slots: int, odd: bool, fresh: bool) -> None:
+    @rule(
+        name=WORKERS,
+        slots=range(1, 5),
+        odd=BOTH,
+        fresh=BOTH,
+        torch=("2.12.0", "2.13.0"),
+        gpus=((), ("H100",), ("A100",)),
+    )
+    def worker_connects(
+        self, name: str, slots: int, odd: bool, fresh: bool, torch: str, gpus: tuple[str, ...]
+    ) -> None:
         held: tuple[pb.HeldWorkerJob, ...] = ()
         worker = self.cluster.core.workers.get(name)
         if fresh or worker is None:
@@ -89,6 +98,9 @@ class History:
             fingerprint="g" if odd else "f",
             incarnation=f"{name}-{number}",
             held_jobs=held,
+            libraries={"torch": torch},
+            gpus=4,
+            gpu_kinds=gpus,
         )
 
     @rule(name=AGGREGATORS, keeps=BOTH)
@@ -132,15 +144,19 @@ class History:
 
     # -- jobs -------------------------------------------------------------------------
 
-    @rule(job_id=JOBS, tolerant=BOTH)
-    def submit(self, job_id: str, tolerant: bool) -> None:
+    @rule(job_id=JOBS, tolerant=BOTH, module=("", "cpu", "gpu"))
+    def submit(self, job_id: str, tolerant: bool, module: str) -> None:
         def edit(spec: Any) -> None:
+            if module:
+                spec.train.model.torch.module = "net:build"
+                spec.code.files["net.py"] = "pass"
+                spec.resources.gpus = int(module == "gpu")
             if tolerant:
                 spec.reproducibility.tolerant.SetInParent()
             else:
                 spec.reproducibility.bitwise.fall_back_after.seconds = 5
 
-        token = self.cluster.submit(job_id, f"submit-{job_id}-{tolerant}", edit)
+        token = self.cluster.submit(job_id, f"submit-{job_id}-{tolerant}-{module}", edit)
         self.tokens[token] = job_id
 
     @rule(
@@ -271,7 +287,8 @@ class History:
         for name in AGGREGATORS:
             cluster.aggregator(name, incarnation=f"{name}-healed")
         for name in ("w1", "w2"):
-            cluster.worker(name, incarnation=f"{name}-healed", fingerprint="f")
+            has: dict[str, Any] = {"libraries": {"torch": "2.13.0"}, "gpus": 4}
+            cluster.worker(name, incarnation=f"{name}-healed", fingerprint="f", **has)
         cluster.advance(12.0)
         for job_id, facts in list(cluster.core.facts.jobs.items()):
             if facts.state != 2:
