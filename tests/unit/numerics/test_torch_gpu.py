@@ -20,6 +20,7 @@ from phalanx.models import Batch, DataSchema, Model, build_model
 from phalanx.models.base import DeviceLost, views
 from phalanx.v1.job_spec_pb2 import JobSpec
 from tests.gpu import needs_gpu
+from worker.session.devices import gpu_kinds
 
 FEATURES, CLASSES, ROWS = 64, 5, 96
 GUARD_S = 240.0
@@ -275,6 +276,17 @@ def test_the_fingerprint_is_that_of_this_gpu(make: Make) -> None:
     assert there.numeric_fingerprint != here.numeric_fingerprint
     golden.cache_clear()
     assert golden("cuda:0") == there.numeric_fingerprint
+
+
+def test_the_driver_calls_it_what_control_is_told(make: Make) -> None:
+    import torch
+
+    make("Wide")
+    if not Path("/proc/driver/nvidia/gpus").is_dir():
+        pytest.skip("the driver shows no GPUs here, so workers tell no kinds")
+    gpus = [f"GPU-{torch.cuda.get_device_properties(0).uuid}"]
+    told = gpu_kinds(gpus)
+    assert told in ((), (torch.cuda.get_device_name(0),)), "not known in parts of a GPU only"
 
 
 def test_an_exported_module_is_on_the_cpu(make: Make) -> None:
