@@ -14,6 +14,10 @@ from coordinator.control.core.state import CommitTime, Core, Incident, JobRuntim
 
 CONTROL_LOST = "control_lost"
 
+OPEN_MAX = 200
+"""So many are followed at once. A job that waits while workers come and go would open one with each
+of them, and close all of them with its next step."""
+
 
 def suspected(core: Core, member_id: str) -> str:
     """Note the first sign that something is wrong with a member; return the incident's id."""
@@ -22,7 +26,7 @@ def suspected(core: Core, member_id: str) -> str:
 
 def detected(core: Core, cause: str, member_id: str, suspected_s: float) -> Incident:
     """Open an incident and measure how long the failure went unnoticed."""
-    incident = core.new_incident(cause, member_id, suspected_s)
+    incident = _open(core, cause, member_id, suspected_s)
     _observe(core, incident, "detect", core.now.monotonic_s - suspected_s)
     if incident.noticed_s is not None and incident.noticed_s < core.now.monotonic_s:
         _observe(core, incident, "suspect", incident.noticed_s - suspected_s)
@@ -34,7 +38,7 @@ def moved(core: Core, incident: Incident) -> None:
     incident.moved = core.now
     _observe(core, incident, "redispatch", core.now.monotonic_s - incident.detected.monotonic_s)
     if not incident.jobs:
-        del core.incidents[incident.id]
+        core.incidents.pop(incident.id, None)
 
 
 def took_over(core: Core, lost: LostLeader) -> tuple[Incident, dict[str, str]]:
@@ -43,12 +47,12 @@ def took_over(core: Core, lost: LostLeader) -> tuple[Incident, dict[str, str]]:
     It has been replaced by now, and the journal replayed. Of the jobs that run each closes it with
     the first step after its members came back.
     """
-    incident = core.new_incident(CONTROL_LOST, lost.control_id, lost.silent_since_s)
+    incident = _open(core, CONTROL_LOST, lost.control_id, lost.silent_since_s)
     incident.noticed_s = None
     incident.fenced_s = lost.fenced_s
     incident.jobs = {job.job_id: job.step for job in core.running()}
     if not incident.jobs:
-        del core.incidents[incident.id]
+        core.incidents.pop(incident.id, None)
     # Another control process of this name is another incident.
     well(core, lost.control_id)
     _observe(core, incident, "detect", lost.fenced_s - lost.silent_since_s)
@@ -117,6 +121,21 @@ def forget(core: Core, job_id: str, only: Incident | None = None) -> None:
         incident.jobs.pop(job_id, None)
         if not incident.jobs:
             core.incidents.pop(incident.id, None)
+
+
+def _open(core: Core, cause: str, member_id: str, suspected_s: float) -> Incident:
+    """Open an incident, or a new phase of the one that the member is in already; where there are
+    too many, the oldest one is followed no more."""
+    episode = core.episode(member_id)
+    incident = Incident(episode.incident_id, cause, member_id, suspected_s, core.now)
+    incident.noticed_s = episode.noticed_s
+    known = core.incidents.pop(incident.id, None)
+    if known is not None:
+        incident.jobs.update(known.jobs)
+    core.incidents[incident.id] = incident
+    while len(core.incidents) > OPEN_MAX:
+        del core.incidents[next(iter(core.incidents))]
+    return incident
 
 
 def _recovered(core: Core, job: JobRuntime, incident: Incident, commit: CommitTime) -> None:

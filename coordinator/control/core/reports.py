@@ -142,6 +142,7 @@ def copies_started(core: Core, aggregator: Aggregator | Worker, message: pb.Copi
     job = _current(core, aggregator, message.job_id, message.term)
     if job is None:
         return
+    message = told.copies(message)
     count = len(message.shards)
     core.observe("redispatches_total", count, cause=message.cause)
     incident_id = ""

@@ -36,6 +36,9 @@ from phalanx.v1.control_journal_pb2 import ControlRecord, RememberedRequest
 
 MEBIBYTE = 1024 * 1024
 
+EPISODES_MAX = 2000
+"""More than members are known, so that only names which nobody has are forgotten."""
+
 
 @dataclass(frozen=True)
 class CoreConfig:
@@ -518,23 +521,14 @@ class Core:
         if episode is None:
             episode = Episode(self.new_incident_id(), self.now.monotonic_s)
             self.episodes[member_id] = episode
+            while len(self.episodes) > EPISODES_MAX:
+                del self.episodes[next(iter(self.episodes))]
         return episode
 
     def new_incident_id(self) -> str:
         """Return the id of another incident; it says which leadership saw it."""
         self._incidents += 1
         return f"incident-{self.generation}-{self._incidents}"
-
-    def new_incident(self, cause: str, member_id: str, suspected_s: float) -> Incident:
-        """Open an incident, or a new phase of the one that the member is in already."""
-        episode = self.episode(member_id)
-        known = self.incidents.get(episode.incident_id)
-        incident = Incident(episode.incident_id, cause, member_id, suspected_s, self.now)
-        incident.noticed_s = episode.noticed_s
-        if known is not None:
-            incident.jobs.update(known.jobs)
-        self.incidents[incident.id] = incident
-        return incident
 
     def lease_ttl_s(self) -> float:
         """Return the lease, which grows with the size of the cluster, as heartbeats do."""

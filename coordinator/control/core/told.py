@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from phalanx.errors import InvalidArgument
 from phalanx.layouts import check_description
 from phalanx.texts import shortened
-from phalanx.v1.coordination_service_pb2 import JobDescribed, JobReport
+from phalanx.v1.coordination_service_pb2 import CopiesStarted, JobDescribed, JobReport
 from phalanx.v1.job_pb2 import Failure
 
 TEXT_MAX = 16 * 1024
@@ -17,7 +17,10 @@ TEXT_MAX = 16 * 1024
 DETAILS_MAX = 32
 NAME_MAX, VALUE_MAX = 200, 4096
 WORKERS_MAX = 1000
+SHARDS_MAX = 4096
 REPORT_BYTES_MAX = 1024 * 1024
+COPY_CAUSES = ("late", "silent", "lost", "failed")
+"""Each is a series of a metric, so there are no others."""
 
 
 def text(said: str) -> str:
@@ -61,6 +64,17 @@ def description(said: JobDescribed) -> JobDescribed:
         kept.failure.CopyFrom(Failure(code=error.reason, message=error.message, shard=-1))
         return kept
     return said
+
+
+def copies(said: CopiesStarted) -> CopiesStarted:
+    """Return which shards are copied for whom, with no more and no longer names than ours have."""
+    kept = CopiesStarted()
+    kept.CopyFrom(said)
+    kept.worker_id = name(said.worker_id)
+    kept.cause = said.cause if said.cause in COPY_CAUSES else "other"
+    kept.copied_to[:] = [name(each) for each in said.copied_to[:WORKERS_MAX]]
+    kept.shards[:] = said.shards[:SHARDS_MAX]
+    return kept
 
 
 def report(said: JobReport) -> JobReport:

@@ -8,6 +8,9 @@ import pytest
 
 from coordinator.control.core import events as ev
 from coordinator.control.core.hosting import SET_ASIDE_LEASES, SET_ASIDE_LEASES_MAX
+from coordinator.control.core.incidents import OPEN_MAX
+from coordinator.control.core.state import EPISODES_MAX
+from coordinator.control.core.told import NAME_MAX
 from phalanx.v1 import coordination_service_pb2 as pb
 
 ALL = set(range(16))
@@ -297,3 +300,35 @@ def test_a_lost_aggregator_is_one_story(running: Any) -> None:
     replayed = of_type(running, "STEPS_REPLAYED")[0]
     assert replayed.details["steps"] == "12"
     assert running.told("a1", "assign_ranges")[-1].reached_step == 12
+
+
+def test_what_a_lying_member_tells_of_copies_has_an_end(running: Any) -> None:
+    for number in range(2 * EPISODES_MAX):
+        worker_id, cause = f"{number}" + "x" * 10_000, f"late {number}" if number % 2 else "late"
+        message = pb.CopiesStarted(job_id="job-1", term=1, worker_id=worker_id, cause=cause)
+        if number < 4:
+            message.shards.extend(range(100_000))
+            message.copied_to.extend(["y" * 1000] * 2000)
+        running.say(running.sessions["a1"], copies_started=message)
+    assert len(running.core.incidents) == OPEN_MAX
+    assert len(running.core.episodes) == EPISODES_MAX
+    assert max(map(len, running.core.episodes)) <= NAME_MAX
+    redispatched = [e for e in running.observed if e.metric == "redispatches_total"]
+    assert {dict(each.labels)["cause"] for each in redispatched} == {"late", "other"}
+    told = of_type(running, "SPECULATION_STARTED")
+    assert max(each.ByteSize() for each in told) < 2**20
+
+
+def test_a_job_that_waits_while_workers_come_and_go_follows_so_many_only(running: Any) -> None:
+    report(running, 5)
+    for number in range(OPEN_MAX + 20):
+        running.kill("w2")
+        running.worker("w2", incarnation=f"w2-{number}")
+        running.time_s += 0.1
+    assert len(running.core.incidents) == OPEN_MAX
+    lost = [event.incident_id for event in of_type(running, "WORKER_LOST")]
+    assert list(running.core.incidents) == lost[-OPEN_MAX:]
+    running.time_s += 0.1
+    report(running, 6)
+    assert not running.core.incidents
+    assert len(of_type(running, "RECOVERED")) == OPEN_MAX
