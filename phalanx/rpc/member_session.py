@@ -6,7 +6,6 @@ Training does not need it. While control is away reports wait, within bounds.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import random
 import time
@@ -108,8 +107,8 @@ class MemberSession:
         self._on_open = on_open
         self._reports: deque[coordination.SessionRequest] = deque()
         self._something = asyncio.Event()
-        self._all_sent = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._leaving = False
         self.connected = False
         self._settled_at_s = 0.0
         self.dropped_reports = 0
@@ -140,15 +139,19 @@ class MemberSession:
             self._reports.popleft()
             self.dropped_reports += 1
         self._reports.append(message)
-        self._all_sent.clear()
         self._something.set()
 
-    async def flush(self, timeout_s: float) -> None:
-        """Wait until everything was handed to the stream, or the time is over."""
-        if self.connected:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await self._all_sent.wait()
+    async def leave(self, timeout_s: float) -> None:
+        """Say what is still to be said, and that this was all; wait until control has heard it and
+        ends the session, or the time is over. `close` follows.
+
+        A call that is cancelled instead takes along what control has not read of it yet. A control
+        that is away, or goes away meanwhile, is not waited for.
+        """
+        if self.connected and self._task is not None:
+            self._leaving = True
+            self._something.set()
+            await asyncio.wait((self._task,), timeout=timeout_s)
 
     async def close(self) -> None:
         """End the session."""
@@ -168,6 +171,8 @@ class MemberSession:
                 _log.exception("session_failed", address=address)
                 welcomed, reason = False, f"a defect of this member: {type(error).__name__}"
             _log.info("session_ended", address=address, reason=reason)
+            if self._leaving:
+                return
             await asyncio.sleep(self.search.wait_after(welcomed=welcomed) * random.uniform(0.5, 1))
 
     async def _once(self, address: str) -> tuple[bool, str]:
@@ -259,7 +264,10 @@ class MemberSession:
     async def _send(self, call: Any) -> None:
         while True:
             if not self._reports:
-                self._all_sent.set()
+                if self._leaving:
+                    # The receiver sees when control has heard it all.
+                    await call.done_writing()
+                    await asyncio.Event().wait()
                 self._something.clear()
                 await self._something.wait()
                 continue

@@ -68,6 +68,8 @@ class ScriptedSession:
         self.heartbeats = 0
         self.logs: list[coordination.JobLogLine] = []
         self.ended = asyncio.Event()
+        self.reading = asyncio.Event()
+        self.reading.set()
 
     async def send(self, generation: int = 1, **message: Any) -> None:
         """Send one message, named as in SessionResponse."""
@@ -119,6 +121,7 @@ class ScriptedSession:
             if kind == "heartbeat":
                 self.heartbeats += 1
             self._inbox.put_nowait(message)
+            await self.reading.wait()
 
 
 class ScriptedControl(_ScriptedServer, coordination_grpc.CoordinationServiceServicer):

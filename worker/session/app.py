@@ -59,6 +59,8 @@ _PREPARE_RETRY_LONGEST_S = 30.0
 _KILL_AFTER_S = 1.0
 """What a call that nobody wants any more has to end by itself; a leaf always gets to its end."""
 _LEAVE_WITHOUT_CONTROL_S = 1.0
+_LAST_WORDS_S = 5.0
+"""How long control may take to hear the last of them."""
 _JOB_WAIT_S = 0.05
 """How long idle slots wait for a job that is behind: some round trips."""
 
@@ -181,7 +183,7 @@ class Session:
                         _log.info("left_without_control")
                         break
         self._logs.flush()
-        await self._control.flush(1.0)
+        await self._control.leave(_LAST_WORDS_S)
 
     async def wait_drained(self) -> None:
         """Return once control has drained this worker."""

@@ -157,6 +157,68 @@ async def test_a_control_that_answers_is_kept() -> None:
             await session.close()
 
 
+async def test_a_member_that_leaves_is_heard_to_its_last_word() -> None:
+    """However late control reads: what is not read when a call is cancelled is lost."""
+    async with ScriptedControl() as control:
+        control.welcome.heartbeat_interval_s = 600.0
+        session = MemberSession(
+            [control.address], hello, pb.Heartbeat, lambda _: None, lambda _: None
+        )
+        session.start()
+        opened = await control.next_session()
+        await opened.receive("heartbeat")
+        opened.reading.clear()
+        for number in range(10):
+            ready = pb.WorkerJobReady(job_id="job-1", term=number)
+            session.report(pb.SessionRequest(worker_job_ready=ready))
+        leaving = asyncio.create_task(_leave(session))
+        for _ in range(10_000):
+            await asyncio.sleep(0)
+            if leaving.done():
+                break
+        opened.reading.set()
+        await leaving
+        heard = [(await opened.receive("worker_job_ready")).term for _ in range(10)]
+        assert heard == list(range(10))
+        assert control._sessions.empty(), "it did not come back"
+
+
+async def _leave(session: MemberSession) -> None:
+    try:
+        await session.leave(GUARD_S)
+    finally:
+        await session.close()
+
+
+async def test_who_leaves_does_not_wait_for_a_control_that_ended_the_session() -> None:
+    async with ScriptedControl() as control:
+        session = MemberSession(
+            [control.address], hello, pb.Heartbeat, lambda _: None, lambda _: None
+        )
+        session.start()
+        opened = await control.next_session()
+        await opened.receive("heartbeat")
+        opened.reading.clear()
+        leaving = asyncio.create_task(_leave(session))
+        opened.break_off()
+        async with asyncio.timeout(GUARD_S / 2):
+            await leaving
+
+
+async def test_who_leaves_a_mute_control_goes_in_time() -> None:
+    async with ScriptedControl() as control:
+        session = MemberSession(
+            [control.address], hello, pb.Heartbeat, lambda _: None, lambda _: None
+        )
+        session.start()
+        opened = await control.next_session()
+        await opened.receive("heartbeat")
+        opened.reading.clear()
+        async with asyncio.timeout(GUARD_S):
+            await session.leave(0.01)
+        await session.close()
+
+
 async def test_a_session_is_settled_once_it_is_a_lease_old(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [100.0]
     monkeypatch.setattr(member_session.time, "monotonic", lambda: now_s[0])
