@@ -42,7 +42,8 @@ from storage.config import StorageConfig
 from storage.runtime import StorageProcess
 
 GUARD_S = 30.0
-FAST = {"heartbeat_interval_s": 0.1, "lease_ttl_s": 0.6}
+FAST = {"heartbeat_interval_s": 0.1, "lease_ttl_s": 20.0}
+"""No lease runs out while a busy machine holds the process up."""
 
 
 class RealCluster:
@@ -111,7 +112,7 @@ class RealCluster:
             "--announce": str(announced),
             "--parent-pid": str(os.getpid()),
             "--heartbeat-interval-s": "0.2",
-            "--lease-ttl-s": "1.0",
+            "--lease-ttl-s": "3.0",
         }
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -222,7 +223,7 @@ class RealCluster:
                 try:
                     job = await self.job(job_id)
                 except grpc.aio.AioRpcError as error:
-                    # A leader that a busy machine held up has lost its short lease for a moment.
+                    # A spawned leader that a busy machine held up has lost its lease for a moment.
                     if error.code() != grpc.StatusCode.UNAVAILABLE:
                         raise
                 else:

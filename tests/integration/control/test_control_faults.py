@@ -55,16 +55,18 @@ async def test_a_killed_worker_is_noticed_by_its_broken_stream(cluster: Any) -> 
 
 async def test_drain_through_the_api(cluster: Any) -> None:
     async with (
-        ScriptedAggregator(cluster.control_address, "a1"),
+        ScriptedAggregator(cluster.control_address, "a1") as aggregator,
         ScriptedWorker(cluster.control_address, "w1") as first,
         ScriptedWorker(cluster.control_address, "w2") as second,
     ):
-        await cluster.submit()
+        job = await cluster.submit()
         await second.wait_for("assign_job", lambda each: bool(each.train_nodes))
         request = cluster_service_pb2.DrainWorkerRequest(worker_id="w2", request_id="d1")
         answer = await cluster.operators().DrainWorker(request, timeout=GUARD_S)
         assert answer.worker.state == cluster_service_pb2.Worker.STATE_DRAINING
         await first.wait_for("assign_job", lambda each: shards_of(each) == set(range(8)))
+        # The one that took over has done a step of its own.
+        aggregator.report(job.id, 5, since_commit_s=0.0)
         await second.wait_for("revoke_job")
         await second.wait_for("drain")
         missing = cluster_service_pb2.DrainWorkerRequest(worker_id="w9")
@@ -159,7 +161,7 @@ async def test_a_follower_hands_calls_on_and_takes_over(storage_only: Any) -> No
     await storage_only.spawn_control("first")
     job = await storage_only.submit("nightly-1")
     first = storage_only.control_address
-    await storage_only.start_control("second", lease_ttl_s=1.0, heartbeat_interval_s=0.2)
+    await storage_only.start_control("second", lease_ttl_s=3.0, heartbeat_interval_s=0.2)
     assert storage_only.control_address != first
     await storage_only.wait_until_it_answers()
     listed = await storage_only.jobs().ListJobs(job_service_pb2.ListJobsRequest(), timeout=GUARD_S)
@@ -191,7 +193,7 @@ async def test_a_follower_is_well_and_says_that_it_does_not_lead(storage_only: A
     """What waits for a new process to be well, as a rolling update does, must not wait until it
     leads; and members look for the leader itself."""
     await storage_only.spawn_control("first")
-    await storage_only.start_control("second", lease_ttl_s=1.0, heartbeat_interval_s=0.2)
+    await storage_only.start_control("second", lease_ttl_s=3.0, heartbeat_interval_s=0.2)
     serving = health_pb2.HealthCheckResponse.SERVING
     async with open_channel(storage_only.control_address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
@@ -222,7 +224,7 @@ async def test_a_call_to_a_leader_that_stopped_ends_when_another_one_leads(
 ) -> None:
     """A stopped process keeps its sockets and never answers; the caller must not wait for it."""
     await storage_only.spawn_control("first")
-    await storage_only.start_control("second", lease_ttl_s=1.0, heartbeat_interval_s=0.2)
+    await storage_only.start_control("second", lease_ttl_s=3.0, heartbeat_interval_s=0.2)
     await storage_only.wait_until_it_answers()
     storage_only.process.send_signal(signal.SIGSTOP)
     try:
@@ -237,7 +239,7 @@ async def test_a_call_to_a_leader_that_stopped_ends_when_another_one_leads(
 async def test_a_call_is_handed_on_once_at_most(storage_only: Any) -> None:
     """Two processes that take each other for the leader must not play ball with it."""
     await storage_only.spawn_control("first")
-    await storage_only.start_control("second", lease_ttl_s=1.0, heartbeat_interval_s=0.2)
+    await storage_only.start_control("second", lease_ttl_s=3.0, heartbeat_interval_s=0.2)
     await storage_only.wait_until_it_answers()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await storage_only.jobs().ListJobs(
@@ -251,7 +253,7 @@ async def test_a_call_is_handed_on_once_at_most(storage_only: Any) -> None:
 async def test_members_are_not_handed_on(storage_only: Any) -> None:
     """A session is with the leader itself: a follower in between would hide who died."""
     await storage_only.spawn_control("first")
-    await storage_only.start_control("second", lease_ttl_s=1.0, heartbeat_interval_s=0.2)
+    await storage_only.start_control("second", lease_ttl_s=3.0, heartbeat_interval_s=0.2)
     await storage_only.wait_until_it_answers()
     with pytest.raises(Unavailable) as refused:
         async with ScriptedWorker(storage_only.control_address, "w1"):
@@ -261,7 +263,7 @@ async def test_members_are_not_handed_on(storage_only: Any) -> None:
 
 async def test_a_leader_whose_lease_was_taken_steps_down(storage_only: Any) -> None:
     """As after a long pause: another one leads, and what the old one decides is refused."""
-    await storage_only.start_control("first")
+    await storage_only.start_control("first", lease_ttl_s=4.0)
     first = storage_only.control
     assert first is not None
     store = storage_only.store()
