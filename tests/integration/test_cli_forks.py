@@ -101,7 +101,7 @@ with open(folder / "member.log", "ab") as log:
 while (folder / "member.log").read_text().count("\\n") < 2 and not process.wait(0.01):
     pass
 process.send_signal(signal.SIGTERM)
-code = process.poll() if process.wait(5) else process.send_signal(signal.SIGKILL)
+code = process.poll() if process.wait(60) else process.send_signal(signal.SIGKILL)
 server.close()
 os._exit(0 if code == -signal.SIGTERM else 1)
 """

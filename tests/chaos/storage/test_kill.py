@@ -40,7 +40,7 @@ class Writers:
 
     def start(self, write):
         def run():
-            client = SyncStorageClient(self._address, timeout_s=5, attempts=1)
+            client = SyncStorageClient(self._address, timeout_s=GUARD_S, attempts=1)
             try:
                 while True:
                     write(client)

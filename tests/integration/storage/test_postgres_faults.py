@@ -346,6 +346,7 @@ def test_a_server_that_stays_away_is_told_and_comes_back(
             with pytest.raises(Unavailable) as caught:
                 call()
             assert caught.value.reason == "DATABASE_UNREACHABLE"
+        monkeypatch.setattr(database_module, "PATIENCE_S", GUARD_S)
         proxy.heal()
         backend.check()
         backend.journals.append(append("s", b"after"))
@@ -390,7 +391,8 @@ def test_a_writer_that_stands_still_holds_nobody_up_for_long(
     goes_on.set()
     writing.join(GUARD_S)
     other.close()
-    assert results == [2]
+    assert len(runs) > 1, "the server never ended it"
+    assert results == [len(runs)]
     assert postgres_server.execute("SELECT count(*) FROM leases", name) == [(2,)]
 
 
@@ -501,7 +503,7 @@ def test_durability_does_not_depend_on_the_defaults_of_the_database(postgres_ser
 
 def test_an_act_that_reads_waits_for_no_reader(postgres_server, name, monkeypatch):
     """It has the lock, and all other processes would wait with it."""
-    monkeypatch.setattr(database_module, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(database_module, "PATIENCE_S", 5.0)
     monkeypatch.setattr(database_module, "_READERS", 2)
     database = PostgresDatabase(postgres_server.url(name))
     began, end = threading.Barrier(3), threading.Event()

@@ -43,7 +43,7 @@ async def _start(bench: Any, control: Any, aggregator: Any, nodes: Any, **settin
         ("leave", LeafFailed.KIND_RAISED, "SystemExit"),
         ("crash", LeafFailed.KIND_CRASHED, "SIGSEGV"),
         ("vanish", LeafFailed.KIND_CRASHED, "exit status 9"),
-        ("hang", LeafFailed.KIND_HUNG, "no progress for 1 s"),
+        ("hang", LeafFailed.KIND_HUNG, "no progress for 3 s"),
         ("devour", LeafFailed.KIND_OUT_OF_MEMORY, "MemoryError"),
         ("infinite", LeafFailed.KIND_NON_FINITE, "not finite"),
     ],
@@ -52,7 +52,7 @@ async def test_a_bad_leaf_is_named_and_the_others_go_on(
     bench: Any, act: str, kind: int, words: str
 ) -> None:
     bench.job(shards=4, custom={"row": ROW_OF_SHARD_2, "act": act})
-    settings = {"leaf_timeout_s": 1.0} if act == "hang" else {}
+    settings = {"leaf_timeout_s": 3.0} if act == "hang" else {}
     if act == "devour":
         settings["slot_memory_bytes"] = 400 * 2**20
     async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
@@ -369,7 +369,8 @@ async def test_code_that_cannot_be_described_fails_with_its_traceback(
     bench.job(shards=4, custom={})
     bench.plan.code_digests["fickle.py"] = bench.put(code.encode())
     async with ScriptedControl() as control:
-        await bench.worker(control.address, leaf_timeout_s=2.0)
+        settings = {"leaf_timeout_s": 2.0} if "sleep" in code else {}
+        await bench.worker(control.address, **settings)
         session = await control.next_session()
         await session.send(describe_job={"plan": bench.plan})
         described = await session.receive("job_described")

@@ -388,7 +388,8 @@ async def test_what_is_logged_of_a_leaf_names_worker_job_step_and_shard(
         with ScriptedCluster() as cluster:
             cluster.blobs.update(bench.blobs)
             bench.own(aggregator)
-            worker = await spawn(control.address, cluster.address, "--leaf-timeout-s", "1")
+            limits = ("--leaf-timeout-s", "3") if act == "hang" else ()
+            worker = await spawn(control.address, cluster.address, *limits)
             session = await control.next_session()
             await session.send(assign_job=bench.assign([(0, 4)]))
             stream = await aggregator.next_stream()

@@ -135,11 +135,11 @@ async def test_a_job_waits_while_storage_is_away(bench: Any) -> None:
     async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
         bench.own(aggregator)
         bench.storage_up.clear()
-        await bench.worker(control.address, leaf_timeout_s=0.5)
+        await bench.worker(control.address, leaf_timeout_s=2.0)
         session = await control.next_session()
         await session.send(assign_job=bench.assign([(0, 2)]))
         beats = session.heartbeats
-        while session.heartbeats < beats + 20:
+        while session.heartbeats < beats + 60:  # longer than a leaf may take
             await session.receive("heartbeat")
         assert not session.has_received("worker_job_ready")
         bench.storage_up.set()
@@ -150,7 +150,7 @@ async def test_a_job_waits_while_storage_is_away(bench: Any) -> None:
         await stream.send_version(0, 0, bench.version(0))
         await stream.send_go(bench.go(0))
         beats = session.heartbeats
-        while session.heartbeats < beats + 20:
+        while session.heartbeats < beats + 60:
             await session.receive("heartbeat")
         assert not session.has_received("leaf_failed")
         bench.storage_up.set()

@@ -1,7 +1,6 @@
 """A run under faults whose control goes away and stays away."""
 
 import itertools
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -59,8 +58,23 @@ class Nobody:
         return True
 
 
+class Clock:
+    """Time goes on in sleep, and a little whenever somebody looks at it."""
+
+    def __init__(self):
+        self._now_s = 1000.0
+
+    def monotonic(self):
+        self._now_s += 1e-6
+        return self._now_s
+
+    def sleep(self, seconds):
+        self._now_s += seconds
+
+
 @pytest.fixture
 def impatient(monkeypatch):
+    monkeypatch.setattr(chaos, "time", Clock())
     monkeypatch.setattr(chaos, "SETTLE_S", 0.0)
     monkeypatch.setattr(chaos, "LOOK_S", 0.001)
     monkeypatch.setattr(chaos, "ASK_EVERY_S", 0.001)
@@ -138,10 +152,9 @@ def test_a_leader_that_does_not_know_yet_who_is_there_takes_nothing_back(impatie
 def test_a_clock_that_is_set_moves_no_fault(impatient, monkeypatch):
     monkeypatch.setattr(chaos.Harm, "inflict", lambda *_: True)
     jumps_s = itertools.count(start=1, step=1000)
-    clock = SimpleNamespace(
-        time=lambda: time.time() + next(jumps_s), monotonic=time.monotonic, sleep=time.sleep
+    monkeypatch.setattr(
+        chaos.time, "time", lambda: chaos.time.monotonic() + next(jumps_s), raising=False
     )
-    monkeypatch.setattr(chaos, "time", clock)
     options = ChaosOptions([FAULTS["kill-worker"]], 0.1, duration_s=0.4, baseline_s=0.05)
     run = Chaos(CLUSTER, ScriptedJob(100_000, None), Everybody(NAMES), options)
     run.run()

@@ -23,6 +23,8 @@ from phalanx.v1.control_journal_pb2 import ControlRecord, JobSubmitted, TermStar
 from phalanx.v1.coordination_service_pb2 import JobLogLine, JobLogLines, MetricPoints
 from phalanx.v1.job_pb2 import Event, MetricPoint
 
+GUARD_S = 30.0
+
 
 class MemoryStore:
     """The part of `Store` that streams use, in memory; `open` is cleared while it is away."""
@@ -83,7 +85,7 @@ async def test_events_get_their_sequence_when_they_are_durable() -> None:
     assert not await log.flushed(0.01)
     assert await sequences(log, 0) == [], "what is not durable is not shown"
     store.open.set()
-    assert await log.flushed(5)
+    assert await log.flushed(GUARD_S)
     assert wake.is_set()
     assert await sequences(log, 0) == [1, 2, 3]
     assert await sequences(log, 2) == [3]
@@ -105,7 +107,7 @@ async def test_long_events_come_in_messages_that_storage_takes() -> None:
     for _ in range(40):
         log.append(Event(type="E", message="x" * 200_000))
     running = asyncio.create_task(log.run())
-    assert await log.flushed(5)
+    assert await log.flushed(GUARD_S)
     running.cancel()
     assert await sequences(log, 0) == list(range(1, 41))
 
@@ -120,7 +122,7 @@ async def test_old_events_are_dropped_and_counted_while_storage_is_away(
         log.append(Event(type=f"E{number}"))
     assert log.dropped == 15
     running = asyncio.create_task(log.run())
-    assert await log.flushed(5)
+    assert await log.flushed(GUARD_S)
     running.cancel()
     kept = [event async for event in log.read(0)]
     assert [event.type for event in kept] == [f"E{number}" for number in range(15, 25)]
@@ -136,7 +138,7 @@ async def test_readers_far_behind_get_old_events_from_storage(
     running = asyncio.create_task(log.run())
     for number in range(20):
         log.append(Event(type=f"E{number}"))
-    assert await log.flushed(5)
+    assert await log.flushed(GUARD_S)
     running.cancel()
     assert await sequences(log, 0) == list(range(1, 21))
     assert await sequences(log, 12) == list(range(13, 21))
@@ -150,8 +152,8 @@ async def test_the_event_log_does_not_grow_for_ever(monkeypatch: pytest.MonkeyPa
     running = asyncio.create_task(log.run())
     for number in range(200):
         log.append(Event(type=f"E{number}"))
-    assert await log.flushed(5)
-    async with asyncio.timeout(5):
+    assert await log.flushed(GUARD_S)
+    async with asyncio.timeout(GUARD_S):
         while store.first.get("events", 0) != 150:
             await asyncio.sleep(0)
     running.cancel()
@@ -292,7 +294,7 @@ async def test_a_job_that_is_removed_while_its_series_is_read_does_no_harm(
     await asyncio.sleep(0)
     streams.forget("removed")
     store.open.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_S):
         assert await reading == []
         await streams.points("other", [], -1, 0)
         await streams.flush()
@@ -345,10 +347,10 @@ async def write(store: Any, records: list[ControlRecord], every: int) -> tuple[F
     for index, record in enumerate(records, start=1):
         writer.append(index, record)
         if index % 7 == 0:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(GUARD_S):
                 await writer.drained()
                 await asyncio.sleep(0)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_S):
         await writer.drained()
     running.cancel()
     return durable, order

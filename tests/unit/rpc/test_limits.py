@@ -1,10 +1,11 @@
 """How much of a server its peers may take up."""
 
 import asyncio
+import contextlib
 import resource
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -20,6 +21,8 @@ from phalanx.rpc.status import from_rpc_error
 from phalanx.rpc.types import ServicerContext
 
 GUARD_S = 30.0
+
+ResultT = TypeVar("ResultT")
 
 
 # -- counting
@@ -132,6 +135,17 @@ async def _served(limits: ServerLimits) -> AsyncIterator[Server]:
         await server.stop(grace_s=0)
 
 
+async def _in_time(call: Callable[[], Awaitable[ResultT]]) -> ResultT:
+    """What a call brings whose first message is not late, as one may be on a busy machine."""
+    async with asyncio.timeout(GUARD_S):
+        while True:
+            try:
+                return await call()
+            except grpc.aio.AioRpcError as error:
+                if from_rpc_error(error).reason != "NO_MESSAGE":
+                    raise
+
+
 async def _error_of(call: Any) -> Any:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async with asyncio.timeout(GUARD_S):
@@ -151,7 +165,8 @@ async def test_a_call_without_its_first_message_is_ended(method: str) -> None:
         assert isinstance(error, DeadlineExceeded)
         assert error.reason == "NO_MESSAGE"
         # The server's own counters have let it go, and others are served.
-        assert await channel.unary_unary("/test.Raw/Echo")(b"x", timeout=GUARD_S) == b"x"
+        echo = channel.unary_unary("/test.Raw/Echo")
+        assert await _in_time(lambda: echo(b"x", timeout=GUARD_S)) == b"x"
         assert server.admission.calls == 0
 
 
@@ -160,9 +175,15 @@ async def test_a_stream_that_has_begun_may_be_silent() -> None:
         _served(ServerLimits(first_message_timeout_s=0.05)) as server,
         open_channel(server.address) as channel,
     ):
-        call = channel.stream_stream("/test.Raw/Relay")(timeout=GUARD_S)
-        await call.write(b"one")
-        assert await call.read() == b"one"
+
+        async def begun() -> Any:
+            call = channel.stream_stream("/test.Raw/Relay")(timeout=GUARD_S)
+            with contextlib.suppress(asyncio.InvalidStateError):  # it has ended: see what it says
+                await call.write(b"one")
+            assert await call.read() == b"one"
+            return call
+
+        call = await _in_time(begun)
         silent = channel.stream_stream("/test.Raw/Relay")(timeout=GUARD_S)
         await _error_of(silent.read())  # so long at least the first one was silent
         await call.write(b"two")

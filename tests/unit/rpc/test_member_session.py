@@ -141,7 +141,7 @@ async def test_a_control_that_holds_the_stream_and_says_nothing_is_left() -> Non
 async def test_a_control_that_answers_is_kept() -> None:
     async with ScriptedControl() as control:
         control.welcome.answers_heartbeats = True
-        control.welcome.lease_ttl_s = 0.2
+        control.welcome.lease_ttl_s = 0.9  # 18 heartbeats of the 20
         session = MemberSession(
             [control.address], hello, pb.Heartbeat, lambda _: None, lambda _: None
         )

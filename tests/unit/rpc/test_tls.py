@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import pkgutil
 import time
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -26,6 +27,7 @@ from phalanx.rpc.channel import open_channel
 from phalanx.rpc.limits import ServerLimits
 from phalanx.rpc.server import Server
 from phalanx.rpc.status import from_rpc_error
+from phalanx.testing import keys as testing_keys
 from phalanx.testing.keys import KeyRing
 
 GUARD_S = 20.0
@@ -351,7 +353,9 @@ async def test_a_revoked_token_is_refused_from_the_next_call_on(ring, arrivals):
 @pytest.mark.parametrize("end", ["UNKNOWN_TOKEN", "TOKEN_EXPIRED", "TOKEN_CHANGED"])
 async def test_an_open_stream_ends_soon_after_its_token(ring, arrivals, monkeypatch, path, end):
     monkeypatch.setattr(standing, "LOOK_EVERY_S", 0.01)
-    expires_s = time.time() + 1.0 if end == "TOKEN_EXPIRED" else None
+    now_s = time.time()
+    monkeypatch.setattr(testing_keys, "TokenFile", partial(tokens.TokenFile, now_s=lambda: now_s))
+    expires_s = now_s + 1.0 if end == "TOKEN_EXPIRED" else None
     token = ring.token("ann", Role.SUBMITTER, expires_s=expires_s)
     keys = ring.client("client", token)
     arrivals.held.add(path)
@@ -366,6 +370,8 @@ async def test_an_open_stream_ends_soon_after_its_token(ring, arrivals, monkeypa
             await asyncio.sleep(0.001)
         if end == "UNKNOWN_TOKEN":
             tokens.revoke(ring.tokens_path, "ann")
+        elif end == "TOKEN_EXPIRED":
+            now_s += 1.0
         elif end == "TOKEN_CHANGED":
             text = ring.tokens_path.read_text()
             ring.tokens_path.write_text(text.replace('"*"', '"vision"'))

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -233,7 +234,10 @@ def test_workers_come_newest_first_whatever_the_order_of_pages(script, cluster):
 
 
 def test_a_list_that_nobody_knows_whole_comes_with_a_warning(cut_off, monkeypatch):
-    monkeypatch.setattr("phalanx.sdk.following.TAKE_OVER_S", 1.0)
+    # Time goes on while nobody is asked, and not while the machine is busy.
+    slept_s = []
+    clock = SimpleNamespace(monotonic=lambda: sum(slept_s), sleep=slept_s.append)
+    monkeypatch.setattr("phalanx.sdk.following.time", clock)
     with phalanx.connect(cut_off.address) as cluster:
         for ask in (cluster.jobs, cluster.workers, cluster.get("digits-1").metrics):
             with pytest.warns(phalanx.IncompleteWarning, match=CUT_OFF) as told:

@@ -33,7 +33,7 @@ class Database:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readiness, "INTERVAL_S", 0.0)
-    monkeypatch.setattr(readiness, "SILENCE_S", 0.02)
+    monkeypatch.setattr(readiness, "SILENCE_S", GUARD_S)
 
 
 @contextlib.asynccontextmanager
@@ -67,7 +67,10 @@ async def test_it_is_told_once_that_it_is_away_and_once_that_it_is_back() -> Non
 
 
 @pytest.mark.usefixtures("at_once")
-async def test_silence_is_absence_and_one_question_is_out_at_a_time() -> None:
+async def test_silence_is_absence_and_one_question_is_out_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(readiness, "SILENCE_S", 0.02)
     database = Database()
     async with watched(database):
         database.answers.clear()
