@@ -7,24 +7,29 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
 
 import phalanx
-from phalanx.errors import Unavailable
+from phalanx.errors import FailedPrecondition, Unavailable
 from phalanx.sdk.job import Job
 from phalanx.sdk.values import Event
 from phalanx.specs import parts
 from phalanx.testing import stores
 from phalanx.testing.scraping import scrape, series
 
+ResultT = TypeVar("ResultT")
+
 SETTLED_S = 0.3
 """What a job shows of its progress is not older than that."""
 
 GUARD_S = 90.0
 """Deadline of every wait; reached only when something is broken."""
+
+TRIES = 5
+"""Jobs that may be over too early, one after the other."""
 
 POLLS_S = (0.01, 0.05)
 """Pauses of a wait: the first one, and the longest."""
@@ -223,6 +228,37 @@ def stopped(pid: int) -> Iterator[None]:
             send(pid, signal.SIGCONT)
 
 
+class TooLate(AssertionError):
+    """The job was over before the fault could be injected: the machine was busy elsewhere."""
+
+
+def in_time(attempt: Callable[[], ResultT]) -> ResultT:
+    """Submit a job that no gate holds and inject a fault into it; again, with another job, where
+    `attempt` raises TooLate."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(TooLate):
+            return attempt()
+    return attempt()
+
+
+def not_over(job: Job) -> None:
+    """Raise what the job failed with, or TooLate, if it is over."""
+    if job.done:
+        job.wait(timeout_s=GUARD_S)  # tells why, where it failed
+        raise TooLate("the job was over before the fault could be injected")
+
+
+def pause(job: Job) -> None:
+    """Pause a job that runs, and wait until it is. Raises TooLate where it ended before."""
+    try:
+        job.pause()
+    except FailedPrecondition:
+        not_over(job.refresh())
+        raise
+    wait_until(lambda: job.refresh().state == "PAUSED" or job.done, "the pause")
+    not_over(job)
+
+
 def _step_of(job: Job) -> Any:
     return series("job_step", job_id=job.id)
 
@@ -353,7 +389,7 @@ class Arena:
     def at_step(self, job: Job, step: int) -> None:
         """Wait until the job has committed a step."""
         wait_until(lambda: job.refresh().progress.step >= step or job.done, f"step {step}")
-        self._not_over(job)
+        not_over(job)
 
     def caught_at(self, job: Job, step: int) -> list[str]:
         """Hold the gate when the job has committed a step, and is about to do the next ones; ids of
@@ -373,11 +409,6 @@ class Arena:
                 with contextlib.suppress(OSError):  # it has died, or begins
                     found.append(scrape(member.metrics_address).get(_step_of(job)))
         return max((int(step) for step in found if step is not None), default=None)
-
-    def _not_over(self, job: Job) -> None:
-        if job.done:
-            job.wait(timeout_s=GUARD_S)  # tells why, where it failed
-            raise AssertionError("the job was over before the fault could be injected")
 
     def hosting(self, job: Job, worker_id: str) -> None:
         """Wait until a worker holds shards of the job, or the job is over."""
@@ -426,7 +457,7 @@ class Arena:
         caught = wait_until(
             lambda: self.in_a_leaf() or job.refresh().done, "a worker in the middle of a leaf"
         )
-        self._not_over(job)
+        not_over(job)
         return sorted(caught)
 
     def submit_held(self, job: Mapping[str, Any], workers: int) -> Job:

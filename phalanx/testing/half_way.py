@@ -8,7 +8,7 @@ import signal
 import psutil
 
 from phalanx.sdk.job import Job
-from phalanx.testing.arena import Arena, send, stopped, wait_until
+from phalanx.testing.arena import Arena, not_over, send, stopped, wait_until
 
 
 def kill_in_a_leaf(ring: Arena, job: Job, step: int, worker_id: str = "worker-1") -> None:
@@ -17,7 +17,7 @@ def kill_in_a_leaf(ring: Arena, job: Job, step: int, worker_id: str = "worker-1"
     The leaf process is stopped first, and the worker dies only when the cluster has noticed that
     its shards are late: so what it held is unfinished, whatever the speed of the machine. The
     leaves of all others stand still until its death has been noticed, too, so that the job does not
-    run away meanwhile. Raises AssertionError where the job was over before.
+    run away meanwhile. Raises TooLate where the job was over before.
     """
     ring.at_step(job, step)
     worker = psutil.Process(ring.cluster.process(worker_id).pid)
@@ -34,10 +34,26 @@ def kill_in_a_leaf(ring: Arena, job: Job, step: int, worker_id: str = "worker-1"
         for other in ring.cluster.processes():
             if other.role == "worker" and other.id != worker_id and other.pid:
                 _stop(_leaves_of(psutil.Process(other.pid)), standing)
-        assert not job.refresh().done, "the job was over before the worker was late"
+        not_over(job.refresh())
         lost = len(ring.events("WORKER_LOST"))
         send(worker.pid, signal.SIGKILL)
         wait_until(lambda: len(ring.events("WORKER_LOST")) > lost, "the worker to be missed")
+
+
+def kill_the_aggregators(ring: Arena, job: Job, step: int) -> None:
+    """Kill all owners of parameters once the job has committed ``step``; return when they are
+    missed. Raises TooLate where the job was over before."""
+    ring.at_step(job, step)
+    for member in ring.cluster.processes():
+        if member.role == "aggregator":
+            ring.signal(member.id)
+
+    def missed() -> bool:
+        return any(each.job_id == job.id for each in ring.events("AGGREGATOR_LOST"))
+
+    wait_until(lambda: missed() or job.refresh().done, "the aggregators to be missed")
+    if not missed():
+        not_over(job)
 
 
 def _leaves_of(worker: psutil.Process) -> list[psutil.Process]:

@@ -84,7 +84,7 @@ def test_all_keys_are_replaced_under_a_running_job(
     """Each time a process dies as well, so that it and all who dial it use the new ones, while the
     others keep their connections. No call fails of the one who watches."""
     calls = 0
-    with arena(tmp_path, 2, secure=True, controls=2, leaf_s=0.05) as ring:
+    with arena(tmp_path, 2, secure=True, controls=2, leaf_s=0.15) as ring:
         keys = _keys(ring)
         job = ring.cluster.submit(long_job)
         owner = "admin"

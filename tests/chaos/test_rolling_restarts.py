@@ -39,7 +39,7 @@ def test_all_services_are_replaced_and_no_call_fails(
     secure: bool,
     order: tuple[str, ...],
 ) -> None:
-    with arena(tmp_path, WORKERS, controls=2, aggregators=2, leaf_s=0.03, secure=secure) as ring:
+    with arena(tmp_path, WORKERS, controls=2, aggregators=2, leaf_s=0.15, secure=secure) as ring:
         ring.workers_ready()
         job = ring.cluster.submit(long_job)
         ring.at_step(job, 2)

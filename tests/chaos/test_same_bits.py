@@ -140,20 +140,32 @@ def test_workers_join_and_leave(tmp_path: Path, long_job: dict[str, Any], long_s
         ring.caught_at(job, 5)
         joined = ring.cluster.add_worker()
         wait_until(lambda: happened("WORKER_JOINED", joined), "the newcomer to join")
-        ring.gate.release()
-        ring.hosting(job, joined)
-        ring.gate.hold()
+
+        def hosts() -> bool:
+            ring.gate.let_pass(leaves_of_a_step(job))
+            workers = job.refresh().progress.workers
+            return any(each.worker_id == joined and each.shards for each in workers)
+
+        wait_until(hosts, "the newcomer to hold shards")
+        ring.gate.let_nobody_pass()
         both = {joined, "worker-1"}
         wait_until(lambda: both <= ring.in_a_leaf(), "leaves of the newcomer and of the leaver")
         holders = {each.worker_id for each in job.refresh().progress.workers if each.shards}
         assert both <= holders, "these leaves are copies"
         ring.cluster.drain("worker-1")
-        ring.gate.release()
-        wait_until(lambda: happened("WORKER_LEFT", "worker-1"), "the drained worker to leave")
+
+        def has_left() -> bool:
+            # It stays until its successor has worked through a step.
+            ring.gate.let_pass(leaves_of_a_step(job))
+            return happened("WORKER_LEFT", "worker-1")
+
+        wait_until(has_left, "the drained worker to leave")
+        ring.gate.let_nobody_pass()
         holders = {each.worker_id for each in job.refresh().progress.workers if each.shards}
         assert not job.done, "it did not leave in the middle of the job"
         assert "worker-1" not in holders
         assert joined in holders
+        ring.gate.release()
         result = job.wait(timeout_s=GUARD_S)
         assert not ring.events("WORKER_LOST")
     assert result.parameters_sha256 == long_sha256

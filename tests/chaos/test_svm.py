@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import phalanx
-from phalanx.testing.arena import GUARD_S, Arena, arena
-from phalanx.testing.half_way import kill_in_a_leaf
+from phalanx.sdk.job import Job
+from phalanx.testing.arena import GUARD_S, Arena, arena, in_time
+from phalanx.testing.half_way import kill_in_a_leaf, kill_the_aggregators
 
 pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
@@ -62,16 +63,15 @@ def test_a_worker_and_the_aggregators_die(
         alone.data.add("two", *rows(), test=0.2)
         undisturbed = alone.submit(job_of(name)).wait(timeout_s=GUARD_S)
         expected = alone.models.get(undisturbed.model).predict_decision_values(rows()[0])
-    ring.workers_ready()
-    job = ring.cluster.submit(job_of(name))
-    kill_in_a_leaf(ring, job, 4)
-    ring.at_step(job, 8)
-    for member in ring.cluster.processes():
-        if member.role == "aggregator":
-            ring.signal(member.id)
-    assert not job.refresh().done
-    result = job.wait(timeout_s=GUARD_S)
-    assert any(each.job_id == job.id for each in ring.events("AGGREGATOR_LOST"))
+
+    def disturbed() -> Job:
+        ring.workers_ready()
+        job = ring.cluster.submit(job_of(name))
+        kill_in_a_leaf(ring, job, 4)
+        kill_the_aggregators(ring, job, 8)
+        return job
+
+    result = in_time(disturbed).wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == undisturbed.parameters_sha256
     assert result.metrics == undisturbed.metrics
     model = ring.cluster.models.get(result.model)

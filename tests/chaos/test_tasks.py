@@ -27,7 +27,7 @@ GATE = Path(os.environ["PHALANX_TEST_GATE"])
 
 def square(x):
     mark = GATE / f"entered-{os.getpid()}"
-    while (GATE / "hold").exists():
+    while (GATE / "hold").exists() and not (GATE / f"may-end-{x}").exists():
         mark.touch()
         time.sleep(0.002)
     mark.unlink(missing_ok=True)
@@ -51,7 +51,21 @@ def submit(ring: Arena) -> Job:
             "arguments": [{"x": number} for number in range(TASKS)],
         },
     }
-    return ring.cluster.submit(document)
+    return ring.submit(document)
+
+
+@pytest.fixture(autouse=True)
+def all_wait(ring: Arena) -> None:
+    """Tasks of a new job wait until some are let go on."""
+    for each in ring.gate.folder.glob("may-end-*"):
+        each.unlink()
+
+
+def at_task(ring: Arena, job: Job, done: int) -> None:
+    """Let the first tasks go on, and wait until they have ended; those that follow are held."""
+    for number in range(done):
+        (ring.gate.folder / f"may-end-{number}").touch()
+    ring.at_step(job, done)
 
 
 def records_of(ring: Arena, job: Job) -> list[TaskRecord]:
@@ -88,7 +102,7 @@ def test_workers_control_storage_and_the_owner_of_the_tasks_killed_while_tasks_r
     job = submit(ring)
     owners = 1
     for done, victim in ((5, "worker"), (30, "control-1"), (60, "aggregator-1"), (90, "both")):
-        ring.at_step(job, done)
+        at_task(ring, job, done)
         caught = ring.caught_in_a_leaf(job)
         victims = [caught[0]] if victim == "worker" else [victim]
         if victim == "both":
@@ -97,7 +111,7 @@ def test_workers_control_storage_and_the_owner_of_the_tasks_killed_while_tasks_r
             ring.signal(member)
         owners += "aggregator-1" in victims
         wait_until(lambda: terms_begun(ring, job) == owners, "the next owner of the tasks")  # noqa: B023
-        ring.gate.release()
+    ring.gate.release()
     records = each_once(ring, job)
     assert owners == terms_begun(ring, job) == 3
     attempts = [each.attempt for record in records for each in record.results]
@@ -106,7 +120,7 @@ def test_workers_control_storage_and_the_owner_of_the_tasks_killed_while_tasks_r
 
 def test_storage_killed_while_tasks_run(ring: Arena) -> None:
     job = submit(ring)
-    ring.at_step(job, 10)
+    at_task(ring, job, 10)
     ring.caught_in_a_leaf(job)
     ring.signal("storage")
     ring.gate.release()
@@ -115,8 +129,9 @@ def test_storage_killed_while_tasks_run(ring: Arena) -> None:
 
 def test_paused_and_resumed_between_two_tasks(ring: Arena) -> None:
     job = submit(ring)
-    ring.at_step(job, 10)
+    at_task(ring, job, 10)
     job.pause()
+    ring.gate.release()
     wait_until(lambda: job.refresh().state == "PAUSED", "the pause")
     paused_at = job.message.progress.step
     assert 0 < paused_at < TASKS

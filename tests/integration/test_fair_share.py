@@ -11,7 +11,8 @@ import phalanx
 from phalanx.testing.arena import GUARD_S, SOFTMAX_MODEL, add_blobs, wait_until
 
 MARKS = "PHALANX_TEST_MARKS"
-LEAVES, STEPS = 4, {"large": 36, "small": 24}
+LEAVES, STEPS = 4, {"large": 36, "small": 72}
+"""The small one outlasts the other also where that comes seconds late."""
 PRIORITIES = {"large": 75, "small": 25}
 
 MARKING = f'''

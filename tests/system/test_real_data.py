@@ -138,9 +138,8 @@ def test_a_data_set_ten_times_the_cache_survives_a_kill(
         manifest = ring.cluster.data.manifest("large")
         stored = sum(chunk.size_bytes for chunk in manifest.splits["train"])
         assert stored > 9.5 * cache_bytes
-        running = ring.cluster.submit(job)
-        ring.at_step(running, 1)
-        victim = ring.caught_in_a_leaf(running)[0]
+        running = ring.submit(job)
+        victim = ring.caught_at(running, 1)[0]
         ring.signal(victim)
         ring.gate.release()
         result = running.wait(timeout_s=GUARD_S)

@@ -12,7 +12,7 @@ from sklearn.datasets import load_svmlight_file
 import phalanx
 from phalanx.errors import InvalidArgument
 from phalanx.sdk.job import Job
-from phalanx.testing.arena import GUARD_S, wait_until
+from phalanx.testing.arena import GUARD_S, in_time, pause, wait_until
 from phalanx.testing.datasets import shared_data
 
 pytestmark = pytest.mark.slow
@@ -100,11 +100,14 @@ def test_a_pause_and_a_job_that_goes_on(alone: phalanx.LocalCluster) -> None:
     expected = run(alone, stop={"steps": 400}).result
     with phalanx.LocalCluster(workers=2, slots=1) as cluster:
         add_data(cluster)
-        job = cluster.submit({**JOB, "train": {**JOB["train"], "stop": {"steps": 400}}})
-        wait_until(lambda: job.refresh().progress.step > 3 or job.done, "some steps")
-        job.pause()
-        wait_until(lambda: job.refresh().state == "PAUSED" or job.done, "the pause")
-        assert not job.done
+
+        def half_way() -> Job:
+            job = cluster.submit({**JOB, "train": {**JOB["train"], "stop": {"steps": 400}}})
+            wait_until(lambda: job.refresh().progress.step > 3 or job.done, "some steps")
+            pause(job)
+            return job
+
+        job = in_time(half_way)
         job.resume()
         paused = job.wait(timeout_s=GUARD_S)
         first = run(cluster, stop={"steps": 30}, checkpoints={"every_steps": 7})
