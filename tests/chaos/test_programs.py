@@ -20,7 +20,17 @@ from phalanx.sdk.job import Job
 from phalanx.sdk.methods import READ_JOURNAL, READ_TASK_RESULTS
 from phalanx.sweeps.steps import steps_of
 from phalanx.tasks import journal_stream, kept_holder
-from phalanx.testing.arena import GUARD_S, Arena, arena, gated_job, wait_until
+from phalanx.testing.arena import (
+    GUARD_S,
+    Arena,
+    TooLate,
+    arena,
+    gated_job,
+    in_time,
+    not_over,
+    pause,
+    wait_until,
+)
 from phalanx.v1.job_service_pb2 import ReadTaskResultsRequest
 from phalanx.v1.storage_service_pb2 import ListPinsRequest, ReadJournalRequest
 from phalanx.v1.storage_service_pb2_grpc import StorageServiceStub
@@ -122,21 +132,38 @@ def leaves_of(ring: Arena, worker_id: str) -> list[psutil.Process]:
     return psutil.Process(ring.cluster.process(worker_id).pid).children(recursive=True)
 
 
-def hold(ring: Arena, job: Job) -> str:
-    """Stop the leaf processes of a worker that has work of this job; return its id.
+def held(ring: Arena, document: dict[str, Any]) -> tuple[Job, str]:
+    """Submit a job and stop the leaf processes of a worker that has work of it; the job and the id
+    of that worker.
 
     It has done a task, and those that follow waited for it; while others go on it has one by the
     time that they have done some more, and cannot end it.
     """
-    victim = str(wait_until(lambda: next(iter(done_by(ring, job)), ""), "the first task"))
-    for process in leaves_of(ring, victim):
-        process.send_signal(signal.SIGSTOP)
-    before = len(done_by(ring, job))
-    wait_until(
-        lambda: sum(each != victim for each in done_by(ring, job)[before:]) >= 2, "tasks of others"
-    )
-    assert not job.refresh().done
-    return victim
+
+    def attempt() -> tuple[Job, str]:
+        ring.workers_ready()
+        job = ring.cluster.submit(document)
+        victim = str(wait_until(lambda: next(iter(done_by(ring, job)), ""), "the first task"))
+        leaves = leaves_of(ring, victim)
+        for process in leaves:
+            process.send_signal(signal.SIGSTOP)
+        before = len(done_by(ring, job))
+
+        def others_went_on() -> bool:
+            more = sum(each != victim for each in done_by(ring, job)[before:])
+            return more >= 2 or job.refresh().done
+
+        wait_until(others_went_on, "tasks of others")
+        try:
+            not_over(job.refresh())
+        except TooLate:
+            for process in leaves:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGCONT)
+            raise
+        return job, victim
+
+    return in_time(attempt)
 
 
 def kill(ring: Arena, victim: str) -> None:
@@ -149,9 +176,8 @@ def kill(ring: Arena, victim: str) -> None:
 
 
 def test_a_worker_killed_with_a_tree_half_grown(ring: Arena, undisturbed: str) -> None:
-    ring.workers_ready()
-    job = ring.cluster.submit(FOREST)
-    kill(ring, hold(ring, job))
+    job, victim = held(ring, FOREST)
+    kill(ring, victim)
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == undisturbed
     assert result.metrics["tasks/failed_tries"] == 0
@@ -162,22 +188,31 @@ def test_a_worker_killed_with_a_tree_half_grown(ring: Arena, undisturbed: str) -
 
 
 def test_control_the_owner_of_the_tasks_and_storage_killed(ring: Arena, undisturbed: str) -> None:
-    ring.workers_ready()
-    job = ring.cluster.submit(FOREST)
-    for done, victim in ((3, "control-1"), (8, "aggregator-1"), (14, "storage")):
-        ring.at_step(job, done)
-        ring.signal(victim)
+
+    def struck() -> Job:
+        ring.workers_ready()
+        job = ring.cluster.submit(FOREST)
+        for done, victim in ((3, "control-1"), (8, "aggregator-1"), (14, "storage")):
+            ring.at_step(job, done)
+            ring.signal(victim)
+        return job
+
+    job = in_time(struck)
     assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed
     terms = [record.term for record in records_of(ring, job) if record.began]
     assert len(terms) == 2, "the tasks had no second owner"
 
 
 def test_paused_between_two_tasks_and_resumed(ring: Arena, undisturbed: str) -> None:
-    ring.workers_ready()
-    job = ring.cluster.submit(FOREST)
-    ring.at_step(job, 5)
-    job.pause()
-    wait_until(lambda: job.refresh().state == "PAUSED", "the pause")
+
+    def paused() -> Job:
+        ring.workers_ready()
+        job = ring.cluster.submit(FOREST)
+        ring.at_step(job, 5)
+        pause(job)
+        return job
+
+    job = in_time(paused)
     assert 5 <= job.message.progress.step < job.message.progress.total_steps
     job.resume()
     assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed
@@ -187,8 +222,7 @@ def test_programs_in_a_cluster_with_keys(tmp_path: Path, undisturbed: str) -> No
     """A worker dies, and whoever may not bring code cannot have that of a model run either."""
     with arena(tmp_path, 2, secure=True) as ring:
         add_wide(ring.cluster)
-        job = ring.cluster.submit(FOREST)
-        victim = hold(ring, job)
+        job, victim = held(ring, FOREST)
         ring.signal(victim)
         assert job.wait(timeout_s=GUARD_S).parameters_sha256 == undisturbed
         ring.gate.release()
@@ -210,9 +244,8 @@ def test_a_worker_killed_with_a_part_of_a_cascade_half_solved(
     ring: Arena, alone: phalanx.Cluster
 ) -> None:
     expected = alone.submit(CASCADE).wait(timeout_s=GUARD_S)
-    ring.workers_ready()
-    job = ring.cluster.submit(CASCADE)
-    kill(ring, hold(ring, job))
+    job, victim = held(ring, CASCADE)
+    kill(ring, victim)
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == expected.parameters_sha256
     assert result.metrics["cascade/dual"] == expected.metrics["cascade/dual"]
@@ -229,11 +262,16 @@ def test_two_sweeps_whose_trials_go_on_while_one_service_after_another_is_killed
     del halving["asha"]
     sweeps = [ASHA, {**ASHA, "name": "halving", "sweep": halving}]
     expected = [alone.submit(each).wait(timeout_s=GUARD_S) for each in sweeps]
-    ring.workers_ready()
-    jobs = [ring.cluster.submit(each) for each in sweeps]
-    for done, victim in ((6, "aggregator-1"), (10, "control-1"), (14, "storage")):
-        ring.at_step(jobs[0], done)
-        ring.signal(victim)
+
+    def struck() -> list[Job]:
+        ring.workers_ready()
+        jobs = [ring.cluster.submit(each) for each in sweeps]
+        for done, victim in ((6, "aggregator-1"), (10, "control-1"), (14, "storage")):
+            ring.at_step(jobs[0], done)
+            ring.signal(victim)
+        return jobs
+
+    jobs = in_time(struck)
     for job, known in zip(jobs, expected, strict=True):
         result = job.wait(timeout_s=GUARD_S)
         assert tables_of(result) == tables_of(known)
@@ -257,9 +295,8 @@ def test_a_worker_killed_with_a_trial_half_done(
     ring: Arena, alone: phalanx.Cluster, sweep: dict[str, Any]
 ) -> None:
     expected = alone.submit(sweep).wait(timeout_s=GUARD_S)
-    ring.workers_ready()
-    job = ring.cluster.submit(sweep)
-    kill(ring, hold(ring, job))
+    job, victim = held(ring, sweep)
+    kill(ring, victim)
     result = job.wait(timeout_s=GUARD_S)
     assert result.parameters_sha256 == expected.parameters_sha256
     assert tables_of(result) == tables_of(expected)

@@ -10,7 +10,7 @@ import phalanx
 from phalanx.chaos.harm import Harm
 from phalanx.chaos.schedule import FAULTS
 from phalanx.reduction import Node, TreeReducer, full_mask, root
-from phalanx.testing.arena import GUARD_S, add_blobs, arena, gated_job, wait_until
+from phalanx.testing.arena import GUARD_S, add_blobs, arena, gated_job, leaves_of_a_step, wait_until
 
 pytestmark = pytest.mark.slow
 

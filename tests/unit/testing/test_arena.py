@@ -21,10 +21,14 @@ from phalanx.testing import stores
 from phalanx.testing.arena import (
     GATED_MODEL,
     SOFTMAX_MODEL,
+    TRIES,
     Arena,
     Gate,
+    TooLate,
     gated_job,
+    in_time,
     leaves_of_a_step,
+    not_over,
     stopped,
 )
 from phalanx.v1.job_pb2 import Job as JobMessage
@@ -206,6 +210,35 @@ def test_a_job_that_is_over_is_not_waited_for_in_the_gate(gate: Gate) -> None:
     job.refresh = refresh
     with pytest.raises(AssertionError, match="over before the fault"):
         arena_of(gate, 0).caught_in_a_leaf(cast("phalanx.Job", job))
+
+
+def test_a_fault_that_comes_too_late_is_injected_into_another_job() -> None:
+    over = iter([True, True, False])
+
+    def attempt() -> str:
+        not_over(cast("phalanx.Job", SimpleNamespace(done=next(over), wait=lambda timeout_s: None)))
+        return "struck"
+
+    assert in_time(attempt) == "struck"
+    assert list(over) == []
+
+
+def test_a_fault_that_never_comes_in_time_fails_as_one_whose_job_failed_does() -> None:
+    tries = []
+
+    def attempt() -> None:
+        tries.append(1)
+        raise TooLate("it was over")
+
+    with pytest.raises(TooLate):
+        in_time(attempt)
+    assert len(tries) == TRIES
+
+    def fail(timeout_s: float) -> None:
+        raise ValueError("why it failed")
+
+    with pytest.raises(ValueError, match="why it failed"):
+        in_time(lambda: not_over(cast("phalanx.Job", SimpleNamespace(done=True, wait=fail))))
 
 
 def arena_of(gate: Gate, pid: int) -> Arena:
