@@ -514,15 +514,21 @@ def arena(
     workers: int,
     *,
     leaf_s: float = 0.0,
+    lease_s: float | None = None,
     environment: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Iterator[Arena]:
-    """A cluster of real processes with a gate; leaves of `unhurried_job` take `leaf_s`."""
+    """A cluster of real processes with a gate; leaves of `unhurried_job` take `leaf_s`.
+
+    Where nobody may be taken for lost, `lease_s` is longer than a busy machine holds up any of
+    them.
+    """
     gate = Gate(folder)
     shared = stores.shared_kept(options.get("state"))
     variables = {
         "PHALANX_TEST_GATE": str(folder),
         "PHALANX_TEST_LEAF_S": str(leaf_s),
+        **({} if lease_s is None else {"PHALANX_CONTROL_LEASE_TTL_S": str(lease_s)}),
         **(shared.environment if shared is not None else {}),
         **(environment or {}),
     }

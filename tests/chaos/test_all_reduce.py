@@ -151,7 +151,7 @@ def test_control_may_die_and_a_member_be_stopped(tmp_path: Path, undisturbed_sha
 def test_a_leaf_that_hangs_under_good_heartbeats_is_copied_by_other_members(
     tmp_path: Path, undisturbed_sha256: str
 ) -> None:
-    with arena(tmp_path, 3) as ring:
+    with arena(tmp_path, 3, lease_s=5.0) as ring:
         job = ring.submit(all_reduce_job())
         ring.caught_at(job, 5)
         wait_until(lambda: len(hosts(job)) == 3, "three members")
@@ -171,7 +171,7 @@ def test_a_leaf_that_hangs_under_good_heartbeats_is_copied_by_other_members(
 def test_a_leaf_that_hangs_before_the_first_step_is_copied_by_another_member(
     tmp_path: Path, undisturbed_sha256: str
 ) -> None:
-    with arena(tmp_path, 3) as ring:
+    with arena(tmp_path, 3, lease_s=5.0) as ring:
         ring.workers_ready()
         document = all_reduce_job()
         document["code"]["files"]["begins_badly.py"] = BEGINS_BADLY

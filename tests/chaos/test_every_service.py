@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.same_bits]
 
 
 def test_control_dies_and_training_goes_on(tmp_path: Path, undisturbed_sha256: str) -> None:
-    with arena(tmp_path, 2) as ring:
+    with arena(tmp_path, 2, lease_s=5.0) as ring:
         job = ring.submit(gated_job())
         ring.caught_at(job, 10)
         before = ring.cluster.describe().generation

@@ -58,7 +58,7 @@ def test_a_leaf_that_hangs_under_good_heartbeats_is_copied_and_moved(
     """The gate stays open: who waits there for long looks slow, and may lose its shards for that,
     or has been set aside for some leases already."""
     document = unhurried_job(steps=400)
-    with arena(tmp_path, 3, leaf_s=4 * LEAF_S) as ring:
+    with arena(tmp_path, 3, leaf_s=4 * LEAF_S, lease_s=5.0) as ring:
         ring.workers_ready()
         job = ring.cluster.submit(document)
         ring.at_step(job, 10)

@@ -114,7 +114,7 @@ def test_a_worker_stopped_past_its_lease_and_continued(
 
 @pytest.mark.same_bits
 def test_a_worker_ten_times_slower_than_the_others(tmp_path: Path, undisturbed_sha256: str) -> None:
-    with arena(tmp_path, 3) as ring, Harm() as harm:
+    with arena(tmp_path, 3, lease_s=10.0) as ring, Harm() as harm:
         job = ring.submit(gated_job())
         victim = ring.caught_at(job, 10)[0]
         assert harm.inflict(FAULTS["slow-worker"], ring.cluster.process(victim).pid)
@@ -130,7 +130,7 @@ def test_a_worker_ten_times_slower_than_the_others(tmp_path: Path, undisturbed_s
 @pytest.mark.same_bits
 def test_workers_join_and_leave(tmp_path: Path, long_job: dict[str, Any], long_sha256: str) -> None:
     """One takes shards over and another gives its own away, both in the middle of the job."""
-    with arena(tmp_path, 2, leaf_s=0.01) as ring:
+    with arena(tmp_path, 2, leaf_s=0.01, lease_s=10.0) as ring:
 
         def happened(kind: str, worker_id: str) -> bool:
             return any(event.worker_id == worker_id for event in ring.events(kind))

@@ -29,7 +29,7 @@ def ring(
 ) -> Iterator[Arena]:
     with (
         stores.used(stores.SharedStores(postgres_server, object_server)),
-        arena(tmp_path, 2, storages=2) as ring,
+        arena(tmp_path, 2, lease_s=10.0, storages=2) as ring,
     ):
         yield ring
 
