@@ -24,7 +24,8 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
 @pytest.fixture(scope="module")
 def running(gate: Gate, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxiedCluster]:
     folder = tmp_path_factory.mktemp("network")
-    environment = {"PHALANX_TEST_GATE": str(gate.folder)}
+    # Slow is not dead, also where the machine is slow besides.
+    environment = {"PHALANX_TEST_GATE": str(gate.folder), "PHALANX_CONTROL_LEASE_TTL_S": "5"}
     with ProxiedCluster(folder, workers=2, environment=environment) as network:
         try:
             add_blobs(network.cluster)
