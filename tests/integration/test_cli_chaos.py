@@ -77,7 +77,7 @@ def test_faults_cost_time_and_nothing_else(cluster, cli):
 
 
 def test_a_job_that_does_not_go_on_is_not_called_recovered(cluster, cli, monkeypatch):
-    monkeypatch.setattr("phalanx.chaos.run.SETTLE_S", 2.0)
+    monkeypatch.setattr("phalanx.chaos.run.SETTLE_S", 5.0)
     monkeypatch.setattr("phalanx.chaos.run.SETTLE_GAPS", 0)
     gate = Gate(Path(os.environ["PHALANX_TEST_GATE"]))
     job = cluster.submit(unhurried_job(100_000))

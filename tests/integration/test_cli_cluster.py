@@ -257,16 +257,18 @@ def test_workers_status_and_drain(cli, cluster):
 def test_a_killed_worker_comes_back_and_the_job_does_not_notice(cluster, folder, result):
     kept = EmbeddedKept(Path(cluster.state_dir) / "storage")
     ring = Arena(cluster, Gate(folder), kept)
-    spec = {**gated_job(steps=400, shards=4), "name": "killed", "data": {"name": "iris"}}
+    spec = {**gated_job(steps=40, shards=4), "name": "killed", "data": {"name": "iris"}}
     wanted = cluster.submit({**spec, "name": "quiet"}).wait(timeout_s=GUARD_S).parameters_sha256
-    job = cluster.submit(spec)
+    job = ring.submit(spec)
     killed, told = None, []
     try:
+        caught = ring.caught_at(job, 3)[0]
         for update in job.watch():
             told += [event.type for event in update.events]
-            if killed is None and update.state == "RUNNING" and update.step:
-                killed = cluster.process(ring.caught_in_a_leaf(job)[0])
+            if killed is None:
+                killed = cluster.process(caught)
                 os.kill(killed.pid, signal.SIGKILL)
+            if "WORKER_LOST" in told:
                 ring.gate.release()
     finally:
         ring.gate.release()
