@@ -62,6 +62,12 @@ class WorkerProcess:
     def leaves(self) -> list[int]:
         return _children(self.leaf_server())
 
+    def has_leaves(self) -> bool:
+        """Whether there is a leaf server now, and both of its leaf processes."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return len(self.leaves()) == 2
+        return False
+
     async def exit_code(self) -> int:
         async with asyncio.timeout(DEADLINE_S):
             return await self.process.wait()
@@ -196,7 +202,7 @@ os.execv(sys.executable, [sys.executable, "-P", "-m", *sys.argv[1:]])
     "program", [("-P", "-m"), ("-c", CHILDREN_IGNORED)], ids=["usual", "ends of children ignored"]
 )
 async def test_a_leaf_server_that_dies_is_replaced_and_no_leaf_is_blamed(
-    bench: Any, spawn: Any, program: tuple[str, ...]
+    bench: Any, spawn: Any, eventually: Any, program: tuple[str, ...]
 ) -> None:
     with ScriptedCluster() as cluster:
         async with ScriptedControl() as control, ScriptedAggregator() as aggregator:
@@ -208,6 +214,7 @@ async def test_a_leaf_server_that_dies_is_replaced_and_no_leaf_is_blamed(
             frame, _ = await stream.receive_frame()
             assert (frame.step, frame.example_count) == (0, 64)
             assert not session.has_received("leaf_failed")
+            await eventually(lambda: worker.has_leaves() and worker.leaf_server() not in old)
             assert not old & {worker.leaf_server(), *worker.leaves()}
             for leaf in worker.leaves():
                 # Of the session process's connections, which it has by now, they have none.
