@@ -18,6 +18,7 @@ from coordinator.control.core.disagreement import (
     quarantined_workers,
 )
 from coordinator.control.core.eligibility import Group
+from coordinator.control.core.kinds import Kind
 from coordinator.control.core.state import Core, Description, JobRuntime, Worker
 from phalanx.messages import known
 from phalanx.specs.parts import equal_copies, verifies
@@ -66,10 +67,14 @@ def slow(core: Core, job: JobRuntime) -> list[str]:
 
 
 def agreed(core: Core, job: JobRuntime) -> list[Description]:
-    """Return the equal answers of enough workers, the first one first; empty: not yet."""
-    for answers in _by_result(job).values():
-        if len(answers) >= needed(core, job):
-            return answers
+    """Return the equal answers of enough workers of one kind, the first one first; empty: not yet.
+
+    Who knows nothing of its own kind counts with each, but has nobody count who is of another.
+    """
+    for kind in dict.fromkeys(each.kind for each in job.descriptions.values()):
+        for answers in _by_result(job, kind).values():
+            if len(answers) >= needed(core, job) and (kind.complete or _alike(answers)):
+                return answers
     return []
 
 
@@ -112,11 +117,7 @@ def _least_busy_first(core: Core, workers: Iterable[Worker]) -> list[Worker]:
 
 def _ask_several(core: Core, job: JobRuntime, group: Group) -> None:
     """Ask those that were not asked before, and whoever did not answer in time last."""
-    equal = [
-        len(answers)
-        for (fingerprint, _), answers in _by_result(job).items()
-        if fingerprint == group.fingerprint
-    ]
+    equal = [len(answers) for answers in _by_result(job, group.kind).values()]
     waited_for = job.describing.keys() - set(slow(core, job))
     owed = sum(worker.id in waited_for for worker in group.workers)
     lacking = needed(core, job) - max(equal, default=0) - owed
@@ -148,9 +149,7 @@ def _ask(core: Core, job: JobRuntime, worker: Worker) -> None:
 
 def _explain(core: Core, job: JobRuntime, group: Group) -> str:
     """Say who has answered what, and who does not."""
-    answers = [
-        each for each in job.descriptions.values() if each.kind.fingerprint == group.fingerprint
-    ]
+    answers = [each for each in job.descriptions.values() if _counts(each, group.kind)]
     results = {_result(each): each for each in answers}
     came = f"{number_of(len(answers), 'description')} of it came"
     if answers:
@@ -173,12 +172,21 @@ def _explain(core: Core, job: JobRuntime, group: Group) -> str:
     return message
 
 
-def _by_result(job: JobRuntime) -> dict[tuple[str, str], list[Description]]:
-    """Return the answers that are equal, in the order in which they came."""
+def _by_result(job: JobRuntime, kind: Kind | None) -> dict[tuple[str, str], list[Description]]:
+    """Return the answers of a kind that are equal, in the order in which they came."""
     results: dict[tuple[str, str], list[Description]] = {}
     for each in job.descriptions.values():
-        results.setdefault(_result(each), []).append(each)
+        if _counts(each, kind):
+            results.setdefault(_result(each), []).append(each)
     return results
+
+
+def _counts(answer: Description, kind: Kind | None) -> bool:
+    return kind is None or kind.may_be(answer.kind)
+
+
+def _alike(answers: list[Description]) -> bool:
+    return all(one.kind.may_be(other.kind) for one in answers for other in answers)
 
 
 def _result(answer: Description) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from coordinator.control.core import kinds, sharing
 from coordinator.control.core.facts import JobFacts
+from coordinator.control.core.kinds import Kind
 from coordinator.control.core.state import Core, JobRuntime, Worker
 from phalanx.errors import PhalanxError, ResourceExhausted
 from phalanx.layouts import ITEM_BYTES
@@ -26,8 +27,8 @@ TAKES_WORK = frozenset((WorkerView.STATE_READY, WorkerView.STATE_SUSPECTED))
 class Group:
     """Workers that may host a job; `excluded` says why each of the others may not."""
 
-    fingerprint: str
-    """The numeric one that all of them have; empty: any."""
+    kind: Kind | None
+    """That all of them have, as far as it is known; None: any."""
     workers: tuple[Worker, ...]
     excluded: dict[str, str] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
@@ -108,8 +109,9 @@ def _lacks_gpus(each: int, worker: Worker) -> str:
 def group_of(core: Core, job: JobRuntime) -> Group:
     """Return the workers that may host a job now.
 
-    A reproducible job takes workers of one kind: the one it started with, else the best of those
-    that are there, but none on which building its model has failed as long as there is another.
+    A reproducible job takes workers of one kind: the one it started with or was described on, else
+    the best of those that are there, but none on which building its model has failed as long as
+    there is another.
     """
     facts = core.facts_of(job)
     fitting: list[Worker] = []
@@ -127,10 +129,11 @@ def group_of(core: Core, job: JobRuntime) -> Group:
         else:
             fitting.append(worker)
     if not facts.plan.bitwise:
-        return Group("", tuple(fitting), excluded)
-    fresh = [worker.hello for worker in fitting if worker.id not in job.undescribed]
-    hellos = fresh or [worker.hello for worker in fitting]
-    kind = kinds.of_plan(facts, facts.plan) or kinds.best(facts, hellos)
+        return Group(None, tuple(fitting), excluded)
+    kind = kinds.of_plan(facts, facts.plan) or (job.described_kind if job.described else None)
+    if kind is None:
+        fresh = [worker.hello for worker in fitting if worker.id not in job.undescribed]
+        kind = kinds.best(facts, fresh or [worker.hello for worker in fitting])
     chosen: list[Worker] = []
     unmatched: list[str] = []
     for worker in fitting:
@@ -142,7 +145,7 @@ def group_of(core: Core, job: JobRuntime) -> Group:
             chosen.append(worker)
             continue
         unmatched.append(worker.id)
-    return Group(kind.fingerprint if kind else "", tuple(chosen), excluded, tuple(unmatched))
+    return Group(kind, tuple(chosen), excluded, tuple(unmatched))
 
 
 def may_come_back(core: Core, job: JobRuntime) -> bool:

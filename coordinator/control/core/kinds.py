@@ -8,7 +8,7 @@ another leaf is no lie either.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.control.core import told
@@ -38,6 +38,13 @@ class Kind:
         """Whether both give the same bits for all that can be known before they compute."""
         return self.complete and other.complete and self == other
 
+    def may_be(self, other: Kind) -> bool:
+        """Whether nothing is known of either by which their bits differ."""
+        return (
+            (self.fingerprint, self.libraries) == (other.fingerprint, other.libraries)
+            and (self.gpus == other.gpus or not self.gpus or not other.gpus)
+        )  # fmt: skip
+
     def write(self, plan: JobPlan) -> None:
         """Have a plan say that its job takes workers of this kind."""
         plan.fingerprint = self.fingerprint
@@ -55,14 +62,20 @@ class Kind:
 
 def of_worker(facts: JobFacts, hello: WorkerHello) -> Kind:
     """Return of which kind a worker is in a job."""
-    needed = libraries_of_job(facts.spec, facts.kept.submitted.model_libraries)
+    return _of_worker(_needed(facts), hello, with_gpus=facts.spec.resources.gpus > 0)
+
+
+def _of_worker(needed: Sequence[str], hello: WorkerHello, *, with_gpus: bool) -> Kind:
+    if not needed and not with_gpus:
+        return Kind(hello.fingerprint)
+    gpus = _gpus(hello.gpu_kinds) if with_gpus else ()
     return Kind(
         hello.fingerprint,
         tuple(
             (each, told.name(hello.libraries[each])) for each in needed if each in hello.libraries
         ),
-        _gpus(hello.gpu_kinds) if facts.spec.resources.gpus > 0 else (),
-        complete=_is_complete(facts, hello.libraries, hello.gpu_kinds),
+        gpus,
+        complete=all(each in hello.libraries for each in needed) and (bool(gpus) or not with_gpus),
     )
 
 
@@ -78,7 +91,8 @@ def of_plan(facts: JobFacts, plan: JobPlan) -> Kind | None:
         plan.fingerprint,
         tuple(sorted(own.libraries.items())),
         tuple(own.gpu_kinds),
-        complete=_is_complete(facts, own.libraries, own.gpu_kinds),
+        complete=set(_needed(facts)) <= set(own.libraries)
+        and (bool(own.gpu_kinds) or facts.spec.resources.gpus == 0),
     )
 
 
@@ -103,21 +117,26 @@ def difference(wanted: Kind | None, hello: WorkerHello) -> str:
 def best(facts: JobFacts, hellos: Sequence[WorkerHello]) -> Kind | None:
     """Return the kind for a job that has none yet: among those with enough workers to begin with,
     or among all if none has, the one with most slots. None: nobody is there."""
-    kinds = {of_worker(facts, hello) for hello in hellos}
-    if len(kinds) <= 1:
-        return next(iter(kinds), None)
+    needed, with_gpus = _needed(facts), facts.spec.resources.gpus > 0
+    there: dict[Kind, list[int]] = {}
+    for hello in hellos:
+        kind = _of_worker(needed, hello, with_gpus=with_gpus)
+        there.setdefault(kind, []).append(hello.slots)
+    if len(there) <= 1:
+        return next(iter(there), None)
     wanted = max(1, facts.spec.resources.min_workers)
     if verifies(facts.spec.train):
         wanted = max(wanted, equal_copies(facts.spec.train))
 
     def rank(kind: Kind) -> tuple[bool, int, Kind]:
-        of_it = [hello for hello in hellos if not difference(kind, hello)]
-        return len(of_it) < wanted, -sum(hello.slots for hello in of_it), kind
+        unknown = there.get(Kind(kind.fingerprint, kind.libraries), []) if kind.gpus else []
+        of_it = there[kind] + unknown
+        return len(of_it) < wanted, -sum(of_it), kind
 
-    return min(_told(kinds), key=rank)
+    return min(_told(there), key=rank)
 
 
-def _told(kinds: Iterable[Kind]) -> list[Kind]:
+def _told(kinds: Collection[Kind]) -> list[Kind]:
     """Leave out those of unknown GPUs where others may be the same and say more."""
     more = {(kind.fingerprint, kind.libraries) for kind in kinds if kind.gpus}
     return [kind for kind in kinds if kind.gpus or (kind.fingerprint, kind.libraries) not in more]
@@ -127,6 +146,5 @@ def _gpus(said: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({told.name(each) for each in said})[:GPU_KINDS_MAX])
 
 
-def _is_complete(facts: JobFacts, libraries: Iterable[str], gpus: Sequence[str]) -> bool:
-    needed = libraries_of_job(facts.spec, facts.kept.submitted.model_libraries)
-    return set(needed) <= set(libraries) and (bool(gpus) or facts.spec.resources.gpus == 0)
+def _needed(facts: JobFacts) -> list[str]:
+    return libraries_of_job(facts.spec, facts.kept.submitted.model_libraries)

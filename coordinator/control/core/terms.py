@@ -17,6 +17,7 @@ from coordinator.control.core import (
 )
 from coordinator.control.core.effects import RaiseTerm, ReadRow
 from coordinator.control.core.eligibility import (
+    Group,
     announce_ineligible,
     explain_waiting,
     group_of,
@@ -215,9 +216,11 @@ def _dispatch(core: Core, job: JobRuntime) -> None:
     facts = core.facts_of(job)
     if _has_to_wait(core, job):
         return
-    group = group_of(core, job)
+    group, wanted = group_of(core, job), max(1, facts.spec.resources.min_workers)
+    if len(group.workers) < wanted and _forget_description(core, job, group):
+        group = group_of(core, job)
     announce_ineligible(core, job, group)
-    if len(group.workers) < max(1, facts.spec.resources.min_workers):
+    if len(group.workers) < wanted:
         core.set_reason(job, *explain_waiting(core, job, group))
     elif not _may_start(core, job):
         return
@@ -226,6 +229,17 @@ def _dispatch(core: Core, job: JobRuntime) -> None:
         _raise(core, job, OperationKind.BEGIN)
     else:
         describing.ask(core, job, group)
+
+
+def _forget_description(core: Core, job: JobRuntime, group: Group) -> bool:
+    """Have others describe a job that lacks workers which give the bits of its description.
+
+    Nothing of it is computed before its first term, so it waits for none of these.
+    """
+    if job.described is None or not group.unmatched or core.facts_of(job).fingerprint:
+        return False
+    job.described = job.described_kind = None
+    return True
 
 
 def _has_to_wait(core: Core, job: JobRuntime) -> bool:
@@ -259,6 +273,11 @@ def _beginning(core: Core) -> list[JobRuntime]:
 def _start(core: Core, job: JobRuntime, event: TermRaised) -> None:
     """Journal the new term with its owners, then tell everybody."""
     facts = core.facts_of(job)
+    if facts.plan.bitwise and not facts.fingerprint:
+        group = group_of(core, job)
+        if not group.workers and _forget_description(core, job, group):
+            advance_queue(core)
+            return
     plan = _complete_plan(core, job)
     choose = members.choose if job.all_reduce else choose_owners
     owners = choose(core, job, plan)

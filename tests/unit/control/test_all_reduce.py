@@ -457,7 +457,10 @@ def test_copies_that_a_member_asks_for_are_told(reducing: Any) -> None:
     assert (told.worker_id, told.details["workers"]) == ("w3", "w1")
 
 
-def test_what_a_worker_with_other_bits_described_is_described_again(cluster: Any) -> None:
+@pytest.mark.parametrize("stays", [True, False])
+def test_what_was_described_before_more_with_other_bits_came_begins(
+    cluster: Any, *, stays: bool
+) -> None:
     cluster.storage_up = False
     cluster.worker("w2", slots=1, fingerprint="z", address="127.0.0.1:2")
     cluster.submit(edit=all_reduce)
@@ -467,7 +470,16 @@ def test_what_a_worker_with_other_bits_described_is_described_again(cluster: Any
     assert list(cluster.core.jobs["job-1"].describing) == ["w2"]
     for name in ("w1", "w3"):
         cluster.worker(name, slots=1, fingerprint="a", address=f"127.0.0.1:{name[1]}")
+    cluster.storage_up = False
     cluster.describe(cluster.sessions["w2"], "job-1")
+    if not stays:
+        cluster.kill("w2")
+    cluster.storage_up = True
+    cluster.perform()
+    cluster.run_operations()
+    if stays:
+        assert (cluster.state(), members(cluster)) == ("RUNNING", ["w2"])
+        return
     [describing] = cluster.core.jobs["job-1"].describing
     assert describing in ("w1", "w3")
     cluster.describe(cluster.sessions[describing], "job-1")
