@@ -11,15 +11,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from coordinator.control.core import told
 from coordinator.control.core.facts import JobFacts
 from phalanx.needs import libraries_of_job, title_of
 from phalanx.specs.parts import equal_copies, verifies
 from phalanx.v1.coordination_service_pb2 import WorkerHello
 from phalanx.v1.training_pb2 import Equipment, JobPlan
-
-GPU_KINDS_MAX = 16
-"""So many kinds of GPU are kept of one worker."""
 
 
 @dataclass(frozen=True, order=True)
@@ -71,9 +67,7 @@ def _of_worker(needed: Sequence[str], hello: WorkerHello, *, with_gpus: bool) ->
     gpus = _gpus(hello.gpu_kinds) if with_gpus else ()
     return Kind(
         hello.fingerprint,
-        tuple(
-            (each, told.name(hello.libraries[each])) for each in needed if each in hello.libraries
-        ),
+        tuple((each, hello.libraries[each]) for each in needed if each in hello.libraries),
         gpus,
         complete=all(each in hello.libraries for each in needed) and (bool(gpus) or not with_gpus),
     )
@@ -104,7 +98,7 @@ def difference(wanted: Kind | None, hello: WorkerHello) -> str:
     if hello.fingerprint != wanted.fingerprint:
         return "its processor or libraries give other bits (fingerprint)"
     for package, version in wanted.libraries:
-        own = told.name(hello.libraries[package]) if package in hello.libraries else version
+        own = hello.libraries.get(package, version)
         if own != version:
             return f"it has {title_of(package)} {own}, and the job runs with {version}"
     gpus = _gpus(hello.gpu_kinds) if wanted.gpus else ()
@@ -143,7 +137,7 @@ def _told(kinds: Collection[Kind]) -> list[Kind]:
 
 
 def _gpus(said: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted({told.name(each) for each in said})[:GPU_KINDS_MAX])
+    return tuple(sorted(set(said)))
 
 
 def _needed(facts: JobFacts) -> list[str]:

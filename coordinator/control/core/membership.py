@@ -16,6 +16,7 @@ from coordinator.control.core import (
     kinds,
     quarantine,
     terms,
+    told,
 )
 from coordinator.control.core.eligibility import TAKES_WORK
 from coordinator.control.core.facts import JobFacts
@@ -60,6 +61,7 @@ def worker_connected(core: Core, session: int, hello: pb.WorkerHello) -> None:
     if wrong is not None:
         core.close(session, wrong)
         return
+    hello = told.hello(hello)
     old = core.workers.get(hello.worker_id)
     if old is not None and old.connected:
         _replace_worker(core, old, hello)

@@ -7,8 +7,14 @@ from collections.abc import Mapping
 
 from phalanx.errors import InvalidArgument
 from phalanx.layouts import check_description
+from phalanx.needs import LIBRARIES
 from phalanx.texts import shortened
-from phalanx.v1.coordination_service_pb2 import CopiesStarted, JobDescribed, JobReport
+from phalanx.v1.coordination_service_pb2 import (
+    CopiesStarted,
+    JobDescribed,
+    JobReport,
+    WorkerHello,
+)
 from phalanx.v1.job_pb2 import Failure
 
 TEXT_MAX = 16 * 1024
@@ -21,6 +27,8 @@ SHARDS_MAX = 4096
 REPORT_BYTES_MAX = 1024 * 1024
 COPY_CAUSES = ("late", "silent", "lost", "failed")
 """Each is a series of a metric, so there are no others."""
+LIBRARIES_MAX, GPU_KINDS_MAX = 32, 16
+"""So many are kept of one worker."""
 
 
 def text(said: str) -> str:
@@ -37,6 +45,20 @@ def details(said: Mapping[str, object]) -> dict[str, str]:
     """Return the details of an event."""
     first = list(said.items())[:DETAILS_MAX]
     return {name(key): shortened(str(value), VALUE_MAX) for key, value in first}
+
+
+def hello(said: WorkerHello) -> WorkerHello:
+    """Return what a worker says it is, with the libraries that jobs may need first."""
+    kept = WorkerHello()
+    kept.CopyFrom(said)
+    kept.libraries.clear()
+    ours = {each.package for each in LIBRARIES}
+    for package in sorted(said.libraries, key=lambda each: (each not in ours, each))[
+        :LIBRARIES_MAX
+    ]:
+        kept.libraries[name(package)] = name(said.libraries[package])
+    kept.gpu_kinds[:] = sorted({name(each) for each in said.gpu_kinds})[:GPU_KINDS_MAX]
+    return kept
 
 
 def failure(said: Failure) -> Failure:

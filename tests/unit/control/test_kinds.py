@@ -433,6 +433,14 @@ def test_texts_of_any_length_are_kept_in_short(cluster: Any) -> None:
     assert plan(cluster).equipment.ByteSize() < 8 * 1024
 
 
+def test_what_one_worker_says_does_not_fill_the_answer_to_operators(cluster: Any) -> None:
+    many = {"torch": "9" * 10_000, **{f"{number:06}" * 50: "1" for number in range(1000)}}
+    cluster.worker("w1", libraries=many, gpus=2, gpu_kinds=[f"{n:06}" * 50 for n in range(1000)])
+    view = worker_view(cluster.core, cluster.core.workers["w1"])
+    assert view.ByteSize() < 32 * 1024
+    assert view.libraries["torch"].startswith("999")
+
+
 def test_operators_see_libraries_and_gpus(cluster: Any) -> None:
     cluster.worker("w1", **gpu(H100))
     view = worker_view(cluster.core, cluster.core.workers["w1"])
