@@ -88,8 +88,14 @@ def differing(job: JobRuntime, right: Description) -> list[Description]:
         for each in job.descriptions.values()
         if each.kind.is_surely(right.kind)
         and not each.found.HasField("failure")
-        and _result(each) != _result(right)
+        and each.result != right.result
     ]
+
+
+def result_of(found: pb.JobDescribed) -> str:
+    """Return what is compared of a description: of failures no text, which may name what is
+    different in each process."""
+    return found.failure.code if found.HasField("failure") else sha256_of(found)
 
 
 def sha256_of(found: pb.JobDescribed) -> str:
@@ -150,7 +156,7 @@ def _ask(core: Core, job: JobRuntime, worker: Worker) -> None:
 def _explain(core: Core, job: JobRuntime, group: Group) -> str:
     """Say who has answered what, and who does not."""
     answers = [each for each in job.descriptions.values() if _counts(each, group.kind)]
-    results = {_result(each): each for each in answers}
+    results = {(each.kind.fingerprint, each.result): each for each in answers}
     came = f"{number_of(len(answers), 'description')} of it came"
     if answers:
         came += f", from {', '.join(sorted(each.worker_id for each in answers))}"
@@ -177,7 +183,7 @@ def _by_result(job: JobRuntime, kind: Kind | None) -> dict[tuple[str, str], list
     results: dict[tuple[str, str], list[Description]] = {}
     for each in job.descriptions.values():
         if _counts(each, kind):
-            results.setdefault(_result(each), []).append(each)
+            results.setdefault((each.kind.fingerprint, each.result), []).append(each)
     return results
 
 
@@ -187,11 +193,3 @@ def _counts(answer: Description, kind: Kind | None) -> bool:
 
 def _alike(answers: list[Description]) -> bool:
     return all(one.kind.may_be(other.kind) for one in answers for other in answers)
-
-
-def _result(answer: Description) -> tuple[str, str]:
-    """What is compared: bits only within a fingerprint, and of failures no text, which may name
-    what is different in each process."""
-    found = answer.found
-    failed = found.HasField("failure")
-    return answer.kind.fingerprint, found.failure.code if failed else sha256_of(found)

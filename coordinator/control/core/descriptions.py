@@ -24,7 +24,8 @@ def described(core: Core, job: JobRuntime, worker: Worker, message: pb.JobDescri
     del job.describing[worker.id]
     found = told.description(message)
     kind = kinds.of_worker(core.facts_of(job), worker.hello)
-    answer = Description(worker.id, worker.hello.incarnation, kind, found)
+    result = describing.result_of(found)
+    answer = Description(worker.id, worker.hello.incarnation, kind, found, result)
     if describing.is_verified(core, job):
         _compare(core, job, answer)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from coordinator.control.core import kinds, sharing
@@ -12,7 +14,7 @@ from phalanx.errors import PhalanxError, ResourceExhausted
 from phalanx.layouts import ITEM_BYTES
 from phalanx.needs import lacking
 from phalanx.specs.copies import PARAMETER_COPIES, TORCH_COPIES, member_copies
-from phalanx.specs.parts import all_reduces
+from phalanx.specs.parts import all_reduces, equal_copies
 from phalanx.texts import number_of, verb_for
 from phalanx.v1.cluster_service_pb2 import Worker as WorkerView
 from phalanx.v1.training_pb2 import Layout
@@ -110,8 +112,8 @@ def group_of(core: Core, job: JobRuntime) -> Group:
     """Return the workers that may host a job now.
 
     A reproducible job takes workers of one kind: the one it started with or was described on, else
-    the best of those that are there, but none on which building its model has failed as long as
-    there is another.
+    the best of those that are there, but none on which building its model has failed, or whose
+    workers do not agree on it, as long as there is another.
     """
     facts = core.facts_of(job)
     fitting: list[Worker] = []
@@ -132,8 +134,8 @@ def group_of(core: Core, job: JobRuntime) -> Group:
         return Group(None, tuple(fitting), excluded)
     kind = kinds.of_plan(facts, facts.plan) or (job.described_kind if job.described else None)
     if kind is None:
-        fresh = [worker.hello for worker in fitting if worker.id not in job.undescribed]
-        kind = kinds.best(facts, fresh or [worker.hello for worker in fitting])
+        fresh = [worker for worker in fitting if worker.id not in job.undescribed]
+        kind = _open_kind(facts, job, fresh or fitting)
     chosen: list[Worker] = []
     unmatched: list[str] = []
     for worker in fitting:
@@ -146,6 +148,28 @@ def group_of(core: Core, job: JobRuntime) -> Group:
             continue
         unmatched.append(worker.id)
     return Group(kind, tuple(chosen), excluded, tuple(unmatched))
+
+
+def _open_kind(facts: JobFacts, job: JobRuntime, workers: Sequence[Worker]) -> Kind | None:
+    """Return the kind for a job that has none yet; None: nobody is there."""
+    left, first = list(workers), kinds.best(facts, [worker.hello for worker in workers])
+    kind = first
+    while kind is not None and _disagrees(facts, job, kind, workers):
+        left = [worker for worker in left if kinds.difference(kind, worker.hello)]
+        kind = kinds.best(facts, [worker.hello for worker in left])
+    return kind or first
+
+
+def _disagrees(facts: JobFacts, job: JobRuntime, kind: Kind, workers: Sequence[Worker]) -> bool:
+    """Whether too few of a kind can agree any more on what the job is, whoever else is asked."""
+    came = Counter(each.result for each in job.descriptions.values() if kind.may_be(each.kind))
+    if not came:
+        return False
+    open_ = sum(
+        worker.id not in job.descriptions and not kinds.difference(kind, worker.hello)
+        for worker in workers
+    )
+    return open_ + max(came.values()) < equal_copies(facts.spec.train)
 
 
 def may_come_back(core: Core, job: JobRuntime) -> bool:

@@ -328,6 +328,8 @@ class Description:
     incarnation: str
     kind: Kind
     found: pb.JobDescribed
+    result: str
+    """What is compared of it, within a kind."""
 
 
 @dataclass

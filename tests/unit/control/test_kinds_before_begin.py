@@ -14,6 +14,7 @@ from tests.unit.control.test_kinds import (
     H100,
     NEW,
     OLD,
+    OTHER,
     OTHER_TORCH,
     answer,
     asked,
@@ -117,3 +118,41 @@ def test_those_that_agree_are_of_one_kind(
     assert cluster.state() == "RUNNING"
     assert hosts(cluster) == ["w1", "w2"]
     assert not caught(cluster)
+
+
+def test_where_those_of_one_kind_do_not_agree_those_of_another_are_asked(cluster: Any) -> None:
+    """One that lies may not have the others wait, whichever kind it says it is of."""
+    by_hand(cluster)
+    for name, has in {"old1": OLD, "old2": OLD, "w1": NEW, "w2": NEW}.items():
+        cluster.worker(name, slots=8 if has is OLD else 1, **has)
+    cluster.submit(edit=verified)
+    assert asked(cluster) == ["old1", "old2"]
+    answer(cluster, "old1")
+    assert asked(cluster) == ["old2"]
+    answer(cluster, "old2", OTHER)
+    assert asked(cluster) == ["w1", "w2"]
+    answer(cluster, "w1")
+    answer(cluster, "w2")
+    assert cluster.state() == "RUNNING"
+    assert hosts(cluster) == ["w1", "w2"]
+    assert not caught(cluster), "it is open which of the two is right"
+
+
+def test_where_those_of_no_kind_agree_the_job_says_so_and_a_further_one_is_asked(
+    cluster: Any,
+) -> None:
+    by_hand(cluster)
+    for name in ("old1", "old2"):
+        cluster.worker(name, **OLD)
+    cluster.worker("w1", slots=1, **NEW)
+    cluster.submit(edit=verified)
+    answer(cluster, "old1")
+    answer(cluster, "old2", OTHER)
+    assert asked(cluster) == ["w1"]
+    answer(cluster, "w1")
+    assert cluster.job().reason == "WAITING_FOR_VERIFIERS"
+    cluster.worker("old3", **OLD)
+    assert asked(cluster) == ["old3"]
+    answer(cluster, "old3")
+    assert cluster.state() == "RUNNING"
+    assert caught(cluster) == ["old2"]
