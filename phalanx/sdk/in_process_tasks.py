@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from phalanx.errors import FailedPrecondition
+from phalanx.model_failures import common, reason_of
 from phalanx.tasks import failures_max
 from phalanx.texts import number_of
 from phalanx.v1.job_pb2 import Failure
@@ -57,6 +58,7 @@ def run_tasks(
 def run_task(call: Callable[[int, TaskResult], None], task: int, attempts: int) -> TaskResult:
     """Return the result of a task that `call` fills in, or its failure after so many attempts."""
     result = TaskResult(task=task, worker_id=IN_PROCESS)
+    reasons: list[str] = []
     for attempt in range(1, attempts + 1):
         result.attempt = attempt
         began_s = time.perf_counter()
@@ -64,9 +66,10 @@ def run_task(call: Callable[[int, TaskResult], None], task: int, attempts: int) 
             call(task, result)
         except BaseException as error:  # noqa: BLE001 - user code raises what it likes
             text = f"{type(error).__name__}: {error}"
+            reasons.append(reason_of(error))
             result.failure.CopyFrom(
                 Failure(
-                    code="POISON_TASK",
+                    code=common(reasons) or "POISON_TASK",
                     message=f"task {task} failed {number_of(attempt, 'time')}: {text}",
                     shard=-1,
                     attempts=attempt,
