@@ -36,10 +36,9 @@ class Kind:
 
     def may_be(self, other: Kind) -> bool:
         """Whether nothing is known of either by which their bits differ."""
-        return (
-            (self.fingerprint, self.libraries) == (other.fingerprint, other.libraries)
-            and (self.gpus == other.gpus or not self.gpus or not other.gpus)
-        )  # fmt: skip
+        if (self.fingerprint, self.libraries) != (other.fingerprint, other.libraries):
+            return False
+        return self.gpus == other.gpus or not self.gpus or not other.gpus
 
     def write(self, plan: JobPlan) -> None:
         """Have a plan say that its job takes workers of this kind."""

@@ -274,7 +274,8 @@ class JobRuntime:
     late_describers: set[str] = field(default_factory=set)
     """Workers that were asked so, and did not answer in time."""
     described: pb.JobDescribed | None = None
-    described_kind: Kind | None = None  # of the worker that described it
+    described_kind: Kind | None = None
+    """That of the worker that described it."""
     owner_incarnations: dict[str, str] = field(default_factory=dict)
     """Aggregators known to hold their ranges of the current term."""
     lost_owners: set[str] = field(default_factory=set)
@@ -327,7 +328,8 @@ class Description:
     incarnation: str
     kind: Kind
     found: pb.JobDescribed
-    result: str  # what is compared of it, within a kind
+    result: str
+    """What is compared of it, within a kind."""
 
 
 @dataclass

@@ -114,7 +114,8 @@ class LibsvmArrays:
     ) -> None:
         """Indices count from 1, rise within a row and stay in the width; values are finite."""
         limit = self._feature_count or _INDEX_MAXIMUM
-        steps = np.diff(indices, prepend=0)
+        with np.errstate(invalid="ignore"):  # some may be beyond all numbers
+            steps = np.diff(indices, prepend=0)
         steps[indptr[:-1][np.diff(indptr) > 0]] = 1
         problems = (
             (indices < 1, "indices count from 1"),
@@ -126,7 +127,7 @@ class LibsvmArrays:
             if bad.any():
                 position = int(bad.argmax())
                 row = int(np.searchsorted(indptr, position, side="right")) - 1
-                raise InvalidArgument(f"{where(row, f'index {int(indices[position])}')}: {message}")
+                raise InvalidArgument(f"{where(row, f'index {indices[position]:.16g}')}: {message}")
 
 
 def _blocks(file: IO[bytes], block_bytes: int) -> Iterator[_Block]:

@@ -331,6 +331,7 @@ class TestLibsvm:
             (LIBSVM + "1 0:2\n", "a.svm, line 6, index 0: indices count from 1"),
             (LIBSVM + "1 3:2 2:1\n", "a.svm, line 6, index 2: the indices of a line must rise"),
             (LIBSVM + "1 2:2 2:1\n", "a.svm, line 6, index 2: the indices of a line must rise"),
+            (LIBSVM + f"1 {'9' * 400}:2 {'9' * 401}:1\n", "line 6, index inf: indices go up to"),
             (LIBSVM + "1 99999999999:2\n", "indices go up to 2147483647"),
             (LIBSVM + "1 1:1e999\n", "a.svm, line 6, index 1: the value is too large"),
             (LIBSVM + "1 1:1e39\n", "a.svm, line 6, feature x1: 1e+39 is too large for float32"),
