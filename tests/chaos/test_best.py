@@ -114,8 +114,11 @@ def test_members_of_an_all_reduce_job_are_killed_one_by_one_and_all_at_once(
         job = ring.submit(keeping_job(all_reduce={}))
         killed(ring, job, {7: "worker", 38: "worker", 41: "worker"})
         ring.caught_at(job, 46)
-        for number in (1, 2, 3):
-            ring.signal(f"worker-{number}")
+        workers = [f"worker-{number}" for number in (1, 2, 3)]
+        # The one that was killed last may be about to start.
+        wait_until(lambda: all(ring.cluster.process(each).pid for each in workers), "all workers")
+        for each in workers:
+            ring.signal(each)
         ring.gate.release()
         expected.equals(job.wait(timeout_s=GUARD_S))
         assert ring.events("STEPS_REPLAYED")
