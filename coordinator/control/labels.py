@@ -19,7 +19,7 @@ _PROGRAMS = ("train", "tasks")
 _OUTCOMES = ("done", *(name[5:].lower() for name, number in LeafFailed.Kind.items() if number))
 _REDISPATCHES = (
     *("worker_lost", "worker_silent", "hang", "late", "lost", "silent", "failed", "leaf_failed"),
-    *("drain", "take_over", "fall_back", "fingerprint", "quarantine", "not_prepared"),
+    *("drain", "take_over", "fall_back", "fingerprint", "quarantine", "not_prepared", "other"),
 )
 _MEMBER_PHASES = ("suspect", "detect", "redispatch", "recompute", "commit", "total")
 _PHASES = {

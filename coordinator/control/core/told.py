@@ -25,8 +25,8 @@ NAME_MAX, VALUE_MAX = 200, 4096
 WORKERS_MAX = 1000
 SHARDS_MAX = 4096
 REPORT_BYTES_MAX = 1024 * 1024
-COPY_CAUSES = ("late", "silent", "lost", "failed")
-"""Each is a series of a metric, so there are no others."""
+COPY_CAUSES = ("late", "lost")
+"""Those of `phalanx.copies`. Each is a series of a metric, so what is none of them is `other`."""
 LIBRARIES_MAX, GPU_KINDS_MAX = 32, 16
 """So many are kept of one worker."""
 
